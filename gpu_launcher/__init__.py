@@ -1,0 +1,1 @@
+"""Run many experiments on the GPUs one has. The public names, nothing else."""

@@ -1,0 +1,45 @@
+"""Errors that name the object, the likely cause and the next step.
+
+All of them survive pickling with their fields: a job's error is raised in one process and read in another.
+"""
+
+from __future__ import annotations
+
+
+class GpuLauncherError(Exception):
+    """Base of every error that gpu-launcher raises. `str(error)` is one message for the person at the terminal."""
+
+
+class OptionError(GpuLauncherError, ValueError):
+    """A value the user gave cannot be used. The message names the option and the remedy.
+
+    `option` is the name as the user writes it, such as `hydra.launcher.devices`.
+    """
+
+    def __init__(self, option: str, problem: str) -> None:
+        super().__init__(option, problem)
+        self.option = option
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.option}: {self.problem}"
+
+
+class DeviceError(GpuLauncherError):
+    """The machine's devices cannot be read, such as a driver that does not answer."""
+
+
+class PoolDirectoryError(GpuLauncherError):
+    """The pool directory cannot be used (read-only, full, on a network file system, wrong owner)."""
+
+    def __init__(self, directory: str, problem: str) -> None:
+        super().__init__(directory, problem)
+        self.directory = directory
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"pool directory {self.directory}: {self.problem}"
+
+
+class RequestError(GpuLauncherError):
+    """A request that the pool can never grant, such as more devices than it has."""
