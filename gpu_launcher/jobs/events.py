@@ -1,0 +1,114 @@
+"""What happens during a sweep, as values: the loop emits them, progress displays (and later manifests) consume them.
+
+`time` is in seconds on the loop's monotonic clock, never wall time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from gpu_launcher.model import Device
+
+
+class Outcome(str, Enum):
+    """How a job ended. Every job ends in exactly one."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    """Ended, or never started, because the user stopped the sweep."""
+
+
+@dataclass(frozen=True, slots=True)
+class SweepStarted:
+    """The first event. `total` jobs will run on `devices`; `parallel` is the cap on concurrency, None if there is none."""
+
+    time: float
+    total: int
+    devices: tuple[Device, ...]
+    parallel: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """One line the user should read, such as `no GPU found: using 2 CPU slots`."""
+
+    time: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobWaiting:
+    """The job at the head of the sweep waits because its devices are held by others (other sweeps, other users)."""
+
+    time: float
+    number: int
+    label: str
+    """The job's overrides, such as `lr=0.1 hidden=32`."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobStarted:
+    """The job has its devices (none for `gpus: 0`) and its code runs."""
+
+    time: float
+    number: int
+    label: str
+    devices: tuple[Device, ...]
+    log: str | None
+    """Path of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobEnded:
+    """The job's whole process tree is gone. Jobs that never started (CANCELLED, or failed while preparing) have no devices."""
+
+    time: float
+    number: int
+    label: str
+    devices: tuple[Device, ...]
+    outcome: Outcome
+    duration: float | None
+    """Seconds since JobStarted; None if it never started."""
+    message: str | None
+    """For FAILED: the cause in one line."""
+    log: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping:
+    """The user asked to stop. `forced` after the second time: jobs are being killed instead of waited for."""
+
+    time: float
+    running: int
+    grace: float
+    """Seconds that jobs get before they are killed."""
+    forced: bool
+    signal: str
+    """`SIGINT` or `SIGTERM`."""
+
+
+@dataclass(frozen=True, slots=True)
+class SweepEnded:
+    """The last event: nothing runs any more."""
+
+    time: float
+
+
+Event = SweepStarted | Notice | JobWaiting | JobStarted | JobEnded | Stopping | SweepEnded
+
+
+class Progress(Protocol):
+    """Shows a sweep to a person. All three methods are called from the loop's thread and must not block."""
+
+    def handle(self, event: Event) -> None:
+        """Take note of one event, and show it."""
+
+    def tick(self, now: float) -> None:
+        """Called a few times a second, so that a live view can show passing time."""
+
+    def close(self) -> None:
+        """Restore the terminal. Called exactly once, also after an error."""
