@@ -1,0 +1,84 @@
+"""The two kernel features that keep a job's process tree together. Linux only; see prctl(2)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import threading
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _prctl(option: int, argument: int) -> None:
+    if _libc.prctl(option, ctypes.c_ulong(argument), 0, 0, 0) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"prctl({option}, {argument}): {os.strerror(error)}")
+
+
+def become_child_subreaper() -> None:
+    """From now on descendants whose parent dies become children of this process, also after `setsid`.
+
+    Not inherited by children. Raises OSError where the kernel refuses.
+    """
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(parent: int, signum: signal.Signals = signal.SIGKILL) -> None:
+    """Ask for `signum` when the parent ends, and end now if `parent` is no longer the parent.
+
+    The kernel sends the signal when the *thread* that forked this process ends, so the parent must have forked
+    from a thread that lives as long as it does (prctl(2), PR_SET_PDEATHSIG). Kept over exec, not over fork.
+    """
+    _prctl(_PR_SET_PDEATHSIG, signum)
+    if os.getppid() != parent:  # it died before we asked, so nobody would tell us
+        os._exit(1)
+
+
+def children() -> list[int]:
+    """Process ids of this process's children, dead and unreaped ones included.
+
+    Of a single-threaded process only. A child that appears meanwhile may be missed: call again until
+    `os.waitpid` raises ChildProcessError.
+    """
+    try:
+        listed = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text()
+        return [int(pid) for pid in listed.split()]
+    except FileNotFoundError:  # a kernel without CONFIG_PROC_CHILDREN
+        return _children_by_scan(os.getpid())
+
+
+def _children_by_scan(parent: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text(errors="replace")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            # The command name is in parentheses and may hold anything, parentheses included.
+            fields = stat[stat.rindex(")") + 2 :].split()
+            if int(fields[1]) == parent:
+                found.append(int(entry.name))
+    return found
+
+
+def other_threads() -> list[str]:
+    """Names of this process's threads besides the first, as the kernel sees them: Python does not know them all."""
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        if task.name != str(os.getpid()):
+            try:
+                names.append((task / "comm").read_text().strip())
+            except (FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+                continue
+    return sorted(names)
+
+
+def flush_c_streams() -> None:
+    """Write out what C code has printed, lest a forked child print it again."""
+    _libc.fflush(None)

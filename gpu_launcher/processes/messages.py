@@ -1,0 +1,197 @@
+"""What the launching program, the fork server, supervisors and jobs say to each other, and how it travels.
+
+One message is one datagram of a `SOCK_SEQPACKET` socket pair: it arrives whole or not at all, in order, and may carry
+descriptors. The peers are processes of one program, so pickle is safe here.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import pickle
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from gpu_launcher.model import Request
+
+_LARGE = 64 * 1024
+"""Bytes above which a message travels in a memory file: a datagram must fit the socket's send buffer (socket(7))."""
+
+_MOST_DESCRIPTORS = 64
+
+
+class ChannelClosedError(ConnectionError):
+    """The process at the other end is gone."""
+
+
+def channel() -> tuple[socket.socket, socket.socket]:
+    """Two connected ends."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def send(to: socket.socket, message: object, descriptors: tuple[int, ...] = ()) -> None:
+    """Send one message. The receiver gets copies of `descriptors`; those here stay open.
+
+    Raises ChannelClosedError if nobody can receive it any more.
+    """
+    data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    memory: int | None = None
+    try:
+        if len(data) > _LARGE:
+            memory = os.memfd_create("gpu-launcher-message")
+            _write_all(memory, data)
+            descriptors = (*descriptors, memory)
+            data = b""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        to.sendmsg([data or b"\0"], rights)
+    except (BrokenPipeError, ConnectionResetError) as error:
+        raise ChannelClosedError(*error.args) from None
+    finally:
+        if memory is not None:
+            os.close(memory)
+
+
+def receive(source: socket.socket) -> tuple[Any, tuple[int, ...]]:
+    """Wait for one message; returns it with its descriptors, which the caller must close.
+
+    Raises ChannelClosedError at the end of the conversation, and BlockingIOError on a non-blocking socket
+    with nothing to read.
+    """
+    try:
+        data, descriptors, _, _ = socket.recv_fds(source, 2 * _LARGE, _MOST_DESCRIPTORS)
+    except ConnectionResetError as error:
+        raise ChannelClosedError(*error.args) from None
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)  # SCM_RIGHTS descriptors arrive without close-on-exec
+    if not data:
+        raise ChannelClosedError("the other end is closed")
+    if data == b"\0":
+        *rest, memory = descriptors
+        try:
+            data = os.pread(memory, os.fstat(memory).st_size, 0)
+        finally:
+            os.close(memory)
+        descriptors = rest
+    return pickle.loads(data), tuple(descriptors)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+# From the launching program to the fork server.
+
+
+@dataclass(frozen=True, slots=True)
+class StartJob:
+    """Fork a supervisor and a job. Carries two descriptors: the supervisor's end and the job's end of their channels."""
+
+    number: int
+
+
+# From the fork server to the launching program.
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisorDied:
+    """The supervisor of a job was killed; what it supervised has been killed and is gone."""
+
+    number: int
+    status: int
+    """As `os.waitpid` gives it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StartFailed:
+    """The fork server could not fork for this job."""
+
+    number: int
+    problem: str
+
+
+# From the launching program to a job's supervisor.
+
+
+@dataclass(frozen=True, slots=True)
+class HoldLease:
+    """Keep the descriptors that come with this message open until the job's whole process tree is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """Send `signum` to the job's process group, as a terminal would."""
+
+    signum: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """SIGKILL the whole process tree of the job."""
+
+
+# From a job's supervisor to the launching program.
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """The job and all its descendants are gone, and the supervisor's copy of the lease is closed."""
+
+    status: int
+    """Of the job's main process, as `os.waitpid` gives it."""
+    leftovers: int
+    """How many descendants had to be ended because they outlived the main process."""
+
+
+# From the launching program to a job.
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The first message a job gets: which one it is. It prepares itself and then waits for its grant."""
+
+    number: int
+    spec: Any
+    """What the program needs to know, such as the list of overrides."""
+    result: str
+    """Path of the file in which to leave the Report."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Go. The descriptors that come with it are the lease's; they stay open as long as the job lives."""
+
+    environment: dict[str, str]
+    """To be set before any code of the user runs, such as `CUDA_VISIBLE_DEVICES`."""
+
+
+# From a job to the launching program.
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The job has done what needs no devices, and waits."""
+
+    request: Request
+    log: str | None
+    """Path of the file that gets its stdout and stderr."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResultLost:
+    """The Report could not be written to its file."""
+
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a job leaves behind, in its result file."""
+
+    ok: bool
+    message: str | None
+    """For a failed job: the cause in one line."""
+    payload: bytes
+    """For whoever assembled the program to read; pickled and unpickled there."""

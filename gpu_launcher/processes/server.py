@@ -1,0 +1,136 @@
+"""The fork server: forks a supervisor and a job for each request, and guards against the death of either side.
+
+It runs in a process of its own, forked from the fully imported program (`fork`) or started as a small fresh interpreter
+(`spawn`); the difference is only what a job does first, which `run_job` brings along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import select
+import signal
+import socket
+from typing import NoReturn
+
+from gpu_launcher.processes.linux import become_child_subreaper, children, die_with_parent
+from gpu_launcher.processes.messages import (
+    ChannelClosedError,
+    StartFailed,
+    StartJob,
+    SupervisorDied,
+    receive,
+    send,
+)
+from gpu_launcher.processes.supervisor import RunJob, kill_all_children, supervise
+
+
+def serve(control: socket.socket, launcher: int, run_job: RunJob) -> None:
+    """Serve until the launching program (process id `launcher`) closes its end of `control` or dies.
+
+    When this returns, no process that was started through this server is alive.
+    """
+    os.setsid()  # a terminal's Ctrl-C is the launching program's to interpret
+    wake, wake_write = os.pipe()
+    os.set_blocking(wake, False)
+    os.set_blocking(wake_write, False)
+    signal.signal(signal.SIGCHLD, _take_note)
+    signal.signal(signal.SIGTERM, _take_note)
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    become_child_subreaper()
+    die_with_parent(launcher, signal.SIGTERM)
+    gc.freeze()  # keeps the collector of every job from touching, and so copying, the pages they all share
+    _Server(control, launcher, wake, wake_write, run_job).run()
+
+
+def _take_note(signum: int, frame: object) -> None:
+    """Signals arrive through the wakeup descriptor; a handler must exist for that."""
+
+
+class _Server:
+    def __init__(self, control: socket.socket, launcher: int, wake: int, wake_write: int, run_job: RunJob) -> None:
+        self._control = control
+        self._wake = wake
+        self._wake_write = wake_write
+        self._run_job = run_job
+        self._launcher = launcher
+        self._supervisors: dict[int, int] = {}
+        """Process id of each live supervisor, and its job's number."""
+
+    def run(self) -> None:
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
+        while True:
+            ready = {descriptor for descriptor, _ in poll.poll()}
+            if self._wake in ready:
+                signals = os.read(self._wake, 4096)
+                if signal.SIGTERM in signals and os.getppid() != self._launcher:
+                    break  # else only the thread that forked us has ended
+                self._collect()
+            if self._control.fileno() in ready:
+                try:
+                    message, descriptors = receive(self._control)
+                except ChannelClosedError:
+                    break
+                assert isinstance(message, StartJob), message
+                self._start(message.number, *descriptors)
+        self._shut_down()
+
+    def _start(self, number: int, supervisor_end: int, job_end: int) -> None:
+        try:
+            pid = os.fork()
+        except OSError as error:
+            self._tell(StartFailed(number, f"fork failed: {error.strerror}"))
+            pid = -1
+        if pid == 0:
+            self._become_supervisor(supervisor_end, job_end)
+        if pid > 0:
+            self._supervisors[pid] = number
+        os.close(supervisor_end)
+        os.close(job_end)
+
+    def _become_supervisor(self, supervisor_end: int, job_end: int) -> NoReturn:
+        signal.set_wakeup_fd(-1)
+        os.close(self._wake)
+        os.close(self._wake_write)
+        self._control.close()
+        supervise(
+            socket.socket(fileno=supervisor_end),
+            socket.socket(fileno=job_end),
+            server=os.getppid(),
+            run_job=self._run_job,
+        )
+
+    def _collect(self) -> None:
+        """Reap dead supervisors; what a killed one left behind is our child now, and is ended here."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            number = self._supervisors.pop(pid, None)
+            if number is not None and status != 0:
+                self._end_orphans()
+                self._tell(SupervisorDied(number, status))
+
+    def _end_orphans(self) -> None:
+        while orphans := [pid for pid in children() if pid not in self._supervisors]:
+            for pid in orphans:
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(orphans[0], 0)
+
+    def _tell(self, message: object) -> None:
+        with contextlib.suppress(ChannelClosedError):  # noticed again, and acted upon, when reading
+            send(self._control, message)
+
+    def _shut_down(self) -> None:
+        for pid in self._supervisors:
+            os.kill(pid, signal.SIGTERM)  # unreaped, so the process id is still theirs
+        while self._supervisors:
+            pid, _ = os.waitpid(-1, 0)
+            self._supervisors.pop(pid, None)
+        kill_all_children()

@@ -1,0 +1,206 @@
+"""Starting jobs, seen from the launching program: one fork server, one pair of channels per job."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from gpu_launcher.errors import GpuLauncherError, OptionError
+from gpu_launcher.processes import spawn
+from gpu_launcher.processes.linux import flush_c_streams, other_threads
+from gpu_launcher.processes.messages import (
+    Assignment,
+    ChannelClosedError,
+    Grant,
+    HoldLease,
+    Kill,
+    Signal,
+    StartJob,
+    channel,
+    receive,
+    send,
+)
+from gpu_launcher.processes.server import serve
+from gpu_launcher.processes.worker import CapturedStdio, Program, forget_the_parent, work
+
+StartMethod = Literal["auto", "fork", "spawn"]
+
+_OUR_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+
+
+class ServerDiedError(GpuLauncherError):
+    """The fork server is gone. Its jobs end by themselves; a new one can be started."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobProcess:
+    """A job's two channels: to its supervisor, and to itself."""
+
+    number: int
+    supervisor: socket.socket
+    job: socket.socket
+
+    def grant(self, environment: dict[str, str], lease: tuple[int, ...]) -> None:
+        """Hand over the devices: to the supervisor first, so that it holds them when the job begins."""
+        send(self.supervisor, HoldLease(), lease)
+        send(self.job, Grant(environment), lease)
+
+    def signal(self, signum: signal.Signals) -> None:
+        """Send `signum` to the job's process group."""
+        send(self.supervisor, Signal(signum))
+
+    def kill(self) -> None:
+        """SIGKILL the job's whole process tree."""
+        send(self.supervisor, Kill())
+
+    def close(self) -> None:
+        """Close the channels. A supervisor that is still there kills its tree."""
+        self.supervisor.close()
+        self.job.close()
+
+
+class ForkServer:
+    """Runs a program's jobs in processes of their own. Must be created while no thread of ours exists."""
+
+    def __init__(self, program: Program, method: StartMethod = "auto") -> None:
+        """Start it. `method` and `reason` then say how jobs are started, and for `spawn` why.
+
+        Raises OptionError if the program cannot be pickled where it has to be.
+        """
+        self.reason: str | None = None
+        self._pid: int | None = None
+        if method == "spawn":
+            self.reason = "start_method=spawn"
+        elif (unsafe := _cuda_in_use()) and method == "auto":
+            self.reason = unsafe
+        else:
+            self._fork(program)
+            if (unsafe := _threads_in_use()) and method == "auto":
+                self.close()
+                self.reason = unsafe
+        self.method: Literal["fork", "spawn"] = "fork" if self.reason is None else "spawn"
+        if self.method == "spawn":
+            self._spawn(program)
+
+    def fileno(self) -> int:
+        """Readable when the server has something to say, or died."""
+        return self._control.fileno()
+
+    def receive(self) -> object:
+        """The server's next message: SupervisorDied or StartFailed.
+
+        Raises ServerDiedError if there is no server any more.
+        """
+        try:
+            message: object = receive(self._control)[0]
+        except ChannelClosedError:
+            raise ServerDiedError("the fork server was killed") from None
+        return message
+
+    def start(self, number: int, spec: Any, result: Path) -> JobProcess:
+        """Start the process of job `number`, which begins to prepare itself.
+
+        Raises ServerDiedError.
+        """
+        supervisor, supervisor_end = channel()
+        job, job_end = channel()
+        process = JobProcess(number, supervisor, job)
+        try:
+            with supervisor_end, job_end:
+                send(self._control, StartJob(number), (supervisor_end.fileno(), job_end.fileno()))
+                send(job, Assignment(number, spec, str(result)))
+        except ChannelClosedError:
+            process.close()
+            raise ServerDiedError("the fork server was killed") from None
+        return process
+
+    def close(self) -> None:
+        """End the server, and with it every job that still runs. Idempotent."""
+        self._control.close()
+        if self._pid is not None:
+            pid, self._pid = self._pid, None
+            with contextlib.suppress(ChildProcessError):  # raised if the user's program reaps all children itself
+                os.waitpid(pid, 0)
+
+    def _fork(self, program: Program) -> None:
+        self._control, server_end = channel()
+        launcher = os.getpid()
+        handlers = {signum: signal.getsignal(signum) for signum in _OUR_SIGNALS}
+        _flush()
+
+        def run_job(job: socket.socket) -> NoReturn:
+            forget_the_parent(handlers)
+            work(job, CapturedStdio(), lambda: program)
+
+        with warnings.catch_warnings():
+            # Python 3.12+ warns of threads; we look for them ourselves, and use `spawn` if there are any.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            try:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                self._control.close()
+                serve(server_end, launcher, run_job)
+            finally:
+                os._exit(0)
+        server_end.close()
+        self._pid = pid
+
+    def _spawn(self, program: Program) -> None:
+        import cloudpickle
+
+        try:
+            pickled = cloudpickle.dumps(program)
+        except Exception as error:  # whatever the user's objects raise when they are pickled
+            raise OptionError(
+                "hydra.launcher.start_method",
+                f"with spawn the task function and its config must be picklable: {type(error).__name__}: {error}. "
+                f"(spawn was chosen because of {self.reason}.) Remedy: make it picklable, or use fork.",
+            ) from error
+        self._control, server_end = channel()
+        payload = os.memfd_create("gpu-launcher-program")
+        try:
+            os.write(payload, spawn.describe_interpreter(pickled))
+            line = spawn.command("serve_spawning", server_end.fileno(), os.getpid(), payload)
+            server = subprocess.Popen(line, pass_fds=(server_end.fileno(), payload), stdin=subprocess.DEVNULL)
+        finally:
+            os.close(payload)
+            server_end.close()
+        self._pid = server.pid
+        server.returncode = 0  # we reap it ourselves
+
+
+def _flush() -> None:
+    """Whatever is in a buffer at the fork would be written by every child as well."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.closed:
+            stream.flush()
+    flush_c_streams()
+
+
+def _threads_in_use() -> str | None:
+    """To be called right after a fork, for which OpenBLAS and the like shut their threads down."""
+    names = other_threads()
+    if not names:
+        return None
+    return f"{len(names)} other thread(s) run in this program ({', '.join(sorted(set(names)))})"
+
+
+def _cuda_in_use() -> str | None:
+    """CUDA cannot be used in a child forked after `cuInit`, which opens this device (NVML does not)."""
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            target = str(entry.readlink())
+        except FileNotFoundError:  # the descriptor of this very listing
+            continue
+        if target == "/dev/nvidia-uvm":
+            return "CUDA is already initialised in this program"
+    return None

@@ -1,0 +1,180 @@
+"""One supervisor per job: the parent of the job's main process and, as a subreaper, of everything that escapes it.
+
+So a job's process tree is exactly the supervisor's descendants, whatever they did (`setsid`, double forks, `Popen`), and
+'the tree is gone' is exactly `waitpid` saying that there are no children. Who watches whom:
+
+- the job's main process gets SIGKILL from the kernel when its supervisor ends;
+- the supervisor kills its tree when the launching program's end of the channel closes or the fork server ends;
+- the fork server kills what a dead supervisor leaves, for that becomes the fork server's child.
+
+Not promised: if a supervisor *and* the launching program are killed at the same instant, descendants that a job started
+with `Popen` live for the few milliseconds that the fork server needs to kill them, while their lease is already free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from gpu_launcher.processes.linux import become_child_subreaper, children, die_with_parent
+from gpu_launcher.processes.messages import ChannelClosedError, Exited, HoldLease, Kill, Signal, receive, send
+
+LINGER = 0.5
+"""Seconds that descendants may outlive the job's main process by themselves, as multiprocessing's helpers do."""
+TERMINATE = 2.0
+"""Seconds between SIGTERM and SIGKILL for descendants that linger longer."""
+
+
+RunJob = Callable[[socket.socket], NoReturn]
+"""What happens in a job's process, given the job's end of its channel to the launching program."""
+
+
+def supervise(launcher: socket.socket, job_channel: socket.socket, *, server: int, run_job: RunJob) -> NoReturn:
+    """Fork the job, watch it to its end, say so, and end.
+
+    `server` is the process id of the fork server, our parent.
+    """
+    wake, wake_write = os.pipe()
+    os.set_blocking(wake, False)
+    os.set_blocking(wake_write, False)
+    before = {signum: signal.signal(signum, _take_note) for signum in (signal.SIGCHLD, signal.SIGTERM)}
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    become_child_subreaper()
+    die_with_parent(server, signal.SIGTERM)
+    me = os.getpid()
+    job = os.fork()
+    if job == 0:
+        signal.set_wakeup_fd(-1)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        for descriptor in (wake, wake_write):
+            os.close(descriptor)
+        launcher.close()
+        os.setsid()
+        die_with_parent(me)
+        run_job(job_channel)
+    job_channel.close()
+    _Supervision(launcher, wake, job).run()
+    os._exit(0)
+
+
+def kill_all_children() -> None:
+    """SIGKILL every descendant and wait until none is left."""
+    while True:
+        for pid in children():
+            os.kill(pid, signal.SIGKILL)  # a zombie takes it in silence, and only we can reap it
+        try:
+            os.waitpid(-1, 0)  # the orphans of the one that ended are our children by now
+        except ChildProcessError:
+            return
+
+
+def _take_note(signum: int, frame: object) -> None:
+    """Signals arrive through the wakeup descriptor; a handler must exist for that."""
+
+
+class _Supervision:
+    def __init__(self, launcher: socket.socket, wake: int, job: int) -> None:
+        self._launcher = launcher
+        self._wake = wake
+        self._job = job
+        self._status: int | None = None
+        self._lease: tuple[int, ...] = ()
+        self._leftovers = 0
+        self._terminate_at: float | None = None
+        self._kill_at: float | None = None
+
+    def run(self) -> None:
+        poll = select.poll()
+        poll.register(self._launcher, select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
+        while True:
+            ready = {descriptor for descriptor, _ in poll.poll(self._until_deadline())}
+            if self._wake in ready and signal.SIGTERM in os.read(self._wake, 4096):
+                self._kill()  # the fork server ended, or somebody wants us to
+            elif self._launcher.fileno() in ready and not self._obey():
+                self._kill()  # the launching program ended
+            if not self._reap():
+                break
+            self._end_leftovers()
+        for descriptor in self._lease:
+            os.close(descriptor)
+        assert self._status is not None, "no children, so the job was reaped"
+        with contextlib.suppress(ChannelClosedError):  # nobody is left to be told
+            send(self._launcher, Exited(self._status, self._leftovers))
+
+    def _obey(self) -> bool:
+        try:
+            message, descriptors = receive(self._launcher)
+        except ChannelClosedError:
+            return False
+        if isinstance(message, HoldLease):
+            self._lease += descriptors
+        elif isinstance(message, Signal):
+            self._signal(message.signum)
+        elif isinstance(message, Kill):
+            self._kill()
+        else:
+            raise TypeError(f"a supervisor does not understand {message!r}")
+        return True
+
+    def _signal(self, signum: int) -> None:
+        if self._status is not None:
+            return
+        try:
+            os.killpg(self._job, signum)
+        except ProcessLookupError:  # it has not called setsid yet
+            os.kill(self._job, signum)
+
+    def _kill(self) -> None:
+        while self._reap():
+            for pid in children():
+                os.kill(pid, signal.SIGKILL)
+            self._wait_for_one()
+
+    def _wait_for_one(self) -> None:
+        with contextlib.suppress(ChildProcessError):  # none was left to wait for: that is what we want
+            self._note(*os.waitpid(-1, 0))
+
+    def _reap(self) -> bool:
+        """Collect the dead; whether any child is left."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return False
+            if pid == 0:
+                return True
+            self._note(pid, status)
+
+    def _note(self, pid: int, status: int) -> None:
+        if pid == self._job:
+            self._status = status
+
+    def _end_leftovers(self) -> None:
+        if self._status is None:
+            return
+        now = time.monotonic()
+        if self._terminate_at is None:
+            self._terminate_at = now + LINGER
+            self._kill_at = now + LINGER + TERMINATE
+        assert self._kill_at is not None
+        if now >= self._kill_at:
+            self._kill()
+        elif now >= self._terminate_at and not self._leftovers:
+            for pid in children():
+                os.kill(pid, signal.SIGTERM)
+                self._leftovers += 1
+
+    def _until_deadline(self) -> float | None:
+        """Milliseconds, as poll wants them."""
+        deadline = self._kill_at if self._leftovers else self._terminate_at
+        if deadline is None:
+            return None
+        return max(0.0, deadline - time.monotonic()) * 1000 + 1

@@ -1,0 +1,185 @@
+"""What happens in a job's process, before and after the program's own code."""
+
+from __future__ import annotations
+
+import atexit
+import io
+import multiprocessing.util
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import traceback
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from gpu_launcher.model import Request
+from gpu_launcher.processes.messages import (
+    Assignment,
+    ChannelClosedError,
+    Grant,
+    Prepared,
+    Report,
+    ResultLost,
+    receive,
+    send,
+)
+
+
+class Program(Protocol):
+    """The user's program as the launching side assembled it. Called once in each job's process."""
+
+    def __call__(self, number: int, spec: Any, gate: Gate) -> Report:
+        """Prepare, call `gate.wait`, do the work, and report. Must not raise, but whatever it raises is reported."""
+
+
+class Gate:
+    """Between what a job can do ahead and what needs its devices."""
+
+    def __init__(self, channel: socket.socket, stdio: CapturedStdio) -> None:
+        self._channel = channel
+        self._stdio = stdio
+        self._lease: tuple[int, ...] = ()
+
+    def prepared(self, request: Request, log: Path | None) -> None:
+        """Say what this job needs. From here on its stdout and stderr go to `log`, appended."""
+        if log is not None:
+            self._stdio.redirect(log)
+        send(self._channel, Prepared(request, None if log is None else str(log)))
+
+    def wait(self) -> None:
+        """Wait for the devices, and point this process at them. The lease lives as long as this process."""
+        try:
+            message, self._lease = receive(self._channel)
+        except ChannelClosedError:
+            os._exit(1)  # the launching program ended; our supervisor is about to kill us anyway
+        assert isinstance(message, Grant), message
+        os.environ.update(message.environment)
+
+
+class CapturedStdio:
+    """Stdin from /dev/null; stdout and stderr kept in memory until it is known where they belong."""
+
+    def __init__(self) -> None:
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
+        self._early = os.memfd_create("gpu-launcher-early-output")
+        for descriptor in (1, 2):
+            os.dup2(self._early, descriptor)
+
+    def redirect(self, log: Path) -> None:
+        """Append to `log`, beginning with what was captured so far."""
+        _flush_stdio()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        os.write(target, self.early_output())
+        for descriptor in (1, 2):
+            os.dup2(target, descriptor)
+        os.close(target)
+
+    def early_output(self) -> bytes:
+        """What was printed before `redirect`."""
+        return os.pread(self._early, os.fstat(self._early).st_size, 0)
+
+
+def work(channel: socket.socket, stdio: CapturedStdio, load_program: Callable[[], Program]) -> NoReturn:
+    """Be the job: take the assignment, run the program, leave the report, end."""
+    _use_descriptors_for_stdio()
+    try:
+        assignment, _ = receive(channel)
+    except ChannelClosedError:
+        os._exit(1)
+    assert isinstance(assignment, Assignment), assignment
+    try:
+        report = load_program()(assignment.number, assignment.spec, Gate(channel, stdio))
+    except BaseException as error:  # the user's code raises inside the program, which reports it; this is not that
+        traceback.print_exc()
+        report = Report(ok=False, message=f"{type(error).__name__}: {error}", payload=b"")
+    try:
+        _write_durably(Path(assignment.result), pickle.dumps(report))
+    except OSError as error:
+        traceback.print_exc()
+        send(channel, ResultLost(f"{assignment.result}: {error.strerror or error}"))
+        report = Report(ok=False, message=None, payload=b"")
+    _finish()
+    os._exit(0 if report.ok else 1)
+
+
+def forget_the_parent(handlers: dict[signal.Signals, Any]) -> None:
+    """In a process forked from the user's program: drop what belongs to that program and not to its copy.
+
+    `handlers` are the signal handlers the user's program had before the launch.
+    """
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    # Exit handlers and finalizers that were registered so far are the parent's to run: here they would remove its
+    # temporary directories. What the job registers from now on is run at its end, as in any program.
+    atexit._clear()
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+    multiprocessing.util._finalizer_registry.clear()  # type: ignore[attr-defined]
+    multiprocessing.util._run_after_forkers()  # type: ignore[attr-defined]
+    atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]
+    _reseed_numpy()
+
+
+def _reseed_numpy() -> None:
+    """Give the job its own stream of NumPy's global generator, unless the program seeded it before the launch.
+
+    Python reseeds `random` after a fork; NumPy does not, and all jobs would draw the same numbers.
+    """
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is None:
+        return
+    # `numpy.random.seed` replaces the seed sequence, so that one of these is left only in an unseeded generator.
+    state = numpy_random.mtrand._rand._bit_generator
+    if isinstance(getattr(state, "_seed_seq", None), numpy_random.SeedSequence):
+        numpy_random.seed()
+
+
+def _use_descriptors_for_stdio() -> None:
+    """Make `sys.stdout` and `sys.stderr` write to descriptors 1 and 2, line by line, whatever they were.
+
+    A test runner or a notebook replaces them by objects that belong to the parent.
+    """
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and _descriptor(stream) == descriptor:
+            stream.reconfigure(line_buffering=True)
+        else:
+            stream = open(descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+            setattr(sys, name, stream)
+
+
+def _descriptor(stream: io.TextIOWrapper) -> int | None:
+    try:
+        return stream.fileno()
+    except (OSError, ValueError):  # closed, or not backed by a descriptor
+        return None
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _finish() -> None:
+    """What the interpreter does at its end, up to the point where it would tear down what we share with others."""
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for the threads that are not daemons
+    atexit._run_exitfuncs()
+    _flush_stdio()
+
+
+def _flush_stdio() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.closed:
+            stream.flush()
