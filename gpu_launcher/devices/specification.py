@@ -1,0 +1,87 @@
+"""What the option `hydra.launcher.devices` says, read without a look at the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpu_launcher.errors import OptionError
+
+MOST = 4096
+"""More slots or simulated devices than this is a slip of the finger."""
+
+FORMS = "auto, a list of GPU indices or UUIDs such as [0,2], cpu:4, or simulated:8"
+
+
+@dataclass(frozen=True, slots=True)
+class Auto:
+    """Whatever there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class CpuSlots:
+    count: int | None
+    """None: as many as there are CPUs."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedDevices:
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """GPUs by index or by UUID (or prefix), in the user's order; duplicates not yet looked for."""
+
+    names: tuple[int | str, ...]
+
+
+Specification = Auto | CpuSlots | SimulatedDevices | Named
+
+
+def read_specification(spec: object, option: str) -> Specification:
+    """`spec` as a value. Raises OptionError(option, ...) for what cannot mean any device on any machine."""
+    match spec:
+        case str() if spec.strip().lower() == "auto":
+            return Auto()
+        case str() if (kind := spec.strip().lower().partition(":"))[0] in ("cpu", "simulated"):
+            return _counted(*kind, option=option)
+        case str():
+            return Named(tuple(_name(entry, option) for entry in spec.split(",")))
+        case list() | tuple():
+            if not spec:
+                raise OptionError(option, f"the list is empty; use {FORMS}")
+            return Named(tuple(_name(entry, option) for entry in spec))
+        case _:
+            return Named((_name(spec, option),))
+
+
+def _counted(kind: str, colon: str, count: str, *, option: str) -> Specification:
+    if kind == "cpu" and not colon:
+        return CpuSlots(None)
+    if not count.isdecimal() or not count.isascii() or len(count) > 9 or not 1 <= int(count) <= MOST:
+        raise OptionError(
+            option, f"{kind}{colon}{count} needs a count from 1 to {MOST} after the colon, such as {kind}:4"
+        )
+    return CpuSlots(int(count)) if kind == "cpu" else SimulatedDevices(int(count))
+
+
+def _name(entry: object, option: str) -> int | str:
+    if isinstance(entry, str):
+        text = entry.strip()
+        if not text:
+            raise OptionError(option, f"an entry is empty; use {FORMS}")
+        if text.lower().startswith("mig-"):
+            raise OptionError(option, f"{text}: MIG instances are not supported yet; name whole GPUs")
+        if text.lower().startswith("gpu-"):
+            return text
+        try:
+            entry = int(text)
+        except ValueError:
+            raise OptionError(
+                option, f"{text!r} is neither a GPU's index nor its UUID (GPU-...); use {FORMS}"
+            ) from None
+    if isinstance(entry, bool) or not isinstance(entry, int):
+        raise OptionError(option, f"{entry!r} is not a device; use {FORMS}")
+    if entry < 0:
+        raise OptionError(option, f"{entry} is negative; GPUs are counted from 0")
+    return entry
