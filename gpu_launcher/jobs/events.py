@@ -23,7 +23,7 @@ class Outcome(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class SweepStarted:
-    """The first event. `total` jobs will run on `devices`; `parallel` is the cap on concurrency, None if there is none."""
+    """The first event. `total` jobs will run on `devices`; `parallel` caps how many at a time, None if nothing does."""
 
     time: float
     total: int
@@ -48,6 +48,8 @@ class JobWaiting:
     label: str
     """The job's overrides, such as `lr=0.1 hidden=32`."""
     reason: str
+    held_by_others: tuple[Device, ...] = ()
+    """The devices of this sweep that others hold; empty where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class JobStarted:
 
 @dataclass(frozen=True, slots=True)
 class JobEnded:
-    """The job's whole process tree is gone. Jobs that never started (CANCELLED, or failed while preparing) have no devices."""
+    """The job's whole process tree is gone. One that never started (cancelled, or failed early) has no devices."""
 
     time: float
     number: int

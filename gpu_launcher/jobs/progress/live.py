@@ -1,0 +1,146 @@
+"""A sweep as a view that stays at the bottom of the terminal. rich is imported here and in `view` only.
+
+rich lays out and colours; the painting is done here. `rich.live.Live` was not made for this place: it redirects stdout
+and stderr (which forked jobs would inherit), hides the cursor (which a killed process would leave hidden), and loses
+its position when a terminal becomes narrower.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, TextIO
+
+from rich.console import Console, ConsoleDimensions
+from rich.text import Text
+
+from gpu_launcher.jobs.events import Event, JobEnded, Notice, Outcome, SweepEnded, SweepStarted
+from gpu_launcher.jobs.progress.output import Output
+from gpu_launcher.jobs.progress.plain import PREFIX, log_quote, opening
+from gpu_launcher.jobs.progress.tally import Tally, failure
+from gpu_launcher.jobs.progress.text import one_line
+from gpu_launcher.jobs.progress.view import frame
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_INTERVAL = 0.125
+"""Seconds between two paintings."""
+_SUSPENDED = 3.0
+"""So long without a tick means that the process was stopped (Ctrl-Z) and that a shell has written since."""
+
+Size = tuple[int, int]
+
+
+class LiveProgress:
+    """One row per device below a header, repainted in place; notices and failures scroll by above it.
+
+    Paints from `handle` and `tick` only, at most eight times a second and only what changed; there is no thread. While
+    the process is in the background of its terminal, the view rests.
+
+    Not promised: a tidy view when someone else writes to the same terminal. Their line stays, and so may a piece of the
+    view above it.
+    """
+
+    def __init__(self, stream: TextIO, size: Callable[[], Size] | None = None) -> None:
+        self._output = Output(stream)
+        self._stream = stream
+        self._size = size or self._terminal_size
+        self._console = Console(file=stream, force_terminal=True, force_jupyter=False, emoji=False)
+        self._tally = Tally()
+        self._permanent: list[Text] = []
+        """Lines for the scrollback that wait for the next painting."""
+        self._painted: list[Text] = []
+        self._painted_size: Size = (0, 0)
+        self._next_painting = 0.0
+        self._summed_up = False
+        self._closed = False
+
+    def handle(self, event: Event) -> None:
+        if event.time - self._tally.now > _SUSPENDED:
+            self._painted = []
+        self._tally.take(event)
+        match event:
+            case SweepStarted():
+                self._keep(Text(opening(event)))
+            case Notice():
+                self._keep(Text(one_line(event.text)))
+            case JobEnded(outcome=Outcome.FAILED):
+                line = Text(failure(event))
+                line.highlight_words(["FAILED"], "bold red")
+                self._keep(line, [Text(quoted, "bright_black") for quoted in log_quote(event)])
+            case SweepEnded():
+                self._sum_up()
+        self._paint_if_due()
+
+    def tick(self, now: float) -> None:
+        if now - self._tally.now > _SUSPENDED:
+            self._painted = []
+        self._tally.advance(now)
+        self._paint_if_due()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._sum_up()
+
+    def _keep(self, line: Text, more: list[Text] | None = None) -> None:
+        self._permanent += [Text.assemble((PREFIX, "bright_black"), " ", line), *(more or [])]
+
+    def _sum_up(self) -> None:
+        if self._summed_up or self._tally.started_at is None:
+            return
+        self._summed_up = True
+        head, *rest = self._tally.summary()
+        line = Text(head)
+        line.highlight_regex(r"\d+ failed", "bold red")
+        self._keep(line, [Text(text) for text in rest])
+        self._paint([], self._size())
+
+    def _paint_if_due(self) -> None:
+        now = self._tally.now
+        if self._summed_up or self._tally.started_at is None or now < self._next_painting:
+            return
+        self._next_painting = now + _INTERVAL
+        size = self._size()
+        if self._in_background():
+            self._painted = []
+            if self._permanent:
+                self._paint([], size)
+            return
+        lines = frame(self._tally, *size)
+        if self._permanent or lines != self._painted or size != self._painted_size:
+            self._paint(lines, size)
+
+    def _paint(self, lines: list[Text], size: Size) -> None:
+        """Replace what was painted last, in one write, so that no terminal shows a half of it."""
+        width, height = size
+        # A terminal that became narrower has broken the old lines into more rows than they were.
+        rows = sum(max(1, -(-line.cell_len // width)) for line in self._painted)
+        up = min(rows, height - 1)
+        text = f"\r\x1b[{up}A" if up else "\r"
+        if self._permanent or not lines:
+            text += "\x1b[J" + "".join(f"{self._render(line, size)}\n" for line in self._permanent)
+        text += "".join(f"{self._render(line, size)}\x1b[K\n" for line in lines)
+        self._output.write(text + "\x1b[J")
+        self._permanent = []
+        self._painted = lines
+        self._painted_size = size
+
+    def _render(self, line: Text, size: Size) -> str:
+        self._console.size = ConsoleDimensions(*size)
+        with self._console.capture() as capture:
+            self._console.print(line, soft_wrap=True, end="", highlight=False)
+        return capture.get()
+
+    def _terminal_size(self) -> Size:
+        try:
+            columns, rows = os.get_terminal_size(self._stream.fileno())
+        except (OSError, ValueError):
+            columns, rows = 0, 0
+        return (columns or 80, rows or 24)
+
+    def _in_background(self) -> bool:
+        try:
+            return os.tcgetpgrp(self._stream.fileno()) != os.getpgrp()
+        except (OSError, ValueError):
+            return False

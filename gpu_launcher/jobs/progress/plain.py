@@ -1,0 +1,113 @@
+"""A sweep as plain lines, one per event, for pipes, log files and continuous integration."""
+
+from __future__ import annotations
+
+from typing import TextIO
+
+from gpu_launcher.jobs.events import (
+    Event,
+    JobEnded,
+    JobStarted,
+    JobWaiting,
+    Notice,
+    Outcome,
+    Stopping,
+    SweepEnded,
+    SweepStarted,
+)
+from gpu_launcher.jobs.progress.output import Output
+from gpu_launcher.jobs.progress.tally import Tally, failure
+from gpu_launcher.jobs.progress.text import count, device_counts, device_names, duration, job_name, log_end, one_line
+from gpu_launcher.model import DeviceKind
+
+PREFIX = "[gpu_pool]"
+
+
+class PlainProgress:
+    """One line per event, each flushed at once. The lines are stable and meant to be searched.
+
+    Jobs that a stop kept from starting get no line of their own: the closing summary counts them.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._output = Output(stream)
+        self._tally = Tally()
+        self._last_wait: tuple[int, str] | None = None
+        self._summed_up = False
+
+    def handle(self, event: Event) -> None:
+        self._tally.take(event)
+        match event:
+            case SweepStarted():
+                self._say(opening(event))
+            case Notice():
+                self._say(one_line(event.text))
+            case JobWaiting():
+                self._waiting(event)
+            case JobStarted():
+                where = f" on {device_names(event.devices)}" if event.devices else ""
+                log = f", log: {one_line(event.log)}" if event.log else ""
+                self._say(f"{job_name(event.number, event.label)} started{where}{log}")
+            case JobEnded():
+                self._ended(event)
+            case Stopping():
+                self._say(stopping(event, event.running, event.grace))
+            case SweepEnded():
+                self._sum_up()
+
+    def tick(self, now: float) -> None:
+        self._tally.advance(now)
+
+    def close(self) -> None:
+        self._sum_up()
+
+    def _waiting(self, event: JobWaiting) -> None:
+        wait = (event.number, event.reason)
+        if wait != self._last_wait:
+            self._last_wait = wait
+            self._say(waits(event))
+
+    def _ended(self, event: JobEnded) -> None:
+        done = f" ({self._tally.done}/{self._tally.total} done)"
+        if event.outcome is Outcome.FAILED:
+            self._say(failure(event, done), *log_quote(event))
+        elif event.duration is not None:
+            name = job_name(event.number, event.label)
+            how = "completed in" if event.outcome is Outcome.COMPLETED else "cancelled after"
+            self._say(f"{name} {how} {duration(event.duration)}{done}")
+
+    def _sum_up(self) -> None:
+        if not self._summed_up and self._tally.started_at is not None:
+            self._summed_up = True
+            self._say(*self._tally.summary())
+
+    def _say(self, line: str, *more: str) -> None:
+        self._output.write("".join(f"{text}\n" for text in (f"{PREFIX} {line}", *more)))
+
+
+def opening(event: SweepStarted) -> str:
+    """`8 jobs on 4 GPUs (NVIDIA H100 80GB HBM3), at most 2 at a time`"""
+    names = {device.name for device in event.devices}
+    gpus = all(device.kind is DeviceKind.GPU for device in event.devices)
+    name = f" ({one_line(names.pop())})" if gpus and len(names) == 1 else ""
+    cap = f", at most {event.parallel} at a time" if event.parallel is not None else ""
+    return f"{count(event.total, 'job')} on {device_counts(event.devices)}{name}{cap}"
+
+
+def waits(event: JobWaiting) -> str:
+    return f"{job_name(event.number, event.label)} waits: {one_line(event.reason)}"
+
+
+def stopping(event: Stopping, running: int, seconds: float) -> str:
+    """`running` and `seconds` are what is left of the event's own: a live view counts both down."""
+    if running == 0:
+        return "stopping"
+    jobs = count(running, "job")
+    if event.forced:
+        return f"stopping: killing {jobs}"
+    return f"stopping: waiting up to {duration(seconds, tenths=False)} for {jobs} (Ctrl-C again to kill them)"
+
+
+def log_quote(event: JobEnded) -> list[str]:
+    """The end of a failed job's log, indented below its line."""
+    return [f"    | {line}".rstrip() for line in log_end(event.log)]

@@ -1,0 +1,148 @@
+"""What is known about a sweep so far: events go in, counts come out. Pure, and the same for every display."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from gpu_launcher.jobs.events import (
+    Event,
+    JobEnded,
+    JobStarted,
+    JobWaiting,
+    Outcome,
+    Stopping,
+    SweepEnded,
+    SweepStarted,
+)
+from gpu_launcher.jobs.progress.estimate import time_left
+from gpu_launcher.jobs.progress.text import count, duration, job_name, one_line
+from gpu_launcher.model import Device
+
+FAILURES_NAMED = 20
+"""How many failed jobs the closing summary names before it only counts."""
+
+
+@dataclass
+class Tally:
+    """The state of a sweep as its events tell it. Times are on the loop's clock."""
+
+    total: int = 0
+    devices: tuple[Device, ...] = ()
+    started_at: float | None = None
+    now: float = 0.0
+    running: dict[int, JobStarted] = field(default_factory=dict)
+    waits: JobWaiting | None = None
+    stopping: Stopping | None = None
+    over: bool = False
+    completed: int = 0
+    cancelled: int = 0
+    """Stopped by the user while they ran."""
+    not_run: int = 0
+    """Stopped by the user before they started."""
+    failures: list[JobEnded] = field(default_factory=list)
+    highest_number: int = 0
+    _durations: list[float] = field(default_factory=list)
+    _ran_together: deque[int] = field(default_factory=lambda: deque(maxlen=8))
+
+    @property
+    def failed(self) -> int:
+        return len(self.failures)
+
+    @property
+    def done(self) -> int:
+        return self.completed + self.failed + self.cancelled + self.not_run
+
+    @property
+    def waiting(self) -> int:
+        return max(0, self.total - self.done - len(self.running))
+
+    @property
+    def elapsed(self) -> float:
+        return 0.0 if self.started_at is None else max(0.0, self.now - self.started_at)
+
+    def advance(self, now: float) -> None:
+        self.now = max(self.now, now)
+
+    def take(self, event: Event) -> None:
+        self.advance(event.time)
+        match event:
+            case SweepStarted():
+                self.started_at = event.time
+                self.total = event.total
+                self.devices = event.devices
+                self.highest_number = max(0, event.total - 1)
+            case JobWaiting():
+                self.waits = event
+            case JobStarted():
+                self.running[event.number] = event
+                self._settle(event.number)
+            case JobEnded():
+                self._ran_together.append(len(self.running))
+                self.running.pop(event.number, None)
+                self._settle(event.number)
+                self._count(event)
+            case Stopping():
+                self.stopping = event
+                self.waits = None
+            case SweepEnded():
+                self.over = True
+
+    def _settle(self, number: int) -> None:
+        if self.waits is not None and self.waits.number == number:
+            self.waits = None
+        self.highest_number = max(self.highest_number, number)
+        # A sweeper that streams its jobs may not know their number in advance.
+        self.total = max(self.total, self.done + len(self.running))
+
+    def _count(self, ended: JobEnded) -> None:
+        if ended.outcome is Outcome.COMPLETED:
+            self.completed += 1
+            if ended.duration is not None:
+                self._durations.append(ended.duration)
+        elif ended.outcome is Outcome.FAILED:
+            # Not among the durations: a job that fails at once says nothing about how long the others take.
+            self.failures.append(ended)
+        elif ended.duration is None:
+            self.not_run += 1
+        else:
+            self.cancelled += 1
+        self.total = max(self.total, self.done + len(self.running))
+
+    def time_left(self) -> float | None:
+        """Seconds until the sweep is over, or None while nothing is known."""
+        together = max([*self._ran_together, len(self.running), 1])
+        running = [max(0.0, self.now - job.time) for job in self.running.values()]
+        return time_left(self._durations, running, self.waiting, together)
+
+    def summary(self) -> list[str]:
+        """The closing words: one line of counts, then each failed job with its cause and log."""
+        left = self.total - self.done
+        counts = [
+            f"{number} {word}"
+            for number, word in (
+                (self.completed, "completed"),
+                (self.failed, "failed"),
+                (self.cancelled, "cancelled"),
+                (self.not_run + (left if self.over else 0), "not run"),
+                (0 if self.over else left, "unfinished"),
+            )
+            if number
+        ]
+        head = f"{count(self.total, 'job')}: {', '.join(counts) or 'nothing to do'} in {duration(self.elapsed)}"
+        if self.stopping is not None:
+            finished = self.completed + self.failed
+            head += f" (stopped by {self.stopping.signal}: {finished} of {self.total} finished)"
+        lines = [head]
+        lines += [f"  {failure(ended)}" for ended in self.failures[:FAILURES_NAMED]]
+        if self.failed > FAILURES_NAMED:
+            lines.append(f"  ... and {self.failed - FAILURES_NAMED} more")
+        return lines
+
+
+def failure(ended: JobEnded, counts: str = "") -> str:
+    """`job 3 (lr=0.1) FAILED after 0.8 s: <cause>; log: <path>`, saying nothing that the cause says itself."""
+    after = "" if ended.duration is None else f" after {duration(ended.duration)}"
+    cause = one_line(ended.message or "no cause is known")
+    log = f"; log: {one_line(ended.log)}" if ended.log and ended.log not in cause else ""
+    return f"{job_name(ended.number, ended.label)} FAILED{after}{counts}: {cause}{log}"

@@ -1,0 +1,146 @@
+"""What the live view shows: a tally and a size go in, lines come out. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from gpu_launcher.jobs.progress.plain import stopping, waits
+from gpu_launcher.jobs.progress.text import duration, one_line, rough_duration
+from gpu_launcher.model import Device, DeviceKind
+
+if TYPE_CHECKING:
+    from gpu_launcher.jobs.events import JobStarted
+    from gpu_launcher.jobs.progress.tally import Tally
+
+WIDEST = 120
+"""Beyond this a duration stands too far from the job it belongs to."""
+MOST_ROWS = 24
+"""Rows of devices and jobs on a tall terminal: what is above the view should stay in sight."""
+NARROW = 60
+_TIME = 8
+"""Columns of a duration, see `text.duration`."""
+_GAP = "  "
+
+
+def frame(tally: Tally, width: int, height: int) -> list[Text]:
+    """At most `height - 1` lines, each narrower than `width`: the cursor rests on the line below them.
+
+    A line that touched the last column would leave the cursor in a place on which terminals differ.
+    """
+    width = min(width - 1, WIDEST)
+    lines = [_header(tally, width), _bar(tally, width)]
+    # Comes and goes, so it stands below what stays.
+    below = [] if tally.waits is None else [_fit(Text(waits(tally.waits), "yellow"), width)]
+    room = min(height - 2 - len(lines) - len(below), MOST_ROWS)
+    lines += _rows(tally, width, room)
+    lines += below
+    return lines[: max(1, height - 1)]
+
+
+def _header(tally: Tally, width: int) -> Text:
+    short = duration(tally.elapsed, tenths=False)
+    elapsed = f"{short:>{_TIME}}"
+    if tally.stopping is not None:
+        left = max(0.0, tally.stopping.grace - (tally.now - tally.stopping.time))
+        text = Text(stopping(tally.stopping, len(tally.running), left), "bold yellow")
+        return _spread(text, Text(elapsed), width)
+    parts = [(f"{tally.done}/{tally.total} done", "bold")]
+    if tally.failed:
+        parts.append((f"{tally.failed} failed", "bold red"))
+    parts.append((f"{len(tally.running)} running", ""))
+    if tally.waiting:
+        parts.append((f"{tally.waiting} waiting", ""))
+    seconds = tally.time_left()
+    estimate = "" if seconds is None else f"{rough_duration(seconds)} left"
+    # What does not fit goes, the least important first.
+    every = len(parts)
+    for shown, right in ((every, estimate + elapsed), (every, short), (every - 1, short), (1, short)):
+        text = Text(_GAP).join(Text(part, style) for part, style in parts[:shown])
+        if text.cell_len + len(_GAP) + len(right) <= width:
+            return _spread(text, Text(right), width)
+    return _fit(text, width)
+
+
+def _bar(tally: Tally, width: int) -> Text:
+    good = tally.completed
+    ends = [good, good + tally.failed, tally.done]
+    cells = [width * end // max(1, tally.total) for end in ends]
+    if tally.failed and cells[1] == cells[0] and width > 1:  # one failure among thousands is seen all the same
+        cells[0] = max(0, cells[0] - 1)
+        cells[1:] = [max(cell, cells[0] + 1) for cell in cells[1:]]
+    bar = Text("━" * cells[0], "green")
+    bar.append("━" * (cells[1] - cells[0]), "red")
+    bar.append("━" * (cells[2] - cells[1]), "yellow")
+    bar.append("─" * (width - cells[2]), "bright_black")
+    return bar
+
+
+def _rows(tally: Tally, width: int, room: int) -> list[Text]:
+    """One row per device, in the order of the pool, then one per job without devices.
+
+    Where they do not fit, the first ones keep their places and a last line counts the rest, so that nothing moves.
+    """
+    by_device = {device.uuid: job for job in tally.running.values() for device in job.devices}
+    held = None if tally.waits is None else {device.uuid for device in tally.waits.held_by_others}
+    names = [_label(device, width) for device in tally.devices]
+    columns = (max(map(len, names), default=0), len(f"#{tally.highest_number}"))
+    rows: list[tuple[JobStarted | None, Text]] = []
+    for device, name in zip(tally.devices, names, strict=True):
+        job = by_device.get(device.uuid)
+        if job is not None:
+            rows.append((job, _job_row(name, job, tally.now, columns, width)))
+            continue
+        # Without knowing which, those that are not ours are what the job at the head waits for.
+        others = held is not None and (device.uuid in held or not held)
+        state = "held by others" if others else "idle"
+        rows.append((None, _fit(Text(f"{name:<{columns[0]}}{_GAP}{state}", "bright_black"), width)))
+    for job in tally.running.values():
+        if not job.devices:
+            rows.append((job, _job_row("no device" if columns[0] >= 9 else "-", job, tally.now, columns, width)))
+    if len(rows) <= room:
+        return [row for _, row in rows]
+    shown = [row for _, row in rows[: max(0, room - 1)]]
+    hidden = [job for job, _ in rows[max(0, room - 1) :]]
+    return [*shown, _rest(hidden, tally.now, width)]
+
+
+def _label(device: Device, width: int) -> str:
+    if width >= NARROW:
+        return device.label
+    short = {DeviceKind.GPU: "GPU", DeviceKind.SIMULATED: "sim", DeviceKind.CPU: "CPU"}
+    return f"{short[device.kind]} {device.index}"
+
+
+def _job_row(name: str, job: JobStarted, now: float, columns: tuple[int, int], width: int) -> Text:
+    number = f"#{job.number}"
+    row = Text(f"{name:<{columns[0]}}{_GAP}")
+    row.append(f"{number:>{columns[1]}}", "cyan")
+    row.append(f"{_GAP}{one_line(job.label)}")
+    return _spread(row, Text(f"{duration(now - job.time, tenths=False):>{_TIME}}"), width)
+
+
+def _rest(hidden: list[JobStarted | None], now: float, width: int) -> Text:
+    running = {job.number: job for job in hidden if job is not None}
+    free = sum(job is None for job in hidden)
+    parts = [f"{len(running)} running"] if running else []
+    parts += [f"{free} idle"] if free else []
+    text = f"and {len(hidden)} more: {', '.join(parts)}"
+    if running:
+        oldest = min(running.values(), key=lambda job: job.time)
+        text += f" (longest: #{oldest.number}, {duration(now - oldest.time, tenths=False)})"
+    return _fit(Text(text, "bright_black"), width)
+
+
+def _spread(left: Text, right: Text, width: int) -> Text:
+    """`left` and `right` at the two ends of a line; of `left`, what fits."""
+    line = _fit(left, max(0, width - right.cell_len - 1), pad=True)
+    line.append(" ")
+    line.append_text(right)
+    return _fit(line, width)
+
+
+def _fit(text: Text, width: int, *, pad: bool = False) -> Text:
+    text.truncate(max(0, width), overflow="ellipsis", pad=pad)
+    return text
