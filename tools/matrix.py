@@ -1,0 +1,255 @@
+"""Run the tests against the installed package in several environments. `make matrix` calls this.
+
+Each environment lives in `.matrix/<name>/` and is kept: a second run reinstalls only gpu-launcher itself,
+unless what it depends on has changed. The tests run in a copy of the tree that lacks the packages, so that what
+is tested is what was installed. A Python that this machine lacks is reported and skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+TREE = Path(__file__).resolve().parents[1]
+MATRIX = TREE / ".matrix"
+DIST = MATRIX / "dist"
+
+
+@dataclass(frozen=True)
+class Environment:
+    python: str
+    hydra: str
+    optuna: str
+    artifact: Literal["tree", "sdist", "wheel"]
+    """What is installed: the tree itself (not editable), or what `python -m build` made of it."""
+    slow: bool = False
+    """Whether the tests marked slow run here too; one environment is enough for them."""
+
+    @property
+    def name(self) -> str:
+        return f"py{self.python}-hydra{self.hydra}-optuna{self.optuna}-{self.artifact}"
+
+
+# The oldest and the newest of everything we support, each at least once.
+ENVIRONMENTS = (
+    Environment("3.10", hydra="1.3.2", optuna="4.8.0", artifact="tree"),
+    Environment("3.11", hydra="1.3.8", optuna="5.0.0", artifact="wheel", slow=True),
+    Environment("3.12", hydra="1.4.0rc3", optuna="4.9.0", artifact="sdist"),
+    Environment("3.13", hydra="1.4.0rc3", optuna="5.0.0", artifact="tree"),
+)
+
+# What the tests read, apart from the packages.
+COPIED = ("tests", "examples", "benchmarks", "docs", "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml")
+NOT_COPIED = shutil.ignore_patterns("__pycache__", "outputs", "multirun")
+
+TEST_LIMIT = 15 * 60  # seconds; far more than the tests need
+
+CHECK_INSTALLED = """
+import importlib.metadata as metadata, pathlib, sys
+import gpu_launcher, hydra_plugins.gpu_pool_launcher as plugin
+prefix, hydra, optuna = sys.argv[1:]
+for module in (gpu_launcher, plugin):
+    assert pathlib.Path(module.__file__).is_relative_to(prefix), f"{module.__file__} is not in {prefix}"
+assert metadata.version("hydra-core") == hydra and metadata.version("optuna") == optuna
+"""
+
+
+class StepFailed(Exception):
+    """A step of an environment failed; its output is in the environment's log."""
+
+
+@dataclass
+class Report:
+    environment: Environment
+    outcome: Literal["passed", "FAILED", "skipped"]
+    detail: str
+    setup: float = 0.0
+    tests: float = 0.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run the tests against installed packages.")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="NAME",
+        help="only environments whose name begins so, such as py3.13 (may be repeated)",
+    )
+    parser.add_argument("--fresh", action="store_true", help="make the environments anew")
+    parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")
+    options = parser.parse_args()
+
+    chosen = [e for e in ENVIRONMENTS if not options.only or any(e.name.startswith(o) for o in options.only)]
+    if not chosen:
+        parser.error(f"no environment is called so; there are {', '.join(e.name for e in ENVIRONMENTS)}")
+    MATRIX.mkdir(exist_ok=True)
+    build()
+    reports = []
+    for environment in chosen:
+        report = run(environment, options.fresh, options.pytest)
+        reports.append(report)
+        print(f"{report.outcome}: {report.detail}", flush=True)
+    summarize(reports)
+    return 0 if all(r.outcome != "FAILED" for r in reports) and any(r.outcome == "passed" for r in reports) else 1
+
+
+def build() -> None:
+    """Make the sdist, and the wheel from the sdist."""
+    shutil.rmtree(DIST, ignore_errors=True)
+    log = MATRIX / "build.log"
+    print("building sdist and wheel", flush=True)
+    with log.open("w") as output:
+        command = [sys.executable, "-m", "build", "--outdir", str(DIST), str(TREE)]
+        if subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode != 0:
+            sys.exit(f"{tail(log)}\nthe package cannot be built; see {log}")
+
+
+def run(environment: Environment, fresh: bool, pytest_arguments: Sequence[str]) -> Report:
+    print(f"\n== {environment.name}", flush=True)
+    python = find_python(environment.python)
+    if python is None:
+        return Report(environment, "skipped", f"no Python {environment.python} on this machine")
+
+    home = MATRIX / environment.name
+    log = MATRIX / f"{environment.name}.log"
+    report = Report(environment, "FAILED", "")
+    start = time.monotonic()
+    with log.open("w") as output:
+        try:
+            install(environment, home, python, fresh, output)
+            report.setup = time.monotonic() - start
+            test(environment, home, pytest_arguments, output)
+            report.outcome = "passed"
+            report.detail = last_line(log)
+        except StepFailed as failure:
+            print(tail(log), flush=True)
+            report.detail = f"{failure}; see {log.relative_to(TREE)}"
+    if report.setup:
+        report.tests = time.monotonic() - start - report.setup
+    return report
+
+
+def find_python(version: str) -> str | None:
+    """A Python of this version (such as 3.12) that can make virtual environments, or None."""
+    probe = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
+    for candidate in python_candidates(version):
+        # What is found need not work: pyenv's shims exist for versions that are not selected.
+        with suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run([candidate, "-c", probe], capture_output=True, text=True, timeout=60, check=False)
+            if done.returncode == 0 and done.stdout.strip() == version:
+                return candidate
+    return None
+
+
+def python_candidates(version: str) -> Iterator[str]:
+    yield sys.executable
+    if found := shutil.which(f"python{version}"):
+        yield found
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    yield from map(str, sorted(pyenv.glob(f"versions/{version}.*/bin/python"), reverse=True))
+    if uv := shutil.which("uv"):
+        done = subprocess.run([uv, "python", "find", version], capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            yield done.stdout.strip()
+
+
+def install(environment: Environment, home: Path, python: str, fresh: bool, output: IO[str]) -> None:
+    pins = [f"hydra-core=={environment.hydra}", f"optuna=={environment.optuna}"]
+    artifact = {
+        "tree": lambda: TREE,
+        "sdist": lambda: only(DIST, "*.tar.gz"),
+        "wheel": lambda: only(DIST, "*.whl"),
+    }[environment.artifact]()
+    stamp = home / ".dependencies"
+    wanted = f"{python}\n{home}\n{pins}\n{(TREE / 'pyproject.toml').read_text()}"
+    pip = [str(home / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+
+    if not fresh and stamp.is_file() and stamp.read_text() == wanted:
+        step("install", [*pip, "--no-deps", "--force-reinstall", str(artifact)], output)
+    else:
+        step("venv", [python, "-m", "venv", "--clear", str(home)], output)
+        step("install", [*pip, f"{artifact}[test]", *pins], output)
+        stamp.write_text(wanted)
+
+
+def test(environment: Environment, home: Path, pytest_arguments: Sequence[str], output: IO[str]) -> None:
+    copy = home / "tree"
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir()
+    for name in COPIED:
+        if (TREE / name).is_dir():
+            shutil.copytree(TREE / name, copy / name, ignore=NOT_COPIED)
+        elif (TREE / name).is_file():
+            shutil.copy(TREE / name, copy / name)
+
+    binaries = home / "bin"
+    check = [str(binaries / "python"), "-c", CHECK_INSTALLED]
+    step("installed", [*check, str(home), environment.hydra, environment.optuna], output, cwd=copy)
+    markers = [] if environment.slow else ["-m", "not slow"]
+    command = [str(binaries / "python"), "-m", "pytest", *markers, *pytest_arguments]
+    step("tests", command, output, cwd=copy, limit=TEST_LIMIT)
+
+
+def step(name: str, command: Sequence[str], output: IO[str], cwd: Path = TREE, limit: float | None = None) -> None:
+    """Run one command with its output in the log; raise StepFailed if it fails or takes `limit` seconds."""
+    output.write(f"$ {' '.join(command)}\n")
+    output.flush()
+    environment = {**os.environ, "GPU_LAUNCHER_DIST": str(DIST)}
+    environment.pop("PYTHONPATH", None)
+    process = subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        if process.wait(limit) != 0:
+            raise StepFailed(f"{name} exited with {process.returncode}")
+    except subprocess.TimeoutExpired:
+        raise StepFailed(f"{name} took longer than {limit} s") from None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def only(directory: Path, pattern: str) -> Path:
+    (path,) = directory.glob(pattern)
+    return path
+
+
+def tail(log: Path, lines: int = 60) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def last_line(log: Path) -> str:
+    return tail(log, 1).strip("= ")
+
+
+def summarize(reports: Sequence[Report]) -> None:
+    width = max(len(r.environment.name) for r in reports)
+    print(f"\n{'environment':{width}}  outcome  set-up  tests")
+    for r in reports:
+        print(
+            f"{r.environment.name:{width}}  {r.outcome:7}  {r.setup:4.0f} s  {r.tests:3.0f} s  {r.detail}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
