@@ -1,0 +1,327 @@
+"""Who may import what, held by reading the imports. The tables are the architecture; docs/architecture.md says why."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+TREE = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(
+    not (TREE / "gpu_launcher").is_dir(), reason="needs the source tree; only the tests are here"
+)
+
+# Arrows run one way: a layer may import itself and the layers before its own. Those on one line are siblings and
+# do not import each other.
+LAYERS = (
+    {"gpu_launcher.errors", "gpu_launcher.model"},
+    {"gpu_launcher.devices", "gpu_launcher.leases", "gpu_launcher.processes"},
+    {"gpu_launcher.jobs"},
+    {"gpu_launcher.studies", "gpu_launcher.executors"},
+    {"gpu_launcher.cli", "hydra_plugins"},
+)
+# The first layer is the vocabulary: the only one in which siblings may meet.
+VOCABULARY = LAYERS[0]
+
+# Where a library may be imported. A pattern is matched against the file's path in the tree, from its start.
+ONLY_IN = {
+    "hydra": ("hydra_plugins/*/*.py",),
+    "omegaconf": ("hydra_plugins/*/*.py",),
+    "optuna": ("gpu_launcher/studies/**/*.py", "hydra_plugins/*_sweeper/_*.py"),
+    "pynvml": ("gpu_launcher/devices/nvml.py",),
+    "sqlalchemy": ("gpu_launcher/studies/**/*.py",),
+    "rich": ("gpu_launcher/jobs/progress.py", "gpu_launcher/jobs/progress/**/*.py", "gpu_launcher/cli/**/*.py"),
+    "typer": ("gpu_launcher/cli/**/*.py",),
+}
+# Of these libraries, one file at most may know, wherever it lies.
+IN_ONE_FILE = ("pynvml", "sqlalchemy")
+
+# What only tests may import: test libraries, and the twin that ships for them. Doubles of other libraries lie in
+# tests/*_double.
+TEST_ONLY = (
+    "pytest",
+    "hypothesis",
+    "unittest",
+    "tests",
+    "conftest",
+    "hydra.test_utils",
+    "gpu_launcher.leases.memory",
+)
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement: `module` is imported by `file`, and so is `name` from it, if there is one."""
+
+    file: str
+    line: int
+    module: str
+    name: str | None
+    at_start: bool
+    """Whether it runs when the file is imported: neither in a function nor for type checkers only."""
+
+    @property
+    def target(self) -> str:
+        """The longest name that may be a module: `from gpu_launcher import errors` is `gpu_launcher.errors`."""
+        return f"{self.module}.{self.name}" if self.name else self.module
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} imports {self.target}"
+
+
+def imports_in(tree: Path) -> list[Import]:
+    """All imports of the packages in `tree`, the relative ones made absolute."""
+    return [
+        found
+        for package in ("gpu_launcher", "hydra_plugins")
+        for path in sorted((tree / package).rglob("*.py"))
+        for found in imports_of(path, tree)
+    ]
+
+
+def imports_of(path: Path, tree: Path) -> Iterator[Import]:
+    file = path.relative_to(tree).as_posix()
+    package = path.relative_to(tree).parent.parts
+
+    def visit(node: ast.AST, at_start: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield Import(file, node.lineno, name.name, None, at_start)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*above, *([node.module] if node.module else [])))
+            for name in node.names:
+                yield Import(file, node.lineno, module, name.name, at_start)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            for child in node.body:
+                yield from visit(child, False)
+            for child in node.orelse:
+                yield from visit(child, at_start)
+        else:
+            in_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            for child in ast.iter_child_nodes(node):
+                yield from visit(child, at_start and not in_function)
+
+    yield from visit(ast.parse(path.read_text(), str(path)), True)
+
+
+def within(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
+def part_of(name: str) -> str | None:
+    """The part of the house that a dotted name belongs to; None for `gpu_launcher` itself and for foreign modules."""
+    return next((part for layer in LAYERS for part in layer if within(name, part)), None)
+
+
+def layer_of(part: str) -> int:
+    return next(number for number, layer in enumerate(LAYERS) if part in layer)
+
+
+def dotted(file: str) -> str:
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def against_the_arrows(tree: Path) -> list[str]:
+    wrong = []
+    for found in imports_in(tree):
+        importer, imported = part_of(dotted(found.file)), part_of(found.target)
+        if importer is None or imported is None or importer == imported:
+            continue
+        if layer_of(imported) > layer_of(importer):
+            wrong.append(f"{found}: against the arrows")
+        elif layer_of(imported) == layer_of(importer) and imported not in VOCABULARY:
+            wrong.append(f"{found}: siblings do not import each other")
+    return wrong
+
+
+def outside_the_house(tree: Path) -> list[str]:
+    """Modules that no layer contains. gpu_launcher/__init__.py is the house's door and belongs to none."""
+    files = [p.relative_to(tree).as_posix() for p in (tree / "gpu_launcher").rglob("*.py")]
+    return [file for file in files if file != "gpu_launcher/__init__.py" and part_of(dotted(file)) is None]
+
+
+def through_the_door(tree: Path) -> list[str]:
+    """Imports of the public names from inside, which run in a circle."""
+    return [
+        str(found)
+        for found in imports_in(tree)
+        if within(found.module, "gpu_launcher")
+        and part_of(found.target) is None
+        and found.file.startswith("gpu_launcher/")
+        and found.file != "gpu_launcher/__init__.py"
+    ]
+
+
+def misplaced_libraries(tree: Path) -> list[str]:
+    return [
+        f"{found}: only {' or '.join(patterns)} may"
+        for library, patterns in ONLY_IN.items()
+        for found in imports_in(tree)
+        if within(found.module, library) and not any(matches(found.file, pattern) for pattern in patterns)
+    ]
+
+
+def matches(file: str, pattern: str) -> bool:
+    """Path.match from the start, with `**/` for any number of folders."""
+    head, found, rest = pattern.partition("**/")
+    if not found:
+        return len(Path(file).parts) == len(Path(pattern).parts) and Path(file).match(pattern)
+    return file.startswith(head) and Path(file).match(rest)
+
+
+def scattered_libraries(tree: Path) -> list[str]:
+    wrong = []
+    for library in IN_ONE_FILE:
+        files = sorted({found.file for found in imports_in(tree) if within(found.module, library)})
+        if len(files) > 1:
+            wrong.append(f"{library} is imported in {len(files)} files: {', '.join(files)}")
+    return wrong
+
+
+def slow_starts(tree: Path) -> list[str]:
+    """Hydra imports these modules at the start of every program, so they may import only what Hydra has imported."""
+    return [
+        f"{found}: at every start of every Hydra program"
+        for found in imports_in(tree)
+        if found.at_start
+        and found.file.startswith("hydra_plugins/")
+        and not hidden_from_hydra(found.file)
+        and (
+            within(found.module, "gpu_launcher")
+            or any(part.startswith("_") and part != "__future__" for part in found.target.split("."))
+        )
+    ]
+
+
+def hidden_from_hydra(file: str) -> bool:
+    return any(part.startswith("_") and part != "__init__.py" for part in file.split("/"))
+
+
+def imports_for_tests(tree: Path) -> list[str]:
+    return [
+        f"{found}: belongs to tests"
+        for found in imports_in(tree)
+        if any(within(found.target, name) for name in TEST_ONLY) or "_double" in found.target
+    ]
+
+
+def test_arrows_run_one_way_and_siblings_do_not_import_each_other() -> None:
+    assert against_the_arrows(TREE) == []
+
+
+def test_every_module_belongs_to_a_layer() -> None:
+    assert outside_the_house(TREE) == []
+
+
+def test_nothing_inside_imports_the_public_names() -> None:
+    assert through_the_door(TREE) == []
+
+
+def test_libraries_are_imported_only_where_they_belong() -> None:
+    assert misplaced_libraries(TREE) == []
+
+
+def test_pynvml_and_sqlalchemy_are_each_known_to_one_file() -> None:
+    assert scattered_libraries(TREE) == []
+
+
+def test_what_hydra_imports_at_every_start_does_not_import_gpu_launcher() -> None:
+    assert slow_starts(TREE) == []
+
+
+def test_packages_import_no_test_double() -> None:
+    assert imports_for_tests(TREE) == []
+
+
+def test_hydra_plugins_is_a_namespace_that_other_plugins_can_share() -> None:
+    assert not (TREE / "hydra_plugins" / "__init__.py").exists()
+
+
+def test_each_plugin_is_a_package_that_hydra_1_3_finds() -> None:
+    plugins = [p for p in (TREE / "hydra_plugins").iterdir() if p.is_dir() and p.name != "__pycache__"]
+    assert plugins
+    assert [p.name for p in plugins if not (p / "__init__.py").is_file()] == []
+
+
+Check = Callable[[Path], list[str]]
+
+
+@pytest.mark.parametrize(
+    ("check", "file", "code"),
+    [
+        (against_the_arrows, "gpu_launcher/model.py", "from gpu_launcher.leases import ledger"),
+        (against_the_arrows, "gpu_launcher/errors.py", "import gpu_launcher.cli"),
+        (against_the_arrows, "gpu_launcher/jobs/loop.py", "def later():\n    from ..cli import main"),
+        (against_the_arrows, "gpu_launcher/jobs/loop.py", "from gpu_launcher import studies"),
+        (against_the_arrows, "gpu_launcher/leases/ledger.py", "from ..devices.nvml import Probe"),
+        (against_the_arrows, "gpu_launcher/devices/__init__.py", "from .. import processes"),
+        (against_the_arrows, "gpu_launcher/cli/main.py", "import hydra_plugins.gpu_pool_launcher._launch"),
+        (outside_the_house, "gpu_launcher/helpers.py", ""),
+        (through_the_door, "gpu_launcher/jobs/loop.py", "from gpu_launcher import current_trial"),
+        (misplaced_libraries, "gpu_launcher/jobs/loop.py", "from hydra.core.utils import JobReturn"),
+        (misplaced_libraries, "gpu_launcher/studies/storage.py", "def f():\n    import omegaconf"),
+        (misplaced_libraries, "hydra_plugins/optuna_async_sweeper/config.py", "import optuna"),
+        (misplaced_libraries, "hydra_plugins/gpu_pool_launcher/_launch.py", "from optuna import Trial"),
+        (misplaced_libraries, "gpu_launcher/devices/simulated.py", "import pynvml"),
+        (misplaced_libraries, "gpu_launcher/jobs/loop.py", "from rich.live import Live"),
+        (scattered_libraries, "gpu_launcher/studies/b.py", "import sqlalchemy.event"),
+        (slow_starts, "hydra_plugins/gpu_pool_launcher/launcher.py", "from gpu_launcher.model import Device"),
+        (slow_starts, "hydra_plugins/gpu_pool_launcher/__init__.py", "if True:\n    import gpu_launcher"),
+        (slow_starts, "hydra_plugins/gpu_pool_launcher/config.py", "from ._launch import launch"),
+        (slow_starts, "hydra_plugins/gpu_pool_launcher/config.py", "from . import _launch"),
+        (imports_for_tests, "gpu_launcher/devices/nvml.py", "from tests.nvml_double import pynvml"),
+        (imports_for_tests, "gpu_launcher/leases/ledger.py", "from unittest import mock"),
+        (imports_for_tests, "gpu_launcher/jobs/machine.py", "from gpu_launcher.leases.memory import Ledger"),
+    ],
+)
+def test_the_checks_see_a_violation(tmp_path: Path, check: Check, file: str, code: str) -> None:
+    plant(tmp_path, "gpu_launcher/studies/a.py", "import sqlalchemy")
+    assert check(tmp_path) == []
+    plant(tmp_path, file, code)
+    (message,) = check(tmp_path)
+    assert file in message
+
+
+@pytest.mark.parametrize(
+    ("file", "code"),
+    [
+        ("gpu_launcher/errors.py", "from gpu_launcher.model import Device"),
+        ("gpu_launcher/__init__.py", "from gpu_launcher.jobs.loop import run"),
+        ("gpu_launcher/jobs/progress/live.py", "from rich.live import Live\nfrom ..events import Event"),
+        ("gpu_launcher/cli/main.py", "import typer, rich.table\nfrom gpu_launcher.executors.local import Local"),
+        ("gpu_launcher/studies/deep/er.py", "import optuna.storages"),
+        ("gpu_launcher/devices/nvml.py", "def probe():\n    import pynvml"),
+        ("hydra_plugins/optuna_async_sweeper/_sweep.py", "import optuna, gpu_launcher.jobs.loop"),
+        (
+            "hydra_plugins/gpu_pool_launcher/launcher.py",
+            "from __future__ import annotations\n"
+            "from typing import TYPE_CHECKING\n"
+            "from hydra.plugins.launcher import Launcher\n"
+            "if TYPE_CHECKING:\n    import gpu_launcher\n"
+            "def launch():\n    from ._launch import launch",
+        ),
+        ("hydra_plugins/gpu_pool_launcher/_launch.py", "from gpu_launcher.jobs import loop"),
+    ],
+)
+def test_the_checks_let_pass_what_is_right(tmp_path: Path, file: str, code: str) -> None:
+    plant(tmp_path, file, code)
+    checks: tuple[Check, ...] = (
+        against_the_arrows,
+        outside_the_house,
+        through_the_door,
+        misplaced_libraries,
+        scattered_libraries,
+        slow_starts,
+        imports_for_tests,
+    )
+    assert [message for check in checks for message in check(tmp_path)] == []
+
+
+def plant(tree: Path, file: str, code: str) -> None:
+    (tree / file).parent.mkdir(parents=True, exist_ok=True)
+    (tree / file).write_text(code + "\n")
