@@ -1,0 +1,177 @@
+"""The ledger's twin in memory, for simulations: several objects in one process stand for several processes.
+
+A lease is the writing end of a pipe: alive as long as any copy of that descriptor is, as with a real one, which the
+pool sees as a hang-up at its reading end. So fakes pass descriptors on and close them as the real things do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from gpu_launcher.leases.ledger import Lease, LeaseView, PoolView, Ticket, TicketView, validated
+from gpu_launcher.leases.policy import LeaseState, Snapshot, TicketState, decide
+
+if TYPE_CHECKING:
+    from gpu_launcher.model import Device, Owner, Request
+
+
+class MemoryPool:
+    """What the `MemoryLedger`s of one pool share. Call `close` at the end."""
+
+    def __init__(self) -> None:
+        self._tickets: dict[str, TicketView] = {}
+        self._leases: dict[str, tuple[LeaseView, int]] = {}
+        self._ledgers: list[MemoryLedger] = []
+
+    def close(self) -> None:
+        """Close all ledgers, and forget all leases."""
+        for ledger in list(self._ledgers):
+            ledger.close()
+        for _, reader in self._leases.values():
+            os.close(reader)
+        self._leases.clear()
+
+
+class MemoryLedger:
+    """A `Ledger` on a `MemoryPool`. `close_in_child` is what the death of its process would do."""
+
+    poll_interval = 0.25
+
+    def __init__(self, pool: MemoryPool, *, wall_clock: Callable[[], float] = time.time) -> None:
+        self._pool = pool
+        self._wall_clock = wall_clock
+        self._tickets: dict[str, Ticket] = {}
+        self._leases: dict[str, Lease] = {}
+        self._closed = False
+        self._epoll = select.epoll()
+        self._bell, self._ringer = os.pipe()
+        os.set_blocking(self._bell, False)
+        os.set_blocking(self._ringer, False)
+        self._epoll.register(self._bell, select.EPOLLIN)
+        for _, reader in pool._leases.values():
+            self._watch(reader)
+        pool._ledgers.append(self)
+
+    def enqueue(self, request: Request, candidates: Sequence[Device], owner: Owner) -> Ticket:
+        self._check_open()
+        uuids = validated(request, candidates)
+        sequence = max((view.sequence for view in self._pool._tickets.values()), default=0) + 1
+        ticket = Ticket(uuid.uuid4().hex, sequence, uuids, request.gpus)
+        self._tickets[ticket.id] = ticket
+        self._pool._tickets[ticket.id] = TicketView(
+            id=ticket.id,
+            sequence=sequence,
+            candidates=uuids,
+            count=request.gpus,
+            owner=owner,
+            since=self._wall_clock(),
+        )
+        return ticket
+
+    def claim(self, ticket: Ticket) -> Lease | None:
+        self._check_open()
+        if ticket.id not in self._tickets:
+            raise ValueError(f"ticket {ticket.id} is not waiting in this ledger")
+        self._bury()
+        snapshot = Snapshot(
+            leases=tuple(LeaseState(view.id, view.uuids) for view, _ in self._pool._leases.values()),
+            tickets=tuple(
+                TicketState(view.sequence, view.id, view.candidates, view.count)
+                for view in self._pool._tickets.values()
+            ),
+        )
+        uuids = decide(snapshot).get(ticket.id)
+        if uuids is None:
+            return None
+        reader, writer = os.pipe()
+        lease = Lease(uuid.uuid4().hex, uuids, writer)
+        owner = self._pool._tickets[ticket.id].owner
+        self._leases[lease.id] = lease
+        self._pool._leases[lease.id] = LeaseView(lease.id, uuids, owner, self._wall_clock()), reader
+        for ledger in self._pool._ledgers:
+            ledger._watch(reader)
+        self.cancel(ticket)
+        return lease
+
+    def cancel(self, ticket: Ticket) -> None:
+        self._check_open()
+        if self._tickets.pop(ticket.id, None):
+            del self._pool._tickets[ticket.id]
+            self._ring()
+
+    def release(self, lease: Lease) -> None:
+        self._check_open()
+        if self._leases.pop(lease.id, None):
+            os.close(lease.detach())
+
+    def snapshot(self) -> PoolView:
+        self._check_open()
+        self._bury()
+        tickets = sorted(self._pool._tickets.values(), key=lambda view: (view.sequence, view.id))
+        leases = sorted((view for view, _ in self._pool._leases.values()), key=lambda view: view.since or 0.0)
+        return PoolView(tickets=tuple(replace(view) for view in tickets), leases=tuple(leases), stale=0)
+
+    def fileno(self) -> int | None:
+        return self._epoll.fileno()
+
+    def drain(self) -> None:
+        self._check_open()
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._bell, 4096):
+                pass
+        self._epoll.poll(0)
+
+    def close(self) -> None:
+        self.close_in_child()
+
+    def close_in_child(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._pool._ledgers.remove(self)
+        for id in self._tickets:
+            del self._pool._tickets[id]
+        self._ring()
+        for lease in self._leases.values():
+            os.close(lease.detach())
+        self._tickets.clear()
+        self._leases.clear()
+        self._epoll.close()
+        os.close(self._bell)
+        os.close(self._ringer)
+
+    def __enter__(self) -> MemoryLedger:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("this ledger is closed")
+
+    def _watch(self, reader: int) -> None:
+        """Hang-ups are reported whatever the mask is (epoll_ctl(2)), and only once because of EPOLLET."""
+        self._epoll.register(reader, select.EPOLLHUP | select.EPOLLET)
+
+    def _ring(self) -> None:
+        for ledger in self._pool._ledgers:
+            if ledger is not self:
+                with contextlib.suppress(BlockingIOError):
+                    os.write(ledger._ringer, b"!")
+
+    def _bury(self) -> None:
+        """Forget the leases whose last descriptor is closed."""
+        for id, (_, reader) in list(self._pool._leases.items()):
+            poll = select.poll()
+            poll.register(reader, 0)
+            if poll.poll(0):
+                del self._pool._leases[id]
+                os.close(reader)
