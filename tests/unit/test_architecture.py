@@ -40,17 +40,10 @@ ONLY_IN = {
 # Of these libraries, one file at most may know, wherever it lies.
 IN_ONE_FILE = ("pynvml", "sqlalchemy")
 
-# What only tests may import: test libraries, and the twin that ships for them. Doubles of other libraries lie in
-# tests/*_double.
-TEST_ONLY = (
-    "pytest",
-    "hypothesis",
-    "unittest",
-    "tests",
-    "conftest",
-    "hydra.test_utils",
-    "gpu_launcher.leases.memory",
-)
+# What only tests may import. Doubles of other libraries lie in tests/*_double.
+TEST_ONLY = ("pytest", "hypothesis", "unittest", "tests", "conftest", "hydra.test_utils")
+# Twins that ship for tests: the package they belong to may export them, and no other may use them.
+TWINS = {"gpu_launcher/leases/": ("gpu_launcher.leases.memory", "gpu_launcher.leases.MemoryLedger")}
 
 
 @dataclass(frozen=True)
@@ -203,11 +196,19 @@ def hidden_from_hydra(file: str) -> bool:
 
 
 def imports_for_tests(tree: Path) -> list[str]:
-    return [
-        f"{found}: belongs to tests"
-        for found in imports_in(tree)
-        if any(within(found.target, name) for name in TEST_ONLY) or "_double" in found.target
-    ]
+    return [f"{found}: belongs to tests" for found in imports_in(tree) if for_tests(found)]
+
+
+def for_tests(found: Import) -> bool:
+    return (
+        any(within(found.target, name) for name in TEST_ONLY)
+        or "_double" in found.target
+        or any(
+            within(found.target, twin) and not found.file.startswith(home)
+            for home, twins in TWINS.items()
+            for twin in twins
+        )
+    )
 
 
 def test_arrows_run_one_way_and_siblings_do_not_import_each_other() -> None:
@@ -276,7 +277,8 @@ Check = Callable[[Path], list[str]]
         (slow_starts, "hydra_plugins/gpu_pool_launcher/config.py", "from . import _launch"),
         (imports_for_tests, "gpu_launcher/devices/nvml.py", "from tests.nvml_double import pynvml"),
         (imports_for_tests, "gpu_launcher/leases/ledger.py", "from unittest import mock"),
-        (imports_for_tests, "gpu_launcher/jobs/machine.py", "from gpu_launcher.leases.memory import Ledger"),
+        (imports_for_tests, "gpu_launcher/jobs/machine.py", "from gpu_launcher.leases.memory import MemoryLedger"),
+        (imports_for_tests, "gpu_launcher/jobs/machine.py", "from gpu_launcher.leases import MemoryLedger"),
     ],
 )
 def test_the_checks_see_a_violation(tmp_path: Path, check: Check, file: str, code: str) -> None:
@@ -291,6 +293,7 @@ def test_the_checks_see_a_violation(tmp_path: Path, check: Check, file: str, cod
     ("file", "code"),
     [
         ("gpu_launcher/errors.py", "from gpu_launcher.model import Device"),
+        ("gpu_launcher/leases/__init__.py", "from gpu_launcher.leases.memory import MemoryLedger"),
         ("gpu_launcher/__init__.py", "from gpu_launcher.jobs.loop import run"),
         ("gpu_launcher/jobs/progress/live.py", "from rich.live import Live\nfrom ..events import Event"),
         ("gpu_launcher/cli/main.py", "import typer, rich.table\nfrom gpu_launcher.executors.local import Local"),
