@@ -30,7 +30,10 @@ def _cgroup_quota(root: Path) -> float | None:
     """
     quotas = []
     for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not path:
+            continue
         if controllers == "":
             mount, read_quota = root / "sys/fs/cgroup", _v2_quota
         elif "cpu" in controllers.split(","):

@@ -6,22 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpu_launcher.devices.cpu import cpu_slots, usable_cpus
+from gpu_launcher.devices.naming import Chooser
 from gpu_launcher.devices.nvml import NvmlProbe
 from gpu_launcher.devices.simulated import simulated_devices
-from gpu_launcher.devices.specification import (
-    Auto,
-    CpuSlots,
-    Named,
-    SimulatedDevices,
-    read_specification,
-)
-from gpu_launcher.devices.visibility import VISIBLE, Visible, visible
-from gpu_launcher.errors import OptionError
+from gpu_launcher.devices.specification import CpuSlots, Named, SimulatedDevices, read_specification
+from gpu_launcher.devices.visibility import VISIBLE, visible, why_nothing_is_visible
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from gpu_launcher.devices.probe import DeviceProbe, Inventory
+    from gpu_launcher.devices.probe import DeviceProbe
     from gpu_launcher.model import Device
 
 OPTION = "hydra.launcher.devices"
@@ -67,84 +61,16 @@ def select_devices(
     inventory = (nvml or NvmlProbe()).inventory()
     seen = visible(inventory, environ)
     by_uuid = bool(inventory.unusable)
-    match specification:
-        case Named():
-            return Selection(_find(specification, inventory, seen, environ, option), seen.notices, by_uuid)
-        case Auto():
-            if seen.devices:
-                skipped = tuple(f"GPU {gpu.index} is left out: it {gpu.reason}" for gpu in seen.unusable)
-                return Selection(seen.devices, seen.notices + skipped, by_uuid)
+    if isinstance(specification, Named):
+        devices = Chooser(inventory, seen, option).choose(specification.names)
+        return Selection(devices, seen.notices, by_uuid)
+    if seen.devices:
+        skipped = tuple(f"GPU {gpu.index} is left out: it {gpu.reason}" for gpu in seen.unusable)
+        return Selection(seen.devices, seen.notices + skipped, by_uuid)
     slots = cpu_slots(cpu_count or usable_cpus())
-    why = _why_none(inventory, seen, environ)
-    return Selection(slots, (f"{why}; using {_slots(len(slots))} instead ({option}=cpu:N for another number)",))
-
-
-def _find(
-    wanted: Named, inventory: Inventory, seen: Visible, environ: Mapping[str, str], option: str
-) -> tuple[Device, ...]:
-    if not inventory.devices:
-        reason = inventory.nothing_because or _why_none(inventory, seen, environ)
-        raise OptionError(option, f"there is no GPU to choose: {reason}; use auto, cpu:4, or simulated:8")
-    found: dict[str, Device] = {}
-    named: dict[str, int | str] = {}
-    for name in wanted.names:
-        device = _find_one(name, inventory, seen, environ, option)
-        if device.uuid in found:
-            again = f"{name!r} and {named[device.uuid]!r}" if name != named[device.uuid] else repr(name)
-            raise OptionError(option, f"{device.label} is named twice ({again}); name each device once")
-        found[device.uuid] = device
-        named[device.uuid] = name
-    return tuple(found.values())
-
-
-def _find_one(name: int | str, inventory: Inventory, seen: Visible, environ: Mapping[str, str], option: str) -> Device:
-    def fits(index: int, uuid: str | None) -> bool:
-        if isinstance(name, int):
-            return name == index
-        return uuid is not None and uuid.lower().startswith(name.lower())
-
-    matches = [device for device in inventory.devices if fits(device.index, device.uuid)]
-    broken = [gpu for gpu in inventory.unusable if fits(gpu.index, gpu.uuid)]
-    called = f"GPU {name}" if isinstance(name, int) else name
-    if len(matches) + len(broken) > 1:
-        both = [(gpu.index, gpu.uuid) for gpu in matches] + [(gpu.index, gpu.uuid) for gpu in broken]
-        which = " and ".join(f"GPU {index} ({uuid})" for index, uuid in both)
-        raise OptionError(option, f"{called} fits {which}; write more of the UUID")
-    if broken:
-        raise OptionError(option, f"GPU {broken[0].index} {broken[0].reason}; {_available(seen)}")
-    if not matches:
-        hint = "; a number is a GPU's index, how many a job gets is hydra.launcher.gpus" * isinstance(name, int)
-        raise OptionError(option, f"{called} is not in this machine; {_available(seen)}{hint}")
-    if matches[0] not in seen.devices:
-        raise OptionError(
-            option,
-            f"{called} is hidden by {VISIBLE}={environ[VISIBLE]}; {_available(seen)}; "
-            f"change or unset {VISIBLE} to use others",
-        )
-    return matches[0]
-
-
-def _available(seen: Visible) -> str:
-    if not seen.devices:
-        return "no GPU is available (auto, cpu:4 and simulated:8 work)"
-    return "available: " + ", ".join(f"{device.label} ({device.name}, {device.uuid[:12]})" for device in seen.devices)
-
-
-def _why_none(inventory: Inventory, seen: Visible, environ: Mapping[str, str]) -> str:
-    """Why no GPU is left, without a full stop."""
-    if inventory.nothing_because:
-        return inventory.nothing_because
-    if seen.unusable or VISIBLE not in environ:
-        reasons = "; ".join(f"GPU {gpu.index} {gpu.reason}" for gpu in seen.unusable)
-        return f"no GPU can be used: {reasons}"
-    total = len(inventory.devices) + len(inventory.unusable)
-    all_of_them = "the machine's only GPU" if total == 1 else f"all {total} GPUs of the machine"
-    problem = "".join(f" ({notice})" for notice in seen.notices)
-    return f"{VISIBLE}={environ[VISIBLE]!r} hides {all_of_them}{problem}: change or unset it to use them"
-
-
-def _slots(count: int) -> str:
-    return "1 CPU slot" if count == 1 else f"{count} CPU slots"
+    slots_text = "1 CPU slot" if len(slots) == 1 else f"{len(slots)} CPU slots"
+    why = why_nothing_is_visible(inventory, seen)
+    return Selection(slots, (f"{why}; using {slots_text} instead ({option}=cpu:N for another number)",))
 
 
 def _simulated_notice(count: int) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from reprlib import Repr
 
 from gpu_launcher.errors import OptionError
 
 MOST = 4096
 """More slots or simulated devices than this is a slip of the finger."""
 
+ALONE = ("auto", "cpu", "simulated")
 FORMS = "auto, a list of GPU indices or UUIDs such as [0,2], cpu:4, or simulated:8"
 
 
@@ -40,28 +42,25 @@ Specification = Auto | CpuSlots | SimulatedDevices | Named
 
 def read_specification(spec: object, option: str) -> Specification:
     """`spec` as a value. Raises OptionError(option, ...) for what cannot mean any device on any machine."""
-    match spec:
-        case str() if spec.strip().lower() == "auto":
+    if isinstance(spec, str):
+        kind, _, count = spec.strip().lower().partition(":")
+        if kind == "auto" == spec.strip().lower():
             return Auto()
-        case str() if (kind := spec.strip().lower().partition(":"))[0] in ("cpu", "simulated"):
-            return _counted(*kind, option=option)
-        case str():
-            return Named(tuple(_name(entry, option) for entry in spec.split(",")))
-        case list() | tuple():
-            if not spec:
-                raise OptionError(option, f"the list is empty; use {FORMS}")
-            return Named(tuple(_name(entry, option) for entry in spec))
-        case _:
-            return Named((_name(spec, option),))
+        if kind in ("cpu", "simulated") and "," not in count:
+            return _counted(spec, kind, count, option)
+        return Named(tuple(_name(entry, option) for entry in spec.split(",")))
+    if isinstance(spec, (list, tuple)):
+        if not spec:
+            raise OptionError(option, f"the list is empty; use {FORMS}")
+        return Named(tuple(_name(entry, option) for entry in spec))
+    return Named((_name(spec, option),))
 
 
-def _counted(kind: str, colon: str, count: str, *, option: str) -> Specification:
-    if kind == "cpu" and not colon:
+def _counted(spec: str, kind: str, count: str, option: str) -> Specification:
+    if kind == "cpu" == spec.strip().lower():
         return CpuSlots(None)
-    if not count.isdecimal() or not count.isascii() or len(count) > 9 or not 1 <= int(count) <= MOST:
-        raise OptionError(
-            option, f"{kind}{colon}{count} needs a count from 1 to {MOST} after the colon, such as {kind}:4"
-        )
+    if not (count.isdecimal() and len(count) < 10 and 1 <= int(count) <= MOST):
+        raise OptionError(option, f"{_shown(spec)} needs a number from 1 to {MOST}, such as {kind}:4")
     return CpuSlots(int(count)) if kind == "cpu" else SimulatedDevices(int(count))
 
 
@@ -70,18 +69,27 @@ def _name(entry: object, option: str) -> int | str:
         text = entry.strip()
         if not text:
             raise OptionError(option, f"an entry is empty; use {FORMS}")
+        if text.lower().partition(":")[0] in ALONE:
+            raise OptionError(option, f"{_shown(text)} stands alone, not in a list; use {FORMS}")
         if text.lower().startswith("mig-"):
-            raise OptionError(option, f"{text}: MIG instances are not supported yet; name whole GPUs")
+            raise OptionError(option, f"{_shown(text)}: MIG instances are not supported yet; name whole GPUs")
         if text.lower().startswith("gpu-"):
             return text
         try:
             entry = int(text)
         except ValueError:
             raise OptionError(
-                option, f"{text!r} is neither a GPU's index nor its UUID (GPU-...); use {FORMS}"
+                option, f"{_shown(text)} is neither a GPU's index nor its UUID (GPU-...); use {FORMS}"
             ) from None
     if isinstance(entry, bool) or not isinstance(entry, int):
-        raise OptionError(option, f"{entry!r} is not a device; use {FORMS}")
+        raise OptionError(option, f"{_shown(entry)} is not a device; use {FORMS}")
     if entry < 0:
-        raise OptionError(option, f"{entry} is negative; GPUs are counted from 0")
+        raise OptionError(option, f"{entry} is negative; GPUs are counted from 0; use {FORMS}")
     return entry
+
+
+def _shown(value: object) -> str:
+    """`value` on one line, however long or odd it is."""
+    short = Repr()
+    short.maxstring = short.maxother = 60
+    return short.repr(value)

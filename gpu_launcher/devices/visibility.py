@@ -44,7 +44,9 @@ class Visible:
     devices: tuple[Device, ...]
     """In the order of the mask; in the order of their indices without one."""
     unusable: tuple[Unusable, ...]
-    notices: tuple[str, ...]
+    mask: str | None = None
+    """The value of CUDA_VISIBLE_DEVICES; None where it is not set."""
+    notices: tuple[str, ...] = ()
 
 
 def environment(devices: Sequence[Device], *, by_uuid: bool = False) -> dict[str, str]:
@@ -74,7 +76,7 @@ def visible(inventory: Inventory, environ: Mapping[str, str]) -> Visible:
     """
     mask = environ.get(VISIBLE)
     if mask is None:
-        return Visible(inventory.devices, inventory.unusable, ())
+        return Visible(inventory.devices, inventory.unusable)
     devices = {gpu.index: gpu for gpu in inventory.devices}
     unusable = {gpu.index: gpu for gpu in inventory.unusable}
     uuids: dict[int, str | None] = {gpu.index: gpu.uuid for gpu in inventory.devices}
@@ -82,19 +84,33 @@ def visible(inventory: Inventory, environ: Mapping[str, str]) -> Visible:
     # An unusable GPU still counts: its index is valid, so it must not end the list.
     meaning = read_mask(mask, uuids)
     left = tuple(devices[index] for index in meaning.indices if index in devices)
-    notices = [f"{VISIBLE}={mask}: {meaning.problem}"] if meaning.problem else []
-    if (
-        left
-        and len(left) < len(devices)
-        and not mask.strip().startswith("GPU-")
-        and environ.get(ORDER) != PCI_ORDER
-        and len({device.name for device in inventory.devices}) > 1
-    ):
+    notices = [f"{VISIBLE}={mask!r}: {meaning.problem}"] if meaning.problem else []
+    names = {gpu.name for gpu in inventory.devices}
+    by_index = not mask.strip().startswith("GPU-")
+    if by_index and 0 < len(left) < len(devices) and len(names) > 1 and environ.get(ORDER) != PCI_ORDER:
         notices.append(
-            f"{VISIBLE}={mask} was read in PCI bus order, as {' and '.join(map(_described, left))}; CUDA "
+            f"{VISIBLE}={mask!r} was read in PCI bus order, as {' and '.join(map(_described, left))}; CUDA "
             f"itself counts the fastest GPU first unless {ORDER}={PCI_ORDER}: set that, or name GPUs by UUID"
         )
-    return Visible(left, tuple(unusable[index] for index in meaning.indices if index in unusable), tuple(notices))
+    return Visible(
+        devices=left,
+        unusable=tuple(unusable[index] for index in meaning.indices if index in unusable),
+        mask=mask,
+        notices=tuple(notices),
+    )
+
+
+def why_nothing_is_visible(inventory: Inventory, seen: Visible) -> str:
+    """Why `seen` has no device, in one clause with the remedy: no driver, the user's own mask, or broken GPUs."""
+    if inventory.nothing_because:
+        return inventory.nothing_because
+    if seen.unusable:
+        return "no GPU can be used: " + ", ".join(f"GPU {gpu.index} {gpu.reason}" for gpu in seen.unusable)
+    if seen.notices:
+        return f"{', '.join(seen.notices)}: change or unset it to use GPUs"
+    total = len(inventory.devices) + len(inventory.unusable)
+    all_of_them = "the machine's only GPU" if total == 1 else f"all {total} GPUs of the machine"
+    return f"{VISIBLE}={seen.mask!r} hides {all_of_them}: change or unset it to use them"
 
 
 def read_mask(mask: str, uuids: Mapping[int, str | None]) -> Mask:

@@ -1,0 +1,78 @@
+"""GPUs that the user names one by one, and what to say where a name does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gpu_launcher.devices.visibility import VISIBLE, Visible, why_nothing_is_visible
+from gpu_launcher.errors import OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gpu_launcher.devices.probe import Inventory, Unusable
+    from gpu_launcher.model import Device
+
+Name = int | str
+"""An NVML index, or a UUID or a prefix of one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chooser:
+    """Finds GPUs by name among the visible ones. Every failure is an OptionError about `option`."""
+
+    inventory: Inventory
+    seen: Visible
+    option: str
+
+    def choose(self, names: Sequence[Name]) -> tuple[Device, ...]:
+        """The GPUs of these names, in this order; each may be named once."""
+        if not self.inventory.devices:
+            why = why_nothing_is_visible(self.inventory, self.seen)
+            raise OptionError(self.option, f"there is no GPU to choose: {why}; use auto, cpu:4, or simulated:8")
+        chosen: dict[Device, Name] = {}
+        for name in names:
+            device = self._find(name)
+            if device in chosen:
+                first = chosen[device]
+                how = "" if name == first else f", as {first!r} and as {name!r}"
+                raise OptionError(self.option, f"{device.label} is named twice{how}; name each device once")
+            chosen[device] = name
+        return tuple(chosen)
+
+    def _find(self, name: Name) -> Device:
+        found = [gpu for gpu in self.inventory.devices if _fits(name, gpu)]
+        broken = [gpu for gpu in self.inventory.unusable if _fits(name, gpu)]
+        called = f"GPU {name}" if isinstance(name, int) else repr(name)
+        if len(found) + len(broken) > 1:
+            which = " and ".join(
+                [f"GPU {gpu.index} ({gpu.uuid})" for gpu in found] + [f"GPU {gpu.index} ({gpu.uuid})" for gpu in broken]
+            )
+            raise OptionError(self.option, f"{called} fits {which}; write more of the UUID")
+        if broken:
+            problem = f"GPU {broken[0].index} cannot be used: it {broken[0].reason}"
+            raise OptionError(self.option, f"{problem}; {self._available()}")
+        if not found:
+            hint = ""
+            if isinstance(name, int):
+                hint = "; a number is a GPU's index, how many GPUs a job gets is another option"
+            raise OptionError(self.option, f"{called} is not in this machine; {self._available()}{hint}")
+        if found[0] not in self.seen.devices:
+            raise OptionError(
+                self.option,
+                f"{called} is hidden by {VISIBLE}={self.seen.mask!r}; {self._available()}; "
+                f"change or unset {VISIBLE} to use others",
+            )
+        return found[0]
+
+    def _available(self) -> str:
+        if not self.seen.devices:
+            return "no GPU is available (auto, cpu:4 and simulated:8 would work)"
+        return "available: " + ", ".join(f"{gpu.label} ({gpu.name}, {gpu.uuid[:12]})" for gpu in self.seen.devices)
+
+
+def _fits(name: Name, gpu: Device | Unusable) -> bool:
+    if isinstance(name, int):
+        return name == gpu.index
+    return gpu.uuid is not None and gpu.uuid.lower().startswith(name.lower())
