@@ -18,7 +18,7 @@ def time_left(finished: Sequence[float], running: Sequence[float], waiting: int,
 
     A running job is expected to last as long as those finished jobs did that lasted longer than it has so far; a
     waiting one as long as the average; and each starts where a place becomes free first. Not promised: anything about
-    jobs that outlast every finished one. They are expected to end at once, for lack of evidence.
+    a job that outlasts every finished one. It counts for nothing, and where it is all that is left, the answer is None.
     """
     if not running and waiting <= 0:
         return 0.0
@@ -30,11 +30,11 @@ def time_left(finished: Sequence[float], running: Sequence[float], waiting: int,
     places = places or [0.0]
     if waiting > 16 * len(places):
         # After this many rounds the places are evenly filled, and this is called several times a second.
-        return max(max(places), (sum(places) + waiting * average) / len(places))
+        return max(max(places), (sum(places) + waiting * average) / len(places)) or None
     heapq.heapify(places)
     for _ in range(waiting):
         heapq.heapreplace(places, places[0] + average)
-    return max(places)
+    return max(places) or None
 
 
 def _remaining(finished: Sequence[float], elapsed: float) -> float:

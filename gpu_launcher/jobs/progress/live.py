@@ -7,6 +7,7 @@ its position when a terminal becomes narrower.
 
 from __future__ import annotations
 
+import io
 import os
 from typing import TYPE_CHECKING, TextIO
 
@@ -17,7 +18,7 @@ from gpu_launcher.jobs.events import Event, JobEnded, Notice, Outcome, SweepEnde
 from gpu_launcher.jobs.progress.output import Output
 from gpu_launcher.jobs.progress.plain import PREFIX, log_quote, opening
 from gpu_launcher.jobs.progress.tally import Tally, failure
-from gpu_launcher.jobs.progress.text import one_line
+from gpu_launcher.jobs.progress.text import job_name, one_line
 from gpu_launcher.jobs.progress.view import frame
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class LiveProgress:
         self._output = Output(stream)
         self._stream = stream
         self._size = size or self._terminal_size
-        self._console = Console(file=stream, force_terminal=True, force_jupyter=False, emoji=False)
+        # It must never touch the stream itself, which may be broken: see Output.
+        self._console = Console(file=io.StringIO(), force_terminal=True, force_jupyter=False)
         self._tally = Tally()
         self._permanent: list[Text] = []
         """Lines for the scrollback that wait for the next painting."""
@@ -66,8 +68,9 @@ class LiveProgress:
                 self._keep(Text(one_line(event.text)))
             case JobEnded(outcome=Outcome.FAILED):
                 line = Text(failure(event))
-                line.highlight_words(["FAILED"], "bold red")
-                self._keep(line, [Text(quoted, "bright_black") for quoted in log_quote(event)])
+                verdict = len(job_name(event.number, event.label)) + 1
+                line.stylize("bold red", verdict, verdict + len("FAILED"))
+                self._keep(line, [Text(quoted, "dim") for quoted in log_quote(event)])
             case SweepEnded():
                 self._sum_up()
         self._paint_if_due()
@@ -84,7 +87,7 @@ class LiveProgress:
             self._sum_up()
 
     def _keep(self, line: Text, more: list[Text] | None = None) -> None:
-        self._permanent += [Text.assemble((PREFIX, "bright_black"), " ", line), *(more or [])]
+        self._permanent += [Text.assemble((PREFIX, "dim"), " ", line), *(more or [])]
 
     def _sum_up(self) -> None:
         if self._summed_up or self._tally.started_at is None:

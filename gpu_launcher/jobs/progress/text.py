@@ -100,16 +100,16 @@ def log_end(path: str | None, *, lines: int = 10, width: int = 300, window: int 
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError):
         return []
-    with os.fdopen(descriptor, "rb", buffering=0) as log:
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                return []
-            start = max(0, status.st_size - window)
-            log.seek(start)
-            data = log.read(window) or b""
-        except OSError:
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             return []
+        start = max(0, status.st_size - window)
+        data = os.pread(descriptor, window, start)
+    except OSError:
+        return []
+    finally:
+        os.close(descriptor)
     raw = data.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
     if start > 0 and len(raw) > 1:
         del raw[0]

@@ -73,7 +73,7 @@ def _bar(tally: Tally, width: int) -> Text:
     bar = Text("━" * cells[0], "green")
     bar.append("━" * (cells[1] - cells[0]), "red")
     bar.append("━" * (cells[2] - cells[1]), "yellow")
-    bar.append("─" * (width - cells[2]), "bright_black")
+    bar.append("─" * (width - cells[2]), "dim")
     return bar
 
 
@@ -95,7 +95,7 @@ def _rows(tally: Tally, width: int, room: int) -> list[Text]:
         # Without knowing which, those that are not ours are what the job at the head waits for.
         others = held is not None and (device.uuid in held or not held)
         state = "held by others" if others else "idle"
-        rows.append((None, _fit(Text(f"{name:<{columns[0]}}{_GAP}{state}", "bright_black"), width)))
+        rows.append((None, _fit(Text(f"{name:<{columns[0]}}{_GAP}{state}", "dim"), width)))
     for job in tally.running.values():
         if not job.devices:
             rows.append((job, _job_row("no device" if columns[0] >= 9 else "-", job, tally.now, columns, width)))
@@ -130,7 +130,7 @@ def _rest(hidden: list[JobStarted | None], now: float, width: int) -> Text:
     if running:
         oldest = min(running.values(), key=lambda job: job.time)
         text += f" (longest: #{oldest.number}, {duration(now - oldest.time, tenths=False)})"
-    return _fit(Text(text, "bright_black"), width)
+    return _fit(Text(text, "dim"), width)
 
 
 def _spread(left: Text, right: Text, width: int) -> Text:

@@ -1,0 +1,389 @@
+"""Plain lines, the closing summary, and the words both displays are made of."""
+
+from __future__ import annotations
+
+import errno
+import io
+import math
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpu_launcher.jobs.events import (
+    Event,
+    JobEnded,
+    JobStarted,
+    JobWaiting,
+    Notice,
+    Outcome,
+    Stopping,
+    SweepEnded,
+    SweepStarted,
+)
+from gpu_launcher.jobs.progress import PlainProgress, open_progress
+from gpu_launcher.jobs.progress.estimate import time_left
+from gpu_launcher.jobs.progress.text import duration, log_end, one_line, rough_duration
+from gpu_launcher.model import Device, DeviceKind
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+GPUS = tuple(Device(f"GPU-{i}", i, "NVIDIA H100 80GB HBM3", DeviceKind.GPU) for i in range(4))
+
+
+def lines_of(*events: Event) -> list[str]:
+    stream = io.StringIO()
+    progress = PlainProgress(stream)
+    for event in events:
+        progress.handle(event)
+    progress.close()
+    return stream.getvalue().splitlines()
+
+
+def started(total: int = 8) -> SweepStarted:
+    return SweepStarted(100.0, total, GPUS, None)
+
+
+def ended(
+    number: int, outcome: Outcome = Outcome.COMPLETED, seconds: float | None = 12.3, **given: str | None
+) -> JobEnded:
+    message, log = given.get("message"), given.get("log")
+    return JobEnded(110.0, number, f"lr={number}", GPUS[:1], outcome, seconds, message, log)
+
+
+def test_a_sweep_begins_with_what_runs_on_what() -> None:
+    assert lines_of(started())[0] == "[gpu_pool] 8 jobs on 4 GPUs (NVIDIA H100 80GB HBM3)"
+
+
+def test_simulated_devices_are_announced_as_simulated() -> None:
+    devices = tuple(Device(f"s{i}", i, "made up", DeviceKind.SIMULATED) for i in range(8))
+    assert lines_of(SweepStarted(0.0, 1, devices, 2))[0] == (
+        "[gpu_pool] 1 job on 8 simulated GPUs, at most 2 at a time"
+    )
+
+
+def test_each_event_is_one_line_that_names_the_job() -> None:
+    lines = lines_of(
+        started(),
+        Notice(100.0, "no GPU found"),
+        JobStarted(100.0, 3, "lr=0.1 hidden=32", GPUS[1:2], "multirun/3/job.log"),
+        JobWaiting(100.0, 4, "lr=1", "GPU 0 is held by alice"),
+        ended(3),
+    )
+    assert lines[1:5] == [
+        "[gpu_pool] no GPU found",
+        "[gpu_pool] job 3 (lr=0.1 hidden=32) started on GPU 1, log: multirun/3/job.log",
+        "[gpu_pool] job 4 (lr=1) waits: GPU 0 is held by alice",
+        "[gpu_pool] job 3 (lr=3) completed in 12.3 s (1/8 done)",
+    ]
+
+
+def test_a_job_without_overrides_or_devices_or_log_is_named_by_its_number_alone() -> None:
+    assert lines_of(started(), JobStarted(100.0, 0, "", (), None))[1] == "[gpu_pool] job 0 started"
+
+
+def test_a_job_on_several_devices_names_all_of_them() -> None:
+    line = lines_of(started(), JobStarted(100.0, 0, "x=1", GPUS[:2], None))[1]
+    assert line.endswith("started on GPU 0, GPU 1")
+
+
+def test_the_same_wait_is_told_once() -> None:
+    wait = JobWaiting(100.0, 4, "lr=1", "held by alice")
+    assert sum("waits" in line for line in lines_of(started(), wait, wait, wait)) == 1
+
+
+def test_a_failure_shows_its_cause_and_the_end_of_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "job.log"
+    log.write_text("".join(f"line {i}\n" for i in range(50)) + "  \x1b[31mValueError\x1b[0m: nan\n\n\n")
+    event = ended(3, Outcome.FAILED, 0.8, message="ValueError: nan", log=str(log))
+    lines = lines_of(started(), event)
+    assert lines[1] == f"[gpu_pool] job 3 (lr=3) FAILED after 0.8 s (1/8 done): ValueError: nan; log: {log}"
+    assert lines[2:12] == [*(f"    | line {i}" for i in range(41, 50)), "    |   ValueError: nan"]
+    assert lines[12].startswith("[gpu_pool] 8 jobs: 1 failed")
+
+
+def test_a_cause_that_names_the_log_is_not_followed_by_it_again() -> None:
+    event = ended(3, Outcome.FAILED, 0.8, message="killed by SIGKILL; see m/3/job.log", log="m/3/job.log")
+    assert lines_of(started(), event)[1].count("m/3/job.log") == 1
+
+
+def test_a_failure_before_the_start_has_no_duration() -> None:
+    event = ended(3, Outcome.FAILED, None, message="could not override 'lrr'")
+    assert lines_of(started(), event)[1].endswith("job 3 (lr=3) FAILED (1/8 done): could not override 'lrr'")
+
+
+def test_overrides_cannot_break_the_line_or_drive_the_terminal() -> None:
+    line = lines_of(started(), JobStarted(1.0, 0, "a=\x1b[2J\x1b]0;owned\x07b\nc\td\udce9", (), None))[1]
+    assert line == "[gpu_pool] job 0 (a=b c d\\udce9) started"
+
+
+def test_the_summary_counts_and_names_the_failed_jobs_once() -> None:
+    events = [ended(i) for i in range(6)]
+    failed = ended(6, Outcome.FAILED, 0.8, message="ValueError: nan", log="multirun/6/job.log")
+    lines = lines_of(
+        started(), *events, failed, ended(7, Outcome.CANCELLED, None), SweepEnded(292.0), SweepEnded(300.0)
+    )
+    assert lines[-2:] == [
+        "[gpu_pool] 8 jobs: 6 completed, 1 failed, 1 not run in 3m 12s",
+        "  job 6 (lr=6) FAILED after 0.8 s: ValueError: nan; log: multirun/6/job.log",
+    ]
+    assert sum("8 jobs:" in line for line in lines) == 1
+
+
+def test_the_summary_names_twenty_failed_jobs_and_counts_the_rest() -> None:
+    failures = [ended(i, Outcome.FAILED, 1.0, message="no") for i in range(32)]
+    lines = lines_of(started(32), *failures, SweepEnded(200.0))
+    assert lines[-1] == "  ... and 12 more"
+    assert len([line for line in lines if line.startswith("  job")]) == 20
+
+
+def test_an_interrupted_sweep_says_how_many_jobs_finished() -> None:
+    lines = lines_of(
+        started(),
+        ended(0),
+        ended(1, Outcome.FAILED, 2.0, message="no"),
+        Stopping(110.0, 2, 10.0, False, "SIGINT"),
+        Stopping(111.0, 2, 10.0, True, "SIGINT"),
+        *(ended(i, Outcome.CANCELLED, 5.0) for i in (2, 3)),
+        *(ended(i, Outcome.CANCELLED, None) for i in (4, 5, 6, 7)),
+        SweepEnded(112.0),
+    )
+    assert lines[3:] == [
+        "[gpu_pool] stopping: waiting up to 10 s for 2 jobs (Ctrl-C again to kill them)",
+        "[gpu_pool] stopping: killing 2 jobs",
+        "[gpu_pool] job 2 (lr=2) cancelled after 5.0 s (3/8 done)",
+        "[gpu_pool] job 3 (lr=3) cancelled after 5.0 s (4/8 done)",
+        "[gpu_pool] 8 jobs: 1 completed, 1 failed, 2 cancelled, 4 not run in 12.0 s"
+        " (stopped by SIGINT: 2 of 8 finished)",
+        "  job 1 (lr=1) FAILED after 2.0 s: no",
+    ]
+
+
+def test_a_sweep_that_breaks_off_counts_its_unfinished_jobs() -> None:
+    assert lines_of(started(), ended(0))[-1] == "[gpu_pool] 8 jobs: 1 completed, 7 unfinished in 10.0 s"
+
+
+def test_closing_a_display_that_saw_no_sweep_says_nothing() -> None:
+    assert lines_of() == []
+
+
+class Broken(io.StringIO):
+    """A stream that takes one line and then fails."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+        self.tried = 0
+
+    def write(self, text: str) -> int:
+        self.tried += 1
+        if self.tried > 1:
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize("code", [errno.EPIPE, errno.EIO, errno.EBADF])
+def test_a_sweep_outlives_the_one_who_reads_about_it(code: int) -> None:
+    stream = Broken(OSError(code, os.strerror(code)))
+    progress = PlainProgress(stream)
+    for event in (started(), ended(0), ended(1)):
+        progress.handle(event)
+    progress.close()
+    assert stream.tried == 2
+
+
+def test_a_full_disk_costs_lines_and_not_the_sweep() -> None:
+    stream = Broken(OSError(errno.ENOSPC, "full"))
+    progress = PlainProgress(stream)
+    for event in (started(), ended(0), ended(1)):
+        progress.handle(event)
+    assert stream.tried == 3
+
+
+def test_a_closed_stream_ends_the_display_quietly() -> None:
+    stream = io.StringIO()
+    progress = PlainProgress(stream)
+    progress.handle(started())
+    stream.close()
+    progress.handle(ended(0))
+    progress.close()
+
+
+def test_any_other_error_of_the_stream_is_raised() -> None:
+    progress = PlainProgress(Broken(OSError(errno.EINVAL, "what")))
+    progress.handle(started())
+    with pytest.raises(OSError, match="what"):
+        progress.handle(ended(0))
+
+
+def test_what_an_encoding_lacks_is_escaped() -> None:
+    raw = io.BytesIO()
+    progress = PlainProgress(io.TextIOWrapper(raw, encoding="ascii"))
+    progress.handle(started())
+    progress.handle(JobStarted(1.0, 0, "name=学", (), None))
+    assert b"job 0 (name=\\u5b66) started\n" in raw.getvalue()
+
+
+def test_a_pipe_gets_plain_lines_and_rich_stays_unimported() -> None:
+    script = (
+        "import sys; from gpu_launcher.jobs.progress import open_progress, PlainProgress;"
+        "assert isinstance(open_progress(), PlainProgress); assert 'rich' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, stderr=subprocess.PIPE)
+
+
+def test_a_program_without_stderr_gets_a_silent_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    progress = open_progress()
+    progress.handle(started())
+    progress.close()
+
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+def terminal(encoding: str = "utf-8") -> TextIO:
+    return Terminal(io.BytesIO(), encoding=encoding)
+
+
+@pytest.mark.parametrize(
+    ("environ", "encoding"),
+    [
+        ({"TERM": "dumb"}, "utf-8"),
+        ({}, "utf-8"),
+        ({"TERM": "xterm", "CI": "true"}, "utf-8"),
+        ({"TERM": "xterm"}, "ascii"),
+    ],
+)
+def test_a_terminal_that_cannot_show_the_live_view_gets_plain_lines(environ: dict[str, str], encoding: str) -> None:
+    assert isinstance(open_progress(terminal(encoding), environ), PlainProgress)
+
+
+@pytest.mark.parametrize("ci", ["", "0", "false"])
+def test_a_capable_terminal_gets_the_live_view(ci: str) -> None:
+    assert type(open_progress(terminal(), {"TERM": "xterm", "CI": ci})).__name__ == "LiveProgress"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.0 s"),
+        (-1, "0.0 s"),
+        (1.23, "1.2 s"),
+        (59.94, "59.9 s"),
+        (59.96, "1m 00s"),
+        (192, "3m 12s"),
+        (3599.7, "1h 00m"),
+        (7500, "2h 05m"),
+        (100 * 3600, "4d 04h"),
+    ],
+)
+def test_durations_are_for_people(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (3, "a few seconds"),
+        (31, "about 35 s"),
+        (58, "about 1m"),
+        (125, "about 2m 30s"),
+        (599, "about 10m"),
+        (3599, "about 1h 00m"),
+        (7300, "about 2h 05m"),
+    ],
+)
+def test_estimates_are_as_coarse_as_they_are_uncertain(seconds: float, text: str) -> None:
+    assert rough_duration(seconds) == text
+
+
+@given(st.floats(0, 8e7))
+def test_a_duration_never_outgrows_its_column(seconds: float) -> None:
+    assert len(duration(seconds, tenths=False)) <= 8
+
+
+@given(st.text())
+def test_one_line_is_one_printable_line(text: str) -> None:
+    line = one_line(text)
+    assert len(line.splitlines()) <= 1
+    assert not any(ord(char) < 32 or 127 <= ord(char) < 160 for char in line)
+    line.encode("utf-8")
+
+
+@pytest.mark.parametrize("path", [None, "/does/not/exist", "/", "/dev/zero", "/dev/null", "bad\0path"])
+def test_a_log_that_is_not_to_be_had_has_no_end(path: str | None) -> None:
+    assert log_end(path) == []
+
+
+def test_a_fifo_in_place_of_a_log_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    assert log_end(str(tmp_path / "fifo")) == []
+
+
+def test_only_the_end_of_a_huge_log_is_read(tmp_path: Path) -> None:
+    log = tmp_path / "job.log"
+    with log.open("wb") as file:
+        file.truncate(1 << 40)
+        file.seek(0, os.SEEK_END)
+        file.write(b"\nthe last line\n")
+    assert log_end(str(log))[-1] == "the last line"
+
+
+def test_a_binary_log_comes_back_as_harmless_text(tmp_path: Path) -> None:
+    log = tmp_path / "job.log"
+    log.write_bytes(bytes(range(256)) * 500)
+    for line in log_end(str(log)):
+        assert one_line(line) == line.strip()
+        assert len(line) <= 300
+
+
+def test_a_progress_bar_in_a_log_shows_its_last_state(tmp_path: Path) -> None:
+    log = tmp_path / "job.log"
+    log.write_bytes(b"start\r\n 10%|#   |\r 50%|##  |\r100%|####|\r\ndone\n")
+    assert log_end(str(log)) == ["start", "100%|####|", "done"]
+
+
+positive = st.floats(0, 1e9, allow_nan=False)
+
+
+@given(st.lists(positive), st.lists(positive), st.integers(0, 10_000), st.integers(0, 200))
+def test_the_time_left_is_unknown_or_a_sane_number(
+    finished: list[float], running: list[float], waiting: int, parallel: int
+) -> None:
+    seconds = time_left(finished, running, waiting, parallel)
+    assert seconds is None or (math.isfinite(seconds) and seconds >= 0)
+    if not finished and (running or waiting):
+        assert seconds is None
+
+
+@given(st.lists(st.floats(0.1, 1e4), min_size=1), st.integers(0, 100), st.integers(1, 64))
+def test_more_waiting_jobs_never_shorten_the_time_left(finished: list[float], waiting: int, parallel: int) -> None:
+    fewer, more = (time_left(finished, [], number, parallel) for number in (waiting, waiting + parallel))
+    assert more is not None
+    assert fewer is not None
+    assert more >= fewer
+
+
+@pytest.mark.parametrize(
+    ("running", "waiting", "parallel", "expected"),
+    [
+        ([0, 0, 0, 0], 4, 4, 20),
+        ([5], 0, 1, 5),
+        ([0, 0, 0, 0], 1, 4, 20),
+        ([], 8, 4, 20),
+        ([], 0, 4, 0),
+        ([11], 0, 1, None),
+    ],
+)
+def test_the_time_left_of_regular_jobs_is_exact(
+    running: list[float], waiting: int, parallel: int, expected: float | None
+) -> None:
+    assert time_left([10.0, 10.0], running, waiting, parallel) == expected
