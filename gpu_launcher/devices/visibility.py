@@ -4,7 +4,7 @@ Sources: CUDA programming guide, "CUDA environment variables"
 (https://docs.nvidia.com/cuda/cuda-programming-guide/05-appendices/environment-variables.html) for indices,
 UUIDs, their prefixes, the empty string and the entry that ends the list. What the guide leaves open
 (duplicates, text after a number, indices mixed with UUIDs) follows `_parse_visible_devices` in torch/cuda/__init__.py,
-which mirrors the driver.
+PyTorch's account of what the driver does.
 """
 
 from __future__ import annotations
