@@ -48,6 +48,7 @@ class JobWaiting:
     label: str
     """The job's overrides, such as `lr=0.1 hidden=32`."""
     reason: str
+    """Who holds them; empty to take back an earlier event once nobody else does, though the job still waits."""
     held_by_others: tuple[Device, ...] = ()
     """The devices of this sweep that others hold; empty where that is not known."""
 

@@ -97,6 +97,11 @@ def test_the_same_wait_is_told_once() -> None:
     assert sum("waits" in line for line in lines_of(started(), wait, wait, wait)) == 1
 
 
+def test_a_wait_that_is_taken_back_is_told_again_when_it_returns() -> None:
+    wait, over = (JobWaiting(100.0, 4, "lr=1", reason) for reason in ("held by alice", ""))
+    assert sum("waits" in line for line in lines_of(started(), wait, over, wait)) == 2
+
+
 def test_a_failure_shows_its_cause_and_the_end_of_its_log(tmp_path: Path) -> None:
     log = tmp_path / "job.log"
     log.write_text("".join(f"line {i}\n" for i in range(50)) + "  \x1b[31mValueError\x1b[0m: nan\n\n\n")
@@ -110,6 +115,12 @@ def test_a_failure_shows_its_cause_and_the_end_of_its_log(tmp_path: Path) -> Non
 def test_a_cause_that_names_the_log_is_not_followed_by_it_again() -> None:
     event = ended(3, Outcome.FAILED, 0.8, message="killed by SIGKILL; see m/3/job.log", log="m/3/job.log")
     assert lines_of(started(), event)[1].count("m/3/job.log") == 1
+
+
+def test_a_cause_that_says_when_is_not_preceded_by_it() -> None:
+    event = ended(3, Outcome.FAILED, 812.0, message="was killed by SIGKILL after 13m 32s on GPU 2")
+    line = "[gpu_pool] job 3 (lr=3) FAILED (1/8 done): was killed by SIGKILL after 13m 32s on GPU 2"
+    assert lines_of(started(), event)[1] == line
 
 
 def test_a_failure_before_the_start_has_no_duration() -> None:

@@ -92,13 +92,14 @@ def test_devices_that_others_hold_are_told_from_idle_ones() -> None:
     ]
 
 
-def test_a_wait_ends_when_its_job_starts() -> None:
+def test_a_wait_ends_when_its_job_starts_or_nobody_else_holds_anything() -> None:
     wait = JobWaiting(1.0, 0, "lr=3", "held by alice")
     start = SweepStarted(0.0, 8, GPUS, None)
     assert view(start, wait)[2:] == [
         *(f"GPU {i}  held by others" for i in range(4)),
         "job 0 (lr=3) waits: held by alice",
     ]
+    assert "others" not in "".join(view(start, wait, JobWaiting(2.0, 0, "lr=3", "")))
     assert "alice" not in "".join(view(start, wait, JobStarted(2.0, 0, "lr=3", GPUS[:1], None)))
 
 

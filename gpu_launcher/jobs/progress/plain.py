@@ -65,7 +65,8 @@ class PlainProgress:
         wait = (event.number, event.reason)
         if wait != self._last_wait:
             self._last_wait = wait
-            self._say(waits(event))
+            if event.reason:
+                self._say(waits(event))
 
     def _ended(self, event: JobEnded) -> None:
         done = f" ({self._tally.done}/{self._tally.total} done)"

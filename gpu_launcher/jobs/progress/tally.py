@@ -73,7 +73,7 @@ class Tally:
                 self.devices = event.devices
                 self.highest_number = max(0, event.total - 1)
             case JobWaiting():
-                self.waits = event
+                self.waits = event if event.reason else None
             case JobStarted():
                 self.running[event.number] = event
                 self._settle(event.number)
@@ -142,7 +142,9 @@ class Tally:
 
 def failure(ended: JobEnded, counts: str = "") -> str:
     """`job 3 (lr=0.1) FAILED after 0.8 s: <cause>; log: <path>`, saying nothing that the cause says itself."""
-    after = "" if ended.duration is None else f" after {duration(ended.duration)}"
     cause = one_line(ended.message or "no cause is known")
+    after = "" if ended.duration is None else f" after {duration(ended.duration)}"
+    if after in cause:
+        after = ""
     log = f"; log: {one_line(ended.log)}" if ended.log and ended.log not in cause else ""
     return f"{job_name(ended.number, ended.label)} FAILED{after}{counts}: {cause}{log}"
