@@ -383,6 +383,10 @@ def test_more_waiting_jobs_never_shorten_the_time_left(finished: list[float], wa
     assert more >= fewer
 
 
+def test_the_first_short_job_does_not_promise_an_early_end() -> None:
+    assert time_left([2.0], [3.0] * 7, 100, 8) is None
+
+
 @pytest.mark.parametrize(
     ("running", "waiting", "parallel", "expected"),
     [

@@ -17,14 +17,17 @@ def time_left(finished: Sequence[float], running: Sequence[float], waiting: int,
     far, `waiting` is how many have not started, and `parallel` how many run at a time.
 
     A running job is expected to last as long as those finished jobs did that lasted longer than it has so far; a
-    waiting one as long as the average; and each starts where a place becomes free first. Not promised: anything about
-    a job that outlasts every finished one. It counts for nothing, and where it is all that is left, the answer is None.
+    waiting one as long as the average; and each starts where a place becomes free first. The first jobs to finish are
+    the short ones: while more jobs have outlasted all of them than have finished, nothing is known. Not promised: when
+    a job that outlasts every finished one will end. It is expected at once, and alone it makes the answer None.
     """
     if not running and waiting <= 0:
         return 0.0
-    if not finished:
+    longest = max(finished, default=0.0)
+    outlasting = [elapsed for elapsed in running if elapsed > longest]
+    if len(outlasting) > len(finished) or not finished:
         return None
-    average = fmean(finished)
+    average = fmean([*finished, *outlasting])
     places = [_remaining(finished, elapsed) for elapsed in running]
     places += [0.0] * (parallel - len(places))
     places = places or [0.0]

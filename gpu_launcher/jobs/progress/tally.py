@@ -42,7 +42,8 @@ class Tally:
     """Stopped by the user before they started."""
     failures: list[JobEnded] = field(default_factory=list)
     highest_number: int = 0
-    _durations: list[float] = field(default_factory=list)
+    # The latest ones say most about those to come.
+    _durations: deque[float] = field(default_factory=lambda: deque(maxlen=256))
     _ran_together: deque[int] = field(default_factory=lambda: deque(maxlen=8))
 
     @property

@@ -70,7 +70,8 @@ def _bar(tally: Tally, width: int) -> Text:
     if tally.failed and cells[1] == cells[0] and width > 1:  # one failure among thousands is seen all the same
         cells[0] = max(0, cells[0] - 1)
         cells[1:] = [max(cell, cells[0] + 1) for cell in cells[1:]]
-    bar = Text("━" * cells[0], "green")
+    bar = Text("━" * cells[0])
+    bar.stylize("green")
     bar.append("━" * (cells[1] - cells[0]), "red")
     bar.append("━" * (cells[2] - cells[1]), "yellow")
     bar.append("─" * (width - cells[2]), "dim")
