@@ -43,3 +43,21 @@ class PoolDirectoryError(GpuLauncherError):
 
 class RequestError(GpuLauncherError):
     """A request that the pool can never grant, such as more devices than it has."""
+
+
+class JobError(GpuLauncherError):
+    """A job that did not return a value, for a reason that is not an exception of its own: killed, crashed, exited.
+
+    `problem` is a sentence without its subject, `log` the path of the job's output if it has any.
+    """
+
+    def __init__(self, number: int, label: str, problem: str, log: str | None) -> None:
+        super().__init__(number, label, problem, log)
+        self.number = number
+        self.label = label
+        self.problem = problem
+        self.log = log
+
+    def __str__(self) -> str:
+        name = f"job {self.number} ({self.label})" if self.label else f"job {self.number}"
+        return f"{name} {self.problem}" + (f"; see {self.log}" if self.log else "")

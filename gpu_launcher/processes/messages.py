@@ -87,7 +87,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class StartJob:
-    """Fork a supervisor and a job. Carries two descriptors: the supervisor's end and the job's end of their channels."""
+    """Fork a supervisor and a job. Carries two descriptors: the supervisor's end and the job's end of a channel each."""
 
     number: int
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -75,20 +76,34 @@ class ForkServer:
 
         Raises OptionError if the program cannot be pickled where it has to be.
         """
+        self._program = program
+        self._asked = method
+        self._handlers = {signum: signal.getsignal(signum) for signum in _OUR_SIGNALS}
+        self._start_server(lambda: None)
+
+    def restart(self, in_child: Callable[[], None]) -> None:
+        """Replace a server that died. `in_child` is called in the new one if it is a fork of this process.
+
+        Raises OptionError as the first start does.
+        """
+        self.close()
+        self._start_server(in_child)
+
+    def _start_server(self, in_child: Callable[[], None]) -> None:
         self.reason: str | None = None
         self._pid: int | None = None
-        if method == "spawn":
+        if self._asked == "spawn":
             self.reason = "start_method=spawn"
-        elif (unsafe := _cuda_in_use()) and method == "auto":
+        elif (unsafe := _cuda_in_use()) and self._asked == "auto":
             self.reason = unsafe
         else:
-            self._fork(program)
-            if (unsafe := _threads_in_use()) and method == "auto":
+            self._fork(in_child)
+            if (unsafe := _threads_in_use()) and self._asked == "auto":
                 self.close()
                 self.reason = unsafe
         self.method: Literal["fork", "spawn"] = "fork" if self.reason is None else "spawn"
         if self.method == "spawn":
-            self._spawn(program)
+            self._spawn()
 
     def fileno(self) -> int:
         """Readable when the server has something to say, or died."""
@@ -130,10 +145,11 @@ class ForkServer:
             with contextlib.suppress(ChildProcessError):  # raised if the user's program reaps all children itself
                 os.waitpid(pid, 0)
 
-    def _fork(self, program: Program) -> None:
+    def _fork(self, in_child: Callable[[], None]) -> None:
+        program = self._program
         self._control, server_end = channel()
         launcher = os.getpid()
-        handlers = {signum: signal.getsignal(signum) for signum in _OUR_SIGNALS}
+        handlers = self._handlers
         _flush()
 
         def run_job(job: socket.socket) -> NoReturn:
@@ -148,17 +164,18 @@ class ForkServer:
             try:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 self._control.close()
+                in_child()
                 serve(server_end, launcher, run_job)
             finally:
                 os._exit(0)
         server_end.close()
         self._pid = pid
 
-    def _spawn(self, program: Program) -> None:
+    def _spawn(self) -> None:
         import cloudpickle
 
         try:
-            pickled = cloudpickle.dumps(program)
+            pickled = cloudpickle.dumps(self._program)
         except Exception as error:  # whatever the user's objects raise when they are pickled
             raise OptionError(
                 "hydra.launcher.start_method",

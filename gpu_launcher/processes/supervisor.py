@@ -1,7 +1,7 @@
 """One supervisor per job: the parent of the job's main process and, as a subreaper, of everything that escapes it.
 
-So a job's process tree is exactly the supervisor's descendants, whatever they did (`setsid`, double forks, `Popen`), and
-'the tree is gone' is exactly `waitpid` saying that there are no children. Who watches whom:
+So a job's process tree is exactly the supervisor's descendants, whatever they did (`setsid`, double forks, `Popen`),
+and 'the tree is gone' is exactly `waitpid` saying that there are no children. Who watches whom:
 
 - the job's main process gets SIGKILL from the kernel when its supervisor ends;
 - the supervisor kills its tree when the launching program's end of the channel closes or the fork server ends;

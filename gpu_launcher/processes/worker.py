@@ -43,6 +43,7 @@ class Gate:
     def __init__(self, channel: socket.socket, stdio: CapturedStdio) -> None:
         self._channel = channel
         self._stdio = stdio
+        self._grant: Grant | None = None
         self._lease: tuple[int, ...] = ()
 
     def prepared(self, request: Request, log: Path | None) -> None:
@@ -52,13 +53,17 @@ class Gate:
         send(self._channel, Prepared(request, None if log is None else str(log)))
 
     def wait(self) -> None:
-        """Wait for the devices, and point this process at them. The lease lives as long as this process."""
-        try:
-            message, self._lease = receive(self._channel)
-        except ChannelClosedError:
-            os._exit(1)  # the launching program ended; our supervisor is about to kill us anyway
-        assert isinstance(message, Grant), message
-        os.environ.update(message.environment)
+        """Wait for the devices, and point this process at them. The lease lives as long as this process.
+
+        Called again, it only repeats the latter, should something have changed the environment in between.
+        """
+        if self._grant is None:
+            try:
+                self._grant, self._lease = receive(self._channel)
+            except ChannelClosedError:
+                os._exit(1)  # the launching program ended, and our supervisor is about to end us anyway
+        assert isinstance(self._grant, Grant), self._grant
+        os.environ.update(self._grant.environment)
 
 
 class CapturedStdio:

@@ -1,0 +1,387 @@
+"""The event loop of a sweep: it feeds what happens to the machine and does what the machine says.
+
+Everything that the loop needs is passed in: the fork server, the ledger, the progress display, the clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import selectors
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from signal import SIGINT
+from typing import Any, Protocol
+
+from gpu_launcher.devices import environment
+from gpu_launcher.errors import GpuLauncherError
+from gpu_launcher.jobs import machine as m
+from gpu_launcher.jobs.events import JobEnded, JobStarted, JobWaiting, Outcome, Progress, Stopping
+from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.jobs.running import Running, judge, who_holds
+from gpu_launcher.jobs.signals import StopSignals
+from gpu_launcher.leases import Ledger
+from gpu_launcher.model import Device, Owner, Request
+from gpu_launcher.processes import messages
+from gpu_launcher.processes.messages import ChannelClosedError, Report
+from gpu_launcher.processes.starter import JobProcess, ServerDiedError
+
+TICK = 0.125
+"""Seconds between two looks at the clock, for the live view."""
+EXPLAIN = 1.0
+"""Seconds between two looks at who holds the devices that a job waits for."""
+MOST_SERVERS = 5
+"""Fork servers that one sweep may lose. More than that is no accident, and starting another would not help."""
+
+_SUPERVISOR_DIED = "was ended because its supervisor was killed"
+
+
+class Server(Protocol):
+    """The fork server, as the loop uses it."""
+
+    def fileno(self) -> int:
+        """Readable when it has something to say, or died."""
+
+    def receive(self) -> object:
+        """SupervisorDied or StartFailed. Raises ServerDiedError."""
+
+    def start(self, number: int, spec: Any, result: Path) -> JobProcess:
+        """Start a job's process. Raises ServerDiedError."""
+
+    def restart(self, in_child: Callable[[], None]) -> None:
+        """Replace a dead server; `in_child` drops, in the new one, what belongs to the launching program alone."""
+
+    def close(self) -> None:
+        """End the server and all its jobs, and wait for that."""
+
+
+class JobLoop:
+    """Runs jobs to their ends. Call `run` once."""
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        *,
+        devices: tuple[Device, ...],
+        limits: m.Limits,
+        server: Server,
+        ledger: Ledger,
+        progress: Progress,
+        clock: Callable[[], float],
+        results_directory: Path,
+        owner: Callable[[Job], Owner],
+        by_uuid: bool = False,
+        checkpoint: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        """Prepare to run `jobs` on `devices`.
+
+        Reports pass through files in `results_directory`. `owner` says whom a job's ticket and lease belong to.
+        `by_uuid` names devices to jobs by UUID instead of index. `checkpoint` is called with the name of each point
+        of a job's life, for tests that kill the launching program there.
+        """
+        self._jobs = {job.number: job for job in jobs}
+        self._devices = {device.uuid: device for device in devices}
+        self._limits = limits
+        self._server = server
+        self._ledger = ledger
+        self._progress = progress
+        self._clock = clock
+        self._results_directory = results_directory
+        self._owner = owner
+        self._by_uuid = by_uuid
+        self._checkpoint = checkpoint
+
+        self._machine = m.Machine(list(self._jobs), limits)
+        self._selector = selectors.DefaultSelector()
+        self.signals = StopSignals()
+        self._live: dict[int, Running] = {}
+        self._dead: dict[int, Running] = {}
+        """Jobs whose process tree is gone, until they are concluded."""
+        self._results: dict[int, JobResult] = {}
+        self._waiting: int | None = None
+        """The job whose ticket is out."""
+        self._explain_at = 0.0
+        self._explained: str | None = None
+        self._servers_lost = 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the user stopped the sweep."""
+        return self._machine.stopping
+
+    def run(self) -> list[JobResult]:
+        """Run every job; returns their results in the order of the jobs.
+
+        Raises GpuLauncherError if jobs cannot be run at all. Whatever is raised, no job is left alive.
+        """
+        with self.signals, self._selector:
+            try:
+                self._watch(self.signals.fileno(), self._on_signals)
+                self._watch(self._server.fileno(), self._on_server)
+                if (descriptor := self._ledger.fileno()) is not None:
+                    self._watch(descriptor, self._ledger.drain)
+                self._handle(m.Begin())
+                while not self._machine.finished:
+                    self._turn()
+            except BaseException:
+                self._server.close()  # and with it every job that still runs
+                raise
+            finally:
+                for job in (*self._live.values(), *self._dead.values()):
+                    job.process.close()
+                    if job.lease is not None:
+                        self._ledger.release(job.lease)
+                    if job.ticket is not None:
+                        self._ledger.cancel(job.ticket)
+        return [self._results[number] for number in self._jobs]
+
+    # Waiting
+
+    def _watch(self, descriptor: int, callback: Callable[[], None]) -> None:
+        self._selector.register(descriptor, selectors.EVENT_READ, callback)
+
+    def _turn(self) -> None:
+        ready = [key for key, _ in self._selector.select(self._patience())]
+        # The fork server's end is seen before the ends of its jobs, which follow from it.
+        ready.sort(key=lambda key: key.data != self._on_server)
+        for key in ready:
+            if self._selector.get_map().get(key.fd) is key:  # not closed by what came before
+                key.data()
+        self._claim()
+        self._handle(m.Tick())
+        self._progress.tick(self._clock())
+
+    def _patience(self) -> float:
+        """Seconds until something must be looked at though nothing calls."""
+        patience = TICK
+        if self._waiting is not None:
+            patience = min(patience, self._ledger.poll_interval)
+        if self._machine.deadline is not None:
+            patience = min(patience, max(0.0, self._machine.deadline - self._clock()))
+        return patience
+
+    # What happens
+
+    def _on_signals(self) -> None:
+        for _ in range(self.signals.take()):
+            running = len(self._machine.running())
+            forced = self._machine.stopping
+            self._handle(m.StopAsked())
+            assert self.signals.last is not None
+            self._progress.handle(Stopping(self._clock(), running, self._limits.grace, forced, self.signals.last.name))
+
+    def _on_server(self) -> None:
+        try:
+            message = self._server.receive()
+        except ServerDiedError:
+            self._replace_server()
+            return
+        assert isinstance(message, (messages.SupervisorDied, messages.StartFailed)), message
+        job = self._live.get(message.number)
+        if job is None:
+            return  # it managed to report its job's end before it died
+        if isinstance(message, messages.SupervisorDied):
+            job.problem = _SUPERVISOR_DIED
+        else:
+            job.problem = f"could not be started: {message.problem}"
+        self._ended(message.number)
+
+    def _replace_server(self) -> None:
+        self._selector.unregister(self._server.fileno())
+        self._handle(m.ServerLost())
+        self._servers_lost += 1
+        if self._servers_lost == MOST_SERVERS:
+            raise GpuLauncherError(
+                f"the fork server was killed {MOST_SERVERS} times, so no more jobs are started: `dmesg` may know why"
+            )
+        self._server.restart(self._forget_in_child)
+        self._watch(self._server.fileno(), self._on_server)
+        for number in [number for number, job in self._live.items() if job.unsupervised]:
+            self._ended(number)
+
+    def _forget_in_child(self) -> None:
+        """In a forked server: leases, tickets and channels are the launching program's alone."""
+        self._ledger.close_in_child()
+        for job in self._live.values():
+            job.process.close()
+        self.signals.close()
+        self._selector.close()
+
+    def _on_supervisor(self, number: int) -> None:
+        job = self._live[number]
+        try:
+            message, _ = messages.receive(job.process.supervisor)
+        except ChannelClosedError:
+            # It was killed. The fork server ends what it leaves and tells us, unless that was killed, too.
+            self._selector.unregister(job.process.supervisor)
+            job.problem = _SUPERVISOR_DIED
+            job.unsupervised = True
+            if job.server != self._servers_lost:
+                self._ended(number)
+            return
+        assert isinstance(message, messages.Exited), message
+        job.status = message.status
+        self._ended(number)
+
+    def _on_job(self, number: int) -> None:
+        job = self._live[number]
+        try:
+            message, _ = messages.receive(job.process.job)
+        except ChannelClosedError:
+            self._selector.unregister(job.process.job)  # its supervisor will say more
+            return
+        match message:
+            case messages.Prepared(request, log):
+                job.log = log
+                self._checkpoint("prepared")
+                self._handle(m.Prepared(number, request))
+            case messages.ResultLost(problem):
+                job.problem = f"could not write its result: {problem}"
+            case _:
+                raise TypeError(f"a job says {message!r}")
+
+    def _ended(self, number: int) -> None:
+        job = self._live.pop(number)
+        job.ended = self._clock()
+        for end in (job.process.supervisor, job.process.job):
+            if end.fileno() in self._selector.get_map():
+                self._selector.unregister(end)
+        job.process.close()
+        self._dead[number] = job
+        self._checkpoint("exited")
+        self._handle(m.Exited(number))
+
+    # What to do
+
+    def _handle(self, stimulus: m.Stimulus) -> None:
+        for instruction in self._machine.handle(stimulus, self._clock()):
+            self._follow(instruction)
+
+    def _follow(self, instruction: m.Instruction) -> None:
+        match instruction:
+            case m.StartProcess(number):
+                self._start(number)
+            case m.TakeTicket(number, request):
+                self._take_ticket(number, request)
+            case m.DropTicket(number):
+                self._drop_ticket(number)
+            case m.Go(number):
+                self._go(number)
+            case m.Interrupt(number):
+                self._tell(number, lambda process: process.signal(SIGINT))
+            case m.Kill(number):
+                self._tell(number, JobProcess.kill)
+            case m.Release(number):
+                self._release(number)
+            case m.Conclude(number, stopped, problem):
+                self._conclude(number, stopped, problem)
+
+    def _start(self, number: int) -> None:
+        try:
+            process = self._server.start(number, self._jobs[number].spec, self._result_path(number))
+        except ServerDiedError:
+            self._replace_server()
+            self._handle(m.Exited(number))  # which queues it again
+            return
+        self._live[number] = Running(process, server=self._servers_lost)
+        self._watch(process.supervisor.fileno(), lambda: self._on_supervisor(number))
+        self._watch(process.job.fileno(), lambda: self._on_job(number))
+        self._checkpoint("started")
+
+    def _take_ticket(self, number: int, request: Request) -> None:
+        devices = list(self._devices.values())
+        self._live[number].ticket = self._ledger.enqueue(request, devices, self._owner(self._jobs[number]))
+        self._waiting = number
+        self._checkpoint("queued")
+        self._claim()
+
+    def _drop_ticket(self, number: int) -> None:
+        job = self._live.get(number) or self._dead[number]
+        assert job.ticket is not None
+        self._ledger.cancel(job.ticket)
+        job.ticket = None
+        self._waiting = None
+
+    def _claim(self) -> None:
+        """Ask for the lease of the waiting ticket, if there is one."""
+        if self._waiting is None:
+            return
+        number = self._waiting
+        job = self._live[number]
+        assert job.ticket is not None
+        job.lease = self._ledger.claim(job.ticket)
+        if job.lease is None:
+            self._explain_waiting(number)
+            return
+        self._waiting = None
+        job.ticket = None
+        job.devices = tuple(self._devices[uuid] for uuid in job.lease.uuids)
+        self._checkpoint("claimed")
+        self._handle(m.Granted(number))
+
+    def _go(self, number: int) -> None:
+        job = self._live[number]
+        job.started = self._clock()
+        lease = () if job.lease is None else (job.lease.fileno(),)
+        self._tell(number, lambda process: process.grant(environment(job.devices, by_uuid=self._by_uuid), lease))
+        self._checkpoint("granted")
+        self._progress.handle(JobStarted(job.started, number, self._jobs[number].label, job.devices, job.log))
+
+    def _tell(self, number: int, say: Callable[[JobProcess], None]) -> None:
+        job = self._live.get(number)
+        if job is None:
+            return  # it ended just now
+        with contextlib.suppress(ChannelClosedError):  # it has ended, and the news of that is on the way
+            say(job.process)
+
+    def _release(self, number: int) -> None:
+        job = self._dead[number]
+        assert job.lease is not None
+        self._ledger.release(job.lease)
+        job.lease = None
+        self._checkpoint("released")
+        self._claim()
+
+    def _conclude(self, number: int, stopped: bool, problem: str | None) -> None:
+        ran = self._dead.pop(number, None)
+        report = None if ran is None else self._read_report(number)
+        result = judge(self._jobs[number], ran, report, stopped=stopped, problem=problem)
+        self._results[number] = result
+        failed = result.outcome is Outcome.FAILED
+        self._progress.handle(
+            JobEnded(
+                time=self._clock(),
+                number=number,
+                label=result.label,
+                devices=result.devices,
+                outcome=result.outcome,
+                duration=result.duration,
+                message=result.message if failed else None,
+                log=result.log,
+            )
+        )
+        self._checkpoint("concluded")
+
+    def _explain_waiting(self, number: int) -> None:
+        """Tell the user whom the sweep waits for, unless that is the sweep's own jobs."""
+        now = self._clock()
+        if now < self._explain_at:
+            return
+        self._explain_at = now + EXPLAIN
+        own = {job.lease.id for job in self._live.values() if job.lease is not None}
+        reason = who_holds(self._ledger.snapshot(), tuple(self._devices.values()), own)
+        if reason is not None and reason != self._explained:
+            self._progress.handle(JobWaiting(now, number, self._jobs[number].label, reason))
+        self._explained = reason
+
+    def _result_path(self, number: int) -> Path:
+        return self._results_directory / f"{number}.report"
+
+    def _read_report(self, number: int) -> Report | None:
+        path = self._result_path(number)
+        try:
+            report: Report = pickle.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        path.unlink()
+        return report

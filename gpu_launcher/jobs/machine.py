@@ -1,0 +1,349 @@
+"""Which job does what next, as a pure state machine: stimuli and a time in, instructions out.
+
+One job's life, with the stimulus that moves it on:
+
+    QUEUED -> PREPARING      when there is room to look ahead           (StartProcess)
+    PREPARING -> PREPARED    Prepared: it composed its config and waits
+    PREPARED -> RUNNING      Granted, or at once if it needs no devices (TakeTicket, Go)
+    RUNNING -> ENDED         Exited: its process tree is gone           (Release, Conclude)
+
+PREPARING and PREPARED jobs may also end without having run, or go back to QUEUED when the fork server was lost.
+At most one ticket is out at a time: several sweeps on one machine then alternate instead of the first one's tickets
+filling the queue.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from gpu_launcher.model import Request
+
+
+class Phase(Enum):
+    """Where a job is in its life."""
+
+    QUEUED = auto()
+    PREPARING = auto()
+    PREPARED = auto()
+    RUNNING = auto()
+    ENDED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much may happen at once."""
+
+    devices: int
+    """Devices the pool has for this sweep."""
+    parallel: int | None
+    """Cap on running jobs; None for as many as get devices."""
+    without_devices: int
+    """Cap on running jobs that need no devices, which nothing else limits."""
+    ahead: int
+    """Cap on jobs that are started but do not run yet."""
+    preparing: int
+    """Cap on jobs that prepare themselves at the same time, which takes a CPU each."""
+    grace: float
+    """Seconds between the first request to stop and SIGKILL."""
+
+
+# Stimuli
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """The first stimulus."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A job is ready for its devices."""
+
+    number: int
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """The ticket of a job became a lease."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """A job's process tree is gone."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLost:
+    """The fork server was killed. Each of its live jobs will still be reported as Exited."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked:
+    """The user wants the sweep to end; once for gracefully, twice for now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed."""
+
+
+Stimulus = Begin | Prepared | Granted | Exited | ServerLost | StopAsked | Tick
+
+# Instructions
+
+
+@dataclass(frozen=True, slots=True)
+class StartProcess:
+    """Start the job's process, which prepares itself."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class TakeTicket:
+    """Get in line for the job's devices; answer with Granted."""
+
+    number: int
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class DropTicket:
+    """Give up the place in line."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Go:
+    """Let the job run, on the devices of its lease if it has one."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupt:
+    """Ask the job to end."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """End the job's process tree."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The job's devices are free."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Conclude:
+    """The job has ended: make its result. `problem` is what the machine found wrong with it."""
+
+    number: int
+    stopped: bool
+    problem: str | None
+
+
+Instruction = StartProcess | TakeTicket | DropTicket | Go | Interrupt | Kill | Release | Conclude
+
+
+class IllegalTransitionError(RuntimeError):
+    """A stimulus that cannot happen in the job's phase: a defect of the loop."""
+
+
+@dataclass(slots=True)
+class _Job:
+    phase: Phase = Phase.QUEUED
+    request: Request | None = None
+    problem: str | None = None
+    lost: bool = False
+    """Its fork server died before it ran."""
+
+
+class Machine:
+    """The jobs of one sweep, numbered as given."""
+
+    def __init__(self, numbers: list[int], limits: Limits) -> None:
+        self._limits = limits
+        self._jobs = {number: _Job() for number in numbers}
+        self._queue = deque(numbers)
+        self._live: set[int] = set()
+        """Jobs that have a process."""
+        self._ticket: int | None = None
+        self._stops = 0
+        self._kill_at: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing will ever happen again."""
+        return not self._queue and not self._live
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the user asked to stop."""
+        return self._stops > 0
+
+    @property
+    def deadline(self) -> float | None:
+        """When a Tick is needed, if nothing else happens; on the clock of `now`."""
+        return self._kill_at
+
+    def running(self) -> list[int]:
+        """Numbers of the jobs that run now, in order."""
+        return sorted(self._in(Phase.RUNNING))
+
+    def phase(self, number: int) -> Phase:
+        """Where a job is in its life."""
+        return self._jobs[number].phase
+
+    def handle(self, stimulus: Stimulus, now: float) -> list[Instruction]:
+        """Take note of what happened; returns what to do, in this order.
+
+        Raises IllegalTransitionError.
+        """
+        match stimulus:
+            case Begin():
+                return self._fill()
+            case Prepared(number, request):
+                return self._prepared(number, request)
+            case Granted(number):
+                return self._granted(number)
+            case Exited(number):
+                return self._exited(number)
+            case ServerLost():
+                return self._server_lost()
+            case StopAsked():
+                return self._stop(now)
+            case Tick():
+                return self._tick(now)
+
+    def _prepared(self, number: int, request: Request) -> list[Instruction]:
+        job = self._expect(number, Phase.PREPARING)
+        job.phase = Phase.PREPARED
+        job.request = request
+        if request.gpus > self._limits.devices:
+            job.problem = (
+                f"asks for {request.gpus} devices, but the pool has {self._limits.devices} for this sweep. "
+                "Remedy: lower hydra.launcher.gpus or widen hydra.launcher.devices"
+            )
+            return [Kill(number)]
+        return self._fill()
+
+    def _granted(self, number: int) -> list[Instruction]:
+        job = self._expect(number, Phase.PREPARED)
+        if number != self._ticket:
+            raise IllegalTransitionError(f"job {number} was granted devices, but the ticket out is {self._ticket}'s")
+        self._ticket = None
+        job.phase = Phase.RUNNING
+        return [Go(number), *self._fill()]
+
+    def _exited(self, number: int) -> list[Instruction]:
+        job = self._expect(number, Phase.PREPARING, Phase.PREPARED, Phase.RUNNING)
+        self._live.remove(number)
+        instructions: list[Instruction] = []
+        if self._ticket == number:
+            self._ticket = None
+            instructions.append(DropTicket(number))
+        if job.phase is Phase.RUNNING and job.request is not None and job.request.gpus:
+            instructions.append(Release(number))
+        if job.lost and not self.stopping:
+            self._jobs[number] = _Job()
+            self._queue.appendleft(number)
+            return [*instructions, *self._fill()]
+        job.phase = Phase.ENDED
+        # The next job starts before this one's result is looked at: its devices should not wait for that.
+        return [*instructions, *self._fill(), Conclude(number, self.stopping, job.problem)]
+
+    def _server_lost(self) -> list[Instruction]:
+        for number in self._live:
+            job = self._jobs[number]
+            if job.phase is Phase.RUNNING:
+                job.problem = "was ended because the fork server was killed"
+            elif job.problem is None:
+                job.lost = True
+        return []
+
+    def _stop(self, now: float) -> list[Instruction]:
+        self._stops += 1
+        if self._stops > 1:
+            self._kill_at = None
+            return [Kill(number) for number in sorted(self._live)]
+        self._kill_at = now + self._limits.grace
+        instructions: list[Instruction] = []
+        if self._ticket is not None:
+            instructions.append(DropTicket(self._ticket))
+            self._ticket = None
+        for number in sorted(self._live):
+            ask = Interrupt if self._jobs[number].phase is Phase.RUNNING else Kill
+            instructions.append(ask(number))
+        while self._queue:
+            number = self._queue.popleft()
+            self._jobs[number].phase = Phase.ENDED
+            instructions.append(Conclude(number, stopped=True, problem=None))
+        return instructions
+
+    def _tick(self, now: float) -> list[Instruction]:
+        if self._kill_at is None or now < self._kill_at:
+            return []
+        self._kill_at = None
+        return [Kill(number) for number in sorted(self._live)]
+
+    def _fill(self) -> list[Instruction]:
+        """Start, and let run, as much as the limits allow."""
+        if self.stopping:
+            return []
+        instructions: list[Instruction] = []
+        for number in sorted(self._in(Phase.PREPARED)):
+            job = self._jobs[number]
+            assert job.request is not None
+            if job.problem is not None or job.lost or self._parallel_full():
+                continue
+            if job.request.gpus == 0:
+                if len(self._running_without_devices()) < self._limits.without_devices:
+                    job.phase = Phase.RUNNING
+                    instructions.append(Go(number))
+            elif self._ticket is None:
+                self._ticket = number
+                instructions.append(TakeTicket(number, job.request))
+        while self._queue and self._room_to_prepare():
+            number = self._queue.popleft()
+            self._jobs[number].phase = Phase.PREPARING
+            self._live.add(number)
+            instructions.append(StartProcess(number))
+        return instructions
+
+    def _parallel_full(self) -> bool:
+        taken = len(self._in(Phase.RUNNING)) + (self._ticket is not None)
+        return self._limits.parallel is not None and taken >= self._limits.parallel
+
+    def _room_to_prepare(self) -> bool:
+        preparing = len(self._in(Phase.PREPARING))
+        ahead = preparing + len(self._in(Phase.PREPARED))
+        return preparing < self._limits.preparing and ahead < self._limits.ahead
+
+    def _running_without_devices(self) -> list[int]:
+        return [number for number in self._in(Phase.RUNNING) if self._jobs[number].request == Request(gpus=0)]
+
+    def _in(self, phase: Phase) -> list[int]:
+        return [number for number in self._live if self._jobs[number].phase is phase]
+
+    def _expect(self, number: int, *phases: Phase) -> _Job:
+        job = self._jobs[number]
+        if job.phase not in phases:
+            allowed = ", ".join(phase.name for phase in phases)
+            raise IllegalTransitionError(f"job {number} is {job.phase.name}, expected one of: {allowed}")
+        return job

@@ -1,0 +1,82 @@
+"""A job while it has a process, and the verdict when it has none any more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpu_launcher.jobs.events import Outcome
+from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.leases import Lease, PoolView, Ticket
+from gpu_launcher.model import Device
+from gpu_launcher.processes.death import describe_exit
+from gpu_launcher.processes.messages import Report
+from gpu_launcher.processes.starter import JobProcess
+
+
+@dataclass(slots=True)
+class Running:
+    """What belongs to a job's process."""
+
+    process: JobProcess
+    server: int
+    """Which fork server started it: how many were lost before."""
+    unsupervised: bool = False
+    """Its supervisor was killed."""
+    log: str | None = None
+    status: int | None = None
+    """How its main process ended, as `os.waitpid` gives it; None if nobody could tell."""
+    problem: str | None = None
+    """What went wrong around it, as a sentence without a subject."""
+    ticket: Ticket | None = None
+    lease: Lease | None = None
+    devices: tuple[Device, ...] = ()
+    started: float | None = None
+    """When its devices were granted; None before."""
+    ended: float | None = None
+    """When its process tree was known to be gone."""
+
+    @property
+    def duration(self) -> float | None:
+        """Seconds from grant to end; None if it never ran."""
+        if self.started is None or self.ended is None:
+            return None
+        return self.ended - self.started
+
+
+def judge(job: Job, ran: Running | None, report: Report | None, *, stopped: bool, problem: str | None) -> JobResult:
+    """How a job ended. `ran` is None if it never had a process, `problem` is what the machine found wrong with it."""
+    if ran is None:
+        return JobResult(job.number, job.label, Outcome.CANCELLED, None, "was not started", (), None, None)
+    message: str | None
+    if report is not None:
+        outcome = Outcome.COMPLETED if report.ok else Outcome.FAILED
+        message = report.message
+    else:
+        outcome = Outcome.FAILED
+        message = problem or ran.problem
+        if message is None:
+            assert ran.status is not None, "without a problem, its supervisor told how it ended"
+            message = describe_exit(ran.status, _circumstances(ran))
+    if stopped and outcome is Outcome.FAILED:
+        outcome = Outcome.CANCELLED
+    payload = None if report is None else report.payload
+    return JobResult(job.number, job.label, outcome, payload, message, ran.devices, ran.duration, ran.log)
+
+
+def _circumstances(ran: Running) -> str:
+    if ran.duration is None:
+        return " while it prepared itself"
+    where = f" on {', '.join(device.label for device in ran.devices)}" if ran.devices else ""
+    return f" after {ran.duration:.1f} s{where}"
+
+
+def who_holds(pool: PoolView, devices: tuple[Device, ...], own: set[str]) -> str | None:
+    """Which of `devices` others hold, in words; None if nobody does. `own` are the ids of this sweep's leases."""
+    labels = {device.uuid: device.label for device in devices}
+    held: list[str] = []
+    for lease in pool.leases:
+        if lease.id not in own:
+            names = [labels[uuid] for uuid in labels if lease.uuids is None or uuid in lease.uuids]
+            who = "somebody" if lease.owner is None else f"{lease.owner.user} ({lease.owner.command})"
+            held.extend(f"{name} by {who}" for name in names)
+    return f"held: {'; '.join(held)}" if held else None

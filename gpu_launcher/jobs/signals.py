@@ -1,0 +1,60 @@
+"""SIGINT and SIGTERM during a sweep, delivered to the loop through a descriptor."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignals:
+    """While entered, SIGINT and SIGTERM do nothing but make `fileno()` readable.
+
+    Outside the main thread, where Python allows no signal handlers, it changes nothing, and signals keep their effect
+    on the program.
+    """
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+        os.set_blocking(self._write, False)
+        self._before: dict[signal.Signals, Any] = {}
+        self._wakeup_before = -1
+        self.last: signal.Signals | None = None
+        """The signal that arrived last."""
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {signum: signal.signal(signum, self._note) for signum in _SIGNALS}
+            self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._before:
+            signal.set_wakeup_fd(self._wakeup_before)
+        for signum, handler in self._before.items():
+            # None: the handler was not set from Python and cannot be restored from it
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+        self.close()
+
+    def fileno(self) -> int:
+        """Readable when a signal has arrived."""
+        return self._read
+
+    def take(self) -> int:
+        """How many of them arrived since the last call. Other signals that Python handles wake the loop, too."""
+        arrived = [number for number in os.read(self._read, 4096) if number in _SIGNALS]
+        if arrived:
+            self.last = signal.Signals(arrived[-1])
+        return len(arrived)
+
+    def close(self) -> None:
+        """Close the descriptors, also in a forked child."""
+        os.close(self._read)
+        os.close(self._write)
+
+    def _note(self, signum: int, frame: object) -> None:
+        """The wakeup descriptor tells the loop."""

@@ -1,0 +1,130 @@
+"""One launch, from options to results: puts the fork server, the pool, the display and the loop together."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from signal import Signals
+
+from gpu_launcher.devices import select_devices, usable_cpus
+from gpu_launcher.errors import OptionError
+from gpu_launcher.jobs.events import Notice, SweepEnded, SweepStarted
+from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.jobs.loop import JobLoop
+from gpu_launcher.jobs.machine import Limits
+from gpu_launcher.jobs.progress import open_progress
+from gpu_launcher.leases import FileLedger, resolve_pool_directory
+from gpu_launcher.model import Device, Owner
+from gpu_launcher.processes.starter import ForkServer
+
+MOST_AHEAD = 8
+"""Jobs that wait, prepared, for devices. More would cost memory and save nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to run the jobs of a sweep. Validated by whoever makes them."""
+
+    devices: object
+    """As `gpu_launcher.devices.select_devices` takes it."""
+    gpus: int | None
+    """Devices that every job needs; None if each says so for itself."""
+    max_parallel: int | None
+    """Cap on running jobs; None for as many as get devices."""
+    grace: float
+    """Seconds between SIGINT and SIGKILL."""
+    pool_dir: str | None
+    """Another pool directory than the machine's."""
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """What came of a sweep."""
+
+    results: list[JobResult]
+    """In the order of the jobs."""
+    stopped_by: Signals | None
+    """The signal with which the user stopped the sweep, if so."""
+
+
+def run_jobs(jobs: Sequence[Job], server: ForkServer, options: Options, directory: Path, command: str) -> SweepResult:
+    """Run `jobs` on the machine's pool and show how it goes on stderr.
+
+    `directory` keeps files while the jobs run, `command` names this program to others who wait for devices.
+    Raises OptionError and PoolDirectoryError before any job is started.
+    """
+    selection = select_devices(options.devices, os.environ)
+    devices = selection.devices
+    if options.gpus is not None and options.gpus > len(devices):
+        raise OptionError("hydra.launcher.gpus", _too_many(options.gpus, devices))
+    with contextlib.ExitStack() as cleanup:
+        ledger = cleanup.enter_context(FileLedger(resolve_pool_directory(options.pool_dir)))
+        results_directory = Path(cleanup.enter_context(_scratch(directory)))
+        progress = open_progress()
+        cleanup.callback(progress.close)
+        now = time.monotonic()
+        progress.handle(SweepStarted(now, len(jobs), devices, options.max_parallel))
+        for text in _notices(selection.notices, server):
+            progress.handle(Notice(now, text))
+        loop = JobLoop(
+            jobs,
+            devices=devices,
+            limits=limits(options, len(devices), usable_cpus()),
+            server=server,
+            ledger=ledger,
+            progress=progress,
+            clock=time.monotonic,
+            results_directory=results_directory,
+            owner=lambda job: Owner(os.getpid(), _user(), f"{command} #{job.number} {job.label}".rstrip()),
+            by_uuid=selection.by_uuid,
+        )
+        results = loop.run()
+        progress.handle(SweepEnded(time.monotonic()))
+        return SweepResult(results, loop.signals.last if loop.stopped else None)
+
+
+def limits(options: Options, devices: int, cpus: int) -> Limits:
+    """How much may happen at once with so many devices and CPUs."""
+    at_once = cpus if options.gpus == 0 else devices // (options.gpus or 1)
+    return Limits(
+        devices=devices,
+        parallel=options.max_parallel,
+        without_devices=options.max_parallel or cpus,
+        ahead=max(1, min(at_once, options.max_parallel or at_once, MOST_AHEAD)),
+        preparing=cpus,
+        grace=options.grace,
+    )
+
+
+def _too_many(gpus: int, devices: tuple[Device, ...]) -> str:
+    has = "1 device" if len(devices) == 1 else f"{len(devices)} devices"
+    return (
+        f"every job asks for {gpus} devices, but the pool has {has} for this sweep "
+        f"({', '.join(device.label for device in devices)}). "
+        "Remedy: ask for fewer, or allow more with hydra.launcher.devices"
+    )
+
+
+def _notices(from_selection: Sequence[str], server: ForkServer) -> list[str]:
+    notices = list(from_selection)
+    if server.method == "spawn":
+        notices.append(f"jobs start in fresh interpreters (spawn): {server.reason}")
+    return notices
+
+
+def _scratch(directory: Path) -> tempfile.TemporaryDirectory[str]:
+    """A directory of this launch alone: another launch in the same sweep directory may still be running."""
+    return tempfile.TemporaryDirectory(prefix=".gpu_launcher-", dir=directory, ignore_cleanup_errors=True)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user id without an entry in the user database, as in containers
+        return f"uid {os.getuid()}"

@@ -1,0 +1,35 @@
+"""How a process ended, in words for the person who has to find out why."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+_LIKELY = {
+    signal.SIGKILL: "most often the host ran out of memory (see `dmesg`), or somebody killed it",
+    signal.SIGSEGV: "a crash in native code; `PYTHONFAULTHANDLER=1` shows where",
+    signal.SIGBUS: "often /dev/shm is full: data loader workers need more shared memory",
+    signal.SIGABRT: "native code gave up, often on a failed assertion or a CUDA error",
+    signal.SIGFPE: "an arithmetic error in native code",
+    signal.SIGILL: "native code was built for another processor",
+    signal.SIGXCPU: "the limit on CPU time was reached",
+}
+
+
+def describe_exit(status: int, circumstances: str = "") -> str:
+    """Say how a process ended that left no result, such as `was killed by SIGKILL after 12 s on GPU 2: most often ...`.
+
+    `status` is as `os.waitpid` gives it; `circumstances` go behind what happened and before its likely cause.
+    """
+    if os.WIFSIGNALED(status):
+        signum = os.WTERMSIG(status)
+        likely = _LIKELY.get(signum)  # type: ignore[call-overload]
+        return f"was killed by {_name(signum)}{circumstances}" + (f": {likely}" if likely else "")
+    return f"ended with exit code {os.WEXITSTATUS(status)}{circumstances} before it returned a value"
+
+
+def _name(signum: int) -> str:
+    try:
+        return signal.Signals(signum).name
+    except ValueError:  # a real-time signal
+        return f"signal {signum}"

@@ -1,0 +1,92 @@
+"""What `GpuPoolLauncher.launch` does."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+from hydra.core.utils import JobReturn, filter_overrides, setup_globals
+from hydra.errors import CompactHydraException
+
+from gpu_launcher.errors import GpuLauncherError
+from gpu_launcher.jobs.job import Job
+from gpu_launcher.jobs.sweep import run_jobs
+from gpu_launcher.processes.starter import ForkServer
+
+from ._options import read_options, read_start_method
+from ._program import HydraProgram, job_command
+from ._results import unpack
+from .launcher import GpuPoolLauncher
+
+
+class LaunchError(CompactHydraException):
+    """The sweep cannot be run at all. Hydra shows its message without a traceback."""
+
+
+def launch(
+    launcher: GpuPoolLauncher, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+) -> Sequence[JobReturn]:
+    """Run one job per list of overrides; returns their JobReturns in that order.
+
+    Raises LaunchError if no job can run, and KeyboardInterrupt or SystemExit when the user stopped the sweep.
+    """
+    try:
+        return _launch(launcher, [list(overrides) for overrides in job_overrides], initial_job_idx)
+    except GpuLauncherError as error:
+        raise LaunchError(str(error)) from error
+
+
+def _launch(launcher: GpuPoolLauncher, job_overrides: list[list[str]], first: int) -> list[JobReturn]:
+    assert launcher.config is not None
+    setup_globals()
+    options = read_options(launcher.options, launcher.config)
+    sweep_directory = Path(str(launcher.config.hydra.sweep.dir)).absolute()
+    sweep_directory.mkdir(parents=True, exist_ok=True)
+    jobs = [
+        Job(number, " ".join(filter_overrides(overrides)), overrides)
+        for number, overrides in enumerate(job_overrides, start=first)
+    ]
+    sweep = run_jobs(jobs, _server(launcher), options, sweep_directory, command=Path(sys.argv[0]).name)
+    if sweep.stopped_by is not None:
+        _stop(sweep.stopped_by)
+    returns = []
+    for overrides, result in zip(job_overrides, sweep.results, strict=True):
+        directory = Path(result.log).parent if result.log else sweep_directory
+        returns.append(unpack(result, list(filter_overrides(overrides)), directory))
+    return returns
+
+
+def _server(launcher: GpuPoolLauncher) -> ForkServer:
+    """The fork server of this launcher: started by its first launch, ended with the launcher."""
+    if launcher.server is None:
+        assert launcher.config is not None
+        assert launcher.hydra_context is not None
+        assert launcher.task_function is not None
+        program = HydraProgram(launcher.config, launcher.hydra_context, launcher.task_function, job_command(sys.argv))
+        server = ForkServer(program, read_start_method(launcher.options.get("start_method", "auto")))
+        weakref.finalize(launcher, server.close)
+        launcher.server = server
+    server = launcher.server
+    assert isinstance(server, ForkServer)
+    return server
+
+
+def _stop(signum: signal.Signals) -> NoReturn:
+    """End the program as the signal would have, without a traceback: the summary has said what happened."""
+    if signum is signal.SIGINT:
+        sys.excepthook = _quietly(sys.excepthook)
+        raise KeyboardInterrupt
+    sys.exit(128 + signum)
+
+
+def _quietly(hook: Callable[..., object]) -> Callable[..., object]:
+    def excepthook(kind: type[BaseException], error: BaseException, tb: TracebackType | None) -> None:
+        if kind is not KeyboardInterrupt:
+            hook(kind, error, tb)
+
+    return excepthook

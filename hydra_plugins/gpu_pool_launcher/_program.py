@@ -1,0 +1,140 @@
+"""What a job's process does: compose the job's config, wait for devices, run the task, report."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides, run_job, setup_globals
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from gpu_launcher.model import Request
+from gpu_launcher.processes.messages import Report
+from gpu_launcher.processes.worker import Gate
+
+from ._options import read_gpus
+from ._results import pack
+
+if TYPE_CHECKING:
+    from hydra._internal.callbacks import Callbacks
+
+LOG = "job.log"
+"""Name of the file in a job's output directory that gets its stdout and stderr."""
+
+
+@dataclass
+class HydraProgram:
+    """Callable once in each job's process. With `spawn` it travels there by cloudpickle, Hydra's state with it."""
+
+    config: DictConfig
+    """The sweep's own config."""
+    hydra_context: HydraContext
+    task_function: TaskFunction
+    command: list[str]
+    """The command line that runs one job: overrides of the job are to be appended."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "singletons": Singleton.get_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        setup_globals()
+        Singleton.set_state(state.pop("singletons"))
+        self.__dict__.update(state)
+
+    def __call__(self, number: int, spec: list[str], gate: Gate) -> Report:
+        """Run job `number` with the overrides `spec`."""
+        job_return = JobReturn(overrides=list(filter_overrides(spec)))
+        try:
+            config = self._compose(number, spec)
+            sys.argv = [*self.command, *filter_overrides(spec), "hydra.mode=RUN"]
+            directory = Path(config.hydra.run.dir)
+            job_return.cfg = _without_hydra_node(config)
+            job_return.working_dir = str(directory)
+            gate.prepared(Request(read_gpus(config.hydra.launcher.gpus)), directory / LOG)
+            job_return = self._run(config, gate)
+        except BaseException as error:  # whatever ends the task ends this job, and this job only
+            job_return.status = JobStatus.FAILED
+            job_return.return_value = error
+        if job_return.status is JobStatus.FAILED:
+            raised = job_return._return_value
+            traceback.print_exception(type(raised), raised, raised.__traceback__)
+        return pack(job_return)
+
+    def _compose(self, number: int, overrides: list[str]) -> DictConfig:
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        with read_write(config.hydra), open_dict(config.hydra):
+            config.hydra.job.id = str(number)
+            config.hydra.job.num = number
+        HydraConfig.instance().set_config(config)
+        directory = Path(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir)).absolute()
+        with read_write(config.hydra), open_dict(config.hydra):
+            config.hydra.run.dir = str(directory)  # for libraries that start the program again, as Lightning does
+        return config
+
+    def _run(self, config: DictConfig, gate: Gate) -> JobReturn:
+        if _depends_on_devices(config):
+            gate.wait()
+        callbacks = cast("Callbacks", _GatedCallbacks(self.hydra_context.callbacks, gate))
+        context = replace(self.hydra_context, callbacks=callbacks)
+        return run_job(
+            hydra_context=context,
+            task_function=self.task_function,
+            config=config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
+
+
+class _GatedCallbacks:
+    """The user's callbacks, but no code of the user's runs before the job has its devices.
+
+    `run_job` makes the output directory, saves the config and sets logging up before it calls `on_job_start`: all
+    that is done ahead of the grant.
+    """
+
+    def __init__(self, callbacks: Any, gate: Gate) -> None:
+        self._callbacks = callbacks
+        self._gate = gate
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._callbacks, name)
+
+    def on_job_start(self, *args: Any, **kwargs: Any) -> None:
+        self._gate.wait()
+        self._callbacks.on_job_start(*args, **kwargs)
+
+
+def _depends_on_devices(config: DictConfig) -> bool:
+    """Whether Hydra's own part of the config reads what only the grant sets, such as a log file named by GPU."""
+    return "CUDA_VISIBLE_DEVICES" in OmegaConf.to_yaml(config.hydra, resolve=False)
+
+
+def _without_hydra_node(config: DictConfig) -> DictConfig:
+    task_config: DictConfig = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    return task_config
+
+
+def job_command(argv: list[str]) -> list[str]:
+    """The sweep's command line without its overrides: what runs a single job once its overrides are appended.
+
+    Options that choose the config (`--config-name` and the like) stay, `--multirun` goes.
+    """
+    script, *options = argv
+    kept = [str(Path(script).absolute()) if Path(script).exists() else script]
+    arguments = iter(options)
+    for argument in arguments:
+        name, assigned, _ = argument.partition("=")
+        if name in _WITH_VALUE:
+            kept.append(argument)
+            if not assigned:
+                kept.extend(value for value in [next(arguments, None)] if value is not None)
+    return kept
+
+
+_WITH_VALUE = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")

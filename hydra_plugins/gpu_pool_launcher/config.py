@@ -1,0 +1,37 @@
+"""The options of `hydra/launcher=gpu_pool`. Imported at the start of every Hydra program: keep it light."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+
+HELP = {
+    "devices": "What to run on: auto (all GPUs, or CPU slots where there is none), a list of GPUs as [0,2] or by UUID, "
+    "cpu:4, simulated:8. An inherited CUDA_VISIBLE_DEVICES restricts auto and lists.",
+    "gpus": "Whole devices for each job: 0, 1, 2, ..., or an interpolation on the job's own config. "
+    "A job gets all of them at once, or waits.",
+    "max_parallel": "Most jobs at the same time. null: as many as get devices; with gpus=0 as many as there are CPUs.",
+    "start_method": "How jobs start: fork (from the imported program), spawn (a fresh interpreter each), "
+    "auto (fork where it is safe, else spawn, with the reason on the screen).",
+    "grace": "Seconds that jobs get to end by themselves after Ctrl-C or SIGTERM. Then they are killed.",
+    "pool_dir": "Directory of the pool. null: $GPU_LAUNCHER_POOL_DIR, else the machine's own. "
+    "Sweeps share devices only within one pool.",
+}
+"""What each option means; `--cfg hydra` and shell completion show it under `hydra.launcher.help`."""
+
+
+@dataclass
+class GpuPoolLauncherConf:
+    """The options, with their defaults; HELP has their documentation."""
+
+    _target_: str = "hydra_plugins.gpu_pool_launcher.launcher.GpuPoolLauncher"
+    devices: Any = "auto"
+    gpus: Any = 1
+    max_parallel: int | None = None
+    start_method: str = "auto"
+    grace: float = 10.0
+    pool_dir: str | None = None
+    help: dict[str, str] = field(default_factory=lambda: dict(HELP))
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="gpu_pool", node=GpuPoolLauncherConf, provider="gpu_launcher")

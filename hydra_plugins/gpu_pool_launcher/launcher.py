@@ -1,0 +1,42 @@
+"""The launcher class that Hydra finds. Imported at the start of every Hydra program: the work is in `_launch`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hydra.plugins.launcher import Launcher
+
+from . import config as _config  # noqa: F401  (stores the config, also where Hydra finds this class by entry point)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hydra.core.utils import JobReturn
+    from hydra.types import HydraContext, TaskFunction
+    from omegaconf import DictConfig
+
+
+class GpuPoolLauncher(Launcher):
+    """Runs each job in a process of its own, on devices leased from the machine's pool."""
+
+    def __init__(self, **options: Any) -> None:
+        """Take the options of `GpuPoolLauncherConf`."""
+        super().__init__()
+        self.options = options
+        self.config: DictConfig | None = None
+        self.task_function: TaskFunction | None = None
+        self.hydra_context: HydraContext | None = None
+        self.server: Any = None
+        """The fork server, kept for sweepers that launch several batches."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """See `hydra.plugins.launcher.Launcher`."""
+        self.config = config
+        self.hydra_context = hydra_context
+        self.task_function = task_function
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs; see `hydra.plugins.launcher.Launcher`. A job's failure is in its JobReturn, never raised."""
+        from ._launch import launch
+
+        return launch(self, job_overrides, initial_job_idx)
