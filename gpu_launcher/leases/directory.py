@@ -97,9 +97,10 @@ def check_usable(queue: Path) -> None:
     """Try everything a ledger needs. Raises OSError, or PoolDirectoryError where locks have no effect."""
     name = queue / unpublished_name(uuid.uuid4().hex)
     twin = queue / unpublished_name(uuid.uuid4().hex)
-    first = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    first = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     second = -1
     try:
+        os.fchmod(first, 0o644)
         os.write(first, b"x" * 4096)
         fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
         second = os.open(name, os.O_RDONLY)

@@ -1,0 +1,598 @@
+"""Real processes on one pool directory, killed at every point, and the world asserted afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gpu_launcher.leases import FileLedger, resolve_pool_directory
+from gpu_launcher.leases.records import Record
+from gpu_launcher.model import Device, DeviceKind, Owner, Request
+
+# One process with a ledger, told what to do line by line. `die` is the step at which it kills itself.
+PROGRAM = """
+import json, os, signal, sys, time
+from gpu_launcher.leases import FileLedger, resolve_pool_directory
+from gpu_launcher.model import Device, DeviceKind, Owner, Request
+
+settings = json.loads(sys.argv[1])
+os.umask(settings["umask"])
+if settings["user"]:
+    os.setgroups([])
+    os.setgid(settings["user"])
+    os.setuid(settings["user"])
+visited = []
+
+def checkpoint(step):
+    visited.append(step)
+    if step == settings["die"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+directory = resolve_pool_directory(settings["directory"])
+ledger = FileLedger(directory, checkpoint=checkpoint)
+owner = Owner(os.getpid(), str(os.getuid()), "test")
+tickets, leases = {}, {}
+print("ready", flush=True)
+for line in sys.stdin:
+    order, name, *rest = json.loads(line)
+    answer = None
+    if order == "enqueue":
+        devices = [Device(uuid, 0, "simulated", DeviceKind.SIMULATED) for uuid in rest[1]]
+        tickets[name] = ledger.enqueue(Request(rest[0]), devices, owner)
+    elif order == "claim":
+        lease = ledger.claim(tickets[name])
+        if lease:
+            leases[name] = lease
+            answer = lease.uuids
+    elif order == "release":
+        ledger.release(leases[name])
+    elif order == "cancel":
+        ledger.cancel(tickets[name])
+    elif order == "close":
+        ledger.close()
+    elif order == "visited":
+        answer = visited
+    elif order in ("job", "server"):
+        answer = os.fork()
+        if not answer:
+            os.close(0), os.close(1), os.close(2)
+            if order == "server":
+                ledger.close_in_child()
+            time.sleep(60)
+            os._exit(0)
+    print(json.dumps(answer), flush=True)
+"""
+
+STEPS = [
+    *(f"enqueue: {step}" for step in ("created", "locked", "written", "published")),
+    *(f"claim: {step}" for step in ("created", "locked", "written", "linked", "published")),
+    *("claim: ticket removed", "claim: ticket closed", "cancel: ticket removed", "cancel: ticket closed"),
+    *("release: closed", "release: name removed"),
+]
+
+
+class Died(Exception):
+    pass
+
+
+class Process:
+    def __init__(self, directory: Path, die: str = "", umask: int = 0o022, user: int = 0) -> None:
+        settings = {"directory": str(directory), "die": die, "umask": umask, "user": user}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.started = self._process.stdout.readline() == "ready\n"
+
+    def __call__(self, order: str, name: str = "", *rest: object) -> object:
+        try:
+            self._process.stdin.write(json.dumps([order, name, *rest]) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise Died from None
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise Died
+        return json.loads(answer)
+
+    def kill(self) -> int:
+        """Return how it ended."""
+        self._process.kill()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()
+        return self._process.wait()
+
+
+Start = Callable[..., Process]
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return resolve_pool_directory(str(tmp_path / "pool"))
+
+
+@pytest.fixture
+def start(directory: Path) -> Iterator[Start]:
+    processes: list[Process] = []
+
+    def begin(where: Path = directory, **settings: object) -> Process:
+        processes.append(Process(where, **settings))
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        process.kill()
+
+
+@pytest.fixture
+def ledger(directory: Path) -> Iterator[FileLedger]:
+    with FileLedger(directory) as ledger:
+        yield ledger
+
+
+OWNER = Owner(pid=os.getpid(), user="ada", command="test")
+
+
+def devices(uuids: str) -> list[Device]:
+    return [Device(uuid, 0, "simulated", DeviceKind.SIMULATED) for uuid in uuids]
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(path.name for path in (directory / "queue").iterdir())
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 20) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def kill_job(pid: int) -> None:
+    """It is not our child: its parent may be dead, so wait until it is gone, or a zombie of somebody else's."""
+    os.kill(pid, signal.SIGKILL)
+
+    def gone() -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+
+    assert wait_for(gone)
+
+
+def test_the_devices_of_a_killed_process_are_free_at_once(start, ledger):
+    holder = start()
+    holder("enqueue", "1", 2, "AB")
+    assert holder("claim", "1") == ["A", "B"]
+    holder("enqueue", "2", 2, "AB")
+    ticket = ledger.enqueue(Request(2), devices("AB"), OWNER)
+    assert ledger.claim(ticket) is None
+    assert holder.kill() == -signal.SIGKILL
+    assert ledger.claim(ticket) is not None
+
+
+def test_a_killed_process_wakes_those_who_wait(start, ledger):
+    holder = start()
+    holder("enqueue", "1", 1, "A")
+    holder("claim", "1")
+    ticket = ledger.enqueue(Request(1), devices("A"), OWNER)
+    ledger.drain()
+    for _ in range(10):
+        assert ledger.claim(ticket) is None
+    assert ledger.poll_interval == 0.25
+    assert not select.select([ledger], [], [], 0)[0]
+    holder.kill()
+    assert select.select([ledger], [], [], 5)[0]
+    ledger.drain()
+    assert ledger.poll_interval < 0.01
+    assert ledger.claim(ticket) is not None
+
+
+def test_a_job_keeps_its_devices_after_its_launcher_was_killed_until_it_ends(start, ledger):
+    launcher = start()
+    launcher("enqueue", "1", 1, "AB")
+    assert launcher("claim", "1") == ["A"]
+    job = launcher("job")
+    launcher.kill()
+    ticket = ledger.enqueue(Request(2), devices("AB"), OWNER)
+    assert ledger.claim(ticket) is None
+    assert [view.uuids for view in ledger.snapshot().leases] == [("A",)]
+    ledger.drain()
+    kill_job(job)
+    assert select.select([ledger], [], [], 5)[0]
+    assert ledger.claim(ticket) is not None
+
+
+def test_releasing_while_the_job_lives_keeps_the_devices_leased(start, ledger):
+    launcher = start()
+    launcher("enqueue", "1", 1, "A")
+    launcher("claim", "1")
+    job = launcher("job")
+    launcher("release", "1")
+    launcher("close")
+    ticket = ledger.enqueue(Request(1), devices("A"), OWNER)
+    assert ledger.claim(ticket) is None
+    kill_job(job)
+    assert ledger.claim(ticket) is not None
+
+
+def test_a_forked_server_that_outlives_its_launcher_keeps_nothing_alive(start, ledger):
+    launcher = start()
+    launcher("enqueue", "1", 1, "A")
+    launcher("claim", "1")
+    launcher("enqueue", "2", 1, "A")
+    server = launcher("server")
+    ticket = ledger.enqueue(Request(1), devices("A"), OWNER)
+    assert ledger.claim(ticket) is None
+    launcher.kill()
+    assert wait_for(lambda: not ledger.snapshot().leases)
+    assert ledger.claim(ticket) is not None
+    kill_job(server)
+
+
+def test_in_a_forked_child_a_ledger_refuses_to_work_and_closing_it_harms_nobody(ledger, directory):
+    ticket = ledger.enqueue(Request(1), devices("A"), OWNER)
+    child = subprocess.run(
+        [sys.executable, "-c", FORKED, str(directory)], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert child.stdout == "refused\nstill waiting, still leased\n", child.stderr
+    assert ledger.claim(ticket) is not None
+
+
+FORKED = """
+import os, sys
+from pathlib import Path
+from gpu_launcher.leases import FileLedger
+from gpu_launcher.model import Device, DeviceKind, Owner, Request
+ledger = FileLedger(Path(sys.argv[1]))
+device = [Device("B", 0, "", DeviceKind.CPU)]
+lease = ledger.claim(ledger.enqueue(Request(1), device, Owner(1, "", "")))
+ticket = ledger.enqueue(Request(1), device, Owner(1, "", ""))
+if not os.fork():
+    try:
+        ledger.snapshot()
+    except RuntimeError:
+        print("refused", flush=True)
+    ledger.close()
+    os._exit(0)
+os.wait()
+view = ledger.snapshot()
+if ticket.id in [t.id for t in view.tickets] and [v.id for v in view.leases] == [lease.id]:
+    print("still waiting, still leased")
+"""
+
+
+def go_through_every_step(process: Process) -> None:
+    process("enqueue", "given up", 1, "AB")
+    process("cancel", "given up")
+    process("enqueue", "1", 2, "EF")
+    process("claim", "1")
+    process("release", "1")
+
+
+@pytest.mark.parametrize("die", STEPS)
+def test_a_process_killed_at_any_step_leaves_a_working_pool(start, ledger, directory, die):
+    """One that waits behind the victim, one that holds devices beside it, and one that comes afterwards."""
+    bystander = start()
+    bystander("enqueue", "1", 1, "D")
+    assert bystander("claim", "1") == ["D"]
+    bystander("enqueue", "2", 4, "ABCD")
+    victim = start(die=die)
+    with pytest.raises(Died):
+        go_through_every_step(victim)
+    assert victim.kill() == -signal.SIGKILL
+    assert bystander("claim", "2") is None
+    ticket = ledger.enqueue(Request(2), devices("EF"), OWNER)
+    assert ledger.claim(ticket).uuids == ("E", "F")
+    assert [view.uuids for view in ledger.snapshot().leases] == [("D",), ("E", "F")]
+    bystander("release", "1")
+    assert bystander("claim", "2") == list("ABCD")
+    bystander("close")
+    ledger.close()
+    assert files(directory) == []
+
+
+def test_every_step_there_is_was_tried(start):
+    process = start()
+    go_through_every_step(process)
+    assert set(process("visited")) == set(STEPS)
+
+
+def test_a_job_that_was_handed_its_lease_keeps_it_when_its_launcher_dies_in_release(start, ledger):
+    launcher = start(die="release: closed")
+    launcher("enqueue", "1", 1, "A")
+    launcher("claim", "1")
+    job = launcher("job")
+    with pytest.raises(Died):
+        launcher("release", "1")
+    ticket = ledger.enqueue(Request(1), devices("A"), OWNER)
+    assert ledger.claim(ticket) is None
+    kill_job(job)
+    assert ledger.claim(ticket) is not None
+
+
+def test_processes_are_served_in_the_order_in_which_they_came(start):
+    processes = [start() for _ in range(4)]
+    for process in processes:
+        process("enqueue", "1", 2, "AB")
+    for turn, process in enumerate(processes):
+        for later in processes[turn + 1 :]:
+            assert later("claim", "1") is None
+        assert process("claim", "1") == ["A", "B"]
+        process("release", "1")
+
+
+# Takes and gives back devices until told to stop. The witness is a POSIX record lock on one byte per device: those
+# vanish in close(2) itself, so before the lease's lock when a process is killed.
+HAMMER = """
+import fcntl, os, random, select, sys, time
+from pathlib import Path
+from gpu_launcher.leases import FileLedger
+from gpu_launcher.model import Device, DeviceKind, Owner, Request
+
+directory, seed, end = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+chance = random.Random(seed)
+pool = [Device(str(n), n, "simulated", DeviceKind.SIMULATED) for n in range(6)]
+mine = pool[chance.randrange(3):]
+ledger = FileLedger(directory / "pool")
+witness = os.open(directory / "witness", os.O_RDWR)
+grants = 0
+while time.monotonic() < end:
+    count = chance.choice([1, 1, 2, 3])
+    ticket = ledger.enqueue(Request(count), chance.sample(mine, len(mine)), Owner(os.getpid(), "", ""))
+    if chance.random() < 0.05:
+        ledger.cancel(ticket)
+        continue
+    while (lease := ledger.claim(ticket)) is None:
+        if select.select([ledger], [], [], ledger.poll_interval)[0]:
+            ledger.drain()
+    for uuid in lease.uuids:
+        try:
+            fcntl.lockf(witness, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int(uuid))
+        except OSError:
+            os.write(2, f"device {uuid} is held twice\\n".encode())
+            os._exit(3)
+    assert len(set(lease.uuids)) == count
+    time.sleep(chance.random() * 0.004)
+    for uuid in lease.uuids:
+        fcntl.lockf(witness, fcntl.LOCK_UN, 1, int(uuid))
+    ledger.release(lease)
+    grants += 1
+ledger.close()
+print(grants)
+"""
+
+
+@pytest.mark.parametrize("killing", [False, True], ids=["in peace", "under fire"])
+def test_eight_processes_at_once_never_hold_a_device_twice(tmp_path, killing):
+    resolve_pool_directory(str(tmp_path / "pool"))
+    (tmp_path / "witness").touch()
+    chance = random.Random(8)
+    end = time.monotonic() + 3
+
+    def hammer() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", HAMMER, str(tmp_path), str(chance.random())[2:], str(end)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    running = [hammer() for _ in range(8)]
+    ended = []
+    while killing and time.monotonic() < end - 0.5:
+        time.sleep(0.05)
+        victim = running.pop(chance.randrange(8))
+        victim.kill()
+        ended.append(victim)
+        running.append(hammer())
+    results = [(process, *process.communicate(timeout=60)) for process in ended + running]
+    for process, _, errors in results:
+        assert process.returncode in ((0, -signal.SIGKILL) if killing else (0,)), errors
+        assert errors == ""
+    served = [int(output) for _, output, _ in results if output]
+    assert len(served) >= 8
+    assert sum(served) > 20
+    with FileLedger(tmp_path / "pool") as ledger:
+        view = ledger.snapshot()
+        assert (view.tickets, view.leases) == ((), ())
+    assert files(tmp_path / "pool") == []
+
+
+# Files that are lost, broken, or not ours.
+
+
+def test_one_lost_file_of_a_live_lease_frees_nothing(start, ledger, directory):
+    for prefix in ("lease-", "twin-"):
+        holder = start()
+        holder("enqueue", "1", 1, "A")
+        holder("claim", "1")
+        (name,) = [name for name in files(directory) if name.startswith(prefix)]
+        (directory / "queue" / name).unlink()
+        ticket = ledger.enqueue(Request(1), devices("A"), OWNER)
+        assert ledger.claim(ticket) is None
+        holder("release", "1")
+        ledger.release(ledger.claim(ticket))
+
+
+def test_a_process_knows_its_own_leases_though_all_their_files_are_lost(ledger, directory):
+    ledger.claim(ledger.enqueue(Request(1), devices("A"), OWNER))
+    for name in files(directory):
+        (directory / "queue" / name).unlink()
+    assert ledger.claim(ledger.enqueue(Request(1), devices("A"), OWNER)) is None
+
+
+def test_a_ticket_whose_file_is_lost_keeps_its_place(start, ledger, directory):
+    holder, other = start(), start()
+    holder("enqueue", "1", 1, "A")
+    holder("claim", "1")
+    ticket = ledger.enqueue(Request(1), devices("A"), OWNER)
+    other("enqueue", "1", 1, "A")
+    for name in files(directory):
+        if ticket.id in name:
+            (directory / "queue" / name).unlink()
+    assert ledger.claim(ticket) is None
+    holder("release", "1")
+    assert other("claim", "1") is None
+    assert ledger.claim(ticket) is not None
+
+
+def locked(path: Path, content: bytes) -> int:
+    path.write_bytes(content)
+    descriptor = os.open(path, os.O_RDWR)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+FUTURE = b'{"format": 2, "uuids": ["A"], "count": 1, "owner": {"pid": 1, "user": "", "command": ""}, "since": 0}'
+UNREADABLE = [b"", b"\xff\x00", b"[]", b"{}", b"[" * 100_000, b'{"format": 1}', FUTURE]
+
+
+@pytest.mark.parametrize("content", UNREADABLE, ids=lambda content: repr(content[:12]))
+def test_a_locked_lease_that_cannot_be_read_holds_everything_until_it_ends(ledger, directory, content):
+    holder = locked(directory / "queue" / f"lease-{'0' * 32}", content)
+    ticket = ledger.enqueue(Request(1), devices("XYZ"), OWNER)
+    assert ledger.claim(ticket) is None
+    assert [view.uuids for view in ledger.snapshot().leases] == [None]
+    os.close(holder)
+    assert ledger.claim(ticket) is not None
+
+
+@pytest.mark.parametrize("content", UNREADABLE, ids=lambda content: repr(content[:12]))
+def test_a_locked_ticket_that_cannot_be_read_holds_up_those_behind_it(ledger, directory, content):
+    before = ledger.enqueue(Request(1), devices("A"), OWNER)
+    waiting = locked(directory / "queue" / f"ticket-000000000002-{'0' * 32}", content)
+    behind = ledger.enqueue(Request(1), devices("B"), OWNER)
+    assert behind.sequence == 3
+    assert ledger.claim(behind) is None
+    assert ledger.claim(before) is not None
+    os.close(waiting)
+    assert ledger.claim(behind) is not None
+
+
+def test_whatever_else_lies_in_the_queue_directory_is_passed_by(ledger, directory):
+    queue = directory / "queue"
+    ids = [f"{n:032x}" for n in range(10)]
+    os.mkfifo(queue / f"lease-{ids[0]}")
+    os.mkfifo(queue / f"ticket-1-{ids[1]}")
+    (queue / f"lease-{ids[2]}").mkdir()
+    (queue / f"twin-{ids[3]}").symlink_to("/etc/passwd")
+    (queue / f"lease-{ids[4]}").symlink_to("nowhere")
+    (queue / ".new-x").touch()
+    (queue / "README").write_text("hello")
+    (queue / f"ticket-{'9' * 30}-{ids[5]}").touch()
+    foreign = files(directory)
+    stale = [f"lease-{ids[6]}", f"twin-{ids[7]}", f"ticket-999999999999999999-{ids[8]}", f".new-{ids[9]}"]
+    for name in stale:
+        (queue / name).write_bytes(b"garbage")
+    ticket = ledger.enqueue(Request(1), devices("A"), OWNER)
+    assert ticket.sequence == 1
+    assert ledger.claim(ticket) is not None
+    left = [name for name in files(directory) if "garbage" not in name]
+    assert set(foreign) <= set(left)
+    assert not set(stale) & set(left)
+    ledger.close()
+    assert files(directory) == foreign
+
+
+def test_a_record_is_read_back_as_it_was_written():
+    record = Record(("GPU-1", "MIG-GPU-2/1/0"), 2, Owner(1, "ä\udcff", 'x="{\\n'), 1.5)
+    assert Record.decode(record.encode()) == record
+
+
+# Several users.
+
+
+@pytest.fixture
+def common(start) -> Iterator[Path]:
+    """A pool directory that other users can reach, which those of pytest's are not."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can act as several users")
+    with tempfile.TemporaryDirectory() as parent:
+        Path(parent).chmod(0o755)
+        yield resolve_pool_directory(str(Path(parent) / "pool"))
+
+
+@pytest.fixture(params=[0, 2])
+def protected_regular(request: pytest.FixtureRequest) -> Iterator[None]:
+    """See proc_sys_fs(5): with 2, O_CREAT fails on another user's file in a sticky directory, even for root."""
+    setting = Path("/proc/sys/fs/protected_regular")
+    try:
+        before = setting.read_text()
+        setting.write_text(str(request.param))
+    except OSError as error:
+        pytest.skip(f"fs.protected_regular cannot be set here: {error}")
+    yield
+    setting.write_text(before)
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("protected_regular")
+@pytest.mark.parametrize("umasks", [(0o077, 0o000), (0o000, 0o077), (0o777, 0o777)])
+def test_users_with_any_umask_share_one_pool(start, common, umasks):
+    ada = start(common, umask=umasks[0], user=60001)
+    grace = start(common, umask=umasks[1], user=60002)
+    ada("enqueue", "1", 2, "AB")
+    assert ada("claim", "1") == ["A", "B"]
+    grace("enqueue", "1", 1, "AB")
+    assert grace("claim", "1") is None
+    assert {path.stat().st_mode & 0o7777 for path in (common / "queue").iterdir()} == {0o644}
+    ada("enqueue", "2", 2, "AB")
+    ada("release", "1")
+    assert grace("claim", "1") == ["A"]
+    assert ada("claim", "2") is None
+    grace("release", "1")
+    assert ada("claim", "2") == ["A", "B"]
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("protected_regular")
+def test_what_a_dead_process_of_another_user_left_blocks_nobody_and_goes_when_its_user_returns(start, common):
+    for path in (common, common / "queue"):
+        os.chown(path, 60003, 60003)
+    ada = start(common, user=60001)
+    grace = start(common, user=60002)
+    ada("enqueue", "1", 1, "A")
+    ada("claim", "1")
+    ada("enqueue", "2", 1, "A")
+    grace("enqueue", "1", 1, "A")
+    assert grace("claim", "1") is None
+    ada.kill()
+    assert grace("claim", "1") == ["A"]
+    assert len(files(common)) == 3 + 2
+    grace("release", "1")
+    assert len(files(common)) == 3
+    again = start(common, user=60001)
+    again("enqueue", "1", 1, "A")
+    again("cancel", "1")
+    assert files(common) == []
+
+
+@pytest.mark.root
+def test_a_lease_that_this_user_may_not_open_holds_everything(start, common):
+    ada = start(common, user=60001)
+    grace = start(common, user=60002)
+    ada("enqueue", "1", 1, "A")
+    ada("claim", "1")
+    for path in (common / "queue").iterdir():
+        path.chmod(0)
+    grace("enqueue", "1", 1, "B")
+    assert grace("claim", "1") is None
+    for path in (common / "queue").iterdir():
+        path.chmod(0o644)
+    assert grace("claim", "1") == ["B"]
