@@ -18,7 +18,7 @@ from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs import machine as m
 from gpu_launcher.jobs.events import JobEnded, JobStarted, JobWaiting, Outcome, Progress, Stopping
 from gpu_launcher.jobs.job import Job, JobResult
-from gpu_launcher.jobs.running import Running, judge, who_holds
+from gpu_launcher.jobs.running import Running, Wait, explain_wait, judge
 from gpu_launcher.jobs.signals import StopSignals
 from gpu_launcher.leases import Ledger
 from gpu_launcher.model import Device, Owner, Request
@@ -101,7 +101,7 @@ class JobLoop:
         self._waiting: int | None = None
         """The job whose ticket is out."""
         self._explain_at = 0.0
-        self._explained: str | None = None
+        self._explained = Wait("", ())
         self._servers_lost = 0
 
     @property
@@ -292,6 +292,7 @@ class JobLoop:
         devices = list(self._devices.values())
         self._live[number].ticket = self._ledger.enqueue(request, devices, self._owner(self._jobs[number]))
         self._waiting = number
+        self._explained = Wait("", ())
         self._checkpoint("queued")
         self._claim()
 
@@ -363,16 +364,18 @@ class JobLoop:
         self._checkpoint("concluded")
 
     def _explain_waiting(self, number: int) -> None:
-        """Tell the user whom the sweep waits for, unless that is the sweep's own jobs."""
+        """Tell the user whom the sweep waits for, if that is not its own jobs."""
         now = self._clock()
         if now < self._explain_at:
             return
         self._explain_at = now + EXPLAIN
+        ticket = self._live[number].ticket
+        assert ticket is not None
         own = {job.lease.id for job in self._live.values() if job.lease is not None}
-        reason = who_holds(self._ledger.snapshot(), tuple(self._devices.values()), own)
-        if reason is not None and reason != self._explained:
-            self._progress.handle(JobWaiting(now, number, self._jobs[number].label, reason))
-        self._explained = reason
+        wait = explain_wait(self._ledger.snapshot(), tuple(self._devices.values()), own, ticket)
+        if wait != self._explained:
+            self._progress.handle(JobWaiting(now, number, self._jobs[number].label, wait.reason, wait.held_by_others))
+            self._explained = wait
 
     def _result_path(self, number: int) -> Path:
         return self._results_directory / f"{number}.report"

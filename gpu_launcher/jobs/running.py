@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.jobs.progress.text import duration
 from gpu_launcher.leases import Lease, PoolView, Ticket
-from gpu_launcher.model import Device
+from gpu_launcher.model import Device, Owner
 from gpu_launcher.processes.death import describe_exit
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.starter import JobProcess
@@ -66,17 +68,43 @@ def judge(job: Job, ran: Running | None, report: Report | None, *, stopped: bool
 def _circumstances(ran: Running) -> str:
     if ran.duration is None:
         return " while it prepared itself"
-    where = f" on {', '.join(device.label for device in ran.devices)}" if ran.devices else ""
-    return f" after {ran.duration:.1f} s{where}"
+    where = f" on {_labels(ran.devices)}" if ran.devices else ""
+    return f" after {duration(ran.duration)}{where}"
 
 
-def who_holds(pool: PoolView, devices: tuple[Device, ...], own: set[str]) -> str | None:
-    """Which of `devices` others hold, in words; None if nobody does. `own` are the ids of this sweep's leases."""
-    labels = {device.uuid: device.label for device in devices}
-    held: list[str] = []
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Why a job gets no devices though this sweep's own jobs leave some."""
+
+    reason: str
+    """In words; empty if only this sweep's own jobs are in the way."""
+    held_by_others: tuple[Device, ...]
+
+
+def explain_wait(pool: PoolView, devices: tuple[Device, ...], own_leases: set[str], ticket: Ticket) -> Wait:
+    """Who else holds, or is in line for, the devices that `ticket` waits for."""
+    held: dict[str, list[Device]] = {}
     for lease in pool.leases:
-        if lease.id not in own:
-            names = [labels[uuid] for uuid in labels if lease.uuids is None or uuid in lease.uuids]
-            who = "somebody" if lease.owner is None else f"{lease.owner.user} ({lease.owner.command})"
-            held.extend(f"{name} by {who}" for name in names)
-    return f"held: {'; '.join(held)}" if held else None
+        if lease.id not in own_leases:
+            theirs = [device for device in devices if lease.uuids is None or device.uuid in lease.uuids]
+            held.setdefault(_name(lease.owner), []).extend(theirs)
+    parts = [f"{_labels(theirs)} held by {who}" for who, theirs in held.items() if theirs]
+    uuids = {device.uuid for device in devices}
+    for other in pool.tickets:
+        before = other.sequence < ticket.sequence
+        if before and (other.candidates is None or not uuids.isdisjoint(other.candidates)):
+            parts.append(f"{_name(other.owner)} is ahead in the queue")
+    everything = tuple(device for theirs in held.values() for device in theirs)
+    more = [f"and {len(parts) - _MOST_REASONS} more"] if len(parts) > _MOST_REASONS else []
+    return Wait("; ".join(parts[:_MOST_REASONS] + more), tuple(dict.fromkeys(everything)))
+
+
+_MOST_REASONS = 3
+
+
+def _name(owner: Owner | None) -> str:
+    return "somebody" if owner is None else f"{owner.user} ({owner.command})"
+
+
+def _labels(devices: Iterable[Device]) -> str:
+    return ", ".join(device.label for device in devices)
