@@ -174,6 +174,7 @@ def explained(directory: Path, error: OSError) -> PoolDirectoryError:
         errno.EACCES: f"cannot be written by {user}: ask its owner to `chmod 1777` it and its {QUEUE}/, or {ANOTHER}",
         errno.ENOLCK: f"its file system has no file locks (flock): {ANOTHER}",
         errno.EOPNOTSUPP: f"its file system has no file locks (flock) or hard links: {ANOTHER}",
+        errno.EMFILE: "this process has too many open files: raise `ulimit -n`",
         errno.ESTALE: "was removed or replaced while in use: end the programs that use it, then start again",
     }
     problems[errno.EPERM] = problems[errno.EACCES]

@@ -11,10 +11,15 @@ How the promise is kept that losing a file costs at most waiting:
 - A ticket whose file is lost is written anew, with its old sequence, at its next claim.
 - A queue directory that is removed or replaced makes every ledger that was open on it raise PoolDirectoryError.
 
-Not promised: safety against somebody who removes the whole queue directory, or both names of a lease, while jobs run,
-and starts new programs then; or who locks or unlocks the files by hand. Two directories, such as a container's own
-`/var/tmp` and the host's, are two pools. Threads: a process that another thread forks while a ledger is at work
-inherits half-made tickets and leases; fork from the thread that uses the ledger, and call `close_in_child`.
+Not promised:
+
+- Safety against somebody who removes the whole queue directory, or both names of a lease, while jobs run, and starts
+  new programs then; or who locks or unlocks the files by hand.
+- Two directories, such as a container's own `/var/tmp` and the host's, are two pools.
+- A process that is stopped (SIGSTOP) while it has the mutex, which is for about a millisecond at a time, stops
+  everybody's claims until it goes on or is killed.
+- A process that another thread forks while a ledger is at work inherits half-made tickets and leases: fork from the
+  thread that uses the ledger, and call `close_in_child`.
 """
 
 from __future__ import annotations
@@ -59,8 +64,8 @@ class FileLedger:
     Belongs to the process that made it: in a forked child every method raises RuntimeError, except `close_in_child`
     and `close`, which then means the same. Nothing is closed by garbage collection: call `close`.
 
-    `wall_clock` is for the times that views show. `checkpoint` is called with the name of each step (CHECKPOINTS)
-    between two that a crash could separate; it is for tests.
+    `wall_clock` is for the times that views show. `checkpoint` is called after each step that a crash could
+    separate from the next, with its name, such as `claim: locked`; it is for tests.
     """
 
     def __init__(
@@ -269,10 +274,10 @@ class FileLedger:
 
     def _withdraw(self, queue: int, waiting: _Waiting, operation: str) -> None:
         ticket = waiting.ticket
-        del self._tickets[ticket.id]
         with contextlib.suppress(OSError):
             os.unlink(ticket_name(ticket.sequence, ticket.id), dir_fd=queue)
         self._checkpoint(f"{operation}: ticket removed")
+        del self._tickets[ticket.id]
         os.close(waiting.descriptor)
         self._checkpoint(f"{operation}: ticket closed")
 
