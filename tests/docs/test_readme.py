@@ -1,0 +1,77 @@
+"""The README is run: its commands, their output, and the table of options."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def _missing(expected: str, output: str) -> list[str]:
+    """Lines of `expected` that `output` lacks. `...` stands for anything; which of several jobs is first is chance."""
+    lines = output.splitlines()
+    wanted = [line for line in expected.splitlines() if line != "..."]
+    patterns = [".*".join(re.escape(part) for part in line.split("...")) for line in wanted]
+    return [
+        line
+        for line, pattern in zip(wanted, patterns, strict=True)
+        if not any(map(re.compile(pattern).fullmatch, lines))
+    ]
+
+
+def _commands() -> list[tuple[str, str]]:
+    """The commands in console blocks that show output, and the output."""
+    found = []
+    for block in re.findall(r"^```console\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE):
+        command, _, output = block.partition("\n")
+        if output:
+            found.append((command.removeprefix("$ "), output))
+    return found
+
+
+@pytest.mark.parametrize(("command", "expected"), _commands())
+def test_a_command_of_the_readme_prints_what_the_readme_says(command: str, expected: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    environment = {**os.environ, "GPU_LAUNCHER_POOL_DIR": str(tmp_path / "pool")}
+    program, *arguments = shlex.split(command)
+    assert program == "python"
+
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+
+    assert not _missing(expected, done.stderr), done.stderr
+
+
+def test_the_readme_has_commands_to_run() -> None:
+    assert len(_commands()) >= 2
+
+
+def test_the_table_of_options_is_the_documentation_of_the_config() -> None:
+    from hydra_plugins.gpu_pool_launcher.config import HELP, GpuPoolLauncherConf
+
+    shown = re.search(r"<!-- options.*?-->\n(.*?)<!-- end of options -->", README, flags=re.DOTALL)
+    assert shown is not None
+    defaults = GpuPoolLauncherConf()
+    rows = ["| option | default | meaning |", "|---|---|---|"]
+    for name, text in HELP.items():
+        default = getattr(defaults, name)
+        rows.append(f"| `{name}` | `{'null' if default is None else default}` | {text} |")
+    assert shown.group(1).splitlines() == rows
+
+
+def test_every_option_is_documented_and_nothing_else() -> None:
+    from dataclasses import fields
+
+    from hydra_plugins.gpu_pool_launcher.config import HELP, GpuPoolLauncherConf
+
+    assert list(HELP) == [field.name for field in fields(GpuPoolLauncherConf) if field.name not in ("_target_", "help")]
