@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import io
+import logging
+import multiprocessing.process
 import multiprocessing.util
 import os
 import pickle
@@ -129,6 +131,10 @@ def forget_the_parent(handlers: dict[signal.Signals, Any]) -> None:
     weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
     multiprocessing.util._finalizer_registry.clear()  # type: ignore[attr-defined]
     multiprocessing.util._run_after_forkers()  # type: ignore[attr-defined]
+    # At a normal end multiprocessing terminates the daemonic ones among these, which are the parent's.
+    multiprocessing.process._children = set()  # type: ignore[attr-defined]
+    # What every program has from its imports; the last registered runs first.
+    atexit.register(logging.shutdown)
     atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]
     _reseed_numpy()
 
