@@ -275,7 +275,10 @@ class Machine:
                 job.problem = "was ended because the fork server was killed"
             elif job.problem is None:
                 job.lost = True
-        return []
+        if self._ticket is None:
+            return []
+        ticket, self._ticket = self._ticket, None
+        return [DropTicket(ticket)]  # lest it be granted to a job that is dying
 
     def _stop(self, now: float) -> list[Instruction]:
         self._stops += 1

@@ -1,0 +1,248 @@
+"""The life of a sweep's jobs, one stimulus at a time."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpu_launcher.jobs import machine as m
+from gpu_launcher.jobs.machine import IllegalTransitionError, Limits, Machine, Phase
+from gpu_launcher.model import Request
+
+ONE = Request(1)
+
+
+def limits(**changes: object) -> Limits:
+    standard = {
+        "devices": 2,
+        "parallel": None,
+        "without_devices": 2,
+        "ahead": 2,
+        "preparing": 2,
+        "grace": 10.0,
+    }
+    return Limits(**{**standard, **changes})
+
+
+def begun(jobs: int, **changes: object) -> Machine:
+    machine = Machine(list(range(jobs)), limits(**changes))
+    machine.handle(m.Begin(), 0.0)
+    return machine
+
+
+def running(jobs: int, **changes: object) -> Machine:
+    """All `jobs` run, each on a device of its own."""
+    machine = begun(jobs, devices=jobs, ahead=jobs, preparing=jobs, **changes)
+    for number in range(jobs):
+        machine.handle(m.Prepared(number, ONE), 0.0)
+        machine.handle(m.Granted(number), 0.0)
+    assert machine.running() == list(range(jobs))
+    return machine
+
+
+def test_a_sweep_of_no_jobs_is_finished_at_once():
+    machine = Machine([], limits())
+    assert machine.handle(m.Begin(), 0.0) == []
+    assert machine.finished
+
+
+def test_jobs_start_in_order_as_far_as_the_look_ahead_allows():
+    machine = Machine([7, 8, 9], limits(ahead=2))
+    assert machine.handle(m.Begin(), 0.0) == [m.StartProcess(7), m.StartProcess(8)]
+    assert [machine.phase(number) for number in (7, 8, 9)] == [Phase.PREPARING, Phase.PREPARING, Phase.QUEUED]
+
+
+def test_no_more_jobs_prepare_themselves_at_once_than_there_are_cpus_for():
+    machine = Machine([0, 1, 2], limits(ahead=3, preparing=1))
+    assert machine.handle(m.Begin(), 0.0) == [m.StartProcess(0)]
+    assert machine.handle(m.Prepared(0, ONE), 0.0) == [m.TakeTicket(0, ONE), m.StartProcess(1)]
+
+
+def test_the_life_of_one_job():
+    machine = begun(1)
+    assert machine.handle(m.Prepared(0, ONE), 1.0) == [m.TakeTicket(0, ONE)]
+    assert machine.handle(m.Granted(0), 2.0) == [m.Go(0)]
+    assert machine.handle(m.Exited(0), 3.0) == [m.Release(0), m.Conclude(0, False, None)]
+    assert machine.finished
+    assert machine.phase(0) is Phase.ENDED
+
+
+def test_a_job_without_devices_runs_without_a_ticket_and_releases_nothing():
+    machine = begun(1)
+    assert machine.handle(m.Prepared(0, Request(0)), 0.0) == [m.Go(0)]
+    assert machine.handle(m.Exited(0), 0.0) == [m.Conclude(0, False, None)]
+
+
+def test_only_one_ticket_is_out_and_the_next_one_is_taken_when_it_was_granted():
+    machine = begun(2)
+    assert machine.handle(m.Prepared(1, ONE), 0.0) == [m.TakeTicket(1, ONE)]
+    assert machine.handle(m.Prepared(0, ONE), 0.0) == []
+    assert machine.handle(m.Granted(1), 0.0) == [m.Go(1), m.TakeTicket(0, ONE)]
+
+
+def test_a_job_that_dies_in_line_leaves_the_line_to_the_next_one():
+    machine = begun(2)
+    machine.handle(m.Prepared(0, ONE), 0.0)
+    machine.handle(m.Prepared(1, ONE), 0.0)
+    assert machine.handle(m.Exited(0), 0.0) == [
+        m.DropTicket(0),
+        m.TakeTicket(1, ONE),
+        m.Conclude(0, False, None),
+    ]
+
+
+def test_devices_are_released_and_the_next_job_is_started_before_a_result_is_looked_at():
+    machine = begun(3, ahead=1)
+    machine.handle(m.Prepared(0, ONE), 0.0)
+    machine.handle(m.Granted(0), 0.0)
+    machine.handle(m.Prepared(1, ONE), 0.0)
+    machine.handle(m.Granted(1), 0.0)
+    machine.handle(m.Prepared(2, ONE), 0.0)
+    assert machine.handle(m.Exited(0), 0.0) == [m.Release(0), m.Conclude(0, False, None)]
+    assert machine.handle(m.Granted(2), 0.0) == [m.Go(2)]
+
+
+def test_a_cap_on_running_jobs_counts_the_ticket_that_is_out():
+    machine = begun(2, parallel=1)
+    assert machine.handle(m.Prepared(0, ONE), 0.0) == [m.TakeTicket(0, ONE)]
+    assert machine.handle(m.Prepared(1, Request(0)), 0.0) == []
+    assert machine.handle(m.Granted(0), 0.0) == [m.Go(0)]
+    assert machine.handle(m.Exited(0), 0.0) == [m.Release(0), m.Go(1), m.Conclude(0, False, None)]
+
+
+def test_jobs_without_devices_have_a_cap_of_their_own():
+    machine = begun(2, without_devices=1)
+    assert machine.handle(m.Prepared(0, Request(0)), 0.0) == [m.Go(0)]
+    assert machine.handle(m.Prepared(1, Request(0)), 0.0) == []
+    assert machine.handle(m.Exited(0), 0.0) == [m.Go(1), m.Conclude(0, False, None)]
+
+
+def test_a_job_that_asks_for_more_than_the_pool_has_is_ended_with_the_remedy_and_the_others_go_on():
+    machine = begun(2)
+    assert machine.handle(m.Prepared(0, Request(3)), 0.0) == [m.Kill(0)]
+    assert machine.handle(m.Prepared(1, ONE), 0.0) == [m.TakeTicket(1, ONE)]
+    (conclusion,) = machine.handle(m.Exited(0), 0.0)
+    assert isinstance(conclusion, m.Conclude)
+    assert not conclusion.stopped
+    assert "asks for 3 devices, but the pool has 2" in conclusion.problem
+    assert "hydra.launcher.gpus" in conclusion.problem
+
+
+# Stopping
+
+
+def test_the_first_stop_asks_running_jobs_kills_waiting_ones_and_forgets_the_rest():
+    machine = begun(4)
+    machine.handle(m.Prepared(0, ONE), 0.0)
+    machine.handle(m.Granted(0), 0.0)
+    machine.handle(m.Prepared(1, ONE), 0.0)
+    assert machine.handle(m.StopAsked(), 5.0) == [
+        m.DropTicket(1),
+        m.Interrupt(0),
+        m.Kill(1),
+        m.Kill(2),
+        m.Conclude(3, True, None),
+    ]
+    assert machine.stopping
+    assert machine.deadline == 15.0
+
+
+def test_jobs_are_killed_once_when_their_grace_is_over():
+    machine = running(2)
+    machine.handle(m.StopAsked(), 5.0)
+    assert machine.handle(m.Tick(), 14.9) == []
+    assert machine.handle(m.Tick(), 15.0) == [m.Kill(0), m.Kill(1)]
+    assert machine.deadline is None
+    assert machine.handle(m.Tick(), 99.0) == []
+
+
+def test_the_second_stop_kills_at_once():
+    machine = running(1)
+    machine.handle(m.StopAsked(), 5.0)
+    assert machine.handle(m.StopAsked(), 6.0) == [m.Kill(0)]
+    assert machine.deadline is None
+    assert machine.handle(m.Exited(0), 7.0) == [m.Release(0), m.Conclude(0, True, None)]
+    assert machine.finished
+
+
+def test_a_job_that_had_prepared_itself_just_before_it_heard_of_the_stop_does_not_run():
+    machine = begun(1)
+    machine.handle(m.StopAsked(), 0.0)
+    assert machine.handle(m.Prepared(0, ONE), 0.0) == []
+    assert machine.handle(m.Exited(0), 0.0) == [m.Conclude(0, True, None)]
+
+
+# The loss of the fork server
+
+
+def test_jobs_that_had_not_run_are_started_again_after_the_fork_server_was_lost_the_others_failed():
+    machine = begun(2)
+    machine.handle(m.Prepared(0, ONE), 0.0)
+    machine.handle(m.Granted(0), 0.0)
+    machine.handle(m.ServerLost(), 0.0)
+    assert machine.handle(m.Exited(0), 0.0) == [
+        m.Release(0),
+        m.Conclude(0, False, "was ended because the fork server was killed"),
+    ]
+    assert machine.handle(m.Exited(1), 0.0) == [m.StartProcess(1)]
+    machine.handle(m.Prepared(1, ONE), 0.0)
+    assert machine.handle(m.Granted(1), 0.0) == [m.Go(1)]
+
+
+def test_a_job_that_dies_with_the_fork_server_gives_up_its_place_in_line_lest_it_run_and_then_run_again():
+    machine = begun(1)
+    machine.handle(m.Prepared(0, ONE), 0.0)
+    assert machine.handle(m.ServerLost(), 0.0) == [m.DropTicket(0)]
+    with pytest.raises(IllegalTransitionError):
+        machine.handle(m.Granted(0), 0.0)
+    assert machine.handle(m.Exited(0), 0.0) == [m.StartProcess(0)]
+    assert machine.handle(m.Prepared(0, ONE), 0.0) == [m.TakeTicket(0, ONE)]
+
+
+def test_news_from_a_job_that_dies_with_the_fork_server_starts_nothing():
+    machine = begun(1)
+    machine.handle(m.ServerLost(), 0.0)
+    assert machine.handle(m.Prepared(0, ONE), 0.0) == []
+
+
+def test_nothing_is_started_again_once_the_user_wants_the_end():
+    machine = begun(1)
+    machine.handle(m.ServerLost(), 0.0)
+    machine.handle(m.StopAsked(), 0.0)
+    assert machine.handle(m.Exited(0), 0.0) == [m.Conclude(0, True, None)]
+    assert machine.finished
+
+
+# Defects of the loop
+
+
+@pytest.mark.parametrize(
+    ("stimulus", "complaint"),
+    [
+        (m.Exited(3), "job 3 is QUEUED"),
+        (m.Prepared(3, ONE), "job 3 is QUEUED, expected one of: PREPARING"),
+        (m.Prepared(0, ONE), "job 0 is RUNNING, expected one of: PREPARING"),
+        (m.Granted(0), "job 0 is RUNNING"),
+        (m.Granted(1), "job 1 is PREPARING"),
+    ],
+)
+def test_what_cannot_happen_in_a_phase_raises_and_says_which(stimulus, complaint):
+    machine = begun(4)
+    machine.handle(m.Prepared(0, ONE), 0.0)
+    machine.handle(m.Granted(0), 0.0)
+    with pytest.raises(IllegalTransitionError, match=complaint):
+        machine.handle(stimulus, 0.0)
+
+
+def test_a_grant_to_a_job_whose_ticket_is_not_the_one_that_is_out_raises():
+    machine = begun(2)
+    machine.handle(m.Prepared(0, ONE), 0.0)
+    machine.handle(m.Prepared(1, ONE), 0.0)
+    with pytest.raises(IllegalTransitionError, match="the ticket out is 0's"):
+        machine.handle(m.Granted(1), 0.0)
+
+
+def test_a_job_does_not_end_twice():
+    machine = begun(1)
+    machine.handle(m.Exited(0), 0.0)
+    with pytest.raises(IllegalTransitionError, match="job 0 is ENDED"):
+        machine.handle(m.Exited(0), 0.0)
