@@ -112,7 +112,16 @@ class _GatedCallbacks:
 
 def _depends_on_devices(config: DictConfig) -> bool:
     """Whether Hydra's own part of the config reads what only the grant sets, such as a log file named by GPU."""
-    return "CUDA_VISIBLE_DEVICES" in OmegaConf.to_yaml(config.hydra, resolve=False)
+    return _reads_mask(OmegaConf.to_container(config.hydra, resolve=False))
+
+
+def _reads_mask(value: object) -> bool:
+    """Whether there is an interpolation of the mask in it. Plain text may speak of it, as our own options' help does."""
+    if isinstance(value, str):
+        return "${" in value and "CUDA_VISIBLE_DEVICES" in value
+    if isinstance(value, dict):
+        return any(map(_reads_mask, value.values()))
+    return isinstance(value, list) and any(map(_reads_mask, value))
 
 
 def _without_hydra_node(config: DictConfig) -> DictConfig:
