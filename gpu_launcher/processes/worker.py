@@ -108,7 +108,7 @@ def work(channel: socket.socket, stdio: CapturedStdio, load_program: Callable[[]
         traceback.print_exc()
         report = Report(ok=False, message=f"{type(error).__name__}: {error}", payload=b"")
     try:
-        _write_durably(Path(assignment.result), pickle.dumps(report))
+        _write_whole(Path(assignment.result), pickle.dumps(report))
     except OSError as error:
         traceback.print_exc()
         send(channel, ResultLost(f"{assignment.result}: {error.strerror or error}"))
@@ -174,12 +174,14 @@ def _descriptor(stream: io.TextIOWrapper) -> int | None:
         return None
 
 
-def _write_durably(path: Path, data: bytes) -> None:
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is complete as soon as it is there, whatever kills this process.
+
+    No fsync: who reads it dies with the machine, and on a disk that is writing checkpoints it may take seconds, in
+    which the job's devices would stand idle.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_bytes(data)
     temporary.replace(path)
 
 
