@@ -139,7 +139,10 @@ class ForkServer:
 
     def close(self) -> None:
         """End the server, and with it every job that still runs. Idempotent."""
-        self._control.close()
+        if self._control.fileno() >= 0:
+            # Closing is not enough: a server that was forked after this one has a copy of the descriptor.
+            self._control.shutdown(socket.SHUT_RDWR)
+            self._control.close()
         if self._pid is not None:
             pid, self._pid = self._pid, None
             with contextlib.suppress(ChildProcessError):  # raised if the user's program reaps all children itself
