@@ -6,10 +6,10 @@ import logging
 import os
 
 import hydra
+import numpy as np
+from network import Network, batches
 from omegaconf import DictConfig
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from sklearn.neural_network import MLPClassifier
 
 log = logging.getLogger(__name__)
 
@@ -19,24 +19,22 @@ def main(cfg: DictConfig) -> float:
     """Train as `cfg` says, and return the accuracy on images that the network has not seen."""
     log.info("CUDA_VISIBLE_DEVICES=%s", os.environ.get("CUDA_VISIBLE_DEVICES", "(not set)"))
 
+    rng = np.random.default_rng(cfg.seed)
     images, labels = load_digits(return_X_y=True)
-    train_images, test_images, train_labels, test_labels = train_test_split(
-        images / 16.0, labels, test_size=cfg.test_share, random_state=cfg.seed, stratify=labels
-    )
-    network = MLPClassifier(
-        hidden_layer_sizes=(cfg.hidden,),
-        learning_rate_init=cfg.lr,
-        batch_size=cfg.batch_size,
-        random_state=cfg.seed,
-        **cfg.optimizer,
-    )
+    images = images / 16
+    shuffled = rng.permutation(len(images))
+    test, train = np.split(shuffled, [int(cfg.test_share * len(images))])
+    network = Network(images.shape[1], cfg.hidden, 10, rng)
 
     accuracy = 0.0
     for epoch in range(1, cfg.epochs + 1):
-        network.partial_fit(train_images, train_labels, classes=range(10))
-        accuracy = float(network.score(test_images, test_labels))
+        losses = [
+            network.train_step(images[train][batch], labels[train][batch], cfg.lr, **cfg.optimizer)
+            for batch in batches(len(train), cfg.batch_size, rng)
+        ]
+        accuracy = network.accuracy(images[test], labels[test])
         if epoch % cfg.log_every == 0 or epoch == cfg.epochs:
-            log.info("epoch %d: loss %.4f, accuracy %.4f", epoch, network.loss_, accuracy)
+            log.info("epoch %d: loss %.4f, accuracy %.4f", epoch, np.mean(losses), accuracy)
 
     print(f"accuracy: {accuracy:.4f}")
     return accuracy
