@@ -46,7 +46,7 @@ class Server(Protocol):
         """SupervisorDied or StartFailed. Raises ServerDiedError."""
 
     def start(self, number: int, spec: Any, result: Path) -> JobProcess:
-        """Start a job's process. Raises ServerDiedError."""
+        """Start a job's process. Raises ServerDiedError, and `fileno()` is readable then."""
 
     def restart(self, in_child: Callable[[], None]) -> None:
         """Replace a dead server; `in_child` drops, in the new one, what belongs to the launching program alone."""
@@ -97,6 +97,8 @@ class JobLoop:
         self._live: dict[int, Running] = {}
         self._dead: dict[int, Running] = {}
         """Jobs whose process tree is gone, until they are concluded."""
+        self._unstarted: list[int] = []
+        """Jobs that the fork server was dead for when they were to be started, until that is known otherwise."""
         self._results: dict[int, JobResult] = {}
         self._waiting: int | None = None
         """The job whose ticket is out."""
@@ -124,7 +126,9 @@ class JobLoop:
                 while not self._machine.finished:
                     self._turn()
             except BaseException:
-                self._server.close()  # and with it every job that still runs
+                for job in self._live.values():
+                    job.process.close()  # upon which its supervisor ends it
+                self._server.close()
                 raise
             finally:
                 for job in (*self._live.values(), *self._dead.values()):
@@ -196,8 +200,11 @@ class JobLoop:
             )
         self._server.restart(self._forget_in_child)
         self._watch(self._server.fileno(), self._on_server)
+        unstarted, self._unstarted = self._unstarted, []
         for number in [number for number, job in self._live.items() if job.unsupervised]:
             self._ended(number)
+        for number in unstarted:
+            self._handle(m.Exited(number))
 
     def _forget_in_child(self) -> None:
         """In a forked server: leases, tickets and channels are the launching program's alone."""
@@ -213,15 +220,16 @@ class JobLoop:
             message, _ = messages.receive(job.process.supervisor)
         except ChannelClosedError:
             # It was killed. The fork server ends what it leaves and tells us, unless that was killed, too.
-            self._selector.unregister(job.process.supervisor)
             job.problem = _SUPERVISOR_DIED
             job.unsupervised = True
-            if job.server != self._servers_lost:
-                self._ended(number)
-            return
-        assert isinstance(message, messages.Exited), message
-        job.status = message.status
-        self._ended(number)
+        else:
+            assert isinstance(message, messages.Exited), message
+            job.status = message.status
+            job.unsupervised = message.abandoned
+        if job.unsupervised and job.server == self._servers_lost:
+            self._selector.unregister(job.process.supervisor)
+        else:
+            self._ended(number)
 
     def _on_job(self, number: int) -> None:
         job = self._live[number]
@@ -250,6 +258,7 @@ class JobLoop:
         self._dead[number] = job
         self._checkpoint("exited")
         self._handle(m.Exited(number))
+        self._dead.pop(number, None)  # still there if it is to be started again
 
     # What to do
 
@@ -280,8 +289,7 @@ class JobLoop:
         try:
             process = self._server.start(number, self._jobs[number].spec, self._result_path(number))
         except ServerDiedError:
-            self._replace_server()
-            self._handle(m.Exited(number))  # which queues it again
+            self._unstarted.append(number)  # its descriptor says so, too, and then it is replaced
             return
         self._live[number] = Running(process, server=self._servers_lost)
         self._watch(process.supervisor.fileno(), lambda: self._on_supervisor(number))

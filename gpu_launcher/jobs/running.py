@@ -23,7 +23,7 @@ class Running:
     server: int
     """Which fork server started it: how many were lost before."""
     unsupervised: bool = False
-    """Its supervisor was killed."""
+    """Its supervisor is gone, and the fork server will say more, unless it is dead, too."""
     log: str | None = None
     status: int | None = None
     """How its main process ended, as `os.waitpid` gives it; None if nobody could tell."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -65,6 +66,12 @@ def _children_by_scan(parent: int) -> list[int]:
             if int(fields[1]) == parent:
                 found.append(int(entry.name))
     return found
+
+
+def kill(pid: int) -> None:
+    """SIGKILL a child. One that may not be killed, as after `sudo`, is left alone: whoever waits for it must wait."""
+    with contextlib.suppress(PermissionError):
+        os.kill(pid, signal.SIGKILL)  # a zombie takes it in silence, and only we can reap it
 
 
 def other_threads() -> list[str]:

@@ -7,6 +7,7 @@ descriptors. The peers are processes of one program, so pickle is safe here.
 from __future__ import annotations
 
 import array
+import errno
 import os
 import pickle
 import socket
@@ -59,11 +60,17 @@ def receive(source: socket.socket) -> tuple[Any, tuple[int, ...]]:
     with nothing to read.
     """
     try:
-        data, descriptors, _, _ = socket.recv_fds(source, 2 * _LARGE, _MOST_DESCRIPTORS)
-    except ConnectionResetError as error:
-        raise ChannelClosedError(*error.args) from None
+        data, descriptors, flags, _ = socket.recv_fds(source, 2 * _LARGE, _MOST_DESCRIPTORS)
+    except ConnectionResetError:
+        # The other end closed without having read all that we sent. The kernel says so once, before it hands out
+        # what the other end had still sent.
+        data, descriptors, flags, _ = socket.recv_fds(source, 2 * _LARGE, _MOST_DESCRIPTORS)
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)  # SCM_RIGHTS descriptors arrive without close-on-exec
+    if flags & socket.MSG_CTRUNC:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise OSError(errno.EMFILE, "a message came without its descriptors: too many open files (`ulimit -n`)")
     if not data:
         raise ChannelClosedError("the other end is closed")
     if data == b"\0":
@@ -87,7 +94,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class StartJob:
-    """Fork a supervisor and a job. Carries two descriptors: the supervisor's end and the job's end of a channel each."""
+    """Fork a supervisor and a job. Carries two descriptors: the supervisor's and the job's end of a channel each."""
 
     number: int
 
@@ -143,6 +150,8 @@ class Exited:
     """Of the job's main process, as `os.waitpid` gives it."""
     leftovers: int
     """How many descendants had to be ended because they outlived the main process."""
+    abandoned: bool = False
+    """Whether they were ended because the fork server had been killed."""
 
 
 # From the launching program to a job.

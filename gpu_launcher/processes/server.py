@@ -12,9 +12,11 @@ import os
 import select
 import signal
 import socket
+import traceback
 from typing import NoReturn
 
-from gpu_launcher.processes.linux import become_child_subreaper, children, die_with_parent
+from gpu_launcher.processes.guard import PATIENCE, end_descendants, guarded
+from gpu_launcher.processes.linux import become_child_subreaper, children, kill
 from gpu_launcher.processes.messages import (
     ChannelClosedError,
     StartFailed,
@@ -23,15 +25,18 @@ from gpu_launcher.processes.messages import (
     receive,
     send,
 )
-from gpu_launcher.processes.supervisor import RunJob, kill_all_children, supervise
+from gpu_launcher.processes.supervisor import RunJob, supervise
 
 
 def serve(control: socket.socket, launcher: int, run_job: RunJob) -> None:
     """Serve until the launching program (process id `launcher`) closes its end of `control` or dies.
 
-    When this returns, no process that was started through this server is alive.
+    When this returns, no process that was started through this server is alive, whatever killed the server.
     """
-    os.setsid()  # a terminal's Ctrl-C is the launching program's to interpret
+    guarded(launcher, lambda lifeline: _serve(control, lifeline, run_job), control.close)
+
+
+def _serve(control: socket.socket, lifeline: int, run_job: RunJob) -> NoReturn:
     wake, wake_write = os.pipe()
     os.set_blocking(wake, False)
     os.set_blocking(wake_write, False)
@@ -39,9 +44,9 @@ def serve(control: socket.socket, launcher: int, run_job: RunJob) -> None:
     signal.signal(signal.SIGTERM, _take_note)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     become_child_subreaper()
-    die_with_parent(launcher, signal.SIGTERM)
     gc.freeze()  # keeps the collector of every job from touching, and so copying, the pages they all share
-    _Server(control, launcher, wake, wake_write, run_job).run()
+    _Server(control, lifeline, wake, wake_write, run_job).run()
+    os._exit(0)
 
 
 def _take_note(signum: int, frame: object) -> None:
@@ -49,12 +54,12 @@ def _take_note(signum: int, frame: object) -> None:
 
 
 class _Server:
-    def __init__(self, control: socket.socket, launcher: int, wake: int, wake_write: int, run_job: RunJob) -> None:
+    def __init__(self, control: socket.socket, lifeline: int, wake: int, wake_write: int, run_job: RunJob) -> None:
         self._control = control
+        self._lifeline = lifeline
         self._wake = wake
         self._wake_write = wake_write
         self._run_job = run_job
-        self._launcher = launcher
         self._supervisors: dict[int, int] = {}
         """Process id of each live supervisor, and its job's number."""
 
@@ -62,12 +67,13 @@ class _Server:
         poll = select.poll()
         poll.register(self._control, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
+        poll.register(self._lifeline, select.POLLIN)
         while True:
             ready = {descriptor for descriptor, _ in poll.poll()}
+            if self._lifeline in ready:
+                break
             if self._wake in ready:
-                signals = os.read(self._wake, 4096)
-                if signal.SIGTERM in signals and os.getppid() != self._launcher:
-                    break  # else only the thread that forked us has ended
+                os.read(self._wake, 4096)
                 self._collect()
             if self._control.fileno() in ready:
                 try:
@@ -85,7 +91,12 @@ class _Server:
             self._tell(StartFailed(number, f"fork failed: {error.strerror}"))
             pid = -1
         if pid == 0:
-            self._become_supervisor(supervisor_end, job_end)
+            try:
+                self._become_supervisor(supervisor_end, job_end)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)  # which tells the launching program, while 0 would say that the job was seen to its end
         if pid > 0:
             self._supervisors[pid] = number
         os.close(supervisor_end)
@@ -95,6 +106,7 @@ class _Server:
         signal.set_wakeup_fd(-1)
         os.close(self._wake)
         os.close(self._wake_write)
+        os.close(self._lifeline)
         self._control.close()
         supervise(
             socket.socket(fileno=supervisor_end),
@@ -120,7 +132,7 @@ class _Server:
     def _end_orphans(self) -> None:
         while orphans := [pid for pid in children() if pid not in self._supervisors]:
             for pid in orphans:
-                os.kill(pid, signal.SIGKILL)
+                kill(pid)
             os.waitpid(orphans[0], 0)
 
     def _tell(self, message: object) -> None:
@@ -130,7 +142,4 @@ class _Server:
     def _shut_down(self) -> None:
         for pid in self._supervisors:
             os.kill(pid, signal.SIGTERM)  # unreaped, so the process id is still theirs
-        while self._supervisors:
-            pid, _ = os.waitpid(-1, 0)
-            self._supervisors.pop(pid, None)
-        kill_all_children()
+        end_descendants(PATIENCE)

@@ -130,8 +130,9 @@ class ForkServer:
         process = JobProcess(number, supervisor, job)
         try:
             with supervisor_end, job_end:
-                send(self._control, StartJob(number), (supervisor_end.fileno(), job_end.fileno()))
+                # First: while this process has the other end, it cannot be closed.
                 send(job, Assignment(number, spec, str(result)))
+                send(self._control, StartJob(number), (supervisor_end.fileno(), job_end.fileno()))
         except ChannelClosedError:
             process.close()
             raise ServerDiedError("the fork server was killed") from None

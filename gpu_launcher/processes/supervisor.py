@@ -5,7 +5,8 @@ and 'the tree is gone' is exactly `waitpid` saying that there are no children. W
 
 - the job's main process gets SIGKILL from the kernel when its supervisor ends;
 - the supervisor kills its tree when the launching program's end of the channel closes or the fork server ends;
-- the fork server kills what a dead supervisor leaves, for that becomes the fork server's child.
+- the fork server kills what a dead supervisor leaves, for that becomes the fork server's child;
+- the guard, the fork server's parent, kills what is left of both if the fork server is dead, too.
 
 Not promised: if a supervisor *and* the launching program are killed at the same instant, descendants that a job started
 with `Popen` live for the few milliseconds that the fork server needs to kill them, while their lease is already free.
@@ -19,10 +20,11 @@ import select
 import signal
 import socket
 import time
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from gpu_launcher.processes.linux import become_child_subreaper, children, die_with_parent
+from gpu_launcher.processes.linux import become_child_subreaper, children, die_with_parent, kill
 from gpu_launcher.processes.messages import ChannelClosedError, Exited, HoldLease, Kill, Signal, receive, send
 
 LINGER = 0.5
@@ -50,29 +52,23 @@ def supervise(launcher: socket.socket, job_channel: socket.socket, *, server: in
     me = os.getpid()
     job = os.fork()
     if job == 0:
-        signal.set_wakeup_fd(-1)
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-        for descriptor in (wake, wake_write):
-            os.close(descriptor)
-        launcher.close()
-        os.setsid()
-        die_with_parent(me)
-        run_job(job_channel)
-    job_channel.close()
-    _Supervision(launcher, wake, job).run()
-    os._exit(0)
-
-
-def kill_all_children() -> None:
-    """SIGKILL every descendant and wait until none is left."""
-    while True:
-        for pid in children():
-            os.kill(pid, signal.SIGKILL)  # a zombie takes it in silence, and only we can reap it
         try:
-            os.waitpid(-1, 0)  # the orphans of the one that ended are our children by now
-        except ChildProcessError:
-            return
+            signal.set_wakeup_fd(-1)
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+            for descriptor in (wake, wake_write):
+                os.close(descriptor)
+            launcher.close()
+            os.setsid()
+            die_with_parent(me)
+            run_job(job_channel)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    job_channel.close()
+    _Supervision(launcher, wake, server, job).run()
+    os._exit(0)
 
 
 def _take_note(signum: int, frame: object) -> None:
@@ -80,13 +76,15 @@ def _take_note(signum: int, frame: object) -> None:
 
 
 class _Supervision:
-    def __init__(self, launcher: socket.socket, wake: int, job: int) -> None:
+    def __init__(self, launcher: socket.socket, wake: int, server: int, job: int) -> None:
         self._launcher = launcher
         self._wake = wake
+        self._server = server
         self._job = job
         self._status: int | None = None
         self._lease: tuple[int, ...] = ()
         self._leftovers = 0
+        self._abandoned = False
         self._terminate_at: float | None = None
         self._kill_at: float | None = None
 
@@ -97,7 +95,8 @@ class _Supervision:
         while True:
             ready = {descriptor for descriptor, _ in poll.poll(self._until_deadline())}
             if self._wake in ready and signal.SIGTERM in os.read(self._wake, 4096):
-                self._kill()  # the fork server ended, or somebody wants us to
+                self._abandoned = os.getppid() != self._server  # else somebody wants us to end
+                self._kill()
             elif self._launcher.fileno() in ready and not self._obey():
                 self._kill()  # the launching program ended
             if not self._reap():
@@ -107,7 +106,7 @@ class _Supervision:
             os.close(descriptor)
         assert self._status is not None, "no children, so the job was reaped"
         with contextlib.suppress(ChannelClosedError):  # nobody is left to be told
-            send(self._launcher, Exited(self._status, self._leftovers))
+            send(self._launcher, Exited(self._status, self._leftovers, self._abandoned))
 
     def _obey(self) -> bool:
         try:
@@ -135,7 +134,7 @@ class _Supervision:
     def _kill(self) -> None:
         while self._reap():
             for pid in children():
-                os.kill(pid, signal.SIGKILL)
+                kill(pid)
             self._wait_for_one()
 
     def _wait_for_one(self) -> None:
@@ -169,7 +168,8 @@ class _Supervision:
             self._kill()
         elif now >= self._terminate_at and not self._leftovers:
             for pid in children():
-                os.kill(pid, signal.SIGTERM)
+                with contextlib.suppress(PermissionError):
+                    os.kill(pid, signal.SIGTERM)
                 self._leftovers += 1
 
     def _until_deadline(self) -> float | None:

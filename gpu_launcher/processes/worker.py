@@ -123,7 +123,8 @@ def forget_the_parent(handlers: dict[signal.Signals, Any]) -> None:
     `handlers` are the signal handlers the user's program had before the launch.
     """
     for signum, handler in handlers.items():
-        signal.signal(signum, handler)
+        # None: the handler was not set from Python and cannot be restored from it
+        signal.signal(signum, signal.SIG_DFL if handler is None else handler)
     # Exit handlers and finalizers that were registered so far are the parent's to run: here they would remove its
     # temporary directories. What the job registers from now on is run at its end, as in any program.
     atexit._clear()

@@ -1,0 +1,85 @@
+"""The guard: between the launching program and the fork server, there only to outlive the fork server.
+
+A supervisor's descendants fall to the fork server when the supervisor is killed. When both are killed together, they
+fall to the guard, which ends them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from gpu_launcher.processes.linux import become_child_subreaper, children, die_with_parent, kill
+
+PATIENCE = 2.0
+"""Seconds that supervisors get to end their trees, before they are killed as well."""
+
+_WATCHED = {signal.SIGCHLD, signal.SIGTERM}
+
+
+def guarded(launcher: int, serve: Callable[[int], NoReturn], close_in_guard: Callable[[], None]) -> None:
+    """Become the guard of a forked process that runs `serve`; return when it and all descendants are gone.
+
+    `serve` gets a descriptor that is at its end when it should end: then the launching program (process id `launcher`)
+    has, or the guard. `close_in_guard` closes what only `serve` needs.
+    """
+    os.setsid()  # a terminal's Ctrl-C is the launching program's to interpret
+    become_child_subreaper()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # were it ignored, there would be nothing to wait for
+    signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
+    lifeline, guards_end = os.pipe()
+    server = os.fork()
+    if server == 0:
+        try:
+            os.close(guards_end)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
+            serve(lifeline)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    close_in_guard()
+    os.close(lifeline)
+    die_with_parent(launcher, signal.SIGTERM)
+    while not _ended(server):
+        signal.sigwait(_WATCHED)
+        if os.getppid() != launcher:
+            break  # else, on SIGTERM, only the thread that forked us has ended
+    os.close(guards_end)
+    end_descendants(1.5 * PATIENCE)
+
+
+def end_descendants(patience: float) -> None:
+    """Wait until there are none: SIGKILL at once those that a supervisor lost, and after `patience` seconds all."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    session = os.getsid(0)
+    deadline = time.monotonic() + patience
+    while _any_left():
+        late = time.monotonic() >= deadline
+        for pid in children():
+            # The fork server and supervisors are of this session; every job has one of its own.
+            if late or os.getsid(pid) != session:
+                kill(pid)
+        signal.sigtimedwait({signal.SIGCHLD}, 0.1)
+
+
+def _ended(child: int) -> bool:
+    with contextlib.suppress(ChildProcessError):
+        return os.waitpid(child, os.WNOHANG)[0] == child
+    return True
+
+
+def _any_left() -> bool:
+    """Reap the dead; whether any child is left."""
+    while True:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return False
+        if pid == 0:
+            return True

@@ -1,0 +1,847 @@
+"""Jobs in processes of their own, started as the loop starts them: by a real fork server, in both ways."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import random
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from gpu_launcher.errors import OptionError
+from gpu_launcher.model import Request
+from gpu_launcher.processes import server as server_module
+from gpu_launcher.processes import supervisor as supervisor_module
+from gpu_launcher.processes.messages import (
+    ChannelClosedError,
+    Exited,
+    Prepared,
+    Report,
+    ResultLost,
+    StartFailed,
+    SupervisorDied,
+    receive,
+)
+from gpu_launcher.processes.starter import ForkServer, JobProcess, ServerDiedError
+
+PATIENCE = 30.0
+"""Seconds until a test gives up on what should happen at once."""
+
+
+def report(value: object = None) -> Report:
+    """What the programs of these tests return. In spawn mode they and all they use travel by value."""
+    return Report(True, None, pickle.dumps(value))
+
+
+@dataclass
+class Started:
+    """A job's process, and what has been heard from it."""
+
+    process: JobProcess
+    result: Path
+    log: Path
+
+    def say(self, source: str) -> Any:
+        end = getattr(self.process, source)
+        assert select.select([end], [], [], PATIENCE)[0], f"{source} says nothing"
+        return receive(end)[0]
+
+    def prepared(self) -> Prepared:
+        message = self.say("job")
+        assert isinstance(message, Prepared), message
+        return message
+
+    def exited(self) -> Exited:
+        message = self.say("supervisor")
+        assert isinstance(message, Exited), message
+        return message
+
+    def run(self, environment: dict[str, str] | None = None, lease: tuple[int, ...] = ()) -> Exited:
+        self.prepared()
+        self.process.grant(environment or {}, lease)
+        return self.exited()
+
+    def report(self) -> Report:
+        return pickle.loads(self.result.read_bytes())
+
+    def value(self) -> Any:
+        written = self.report()
+        assert written.ok, written
+        return pickle.loads(written.payload)
+
+
+def fork_server() -> psutil.Process:
+    """The only child of this process is the guard, and its only child the fork server."""
+    (guard,) = psutil.Process().children()
+    (server,) = guard.children()
+    return server
+
+
+def supervisors() -> list[psutil.Process]:
+    return fork_server().children()
+
+
+class Launch:
+    """A launching program."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._servers: list[ForkServer] = []
+        self._jobs: list[Started] = []
+
+    def server(self, program: Callable[..., Report], method: str = "fork") -> ForkServer:
+        server = ForkServer(program, method)  # type: ignore[arg-type]
+        self._servers.append(server)
+        return server
+
+    def start(self, server: ForkServer, number: int = 0, spec: object = None) -> Started:
+        log = self._directory / f"{number}.log"
+        result = self._directory / f"{number}.result"
+        started = Started(server.start(number, spec if spec is not None else str(log), result), result, log)
+        self._jobs.append(started)
+        return started
+
+    def one(self, program: Callable[..., Report], method: str = "fork", **run: Any) -> tuple[Started, Exited]:
+        started = self.start(self.server(program, method))
+        return started, started.run(**run)
+
+    def close(self) -> None:
+        for job in self._jobs:
+            job.process.close()
+        for server in self._servers:
+            server.close()
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    before = psutil.Process().children(recursive=True)
+    launch = Launch(tmp_path)
+    yield launch
+    launch.close()
+    assert psutil.Process().children(recursive=True) == before
+
+
+@pytest.fixture(params=["fork", "spawn"])
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+# What a job is
+
+
+def test_a_job_prepares_itself_waits_works_and_reports(launch, method):
+    def program(number, spec, gate):
+        import os
+        import pickle
+        from pathlib import Path
+
+        from gpu_launcher.model import Request
+        from gpu_launcher.processes.messages import Report
+
+        before = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gate.prepared(Request(2), Path(spec))
+        gate.wait()
+        return Report(True, None, pickle.dumps((number, before, os.environ["CUDA_VISIBLE_DEVICES"])))
+
+    job = launch.start(launch.server(program, method), 7)
+    assert job.prepared() == Prepared(Request(2), str(job.log))
+    assert not select.select([job.process.supervisor, job.process.job], [], [], 0.1)[0], "it waits"
+    job.process.grant({"CUDA_VISIBLE_DEVICES": "1,3"}, ())
+    assert job.exited() == Exited(0, 0)
+    assert job.value() == (7, None, "1,3")
+
+
+def test_waiting_again_points_the_job_at_its_devices_again(launch):
+    def program(number, spec, gate):
+        gate.prepared(Request(1), None)
+        gate.wait()
+        os.environ["CUDA_VISIBLE_DEVICES"] = "changed"
+        gate.wait()
+        return report(os.environ["CUDA_VISIBLE_DEVICES"])
+
+    job, _ = launch.one(program, environment={"CUDA_VISIBLE_DEVICES": "2"})
+    assert job.value() == "2"
+
+
+def test_a_job_is_the_leader_of_a_session_of_its_own_and_has_no_terminal_input(launch):
+    def program(number, spec, gate):
+        gate.prepared(Request(1), None)
+        gate.wait()
+        return report((os.getsid(0) == os.getpid(), str(Path("/proc/self/fd/0").readlink()), os.read(0, 1)))
+
+    job, _ = launch.one(program)
+    assert job.value() == (True, "/dev/null", b"")
+
+
+def test_forked_jobs_have_what_the_program_has_without_pickling_anything(launch):
+    lock = threading.Lock()
+    module = types.ModuleType("not_on_disk")
+    module.lock = lock
+
+    def program(number, spec, gate):
+        gate.prepared(Request(1), None)
+        gate.wait()
+        return report(module.lock is lock)
+
+    job, _ = launch.one(program)
+    assert job.value() is True
+
+
+# Where its output goes
+
+
+def test_output_before_the_log_is_known_goes_to_the_log_first_and_a_log_is_continued(launch, method, tmp_path):
+    def program(number, spec, gate):
+        import os
+        import subprocess
+        import sys
+        from pathlib import Path
+
+        from gpu_launcher.model import Request
+        from gpu_launcher.processes.messages import Report
+
+        print("early print")
+        os.write(1, b"early write\n")
+        subprocess.run(["echo", "early child"], check=True)
+        print("early error", file=sys.stderr)
+        sys.stdout.write("half a line, ")
+        gate.prepared(Request(1), Path(spec))
+        gate.wait()
+        print("late print")
+        subprocess.run(["echo", "late child"], check=True)
+        sys.stderr.write("late error without an end of line")
+        return Report(True, None, b"")
+
+    (tmp_path / "0.log").write_text("of an earlier run\n")
+    job, _ = launch.one(program, method)
+    assert job.log.read_text().splitlines() == [
+        "of an earlier run",
+        "early print",
+        "early write",
+        "early child",
+        "early error",
+        "half a line, late print",
+        "late child",
+        "late error without an end of line",
+    ]
+
+
+def test_output_goes_to_the_log_also_where_the_program_had_replaced_its_streams(launch, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdout", io.StringIO("of the parent\n"))
+    monkeypatch.setattr(sys, "stderr", None)
+
+    def program(number, spec, gate):
+        gate.prepared(Request(1), Path(spec))
+        gate.wait()
+        print("to the log: ä \udcff")
+        print("as well", file=sys.stderr)
+        return report()
+
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    job, _ = launch.one(program)
+    assert job.log.read_text() == "to the log: ä \\udcff\nas well\n"
+
+
+def test_what_the_parent_had_not_flushed_is_not_written_by_its_jobs(launch, tmp_path):
+    stream = (tmp_path / "unflushed").open("w")
+
+    def program(number, spec, gate):
+        gate.prepared(Request(1), Path(spec))
+        gate.wait()
+        return report()
+
+    sys.stdout.write("of the parent")
+    job, _ = launch.one(program)
+    assert job.log.read_text() == ""
+    stream.close()
+
+
+# How it ends
+
+
+def test_what_the_program_raises_is_reported_and_printed(launch, method):
+    def program(number, spec, gate):
+        from pathlib import Path
+
+        from gpu_launcher.model import Request
+
+        gate.prepared(Request(1), Path(spec))
+        raise ValueError("too large")
+
+    job = launch.start(launch.server(program, method))
+    job.prepared()
+    assert os.waitstatus_to_exitcode(job.exited().status) == 1
+    assert job.report() == Report(False, "ValueError: too large", b"")
+    assert "Traceback" in job.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        (lambda: os._exit(3), 3),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), -signal.SIGKILL),
+        (lambda: os.kill(os.getpid(), signal.SIGUSR1), -signal.SIGUSR1),
+    ],
+    ids=["os._exit", "SIGKILL", "SIGUSR1"],
+)
+def test_a_job_that_ends_without_a_report_is_told_with_its_status(launch, end, status):
+    def program(number, spec, gate):
+        gate.prepared(Request(1), None)
+        gate.wait()
+        end()
+
+    job, exited = launch.one(program)
+    assert os.waitstatus_to_exitcode(exited.status) == status
+    assert not job.result.exists()
+
+
+def test_a_job_may_end_before_it_is_prepared(launch, method):
+    def program(number, spec, gate):
+        import os
+
+        os._exit(4)
+
+    job = launch.start(launch.server(program, method))
+    assert os.waitstatus_to_exitcode(job.exited().status) == 4
+    with pytest.raises(ChannelClosedError):
+        job.process.grant({}, ())
+
+
+def test_a_result_that_cannot_be_written_is_told_by_word(launch, tmp_path):
+    def program(number, spec, gate):
+        gate.prepared(Request(1), None)
+        gate.wait()
+        Path(spec).rmdir()
+        return report()
+
+    directory = tmp_path / "removed"
+    directory.mkdir()
+    server = launch.server(program)
+    process = server.start(0, str(directory), directory / "result")
+    job = Started(process, directory / "result", tmp_path / "log")
+    job.prepared()
+    process.grant({}, ())
+    lost = job.say("job")
+    assert isinstance(lost, ResultLost)
+    assert f"{directory / 'result'}: No such file or directory" in lost.problem
+    assert os.waitstatus_to_exitcode(job.exited().status) == 1
+    process.close()
+
+
+def test_threads_that_are_not_daemons_are_waited_for_and_exit_handlers_are_run(launch):
+    def program(number, spec, gate):
+        import atexit
+
+        gate.prepared(Request(1), Path(spec))
+        gate.wait()
+        atexit.register(print, "exit handler")
+        go = threading.Event()
+
+        def late():
+            go.wait()
+            time.sleep(0.1)
+            print("thread")
+
+        threading.Thread(target=late).start()
+        go.set()
+        return report()
+
+    job, exited = launch.one(program)
+    assert exited == Exited(0, 0)
+    assert job.log.read_text() == "thread\nexit handler\n"
+
+
+def test_the_parents_exit_handlers_and_finalizers_are_the_parents_alone(launch, tmp_path):
+    import atexit
+    import tempfile
+
+    witness = tmp_path / "handlers"
+    witness.touch()
+
+    def note(what: str) -> None:
+        with witness.open("a") as file:
+            file.write(f"{what} in {'the parent' if os.getpid() == me else 'a job'}\n")
+
+    class Thing:
+        pass
+
+    me = os.getpid()
+    thing = Thing()
+    finalizer = weakref.finalize(thing, note, "finalizer")
+    atexit.register(note, "exit handler")
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+
+            def program(number, spec, gate):
+                gate.prepared(Request(1), None)
+                gate.wait()
+                mine = Thing()
+                weakref.finalize(mine, note, "finalizer of its own")
+                globals()["kept_until_the_end"] = mine
+                return report(Path(scratch).is_dir())
+
+            job, _ = launch.one(program)
+            assert job.value() is True
+            assert Path(scratch).is_dir()
+        assert witness.read_text() == "finalizer of its own in a job\n"
+    finally:
+        atexit.unregister(note)
+        finalizer.detach()
+
+
+def test_a_job_can_use_multiprocessing_and_leaves_nothing_of_it(launch):
+    def program(number, spec, gate):
+        import multiprocessing
+
+        gate.prepared(Request(1), None)
+        gate.wait()
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        children = [context.Process(target=queue.put, args=(n,)) for n in range(3)]
+        for child in children:
+            child.start()
+        values = sorted(queue.get() for _ in children)
+        for child in children:
+            child.join()
+        return report(values)
+
+    job, exited = launch.one(program)
+    assert job.value() == [0, 1, 2]
+    assert exited == Exited(0, 0)
+
+
+# What comes from the parent, and what does not
+
+
+def test_signal_handlers_are_those_that_the_program_had(launch):
+    def program(number, spec, gate):
+        gate.prepared(Request(1), None)
+        gate.wait()
+        return report([signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)])
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        server = launch.server(program)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    job = launch.start(server)
+    job.run()
+    assert job.value() == [signal.default_int_handler, signal.SIG_IGN, signal.SIG_DFL]
+
+
+def test_a_handler_that_python_does_not_know_becomes_the_default_one(launch, monkeypatch):
+    def program(number, spec, gate):
+        gate.prepared(Request(1), None)
+        gate.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        return report()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "getsignal", lambda signum: None)
+        server = launch.server(program)
+    job = launch.start(server)
+    assert os.waitstatus_to_exitcode(job.run().status) == -signal.SIGTERM
+
+
+def test_a_job_is_interrupted_as_from_a_terminal_with_all_of_its_process_group(launch, method):
+    def program(number, spec, gate):
+        import pickle
+        import subprocess
+        import time
+        from pathlib import Path
+
+        from gpu_launcher.model import Request
+        from gpu_launcher.processes.messages import Report
+
+        child = subprocess.Popen(["sleep", "60"])
+        gate.prepared(Request(1), None)
+        gate.wait()
+        try:
+            Path(spec).touch()
+            time.sleep(60)
+        except KeyboardInterrupt:
+            return Report(True, None, pickle.dumps(child.wait()))
+
+    job = launch.start(launch.server(program, method))
+    job.prepared()
+    job.process.grant({}, ())
+    until(job.log.exists)
+    job.process.signal(signal.SIGINT)
+    assert job.exited() == Exited(0, 0)
+    assert job.value() == -signal.SIGINT
+
+
+def test_jobs_draw_different_random_numbers_from_numpy_unless_the_program_seeded_it(launch):
+    numpy = pytest.importorskip("numpy")
+
+    def program(number, spec, gate):
+        gate.prepared(Request(1), None)
+        gate.wait()
+        return report((numpy.random.rand(), random.random()))
+
+    def draw() -> list[tuple[float, float]]:
+        server = launch.server(program)
+        jobs = [launch.start(server, number) for number in range(3)]
+        for job in jobs:
+            job.run()
+        server.close()
+        return [job.value() for job in jobs]
+
+    state = numpy.random.get_state()
+    try:
+        numpy.random.mtrand._rand._bit_generator.__init__()  # as if nobody had seeded it
+        unseeded = draw()
+        numpy.random.seed(1)
+        seeded = draw()
+    finally:
+        numpy.random.set_state(state)
+    assert len({first for first, _ in unseeded}) == 3
+    assert len({first for first, _ in seeded}) == 1
+    assert len({second for _, second in unseeded + seeded}) == 6
+
+
+# What it leaves behind
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.005)
+
+
+def sleeper_with_the_lease(number, spec, gate):
+    """Leaves a forked child that has a copy of the lease and ignores SIGTERM."""
+    gate.prepared(Request(1), None)
+    gate.wait()
+    if os.fork() == 0:
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        Path(spec).write_text(str(os.getpid()))
+        time.sleep(60)
+        os._exit(0)
+    until(lambda: Path(spec).exists() and Path(spec).read_text())
+    return report()
+
+
+def test_a_lease_is_held_until_the_last_descendant_is_gone_and_that_is_ended(launch):
+    job = launch.start(launch.server(sleeper_with_the_lease))
+    held, lease = os.pipe()
+    job.prepared()
+    job.process.grant({}, (lease,))
+    os.close(lease)
+    until(lambda: job.result.exists())
+    child = psutil.Process(int(job.log.read_text()))
+    assert not select.select([held], [], [], 0)[0]
+    assert child.is_running()
+    exited = job.exited()
+    assert exited == Exited(0, 1)
+    assert not child.is_running()
+    assert select.select([held], [], [], 0)[0], "nobody has the lease any more"
+    os.close(held)
+
+
+def test_killing_ends_the_whole_tree_also_what_is_stopped_or_ignores_signals(launch):
+    def program(number, spec, gate):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        subprocess.Popen(["sleep", "60"], start_new_session=True)
+        gate.prepared(Request(1), None)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    job = launch.start(launch.server(program))
+    job.prepared()
+    (supervisor,) = supervisors()
+    tree = supervisor.children(recursive=True)
+    until(lambda: tree[0].status() == psutil.STATUS_STOPPED)
+    job.process.kill()
+    assert os.waitstatus_to_exitcode(job.exited().status) == -signal.SIGKILL
+    assert len(tree) == 2
+    assert not any(process.is_running() for process in tree)
+
+
+def test_closing_the_server_ends_all_jobs_and_leaves_no_process(launch, method):
+    def program(number, spec, gate):
+        import subprocess
+        import time
+
+        from gpu_launcher.model import Request
+
+        subprocess.Popen(["sleep", "60"], start_new_session=True)
+        gate.prepared(Request(1), None)
+        time.sleep(60)
+
+    server = launch.server(program, method)
+    for number in range(3):
+        launch.start(server, number).prepared()
+    tree = psutil.Process().children(recursive=True)
+    assert len(tree) == 2 + 3 * 3
+    server.close()
+    assert not any(process.is_running() for process in tree)
+    server.close()
+
+
+def test_closing_does_not_wait_for_a_supervisor_that_is_stopped_for_long(launch):
+    def program(number, spec, gate):
+        gate.prepared(Request(1), None)
+        time.sleep(60)
+
+    server = launch.server(program)
+    launch.start(server).prepared()
+    (supervisor,) = supervisors()
+    supervisor.suspend()
+    began = time.monotonic()
+    server.close()
+    assert time.monotonic() - began < 5
+    assert not supervisor.is_running()
+
+
+# When those who watch are killed
+
+
+def waiting(number, spec, gate):
+    subprocess.Popen(["sleep", "60"])
+    subprocess.Popen(["sleep", "60"], start_new_session=True)
+    gate.prepared(Request(1), None)
+    gate.wait()
+    return report(number)
+
+
+def test_when_a_supervisor_is_killed_its_tree_is_ended_before_that_is_told_and_the_others_go_on(launch):
+    server = launch.server(waiting)
+    jobs = [launch.start(server, number) for number in range(2)]
+    for job in jobs:
+        job.prepared()
+    victim = supervisors()[0]
+    tree = victim.children(recursive=True)
+    assert len(tree) == 3
+    victim.kill()
+    assert select.select([server], [], [], PATIENCE)[0]
+    message = server.receive()
+    assert isinstance(message, SupervisorDied)
+    assert message.status == signal.SIGKILL
+    assert not any(process.is_running() for process in tree)
+    other = jobs[1 - message.number]
+    other.process.grant({}, ())
+    assert other.exited().status == 0
+    with pytest.raises(ChannelClosedError):
+        receive(jobs[message.number].process.supervisor)
+
+
+@pytest.mark.parametrize(
+    "who", ["server", "guard", "server and guard", "server and supervisor", "guard and supervisor"]
+)
+def test_when_the_fork_server_is_killed_nothing_of_it_lives_and_another_can_be_started(launch, who):
+    server = launch.server(waiting)
+    jobs = [launch.start(server, number) for number in range(2)]
+    for job in jobs:
+        job.prepared()
+    guard = psutil.Process().children()[0]
+    tree = [guard, *guard.children(recursive=True)]
+    assert len(tree) == 2 + 2 * 4
+    victims = {"server": fork_server(), "guard": guard, "supervisor": supervisors()[0]}
+    for process in tree:  # all at once, as far as anybody can tell
+        if process in [victims[name] for name in who.split(" and ")]:
+            process.suspend()
+    for name in who.split(" and "):
+        victims[name].kill()
+    assert select.select([server], [], [], PATIENCE)[0]
+    with pytest.raises(ServerDiedError):
+        server.receive()
+    with pytest.raises(ServerDiedError):
+        server.start(2, None, jobs[0].result)
+    server.restart(lambda: None)
+    until(lambda: not any(process.is_running() for process in tree))
+    again = launch.start(server, 3)
+    assert again.run().status == 0
+    assert again.value() == 3
+
+
+def test_a_job_is_told_to_have_been_abandoned_when_the_fork_server_was_killed(launch):
+    server = launch.server(waiting)
+    job = launch.start(server)
+    job.prepared()
+    fork_server().kill()
+    exited = job.exited()
+    assert exited.abandoned
+    assert os.waitstatus_to_exitcode(exited.status) == -signal.SIGKILL
+
+
+def test_a_supervisor_that_is_terminated_ends_its_job_and_does_not_blame_the_fork_server(launch):
+    job = launch.start(launch.server(waiting))
+    job.prepared()
+    supervisors()[0].terminate()
+    assert not job.exited().abandoned
+
+
+def test_the_other_side_of_a_restart_drops_what_is_the_launching_programs_alone(launch):
+    server = launch.server(waiting)
+    reader, writer = os.pipe()
+    server.restart(lambda: os.close(writer))
+    launch.start(server).prepared()
+    os.close(writer)
+    assert os.read(reader, 1) == b"", "neither the server nor its job has a copy"
+    os.close(reader)
+
+
+class NoFork:
+    """The module `os`, of a machine that has no memory left."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def fork(self) -> int:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+
+def test_a_job_for_which_the_server_cannot_fork_is_told_and_the_server_lives(launch, monkeypatch):
+    monkeypatch.setattr(server_module, "os", NoFork())
+    server = launch.server(waiting)
+    for number in range(2):
+        launch.start(server, number)
+        assert select.select([server], [], [], PATIENCE)[0]
+        assert server.receive() == StartFailed(number, "fork failed: Resource temporarily unavailable")
+
+
+def test_a_supervisor_that_cannot_fork_its_job_is_told_as_dead(launch, monkeypatch, capfd):
+    monkeypatch.setattr(supervisor_module, "os", NoFork())
+    server = launch.server(waiting)
+    job = launch.start(server)
+    assert select.select([server], [], [], PATIENCE)[0]
+    assert server.receive() == SupervisorDied(0, 1 << 8)
+    with pytest.raises(ChannelClosedError):
+        job.say("supervisor")
+    assert "Resource temporarily unavailable" in capfd.readouterr().err
+
+
+# How jobs are started
+
+
+def anything(number, spec, gate):
+    gate.prepared(Request(1), None)
+    gate.wait()
+    return report()
+
+
+@pytest.fixture
+def thread() -> Iterator[threading.Thread]:
+    go = threading.Event()
+    thread = threading.Thread(target=go.wait)
+    thread.start()
+    yield thread
+    go.set()
+    thread.join()
+
+
+def test_jobs_are_forked_where_that_is_safe(launch):
+    server = launch.server(anything, "auto")
+    assert (server.method, server.reason) == ("fork", None)
+
+
+def test_jobs_are_spawned_where_a_thread_runs_and_the_reason_names_it(launch, thread):
+    def program(number, spec, gate):
+        from gpu_launcher.model import Request
+        from gpu_launcher.processes.messages import Report
+
+        gate.prepared(Request(1), None)
+        gate.wait()
+        return Report(True, None, b"")
+
+    name = Path(f"/proc/self/task/{thread.native_id}/comm").read_text().strip()
+    server = launch.server(program, "auto")
+    assert server.method == "spawn"
+    assert server.reason == f"1 other thread(s) run in this program ({name})"
+    assert len(psutil.Process().children()) == 1, "the fork that found out is gone"
+    job = launch.start(server)
+    assert job.run().status == 0
+
+
+def test_forking_can_be_asked_for_where_a_thread_runs(launch, thread):
+    server = launch.server(anything, "fork")
+    assert (server.method, server.reason) == ("fork", None)
+    assert launch.start(server).run().status == 0
+
+
+def test_spawning_can_be_asked_for(launch):
+    def program(number, spec, gate):
+        import sys
+
+        from gpu_launcher.model import Request
+        from gpu_launcher.processes.messages import Report
+
+        gate.prepared(Request(1), None)
+        gate.wait()
+        return Report(True, None, b"pytest" if "pytest" in sys.modules else b"fresh")
+
+    server = launch.server(program, "spawn")
+    assert (server.method, server.reason) == ("spawn", "start_method=spawn")
+    job = launch.start(server)
+    job.run()
+    assert job.report().payload == b"fresh"
+
+
+def test_a_program_that_cannot_be_pickled_cannot_be_spawned_and_the_error_names_option_and_remedy(launch):
+    lock = threading.Lock()
+
+    def program(number, spec, gate):
+        lock.acquire()
+
+    with pytest.raises(OptionError, match=r"hydra\.launcher\.start_method.*picklable.*lock.*use fork") as raised:
+        launch.server(program, "spawn")
+    assert raised.value.option == "hydra.launcher.start_method"
+
+
+DECISION = """
+import sys
+{work}
+from gpu_launcher.processes.starter import ForkServer
+def program(number, spec, gate):
+    raise NotImplementedError
+server = ForkServer(program)
+print(server.method, server.reason, sep="|")
+server.close()
+"""
+OPENBLAS = "import numpy; a = numpy.ones((1000, 1000)); b = a @ a"
+OPENMP = """
+import os
+os.environ["OMP_NUM_THREADS"] = "2"
+import numpy
+from sklearn.metrics import pairwise_distances_argmin
+a = numpy.random.rand(5000, 8)
+pairwise_distances_argmin(a, a)
+"""
+
+
+def decision(work: str) -> str:
+    code = DECISION.format(work=work)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_linear_algebra_before_the_launch_does_not_keep_jobs_from_being_forked():
+    pytest.importorskip("numpy")
+    assert decision(OPENBLAS) == "fork|None"
+
+
+def test_a_gnu_openmp_pool_from_before_the_launch_makes_jobs_be_spawned():
+    pytest.importorskip("sklearn")
+    method, reason = decision(OPENMP).split("|")
+    assert method == "spawn"
+    assert "other thread(s) run in this program" in reason

@@ -1,0 +1,192 @@
+"""The kernel's features that keep a process tree together, on real processes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from gpu_launcher.processes import linux
+
+
+@contextmanager
+def child(name: str | None = None) -> Iterator[int]:
+    """A child of this process that sleeps, under a command name of its own."""
+    ready, ready_write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        if name is not None:
+            ctypes.CDLL(None).prctl(15, name.encode(), 0, 0, 0)  # PR_SET_NAME
+        os.write(ready_write, b"!")
+        time.sleep(60)
+        os._exit(0)
+    os.close(ready_write)
+    os.read(ready, 1)
+    os.close(ready)
+    try:
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def by_scan() -> list[int]:
+    return linux._children_by_scan(os.getpid())
+
+
+@pytest.fixture(params=[linux.children, by_scan], ids=["children file", "scan"])
+def children(request):
+    if request.param is linux.children and not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        pytest.skip("this kernel has no CONFIG_PROC_CHILDREN")
+    return request.param
+
+
+@pytest.mark.parametrize("name", [None, "a) S 1 (b", "((", "))", "spaces in it", "\udcff"])
+def test_children_are_found_whatever_they_are_called(children, name):
+    name = name and name.encode("utf-8", "surrogateescape").decode("latin-1")
+    with child(name) as pid:
+        assert pid in children()
+    assert pid not in children()
+
+
+def test_the_dead_are_children_until_they_are_reaped(children):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert pid in children()
+    os.waitpid(pid, 0)
+    assert pid not in children()
+
+
+def test_grandchildren_are_not_children(children):
+    script = "import subprocess, sys; subprocess.Popen(['sleep', '60']); print(1, flush=True); sys.stdin.read()"
+    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    (grandchild,) = linux._children_by_scan(process.pid)
+    assert process.pid in children()
+    assert grandchild not in children()
+    os.kill(grandchild, signal.SIGKILL)
+    process.communicate()
+
+
+def test_where_the_kernel_has_no_children_file_proc_is_scanned(monkeypatch):
+    def read_text(path, *args, **kwargs):
+        raise FileNotFoundError(str(path))
+
+    with child() as pid:
+        monkeypatch.setattr(linux, "_children_by_scan", lambda parent: [pid, parent])
+        monkeypatch.setattr(linux.Path, "read_text", read_text)
+        assert linux.children() == [pid, os.getpid()]
+
+
+def in_a_process(body) -> None:
+    """Run `body` in a forked process, where it may change what kind of process that is. It must return True."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os._exit(0 if body() else 1)
+        finally:
+            os._exit(2)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_a_subreaper_gets_the_orphans_below_it_also_those_with_a_session_of_their_own():
+    def body():
+        linux.become_child_subreaper()
+        heard, said = os.pipe()
+        first = os.fork()
+        if first == 0:
+            if os.fork() == 0:
+                os.setsid()
+                os.write(said, str(os.getpid()).encode())
+                time.sleep(60)
+            os._exit(0)
+        orphan = int(os.read(heard, 99))
+        os.waitpid(first, 0)
+        assert linux.children() == [orphan]
+        linux.kill(orphan)
+        return os.waitpid(orphan, 0) == (orphan, signal.SIGKILL)
+
+    in_a_process(body)
+
+
+def test_a_process_dies_with_its_parent_however_that_dies():
+    heard, said = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        me = os.getpid()
+        if os.fork() == 0:
+            linux.die_with_parent(me)
+            os.write(said, b"ready")
+            time.sleep(60)
+        time.sleep(60)
+        os._exit(0)
+    os.close(said)
+    assert os.read(heard, 5) == b"ready"
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    assert os.read(heard, 1) == b"", "the child's end of the pipe is closed by its death"
+    os.close(heard)
+
+
+def test_a_process_whose_parent_died_before_it_could_ask_ends():
+    pid = os.fork()
+    if pid == 0:
+        linux.die_with_parent(os.getppid() + 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+
+
+def test_killing_takes_zombies_in_silence():
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    linux.kill(pid)
+    assert os.waitpid(pid, 0) == (pid, 0)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as several users")
+def test_a_child_of_another_user_cannot_be_killed_and_is_no_error():
+    def body():
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(60)
+            os._exit(0)
+        os.setresuid(60001, 60001, 0)
+        linux.kill(pid)
+        alive = os.waitpid(pid, os.WNOHANG) == (0, 0)
+        os.setresuid(0, 0, 0)
+        linux.kill(pid)
+        return alive and os.waitpid(pid, 0) == (pid, signal.SIGKILL)
+
+    in_a_process(body)
+
+
+def test_threads_are_seen_as_the_kernel_sees_them():
+    def body():
+        assert linux.other_threads() == []
+        go = threading.Event()
+        thread = threading.Thread(target=go.wait)
+        thread.start()
+        assert len(linux.other_threads()) == 1
+        go.set()
+        thread.join()
+        deadline = time.monotonic() + 5  # join returns a moment before the kernel's thread is gone
+        while linux.other_threads():
+            assert time.monotonic() < deadline
+        return True
+
+    in_a_process(body)
