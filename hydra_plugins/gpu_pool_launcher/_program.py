@@ -18,6 +18,7 @@ from gpu_launcher.model import Request
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.worker import Gate
 
+from ._exceptions import user_frames
 from ._options import read_gpus
 from ._results import pack
 
@@ -37,7 +38,7 @@ class HydraProgram:
     hydra_context: HydraContext
     task_function: TaskFunction
     command: list[str]
-    """The command line that runs one job: overrides of the job are to be appended."""
+    """The command line that runs one job: overrides are to be appended."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "singletons": Singleton.get_state()}
@@ -52,19 +53,26 @@ class HydraProgram:
         job_return = JobReturn(overrides=list(filter_overrides(spec)))
         try:
             config = self._compose(number, spec)
-            sys.argv = [*self.command, *filter_overrides(spec), "hydra.mode=RUN"]
+            sys.argv = [*self.command, *self._overrides_of_sweep(), *spec, "hydra.mode=RUN"]
             directory = Path(config.hydra.run.dir)
             job_return.cfg = _without_hydra_node(config)
             job_return.working_dir = str(directory)
             gate.prepared(Request(read_gpus(config.hydra.launcher.gpus)), directory / LOG)
             job_return = self._run(config, gate)
         except BaseException as error:  # whatever ends the task ends this job, and this job only
+            # Hydra 1.4 attaches the JobReturn to what it lets through, and neither can be pickled with the other.
+            vars(error).pop("_hydra_job_return_handoff", None)
             job_return.status = JobStatus.FAILED
             job_return.return_value = error
         if job_return.status is JobStatus.FAILED:
             raised = job_return._return_value
-            traceback.print_exception(type(raised), raised, raised.__traceback__)
+            traceback.print_exception(type(raised), raised, user_frames(raised.__traceback__))
         return pack(job_return)
+
+    def _overrides_of_sweep(self) -> list[str]:
+        """What the user chose for all jobs, such as `hydra.searchpath=[...]`, without which a job may not compose."""
+        overrides = self.config.hydra.overrides.hydra
+        return [override for override in overrides if not override.startswith("hydra.mode=")]
 
     def _compose(self, number: int, overrides: list[str]) -> DictConfig:
         config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
@@ -116,7 +124,7 @@ def _depends_on_devices(config: DictConfig) -> bool:
 
 
 def _reads_mask(value: object) -> bool:
-    """Whether there is an interpolation of the mask in it. Plain text may speak of it, as our own options' help does."""
+    """Whether there is an interpolation of the mask in it. Plain text may speak of it, as our options' help does."""
     if isinstance(value, str):
         return "${" in value and "CUDA_VISIBLE_DEVICES" in value
     if isinstance(value, dict):
@@ -130,7 +138,7 @@ def _without_hydra_node(config: DictConfig) -> DictConfig:
 
 
 def job_command(argv: list[str]) -> list[str]:
-    """The sweep's command line without its overrides: what runs a single job once its overrides are appended.
+    """The sweep's command line without its overrides: what runs a single job once those are appended.
 
     Options that choose the config (`--config-name` and the like) stay, `--multirun` goes.
     """

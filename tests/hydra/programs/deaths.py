@@ -1,0 +1,147 @@
+"""A job for every way to end: `+kind=...`."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import hydra
+import recording  # noqa: F401
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+
+class MainError(Exception):
+    """Its constructor words the message, as many do."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"code {code}")
+
+
+class PlainMainError(Exception):
+    pass
+
+
+class UnpicklableError(Exception):
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.lock = threading.Lock()
+
+
+class UnloadableError(Exception):
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(first)
+
+
+class WordlessError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class OddError(BaseException):
+    pass
+
+
+class UnloadableValue:
+    def __reduce__(self) -> Any:
+        return (int, ("not a number",))
+
+
+class Witness(Callback):
+    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
+        Path(config.hydra.runtime.output_dir, "job_end").write_text(f"{job_return.status.name} {os.getpid()}")
+
+
+def sleeper() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(["sleep", "300"])
+
+
+def daemon() -> None:
+    """The classical double fork, out of the session."""
+    if os.fork() == 0:
+        os.setsid()
+        pid = os.fork()
+        if pid == 0:
+            os.execlp("sleep", "sleep", "300")
+        Path("daemon.pid").write_text(str(pid))
+        os._exit(0)
+
+
+def recurse(n: int) -> int:
+    return recurse(n + 1) + 1
+
+
+def with_cause() -> None:
+    try:
+        {}["the cause"]
+    except KeyError as error:
+        raise ValueError("the effect") from error
+
+
+def fail(kind: str) -> Any:
+    if kind == "exception":
+        with_cause()
+    elif kind == "main_exception":
+        raise MainError(7)
+    elif kind == "plain_main_exception":
+        raise PlainMainError("plain")
+    elif kind == "unpicklable_exception":
+        raise UnpicklableError("holds a lock")
+    elif kind == "unloadable_exception":
+        raise UnloadableError("one", "two")
+    elif kind == "wordless_exception":
+        raise WordlessError
+    elif kind == "base_exception":
+        raise OddError("odd")
+    elif kind == "interrupt":
+        raise KeyboardInterrupt
+    elif kind == "memory":
+        raise MemoryError
+    elif kind == "recursion":
+        return recurse(0)
+    elif kind == "exit3":
+        sys.exit(3)
+    elif kind == "exit0":
+        sys.exit(0)
+    elif kind == "os_exit5":
+        os._exit(5)
+    elif kind == "os_exit0":
+        os._exit(0)
+    elif kind == "segfault":
+        ctypes.string_at(0)
+    elif kind == "sigkill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "abort":
+        os.abort()
+    elif kind == "lock":
+        return threading.Lock()
+    elif kind == "unloadable":
+        return UnloadableValue()
+    elif kind == "child":
+        Path("child.pid").write_text(str(sleeper().pid))
+    elif kind == "daemon":
+        daemon()
+    elif kind == "pool":
+        pool = multiprocessing.get_context("fork").Pool(2)
+        Path("pool.pid").write_text(str(pool._pool[0].pid))  # type: ignore[attr-defined]
+        return sum(pool.map(abs, [-1, -2]))  # and never closes it
+    elif kind == "bytes":
+        os.write(1, b"not UTF-8: \xff\xfe\x00\n")
+        raise RuntimeError("after bytes")
+    return kind
+
+
+@hydra.main(version_base=None, config_path="conf", config_name="deaths")
+def main(cfg: DictConfig) -> Any:
+    return fail(cfg.kind)
+
+
+if __name__ == "__main__":
+    main()

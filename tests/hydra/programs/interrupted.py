@@ -1,0 +1,33 @@
+"""Jobs that are still at work when the user has had enough: `manners=polite` cleans up, `manners=stubborn` goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+
+@hydra.main(version_base=None, config_path=None)
+def main(cfg: DictConfig) -> None:
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    if cfg.manners == "stubborn":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    child = subprocess.Popen(["sleep", "300"], start_new_session=True)
+    (directory / "pids.new").write_text(f"{os.getpid()} {child.pid}")
+    (directory / "pids.new").rename(directory / "pids")
+    try:
+        time.sleep(300)
+    except KeyboardInterrupt:
+        time.sleep(0.2)
+        (directory / "cleaned_up").touch()
+        raise
+
+
+if __name__ == "__main__":
+    main()

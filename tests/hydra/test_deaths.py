@@ -1,0 +1,176 @@
+"""The table of deaths: however a job ends, it costs that job only, and its JobReturn says what happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@dataclass
+class Death:
+    kind: str
+    type: str = "JobError"
+    """Of the JobReturn's exception."""
+    says: tuple[str, ...] = ()
+    """What its traceback and message say, and the summary the last of it."""
+    log: tuple[str, ...] = ()
+    """What is in the job's log."""
+
+
+FAILED = "JobFailedError"  # without a traceback, for there is none
+
+DEATHS = [
+    Death(
+        "exception",
+        "ValueError",
+        ("KeyError: 'the cause'", "direct cause", "in with_cause", "ValueError: the effect"),
+        ("KeyError: 'the cause'", "ValueError: the effect"),
+    ),
+    Death("plain_main_exception", "PlainMainError", ("in fail", "PlainMainError: plain"), ("PlainMainError: plain",)),
+    Death("main_exception", "JobError", ("in fail", "raised MainError: code 7"), ("MainError: code 7",)),
+    Death("unpicklable_exception", "JobError", ("in fail", "raised UnpicklableError: holds a lock"), ("holds a lock",)),
+    Death("unloadable_exception", "JobError", ("in fail", "raised UnloadableError: one"), ("UnloadableError: one",)),
+    Death("wordless_exception", "WordlessError", ("in fail", "WordlessError"), ("WordlessError",)),
+    Death("base_exception", "JobError", ("in fail", "raised OddError: odd"), ("OddError: odd",)),
+    Death("interrupt", "JobError", ("in fail", "was interrupted"), ("KeyboardInterrupt",)),
+    Death("memory", "MemoryError", ("in fail", "MemoryError"), ("MemoryError",)),
+    Death("recursion", "RecursionError", ("in recurse", "RecursionError: maximum"), ("RecursionError",)),
+    Death("exit3", "JobError", ("in fail", "called sys.exit(3)"), ("SystemExit: 3",)),
+    Death("exit0", "JobError", ("in fail", "called sys.exit(0)"), ("SystemExit: 0",)),
+    Death("os_exit5", FAILED, ("ended with exit code 5 after",)),
+    Death("os_exit0", FAILED, ("ended with exit code 0 after",)),
+    Death("segfault", FAILED, ("was killed by SIGSEGV after",)),
+    Death("sigkill", FAILED, ("was killed by SIGKILL after",)),
+    Death("abort", FAILED, ("was killed by SIGABRT after",)),
+    Death("lock", FAILED, ("returned a value of type lock that cannot be pickled",)),
+    Death("unloadable", FAILED, ("returned a value of type UnloadableValue that cannot be pickled",)),
+    Death("bytes", "RuntimeError", ("in fail", "RuntimeError: after bytes"), ("after bytes",)),
+]
+FINE = {"fine": "fine", "child": "child", "daemon": "daemon", "pool": "3", "last": "last"}
+KINDS = ["fine", *(death.kind for death in DEATHS), "child", "daemon", "pool", "last"]
+
+
+@dataclass
+class Sweep:
+    directory: Path
+    ran: subprocess.CompletedProcess[str]
+    returns: list[dict[str, Any]]
+    pids: set[int]
+
+    def of(self, kind: str) -> dict[str, Any]:
+        return self.returns[KINDS.index(kind)]
+
+    def log(self, kind: str) -> Path:
+        return self.directory / "sweep" / str(KINDS.index(kind)) / "job.log"
+
+
+@pytest.fixture(scope="module", params=["fork", "spawn"])
+def sweep(request: pytest.FixtureRequest, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    directory = tmp_path_factory.mktemp(request.param)
+    ran = run(
+        directory,
+        "deaths.py",
+        "-m",
+        f"hydra.launcher.start_method={request.param}",
+        "hydra.sweep.dir=sweep",
+        f"kind={','.join(KINDS)}",
+    )
+    assert (directory / "returns.json").exists(), ran.stderr
+    pids = {int(file.read_text()) for file in (directory / "sweep").glob("*/*.pid")}
+    return Sweep(directory, ran, json.loads((directory / "returns.json").read_text()), pids)
+
+
+def test_every_job_has_its_result_in_the_order_of_the_overrides(sweep: Sweep) -> None:
+    assert [job["overrides"] for job in sweep.returns] == [[f"kind={kind}"] for kind in KINDS]
+
+
+@pytest.mark.parametrize("death", DEATHS, ids=lambda death: death.kind)
+def test_a_death_becomes_a_failed_result_with_cause_traceback_and_log(sweep: Sweep, death: Death) -> None:
+    job = sweep.of(death.kind)
+    assert job["status"] == "FAILED"
+    assert job["type"] == death.type
+    for words in death.says:
+        assert words in job["text"]
+    log = sweep.log(death.kind)
+    if death.type in ("JobError", FAILED) or sys.version_info >= (3, 11):  # where exceptions take notes
+        assert str(log) in job["text"]
+    printed = log.read_text(errors="replace")
+    for words in death.log:
+        assert words in printed
+
+
+@pytest.mark.parametrize("kind", list(FINE))
+def test_every_other_job_completes_and_returns_its_value(sweep: Sweep, kind: str) -> None:
+    job = sweep.of(kind)
+    assert job["status"] == "COMPLETED", job
+    assert job["value"] in (FINE[kind], repr(FINE[kind]))
+
+
+def test_hydra_ends_with_exit_code_1_and_the_first_failures_traceback(sweep: Sweep) -> None:
+    assert sweep.ran.returncode == 1
+    end = sweep.ran.stderr[sweep.ran.stderr.index("Error executing job with overrides: ['kind=exception']") :]
+    assert "in with_cause" in end
+    assert "ValueError: the effect" in end
+    files = set(re.findall(r'File "(.*?)"', end))
+    assert len(files) == 1, "the user's frames and nothing else"
+    assert files.pop().endswith("deaths.py")
+
+
+def test_the_closing_summary_names_every_failed_job_with_cause_and_log(sweep: Sweep) -> None:
+    summary = sweep.ran.stderr[sweep.ran.stderr.index(f"[gpu_pool] {len(KINDS)} jobs: ") :]
+    assert f"{len(FINE)} completed, {len(KINDS) - len(FINE)} failed" in summary
+    for death in DEATHS:
+        (line,) = (line for line in summary.splitlines() if f"(kind={death.kind}) FAILED" in line)
+        assert str(sweep.log(death.kind)) in line
+        assert death.says[-1].removesuffix(" after") in line
+
+
+def test_nothing_is_printed_on_stdout(sweep: Sweep) -> None:
+    assert sweep.ran.stdout == ""
+
+
+def test_nothing_that_a_job_left_behind_is_alive(sweep: Sweep) -> None:
+    assert len(sweep.pids) == 3
+    for pid in sweep.pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_jobs_failure_reaches_its_callbacks_and_its_death_does_not(sweep: Sweep) -> None:
+    ends = {kind: sweep.log(kind).with_name("job_end") for kind in KINDS}
+    for kind, status in {"fine": "COMPLETED", "exception": "FAILED", "lock": "COMPLETED", "last": "COMPLETED"}.items():
+        assert ends[kind].read_text().split()[0] == status
+    for kind in ("sigkill", "os_exit0"):
+        assert not ends[kind].exists()
+    ran = [end for end in ends.values() if end.exists()]
+    assert len({end.read_text().split()[1] for end in ran}) == len(ran), "each in its job's process"
+
+
+def test_a_log_that_is_no_text_is_kept_as_it_is(sweep: Sweep) -> None:
+    assert b"not UTF-8: \xff\xfe\x00\n" in sweep.log("bytes").read_bytes()
+
+
+def test_a_job_that_does_not_compose_fails_alone(run: Run, tmp_path: Path) -> None:
+    sizes = ["small", "large", "small", "no_such_size", "large", "small", "large", "small", "large", "small"]
+    ran = run(tmp_path, "deaths.py", "-m", "hydra.sweep.dir=sweep", f"size={','.join(sizes)}")
+    returns = json.loads((tmp_path / "returns.json").read_text())
+    assert [job["status"] for job in returns] == ["FAILED" if size == "no_such_size" else "COMPLETED" for size in sizes]
+    assert [job["overrides"] for job in returns] == [[f"size={size}"] for size in sizes]
+    assert returns[3]["type"] == "MissingConfigException"
+    assert ran.returncode == 1
+    assert "job 3 (size=no_such_size) FAILED: raised MissingConfigException: In 'deaths': Could not find" in ran.stderr
+    end = ran.stderr[ran.stderr.index("Error executing job with overrides: ['size=no_such_size']") :]
+    assert "Could not find 'size/no_such_size'" in end
+    assert "Available options in 'size':\n\tlarge\n\tsmall" in end
+    assert "Traceback" not in end
