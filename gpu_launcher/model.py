@@ -11,6 +11,8 @@ class DeviceKind(str, Enum):
 
     GPU = "gpu"
     """A whole NVIDIA GPU, found through NVML."""
+    MIG = "mig"
+    """A MIG instance: a part of an NVIDIA GPU that the driver keeps apart from its other parts."""
     SIMULATED = "simulated"
     """A made-up GPU, for demonstrations and tests."""
     CPU = "cpu"
@@ -26,16 +28,29 @@ class Device:
 
     uuid: str
     index: int
-    """NVML index, which is the order of PCI bus ids; for CPU slots and simulated devices, counted from 0."""
+    """NVML index, which is the order of PCI bus ids; for CPU slots and simulated devices, counted from 0. A MIG
+    instance has its GPU's."""
     name: str
-    """Product name, such as `NVIDIA H100 80GB HBM3`."""
+    """Product name, such as `NVIDIA H100 80GB HBM3`, with the profile of a MIG instance: `... MIG 1g.10gb`."""
     kind: DeviceKind
     memory: int | None = None
     """Total memory in bytes; None where the device does not report it (CPU slots, unified memory)."""
+    exclusive: bool = False
+    """Compute mode EXCLUSIVE_PROCESS: one process at a time can use it, so it takes no fractions."""
+    parent: str | None = None
+    """UUID of the GPU that a MIG instance is part of, which is no device itself; None for other devices."""
+    instance: int | None = None
+    """Number of a MIG instance on its GPU, for display; None for other devices."""
+    numa_node: int | None = None
+    """NUMA node of the host that it is attached to, where that is known."""
+    cpus: tuple[int, ...] = ()
+    """CPUs of the host near it, in ascending order; none where that is not known."""
 
     @property
     def label(self) -> str:
-        """How messages and views call it: `GPU 2`, `simulated GPU 2`, `CPU slot 2`."""
+        """How messages and views call it: `GPU 2`, `MIG 2:0`, `simulated GPU 2`, `CPU slot 2`."""
+        if self.kind is DeviceKind.MIG:
+            return f"MIG {self.index}:{self.instance}"
         prefix = {DeviceKind.GPU: "GPU", DeviceKind.SIMULATED: "simulated GPU", DeviceKind.CPU: "CPU slot"}
         return f"{prefix[self.kind]} {self.index}"
 
