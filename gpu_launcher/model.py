@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -55,12 +56,104 @@ class Device:
         return f"{prefix[self.kind]} {self.index}"
 
 
+MILLIONTHS = 1_000_000
+"""Fractions of a device are counted in millionths, so that sums are exact, whatever their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A part of one device. Shares go together on a device as long as neither sum exceeds what it has.
+
+    Raises ValueError for what is no part of a device: nothing at all, less than nothing, more than all.
+    """
+
+    millionths: int
+    """Of the device, from 1; `MILLIONTHS` is the whole device. In a request also 0: as much as `memory` is of it."""
+    memory: int = 0
+    """Declared bytes; 0 where none are declared."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.millionths <= MILLIONTHS or self.memory < 0 or not (self.millionths or self.memory):
+            raise ValueError(f"no part of a device: {self.millionths} millionths, {self.memory} bytes")
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing else fits beside it."""
+        return self.millionths == MILLIONTHS
+
+    def of(self, total: int | None) -> Share:
+        """Return what it is of a device with `total` bytes, of which it does not take more than there are.
+
+        Memory alone counts as the same part of the device, so that it goes together with fractions. Where a device
+        does not report its memory (`total` None), none is counted, and a share by memory alone is the whole device.
+        """
+        if total is None:
+            return Share(self.millionths or MILLIONTHS)
+        if self.millionths:
+            return self
+        return Share(min(max(1, self.memory * MILLIONTHS // max(1, total)), MILLIONTHS), self.memory)
+
+
+WHOLE = Share(MILLIONTHS)
+
+MOST_PRIORITY = 499_999
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What one job needs."""
+    """What one job needs. `Request.of` makes one from the numbers that people write."""
 
     gpus: int
-    """Number of whole devices; 0 needs no lease."""
+    """Number of devices; 0 needs no lease."""
+    share: Share = WHOLE
+    """What it needs of each of them. Of whole devices, `share.memory` is what each must have."""
+    priority: int = 0
+    """Higher ones go first; between -MOST_PRIORITY and MOST_PRIORITY."""
+    timeout: float | None = None
+    """Seconds after the grant at which its devices are free again at the latest, time to end it included."""
+    stagger: float = 0.0
+    """Seconds for which it keeps off a device after another job started there that still runs."""
+
+    def __post_init__(self) -> None:
+        if self.gpus < 0:
+            raise ValueError(f"{self.gpus} devices")
+        if abs(self.priority) > MOST_PRIORITY:
+            raise ValueError(f"priority {self.priority} is not between {-MOST_PRIORITY} and {MOST_PRIORITY}")
+        if self.timeout is not None and not 0 < self.timeout < math.inf:
+            raise ValueError(f"a timeout of {self.timeout} s")
+        if not 0 <= self.stagger < math.inf:
+            raise ValueError(f"a stagger of {self.stagger} s")
+
+    @classmethod
+    def of(
+        cls,
+        gpus: float | None,
+        memory: int | None = None,
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+        stagger: float = 0.0,
+    ) -> Request:
+        """Return the request for `gpus` devices, or for a fraction of one, with `memory` bytes on each.
+
+        `gpus` None: as much of one device as its memory says. Raises ValueError for a fraction above one that is not
+        whole, for negative numbers, for neither `gpus` nor `memory`, and for memory on no device.
+        """
+        if gpus is None:
+            count, millionths = 1, 0
+        elif 0 < gpus < 1:
+            # Rounded down, lest six sixths be more than one; 0.57 * MILLIONTHS is a little less than 570000.
+            count, millionths = 1, max(1, math.floor(gpus * MILLIONTHS + 1e-6))
+        elif gpus >= 0 and float(gpus).is_integer():
+            count, millionths = int(gpus), MILLIONTHS
+        else:
+            raise ValueError(f"{gpus} is neither a number of devices nor a fraction of one")
+        if memory is not None and memory <= 0:
+            raise ValueError(f"{memory} bytes of memory")
+        if memory is not None and count == 0:
+            raise ValueError(f"{memory} bytes of memory on 0 devices")
+        share = Share(millionths, memory or 0)
+        return cls(gpus=count, share=share, priority=priority, timeout=timeout, stagger=stagger)
 
 
 @dataclass(frozen=True, slots=True)
