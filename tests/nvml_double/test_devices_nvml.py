@@ -36,13 +36,6 @@ else:
 """
 
 
-def gpu(index: int, uuid: str, *more: str, name: str = "NVIDIA Double", memory: int = 24 * GIB) -> list[str]:
-    lines = [f"uuid {uuid}", f"name {name}", f"memory {memory}", "compute_mode 0", "mig 0"]
-    replaced = {line.split()[0].removesuffix(".error") for line in more}
-    kept = [line for line in lines if line.split()[0] not in replaced]
-    return [f"{index}.{line}" for line in [*more, *kept]]
-
-
 def show(machine: Machine) -> Any:
     return json.loads(machine.run(SHOW))
 
@@ -52,11 +45,12 @@ def select(machine: Machine, spec: object = "auto", **environ: str) -> Any:
 
 
 def test_several_gpus_are_listed_in_nvml_order(machine: Machine) -> None:
-    machine.has("count 2", *gpu(0, "GPU-b", name="NVIDIA A"), *gpu(1, "GPU-a", memory=8 * GIB))
+    machine.has("count 2", *machine.gpu(0, "GPU-b", name="NVIDIA A"), *machine.gpu(1, "GPU-a", memory=8 * GIB))
+    plain = {"exclusive": False, "parent": None, "instance": None, "numa_node": None, "cpus": []}
     assert show(machine) == {
         "devices": [
-            {"uuid": "GPU-b", "index": 0, "name": "NVIDIA A", "kind": "gpu", "memory": 24 * GIB},
-            {"uuid": "GPU-a", "index": 1, "name": "NVIDIA Double", "kind": "gpu", "memory": 8 * GIB},
+            {"uuid": "GPU-b", "index": 0, "name": "NVIDIA A", "kind": "gpu", "memory": 24 * GIB, **plain},
+            {"uuid": "GPU-a", "index": 1, "name": "NVIDIA Double", "kind": "gpu", "memory": 8 * GIB, **plain},
         ],
         "unusable": [],
         "nothing_because": None,
@@ -65,13 +59,13 @@ def test_several_gpus_are_listed_in_nvml_order(machine: Machine) -> None:
 
 
 def test_a_gpu_that_does_not_report_memory_is_listed_without(machine: Machine) -> None:
-    machine.has("count 1", *gpu(0, "GPU-a", "memory.error 3"))
+    machine.has("count 1", *machine.gpu(0, "GPU-a", "memory.error 3"))
     assert show(machine)["devices"][0]["memory"] is None
 
 
 @pytest.mark.parametrize("at", ["handle", "uuid", "name", "memory", "compute_mode", "mig"])
 def test_a_lost_gpu_is_left_out_with_a_notice_and_the_others_go_on(machine: Machine, at: str) -> None:
-    machine.has("count 3", *gpu(0, "GPU-a"), *gpu(1, "GPU-b", f"{at}.error 15"), *gpu(2, "GPU-c"))
+    machine.has("count 3", *machine.gpu(0, "GPU-a"), *machine.gpu(1, "GPU-b", f"{at}.error 15"), *machine.gpu(2, "GPU-c"))
     uuids, _, notices = select(machine)
     assert uuids == ["GPU-a", "GPU-c"]
     assert len(notices) == 1
@@ -79,20 +73,20 @@ def test_a_lost_gpu_is_left_out_with_a_notice_and_the_others_go_on(machine: Mach
 
 
 def test_jobs_get_uuids_where_a_lost_gpu_makes_counting_doubtful(machine: Machine) -> None:
-    machine.has("count 3", *gpu(0, "GPU-a"), "1.handle.error 15", *gpu(2, "GPU-c"))
+    machine.has("count 3", *machine.gpu(0, "GPU-a"), "1.handle.error 15", *machine.gpu(2, "GPU-c"))
     assert select(machine)[1] == "GPU-a,GPU-c"
     assert select(machine, [2])[1] == "GPU-c"
 
 
 def test_a_prohibited_gpu_is_left_out_with_the_command_that_allows_it(machine: Machine) -> None:
-    machine.has("count 2", *gpu(0, "GPU-a", "compute_mode 2"), *gpu(1, "GPU-b", "compute_mode 3"))
+    machine.has("count 2", *machine.gpu(0, "GPU-a", "compute_mode 2"), *machine.gpu(1, "GPU-b", "compute_mode 3"))
     uuids, _, notices = select(machine)
     assert uuids == ["GPU-b"]
     assert "compute mode PROHIBITED: `nvidia-smi -i 0 -c DEFAULT`" in notices[0]
 
 
 def test_a_gpu_in_mig_mode_is_left_out_and_says_that_mig_comes_later(machine: Machine) -> None:
-    machine.has("count 2", *gpu(0, "GPU-a"), *gpu(1, "GPU-b", "mig 1"))
+    machine.has("count 2", *machine.gpu(0, "GPU-a"), *machine.gpu(1, "GPU-b", "mig 1"))
     uuids, _, notices = select(machine)
     assert uuids == ["GPU-a"]
     assert "GPU 1 is left out: it is in MIG mode, and MIG instances are not supported yet" in notices[0]
@@ -100,17 +94,17 @@ def test_a_gpu_in_mig_mode_is_left_out_and_says_that_mig_comes_later(machine: Ma
 
 @pytest.mark.parametrize("code", [3, 13])
 def test_a_gpu_without_mig_is_a_whole_gpu(machine: Machine, code: int) -> None:
-    machine.has("count 1", *gpu(0, "GPU-a", f"mig.error {code}"))
+    machine.has("count 1", *machine.gpu(0, "GPU-a", f"mig.error {code}"))
     assert select(machine) == [["GPU-a"], "0", []]
 
 
 def test_a_driver_older_than_mig_lists_whole_gpus(old_machine: Machine) -> None:
-    old_machine.has("count 1", *gpu(0, "GPU-a", "mig 1"))
+    old_machine.has("count 1", *old_machine.gpu(0, "GPU-a", "mig 1"))
     assert select(old_machine) == [["GPU-a"], "0", []]
 
 
 def test_a_gpu_named_that_cannot_be_used_is_an_error_that_says_why(machine: Machine) -> None:
-    machine.has("count 2", *gpu(0, "GPU-aaaa"), *gpu(1, "GPU-b", "mig 1"))
+    machine.has("count 2", *machine.gpu(0, "GPU-aaaa"), *machine.gpu(1, "GPU-b", "mig 1"))
     for spec in (1, "GPU-b"):
         kind, message = select(machine, spec)
         assert kind == "OptionError"
@@ -119,7 +113,7 @@ def test_a_gpu_named_that_cannot_be_used_is_an_error_that_says_why(machine: Mach
 
 
 def test_where_no_gpu_can_be_used_cpu_slots_are_and_the_notice_names_each_reason(machine: Machine) -> None:
-    machine.has("count 2", *gpu(0, "GPU-a", "mig 1"), "1.handle.error 15")
+    machine.has("count 2", *machine.gpu(0, "GPU-a", "mig 1"), "1.handle.error 15")
     uuids, mask, notices = select(machine)
     assert uuids == ["CPU-0", "CPU-1", "CPU-2"]
     assert mask == ""
@@ -185,19 +179,19 @@ def test_neither_cpu_slots_nor_simulated_devices_ask_the_driver(machine: Machine
 
 
 def test_a_failing_shutdown_does_not_hide_the_answer(machine: Machine) -> None:
-    machine.has("count 1", "shutdown.error 999", *gpu(0, "GPU-a"))
+    machine.has("count 1", "shutdown.error 999", *machine.gpu(0, "GPU-a"))
     assert select(machine)[0] == ["GPU-a"]
 
 
 def test_an_inherited_mask_restricts_and_jobs_get_machine_indices(machine: Machine) -> None:
-    machine.has("count 4", *(line for index in range(4) for line in gpu(index, f"GPU-{index}{index}")))
+    machine.has("count 4", *(line for index in range(4) for line in machine.gpu(index, f"GPU-{index}{index}")))
     assert select(machine, CUDA_VISIBLE_DEVICES="3,1") == [["GPU-33", "GPU-11"], "3,1", []]
     assert select(machine, [1], CUDA_VISIBLE_DEVICES="3,1") == [["GPU-11"], "1", []]
     assert select(machine, CUDA_VISIBLE_DEVICES="GPU-2")[0] == ["GPU-22"]
 
 
 def test_each_call_sees_the_machine_as_it_is_also_after_a_fork(machine: Machine) -> None:
-    machine.has("count 1", *gpu(0, "GPU-a"))
+    machine.has("count 1", *machine.gpu(0, "GPU-a"))
     code = """
 import os, pathlib
 from gpu_launcher.devices import NvmlProbe

@@ -1,0 +1,112 @@
+"""Fixtures for all tests: machines whose NVML is the double, in which the shipped code runs in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+SOURCE = REPOSITORY / "tests" / "nvml_double" / "nvml_double.c"
+GIB = 2**30
+
+
+@dataclass
+class Machine:
+    """Runs programs where libnvidia-ml.so.1 is the double in `libraries`, or nothing at all for None."""
+
+    state: Path
+    libraries: Path | None
+    lines: list[str] = field(default_factory=list)
+
+    def has(self, *lines: str) -> None:
+        """Replaces the state; the next NVML call, also of a process that runs already, sees it. See nvml_double.c."""
+        self.lines = list(lines)
+        new = self.state.with_suffix(".new")
+        new.write_text("".join(line + "\n" for line in lines))
+        new.replace(self.state)
+
+    def now(self, *lines: str) -> None:
+        """Adds to the state; where a key is there already, the new line replaces the old one."""
+        keys = {line.split(" ")[0] for line in lines}
+        self.has(*[line for line in self.lines if line.split(" ")[0] not in keys], *lines)
+
+    @staticmethod
+    def gpu(index: int, uuid: str, *more: str, name: str = "NVIDIA Double", memory: int = 24 * GIB) -> list[str]:
+        """The lines of an ordinary GPU, with what differs in `more`: `compute_mode 3`, `memory.error 15`."""
+        lines = [f"uuid {uuid}", f"name {name}", f"memory {memory}", "compute_mode 0", "mig 0"]
+        replaced = {line.split()[0].removesuffix(".error") for line in more}
+        kept = [line for line in lines if line.split()[0] not in replaced]
+        return [f"{index}.{line}" for line in [*more, *kept]]
+
+    @staticmethod
+    def instance(index: int, number: int, uuid: str, *more: str, memory: int = 10 * GIB) -> list[str]:
+        """The lines of a MIG instance of GPU `index`, which needs the line `mig 1`."""
+        lines = [f"uuid {uuid}", "name NVIDIA Double MIG 1g.10gb", f"memory {memory}", *more]
+        return [f"{index}.mig.{number}.{line}" for line in lines]
+
+    def environment(self, **environ: str) -> dict[str, str]:
+        """For a process on this machine: without any mask of the real one's."""
+        removed = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "LD_LIBRARY_PATH")
+        clean = {name: value for name, value in os.environ.items() if name not in removed}
+        clean |= {"NVML_DOUBLE_STATE": str(self.state), "PYTHONPATH": str(REPOSITORY), **environ}
+        if self.libraries is not None:
+            clean["LD_LIBRARY_PATH"] = str(self.libraries)
+        return clean
+
+    def run(self, code: str, **environ: str) -> str:
+        """What Python `code` prints. Fails with its traceback where it fails."""
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=self.environment(**environ),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        return done.stdout.strip()
+
+
+def compiled(directory: Path, *flags: str) -> Path:
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler to build the NVML double with")
+    library = directory / "libnvidia-ml.so.1"
+    name = f"-Wl,-soname,{library.name}"
+    strict = ["-Wall", "-Wextra", "-Werror"]
+    subprocess.run([compiler, "-shared", "-fPIC", *strict, *flags, name, "-o", library, SOURCE], check=True)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def nvml_double(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory, for LD_LIBRARY_PATH, that holds the double."""
+    return compiled(tmp_path_factory.mktemp("nvml"))
+
+
+@pytest.fixture
+def machine(nvml_double: Path, tmp_path: Path) -> Machine:
+    return Machine(tmp_path / "nvml-state", nvml_double)
+
+
+@pytest.fixture
+def old_machine(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Machine:
+    """One whose driver is from before MIG."""
+    return Machine(tmp_path / "nvml-state", compiled(tmp_path_factory.mktemp("old-nvml"), "-DDRIVER=440"))
+
+
+@pytest.fixture
+def older_machine(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Machine:
+    """One whose driver knows MIG, and not yet the third version of process lists."""
+    return Machine(tmp_path / "nvml-state", compiled(tmp_path_factory.mktemp("older-nvml"), "-DDRIVER=470"))
+
+
+@pytest.fixture
+def machine_without_driver(tmp_path: Path) -> Machine:
+    return Machine(tmp_path / "nvml-state", None)
