@@ -1,5 +1,8 @@
-"""What is in the machine. Importing this neither imports a GPU library nor asks NVML anything."""
+"""What is in the machine, and how it is doing. Importing this neither imports a GPU library nor asks NVML anything."""
 
+from gpu_launcher.devices.affinity import cpus_near
+from gpu_launcher.devices.choice import Connection, Links, by_load, load_levels
+from gpu_launcher.devices.condition import BUSY_MEMORY, Condition, GpuProcess, foreign_processes, why_busy
 from gpu_launcher.devices.cpu import cpu_slots, usable_cpus
 from gpu_launcher.devices.nvml import NvmlProbe
 from gpu_launcher.devices.probe import DeviceProbe, FixedProbe, Inventory, Unusable
@@ -8,15 +11,25 @@ from gpu_launcher.devices.simulated import simulated_devices
 from gpu_launcher.devices.visibility import environment
 
 __all__ = [
+    "BUSY_MEMORY",
+    "Condition",
+    "Connection",
     "DeviceProbe",
     "FixedProbe",
+    "GpuProcess",
     "Inventory",
+    "Links",
     "NvmlProbe",
     "Selection",
     "Unusable",
+    "by_load",
     "cpu_slots",
+    "cpus_near",
     "environment",
+    "foreign_processes",
+    "load_levels",
     "select_devices",
     "simulated_devices",
     "usable_cpus",
+    "why_busy",
 ]

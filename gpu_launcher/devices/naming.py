@@ -1,4 +1,4 @@
-"""GPUs that the user names one by one, and what to say where a name does not fit."""
+"""GPUs and MIG instances that the user names one by one, and what to say where a name does not fit."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from gpu_launcher.devices.visibility import VISIBLE, Visible, why_nothing_is_visible
 from gpu_launcher.errors import OptionError
+from gpu_launcher.model import DeviceKind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gpu_launcher.devices.probe import Inventory, Unusable
+    from gpu_launcher.devices.probe import Inventory
     from gpu_launcher.model import Device
 
 Name = int | str
@@ -27,44 +28,46 @@ class Chooser:
     option: str
 
     def choose(self, names: Sequence[Name]) -> tuple[Device, ...]:
-        """The GPUs of these names, in this order; each may be named once."""
+        """The devices of these names, in this order; each may be named once.
+
+        The name of a GPU in MIG mode means all of its instances.
+        """
         if not self.inventory.devices:
             why = why_nothing_is_visible(self.inventory, self.seen)
             raise OptionError(self.option, f"there is no GPU to choose: {why}; use auto, cpu:4, or simulated:8")
         chosen: dict[Device, Name] = {}
         for name in names:
-            device = self._find(name)
-            if device in chosen:
-                first = chosen[device]
-                how = "" if name == first else f", as {first!r} and as {name!r}"
-                raise OptionError(self.option, f"{device.label} is named twice{how}; name each device once")
-            chosen[device] = name
+            for device in self._find(name):
+                if device in chosen:
+                    first = chosen[device]
+                    how = "" if name == first else f", as {first!r} and as {name!r}"
+                    raise OptionError(self.option, f"{device.label} is named twice{how}; name each device once")
+                chosen[device] = name
         return tuple(chosen)
 
-    def _find(self, name: Name) -> Device:
-        found = [gpu for gpu in self.inventory.devices if _fits(name, gpu)]
-        broken = [gpu for gpu in self.inventory.unusable if _fits(name, gpu)]
+    def _find(self, name: Name) -> list[Device]:
+        devices = [device for device in self.inventory.devices if _fits(name, device)]
+        broken = [gpu for gpu in self.inventory.unusable if _fits_gpu(name, gpu.index, gpu.uuid)]
         called = f"GPU {name}" if isinstance(name, int) else repr(name)
-        if len(found) + len(broken) > 1:
-            which = " and ".join(
-                [f"GPU {gpu.index} ({gpu.uuid})" for gpu in found] + [f"GPU {gpu.index} ({gpu.uuid})" for gpu in broken]
-            )
+        found = {_meant(name, device) for device in devices} | {(f"GPU {gpu.index}", gpu.uuid) for gpu in broken}
+        if len(found) > 1:
+            which = " and ".join(f"{label} ({uuid})" for label, uuid in sorted(found, key=str))
             raise OptionError(self.option, f"{called} fits {which}; write more of the UUID")
         if broken:
             problem = f"GPU {broken[0].index} cannot be used: it {broken[0].reason}"
             raise OptionError(self.option, f"{problem}; {self._available()}")
-        if not found:
+        if not devices:
             hint = ""
             if isinstance(name, int):
                 hint = "; a number is a GPU's index, how many GPUs a job gets is another option"
             raise OptionError(self.option, f"{called} is not in this machine; {self._available()}{hint}")
-        if found[0] not in self.seen.devices:
-            raise OptionError(
-                self.option,
-                f"{called} is hidden by {VISIBLE}={self.seen.mask!r}; {self._available()}; "
-                f"change or unset {VISIBLE} to use others",
-            )
-        return found[0]
+        if seen := [device for device in devices if device in self.seen.devices]:
+            return seen
+        raise OptionError(
+            self.option,
+            f"{called} is hidden by {VISIBLE}={self.seen.mask!r}; {self._available()}; "
+            f"change or unset {VISIBLE} to use others",
+        )
 
     def _available(self) -> str:
         if not self.seen.devices:
@@ -72,7 +75,19 @@ class Chooser:
         return "available: " + ", ".join(f"{gpu.label} ({gpu.name}, {gpu.uuid[:12]})" for gpu in self.seen.devices)
 
 
-def _fits(name: Name, gpu: Device | Unusable) -> bool:
+def _fits(name: Name, device: Device) -> bool:
+    by_itself = device.kind is DeviceKind.MIG and _fits_gpu(name, None, device.uuid)
+    return by_itself or _fits_gpu(name, device.index, device.parent or device.uuid)
+
+
+def _fits_gpu(name: Name, index: int | None, uuid: str | None) -> bool:
     if isinstance(name, int):
-        return name == gpu.index
-    return gpu.uuid is not None and gpu.uuid.lower().startswith(name.lower())
+        return name == index
+    return uuid is not None and uuid.lower().startswith(name.lower())
+
+
+def _meant(name: Name, device: Device) -> tuple[str, str]:
+    """Label and UUID of what a fitting name means: the device, or the GPU that it is an instance of."""
+    if device.parent is None or (isinstance(name, str) and device.uuid.lower().startswith(name.lower())):
+        return device.label, device.uuid
+    return f"GPU {device.index}", device.parent

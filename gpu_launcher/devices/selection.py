@@ -11,6 +11,7 @@ from gpu_launcher.devices.nvml import NvmlProbe
 from gpu_launcher.devices.simulated import simulated_devices
 from gpu_launcher.devices.specification import CpuSlots, Named, SimulatedDevices, read_specification
 from gpu_launcher.devices.visibility import VISIBLE, visible, why_nothing_is_visible
+from gpu_launcher.model import DeviceKind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,7 +32,7 @@ class Selection:
     """One line each."""
     by_uuid: bool = False
     """Name GPUs to jobs by UUID, with `environment(devices, by_uuid=True)`: some GPU of this machine cannot
-    be used (lost, in MIG mode), and then CUDA may skip it in its count where NVML does not."""
+    be used or is in MIG mode, and then CUDA may skip it in its count where NVML does not."""
 
 
 def select_devices(
@@ -44,10 +45,10 @@ def select_devices(
     """The devices that `spec` means on this machine.
 
     `spec` is what the option holds, as plain Python values: `auto`; GPU indices (NVML's, as nvidia-smi shows
-    them), UUIDs or unique prefixes of UUIDs, one or several, as a list or separated by commas; `cpu`,
-    `cpu:4`; `simulated:8`. A mask in `environ` restricts GPUs by CUDA's rules (see `visibility`). `nvml` is
-    asked only for `auto` and for GPUs. `cpu_count` is the number of CPU slots where none is given (default:
-    `usable_cpus()`).
+    them), UUIDs of GPUs or MIG instances or unique prefixes of them, one or several, as a list or separated by
+    commas; `cpu`, `cpu:4`; `simulated:8`. A GPU in MIG mode stands for its instances. A mask in `environ` restricts
+    GPUs by CUDA's rules (see `visibility`). `nvml` is asked only for `auto` and for GPUs. `cpu_count` is the number of
+    CPU slots where none is given (default: `usable_cpus()`).
 
     Raises OptionError, which names `option`, for what is no device, is not there or not usable, is hidden by
     the mask, or is named twice; DeviceError where the driver does not answer.
@@ -60,7 +61,7 @@ def select_devices(
             return Selection(simulated_devices(count), (_simulated_notice(count),))
     inventory = (nvml or NvmlProbe()).inventory()
     seen = visible(inventory, environ)
-    by_uuid = bool(inventory.unusable)
+    by_uuid = bool(inventory.unusable) or any(device.kind is DeviceKind.MIG for device in inventory.devices)
     if isinstance(specification, Named):
         devices = Chooser(inventory, seen, option).choose(specification.names)
         return Selection(devices, seen.notices, by_uuid)

@@ -32,7 +32,7 @@ class SimulatedDevices:
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """GPUs by index or by UUID (or prefix), in the user's order; duplicates not yet looked for."""
+    """GPUs by index, GPUs and MIG instances by UUID (or prefix), in the user's order; duplicates not yet looked for."""
 
     names: tuple[int | str, ...]
 
@@ -71,9 +71,7 @@ def _name(entry: object, option: str) -> int | str:
             raise OptionError(option, f"an entry is empty; use {FORMS}")
         if text.lower().partition(":")[0] in ALONE:
             raise OptionError(option, f"{_shown(text)} stands alone, not in a list; use {FORMS}")
-        if text.lower().startswith("mig-"):
-            raise OptionError(option, f"{_shown(text)}: MIG instances are not supported yet; name whole GPUs")
-        if text.lower().startswith("gpu-"):
+        if text.lower().startswith(("gpu-", "mig-")):
             return text
         try:
             entry = int(text)

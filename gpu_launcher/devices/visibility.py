@@ -4,25 +4,28 @@ Sources: CUDA programming guide, "CUDA environment variables"
 (https://docs.nvidia.com/cuda/cuda-programming-guide/05-appendices/environment-variables.html) for indices,
 UUIDs, their prefixes, the empty string and the entry that ends the list. What the guide leaves open
 (duplicates, text after a number, indices mixed with UUIDs) follows `_parse_visible_devices` in torch/cuda/__init__.py,
-PyTorch's account of what the driver does.
+PyTorch's account of what the driver does. For MIG instances: NVIDIA's MIG user guide, "Device Names" and "CUDA Device
+Enumeration" (https://docs.nvidia.com/datacenter/tesla/mig-user-guide/).
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from gpu_launcher.model import Device, DeviceKind
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from gpu_launcher.devices.probe import Inventory, Unusable
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 ORDER = "CUDA_DEVICE_ORDER"
 PCI_ORDER = "PCI_BUS_ID"
+
+Name = TypeVar("Name")
 
 _NUMBER = re.compile(r"[+-]?[0-9]+")
 
@@ -33,6 +36,8 @@ class Mask:
 
     indices: tuple[int, ...]
     """NVML indices of the visible GPUs, in the order of the mask."""
+    instances: tuple[str, ...] = ()
+    """UUIDs of the visible MIG instances; none where the mask names GPUs."""
     problem: str | None = None
     """What in the mask is probably a mistake; None for a list that is valid or ended on purpose (`-1`)."""
 
@@ -57,10 +62,12 @@ def environment(devices: Sequence[Device], *, by_uuid: bool = False) -> dict[str
     CUDA_DEVICE_ORDER=PCI_BUS_ID. Without devices, and for CPU slots, the mask is empty: the job sees no GPU.
 
     `by_uuid` names GPUs by UUID instead, which is right also where NVML and CUDA may count differently (see
-    `Selection.by_uuid`); simulated devices have nothing but their index.
+    `Selection.by_uuid`); simulated devices have nothing but their index. MIG instances have nothing but their UUID,
+    and are to be given alone: CUDA shows a process only the first of several.
     """
+    by_uuid = by_uuid or any(device.kind is DeviceKind.MIG for device in devices)
     names = [
-        device.uuid if by_uuid and device.kind is DeviceKind.GPU else str(device.index)
+        device.uuid if by_uuid and device.kind in (DeviceKind.GPU, DeviceKind.MIG) else str(device.index)
         for device in devices
         if device.kind is not DeviceKind.CPU
     ]
@@ -73,28 +80,29 @@ def visible(inventory: Inventory, environ: Mapping[str, str]) -> Visible:
     Indices are taken as NVML's. CUDA counts that way under CUDA_DEVICE_ORDER=PCI_BUS_ID only; by default it
     counts the fastest GPU first, an order that cannot be known without initialising CUDA. Where all GPUs are
     of one kind this makes no difference; where they are not, a notice says how the indices were understood.
+    A GPU in MIG mode stands for its instances: all of them are visible, though a process can use the first only.
     """
     mask = environ.get(VISIBLE)
     if mask is None:
         return Visible(inventory.devices, inventory.unusable)
-    devices = {gpu.index: gpu for gpu in inventory.devices}
-    unusable = {gpu.index: gpu for gpu in inventory.unusable}
-    uuids: dict[int, str | None] = {gpu.index: gpu.uuid for gpu in inventory.devices}
-    uuids.update((gpu.index, gpu.uuid) for gpu in inventory.unusable)
+    uuids = {device.index: device.parent or device.uuid for device in inventory.devices}
     # An unusable GPU still counts: its index is valid, so it must not end the list.
-    meaning = read_mask(mask, uuids)
-    left = tuple(devices[index] for index in meaning.indices if index in devices)
+    every = {**uuids, **{gpu.index: gpu.uuid for gpu in inventory.unusable}}
+    instances = {device.uuid: device for device in inventory.devices if device.kind is DeviceKind.MIG}
+    meaning = read_mask(mask, every, instances)
+    left = tuple(device for index in meaning.indices for device in inventory.devices if device.index == index)
+    left += tuple(instances[uuid] for uuid in meaning.instances)
     notices = [f"{VISIBLE}={mask!r}: {meaning.problem}"] if meaning.problem else []
-    names = {gpu.name for gpu in inventory.devices}
-    by_index = not mask.strip().startswith("GPU-")
-    if by_index and 0 < len(left) < len(devices) and len(names) > 1 and environ.get(ORDER) != PCI_ORDER:
+    names = {device.name.partition(" MIG ")[0] for device in inventory.devices}
+    by_index = bool(meaning.indices) and not mask.strip().startswith("GPU-")
+    if by_index and 0 < len(left) < len(inventory.devices) and len(names) > 1 and environ.get(ORDER) != PCI_ORDER:
         notices.append(
             f"{VISIBLE}={mask!r} was read in PCI bus order, as {' and '.join(map(_described, left))}; CUDA "
             f"itself counts the fastest GPU first unless {ORDER}={PCI_ORDER}: set that, or name GPUs by UUID"
         )
     return Visible(
         devices=left,
-        unusable=tuple(unusable[index] for index in meaning.indices if index in unusable),
+        unusable=tuple(gpu for index in meaning.indices for gpu in inventory.unusable if gpu.index == index),
         mask=mask,
         notices=tuple(notices),
     )
@@ -108,31 +116,48 @@ def why_nothing_is_visible(inventory: Inventory, seen: Visible) -> str:
         return "no GPU can be used: " + ", ".join(f"GPU {gpu.index} {gpu.reason}" for gpu in seen.unusable)
     if seen.notices:
         return f"{', '.join(seen.notices)}: change or unset it to use GPUs"
-    total = len(inventory.devices) + len(inventory.unusable)
-    all_of_them = "the machine's only GPU" if total == 1 else f"all {total} GPUs of the machine"
+    gpus = {device.index for device in inventory.devices} | {gpu.index for gpu in inventory.unusable}
+    all_of_them = "the machine's only GPU" if len(gpus) == 1 else f"all {len(gpus)} GPUs of the machine"
     return f"{VISIBLE}={seen.mask!r} hides {all_of_them}: change or unset it to use them"
 
 
-def read_mask(mask: str, uuids: Mapping[int, str | None]) -> Mask:
-    """The indices that `mask`, a value of CUDA_VISIBLE_DEVICES, makes visible where GPUs have these UUIDs.
+def read_mask(mask: str, uuids: Mapping[int, str | None], instances: Collection[str] = ()) -> Mask:
+    """What `mask`, a value of CUDA_VISIBLE_DEVICES, makes visible where GPUs and MIG instances have these UUIDs.
 
-    The list is of indices or of UUIDs (or unique prefixes, from `GPU-` on), as its first entry is. The first
-    entry that names no GPU ends it: a negative number, an unknown index, an ambiguous prefix,
-    `NoDevFiles`, nothing at all. A GPU named twice before that makes the whole list void.
-    MIG instances are not whole GPUs and are taken as unknown here.
+    The list is of indices, of GPUs' UUIDs or of MIG instances' UUIDs, as its first entry is; of UUIDs a unique prefix
+    does, from `GPU-` or `MIG-` on. The first entry that names nothing ends it: a negative number, an unknown index, an
+    ambiguous prefix, `NoDevFiles`, nothing at all. What is named twice before that makes the whole list void.
     """
     entries = [entry.strip() for entry in mask.split(",")]
-    by_uuid = entries[0].startswith("GPU-")
-    indices: list[int] = []
+    find = _finder(entries[0], uuids, instances)
+    found: list[int | str] = []
+    problem = None
     for position, entry in enumerate(entries):
-        index = _by_prefix(entry, uuids) if by_uuid else _by_number(entry, uuids)
-        if index is None:
+        name = find(entry)
+        if name is None:
             on_purpose = entry.startswith("-") or entry == "NoDevFiles" or entries[position:] == [""]
-            return Mask(tuple(indices), None if on_purpose else _ended_by(entry, position, len(entries)))
-        if index in indices:
-            return Mask((), f"GPU {index} is named twice, for which CUDA hides all GPUs")
-        indices.append(index)
-    return Mask(tuple(indices))
+            problem = None if on_purpose else _ended_by(entry, position, len(entries))
+            break
+        if name in found:
+            named = f"GPU {name}" if isinstance(name, int) else name
+            return Mask((), problem=f"{named} is named twice, for which CUDA hides all GPUs")
+        found.append(name)
+    return Mask(
+        tuple(name for name in found if isinstance(name, int)),
+        tuple(name for name in found if isinstance(name, str)),
+        problem,
+    )
+
+
+def _finder(
+    first: str, uuids: Mapping[int, str | None], instances: Collection[str]
+) -> Callable[[str], int | str | None]:
+    """What finds the one that an entry names, in a list that begins with `first`."""
+    if first.startswith("GPU-"):
+        return lambda entry: _by_prefix(entry, "GPU-", uuids.items())
+    if first.startswith("MIG-"):
+        return lambda entry: _by_prefix(entry, "MIG-", [(uuid, uuid) for uuid in instances])
+    return lambda entry: _by_number(entry, uuids)
 
 
 def _by_number(entry: str, uuids: Mapping[int, str | None]) -> int | None:
@@ -144,18 +169,17 @@ def _by_number(entry: str, uuids: Mapping[int, str | None]) -> int | None:
     return index if index in uuids else None
 
 
-def _by_prefix(entry: str, uuids: Mapping[int, str | None]) -> int | None:
-    if not entry.startswith("GPU-"):
+def _by_prefix(entry: str, start: str, named: Iterable[tuple[Name, str | None]]) -> Name | None:
+    if not entry.startswith(start):
         return None
-    matches = [index for index, uuid in uuids.items() if uuid is not None and uuid.startswith(entry)]
+    matches = [name for name, uuid in named if uuid is not None and uuid.startswith(entry)]
     return matches[0] if len(matches) == 1 else None
 
 
 def _ended_by(entry: str, position: int, count: int) -> str:
     rest = " and all that follow it" if position + 1 < count else ""
-    if entry.startswith("MIG-"):
-        return f"MIG instances are not supported yet: {entry!r}{rest} is left out"
-    return f"{entry!r} names no single GPU of this machine: CUDA leaves it{rest} out"
+    what = "MIG instance" if entry.startswith("MIG-") else "GPU"
+    return f"{entry!r} names no single {what} of this machine: CUDA leaves it{rest} out"
 
 
 def _described(device: Device) -> str:

@@ -65,7 +65,9 @@ def test_a_gpu_that_does_not_report_memory_is_listed_without(machine: Machine) -
 
 @pytest.mark.parametrize("at", ["handle", "uuid", "name", "memory", "compute_mode", "mig"])
 def test_a_lost_gpu_is_left_out_with_a_notice_and_the_others_go_on(machine: Machine, at: str) -> None:
-    machine.has("count 3", *machine.gpu(0, "GPU-a"), *machine.gpu(1, "GPU-b", f"{at}.error 15"), *machine.gpu(2, "GPU-c"))
+    machine.has(
+        "count 3", *machine.gpu(0, "GPU-a"), *machine.gpu(1, "GPU-b", f"{at}.error 15"), *machine.gpu(2, "GPU-c")
+    )
     uuids, _, notices = select(machine)
     assert uuids == ["GPU-a", "GPU-c"]
     assert len(notices) == 1
@@ -85,11 +87,50 @@ def test_a_prohibited_gpu_is_left_out_with_the_command_that_allows_it(machine: M
     assert "compute mode PROHIBITED: `nvidia-smi -i 0 -c DEFAULT`" in notices[0]
 
 
-def test_a_gpu_in_mig_mode_is_left_out_and_says_that_mig_comes_later(machine: Machine) -> None:
+def test_a_gpu_in_exclusive_mode_is_a_device_that_says_so(machine: Machine) -> None:
+    machine.has("count 2", *machine.gpu(0, "GPU-a", "compute_mode 3"), *machine.gpu(1, "GPU-b"))
+    assert [device["exclusive"] for device in show(machine)["devices"]] == [True, False]
+
+
+def test_mig_instances_are_devices_in_place_of_their_gpu_and_handed_over_by_uuid(machine: Machine) -> None:
+    machine.has(
+        "count 2",
+        *machine.gpu(0, "GPU-a"),
+        *machine.gpu(1, "GPU-b", "mig 1"),
+        *machine.instance(1, 0, "MIG-aaaa"),
+        *machine.instance(1, 2, "MIG-bbbb", memory=20 * GIB),
+    )
+    _, first, second = show(machine)["devices"]
+    assert first["uuid"] == "MIG-aaaa"
+    assert second == {
+        "uuid": "MIG-bbbb",
+        "index": 1,
+        "name": "NVIDIA Double MIG 1g.10gb",
+        "kind": "mig",
+        "memory": 20 * GIB,
+        "exclusive": False,
+        "parent": "GPU-b",
+        "instance": 2,
+        "numa_node": None,
+        "cpus": [],
+    }
+    assert select(machine) == [["GPU-a", "MIG-aaaa", "MIG-bbbb"], "GPU-a,MIG-aaaa,MIG-bbbb", []]
+    assert select(machine, "MIG-b") == [["MIG-bbbb"], "MIG-bbbb", []]
+    assert select(machine, 1)[0] == ["MIG-aaaa", "MIG-bbbb"]
+    assert select(machine, CUDA_VISIBLE_DEVICES="MIG-bbbb") == [["MIG-bbbb"], "MIG-bbbb", []]
+
+
+def test_a_gpu_in_mig_mode_without_instances_is_left_out_with_the_commands_that_help(machine: Machine) -> None:
     machine.has("count 2", *machine.gpu(0, "GPU-a"), *machine.gpu(1, "GPU-b", "mig 1"))
     uuids, _, notices = select(machine)
     assert uuids == ["GPU-a"]
-    assert "GPU 1 is left out: it is in MIG mode, and MIG instances are not supported yet" in notices[0]
+    assert "GPU 1 is left out: it is in MIG mode and has no MIG instances: `nvidia-smi mig -i 1 -cgi" in notices[0]
+
+
+def test_a_lost_mig_instance_takes_its_gpu_with_it(machine: Machine) -> None:
+    machine.has("count 1", *machine.gpu(0, "GPU-a", "mig 1"), *machine.instance(0, 0, "MIG-a", "handle.error 15"))
+    (unusable,) = show(machine)["unusable"]
+    assert unusable["reason"].startswith("does not answer (NVML says 'GPU is lost')")
 
 
 @pytest.mark.parametrize("code", [3, 13])

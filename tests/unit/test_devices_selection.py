@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
@@ -22,8 +21,19 @@ AVAILABLE = (
 )
 
 
-@dataclass
-class ForbiddenProbe:
+MIGS = (
+    GPUS[0],
+    Device("MIG-aaaa-0", 1, "NVIDIA H100 MIG 1g.10gb", DeviceKind.MIG, parent=UUIDS[1], instance=0),
+    Device("MIG-aabb-1", 1, "NVIDIA H100 MIG 1g.10gb", DeviceKind.MIG, parent=UUIDS[1], instance=1),
+    GPUS[2],
+)
+SPLIT = FixedProbe(Inventory(MIGS))
+
+
+class ForbiddenProbe(FixedProbe):
+    def __init__(self) -> None:
+        super().__init__(Inventory())
+
     def inventory(self) -> Inventory:
         raise AssertionError("NVML was asked")
 
@@ -131,7 +141,7 @@ def test_without_a_driver_a_mask_is_not_blamed() -> None:
         ("-1", "CUDA_VISIBLE_DEVICES='-1' hides all 3 GPUs of the machine: change or unset it to use them; using"),
         ("7", "CUDA_VISIBLE_DEVICES='7': '7' names no single GPU of this machine"),
         ("0,0", "CUDA_VISIBLE_DEVICES='0,0': GPU 0 is named twice, for which CUDA hides all GPUs"),
-        ("MIG-1", "CUDA_VISIBLE_DEVICES='MIG-1': MIG instances are not supported yet"),
+        ("MIG-1", "CUDA_VISIBLE_DEVICES='MIG-1': 'MIG-1' names no single MIG instance of this machine"),
     ],
 )
 def test_a_mask_that_hides_all_gpus_is_named_in_the_one_notice(mask: str, words: str) -> None:
@@ -166,6 +176,46 @@ def test_an_unusable_gpu_is_mentioned_where_it_was_wanted_and_only_there() -> No
 
 
 @pytest.mark.parametrize(
+    ("spec", "mask", "expected"),
+    [
+        ("auto", None, [0, 1, 2, 3]),
+        (1, None, [1, 2]),
+        (UUIDS[1], None, [1, 2]),
+        (["MIG-aabb", 0], None, [2, 0]),
+        ("mig-AAAA-0", None, [1]),
+        ([1], "MIG-aabb-1", [2]),
+        ("auto", "MIG-aabb-1,MIG-aaaa-0", [2, 1]),
+        ("auto", "2,1", [3, 1, 2]),
+    ],
+)
+def test_mig_instances_are_devices_and_their_gpu_means_all_of_them(
+    spec: object, mask: str | None, expected: list[int]
+) -> None:
+    selection = select_devices(spec, {} if mask is None else {"CUDA_VISIBLE_DEVICES": mask}, SPLIT)
+    assert selection.devices == tuple(MIGS[position] for position in expected)
+    assert selection.by_uuid
+    assert selection.notices == ()
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ([1, "MIG-aaaa"], "MIG 1:0 is named twice, as 1 and as 'MIG-aaaa'; name each device once"),
+        ("MIG-aa", "'MIG-aa' fits MIG 1:0 (MIG-aaaa-0) and MIG 1:1 (MIG-aabb-1); write more of the UUID"),
+        ("GPU-8932", f"'GPU-8932' fits GPU 0 ({UUIDS[0]}) and GPU 1 ({UUIDS[1]}); write more of the UUID"),
+        ("MIG-cc", "'MIG-cc' is not in this machine; available: GPU 0 (NVIDIA H100, GPU-8932f937), MIG 1:0 (NVIDIA H1"),
+    ],
+)
+def test_a_name_that_fits_no_mig_instance_or_several_is_refused(spec: object, words: str) -> None:
+    assert problem(spec, nvml=SPLIT).startswith(words)
+
+
+def test_a_mig_instance_outside_the_mask_is_refused() -> None:
+    message = problem("MIG-aaaa", {"CUDA_VISIBLE_DEVICES": "MIG-aabb-1"}, SPLIT)
+    assert message.startswith("'MIG-aaaa' is hidden by CUDA_VISIBLE_DEVICES='MIG-aabb-1'; available: MIG 1:1")
+
+
+@pytest.mark.parametrize(
     ("spec", "words"),
     [
         (3, f"GPU 3 is not in this machine; {AVAILABLE}; a number is a GPU's index"),
@@ -192,7 +242,7 @@ def test_an_unusable_gpu_is_mentioned_where_it_was_wanted_and_only_there() -> No
         ([[0]], "[0] is not a device; use auto"),
         ({"a": 1}, "{'a': 1} is not a device; use auto"),
         (None, "None is not a device; use auto"),
-        ("MIG-1", "'MIG-1': MIG instances are not supported yet; name whole GPUs"),
+        ("MIG-1", f"'MIG-1' is not in this machine; {AVAILABLE}"),
         ("cpu:0", "'cpu:0' needs a number from 1 to 4096, such as cpu:4"),
         ("cpu:-1", "'cpu:-1' needs a number from 1 to 4096, such as cpu:4"),
         ("cpu:", "'cpu:' needs a number from 1 to 4096, such as cpu:4"),

@@ -83,6 +83,11 @@ def test_what_is_shown_reads_back_as_about_the_same(size: int) -> None:
 @given(st.text(max_size=12) | st.integers() | st.floats() | st.none() | st.binary(max_size=3))
 def test_any_value_is_an_amount_or_an_option_error(value: object) -> None:
     try:
-        assert read_memory(value, "memory") >= 0
+        size = read_memory(value, "memory")
     except OptionError as error:
-        assert "\n" not in str(error)
+        message = str(error)
+    else:
+        assert size >= 0
+        return
+    assert message.startswith("memory: ")
+    assert "\n" not in message

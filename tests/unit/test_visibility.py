@@ -54,7 +54,7 @@ FOUR = Inventory(tuple(gpu(index) for index in range(4)))
         ("  ", ()),
         ("0,,1", (0,)),
         ("0,", (0,)),
-        # Indices and UUIDs do not mix; MIG instances are not whole GPUs.
+        # Indices and UUIDs do not mix; and there are no MIG instances here.
         (f"0,{C}", (0,)),
         (f"{C},0", (2,)),
         ("MIG-8932f937-d72c-4106-c12f-20bd9faed9f6", ()),
@@ -68,6 +68,37 @@ FOUR = Inventory(tuple(gpu(index) for index in range(4)))
 )
 def test_a_mask_means_what_cuda_makes_of_it(mask: str, indices: tuple[int, ...]) -> None:
     assert read_mask(mask, UUIDS).indices == indices
+
+
+INSTANCES = ("MIG-11aa", "MIG-11bb", f"MIG-{C}/1/0")
+
+
+@pytest.mark.parametrize(
+    ("mask", "instances"),
+    [
+        ("MIG-11bb,MIG-11aa", ("MIG-11bb", "MIG-11aa")),
+        (f" MIG-11a , MIG-{C}/1/0", ("MIG-11aa", f"MIG-{C}/1/0")),
+        # Ambiguous, unknown, of another kind: the end of the list.
+        ("MIG-11aa,MIG-11", ("MIG-11aa",)),
+        ("MIG-22,MIG-11aa", ()),
+        (f"MIG-11aa,{A},MIG-11bb", ("MIG-11aa",)),
+        ("MIG-11aa,0", ("MIG-11aa",)),
+        ("0,MIG-11aa", ()),
+        # Twice: nothing at all.
+        ("MIG-11aa,MIG-11aa", ()),
+    ],
+)
+def test_a_mask_of_mig_instances_follows_the_same_rules(mask: str, instances: tuple[str, ...]) -> None:
+    assert read_mask(mask, UUIDS, INSTANCES).instances == instances
+
+
+def test_mig_instances_are_handed_over_by_uuid_whatever_was_asked() -> None:
+    instance = Device("MIG-11aa", 1, "NVIDIA H100 MIG 1g.10gb", DeviceKind.MIG, parent=B, instance=0)
+    for by_uuid in (False, True):
+        assert environment([instance], by_uuid=by_uuid)["CUDA_VISIBLE_DEVICES"] == "MIG-11aa"
+    inventory = Inventory((gpu(0), instance))
+    assert visible(inventory, environment([instance])).devices == (instance,)
+    assert visible(inventory, {"CUDA_VISIBLE_DEVICES": "1"}).devices == (instance,)
 
 
 ENTRIES = st.one_of(
@@ -138,7 +169,8 @@ def test_a_mask_that_ends_on_purpose_gives_no_notice() -> None:
         ("0,7,1", "'7' names no single GPU of this machine: CUDA leaves it and all that follow it out"),
         ("0,7", "'7' names no single GPU of this machine: CUDA leaves it out"),
         ("1,1", "GPU 1 is named twice, for which CUDA hides all GPUs"),
-        ("MIG-1", "MIG instances are not supported yet: 'MIG-1' is left out"),
+        ("MIG-1", "'MIG-1' names no single MIG instance of this machine: CUDA leaves it out"),
+        ("MIG-1,0", "'MIG-1' names no single MIG instance of this machine: CUDA leaves it and all that follow it out"),
     ],
 )
 def test_a_mask_that_is_probably_a_mistake_gives_a_notice_with_its_text(mask: str, words: str) -> None:

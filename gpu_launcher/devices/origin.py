@@ -1,0 +1,73 @@
+"""Who a process on a device is: its user, its command, and which processes it descends from. Reads /proc."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_FIRST_NAMESPACE = "pid:[4026531836]"
+"""The machine's own namespace of process ids: PROC_PID_INIT_INO in the kernel's include/linux/proc_ns.h."""
+_LENGTH = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    user: str
+    command: str
+    ancestors: tuple[int, ...]
+    """Parent first, up to the first process there is."""
+
+
+def origin_of(pid: int, root: Path = Path("/")) -> Origin | None:
+    """Where the process that NVML calls `pid` comes from, or None if that cannot be known.
+
+    NVML may name processes by the host's numbers also in a container, where the same number may be another process. So
+    outside the machine's own namespace a process counts only if it is seen to hold a GPU open, which the kernel
+    shows for processes of one's own user and to root. `root` is where /proc is looked for.
+    """
+    process = root / "proc" / str(pid)
+    try:
+        if str((root / "proc/self/ns/pid").readlink()) != _FIRST_NAMESPACE and not _holds_a_gpu(process):
+            return None
+        user = _user(process.stat().st_uid)
+        command = _command(process)
+        ancestors = []
+        parent = _parent(process)
+        while parent > 0:
+            ancestors.append(parent)
+            parent = _parent(root / "proc" / str(parent))
+    except (OSError, ValueError, IndexError):
+        return None  # it has ended, or somebody hides processes from us
+    return Origin(user, command, tuple(ancestors))
+
+
+def _holds_a_gpu(process: Path) -> bool:
+    for descriptor in (process / "fd").iterdir():
+        with suppress(OSError):  # closed just now
+            if str(descriptor.readlink()).startswith("/dev/nvidia"):
+                return True
+    return False
+
+
+def _parent(process: Path) -> int:
+    # The name, in parentheses, may hold spaces and parentheses: proc_pid_stat(5).
+    return int((process / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+
+
+def _command(process: Path) -> str:
+    arguments = (process / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+    text = " ".join([Path(arguments[0]).name, *arguments[1:]]).strip()
+    if not text:
+        text = (process / "comm").read_text(errors="replace").strip()
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text if len(text) <= _LENGTH else f"{text[: _LENGTH - 3]}..."
+
+
+def _user(uid: int) -> str:
+    import pwd  # not on Windows
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
