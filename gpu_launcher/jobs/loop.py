@@ -20,7 +20,7 @@ from gpu_launcher.jobs.events import JobEnded, JobStarted, JobWaiting, Outcome, 
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.running import Running, Wait, explain_wait, judge
 from gpu_launcher.jobs.signals import StopSignals
-from gpu_launcher.leases import Ledger
+from gpu_launcher.leases import Ledger, refusal
 from gpu_launcher.model import Device, Owner, Request
 from gpu_launcher.processes import messages
 from gpu_launcher.processes.messages import ChannelClosedError, Report
@@ -242,7 +242,7 @@ class JobLoop:
             case messages.Prepared(request, log):
                 job.log = log
                 self._checkpoint("prepared")
-                self._handle(m.Prepared(number, request))
+                self._handle(m.Prepared(number, request, refusal(request, tuple(self._devices.values()))))
             case messages.ResultLost(problem):
                 job.problem = f"could not write its result: {problem}"
             case _:

@@ -63,6 +63,8 @@ class Prepared:
 
     number: int
     request: Request
+    refusal: str | None = None
+    """Why these devices could never grant it, as a sentence that goes on from `is`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,8 +220,8 @@ class Machine:
         match stimulus:
             case Begin():
                 return self._fill()
-            case Prepared(number, request):
-                return self._prepared(number, request)
+            case Prepared(number, request, refusal):
+                return self._prepared(number, request, refusal)
             case Granted(number):
                 return self._granted(number)
             case Exited(number):
@@ -231,7 +233,7 @@ class Machine:
             case Tick():
                 return self._tick(now)
 
-    def _prepared(self, number: int, request: Request) -> list[Instruction]:
+    def _prepared(self, number: int, request: Request, refusal: str | None) -> list[Instruction]:
         job = self._expect(number, Phase.PREPARING)
         job.phase = Phase.PREPARED
         job.request = request
@@ -240,6 +242,9 @@ class Machine:
                 f"asks for {request.gpus} devices, but the pool has {self._limits.devices} for this sweep. "
                 "Remedy: lower hydra.launcher.gpus or widen hydra.launcher.devices"
             )
+            return [Kill(number)]
+        if refusal is not None:
+            job.problem = f"asks for what cannot be had: its request is {refusal}"
             return [Kill(number)]
         return self._fill()
 
@@ -339,7 +344,8 @@ class Machine:
         return preparing < self._limits.preparing and ahead < self._limits.ahead
 
     def _running_without_devices(self) -> list[int]:
-        return [number for number in self._in(Phase.RUNNING) if self._jobs[number].request == Request(gpus=0)]
+        running = ((number, self._jobs[number].request) for number in self._in(Phase.RUNNING))
+        return [number for number, request in running if request is not None and request.gpus == 0]
 
     def _in(self, phase: Phase) -> list[int]:
         return [number for number in self._live if self._jobs[number].phase is phase]

@@ -90,9 +90,10 @@ def explain_wait(pool: PoolView, devices: tuple[Device, ...], own_leases: set[st
             held.setdefault(_name(lease.owner), []).extend(theirs)
     parts = [f"{_labels(theirs)} held by {who}" for who, theirs in held.items() if theirs]
     uuids = {device.uuid for device in devices}
-    for other in pool.tickets:
-        before = other.sequence < ticket.sequence
-        if before and (other.candidates is None or not uuids.isdisjoint(other.candidates)):
+    for other in pool.tickets:  # in queue order
+        if other.id == ticket.id:
+            break
+        if other.candidates is None or not uuids.isdisjoint(other.candidates):
             parts.append(f"{_name(other.owner)} is ahead in the queue")
     everything = tuple(device for theirs in held.values() for device in theirs)
     more = [f"and {len(parts) - _MOST_REASONS} more"] if len(parts) > _MOST_REASONS else []

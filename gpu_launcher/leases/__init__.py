@@ -2,8 +2,18 @@
 
 from gpu_launcher.leases.directory import resolve_pool_directory
 from gpu_launcher.leases.files import FileLedger
-from gpu_launcher.leases.ledger import Lease, LeaseView, Ledger, PoolView, Ticket, TicketView
+from gpu_launcher.leases.ledger import (
+    Lease,
+    LeaseView,
+    Ledger,
+    PoolView,
+    Ticket,
+    TicketView,
+    describe_wait,
+    refusal,
+)
 from gpu_launcher.leases.memory import MemoryLedger, MemoryPool
+from gpu_launcher.leases.policy import Taste, Wait
 
 __all__ = [
     "FileLedger",
@@ -13,7 +23,11 @@ __all__ = [
     "MemoryLedger",
     "MemoryPool",
     "PoolView",
+    "Taste",
     "Ticket",
     "TicketView",
+    "Wait",
+    "describe_wait",
+    "refusal",
     "resolve_pool_directory",
 ]

@@ -5,10 +5,12 @@ descriptor. File contents are notes; when they cannot be read, a locked lease co
 
 How the promise is kept that losing a file costs at most waiting:
 
-- The mutex is the lock on the queue directory itself. It cannot be removed while it holds anything.
+- The mutex is the lock on the queue directory itself. It cannot be removed while it holds anything. Only what adds to
+  the pool needs it: a new ticket, a lease. Seeing that nothing can be granted yet, and giving back, do not.
 - A lease's file has two names. A lease counts as long as either is there.
 - There is no counter to lose: a ticket's sequence is one more than the highest of the live ones.
-- A ticket whose file is lost is written anew, with its old sequence, at its next claim.
+- A ticket whose file is lost is written anew, with its old sequence, at its next claim. So is one that could not be
+  written because the mutex was not to be had, at the end of the queue of then.
 - A queue directory that is removed or replaced makes every ledger that was open on it raise PoolDirectoryError.
 
 Not promised:
@@ -16,8 +18,12 @@ Not promised:
 - Safety against somebody who removes the whole queue directory, or both names of a lease, while jobs run, and starts
   new programs then; or who locks or unlocks the files by hand.
 - Two directories, such as a container's own `/var/tmp` and the host's, are two pools.
-- A process that is stopped (SIGSTOP) while it has the mutex, which is for about a millisecond at a time, stops
-  everybody's claims until it goes on or is killed.
+- A process that is stopped (SIGSTOP) while it has the mutex, which is for about a millisecond at a time, stops all
+  grants until it goes on or is killed. The others stay responsive, and say who it is.
+- Which devices a process gets is its own choice among those that are free for it. Of tickets that could all be granted
+  in one moment, a later one may therefore once get in an earlier one's way: that waits then, and reserves.
+- In a time namespace of its own (time_namespaces(7)), a process may take declared ends for earlier or later ones, and
+  so be delayed, or delay others, by backfill.
 - A process that another thread forks while a ledger is at work inherits half-made tickets and leases: fork from the
   thread that uses the ledger, and call `close_in_child`.
 """
@@ -28,18 +34,29 @@ import contextlib
 import errno
 import fcntl
 import os
+import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.leases import inotify
 from gpu_launcher.leases.directory import explained, make_queue
-from gpu_launcher.leases.ledger import Lease, PoolView, Ticket, validated
-from gpu_launcher.leases.policy import decide
-from gpu_launcher.leases.records import Record, lease_names, ticket_name, unpublished_name
+from gpu_launcher.leases.ledger import Lease, PoolView, Ticket, demanded
+from gpu_launcher.leases.mutex import Patience
+from gpu_launcher.leases.policy import INDIFFERENT, Grant, Taste, TicketState, grant
+from gpu_launcher.leases.records import (
+    MOST_SEQUENCE,
+    LeaseRecord,
+    Origin,
+    Record,
+    TicketName,
+    TicketRecord,
+    lease_names,
+    unpublished_name,
+)
 from gpu_launcher.leases.scan import Pool, probe, scan
 
 if TYPE_CHECKING:
@@ -58,30 +75,50 @@ SLOWEST_POLL_WITHOUT_INOTIFY = 0.02
 _WATCHED = inotify.CLOSE_WRITE | inotify.DELETE | inotify.DELETE_SELF | inotify.MOVE_SELF
 
 
+def boot_time() -> float:
+    """Seconds since the machine started: one clock for all processes, which nobody sets, and which does not stop in
+    suspend, as jobs' time limits do not."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def to_stderr(text: str) -> None:
+    """Tell the person at the terminal."""
+    print(f"gpu-launcher: {text}", file=sys.stderr, flush=True)
+
+
 class FileLedger:
     """A `Ledger` on the files of a pool directory. `directory` is what `resolve_pool_directory` returned.
 
     Belongs to the process that made it: in a forked child every method raises RuntimeError, except `close_in_child`
     and `close`, which then means the same. Nothing is closed by garbage collection: call `close`.
 
-    `wall_clock` is for the times that views show. `checkpoint` is called after each step that a crash could
-    separate from the next, with its name, such as `claim: locked`; it is for tests.
+    `warn` is told, once each, whom it waits for if somebody keeps the pool locked for seconds.
+
+    `wall_clock` is for the times that views show, `clock` and `origin` for those that policy compares. `checkpoint` is
+    called after each step that a crash could separate from the next, with its name, such as `claim: locked`; it is
+    for tests.
     """
 
     def __init__(
         self,
         directory: Path,
         *,
+        warn: Callable[[str], None] = to_stderr,
         wall_clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = boot_time,
+        origin: Origin | None = None,
         checkpoint: Callable[[str], None] = lambda step: None,
     ) -> None:
         self.directory = directory
         self._wall_clock = wall_clock
+        self._clock = clock
+        self._origin = origin or Origin.here()
         self._checkpoint = checkpoint
         self._process = os.getpid()
+        self._patience = Patience(directory, warn)
         self._tickets: dict[str, _Waiting] = {}
-        self._leases: dict[str, Lease] = {}
-        self._records: dict[str, Record] = {}
+        self._leases: dict[str, tuple[Lease, LeaseRecord]] = {}
+        self._known: dict[str, Record] = {}
         self._closed = False
         self._claims_in_vain = 0
         self._inotify: inotify.Inotify | None = None
@@ -110,48 +147,66 @@ class FileLedger:
 
     def enqueue(self, request: Request, candidates: Sequence[Device], owner: Owner) -> Ticket:
         self._check_process()
-        uuids = validated(request, candidates)
-        record = Record(uuids=uuids, count=request.gpus, owner=owner, since=self._wall_clock())
+        demand = demanded(request, candidates)
+        record = TicketRecord(demand, owner, since=self._wall_clock(), origin=self._origin)
+        ticket = Ticket(uuid.uuid4().hex, request, tuple(candidate.uuid for candidate in demand.candidates))
+        waiting = _Waiting(ticket, record)
         with self._mutex() as queue:
-            sequences = [sequence for sequence, _ in self._scan(queue).tickets.values()]
-            ticket = Ticket(
-                id=uuid.uuid4().hex,
-                sequence=max(sequences, default=0) + 1,
-                candidates=uuids,
-                count=request.gpus,
-            )
-            waiting = _Waiting(ticket, record)
-            self._publish_ticket(queue, waiting)
-            self._tickets[ticket.id] = waiting
+            if queue is not None:
+                self._publish_ticket(waiting, self._scan(queue, mutex=True))
+        self._tickets[ticket.id] = waiting
         return ticket
 
-    def claim(self, ticket: Ticket) -> Lease | None:
+    def claim(self, ticket: Ticket, unavailable: Iterable[str] = (), taste: Taste = INDIFFERENT) -> Lease | None:
         self._check_process()
         waiting = self._tickets.get(ticket.id)
         if waiting is None:
             raise ValueError(f"ticket {ticket.id} is not waiting in this ledger")
-        with self._mutex() as queue:
-            pool = self._scan(queue)
-            if ticket_name(ticket.sequence, ticket.id) not in pool.names:
-                self._publish_ticket(queue, waiting)
-            uuids = decide(pool.snapshot()).get(ticket.id)
-            if uuids is None:
-                self._claims_in_vain += 1
-                return None
-            self._claims_in_vain = 0
-            record = Record(uuids=uuids, count=len(uuids), owner=waiting.record.owner, since=self._wall_clock())
-            id = uuid.uuid4().hex
-            lease = Lease(id, uuids, self._publish(queue, id, lease_names(id), record, "claim"))
-            self._leases[id] = lease
-            self._records[id] = record
-            self._withdraw(queue, waiting, "claim")
-            return lease
+        seen = frozenset(unavailable).intersection(ticket.candidates)
+        changed = seen != waiting.record.demand.unavailable
+        with self._directory() as queue:
+            # Waiting is what a ticket does most of the time, and needs no mutex.
+            pool = self._scan(queue, mutex=False)
+            in_vain = not changed and str(waiting.name) in pool.names and not self._decide(pool, waiting, taste)
+        if in_vain:
+            self._claims_in_vain += 1
+            return None
+        with self._mutex() as locked:
+            lease = None if locked is None else self._claim(locked, waiting, seen, taste)
+        self._claims_in_vain = 0 if lease else self._claims_in_vain + 1
+        return lease
+
+    def _claim(self, queue: int, waiting: _Waiting, unavailable: frozenset[str], taste: Taste) -> Lease | None:
+        pool = self._scan(queue, mutex=True)
+        if unavailable != waiting.record.demand.unavailable:
+            # Others must know what this one can use, or they would keep for it what it does not take.
+            demand = replace(waiting.record.demand, unavailable=unavailable)
+            waiting.record = replace(waiting.record, demand=demand)
+            self._publish_ticket(waiting, pool)
+        elif str(waiting.name) not in pool.names:
+            self._publish_ticket(waiting, pool)
+        shares = self._decide(pool, waiting, taste)
+        if shares is None:
+            return None
+        record = LeaseRecord(
+            shares=shares,
+            started=self._clock(),
+            timeout=waiting.ticket.request.timeout,
+            owner=waiting.record.owner,
+            since=self._wall_clock(),
+            origin=self._origin,
+        )
+        id = uuid.uuid4().hex
+        lease = Lease(id, shares, self._publish(queue, id, lease_names(id), record, "claim"))
+        self._leases[id] = lease, record
+        self._withdraw(queue, waiting, "claim")
+        return lease
 
     def cancel(self, ticket: Ticket) -> None:
         self._check_process()
         waiting = self._tickets.get(ticket.id)
         if waiting is not None:
-            with self._mutex() as queue:
+            with self._directory() as queue:
                 self._withdraw(queue, waiting, "cancel")
 
     def release(self, lease: Lease) -> None:
@@ -161,8 +216,8 @@ class FileLedger:
 
     def snapshot(self) -> PoolView:
         self._check_process()
-        with self._mutex() as queue:
-            return self._scan(queue).view()
+        with self._directory() as queue:
+            return self._scan(queue, mutex=False).view(self._clock())
 
     def fileno(self) -> int | None:
         return self._inotify.fileno() if self._inotify else None
@@ -179,7 +234,7 @@ class FileLedger:
             with contextlib.suppress(PoolDirectoryError):
                 for waiting in list(self._tickets.values()):
                     self.cancel(waiting.ticket)
-            leases = list(self._leases.values())
+            leases = [lease for lease, _ in self._leases.values()]
             self._leases.clear()
             if leases:
                 self._close_leases(leases)
@@ -190,8 +245,8 @@ class FileLedger:
             return
         self._closed = True
         for waiting in self._tickets.values():
-            os.close(waiting.descriptor)
-        for lease in self._leases.values():
+            waiting.close()
+        for lease, _ in self._leases.values():
             os.close(lease.detach())
         self._tickets.clear()
         self._leases.clear()
@@ -217,15 +272,11 @@ class FileLedger:
             )
 
     @contextlib.contextmanager
-    def _mutex(self) -> Iterator[int]:
-        """Hold the pool's mutex; yield the queue directory's descriptor.
-
-        Opened anew each time, so that a forked child that misuses the ledger would still exclude its parent.
-        """
+    def _directory(self) -> Iterator[int]:
+        """Yield the queue directory's descriptor, opened anew and proven to be the one it was."""
         descriptor = -1
         try:
             descriptor = _open_directory(self._queue)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
             same = [os.fstat(descriptor), self._queue.stat(), os.fstat(self._pinned)]
             if len({(status.st_dev, status.st_ino) for status in same}) > 1:
                 raise OSError(errno.ESTALE, "replaced")
@@ -236,17 +287,52 @@ class FileLedger:
             raise explained(self.directory, error) from error
         finally:
             if descriptor >= 0:
-                # Not just closed: a process forked meanwhile by another thread has a copy.
-                fcntl.flock(descriptor, fcntl.LOCK_UN)
                 os.close(descriptor)
 
-    def _publish_ticket(self, queue: int, waiting: _Waiting) -> None:
-        ticket = waiting.ticket
-        names = (ticket_name(ticket.sequence, ticket.id),)
-        descriptor = self._publish(queue, ticket.id, names, waiting.record, "enqueue")
-        if waiting.descriptor >= 0:
-            os.close(waiting.descriptor)
-        waiting.descriptor = descriptor
+    @contextlib.contextmanager
+    def _mutex(self) -> Iterator[int | None]:
+        """Hold the pool's mutex; yield the queue directory's descriptor, or None if somebody else keeps it too long.
+
+        The descriptor is a new one each time, so that a forked child that misuses the ledger would still exclude its
+        parent.
+        """
+        with self._directory() as descriptor:
+            if not self._patience.lock(descriptor):
+                yield None
+                return
+            try:
+                # It may have been replaced while another process had the mutex.
+                with self._directory():
+                    yield descriptor
+            finally:
+                # Not just closed: a process forked meanwhile by another thread has a copy.
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+    def _decide(self, pool: Pool, waiting: _Waiting, taste: Taste) -> Grant | None:
+        name = waiting.name
+        assert name is not None
+        state = TicketState(name.sequence, name.id, waiting.record.demand, name.priority)
+        return grant(pool.lease_states(), pool.queue(), state, self._clock(), taste)
+
+    def _publish_ticket(self, waiting: _Waiting, pool: Pool) -> None:
+        """Write the ticket's file, or its next edition in place of it."""
+        ticket, old = waiting.ticket, waiting.name
+        if old is None:
+            sequence = min(pool.last_sequence() + 1, MOST_SEQUENCE)
+            new = TicketName(ticket.request.priority, sequence, ticket.id, edition=0)
+        else:
+            new = old._replace(edition=(old.edition + 1) % 10**6)
+        descriptor = self._publish(pool.directory, ticket.id, (str(new),), waiting.record, "enqueue")
+        if old is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(str(old), dir_fd=pool.directory)
+            self._checkpoint("claim: old edition removed")
+            pool.own.pop(str(old), None)
+        waiting.close()
+        waiting.descriptor, waiting.name = descriptor, new
+        pool.names.discard(str(old))
+        pool.names.add(str(new))
+        pool.own[str(new)] = waiting.record
 
     def _publish(self, queue: int, id: str, names: tuple[str, ...], record: Record, operation: str) -> int:
         """Make a file that is complete and locked from the moment it has its names; return its descriptor."""
@@ -273,12 +359,12 @@ class FileLedger:
         return descriptor
 
     def _withdraw(self, queue: int, waiting: _Waiting, operation: str) -> None:
-        ticket = waiting.ticket
-        with contextlib.suppress(OSError):
-            os.unlink(ticket_name(ticket.sequence, ticket.id), dir_fd=queue)
-        self._checkpoint(f"{operation}: ticket removed")
-        del self._tickets[ticket.id]
-        os.close(waiting.descriptor)
+        if waiting.name is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(str(waiting.name), dir_fd=queue)
+            self._checkpoint(f"{operation}: ticket removed")
+        del self._tickets[waiting.ticket.id]
+        waiting.close()
         self._checkpoint(f"{operation}: ticket closed")
 
     def _close_leases(self, leases: list[Lease]) -> None:
@@ -286,19 +372,17 @@ class FileLedger:
             os.close(lease.detach())
             self._checkpoint("release: closed")
         # The devices are as free as they can be; what is left to do can only fail where the pool is gone.
-        with contextlib.suppress(PoolDirectoryError), self._mutex() as queue:
+        with contextlib.suppress(PoolDirectoryError), self._directory() as queue:
             for lease in leases:
                 for name in lease_names(lease.id):
-                    probe(queue, name)
+                    probe(queue, name, self._origin)
                     self._checkpoint("release: name removed")
 
-    def _scan(self, queue: int) -> Pool:
+    def _scan(self, queue: int, *, mutex: bool) -> Pool:
         """Read the pool; what this ledger has itself, it knows better than the files."""
-        pool = scan(queue, self._records)
-        pool.tickets.update({id: (own.ticket.sequence, own.record) for id, own in self._tickets.items()})
-        pool.leases.update({id: self._records[id] for id in self._leases})
-        readable = {**{id: record for id, (_, record) in pool.tickets.items()}, **pool.leases}
-        self._records = {id: record for id, record in readable.items() if record is not None}
+        pool = scan(queue, self._origin, self._known, mutex=mutex)
+        pool.own = {str(own.name): own.record for own in self._tickets.values() if own.name is not None}
+        pool.leases.update({id: record for id, (_, record) in self._leases.items()})
         return pool
 
 
@@ -307,8 +391,15 @@ class _Waiting:
     """A ticket of this ledger."""
 
     ticket: Ticket
-    record: Record
+    record: TicketRecord
+    name: TicketName | None = None
+    """None as long as it could not be published."""
     descriptor: int = -1
+
+    def close(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
 
 def _open_directory(directory: Path) -> int:

@@ -6,14 +6,15 @@ of the machine, and `MemoryLedger`, its twin for simulations within one process.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from gpu_launcher.errors import RequestError
+from gpu_launcher.leases.policy import INDIFFERENT, Candidate, Demand, Snapshot, Taste, Wait, waits
 
 if TYPE_CHECKING:
-    from gpu_launcher.model import Device, Owner, Request
+    from gpu_launcher.model import Device, Owner, Request, Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,26 +22,30 @@ class Ticket:
     """A waiting request's place in the queue. Alive until it is claimed or cancelled, or its process ends."""
 
     id: str
-    sequence: int
+    request: Request
     candidates: tuple[str, ...]
     """UUIDs of the devices it may get, best first."""
-    count: int
-    """Number of whole devices."""
 
 
 class Lease:
-    """The right to use `uuids`, alive as long as any process has a copy of its descriptor.
+    """The right to use `shares` of devices, alive as long as any process has a copy of its descriptor.
 
     Pass `fileno()` on by inheritance or `SCM_RIGHTS` to whatever may use the devices. Never unlock it (`LOCK_UN`, and
     so no `fcntl.flock` on it at all): that frees the devices for every holder at once. Only close copies.
     """
 
-    __slots__ = ("_descriptor", "id", "uuids")
+    __slots__ = ("_descriptor", "id", "shares")
 
-    def __init__(self, id: str, uuids: tuple[str, ...], descriptor: int) -> None:
+    def __init__(self, id: str, shares: Mapping[str, Share], descriptor: int) -> None:
         self.id = id
-        self.uuids = uuids
+        self.shares = dict(shares)
+        """By device UUID, in the order in which the job should see them."""
         self._descriptor = descriptor
+
+    @property
+    def uuids(self) -> tuple[str, ...]:
+        """The devices, in the order in which the job should see them."""
+        return tuple(self.shares)
 
     def fileno(self) -> int:
         """Return this process's descriptor (close-on-exec). Raises ValueError once the ledger has closed it."""
@@ -59,26 +64,41 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class TicketView:
-    """A live ticket, for display. Everything but the place is unknown (None, or 0) where it cannot be read."""
+    """A live ticket, for display. Where it cannot be read, only its place and priority are known."""
 
     id: str
     sequence: int
-    candidates: tuple[str, ...] | None
-    count: int
+    priority: int
+    demand: Demand | None
     owner: Owner | None
     since: float | None
     """Wall-clock time of arrival, in seconds since the epoch."""
+    wait: Wait | None = None
+    """Why it waits; None if it does not: its process is about to take its devices."""
+
+    @property
+    def candidates(self) -> tuple[str, ...] | None:
+        """UUIDs of the devices it may get, best first."""
+        return tuple(candidate.uuid for candidate in self.demand.candidates) if self.demand else None
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseView:
-    """A live lease, for display. `uuids` None: it cannot be read, and counts as holding every device."""
+    """A live lease, for display. `shares` None: it cannot be read, and counts as holding every device."""
 
     id: str
-    uuids: tuple[str, ...] | None
+    shares: Mapping[str, Share] | None
+    """By device UUID."""
     owner: Owner | None
     since: float | None
     """Wall-clock time of the grant, in seconds since the epoch."""
+    left: float | None = None
+    """Seconds until its devices should be free at the latest, by its declared time limit; negative if overdue."""
+
+    @property
+    def uuids(self) -> tuple[str, ...] | None:
+        """The devices."""
+        return None if self.shares is None else tuple(self.shares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +111,51 @@ class PoolView:
     """In the order of their grants."""
     stale: int
     """How many tickets and leases of dead processes were found and ignored."""
+    elsewhere: tuple[str, ...] = ()
+    """Names of other machines whose files lie in the pool directory; whether they live cannot be seen from here."""
+
+
+def describe_wait(pool: PoolView, ticket: TicketView, label: Callable[[str], str]) -> str:
+    """Say why a ticket of the view waits, in words. `label` names a device by its UUID."""
+    wait = ticket.wait
+    if wait is None:
+        return "its turn has come"
+    if wait.unreadable:
+        return "something in the pool directory cannot be read, by which everything may be held"
+    owners = {lease.id: lease.owner for lease in pool.leases} | {other.id: other.owner for other in pool.tickets}
+    numbers = {view.id: number for number, view in enumerate(pool.tickets, 1)}
+    parts = []
+    if wait.missing > 0:
+        parts.append(f"waits for {wait.missing} more of {_listed(map(label, ticket.candidates or ()))}")
+    if wait.unavailable:
+        parts.append(f"{_listed(map(label, wait.unavailable))} in use outside the pool, or broken")
+    if wait.staggered:
+        parts.append(f"a job has only just started on {_listed(map(label, wait.staggered))}")
+    if wait.behind:
+        parts.append(f"behind {_listed(f'{_who(owners[id])} #{numbers[id]}' for id in wait.behind)}")
+    if wait.leases:
+        parts.append(f"held by {_listed(dict.fromkeys(_who(owners[id]) for id in wait.leases))}")
+    return "; ".join(parts)
+
+
+_MOST_NAMED = 4
+
+
+def _listed(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = [f"{len(listed) - _MOST_NAMED} more"] if len(listed) > _MOST_NAMED else []
+    return ", ".join(listed[:_MOST_NAMED] + more)
+
+
+def _who(owner: Owner | None) -> str:
+    return "somebody" if owner is None else owner.user
+
+
+def with_waits(snapshot: Snapshot, tickets: Sequence[TicketView]) -> tuple[TicketView, ...]:
+    """Return the views in queue order, each with the reason why it waits."""
+    reasons = waits(snapshot)
+    ordered = sorted(tickets, key=lambda view: (-view.priority, view.sequence, view.id))
+    return tuple(replace(view, wait=reasons.get(view.id)) for view in ordered)
 
 
 class Ledger(Protocol):
@@ -110,14 +175,19 @@ class Ledger(Protocol):
         """
 
     def enqueue(self, request: Request, candidates: Sequence[Device], owner: Owner) -> Ticket:
-        """Take the last place in the queue for `request.gpus` of the `candidates` (best first).
+        """Take the last place of its priority in the queue for `request.gpus` of the `candidates` (best first).
 
-        Raises RequestError if there are fewer candidates than that, ValueError if `request.gpus` is below 1 (a job
-        without devices needs no lease), PoolDirectoryError if the pool directory has become unusable.
+        Raises RequestError if too few of the candidates could ever give what is asked of them (see `refusal`),
+        ValueError if `request.gpus` is 0 (a job without devices needs no lease), PoolDirectoryError if the pool
+        directory has become unusable.
         """
 
-    def claim(self, ticket: Ticket) -> Lease | None:
-        """Turn the ticket into a lease if its turn has come; None if not yet.
+    def claim(self, ticket: Ticket, unavailable: Iterable[str] = (), taste: Taste = INDIFFERENT) -> Lease | None:
+        """Turn the ticket into a lease if its turn has come; None if not yet. Does not block for long.
+
+        `unavailable` are UUIDs of devices that are not to be granted now: in use by processes outside the pool, or
+        broken. The ticket keeps its place in the queue; others see the reason. `taste` says which devices the job
+        would like best of those that are free for it.
 
         Raises ValueError if the ticket is not a waiting one of this ledger, PoolDirectoryError if the pool directory
         has become unusable; the ticket then keeps its place.
@@ -150,15 +220,48 @@ class Ledger(Protocol):
         """
 
 
-def validated(request: Request, candidates: Sequence[Device]) -> tuple[str, ...]:
-    """Return the candidates' UUIDs, each once, or raise as `Ledger.enqueue` promises."""
+def demanded(request: Request, candidates: Sequence[Device]) -> Demand:
+    """Return what a ticket is for, or raise as `Ledger.enqueue` promises."""
     if request.gpus < 1:
         raise ValueError(f"a ticket is for at least 1 device, not {request.gpus}: a job without devices needs none")
-    uuids = tuple(dict.fromkeys(device.uuid for device in candidates))
-    if request.gpus > len(uuids):
-        has = f"has {len(uuids)}" if uuids else "has none"
-        raise RequestError(
-            f"the request is for {request.gpus} devices, but the pool {has} that this program may use: "
+    if problem := refusal(request, candidates):
+        raise RequestError(f"the request is {problem}")
+    return Demand(request, _candidates(candidates))
+
+
+def refusal(request: Request, devices: Sequence[Device]) -> str | None:
+    """Say what is wrong with a request that these devices could never grant, as `for 5 devices, but ...`."""
+    candidates = _candidates(devices)
+    able = [candidate for candidate in candidates if candidate.share(request) is not None]
+    if request.gpus <= len(able):
+        return None
+    wanted = "1 device" if request.gpus == 1 else f"{request.gpus} devices"
+    if request.gpus > len(candidates):
+        has = f"has {len(candidates)}" if candidates else "has none"
+        return (
+            f"for {wanted}, but the pool {has} that this program may use: "
             "ask for fewer (hydra.launcher.gpus) or allow more (hydra.launcher.devices)"
         )
-    return uuids
+    largest = max(candidate.memory or 0 for candidate in candidates)
+    if request.share.memory > largest:
+        return (
+            f"for {_gib(request.share.memory)} of memory, but the largest device has {_gib(largest)}: "
+            "ask for less (hydra.launcher.memory)"
+        )
+    exclusive = [device.label for device in devices if device.exclusive]
+    reason = "others are too small"
+    if exclusive:
+        reason = f"{_listed(exclusive)} in compute mode EXCLUSIVE_PROCESS, which only one process may use"
+    return (
+        f"for {wanted}, but only {len(able)} of {len(candidates)} could give what it needs ({reason}): "
+        "ask for less (hydra.launcher.gpus, hydra.launcher.memory) or allow more (hydra.launcher.devices)"
+    )
+
+
+def _candidates(devices: Sequence[Device]) -> tuple[Candidate, ...]:
+    unique = {device.uuid: device for device in devices}
+    return tuple(Candidate(device.uuid, device.memory, device.exclusive) for device in unique.values())
+
+
+def _gib(memory: int) -> str:
+    return f"{memory / 2**30:.4g} GiB"

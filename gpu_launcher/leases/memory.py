@@ -11,12 +11,12 @@ import os
 import select
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gpu_launcher.leases.ledger import Lease, LeaseView, PoolView, Ticket, TicketView, validated
-from gpu_launcher.leases.policy import LeaseState, Snapshot, TicketState, decide
+from gpu_launcher.leases.ledger import Lease, LeaseView, PoolView, Ticket, TicketView, demanded, with_waits
+from gpu_launcher.leases.policy import INDIFFERENT, LeaseState, Snapshot, Taste, TicketState, grant
 
 if TYPE_CHECKING:
     from gpu_launcher.model import Device, Owner, Request
@@ -27,14 +27,14 @@ class MemoryPool:
 
     def __init__(self) -> None:
         self._tickets: dict[str, TicketView] = {}
-        self._leases: dict[str, tuple[LeaseView, int]] = {}
+        self._leases: dict[str, tuple[LeaseView, LeaseState, int]] = {}
         self._ledgers: list[MemoryLedger] = []
 
     def close(self) -> None:
         """Close all ledgers, and forget all leases."""
         for ledger in list(self._ledgers):
             ledger.close()
-        for _, reader in self._leases.values():
+        for _, _, reader in self._leases.values():
             os.close(reader)
         self._leases.clear()
 
@@ -44,9 +44,17 @@ class MemoryLedger:
 
     poll_interval = 0.25
 
-    def __init__(self, pool: MemoryPool, *, wall_clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        pool: MemoryPool,
+        *,
+        wall_clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`wall_clock` is for the times that views show, `clock` for those that policy compares."""
         self._pool = pool
         self._wall_clock = wall_clock
+        self._clock = clock
         self._tickets: dict[str, Ticket] = {}
         self._leases: dict[str, Lease] = {}
         self._closed = False
@@ -55,46 +63,47 @@ class MemoryLedger:
         os.set_blocking(self._bell, False)
         os.set_blocking(self._ringer, False)
         self._epoll.register(self._bell, select.EPOLLIN)
-        for _, reader in pool._leases.values():
+        for _, _, reader in pool._leases.values():
             self._watch(reader)
         pool._ledgers.append(self)
 
     def enqueue(self, request: Request, candidates: Sequence[Device], owner: Owner) -> Ticket:
         self._check_open()
-        uuids = validated(request, candidates)
+        demand = demanded(request, candidates)
         sequence = max((view.sequence for view in self._pool._tickets.values()), default=0) + 1
-        ticket = Ticket(uuid.uuid4().hex, sequence, uuids, request.gpus)
+        ticket = Ticket(uuid.uuid4().hex, request, tuple(candidate.uuid for candidate in demand.candidates))
         self._tickets[ticket.id] = ticket
         self._pool._tickets[ticket.id] = TicketView(
-            id=ticket.id,
-            sequence=sequence,
-            candidates=uuids,
-            count=request.gpus,
-            owner=owner,
-            since=self._wall_clock(),
+            ticket.id, sequence, request.priority, demand, owner, since=self._wall_clock()
         )
         return ticket
 
-    def claim(self, ticket: Ticket) -> Lease | None:
+    def claim(self, ticket: Ticket, unavailable: Iterable[str] = (), taste: Taste = INDIFFERENT) -> Lease | None:
         self._check_open()
         if ticket.id not in self._tickets:
             raise ValueError(f"ticket {ticket.id} is not waiting in this ledger")
         self._bury()
-        snapshot = Snapshot(
-            leases=tuple(LeaseState(view.id, view.uuids) for view, _ in self._pool._leases.values()),
-            tickets=tuple(
-                TicketState(view.sequence, view.id, view.candidates, view.count)
-                for view in self._pool._tickets.values()
-            ),
-        )
-        uuids = decide(snapshot).get(ticket.id)
-        if uuids is None:
+        view = self._pool._tickets[ticket.id]
+        assert view.demand is not None
+        seen = frozenset(unavailable).intersection(ticket.candidates)
+        if seen != view.demand.unavailable:
+            view = replace(view, demand=replace(view.demand, unavailable=seen))
+            self._pool._tickets[ticket.id] = view
+            self._ring()
+        snapshot, now = self._snapshot(), self._clock()
+        own = next(state for state in snapshot.tickets if state.id == ticket.id)
+        queue = sorted(snapshot.tickets, key=lambda state: state.place)
+        shares = grant(snapshot.leases, queue, own, now, taste)
+        if shares is None:
             return None
         reader, writer = os.pipe()
-        lease = Lease(uuid.uuid4().hex, uuids, writer)
-        owner = self._pool._tickets[ticket.id].owner
+        lease = Lease(uuid.uuid4().hex, shares, writer)
         self._leases[lease.id] = lease
-        self._pool._leases[lease.id] = LeaseView(lease.id, uuids, owner, self._wall_clock()), reader
+        timeout = ticket.request.timeout
+        ends = None if timeout is None else now + timeout
+        state = LeaseState(lease.id, lease.shares, started=now, ends=ends)
+        shown = LeaseView(lease.id, lease.shares, view.owner, self._wall_clock())
+        self._pool._leases[lease.id] = shown, state, reader
         for ledger in self._pool._ledgers:
             ledger._watch(reader)
         self.cancel(ticket)
@@ -114,9 +123,16 @@ class MemoryLedger:
     def snapshot(self) -> PoolView:
         self._check_open()
         self._bury()
-        tickets = sorted(self._pool._tickets.values(), key=lambda view: (view.sequence, view.id))
-        leases = sorted((view for view, _ in self._pool._leases.values()), key=lambda view: view.since or 0.0)
-        return PoolView(tickets=tuple(replace(view) for view in tickets), leases=tuple(leases), stale=0)
+        snapshot = self._snapshot()
+        leases = [
+            replace(view, left=None if state.ends is None else state.ends - snapshot.now)
+            for view, state, _ in self._pool._leases.values()
+        ]
+        return PoolView(
+            tickets=with_waits(snapshot, list(self._pool._tickets.values())),
+            leases=tuple(sorted(leases, key=lambda view: view.since or 0.0)),
+            stale=0,
+        )
 
     def fileno(self) -> int | None:
         return self._epoll.fileno()
@@ -157,6 +173,13 @@ class MemoryLedger:
         if self._closed:
             raise ValueError("this ledger is closed")
 
+    def _snapshot(self) -> Snapshot:
+        tickets = (
+            TicketState(view.sequence, view.id, view.demand, view.priority) for view in self._pool._tickets.values()
+        )
+        leases = (state for _, state, _ in self._pool._leases.values())
+        return Snapshot(tuple(leases), tuple(tickets), self._clock())
+
     def _watch(self, reader: int) -> None:
         """Hang-ups are reported whatever the mask is (epoll_ctl(2)), and only once because of EPOLLET."""
         self._epoll.register(reader, select.EPOLLHUP | select.EPOLLET)
@@ -169,7 +192,7 @@ class MemoryLedger:
 
     def _bury(self) -> None:
         """Forget the leases whose last descriptor is closed."""
-        for id, (_, reader) in list(self._pool._leases.items()):
+        for id, (_, _, reader) in list(self._pool._leases.items()):
             poll = select.poll()
             poll.register(reader, 0)
             if poll.poll(0):

@@ -1,33 +1,95 @@
-"""Who gets what now: a pure function of a snapshot of the pool.
+"""Who gets what now: pure functions of a snapshot of the pool.
 
-Every waiting process runs it on the same snapshot and acts only on what it says about its own tickets, so it must
-be deterministic: equal snapshots give equal grants, in whatever order leases and tickets are listed.
+Every waiting process runs them on the same snapshot and acts only on what they say about its own tickets, so they
+must be deterministic: equal snapshots give equal grants, in whatever order leases and tickets are listed.
+
+The rules:
+
+- The shares of a device never exceed one device, nor their declared memory what it has. A whole share takes all.
+- All of a ticket's devices or none.
+- Tickets are served by priority, and in order of arrival within one. A ticket that has to wait *reserves* all of its
+  candidates: a later one passes it only onto devices that it cannot use, or with a time limit that ends before it
+  could start (backfill). So passing never delays.
+- When it could start at the earliest is computed from the declared ends of leases. One that declared none, or that is
+  overdue, or that another boot declared, may end at any moment, so it puts off nothing.
+- A ticket that would have to wait even if all leases ended, because devices are not to be had (foreign processes, a
+  broken GPU), keeps its place and reserves nothing until that changes.
+
+Granted tickets may act in any order and at any time: what is decided for the others stays as it is. A claimant's
+`Taste` (measured at the last moment, known to nobody else) chooses only among devices that are free for it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gpu_launcher.model import MILLIONTHS, Request, Share
+
+MOST_SETS = 2000
+"""Sets of devices that are compared to find the best connected one; where there are more, it is grown instead."""
+MOST_SEEDS = 32
+"""Devices from which it is grown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A device that a ticket may get."""
+
+    uuid: str
+    memory: int | None = None
+    """Bytes it has in all; None where it does not say."""
+    exclusive: bool = False
+    """Whether it takes whole shares only."""
+
+    def share(self, request: Request) -> Share | None:
+        """Return what the request would take of it; None if the device could never give it."""
+        if self.memory is not None and request.share.memory > self.memory:
+            return None
+        share = request.share.of(self.memory)
+        return None if self.exclusive and not share.whole else share
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a ticket is for."""
+
+    request: Request
+    candidates: tuple[Candidate, ...]
+    """Best first."""
+    unavailable: frozenset[str] = frozenset()
+    """UUIDs of those among them that its process sees in use by others, or broken."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseState:
-    """A live lease. `uuids` None: it cannot be read, so it may hold anything, and counts as holding everything."""
+    """A live lease. `shares` None: it cannot be read, so it may hold anything, and counts as holding everything."""
 
     id: str
-    uuids: tuple[str, ...] | None
+    shares: Mapping[str, Share] | None
+    """By device UUID."""
+    started: float | None = None
+    """When it was granted; None where that cannot be compared with now."""
+    ends: float | None = None
+    """When its devices are free at the latest; None where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
 class TicketState:
-    """A live ticket. `candidates` None: it cannot be read, so it may want anything; its owner knows better."""
+    """A live ticket. `demand` None: it cannot be read, so it may want anything; its owner knows better."""
 
     sequence: int
     """Place in the queue: lower is earlier. The id breaks ties."""
     id: str
-    candidates: tuple[str, ...] | None
-    """UUIDs of the devices it may get, best first."""
-    count: int
-    """Number of whole devices, at least 1."""
+    demand: Demand | None
+    priority: int = 0
+
+    @property
+    def place(self) -> tuple[int, int, str]:
+        """Sorts tickets in queue order."""
+        return -self.priority, self.sequence, self.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,30 +98,275 @@ class Snapshot:
 
     leases: tuple[LeaseState, ...]
     tickets: tuple[TicketState, ...]
+    now: float = 0.0
+    """On the clock of the leases' times."""
 
 
-def decide(snapshot: Snapshot) -> dict[str, tuple[str, ...]]:
-    """Return the device UUIDs that can be granted now, by ticket id, in queue order.
+@dataclass(frozen=True, slots=True)
+class Taste:
+    """Which of the devices that are free for it a claimant prefers."""
 
-    - All of a ticket's devices or none: the first `count` of its candidates that are free.
-    - A ticket that has to wait reserves all of its candidates, so a later one passes it only onto devices that the
-      earlier one cannot use: passing never delays, and nobody starves.
-    - Granted tickets may take their devices in any order and at any time: what is decided for the others stays as it
-      is.
+    ranking: tuple[str, ...] = ()
+    """UUIDs, best first; those not named come after them, in the order of the candidates."""
+    closeness: Callable[[str, str], int] | None = None
+    """How well two devices are connected: higher is better. None: all alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Why a ticket is not granted now."""
+
+    missing: int
+    """Devices that it needs beyond those that are free for it."""
+    leases: tuple[str, ...] = ()
+    """Ids of the leases on its candidates."""
+    behind: tuple[str, ...] = ()
+    """Ids of the earlier tickets that get or reserve its candidates."""
+    unavailable: tuple[str, ...] = ()
+    """UUIDs of its candidates that are in use by others, or broken."""
+    staggered: tuple[str, ...] = ()
+    """UUIDs of its candidates where another job has only just started."""
+    unreadable: bool = False
+    """Whether a lease or an earlier ticket cannot be read, so that nothing may be granted."""
+
+
+INDIFFERENT = Taste()
+
+Grant = Mapping[str, Share]
+"""The devices of a lease by UUID, in the order in which the job sees them, and what it has of each."""
+
+
+def decide(snapshot: Snapshot) -> dict[str, Grant]:
+    """Return what can be granted now, by ticket id, in queue order."""
+    return {ticket.id: found for ticket, found in _outcomes(snapshot) if not isinstance(found, Wait)}
+
+
+def waits(snapshot: Snapshot) -> dict[str, Wait]:
+    """Return why the tickets that are not granted are not, by ticket id, in queue order."""
+    return {ticket.id: found for ticket, found in _outcomes(snapshot) if isinstance(found, Wait)}
+
+
+def grant(
+    leases: Iterable[LeaseState], queue: Iterable[TicketState], own: TicketState, now: float, taste: Taste = INDIFFERENT
+) -> Grant | None:
+    """Return what the ticket `own` can be granted now; None if it must wait.
+
+    `queue` is the tickets in queue order, `own` among them. It is read only as far as the answer depends on it.
     """
-    unavailable: set[str] = set()
-    for lease in snapshot.leases:
-        if lease.uuids is None:
-            return {}
-        unavailable.update(lease.uuids)
-    grants: dict[str, tuple[str, ...]] = {}
-    for ticket in sorted(snapshot.tickets, key=lambda ticket: (ticket.sequence, ticket.id)):
-        if ticket.candidates is None:
-            break
-        free = [uuid for uuid in dict.fromkeys(ticket.candidates) if uuid not in unavailable]
-        if len(free) >= ticket.count:
-            grants[ticket.id] = tuple(free[: ticket.count])
-            unavailable.update(grants[ticket.id])
+    assert own.demand is not None, "its owner knows what it is for"
+    books = _Books.opened(leases, now)
+    if books is None or not books.enough(own.demand):
+        return None
+    for ticket in queue:
+        if ticket.id == own.id:
+            return books.settle(own.demand, taste)
+        if ticket.demand is None:
+            return None
+        before = len(books.closed)
+        books.settle(ticket.demand)
+        if len(books.closed) > before and not books.enough(own.demand):
+            return None
+    raise LookupError(f"ticket {own.id} is not in the queue")
+
+
+def _outcomes(snapshot: Snapshot) -> Iterator[tuple[TicketState, Grant | Wait]]:
+    queue = sorted(snapshot.tickets, key=lambda ticket: ticket.place)
+    books = _Books.opened(snapshot.leases, snapshot.now)
+    holders: dict[str, list[str]] = {}
+    for lease in sorted(snapshot.leases, key=lambda lease: lease.id):
+        for uuid in lease.shares or ():
+            holders.setdefault(uuid, []).append(lease.id)
+    takers: dict[str, list[str]] = {}
+    unreadable = books is None
+    for ticket in queue:
+        unreadable = unreadable or ticket.demand is None
+        if books is None or ticket.demand is None or unreadable:
+            yield ticket, Wait(missing=ticket.demand.request.gpus if ticket.demand else 0, unreadable=True)
+            continue
+        before = books.free(ticket.demand)
+        found = books.settle(ticket.demand)
+        uuids = [candidate.uuid for candidate in ticket.demand.candidates]
+        if found is not None:
+            yield ticket, found
         else:
-            unavailable.update(ticket.candidates)
-    return grants
+            yield (
+                ticket,
+                Wait(
+                    missing=ticket.demand.request.gpus - len(before),
+                    leases=_unique(holders, uuids),
+                    behind=_unique(takers, uuids),
+                    unavailable=tuple(uuid for uuid in uuids if uuid in ticket.demand.unavailable),
+                    staggered=tuple(uuid for uuid in uuids if books.staggered(uuid, ticket.demand.request)),
+                ),
+            )
+        if found is not None or books.possible(ticket.demand):
+            for uuid in uuids if found is None else found:
+                takers.setdefault(uuid, []).append(ticket.id)
+
+
+def _unique(of: Mapping[str, Sequence[str]], uuids: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(id for uuid in uuids for id in of.get(uuid, ())))
+
+
+@dataclass(slots=True)
+class _Books:
+    """What is taken and reserved so far, while tickets are gone through in queue order."""
+
+    now: float
+    used: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Millionths and bytes, by device."""
+    started: dict[str, float] = field(default_factory=dict)
+    """The last known start of what still runs on a device."""
+    ends: dict[str, list[tuple[float, Share]]] = field(default_factory=dict)
+    """What keeps a device at least until a known time."""
+    reserved: dict[str, float] = field(default_factory=dict)
+    """The earliest time at which a waiting ticket could start on a device."""
+    closed: set[str] = field(default_factory=set)
+    """Devices of which nobody further back gets anything now."""
+
+    @classmethod
+    def opened(cls, leases: Iterable[LeaseState], now: float) -> _Books | None:
+        """None while a lease cannot be read."""
+        books = cls(now)
+        for lease in leases:
+            if lease.shares is None:
+                return None
+            for uuid, share in lease.shares.items():
+                books._take(uuid, share, lease.started)
+                if lease.ends is not None and lease.ends > now:
+                    books.ends.setdefault(uuid, []).append((lease.ends, share))
+        return books
+
+    def settle(self, demand: Demand, taste: Taste = INDIFFERENT) -> Grant | None:
+        """Grant it, or reserve what it waits for."""
+        if all(candidate.uuid in self.closed for candidate in demand.candidates):
+            return None
+        free = self.free(demand)
+        if len(free) >= demand.request.gpus:
+            chosen = self._choose(free, demand.request, taste)
+            for uuid, share in chosen.items():
+                self._take(uuid, share, self.now)
+            return chosen
+        if self.possible(demand):
+            self._reserve(demand)
+        return None
+
+    def free(self, demand: Demand) -> dict[str, Share]:
+        """Return the candidates that have room for it, in its order."""
+        request = demand.request
+        found: dict[str, Share] = {}
+        for candidate in demand.candidates:
+            uuid = candidate.uuid
+            if uuid in self.closed or uuid in demand.unavailable or uuid in found:
+                continue
+            if uuid in self.reserved and not self._over_before(self.reserved[uuid], request):
+                continue
+            share = candidate.share(request)
+            if share is None or not _fits(share, self.used.get(uuid, (0, 0)), candidate.memory):
+                continue
+            if not self.staggered(uuid, request):
+                found[uuid] = share
+        return found
+
+    def enough(self, demand: Demand) -> bool:
+        """Whether it is still possible that it is granted now."""
+        return len({c.uuid for c in demand.candidates if c.uuid not in self.closed}) >= demand.request.gpus
+
+    def possible(self, demand: Demand) -> bool:
+        """Whether it would be granted if all leases ended."""
+        able = {
+            candidate.uuid
+            for candidate in demand.candidates
+            if candidate.uuid not in demand.unavailable and candidate.share(demand.request) is not None
+        }
+        return len(able) >= demand.request.gpus
+
+    def staggered(self, uuid: str, request: Request) -> bool:
+        """Whether the request keeps off the device because a job has only just started there."""
+        return bool(request.stagger) and 0 <= self.now - self.started.get(uuid, -math.inf) < request.stagger
+
+    def _over_before(self, time: float, request: Request) -> bool:
+        return request.timeout is not None and self.now + request.timeout <= time
+
+    def _take(self, uuid: str, share: Share, started: float | None) -> None:
+        millionths, memory = self.used.get(uuid, (0, 0))
+        self.used[uuid] = millionths + share.millionths, memory + share.memory
+        if started is not None:
+            self.started[uuid] = max(started, self.started.get(uuid, -math.inf))
+        if self.used[uuid][0] >= MILLIONTHS:
+            self.closed.add(uuid)
+
+    def _reserve(self, demand: Demand) -> None:
+        start = self._earliest_start(demand)
+        for candidate in demand.candidates:
+            uuid = candidate.uuid
+            if candidate.share(demand.request) is not None:
+                self.reserved[uuid] = min(start, self.reserved.get(uuid, math.inf))
+                if self.reserved[uuid] <= self.now:
+                    self.closed.add(uuid)
+
+    def _earliest_start(self, demand: Demand) -> float:
+        """When it could start if what may end at any moment ended now, and all else when it said."""
+        times = []
+        for candidate in {candidate.uuid: candidate for candidate in demand.candidates}.values():
+            share = candidate.share(demand.request)
+            if share is not None:
+                times.append(self._room_at(candidate, share))
+        return sorted(times)[demand.request.gpus - 1]
+
+    def _room_at(self, candidate: Candidate, share: Share) -> float:
+        left = sorted(self.ends.get(candidate.uuid, ()), key=lambda one: one[0], reverse=True)
+        millionths, memory = sum(one.millionths for _, one in left), sum(one.memory for _, one in left)
+        time = self.now
+        while not _fits(share, (millionths, memory), candidate.memory):
+            time, over = left.pop()
+            millionths, memory = millionths - over.millionths, memory - over.memory
+        return time
+
+    def _choose(self, free: Mapping[str, Share], request: Request, taste: Taste) -> dict[str, Share]:
+        rank = {uuid: place for place, uuid in enumerate(taste.ranking)}
+        liked = sorted(free, key=lambda uuid: rank.get(uuid, len(rank)))
+        if not all(share.whole for share in free.values()):
+            # Best fit: where the least is left, so that whole devices stay whole. Sorting is stable.
+            liked.sort(key=lambda uuid: self.used.get(uuid, (0, 0))[0] + free[uuid].millionths, reverse=True)
+        elif taste.closeness is not None and 1 < request.gpus < len(liked):
+            liked = _best_connected(liked, request.gpus, taste.closeness)
+        return {uuid: free[uuid] for uuid in liked[: request.gpus]}
+
+
+def _fits(share: Share, used: tuple[int, int], memory: int | None) -> bool:
+    return used[0] + share.millionths <= MILLIONTHS and (memory is None or used[1] + share.memory <= memory)
+
+
+def _best_connected(liked: Sequence[str], count: int, closeness: Callable[[str, str], int]) -> list[str]:
+    """Return the set whose worst connection is best; of equal ones that with the best sum, then the one liked best.
+
+    A collective operation is as fast as the slowest connection that it crosses.
+    """
+    near = {(one, two): closeness(one, two) for one, two in itertools.permutations(liked, 2)}
+
+    def worth(chosen: Sequence[int]) -> tuple[int, int, tuple[int, ...]]:
+        links = [near[liked[one], liked[two]] for one, two in itertools.combinations(chosen, 2)]
+        return min(links), sum(links), tuple(-place for place in chosen)
+
+    places = range(len(liked))
+    sets: Iterable[tuple[int, ...]]
+    if math.comb(len(liked), count) <= MOST_SETS:
+        sets = itertools.combinations(places, count)
+    else:
+        sets = (_grown(liked, seed, count, near) for seed in places[:MOST_SEEDS])
+    return [liked[place] for place in max(sets, key=worth)]
+
+
+def _grown(liked: Sequence[str], seed: int, count: int, near: Mapping[tuple[str, str], int]) -> tuple[int, ...]:
+    chosen, others = [seed], [place for place in range(len(liked)) if place != seed]
+    worst = {place: near[liked[place], liked[seed]] for place in others}
+    total = dict(worst)
+    while len(chosen) < count:
+        best = max(others, key=lambda place: (worst[place], total[place], -place))
+        chosen.append(best)
+        others.remove(best)
+        for place in others:
+            link = near[liked[place], liked[best]]
+            worst[place], total[place] = min(worst[place], link), total[place] + link
+    return tuple(sorted(chosen))

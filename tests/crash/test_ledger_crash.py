@@ -14,13 +14,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gpu_launcher.leases import FileLedger, resolve_pool_directory
-from gpu_launcher.leases.records import Record
-from gpu_launcher.model import Device, DeviceKind, Owner, Request
+from gpu_launcher.leases import FileLedger, mutex, resolve_pool_directory
+from gpu_launcher.leases.policy import Candidate, Demand
+from gpu_launcher.leases.records import LeaseRecord, Origin, TicketName, TicketRecord, decode
+from gpu_launcher.model import WHOLE, Device, DeviceKind, Owner, Request, Share
 
 # One process with a ledger, told what to do line by line. `die` is the step at which it kills itself.
 PROGRAM = """
@@ -40,6 +42,8 @@ def checkpoint(step):
     visited.append(step)
     if step == settings["die"]:
         os.kill(os.getpid(), signal.SIGKILL)
+    if step == settings["stop"]:
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 directory = resolve_pool_directory(settings["directory"])
 ledger = FileLedger(directory, checkpoint=checkpoint)
@@ -51,9 +55,9 @@ for line in sys.stdin:
     answer = None
     if order == "enqueue":
         devices = [Device(uuid, 0, "simulated", DeviceKind.SIMULATED) for uuid in rest[1]]
-        tickets[name] = ledger.enqueue(Request(rest[0]), devices, owner)
+        tickets[name] = ledger.enqueue(Request.of(rest[0]), devices, owner)
     elif order == "claim":
-        lease = ledger.claim(tickets[name])
+        lease = ledger.claim(tickets[name], *rest)
         if lease:
             leases[name] = lease
             answer = lease.uuids
@@ -79,6 +83,7 @@ for line in sys.stdin:
 STEPS = [
     *(f"enqueue: {step}" for step in ("created", "locked", "written", "published")),
     *(f"claim: {step}" for step in ("created", "locked", "written", "linked", "published")),
+    "claim: old edition removed",
     *("claim: ticket removed", "claim: ticket closed", "cancel: ticket removed", "cancel: ticket closed"),
     *("release: closed", "release: name removed"),
 ]
@@ -89,8 +94,8 @@ class Died(Exception):
 
 
 class Process:
-    def __init__(self, directory: Path, die: str = "", umask: int = 0o022, user: int = 0) -> None:
-        settings = {"directory": str(directory), "die": die, "umask": umask, "user": user}
+    def __init__(self, directory: Path, die: str = "", stop: str = "", umask: int = 0o022, user: int = 0) -> None:
+        settings = {"directory": str(directory), "die": die, "stop": stop, "umask": umask, "user": user}
         self._process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, json.dumps(settings)],
             stdin=subprocess.PIPE,
@@ -99,12 +104,22 @@ class Process:
         )
         self.started = self._process.stdout.readline() == "ready\n"
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def __call__(self, order: str, name: str = "", *rest: object) -> object:
+        self.send(order, name, *rest)
+        return self.answer()
+
+    def send(self, order: str, name: str = "", *rest: object) -> None:
         try:
             self._process.stdin.write(json.dumps([order, name, *rest]) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             raise Died from None
+
+    def answer(self) -> object:
         answer = self._process.stdout.readline()
         if not answer:
             raise Died
@@ -285,6 +300,7 @@ def go_through_every_step(process: Process) -> None:
     process("enqueue", "given up", 1, "AB")
     process("cancel", "given up")
     process("enqueue", "1", 2, "EF")
+    process("claim", "1", "E")
     process("claim", "1")
     process("release", "1")
 
@@ -459,11 +475,23 @@ def locked(path: Path, content: bytes) -> int:
     return descriptor
 
 
-FUTURE = b'{"format": 2, "uuids": ["A"], "count": 1, "owner": {"pid": 1, "user": "", "command": ""}, "since": 0}'
-UNREADABLE = [b"", b"\xff\x00", b"[]", b"{}", b"[" * 100_000, b'{"format": 1}', FUTURE]
+HERE = Origin.here()
+OWNER_9 = Owner(9, "grace", "train.py")
+LEASE = LeaseRecord({"A": WHOLE}, 0.0, None, OWNER_9, 0.0, HERE)
+TICKET = TicketRecord(Demand(Request(1), (Candidate("A"),)), OWNER_9, 0.0, HERE)
 
 
-@pytest.mark.parametrize("content", UNREADABLE, ids=lambda content: repr(content[:12]))
+def changed(record: LeaseRecord | TicketRecord, **fields: object) -> bytes:
+    return json.dumps({**json.loads(record.encode()), **fields}).encode()
+
+
+UNREADABLE = [b"", b"\xff\x00", b"[]", b"{}", b"[" * 100_000, b'{"format": 2}', changed(LEASE, format=3)]
+UNREADABLE += [changed(LEASE, shares=value) for value in ([], [["A", 0, 7]], [["A", 2_000_000, 0]], [["A", 1]], None)]
+UNREADABLE += [changed(LEASE, **{name: None}) for name in ("owner", "started", "boot", "since")]
+UNREADABLE += [changed(TICKET, count=0), changed(TICKET, candidates=[["A", -1, False]]), changed(TICKET, share=[0, 0])]
+
+
+@pytest.mark.parametrize("content", UNREADABLE, ids=lambda content: repr(content[:60]))
 def test_a_locked_lease_that_cannot_be_read_holds_everything_until_it_ends(ledger, directory, content):
     holder = locked(directory / "queue" / f"lease-{'0' * 32}", content)
     ticket = ledger.enqueue(Request(1), devices("XYZ"), OWNER)
@@ -473,12 +501,12 @@ def test_a_locked_lease_that_cannot_be_read_holds_everything_until_it_ends(ledge
     assert ledger.claim(ticket) is not None
 
 
-@pytest.mark.parametrize("content", UNREADABLE, ids=lambda content: repr(content[:12]))
+@pytest.mark.parametrize("content", UNREADABLE, ids=lambda content: repr(content[:60]))
 def test_a_locked_ticket_that_cannot_be_read_holds_up_those_behind_it(ledger, directory, content):
     before = ledger.enqueue(Request(1), devices("A"), OWNER)
-    waiting = locked(directory / "queue" / f"ticket-000000000002-{'0' * 32}", content)
+    waiting = locked(directory / "queue" / str(TicketName(0, 2, "0" * 32, 0)), content)
     behind = ledger.enqueue(Request(1), devices("B"), OWNER)
-    assert behind.sequence == 3
+    assert [view.id for view in ledger.snapshot().tickets] == [before.id, "0" * 32, behind.id]
     assert ledger.claim(behind) is None
     assert ledger.claim(before) is not None
     os.close(waiting)
@@ -489,19 +517,19 @@ def test_whatever_else_lies_in_the_queue_directory_is_passed_by(ledger, director
     queue = directory / "queue"
     ids = [f"{n:032x}" for n in range(10)]
     os.mkfifo(queue / f"lease-{ids[0]}")
-    os.mkfifo(queue / f"ticket-1-{ids[1]}")
+    os.mkfifo(queue / str(TicketName(0, 1, ids[1], 0)))
     (queue / f"lease-{ids[2]}").mkdir()
     (queue / f"twin-{ids[3]}").symlink_to("/etc/passwd")
     (queue / f"lease-{ids[4]}").symlink_to("nowhere")
     (queue / ".new-x").touch()
     (queue / "README").write_text("hello")
-    (queue / f"ticket-{'9' * 30}-{ids[5]}").touch()
+    (queue / f"ticket-500000-{'9' * 30}-{ids[5]}-000000").touch()
     foreign = files(directory)
-    stale = [f"lease-{ids[6]}", f"twin-{ids[7]}", f"ticket-999999999999999999-{ids[8]}", f".new-{ids[9]}"]
+    stale = [f"lease-{ids[6]}", f"twin-{ids[7]}", str(TicketName(0, 10**12 - 1, ids[8], 7)), f".new-{ids[9]}"]
     for name in stale:
         (queue / name).write_bytes(b"garbage")
     ticket = ledger.enqueue(Request(1), devices("A"), OWNER)
-    assert ticket.sequence == 1
+    assert [view.sequence for view in ledger.snapshot().tickets] == [1]
     assert ledger.claim(ticket) is not None
     left = [name for name in files(directory) if "garbage" not in name]
     assert set(foreign) <= set(left)
@@ -510,9 +538,167 @@ def test_whatever_else_lies_in_the_queue_directory_is_passed_by(ledger, director
     assert files(directory) == foreign
 
 
-def test_a_record_is_read_back_as_it_was_written():
-    record = Record(("GPU-1", "MIG-GPU-2/1/0"), 2, Owner(1, "ä\udcff", 'x="{\\n'), 1.5)
-    assert Record.decode(record.encode()) == record
+ODD_OWNER = Owner(1, "ä\udcff", 'x="{\\n')
+FULL = Request(2, Share(250_000, 20 << 30), priority=-3, timeout=90.5, stagger=5.0)
+CANDIDATES = (Candidate("GPU-1", 80 << 30, exclusive=True), Candidate("MIG-GPU-2/1/0", None))
+RECORDS = [
+    TicketRecord(Demand(FULL, CANDIDATES, frozenset({"GPU-1"})), ODD_OWNER, 1.5, HERE),
+    LeaseRecord({"GPU-1": Share(1, 5), "MIG-GPU-2/1/0": WHOLE}, 12.5, 90.5, ODD_OWNER, 1.5, Origin("", "elsewhere")),
+    LEASE,
+    TICKET,
+]
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_a_record_is_read_back_as_it_was_written(record):
+    assert decode(record.encode()) == record
+
+
+def test_tickets_sorted_by_name_are_in_queue_order():
+    places = [(499_999, 7), (3, 1), (3, 999_999_999_999), (0, 5), (-1, 1), (-499_999, 1)]
+    names = [TicketName(priority, sequence, "a" * 32, 0) for priority, sequence in places]
+    assert sorted(map(str, names)) == list(map(str, names))
+    assert [TicketName.parse(str(name)) for name in names] == names
+
+
+# Other boots, other machines.
+
+EARLIER = Origin("an earlier boot", HERE.machine)
+OTHER = Origin("another machine's boot", "another machine")
+
+
+def test_what_a_restart_left_behind_is_removed(ledger, directory):
+    left = [f"lease-{'1' * 32}", f"twin-{'1' * 32}", str(TicketName(0, 1, "2" * 32, 0))]
+    for name in left:
+        (directory / "queue" / name).write_bytes(replace(LEASE, origin=EARLIER).encode())
+    ledger.release(ledger.claim(ledger.enqueue(Request(1), devices("A"), OWNER)))
+    assert files(directory) == []
+
+
+def test_what_another_machine_writes_into_the_directory_is_left_alone_and_named(ledger, directory):
+    theirs = {f"lease-{'1' * 32}": LEASE, str(TicketName(0, 1, "2" * 32, 0)): TICKET}
+    for name, record in theirs.items():
+        (directory / "queue" / name).write_bytes(replace(record, origin=OTHER).encode())
+    ticket = ledger.enqueue(Request(1), devices("A"), OWNER)
+    view = ledger.snapshot()
+    assert (view.leases, [one.id for one in view.tickets]) == ((), [ticket.id])
+    assert view.elsewhere == ("another machine",)
+    ledger.release(ledger.claim(ticket))
+    assert files(directory) == sorted(theirs)
+
+
+def test_a_container_with_a_host_name_of_its_own_is_no_other_machine(ledger, directory):
+    (directory / "queue" / f"lease-{'1' * 32}").write_bytes(
+        replace(LEASE, origin=Origin(HERE.boot, "container")).encode()
+    )
+    assert ledger.snapshot().elsewhere == ()
+    assert files(directory) == []
+
+
+def test_a_declared_end_of_another_boot_lets_nobody_pass(directory):
+    """The clocks of two boots cannot be compared, so a job that lives through it all may end at any moment."""
+    for origin, passes in ((HERE, True), (EARLIER, False)):
+        name = directory / "queue" / f"lease-{'1' * 32}"
+        holder = locked(name, replace(LEASE, started=100.0, timeout=50.0, origin=origin).encode())
+        with FileLedger(directory, clock=lambda: 110.0) as ledger:
+            ledger.enqueue(Request(2), devices("AB"), OWNER)
+            short = ledger.enqueue(Request(1, timeout=40.0), devices("B"), OWNER)
+            assert (ledger.claim(short) is not None) is passes
+            assert [view.left for view in ledger.snapshot().leases if view.owner == OWNER_9] == (
+                [40.0] if passes else [None]
+            )
+        os.close(holder)
+
+
+# A mutex that is not given back.
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_who_keeps_the_mutex_is_named_and_nobody_hangs(start, directory, monkeypatch):
+    monkeypatch.setattr(mutex, "SUSPICIOUS", 1.5)
+    said: list[str] = []
+    ledger = FileLedger(directory, warn=said.append)
+    held = ledger.claim(ledger.enqueue(Request(1), devices("B"), OWNER))
+    waiting = ledger.enqueue(Request(1), devices("C"), OWNER)
+    given_up = ledger.enqueue(Request(1), devices("C"), OWNER)
+    stopped = start(stop="claim: locked")
+    stopped("enqueue", "1", 1, "A")
+    stopped.send("claim", "1")
+    assert wait_for(lambda: state_of(stopped.pid) == "T")
+
+    begin = time.monotonic()
+    late = ledger.enqueue(Request(1), devices("B"), OWNER)
+    assert ledger.claim(waiting) is None
+    ledger.cancel(given_up)
+    ledger.release(held)
+    assert {view.owner.pid for view in ledger.snapshot().tickets} == {OWNER.pid, stopped.pid}
+    assert time.monotonic() - begin < 1.4
+    assert said == []
+    assert wait_for(lambda: ledger.claim(waiting) or said, 5)
+    assert ledger.claim(late) is None
+    (sentence,) = said
+    assert f"process {stopped.pid} (" in sentence
+    assert "which is stopped" in sentence
+    assert f"kill -CONT {stopped.pid}" in sentence
+
+    os.kill(stopped.pid, signal.SIGCONT)
+    assert stopped.answer() == ["A"]
+    assert ledger.claim(late).uuids == ("B",)
+    assert ledger.claim(waiting).uuids == ("C",)
+    ledger.close()
+
+
+def test_a_mutex_whose_stopped_holder_is_killed_is_free(start, ledger):
+    stopped = start(stop="enqueue: written")
+    stopped.send("enqueue", "1", 1, "A")
+    assert wait_for(lambda: state_of(stopped.pid) == "T")
+    ticket = ledger.enqueue(Request(1), devices("A"), OWNER)
+    assert ledger.claim(ticket) is None
+    stopped.kill()
+    assert ledger.claim(ticket) is not None
+
+
+def test_a_process_that_waits_in_vain_does_not_touch_the_mutex(start, ledger, directory):
+    holder = start()
+    holder("enqueue", "1", 1, "A")
+    holder("claim", "1")
+    ticket = ledger.enqueue(Request(1), devices("A"), OWNER)
+    descriptor = os.open(directory / "queue", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    begin = time.monotonic()
+    for _ in range(20):
+        assert ledger.claim(ticket) is None
+    assert time.monotonic() - begin < mutex.PATIENCE
+    os.close(descriptor)
+
+
+LOCKS = """\
+1: POSIX  ADVISORY  WRITE 11 00:31:7 0 EOF
+2: FLOCK  ADVISORY  READ  12 {device} 0 EOF
+3: FLOCK  ADVISORY  WRITE 13 ff:ff:{inode} 0 EOF
+3: -> FLOCK  ADVISORY  WRITE 14 {device} 0 EOF
+4: FLOCK  ADVISORY  WRITE {pid} {device} 0 EOF
+"""
+
+
+@pytest.mark.parametrize(
+    ("device", "pid", "found"),
+    [("{major:02x}:{minor:02x}:{inode}", 999_999_999, 999_999_999), ("fe:dc:1", 0, 13), ("fe:dc:{inode}", 15, None)],
+    ids=["by device and inode", "by inode alone", "not if two match"],
+)
+def test_the_holder_is_found_in_proc_locks(tmp_path, device, pid, found):
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    status = os.fstat(descriptor)
+    numbers = {"major": os.major(status.st_dev), "minor": os.minor(status.st_dev), "inode": status.st_ino}
+    text = LOCKS.format(device=device.format(**numbers), pid=pid, inode=status.st_ino)
+    (tmp_path / "locks").write_text(text)
+    holder = mutex.holder_of(descriptor, tmp_path / "locks")
+    assert (holder and holder.pid) == found
+    assert mutex.holder_of(descriptor, tmp_path / "none") is None
+    os.close(descriptor)
 
 
 # Several users.
