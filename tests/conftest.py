@@ -110,3 +110,16 @@ def older_machine(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> M
 @pytest.fixture
 def machine_without_driver(tmp_path: Path) -> Machine:
     return Machine(tmp_path / "nvml-state", None)
+
+
+@pytest.fixture
+def first_namespace(tmp_path: Path) -> Path:
+    """A root whose /proc shows this process and its ancestors, in the first namespace of process ids."""
+    root = tmp_path / "root"
+    (root / "proc/self/ns").mkdir(parents=True)
+    (root / "proc/self/ns/pid").symlink_to("pid:[4026531836]")
+    pid = os.getpid()
+    while pid > 0:
+        (root / f"proc/{pid}").symlink_to(f"/proc/{pid}")
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return root

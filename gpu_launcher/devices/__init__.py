@@ -4,6 +4,7 @@ from gpu_launcher.devices.affinity import cpus_near
 from gpu_launcher.devices.choice import Connection, Links, by_load, load_levels
 from gpu_launcher.devices.condition import BUSY_MEMORY, Condition, GpuProcess, foreign_processes, why_busy
 from gpu_launcher.devices.cpu import cpu_slots, usable_cpus
+from gpu_launcher.devices.monitor import ConditionMonitor, Reading
 from gpu_launcher.devices.nvml import NvmlProbe
 from gpu_launcher.devices.probe import DeviceProbe, FixedProbe, Inventory, Unusable
 from gpu_launcher.devices.selection import Selection, select_devices
@@ -13,6 +14,7 @@ from gpu_launcher.devices.visibility import environment
 __all__ = [
     "BUSY_MEMORY",
     "Condition",
+    "ConditionMonitor",
     "Connection",
     "DeviceProbe",
     "FixedProbe",
@@ -20,6 +22,7 @@ __all__ = [
     "Inventory",
     "Links",
     "NvmlProbe",
+    "Reading",
     "Selection",
     "Unusable",
     "by_load",

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import json
+import time
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from gpu_launcher.devices import NvmlProbe, environment, select_devices
+from gpu_launcher.devices import ConditionMonitor, Connection, NvmlProbe, environment, select_devices
 
 if TYPE_CHECKING:
     from conftest import Machine  # type: ignore[import-not-found]
+
+    from gpu_launcher.model import Device
 
 GIB = 2**30
 
@@ -261,8 +265,8 @@ def test_importing_the_package_neither_imports_pynvml_nor_calls_nvml(machine: Ma
     assert machine.run(code) == "[]"
 
 
-@pytest.mark.gpu
-def test_the_real_driver_lists_real_gpus() -> None:
+@pytest.fixture
+def real_gpus() -> tuple[Device, ...]:
     try:
         ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -270,10 +274,43 @@ def test_the_real_driver_lists_real_gpus() -> None:
     inventory = NvmlProbe().inventory()
     if not inventory.devices:
         pytest.skip(f"no usable GPU here: {inventory}")
-    for device in inventory.devices:
-        assert device.uuid.startswith("GPU-")
+    return inventory.devices
+
+
+@pytest.mark.gpu
+def test_the_real_driver_lists_real_gpus(real_gpus: tuple[Device, ...]) -> None:
+    for device in real_gpus:
+        assert device.uuid.startswith(("GPU-", "MIG-"))
         assert device.memory is None or device.memory > GIB
-    first = inventory.devices[0]
-    assert select_devices([first.index], {}).devices == (first,)
+    first = real_gpus[0]
+    assert first in select_devices([first.index], {}).devices
     assert select_devices(first.uuid, {"CUDA_VISIBLE_DEVICES": first.uuid}).devices == (first,)
-    assert environment([first])["CUDA_VISIBLE_DEVICES"] == str(first.index)
+    assert environment([first])["CUDA_VISIBLE_DEVICES"] in (str(first.index), first.uuid)
+
+
+@pytest.mark.gpu
+def test_the_real_driver_tells_how_real_gpus_are_doing_and_how_they_are_wired(real_gpus: tuple[Device, ...]) -> None:
+    for device, condition in zip(real_gpus, NvmlProbe().conditions(real_gpus), strict=True):
+        assert condition.uuid == device.uuid
+        assert condition.fault is None
+        assert condition.utilisation is None or 0 <= condition.utilisation <= 1
+        assert condition.memory_used is None or device.memory is None or condition.memory_used <= device.memory
+        assert condition.processes is not None
+    links = NvmlProbe().links(real_gpus)
+    for one, other in combinations([gpu.uuid for gpu in real_gpus if gpu.parent is None], 2):
+        assert links.between(one, other) is not Connection.UNKNOWN
+
+
+@pytest.mark.gpu
+def test_the_monitor_watches_real_gpus(real_gpus: tuple[Device, ...]) -> None:
+    monitor = ConditionMonitor(real_gpus)
+    try:
+        for now in range(3):
+            monitor.ask(now)
+            deadline = time.monotonic() + 60
+            while (reading := monitor.receive()) is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            assert (reading.asked, reading.problem) == (now, None)
+    finally:
+        monitor.close()

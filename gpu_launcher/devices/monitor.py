@@ -1,0 +1,177 @@
+"""How devices are doing, asked again and again while a launch lasts, by a process of its own.
+
+A process, because initialising NVML can take seconds (without persistence mode the driver initialises each idle GPU
+anew), because NVML must not be initialised in a program that forks, and because a driver that hangs must not hang the
+launch. It initialises NVML once, answers when asked, and ends when the launching program does, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import socket
+import struct
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpu_launcher.devices.condition import Condition
+from gpu_launcher.devices.nvml import NoGpuError, open_nvml
+from gpu_launcher.errors import DeviceError
+from gpu_launcher.model import Device, DeviceKind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MOST_STARTS = 3
+"""A process that watches GPUs and dies that often is no accident."""
+
+_LENGTH = struct.Struct("!I")
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What came of asking once."""
+
+    asked: float
+    """The time given to `ask`: what happened before is seen."""
+    conditions: tuple[Condition, ...] = ()
+    """Of the devices, in their order; none if there is a problem."""
+    problem: str | None = None
+    """Why nothing is known of the devices, such as an updated driver. No reason to stop using them."""
+
+
+class ConditionMonitor:
+    """Asks how devices are doing without ever waiting for the answer.
+
+    Of devices that are no GPUs nothing is measured, and where there are only such, no process is started. Not promised:
+    an answer within any time. `latest` stays what it was, and `asked` says how old it is.
+    """
+
+    def __init__(self, devices: Sequence[Device], root: Path = Path("/")) -> None:
+        """Prepare to watch `devices`. `root` is where /proc and /sys are looked for."""
+        self._devices = tuple(devices)
+        self._root = root
+        self._real = any(device.kind in (DeviceKind.GPU, DeviceKind.MIG) for device in devices)
+        # Both ends stay open here, so that the descriptor to wait on outlives a watching process that dies.
+        self._ours, self._theirs = socket.socketpair()
+        self._ours.setblocking(False)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._starts = 0
+        self._asked: float | None = None
+        self._received = b""
+        self.latest: Reading | None = None
+        """The last answer."""
+
+    def fileno(self) -> int:
+        """Readable when there is something to `receive`."""
+        return self._ours.fileno()
+
+    @property
+    def asking(self) -> float | None:
+        """When the question was asked that is not answered yet; None if there is none."""
+        return self._asked
+
+    def ask(self, now: float) -> None:
+        """Have the devices looked at, unless that is under way. `receive` has the answer, some time later."""
+        if not self._real:
+            self.latest = Reading(now, tuple(Condition(device.uuid) for device in self._devices))
+            return
+        if self._process is not None and self._process.poll() is not None:
+            self._forget()
+        if self._asked is not None:
+            return
+        if self._process is None:
+            if self._starts == MOST_STARTS:
+                self.latest = Reading(now, problem="the process that watches the GPUs ended again and again")
+                return
+            self._start()
+        self._asked = now
+        self._ours.send(b"?")
+
+    def receive(self) -> Reading | None:
+        """The answer, if it has come in full. Never waits."""
+        with contextlib.suppress(BlockingIOError):
+            while chunk := self._ours.recv(1 << 16):
+                self._received += chunk
+        if self._asked is None or len(self._received) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack_from(self._received)
+        if len(self._received) < _LENGTH.size + length:
+            return None
+        conditions, problem = pickle.loads(self._received[_LENGTH.size :])
+        self.latest = Reading(self._asked, conditions, problem)
+        self._received = b""
+        self._asked = None
+        return self.latest
+
+    def close(self) -> None:
+        """End the watching process."""
+        self._ours.close()
+        self._theirs.close()
+        if self._process is not None:
+            self._process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # deep in a driver that hangs
+                self._process.wait(1)
+
+    def close_in_child(self) -> None:
+        """In a forked process: drop what belongs to the parent."""
+        self._ours.close()
+        self._theirs.close()
+        if self._process is not None:
+            self._process.returncode = 0  # not this process's child: neither waited for nor warned about
+
+    def _start(self) -> None:
+        self._starts += 1
+        descriptor = self._theirs.fileno()
+        # The path is set before anything is imported: -m would find modules in the current directory first.
+        code = f"import sys; sys.path[:] = {list(map(str, sys.path))!r}; "
+        code += f"from gpu_launcher.devices.monitor import serve; serve({descriptor})"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            pass_fds=(descriptor,),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is not for it
+        )
+        task = pickle.dumps((self._devices, self._root))
+        self._ours.send(_LENGTH.pack(len(task)) + task)
+
+    def _forget(self) -> None:
+        """Drop a watching process that died, and what it or we said last."""
+        self._process = None
+        self._asked = None
+        self._received = b""
+        self._theirs.setblocking(False)
+        for end in (self._ours, self._theirs):
+            with contextlib.suppress(BlockingIOError):
+                while end.recv(1 << 16):
+                    pass
+        self._theirs.setblocking(True)
+
+
+def serve(descriptor: int) -> None:
+    """What the watching process does."""
+    with socket.socket(fileno=descriptor) as channel, contextlib.suppress(ConnectionError):
+        (length,) = _LENGTH.unpack(channel.recv(_LENGTH.size, socket.MSG_WAITALL))
+        devices, root = pickle.loads(channel.recv(length, socket.MSG_WAITALL))
+        while channel.recv(1):
+            try:
+                with open_nvml(root) as nvml:
+                    while True:
+                        conditions = nvml.conditions(devices)
+                        _answer(channel, conditions, None)
+                        if any(condition.fault for condition in conditions):
+                            break  # what NVML made of a lost GPU stays with it until it is initialised again
+                        if not channel.recv(1):
+                            return
+            except (NoGpuError, DeviceError) as error:
+                _answer(channel, (), str(error))
+
+
+def _answer(channel: socket.socket, conditions: tuple[Condition, ...], problem: str | None) -> None:
+    answer = pickle.dumps((conditions, problem))
+    channel.sendall(_LENGTH.pack(len(answer)) + answer)
