@@ -1,7 +1,7 @@
 """What is in the machine, and how it is doing. Importing this neither imports a GPU library nor asks NVML anything."""
 
 from gpu_launcher.devices.affinity import cpus_near
-from gpu_launcher.devices.choice import Connection, Links, by_load, load_levels
+from gpu_launcher.devices.choice import Connection, Links, by_load, combinable, load_levels
 from gpu_launcher.devices.condition import BUSY_MEMORY, Condition, GpuProcess, foreign_processes, why_busy
 from gpu_launcher.devices.cpu import cpu_slots, usable_cpus
 from gpu_launcher.devices.monitor import ConditionMonitor, Reading
@@ -26,6 +26,7 @@ __all__ = [
     "Selection",
     "Unusable",
     "by_load",
+    "combinable",
     "cpu_slots",
     "cpus_near",
     "environment",

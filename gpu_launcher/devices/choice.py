@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
+from gpu_launcher.errors import RequestError
+from gpu_launcher.model import DeviceKind
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from gpu_launcher.devices.condition import Condition
     from gpu_launcher.model import Device
@@ -40,6 +43,23 @@ class Links:
 
     def between(self, one: str, other: str) -> Connection:
         return self.pairs.get(frozenset((one, other)), Connection.UNKNOWN)
+
+
+def combinable(devices: Sequence[Device], count: int) -> tuple[Device, ...]:
+    """Those of `devices` from which a job may get `count` at once: of several, none may be a MIG instance.
+
+    CUDA shows a process one MIG instance at most, and no other GPU beside it (NVIDIA's MIG user guide, "CUDA Device
+    Enumeration"). Raises RequestError where only MIG instances would make up the number.
+    """
+    if count < 2:
+        return tuple(devices)
+    whole = tuple(device for device in devices if device.kind is not DeviceKind.MIG)
+    if len(whole) < count <= len(devices):
+        raise RequestError(
+            f"the request is for {count} devices, and here that takes MIG instances, of which CUDA lets a job use one: "
+            "ask for one device, or have the administrator make whole GPUs of them (nvidia-smi -mig 0)"
+        )
+    return whole
 
 
 def load_levels(conditions: Iterable[Condition], before: Mapping[str, int] | None = None) -> dict[str, int]:

@@ -9,9 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_launcher.devices import Condition, Connection, Links, by_load, cpus_near, load_levels, simulated_devices
+from gpu_launcher.devices import (
+    Condition,
+    Connection,
+    Links,
+    by_load,
+    combinable,
+    cpus_near,
+    load_levels,
+    simulated_devices,
+)
 from gpu_launcher.devices.affinity import neighbourhood
-from gpu_launcher.model import Device
+from gpu_launcher.errors import RequestError
+from gpu_launcher.model import Device, DeviceKind
 
 DEVICES = simulated_devices(4)
 
@@ -55,6 +65,17 @@ def test_connections_are_the_same_in_both_directions_and_unknown_by_default() ->
     assert links.between("a", "b") is links.between("b", "a") is Connection.NVLINK
     assert links.between("a", "c") is Connection.UNKNOWN
     assert Connection.NVLINK > Connection.SWITCH > Connection.HOST_BRIDGE > Connection.NODE > Connection.SYSTEM > 0
+
+
+def test_several_devices_are_never_mig_instances() -> None:
+    split = [replace(device, kind=DeviceKind.MIG, parent="GPU-a", instance=0) for device in DEVICES[2:]]
+    mixed = [*DEVICES[:2], *split]
+    assert combinable(mixed, 1) == tuple(mixed)
+    assert combinable(mixed, 2) == DEVICES[:2]
+    assert combinable(DEVICES, 4) == DEVICES
+    assert combinable(mixed, 9) == DEVICES[:2], "too many for this machine: not because of MIG"
+    with pytest.raises(RequestError, match="3 devices, and here that takes MIG instances, of which CUDA lets a job"):
+        combinable(mixed, 3)
 
 
 def near(device: Device, *cpus: int) -> Device:
