@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ def describe(job_return: JobReturn) -> dict[str, Any]:
     }
     if not isinstance(value, BaseException):
         described["value"] = repr(value)
+        described["is_mains"] = getattr(sys.modules["__main__"], type(value).__qualname__, None) is type(value)
     else:
         described["text"] = "".join(traceback.format_exception(type(value), value, value.__traceback__))
     return described
