@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,11 +31,16 @@ def _pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def start() -> Start:
-    """Start one of the programs in a directory: `start(directory, "deaths.py", *arguments, **environment)`."""
+    """Start one of the programs in a directory: `start(directory, "deaths.py", *arguments, **environment)`.
 
-    def start(directory: Path, program: str, *arguments: str, **extra: str) -> subprocess.Popen[str]:
+    `within` is a command that runs another.
+    """
+
+    def start(
+        directory: Path, program: str, *arguments: str, within: tuple[str, ...] = (), **extra: str
+    ) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, str(PROGRAMS / program), *arguments],
+            [*within, sys.executable, str(PROGRAMS / program), *arguments],
             cwd=directory,
             env={**environment(directory), **extra},
             stdout=subprocess.PIPE,
@@ -50,7 +56,7 @@ def start() -> Start:
 def run(start: Start) -> Run:
     """The same, to the end; on four simulated devices."""
 
-    def run(directory: Path, program: str, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    def run(directory: Path, program: str, *arguments: str, **extra: Any) -> subprocess.CompletedProcess[str]:
         pool = ["hydra/launcher=gpu_pool"] if "-m" in arguments else []
         if pool and not any(argument.startswith("hydra.launcher.devices=") for argument in arguments):
             pool.append("hydra.launcher.devices=simulated:4")
