@@ -17,14 +17,14 @@ Start = Callable[..., subprocess.Popen[str]]
 
 def environment(directory: Path) -> dict[str, str]:
     """For a program in `directory`: a pool of its own, and no mask of the machine's."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA_", "GPU_LAUNCHER_"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA_", "GPU_LAUNCHER_", "HYDRA_"))}
     return {**kept, "GPU_LAUNCHER_POOL_DIR": str(directory / "pool"), "PYTHONWARNINGS": "ignore"}
 
 
 @pytest.fixture(autouse=True)
 def _pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For launches in the test's own process."""
-    for name in [name for name in os.environ if name.startswith(("CUDA_", "GPU_LAUNCHER_"))]:
+    for name in [name for name in os.environ if name.startswith(("CUDA_", "GPU_LAUNCHER_", "HYDRA_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("GPU_LAUNCHER_POOL_DIR", str(tmp_path / "pool"))
 
