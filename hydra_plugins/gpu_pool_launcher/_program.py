@@ -27,6 +27,7 @@ from ._results import pack
 
 if TYPE_CHECKING:
     from hydra._internal.callbacks import Callbacks
+    from hydra.conf import HydraConf
 
 LOG = "job.log"
 """Name of the file in a job's output directory that gets its stdout and stderr.
@@ -86,7 +87,8 @@ class HydraProgram:
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.job.id = str(number)
             config.hydra.job.num = number
-        HydraConfig.instance().set_config(config)
+        # For `${hydra:...}`, until `run_job` does it properly: `set_config` copies it all.
+        HydraConfig.instance().cfg = cast("HydraConf", config)
         return config
 
     def _run(self, config: DictConfig, gate: Gate) -> JobReturn:
