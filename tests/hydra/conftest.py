@@ -15,16 +15,20 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 Start = Callable[..., subprocess.Popen[str]]
 
 
+NOT_OURS = ("CUDA_", "GPU_LAUNCHER_", "HYDRA_")
+"""What the environment of the tests may hold and a program must not see."""
+
+
 def environment(directory: Path) -> dict[str, str]:
     """For a program in `directory`: a pool of its own, and no mask of the machine's."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA_", "GPU_LAUNCHER_", "HYDRA_"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(NOT_OURS)}
     return {**kept, "GPU_LAUNCHER_POOL_DIR": str(directory / "pool"), "PYTHONWARNINGS": "ignore"}
 
 
 @pytest.fixture(autouse=True)
 def _pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For launches in the test's own process."""
-    for name in [name for name in os.environ if name.startswith(("CUDA_", "GPU_LAUNCHER_", "HYDRA_"))]:
+    for name in [name for name in os.environ if name.startswith(NOT_OURS)]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("GPU_LAUNCHER_POOL_DIR", str(tmp_path / "pool"))
 
