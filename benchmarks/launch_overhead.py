@@ -129,8 +129,8 @@ def _targets(parts: Results) -> Iterator[tuple[str, float, float]]:
     if "sweep" in parts:
         found = parts["sweep"]["launchers"]
         for name, times in (("basic", 1), ("joblib", 3), ("submitit", 10)):
-            if name in found and "gpu_pool" in found:
-                yield f"sweep: time relative to {name}'s", 1 / times, 1 / found[name]["times_gpu_pool"]
+            if "gpu_pool" in found and found.get(name, {}).get("factor"):
+                yield f"sweep: time relative to {name}'s", 1 / times, 1 / found[name]["factor"]
     if "handover" in parts:
         for name, found in parts["handover"].items():
             yield f"handover, {name}: median, ms", 45, found["median_ms"]
@@ -162,11 +162,12 @@ def _show_machine(console: Console, results: Results) -> None:
 def _show_sweep(console: Console, found: Results) -> None:
     table = _table(
         f"{found['jobs']} empty jobs, {found['at_once']} at a time, median of {found['rounds']} rounds",
-        ("launcher", "seconds", "from", "to", "x gpu_pool", "CPU s", "others"),
+        ("launcher", "seconds", "from", "to", "factor", "CPU s", "others"),
     )
     for name, of in found["launchers"].items():
         low, high = of["wall_range"]
-        table.add_row(name, *_figures(of["wall"], low, high, of["times_gpu_pool"], of["cpu"], of["others_cores"]))
+        factor = of["factor"] or 1.0
+        table.add_row(name, *_figures(of["wall"], low, high, factor, of["cpu"], of["others_cores"]))
     console.print(table)
 
 

@@ -7,16 +7,31 @@ from statistics import median
 from typing import Any
 
 from overhead.launchers import Launcher
-from overhead.programs import Run, program, scratch
+from overhead.programs import Run, Usage, program, scratch
 
 
 def measure(launchers: list[Launcher], *, jobs: int, at_once: int, rounds: int, heavy: str) -> dict[str, Any]:
-    """Run the sweep with each launcher in turn, and that several times over, so that all meet the same weather."""
+    """Run the sweep with each launcher, and that several times over.
+
+    The first launcher runs before and after each other one, which is compared with the mean of the two: other programs
+    on the machine come and go.
+    """
+    first, *others = launchers
     runs: dict[str, list[dict[str, float]]] = {launcher.name: [] for launcher in launchers}
-    for number in range(rounds):
-        # Every other round backwards: who comes first in a round is not always the same.
-        for launcher in launchers if number % 2 == 0 else reversed(launchers):
-            runs[launcher.name].append(asdict(_once(launcher, jobs, at_once, heavy)))
+    factors: dict[str, list[float]] = {launcher.name: [] for launcher in launchers}
+
+    def run(launcher: Launcher) -> float:
+        usage = _once(launcher, jobs, at_once, heavy)
+        runs[launcher.name].append(asdict(usage))
+        return usage.wall
+
+    for _ in range(rounds):
+        before = run(first)
+        for launcher in others:
+            wall = run(launcher)
+            after = run(first)
+            factors[launcher.name].append(2 * wall / (before + after))
+            before = after
     results: dict[str, Any] = {}
     for name, usages in runs.items():
         walls = [usage["wall"] for usage in usages]
@@ -25,16 +40,14 @@ def measure(launchers: list[Launcher], *, jobs: int, at_once: int, rounds: int, 
             "wall_range": [min(walls), max(walls)],
             "cpu": median(usage["cpu"] for usage in usages),
             "others_cores": median(usage["others"] for usage in usages),
-            # Of each round, and then the median: within a round the machine was about equally busy.
-            "times_gpu_pool": median(
-                usage["wall"] / ours["wall"] for usage, ours in zip(usages, runs.get("gpu_pool", usages), strict=True)
-            ),
+            "factor": median(factors[name]) if factors[name] else None,
+            "factors": factors[name],
             "runs": usages,
         }
     return {"jobs": jobs, "at_once": at_once, "rounds": rounds, "launchers": results}
 
 
-def _once(launcher: Launcher, jobs: int, at_once: int, heavy: str) -> Any:
+def _once(launcher: Launcher, jobs: int, at_once: int, heavy: str) -> Usage:
     with scratch() as directory:
         command = program("empty.py", "-m", f"+job=range({jobs})", "hydra.sweep.dir=sweep", *launcher.options(at_once))
         with Run(command, directory, {"BENCH_IMPORT": heavy}) as run:

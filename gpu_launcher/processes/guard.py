@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from gpu_launcher.processes.linux import become_child_subreaper, children, die_with_parent, kill
 
-PATIENCE = 2.0
+PATIENCE = 1.0
 """Seconds that supervisors get to end their trees, before they are killed as well."""
 
 _WATCHED = {signal.SIGCHLD, signal.SIGTERM}

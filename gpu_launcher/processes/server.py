@@ -57,6 +57,7 @@ class _Server:
     def __init__(self, control: socket.socket, lifeline: int, wake: int, wake_write: int, run_job: RunJob) -> None:
         self._control = control
         self._lifeline = lifeline
+        self._supervisors_lifeline, self._own_end = os.pipe()
         self._wake = wake
         self._wake_write = wake_write
         self._run_job = run_job
@@ -107,11 +108,13 @@ class _Server:
         os.close(self._wake)
         os.close(self._wake_write)
         os.close(self._lifeline)
+        os.close(self._own_end)
         self._control.close()
         supervise(
             socket.socket(fileno=supervisor_end),
             socket.socket(fileno=job_end),
             server=os.getppid(),
+            lifeline=self._supervisors_lifeline,
             run_job=self._run_job,
         )
 
@@ -140,6 +143,5 @@ class _Server:
             send(self._control, message)
 
     def _shut_down(self) -> None:
-        for pid in self._supervisors:
-            os.kill(pid, signal.SIGTERM)  # unreaped, so the process id is still theirs
+        os.close(self._own_end)
         end_descendants(PATIENCE)

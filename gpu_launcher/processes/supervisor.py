@@ -37,10 +37,13 @@ RunJob = Callable[[socket.socket], NoReturn]
 """What happens in a job's process, given the job's end of its channel to the launching program."""
 
 
-def supervise(launcher: socket.socket, job_channel: socket.socket, *, server: int, run_job: RunJob) -> NoReturn:
+def supervise(
+    launcher: socket.socket, job_channel: socket.socket, *, server: int, lifeline: int, run_job: RunJob
+) -> NoReturn:
     """Fork the job, watch it to its end, say so, and end.
 
-    `server` is the process id of the fork server, our parent.
+    `server` is the process id of the fork server, our parent; `lifeline` is at its end when that has ended, or is about
+    to.
     """
     wake, wake_write = os.pipe()
     os.set_blocking(wake, False)
@@ -56,7 +59,7 @@ def supervise(launcher: socket.socket, job_channel: socket.socket, *, server: in
             signal.set_wakeup_fd(-1)
             for signum, handler in before.items():
                 signal.signal(signum, handler)
-            for descriptor in (wake, wake_write):
+            for descriptor in (wake, wake_write, lifeline):
                 os.close(descriptor)
             launcher.close()
             os.setsid()
@@ -67,7 +70,7 @@ def supervise(launcher: socket.socket, job_channel: socket.socket, *, server: in
         finally:
             os._exit(1)
     job_channel.close()
-    _Supervision(launcher, wake, server, job).run()
+    _Supervision(launcher, wake, lifeline, server, job).run()
     os._exit(0)
 
 
@@ -76,9 +79,10 @@ def _take_note(signum: int, frame: object) -> None:
 
 
 class _Supervision:
-    def __init__(self, launcher: socket.socket, wake: int, server: int, job: int) -> None:
+    def __init__(self, launcher: socket.socket, wake: int, lifeline: int, server: int, job: int) -> None:
         self._launcher = launcher
         self._wake = wake
+        self._lifeline = lifeline
         self._server = server
         self._job = job
         self._status: int | None = None
@@ -92,10 +96,13 @@ class _Supervision:
         poll = select.poll()
         poll.register(self._launcher, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
+        poll.register(self._lifeline, select.POLLIN)
         while True:
             ready = {descriptor for descriptor, _ in poll.poll(self._until_deadline())}
-            if self._wake in ready and signal.SIGTERM in os.read(self._wake, 4096):
-                self._abandoned = os.getppid() != self._server  # else somebody wants us to end
+            terminated = self._wake in ready and signal.SIGTERM in os.read(self._wake, 4096)
+            if terminated or self._lifeline in ready:
+                # The end of the fork server sends SIGTERM, too, but so may anybody who wants us to end.
+                self._abandoned = self._lifeline in ready or os.getppid() != self._server
                 self._kill()
             elif self._launcher.fileno() in ready and not self._obey():
                 self._kill()  # the launching program ended
@@ -133,13 +140,11 @@ class _Supervision:
 
     def _kill(self) -> None:
         while self._reap():
-            for pid in children():
+            killed = children()
+            for pid in killed:
                 kill(pid)
-            self._wait_for_one()
-
-    def _wait_for_one(self) -> None:
-        with contextlib.suppress(ChildProcessError):  # none was left to wait for: that is what we want
-            self._note(*os.waitpid(-1, 0))
+            for pid in killed:  # whose own children are ours by then
+                self._note(*os.waitpid(pid, 0))
 
     def _reap(self) -> bool:
         """Collect the dead; whether any child is left."""

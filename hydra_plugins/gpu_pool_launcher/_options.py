@@ -25,7 +25,7 @@ def read_options(options: dict[str, Any], config: DictConfig) -> Options:
         gpus=None if per_job else read_gpus(options.get("gpus", 1)),
         max_parallel=_max_parallel(options.get("max_parallel")),
         grace=_grace(options.get("grace", 10.0)),
-        pool_dir=options.get("pool_dir"),
+        pool_dir=_pool_dir(options.get("pool_dir")),
     )
 
 
@@ -62,6 +62,12 @@ def _grace(value: object) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0:
         return float(value)
     raise OptionError("hydra.launcher.grace", f"{value!r} is not a number of seconds: give 0 or more")
+
+
+def _pool_dir(value: object) -> str | None:
+    if value == "":
+        raise OptionError("hydra.launcher.pool_dir", "the name is empty: name a directory, or leave the option out")
+    return None if value is None else str(value)
 
 
 def _whole_number(value: object) -> int | None:

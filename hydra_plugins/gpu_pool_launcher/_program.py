@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides, run_job, setup_globals
+from hydra.errors import ConfigCompositionException
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
 
+from gpu_launcher.errors import OptionError
 from gpu_launcher.model import Request
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.worker import Gate
@@ -24,9 +27,13 @@ from ._results import pack
 
 if TYPE_CHECKING:
     from hydra._internal.callbacks import Callbacks
+    from hydra.conf import HydraConf
 
 LOG = "job.log"
-"""Name of the file in a job's output directory that gets its stdout and stderr."""
+"""Name of the file in a job's output directory that gets its stdout and stderr.
+
+If the directory's name depends on the job's devices, the file lies in the sweep's directory, as `<number>.job.log`.
+"""
 
 
 @dataclass
@@ -53,11 +60,12 @@ class HydraProgram:
         job_return = JobReturn(overrides=list(filter_overrides(spec)))
         try:
             config = self._compose(number, spec)
-            sys.argv = [*self.command, *self._overrides_of_sweep(), *spec, "hydra.mode=RUN"]
-            directory = Path(config.hydra.run.dir)
+            sys.argv = [*self.command, *self._overrides_of_sweep(), *spec, *_as_single_run(number)]
             job_return.cfg = _without_hydra_node(config)
-            job_return.working_dir = str(directory)
-            gate.prepared(Request(read_gpus(config.hydra.launcher.gpus)), directory / LOG)
+            try:
+                job_return.working_dir = str(_prepare(number, config, gate))
+            except (OmegaConfBaseException, OptionError) as error:
+                raise ConfigCompositionException(str(error)) from None  # of which Hydra shows no traceback
             job_return = self._run(config, gate)
         except BaseException as error:  # whatever ends the task ends this job, and this job only
             # Hydra 1.4 attaches the JobReturn to what it lets through, and neither can be pickled with the other.
@@ -71,7 +79,7 @@ class HydraProgram:
 
     def _overrides_of_sweep(self) -> list[str]:
         """What the user chose for all jobs, such as `hydra.searchpath=[...]`, without which a job may not compose."""
-        overrides = self.config.hydra.overrides.hydra
+        overrides = cast("list[str]", OmegaConf.to_container(self.config.hydra.overrides.hydra))
         return [override for override in overrides if not override.startswith("hydra.mode=")]
 
     def _compose(self, number: int, overrides: list[str]) -> DictConfig:
@@ -79,14 +87,12 @@ class HydraProgram:
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.job.id = str(number)
             config.hydra.job.num = number
-        HydraConfig.instance().set_config(config)
-        directory = Path(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir)).absolute()
-        with read_write(config.hydra), open_dict(config.hydra):
-            config.hydra.run.dir = str(directory)  # for libraries that start the program again, as Lightning does
+        # For `${hydra:...}`, until `run_job` does it properly: `set_config` copies it all.
+        HydraConfig.instance().cfg = cast("HydraConf", config)
         return config
 
     def _run(self, config: DictConfig, gate: Gate) -> JobReturn:
-        if _depends_on_devices(config):
+        if _depends_on_devices(config.hydra):
             gate.wait()
         callbacks = cast("Callbacks", _GatedCallbacks(self.hydra_context.callbacks, gate))
         context = replace(self.hydra_context, callbacks=callbacks)
@@ -97,6 +103,11 @@ class HydraProgram:
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
+
+
+def _as_single_run(number: int) -> list[str]:
+    """Overrides with which the program, started again by a job, is the job instead of a sweep."""
+    return ["hydra.mode=RUN", f"hydra.job.num={number}", f"hydra.job.id='{number}'"]
 
 
 class _GatedCallbacks:
@@ -118,9 +129,28 @@ class _GatedCallbacks:
         self._callbacks.on_job_start(*args, **kwargs)
 
 
-def _depends_on_devices(config: DictConfig) -> bool:
-    """Whether Hydra's own part of the config reads what only the grant sets, such as a log file named by GPU."""
-    return _reads_mask(OmegaConf.to_container(config.hydra, resolve=False))
+def _prepare(number: int, config: DictConfig, gate: Gate) -> Path:
+    """Say what the job needs and where its log is; returns its output directory."""
+    request = Request(read_gpus(config.hydra.launcher.gpus))
+    if _depends_on_devices(config.hydra.sweep):  # then the output directory is not known before the grant
+        gate.prepared(request, Path(str(config.hydra.sweep.dir), f"{number}.{LOG}").absolute())
+        gate.wait()
+        return _choose_directory(config)
+    directory = _choose_directory(config)
+    gate.prepared(request, directory / LOG)
+    return directory
+
+
+def _choose_directory(config: DictConfig) -> Path:
+    directory = Path(str(config.hydra.sweep.dir), str(config.hydra.sweep.subdir)).absolute()
+    with read_write(config.hydra), open_dict(config.hydra):
+        config.hydra.run.dir = str(directory)  # for libraries that start the program again, as Lightning does
+    return directory
+
+
+def _depends_on_devices(node: DictConfig) -> bool:
+    """Whether a part of Hydra's own config reads what only the grant sets, such as a log file named by GPU."""
+    return _reads_mask(OmegaConf.to_container(node, resolve=False))
 
 
 def _reads_mask(value: object) -> bool:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,27 +15,36 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 Start = Callable[..., subprocess.Popen[str]]
 
 
+NOT_OURS = ("CUDA_", "GPU_LAUNCHER_", "HYDRA_")
+"""What the environment of the tests may hold and a program must not see."""
+
+
 def environment(directory: Path) -> dict[str, str]:
     """For a program in `directory`: a pool of its own, and no mask of the machine's."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA_", "GPU_LAUNCHER_"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(NOT_OURS)}
     return {**kept, "GPU_LAUNCHER_POOL_DIR": str(directory / "pool"), "PYTHONWARNINGS": "ignore"}
 
 
 @pytest.fixture(autouse=True)
 def _pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For launches in the test's own process."""
-    for name in [name for name in os.environ if name.startswith(("CUDA_", "GPU_LAUNCHER_"))]:
+    for name in [name for name in os.environ if name.startswith(NOT_OURS)]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("GPU_LAUNCHER_POOL_DIR", str(tmp_path / "pool"))
 
 
 @pytest.fixture(scope="session")
 def start() -> Start:
-    """Start one of the programs in a directory: `start(directory, "deaths.py", *arguments, **environment)`."""
+    """Start one of the programs in a directory: `start(directory, "deaths.py", *arguments, **environment)`.
 
-    def start(directory: Path, program: str, *arguments: str, **extra: str) -> subprocess.Popen[str]:
+    `within` is a command that runs another.
+    """
+
+    def start(
+        directory: Path, program: str, *arguments: str, within: tuple[str, ...] = (), **extra: str
+    ) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, str(PROGRAMS / program), *arguments],
+            [*within, sys.executable, str(PROGRAMS / program), *arguments],
             cwd=directory,
             env={**environment(directory), **extra},
             stdout=subprocess.PIPE,
@@ -50,7 +60,7 @@ def start() -> Start:
 def run(start: Start) -> Run:
     """The same, to the end; on four simulated devices."""
 
-    def run(directory: Path, program: str, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    def run(directory: Path, program: str, *arguments: str, **extra: Any) -> subprocess.CompletedProcess[str]:
         pool = ["hydra/launcher=gpu_pool"] if "-m" in arguments else []
         if pool and not any(argument.startswith("hydra.launcher.devices=") for argument in arguments):
             pool.append("hydra.launcher.devices=simulated:4")

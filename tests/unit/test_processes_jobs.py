@@ -95,6 +95,13 @@ def supervisors() -> list[psutil.Process]:
     return fork_server().children()
 
 
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 class Launch:
     """A launching program."""
 
@@ -549,10 +556,10 @@ def test_a_lease_is_held_until_the_last_descendant_is_gone_and_that_is_ended(lau
     until(lambda: job.result.exists())
     child = psutil.Process(int(job.log.read_text()))
     assert not select.select([held], [], [], 0)[0]
-    assert child.is_running()
+    assert alive(child)
     exited = job.exited()
     assert exited == Exited(0, 1)
-    assert not child.is_running()
+    assert not alive(child)
     assert select.select([held], [], [], 0)[0], "nobody has the lease any more"
     os.close(held)
 
@@ -573,7 +580,7 @@ def test_killing_ends_the_whole_tree_also_what_is_stopped_or_ignores_signals(lau
     job.process.kill()
     assert os.waitstatus_to_exitcode(job.exited().status) == -signal.SIGKILL
     assert len(tree) == 2
-    assert not any(process.is_running() for process in tree)
+    assert not any(alive(process) for process in tree)
 
 
 def test_closing_the_server_ends_all_jobs_and_leaves_no_process(launch, method):
@@ -593,7 +600,7 @@ def test_closing_the_server_ends_all_jobs_and_leaves_no_process(launch, method):
     tree = psutil.Process().children(recursive=True)
     assert len(tree) == 2 + 3 * 3
     server.close()
-    assert not any(process.is_running() for process in tree)
+    assert not any(alive(process) for process in tree)
     server.close()
 
 
@@ -609,7 +616,7 @@ def test_closing_does_not_wait_for_a_supervisor_that_is_stopped_for_long(launch)
     began = time.monotonic()
     server.close()
     assert time.monotonic() - began < 5
-    assert not supervisor.is_running()
+    assert not alive(supervisor)
 
 
 # When those who watch are killed
@@ -636,7 +643,7 @@ def test_when_a_supervisor_is_killed_its_tree_is_ended_before_that_is_told_and_t
     message = server.receive()
     assert isinstance(message, SupervisorDied)
     assert message.status == signal.SIGKILL
-    assert not any(process.is_running() for process in tree)
+    assert not any(alive(process) for process in tree)
     other = jobs[1 - message.number]
     other.process.grant({}, ())
     assert other.exited().status == 0
@@ -667,7 +674,7 @@ def test_when_the_fork_server_is_killed_nothing_of_it_lives_and_another_can_be_s
     with pytest.raises(ServerDiedError):
         server.start(2, None, jobs[0].result)
     server.restart(lambda: None)
-    until(lambda: not any(process.is_running() for process in tree))
+    until(lambda: not any(alive(process) for process in tree))
     again = launch.start(server, 3)
     assert again.run().status == 0
     assert again.value() == 3

@@ -1,0 +1,261 @@
+"""Real sweeps whose parts are killed, one by one and several at once, and the world asserted afterwards.
+
+The promise: within 5 seconds no process of the affected jobs is alive, whatever it did to escape, and no device of
+theirs is leased; the other jobs go on, and every result comes back, in order.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+
+import pytest
+
+LIMIT = 5.0
+"""Seconds."""
+
+METHODS = ["fork", "spawn"]
+
+
+@pytest.fixture
+def gone(world, wait_until, is_alive):
+    """Assert that these processes and the leases of these jobs, or simply everything, are gone in time."""
+
+    def check(processes, numbers=(), everything=False, since=None):
+        began = time.monotonic() if since is None else since
+
+        def is_gone():
+            if any(is_alive(process) for process in processes):
+                return False
+            if everything:
+                return not world.marked() and not world.leased()
+            return not any(f" #{number} " in lease for lease in world.leased() for number in numbers)
+
+        wait_until(is_gone, LIMIT - (time.monotonic() - began), f"not gone after {LIMIT} s")
+        print(f"gone after {time.monotonic() - began:.3f} s")
+
+    return check
+
+
+def assert_a_new_sweep_runs_at_once(world, sweep, method="fork"):
+    sweep.finish(4)
+    again = world.start("n=0,1,2,3", method=method, name="again")
+    assert again.returns() == [("COMPLETED", number) for number in range(4)]
+    assert "waits" not in again.output.read_text()
+    assert world.marked() == []
+    assert world.leased() == []
+
+
+@pytest.mark.parametrize(
+    ("who", "method"),
+    [
+        ("launcher", "fork"),
+        ("launcher", "spawn"),
+        ("launcher and guard", "fork"),
+        ("launcher and server", "fork"),
+        ("launcher and server", "spawn"),
+        ("launcher and supervisor", "fork"),
+        ("launcher and main", "fork"),
+        ("launcher and guard and server", "fork"),
+        ("launcher and server and supervisor", "fork"),
+        ("launcher and server and supervisor", "spawn"),
+    ],
+)
+def test_when_the_launching_program_is_killed_nothing_of_it_is_left(world, kill_together, gone, who, method):
+    sweep = world.start("n=0,1,2,3,4", method=method)
+    running = sweep.running(2)  # the next job is prepared, or will be, and its ticket waits
+    processes = sweep.processes(running)
+    kill_together([sweep.part(name, running[0]) for name in who.split(" and ")])
+    gone(processes, everything=True)
+    assert_a_new_sweep_runs_at_once(world, sweep, method)
+
+
+@pytest.mark.parametrize(
+    ("who", "method"),
+    [
+        ("server", "fork"),
+        ("server", "spawn"),
+        ("server and supervisor", "fork"),
+        ("server and supervisor", "spawn"),
+        ("server and guard", "fork"),
+        ("guard", "fork"),
+        ("guard and supervisor", "fork"),
+    ],
+)
+def test_when_the_fork_server_is_killed_its_jobs_are_gone_and_the_others_run(world, kill_together, gone, who, method):
+    sweep = world.start("n=0,1,2,3,4", method=method)
+    running = sweep.running(2)
+    processes = sweep.processes(running)
+    kill_together([sweep.part(name, running[0]) for name in who.split(" and ")])
+    gone(processes, running)
+    sweep.running(4)
+    sweep.finish(5)
+    returns = sweep.returns()
+    assert len(returns) == 5
+    for number, (status, value) in enumerate(returns):
+        if number in running:
+            assert status == "FAILED"
+            both = who == "guard and supervisor" and number == running[0]
+            killed = r"(its supervisor|the fork server)" if both else "the fork server"
+            assert re.search(rf"job {number} \(n={number}\) was ended because {killed} was killed", value)
+        else:
+            assert (status, value) == ("COMPLETED", number)
+    assert sweep.process.returncode == 1
+    assert world.marked() == []
+    assert world.leased() == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("who", "why"),
+    [
+        ("supervisor", "was ended because its supervisor was killed"),
+        ("main", "was killed by SIGKILL after"),
+        ("supervisor and main", "was ended because its supervisor was killed"),
+    ],
+)
+def test_when_a_job_is_killed_its_descendants_are_gone_and_the_others_run(
+    world, kill_together, is_alive, gone, who, why, method
+):
+    sweep = world.start("n=0,1,2,3", method=method)
+    victim, other = sweep.running(2)
+    processes = sweep.processes([victim])
+    others = sweep.processes([other])
+    kill_together([sweep.part(name, victim) for name in who.split(" and ")])
+    gone(processes, [victim])
+    sweep.running(3)  # on the dead job's device
+    assert all(is_alive(process) for process in others)
+    sweep.finish(4)
+    returns = sweep.returns()
+    assert len(returns) == 4
+    status, message = returns.pop(victim)
+    assert status == "FAILED"
+    assert f"job {victim} (n={victim}) {why}" in message
+    assert returns == [("COMPLETED", number) for number in range(4) if number != victim]
+    assert world.marked() == []
+    assert world.leased() == []
+
+
+@pytest.mark.parametrize("who", ["child", "session", "daemon"])
+def test_the_death_of_a_grandchild_is_its_jobs_own_affair(world, is_alive, wait_until, who):
+    sweep = world.start("n=0,1")
+    sweep.running(2)
+    tree = sweep.tree(0)
+    tree[who].kill()
+    wait_until(lambda: not is_alive(tree[who]))
+    assert is_alive(tree["main"])
+    sweep.finish(2)
+    assert sweep.returns() == [("COMPLETED", 0), ("COMPLETED", 1)]
+    assert world.marked() == []
+
+
+def test_the_fork_server_may_be_killed_again_and_again_until_that_is_no_accident(world):
+    sweep = world.start("n=0,1,2,3,4,5,6,7,8,9", "hydra.launcher.max_parallel=1")
+    for killed in range(5):
+        sweep.running(killed + 1)
+        sweep.part("server", 0).kill()
+    sweep.process.wait(60)
+    assert sweep.process.returncode == 1
+    assert "the fork server was killed 5 times" in sweep.output.read_text()
+    assert world.marked() == []
+    assert world.leased() == []
+
+
+# The launching program is killed at each point of a job's life.
+
+
+@pytest.mark.parametrize(
+    ("point", "method"),
+    [
+        *((point, "fork") for point in ("started", "prepared", "queued", "claimed", "granted")),
+        *((point, "fork") for point in ("exited", "released", "concluded")),
+        *((point, "spawn") for point in ("started", "granted", "released")),
+    ],
+)
+def test_when_the_launching_program_dies_at_any_point_a_new_sweep_runs_at_once(world, gone, point, method):
+    for number in (0, 1):  # one of these is among the first two that run
+        (world.directory / f"finish-{number}").touch()
+    sweep = world.start("n=0,1,2,3", method=method, die_at=point)
+    assert sweep.process.wait(60) == -signal.SIGKILL, sweep.output.read_text()
+    gone([], everything=True)
+    assert_a_new_sweep_runs_at_once(world, sweep, method)
+
+
+# Jobs that do not want to end.
+
+
+def test_a_stopped_job_goes_with_its_launching_program(world, gone):
+    sweep = world.start("n=0,1")
+    processes = sweep.processes(sweep.running(2))
+    for process in processes:
+        process.suspend()
+    sweep.process.kill()
+    gone(processes, everything=True)
+
+
+@pytest.mark.parametrize("stopped", ["supervisor", "server", "guard"])
+def test_what_watches_over_a_job_may_be_stopped_when_the_launching_program_is_killed(world, gone, stopped):
+    sweep = world.start("n=0,1")
+    processes = sweep.processes(sweep.running(2))
+    watcher = sweep.part(stopped, 0)
+    watcher.suspend()
+    sweep.process.kill()
+    if stopped == "guard":  # nobody ends the one who outlives all, but it has nothing left
+        gone(processes, [0, 1])
+        watcher.resume()
+    gone(processes, everything=True)
+
+
+def test_a_job_that_ignores_every_signal_goes_with_its_launching_program(world, gone):
+    sweep = world.start("n=0,1", "stubborn=true")
+    processes = sweep.processes(sweep.running(2))
+    sweep.process.kill()
+    gone(processes, everything=True)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_job_that_ignores_every_signal_is_killed_after_its_grace(world, gone, signum):
+    sweep = world.start("n=0,1,2", "stubborn=true", "hydra.launcher.grace=0.5")
+    processes = sweep.processes(sweep.running(2))
+    began = time.monotonic()
+    sweep.process.send_signal(signum)
+    sweep.process.wait(60)
+    assert time.monotonic() - began >= 0.5
+    gone(processes, everything=True, since=began)
+
+
+def test_hundreds_of_processes_of_one_job_go_with_its_launching_program(world, gone):
+    sweep = world.start("n=0", "bomb=200")
+    sweep.running(1)
+    processes = world.marked()
+    assert len(processes) > 400
+    sweep.process.kill()
+    gone(processes, everything=True)
+
+
+def test_hundreds_of_processes_of_one_job_go_when_its_main_process_is_killed(world, gone):
+    sweep = world.start("n=0", "bomb=200", "stubborn=true")
+    sweep.running(1)
+    processes = sweep.part("supervisor", 0).children(recursive=True)
+    assert len(processes) > 400
+    sweep.part("main", 0).kill()
+    gone(processes, [0])
+    ((status, message),) = sweep.returns()
+    assert status == "FAILED"
+    assert "was killed by SIGKILL" in message
+
+
+def test_a_device_is_not_free_while_a_child_with_its_lease_lives_and_that_child_is_ended(world, is_alive, wait_until):
+    sweep = world.start("n=0", "linger=true", "grandchildren=false", devices=1)
+    sweep.running(1)
+    tree = sweep.tree(0)
+    sweep.finish(1)
+    wait_until(lambda: not is_alive(tree["main"]))
+    assert is_alive(tree["child"])
+    while is_alive(tree["child"]):
+        if world.claimable(1):
+            assert not is_alive(tree["child"])
+    assert sweep.returns() == [("COMPLETED", 0)]
+    assert world.claimable(1)
+    assert world.marked() == []

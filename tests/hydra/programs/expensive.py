@@ -1,0 +1,5 @@
+"""Stands for imports that take long: remembers which process made them."""
+
+import os
+
+IMPORTED_IN = os.getpid()

@@ -1,0 +1,176 @@
+"""Every mistake gets one message that names the option and the remedy; where only one job is wrong, only it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a file system")
+
+
+# The sweep's own config has no `x`, but Hydra looks it up there before it makes the launcher.
+OF_THE_JOB = "hydra.launcher.gpus=${oc.select:x,1}"
+
+
+def complaint(run: Run, directory: Path, *arguments: str, **extra: Any) -> str:
+    """What the user reads when nothing can be run."""
+    ran = run(directory, "plain.py", "-m", "+x=1,2", *arguments, **extra)
+    assert ran.returncode == 1
+    assert ran.stdout == ""
+    assert "Traceback" not in ran.stderr
+    assert not (directory / "a_job_ran").exists()
+    hint = "Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace."  # Hydra 1.3
+    said = [line for line in ran.stderr.splitlines() if line and line != hint]
+    assert len(said) == 1, ran.stderr
+    return said[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["devices=simulatd:4"], "hydra.launcher.devices: 'simulatd:4' is neither a GPU's index nor its UUID"),
+        (["devices=simulated:0"], "hydra.launcher.devices: 'simulated:0' needs a number from 1"),
+        (["devices=[]"], "hydra.launcher.devices: the list is empty; use auto, "),
+        (["devices=[0,-1]"], "hydra.launcher.devices: -1 is negative; GPUs are counted from 0"),
+        (["devices=[0,0]"], "hydra.launcher.devices: "),
+        (["devices=[0,63]"], "hydra.launcher.devices: "),
+        (["devices=[0,GPU-nobodys]"], "hydra.launcher.devices: "),
+        (["devices=1.5"], "hydra.launcher.devices: 1.5 is not a device; use auto, "),
+        (["devices=null"], "hydra.launcher.devices: None is not a device; use auto, "),
+        (["gpus=5"], "hydra.launcher.gpus: every job asks for 5 devices, but the pool has 4 devices for this sweep"),
+        (["gpus=5"], "Remedy: ask for fewer, or allow more with hydra.launcher.devices"),
+        (["gpus=many"], "hydra.launcher.gpus: 'many' is not a whole number of devices: give 0, 1, 2, ..."),
+        (["gpus=0.5"], "hydra.launcher.gpus: 0.5 is not a whole number of devices: give 0, 1, 2, ..."),
+        (["gpus=-1"], "hydra.launcher.gpus: -1 is not a whole number of devices: give 0, 1, 2, ..."),
+        (["gpus=true"], "hydra.launcher.gpus: True is not a whole number of devices"),
+        (["gpus=null"], "hydra.launcher.gpus: None is not a whole number of devices"),
+        (["gpus=[1]"], "hydra.launcher.gpus: [1] is not a whole number of devices"),
+        (
+            ["max_parallel=0"],
+            "max_parallel: 0 would never run a job: give a whole number from 1, or null",
+        ),
+        (["start_method=forkserver"], "'forkserver' is unknown: give one of auto, fork, spawn"),
+        (["grace=-1"], "hydra.launcher.grace: -1.0 is not a number of seconds: give 0 or more"),
+        (["grace=nan"], "hydra.launcher.grace: nan is not a number of seconds: give 0 or more"),
+        (["pool_dir=''"], "hydra.launcher.pool_dir: the name is empty: name a directory, or leave the option out"),
+        (["pool_dir=/proc/pool"], "hydra.launcher.pool_dir"),
+        (
+            ["pool_dir=/dev/null"],
+            "pool directory /dev/null: is not a directory: remove what is there, or ",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_an_option_that_makes_no_sense_gets_one_message(
+    run: Run, tmp_path: Path, options: list[str], says: str
+) -> None:
+    assert says in complaint(run, tmp_path, *(f"hydra.launcher.{option}" for option in options))
+
+
+@pytest.mark.parametrize("option", ["max_parallel=many", "grace=long"])
+def test_hydra_itself_checks_the_types_of_options(run: Run, tmp_path: Path, option: str) -> None:
+    ran = run(tmp_path, "plain.py", "-m", f"hydra.launcher.{option}")
+    assert ran.returncode == 1
+    assert "Traceback" not in ran.stderr
+    assert f"hydra.launcher.{option.partition('=')[0]}" in ran.stderr
+
+
+def test_an_unknown_option_is_refused_by_hydra(run: Run, tmp_path: Path) -> None:
+    ran = run(tmp_path, "plain.py", "-m", "hydra.launcher.gpu=2")
+    assert ran.returncode == 1
+    assert "Could not override 'hydra.launcher.gpu'" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_job_that_asks_for_what_it_cannot_get_fails_alone(run: Run, tmp_path: Path) -> None:
+    wishes = ["1", "5", "-1", "many", "0.5", "'${missing}'", "4", "0"]
+    ran = run(tmp_path, "plain.py", "-m", OF_THE_JOB, f"+x={','.join(wishes)}")
+    assert ran.returncode == 1
+    returns = json.loads((tmp_path / "returns.json").read_text())
+    assert [job["status"] for job in returns] == ["COMPLETED", *["FAILED"] * 5, "COMPLETED", "COMPLETED"]
+    too_many = "job 1 (+x=5) asks for 5 devices, but the pool has 4 for this sweep. Remedy: lower hydra.launcher.gpus"
+    assert too_many in returns[1]["text"]
+    assert too_many in ran.stderr
+    for number, wish in ((2, "-1"), (3, "'many'"), (4, "0.5")):
+        message = f"hydra.launcher.gpus: {wish} is not a whole number of devices: give 0, 1, 2, ..."
+        assert message in returns[number]["text"]
+        assert f"job {number} (+x={wishes[number]}) FAILED: raised ConfigCompositionException: {message}" in ran.stderr
+    assert "Interpolation key 'missing' not found" in returns[5]["text"]
+    assert "Traceback" not in ran.stderr.replace("| Traceback", "")
+
+
+def test_one_job_is_told_of_its_own_mistake_without_a_traceback(run: Run, tmp_path: Path) -> None:
+    ran = run(tmp_path, "plain.py", "-m", OF_THE_JOB, "+x=1,many")
+    end = ran.stderr[ran.stderr.index("Error executing job with overrides: ['+x=many']") :]
+    assert end.splitlines()[1] == ("hydra.launcher.gpus: 'many' is not a whole number of devices: give 0, 1, 2, ...")
+    assert "Traceback" not in end
+
+
+def test_what_does_not_compose_is_told_by_hydras_own_sweeper_before_any_job_runs(run: Run, tmp_path: Path) -> None:
+    ran = run(tmp_path, "deaths.py", "-m", "size=small,large,no_such_size", VALIDATE="1")
+    assert ran.returncode == 1
+    assert "Could not find 'size/no_such_size'" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert not (tmp_path / "returns.json").exists()
+
+
+# The pool directory
+
+
+@pytest.mark.root
+@needs_root
+def test_a_read_only_pool_directory_is_refused(run: Run, tmp_path: Path) -> None:
+    pool = tmp_path / "pool"
+    with mounted_tmpfs(pool, "size=64k,ro"):
+        message = complaint(run, tmp_path)
+    assert message.startswith(f"pool directory {pool}: is on a read-only file system: choose another with ")
+    assert "hydra.launcher.pool_dir or GPU_LAUNCHER_POOL_DIR" in message
+
+
+@pytest.mark.root
+@needs_root
+def test_a_full_pool_directory_is_refused(run: Run, tmp_path: Path) -> None:
+    pool = tmp_path / "pool"
+    with mounted_tmpfs(pool, "size=64k"):
+        (pool / "ballast").write_bytes(b"x" * 65536)
+        message = complaint(run, tmp_path)
+    assert message.startswith(
+        f"pool directory {pool}: the disk is full (space or inodes): free some, or choose another"
+    )
+
+
+def test_a_pool_directory_of_somebody_else_is_refused(run: Run, tmp_path: Path) -> None:
+    pool = tmp_path / "pool"
+    pool.mkdir(mode=0o555)
+    within: tuple[str, ...] = ()
+    if os.geteuid() == 0:  # which may write everywhere, unless it gives that up
+        os.chown(pool, 65534, 65534)
+        if shutil.which("setpriv") is None:
+            pytest.skip("needs setpriv (util-linux), or another user than root")
+        within = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+    message = complaint(run, tmp_path, within=within)
+    assert message.startswith(
+        f"pool directory {pool}: cannot be written by user {os.geteuid()}: ask its owner to `chmod 1777` it"
+    )
+
+
+@contextlib.contextmanager
+def mounted_tmpfs(point: Path, options: str) -> Iterator[None]:
+    point.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(point)], capture_output=True, text=True)
+    if mount.returncode != 0:
+        pytest.skip(f"cannot mount a file system: {mount.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(point)], check=True)
