@@ -9,14 +9,16 @@ The rules:
 - All of a ticket's devices or none.
 - Tickets are served by priority, and in order of arrival within one. A ticket that has to wait *reserves* all of its
   candidates: a later one passes it only onto devices that it cannot use, or with a time limit that ends before it
-  could start (backfill). So passing never delays.
+  could start (backfill). So passing never delays, unless jobs end or give up before they said.
 - When it could start at the earliest is computed from the declared ends of leases. One that declared none, or that is
   overdue, or that another boot declared, may end at any moment, so it puts off nothing.
 - A ticket that would have to wait even if all leases ended, because devices are not to be had (foreign processes, a
   broken GPU), keeps its place and reserves nothing until that changes.
 
-Granted tickets may act in any order and at any time: what is decided for the others stays as it is. A claimant's
-`Taste` (measured at the last moment, known to nobody else) chooses only among devices that are free for it.
+Granted tickets may act in any order and at any time. What is decided for the others then stays as it is, but for the
+choice among devices that are free: best fit depends on who came before, and a claimant's `Taste` (measured at the last
+moment, known to nobody else) is its own affair. So of tickets that could all be granted in one moment, a later one may
+once get in an earlier one's way, which then reserves.
 """
 
 from __future__ import annotations
@@ -306,12 +308,16 @@ class _Books:
                     self.closed.add(uuid)
 
     def _earliest_start(self, demand: Demand) -> float:
-        """When it could start if what may end at any moment ended now, and all else when it said."""
+        """When it could start if what may end at any moment ended now, and all else when it said.
+
+        Where it cannot pass an earlier ticket itself, it does not start before that could.
+        """
         times = []
         for candidate in {candidate.uuid: candidate for candidate in demand.candidates}.values():
             share = candidate.share(demand.request)
             if share is not None:
-                times.append(self._room_at(candidate, share))
+                time, reserved = self._room_at(candidate, share), self.reserved.get(candidate.uuid, self.now)
+                times.append(time if self._over_before(reserved, demand.request) else max(time, reserved))
         return sorted(times)[demand.request.gpus - 1]
 
     def _room_at(self, candidate: Candidate, share: Share) -> float:

@@ -17,6 +17,8 @@ class Processes:
     """Opens one ledger per pretended process, and closes them at the end."""
 
     def __init__(self, open_ledger) -> None:
+        self.now = 100.0
+        """What every process's clock says."""
         self._open = open_ledger
         self._ledgers: list[Ledger] = []
 
@@ -34,12 +36,12 @@ class Processes:
 def process(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Processes]:
     if request.param == "files":
         directory = resolve_pool_directory(str(tmp_path / "pool"))
-        processes = Processes(lambda: FileLedger(directory, wall_clock=lambda: 1234.5))
+        processes = Processes(lambda: FileLedger(directory, wall_clock=lambda: 1234.5, clock=lambda: processes.now))
         yield processes
         processes.close()
     else:
         pool = MemoryPool()
-        processes = Processes(lambda: MemoryLedger(pool, wall_clock=lambda: 1234.5))
+        processes = Processes(lambda: MemoryLedger(pool, wall_clock=lambda: 1234.5, clock=lambda: processes.now))
         yield processes
         processes.close()
         pool.close()
@@ -47,7 +49,11 @@ def process(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Processe
 
 @pytest.fixture
 def devices() -> list[Device]:
-    return [Device(uuid=f"SIMULATED-{n}", index=n, name="simulated", kind=DeviceKind.SIMULATED) for n in range(4)]
+    """Four with 80 GiB each."""
+    return [
+        Device(uuid=f"SIMULATED-{n}", index=n, name="simulated", kind=DeviceKind.SIMULATED, memory=80 << 30)
+        for n in range(4)
+    ]
 
 
 @pytest.fixture

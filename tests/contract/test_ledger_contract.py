@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gpu_launcher.errors import RequestError
-from gpu_launcher.model import Request
+from gpu_launcher.leases import Taste, describe_wait, refusal
+from gpu_launcher.model import WHOLE, Owner, Request, Share
 
 
 def test_a_lone_ticket_gets_its_first_candidates_in_its_order(process, devices, owner):
@@ -184,6 +186,142 @@ def test_the_view_names_who_holds_and_who_waits_in_order(process, devices, owner
     (held,) = view.leases
     assert (held.id, held.uuids, held.owner, held.since) == (lease.id, lease.uuids, owner, 1234.5)
     assert view.stale == 0
+
+
+def test_jobs_share_a_device_as_long_as_their_shares_fit(process, devices, owner):
+    first, second = process(), process()
+    third = Request.of(1 / 3, 30 << 30)
+    leases = [ledger.claim(ledger.enqueue(third, devices[:1], owner)) for ledger in (first, second)]
+    assert [lease.shares for lease in leases] == [{"SIMULATED-0": Share(333_333, 30 << 30)}] * 2
+    too_much_memory = first.enqueue(third, devices[:1], owner)
+    assert first.claim(too_much_memory) is None
+    first.cancel(too_much_memory)
+    assert second.claim(second.enqueue(Request.of(1 / 3), devices[:1], owner)) is not None
+    assert first.claim(first.enqueue(Request.of(0.01), devices[:1], owner)) is None
+
+
+def test_by_memory_alone_jobs_share_a_device_as_long_as_there_is_memory(process, devices, owner):
+    ledger = process()
+    request = Request.of(None, 20 << 30)
+    leases = [ledger.claim(ledger.enqueue(request, devices[:1], owner)) for _ in range(4)]
+    assert {lease.shares["SIMULATED-0"] for lease in leases} == {Share(250_000, 20 << 30)}
+    waiting = ledger.enqueue(request, devices[:1], owner)
+    assert ledger.claim(waiting) is None
+    ledger.release(leases[2])
+    assert ledger.claim(waiting) is not None
+
+
+def test_higher_priorities_are_served_first_but_take_nothing_away(process, devices, owner):
+    ledger, other = process(), process()
+    held = ledger.claim(ledger.enqueue(Request(4, priority=-7), devices, owner))
+    low = ledger.enqueue(Request(4), devices, owner)
+    high = other.enqueue(Request(4, priority=3), devices, owner)
+    assert other.claim(high) is None
+    assert [(view.id, view.priority) for view in ledger.snapshot().tickets] == [(high.id, 3), (low.id, 0)]
+    ledger.release(held)
+    assert ledger.claim(low) is None
+    assert other.claim(high) is not None
+
+
+def test_a_short_job_passes_a_large_one_that_cannot_start_before_it_ends(process, devices, owner):
+    ledger, other = process(), process()
+    ledger.claim(ledger.enqueue(Request(3, timeout=60.0), devices, owner))
+    process.now += 10
+    ledger.enqueue(Request(4), devices, owner)
+    long, short = (other.enqueue(Request(1, timeout=seconds), devices, owner) for seconds in (50.5, 50.0))
+    assert other.claim(long) is None
+    assert other.claim(short).uuids == ("SIMULATED-3",)
+    assert [view.left for view in other.snapshot().leases] == [50.0, 50.0]
+
+
+def test_starts_on_one_device_are_spaced_out(process, devices, owner):
+    ledger = process()
+    request = Request.of(0.25, stagger=5.0)
+    assert ledger.claim(ledger.enqueue(request, devices[:1], owner)) is not None
+    second = ledger.enqueue(request, devices[:1], owner)
+    process.now += 4
+    assert ledger.claim(second) is None
+    process.now += 1
+    assert ledger.claim(second) is not None
+
+
+def test_what_a_process_sees_in_use_by_others_it_does_not_get_until_it_is_free(process, devices, owner):
+    ledger, other = process(), process()
+    ticket = ledger.enqueue(Request(1), devices[:2], owner)
+    assert ledger.claim(ticket, {"SIMULATED-0", "SIMULATED-1", "some other device"}) is None
+    (view,) = other.snapshot().tickets
+    assert view.wait.unavailable == ("SIMULATED-0", "SIMULATED-1")
+    later = other.enqueue(Request(2), devices[:2], owner)
+    assert other.claim(later) is not None
+    assert ledger.claim(ticket, {"SIMULATED-0"}) is None
+
+
+def test_a_ticket_keeps_its_place_while_its_devices_are_in_use_by_others(process, devices, owner):
+    ledger, other = process(), process()
+    ticket = ledger.enqueue(Request(1), devices[:2], owner)
+    later = other.enqueue(Request(1), devices[:2], owner)
+    assert ledger.claim(ticket, {"SIMULATED-0", "SIMULATED-1"}) is None
+    assert ledger.claim(ticket, {"SIMULATED-1"}).uuids == ("SIMULATED-0",)
+    assert other.claim(later, {"SIMULATED-1"}) is None
+    assert other.claim(later).uuids == ("SIMULATED-1",)
+
+
+def test_the_others_keep_nothing_for_a_process_that_it_does_not_want(process, devices, owner):
+    """It would take device 0; now that it sees somebody else there, it is device 1 that it gets."""
+    ledger, other = process(), process()
+    first = ledger.enqueue(Request(1), devices[:3], owner)
+    second = ledger.enqueue(Request(3), devices[:3], owner)
+    third = other.enqueue(Request(1), devices[1:], owner)
+    assert other.claim(third).uuids == ("SIMULATED-3",)
+    other.claim(other.enqueue(Request(1), devices[:1], owner))
+    assert ledger.claim(first, {"SIMULATED-0"}).uuids == ("SIMULATED-1",)
+    assert ledger.claim(second) is None
+
+
+def test_the_claimant_says_which_of_the_free_devices_it_likes(process, devices, owner):
+    ledger = process()
+    near = {frozenset({"SIMULATED-1", "SIMULATED-3"})}
+    taste = Taste(closeness=lambda one, two: frozenset({one, two}) in near)
+    assert ledger.claim(ledger.enqueue(Request(2), devices, owner), (), taste).uuids == ("SIMULATED-1", "SIMULATED-3")
+    taste = Taste(ranking=("SIMULATED-3", "SIMULATED-2"))
+    assert ledger.claim(ledger.enqueue(Request(1), devices, owner), (), taste).uuids == ("SIMULATED-2",)
+
+
+def test_the_view_says_why_each_ticket_waits(process, devices, owner):
+    ledger, other = process(), process()
+    ledger.claim(ledger.enqueue(Request(2), devices, owner))
+    grace = Owner(pid=8, user="grace", command="eval.py")
+    tickets = [
+        other.enqueue(Request(4), devices, grace),
+        other.enqueue(Request(1), devices[:1], owner),
+        other.enqueue(Request(1), devices[3:], owner),
+    ]
+    other.claim(tickets[0], {"SIMULATED-2"})
+    other.claim(tickets[2], {"SIMULATED-3"})
+    process.now += 1
+    view = ledger.snapshot()
+    assert [describe_wait(view, ticket, lambda uuid: f"GPU {uuid[-1]}") for ticket in view.tickets] == [
+        "waits for 3 more of GPU 0, GPU 1, GPU 2, GPU 3; GPU 2 in use outside the pool, or broken; held by ada",
+        "waits for 1 more of GPU 0; held by ada",
+        "waits for 1 more of GPU 3; GPU 3 in use outside the pool, or broken",
+    ]
+    other.claim(tickets[0])
+    view = ledger.snapshot()
+    assert describe_wait(view, view.tickets[1], str) == "waits for 1 more of SIMULATED-0; behind grace #1; held by ada"
+
+
+def test_a_request_that_could_never_be_granted_is_refused_and_says_why(process, devices, owner):
+    devices[0] = replace(devices[0], exclusive=True)
+    for request, problem in (
+        (Request.of(None, 81 << 30), "for 81 GiB of memory, but the largest device has 80 GiB"),
+        (Request(4, Share(500_000)), "only 3 of 4 could give what it needs .simulated GPU 0 in compute mode EXCLUSIVE"),
+    ):
+        with pytest.raises(RequestError, match=problem):
+            process().enqueue(request, devices, owner)
+    assert refusal(Request(4), devices) is None
+    ledger = process()
+    assert ledger.claim(ledger.enqueue(Request.of(0.5), devices, owner)).uuids == ("SIMULATED-1",)
+    assert ledger.claim(ledger.enqueue(Request(1), devices, owner)).shares == {"SIMULATED-0": WHOLE}
 
 
 @pytest.mark.parametrize("way", ["release", "copy closed", "cancel", "claim", "death"])

@@ -95,13 +95,13 @@ def leases_on(draw: st.DrawFn, machine: tuple[Candidate, ...]) -> list[LeaseStat
 
 @st.composite
 def snapshots(draw: st.DrawFn, *, plain: bool = False) -> Snapshot:
-    """`plain`: without time limits, whose effect depends on who acts first."""
+    """`plain`: whole devices, no time limits. The effect of others depends on who acts first."""
     machine = draw(machines)
     wanted = draw(st.lists(demands(machine), max_size=6))
     tickets = []
     for number, demand in enumerate(wanted):
         request = replace(demand.request, priority=draw(st.sampled_from([-1, 0, 0, 2])))
-        request = replace(request, timeout=None) if plain else request
+        request = Request(request.gpus, priority=request.priority) if plain else request
         demand = replace(demand, request=request)
         tickets.append(TicketState(draw(st.integers(1, 9)), f"ticket {number}", demand, request.priority))
     return Snapshot(tuple(draw(leases_on(machine))), tuple(tickets), NOW)
@@ -129,16 +129,38 @@ def in_queue_order(snapshot: Snapshot) -> list[TicketState]:
     return sorted(snapshot.tickets, key=lambda ticket: (-ticket.priority, ticket.sequence, ticket.id))
 
 
-def could_start(ticket: TicketState, snapshot: Snapshot) -> float:
-    """The first moment at which there is room for it: trying them all. Leases of which the end is not known count as
-    ended, and so do all that have not begun yet."""
+def could_start(ticket: TicketState, snapshot: Snapshot, before: dict[str, tuple[TicketState, float]]) -> float:
+    """The first moment at which there is room for it: trying them all.
+
+    Leases of which the end is not known count as ended, and so do all that have not begun yet. `before` are the
+    tickets that wait in front of it, and when they could start, before which it does not start unless it is over.
+    """
+    request = ticket.demand.request
     known = [lease for lease in snapshot.leases if lease.ends is not None and lease.ends > snapshot.now]
-    for moment in sorted({snapshot.now, *(lease.ends for lease in known)}):
+    moments = {snapshot.now, *(lease.ends for lease in known)}
+    for moment in sorted(moments):
         left = [lease for lease in known if lease.ends > moment]
-        able = [one for one in ticket.demand.candidates if fits(one, ticket.demand.request, held_on(one.uuid, left))]
-        if len(able) >= ticket.demand.request.gpus:
+        able = [
+            one
+            for one in ticket.demand.candidates
+            if fits(one, request, held_on(one.uuid, left))
+            and (
+                all(start <= moment for earlier, start in before.values() if wants(earlier, one.uuid))
+                or is_over(request, snapshot, [start for earlier, start in before.values() if wants(earlier, one.uuid)])
+            )
+        ]
+        if len(able) >= request.gpus:
             return moment
     raise AssertionError("it fits into an empty pool")
+
+
+def wants(ticket: TicketState, uuid: str) -> bool:
+    return any(one.uuid == uuid and fits(one, ticket.demand.request, []) for one in ticket.demand.candidates)
+
+
+def is_over(request: Request, snapshot: Snapshot, starts: list[float]) -> bool:
+    """Whether it would be over, if it started now, when any of those start."""
+    return request.timeout is not None and all(snapshot.now + request.timeout <= start for start in starts)
 
 
 def expected(snapshot: Snapshot) -> dict[str, list[str]]:
@@ -150,7 +172,7 @@ def expected(snapshot: Snapshot) -> dict[str, list[str]]:
     """
     answer: dict[str, list[str]] = {}
     taken = list(snapshot.leases)
-    waiting: list[TicketState] = []
+    waiting: dict[str, tuple[TicketState, float]] = {}
     for ticket in in_queue_order(snapshot):
         demand, request = ticket.demand, ticket.demand.request
         may_have = []
@@ -158,17 +180,8 @@ def expected(snapshot: Snapshot) -> dict[str, list[str]]:
             room = fits(one, request, held_on(one.uuid, taken))
             starts = [lease.started for lease in taken if one.uuid in lease.shares and lease.started is not None]
             just_started = request.stagger and starts and 0 <= snapshot.now - max(starts) < request.stagger
-            awaited = [
-                earlier
-                for earlier in waiting
-                if any(
-                    other.uuid == one.uuid and fits(other, earlier.demand.request, [])
-                    for other in earlier.demand.candidates
-                )
-            ]
-            over = request.timeout is not None and all(
-                snapshot.now + request.timeout <= could_start(earlier, snapshot) for earlier in awaited
-            )
+            awaited = [start for earlier, start in waiting.values() if wants(earlier, one.uuid)]
+            over = is_over(request, snapshot, awaited)
             if room and not just_started and one.uuid not in demand.unavailable and (not awaited or over):
                 may_have.append(one)
         helped_by_the_pool = [
@@ -187,7 +200,7 @@ def expected(snapshot: Snapshot) -> dict[str, list[str]]:
                 LeaseState(ticket.id, {uuid: granted[uuid] for uuid in answer[ticket.id]}, started=snapshot.now)
             )
         elif len(helped_by_the_pool) >= request.gpus:
-            waiting.append(ticket)
+            waiting[ticket.id] = ticket, could_start(ticket, snapshot, waiting)
     return answer
 
 

@@ -144,7 +144,9 @@ def test_a_lease_without_a_time_limit_may_end_at_any_moment():
 def test_a_short_job_waits_if_it_would_hold_up_any_of_those_it_passes():
     parts = (lease("A", ends=99.0), ticket(1, "AB", 2), ticket(3, "B", TIMED))
     assert granted(*parts) == {"ticket 3": "B"}
-    assert granted(*parts, lease("C", ends=49.0), ticket(2, "CB", 2)) == {}
+    assert granted(*parts, lease("C", ends=49.0), ticket(2, "CB", 1)) == {}
+    # But this one has to wait for B as long as the first one.
+    assert granted(*parts, lease("C", ends=49.0), ticket(2, "CB", 2)) == {"ticket 3": "B"}
 
 
 def test_what_passes_takes_no_more_than_it_can_give_back_in_time():
