@@ -6,20 +6,23 @@ Everything that the loop needs is passed in: the fork server, the ledger, the pr
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import selectors
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from signal import SIGINT
+from signal import SIGINT, SIGTERM
 from typing import Any, Protocol
 
-from gpu_launcher.devices import environment
-from gpu_launcher.errors import GpuLauncherError
+from gpu_launcher.devices import combinable
+from gpu_launcher.errors import GpuLauncherError, RequestError
 from gpu_launcher.jobs import machine as m
-from gpu_launcher.jobs.events import JobEnded, JobStarted, JobWaiting, Outcome, Progress, Stopping
+from gpu_launcher.jobs.events import JobEnded, JobStarted, JobWaiting, Notice, Outcome, Progress, Stopping
+from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.running import Running, Wait, explain_wait, judge
 from gpu_launcher.jobs.signals import StopSignals
+from gpu_launcher.jobs.watch import DeviceWatch
 from gpu_launcher.leases import Ledger, refusal
 from gpu_launcher.model import Device, Owner, Request
 from gpu_launcher.processes import messages
@@ -70,13 +73,15 @@ class JobLoop:
         clock: Callable[[], float],
         results_directory: Path,
         owner: Callable[[Job], Owner],
-        by_uuid: bool = False,
+        watch: DeviceWatch,
+        telling: Telling = Telling(),  # noqa: B008  (frozen)
         checkpoint: Callable[[str], None] = lambda name: None,
     ) -> None:
         """Prepare to run `jobs` on `devices`.
 
         Reports pass through files in `results_directory`. `owner` says whom a job's ticket and lease belong to.
-        `by_uuid` names devices to jobs by UUID instead of index. `checkpoint` is called with the name of each point
+        `watch` says which devices not to use now, `telling` how jobs are told of theirs. `checkpoint` is called with
+        the name of each point
         of a job's life, for tests that kill the launching program there.
         """
         self._jobs = {job.number: job for job in jobs}
@@ -88,7 +93,10 @@ class JobLoop:
         self._clock = clock
         self._results_directory = results_directory
         self._owner = owner
-        self._by_uuid = by_uuid
+        self._telling = telling
+        self._device_watch = watch
+        self._announced: dict[str, str] = {}
+        """Faults of devices that the user was told of, by UUID."""
         self._checkpoint = checkpoint
 
         self._machine = m.Machine(list(self._jobs), limits)
@@ -121,7 +129,9 @@ class JobLoop:
                 self._watch(self.signals.fileno(), self._on_signals)
                 self._watch(self._server.fileno(), self._on_server)
                 if (descriptor := self._ledger.fileno()) is not None:
-                    self._watch(descriptor, self._ledger.drain)
+                    self._watch(descriptor, self._on_ledger)
+                self._watch(self._device_watch.fileno(), self._on_devices)
+                self._device_watch.look_again(self._clock())
                 self._handle(m.Begin())
                 while not self._machine.finished:
                     self._turn()
@@ -151,6 +161,7 @@ class JobLoop:
         for key in ready:
             if self._selector.get_map().get(key.fd) is key:  # not closed by what came before
                 key.data()
+        self._device_watch.look(self._clock(), waiting=self._waiting is not None)
         self._claim()
         self._handle(m.Tick())
         self._progress.tick(self._clock())
@@ -173,6 +184,21 @@ class JobLoop:
             self._handle(m.StopAsked())
             assert self.signals.last is not None
             self._progress.handle(Stopping(self._clock(), running, self._limits.grace, forced, self.signals.last.name))
+
+    def _on_ledger(self) -> None:
+        self._ledger.drain()
+        if self._device_watch.unavailable:
+            # What ended may have been what looked like a stranger.
+            self._device_watch.look_again(self._clock())
+
+    def _on_devices(self) -> None:
+        self._device_watch.receive()
+        faults = self._device_watch.faults
+        for uuid, fault in faults.items():
+            if self._announced.get(uuid) != fault:
+                text = f"{self._devices[uuid].label} {fault}; it is set aside"
+                self._progress.handle(Notice(self._clock(), text))
+        self._announced = dict(faults)
 
     def _on_server(self) -> None:
         try:
@@ -209,6 +235,7 @@ class JobLoop:
     def _forget_in_child(self) -> None:
         """In a forked server: leases, tickets and channels are the launching program's alone."""
         self._ledger.close_in_child()
+        self._device_watch.close_in_child()
         for job in self._live.values():
             job.process.close()
         self.signals.close()
@@ -242,7 +269,7 @@ class JobLoop:
             case messages.Prepared(request, log):
                 job.log = log
                 self._checkpoint("prepared")
-                self._handle(m.Prepared(number, request, refusal(request, tuple(self._devices.values()))))
+                self._handle(m.Prepared(number, request, self._refusal(request)))
             case messages.ResultLost(problem):
                 job.problem = f"could not write its result: {problem}"
             case _:
@@ -278,6 +305,8 @@ class JobLoop:
                 self._go(number)
             case m.Interrupt(number):
                 self._tell(number, lambda process: process.signal(SIGINT))
+            case m.Terminate(number):
+                self._tell(number, lambda process: process.signal(SIGTERM))
             case m.Kill(number):
                 self._tell(number, JobProcess.kill)
             case m.Release(number):
@@ -297,7 +326,7 @@ class JobLoop:
         self._checkpoint("started")
 
     def _take_ticket(self, number: int, request: Request) -> None:
-        devices = list(self._devices.values())
+        devices = combinable(tuple(self._devices.values()), request.gpus)
         self._live[number].ticket = self._ledger.enqueue(request, devices, self._owner(self._jobs[number]))
         self._waiting = number
         self._explained = Wait("", ())
@@ -313,12 +342,13 @@ class JobLoop:
 
     def _claim(self) -> None:
         """Ask for the lease of the waiting ticket, if there is one."""
-        if self._waiting is None:
+        if self._waiting is None or not self._device_watch.ready:
             return
         number = self._waiting
         job = self._live[number]
         assert job.ticket is not None
-        job.lease = self._ledger.claim(job.ticket)
+        watch = self._device_watch
+        job.lease = self._ledger.claim(job.ticket, watch.unavailable, watch.taste)
         if job.lease is None:
             self._explain_waiting(number)
             return
@@ -331,8 +361,13 @@ class JobLoop:
     def _go(self, number: int) -> None:
         job = self._live[number]
         job.started = self._clock()
+        shares = {} if job.lease is None else job.lease.shares
+        grant = messages.Grant(
+            self._telling.environment(job.devices, shares, os.environ),
+            self._telling.cpus(job.devices, frozenset(os.sched_getaffinity(0))),
+        )
         lease = () if job.lease is None else (job.lease.fileno(),)
-        self._tell(number, lambda process: process.grant(environment(job.devices, by_uuid=self._by_uuid), lease))
+        self._tell(number, lambda process: process.grant(grant, lease))
         self._checkpoint("granted")
         self._progress.handle(JobStarted(job.started, number, self._jobs[number].label, job.devices, job.log))
 
@@ -347,6 +382,7 @@ class JobLoop:
         job = self._dead[number]
         assert job.lease is not None
         self._ledger.release(job.lease)
+        self._device_watch.released(job.lease.uuids, self._clock())
         job.lease = None
         self._checkpoint("released")
         self._claim()
@@ -354,7 +390,8 @@ class JobLoop:
     def _conclude(self, number: int, stopped: bool, problem: str | None) -> None:
         ran = self._dead.pop(number, None)
         report = None if ran is None else self._read_report(number)
-        result = judge(self._jobs[number], ran, report, stopped=stopped, problem=problem)
+        faults = {} if ran is None else {d.label: self._device_watch.faults.get(d.uuid) for d in ran.devices}
+        result = judge(self._jobs[number], ran, report, stopped=stopped, problem=problem, faults=faults)
         self._results[number] = result
         failed = result.outcome is Outcome.FAILED
         self._progress.handle(
@@ -380,10 +417,18 @@ class JobLoop:
         ticket = self._live[number].ticket
         assert ticket is not None
         own = {job.lease.id for job in self._live.values() if job.lease is not None}
-        wait = explain_wait(self._ledger.snapshot(), tuple(self._devices.values()), own, ticket)
+        devices = tuple(self._devices.values())
+        wait = explain_wait(self._ledger.snapshot(), devices, own, ticket, self._device_watch.unavailable)
         if wait != self._explained:
             self._progress.handle(JobWaiting(now, number, self._jobs[number].label, wait.reason, wait.held_by_others))
             self._explained = wait
+
+    def _refusal(self, request: Request) -> str | None:
+        """Why these devices could never grant a request."""
+        try:
+            return refusal(request, combinable(tuple(self._devices.values()), request.gpus))
+        except RequestError as error:
+            return str(error).removeprefix("the request is ")
 
     def _result_path(self, number: int) -> Path:
         return self._results_directory / f"{number}.report"

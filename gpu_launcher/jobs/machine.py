@@ -15,10 +15,14 @@ filling the queue.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
+from gpu_launcher.jobs.progress.text import duration
 from gpu_launcher.model import Request
+
+ENDING = 5.0
+"""Seconds in which a killed job's processes are gone."""
 
 
 class Phase(Enum):
@@ -35,8 +39,6 @@ class Phase(Enum):
 class Limits:
     """How much may happen at once."""
 
-    devices: int
-    """Devices the pool has for this sweep."""
     parallel: int | None
     """Cap on running jobs; None for as many as get devices."""
     without_devices: int
@@ -63,6 +65,7 @@ class Prepared:
 
     number: int
     request: Request
+    """Its `timeout` is how long the job may run; a ticket's also counts the time to end."""
     refusal: str | None = None
     """Why these devices could never grant it, as a sentence that goes on from `is`."""
 
@@ -138,6 +141,13 @@ class Interrupt:
 
 
 @dataclass(frozen=True, slots=True)
+class Terminate:
+    """Tell the job that its time is over."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class Kill:
     """End the job's process tree."""
 
@@ -160,7 +170,7 @@ class Conclude:
     problem: str | None
 
 
-Instruction = StartProcess | TakeTicket | DropTicket | Go | Interrupt | Kill | Release | Conclude
+Instruction = StartProcess | TakeTicket | DropTicket | Go | Interrupt | Terminate | Kill | Release | Conclude
 
 
 class IllegalTransitionError(RuntimeError):
@@ -174,6 +184,10 @@ class _Job:
     problem: str | None = None
     lost: bool = False
     """Its fork server died before it ran."""
+    ends: float | None = None
+    """When to end it, if it declared a time limit: first gently, then for good."""
+    told: bool = False
+    """It was told that its time is over."""
 
 
 class Machine:
@@ -202,7 +216,8 @@ class Machine:
     @property
     def deadline(self) -> float | None:
         """When a Tick is needed, if nothing else happens; on the clock of `now`."""
-        return self._kill_at
+        ends = (self._jobs[number].ends for number in self._live)
+        return min((at for at in (self._kill_at, *ends) if at is not None), default=None)
 
     def running(self) -> list[int]:
         """Numbers of the jobs that run now, in order."""
@@ -219,13 +234,13 @@ class Machine:
         """
         match stimulus:
             case Begin():
-                return self._fill()
+                return self._fill(now)
             case Prepared(number, request, refusal):
-                return self._prepared(number, request, refusal)
+                return self._prepared(number, request, refusal, now)
             case Granted(number):
-                return self._granted(number)
+                return self._granted(number, now)
             case Exited(number):
-                return self._exited(number)
+                return self._exited(number, now)
             case ServerLost():
                 return self._server_lost()
             case StopAsked():
@@ -233,30 +248,23 @@ class Machine:
             case Tick():
                 return self._tick(now)
 
-    def _prepared(self, number: int, request: Request, refusal: str | None) -> list[Instruction]:
+    def _prepared(self, number: int, request: Request, refusal: str | None, now: float) -> list[Instruction]:
         job = self._expect(number, Phase.PREPARING)
         job.phase = Phase.PREPARED
         job.request = request
-        if request.gpus > self._limits.devices:
-            job.problem = (
-                f"asks for {request.gpus} devices, but the pool has {self._limits.devices} for this sweep. "
-                "Remedy: lower hydra.launcher.gpus or widen hydra.launcher.devices"
-            )
-            return [Kill(number)]
         if refusal is not None:
             job.problem = f"asks for what cannot be had: its request is {refusal}"
             return [Kill(number)]
-        return self._fill()
+        return self._fill(now)
 
-    def _granted(self, number: int) -> list[Instruction]:
-        job = self._expect(number, Phase.PREPARED)
+    def _granted(self, number: int, now: float) -> list[Instruction]:
+        self._expect(number, Phase.PREPARED)
         if number != self._ticket:
             raise IllegalTransitionError(f"job {number} was granted devices, but the ticket out is {self._ticket}'s")
         self._ticket = None
-        job.phase = Phase.RUNNING
-        return [Go(number), *self._fill()]
+        return [self._go(number, now), *self._fill(now)]
 
-    def _exited(self, number: int) -> list[Instruction]:
+    def _exited(self, number: int, now: float) -> list[Instruction]:
         job = self._expect(number, Phase.PREPARING, Phase.PREPARED, Phase.RUNNING)
         self._live.remove(number)
         instructions: list[Instruction] = []
@@ -268,10 +276,10 @@ class Machine:
         if job.lost and not self.stopping:
             self._jobs[number] = _Job()
             self._queue.appendleft(number)
-            return [*instructions, *self._fill()]
+            return [*instructions, *self._fill(now)]
         job.phase = Phase.ENDED
         # The next job starts before this one's result is looked at: its devices should not wait for that.
-        return [*instructions, *self._fill(), Conclude(number, self.stopping, job.problem)]
+        return [*instructions, *self._fill(now), Conclude(number, self.stopping, job.problem)]
 
     def _server_lost(self) -> list[Instruction]:
         for number in self._live:
@@ -305,12 +313,41 @@ class Machine:
         return instructions
 
     def _tick(self, now: float) -> list[Instruction]:
-        if self._kill_at is None or now < self._kill_at:
-            return []
-        self._kill_at = None
-        return [Kill(number) for number in sorted(self._live)]
+        if self._kill_at is not None and now >= self._kill_at:
+            self._kill_at = None
+            return [Kill(number) for number in sorted(self._live)]
+        return [self._time_is_over(number, now) for number in sorted(self._live) if self._is_due(number, now)]
 
-    def _fill(self) -> list[Instruction]:
+    def _is_due(self, number: int, now: float) -> bool:
+        ends = self._jobs[number].ends
+        return ends is not None and now >= ends
+
+    def _time_is_over(self, number: int, now: float) -> Instruction:
+        job = self._jobs[number]
+        assert job.request is not None
+        if job.told:
+            job.ends = None
+            return Kill(number)
+        job.told = True
+        job.ends = now + self._limits.grace
+        if job.problem is None:
+            job.problem = f"ran longer than its timeout of {duration(job.request.timeout or 0.0)}, and was ended"
+        return Terminate(number)
+
+    def _declared(self, request: Request) -> Request:
+        """What the pool is told: a job that is told to end still needs its devices for a while."""
+        if request.timeout is None:
+            return request
+        return replace(request, timeout=request.timeout + self._limits.grace + ENDING)
+
+    def _go(self, number: int, now: float) -> Instruction:
+        job = self._jobs[number]
+        job.phase = Phase.RUNNING
+        if job.request is not None and job.request.timeout is not None:
+            job.ends = now + job.request.timeout
+        return Go(number)
+
+    def _fill(self, now: float) -> list[Instruction]:
         """Start, and let run, as much as the limits allow."""
         if self.stopping:
             return []
@@ -322,11 +359,10 @@ class Machine:
                 continue
             if job.request.gpus == 0:
                 if len(self._running_without_devices()) < self._limits.without_devices:
-                    job.phase = Phase.RUNNING
-                    instructions.append(Go(number))
+                    instructions.append(self._go(number, now))
             elif self._ticket is None:
                 self._ticket = number
-                instructions.append(TakeTicket(number, job.request))
+                instructions.append(TakeTicket(number, self._declared(job.request)))
         while self._queue and self._room_to_prepare():
             number = self._queue.popleft()
             self._jobs[number].phase = Phase.PREPARING

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from gpu_launcher.jobs.events import Outcome
@@ -45,20 +45,35 @@ class Running:
         return self.ended - self.started
 
 
-def judge(job: Job, ran: Running | None, report: Report | None, *, stopped: bool, problem: str | None) -> JobResult:
-    """How a job ended. `ran` is None if it never had a process, `problem` is what the machine found wrong with it."""
+def judge(
+    job: Job,
+    ran: Running | None,
+    report: Report | None,
+    *,
+    stopped: bool,
+    problem: str | None,
+    faults: Mapping[str, str | None] | None = None,
+) -> JobResult:
+    """How a job ended.
+
+    `ran` is None if it never had a process, `problem` is what the machine found wrong with it, `faults` are what is
+    wrong with its devices, by label.
+    """
     if ran is None:
         return JobResult(job.number, job.label, Outcome.CANCELLED, None, "was not started", (), None, None)
     message: str | None
     if report is not None:
         outcome = Outcome.COMPLETED if report.ok else Outcome.FAILED
-        message = report.message
+        message = None if report.ok else problem or report.message
     else:
         outcome = Outcome.FAILED
         message = problem or ran.problem
         if message is None:
             assert ran.status is not None, "without a problem, its supervisor told how it ended"
             message = describe_exit(ran.status, _circumstances(ran))
+    broken = [f"{label} {fault}" for label, fault in (faults or {}).items() if fault]
+    if outcome is Outcome.FAILED and broken:
+        message = f"{message} ({'; '.join(broken)})"
     if stopped and outcome is Outcome.FAILED:
         outcome = Outcome.CANCELLED
     payload = None if report is None else report.payload
@@ -81,14 +96,21 @@ class Wait:
     held_by_others: tuple[Device, ...]
 
 
-def explain_wait(pool: PoolView, devices: tuple[Device, ...], own_leases: set[str], ticket: Ticket) -> Wait:
-    """Who else holds, or is in line for, the devices that `ticket` waits for."""
+def explain_wait(
+    pool: PoolView,
+    devices: tuple[Device, ...],
+    own_leases: set[str],
+    ticket: Ticket,
+    unavailable: Mapping[str, str],
+) -> Wait:
+    """Who else holds, or is in line for, the devices that `ticket` waits for, or why they are `unavailable`."""
     held: dict[str, list[Device]] = {}
     for lease in pool.leases:
         if lease.id not in own_leases:
             theirs = [device for device in devices if lease.uuids is None or device.uuid in lease.uuids]
             held.setdefault(_name(lease.owner), []).extend(theirs)
     parts = [f"{_labels(theirs)} held by {who}" for who, theirs in held.items() if theirs]
+    parts += [f"{device.label} {unavailable[device.uuid]}" for device in devices if device.uuid in unavailable]
     uuids = {device.uuid for device in devices}
     for other in pool.tickets:  # in queue order
         if other.id == ticket.id:
@@ -97,7 +119,8 @@ def explain_wait(pool: PoolView, devices: tuple[Device, ...], own_leases: set[st
             parts.append(f"{_name(other.owner)} is ahead in the queue")
     everything = tuple(device for theirs in held.values() for device in theirs)
     more = [f"and {len(parts) - _MOST_REASONS} more"] if len(parts) > _MOST_REASONS else []
-    return Wait("; ".join(parts[:_MOST_REASONS] + more), tuple(dict.fromkeys(everything)))
+    outside = tuple(device for device in devices if device.uuid in unavailable)
+    return Wait("; ".join(parts[:_MOST_REASONS] + more), tuple(dict.fromkeys((*everything, *outside))))
 
 
 _MOST_REASONS = 3

@@ -8,19 +8,21 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
 
-from gpu_launcher.devices import select_devices, usable_cpus
-from gpu_launcher.errors import OptionError
+from gpu_launcher.devices import ConditionMonitor, Links, NvmlProbe, combinable, select_devices, usable_cpus
+from gpu_launcher.errors import OptionError, RequestError
 from gpu_launcher.jobs.events import Notice, SweepEnded, SweepStarted
+from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.loop import JobLoop
 from gpu_launcher.jobs.machine import Limits
 from gpu_launcher.jobs.progress import open_progress
-from gpu_launcher.leases import FileLedger, resolve_pool_directory
-from gpu_launcher.model import Device, Owner
+from gpu_launcher.jobs.watch import DeviceWatch
+from gpu_launcher.leases import FileLedger, refusal, resolve_pool_directory
+from gpu_launcher.model import MILLIONTHS, Device, DeviceKind, Owner, Request
 from gpu_launcher.processes.starter import ForkServer
 
 MOST_AHEAD = 8
@@ -33,14 +35,17 @@ class Options:
 
     devices: object
     """As `gpu_launcher.devices.select_devices` takes it."""
-    gpus: int | None
-    """Devices that every job needs; None if each says so for itself."""
+    request: Request | None
+    """What every job needs; None if each says so for itself."""
     max_parallel: int | None
     """Cap on running jobs; None for as many as get devices."""
     grace: float
     """Seconds between SIGINT and SIGKILL."""
     pool_dir: str | None
     """Another pool directory than the machine's."""
+    busy_memory: int | None
+    """As `gpu_launcher.devices.why_busy` takes it."""
+    telling: Telling
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +66,8 @@ def run_jobs(jobs: Sequence[Job], server: ForkServer, options: Options, director
     """
     selection = select_devices(options.devices, os.environ)
     devices = selection.devices
-    if options.gpus is not None and options.gpus > len(devices):
-        raise OptionError("hydra.launcher.gpus", _too_many(options.gpus, devices))
+    if options.request is not None:
+        _check(options.request, devices)
     with contextlib.ExitStack() as cleanup:
         ledger = cleanup.enter_context(FileLedger(resolve_pool_directory(options.pool_dir)))
         results_directory = Path(cleanup.enter_context(_scratch(directory)))
@@ -72,6 +77,15 @@ def run_jobs(jobs: Sequence[Job], server: ForkServer, options: Options, director
         progress.handle(SweepStarted(now, len(jobs), devices, options.max_parallel))
         for text in _notices(selection.notices, server):
             progress.handle(Notice(now, text))
+        watch = DeviceWatch(
+            devices,
+            ledger.snapshot,
+            launcher=os.getpid(),
+            monitor=ConditionMonitor(devices),
+            busy_memory=options.busy_memory,
+            links=_links(options.request, devices),
+        )
+        cleanup.callback(watch.close)
         loop = JobLoop(
             jobs,
             devices=devices,
@@ -82,7 +96,8 @@ def run_jobs(jobs: Sequence[Job], server: ForkServer, options: Options, director
             clock=time.monotonic,
             results_directory=results_directory,
             owner=lambda job: Owner(os.getpid(), _user(), f"{command} #{job.number} {job.label}".rstrip()),
-            by_uuid=selection.by_uuid,
+            watch=watch,
+            telling=replace(options.telling, by_uuid=options.telling.by_uuid or selection.by_uuid),
         )
         results = loop.run()
         progress.handle(SweepEnded(time.monotonic()))
@@ -91,9 +106,8 @@ def run_jobs(jobs: Sequence[Job], server: ForkServer, options: Options, director
 
 def limits(options: Options, devices: int, cpus: int) -> Limits:
     """How much may happen at once with so many devices and CPUs."""
-    at_once = cpus if options.gpus == 0 else devices // (options.gpus or 1)
+    at_once = _at_once(options.request, devices, cpus)
     return Limits(
-        devices=devices,
         parallel=options.max_parallel,
         without_devices=options.max_parallel or cpus,
         ahead=max(1, min(at_once, options.max_parallel or at_once, MOST_AHEAD)),
@@ -102,13 +116,33 @@ def limits(options: Options, devices: int, cpus: int) -> Limits:
     )
 
 
-def _too_many(gpus: int, devices: tuple[Device, ...]) -> str:
-    has = "1 device" if len(devices) == 1 else f"{len(devices)} devices"
-    return (
-        f"every job asks for {gpus} devices, but the pool has {has} for this sweep "
-        f"({', '.join(device.label for device in devices)}). "
-        "Remedy: ask for fewer, or allow more with hydra.launcher.devices"
-    )
+def _at_once(request: Request | None, devices: int, cpus: int) -> int:
+    """How many jobs could get devices at the same time; a guess where that depends on the job or on the memory."""
+    if request is None:
+        return devices
+    if request.gpus == 0:
+        return cpus
+    share = request.share.millionths
+    return devices // request.gpus * (MILLIONTHS // share) if share else devices * MOST_AHEAD
+
+
+def _check(request: Request, devices: tuple[Device, ...]) -> None:
+    """Refuse at once what no job could ever get."""
+    try:
+        problem = refusal(request, combinable(devices, request.gpus))
+    except RequestError as error:
+        raise OptionError("hydra.launcher.gpus", str(error)) from error
+    if problem is not None:
+        labels = ", ".join(device.label for device in devices)
+        raise OptionError("hydra.launcher.gpus", f"every job's request is {problem}. This sweep has: {labels}")
+
+
+def _links(request: Request | None, devices: tuple[Device, ...]) -> Links | None:
+    """How GPUs are connected, where a job may get several."""
+    real = tuple(device for device in devices if device.kind is DeviceKind.GPU)
+    if len(real) < 2 or (request is not None and request.gpus < 2):
+        return None
+    return NvmlProbe().links(real)
 
 
 def _notices(from_selection: Sequence[str], server: ForkServer) -> list[str]:

@@ -174,6 +174,8 @@ class Grant:
 
     environment: dict[str, str]
     """To be set before any code of the user runs, such as `CUDA_VISIBLE_DEVICES`."""
+    cpus: frozenset[int] | None = None
+    """To run on those CPUs only; None for wherever the launching program may."""
 
 
 # From a job to the launching program.

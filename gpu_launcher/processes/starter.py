@@ -49,10 +49,10 @@ class JobProcess:
     supervisor: socket.socket
     job: socket.socket
 
-    def grant(self, environment: dict[str, str], lease: tuple[int, ...]) -> None:
+    def grant(self, grant: Grant, lease: tuple[int, ...]) -> None:
         """Hand over the devices: to the supervisor first, so that it holds them when the job begins."""
         send(self.supervisor, HoldLease(), lease)
-        send(self.job, Grant(environment), lease)
+        send(self.job, grant, lease)
 
     def signal(self, signum: signal.Signals) -> None:
         """Send `signum` to the job's process group."""

@@ -66,6 +66,8 @@ class Gate:
                 os._exit(1)  # the launching program ended, and our supervisor is about to end us anyway
         assert isinstance(self._grant, Grant), self._grant
         os.environ.update(self._grant.environment)
+        if self._grant.cpus is not None:
+            os.sched_setaffinity(0, self._grant.cpus)
 
 
 class CapturedStdio:

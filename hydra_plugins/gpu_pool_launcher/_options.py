@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from gpu_launcher.devices import BUSY_MEMORY
+from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import OptionError
+from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.sweep import Options
+from gpu_launcher.model import MOST_PRIORITY, Request
 from gpu_launcher.processes.starter import StartMethod
+from gpu_launcher.sizes import read_memory
 
 _START_METHODS = ("auto", "fork", "spawn")
+
+
+PER_JOB = ("gpus", "memory", "priority", "timeout", "stagger")
+"""Options that may be interpolations on each job's own config."""
 
 
 def read_options(options: dict[str, Any], config: DictConfig) -> Options:
@@ -19,22 +29,95 @@ def read_options(options: dict[str, Any], config: DictConfig) -> Options:
 
     `options` is what Hydra instantiated the launcher with, `config` the sweep's own config. Raises OptionError.
     """
-    per_job = OmegaConf.is_interpolation(config.hydra.launcher, "gpus")
+    per_job = any(OmegaConf.is_interpolation(config.hydra.launcher, name) for name in PER_JOB)
     return Options(
         devices=_plain(options.get("devices", "auto")),
-        gpus=None if per_job else read_gpus(options.get("gpus", 1)),
+        request=None if per_job else read_request(options),
         max_parallel=_max_parallel(options.get("max_parallel")),
         grace=_grace(options.get("grace", 10.0)),
         pool_dir=_pool_dir(options.get("pool_dir")),
+        busy_memory=_memory("busy_memory", options.get("busy_memory", BUSY_MEMORY)),
+        telling=Telling(
+            by_uuid=_one_of("visible", options.get("visible", "index"), ("index", "uuid")) == "uuid",
+            enforce_memory=bool(options.get("enforce_memory", False)),
+            pin_cpus=_one_of("cpu_affinity", options.get("cpu_affinity"), (None, "auto")) == "auto",
+        ),
     )
 
 
-def read_gpus(value: object) -> int:
-    """The number of devices that one job needs. Raises OptionError."""
-    number = _whole_number(value)
-    if number is None or number < 0:
-        raise OptionError("hydra.launcher.gpus", f"{value!r} is not a whole number of devices: give 0, 1, 2, ...")
+def read_request(options: Mapping[str, Any]) -> Request:
+    """What one job needs, from the options of PER_JOB. Raises OptionError."""
+    memory = _memory("memory", options.get("memory"))
+    gpus = _gpus(options.get("gpus"))
+    if gpus is None and memory is None:
+        gpus = 1
+    if gpus == 0 and memory is not None:
+        raise OptionError(
+            "hydra.launcher.memory", "a job without a GPU has no GPU memory: leave it out, or ask for a GPU"
+        )
+    return Request.of(
+        gpus,
+        memory,
+        priority=_priority(options.get("priority", 0)),
+        timeout=_timeout(options.get("timeout")),
+        stagger=read_duration(options.get("stagger", 0), "hydra.launcher.stagger"),
+    )
+
+
+def _gpus(value: object) -> float | None:
+    if value is None:
+        return None
+    number = _number(value)
+    if number is None or number < 0 or (number > 1 and not number.is_integer()):
+        raise OptionError(
+            "hydra.launcher.gpus",
+            f"{value!r} is neither a number of devices nor a part of one: give 0, 1, 2, ... or a fraction such as 0.5",
+        )
     return number
+
+
+def _memory(name: str, value: object) -> int | None:
+    if value is None:
+        return None
+    size = read_memory(value, f"hydra.launcher.{name}")
+    if size == 0 and name == "memory":
+        raise OptionError("hydra.launcher.memory", "0 is no amount of memory: give some, or null")
+    return size
+
+
+def _priority(value: object) -> int:
+    number = _number(value)
+    if number is None or not number.is_integer() or abs(number) > MOST_PRIORITY:
+        raise OptionError(
+            "hydra.launcher.priority", f"{value!r} is not a whole number: give 0, 1, 2, ... or -1, -2, ..."
+        )
+    return int(number)
+
+
+def _timeout(value: object) -> float | None:
+    if value is None:
+        return None
+    seconds = read_duration(value, "hydra.launcher.timeout")
+    if seconds == 0:
+        raise OptionError("hydra.launcher.timeout", "0 would end every job at once: give a time, or null for none")
+    return seconds
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> object:
+    if value not in allowed:
+        listed = ", ".join("null" if choice is None else str(choice) for choice in allowed)
+        raise OptionError(f"hydra.launcher.{name}", f"{value!r} is unknown: give one of {listed}")
+    return value
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def read_start_method(value: object) -> StartMethod:
@@ -71,15 +154,8 @@ def _pool_dir(value: object) -> str | None:
 
 
 def _whole_number(value: object) -> int | None:
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int):
-        return value
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, str) and value.strip().lstrip("+-").isdigit():
-        return int(value)
-    return None
+    number = _number(value)
+    return int(number) if number is not None and number.is_integer() else None
 
 
 def _plain(value: object) -> object:

@@ -17,12 +17,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from gpu_launcher.errors import OptionError
-from gpu_launcher.model import Request
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.worker import Gate
 
 from ._exceptions import user_frames
-from ._options import read_gpus
+from ._options import PER_JOB, read_request
 from ._results import pack
 
 if TYPE_CHECKING:
@@ -131,7 +130,7 @@ class _GatedCallbacks:
 
 def _prepare(number: int, config: DictConfig, gate: Gate) -> Path:
     """Say what the job needs and where its log is; returns its output directory."""
-    request = Request(read_gpus(config.hydra.launcher.gpus))
+    request = read_request({name: config.hydra.launcher.get(name) for name in PER_JOB})
     if _depends_on_devices(config.hydra.sweep):  # then the output directory is not known before the grant
         gate.prepared(request, Path(str(config.hydra.sweep.dir), f"{number}.{LOG}").absolute())
         gate.wait()

@@ -8,8 +8,18 @@ from hydra.core.config_store import ConfigStore
 HELP = {
     "devices": "What to run on: auto (all GPUs, or CPU slots where there is none), a list of GPUs as [0,2] or by UUID, "
     "cpu:4, simulated:8. An inherited CUDA_VISIBLE_DEVICES restricts auto and lists.",
-    "gpus": "Whole devices for each job: 0, 1, 2, ..., or an interpolation on the job's own config. "
-    "A job gets all of them at once, or waits.",
+    "gpus": "Devices for each job: 0, 1, 2, ..., or a part of one such as 0.5, also as an interpolation on the job's "
+    "own config. null: one, or with memory as much of one as that says.",
+    "memory": "Memory on each device that a job declares, such as 20GiB. Jobs share a device as long as it has enough.",
+    "priority": "Higher goes first among those that wait, across all sweeps of the machine. Below 0: after others.",
+    "timeout": "Longest time for a job, such as 90, 30m or 2h. Then it gets SIGTERM, and after grace it is killed. "
+    "Short jobs that declare it may start while a large one waits.",
+    "stagger": "Time between the starts of two jobs on one device, such as 5 or 1m.",
+    "busy_memory": "A device on which more than this is in use beyond what is leased is left alone. null: do not look "
+    "at what others do.",
+    "enforce_memory": "Make PyTorch and JAX keep to the job's part of the memory.",
+    "visible": "How jobs see their devices in CUDA_VISIBLE_DEVICES: index or uuid.",
+    "cpu_affinity": "auto: pin each job to the CPUs near its devices. null: do not.",
     "max_parallel": "Most jobs at the same time. null: as many as get devices; with gpus=0 as many as there are CPUs.",
     "start_method": "How jobs start: fork (from the imported program), spawn (a fresh interpreter each), "
     "auto (fork where it is safe, else spawn, with the reason on the screen).",
@@ -26,7 +36,15 @@ class GpuPoolLauncherConf:
 
     _target_: str = "hydra_plugins.gpu_pool_launcher.launcher.GpuPoolLauncher"
     devices: Any = "auto"
-    gpus: Any = 1
+    gpus: Any = None
+    memory: Any = None
+    priority: Any = 0
+    timeout: Any = None
+    stagger: Any = 0
+    busy_memory: Any = "512MiB"
+    enforce_memory: bool = False
+    visible: str = "index"
+    cpu_affinity: str | None = None
     max_parallel: int | None = None
     start_method: str = "auto"
     grace: float = 10.0

@@ -1,0 +1,58 @@
+"""What a job is told of the devices it was granted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from gpu_launcher.devices import cpus_near, environment
+from gpu_launcher.model import MILLIONTHS, Device, Share
+
+FRACTION = "GPU_LAUNCHER_MEMORY_FRACTION"
+"""Tells a job which part of its device's memory is its own, between 0 and 1."""
+_TORCH = "PYTORCH_CUDA_ALLOC_CONF"
+_JAX = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+
+
+@dataclass(frozen=True, slots=True)
+class Telling:
+    """How devices are handed to jobs."""
+
+    by_uuid: bool = False
+    """Name them by UUID instead of index."""
+    enforce_memory: bool = False
+    """Have torch and JAX keep to the job's part of the memory."""
+    pin_cpus: bool = False
+    """Pin jobs to the CPUs near their devices."""
+
+    def environment(
+        self, devices: Sequence[Device], shares: Mapping[str, Share], inherited: Mapping[str, str]
+    ) -> dict[str, str]:
+        """The variables to set in a job that has `shares` of `devices`, by UUID."""
+        variables = environment(devices, by_uuid=self.by_uuid)
+        if not devices:
+            return variables
+        fraction = f"{memory_fraction(devices, shares):g}"
+        variables[FRACTION] = fraction
+        if self.enforce_memory and fraction != "1":
+            variables[_JAX] = fraction
+            given = [option for option in inherited.get(_TORCH, "").split(",") if option]
+            others = [option for option in given if not option.startswith("per_process_memory_fraction:")]
+            variables[_TORCH] = ",".join([*others, f"per_process_memory_fraction:{fraction}"])
+        return variables
+
+    def cpus(self, devices: Sequence[Device], allowed: frozenset[int]) -> frozenset[int] | None:
+        """The CPUs of `allowed` to pin the job to; None to leave it alone."""
+        return cpus_near(devices, allowed) if self.pin_cpus else None
+
+
+def memory_fraction(devices: Sequence[Device], shares: Mapping[str, Share]) -> float:
+    """The part of the memory that a job may use on each of its devices, rounded down to ten thousandths."""
+    return min(math.floor(_fraction(device, shares[device.uuid]) * 10_000) / 10_000 for device in devices)
+
+
+def _fraction(device: Device, share: Share) -> float:
+    if share.memory and device.memory and not share.whole:
+        return min(1.0, share.memory / device.memory)
+    return share.millionths / MILLIONTHS

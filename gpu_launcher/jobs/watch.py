@@ -1,0 +1,151 @@
+"""Which devices of a sweep should not be granted now, and which are the better choice, from what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from gpu_launcher.devices import Condition, ConditionMonitor, Links, Reading, by_load, load_levels, why_busy
+from gpu_launcher.leases import LeaseView, PoolView, Taste
+from gpu_launcher.model import MILLIONTHS, Device
+
+WAITING = 1.0
+"""Seconds between two looks at the devices while a job waits for some."""
+RUNNING = 5.0
+"""The same while jobs only run: a broken device should be noticed, but nothing depends on it."""
+
+
+class DeviceWatch:
+    """Looks at the devices through a ConditionMonitor and keeps what follows from it. Never blocks."""
+
+    def __init__(
+        self,
+        devices: tuple[Device, ...],
+        pool: Callable[[], PoolView],
+        *,
+        launcher: int,
+        monitor: ConditionMonitor,
+        busy_memory: int | None,
+        links: Links | None = None,
+        exists: Callable[[int], bool] = lambda pid: Path(f"/proc/{pid}").exists(),
+    ) -> None:
+        """Watch `devices`, which belong to `pool`.
+
+        `launcher` is the process id of the launching program, `busy_memory` is as `why_busy` takes it, `exists` says
+        whether there is a process of that id.
+        """
+        self._devices = devices
+        self._pool = pool
+        self._launcher = launcher
+        self._monitor = monitor
+        self._busy_memory = busy_memory
+        self._links = links or Links()
+        self._exists = exists
+        self._levels: dict[str, int] = {}
+        self._asked = float("-inf")
+        self._released: dict[str, float] = {}
+        self.unavailable: dict[str, str] = {}
+        """Why not to grant a device now, by its UUID: a reason that continues `GPU 1 ...`."""
+        self.faults: dict[str, str] = {}
+        """Why a device is set aside, by its UUID, likewise. Part of `unavailable`."""
+        self.problem: str | None = None
+        """Why nothing is known of the devices; they are granted all the same."""
+
+    def fileno(self) -> int:
+        """Readable when `receive` should be called."""
+        return self._monitor.fileno()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the devices have been looked at; nothing should be granted before."""
+        return self._monitor.latest is not None
+
+    @property
+    def taste(self) -> Taste:
+        """Which devices a job would like best: the least loaded, and of several those that are best connected."""
+        ranking = tuple(device.uuid for device in by_load(self._devices, self._levels))
+        return Taste(ranking, self._links.between if self._links.pairs else None)
+
+    def look(self, now: float, *, waiting: bool) -> None:
+        """Have the devices looked at if it is time."""
+        if now - self._asked >= (WAITING if waiting else RUNNING):
+            self.look_again(now)
+
+    def look_again(self, now: float) -> None:
+        """Have the devices looked at now: something has changed."""
+        before = self._monitor.latest
+        if self._monitor.asking is None:
+            self._asked = now
+        self._monitor.ask(now)
+        if self._monitor.latest is not before and self._monitor.latest is not None:
+            self._take(self._monitor.latest)
+
+    def receive(self) -> None:
+        """Take note of an answer."""
+        reading = self._monitor.receive()
+        if reading is not None:
+            self._take(reading)
+
+    def released(self, uuids: Collection[str], now: float) -> None:
+        """A lease of this sweep ended: until somebody has looked again, what was measured there was our own job."""
+        for uuid in uuids:
+            self._released[uuid] = now
+            if uuid not in self.faults:
+                self.unavailable.pop(uuid, None)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._monitor.close()
+
+    def close_in_child(self) -> None:
+        """In a forked process: drop what belongs to the parent."""
+        self._monitor.close_in_child()
+
+    def _take(self, reading: Reading) -> None:
+        self.problem = reading.problem
+        conditions = {condition.uuid: condition for condition in reading.conditions}
+        self._levels = load_levels(reading.conditions, self._levels)
+        self.faults = {condition.uuid: condition.fault for condition in reading.conditions if condition.fault}
+        self.unavailable = dict(self.faults)
+        if self._busy_memory is None or not any(_in_use(condition) for condition in reading.conditions):
+            return
+        pool = self._pool()
+        for device in self._devices:
+            if device.uuid in conditions and reading.asked >= self._released.get(device.uuid, reading.asked):
+                reason = self._why_busy(device, conditions[device.uuid], pool)
+                if reason is not None:
+                    self.unavailable.setdefault(device.uuid, reason)
+
+    def _why_busy(self, device: Device, condition: Condition, pool: PoolView) -> str | None:
+        leases = [lease for lease in pool.leases if lease.shares is None or device.uuid in lease.shares]
+        memory = [_leased(device, lease) for lease in leases]
+        if any(amount is None for amount in memory):
+            return None  # wholly leased, so that it is not to be had anyway
+        return why_busy(
+            condition,
+            owners=self._owners(pool, leases),
+            leased=sum(amount or 0 for amount in memory),
+            leases=len(leases),
+            busy_memory=self._busy_memory,
+        )
+
+    def _owners(self, pool: PoolView, leases: list[LeaseView]) -> set[int] | None:
+        """The programs of the pool; None if one with a lease on this device is not to be seen from here."""
+        if any(lease.owner is None or not self._exists(lease.owner.pid) for lease in leases):
+            return None
+        owners = [lease.owner for lease in pool.leases] + [ticket.owner for ticket in pool.tickets]
+        return {self._launcher, *(owner.pid for owner in owners if owner is not None)}
+
+
+def _in_use(condition: Condition) -> bool:
+    return bool(condition.processes) or bool(condition.memory_used)
+
+
+def _leased(device: Device, lease: LeaseView) -> int | None:
+    """Bytes of the device that a lease counts for; None if it is all of the device."""
+    if lease.shares is None:
+        return None
+    share = lease.shares[device.uuid]
+    if share.whole:
+        return None
+    return share.memory or (device.memory or 0) * share.millionths // MILLIONTHS
