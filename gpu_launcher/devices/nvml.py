@@ -69,6 +69,18 @@ ELSE = "see whether `nvidia-smi` works; after a driver update or a fault of a GP
 
 
 @dataclass(frozen=True, slots=True)
+class Versions:
+    """What a driver is; None where it does not say."""
+
+    driver: str | None
+    """Such as `570.86.15`."""
+    nvml: str | None
+    """Such as `12.570.86.15`."""
+    cuda: str | None
+    """The latest CUDA that it supports, such as `12.8`."""
+
+
+@dataclass(frozen=True, slots=True)
 class NvmlProbe:
     """Asks NVML (https://docs.nvidia.com/deploy/nvml-api/) about GPUs.
 
@@ -115,6 +127,15 @@ class NvmlProbe:
             return Links()
         with _or_device_error(), open_nvml(self.root) as nvml:
             return nvml.links(gpus)
+
+
+    def versions(self) -> Versions | None:
+        """What the driver is; None where there is none. Raises DeviceError where NVML as a whole fails."""
+        try:
+            with open_nvml(self.root) as nvml:
+                return nvml.versions()
+        except NoGpuError:
+            return None
 
 
 class NoGpuError(Exception):
@@ -169,6 +190,15 @@ class OpenNvml:
 
     # What is there
 
+    def versions(self) -> Versions:
+        nvml = self.pynvml
+        cuda = self._if_told(lambda: int(nvml.nvmlSystemGetCudaDriverVersion_v2()))
+        return Versions(
+            driver=self._if_told(lambda: _decoded(nvml.nvmlSystemGetDriverVersion())),
+            nvml=self._if_told(lambda: _decoded(nvml.nvmlSystemGetNVMLVersion())),
+            cuda=None if cuda is None else f"{cuda // 1000}.{cuda % 1000 // 10}",
+        )
+
     def look(self) -> list[Device | Unusable]:
         found: list[Device | Unusable] = []
         for index in range(self.pynvml.nvmlDeviceGetCount()):
@@ -200,7 +230,7 @@ class OpenNvml:
             if mig and (instances := self._instances_of(handle, gpu)):
                 return instances
         except nvml.NVMLError as error:
-            return [Unusable(index, uuid, _no_answer(error))]
+            return [Unusable(index, uuid, _no_answer(error), broken=True)]
         if mig:
             reason = (
                 f"is in MIG mode and has no MIG instances: `nvidia-smi mig -i {index} -cgi ... -C` makes some, "
@@ -362,6 +392,13 @@ class OpenNvml:
             if _code(error) in (NOT_SUPPORTED, FUNCTION_NOT_FOUND):
                 return None
             raise
+
+    def _if_told(self, ask: Callable[[], Any]) -> Any:
+        """What `ask` returns, or None where NVML does not tell, for whatever reason: nothing follows from it."""
+        try:
+            return ask()
+        except self.pynvml.NVMLError:
+            return None
 
     def _unless_lost(self, ask: Callable[[], Any]) -> Any:
         """What `ask` returns, or None where NVML does not tell for a reason that does not put the GPU in doubt."""

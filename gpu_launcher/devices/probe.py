@@ -24,6 +24,8 @@ class Unusable:
     """None where the device does not even tell that much, such as one that fell off the bus."""
     reason: str
     """Continues `GPU 1 ...`: what is wrong, and what to do, such as `is in MIG mode and ...`."""
+    broken: bool = False
+    """Whether it fails; otherwise settings that somebody made keep jobs off it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Who holds what: the queue of tickets and the leases of a pool."""
 
-from gpu_launcher.leases.directory import resolve_pool_directory
+from gpu_launcher.leases.directory import choose_pool_directory, resolve_pool_directory
 from gpu_launcher.leases.files import FileLedger
 from gpu_launcher.leases.ledger import (
     Lease,
@@ -27,6 +27,7 @@ __all__ = [
     "Ticket",
     "TicketView",
     "Wait",
+    "choose_pool_directory",
     "describe_wait",
     "refusal",
     "resolve_pool_directory",

@@ -42,23 +42,11 @@ def resolve_pool_directory(
 ) -> Path:
     """Return the pool directory, absolute, made if need be, and proven usable by writing to it.
 
-    `explicit`, else the environment variable GPU_LAUNCHER_POOL_DIR, else `administrators` where it exists, else
-    `everybodys`. The keyword arguments are for tests. Raises PoolDirectoryError, with the remedy, if that one is
-    read-only, not writable for this user, full, no directory, or on a file system that cannot hold locks or is shared
-    with other machines.
+    Which one that is, `choose_pool_directory` says. Raises PoolDirectoryError, with the remedy, if it is read-only, not
+    writable for this user, full, no directory, or on a file system that cannot hold locks or is shared with other
+    machines. The keyword arguments are for tests.
     """
-    if explicit is not None:
-        if not explicit:
-            raise PoolDirectoryError("''", "the name is empty: name a directory, or leave the option out")
-        directory = Path(explicit).expanduser().absolute()
-    elif named := os.environ.get(ENVIRONMENT_VARIABLE):
-        directory = Path(named).expanduser().absolute()
-    elif administrators.exists():
-        directory = administrators
-    else:
-        directory = everybodys
-        if directory.is_symlink():
-            raise PoolDirectoryError(str(directory), f"is a symbolic link that somebody made: remove it, or {ANOTHER}")
+    directory, _ = choose_pool_directory(explicit, administrators=administrators, everybodys=everybodys)
     check_file_system(directory, mountinfo)
     try:
         make_directory(directory, 0o1777)
@@ -66,6 +54,27 @@ def resolve_pool_directory(
     except OSError as error:
         raise explained(directory, error) from error
     return directory
+
+
+def choose_pool_directory(
+    explicit: str | None = None, *, administrators: Path = ADMINISTRATORS, everybodys: Path = EVERYBODYS
+) -> tuple[Path, str]:
+    """Return the name of the pool directory, absolute, and why it is that one. Makes nothing.
+
+    `explicit`, else the environment variable GPU_LAUNCHER_POOL_DIR, else `administrators` where it exists, else
+    `everybodys`. The keyword arguments are for tests. Raises PoolDirectoryError for a name that cannot be meant.
+    """
+    if explicit is not None:
+        if not explicit:
+            raise PoolDirectoryError("''", "the name is empty: name a directory, or leave the option out")
+        return Path(explicit).expanduser().absolute(), "named by an option"
+    if named := os.environ.get(ENVIRONMENT_VARIABLE):
+        return Path(named).expanduser().absolute(), f"named by {ENVIRONMENT_VARIABLE}"
+    if administrators.exists():
+        return administrators, "made by an administrator"
+    if everybodys.is_symlink():
+        raise PoolDirectoryError(str(everybodys), f"is a symbolic link that somebody made: remove it, or {ANOTHER}")
+    return everybodys, "the default"
 
 
 def make_directory(directory: Path, mode: int) -> None:

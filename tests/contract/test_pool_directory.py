@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from gpu_launcher.errors import PoolDirectoryError
-from gpu_launcher.leases import FileLedger, resolve_pool_directory
+from gpu_launcher.leases import FileLedger, choose_pool_directory, resolve_pool_directory
 from gpu_launcher.leases.directory import file_system_of
 from gpu_launcher.model import Request
 
@@ -81,6 +81,16 @@ def test_the_option_comes_before_the_environment_and_that_before_the_machines_ow
     monkeypatch.setenv("GPU_LAUNCHER_POOL_DIR", str(tmp_path / "environment"))
     assert resolve_pool_directory(None, **places) == tmp_path / "environment"
     assert resolve_pool_directory(str(tmp_path / "option"), **places) == tmp_path / "option"
+
+
+def test_why_it_is_this_directory_is_told_without_making_it(tmp_path, monkeypatch):
+    administrators, everybodys = tmp_path / "var-lib", tmp_path / "var-tmp"
+    places = {"administrators": administrators, "everybodys": everybodys}
+    assert choose_pool_directory(None, **places) == (everybodys, "the default")
+    monkeypatch.setenv("GPU_LAUNCHER_POOL_DIR", str(tmp_path / "named"))
+    assert choose_pool_directory(None, **places) == (tmp_path / "named", "named by GPU_LAUNCHER_POOL_DIR")
+    assert choose_pool_directory("~", **places)[1] == "named by an option"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_relative_name_and_a_home_are_made_absolute(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
  * The file is named by the environment variable NVML_DOUBLE_STATE. Each line is `key value`; keys of a GPU start
  * with its index, those of MIG instance 1 of GPU 0 with `0.mig.1`:
  *
- *     count 2
+ *     count 2                    (also driver and nvml: versions as text; cuda: a version as 12080)
  *     0.uuid GPU-aaaa            (also name, compute_mode, mig, pci, utilisation in percent)
  *     0.memory 25769803776       (bytes; also memory_used, and memory_reserved for the driver, part of neither)
  *     0.compute 4711:1048576 4712:-      (processes and their bytes; `-` is "not available"; also 0.graphics)
@@ -237,6 +237,34 @@ int nvmlDeviceGetCount_v2(unsigned *count)
     int status = answer("count", value, sizeof value);
     if (status == SUCCESS)
         *count = (unsigned)strtoul(value, NULL, 10);
+    return status;
+}
+
+static int system_text(const char *key, char *text, unsigned size)
+{
+    char value[LINE];
+    int status = answer(key, value, sizeof value);
+    if (status == SUCCESS)
+        snprintf(text, size, "%s", value);
+    return status;
+}
+
+int nvmlSystemGetDriverVersion(char *version, unsigned size)
+{
+    return system_text("driver", version, size);
+}
+
+int nvmlSystemGetNVMLVersion(char *version, unsigned size)
+{
+    return system_text("nvml", version, size);
+}
+
+int nvmlSystemGetCudaDriverVersion_v2(int *version)
+{
+    char value[64];
+    int status = answer("cuda", value, sizeof value);
+    if (status == SUCCESS)
+        *version = atoi(value);
     return status;
 }
 

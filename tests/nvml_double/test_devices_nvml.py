@@ -314,3 +314,20 @@ def test_the_monitor_watches_real_gpus(real_gpus: tuple[Device, ...]) -> None:
             assert (reading.asked, reading.problem) == (now, None)
     finally:
         monitor.close()
+
+
+VERSIONS = """
+from gpu_launcher.devices import NvmlProbe
+print(NvmlProbe().versions())
+"""
+
+
+def test_the_versions_of_the_driver_are_told_as_far_as_it_tells_them(machine: Machine) -> None:
+    machine.has("count 0", "driver 570.86.15", "nvml 12.570.86.15", "cuda 12080")
+    assert machine.run(VERSIONS) == "Versions(driver='570.86.15', nvml='12.570.86.15', cuda='12.8')"
+    machine.has("count 0", "driver 570.86.15", "nvml.error 999")
+    assert machine.run(VERSIONS) == "Versions(driver='570.86.15', nvml=None, cuda=None)"
+
+
+def test_without_a_driver_there_are_no_versions(machine_without_driver: Machine) -> None:
+    assert machine_without_driver.run(VERSIONS) == "None"
