@@ -81,8 +81,7 @@ class JobLoop:
 
         Reports pass through files in `results_directory`. `owner` says whom a job's ticket and lease belong to.
         `watch` says which devices not to use now, `telling` how jobs are told of theirs. `checkpoint` is called with
-        the name of each point
-        of a job's life, for tests that kill the launching program there.
+        the name of each point of a job's life, for tests that kill the launching program there.
         """
         self._jobs = {job.number: job for job in jobs}
         self._devices = {device.uuid: device for device in devices}

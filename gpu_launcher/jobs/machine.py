@@ -253,7 +253,7 @@ class Machine:
         job.phase = Phase.PREPARED
         job.request = request
         if refusal is not None:
-            job.problem = f"asks for what cannot be had: its request is {refusal}"
+            job.problem = f"cannot be run: its request is {refusal}"
             return [Kill(number)]
         return self._fill(now)
 

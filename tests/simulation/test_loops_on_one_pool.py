@@ -23,12 +23,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpu_launcher.devices import ConditionMonitor
 from gpu_launcher.devices.simulated import simulated_devices
 from gpu_launcher.jobs import loop as loop_module
 from gpu_launcher.jobs.events import Event, JobEnded, JobStarted, Outcome
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.loop import MOST_SERVERS, JobLoop
 from gpu_launcher.jobs.machine import Limits
+from gpu_launcher.jobs.watch import DeviceWatch
 from gpu_launcher.leases import MemoryLedger, MemoryPool
 from gpu_launcher.model import Owner, Request
 from gpu_launcher.processes.messages import (
@@ -239,13 +241,16 @@ class Sweep:
         self.loop = JobLoop(
             [Job(number, f"n={number}", None) for number in range(len(wants))],
             devices=DEVICES,
-            limits=Limits(len(DEVICES), parallel, 2, ahead=world.chance.randint(1, 4), preparing=2, grace=5.0),
+            limits=Limits(parallel, 2, ahead=world.chance.randint(1, 4), preparing=2, grace=5.0),
             server=self.server,
             ledger=self.ledger,
             progress=self,
             clock=lambda: world.now,
             results_directory=Path(self.directory.name),
             owner=lambda job: Owner(1, "ada", f"#{job.number}"),
+            watch=DeviceWatch(
+                DEVICES, self.ledger.snapshot, launcher=1, monitor=ConditionMonitor(DEVICES), busy_memory=None
+            ),
         )
         self.baton = Baton()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -302,7 +307,7 @@ class Sweep:
             assert result.outcome is Outcome.FAILED
             causes = {self.accidents[number]} if number in self.accidents else set()
             if self.wants[number] > len(DEVICES):
-                causes.add(f"asks for {self.wants[number]} devices")
+                causes.add(f"its request is for {self.wants[number]} devices")
             elif self.servers_lost:  # it may have been granted its devices without having heard of that yet
                 causes.add(SERVER_LOST)
             assert any(cause in result.message for cause in causes)

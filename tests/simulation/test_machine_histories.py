@@ -32,7 +32,8 @@ class Histories(RuleBasedStateMachine):
         grace=st.sampled_from([0.0, 5.0]),
     )
     def begin(self, jobs, devices, parallel, without_devices, ahead, preparing, grace):
-        self.limits = Limits(devices, parallel, without_devices, ahead, preparing, grace)
+        self.devices = devices
+        self.limits = Limits(parallel, without_devices, ahead, preparing, grace)
         self.jobs = list(range(jobs))
         self.machine = Machine(self.jobs, self.limits)
         self.now = 0.0
@@ -75,7 +76,7 @@ class Histories(RuleBasedStateMachine):
         assert self.processes[instruction.number] == "prepared"
         assert instruction.number not in self.dying
         assert instruction.request == Request(self.requests[instruction.number])
-        assert 1 <= instruction.request.gpus <= self.limits.devices
+        assert 1 <= instruction.request.gpus <= self.devices
         self.ticket = instruction.number
 
     def do_DropTicket(self, instruction):
@@ -100,7 +101,7 @@ class Histories(RuleBasedStateMachine):
     def do_Kill(self, instruction):
         self.dying.add(instruction.number)
         assert instruction.number in self.processes
-        too_much = self.requests.get(instruction.number, 0) > self.limits.devices
+        too_much = self.requests.get(instruction.number, 0) > self.devices
         assert too_much or self.stopped_at is not None, "nobody is killed without a reason"
 
     def do_Release(self, instruction):
@@ -114,8 +115,8 @@ class Histories(RuleBasedStateMachine):
         assert number not in self.processes
         assert number not in self.held, "devices are free before results are read"
         assert instruction.stopped == (self.stopped_at is not None)
-        if self.requests.get(number, 0) > self.limits.devices and instruction.problem is not None:
-            assert f"asks for {self.requests[number]} devices" in instruction.problem
+        if self.requests.get(number, 0) > self.devices and instruction.problem is not None:
+            assert instruction.problem == "cannot be run: its request is too large"
 
     # What may happen
 
@@ -125,7 +126,7 @@ class Histories(RuleBasedStateMachine):
         number = data.draw(st.sampled_from(sorted(n for n, phase in self.processes.items() if phase == "preparing")))
         self.processes[number] = "prepared"
         self.requests[number] = gpus
-        self.follow(m.Prepared(number, Request(gpus)))
+        self.follow(m.Prepared(number, Request(gpus), "too large" if gpus > self.devices else None))
 
     @precondition(lambda self: self.ticket is not None)
     @rule()

@@ -13,7 +13,6 @@ ONE = Request(1)
 
 def limits(**changes: object) -> Limits:
     standard = {
-        "devices": 2,
         "parallel": None,
         "without_devices": 2,
         "ahead": 2,
@@ -31,7 +30,7 @@ def begun(jobs: int, **changes: object) -> Machine:
 
 def running(jobs: int, **changes: object) -> Machine:
     """All `jobs` run, each on a device of its own."""
-    machine = begun(jobs, devices=jobs, ahead=jobs, preparing=jobs, **changes)
+    machine = begun(jobs, ahead=jobs, preparing=jobs, **changes)
     for number in range(jobs):
         machine.handle(m.Prepared(number, ONE), 0.0)
         machine.handle(m.Granted(number), 0.0)
@@ -118,13 +117,12 @@ def test_jobs_without_devices_have_a_cap_of_their_own():
 
 def test_a_job_that_asks_for_more_than_the_pool_has_is_ended_with_the_remedy_and_the_others_go_on():
     machine = begun(2)
-    assert machine.handle(m.Prepared(0, Request(3)), 0.0) == [m.Kill(0)]
+    assert machine.handle(m.Prepared(0, Request(3), "for 3 devices, but the pool has 2"), 0.0) == [m.Kill(0)]
     assert machine.handle(m.Prepared(1, ONE), 0.0) == [m.TakeTicket(1, ONE)]
     (conclusion,) = machine.handle(m.Exited(0), 0.0)
     assert isinstance(conclusion, m.Conclude)
     assert not conclusion.stopped
-    assert "asks for 3 devices, but the pool has 2" in conclusion.problem
-    assert "hydra.launcher.gpus" in conclusion.problem
+    assert conclusion.problem == "cannot be run: its request is for 3 devices, but the pool has 2"
 
 
 # Stopping

@@ -29,6 +29,7 @@ from gpu_launcher.processes import supervisor as supervisor_module
 from gpu_launcher.processes.messages import (
     ChannelClosedError,
     Exited,
+    Grant,
     Prepared,
     Report,
     ResultLost,
@@ -72,7 +73,7 @@ class Started:
 
     def run(self, environment: dict[str, str] | None = None, lease: tuple[int, ...] = ()) -> Exited:
         self.prepared()
-        self.process.grant(environment or {}, lease)
+        self.process.grant(Grant(environment or {}), lease)
         return self.exited()
 
     def report(self) -> Report:
@@ -167,7 +168,7 @@ def test_a_job_prepares_itself_waits_works_and_reports(launch, method):
     job = launch.start(launch.server(program, method), 7)
     assert job.prepared() == Prepared(Request(2), str(job.log))
     assert not select.select([job.process.supervisor, job.process.job], [], [], 0.1)[0], "it waits"
-    job.process.grant({"CUDA_VISIBLE_DEVICES": "1,3"}, ())
+    job.process.grant(Grant({"CUDA_VISIBLE_DEVICES": "1,3"}), ())
     assert job.exited() == Exited(0, 0)
     assert job.value() == (7, None, "1,3")
 
@@ -327,7 +328,7 @@ def test_a_job_may_end_before_it_is_prepared(launch, method):
     job = launch.start(launch.server(program, method))
     assert os.waitstatus_to_exitcode(job.exited().status) == 4
     with pytest.raises(ChannelClosedError):
-        job.process.grant({}, ())
+        job.process.grant(Grant({}), ())
 
 
 def test_a_result_that_cannot_be_written_is_told_by_word(launch, tmp_path):
@@ -343,7 +344,7 @@ def test_a_result_that_cannot_be_written_is_told_by_word(launch, tmp_path):
     process = server.start(0, str(directory), directory / "result")
     job = Started(process, directory / "result", tmp_path / "log")
     job.prepared()
-    process.grant({}, ())
+    process.grant(Grant({}), ())
     lost = job.say("job")
     assert isinstance(lost, ResultLost)
     assert f"{directory / 'result'}: No such file or directory" in lost.problem
@@ -487,7 +488,7 @@ def test_a_job_is_interrupted_as_from_a_terminal_with_all_of_its_process_group(l
 
     job = launch.start(launch.server(program, method))
     job.prepared()
-    job.process.grant({}, ())
+    job.process.grant(Grant({}), ())
     until(job.log.exists)
     job.process.signal(signal.SIGINT)
     assert job.exited() == Exited(0, 0)
@@ -551,7 +552,7 @@ def test_a_lease_is_held_until_the_last_descendant_is_gone_and_that_is_ended(lau
     job = launch.start(launch.server(sleeper_with_the_lease))
     held, lease = os.pipe()
     job.prepared()
-    job.process.grant({}, (lease,))
+    job.process.grant(Grant({}), (lease,))
     os.close(lease)
     until(lambda: job.result.exists())
     child = psutil.Process(int(job.log.read_text()))
@@ -645,7 +646,7 @@ def test_when_a_supervisor_is_killed_its_tree_is_ended_before_that_is_told_and_t
     assert message.status == signal.SIGKILL
     assert not any(alive(process) for process in tree)
     other = jobs[1 - message.number]
-    other.process.grant({}, ())
+    other.process.grant(Grant({}), ())
     assert other.exited().status == 0
     with pytest.raises(ChannelClosedError):
         receive(jobs[message.number].process.supervisor)

@@ -82,7 +82,12 @@ def device_names(devices: Iterable[Device]) -> str:
 
 def device_counts(devices: Sequence[Device]) -> str:
     """`4 GPUs`, `8 simulated GPUs`, `2 GPUs and 1 CPU slot`."""
-    nouns = {DeviceKind.GPU: "GPU", DeviceKind.SIMULATED: "simulated GPU", DeviceKind.CPU: "CPU slot"}
+    nouns = {
+        DeviceKind.GPU: "GPU",
+        DeviceKind.MIG: "MIG instance",
+        DeviceKind.SIMULATED: "simulated GPU",
+        DeviceKind.CPU: "CPU slot",
+    }
     kinds = Counter(device.kind for device in devices)
     return " and ".join(count(number, nouns[kind]) for kind, number in kinds.items()) or "no device"
 

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from gpu_launcher.jobs.progress.plain import stopping, waits
 from gpu_launcher.jobs.progress.text import duration, one_line, rough_duration
-from gpu_launcher.model import Device, DeviceKind
+from gpu_launcher.model import Device
 
 if TYPE_CHECKING:
     from gpu_launcher.jobs.events import JobStarted
@@ -79,19 +79,25 @@ def _bar(tally: Tally, width: int) -> Text:
 
 
 def _rows(tally: Tally, width: int, room: int) -> list[Text]:
-    """One row per device, in the order of the pool, then one per job without devices.
+    """One row per device, in the order of the pool, or as many as jobs share it; then one per job without devices.
 
     Where they do not fit, the first ones keep their places and a last line counts the rest, so that nothing moves.
     """
-    by_device = {device.uuid: job for job in tally.running.values() for device in job.devices}
+    by_device: dict[str, list[JobStarted]] = {}
+    for job in tally.running.values():
+        for device in job.devices:
+            by_device.setdefault(device.uuid, []).append(job)
     held = None if tally.waits is None else {device.uuid for device in tally.waits.held_by_others}
     names = [_label(device, width) for device in tally.devices]
     columns = (max(map(len, names), default=0), len(f"#{tally.highest_number}"))
     rows: list[tuple[JobStarted | None, Text]] = []
     for device, name in zip(tally.devices, names, strict=True):
-        job = by_device.get(device.uuid)
-        if job is not None:
-            rows.append((job, _job_row(name, job, tally.now, columns, width)))
+        if sharing := by_device.get(device.uuid):
+            names_of_rows = [name, *[""] * (len(sharing) - 1)]
+            rows += [
+                (job, _job_row(row, job, tally.now, columns, width))
+                for row, job in zip(names_of_rows, sharing, strict=True)
+            ]
             continue
         # Without knowing which, those that are not ours are what the job at the head waits for.
         others = held is not None and (device.uuid in held or not held)
@@ -110,8 +116,7 @@ def _rows(tally: Tally, width: int, room: int) -> list[Text]:
 def _label(device: Device, width: int) -> str:
     if width >= NARROW:
         return device.label
-    short = {DeviceKind.GPU: "GPU", DeviceKind.SIMULATED: "sim", DeviceKind.CPU: "CPU"}
-    return f"{short[device.kind]} {device.index}"
+    return device.label.replace("simulated GPU", "sim").replace("CPU slot", "CPU")
 
 
 def _job_row(name: str, job: JobStarted, now: float, columns: tuple[int, int], width: int) -> Text:
