@@ -238,6 +238,9 @@ class Sweep:
         self.server = FakeServer(world, self)
         self.ledger = MemoryLedger(world.pool)
         self.directory = TemporaryDirectory()
+        self.watch = DeviceWatch(
+            DEVICES, self.ledger.snapshot, launcher=1, monitor=ConditionMonitor(DEVICES), busy_memory=None
+        )
         self.loop = JobLoop(
             [Job(number, f"n={number}", None) for number in range(len(wants))],
             devices=DEVICES,
@@ -248,9 +251,7 @@ class Sweep:
             clock=lambda: world.now,
             results_directory=Path(self.directory.name),
             owner=lambda job: Owner(1, "ada", f"#{job.number}"),
-            watch=DeviceWatch(
-                DEVICES, self.ledger.snapshot, launcher=1, monitor=ConditionMonitor(DEVICES), busy_memory=None
-            ),
+            watch=self.watch,
         )
         self.baton = Baton()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -265,6 +266,7 @@ class Sweep:
         self.going = False
         self.server.close()
         self.ledger.close()
+        self.watch.close()
         self.directory.cleanup()
         self.baton.hand_back()
 
