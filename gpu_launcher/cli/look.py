@@ -1,0 +1,136 @@
+"""Reading the machine and the pool, for `Survey`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from gpu_launcher.cli.survey import Found, PoolSeen, Survey, take_survey
+from gpu_launcher.devices import Condition, FixedProbe, Inventory, NvmlProbe, select_devices
+from gpu_launcher.devices.nvml import NoGpuError, open_nvml
+from gpu_launcher.devices.specification import Auto, CpuSlots, SimulatedDevices, read_specification
+from gpu_launcher.devices.visibility import VISIBLE, visible
+from gpu_launcher.errors import DeviceError, PoolDirectoryError
+from gpu_launcher.leases import FileLedger, PoolView, choose_pool_directory
+from gpu_launcher.leases.directory import QUEUE, explained
+from gpu_launcher.model import Device, DeviceKind
+
+OPTION = "--devices"
+
+
+def look(devices: str, pool_dir: str | None) -> Survey:
+    """One look at everything. Raises OptionError and PoolDirectoryError."""
+    with contextlib.closing(PoolWindow(pool_dir)) as pool, nvml_kept_open():
+        found = find(devices, os.environ)
+        conditions, notices = measure(found.measured)
+        return put_together(found, conditions, pool.look(), notices)
+
+
+def put_together(found: Found, conditions: Sequence[Condition], pool: PoolSeen, notices: Sequence[str] = ()) -> Survey:
+    return take_survey(
+        found,
+        conditions,
+        pool,
+        time=time.time(),
+        machine=os.uname().nodename,
+        exists=lambda pid: Path(f"/proc/{pid}").exists(),
+        notices=notices,
+    )
+
+
+@contextlib.contextmanager
+def nvml_kept_open() -> Iterator[None]:
+    """Initialises NVML once for all that is asked in the block: that may take seconds for each GPU."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(NoGpuError, DeviceError):  # whoever asks hears of them
+            stack.enter_context(open_nvml())
+        yield
+
+
+def find(spec: str, environ: Mapping[str, str]) -> Found:
+    """The devices that `spec` means, as the launcher understands it. Raises OptionError."""
+    specification = read_specification(spec, OPTION)
+    if isinstance(specification, (CpuSlots, SimulatedDevices)):
+        selection = select_devices(spec, environ, option=OPTION)
+        return Found(selection.devices, known=_by_uuid(selection.devices), only=True)
+    try:
+        inventory = NvmlProbe().inventory()
+    except DeviceError as error:
+        if not isinstance(specification, Auto):
+            raise
+        return Found((), notices=(str(error),))
+    known = _by_uuid(inventory.devices)
+    if not isinstance(specification, Auto):
+        selection = select_devices(spec, environ, FixedProbe(inventory), option=OPTION)
+        return Found(selection.devices, known=known, notices=selection.notices, only=True)
+    seen = visible(inventory, environ)
+    if not seen.devices and not seen.unusable:
+        selection = select_devices(spec, environ, FixedProbe(inventory), option=OPTION)
+        return Found(selection.devices, known=known | _by_uuid(selection.devices), notices=selection.notices)
+    return Found(seen.devices, seen.unusable, known, seen.notices + _hidden(inventory, len(seen.devices), environ))
+
+
+def measure(devices: Sequence[Device]) -> tuple[tuple[Condition, ...], tuple[str, ...]]:
+    """How the devices are doing, and what to say if that cannot be known."""
+    try:
+        if _real(devices):
+            return NvmlProbe().conditions(devices), ()
+    except DeviceError as error:
+        return (), (str(error),)
+    return (), ()
+
+
+class PoolWindow:
+    """Looks into the pool directory again and again, whether it exists yet or not. Makes nothing."""
+
+    def __init__(self, pool_dir: str | None) -> None:
+        """Raises PoolDirectoryError for a name that cannot be meant."""
+        self.directory, self.why = choose_pool_directory(pool_dir)
+        self._ledger: FileLedger | None = None
+
+    def look(self) -> PoolSeen:
+        """What is there now. Raises PoolDirectoryError if it cannot be read."""
+        try:
+            return PoolSeen(self.directory, self._snapshot())
+        except PoolDirectoryError:
+            if self._ledger is None:
+                raise
+        self.close()  # it may have been removed and made anew
+        return PoolSeen(self.directory, self._snapshot())
+
+    def _snapshot(self) -> PoolView | None:
+        if self._ledger is None:
+            try:
+                os.stat(self.directory / QUEUE)
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                raise explained(self.directory, error) from error
+            self._ledger = FileLedger(self.directory)
+        self._ledger.drain()
+        return self._ledger.snapshot()
+
+    def close(self) -> None:
+        if self._ledger is not None:
+            self._ledger.close()
+            self._ledger = None
+
+
+def _by_uuid(devices: Sequence[Device]) -> dict[str, Device]:
+    return {device.uuid: device for device in devices}
+
+
+def _real(devices: Sequence[Device]) -> bool:
+    return any(device.kind in (DeviceKind.GPU, DeviceKind.MIG) for device in devices)
+
+
+def _hidden(inventory: Inventory, seen: int, environ: Mapping[str, str]) -> tuple[str, ...]:
+    hidden = len(inventory.devices) - seen
+    if not hidden:
+        return ()
+    devices = "1 device" if hidden == 1 else f"{hidden} devices"
+    mask = f"{VISIBLE}={environ.get(VISIBLE)!r}"
+    return (f"{mask} hides {devices} here; what somebody holds or waits for is shown all the same",)

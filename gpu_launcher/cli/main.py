@@ -1,0 +1,49 @@
+"""The program `gpu-launcher`. Each command imports what it needs when it is called: completion and help are fast."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from gpu_launcher.cli.status import status
+from gpu_launcher.errors import GpuLauncherError, OptionError
+
+app = typer.Typer(
+    name="gpu-launcher",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(status)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"gpu-launcher {version('gpu-launcher')}")
+        raise typer.Exit
+
+
+@app.callback()
+def gpu_launcher(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """One pool of GPU leases per machine, shared by every process and user of it.
+
+    Sweeps join the pool with `hydra/launcher=gpu_pool`. Each command has examples in its --help.
+    """
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0, 1 where something is wrong, 2 where the command line is."""
+    try:
+        app(prog_name="gpu-launcher")
+    except GpuLauncherError as error:
+        print(f"gpu-launcher: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, OptionError) else 1)

@@ -1,0 +1,52 @@
+"""Writing to stdout: for people, for pipes, for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from gpu_launcher.cli.table import Line, plain
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+
+def terminal_width() -> int | None:
+    """How wide stdout is; None where it is no terminal."""
+    if not sys.stdout.isatty():
+        return None
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or 80
+    except OSError:
+        return 80
+
+
+def print_lines(lines: Iterable[Line]) -> None:
+    """Print lines, with their colours only where stdout is a terminal."""
+    if not sys.stdout.isatty():
+        encoding = sys.stdout.encoding or "utf-8"
+        for line in lines:
+            print(plain(line).encode(encoding, "backslashreplace").decode(encoding))
+    else:
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        for line in lines:
+            console.print(to_text(line), soft_wrap=True)
+    sys.stdout.flush()
+
+
+def to_text(line: Line) -> Text:
+    from rich.text import Text
+
+    text = Text.assemble(*line)
+    text.rstrip()
+    return text
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, indent=2))
+    sys.stdout.flush()

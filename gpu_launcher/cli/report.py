@@ -1,0 +1,220 @@
+"""A survey as text. Pure; the same for `status` and `top`, in a pipe and on a terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gpu_launcher.cli.survey import DeviceSeen, Hold, State, Survey, label
+from gpu_launcher.cli.table import Column, Line, Piece, Row, lay_out, wrap
+from gpu_launcher.jobs.progress.text import count, duration, one_line
+from gpu_launcher.model import MILLIONTHS, DeviceKind, Share
+from gpu_launcher.sizes import GIB, show_memory
+
+if TYPE_CHECKING:
+    from gpu_launcher.leases import TicketView
+    from gpu_launcher.model import Device, Owner, Request
+
+DEVICES = (
+    Column("DEVICE"),
+    Column("NAME", optional=9),
+    Column("MEMORY", right=True),
+    Column("UTIL", right=True, optional=1),
+    Column("SHARE"),
+    Column("USER"),
+    Column("PID", right=True, optional=2),
+    Column("FOR", right=True),
+    Column("LEFT", right=True, optional=3),
+    Column("COMMAND"),
+)
+QUEUE = (
+    Column("QUEUE"),
+    Column("PRIORITY", right=True, optional=3),
+    Column("NEEDS"),
+    Column("USER"),
+    Column("PID", right=True, optional=2),
+    Column("FOR", right=True),
+    Column("COMMAND"),
+    Column("WHY IT WAITS"),
+)
+_ABOUT_DEVICE = 4
+"""So many of the first columns are about the device itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The parts of the text, each without empty lines around it."""
+
+    head: list[Line]
+    devices: list[Line]
+    queue: list[Line]
+
+    def lines(self) -> list[Line]:
+        return [*self.head, [], *self.devices, [], *self.queue]
+
+    def within(self, height: int) -> list[Line]:
+        """At most `height` lines, of each part the first ones and how many are not shown."""
+        if len(self.lines()) <= height:
+            return self.lines()
+        head = _first(self.head, max(2, height - 10))
+        room = max(0, height - len(head) - 2)
+        for_queue = min(len(self.queue), max(room // 3, room - len(self.devices)))
+        return [*head, [], *_first(self.devices, room - for_queue), [], *_first(self.queue, for_queue)][:height]
+
+
+def report(survey: Survey, width: int | None) -> Report:
+    """What a person wants to see. `width` is a terminal's; None for a pipe: nothing is left out, nothing wrapped."""
+    rows = [row for group in _alike(survey.devices) for row in _device_rows(group, survey.time)]
+    devices = lay_out(DEVICES, rows, width)
+    named = width is None or any(text.strip() == "NAME" for text, _ in devices[0])
+    return Report(
+        head=[_summary(survey), *([] if named else _names(survey, width)), *_notices(survey, width)],
+        devices=devices if rows else [[("no devices", "")]],
+        queue=_queue(survey, width),
+    )
+
+
+def _first(lines: list[Line], most: int) -> list[Line]:
+    if len(lines) <= most:
+        return lines
+    hidden = len(lines) - max(0, most - 1)
+    return [*lines[: max(0, most - 1)], [(f"... {count(hidden, 'more line')}; `gpu-launcher status` shows all", "dim")]]
+
+
+def _summary(survey: Survey) -> Line:
+    where = f"pool {survey.pool.directory}"
+    if survey.pool.view is None:
+        where += " (not there yet: nothing is leased)"
+    free = sum(seen.state is State.FREE for seen in survey.devices)
+    facts = [f"{count(len(survey.devices), 'device')}, {free} free", count(len(survey.view.leases), "lease")]
+    waiting = len(survey.view.tickets)
+    facts.append("1 ticket waits" if waiting == 1 else f"{waiting} tickets wait")
+    return [(f"{where}: ", ""), ("; ".join(facts), "bold")]
+
+
+def _names(survey: Survey, width: int) -> Iterator[Line]:
+    gpus = [seen.device for seen in survey.devices if seen.device.kind in (DeviceKind.GPU, DeviceKind.MIG)]
+    names = Counter(one_line(device.name) for device in gpus if device.name)
+    several = [f"{number} x {name}" for name, number in names.items()]
+    for text in wrap(", ".join(several if len(names) > 1 else names), width) if names else ():
+        yield [(text, "dim")]
+
+
+def _notices(survey: Survey, width: int | None) -> Iterator[Line]:
+    for notice in survey.notices:
+        text = f"note: {one_line(notice)}"
+        for line in [text] if width is None else wrap(text, width):
+            yield [(line, "yellow")]
+
+
+def _alike(devices: Sequence[DeviceSeen]) -> list[list[DeviceSeen]]:
+    """Neighbouring slots and simulated devices of which there is nothing to say are one."""
+    groups: list[list[DeviceSeen]] = []
+    for seen in devices:
+        if groups and _plain(seen) and _plain(groups[-1][-1]) and _follows(groups[-1][-1].device, seen.device):
+            groups[-1].append(seen)
+        else:
+            groups.append([seen])
+    return groups
+
+
+def _plain(seen: DeviceSeen) -> bool:
+    return seen.state is State.FREE and seen.device.kind in (DeviceKind.CPU, DeviceKind.SIMULATED)
+
+
+def _follows(one: Device, other: Device) -> bool:
+    return (other.kind, other.index, other.memory) == (one.kind, one.index + 1, one.memory)
+
+
+def _device_rows(group: list[DeviceSeen], now: float) -> Iterator[Row]:
+    seen = group[0]
+    name = label(seen.device)
+    if len(group) > 1:
+        first, _, index = name.rpartition(" ")
+        name = f"{first}s {index}-{group[-1].device.index}"
+    about = (name, one_line(seen.device.name), _memory(seen), _utilisation(seen))
+    shown = 0
+    for hold in seen.holds:
+        yield _hold_row(about, hold, now, shown)
+        shown = _ABOUT_DEVICE
+    if (said := _said(seen)) is not None:
+        yield Row(about, said, shown)
+
+
+def _said(seen: DeviceSeen) -> Piece | None:
+    if seen.reason is not None:
+        return f"{seen.state.value}: it {one_line(seen.reason)}", "red" if seen.state is State.SET_ASIDE else "yellow"
+    if seen.strangers:
+        strangers = " and ".join(one_line(process.described) for process in seen.strangers)
+        return f"also used from outside the pool by {strangers}", "yellow"
+    return ("free", "green") if seen.state is State.FREE else None
+
+
+def _hold_row(about: tuple[str, ...], hold: Hold, now: float, known: int) -> Row:
+    lease = hold.lease
+    if hold.share is None:
+        return Row(about, ("held by a lease that cannot be read", "yellow"), known)
+    left = "" if lease.left is None else duration(lease.left, tenths=False) if lease.left >= 0 else "overdue"
+    user, pid, command = _owner(lease.owner)
+    return Row((*about, show_share(hold.share), user, pid, _since(lease.since, now), left, command), None, known)
+
+
+def _queue(survey: Survey, width: int | None) -> list[Line]:
+    if not survey.view.tickets:
+        return [[("the queue is empty", "dim" if width is not None else "")]]
+    rows = []
+    for number, (ticket, why) in enumerate(zip(survey.view.tickets, survey.reasons, strict=True), 1):
+        cells = _ticket_cells(number, ticket, survey.time)
+        if width is None:
+            rows.append(Row((*cells, one_line(why))))
+        else:
+            rows += [Row(cells), Row(("",), (one_line(why), "yellow"))]
+    if width is not None and all(ticket.priority == 0 for ticket in survey.view.tickets):
+        rows = [Row((row.cells[0], "", *row.cells[2:]) if row.rest is None else row.cells, row.rest) for row in rows]
+    return lay_out(QUEUE if width is None else QUEUE[:-1], rows, width)
+
+
+def _ticket_cells(number: int, ticket: TicketView, now: float) -> tuple[str, ...]:
+    needs = "?" if ticket.demand is None else show_request(ticket.demand.request)
+    user, pid, command = _owner(ticket.owner)
+    return (f"#{number}", str(ticket.priority), needs, user, pid, _since(ticket.since, now), command)
+
+
+def _owner(owner: Owner | None) -> tuple[str, str, str]:
+    return ("?", "?", "?") if owner is None else (one_line(owner.user), str(owner.pid), one_line(owner.command))
+
+
+def _since(since: float | None, now: float) -> str:
+    return "" if since is None else duration(now - since, tenths=False)
+
+
+def show_share(share: Share) -> str:
+    """`1`, `0.5`, `0.25, 20 GiB`."""
+    part = f"{share.millionths / MILLIONTHS:.3g}"
+    return f"{part}, {show_memory(share.memory)}" if share.memory else part
+
+
+def show_request(request: Request) -> str:
+    """`2 devices`, `1 device, 40 GiB`, `0.5 of one`, `20 GiB of one`."""
+    memory = show_memory(request.share.memory) if request.share.memory else ""
+    if request.share.whole:
+        return ", ".join(part for part in (count(request.gpus, "device"), memory) if part)
+    part = f"{request.share.millionths / MILLIONTHS:.3g}" if request.share.millionths else ""
+    return f"{', '.join(one for one in (part, memory) if one)} of one"
+
+
+def _memory(seen: DeviceSeen) -> str:
+    used = None if seen.condition is None else seen.condition.memory_used
+    total = seen.device.memory
+    if total is None:
+        return "" if used is None else show_memory(used)
+    whole = total / GIB
+    of = f"{whole:.0f} GiB" if whole >= 10 else f"{whole:.1f} GiB"
+    return of if used is None else f"{used / GIB:.1f}/{of}"
+
+
+def _utilisation(seen: DeviceSeen) -> str:
+    utilisation = None if seen.condition is None else seen.condition.utilisation
+    return "" if utilisation is None else f"{utilisation:.0%}"

@@ -1,0 +1,231 @@
+"""What there is to say about the pool at one moment. Pure: what was read of devices and pool comes as values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from gpu_launcher.devices import Condition, GpuProcess, Unusable, foreign_processes, simulated_devices, why_busy
+from gpu_launcher.devices.cpu import cpu_slots
+from gpu_launcher.leases import LeaseView, PoolView, describe_wait
+from gpu_launcher.model import MILLIONTHS, Device, DeviceKind, Share
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+EMPTY = PoolView(tickets=(), leases=(), stale=0)
+MOST_INDEX = 9999
+
+
+class State(str, Enum):
+    """What a device could do for a job now."""
+
+    FREE = "free"
+    PARTLY_HELD = "partly held"
+    """There is room beside the leases on it."""
+    HELD = "held"
+    BUSY = "busy"
+    """Somebody outside the pool uses it, so that nothing more of it is granted."""
+    SET_ASIDE = "set aside"
+    """It is broken, or settings keep jobs off it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The devices to show, and what else is known of the machine."""
+
+    devices: tuple[Device, ...]
+    unusable: tuple[Unusable, ...] = ()
+    """GPUs that are shown as set aside."""
+    known: Mapping[str, Device] = field(default_factory=dict)
+    """All devices of the machine by UUID, shown or not."""
+    notices: tuple[str, ...] = ()
+    only: bool = False
+    """Whether the user named devices, so that others are not shown, not even where somebody holds them."""
+
+    @property
+    def measured(self) -> tuple[Device, ...]:
+        """The devices whose condition is worth knowing."""
+        others = [] if self.only else [device for device in self.known.values() if device not in self.devices]
+        return (*self.devices, *others)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSeen:
+    """The pool directory, and what is in it."""
+
+    directory: Path
+    view: PoolView | None
+    """None: the directory does not exist yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """What a lease has of a device. `share` None: the lease cannot be read, and counts as holding everything."""
+
+    lease: LeaseView
+    share: Share | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSeen:
+    device: Device
+    state: State
+    condition: Condition | None = None
+    holds: tuple[Hold, ...] = ()
+    reason: str | None = None
+    """Why nothing (more) of it is granted; continues `GPU 1 ...`. For busy devices, and those set aside."""
+    strangers: tuple[GpuProcess, ...] = ()
+    """Compute processes on it that provably do not belong to the pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    time: float
+    """Wall-clock seconds since the epoch."""
+    machine: str
+    pool: PoolSeen
+    devices: tuple[DeviceSeen, ...]
+    notices: tuple[str, ...] = ()
+    """One line each: what should be known about what is shown."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What to call the devices of the machine and of the pool, by UUID."""
+
+    @property
+    def view(self) -> PoolView:
+        return self.pool.view or EMPTY
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why each ticket of the queue waits."""
+        return tuple(describe_wait(self.view, ticket, self.label) for ticket in self.view.tickets)
+
+    def label(self, uuid: str) -> str:
+        return self.labels.get(uuid) or label(device_of(uuid))
+
+
+def take_survey(
+    found: Found,
+    conditions: Iterable[Condition],
+    pool: PoolSeen,
+    *,
+    time: float,
+    machine: str,
+    exists: Callable[[int], bool],
+    notices: Sequence[str] = (),
+) -> Survey:
+    """Put together what was read. `exists` says whether a process of that id is to be seen from here."""
+    view = pool.view or EMPTY
+    doing = {condition.uuid: condition for condition in conditions}
+    broken = {gpu.uuid: _device_of(gpu) for gpu in found.unusable if gpu.uuid}
+    held = {uuid for lease in view.leases for uuid in lease.shares or ()}
+    wanted = {uuid for ticket in view.tickets for uuid in ticket.candidates or ()}
+    unseen = sorted((held | wanted) - {device.uuid for device in found.devices} - broken.keys())
+    known = {**found.known, **broken}
+    seen = [_look_at(device, doing.get(device.uuid), view, exists) for device in found.devices]
+    seen += [_set_aside(gpu, view) for gpu in found.unusable]
+    if not found.only:
+        others = [known.get(uuid) or device_of(uuid) for uuid in unseen]
+        seen += [_look_at(device, doing.get(device.uuid), view, exists) for device in others]
+        seen.sort(key=lambda one: _place(one.device))
+    labels = {uuid: label(device) for uuid, device in known.items()}
+    not_shown = [labels.get(uuid) or label(device_of(uuid)) for uuid in unseen if uuid in held and found.only]
+    return Survey(
+        time=time,
+        machine=machine,
+        pool=pool,
+        devices=tuple(seen),
+        notices=(*found.notices, *notices, *_about(view, not_shown)),
+        labels=labels,
+    )
+
+
+def device_of(uuid: str) -> Device:
+    """A device that is only known by its UUID: this process sees no such GPU, or was not told to make it up."""
+    kind, _, number = uuid.partition("-")
+    if number.isdecimal() and int(number) <= MOST_INDEX:
+        if kind == "SIMULATED":
+            return simulated_devices(int(number) + 1)[-1]
+        if kind == "CPU":
+            return cpu_slots(int(number) + 1)[-1]
+    return Device(uuid, -1, "", DeviceKind.MIG if kind == "MIG" else DeviceKind.GPU)
+
+
+def label(device: Device) -> str:
+    """Its label, or its UUID's beginning where its index is not known."""
+    return device.label if device.index >= 0 else device.uuid[:12]
+
+
+def _place(device: Device) -> tuple[int, int, int, str]:
+    """Sorts GPUs with their MIG instances, then simulated ones, then CPU slots; those not in this machine last."""
+    kinds = {DeviceKind.GPU: 0, DeviceKind.MIG: 0, DeviceKind.SIMULATED: 1, DeviceKind.CPU: 2}
+    kind = kinds[device.kind] if device.index >= 0 else 3
+    return kind, device.index, -1 if device.instance is None else device.instance, device.uuid
+
+
+def _look_at(device: Device, condition: Condition | None, view: PoolView, exists: Callable[[int], bool]) -> DeviceSeen:
+    holds = tuple(_holds(device, view))
+    whole = any(hold.share is None or hold.share.whole for hold in holds)
+    full = whole or sum(hold.share.millionths for hold in holds if hold.share) >= MILLIONTHS
+    state = State.HELD if full else State.PARTLY_HELD if holds else State.FREE
+    if condition is None:
+        return DeviceSeen(device, state, condition, holds)
+    owners = _owners(view, holds, exists)
+    strangers = foreign_processes(condition, owners)
+    reason = condition.fault
+    if reason is not None:
+        state = State.SET_ASIDE
+    elif not whole:
+        reason = why_busy(condition, owners=owners, leased=_leased(device, holds), leases=len(holds))
+        state = state if reason is None else State.BUSY
+    return DeviceSeen(device, state, condition, holds, reason, strangers)
+
+
+def _set_aside(gpu: Unusable, view: PoolView) -> DeviceSeen:
+    device = _device_of(gpu)
+    return DeviceSeen(device, State.SET_ASIDE, holds=tuple(_holds(device, view)), reason=gpu.reason)
+
+
+def _device_of(gpu: Unusable) -> Device:
+    return Device(gpu.uuid or f"GPU-at-{gpu.index}", gpu.index, "", DeviceKind.GPU)
+
+
+def _holds(device: Device, view: PoolView) -> Iterator[Hold]:
+    for lease in view.leases:
+        if lease.shares is None:
+            yield Hold(lease, None)
+        elif device.uuid in lease.shares:
+            yield Hold(lease, lease.shares[device.uuid])
+
+
+def _owners(view: PoolView, holds: Sequence[Hold], exists: Callable[[int], bool]) -> set[int] | None:
+    """The programs of the pool; None if one that holds the device is not to be seen from here (`why_busy`)."""
+    if any(hold.lease.owner is None or not exists(hold.lease.owner.pid) for hold in holds):
+        return None
+    return {one.owner.pid for one in (*view.leases, *view.tickets) if one.owner is not None}
+
+
+def _leased(device: Device, holds: Sequence[Hold]) -> int:
+    """Bytes of a device that is not wholly leased that its leases count for."""
+    shares = [hold.share for hold in holds if hold.share]
+    return sum(share.memory or (device.memory or 0) * share.millionths // MILLIONTHS for share in shares)
+
+
+def _about(view: PoolView, not_shown: Sequence[str]) -> Iterator[str]:
+    unread = sum(lease.shares is None for lease in view.leases)
+    if unread:
+        leases = "a lease" if unread == 1 else f"{unread} leases"
+        yield (
+            f"{leases} in the pool cannot be read (another version of gpu-launcher, or another user's closed file): "
+            "every device counts as held until it ends"
+        )
+    if view.elsewhere:
+        yield (
+            f"files of other machines lie in the pool directory ({', '.join(view.elsewhere)}): whether their jobs "
+            "live cannot be seen from here; each machine needs a pool directory of its own"
+        )
+    if not_shown:
+        devices = "1 more device is" if len(not_shown) == 1 else f"{len(not_shown)} more devices are"
+        yield f"{devices} held in this pool: {', '.join(not_shown)}; --devices auto shows all"
