@@ -104,7 +104,7 @@ class PoolWindow:
     def _snapshot(self) -> PoolView | None:
         if self._ledger is None:
             try:
-                os.stat(self.directory / QUEUE)
+                (self.directory / QUEUE).stat()
             except FileNotFoundError:
                 return None
             except OSError as error:

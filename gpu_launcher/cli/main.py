@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from gpu_launcher.cli.status import status
+from gpu_launcher.cli.top import top
 from gpu_launcher.errors import GpuLauncherError, OptionError
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(status)
+app.command()(top)
 
 
 def _print_version(wanted: bool) -> None:

@@ -64,15 +64,18 @@ class Report:
         return [*head, [], *_first(self.devices, room - for_queue), [], *_first(self.queue, for_queue)][:height]
 
 
-def report(survey: Survey, width: int | None) -> Report:
-    """What a person wants to see. `width` is a terminal's; None for a pipe: nothing is left out, nothing wrapped."""
+def report(survey: Survey, width: int | None, *, brief: bool = False) -> Report:
+    """What a person wants to see. `width` is a terminal's; None for a pipe: nothing is left out, nothing wrapped.
+
+    `brief` cuts what else would be wrapped.
+    """
     rows = [row for group in _alike(survey.devices) for row in _device_rows(group, survey.time)]
-    devices = lay_out(DEVICES, rows, width)
-    named = width is None or any(text.strip() == "NAME" for text, _ in devices[0])
+    devices = lay_out(DEVICES, rows, width, one_line_each=brief)
+    names = [] if any(text.strip() == "NAME" for text, _ in devices[0]) else list(_names(survey, width))
     return Report(
-        head=[_summary(survey), *([] if named else _names(survey, width)), *_notices(survey, width)],
+        head=[_summary(survey), *names, *_notices(survey, None if brief else width)],
         devices=devices if rows else [[("no devices", "")]],
-        queue=_queue(survey, width),
+        queue=_queue(survey, width, brief),
     )
 
 
@@ -94,19 +97,23 @@ def _summary(survey: Survey) -> Line:
     return [(f"{where}: ", ""), ("; ".join(facts), "bold")]
 
 
-def _names(survey: Survey, width: int) -> Iterator[Line]:
+def _names(survey: Survey, width: int | None) -> Iterator[Line]:
     gpus = [seen.device for seen in survey.devices if seen.device.kind in (DeviceKind.GPU, DeviceKind.MIG)]
     names = Counter(one_line(device.name) for device in gpus if device.name)
     several = [f"{number} x {name}" for name, number in names.items()]
-    for text in wrap(", ".join(several if len(names) > 1 else names), width) if names else ():
-        yield [(text, "dim")]
+    text = ", ".join(several if len(names) > 1 else names)
+    for line in _fitted(text, width) if text else ():
+        yield [(line, "dim")]
 
 
 def _notices(survey: Survey, width: int | None) -> Iterator[Line]:
     for notice in survey.notices:
-        text = f"note: {one_line(notice)}"
-        for line in [text] if width is None else wrap(text, width):
+        for line in _fitted(f"note: {one_line(notice)}", width):
             yield [(line, "yellow")]
+
+
+def _fitted(text: str, width: int | None) -> list[str]:
+    return [text] if width is None else wrap(text, width)
 
 
 def _alike(devices: Sequence[DeviceSeen]) -> list[list[DeviceSeen]]:
@@ -161,7 +168,7 @@ def _hold_row(about: tuple[str, ...], hold: Hold, now: float, known: int) -> Row
     return Row((*about, show_share(hold.share), user, pid, _since(lease.since, now), left, command), None, known)
 
 
-def _queue(survey: Survey, width: int | None) -> list[Line]:
+def _queue(survey: Survey, width: int | None, brief: bool) -> list[Line]:
     if not survey.view.tickets:
         return [[("the queue is empty", "dim" if width is not None else "")]]
     rows = []
@@ -173,7 +180,7 @@ def _queue(survey: Survey, width: int | None) -> list[Line]:
             rows += [Row(cells), Row(("",), (one_line(why), "yellow"))]
     if width is not None and all(ticket.priority == 0 for ticket in survey.view.tickets):
         rows = [Row((row.cells[0], "", *row.cells[2:]) if row.rest is None else row.cells, row.rest) for row in rows]
-    return lay_out(QUEUE if width is None else QUEUE[:-1], rows, width)
+    return lay_out(QUEUE if width is None else QUEUE[:-1], rows, width, one_line_each=brief)
 
 
 def _ticket_cells(number: int, ticket: TicketView, now: float) -> tuple[str, ...]:

@@ -204,7 +204,8 @@ def _owners(view: PoolView, holds: Sequence[Hold], exists: Callable[[int], bool]
     """The programs of the pool; None if one that holds the device is not to be seen from here (`why_busy`)."""
     if any(hold.lease.owner is None or not exists(hold.lease.owner.pid) for hold in holds):
         return None
-    return {one.owner.pid for one in (*view.leases, *view.tickets) if one.owner is not None}
+    owners = [lease.owner for lease in view.leases] + [ticket.owner for ticket in view.tickets]
+    return {owner.pid for owner in owners if owner is not None}
 
 
 def _leased(device: Device, holds: Sequence[Hold]) -> int:

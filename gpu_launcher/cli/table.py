@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.cells import cell_len, set_cell_size
 
 GAP = "  "
-ROOM = 20
+ROOM = 16
 """Columns of text that the last column of a table should have at least."""
 NOTHING = "-"
 """What an empty cell is where nobody sees the columns, as in a pipe."""
@@ -38,11 +38,13 @@ class Row:
     """So many of the first cells say the same as in the row above; a terminal does not show them again."""
 
 
-def lay_out(columns: Sequence[Column], rows: Sequence[Row], width: int | None) -> list[Line]:
+def lay_out(
+    columns: Sequence[Column], rows: Sequence[Row], width: int | None, *, one_line_each: bool = False
+) -> list[Line]:
     """The table, with its head. For `width` None every row says everything, on one line.
 
     Otherwise no line is wider than `width`: columns without content go, then optional ones, then the end of the last
-    column; what stands in place of columns is wrapped.
+    column; what stands in place of columns is wrapped, or cut for `one_line_each`.
     """
     head = Row([column.title for column in columns])
     if width is None:
@@ -55,7 +57,12 @@ def lay_out(columns: Sequence[Column], rows: Sequence[Row], width: int | None) -
     lines = [sheet.line(head.cells, "dim", width)]
     for row in rows:
         cells = [""] * row.known + list(row.cells[row.known :])
-        lines += [sheet.line(cells, "", width)] if row.rest is None else sheet.wrapped(cells, row.rest, width)
+        if row.rest is None:
+            lines.append(sheet.line(cells, "", width))
+        elif one_line_each:
+            lines.append(sheet.followed(cells, row.rest, width))
+        else:
+            lines += sheet.wrapped(cells, row.rest, width)
     return lines
 
 
@@ -90,6 +97,11 @@ class _Sheet:
         if row.rest is None:
             return self.line(row.cells, "")
         return [*self._before(row.cells), row.rest]
+
+    def followed(self, cells: Sequence[str], rest: Piece, width: int) -> Line:
+        before = self._before(cells)
+        left = width - sum(cell_len(text) for text, _ in before)
+        return [*before, (cut(rest[0], max(1, left)), rest[1])]
 
     def wrapped(self, cells: Sequence[str], rest: Piece, width: int) -> list[Line]:
         before = self._before(cells)

@@ -1,0 +1,166 @@
+"""A terminal given over to a view, and given back whatever ends it: a key, Ctrl-C, an error, SIGTERM, Ctrl-Z.
+
+Not promised: to give it back after SIGKILL; then `reset` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import select
+import signal
+import sys
+import termios
+import tty
+from collections.abc import Sequence
+from types import FrameType, TracebackType
+from typing import Any
+
+from rich.console import Console, ConsoleDimensions
+
+from gpu_launcher.cli.output import to_text
+from gpu_launcher.cli.table import Line
+
+_ENTER = "\x1b[?1049h\x1b[?25l"
+"""The alternate screen, which leaves what was there in peace, without a cursor: xterm's control sequences."""
+_LEAVE = "\x1b[?25h\x1b[?1049l"
+_HUNG_UP = (errno.EIO, errno.EPIPE, errno.EBADF, errno.ENXIO)
+
+
+class HungUpError(Exception):
+    """There is no terminal any more."""
+
+
+class Screen:
+    """Paints lines on stdout, and reads keys from stdin. Enter it as a context, in the main thread."""
+
+    def __init__(self) -> None:
+        self._output = sys.stdout.fileno()
+        self._input: int | None = sys.stdin.fileno() if sys.stdin is not None and sys.stdin.isatty() else None
+        self._before: list[Any] | None = None
+        self._shown = False
+        self.changed = False
+        """Whether the last `wait` ended because the size of the terminal did, or because it was given back."""
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._wake, self._woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        # Lays out and colours; the painting is done here.
+        self._console = Console(file=io.StringIO(), force_terminal=True, force_jupyter=False)
+
+    def __enter__(self) -> Screen:
+        ours = {
+            signal.SIGTERM: self._end,
+            signal.SIGHUP: self._end,
+            signal.SIGTSTP: self._suspend,
+            signal.SIGWINCH: lambda signum, frame: None,
+        }
+        self._handlers = {signum: signal.signal(signum, handler) for signum, handler in ours.items()}
+        signal.set_wakeup_fd(self._woken, warn_on_full_buffer=False)
+        try:
+            self._show()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for signum in self._handlers:  # nothing may come between now
+            signal.signal(signum, signal.SIG_IGN)
+        with contextlib.suppress(HungUpError):
+            self._hide()
+        signal.set_wakeup_fd(-1)
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+        os.close(self._wake)
+        os.close(self._woken)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Columns and lines."""
+        try:
+            columns, lines = os.get_terminal_size(self._output)
+        except OSError:
+            columns, lines = 0, 0
+        return columns or 80, lines or 24
+
+    def paint(self, lines: Sequence[Line], footer: Line) -> None:
+        """Show the lines from the top on, and `footer` below everything. What does not fit is not shown.
+
+        Everything is written at once, so that no terminal shows a half of it. No line reaches the last column: there,
+        terminals differ in where the cursor is afterwards.
+        """
+        width, height = self.size
+        body = list(lines[: height - 1])
+        body += [[] for _ in range(height - 1 - len(body))]
+        self._console.size = ConsoleDimensions(width, height)
+        self._write(
+            "\x1b[H" + "\r\n".join(f"{self._rendered(line, width)}\x1b[K" for line in [*body, footer]) + "\x1b[J"
+        )
+
+    def wait(self, seconds: float, *descriptors: int) -> str:
+        """Return the keys that are pressed within that time; earlier if the size changes or a descriptor is ready."""
+        keys = () if self._input is None else (self._input,)
+        ready, _, _ = select.select([*keys, self._wake, *descriptors], [], [], max(0.0, seconds))
+        self.changed = self._wake in ready
+        if self.changed:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._wake, 1024)
+        if self._input is None or self._input not in ready:
+            return ""
+        try:
+            pressed = os.read(self._input, 1024)
+        except OSError as error:
+            raise HungUpError from error
+        if not pressed:
+            raise HungUpError
+        return pressed.decode(errors="replace")
+
+    def _show(self) -> None:
+        if self._input is not None:
+            self._before = termios.tcgetattr(self._input)
+            tty.setcbreak(self._input)
+        self._shown = True
+        self._write(_ENTER)
+
+    def _hide(self) -> None:
+        if self._shown:
+            self._shown = False
+            try:
+                self._write(_LEAVE)
+            finally:
+                if self._input is not None and self._before is not None:
+                    with contextlib.suppress(termios.error):
+                        termios.tcsetattr(self._input, termios.TCSAFLUSH, self._before)
+
+    def _end(self, signum: int, frame: FrameType | None) -> None:
+        sys.exit(128 + signum)
+
+    def _suspend(self, signum: int, frame: FrameType | None) -> None:
+        """Ctrl-Z: the shell gets the terminal as it was. What follows the kill happens after `fg`."""
+        self._hide()
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, self._suspend)
+        self._show()
+
+    def _rendered(self, line: Line, width: int) -> str:
+        text = to_text(line)
+        text.truncate(width - 1, overflow="ellipsis")
+        with self._console.capture() as capture:
+            self._console.print(text, soft_wrap=True, end="", highlight=False)
+        return capture.get()
+
+    def _write(self, text: str) -> None:
+        data = text.encode("utf-8", "backslashreplace")
+        try:
+            while data:
+                data = data[os.write(self._output, data) :]
+        except BlockingIOError:
+            return  # another program made the terminal non-blocking, and it is busy: the next painting will do
+        except OSError as error:
+            if error.errno in _HUNG_UP:
+                raise HungUpError from error
+            raise

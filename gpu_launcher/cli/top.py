@@ -1,0 +1,91 @@
+"""`gpu-launcher top`: `status`, again and again."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from gpu_launcher.cli.options import Devices, PoolDir
+
+if TYPE_CHECKING:
+    from gpu_launcher.cli.look import PoolWindow
+    from gpu_launcher.cli.screen import Screen
+    from gpu_launcher.cli.survey import Found
+    from gpu_launcher.devices import ConditionMonitor
+
+INTERVAL = 1.0
+"""Seconds between two looks."""
+
+
+def top(devices: Devices = "auto", pool_dir: PoolDir = None) -> None:
+    """Show what `status` shows, live. Ends with q or Ctrl-C.
+
+    It looks anew every second. Where there is no terminal, as in a pipe, it shows one status and ends.
+
+    Examples:
+
+    \b
+      gpu-launcher top
+      gpu-launcher top --devices 0,2
+    """
+    if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") in ("", "dumb"):
+        from gpu_launcher.cli.status import status
+
+        status(devices, pool_dir)
+        print("gpu-launcher top: this is no terminal that can be painted on, so this was one look", file=sys.stderr)
+        return
+
+    from gpu_launcher.cli.look import PoolWindow, find, nvml_kept_open
+    from gpu_launcher.cli.screen import HungUpError, Screen
+    from gpu_launcher.devices import ConditionMonitor
+
+    pool = PoolWindow(pool_dir)
+    with nvml_kept_open():
+        found = find(devices, os.environ)
+    pool.look()  # what is wrong with it is better said before the screen is taken
+    monitor = ConditionMonitor(found.measured)
+    try:
+        with Screen() as screen:
+            _watch(screen, found, pool, monitor)
+    except (KeyboardInterrupt, HungUpError):
+        pass
+    finally:
+        monitor.close()
+        pool.close()
+
+
+def _watch(screen: Screen, found: Found, pool: PoolWindow, monitor: ConditionMonitor) -> None:
+    due = asked = time.monotonic()
+    monitor.ask(asked)
+    if monitor.latest is None:
+        due += INTERVAL  # an answer is about to come, and before it busy devices would be shown as free
+    while True:
+        now = time.monotonic()
+        if now - asked >= INTERVAL:
+            monitor.ask(now)
+            asked = now
+        if now >= due:
+            _paint(screen, found, pool, monitor)
+            due = now + INTERVAL
+        keys = screen.wait(min(due, asked + INTERVAL) - time.monotonic(), monitor.fileno())
+        if "q" in keys.lower():
+            return
+        answered = monitor.receive() is not None
+        if answered or screen.changed:
+            due = time.monotonic()
+
+
+def _paint(screen: Screen, found: Found, pool: PoolWindow, monitor: ConditionMonitor) -> None:
+    from gpu_launcher.cli.look import put_together
+    from gpu_launcher.cli.report import report
+
+    reading = monitor.latest
+    conditions = reading.conditions if reading else ()
+    notices = (reading.problem,) if reading and reading.problem else ()
+    width, height = screen.size
+    survey = put_together(found, conditions, pool.look(), notices)
+    lines = report(survey, width - 1, brief=True).within(height - 2)
+    clock = time.strftime("%H:%M:%S", time.localtime(survey.time))
+    screen.paint(lines, [(f"{clock}  on {survey.machine}, every second; q ends", "dim")])
