@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gpu_launcher.model import MILLIONTHS, Request, Share
@@ -123,7 +123,7 @@ class Wait:
     leases: tuple[str, ...] = ()
     """Ids of the leases on its candidates."""
     behind: tuple[str, ...] = ()
-    """Ids of the earlier tickets that get or reserve its candidates."""
+    """Ids of the earlier tickets that get or reserve its candidates, for each the first of them."""
     unavailable: tuple[str, ...] = ()
     """UUIDs of its candidates that are in use by others, or broken."""
     staggered: tuple[str, ...] = ()
@@ -140,12 +140,51 @@ Grant = Mapping[str, Share]
 
 def decide(snapshot: Snapshot) -> dict[str, Grant]:
     """Return what can be granted now, by ticket id, in queue order."""
-    return {ticket.id: found for ticket, found in _outcomes(snapshot) if not isinstance(found, Wait)}
+    grants: dict[str, Grant] = {}
+    books = _Books.opened(snapshot.leases, snapshot.now)
+    if books is None:
+        return grants
+    for ticket in sorted(snapshot.tickets, key=lambda ticket: ticket.place):
+        if ticket.demand is None:
+            break
+        found = books.settle(ticket.demand)
+        if found is not None:
+            grants[ticket.id] = found
+    return grants
 
 
 def waits(snapshot: Snapshot) -> dict[str, Wait]:
     """Return why the tickets that are not granted are not, by ticket id, in queue order."""
-    return {ticket.id: found for ticket, found in _outcomes(snapshot) if isinstance(found, Wait)}
+    reasons: dict[str, Wait] = {}
+    books = _Books.opened(snapshot.leases, snapshot.now)
+    holders: dict[str, list[str]] = {}
+    for lease in sorted(snapshot.leases, key=lambda lease: lease.id):
+        for uuid in lease.shares or ():
+            holders.setdefault(uuid, []).append(lease.id)
+    first: dict[str, str] = {}
+    readable = True
+    for ticket in sorted(snapshot.tickets, key=lambda ticket: ticket.place):
+        demand = ticket.demand
+        readable = readable and demand is not None
+        if books is None or demand is None or not readable:
+            reasons[ticket.id] = Wait(missing=demand.request.gpus if demand else 0, unreadable=True)
+            continue
+        free = len(books.free(demand))
+        found = books.settle(demand)
+        uuids = [candidate.uuid for candidate in demand.candidates]
+        if found is None:
+            leases = dict.fromkeys(id for uuid in uuids for id in holders.get(uuid, ()))
+            reasons[ticket.id] = Wait(
+                missing=demand.request.gpus - free,
+                leases=tuple(leases),
+                behind=tuple(dict.fromkeys(first[uuid] for uuid in uuids if uuid in first)),
+                unavailable=tuple(uuid for uuid in uuids if uuid in demand.unavailable),
+                staggered=tuple(uuid for uuid in uuids if books.staggered(uuid, demand.request)),
+            )
+        if found is not None or books.possible(demand):
+            for uuid in uuids if found is None else found:
+                first.setdefault(uuid, ticket.id)
+    return reasons
 
 
 def grant(
@@ -169,45 +208,6 @@ def grant(
         if len(books.closed) > before and not books.enough(own.demand):
             return None
     raise LookupError(f"ticket {own.id} is not in the queue")
-
-
-def _outcomes(snapshot: Snapshot) -> Iterator[tuple[TicketState, Grant | Wait]]:
-    queue = sorted(snapshot.tickets, key=lambda ticket: ticket.place)
-    books = _Books.opened(snapshot.leases, snapshot.now)
-    holders: dict[str, list[str]] = {}
-    for lease in sorted(snapshot.leases, key=lambda lease: lease.id):
-        for uuid in lease.shares or ():
-            holders.setdefault(uuid, []).append(lease.id)
-    takers: dict[str, list[str]] = {}
-    unreadable = books is None
-    for ticket in queue:
-        unreadable = unreadable or ticket.demand is None
-        if books is None or ticket.demand is None or unreadable:
-            yield ticket, Wait(missing=ticket.demand.request.gpus if ticket.demand else 0, unreadable=True)
-            continue
-        before = books.free(ticket.demand)
-        found = books.settle(ticket.demand)
-        uuids = [candidate.uuid for candidate in ticket.demand.candidates]
-        if found is not None:
-            yield ticket, found
-        else:
-            yield (
-                ticket,
-                Wait(
-                    missing=ticket.demand.request.gpus - len(before),
-                    leases=_unique(holders, uuids),
-                    behind=_unique(takers, uuids),
-                    unavailable=tuple(uuid for uuid in uuids if uuid in ticket.demand.unavailable),
-                    staggered=tuple(uuid for uuid in uuids if books.staggered(uuid, ticket.demand.request)),
-                ),
-            )
-        if found is not None or books.possible(ticket.demand):
-            for uuid in uuids if found is None else found:
-                takers.setdefault(uuid, []).append(ticket.id)
-
-
-def _unique(of: Mapping[str, Sequence[str]], uuids: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(id for uuid in uuids for id in of.get(uuid, ())))
 
 
 @dataclass(slots=True)
@@ -241,7 +241,7 @@ class _Books:
 
     def settle(self, demand: Demand, taste: Taste = INDIFFERENT) -> Grant | None:
         """Grant it, or reserve what it waits for."""
-        if all(candidate.uuid in self.closed for candidate in demand.candidates):
+        if self.closed and self.closed.issuperset([candidate.uuid for candidate in demand.candidates]):
             return None
         free = self.free(demand)
         if len(free) >= demand.request.gpus:
