@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from gpu_launcher.cli.doctor import doctor
 from gpu_launcher.cli.status import status
 from gpu_launcher.cli.top import top
 from gpu_launcher.errors import GpuLauncherError, OptionError
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(status)
 app.command()(top)
+app.command()(doctor)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,118 @@
+"""`gpu-launcher doctor`: what is wrong, and what to do about it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gpu_launcher.cli.options import AsJson, PoolDir
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from gpu_launcher.cli.checks.finding import Finding
+    from gpu_launcher.cli.table import Line
+
+SCHEMA = 1
+_STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+
+
+def doctor(
+    pool_dir: PoolDir = None,
+    study: Annotated[
+        str | None,
+        typer.Option("--study", metavar="FILE", help="Examine this SQLite study file, too.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Examine driver, GPUs, pool directory, Python environment, and a study.
+
+    Each finding is ok, a warning or a problem, with its remedy. Nothing is changed. The exit code is 1 if there is a
+    problem, else 0.
+
+    Examples:
+
+    \b
+      gpu-launcher doctor
+      gpu-launcher doctor --study study.db
+      gpu-launcher doctor | grep -v ^ok
+    """
+    findings = list(_examine(pool_dir, study))
+    problems = sum(finding.level.value == "problem" for finding in findings)
+    if as_json:
+        from gpu_launcher.cli.output import print_json
+
+        print_json(_to_json(findings))
+    else:
+        from gpu_launcher.cli.output import print_lines, terminal_width
+
+        print_lines(_lines(findings, terminal_width()))
+    raise typer.Exit(1 if problems else 0)
+
+
+def _examine(pool_dir: str | None, study: str | None) -> Iterator[Finding]:
+    import os
+
+    from gpu_launcher.cli.checks.gpus import examine_gpus
+    from gpu_launcher.cli.checks.pool import examine_pool
+    from gpu_launcher.cli.checks.program import examine_program
+
+    yield from _safely("gpus", lambda: examine_gpus(os.environ))
+    yield from _safely("pool", lambda: examine_pool(pool_dir))
+    yield from _safely("program", examine_program)
+    if study is not None:
+        from gpu_launcher.cli.checks.study import examine_study
+
+        yield from _safely("study", lambda: examine_study(study))
+
+
+def _safely(check: str, examine: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """What is found; an examination that fails is a finding itself, and the others go on."""
+    from gpu_launcher.cli.checks.finding import problem
+    from gpu_launcher.errors import GpuLauncherError
+
+    try:
+        yield from examine()
+    except (OSError, GpuLauncherError) as error:
+        yield problem(check, f"cannot be examined: {error}")
+
+
+def _lines(findings: Sequence[Finding], width: int | None) -> Iterator[Line]:
+    from gpu_launcher.cli.table import wrap
+    from gpu_launcher.jobs.progress.text import count, one_line
+
+    column = max(len(finding.check) for finding in findings)
+    for finding in findings:
+        level = finding.level.value
+        head = f"{level:<7}  {finding.check:<{column}}  "
+        texts = [one_line(finding.text)]
+        if finding.remedy:
+            texts.append(f"remedy: {one_line(finding.remedy)}")
+        if width is None:
+            yield [(head, ""), ("; ".join(texts), "")]
+            continue
+        first, *more = [line for text in texts for line in wrap(text, max(20, width - len(head)))]
+        yield [(f"{level:<7}", _STYLES[level]), (head[7:], ""), (first, "")]
+        for line in more:
+            yield [(" " * len(head), ""), (line, "")]
+    yield []
+    levels = [finding.level.value for finding in findings]
+    totals = [count(levels.count("problem"), "problem"), count(levels.count("warning"), "warning")]
+    yield [(f"{', '.join(totals)}, {levels.count('ok')} ok", "bold")]
+
+
+def _to_json(findings: Sequence[Finding]) -> dict[str, Any]:
+    from gpu_launcher.cli.survey_json import installed_version
+
+    levels = [finding.level.value for finding in findings]
+    return {
+        "schema": SCHEMA,
+        "version": installed_version("gpu-launcher"),
+        "problems": levels.count("problem"),
+        "warnings": levels.count("warning"),
+        "findings": [
+            {"check": finding.check, "level": finding.level.value, "text": finding.text, "remedy": finding.remedy}
+            for finding in findings
+        ],
+    }
