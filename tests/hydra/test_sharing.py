@@ -1,0 +1,249 @@
+"""Shared devices, other people's processes, priorities and time limits, in real sweeps, some on a double of NVML."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GIB = 2**30
+
+APP = """
+import json, os, time
+from pathlib import Path
+import hydra
+
+NAMES = ("CUDA_VISIBLE_DEVICES", "GPU_LAUNCHER_MEMORY_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION",
+         "PYTORCH_CUDA_ALLOC_CONF")
+
+@hydra.main(version_base="1.3", config_path=None)
+def main(cfg):
+    marks = Path(cfg.marks)
+    told = {name: os.environ.get(name) for name in NAMES}
+    (marks / f"told-{cfg.name}").write_text(json.dumps({**told, "began": time.monotonic()}))
+    deadline = time.monotonic() + 50
+    while cfg.get("hold") and not (marks / f"end-{cfg.name}").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if cfg.get("fails"):
+        raise RuntimeError("CUDA error")
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+class Sweeps:
+    """Sweeps that share a pool in a directory."""
+
+    def __init__(self, directory: Path, environment: dict[str, str]) -> None:
+        self.directory = directory
+        self.environment = {**environment, "GPU_LAUNCHER_POOL_DIR": str(directory / "pool")}
+        self.app = directory / "app.py"
+        self.app.write_text(APP)
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def start(self, *arguments: str, devices: str = "simulated:1") -> subprocess.Popen[str]:
+        place = f"hydra.sweep.dir={self.directory / f'sweep-{len(self.processes)}'}"
+        command = [sys.executable, str(self.app), "-m", "hydra/launcher=gpu_pool", place, f"+marks={self.directory}"]
+        process = subprocess.Popen(
+            [*command, f"hydra.launcher.devices={devices}", *arguments],
+            env=self.environment,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        self.processes.append(process)
+        return process
+
+    def run(self, *arguments: str, devices: str = "simulated:1") -> str:
+        """What a whole sweep says on stderr."""
+        return self.start(*arguments, devices=devices).communicate(timeout=60)[1]
+
+    def told(self, name: str) -> dict[str, str | None]:
+        return json.loads((self.directory / f"told-{name}").read_text())
+
+    def has_begun(self, name: object) -> bool:
+        return (self.directory / f"told-{name}").exists()
+
+    def end(self, *names: object) -> None:
+        for name in names:
+            (self.directory / f"end-{name}").touch()
+
+
+@pytest.fixture
+def sweeps(tmp_path):
+    found = Sweeps(tmp_path, dict(os.environ))
+    yield found
+    stop(found)
+
+
+@pytest.fixture
+def gpus(machine, tmp_path):
+    """Sweeps on a machine with two GPUs."""
+    machine.has("count 2", *machine.gpu(0, "GPU-aaaa"), *machine.gpu(1, "GPU-bbbb"))
+    found = Sweeps(tmp_path, machine.environment())
+    yield found
+    stop(found)
+
+
+def stop(sweeps: Sweeps) -> None:
+    for process in sweeps.processes:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def said(process: subprocess.Popen[str], what: str) -> str:
+    """Wait for a line with `what` in it."""
+    for line in process.stderr:
+        if what in line:
+            return line
+    raise AssertionError(f"it ended without saying: {what}")
+
+
+def test_two_jobs_share_a_device_by_halves_and_are_told_so_and_a_third_waits(sweeps):
+    sweep = sweeps.start("hydra.launcher.gpus=0.5", "hydra.launcher.enforce_memory=true", "+hold=1", "+name=0,1,2")
+    began = [said(sweep, "started on").split("job ")[1][0] for _ in range(2)]
+    (third,) = {"0", "1", "2"} - set(began)
+    assert not sweeps.has_begun(third)
+    sweeps.end(began[0])
+    assert f"job {third} " in said(sweep, "started on")
+    sweeps.end(0, 1, 2)
+    assert "3 completed" in sweep.communicate(timeout=60)[1]
+    for name in "012":
+        assert sweeps.told(name)["CUDA_VISIBLE_DEVICES"] == "0"
+        assert sweeps.told(name)["GPU_LAUNCHER_MEMORY_FRACTION"] == "0.5"
+        assert sweeps.told(name)["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
+        assert sweeps.told(name)["PYTORCH_CUDA_ALLOC_CONF"] == "per_process_memory_fraction:0.5"
+
+
+def test_with_memory_alone_jobs_pack_by_memory(sweeps):
+    # A simulated device has 80 GiB: two times 30 fit, a third does not.
+    sweep = sweeps.start("hydra.launcher.memory=30GiB", "+hold=1", "+name=0,1,2", devices="simulated:2")
+    where = [said(sweep, "started on").split("simulated GPU ")[1][0] for _ in range(3)]
+    sweeps.end(0, 1, 2)
+    assert sorted(where) == ["0", "0", "1"]
+    assert "3 completed" in sweep.communicate(timeout=60)[1]
+    assert sweeps.told("0")["GPU_LAUNCHER_MEMORY_FRACTION"] == "0.375"
+    assert sweeps.told("0")["PYTORCH_CUDA_ALLOC_CONF"] is None, "nothing is enforced that nobody asked for"
+
+
+def test_a_device_that_a_stranger_computes_on_is_not_granted_until_it_is_free(gpus, machine, stranger):
+    machine.now(f"0.compute {stranger}:1048576", f"1.compute {stranger}:1048576")
+    sweep = gpus.start("+name=0", devices="auto")
+    line = said(sweep, "waits")
+    assert "GPU 0 is used by" in line
+    assert f"pid {stranger}" in line
+    assert not gpus.has_begun(0)
+    machine.has(*[line for line in machine.lines if not line.startswith("1.compute")])
+    assert "GPU 1" in said(sweep, "started on")
+    assert "1 completed" in sweep.communicate(timeout=60)[1]
+
+
+def test_memory_in_use_that_nobody_leased_keeps_a_device_from_being_granted_unless_one_does_not_look(gpus, machine):
+    machine.now(f"0.memory_used {2 * GIB}", f"1.memory_used {2 * GIB}")
+    sweep = gpus.start("+name=0", devices="auto")
+    assert "has 2 GiB in use by processes that cannot be told from here" in said(sweep, "waits")
+    careless = gpus.start("+name=1", "hydra.launcher.busy_memory=null", "hydra.launcher.priority=1", devices="auto")
+    assert "1 completed" in careless.communicate(timeout=60)[1]
+    machine.now("0.memory_used 0")
+    assert "1 completed" in sweep.communicate(timeout=60)[1]
+
+
+def test_a_device_that_falls_off_the_bus_is_set_aside_and_the_sweep_goes_on_with_the_rest(gpus, machine):
+    sweep = gpus.start("+hold=1", "+fails=1", "+name=0,1,2", devices="auto")
+    first, second = (said(sweep, "started on") for _ in range(2))
+    (on_zero,) = [line.split("job ")[1][0] for line in (first, second) if "on GPU 0" in line]
+    (on_one,) = {"0", "1", "2"} & {line.split("job ")[1][0] for line in (first, second)} - {on_zero}
+    machine.now("0.*.error 15")
+    assert "GPU 0 " in said(sweep, "it is set aside")
+    gpus.end(on_zero)
+    assert "GPU 0" in said(sweep, f"job {on_zero} (")
+    gpus.end(on_one)
+    assert "on GPU 1" in said(sweep, "started on"), "never again on GPU 0"
+    gpus.end(0, 1, 2)
+    rest = sweep.communicate(timeout=60)[1]
+    assert "3 failed" in rest
+
+
+def test_a_higher_priority_goes_first_among_those_that_wait(sweeps):
+    first = sweeps.start("+hold=1", "+name=first")
+    said(first, "started on")
+    low = sweeps.start("+name=low", "hydra.launcher.priority=-1")
+    said(low, "waits")
+    high = sweeps.start("+name=high", "hydra.launcher.priority=5")
+    said(high, "waits")
+    sweeps.end("first")
+    for process in (first, low, high):
+        assert "1 completed" in process.communicate(timeout=60)[1]
+    assert sweeps.told("high")["began"] < sweeps.told("low")["began"]
+
+
+def test_a_short_sweep_does_not_wait_for_the_end_of_a_long_one(sweeps):
+    many = sweeps.start("+hold=1", "+name=range(30)")
+    first = said(many, "started on").split("job ")[1].split(" ")[0]
+    few = sweeps.start("+name=few")
+    said(few, "waits")
+    sweeps.end(first)
+    said(many, "started on")
+    sweeps.end(*range(30))
+    assert "1 completed" in few.communicate(timeout=60)[1]
+    assert many.poll() is None or sum(sweeps.has_begun(n) for n in range(30)) > 2
+    many.communicate(timeout=60)
+
+
+def test_a_job_that_outlives_its_timeout_is_ended_and_says_so(sweeps):
+    output = sweeps.run("hydra.launcher.timeout=0.5", "hydra.launcher.grace=0.2", "+hold=1", "+name=0")
+    assert "ran longer than its timeout" in output
+    assert "1 failed" in output
+
+
+def test_devices_are_named_by_uuid_where_that_is_asked_for(gpus):
+    assert "1 completed" in gpus.run("hydra.launcher.visible=uuid", "+name=0", devices="[1]")
+    assert gpus.told("0")["CUDA_VISIBLE_DEVICES"] == "GPU-bbbb"
+
+
+def test_mig_instances_are_devices_of_their_own_and_their_gpu_is_none(gpus, machine):
+    instances = [*machine.instance(0, 0, "MIG-one"), *machine.instance(0, 1, "MIG-two")]
+    machine.has("count 1", *machine.gpu(0, "GPU-aaaa", "mig 1"), *instances)
+    sweep = gpus.start("+hold=1", "+name=0,1", devices="auto")
+    for _ in range(2):
+        said(sweep, "started on MIG 0:")
+    gpus.end(0, 1)
+    assert "2 completed" in sweep.communicate(timeout=60)[1]
+    assert {gpus.told(name)["CUDA_VISIBLE_DEVICES"] for name in "01"} == {"MIG-one", "MIG-two"}
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("gpus=1.5", "neither a number of devices nor a part of one"),
+        ("gpus=0", "a job without a GPU has no GPU memory"),
+        ("memory=100GiB", "largest device has 80 GiB"),
+        ("priority=1.5", "not a whole number"),
+        ("timeout=soon", "no span of time"),
+        ("visible=name", "give one of index, uuid"),
+        ("cpu_affinity=yes", "give one of null, auto"),
+        ("stagger=-1", "no span of time"),
+        ("busy_memory=much", "no amount of memory"),
+    ],
+)
+def test_nonsense_is_refused_with_the_option_and_the_remedy(sweeps, option, message):
+    also = ["hydra.launcher.memory=1GiB"] if option == "gpus=0" else []
+    output = sweeps.run(f"hydra.launcher.{option}", *also, "+name=0")
+    assert message in output
+    assert "hydra.launcher." in output
+    assert "Traceback" not in output
+    assert not sweeps.has_begun(0)
+
+
+@pytest.fixture
+def stranger():
+    """The pid of a process that is none of the pool's."""
+    with subprocess.Popen(["sleep", "100"], start_new_session=True) as process:
+        yield process.pid
+        process.kill()
