@@ -5,8 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
-
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
 
 RESOLVE = """
@@ -17,9 +15,6 @@ for _ in range(300):
 """
 
 
-@pytest.mark.xfail(
-    reason="known defect: check_usable works outside the pool's mutex, and a scan removes its files", strict=False
-)
 def test_a_pool_directory_is_found_usable_while_others_look_at_the_pool(tmp_path):
     directory = resolve_pool_directory(str(tmp_path / "pool"))
     starting = [
