@@ -9,7 +9,7 @@ from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.progress.text import duration
 from gpu_launcher.leases import Lease, PoolView, Ticket
-from gpu_launcher.model import Device, Owner
+from gpu_launcher.model import Device, Owner, Request
 from gpu_launcher.processes.death import describe_exit
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.starter import JobProcess
@@ -29,6 +29,8 @@ class Running:
     """How its main process ended, as `os.waitpid` gives it; None if nobody could tell."""
     problem: str | None = None
     """What went wrong around it, as a sentence without a subject."""
+    request: Request | None = None
+    """What it needs, from when it may get in line."""
     ticket: Ticket | None = None
     lease: Lease | None = None
     devices: tuple[Device, ...] = ()
@@ -47,6 +49,8 @@ class Running:
 
 def judge(job: Job, ran: Running | None, report: Report | None, *, stopped: bool, problem: str | None) -> JobResult:
     """How a job ended. `ran` is None if it never had a process, `problem` is what the machine found wrong with it."""
+    if ran is None and problem is not None:
+        return JobResult(job.number, job.label, Outcome.FAILED, None, problem, (), None, None)
     if ran is None:
         return JobResult(job.number, job.label, Outcome.CANCELLED, None, "was not started", (), None, None)
     message: str | None
