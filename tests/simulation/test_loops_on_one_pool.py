@@ -303,7 +303,7 @@ class Sweep:
             causes = {self.accidents[number]} if number in self.accidents else set()
             if self.wants[number] > len(DEVICES):
                 causes.add(f"asks for {self.wants[number]} devices")
-            elif self.servers_lost:  # it may have been granted its devices without having heard of that yet
+            if self.servers_lost:  # it may have been granted its devices without having heard of that yet
                 causes |= {SERVER_LOST, "was not run: the fork server"}
             assert any(cause in result.message for cause in causes)
 
