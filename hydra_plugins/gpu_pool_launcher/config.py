@@ -8,8 +8,8 @@ from hydra.core.config_store import ConfigStore
 HELP = {
     "devices": "What to run on: auto (all GPUs, or CPU slots where there is none), a list of GPUs as [0,2] or by UUID, "
     "cpu:4, simulated:8. An inherited CUDA_VISIBLE_DEVICES restricts auto and lists.",
-    "gpus": "Whole devices for each job: 0, 1, 2, ..., or an interpolation on the job's own config. "
-    "A job gets all of them at once, or waits.",
+    "gpus": "Whole devices for each job: 0, 1, 2, ..., or an interpolation on the job's own config, of a key that the "
+    "sweep's config has, too. A job gets all of them at once, or waits.",
     "max_parallel": "Most jobs at the same time. null: as many as get devices; with gpus=0 as many as there are CPUs.",
     "start_method": "How jobs start: fork (from the imported program), spawn (a fresh interpreter each), "
     "auto (fork where it is safe, else spawn, with the reason on the screen).",
