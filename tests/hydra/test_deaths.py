@@ -57,8 +57,18 @@ DEATHS = [
     Death("unloadable", FAILED, ("returned a value of type UnloadableValue that cannot be pickled",)),
     Death("bytes", "RuntimeError", ("in fail", "RuntimeError: after bytes"), ("after bytes",)),
 ]
-FINE = {"fine": "fine", "child": "child", "daemon": "daemon", "pool": "3", "last": "last"}
-KINDS = ["fine", *(death.kind for death in DEATHS), "child", "daemon", "pool", "last"]
+FINE = {
+    "fine": "fine",
+    "child": "child",
+    "daemon": "daemon",
+    "pool": "3",
+    "fork_exit": "fork_exit",
+    "fork_return": "fork_return",
+    "buffers": "buffers",
+    "cfg": "cfg",
+    "last": "last",
+}
+KINDS = ["fine", *(death.kind for death in DEATHS), *(kind for kind in FINE if kind != "fine")]
 
 
 @dataclass
@@ -159,6 +169,18 @@ def test_a_jobs_failure_reaches_its_callbacks_and_its_death_does_not(sweep: Swee
 
 def test_a_log_that_is_no_text_is_kept_as_it_is(sweep: Sweep) -> None:
     assert b"not UTF-8: \xff\xfe\x00\n" in sweep.log("bytes").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["fork_exit", "fork_return"])
+def test_a_child_that_the_task_forked_ends_in_silence(sweep: Sweep, kind: str) -> None:
+    assert sweep.log(kind).read_text() == ""
+
+
+def test_what_is_in_buffers_at_a_jobs_end_is_written(sweep: Sweep) -> None:
+    directory = sweep.log("buffers").parent
+    assert (directory / "left_open.txt").read_text() == "kept"
+    assert (directory / "left_open.bin").read_bytes() == b"kept"
+    assert sweep.log("buffers").read_text() == "from C\n"
 
 
 def test_a_job_that_does_not_compose_fails_alone(run: Run, tmp_path: Path) -> None:

@@ -294,7 +294,7 @@ def test_what_the_program_raises_is_reported_and_printed(launch, method):
     job = launch.start(launch.server(program, method))
     job.prepared()
     assert os.waitstatus_to_exitcode(job.exited().status) == 1
-    assert job.report() == Report(False, "ValueError: too large", b"")
+    assert job.report() == Report(False, "raised ValueError: too large", b"")
     assert "Traceback" in job.log.read_text()
 
 
@@ -349,6 +349,58 @@ def test_a_result_that_cannot_be_written_is_told_by_word(launch, tmp_path):
     assert f"{directory / 'result'}: No such file or directory" in lost.problem
     assert os.waitstatus_to_exitcode(job.exited().status) == 1
     process.close()
+
+
+def test_a_full_disk_is_told_though_the_log_is_on_it_and_no_part_of_the_result_stays(launch, tmp_path):
+    def program(number, spec, gate):
+        import resource
+
+        gate.prepared(Request(1), Path(spec))
+        gate.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # every write to a file fails, as on a full disk
+        return report()
+
+    job = launch.start(launch.server(program))
+    job.prepared()
+    job.process.grant({}, ())
+    lost = job.say("job")
+    assert lost == ResultLost(f"{job.result}: {os.strerror(errno.EFBIG)}")
+    assert os.waitstatus_to_exitcode(job.exited().status) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["0.log"]
+
+
+def test_a_child_that_the_program_forked_cannot_report_in_its_place(launch):
+    def program(number, spec, gate):
+        gate.prepared(Request(1), Path(spec))
+        gate.wait()
+        child = os.fork()
+        if child == 0:
+            raise SystemExit(3)
+        return report(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    job, _ = launch.one(program)
+    assert job.value() == 3
+    assert job.log.read_text() == ""
+
+
+def test_a_job_that_is_interrupted_while_it_waits_for_its_threads_still_runs_its_exit_handlers(launch):
+    def program(number, spec, gate):
+        import atexit
+
+        gate.prepared(Request(1), Path(spec))
+        gate.wait()
+        atexit.register(print, "exit handler")
+        threading.Thread(target=lambda: (until(Path(spec + ".go").exists), os.kill(os.getpid(), signal.SIGINT))).start()
+        return report()
+
+    job = launch.start(launch.server(program))
+    job.prepared()
+    job.process.grant({}, ())
+    until(job.result.exists)
+    Path(f"{job.log}.go").touch()
+    assert job.exited() == Exited(0, 0)
+    assert "KeyboardInterrupt" in job.log.read_text()
+    assert job.log.read_text().endswith("exit handler\n")
 
 
 def test_threads_that_are_not_daemons_are_waited_for_and_exit_handlers_are_run(launch):
