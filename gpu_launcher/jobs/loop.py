@@ -238,6 +238,7 @@ class JobLoop:
         else:
             assert isinstance(message, messages.Exited), message
             job.status = message.status
+            job.printed = message.printed.decode(errors="replace").strip()
             job.unsupervised = message.abandoned
         if job.unsupervised and job.server == self._servers_lost:
             self._selector.unregister(job.process.supervisor)

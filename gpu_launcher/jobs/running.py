@@ -27,6 +27,8 @@ class Running:
     log: str | None = None
     status: int | None = None
     """How its main process ended, as `os.waitpid` gives it; None if nobody could tell."""
+    printed: str = ""
+    """The end of what it printed before it had a log."""
     problem: str | None = None
     """What went wrong around it, as a sentence without a subject."""
     request: Request | None = None
@@ -63,6 +65,8 @@ def judge(job: Job, ran: Running | None, report: Report | None, *, stopped: bool
         if message is None:
             assert ran.status is not None, "without a problem, its supervisor told how it ended"
             message = describe_exit(ran.status, _circumstances(ran))
+        if ran.log is None and ran.printed:
+            message = f"{message}. It had printed:\n{ran.printed}"
     if stopped and outcome is Outcome.FAILED:
         outcome = Outcome.CANCELLED
     payload = None if report is None else report.payload

@@ -73,15 +73,13 @@ class Gate:
 
 
 class CapturedStdio:
-    """Stdin from /dev/null; stdout and stderr kept in memory until it is known where they belong."""
+    """Stdin from /dev/null; stdout and stderr in memory, where the supervisor put them, until they have a log."""
 
     def __init__(self) -> None:
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
         os.close(null)
-        self._early = os.memfd_create("gpu-launcher-early-output")
-        for descriptor in (1, 2):
-            os.dup2(self._early, descriptor)
+        self._early = os.dup(1)
 
     def redirect(self, log: Path) -> None:
         """Append to `log`, beginning with what was captured so far."""

@@ -196,3 +196,44 @@ def test_a_job_that_does_not_compose_fails_alone(run: Run, tmp_path: Path) -> No
     assert "Could not find 'size/no_such_size'" in end
     assert "Available options in 'size':\n\tlarge\n\tsmall" in end
     assert "Traceback" not in end
+
+
+EARLY = """
+import os
+import signal
+import hydra
+from omegaconf import OmegaConf
+
+main_process = os.getpid()
+
+def boom():
+    if os.getpid() != main_process:
+        print("about to die", flush=True)
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return 1
+
+OmegaConf.register_new_resolver("boom", boom)
+
+@hydra.main(version_base=None, config_path=None)
+def main(cfg):
+    pass
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_what_a_job_printed_before_it_had_a_log_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "early.py").write_text(EARLY)
+    launcher = ("hydra/launcher=gpu_pool", "hydra.launcher.devices=simulated:1")
+    ran = subprocess.run(
+        [sys.executable, "early.py", "-m", *launcher, "hydra.sweep.subdir=${boom:}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert ran.returncode == 1
+    assert "was killed by SIGSEGV while it prepared itself" in ran.stderr
+    assert "It had printed: about to die\n" in ran.stderr, "in the summary"
+    assert "It had printed:\nabout to die\n" in ran.stderr, "in the message that Hydra shows"

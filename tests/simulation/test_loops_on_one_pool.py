@@ -127,7 +127,7 @@ class FakeJob:
             os.close(descriptor)
         if status is not None:
             try:
-                send(self.supervisor, Exited(status, 0, self.doomed))
+                send(self.supervisor, Exited(status, self.doomed))
             except ChannelClosedError:
                 assert not self.sweep.going
         self.supervisor.close()
