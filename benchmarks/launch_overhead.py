@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from typing import Any
 
 from overhead import handover, machine, memory, startup, sweep
 from overhead.launchers import LAUNCHERS, Launcher
-from overhead.programs import ProgramError
+from overhead.programs import ProgramError, Run
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +31,7 @@ Results = dict[str, Any]
 
 def main() -> int:
     options = _options()
+    Run.patience = options.patience
     console = Console(width=None if sys.stdout.isatty() else 110)
     skipped = {launcher.name: reason for launcher in LAUNCHERS if (reason := launcher.missing())}
     launchers = [
@@ -76,6 +78,13 @@ def _options() -> argparse.Namespace:
         default=[launcher.name for launcher in LAUNCHERS],
         metavar="NAME,...",
         help="those to compare",
+    )
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="wait so long before each run for an idle machine",
     )
     options = parser.parse_args()
     options.parts = options.parts or list(PARTS)
@@ -239,6 +248,7 @@ def _figures(*values: float) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the cleanup, so that no program is left running
     try:
         sys.exit(main())
     except ProgramError as error:

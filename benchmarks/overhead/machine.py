@@ -14,6 +14,9 @@ from typing import Any
 HEAVY = ("torch", "sklearn", "optuna")
 """What the measured programs import, the first of these that is there."""
 
+IDLE = 0.15
+"""Cores that may be in use on a machine that counts as idle."""
+
 DISTRIBUTIONS = (
     "gpu-launcher",
     "hydra-core",
@@ -50,6 +53,16 @@ def describe() -> dict[str, Any]:
         "versions": {name: version(name) for name in DISTRIBUTIONS},
         "load_average": [round(load, 2) for load in os.getloadavg()],
     }
+
+
+def wait_until_idle(patience: float) -> None:
+    """Wait until nobody else has used much CPU for two seconds, but no longer than `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        others = Others()
+        time.sleep(2)
+        if others.cores(0.0) < IDLE:
+            return
 
 
 class Others:

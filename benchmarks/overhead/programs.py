@@ -14,8 +14,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from overhead.machine import Others
+from overhead.machine import Others, wait_until_idle
 
 PROGRAMS = Path(__file__).parents[1] / "programs"
 LIMIT = 600.0
@@ -42,9 +43,13 @@ class Usage:
 class Run:
     """A program that runs. Use as a context manager, which ends whatever is left of it."""
 
+    patience: ClassVar[float] = 0.0
+    """Seconds to wait before each run for an idle machine."""
+
     def __init__(self, command: Sequence[str], directory: Path, environment: dict[str, str]) -> None:
         # Workers that outlive their launcher become our children, to be counted and ended.
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1), 0, 0, 0)
+        wait_until_idle(self.patience)
         self._output = directory / "output.txt"
         self._others = Others()
         self._cpu_before = _children_cpu()

@@ -33,7 +33,7 @@ class SweepStarted:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """One line the user should read, such as `no GPU found: using 2 CPU slots`."""
+    """One line the user should read, such as `no NVIDIA driver found (...); using 2 CPU slots instead`."""
 
     time: float
     text: str

@@ -15,7 +15,7 @@ from signal import SIGINT, SIGTERM
 from typing import Any, Protocol
 
 from gpu_launcher.devices import combinable
-from gpu_launcher.errors import GpuLauncherError, RequestError
+from gpu_launcher.errors import PoolDirectoryError, RequestError
 from gpu_launcher.jobs import machine as m
 from gpu_launcher.jobs.events import JobEnded, JobStarted, JobWaiting, Notice, Outcome, Progress, Stopping
 from gpu_launcher.jobs.grants import Telling
@@ -23,7 +23,7 @@ from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.running import Running, Wait, explain_wait, judge
 from gpu_launcher.jobs.signals import StopSignals
 from gpu_launcher.jobs.watch import DeviceWatch
-from gpu_launcher.leases import Ledger, refusal
+from gpu_launcher.leases import Lease, Ledger, refusal
 from gpu_launcher.model import Device, Owner, Request
 from gpu_launcher.processes import messages
 from gpu_launcher.processes.messages import ChannelClosedError, Report
@@ -33,6 +33,8 @@ TICK = 0.125
 """Seconds between two looks at the clock, for the live view."""
 EXPLAIN = 1.0
 """Seconds between two looks at who holds the devices that a job waits for."""
+BEARING = 60.0
+"""Seconds for which a sweep of which nothing runs waits for an unusable pool directory."""
 MOST_SERVERS = 5
 """Fork servers that one sweep may lose. More than that is no accident, and starting another would not help."""
 
@@ -106,12 +108,17 @@ class JobLoop:
         """Jobs whose process tree is gone, until they are concluded."""
         self._unstarted: list[int] = []
         """Jobs that the fork server was dead for when they were to be started, until that is known otherwise."""
+        self._not_startable: dict[int, str] = {}
+        """Why jobs could not be started, until they are concluded."""
         self._results: dict[int, JobResult] = {}
         self._waiting: int | None = None
         """The job whose ticket is out."""
         self._explain_at = 0.0
         self._explained = Wait("", ())
         self._servers_lost = 0
+        self._any_prepared = False
+        self._trouble_since: float | None = None
+        """When the pool directory became unusable; None while it is not."""
 
     @property
     def stopped(self) -> bool:
@@ -121,7 +128,7 @@ class JobLoop:
     def run(self) -> list[JobResult]:
         """Run every job; returns their results in the order of the jobs.
 
-        Raises GpuLauncherError if jobs cannot be run at all. Whatever is raised, no job is left alive.
+        Whatever is raised, no job is left alive.
         """
         with self.signals, self._selector:
             try:
@@ -161,6 +168,8 @@ class JobLoop:
             if self._selector.get_map().get(key.fd) is key:  # not closed by what came before
                 key.data()
         self._device_watch.look(self._clock(), waiting=self._waiting is not None)
+        while self._not_startable:
+            self._handle(m.Exited(*self._not_startable.popitem()))
         self._claim()
         self._handle(m.Tick())
         self._progress.tick(self._clock())
@@ -220,11 +229,15 @@ class JobLoop:
         self._handle(m.ServerLost())
         self._servers_lost += 1
         if self._servers_lost == MOST_SERVERS:
-            raise GpuLauncherError(
-                f"the fork server was killed {MOST_SERVERS} times, so no more jobs are started: `dmesg` may know why"
+            self._give_up(
+                f"was not run: the fork server was killed {MOST_SERVERS} times (`dmesg` may know why), and without one "
+                "no job can be started"
             )
-        self._server.restart(self._forget_in_child)
-        self._watch(self._server.fileno(), self._on_server)
+        elif self._servers_lost == 2 and not self._any_prepared:
+            self._give_up("was not run: the fork server ends as soon as it is started, for the reason it printed")
+        else:
+            self._server.restart(self._forget_in_child)
+            self._watch(self._server.fileno(), self._on_server)
         unstarted, self._unstarted = self._unstarted, []
         for number in [number for number, job in self._live.items() if job.unsupervised]:
             self._ended(number)
@@ -251,6 +264,7 @@ class JobLoop:
         else:
             assert isinstance(message, messages.Exited), message
             job.status = message.status
+            job.printed = message.printed.decode(errors="replace").strip()
             job.unsupervised = message.abandoned
         if job.unsupervised and job.server == self._servers_lost:
             self._selector.unregister(job.process.supervisor)
@@ -267,6 +281,7 @@ class JobLoop:
         match message:
             case messages.Prepared(request, log):
                 job.log = log
+                self._any_prepared = True
                 self._checkpoint("prepared")
                 self._handle(m.Prepared(number, request, self._refusal(request)))
             case messages.ResultLost(problem):
@@ -319,23 +334,24 @@ class JobLoop:
         except ServerDiedError:
             self._unstarted.append(number)  # its descriptor says so, too, and then it is replaced
             return
+        except OSError as error:  # too many open files
+            self._not_startable[number] = f"could not be started: {error.strerror} (see `ulimit -a`)"
+            return
         self._live[number] = Running(process, server=self._servers_lost)
         self._watch(process.supervisor.fileno(), lambda: self._on_supervisor(number))
         self._watch(process.job.fileno(), lambda: self._on_job(number))
         self._checkpoint("started")
 
     def _take_ticket(self, number: int, request: Request) -> None:
-        devices = combinable(tuple(self._devices.values()), request.gpus)
-        self._live[number].ticket = self._ledger.enqueue(request, devices, self._owner(self._jobs[number]))
+        self._live[number].request = request
         self._waiting = number
         self._explained = Wait("", ())
-        self._checkpoint("queued")
         self._claim()
 
     def _drop_ticket(self, number: int) -> None:
         job = self._live.get(number) or self._dead[number]
-        assert job.ticket is not None
-        self._ledger.cancel(job.ticket)
+        if job.ticket is not None:
+            self._ledger.cancel(job.ticket)
         job.ticket = None
         self._waiting = None
 
@@ -345,17 +361,43 @@ class JobLoop:
             return
         number = self._waiting
         job = self._live[number]
-        assert job.ticket is not None
-        watch = self._device_watch
-        job.lease = self._ledger.claim(job.ticket, watch.unavailable, watch.taste)
+        try:
+            job.lease = self._ask_pool(job, self._jobs[number])
+            if job.lease is None:
+                self._explain_waiting(number)
+        except PoolDirectoryError as error:
+            self._bear(error)
+            return
+        self._trouble_since = None
         if job.lease is None:
-            self._explain_waiting(number)
             return
         self._waiting = None
         job.ticket = None
         job.devices = tuple(self._devices[uuid] for uuid in job.lease.uuids)
         self._checkpoint("claimed")
         self._handle(m.Granted(number))
+
+    def _ask_pool(self, job: Running, owner: Job) -> Lease | None:
+        """Get in line, if that has not been done, and ask for the devices. Raises PoolDirectoryError."""
+        if job.ticket is None:
+            assert job.request is not None
+            devices = combinable(tuple(self._devices.values()), job.request.gpus)
+            job.ticket = self._ledger.enqueue(job.request, devices, self._owner(owner))
+            self._checkpoint("queued")
+        return self._ledger.claim(job.ticket, self._device_watch.unavailable, self._device_watch.taste)
+
+    def _bear(self, error: PoolDirectoryError) -> None:
+        """Let what runs run, and the rest wait for the pool directory to be mended; give up only if nothing runs."""
+        now = self._clock()
+        if self._trouble_since is None:
+            self._trouble_since = now
+            self._progress.handle(Notice(now, f"{error}. Jobs that run go on, the others wait for that to be mended"))
+        if now - self._trouble_since > BEARING and not self._machine.running():
+            self._give_up(f"was not run: {error}")
+
+    def _give_up(self, problem: str) -> None:
+        self._progress.handle(Notice(self._clock(), f"no more jobs are started; each {problem}"))
+        self._handle(m.GiveUp(problem))
 
     def _go(self, number: int) -> None:
         job = self._live[number]

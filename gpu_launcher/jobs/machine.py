@@ -79,14 +79,24 @@ class Granted:
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """A job's process tree is gone."""
+    """A job's process tree is gone, or could not be started."""
 
     number: int
+    problem: str | None = None
+    """Why it could not be started, as a sentence without its subject."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerLost:
     """The fork server was killed. Each of its live jobs will still be reported as Exited."""
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """No more jobs can be run, for this reason. Those that run go on."""
+
+    problem: str
+    """A sentence without its subject, which is a job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +109,7 @@ class Tick:
     """Time passed."""
 
 
-Stimulus = Begin | Prepared | Granted | Exited | ServerLost | StopAsked | Tick
+Stimulus = Begin | Prepared | Granted | Exited | ServerLost | GiveUp | StopAsked | Tick
 
 # Instructions
 
@@ -201,6 +211,7 @@ class Machine:
         """Jobs that have a process."""
         self._ticket: int | None = None
         self._stops = 0
+        self._given_up: str | None = None
         self._kill_at: float | None = None
 
     @property
@@ -239,10 +250,12 @@ class Machine:
                 return self._prepared(number, request, refusal, now)
             case Granted(number):
                 return self._granted(number, now)
-            case Exited(number):
-                return self._exited(number, now)
+            case Exited(number, problem):
+                return self._exited(number, problem, now)
             case ServerLost():
                 return self._server_lost()
+            case GiveUp(problem):
+                return self._give_up(problem)
             case StopAsked():
                 return self._stop(now)
             case Tick():
@@ -264,8 +277,9 @@ class Machine:
         self._ticket = None
         return [self._go(number, now), *self._fill(now)]
 
-    def _exited(self, number: int, now: float) -> list[Instruction]:
+    def _exited(self, number: int, problem: str | None, now: float) -> list[Instruction]:
         job = self._expect(number, Phase.PREPARING, Phase.PREPARED, Phase.RUNNING)
+        job.problem = job.problem or problem
         self._live.remove(number)
         instructions: list[Instruction] = []
         if self._ticket == number:
@@ -273,13 +287,14 @@ class Machine:
             instructions.append(DropTicket(number))
         if job.phase is Phase.RUNNING and job.request is not None and job.request.gpus:
             instructions.append(Release(number))
-        if job.lost and not self.stopping:
+        if job.lost and not self.stopping and self._given_up is None:
             self._jobs[number] = _Job()
             self._queue.appendleft(number)
             return [*instructions, *self._fill(now)]
         job.phase = Phase.ENDED
         # The next job starts before this one's result is looked at: its devices should not wait for that.
-        return [*instructions, *self._fill(now), Conclude(number, self.stopping, job.problem)]
+        problem = job.problem or (self._given_up if job.lost else None)
+        return [*instructions, *self._fill(now), Conclude(number, self.stopping, problem)]
 
     def _server_lost(self) -> list[Instruction]:
         for number in self._live:
@@ -292,6 +307,29 @@ class Machine:
             return []
         ticket, self._ticket = self._ticket, None
         return [DropTicket(ticket)]  # lest it be granted to a job that is dying
+
+    def _give_up(self, problem: str) -> list[Instruction]:
+        if self._given_up is not None:
+            return []
+        self._given_up = problem
+        instructions: list[Instruction] = []
+        if self._ticket is not None:
+            instructions.append(DropTicket(self._ticket))
+            self._ticket = None
+        for number in sorted(self._live):
+            job = self._jobs[number]
+            if job.phase is not Phase.RUNNING:
+                job.problem = job.problem or problem
+                instructions.append(Kill(number))
+        return [*instructions, *self._conclude_queue(problem)]
+
+    def _conclude_queue(self, problem: str | None) -> list[Instruction]:
+        instructions: list[Instruction] = []
+        while self._queue:
+            number = self._queue.popleft()
+            self._jobs[number].phase = Phase.ENDED
+            instructions.append(Conclude(number, self.stopping, problem))
+        return instructions
 
     def _stop(self, now: float) -> list[Instruction]:
         self._stops += 1
@@ -306,11 +344,7 @@ class Machine:
         for number in sorted(self._live):
             ask = Interrupt if self._jobs[number].phase is Phase.RUNNING else Kill
             instructions.append(ask(number))
-        while self._queue:
-            number = self._queue.popleft()
-            self._jobs[number].phase = Phase.ENDED
-            instructions.append(Conclude(number, stopped=True, problem=None))
-        return instructions
+        return [*instructions, *self._conclude_queue(None)]
 
     def _tick(self, now: float) -> list[Instruction]:
         if self._kill_at is not None and now >= self._kill_at:
@@ -349,7 +383,7 @@ class Machine:
 
     def _fill(self, now: float) -> list[Instruction]:
         """Start, and let run, as much as the limits allow."""
-        if self.stopping:
+        if self.stopping or self._given_up is not None:
             return []
         instructions: list[Instruction] = []
         for number in sorted(self._in(Phase.PREPARED)):

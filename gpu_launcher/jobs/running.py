@@ -9,7 +9,7 @@ from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.progress.text import duration
 from gpu_launcher.leases import Lease, PoolView, Ticket
-from gpu_launcher.model import Device, Owner
+from gpu_launcher.model import Device, Owner, Request
 from gpu_launcher.processes.death import describe_exit
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.starter import JobProcess
@@ -27,8 +27,12 @@ class Running:
     log: str | None = None
     status: int | None = None
     """How its main process ended, as `os.waitpid` gives it; None if nobody could tell."""
+    printed: str = ""
+    """The end of what it printed before it had a log."""
     problem: str | None = None
     """What went wrong around it, as a sentence without a subject."""
+    request: Request | None = None
+    """What it needs, from when it may get in line."""
     ticket: Ticket | None = None
     lease: Lease | None = None
     devices: tuple[Device, ...] = ()
@@ -59,6 +63,8 @@ def judge(
     `ran` is None if it never had a process, `problem` is what the machine found wrong with it, `faults` are what is
     wrong with its devices, by label.
     """
+    if ran is None and problem is not None:
+        return JobResult(job.number, job.label, Outcome.FAILED, None, problem, (), None, None)
     if ran is None:
         return JobResult(job.number, job.label, Outcome.CANCELLED, None, "was not started", (), None, None)
     message: str | None
@@ -71,6 +77,8 @@ def judge(
         if message is None:
             assert ran.status is not None, "without a problem, its supervisor told how it ended"
             message = describe_exit(ran.status, _circumstances(ran))
+        if ran.log is None and ran.printed:
+            message = f"{message}. It had printed:\n{ran.printed}"
     broken = [f"{label} {fault}" for label, fault in (faults or {}).items() if fault]
     if outcome is Outcome.FAILED and broken:
         message = f"{message} ({'; '.join(broken)})"

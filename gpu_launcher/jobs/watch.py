@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from gpu_launcher.devices import Condition, ConditionMonitor, Links, Reading, by_load, load_levels, why_busy
+from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.leases import LeaseView, PoolView, Taste
 from gpu_launcher.model import MILLIONTHS, Device
 
@@ -109,7 +110,10 @@ class DeviceWatch:
         self.unavailable = dict(self.faults)
         if self._busy_memory is None or not any(_in_use(condition) for condition in reading.conditions):
             return
-        pool = self._pool()
+        try:
+            pool = self._pool()
+        except PoolDirectoryError:
+            return  # whoever wants a device of it is told
         for device in self._devices:
             if device.uuid in conditions and reading.asked >= self._released.get(device.uuid, reading.asked):
                 reason = self._why_busy(device, conditions[device.uuid], pool)

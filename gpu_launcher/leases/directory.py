@@ -104,6 +104,16 @@ def make_queue(directory: Path) -> Path:
 
 def check_usable(queue: Path) -> None:
     """Try everything a ledger needs. Raises OSError, or PoolDirectoryError where locks have no effect."""
+    mutex = os.open(queue, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        # Others remove, under the mutex, what they find unpublished and unlocked: at first these files are both.
+        fcntl.flock(mutex, fcntl.LOCK_EX)
+        _try_locks_and_links(queue)
+    finally:
+        os.close(mutex)
+
+
+def _try_locks_and_links(queue: Path) -> None:
     name = queue / unpublished_name(uuid.uuid4().hex)
     twin = queue / unpublished_name(uuid.uuid4().hex)
     first = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)

@@ -148,10 +148,10 @@ class Exited:
 
     status: int
     """Of the job's main process, as `os.waitpid` gives it."""
-    leftovers: int
-    """How many descendants had to be ended because they outlived the main process."""
     abandoned: bool = False
     """Whether they were ended because the fork server had been killed."""
+    printed: bytes = b""
+    """The end of what the job printed before it had a log."""
 
 
 # From the launching program to a job.

@@ -25,7 +25,7 @@ from gpu_launcher.processes.messages import (
     receive,
     send,
 )
-from gpu_launcher.processes.supervisor import RunJob, supervise
+from gpu_launcher.processes.supervisor import COULD_NOT_FORK, RunJob, supervise
 
 
 def serve(control: socket.socket, launcher: int, run_job: RunJob) -> None:
@@ -33,6 +33,7 @@ def serve(control: socket.socket, launcher: int, run_job: RunJob) -> None:
 
     When this returns, no process that was started through this server is alive, whatever killed the server.
     """
+    gc.freeze()  # keeps the collector of every job from touching, and so copying, the pages they all share
     guarded(launcher, lambda lifeline: _serve(control, lifeline, run_job), control.close)
 
 
@@ -44,13 +45,22 @@ def _serve(control: socket.socket, lifeline: int, run_job: RunJob) -> NoReturn:
     signal.signal(signal.SIGTERM, _take_note)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     become_child_subreaper()
-    gc.freeze()  # keeps the collector of every job from touching, and so copying, the pages they all share
     _Server(control, lifeline, wake, wake_write, run_job).run()
     os._exit(0)
 
 
 def _take_note(signum: int, frame: object) -> None:
     """Signals arrive through the wakeup descriptor; a handler must exist for that."""
+
+
+def _why(number: int, status: int) -> SupervisorDied | StartFailed:
+    """What the end of a supervisor means that did not see its job to its end."""
+    error = os.waitstatus_to_exitcode(status) - COULD_NOT_FORK
+    return StartFailed(number, _fork_failed(error)) if error > 0 else SupervisorDied(number, status)
+
+
+def _fork_failed(error: int) -> str:
+    return f"fork failed: {os.strerror(error)}"
 
 
 class _Server:
@@ -89,7 +99,7 @@ class _Server:
         try:
             pid = os.fork()
         except OSError as error:
-            self._tell(StartFailed(number, f"fork failed: {error.strerror}"))
+            self._tell(StartFailed(number, _fork_failed(error.errno or 0)))
             pid = -1
         if pid == 0:
             try:
@@ -130,7 +140,7 @@ class _Server:
             number = self._supervisors.pop(pid, None)
             if number is not None and status != 0:
                 self._end_orphans()
-                self._tell(SupervisorDied(number, status))
+                self._tell(_why(number, status))
 
     def _end_orphans(self) -> None:
         while orphans := [pid for pid in children() if pid not in self._supervisors]:

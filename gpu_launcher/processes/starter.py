@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -165,13 +166,17 @@ class ForkServer:
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if pid == 0:
+            status = 1
             try:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 self._control.close()
                 in_child()
                 serve(server_end, launcher, run_job)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
-                os._exit(0)
+                os._exit(status)
         server_end.close()
         self._pid = pid
 

@@ -31,6 +31,10 @@ LINGER = 0.5
 """Seconds that descendants may outlive the job's main process by themselves, as multiprocessing's helpers do."""
 TERMINATE = 2.0
 """Seconds between SIGTERM and SIGKILL for descendants that linger longer."""
+PRINTED = 4096
+"""Bytes from the end of what a job printed before it had a log, for whoever has to find out why it got none."""
+COULD_NOT_FORK = 100
+"""Exit code of a supervisor that could not fork its job, plus the error number."""
 
 
 RunJob = Callable[[socket.socket], NoReturn]
@@ -53,13 +57,19 @@ def supervise(
     become_child_subreaper()
     die_with_parent(server, signal.SIGTERM)
     me = os.getpid()
-    job = os.fork()
+    early = os.memfd_create("gpu-launcher-early-output")
+    try:
+        job = os.fork()
+    except OSError as error:
+        os._exit(COULD_NOT_FORK + (error.errno or 0))
     if job == 0:
         try:
             signal.set_wakeup_fd(-1)
             for signum, handler in before.items():
                 signal.signal(signum, handler)
-            for descriptor in (wake, wake_write, lifeline):
+            for descriptor in (1, 2):
+                os.dup2(early, descriptor)
+            for descriptor in (wake, wake_write, lifeline, early):
                 os.close(descriptor)
             launcher.close()
             os.setsid()
@@ -70,7 +80,7 @@ def supervise(
         finally:
             os._exit(1)
     job_channel.close()
-    _Supervision(launcher, wake, lifeline, server, job).run()
+    _Supervision(launcher, wake, lifeline, early, server, job).run()
     os._exit(0)
 
 
@@ -79,15 +89,16 @@ def _take_note(signum: int, frame: object) -> None:
 
 
 class _Supervision:
-    def __init__(self, launcher: socket.socket, wake: int, lifeline: int, server: int, job: int) -> None:
+    def __init__(self, launcher: socket.socket, wake: int, lifeline: int, early: int, server: int, job: int) -> None:
         self._launcher = launcher
         self._wake = wake
         self._lifeline = lifeline
+        self._early = early
         self._server = server
         self._job = job
         self._status: int | None = None
         self._lease: tuple[int, ...] = ()
-        self._leftovers = 0
+        self._terminated = False
         self._abandoned = False
         self._terminate_at: float | None = None
         self._kill_at: float | None = None
@@ -99,10 +110,12 @@ class _Supervision:
         poll.register(self._lifeline, select.POLLIN)
         while True:
             ready = {descriptor for descriptor, _ in poll.poll(self._until_deadline())}
-            terminated = self._wake in ready and signal.SIGTERM in os.read(self._wake, 4096)
-            if terminated or self._lifeline in ready:
-                # The end of the fork server sends SIGTERM, too, but so may anybody who wants us to end.
-                self._abandoned = self._lifeline in ready or os.getppid() != self._server
+            if self._wake in ready:
+                os.read(self._wake, 4096)
+            # SIGTERM alone says nothing: systemd sends it to every process of a service that it stops, and how the
+            # jobs are to end is then for the launching program to say.
+            if self._lifeline in ready or os.getppid() != self._server:
+                self._abandoned = True
                 self._kill()
             elif self._launcher.fileno() in ready and not self._obey():
                 self._kill()  # the launching program ended
@@ -113,7 +126,7 @@ class _Supervision:
             os.close(descriptor)
         assert self._status is not None, "no children, so the job was reaped"
         with contextlib.suppress(ChannelClosedError):  # nobody is left to be told
-            send(self._launcher, Exited(self._status, self._leftovers, self._abandoned))
+            send(self._launcher, Exited(self._status, self._abandoned, self._printed()))
 
     def _obey(self) -> bool:
         try:
@@ -145,6 +158,10 @@ class _Supervision:
                 kill(pid)
             for pid in killed:  # whose own children are ours by then
                 self._note(*os.waitpid(pid, 0))
+            if not killed:  # a child that /proc does not show us, as where it is mounted with hidepid
+                select.select([self._wake], [], [], 0.1)
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._wake, 4096)
 
     def _reap(self) -> bool:
         """Collect the dead; whether any child is left."""
@@ -171,15 +188,19 @@ class _Supervision:
         assert self._kill_at is not None
         if now >= self._kill_at:
             self._kill()
-        elif now >= self._terminate_at and not self._leftovers:
+        elif now >= self._terminate_at and not self._terminated:
+            self._terminated = True
             for pid in children():
                 with contextlib.suppress(PermissionError):
                     os.kill(pid, signal.SIGTERM)
-                self._leftovers += 1
+
+    def _printed(self) -> bytes:
+        size = os.fstat(self._early).st_size
+        return os.pread(self._early, PRINTED, max(0, size - PRINTED))
 
     def _until_deadline(self) -> float | None:
         """Milliseconds, as poll wants them."""
-        deadline = self._kill_at if self._leftovers else self._terminate_at
+        deadline = self._kill_at if self._terminated else self._terminate_at
         if deadline is None:
             return None
         return max(0.0, deadline - time.monotonic()) * 1000 + 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import gc
 import io
 import logging
 import multiprocessing.process
@@ -17,9 +19,11 @@ import traceback
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn, Protocol
 
 from gpu_launcher.model import Request
+from gpu_launcher.processes.linux import flush_c_streams
 from gpu_launcher.processes.messages import (
     Assignment,
     ChannelClosedError,
@@ -71,19 +75,18 @@ class Gate:
 
 
 class CapturedStdio:
-    """Stdin from /dev/null; stdout and stderr kept in memory until it is known where they belong."""
+    """Stdin from /dev/null; stdout and stderr in memory, where the supervisor put them, until they have a log."""
 
     def __init__(self) -> None:
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
         os.close(null)
-        self._early = os.memfd_create("gpu-launcher-early-output")
-        for descriptor in (1, 2):
-            os.dup2(self._early, descriptor)
+        self._early = os.dup(1)
 
     def redirect(self, log: Path) -> None:
         """Append to `log`, beginning with what was captured so far."""
         _flush_stdio()
+        flush_c_streams()
         log.parent.mkdir(parents=True, exist_ok=True)
         target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.write(target, self.early_output())
@@ -104,19 +107,44 @@ def work(channel: socket.socket, stdio: CapturedStdio, load_program: Callable[[]
     except ChannelClosedError:
         os._exit(1)
     assert isinstance(assignment, Assignment), assignment
+    job = os.getpid()
     try:
         report = load_program()(assignment.number, assignment.spec, Gate(channel, stdio))
+        status = 0 if report.ok else 1
     except BaseException as error:  # the user's code raises inside the program, which reports it; this is not that
-        traceback.print_exc()
-        report = Report(ok=False, message=f"{type(error).__name__}: {error}", payload=b"")
-    try:
-        _write_whole(Path(assignment.result), pickle.dumps(report))
-    except OSError as error:
-        traceback.print_exc()
-        send(channel, ResultLost(f"{assignment.result}: {error.strerror or error}"))
-        report = Report(ok=False, message=None, payload=b"")
+        status = _exit_status(error)
+        report = Report(ok=False, message=f"raised {type(error).__name__}: {error}", payload=b"")
+    # A child that the user's code forked comes here as well, and ends as it would in any program.
+    if os.getpid() == job and not _leave(report, Path(assignment.result), channel):
+        status = 1
     _finish()
-    os._exit(0 if report.ok else 1)
+    os._exit(status)
+
+
+def print_exception(error: BaseException, tb: TracebackType | None) -> None:
+    """As Python does at the end of a program; not where that fails, as on a full disk."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: the user's code closed sys.stderr
+        traceback.print_exception(type(error), error, tb)
+
+
+def _exit_status(error: BaseException) -> int:
+    """That of a program which ends with `error`, and prints it if that is no plain exit."""
+    if not isinstance(error, SystemExit) or not (error.code is None or isinstance(error.code, int)):
+        print_exception(error, error.__traceback__)
+        return 1
+    return (error.code or 0) & 0xFF
+
+
+def _leave(report: Report, result: Path, channel: socket.socket) -> bool:
+    """Write the report for the launching program; whether that worked."""
+    try:
+        _write_whole(result, pickle.dumps(report))
+    except OSError as error:
+        with contextlib.suppress(ChannelClosedError):
+            send(channel, ResultLost(f"{result}: {error.strerror or error}"))
+        print_exception(error, error.__traceback__)
+        return False
+    return True
 
 
 def forget_the_parent(handlers: dict[signal.Signals, Any]) -> None:
@@ -184,18 +212,45 @@ def _write_whole(path: Path, data: bytes) -> None:
     which the job's devices would stand idle.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def _finish() -> None:
     """What the interpreter does at its end, up to the point where it would tear down what we share with others."""
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for the threads that are not daemons
-    atexit._run_exitfuncs()
+    # The first waits for the threads that are not daemons.
+    for step in (threading._shutdown, atexit._run_exitfuncs, _flush):  # type: ignore[attr-defined]
+        try:
+            step()
+        except BaseException as error:  # such as KeyboardInterrupt, when the user stops the sweep meanwhile
+            print_exception(error, error.__traceback__)
+
+
+def _flush() -> None:
+    """Write out what is in buffers: in files that are still open, and in C's.
+
+    Not in a forked job what the parent had opened, of which `gc.freeze` has taken care.
+    """
     _flush_stdio()
+    flush_c_streams()
+    buffered = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
+    for stream in [thing for thing in gc.get_objects() if issubclass(type(thing), buffered)]:
+        try:
+            if not stream.closed and stream.writable():
+                stream.flush()
+        except ValueError:  # detached from its buffer
+            continue
+        except OSError as error:
+            print_exception(error, None)
 
 
 def _flush_stdio() -> None:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and not stream.closed:
-            stream.flush()
+            with contextlib.suppress(OSError):
+                stream.flush()

@@ -51,7 +51,11 @@ def _launch(launcher: GpuPoolLauncher, job_overrides: list[list[str]], first: in
         Job(number, " ".join(filter_overrides(overrides)), overrides)
         for number, overrides in enumerate(job_overrides, start=first)
     ]
-    sweep = run_jobs(jobs, _server(launcher), options, sweep_directory, command=Path(sys.argv[0]).name)
+    try:
+        sweep = run_jobs(jobs, _server(launcher), options, sweep_directory, command=Path(sys.argv[0]).name)
+    except BaseException:
+        launcher.server = None  # it may have been closed; a further launch gets a new one
+        raise
     if sweep.stopped_by is not None:
         _stop(sweep.stopped_by)
     returns = []
@@ -86,6 +90,7 @@ def _stop(signum: signal.Signals) -> NoReturn:
 
 def _quietly(hook: Callable[..., object]) -> Callable[..., object]:
     def excepthook(kind: type[BaseException], error: BaseException, tb: TracebackType | None) -> None:
+        sys.excepthook = hook
         if kind is not KeyboardInterrupt:
             hook(kind, error, tb)
 

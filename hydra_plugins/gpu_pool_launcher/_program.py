@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import sys
-import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gpu_launcher.errors import OptionError
 from gpu_launcher.processes.messages import Report
-from gpu_launcher.processes.worker import Gate
+from gpu_launcher.processes.worker import Gate, print_exception
 
 from ._exceptions import user_frames
 from ._options import PER_JOB, read_request
@@ -56,25 +56,29 @@ class HydraProgram:
 
     def __call__(self, number: int, spec: list[str], gate: Gate) -> Report:
         """Run job `number` with the overrides `spec`."""
+        job = os.getpid()
+        composed = None
         job_return = JobReturn(overrides=list(filter_overrides(spec)))
         try:
             config = self._compose(number, spec)
             sys.argv = [*self.command, *self._overrides_of_sweep(), *spec, *_as_single_run(number)]
-            job_return.cfg = _without_hydra_node(config)
+            job_return.cfg = composed = _without_hydra_node(config)
             try:
                 job_return.working_dir = str(_prepare(number, config, gate))
             except (OmegaConfBaseException, OptionError) as error:
                 raise ConfigCompositionException(str(error)) from None  # of which Hydra shows no traceback
             job_return = self._run(config, gate)
         except BaseException as error:  # whatever ends the task ends this job, and this job only
+            if os.getpid() != job:
+                raise  # from a child that the task forked
             # Hydra 1.4 attaches the JobReturn to what it lets through, and neither can be pickled with the other.
             vars(error).pop("_hydra_job_return_handoff", None)
             job_return.status = JobStatus.FAILED
             job_return.return_value = error
         if job_return.status is JobStatus.FAILED:
             raised = job_return._return_value
-            traceback.print_exception(type(raised), raised, user_frames(raised.__traceback__))
-        return pack(job_return)
+            print_exception(raised, user_frames(raised.__traceback__))
+        return pack(job_return, composed)
 
     def _overrides_of_sweep(self) -> list[str]:
         """What the user chose for all jobs, such as `hydra.searchpath=[...]`, without which a job may not compose."""

@@ -7,11 +7,12 @@ only itself.
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
+from omegaconf import DictConfig
 
 from gpu_launcher.errors import JobError
 from gpu_launcher.jobs.events import Outcome
@@ -39,8 +40,11 @@ class _Parcel:
     """For a failed job: one line, a sentence without its subject."""
 
 
-def pack(job_return: JobReturn) -> Report:
-    """In the job: make the report on what `run_job` returned."""
+def pack(job_return: JobReturn, composed: DictConfig | None) -> Report:
+    """In the job: make the report on what `run_job` returned.
+
+    `composed` is the job's config before the task had it; it travels if what the task made of it cannot.
+    """
     value = job_return._return_value
     job_return._return_value = None
     try:
@@ -48,16 +52,24 @@ def pack(job_return: JobReturn) -> Report:
             try:
                 pickled = dumps(value)
                 pickle.loads(pickled)  # better to know now than to have the sweep find out
-                parcel = _Parcel(dumps(job_return), pickled, None, None)
+                parcel = _Parcel(_shell(job_return, composed), pickled, None, None)
             except Exception as error:  # anything can be raised by an object that is asked to pickle itself
                 job_return.status = JobStatus.FAILED
                 problem = f"returned a value of type {type(value).__qualname__} that cannot be pickled: {brief(error)}"
-                parcel = _Parcel(dumps(job_return), None, None, problem)
+                parcel = _Parcel(_shell(job_return, composed), None, None, problem)
         else:
-            parcel = _Parcel(dumps(job_return), None, pack_chain(value), describe(value))
+            parcel = _Parcel(_shell(job_return, composed), None, pack_chain(value), describe(value))
     finally:
         job_return._return_value = value
     return Report(parcel.problem is None, parcel.problem, pickle.dumps(parcel))
+
+
+def _shell(job_return: JobReturn, composed: DictConfig | None) -> bytes:
+    """The JobReturn, which has no value any more; with as much of the configs as can be pickled."""
+    try:
+        return dumps(job_return)
+    except Exception:  # the task may have put anything into its config
+        return dumps(replace(job_return, cfg=composed))
 
 
 def unpack(result: JobResult, overrides: list[str], directory: Path) -> JobReturn:
@@ -67,7 +79,7 @@ def unpack(result: JobResult, overrides: list[str], directory: Path) -> JobRetur
         error = JobFailedError(result.number, result.label, result.message or "did not run", result.log)
         return JobReturn(overrides, working_dir=str(directory), status=JobStatus.FAILED, _return_value=error)
     parcel: _Parcel = pickle.loads(result.payload)
-    job_return: JobReturn = pickle.loads(parcel.shell)
+    job_return = _unpack_shell(parcel, overrides, directory)
     if parcel.value is not None:
         try:
             job_return.return_value = pickle.loads(parcel.value)
@@ -80,6 +92,15 @@ def unpack(result: JobResult, overrides: list[str], directory: Path) -> JobRetur
     else:
         problem = parcel.problem or "failed"
         job_return.return_value = JobFailedError(result.number, result.label, problem, result.log)
+    return job_return
+
+
+def _unpack_shell(parcel: _Parcel, overrides: list[str], directory: Path) -> JobReturn:
+    try:
+        job_return: JobReturn = pickle.loads(parcel.shell)
+    except Exception:  # as when pickling
+        status = JobStatus.FAILED if parcel.value is None else JobStatus.COMPLETED
+        return JobReturn(overrides, working_dir=str(directory), status=status)
     return job_return
 
 

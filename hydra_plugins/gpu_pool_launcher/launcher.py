@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
+from hydra.errors import CompactHydraException
 from hydra.plugins.launcher import Launcher
 
 from . import config as _config  # noqa: F401  (stores the config, also where Hydra finds this class by entry point)
@@ -37,6 +39,8 @@ class GpuPoolLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; see `hydra.plugins.launcher.Launcher`. A job's failure is in its JobReturn, never raised."""
+        if sys.platform != "linux":
+            raise CompactHydraException("hydra/launcher=gpu_pool: runs on Linux only; use another launcher here")
         from ._launch import launch
 
         return launch(self, job_overrides, initial_job_idx)

@@ -8,9 +8,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -25,10 +27,9 @@ PATIENCE = 60.0
 MARKER = "GPU_LAUNCHER_TEST_RUN"
 """Environment variable that every process of a test inherits."""
 
-# A job starts grandchildren of all kinds, says so in `witness-<n>`, and waits for the file `finish-<n>`. What the
-# launch returns is written to $RETURNS; the launching program kills itself at the checkpoint $DIE_AT.
+# A job starts grandchildren of all kinds, says so in `witness-<n>`, and waits for the file `finish-<n>`.
 APP = """
-import functools, json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +103,19 @@ def main(cfg):
     return cfg.n
 
 
+if __name__ == "__main__":
+    from watched import watch
+
+    watch()
+    main()
+"""
+
+# What the launch returns is written to $RETURNS; the launching program kills itself at the checkpoint $DIE_AT.
+WATCHED = """
+import functools, json, os, signal
+from pathlib import Path
+
+
 def watch():
     from gpu_launcher.jobs import sweep
     from hydra_plugins.gpu_pool_launcher import _launch
@@ -120,11 +134,6 @@ def watch():
     original = _launch.launch
     _launch.launch = launch
     sweep.JobLoop = functools.partial(sweep.JobLoop, checkpoint=checkpoint)
-
-
-if __name__ == "__main__":
-    watch()
-    main()
 """
 
 
@@ -147,7 +156,9 @@ def until(condition: Callable[[], object], seconds: float = PATIENCE, what: str 
 class Sweep:
     """A launching program."""
 
-    def __init__(self, directory: Path, name: str, command: list[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self, directory: Path, name: str, command: list[str], environment: dict[str, str], **process: Any
+    ) -> None:
         self._directory = directory
         self._returns = directory / f"{name}.returns"
         self.output = directory / f"{name}.output"
@@ -158,6 +169,7 @@ class Sweep:
                 stdout=output,
                 stderr=output,
                 env={**environment, "RETURNS": str(self._returns)},
+                **process,
             )
 
     def running(self, count: int) -> list[int]:
@@ -213,23 +225,36 @@ class World:
         self.directory = directory
         self.pool = resolve_pool_directory(str(directory / "pool"))
         self._sweeps: list[Sweep] = []
-        self._app = directory / "app.py"
-        self._app.write_text(APP)
-
-    def environment(self) -> dict[str, str]:
-        return {**os.environ, MARKER: str(self.directory), "GPU_LAUNCHER_POOL_DIR": str(self.pool)}
+        self.python = sys.executable
+        self.environment = dict(os.environ)
+        self.app = directory / "app.py"
+        self.app.write_text(APP)
+        (directory / "watched.py").write_text(WATCHED)
 
     def start(
-        self, *overrides: str, devices: int = 2, method: str = "fork", name: str = "sweep", die_at: str = ""
+        self,
+        *overrides: str,
+        devices: int = 2,
+        method: str = "fork",
+        name: str = "sweep",
+        die_at: str = "",
+        **process: Any,
     ) -> Sweep:
+        """Start the program `app` on `simulated:devices`; `process` is for Popen."""
+        environment = {
+            **self.environment,
+            MARKER: str(self.directory),
+            "GPU_LAUNCHER_POOL_DIR": str(self.pool),
+            "DIE_AT": die_at,
+        }
         command = [
-            *(sys.executable, str(self._app), "-m", "hydra/launcher=gpu_pool"),
+            *(self.python, str(self.app), "-m", "hydra/launcher=gpu_pool"),
             f"hydra.launcher.devices=simulated:{devices}",
             f"hydra.launcher.start_method={method}",
             f"hydra.sweep.dir={self.directory / name}",
             *overrides,
         ]
-        sweep = Sweep(self.directory, name, command, {**self.environment(), "DIE_AT": die_at})
+        sweep = Sweep(self.directory, name, command, environment, **process)
         self._sweeps.append(sweep)
         return sweep
 
@@ -271,6 +296,30 @@ def world(tmp_path: Path) -> Iterator[World]:
     world = World(tmp_path)
     yield world
     world.close()
+
+
+@pytest.fixture
+def common_world() -> Iterator[World]:
+    """One that other users can reach, with a Python that they can run: what pytest and /root hold, they cannot."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can act as several users")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        directory = Path(name)
+        directory.chmod(0o777)
+        world = World(directory)
+        path = os.pathsep.join(path for path in sys.path if path and Path(path).is_dir())
+        own = (sys.executable, {})
+        system = (f"/usr/bin/python3.{sys.version_info.minor}", {"PYTHONPATH": path})
+        for world.python, more in (own, system):
+            world.environment = {**os.environ, **more, "HOME": name}
+            command = [world.python, "-c", "import hydra, hydra_plugins.gpu_pool_launcher._launch"]
+            with contextlib.suppress(OSError):
+                if subprocess.run(command, user=60001, env=world.environment, capture_output=True).returncode == 0:
+                    break
+        else:
+            pytest.skip("no Python with this package that another user may run")
+        yield world
+        world.close()
 
 
 @pytest.fixture

@@ -28,17 +28,34 @@ def _missing(expected: str, output: str) -> list[str]:
     ]
 
 
-def _commands() -> list[tuple[str, str]]:
-    """The commands in console blocks that show output, and the output."""
+TRAIN = """
+import hydra
+from omegaconf import OmegaConf
+
+CONFIG = {"lr": 0.1, "hidden": 1, "trainer": {"devices": 1}}
+hydra.core.config_store.ConfigStore.instance().store(name="config", node=OmegaConf.create(CONFIG))
+
+@hydra.main(version_base="1.3", config_path=None, config_name="config")
+def main(cfg):
+    return cfg.lr
+
+if __name__ == "__main__":
+    main()
+"""
+"""Stands for the reader's own program."""
+
+
+def _commands(*, with_output: bool) -> list[tuple[str, str]]:
+    """The commands in console blocks that show output, or that do not, and the output."""
     found = []
     for block in re.findall(r"^```console\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE):
         command, _, output = block.partition("\n")
-        if output:
+        if bool(output) == with_output:
             found.append((command.removeprefix("$ "), output))
     return found
 
 
-@pytest.mark.parametrize(("command", "expected"), _commands())
+@pytest.mark.parametrize(("command", "expected"), _commands(with_output=True))
 def test_a_command_of_the_readme_prints_what_the_readme_says(command: str, expected: str, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     environment = {**os.environ, "GPU_LAUNCHER_POOL_DIR": str(tmp_path / "pool")}
@@ -52,8 +69,29 @@ def test_a_command_of_the_readme_prints_what_the_readme_says(command: str, expec
     assert not _missing(expected, done.stderr), done.stderr
 
 
+@pytest.mark.parametrize("command", [command for command, _ in _commands(with_output=False)])
+def test_a_command_of_the_readme_works_in_the_readers_own_program(command: str, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(TRAIN)
+    environment = {**os.environ, "GPU_LAUNCHER_POOL_DIR": str(tmp_path / "pool")}
+    program, *arguments = shlex.split(command)
+    assert program == "python"
+
+    done = subprocess.run(
+        [sys.executable, *arguments, "hydra.launcher.devices=simulated:2"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"(\d) jobs: \1 completed", done.stderr), done.stderr
+
+
 def test_the_readme_has_commands_to_run() -> None:
-    assert len(_commands()) >= 2
+    assert len(_commands(with_output=True)) >= 2
+    assert len(_commands(with_output=False)) >= 2
 
 
 def test_the_table_of_options_is_the_documentation_of_the_config() -> None:

@@ -57,8 +57,18 @@ DEATHS = [
     Death("unloadable", FAILED, ("returned a value of type UnloadableValue that cannot be pickled",)),
     Death("bytes", "RuntimeError", ("in fail", "RuntimeError: after bytes"), ("after bytes",)),
 ]
-FINE = {"fine": "fine", "child": "child", "daemon": "daemon", "pool": "3", "last": "last"}
-KINDS = ["fine", *(death.kind for death in DEATHS), "child", "daemon", "pool", "last"]
+FINE = {
+    "fine": "fine",
+    "child": "child",
+    "daemon": "daemon",
+    "pool": "3",
+    "fork_exit": "fork_exit",
+    "fork_return": "fork_return",
+    "buffers": "buffers",
+    "cfg": "cfg",
+    "last": "last",
+}
+KINDS = ["fine", *(death.kind for death in DEATHS), *(kind for kind in FINE if kind != "fine")]
 
 
 @dataclass
@@ -161,6 +171,18 @@ def test_a_log_that_is_no_text_is_kept_as_it_is(sweep: Sweep) -> None:
     assert b"not UTF-8: \xff\xfe\x00\n" in sweep.log("bytes").read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["fork_exit", "fork_return"])
+def test_a_child_that_the_task_forked_ends_in_silence(sweep: Sweep, kind: str) -> None:
+    assert sweep.log(kind).read_text() == ""
+
+
+def test_what_is_in_buffers_at_a_jobs_end_is_written(sweep: Sweep) -> None:
+    directory = sweep.log("buffers").parent
+    assert (directory / "left_open.txt").read_text() == "kept"
+    assert (directory / "left_open.bin").read_bytes() == b"kept"
+    assert sweep.log("buffers").read_text() == "from C\n"
+
+
 def test_a_job_that_does_not_compose_fails_alone(run: Run, tmp_path: Path) -> None:
     sizes = ["small", "large", "small", "no_such_size", "large", "small", "large", "small", "large", "small"]
     ran = run(tmp_path, "deaths.py", "-m", "hydra.sweep.dir=sweep", f"size={','.join(sizes)}")
@@ -174,3 +196,44 @@ def test_a_job_that_does_not_compose_fails_alone(run: Run, tmp_path: Path) -> No
     assert "Could not find 'size/no_such_size'" in end
     assert "Available options in 'size':\n\tlarge\n\tsmall" in end
     assert "Traceback" not in end
+
+
+EARLY = """
+import os
+import signal
+import hydra
+from omegaconf import OmegaConf
+
+main_process = os.getpid()
+
+def boom():
+    if os.getpid() != main_process:
+        print("about to die", flush=True)
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return 1
+
+OmegaConf.register_new_resolver("boom", boom)
+
+@hydra.main(version_base=None, config_path=None)
+def main(cfg):
+    pass
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_what_a_job_printed_before_it_had_a_log_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "early.py").write_text(EARLY)
+    launcher = ("hydra/launcher=gpu_pool", "hydra.launcher.devices=simulated:1")
+    ran = subprocess.run(
+        [sys.executable, "early.py", "-m", *launcher, "hydra.sweep.subdir=${boom:}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert ran.returncode == 1
+    assert "was killed by SIGSEGV while it prepared itself" in ran.stderr
+    assert "It had printed: about to die\n" in ran.stderr, "in the summary"
+    assert "It had printed:\nabout to die\n" in ran.stderr, "in the message that Hydra shows"

@@ -169,7 +169,7 @@ def test_a_job_prepares_itself_waits_works_and_reports(launch, method):
     assert job.prepared() == Prepared(Request(2), str(job.log))
     assert not select.select([job.process.supervisor, job.process.job], [], [], 0.1)[0], "it waits"
     job.process.grant(Grant({"CUDA_VISIBLE_DEVICES": "1,3"}), ())
-    assert job.exited() == Exited(0, 0)
+    assert job.exited() == Exited(0)
     assert job.value() == (7, None, "1,3")
 
 
@@ -248,6 +248,21 @@ def test_output_before_the_log_is_known_goes_to_the_log_first_and_a_log_is_conti
     ]
 
 
+def test_what_a_job_prints_that_dies_before_it_has_a_log_is_told_with_its_end(launch, method):
+    def program(number, spec, gate):
+        import os
+
+        print("x" * 5000)
+        print("early")
+        os.abort()
+
+    job = launch.start(launch.server(program, method))
+    exited = job.exited()
+    assert os.waitstatus_to_exitcode(exited.status) == -signal.SIGABRT
+    assert len(exited.printed) == supervisor_module.PRINTED
+    assert exited.printed.endswith(b"x\nearly\n")
+
+
 def test_output_goes_to_the_log_also_where_the_program_had_replaced_its_streams(launch, monkeypatch):
     import io
 
@@ -295,7 +310,7 @@ def test_what_the_program_raises_is_reported_and_printed(launch, method):
     job = launch.start(launch.server(program, method))
     job.prepared()
     assert os.waitstatus_to_exitcode(job.exited().status) == 1
-    assert job.report() == Report(False, "ValueError: too large", b"")
+    assert job.report() == Report(False, "raised ValueError: too large", b"")
     assert "Traceback" in job.log.read_text()
 
 
@@ -352,6 +367,58 @@ def test_a_result_that_cannot_be_written_is_told_by_word(launch, tmp_path):
     process.close()
 
 
+def test_a_full_disk_is_told_though_the_log_is_on_it_and_no_part_of_the_result_stays(launch, tmp_path):
+    def program(number, spec, gate):
+        import resource
+
+        gate.prepared(Request(1), Path(spec))
+        gate.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # every write to a file fails, as on a full disk
+        return report()
+
+    job = launch.start(launch.server(program))
+    job.prepared()
+    job.process.grant(Grant({}), ())
+    lost = job.say("job")
+    assert lost == ResultLost(f"{job.result}: {os.strerror(errno.EFBIG)}")
+    assert os.waitstatus_to_exitcode(job.exited().status) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["0.log"]
+
+
+def test_a_child_that_the_program_forked_cannot_report_in_its_place(launch):
+    def program(number, spec, gate):
+        gate.prepared(Request(1), Path(spec))
+        gate.wait()
+        child = os.fork()
+        if child == 0:
+            raise SystemExit(3)
+        return report(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    job, _ = launch.one(program)
+    assert job.value() == 3
+    assert job.log.read_text() == ""
+
+
+def test_a_job_that_is_interrupted_while_it_waits_for_its_threads_still_runs_its_exit_handlers(launch):
+    def program(number, spec, gate):
+        import atexit
+
+        gate.prepared(Request(1), Path(spec))
+        gate.wait()
+        atexit.register(print, "exit handler")
+        threading.Thread(target=lambda: (until(Path(spec + ".go").exists), os.kill(os.getpid(), signal.SIGINT))).start()
+        return report()
+
+    job = launch.start(launch.server(program))
+    job.prepared()
+    job.process.grant(Grant({}), ())
+    until(job.result.exists)
+    Path(f"{job.log}.go").touch()
+    assert job.exited() == Exited(0)
+    assert "KeyboardInterrupt" in job.log.read_text()
+    assert job.log.read_text().endswith("exit handler\n")
+
+
 def test_threads_that_are_not_daemons_are_waited_for_and_exit_handlers_are_run(launch):
     def program(number, spec, gate):
         import atexit
@@ -371,7 +438,7 @@ def test_threads_that_are_not_daemons_are_waited_for_and_exit_handlers_are_run(l
         return report()
 
     job, exited = launch.one(program)
-    assert exited == Exited(0, 0)
+    assert exited == Exited(0)
     assert job.log.read_text() == "thread\nexit handler\n"
 
 
@@ -431,7 +498,7 @@ def test_a_job_can_use_multiprocessing_and_leaves_nothing_of_it(launch):
 
     job, exited = launch.one(program)
     assert job.value() == [0, 1, 2]
-    assert exited == Exited(0, 0)
+    assert exited == Exited(0)
 
 
 # What comes from the parent, and what does not
@@ -491,7 +558,7 @@ def test_a_job_is_interrupted_as_from_a_terminal_with_all_of_its_process_group(l
     job.process.grant(Grant({}), ())
     until(job.log.exists)
     job.process.signal(signal.SIGINT)
-    assert job.exited() == Exited(0, 0)
+    assert job.exited() == Exited(0)
     assert job.value() == -signal.SIGINT
 
 
@@ -559,7 +626,7 @@ def test_a_lease_is_held_until_the_last_descendant_is_gone_and_that_is_ended(lau
     assert not select.select([held], [], [], 0)[0]
     assert alive(child)
     exited = job.exited()
-    assert exited == Exited(0, 1)
+    assert exited == Exited(0)
     assert not alive(child)
     assert select.select([held], [], [], 0)[0], "nobody has the lease any more"
     os.close(held)
@@ -582,6 +649,30 @@ def test_killing_ends_the_whole_tree_also_what_is_stopped_or_ignores_signals(lau
     assert os.waitstatus_to_exitcode(job.exited().status) == -signal.SIGKILL
     assert len(tree) == 2
     assert not any(alive(process) for process in tree)
+
+
+def test_killing_waits_in_peace_for_processes_that_proc_does_not_show(launch, monkeypatch, tmp_path):
+    looks = tmp_path / "looks"
+
+    def children():
+        with looks.open("a") as file:
+            file.write("!")
+        return []
+
+    def program(number, spec, gate):
+        gate.prepared(Request(1), None)
+        gate.wait()
+        return report()
+
+    monkeypatch.setattr(supervisor_module, "children", children)
+    job = launch.start(launch.server(program))
+    job.prepared()
+    began = time.monotonic()
+    job.process.kill()
+    until(lambda: looks.exists() and len(looks.read_text()) >= 4)
+    assert time.monotonic() - began > 0.25
+    job.process.grant(Grant({}), ())
+    assert job.exited() == Exited(0)
 
 
 def test_closing_the_server_ends_all_jobs_and_leaves_no_process(launch, method):
@@ -652,6 +743,12 @@ def test_when_a_supervisor_is_killed_its_tree_is_ended_before_that_is_told_and_t
         receive(jobs[message.number].process.supervisor)
 
 
+def say_all(server: ForkServer) -> None:
+    """A fork server may see the end of a supervisor before its own."""
+    while select.select([server], [], [], PATIENCE)[0]:
+        assert isinstance(server.receive(), SupervisorDied)
+
+
 @pytest.mark.parametrize(
     "who", ["server", "guard", "server and guard", "server and supervisor", "guard and supervisor"]
 )
@@ -669,9 +766,8 @@ def test_when_the_fork_server_is_killed_nothing_of_it_lives_and_another_can_be_s
             process.suspend()
     for name in who.split(" and "):
         victims[name].kill()
-    assert select.select([server], [], [], PATIENCE)[0]
     with pytest.raises(ServerDiedError):
-        server.receive()
+        say_all(server)
     with pytest.raises(ServerDiedError):
         server.start(2, None, jobs[0].result)
     server.restart(lambda: None)
@@ -691,11 +787,24 @@ def test_a_job_is_told_to_have_been_abandoned_when_the_fork_server_was_killed(la
     assert os.waitstatus_to_exitcode(exited.status) == -signal.SIGKILL
 
 
-def test_a_supervisor_that_is_terminated_ends_its_job_and_does_not_blame_the_fork_server(launch):
-    job = launch.start(launch.server(waiting))
+def test_those_who_watch_go_on_when_they_are_asked_to_end_as_by_systemd_while_the_launching_program_lives(
+    launch, method
+):
+    def program(number, spec, gate):
+        from gpu_launcher.model import Request
+        from gpu_launcher.processes.messages import Report
+
+        gate.prepared(Request(1), None)
+        gate.wait()
+        return Report(True, None, b"")
+
+    job = launch.start(launch.server(program, method))
     job.prepared()
-    supervisors()[0].terminate()
-    assert not job.exited().abandoned
+    guard = psutil.Process().children()[0]
+    for process in (guard, fork_server(), *supervisors()):
+        process.terminate()
+    job.process.grant(Grant({}), ())
+    assert job.exited() == Exited(0)
 
 
 def test_the_other_side_of_a_restart_drops_what_is_the_launching_programs_alone(launch):
@@ -727,15 +836,15 @@ def test_a_job_for_which_the_server_cannot_fork_is_told_and_the_server_lives(lau
         assert server.receive() == StartFailed(number, "fork failed: Resource temporarily unavailable")
 
 
-def test_a_supervisor_that_cannot_fork_its_job_is_told_as_dead(launch, monkeypatch, capfd):
+def test_a_job_that_its_supervisor_cannot_fork_could_not_be_started_and_nothing_is_printed(launch, monkeypatch, capfd):
     monkeypatch.setattr(supervisor_module, "os", NoFork())
     server = launch.server(waiting)
     job = launch.start(server)
     assert select.select([server], [], [], PATIENCE)[0]
-    assert server.receive() == SupervisorDied(0, 1 << 8)
+    assert server.receive() == StartFailed(0, "fork failed: Resource temporarily unavailable")
     with pytest.raises(ChannelClosedError):
         job.say("supervisor")
-    assert "Resource temporarily unavailable" in capfd.readouterr().err
+    assert capfd.readouterr().err == ""
 
 
 # How jobs are started

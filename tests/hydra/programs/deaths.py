@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,27 @@ def with_cause() -> None:
         raise ValueError("the effect") from error
 
 
+def forked_child() -> bool:
+    """Fork; in the child, return when the parent has ended and left its result."""
+    parent = os.getpid()
+    if os.fork():
+        return False
+    while os.getppid() == parent:
+        time.sleep(0.005)
+    return True
+
+
+LEFT_OPEN: list[Any] = []
+
+
+def leave_buffers() -> None:
+    """Write what is only in buffers when the job ends: Python's, and C's."""
+    LEFT_OPEN.extend([open("left_open.txt", "w"), open("left_open.bin", "wb")])
+    LEFT_OPEN[0].write("kept")
+    LEFT_OPEN[1].write(b"kept")
+    ctypes.CDLL(None).printf(b"from C\n")
+
+
 def fail(kind: str) -> Any:
     if kind == "exception":
         with_cause()
@@ -132,6 +154,14 @@ def fail(kind: str) -> Any:
         pool = multiprocessing.get_context("fork").Pool(2)
         Path("pool.pid").write_text(str(pool._pool[0].pid))  # type: ignore[attr-defined]
         return sum(pool.map(abs, [-1, -2]))  # and never closes it
+    elif kind == "fork_exit":
+        if forked_child():
+            sys.exit(0)
+    elif kind == "fork_return":
+        if forked_child():
+            return "the child's"
+    elif kind == "buffers":
+        leave_buffers()
     elif kind == "bytes":
         os.write(1, b"not UTF-8: \xff\xfe\x00\n")
         raise RuntimeError("after bytes")
@@ -140,6 +170,9 @@ def fail(kind: str) -> Any:
 
 @hydra.main(version_base=None, config_path="conf", config_name="deaths")
 def main(cfg: DictConfig) -> Any:
+    if cfg.kind == "cfg":
+        cfg._set_flag(["readonly", "struct", "allow_objects"], [False, False, True])
+        cfg.lock = threading.Lock()
     return fail(cfg.kind)
 
 
