@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
+
 from gpu_launcher.cli.survey import DeviceSeen, Hold, State, Survey, label
 from gpu_launcher.cli.table import Column, Line, Piece, Row, lay_out, wrap
 from gpu_launcher.jobs.progress.text import count, duration, one_line
@@ -73,7 +75,7 @@ def report(survey: Survey, width: int | None, *, brief: bool = False) -> Report:
     devices = lay_out(DEVICES, rows, width, one_line_each=brief)
     names = [] if any(text.strip() == "NAME" for text, _ in devices[0]) else list(_names(survey, width))
     return Report(
-        head=[_summary(survey), *names, *_notices(survey, None if brief else width)],
+        head=[*_summary(survey, width), *names, *_notices(survey, None if brief else width)],
         devices=devices if rows else [[("no devices", "")]],
         queue=_queue(survey, width, brief),
     )
@@ -86,15 +88,18 @@ def _first(lines: list[Line], most: int) -> list[Line]:
     return [*lines[: max(0, most - 1)], [(f"... {count(hidden, 'more line')}; `gpu-launcher status` shows all", "dim")]]
 
 
-def _summary(survey: Survey) -> Line:
+def _summary(survey: Survey, width: int | None) -> list[Line]:
     where = f"pool {survey.pool.directory}"
     if survey.pool.view is None:
         where += " (not there yet: nothing is leased)"
     free = sum(seen.state is State.FREE for seen in survey.devices)
-    facts = [f"{count(len(survey.devices), 'device')}, {free} free", count(len(survey.view.leases), "lease")]
     waiting = len(survey.view.tickets)
-    facts.append("1 ticket waits" if waiting == 1 else f"{waiting} tickets wait")
-    return [(f"{where}: ", ""), ("; ".join(facts), "bold")]
+    facts = f"{count(len(survey.devices), 'device')}, {free} free; {count(len(survey.view.leases), 'lease')}; " + (
+        "1 ticket waits" if waiting == 1 else f"{waiting} tickets wait"
+    )
+    if width is not None and cell_len(f"{where}: {facts}") > width:
+        return [[(where, "")], [(facts, "bold")]]
+    return [[(f"{where}: ", ""), (facts, "bold")]]
 
 
 def _names(survey: Survey, width: int | None) -> Iterator[Line]:

@@ -1,0 +1,218 @@
+"""Programs that hold leases, and the command line as people and programs use it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fcntl import ioctl
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+HOLDER = Path(__file__).parent / "holder.py"
+GIB = 2**30
+CLI = (sys.executable, "-m", "gpu_launcher.cli")
+NOT_OURS = ("CUDA_", "GPU_LAUNCHER_", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "LD_LIBRARY_PATH")
+
+Done = subprocess.CompletedProcess[str]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(NOT_OURS)}
+    return {**kept, "PYTHONPATH": str(REPOSITORY), "TERM": "xterm-256color", **extra}
+
+
+@dataclass
+class Cli:
+    """Runs `gpu-launcher` on one pool, by default on a machine whose driver is not loaded."""
+
+    pool: Path
+    environ: dict[str, str]
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def __call__(self, *arguments: str, **environ: str) -> Done:
+        return subprocess.run(
+            [*CLI, *arguments],
+            env={**self.environ, **environ},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def lines(self, *arguments: str, **environ: str) -> list[str]:
+        """What a command prints that succeeds and has nothing to complain of."""
+        done = self(*arguments, **environ)
+        assert (done.returncode, done.stderr) == (0, ""), done
+        return done.stdout.splitlines()
+
+    def json(self, *arguments: str, **environ: str) -> Any:
+        return json.loads("\n".join(self.lines(*arguments, "--json", **environ)))
+
+    def hold(self, *requests: Sequence[Any]) -> subprocess.Popen[str]:
+        """Another program, which has tickets for these (see holder.py), and leases on what it got."""
+        holder = subprocess.Popen(
+            [sys.executable, str(HOLDER), str(self.pool), json.dumps(requests)],
+            env=self.environ,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.started.append(holder)
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "ready\n"
+        return holder
+
+    def end(self) -> None:
+        for process in self.started:
+            process.kill()
+            process.communicate()
+
+
+def _ending(cli: Cli) -> Iterator[Cli]:
+    try:
+        yield cli
+    finally:
+        cli.end()
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Path:
+    return tmp_path / "pool"
+
+
+@pytest.fixture
+def cli(machine: Any, pool: Path) -> Iterator[Cli]:
+    """On a machine without a usable driver."""
+    machine.has("init.error 9")
+    yield from _ending(Cli(pool, {**environment(**machine.environment()), "GPU_LAUNCHER_POOL_DIR": str(pool)}))
+
+
+@dataclass
+class Lab:
+    """A machine with four GPUs, of which one is held, one is shared, and a stranger uses one."""
+
+    cli: Cli
+    machine: Any
+    stranger: int
+
+
+@pytest.fixture
+def lab(cli: Cli, machine: Any) -> Lab:
+    name = "NVIDIA H100 80GB HBM3"
+    stranger = subprocess.Popen(["bash", "-c", "exec -a jupyter sleep 600"], text=True)
+    cli.started.append(stranger)
+    doing = ((61.3, 97), (20.2, 64), (12.4, 41), (0.5, 0))
+    lines = ["count 4", "driver 570.86.15", "nvml 12.570.86.15", "cuda 12080", f"2.compute {stranger.pid}:{12 * GIB}"]
+    for index, (used, utilisation) in enumerate(doing):
+        more = (f"utilisation {utilisation}", f"memory_used {int(used * GIB)}")
+        lines += machine.gpu(
+            index, f"GPU-{index}1a7c3e5-0b2d-4f68-9ace-135790bdf246", *more, name=name, memory=80 * GIB
+        )
+    machine.has(*lines)
+    cli.hold(
+        ["gpus:0", 1, None, 0, "train.py #0 lr=0.1"],
+        ["gpus:1", 0.5, None, 0, "train.py #1 lr=0.2"],
+        ["gpus:1", 0.25, 20 * GIB, 0, "eval.py #3 fold=5", {"user": "bert", "timeout": 7200}],
+        ["gpus", 4, None, 0, "big.py #0 nodes=4", {"user": "carla"}],
+        ["gpus:0,1", 1, None, 0, "train.py #2 lr=0.3"],
+    )
+    return Lab(cli, machine, stranger.pid)
+
+
+class Terminal:
+    """A command in a terminal of its own, and what it shows."""
+
+    def __init__(self, command: Sequence[str], environ: dict[str, str], size: tuple[int, int] = (80, 24)) -> None:
+        self.output = b""
+        self.pid, self.master = pty.fork()
+        if self.pid == 0:
+            try:
+                ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
+                os.execvpe(command[0], command, environ)
+            finally:
+                os._exit(99)
+        self.status: int | None = None
+
+    def resize(self, columns: int, lines: int) -> None:
+        ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    def press(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+    @property
+    def text(self) -> str:
+        return self.output.decode(errors="replace")
+
+    @property
+    def frames(self) -> list[list[str]]:
+        """The lines of each painting, without colours."""
+        shown = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", frame) for frame in self.text.split("\x1b[H")[1:]]
+        return [frame.split("\n") for frame in shown]
+
+    def read_until(self, holds: Callable[[], bool], seconds: float = 30) -> None:
+        end = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < end, self.text
+            if not self._read():
+                assert holds(), self.text
+
+    def wait(self, seconds: float = 30) -> int:
+        """The exit code, or minus the signal."""
+        end = time.monotonic() + seconds
+        while self.status is None:
+            assert time.monotonic() < end, self.text
+            self._read()
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.status = os.waitstatus_to_exitcode(status)
+        while self._read():
+            pass
+        return self.status
+
+    def _read(self) -> bool:
+        ready, _, _ = select.select([self.master], [], [], 0.05)
+        if ready:
+            try:
+                self.output += os.read(self.master, 65536)
+            except OSError:  # nobody has the other end any more
+                time.sleep(0.01)
+                return False
+        return bool(ready) or self.status is None
+
+    def attributes(self) -> list[Any]:
+        return termios.tcgetattr(self.master)
+
+    def close(self) -> None:
+        if self.status is None:
+            os.kill(self.pid, 9)
+            os.waitpid(self.pid, 0)
+        os.close(self.master)
+
+
+@pytest.fixture
+def terminal(cli: Cli) -> Iterator[Callable[..., Terminal]]:
+    """Starts a command in a terminal: `terminal("top", size=(80, 24), NAME="value")`, or `within=` a program."""
+    opened: list[Terminal] = []
+
+    def start(
+        *arguments: str, size: tuple[int, int] = (80, 24), within: Sequence[str] = CLI, **environ: str
+    ) -> Terminal:
+        opened.append(Terminal([*within, *arguments], {**cli.environ, **environ}, size))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.close()

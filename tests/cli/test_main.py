@@ -1,0 +1,76 @@
+"""The command line as a whole: help, versions, completion, and what starting it costs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Cli  # type: ignore[import-not-found]
+
+REPOSITORY = Path(__file__).parents[2]
+DOCUMENT = (REPOSITORY / "docs" / "status.md").read_text()
+COMMANDS = ("status", "top", "doctor")
+
+
+def test_the_program_is_declared(cli: Cli) -> None:
+    (declared,) = re.findall(r'^gpu-launcher = "(.*)"$', (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
+    module, _, name = declared.partition(":")
+    assert callable(getattr(import_module(module), name))
+    assert cli.lines("--version")[0].startswith("gpu-launcher ")
+
+
+def test_without_a_command_it_lists_them(cli: Cli) -> None:
+    done = cli()
+    assert done.returncode == 2
+    for command in COMMANDS:
+        assert re.search(rf"^  {command}  +[A-Z]", done.stdout + done.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_every_command_has_a_help_with_examples_of_its_own(cli: Cli, command: str, option: str) -> None:
+    text = "\n".join(cli.lines(command, option))
+    assert f"Usage: gpu-launcher {command} [OPTIONS]" in text
+    assert f"    gpu-launcher {command}\n" in text.partition("Examples:")[2]
+    assert all(re.search(r"  \S", line.strip()) or not line.startswith("  --") for line in text.splitlines())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_in_the_document(cli: Cli, command: str) -> None:
+    options = set(re.findall(r"^  (--[a-z-]+)", "\n".join(cli.lines(command, "--help")), re.MULTILINE))
+    assert all(option in DOCUMENT for option in options)
+
+
+@pytest.mark.parametrize("words", ["gpu-launcher st", "gpu-launcher status --de", "gpu-launcher status --devices sim"])
+def test_the_shell_completes(cli: Cli, words: str) -> None:
+    done = cli(_GPU_LAUNCHER_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split()) - 1))
+    assert done.stdout.split()[0] in ("status", "--devices", "simulated:8")
+
+
+def test_directories_are_completed_for_the_pool(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "pool-of-ours").mkdir()
+    (tmp_path / "pool-file").touch()
+    words = f"gpu-launcher status --pool-dir {tmp_path}/po"
+    done = cli(_GPU_LAUNCHER_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD="3")
+    assert done.stdout.split() == [f"{tmp_path}/pool-of-ours/"]
+
+
+def test_help_and_completion_import_nothing_that_is_slow(cli: Cli) -> None:
+    code = "import sys, gpu_launcher.cli.main; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=cli.environ, capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert loaded.isdisjoint({"rich", "pynvml", "hydra", "omegaconf", "optuna", "sqlalchemy", "psutil", "sqlite3"})
+    assert not any(name.startswith("gpu_launcher.leases") for name in done.stdout.split())
+
+
+def test_a_look_imports_neither_hydra_nor_optuna(cli: Cli) -> None:
+    code = "import sys; from gpu_launcher.cli.look import look; look('auto', None); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=cli.environ, capture_output=True, text=True, check=True)
+    assert {"hydra", "optuna", "sqlalchemy"}.isdisjoint(done.stdout.split())
