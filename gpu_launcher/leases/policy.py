@@ -63,6 +63,13 @@ class Demand:
     """Best first."""
     unavailable: frozenset[str] = frozenset()
     """UUIDs of those among them that its process sees in use by others, or broken."""
+    able: Mapping[str, tuple[Share, int | None]] = field(init=False, repr=False, compare=False)
+    """What it would take of each candidate that could ever give it, and how much memory that has; best first."""
+
+    def __post_init__(self) -> None:
+        shares = {one.uuid: (one.share(self.request), one.memory) for one in self.candidates}
+        able = {uuid: (share, memory) for uuid, (share, memory) in shares.items() if share is not None}
+        object.__setattr__(self, "able", able)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +210,9 @@ def grant(
             return books.settle(own.demand, taste)
         if ticket.demand is None:
             return None
-        before = len(books.closed)
+        before = books.changes
         books.settle(ticket.demand)
-        if len(books.closed) > before and not books.enough(own.demand):
+        if books.changes > before and not books.enough(own.demand):
             return None
     raise LookupError(f"ticket {own.id} is not in the queue")
 
@@ -225,6 +232,12 @@ class _Books:
     """The earliest time at which a waiting ticket could start on a device."""
     closed: set[str] = field(default_factory=set)
     """Devices of which nobody further back gets anything now."""
+    promised: set[str] = field(default_factory=set)
+    """Those among them that a waiting ticket may get at any moment: no reservation can say more."""
+    changes: int = 0
+    """How often something became closed, or reserved for earlier."""
+    rooms: dict[tuple[str, Share, int | None], float] = field(default_factory=dict)
+    """What `_room_at` found."""
 
     @classmethod
     def opened(cls, leases: Iterable[LeaseState], now: float) -> _Books | None:
@@ -241,7 +254,7 @@ class _Books:
 
     def settle(self, demand: Demand, taste: Taste = INDIFFERENT) -> Grant | None:
         """Grant it, or reserve what it waits for."""
-        if self.closed and self.closed.issuperset([candidate.uuid for candidate in demand.candidates]):
+        if demand.able.keys() <= self.promised:
             return None
         free = self.free(demand)
         if len(free) >= demand.request.gpus:
@@ -257,31 +270,31 @@ class _Books:
         """Return the candidates that have room for it, in its order."""
         request = demand.request
         found: dict[str, Share] = {}
-        for candidate in demand.candidates:
-            uuid = candidate.uuid
-            if uuid in self.closed or uuid in demand.unavailable or uuid in found:
+        for uuid, (share, memory) in demand.able.items():
+            if uuid in self.closed or uuid in demand.unavailable:
                 continue
             if uuid in self.reserved and not self._over_before(self.reserved[uuid], request):
                 continue
-            share = candidate.share(request)
-            if share is None or not _fits(share, self.used.get(uuid, (0, 0)), candidate.memory):
+            if uuid in self.used and not _fits(share, self.used[uuid], memory):
                 continue
-            if not self.staggered(uuid, request):
+            if not request.stagger or not self.staggered(uuid, request):
                 found[uuid] = share
         return found
 
     def enough(self, demand: Demand) -> bool:
         """Whether it is still possible that it is granted now."""
-        return len({c.uuid for c in demand.candidates if c.uuid not in self.closed}) >= demand.request.gpus
+        left = demand.able.keys() - self.closed
+        if demand.request.gpus <= len(left) and not self.reserved.keys().isdisjoint(left):
+            left = {
+                uuid
+                for uuid in left
+                if uuid not in self.reserved or self._over_before(self.reserved[uuid], demand.request)
+            }
+        return len(left) >= demand.request.gpus
 
     def possible(self, demand: Demand) -> bool:
         """Whether it would be granted if all leases ended."""
-        able = {
-            candidate.uuid
-            for candidate in demand.candidates
-            if candidate.uuid not in demand.unavailable and candidate.share(demand.request) is not None
-        }
-        return len(able) >= demand.request.gpus
+        return len(demand.able.keys() - demand.unavailable) >= demand.request.gpus
 
     def staggered(self, uuid: str, request: Request) -> bool:
         """Whether the request keeps off the device because a job has only just started there."""
@@ -297,44 +310,54 @@ class _Books:
             self.started[uuid] = max(started, self.started.get(uuid, -math.inf))
         if self.used[uuid][0] >= MILLIONTHS:
             self.closed.add(uuid)
+            self.changes += 1
 
     def _reserve(self, demand: Demand) -> None:
         start = self._earliest_start(demand)
-        for candidate in demand.candidates:
-            uuid = candidate.uuid
-            if candidate.share(demand.request) is not None:
-                self.reserved[uuid] = min(start, self.reserved.get(uuid, math.inf))
-                if self.reserved[uuid] <= self.now:
+        for uuid in demand.able:
+            if start < self.reserved.get(uuid, math.inf):
+                self.reserved[uuid] = start
+                self.changes += 1
+                if start <= self.now:
                     self.closed.add(uuid)
+                    self.promised.add(uuid)
 
     def _earliest_start(self, demand: Demand) -> float:
         """When it could start if what may end at any moment ended now, and all else when it said.
 
-        Where it cannot pass an earlier ticket itself, it does not start before that could.
+        Where it cannot pass those in front of it, it does not start before the first of them could.
         """
         times = []
-        for candidate in {candidate.uuid: candidate for candidate in demand.candidates}.values():
-            share = candidate.share(demand.request)
-            if share is not None:
-                time, reserved = self._room_at(candidate, share), self.reserved.get(candidate.uuid, self.now)
-                times.append(time if self._over_before(reserved, demand.request) else max(time, reserved))
+        for uuid, (share, memory) in demand.able.items():
+            time, reserved = self._room_at(uuid, share, memory), self.reserved.get(uuid, self.now)
+            times.append(time if self._over_before(reserved, demand.request) else max(time, reserved))
         return sorted(times)[demand.request.gpus - 1]
 
-    def _room_at(self, candidate: Candidate, share: Share) -> float:
-        left = sorted(self.ends.get(candidate.uuid, ()), key=lambda one: one[0], reverse=True)
-        millionths, memory = sum(one.millionths for _, one in left), sum(one.memory for _, one in left)
-        time = self.now
-        while not _fits(share, (millionths, memory), candidate.memory):
-            time, over = left.pop()
-            millionths, memory = millionths - over.millionths, memory - over.memory
-        return time
+    def _room_at(self, uuid: str, share: Share, memory: int | None) -> float:
+        if uuid not in self.ends:
+            return self.now
+        key = uuid, share, memory
+        if key not in self.rooms:
+            left = sorted(self.ends[uuid], key=lambda one: one[0], reverse=True)
+            millionths, declared = sum(one.millionths for _, one in left), sum(one.memory for _, one in left)
+            time = self.now
+            while not _fits(share, (millionths, declared), memory):
+                time, over = left.pop()
+                millionths, declared = millionths - over.millionths, declared - over.memory
+            self.rooms[key] = time
+        return self.rooms[key]
 
     def _choose(self, free: Mapping[str, Share], request: Request, taste: Taste) -> dict[str, Share]:
-        rank = {uuid: place for place, uuid in enumerate(taste.ranking)}
-        liked = sorted(free, key=lambda uuid: rank.get(uuid, len(rank)))
-        if not all(share.whole for share in free.values()):
+        liked = list(free)
+        if taste.ranking:
+            rank = {uuid: place for place, uuid in enumerate(taste.ranking)}
+            liked.sort(key=lambda uuid: rank.get(uuid, len(rank)))
+        if any(share.millionths < MILLIONTHS for share in free.values()):
             # Best fit: where the least is left, so that whole devices stay whole. Sorting is stable.
-            liked.sort(key=lambda uuid: self.used.get(uuid, (0, 0))[0] + free[uuid].millionths, reverse=True)
+            filled = {uuid: share.millionths for uuid, share in free.items()}
+            for uuid in filled.keys() & self.used.keys():
+                filled[uuid] += self.used[uuid][0]
+            liked.sort(key=filled.__getitem__, reverse=True)
         elif taste.closeness is not None and 1 < request.gpus < len(liked):
             liked = _best_connected(liked, request.gpus, taste.closeness)
         return {uuid: free[uuid] for uuid in liked[: request.gpus]}

@@ -133,22 +133,19 @@ def could_start(ticket: TicketState, snapshot: Snapshot, before: dict[str, tuple
     """The first moment at which there is room for it: trying them all.
 
     Leases of which the end is not known count as ended, and so do all that have not begun yet. `before` are the
-    tickets that wait in front of it, and when they could start, before which it does not start unless it is over.
+    tickets that wait in front of it, and when they could start: before the first of those that want a device, it does
+    not start there, unless it is over by then.
     """
     request = ticket.demand.request
     known = [lease for lease in snapshot.leases if lease.ends is not None and lease.ends > snapshot.now]
-    moments = {snapshot.now, *(lease.ends for lease in known)}
-    for moment in sorted(moments):
+    for moment in sorted({snapshot.now, *(lease.ends for lease in known)}):
         left = [lease for lease in known if lease.ends > moment]
-        able = [
-            one
-            for one in ticket.demand.candidates
-            if fits(one, request, held_on(one.uuid, left))
-            and (
-                all(start <= moment for earlier, start in before.values() if wants(earlier, one.uuid))
-                or is_over(request, snapshot, [start for earlier, start in before.values() if wants(earlier, one.uuid)])
-            )
-        ]
+        able = []
+        for one in ticket.demand.candidates:
+            awaited = [start for earlier, start in before.values() if wants(earlier, one.uuid)]
+            passed = is_over(request, snapshot, awaited) or min(awaited, default=moment) <= moment
+            if passed and fits(one, request, held_on(one.uuid, left)):
+                able.append(one)
         if len(able) >= request.gpus:
             return moment
     raise AssertionError("it fits into an empty pool")

@@ -149,6 +149,13 @@ def test_a_short_job_waits_if_it_would_hold_up_any_of_those_it_passes():
     assert granted(*parts, lease("C", ends=49.0), ticket(2, "CB", 2)) == {"ticket 3": "B"}
 
 
+def test_who_waits_behind_the_first_is_passed_as_well():
+    """Though all that the first one reserves is held, by leases that may end at any moment."""
+    held = (lease("BC"), lease("D", ends=50.0))
+    assert granted(*held, ticket(1, "BCD", 3), ticket(2, "AB", 2), ticket(3, "A", TIMED)) == {"ticket 3": "A"}
+    assert granted(*held, ticket(1, "BC", 2), ticket(2, "AB", 2), ticket(3, "A", TIMED)) == {}
+
+
 def test_what_passes_takes_no_more_than_it_can_give_back_in_time():
     """The one granted first may take the device any time later, so it puts off nothing."""
     assert granted(ticket(1, "A", TIMED), ticket(2, "AB", 2), ticket(3, "B", Request(1, timeout=10.0))) == {
