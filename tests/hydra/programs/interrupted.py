@@ -33,8 +33,8 @@ def main(cfg: DictConfig) -> None:
         signal.signal(signal.SIGTERM, save)
     child = subprocess.Popen(["sleep", "300"], start_new_session=True)
     (directory / "pids.new").write_text(f"{os.getpid()} {child.pid}")
-    (directory / "pids.new").rename(directory / "pids")
     try:
+        (directory / "pids.new").rename(directory / "pids")
         time.sleep(300)
     except KeyboardInterrupt:
         time.sleep(0.2)
