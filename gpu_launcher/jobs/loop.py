@@ -102,7 +102,7 @@ class JobLoop:
 
         self._machine = m.Machine(list(self._jobs), limits)
         self._selector = selectors.DefaultSelector()
-        self.signals = StopSignals()
+        self.signals = StopSignals(clock)
         self._live: dict[int, Running] = {}
         self._dead: dict[int, Running] = {}
         """Jobs whose process tree is gone, until they are concluded."""

@@ -75,12 +75,13 @@ def kill(pid: int) -> None:
 
 
 def other_threads() -> list[str]:
-    """Names of this process's threads besides the first, as the kernel sees them: Python does not know them all."""
+    """Names of this process's threads besides the first: Python's where it has one, else the kernel's."""
+    python = {thread.native_id: thread.name for thread in threading.enumerate()}
     names = []
     for task in Path("/proc/self/task").iterdir():
         if task.name != str(os.getpid()):
             try:
-                names.append((task / "comm").read_text().strip())
+                names.append(python.get(int(task.name)) or (task / "comm").read_text().strip())
             except (FileNotFoundError, ProcessLookupError):  # a thread that has just ended
                 continue
     return sorted(names)

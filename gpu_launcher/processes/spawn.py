@@ -6,6 +6,7 @@ job is a fresh interpreter that loads the program from a cloudpickle.
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import socket
@@ -13,20 +14,28 @@ import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import NoReturn
+from types import FunctionType
+from typing import Any, NoReturn
 
-PACKAGE_PARENT = str(Path(__file__).resolve().parents[2])
+_PACKAGE = Path(__file__).resolve().parents[1] / "__init__.py"
+
+# Nothing may come from the working directory, which `-c` puts first on the path: a `pickle.py` lies there easily. And
+# the package is this very one, which need not be on the default path.
+_BOOTSTRAP = """
+import sys
+sys.path[:] = filter(None, sys.path)
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("gpu_launcher", {package!r})
+package = sys.modules["gpu_launcher"] = module_from_spec(spec)
+spec.loader.exec_module(package)
+from gpu_launcher.processes import spawn
+spawn.{function}{arguments}
+"""
 
 
 def command(function: str, *arguments: int) -> list[str]:
-    """Command line of an interpreter that calls a function of this module, with this interpreter's own flags.
-
-    The package is found where this process found it, also when that is not on the default path.
-    """
-    code = (
-        f"import sys; sys.path.insert(0, {PACKAGE_PARENT!r}); "
-        f"from gpu_launcher.processes import spawn; spawn.{function}{arguments!r}"
-    )
+    """Command line of an interpreter that calls a function of this module, with this interpreter's own flags."""
+    code = _BOOTSTRAP.format(package=str(_PACKAGE), function=function, arguments=arguments)
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     return [sys.executable, *flags, "-c", code]
 
@@ -55,21 +64,48 @@ def work_spawned(channel: int, payload: int, /) -> NoReturn:
     path, main, program = pickle.loads(os.pread(payload, os.fstat(payload).st_size, 0))
     os.close(payload)
     sys.path[:] = path
-    _impersonate_main(main)
-    work(socket.socket(fileno=channel), stdio, lambda: pickle.loads(program))
-
-
-def _impersonate_main(attributes: dict[str, object]) -> None:
-    """Let `__main__` say which script or module it is, as libraries ask that start it again."""
-    main = sys.modules["__main__"]
-    for name, value in attributes.items():
-        setattr(main, name, value)
+    vars(sys.modules["__main__"]).update(main)
+    work(socket.socket(fileno=channel), stdio, lambda: load_program(program))
 
 
 def describe_interpreter(program: bytes) -> bytes:
-    """What `work_spawned` needs: module search path, identity of `__main__`, and the cloudpickled program."""
+    """What `work_spawned` needs: module search path, identity of `__main__`, and the program from `dump_program`."""
     main = sys.modules["__main__"]
+    # Which script or module it is, as libraries ask that start it again.
     attributes: dict[str, object] = {"__file__": getattr(main, "__file__", None)}
     spec = getattr(main, "__spec__", None)
     attributes["__spec__"] = spec and ModuleSpec(spec.name, loader=None, origin=spec.origin)
     return pickle.dumps((sys.path, attributes, program))
+
+
+def dump_program(program: object) -> bytes:
+    """Pickle a program, with what it uses of `__main__` by value: the script is not run again in the jobs.
+
+    Raises whatever the user's objects raise when they are pickled.
+    """
+    import cloudpickle
+
+    main = vars(sys.modules["__main__"])
+    used: dict[str, Any] = {}
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+        def reducer_override(self, thing: Any) -> Any:
+            if issubclass(type(thing), (type, FunctionType)) and getattr(thing, "__module__", None) == "__main__":
+                name = thing.__qualname__
+                if main.get(name) is thing:
+                    used[name] = thing
+            return super().reducer_override(thing)
+
+    buffer = io.BytesIO()
+    pickler = Pickler(buffer)
+    pickler.dump(program)
+    pickler.dump(used)  # the very same classes and functions: both share one memo
+    return buffer.getvalue()
+
+
+def load_program(pickled: bytes) -> Any:
+    """Unpickle a program, and define what it uses of `__main__` there, so that jobs can pickle it by name."""
+    unpickler = pickle.Unpickler(io.BytesIO(pickled))
+    program = unpickler.load()
+    vars(sys.modules["__main__"]).update(unpickler.load())
+    return program

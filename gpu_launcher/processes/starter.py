@@ -181,10 +181,8 @@ class ForkServer:
         self._pid = pid
 
     def _spawn(self) -> None:
-        import cloudpickle
-
         try:
-            pickled = cloudpickle.dumps(self._program)
+            pickled = spawn.dump_program(self._program)
         except Exception as error:  # whatever the user's objects raise when they are pickled
             raise OptionError(
                 "hydra.launcher.start_method",

@@ -107,6 +107,8 @@ def work(channel: socket.socket, stdio: CapturedStdio, load_program: Callable[[]
     except ChannelClosedError:
         os._exit(1)
     assert isinstance(assignment, Assignment), assignment
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a script starts with `&`
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # with which a sweep that is stopped asks us to end
     job = os.getpid()
     try:
         report = load_program()(assignment.number, assignment.spec, Gate(channel, stdio))

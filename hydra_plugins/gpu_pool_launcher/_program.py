@@ -173,18 +173,22 @@ def _without_hydra_node(config: DictConfig) -> DictConfig:
 def job_command(argv: list[str]) -> list[str]:
     """The sweep's command line without its overrides: what runs a single job once those are appended.
 
-    Options that choose the config (`--config-name` and the like) stay, `--multirun` goes.
+    Options that choose the config (`--config-name` and the like) stay, `--multirun` goes. A job may have another
+    working directory, so that paths are made absolute.
     """
     script, *options = argv
     kept = [str(Path(script).absolute()) if Path(script).exists() else script]
     arguments = iter(options)
     for argument in arguments:
-        name, assigned, _ = argument.partition("=")
+        name, assigned, value = argument.partition("=")
         if name in _WITH_VALUE:
-            kept.append(argument)
             if not assigned:
-                kept.extend(value for value in [next(arguments, None)] if value is not None)
+                value = next(arguments, "")
+            if name in _RELATIVE_TO_HERE:
+                value = str(Path(value).absolute())
+            kept += [f"{name}={value}"] if assigned else [name, value]
     return kept
 
 
-_WITH_VALUE = ("--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd")
+_RELATIVE_TO_HERE = ("--config-dir", "-cd")
+_WITH_VALUE = ("--config-name", "-cn", "--config-path", "-cp", *_RELATIVE_TO_HERE)

@@ -341,6 +341,7 @@ def kill_together() -> Callable[[list[psutil.Process]], None]:
             for process in processes:
                 process.send_signal(signal.SIGSTOP)
         for process in processes:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just died with the one before
+                process.kill()
 
     return kill

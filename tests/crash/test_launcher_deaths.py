@@ -225,20 +225,21 @@ def test_a_job_that_ignores_every_signal_is_killed_after_its_grace(world, gone, 
     gone(processes, everything=True, since=began)
 
 
-def test_hundreds_of_processes_of_one_job_go_with_its_launching_program(world, gone):
-    sweep = world.start("n=0", "bomb=200")
+def test_hundreds_of_processes_of_one_job_go_with_its_launching_program(world, gone, wait_until):
+    sweep = world.start("n=0", "bomb=200", "stubborn=true")
     sweep.running(1)
+    wait_until(lambda: len(world.marked()) > 400)
     processes = world.marked()
-    assert len(processes) > 400
     sweep.process.kill()
     gone(processes, everything=True)
 
 
-def test_hundreds_of_processes_of_one_job_go_when_its_main_process_is_killed(world, gone):
-    sweep = world.start("n=0", "bomb=200", "stubborn=true")
+def test_hundreds_of_processes_of_one_job_go_when_its_main_process_is_killed(world, gone, wait_until):
+    sweep = world.start("n=0", "bomb=200")
     sweep.running(1)
-    processes = sweep.part("supervisor", 0).children(recursive=True)
-    assert len(processes) > 400
+    supervisor = sweep.part("supervisor", 0)
+    wait_until(lambda: len(supervisor.children(recursive=True)) > 400)
+    processes = supervisor.children(recursive=True)
     sweep.part("main", 0).kill()
     gone(processes, [0])
     ((status, message),) = sweep.returns()

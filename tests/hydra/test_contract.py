@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,8 +46,9 @@ def sweep(request: pytest.FixtureRequest, run: Run, tmp_path_factory: pytest.Tem
         directory,
         "contract.py",
         "--config-dir",
-        str(PROGRAMS / "more"),
+        os.path.relpath(PROGRAMS / "more", directory),
         "-m",
+        "hydra.job.chdir=true",
         "+extra=found",
         f"hydra.launcher.start_method={request.param}",
         "hydra.job.name=renamed",

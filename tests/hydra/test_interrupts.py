@@ -8,25 +8,31 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
+
+from gpu_launcher.jobs.signals import TOGETHER
 
 Start = Callable[..., subprocess.Popen[str]]
 MANNERS = ["polite", "stubborn", "polite", "stubborn", "waiting"]
 """On four devices, so that the last one waits."""
 
 
-def sweep(start: Start, directory: Path, method: str, grace: float) -> subprocess.Popen[str]:
+def sweep(
+    start: Start, directory: Path, method: str, grace: float, manners: list[str] = MANNERS, **how: tuple[str, ...]
+) -> subprocess.Popen[str]:
     """A sweep whose first four jobs are at work."""
     process = start(
         directory,
         "interrupted.py",
         "-m",
-        f"+manners={','.join(MANNERS)}",
+        f"+manners={','.join(manners)}",
         "hydra/launcher=gpu_pool",
         "hydra.launcher.devices=simulated:4",
         f"hydra.launcher.start_method={method}",
         f"hydra.launcher.grace={grace}",
         "hydra.sweep.dir=sweep",
+        **how,
     )
     deadline = time.monotonic() + 60
     while len(list((directory / "sweep").glob("*/pids"))) < 4:
@@ -71,9 +77,39 @@ def test_a_second_ctrl_c_kills_at_once(start: Start, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
     assert any("stopping" in line for line in process.stderr)  # reads no further than that
+    time.sleep(TOGETHER)  # what comes earlier counts as the same Ctrl-C
     asked = time.monotonic()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert time.monotonic() - asked < 3
     assert process.returncode == -signal.SIGINT
+    assert alive(tmp_path) == []
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_jobs_have_their_grace_when_every_process_is_asked_to_end_as_by_systemd(
+    start: Start, tmp_path: Path, method: str
+) -> None:
+    process = sweep(start, tmp_path, method, grace=300, manners=["saving"] * 4)
+    launcher = psutil.Process(process.pid)
+    for each in (launcher, *launcher.children(recursive=True)):
+        each.terminate()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "4 jobs: 4 cancelled" in err
+    assert len(list((tmp_path / "sweep").glob("*/cleaned_up"))) == 4
+    assert alive(tmp_path) == []
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_sweep_that_a_script_started_in_the_background_ignores_ctrl_c_but_its_jobs_are_asked_to_end(
+    start: Start, tmp_path: Path, method: str
+) -> None:
+    ignoring = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
+    process = sweep(start, tmp_path, method, grace=300, manners=["polite"] * 4, within=ignoring)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM, "and not of SIGINT, which came first"
+    assert len(list((tmp_path / "sweep").glob("*/cleaned_up"))) == 4
     assert alive(tmp_path) == []

@@ -51,6 +51,7 @@ class Histories(RuleBasedStateMachine):
         self.lost: set[int] = set()
         """Jobs that a lost server may have queued again."""
         self.stopped_at: float | None = None
+        self.given_up = False
         self.follow(m.Begin())
 
     def follow(self, stimulus):
@@ -62,12 +63,14 @@ class Histories(RuleBasedStateMachine):
     def do_StartProcess(self, instruction):
         number = instruction.number
         assert self.stopped_at is None, "nothing starts after a stop"
+        assert not self.given_up
         assert number not in self.processes
         assert not self.concluded[number]
         assert not self.starts[number] or number in self.lost, "only what a server lost is started again"
         assert not self.runs[number], "what has run is not started again"
         self.lost.discard(number)
         self.starts[number] += 1
+        self.requests.pop(number, None)
         self.processes[number] = "preparing"
 
     def do_TakeTicket(self, instruction):
@@ -86,6 +89,7 @@ class Histories(RuleBasedStateMachine):
     def do_Go(self, instruction):
         number = instruction.number
         assert self.stopped_at is None, "nothing runs after a stop"
+        assert not self.given_up
         assert self.processes[number] == "prepared"
         assert number not in self.dying
         self.processes[number] = "running"
@@ -102,7 +106,9 @@ class Histories(RuleBasedStateMachine):
         self.dying.add(instruction.number)
         assert instruction.number in self.processes
         too_much = self.requests.get(instruction.number, 0) > self.devices
-        assert too_much or self.stopped_at is not None, "nobody is killed without a reason"
+        assert too_much or self.stopped_at is not None or self.given_up, "nobody is killed without a reason"
+        if self.stopped_at is None:
+            assert self.processes[instruction.number] != "running", "what runs goes on"
 
     def do_Release(self, instruction):
         self.released[instruction.number] += 1
@@ -115,7 +121,9 @@ class Histories(RuleBasedStateMachine):
         assert number not in self.processes
         assert number not in self.held, "devices are free before results are read"
         assert instruction.stopped == (self.stopped_at is not None)
-        if self.requests.get(number, 0) > self.devices and instruction.problem is not None:
+        if self.given_up and not self.runs[number] and self.stopped_at is None:
+            assert instruction.problem is not None
+        if self.requests.get(number, 0) > self.devices and instruction.problem is not None and not self.given_up:
             assert instruction.problem == "cannot be run: its request is too large"
 
     # What may happen
@@ -147,16 +155,29 @@ class Histories(RuleBasedStateMachine):
             if number in self.processes and number in self.dying:
                 self.ends(number)
 
-    def ends(self, number):
+    def ends(self, number, problem=None):
         del self.processes[number]
         self.dying.discard(number)
-        self.follow(m.Exited(number))
+        self.follow(m.Exited(number, problem))
 
     @rule()
     def the_fork_server_is_killed(self):
         self.dying |= self.processes.keys()
         self.lost |= {number for number, phase in self.processes.items() if phase != "running"}
         self.follow(m.ServerLost())
+
+    @precondition(lambda self: "preparing" in self.processes.values())
+    @rule(data=st.data())
+    def a_job_cannot_be_started(self, data):
+        number = data.draw(st.sampled_from(sorted(n for n, phase in self.processes.items() if phase == "preparing")))
+        self.ends(number, "too many open files")
+
+    @rule()
+    def the_loop_gives_up(self):
+        self.given_up = True
+        self.follow(m.GiveUp("was not run"))
+        if self.stopped_at is None:
+            assert all(phase == "running" or n in self.dying for n, phase in self.processes.items())
 
     @rule()
     def the_user_wants_to_stop(self):
@@ -232,7 +253,8 @@ class Histories(RuleBasedStateMachine):
         healthy = {n for n, phase in self.processes.items() if n not in self.dying}
         prepared = {n for n in healthy if self.processes[n] == "prepared"}
         moving = self.ticket is not None or self.dying or any(self.processes[n] == "running" for n in healthy)
-        if prepared and not moving and "preparing" not in self.processes.values() and self.stopped_at is None:
+        still = self.stopped_at is None and not self.given_up
+        if prepared and not moving and "preparing" not in self.processes.values() and still:
             raise AssertionError(f"jobs {prepared} wait for nothing")
 
     def teardown(self):
@@ -252,7 +274,7 @@ class Histories(RuleBasedStateMachine):
         assert self.concluded == Counter(self.jobs)
         assert not self.held
         assert self.ticket is None
-        assert all(self.released[n] == (self.runs[n] and self.requests[n] > 0) for n in self.jobs)
+        assert all(self.released[n] == (self.runs[n] > 0 and self.requests[n] > 0) for n in self.jobs)
 
 
 Histories.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)

@@ -880,10 +880,9 @@ def test_jobs_are_spawned_where_a_thread_runs_and_the_reason_names_it(launch, th
         gate.wait()
         return Report(True, None, b"")
 
-    name = Path(f"/proc/self/task/{thread.native_id}/comm").read_text().strip()
     server = launch.server(program, "auto")
     assert server.method == "spawn"
-    assert server.reason == f"1 other thread(s) run in this program ({name})"
+    assert server.reason == f"1 other thread(s) run in this program ({thread.name})"
     assert len(psutil.Process().children()) == 1, "the fork that found out is gone"
     job = launch.start(server)
     assert job.run().status == 0
@@ -911,6 +910,64 @@ def test_spawning_can_be_asked_for(launch):
     job = launch.start(server)
     job.run()
     assert job.report().payload == b"fresh"
+
+
+def test_what_a_spawned_program_uses_of_main_can_be_pickled_by_name_there_and_here(launch, monkeypatch):
+    main = types.ModuleType("__main__")
+    main.__file__ = "/nonexistent/train.py"
+    script = """
+class Unused:
+    pass
+
+class Net:
+    pass
+
+def double(number):
+    return 2 * number
+
+def program(number, spec, gate):
+    import pickle
+    import sys
+    from multiprocessing import get_context
+    from gpu_launcher.model import Request
+    from gpu_launcher.processes.messages import Report
+
+    gate.prepared(Request(1), None)
+    gate.wait()
+    assert b"Net" in pickle.dumps(Net())
+    with get_context("fork").Pool(1) as pool:
+        doubled = pool.map(double, [1, 2])
+    names = [name for name in ("Unused", "Net", "double", "program") if hasattr(sys.modules["__main__"], name)]
+    return Report(True, None, pickle.dumps((doubled, names, Net())))
+"""
+    exec(script, vars(main))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "__main__", main)
+        job, _ = launch.one(main.program, "spawn")
+        doubled, names, net = job.value()
+    assert doubled == [2, 4]
+    assert names == ["Net", "double", "program"]
+    assert type(net) is main.Net
+
+
+def test_nothing_in_the_working_directory_disturbs_a_spawned_interpreter(launch, monkeypatch, tmp_path):
+    def program(number, spec, gate):
+        import pickle
+        import sys
+
+        from gpu_launcher.model import Request
+        from gpu_launcher.processes.messages import Report
+
+        gate.prepared(Request(1), None)
+        gate.wait()
+        return Report(True, None, pickle.dumps((sys.path, sys.modules["gpu_launcher"].__file__)))
+
+    for module in ("pickle", "socket", "importlib", "types", "gpu_launcher"):
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('shadowed')")
+    monkeypatch.chdir(tmp_path)
+    job, exited = launch.one(program, "spawn")
+    assert exited == Exited(0)
+    assert job.value() == (sys.path, sys.modules["gpu_launcher"].__file__)
 
 
 def test_a_program_that_cannot_be_pickled_cannot_be_spawned_and_the_error_names_option_and_remedy(launch):

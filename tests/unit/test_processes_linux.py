@@ -175,13 +175,25 @@ def test_a_child_of_another_user_cannot_be_killed_and_is_no_error():
     in_a_process(body)
 
 
-def test_threads_are_seen_as_the_kernel_sees_them():
+def test_a_thread_that_python_does_not_know_has_the_name_that_the_kernel_gives_it():
+    def body():
+        libc = ctypes.CDLL(None)
+        thread = ctypes.c_ulong()
+        pause = ctypes.cast(libc.pause, ctypes.c_void_p)
+        assert libc.pthread_create(ctypes.byref(thread), None, pause, None) == 0
+        libc.pthread_setname_np(thread, b"of a library")
+        return linux.other_threads() == ["of a library"]
+
+    in_a_process(body)
+
+
+def test_all_threads_are_seen_and_called_as_python_calls_them():
     def body():
         assert linux.other_threads() == []
         go = threading.Event()
-        thread = threading.Thread(target=go.wait)
+        thread = threading.Thread(target=go.wait, name="tensorboard writer")
         thread.start()
-        assert len(linux.other_threads()) == 1
+        assert linux.other_threads() == ["tensorboard writer"]
         go.set()
         thread.join()
         deadline = time.monotonic() + 5  # join returns a moment before the kernel's thread is gone

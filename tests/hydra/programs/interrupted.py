@@ -1,10 +1,14 @@
-"""Jobs that are still at work when the user has had enough: `manners=polite` cleans up, `manners=stubborn` goes on."""
+"""Jobs that are still at work when the user has had enough.
+
+`manners=polite` cleans up, `manners=saving` does so on SIGTERM, `manners=stubborn` goes on.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,10 +22,19 @@ def main(cfg: DictConfig) -> None:
     directory = Path(HydraConfig.get().runtime.output_dir)
     if cfg.manners == "stubborn":
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+    elif cfg.manners == "saving":
+
+        def save(signum: int, frame: object) -> None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            time.sleep(0.5)
+            (directory / "cleaned_up").touch()
+            sys.exit("saved")
+
+        signal.signal(signal.SIGTERM, save)
     child = subprocess.Popen(["sleep", "300"], start_new_session=True)
     (directory / "pids.new").write_text(f"{os.getpid()} {child.pid}")
-    (directory / "pids.new").rename(directory / "pids")
     try:
+        (directory / "pids.new").rename(directory / "pids")
         time.sleep(300)
     except KeyboardInterrupt:
         time.sleep(0.2)
