@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len, chop_cells, set_cell_size
 
 GAP = "  "
 ROOM = 16
@@ -51,7 +50,9 @@ def lay_out(
         whole = [Row([cell or NOTHING for cell in row.cells], row.rest) for row in rows]
         sheet = _Sheet(columns, list(range(len(columns))), [head, *whole])
         return [sheet.line(head.cells, "dim"), *(sheet.row(row) for row in whole)]
-    filled = [place for place in range(len(columns)) if any("".join(row.cells[place : place + 1]) for row in rows)]
+    filled = [
+        place for place in range(len(columns)) if not place or any("".join(row.cells[place:][:1]) for row in rows)
+    ]
     sheet = _Sheet(columns, filled, [head, *rows])
     sheet.narrow(width)
     lines = [sheet.line(head.cells, "dim", width)]
@@ -123,8 +124,16 @@ def cut(text: str, width: int) -> str:
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """The text in lines of at most `width` characters; at least one."""
-    return textwrap.wrap(text, max(1, width), break_on_hyphens=False) or [""]
+    """The text in lines of at most `width` columns, broken between words where that is possible; at least one."""
+    lines = [""]
+    for word in text.split():
+        for piece in chop_cells(word, width) if cell_len(word) > width else [word]:
+            joined = f"{lines[-1]} {piece}".strip()
+            if cell_len(joined) <= width:
+                lines[-1] = joined
+            else:
+                lines.append(piece)
+    return lines
 
 
 def plain(line: Line) -> str:

@@ -28,7 +28,7 @@ def test_the_program_is_declared(cli: Cli) -> None:
 
 def test_without_a_command_it_lists_them(cli: Cli) -> None:
     done = cli()
-    assert done.returncode == 2
+    assert done.returncode in (0, 2)  # click 8.2 changed its mind
     for command in COMMANDS:
         assert re.search(rf"^  {command}  +[A-Z]", done.stdout + done.stderr, re.MULTILINE)
 
