@@ -49,9 +49,10 @@ def _commands(*, with_output: bool) -> list[tuple[str, str]]:
     """The commands in console blocks that show output, or that do not, and the output."""
     found = []
     for block in re.findall(r"^```console\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE):
-        command, _, output = block.partition("\n")
-        if bool(output) == with_output:
-            found.append((command.removeprefix("$ "), output))
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = part.partition("\n")
+            if bool(output) == with_output:
+                found.append((command, output))
     return found
 
 
