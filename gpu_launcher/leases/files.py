@@ -68,7 +68,12 @@ FIRST_POLL = 0.002
 """Seconds. After an announced change: locks_remove_file() runs after fsnotify_close() in the kernel's __fput(), so
 the close of a lease is heard just before its lock is gone."""
 SLOWEST_POLL = 0.25
+EAGER = 4
+"""Only so many tickets at the head of the queue poll after a change. What the others wait for is announced again, when
+one of those is granted; all of a long queue would only take the CPU from the one whose turn it is."""
 SLOWEST_POLL_WITHOUT_INOTIFY = 0.02
+MANY = 16
+"""Claims in vain after which the slowest poll is reached."""
 
 # Nothing that only makes things scarcer (a new ticket, a new lease) wakes anybody, and neither does the read-only
 # probing of other waiters, who would else wake each other for ever.
@@ -143,7 +148,7 @@ class FileLedger:
     @property
     def poll_interval(self) -> float:
         slowest = SLOWEST_POLL if self._inotify else SLOWEST_POLL_WITHOUT_INOTIFY
-        return float(min(FIRST_POLL * 2 ** min(self._claims_in_vain, 16), slowest))
+        return float(min(FIRST_POLL * 2 ** min(self._claims_in_vain, MANY), slowest))
 
     def enqueue(self, request: Request, candidates: Sequence[Device], owner: Owner) -> Ticket:
         self._check_process()
@@ -169,7 +174,8 @@ class FileLedger:
             pool = self._scan(queue, mutex=False)
             in_vain = not changed and str(waiting.name) in pool.names and not self._decide(pool, waiting, taste)
         if in_vain:
-            self._claims_in_vain += 1
+            assert waiting.name is not None
+            self._claims_in_vain += 1 if pool.ahead_of(waiting.name) < EAGER else MANY
             return None
         with self._mutex() as locked:
             lease = None if locked is None else self._claim(locked, waiting, seen, taste)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import os
 import re
 from collections.abc import Mapping
@@ -29,6 +30,8 @@ MOST_SEQUENCE = 10**12 - 1
 
 LEASE_NAME = re.compile(r"(?:lease|twin)-([0-9a-f]{32})")
 TICKET_NAME = re.compile(r"ticket-([0-9]{6})-([0-9]{12})-([0-9a-f]{32})-([0-9]{6})")
+SEQUENCE = operator.itemgetter(slice(14, 26))
+"""Of a ticket's name, as text."""
 UNPUBLISHED_NAME = re.compile(r"\.new-[0-9a-f]{32}")
 
 _LOWEST_RANK = MOST_PRIORITY + 1

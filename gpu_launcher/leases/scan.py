@@ -21,7 +21,9 @@ from gpu_launcher.leases.ledger import LeaseView, PoolView, TicketView, with_wai
 from gpu_launcher.leases.policy import LeaseState, Snapshot, TicketState
 from gpu_launcher.leases.records import (
     LEASE_NAME,
+    SEQUENCE,
     SIZE_LIMIT,
+    TICKET_NAME,
     UNPUBLISHED_NAME,
     LeaseRecord,
     Origin,
@@ -105,14 +107,15 @@ class Pool:
 
     def last_sequence(self) -> int:
         """Return the highest sequence of all live tickets, 0 if there are none."""
-        named = [(name.sequence, str(name)) for text in self.names if (name := TicketName.parse(text))]
-        highest = max((name.sequence for text in self.own if (name := TicketName.parse(text))), default=0)
-        for sequence, text in sorted(named, reverse=True):
-            if sequence <= highest:
-                break
-            if self._look(text, text, self.known.get(text))[0] is Liveness.LIVE:
-                return sequence
-        return highest
+        for text in sorted(filter(TICKET_NAME.fullmatch, self.names | self.own.keys()), key=SEQUENCE, reverse=True):
+            if text in self.own or self._look(text, text, self.known.get(text))[0] is Liveness.LIVE:
+                return int(SEQUENCE(text))
+        return 0
+
+    def ahead_of(self, name: TicketName) -> int:
+        """Return how many tickets have a better place, whether they live or not."""
+        text = str(name)
+        return sum(other < text for other in self.names)
 
     def look_at_leases(self, names: Mapping[str, int]) -> None:
         """Tell which of the leases with these names and inode numbers live."""
