@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpu_launcher.cli.checks.finding import Finding, halves, ok, problem, warning
+from gpu_launcher.cli.checks.finding import Finding, Level, halves, ok, problem, warning
 from gpu_launcher.cli.checks.gpus import in_container
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.leases import FileLedger, choose_pool_directory
@@ -50,17 +50,22 @@ def examine_pool(pool_dir: str | None) -> Iterator[Finding]:
     except OSError as error:
         yield _failed(explained(directory, error))
         return
+    yield from _access(directory, status)
+    mutex = _mutex(directory / QUEUE)
+    yield mutex
+    if mutex.level is Level.OK:  # trying it out takes the mutex, and would wait for it
+        yield _tried(directory)
+    yield from _content(directory)
+
+
+def _tried(directory: Path) -> Finding:
     try:
         check_usable(directory / QUEUE)
     except OSError as error:
-        yield _failed(explained(directory, error))
+        return _failed(explained(directory, error))
     except PoolDirectoryError as error:
-        yield _failed(error)
-    else:
-        yield ok(CHECK, "files can be made, locked and removed in it")
-    yield from _access(directory, status)
-    yield _mutex(directory / QUEUE)
-    yield from _content(directory)
+        return _failed(error)
+    return ok(CHECK, "files can be made, locked and removed in it")
 
 
 def _failed(error: PoolDirectoryError) -> Finding:
