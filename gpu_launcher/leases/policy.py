@@ -313,6 +313,9 @@ class _Books:
             self.changes += 1
 
     def _reserve(self, demand: Demand) -> None:
+        bounds = {self.reserved.get(uuid, math.inf) for uuid in demand.able}
+        if len(bounds) == 1 and not self._over_before(bound := bounds.pop(), demand.request) and bound < math.inf:
+            return  # it starts nowhere before those in front of it, so it reserves nothing for earlier
         start = self._earliest_start(demand)
         for uuid in demand.able:
             if start < self.reserved.get(uuid, math.inf):
