@@ -128,7 +128,6 @@ class NvmlProbe:
         with _or_device_error(), open_nvml(self.root) as nvml:
             return nvml.links(gpus)
 
-
     def versions(self) -> Versions | None:
         """What the driver is; None where there is none. Raises DeviceError where NVML as a whole fails."""
         try:
