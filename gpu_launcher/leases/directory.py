@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import stat
+import time
 import uuid
 from pathlib import Path
 
@@ -107,10 +108,24 @@ def check_usable(queue: Path) -> None:
     mutex = os.open(queue, os.O_RDONLY | os.O_DIRECTORY)
     try:
         # Others remove, under the mutex, what they find unpublished and unlocked: at first these files are both.
-        fcntl.flock(mutex, fcntl.LOCK_EX)
-        _try_locks_and_links(queue)
+        if _locked_soon(mutex):
+            _try_locks_and_links(queue)
     finally:
         os.close(mutex)
+
+
+def _locked_soon(mutex: int) -> bool:
+    """Take the mutex; False if somebody keeps it, who by that shows that locks work, and whom a ledger will name."""
+    deadline = time.monotonic() + 1.0
+    while True:
+        try:
+            fcntl.flock(mutex, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.002)
+        else:
+            return True
 
 
 def _try_locks_and_links(queue: Path) -> None:

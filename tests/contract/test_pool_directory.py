@@ -293,3 +293,13 @@ def test_systemd_tmpfiles_finds_the_directory_locked_while_a_ledger_is_open(tmp_
         fcntl.flock(cleaner, fcntl.LOCK_EX | fcntl.LOCK_NB)
     fcntl.flock(cleaner, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(cleaner)
+
+
+def test_a_pool_that_a_stopped_program_keeps_locked_is_still_found(tmp_path):
+    directory = resolve_pool_directory(str(tmp_path / "pool"))
+    held = os.open(directory / "queue", os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert resolve_pool_directory(str(directory)) == directory
+    finally:
+        os.close(held)
