@@ -20,6 +20,7 @@ import pytest
 from gpu_launcher.devices.simulated import simulated_devices
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
 from gpu_launcher.model import Owner, Request
+from gpu_launcher.processes.linux import die_with_parent
 
 PATIENCE = 60.0
 """Seconds until a test gives up on what should happen soon."""
@@ -162,6 +163,7 @@ class Sweep:
         self._directory = directory
         self._returns = directory / f"{name}.returns"
         self.output = directory / f"{name}.output"
+        me = os.getpid()
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
                 command,
@@ -169,6 +171,7 @@ class Sweep:
                 stdout=output,
                 stderr=output,
                 env={**environment, "RETURNS": str(self._returns)},
+                preexec_fn=lambda: die_with_parent(me),  # no sweep is to outlive a test run that is killed
                 **process,
             )
 

@@ -19,8 +19,9 @@ import pytest
 
 DEVICES = 8
 SWEEPS = 6
-NEEDS = (1, 2, 3)
-NUMBERS = (0, 1, 2)
+NEEDS = (25, 50, 100, 200, 300)
+"""What jobs ask for, in hundredths of a device."""
+NUMBERS = (0, 1)
 KINDS = ("launcher", "guard", "server", "supervisor", "job", "grandchild")
 ENOUGH = 12
 """Kills in one run."""
@@ -32,6 +33,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 BEATS = Path(__file__).parent / "beats"
 WITNESS = '''
@@ -47,10 +49,11 @@ with open(sys.argv[1], "a", buffering=1) as file:
 class Config:
     sweep: str = ""
     n: int = 0
-    need: int = 1
+    need: int = 100
 
 
 ConfigStore.instance().store(name="config", node=Config)
+OmegaConf.register_new_resolver("hundredths", lambda number: number / 100)
 
 
 @hydra.main(version_base="1.3", config_path=None, config_name="config")
@@ -99,6 +102,10 @@ class Attack:
     def launcher_killed(self) -> bool:
         return self.kills["launcher"] > 0
 
+    def bears_the_loss_of_its_server(self) -> bool:
+        """A sweep gives up when that happens for the fifth time, or twice before any job was ready."""
+        return self.kills["guard"] + self.kills["server"] < 4 and " started on " in self.sweep.output.read_text()
+
 
 class Chaos:
     def __init__(self, world, seed: int) -> None:
@@ -119,7 +126,7 @@ class Chaos:
             f"need={','.join(map(str, NEEDS))}",
             f"n={','.join(map(str, NUMBERS))}",
             f"sweep={name}",
-            "hydra.launcher.gpus=${need}",
+            "hydra.launcher.gpus=${hundredths:${need}}",
             devices=DEVICES,
             method="spawn" if len(self.attacks) % SWEEPS == 1 else "fork",
             name=name,
@@ -150,8 +157,8 @@ class Chaos:
         attacks = self.going()
         self.chance.shuffle(attacks)
         for attack in attacks:
-            if kind in ("guard", "server") and attack.kills["guard"] + attack.kills["server"] >= 4:
-                continue  # one more would be no accident, and end the sweep
+            if kind in ("guard", "server") and not attack.bears_the_loss_of_its_server():
+                continue
             with contextlib.suppress(psutil.NoSuchProcess, IndexError):
                 self.victim(attack, kind).kill()
                 attack.kills[kind] += 1
@@ -187,10 +194,10 @@ class Chaos:
             failed = sum(status == "FAILED" for status, _ in returns)
             one_each = attack.kills["supervisor"] + attack.kills["job"]
             all_at_once = attack.kills["guard"] + attack.kills["server"]
-            assert failed <= one_each + DEVICES * all_at_once, attack
+            assert failed <= one_each + 4 * DEVICES * all_at_once, attack
 
     def check_witnesses(self) -> int:
-        """No device was held by two jobs at a time, and no job ran twice; returns how many jobs ran."""
+        """No device was held beyond what it is at a time, and no job ran twice; returns how many jobs ran."""
         starts: Counter[tuple[str, ...]] = Counter()
         held: dict[tuple[str, ...], list[float]] = defaultdict(list)
         devices: dict[tuple[str, ...], str] = {}
@@ -203,16 +210,20 @@ class Chaos:
                     held[tuple(job)].append(float(moment))
                     devices.setdefault(tuple(job), names)
         assert set(starts.values()) <= {1}, "a job ran twice"
-        by_device: dict[str, list[tuple[float, float, tuple[str, ...]]]] = defaultdict(list)
+        changes: dict[str, list[tuple[float, int, tuple[str, ...]]]] = defaultdict(list)
         for job, moments in held.items():
             names = devices[job].split(",")
-            assert len(names) == int(job[1])
+            need = int(job[1])
+            assert len(names) == max(1, need // 100)
             for name in names:
-                by_device[name].append((min(moments), max(moments), job))
-        for name, intervals in by_device.items():
-            for (_, end, one), (begin, _, other) in itertools.pairwise(sorted(intervals)):
-                assert begin >= end, f"device {name} was held by {one} and {other} for {end - begin:.3f} s"
-        assert set(by_device) == {str(device) for device in range(DEVICES)}
+                share = min(need, 100)
+                changes[name] += [(min(moments), share, job), (max(moments), -share, job)]
+        for name, all_of_them in changes.items():
+            taken = 0
+            for moment, change, job in sorted(all_of_them):  # at the same moment, what ends goes first
+                taken += change
+                assert taken <= 100, f"device {name} was held to {taken} % when {job} began, at {moment}"
+        assert set(changes) == {str(device) for device in range(DEVICES)}
         return len(held)
 
 
