@@ -50,6 +50,7 @@ class Config:
     sweep: str = ""
     n: int = 0
     need: int = 100
+    gpus: float = "${hundredths:${need}}"
 
 
 ConfigStore.instance().store(name="config", node=Config)
@@ -126,7 +127,7 @@ class Chaos:
             f"need={','.join(map(str, NEEDS))}",
             f"n={','.join(map(str, NUMBERS))}",
             f"sweep={name}",
-            "hydra.launcher.gpus=${hundredths:${need}}",
+            "hydra.launcher.gpus=${gpus}",
             devices=DEVICES,
             method="spawn" if len(self.attacks) % SWEEPS == 1 else "fork",
             name=name,
