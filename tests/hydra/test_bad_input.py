@@ -19,6 +19,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount 
 
 
 # The sweep's own config has no `x`, but Hydra looks it up there before it makes the launcher.
+NO_NUMBER = "is neither a number of devices nor a part of one: give 0, 1, 2, ... or a fraction such as 0.5"
 OF_THE_JOB = "hydra.launcher.gpus=${oc.select:x,1}"
 
 
@@ -47,14 +48,31 @@ def complaint(run: Run, directory: Path, *arguments: str, **extra: Any) -> str:
         (["devices=[0,GPU-nobodys]"], "hydra.launcher.devices: "),
         (["devices=1.5"], "hydra.launcher.devices: 1.5 is not a device; use auto, "),
         (["devices=null"], "hydra.launcher.devices: None is not a device; use auto, "),
-        (["gpus=5"], "hydra.launcher.gpus: every job asks for 5 devices, but the pool has 4 devices for this sweep"),
-        (["gpus=5"], "Remedy: ask for fewer, or allow more with hydra.launcher.devices"),
-        (["gpus=many"], "hydra.launcher.gpus: 'many' is not a whole number of devices: give 0, 1, 2, ..."),
-        (["gpus=0.5"], "hydra.launcher.gpus: 0.5 is not a whole number of devices: give 0, 1, 2, ..."),
-        (["gpus=-1"], "hydra.launcher.gpus: -1 is not a whole number of devices: give 0, 1, 2, ..."),
-        (["gpus=true"], "hydra.launcher.gpus: True is not a whole number of devices"),
-        (["gpus=null"], "hydra.launcher.gpus: None is not a whole number of devices"),
-        (["gpus=[1]"], "hydra.launcher.gpus: [1] is not a whole number of devices"),
+        (
+            ["gpus=5"],
+            "hydra.launcher.gpus: every job's request is for 5 devices, but the pool has 4",
+        ),
+        (["gpus=5"], "ask for fewer (hydra.launcher.gpus) or allow more (hydra.launcher.devices)"),
+        (
+            ["gpus=many"],
+            "hydra.launcher.gpus: 'many' is neither a number of devices nor a part of one: give 0, 1, 2, ... or a fraction such as 0.5",
+        ),
+        (
+            ["gpus=1.5"],
+            "hydra.launcher.gpus: 1.5 is neither a number of devices nor a part of one: give 0, 1, 2, ... or a fraction such as 0.5",
+        ),
+        (
+            ["gpus=-1"],
+            "hydra.launcher.gpus: -1 is neither a number of devices nor a part of one: give 0, 1, 2, ... or a fraction such as 0.5",
+        ),
+        (
+            ["gpus=true"],
+            "hydra.launcher.gpus: True is neither a number of devices nor a part of one: give 0, 1, 2, ... or a fraction such as 0.5",
+        ),
+        (
+            ["gpus=[1]"],
+            "hydra.launcher.gpus: [1] is neither a number of devices nor a part of one: give 0, 1, 2, ... or a fraction such as 0.5",
+        ),
         (
             ["max_parallel=0"],
             "max_parallel: 0 would never run a job: give a whole number from 1, or null",
@@ -93,16 +111,16 @@ def test_an_unknown_option_is_refused_by_hydra(run: Run, tmp_path: Path) -> None
 
 
 def test_a_job_that_asks_for_what_it_cannot_get_fails_alone(run: Run, tmp_path: Path) -> None:
-    wishes = ["1", "5", "-1", "many", "0.5", "'${missing}'", "4", "0"]
+    wishes = ["1", "5", "-1", "many", "1.5", "'${missing}'", "4", "0"]
     ran = run(tmp_path, "plain.py", "-m", OF_THE_JOB, f"+x={','.join(wishes)}")
     assert ran.returncode == 1
     returns = json.loads((tmp_path / "returns.json").read_text())
     assert [job["status"] for job in returns] == ["COMPLETED", *["FAILED"] * 5, "COMPLETED", "COMPLETED"]
-    too_many = "job 1 (+x=5) asks for 5 devices, but the pool has 4 for this sweep. Remedy: lower hydra.launcher.gpus"
+    too_many = "job 1 (+x=5) cannot be run: its request is for 5 devices, but the pool has 4 that this program may use"
     assert too_many in returns[1]["text"]
     assert too_many in ran.stderr
-    for number, wish in ((2, "-1"), (3, "'many'"), (4, "0.5")):
-        message = f"hydra.launcher.gpus: {wish} is not a whole number of devices: give 0, 1, 2, ..."
+    for number, wish in ((2, "-1"), (3, "'many'"), (4, "1.5")):
+        message = f"hydra.launcher.gpus: {wish} {NO_NUMBER}"
         assert message in returns[number]["text"]
         assert f"job {number} (+x={wishes[number]}) FAILED: raised ConfigCompositionException: {message}" in ran.stderr
     assert "Interpolation key 'missing' not found" in returns[5]["text"]
@@ -112,7 +130,9 @@ def test_a_job_that_asks_for_what_it_cannot_get_fails_alone(run: Run, tmp_path: 
 def test_one_job_is_told_of_its_own_mistake_without_a_traceback(run: Run, tmp_path: Path) -> None:
     ran = run(tmp_path, "plain.py", "-m", OF_THE_JOB, "+x=1,many")
     end = ran.stderr[ran.stderr.index("Error executing job with overrides: ['+x=many']") :]
-    assert end.splitlines()[1] == ("hydra.launcher.gpus: 'many' is not a whole number of devices: give 0, 1, 2, ...")
+    assert end.splitlines()[1] == (
+        "hydra.launcher.gpus: 'many' is neither a number of devices nor a part of one: give 0, 1, 2, ... or a fraction such as 0.5"
+    )
     assert "Traceback" not in end
 
 
