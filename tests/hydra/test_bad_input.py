@@ -55,23 +55,23 @@ def complaint(run: Run, directory: Path, *arguments: str, **extra: Any) -> str:
         (["gpus=5"], "ask for fewer (hydra.launcher.gpus) or allow more (hydra.launcher.devices)"),
         (
             ["gpus=many"],
-            "hydra.launcher.gpus: 'many' is neither a number of devices nor a part of one: give 0, 1, 2, ... or a fraction such as 0.5",
+            "hydra.launcher.gpus: 'many' is neither a number of devices nor a part of one",
         ),
         (
             ["gpus=1.5"],
-            "hydra.launcher.gpus: 1.5 is neither a number of devices nor a part of one: give 0, 1, 2, ... or a fraction such as 0.5",
+            "hydra.launcher.gpus: 1.5 is neither a number of devices nor a part of one",
         ),
         (
             ["gpus=-1"],
-            "hydra.launcher.gpus: -1 is neither a number of devices nor a part of one: give 0, 1, 2, ... or a fraction such as 0.5",
+            "hydra.launcher.gpus: -1 is neither a number of devices nor a part of one",
         ),
         (
             ["gpus=true"],
-            "hydra.launcher.gpus: True is neither a number of devices nor a part of one: give 0, 1, 2, ... or a fraction such as 0.5",
+            "hydra.launcher.gpus: True is neither a number of devices nor a part of one",
         ),
         (
             ["gpus=[1]"],
-            "hydra.launcher.gpus: [1] is neither a number of devices nor a part of one: give 0, 1, 2, ... or a fraction such as 0.5",
+            "hydra.launcher.gpus: [1] is neither a number of devices nor a part of one",
         ),
         (
             ["max_parallel=0"],
@@ -130,9 +130,7 @@ def test_a_job_that_asks_for_what_it_cannot_get_fails_alone(run: Run, tmp_path: 
 def test_one_job_is_told_of_its_own_mistake_without_a_traceback(run: Run, tmp_path: Path) -> None:
     ran = run(tmp_path, "plain.py", "-m", OF_THE_JOB, "+x=1,many")
     end = ran.stderr[ran.stderr.index("Error executing job with overrides: ['+x=many']") :]
-    assert end.splitlines()[1] == (
-        "hydra.launcher.gpus: 'many' is neither a number of devices nor a part of one: give 0, 1, 2, ... or a fraction such as 0.5"
-    )
+    assert end.splitlines()[1] == (f"hydra.launcher.gpus: 'many' {NO_NUMBER}")
     assert "Traceback" not in end
 
 
