@@ -93,8 +93,15 @@ def test_when_the_fork_server_is_killed_its_jobs_are_gone_and_the_others_run(wor
     sweep.finish(5)
     returns = sweep.returns()
     assert len(returns) == 5
+    # The supervisor's end is told before the guard's reaches the fork server, and the device is free by then.
+    begun_in_between = [
+        number
+        for number, (status, _) in enumerate(returns)
+        if who == "guard and supervisor" and status == "FAILED" and number not in running
+    ]
+    assert len(begun_in_between) <= 1
     for number, (status, value) in enumerate(returns):
-        if number in running:
+        if number in (*running, *begun_in_between):
             assert status == "FAILED"
             both = who == "guard and supervisor" and number == running[0]
             killed = r"(its supervisor|the fork server)" if both else "the fork server"
