@@ -234,7 +234,9 @@ class JobLoop:
                 "no job can be started"
             )
         elif self._servers_lost == 2 and not self._any_prepared:
-            self._give_up("was not run: the fork server ends as soon as it is started, for the reason it printed")
+            self._give_up(
+                "was not run: the fork server ends as soon as it is started, for the reason it printed, or is killed"
+            )
         else:
             self._server.restart(self._forget_in_child)
             self._watch(self._server.fileno(), self._on_server)
