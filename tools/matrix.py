@@ -67,7 +67,7 @@ ENVIRONMENTS = (
 COPIED = ("tests", "examples", "benchmarks", "docs", "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml")
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "outputs", "multirun")
 
-LIMIT = 10 * 60  # seconds for each step; far more than it needs
+LIMIT = 20 * 60  # seconds for each step; far more than it needs
 
 CHECK_INSTALLED = """
 import importlib.metadata as metadata, pathlib, sys
