@@ -27,7 +27,7 @@ from gpu_launcher.leases import Lease, Ledger, refusal
 from gpu_launcher.model import Device, Owner, Request
 from gpu_launcher.processes import messages
 from gpu_launcher.processes.messages import ChannelClosedError, Report
-from gpu_launcher.processes.starter import JobProcess, ServerDiedError
+from gpu_launcher.processes.starter import SUPERVISOR_DIED, JobProcess, Lost, ServerDiedError
 
 TICK = 0.125
 """Seconds between two looks at the clock, for the live view."""
@@ -38,8 +38,6 @@ BEARING = 60.0
 MOST_SERVERS = 5
 """Fork servers that one sweep may lose. More than that is no accident, and starting another would not help."""
 
-_SUPERVISOR_DIED = "was ended because its supervisor was killed"
-
 
 class Server(Protocol):
     """The fork server, as the loop uses it."""
@@ -47,11 +45,14 @@ class Server(Protocol):
     def fileno(self) -> int:
         """Readable when it has something to say, or died."""
 
-    def receive(self) -> object:
-        """SupervisorDied or StartFailed. Raises ServerDiedError."""
+    def receive(self) -> Lost | None:
+        """The job that only it knows to have ended, if any. Raises ServerDiedError."""
 
     def start(self, number: int, spec: Any, result: Path) -> JobProcess:
         """Start a job's process. Raises ServerDiedError, and `fileno()` is readable then."""
+
+    def finished(self, process: JobProcess) -> None:
+        """Take a job's process back whose supervisor said that it Exited, and was not abandoned."""
 
     def restart(self, in_child: Callable[[], None]) -> None:
         """Replace a dead server; `in_child` drops, in the new one, what belongs to the launching program alone."""
@@ -214,15 +215,10 @@ class JobLoop:
         except ServerDiedError:
             self._replace_server()
             return
-        assert isinstance(message, (messages.SupervisorDied, messages.StartFailed)), message
-        job = self._live.get(message.number)
-        if job is None:
-            return  # it managed to report its job's end before it died
-        if isinstance(message, messages.SupervisorDied):
-            job.problem = _SUPERVISOR_DIED
-        else:
-            job.problem = f"could not be started: {message.problem}"
-        self._ended(message.number)
+        # Otherwise it managed to report its job's end before it died.
+        if message is not None and (job := self._live.get(message.number)) is not None:
+            job.problem = message.problem
+            self._ended(message.number)
 
     def _replace_server(self) -> None:
         self._selector.unregister(self._server.fileno())
@@ -261,7 +257,7 @@ class JobLoop:
             message, _ = messages.receive(job.process.supervisor)
         except ChannelClosedError:
             # It was killed. The fork server ends what it leaves and tells us, unless that was killed, too.
-            job.problem = _SUPERVISOR_DIED
+            job.problem = SUPERVISOR_DIED
             job.unsupervised = True
         else:
             assert isinstance(message, messages.Exited), message
@@ -297,7 +293,10 @@ class JobLoop:
         for end in (job.process.supervisor, job.process.job):
             if end.fileno() in self._selector.get_map():
                 self._selector.unregister(end)
-        job.process.close()
+        if job.status is None or job.unsupervised:
+            job.process.close()
+        else:
+            self._server.finished(job.process)
         self._dead[number] = job
         self._checkpoint("exited")
         self._handle(m.Exited(number))

@@ -93,10 +93,11 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class StartJob:
-    """Fork a supervisor and a job. Carries two descriptors: the supervisor's and the job's end of a channel each."""
+class StartSupervisor:
+    """Fork a supervisor. Carries one descriptor: its end of a channel to the launching program."""
 
-    number: int
+    supervisor: int
+    """The launching program's number for it."""
 
 
 # From the fork server to the launching program.
@@ -104,22 +105,25 @@ class StartJob:
 
 @dataclass(frozen=True, slots=True)
 class SupervisorDied:
-    """The supervisor of a job was killed; what it supervised has been killed and is gone."""
+    """A supervisor was killed; what it supervised has been killed and is gone."""
 
-    number: int
-    status: int
-    """As `os.waitpid` gives it."""
+    supervisor: int
 
 
 @dataclass(frozen=True, slots=True)
 class StartFailed:
-    """The fork server could not fork for this job."""
+    """A supervisor could not be forked, or could not fork its job."""
 
-    number: int
+    supervisor: int
     problem: str
 
 
-# From the launching program to a job's supervisor.
+# From the launching program to a supervisor.
+
+
+@dataclass(frozen=True, slots=True)
+class StartJob:
+    """Fork a job and supervise it. Carries one descriptor: the job's end of its channel to the launching program."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +143,15 @@ class Kill:
     """SIGKILL the whole process tree of the job."""
 
 
-# From a job's supervisor to the launching program.
+# From a supervisor to the launching program.
 
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """The job and all its descendants are gone, and the supervisor's copy of the lease is closed."""
+    """The job and all its descendants are gone, and the supervisor's copy of the lease is closed.
+
+    The supervisor waits for the next job, unless this one was `abandoned`.
+    """
 
     status: int
     """Of the job's main process, as `os.waitpid` gives it."""

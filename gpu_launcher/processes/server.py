@@ -1,4 +1,4 @@
-"""The fork server: forks a supervisor and a job for each request, and guards against the death of either side.
+"""The fork server: forks supervisors, and guards against the death of either side.
 
 It runs in a process of its own, forked from the fully imported program (`fork`) or started as a small fresh interpreter
 (`spawn`); the difference is only what a job does first, which `run_job` brings along.
@@ -20,7 +20,7 @@ from gpu_launcher.processes.linux import become_child_subreaper, children, kill
 from gpu_launcher.processes.messages import (
     ChannelClosedError,
     StartFailed,
-    StartJob,
+    StartSupervisor,
     SupervisorDied,
     receive,
     send,
@@ -53,10 +53,10 @@ def _take_note(signum: int, frame: object) -> None:
     """Signals arrive through the wakeup descriptor; a handler must exist for that."""
 
 
-def _why(number: int, status: int) -> SupervisorDied | StartFailed:
+def _why(supervisor: int, status: int) -> SupervisorDied | StartFailed:
     """What the end of a supervisor means that did not see its job to its end."""
     error = os.waitstatus_to_exitcode(status) - COULD_NOT_FORK
-    return StartFailed(number, _fork_failed(error)) if error > 0 else SupervisorDied(number, status)
+    return StartFailed(supervisor, _fork_failed(error)) if error > 0 else SupervisorDied(supervisor)
 
 
 def _fork_failed(error: int) -> str:
@@ -72,7 +72,7 @@ class _Server:
         self._wake_write = wake_write
         self._run_job = run_job
         self._supervisors: dict[int, int] = {}
-        """Process id of each live supervisor, and its job's number."""
+        """Process id of each live supervisor, and the launching program's number for it."""
 
     def run(self) -> None:
         poll = select.poll()
@@ -91,29 +91,28 @@ class _Server:
                     message, descriptors = receive(self._control)
                 except ChannelClosedError:
                     break
-                assert isinstance(message, StartJob), message
-                self._start(message.number, *descriptors)
+                assert isinstance(message, StartSupervisor), message
+                self._start(message.supervisor, *descriptors)
         self._shut_down()
 
-    def _start(self, number: int, supervisor_end: int, job_end: int) -> None:
+    def _start(self, supervisor: int, launcher_end: int) -> None:
         try:
             pid = os.fork()
         except OSError as error:
-            self._tell(StartFailed(number, _fork_failed(error.errno or 0)))
+            self._tell(StartFailed(supervisor, _fork_failed(error.errno or 0)))
             pid = -1
         if pid == 0:
             try:
-                self._become_supervisor(supervisor_end, job_end)
+                self._become_supervisor(launcher_end)
             except BaseException:
                 traceback.print_exc()
             finally:
-                os._exit(1)  # which tells the launching program, while 0 would say that the job was seen to its end
+                os._exit(1)  # which says, as 0 does not, that its job was not seen to its end
         if pid > 0:
-            self._supervisors[pid] = number
-        os.close(supervisor_end)
-        os.close(job_end)
+            self._supervisors[pid] = supervisor
+        os.close(launcher_end)
 
-    def _become_supervisor(self, supervisor_end: int, job_end: int) -> NoReturn:
+    def _become_supervisor(self, launcher_end: int) -> NoReturn:
         signal.set_wakeup_fd(-1)
         os.close(self._wake)
         os.close(self._wake_write)
@@ -121,8 +120,7 @@ class _Server:
         os.close(self._own_end)
         self._control.close()
         supervise(
-            socket.socket(fileno=supervisor_end),
-            socket.socket(fileno=job_end),
+            socket.socket(fileno=launcher_end),
             server=os.getppid(),
             lifeline=self._supervisors_lifeline,
             run_job=self._run_job,
@@ -137,10 +135,10 @@ class _Server:
                 return
             if pid == 0:
                 return
-            number = self._supervisors.pop(pid, None)
-            if number is not None and status != 0:
+            supervisor = self._supervisors.pop(pid, None)
+            if supervisor is not None and status != 0:
                 self._end_orphans()
-                self._tell(_why(number, status))
+                self._tell(_why(supervisor, status))
 
     def _end_orphans(self) -> None:
         while orphans := [pid for pid in children() if pid not in self._supervisors]:

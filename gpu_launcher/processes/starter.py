@@ -1,8 +1,12 @@
-"""Starting jobs, seen from the launching program: one fork server, one pair of channels per job."""
+"""Starting jobs, seen from the launching program: one fork server, a channel to each supervisor and to each job.
+
+A supervisor whose job has ended gets the next one.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -25,7 +29,10 @@ from gpu_launcher.processes.messages import (
     HoldLease,
     Kill,
     Signal,
+    StartFailed,
     StartJob,
+    StartSupervisor,
+    SupervisorDied,
     channel,
     receive,
     send,
@@ -38,8 +45,20 @@ StartMethod = Literal["auto", "fork", "spawn"]
 _OUR_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
 
 
+SUPERVISOR_DIED = "was ended because its supervisor was killed"
+
+
 class ServerDiedError(GpuLauncherError):
     """The fork server is gone. Its jobs end by themselves; a new one can be started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A job of which its supervisor cannot say how it ended. All its processes are gone."""
+
+    number: int
+    problem: str
+    """What went wrong, as a sentence without its subject."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +68,8 @@ class JobProcess:
     number: int
     supervisor: socket.socket
     job: socket.socket
+    seat: int
+    """Which supervisor it is, as the fork server knows it."""
 
     def grant(self, grant: Grant, lease: tuple[int, ...]) -> None:
         """Hand over the devices: to the supervisor first, so that it holds them when the job begins."""
@@ -64,7 +85,7 @@ class JobProcess:
         send(self.supervisor, Kill())
 
     def close(self) -> None:
-        """Close the channels. A supervisor that is still there kills its tree."""
+        """Close the channels. A supervisor that is still there kills its tree, and ends."""
         self.supervisor.close()
         self.job.close()
 
@@ -80,6 +101,11 @@ class ForkServer:
         self._program = program
         self._asked = method
         self._handlers = {signum: signal.getsignal(signum) for signum in _OUR_SIGNALS}
+        self._seats = itertools.count()
+        self._jobs: dict[int, int] = {}
+        """The number of the job at each of this server's supervisors."""
+        self._idle: dict[int, socket.socket] = {}
+        """Supervisors without a job."""
         self._start_server(lambda: None)
 
     def restart(self, in_child: Callable[[], None]) -> None:
@@ -110,37 +136,77 @@ class ForkServer:
         """Readable when the server has something to say, or died."""
         return self._control.fileno()
 
-    def receive(self) -> object:
-        """The server's next message: SupervisorDied or StartFailed.
+    def receive(self) -> Lost | None:
+        """What the server has to say: of which job, if any, nobody else will tell the end.
 
         Raises ServerDiedError if there is no server any more.
         """
         try:
-            message: object = receive(self._control)[0]
+            message = receive(self._control)[0]
         except ChannelClosedError:
             raise ServerDiedError("the fork server was killed") from None
-        return message
+        assert isinstance(message, (SupervisorDied, StartFailed)), message
+        number = self._jobs.pop(message.supervisor, None)
+        if number is None:
+            return None  # it had none
+        if isinstance(message, StartFailed):
+            return Lost(number, f"could not be started: {message.problem}")
+        return Lost(number, SUPERVISOR_DIED)
 
     def start(self, number: int, spec: Any, result: Path) -> JobProcess:
         """Start the process of job `number`, which begins to prepare itself.
 
         Raises ServerDiedError.
         """
-        supervisor, supervisor_end = channel()
         job, job_end = channel()
-        process = JobProcess(number, supervisor, job)
+        with job_end:
+            # First: while this process has the other end, it cannot be closed.
+            send(job, Assignment(number, spec, str(result)))
+            try:
+                seat, supervisor = self._seat_with(job_end)
+            except BaseException:
+                job.close()
+                raise
+        self._jobs[seat] = number
+        return JobProcess(number, supervisor, job, seat)
+
+    def finished(self, process: JobProcess) -> None:
+        """Close the channel of a job whose supervisor said that it Exited, and was not abandoned."""
+        process.job.close()
+        if self._jobs.pop(process.seat, None) is None:
+            process.supervisor.close()  # of a server that is gone
+        else:
+            self._idle[process.seat] = process.supervisor
+
+    def _seat_with(self, job_end: socket.socket) -> tuple[int, socket.socket]:
+        """Have a supervisor start a job. Raises ServerDiedError."""
+        while self._idle:
+            seat, supervisor = self._idle.popitem()
+            try:
+                send(supervisor, StartJob(), (job_end.fileno(),))
+            except ChannelClosedError:  # it was killed, and the server will say so, to which `receive` pays no heed
+                supervisor.close()
+            else:
+                return seat, supervisor
+        seat = next(self._seats)
+        supervisor, supervisor_end = channel()
         try:
-            with supervisor_end, job_end:
-                # First: while this process has the other end, it cannot be closed.
-                send(job, Assignment(number, spec, str(result)))
-                send(self._control, StartJob(number), (supervisor_end.fileno(), job_end.fileno()))
+            with supervisor_end:
+                send(supervisor, StartJob(), (job_end.fileno(),))
+                send(self._control, StartSupervisor(seat), (supervisor_end.fileno(),))
         except ChannelClosedError:
-            process.close()
+            supervisor.close()
             raise ServerDiedError("the fork server was killed") from None
-        return process
+        except OSError:
+            supervisor.close()
+            raise
+        return seat, supervisor
 
     def close(self) -> None:
         """End the server, and with it every job that still runs. Idempotent."""
+        self._jobs.clear()
+        while self._idle:
+            self._idle.popitem()[1].close()
         if self._control.fileno() >= 0:
             # Closing is not enough: a server that was forked after this one has a copy of the descriptor.
             self._control.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,7 @@
-"""One supervisor per job: the parent of the job's main process and, as a subreaper, of everything that escapes it.
+"""One supervisor per running job: the parent of its main process and, as a subreaper, of everything that escapes it.
+
+When the job's tree is gone the supervisor waits for the next one: forking it and taking it down would cost as much as
+the job's own process does, which is milliseconds if the program has imported much.
 
 So a job's process tree is exactly the supervisor's descendants, whatever they did (`setsid`, double forks, `Popen`),
 and 'the tree is gone' is exactly `waitpid` saying that there are no children. Who watches whom:
@@ -25,7 +28,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from gpu_launcher.processes.linux import become_child_subreaper, children, die_with_parent, kill
-from gpu_launcher.processes.messages import ChannelClosedError, Exited, HoldLease, Kill, Signal, receive, send
+from gpu_launcher.processes.messages import ChannelClosedError, Exited, HoldLease, Kill, Signal, StartJob, receive, send
 
 LINGER = 0.5
 """Seconds that descendants may outlive the job's main process by themselves, as multiprocessing's helpers do."""
@@ -41,10 +44,8 @@ RunJob = Callable[[socket.socket], NoReturn]
 """What happens in a job's process, given the job's end of its channel to the launching program."""
 
 
-def supervise(
-    launcher: socket.socket, job_channel: socket.socket, *, server: int, lifeline: int, run_job: RunJob
-) -> NoReturn:
-    """Fork the job, watch it to its end, say so, and end.
+def supervise(launcher: socket.socket, *, server: int, lifeline: int, run_job: RunJob) -> NoReturn:
+    """Run the jobs that the launching program asks for, one after another, until it ends or closes the channel.
 
     `server` is the process id of the fork server, our parent; `lifeline` is at its end when that has ended, or is about
     to.
@@ -52,20 +53,16 @@ def supervise(
     wake, wake_write = os.pipe()
     os.set_blocking(wake, False)
     os.set_blocking(wake_write, False)
-    before = {signum: signal.signal(signum, _take_note) for signum in (signal.SIGCHLD, signal.SIGTERM)}
+    handlers = {signum: signal.signal(signum, _take_note) for signum in (signal.SIGCHLD, signal.SIGTERM)}
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     become_child_subreaper()
     die_with_parent(server, signal.SIGTERM)
     me = os.getpid()
-    early = os.memfd_create("gpu-launcher-early-output")
-    try:
-        job = os.fork()
-    except OSError as error:
-        os._exit(COULD_NOT_FORK + (error.errno or 0))
-    if job == 0:
+
+    def be_the_job(channel: socket.socket, early: int) -> NoReturn:
         try:
             signal.set_wakeup_fd(-1)
-            for signum, handler in before.items():
+            for signum, handler in handlers.items():
                 signal.signal(signum, handler)
             for descriptor in (1, 2):
                 os.dup2(early, descriptor)
@@ -74,13 +71,25 @@ def supervise(
             launcher.close()
             os.setsid()
             die_with_parent(me)
-            run_job(job_channel)
+            run_job(channel)
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(1)
-    job_channel.close()
-    _Supervision(launcher, wake, lifeline, early, server, job).run()
+
+    supervisor = _Supervisor(launcher, wake, lifeline, server)
+    with contextlib.suppress(ChannelClosedError):  # nobody is left to work for
+        while (channel := supervisor.next_job()) is not None:
+            early = os.memfd_create("gpu-launcher-early-output")
+            try:
+                job = os.fork()
+            except OSError as error:
+                os._exit(COULD_NOT_FORK + (error.errno or 0))
+            if job == 0:
+                be_the_job(channel, early)
+            channel.close()
+            supervisor.see_to_its_end(job, early)
+            os.close(early)
     os._exit(0)
 
 
@@ -88,13 +97,71 @@ def _take_note(signum: int, frame: object) -> None:
     """Signals arrive through the wakeup descriptor; a handler must exist for that."""
 
 
-class _Supervision:
-    def __init__(self, launcher: socket.socket, wake: int, lifeline: int, early: int, server: int, job: int) -> None:
+class _Supervisor:
+    def __init__(self, launcher: socket.socket, wake: int, lifeline: int, server: int) -> None:
         self._launcher = launcher
         self._wake = wake
         self._lifeline = lifeline
-        self._early = early
         self._server = server
+        self._poll = select.poll()
+        for descriptor in (launcher.fileno(), wake, lifeline):
+            self._poll.register(descriptor, select.POLLIN)
+
+    def next_job(self) -> socket.socket | None:
+        """Wait for a job; returns its end of its channel, or None if the fork server is gone.
+
+        Raises ChannelClosedError if the launching program ended.
+        """
+        while True:
+            ready = self._wait(None)
+            if self._is_orphan(ready):
+                return None
+            if self._launcher.fileno() in ready:
+                message, descriptors = receive(self._launcher)
+                if isinstance(message, StartJob):
+                    return socket.socket(fileno=descriptors[0])
+                for descriptor in descriptors:  # of a lease for a job that ended before it came
+                    os.close(descriptor)
+
+    def see_to_its_end(self, job: int, early: int) -> None:
+        """Watch a job until its process tree is gone, and say so. `early` has what it printed before it had a log.
+
+        Raises ChannelClosedError if nobody is left to be told.
+        """
+        supervision = _Supervision(self._launcher, self._wake, job)
+        while True:
+            ready = self._wait(supervision.until_deadline())
+            if self._is_orphan(ready):
+                supervision.abandon()
+            elif self._launcher.fileno() in ready:
+                supervision.obey()
+            if supervision.is_over():
+                break
+        send(self._launcher, supervision.verdict(_end_of(early)))
+
+    def _wait(self, milliseconds: float | None) -> set[int]:
+        ready = {descriptor for descriptor, _ in self._poll.poll(milliseconds)}
+        if self._wake in ready:
+            os.read(self._wake, 4096)
+        return ready
+
+    def _is_orphan(self, ready: set[int]) -> bool:
+        # SIGTERM alone says nothing: systemd sends it to every process of a service that it stops, and how the
+        # jobs are to end is then for the launching program to say.
+        return self._lifeline in ready or os.getppid() != self._server
+
+
+def _end_of(early: int) -> bytes:
+    size = os.fstat(early).st_size
+    return os.pread(early, PRINTED, max(0, size - PRINTED))
+
+
+class _Supervision:
+    """Of one job."""
+
+    def __init__(self, launcher: socket.socket, wake: int, job: int) -> None:
+        self._launcher = launcher
+        self._wake = wake
         self._job = job
         self._status: int | None = None
         self._lease: tuple[int, ...] = ()
@@ -103,30 +170,30 @@ class _Supervision:
         self._terminate_at: float | None = None
         self._kill_at: float | None = None
 
-    def run(self) -> None:
-        poll = select.poll()
-        poll.register(self._launcher, select.POLLIN)
-        poll.register(self._wake, select.POLLIN)
-        poll.register(self._lifeline, select.POLLIN)
-        while True:
-            ready = {descriptor for descriptor, _ in poll.poll(self._until_deadline())}
-            if self._wake in ready:
-                os.read(self._wake, 4096)
-            # SIGTERM alone says nothing: systemd sends it to every process of a service that it stops, and how the
-            # jobs are to end is then for the launching program to say.
-            if self._lifeline in ready or os.getppid() != self._server:
-                self._abandoned = True
-                self._kill()
-            elif self._launcher.fileno() in ready and not self._obey():
-                self._kill()  # the launching program ended
-            if not self._reap():
-                break
-            self._end_leftovers()
-        for descriptor in self._lease:
+    def is_over(self) -> bool:
+        """Whether the whole process tree is gone, once what lingers too long has been ended."""
+        if not self._reap():
+            return True
+        self._end_leftovers()
+        return False
+
+    def verdict(self, printed: bytes) -> Exited:
+        """What to say when it is over. The lease is let go of."""
+        lease, self._lease = self._lease, ()
+        for descriptor in lease:
             os.close(descriptor)
         assert self._status is not None, "no children, so the job was reaped"
-        with contextlib.suppress(ChannelClosedError):  # nobody is left to be told
-            send(self._launcher, Exited(self._status, self._abandoned, self._printed()))
+        return Exited(self._status, self._abandoned, printed)
+
+    def abandon(self) -> None:
+        """End it because the fork server is gone."""
+        self._abandoned = True
+        self._kill()
+
+    def obey(self) -> None:
+        """Do what the launching program says, or end it all if that has ended."""
+        if not self._obey():
+            self._kill()
 
     def _obey(self) -> bool:
         try:
@@ -194,12 +261,8 @@ class _Supervision:
                 with contextlib.suppress(PermissionError):
                     os.kill(pid, signal.SIGTERM)
 
-    def _printed(self) -> bytes:
-        size = os.fstat(self._early).st_size
-        return os.pread(self._early, PRINTED, max(0, size - PRINTED))
-
-    def _until_deadline(self) -> float | None:
-        """Milliseconds, as poll wants them."""
+    def until_deadline(self) -> float | None:
+        """Milliseconds until `is_over` should be asked though nothing happened, as poll wants them."""
         deadline = self._kill_at if self._terminated else self._terminate_at
         if deadline is None:
             return None

@@ -43,13 +43,11 @@ from gpu_launcher.processes.messages import (
     Prepared,
     Report,
     Signal,
-    StartFailed,
-    SupervisorDied,
     channel,
     receive,
     send,
 )
-from gpu_launcher.processes.starter import JobProcess, ServerDiedError
+from gpu_launcher.processes.starter import SUPERVISOR_DIED, JobProcess, Lost, ServerDiedError
 
 DEVICES = simulated_devices(4)
 STEP_LIMIT = 3000
@@ -151,11 +149,15 @@ class FakeServer:
     def fileno(self) -> int:
         return self._control.fileno()
 
-    def receive(self) -> object:
+    def receive(self) -> Lost | None:
         try:
-            return receive(self._control)[0]
+            lost: Lost = receive(self._control)[0]
         except ChannelClosedError:
             raise ServerDiedError("killed") from None
+        return lost
+
+    def finished(self, process: JobProcess) -> None:
+        process.close()
 
     def start(self, number: int, spec: object, result: Path) -> JobProcess:
         accident = self._world.accident()
@@ -170,15 +172,15 @@ class FakeServer:
             supervisor_end.close()
             job_end.close()
             self._sweep.accidents[number] = "could not be started: no memory"
-            send(self._end, StartFailed(number, "no memory"))
+            send(self._end, Lost(number, "could not be started: no memory"))
         else:
             self._sweep.processes.append(FakeJob(self._world, self._sweep, number, result, supervisor_end, job_end))
-        return JobProcess(number, supervisor, job)
+        return JobProcess(number, supervisor, job, seat=number)
 
     def lose_supervisor(self, job: FakeJob) -> None:
         job.die(None)
         self._sweep.accidents[job.number] = "its supervisor was killed"
-        send(self._end, SupervisorDied(job.number, SIGKILL))
+        send(self._end, Lost(job.number, SUPERVISOR_DIED))
 
     def die(self) -> None:
         self.alive = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pickle
@@ -33,11 +34,9 @@ from gpu_launcher.processes.messages import (
     Prepared,
     Report,
     ResultLost,
-    StartFailed,
-    SupervisorDied,
     receive,
 )
-from gpu_launcher.processes.starter import ForkServer, JobProcess, ServerDiedError
+from gpu_launcher.processes.starter import SUPERVISOR_DIED, ForkServer, JobProcess, Lost, ServerDiedError
 
 PATIENCE = 30.0
 """Seconds until a test gives up on what should happen at once."""
@@ -732,21 +731,21 @@ def test_when_a_supervisor_is_killed_its_tree_is_ended_before_that_is_told_and_t
     assert len(tree) == 3
     victim.kill()
     assert select.select([server], [], [], PATIENCE)[0]
-    message = server.receive()
-    assert isinstance(message, SupervisorDied)
-    assert message.status == signal.SIGKILL
+    lost = server.receive()
+    assert lost is not None
+    assert lost.problem == SUPERVISOR_DIED
     assert not any(alive(process) for process in tree)
-    other = jobs[1 - message.number]
+    other = jobs[1 - lost.number]
     other.process.grant(Grant({}), ())
     assert other.exited().status == 0
     with pytest.raises(ChannelClosedError):
-        receive(jobs[message.number].process.supervisor)
+        receive(jobs[lost.number].process.supervisor)
 
 
 def say_all(server: ForkServer) -> None:
     """A fork server may see the end of a supervisor before its own."""
     while select.select([server], [], [], PATIENCE)[0]:
-        assert isinstance(server.receive(), SupervisorDied)
+        assert isinstance(server.receive(), Lost)
 
 
 @pytest.mark.parametrize(
@@ -817,6 +816,9 @@ def test_the_other_side_of_a_restart_drops_what_is_the_launching_programs_alone(
     os.close(reader)
 
 
+NO_FORK = "could not be started: fork failed: Resource temporarily unavailable"
+
+
 class NoFork:
     """The module `os`, of a machine that has no memory left."""
 
@@ -833,7 +835,7 @@ def test_a_job_for_which_the_server_cannot_fork_is_told_and_the_server_lives(lau
     for number in range(2):
         launch.start(server, number)
         assert select.select([server], [], [], PATIENCE)[0]
-        assert server.receive() == StartFailed(number, "fork failed: Resource temporarily unavailable")
+        assert server.receive() == Lost(number, NO_FORK)
 
 
 def test_a_job_that_its_supervisor_cannot_fork_could_not_be_started_and_nothing_is_printed(launch, monkeypatch, capfd):
@@ -841,10 +843,140 @@ def test_a_job_that_its_supervisor_cannot_fork_could_not_be_started_and_nothing_
     server = launch.server(waiting)
     job = launch.start(server)
     assert select.select([server], [], [], PATIENCE)[0]
-    assert server.receive() == StartFailed(0, "fork failed: Resource temporarily unavailable")
+    assert server.receive() == Lost(0, NO_FORK)
     with pytest.raises(ChannelClosedError):
         job.say("supervisor")
     assert capfd.readouterr().err == ""
+
+
+# One job after another
+
+
+def talking(number, spec, gate):
+    """Prints, and reports what it found of its predecessors."""
+    import os
+    import pickle
+    from pathlib import Path
+
+    from gpu_launcher.model import Request
+    from gpu_launcher.processes.messages import Report
+
+    print(f"job {number}")
+    found = (
+        os.getpid(),
+        os.getppid(),
+        os.environ.get("LEFT_BEHIND"),
+        sorted(map(str, Path("/proc/self/fd").iterdir())),
+    )
+    os.environ["LEFT_BEHIND"] = str(number)
+    gate.prepared(Request(1), None)
+    gate.wait()
+    return Report(True, None, pickle.dumps(found))
+
+
+def test_a_supervisor_whose_job_has_ended_runs_the_next_one_which_finds_nothing_of_it(launch, method):
+    server = launch.server(talking, method)
+    found = []
+    reader, writer = os.pipe()
+    for number in range(3):
+        job = launch.start(server, number)
+        assert job.run(lease=(writer,)) == Exited(0, printed=f"job {number}\n".encode())
+        found.append(job.value())
+        server.finished(job.process)
+    pids, parents, left_behind, descriptors = zip(*found, strict=True)
+    assert len(set(pids)) == 3
+    assert len(set(parents)) == 1
+    assert set(left_behind) == {None}
+    assert descriptors[0] == descriptors[1] == descriptors[2]
+    os.close(writer)
+    assert os.read(reader, 1) == b"", "the supervisor holds no lease between jobs"
+    os.close(reader)
+
+
+def test_what_was_said_to_a_job_that_had_ended_is_not_done_to_the_next_one(launch):
+    server = launch.server(waiting)
+    job = launch.start(server)
+    assert job.run().status == 0
+    reader, writer = os.pipe()
+    with contextlib.suppress(ChannelClosedError):
+        job.process.grant(Grant({}), (writer,))  # before it is known here that the job has ended
+    job.process.signal(signal.SIGKILL)
+    job.process.kill()
+    server.finished(job.process)
+    (supervisor,) = supervisors()
+    following = launch.start(server, 1)
+    following.prepared()
+    assert supervisors() == [supervisor]
+    os.close(writer)
+    assert os.read(reader, 1) == b"", "a lease that came too late is not held"
+    os.close(reader)
+    following.process.grant(Grant({}), ())
+    assert following.exited().status == 0
+
+
+def test_a_supervisor_that_was_killed_between_two_jobs_is_replaced_and_no_job_is_lost(launch):
+    server = launch.server(waiting)
+    first = launch.start(server)
+    first.run()
+    server.finished(first.process)
+    (supervisor,) = supervisors()
+    supervisor.kill()
+    until(lambda: not alive(supervisor))
+    assert select.select([server], [], [], PATIENCE)[0]
+    assert server.receive() is None
+    assert launch.start(server, 1).run().status == 0
+
+
+def test_a_job_is_lost_when_its_supervisor_is_killed_that_had_another_before(launch):
+    server = launch.server(waiting)
+    first = launch.start(server)
+    first.run()
+    server.finished(first.process)
+    second = launch.start(server, 1)
+    second.prepared()
+    (supervisor,) = supervisors()
+    supervisor.kill()
+    assert select.select([server], [], [], PATIENCE)[0]
+    assert server.receive() == Lost(1, SUPERVISOR_DIED)
+
+
+def test_a_supervisor_of_a_lost_server_gets_no_more_jobs(launch):
+    server = launch.server(waiting)
+    jobs = [launch.start(server, number) for number in range(2)]
+    for job in jobs:
+        assert job.run().status == 0
+    server.finished(jobs[0].process)
+    processes = supervisors()
+    fork_server().kill()
+    with pytest.raises(ServerDiedError):
+        say_all(server)
+    server.restart(lambda: None)
+    until(lambda: not any(alive(process) for process in processes))
+    server.finished(jobs[1].process)
+    assert jobs[1].process.supervisor.fileno() == -1, "its channel was closed"
+    assert launch.start(server, 2).run().status == 0
+
+
+def test_supervisors_without_a_job_end_with_the_launching_program(tmp_path):
+    code = f"""
+import select, sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_processes_jobs import Grant, Launch, Path, waiting
+launch = Launch(Path({str(tmp_path)!r}))
+server = launch.server(waiting)
+job = launch.start(server)
+job.run()
+server.finished(job.process)
+print("idle", flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"idle\n"
+        tree = psutil.Process(program.pid).children(recursive=True)
+        assert len(tree) == 3, "guard, fork server, supervisor"
+        program.kill()
+        until(lambda: not any(alive(process) for process in tree))
 
 
 # How jobs are started
