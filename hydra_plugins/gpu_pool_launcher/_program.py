@@ -90,6 +90,7 @@ class HydraProgram:
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.job.id = str(number)
             config.hydra.job.num = number
+            config.hydra.launcher.help = {}  # in each job's hydra.yaml it would only be in the way
         # For `${hydra:...}`, until `run_job` does it properly: `set_config` copies it all.
         HydraConfig.instance().cfg = cast("HydraConf", config)
         return config

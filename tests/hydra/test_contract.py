@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 PROGRAMS = Path(__file__).parent / "programs"
@@ -75,6 +76,12 @@ def test_a_job_knows_its_number_its_directory_and_its_overrides(sweep: Sweep, nu
     assert found["overrides"] == ["+extra=found", f"trainer.devices={number + 1}", "rerun=True"]
     assert (sweep.job(number) / ".hydra" / "config.yaml").exists()
     assert (sweep.directory / "sweep" / "multirun.yaml").exists()
+
+
+def test_what_the_options_mean_is_not_repeated_in_the_config_that_each_job_leaves(sweep: Sweep, number: int) -> None:
+    left = yaml.safe_load((sweep.job(number) / ".hydra" / "hydra.yaml").read_text())["hydra"]["launcher"]
+    assert left["start_method"] == sweep.method
+    assert not left["help"]
 
 
 def test_a_job_changes_directory_when_told_so(sweep: Sweep, number: int) -> None:
