@@ -1,14 +1,16 @@
 """Random histories of a pool: what the policy and the ledger in memory do is what a slow, obvious model says.
 
-GPU_LAUNCHER_HISTORIES says how many, over all tests of this file together; `make matrix` sets it.
+GPU_LAUNCHER_HISTORIES says how many, over all tests of this file together. With many, as in `make matrix`, they come
+from plain random numbers instead of Hypothesis, which takes much longer, but makes what it finds small.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from random import Random
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -30,6 +32,8 @@ from gpu_launcher.leases.policy import Candidate, Demand, LeaseState, Snapshot, 
 from gpu_launcher.model import MILLIONTHS, WHOLE, Device, DeviceKind, Owner, Request, Share
 
 HISTORIES = int(os.environ.get("GPU_LAUNCHER_HISTORIES", "1500"))
+MANY = 5000
+"""From how many histories on Hypothesis is not used."""
 pytestmark = pytest.mark.timeout(120 + HISTORIES // 10)
 
 UUIDS = tuple("ABCDE")
@@ -38,73 +42,99 @@ NOW = 100.0
 GIB = 1 << 30
 
 
-def portion(part: float):
-    """That part of all histories."""
+def share_of_histories(part: float):
+    """How often Hypothesis tries something that makes up this part of all histories."""
     return settings(
         max_examples=max(50, int(HISTORIES * part)), deadline=None, suppress_health_check=[HealthCheck.too_slow]
     )
 
 
-machines = st.lists(
-    st.tuples(st.sampled_from([None, 16 * GIB, 80 * GIB]), st.sampled_from([False, False, False, True])),
-    min_size=len(UUIDS),
-    max_size=len(UUIDS),
-).map(lambda facts: tuple(Candidate(uuid, *fact) for uuid, fact in zip(UUIDS, facts, strict=True)))
-"""What a machine's devices are like."""
+def histories(part: float) -> Callable[[Callable[[Random], None]], Callable[..., None]]:
+    """Check this part of all histories: each is what a function makes of random numbers."""
 
-shares = st.one_of(
-    st.just(WHOLE),
-    st.just(WHOLE),
-    st.builds(
-        lambda part, memory: Request.of(part, memory).share,
-        st.sampled_from([0.2, 0.25, 1 / 3, 0.5, 0.7]),
-        st.sampled_from([None, None, 4 * GIB, 10 * GIB, 30 * GIB]),
-    ),
-    st.sampled_from([4, 10, 16, 40]).map(lambda memory: Share(0, memory * GIB)),
-)
+    def decorate(check: Callable[[Random], None]) -> Callable[..., None]:
+        if HISTORIES < MANY:
+            return share_of_histories(part)(given(st.randoms(use_true_random=False))(check))
+
+        def test() -> None:
+            for seed in range(int(HISTORIES * part)):
+                try:
+                    check(Random(seed))
+                except Exception as error:
+                    raise AssertionError(f"{check.__name__} fails with Random({seed})") from error
+
+        test.__name__ = check.__name__
+        test.__doc__ = check.__doc__
+        return test
+
+    return decorate
 
 
-@st.composite
-def demands(draw: st.DrawFn, machine: tuple[Candidate, ...], *, unavailable: bool = True, timed=None) -> Demand:
-    candidates = tuple(draw(st.lists(st.sampled_from(machine), min_size=1, unique=True)))
-    count = draw(st.integers(1, len(candidates)))
-    request = Request(
-        count,
-        draw(shares),
-        timeout=draw(st.sampled_from([None, 5.0, 10.0, 20.0, 40.0]) if timed is None else timed),
-        stagger=draw(st.sampled_from([0.0, 0.0, 8.0])) if timed is None else 0.0,
+def random_machine(chance: Random) -> tuple[Candidate, ...]:
+    """What a machine's devices are like."""
+    return tuple(
+        Candidate(uuid, chance.choice([None, 16 * GIB, 80 * GIB]), chance.choice([False, False, False, True]))
+        for uuid in UUIDS
     )
-    out = draw(st.frozensets(st.sampled_from(UUIDS), max_size=2)) if unavailable else frozenset()
+
+
+def random_share(chance: Random) -> Share:
+    kind = chance.randint(0, 3)
+    if kind < 2:
+        return WHOLE
+    if kind == 2:
+        part = chance.choice([0.2, 0.25, 1 / 3, 0.5, 0.7])
+        return Request.of(part, chance.choice([None, None, 4 * GIB, 10 * GIB, 30 * GIB])).share
+    return Share(0, chance.choice([4, 10, 16, 40]) * GIB)
+
+
+def random_uuids(chance: Random) -> frozenset[str]:
+    """At most two."""
+    return frozenset(chance.sample(UUIDS, chance.randint(0, 2)))
+
+
+def random_demand(chance: Random, machine: tuple[Candidate, ...], *, unavailable: bool = True, timed=None) -> Demand:
+    """`timed`: the time limits to choose from, and then nothing is staggered."""
+    candidates = tuple(chance.sample(machine, chance.randint(1, len(machine))))
+    request = Request(
+        chance.randint(1, len(candidates)),
+        random_share(chance),
+        timeout=chance.choice(timed or [None, 5.0, 10.0, 20.0, 40.0]),
+        stagger=0.0 if timed else chance.choice([0.0, 0.0, 8.0]),
+    )
+    out = random_uuids(chance) if unavailable else frozenset()
     return Demand(request, candidates, out & {candidate.uuid for candidate in candidates})
 
 
-@st.composite
-def leases_on(draw: st.DrawFn, machine: tuple[Candidate, ...]) -> list[LeaseState]:
+def random_leases(chance: Random, machine: tuple[Candidate, ...]) -> list[LeaseState]:
     """Such as fit together."""
     found: list[LeaseState] = []
-    for number in range(draw(st.integers(0, 5))):
-        demand = draw(demands(machine, unavailable=False))
+    for number in range(chance.randint(0, 5)):
+        demand = random_demand(chance, machine, unavailable=False)
         fitting = [one for one in demand.candidates if fits(one, demand.request, held_on(one.uuid, found))]
         if len(fitting) >= demand.request.gpus:
             held = {one.uuid: one.share(demand.request) for one in fitting[: demand.request.gpus]}
-            started = draw(st.sampled_from([None, 85.0, 95.0, 100.0, 1000.0]))
-            ends = draw(st.sampled_from([None, 95.0, 100.0, 105.0, 110.0, 120.0]))
+            started = chance.choice([None, 85.0, 95.0, 100.0, 1000.0])
+            ends = chance.choice([None, 95.0, 100.0, 105.0, 110.0, 120.0])
             found.append(LeaseState(f"lease {number}", held, started, ends))
     return found
 
 
-@st.composite
-def snapshots(draw: st.DrawFn, *, plain: bool = False) -> Snapshot:
+def random_snapshot(chance: Random, *, plain: bool = False) -> Snapshot:
     """`plain`: whole devices, no time limits. The effect of others depends on who acts first."""
-    machine = draw(machines)
-    wanted = draw(st.lists(demands(machine), max_size=6))
+    machine = random_machine(chance)
     tickets = []
-    for number, demand in enumerate(wanted):
-        request = replace(demand.request, priority=draw(st.sampled_from([-1, 0, 0, 2])))
+    for number in range(chance.randint(0, 6)):
+        demand = random_demand(chance, machine)
+        request = replace(demand.request, priority=chance.choice([-1, 0, 0, 2]))
         request = Request(request.gpus, priority=request.priority) if plain else request
         demand = replace(demand, request=request)
-        tickets.append(TicketState(draw(st.integers(1, 9)), f"ticket {number}", demand, request.priority))
-    return Snapshot(tuple(draw(leases_on(machine))), tuple(tickets), NOW)
+        tickets.append(TicketState(chance.randint(1, 9), f"ticket {number}", demand, request.priority))
+    return Snapshot(tuple(random_leases(chance, machine)), tuple(tickets), NOW)
+
+
+def permutation(chance: Random) -> list[str]:
+    return chance.sample(UUIDS, len(UUIDS))
 
 
 def held_on(uuid: str, leases: Sequence[LeaseState]) -> list[Share]:
@@ -205,28 +235,28 @@ def listed(grants) -> dict[str, list[str]]:
     return {id: list(found) for id, found in grants.items()}
 
 
-@portion(0.3)
-@given(snapshots())
-def test_the_policy_does_what_the_model_says(snapshot: Snapshot) -> None:
+@histories(0.36)
+def test_the_policy_does_what_the_model_says(chance: Random) -> None:
+    snapshot = random_snapshot(chance)
     assert listed(decide(snapshot)) == expected(snapshot)
 
 
-@portion(0.05)
-@given(snapshots())
-def test_each_process_finds_for_itself_what_all_find_together(snapshot: Snapshot) -> None:
+@histories(0.05)
+def test_each_process_finds_for_itself_what_all_find_together(chance: Random) -> None:
+    snapshot = random_snapshot(chance)
     grants = decide(snapshot)
     queue = in_queue_order(snapshot)
     for ticket in queue:
         assert grant(snapshot.leases, queue, ticket, snapshot.now) == grants.get(ticket.id)
 
 
-@portion(0.1)
-@given(snapshots(), st.permutations(UUIDS))
-def test_grants_are_whole_and_no_device_gives_more_than_it_has(snapshot: Snapshot, ranking) -> None:
+@histories(0.1)
+def test_grants_are_whole_and_no_device_gives_more_than_it_has(chance: Random) -> None:
+    snapshot = random_snapshot(chance)
     grants = dict(decide(snapshot))
     if snapshot.tickets:
         first = in_queue_order(snapshot)[0]
-        taste = Taste(tuple(ranking), lambda one, two: (ord(one) * ord(two)) % 5)
+        taste = Taste(tuple(permutation(chance)), lambda one, two: (ord(one) * ord(two)) % 5)
         if (found := grant(snapshot.leases, [first], first, snapshot.now, taste)) is not None:
             grants = {first.id: found}
     tickets = {ticket.id: ticket.demand for ticket in snapshot.tickets}
@@ -242,21 +272,21 @@ def test_grants_are_whole_and_no_device_gives_more_than_it_has(snapshot: Snapsho
         assert len(held) == 1 or not any(share.millionths == MILLIONTHS for share in held)
 
 
-@portion(0.03)
-@given(snapshots(), st.randoms(use_true_random=False))
-def test_the_order_in_which_files_are_listed_changes_nothing(snapshot: Snapshot, random) -> None:
+@histories(0.03)
+def test_the_order_in_which_files_are_listed_changes_nothing(chance: Random) -> None:
+    snapshot = random_snapshot(chance)
     leases, tickets = list(snapshot.leases), list(snapshot.tickets)
-    random.shuffle(leases)
-    random.shuffle(tickets)
+    chance.shuffle(leases)
+    chance.shuffle(tickets)
     shuffled = Snapshot(tuple(leases), tuple(tickets), snapshot.now)
     assert list(decide(shuffled).items()) == list(decide(snapshot).items())
     assert waits(shuffled) == waits(snapshot)
 
 
-@portion(0.03)
-@given(snapshots(), st.permutations(UUIDS))
-def test_the_names_of_the_devices_change_nothing(snapshot: Snapshot, others: list[str]) -> None:
-    name = dict(zip(UUIDS, others, strict=True))
+@histories(0.03)
+def test_the_names_of_the_devices_change_nothing(chance: Random) -> None:
+    snapshot = random_snapshot(chance)
+    name = dict(zip(UUIDS, permutation(chance), strict=True))
 
     def renamed(ticket: TicketState) -> TicketState:
         candidates = tuple(replace(one, uuid=name[one.uuid]) for one in ticket.demand.candidates)
@@ -270,22 +300,22 @@ def test_the_names_of_the_devices_change_nothing(snapshot: Snapshot, others: lis
     assert listed(grants) == {id: [name[uuid] for uuid in found] for id, found in listed(decide(snapshot)).items()}
 
 
-@portion(0.03)
-@given(snapshots(), st.data())
-def test_a_later_ticket_never_changes_what_the_earlier_ones_get(snapshot: Snapshot, data) -> None:
-    late = data.draw(demands(data.draw(machines)))
+@histories(0.03)
+def test_a_later_ticket_never_changes_what_the_earlier_ones_get(chance: Random) -> None:
+    snapshot = random_snapshot(chance)
+    late = random_demand(chance, random_machine(chance))
     later = TicketState(100, "later", late, priority=-5)
     grants = decide(replace(snapshot, tickets=(*snapshot.tickets, later)))
     grants.pop("later", None)
     assert grants == decide(snapshot)
 
 
-@portion(0.03)
-@given(snapshots(plain=True), st.randoms(use_true_random=False))
-def test_what_is_decided_is_the_same_whoever_acts_first(snapshot: Snapshot, random) -> None:
+@histories(0.03)
+def test_what_is_decided_is_the_same_whoever_acts_first(chance: Random) -> None:
+    snapshot = random_snapshot(chance, plain=True)
     grants = decide(snapshot)
     order = list(grants)
-    random.shuffle(order)
+    chance.shuffle(order)
     leases, tickets = snapshot.leases, snapshot.tickets
     for id in order:
         assert decide(Snapshot(leases, tickets, snapshot.now))[id] == grants[id]
@@ -294,10 +324,10 @@ def test_what_is_decided_is_the_same_whoever_acts_first(snapshot: Snapshot, rand
     assert decide(Snapshot(leases, tickets, snapshot.now)) == {}
 
 
-@portion(0.03)
-@given(snapshots())
-def test_nobody_starves(snapshot: Snapshot) -> None:
+@histories(0.03)
+def test_nobody_starves(chance: Random) -> None:
     """The first that can be helped gets its devices as soon as they are free, so each round serves at least one."""
+    snapshot = random_snapshot(chance)
     tickets = tuple(
         ticket
         for ticket in snapshot.tickets
@@ -314,26 +344,26 @@ def test_nobody_starves(snapshot: Snapshot) -> None:
         tickets = tuple(ticket for ticket in tickets if ticket.id not in grants)
 
 
-@portion(0.02)
-@given(snapshots())
-def test_while_a_lease_cannot_be_read_nothing_is_granted(snapshot: Snapshot) -> None:
+@histories(0.02)
+def test_while_a_lease_cannot_be_read_nothing_is_granted(chance: Random) -> None:
+    snapshot = random_snapshot(chance)
     unreadable = replace(snapshot, leases=(*snapshot.leases, LeaseState("?", None)))
     assert decide(unreadable) == {}
     assert all(wait.unreadable for wait in waits(unreadable).values())
 
 
-@portion(0.02)
-@given(snapshots())
-def test_a_ticket_that_cannot_be_read_holds_up_only_those_behind_it(snapshot: Snapshot) -> None:
+@histories(0.02)
+def test_a_ticket_that_cannot_be_read_holds_up_only_those_behind_it(chance: Random) -> None:
+    snapshot = random_snapshot(chance)
     unreadable = TicketState(5, "", demand=None)
     earlier = tuple(ticket for ticket in snapshot.tickets if ticket.place < unreadable.place)
     grants = decide(replace(snapshot, tickets=(unreadable, *snapshot.tickets)))
     assert grants == decide(replace(snapshot, tickets=earlier))
 
 
-@portion(0.03)
-@given(snapshots())
-def test_whoever_is_not_granted_is_told_why(snapshot: Snapshot) -> None:
+@histories(0.03)
+def test_whoever_is_not_granted_is_told_why(chance: Random) -> None:
+    snapshot = random_snapshot(chance)
     grants, reasons = decide(snapshot), waits(snapshot)
     assert grants.keys() | reasons.keys() == {ticket.id for ticket in snapshot.tickets}
     assert not grants.keys() & reasons.keys()
@@ -356,19 +386,18 @@ class Arrival:
     duration: float
 
 
-@st.composite
-def worlds(draw: st.DrawFn) -> tuple[list[tuple[LeaseState, float]], list[Arrival]]:
+def random_world(chance: Random) -> tuple[list[tuple[LeaseState, float]], list[Arrival]]:
     """Leases with the times of their ends, declared or not, and jobs in the order of their arrival."""
-    machine = draw(machines)
+    machine = random_machine(chance)
     held = []
-    for lease in draw(leases_on(machine)):
-        end = NOW + draw(st.integers(1, 30))
-        held.append((replace(lease, started=None, ends=draw(st.sampled_from([None, end, end]))), end))
+    for lease in random_leases(chance, machine):
+        end = NOW + chance.randint(1, 30)
+        held.append((replace(lease, started=None, ends=chance.choice([None, end, end])), end))
     jobs, time = [], NOW
-    for _ in range(draw(st.integers(1, 7))):
-        time += draw(st.sampled_from([0.0, 0.0, 0.0, 1.0, 7.0]))
-        duration = float(draw(st.integers(1, 25)))
-        demand = draw(demands(machine, unavailable=False, timed=st.sampled_from([None, duration, duration])))
+    for _ in range(chance.randint(1, 7)):
+        time += chance.choice([0.0, 0.0, 0.0, 1.0, 7.0])
+        duration = float(chance.randint(1, 25))
+        demand = random_demand(chance, machine, unavailable=False, timed=[None, duration, duration])
         if sum(one.share(demand.request) is not None for one in demand.candidates) >= demand.request.gpus:
             jobs.append(Arrival(time, demand, duration))
     return held, jobs
@@ -398,33 +427,30 @@ def starts(held: list[tuple[LeaseState, float]], jobs: list[Arrival]) -> list[fl
     return [started[f"{number}"] for number in range(1, len(jobs) + 1)]
 
 
-@portion(0.2)
-@given(worlds())
-def test_a_job_starts_when_it_would_if_no_later_job_had_come(world) -> None:
+@histories(0.2)
+def test_a_job_starts_when_it_would_if_no_later_job_had_come(chance: Random) -> None:
     """So backfill delays nobody, nor does anything else that passes."""
-    held, jobs = world
+    held, jobs = random_world(chance)
     together = starts(held, jobs)
     for number in range(1, len(jobs) + 1):
         assert together[number - 1] == starts(held, jobs[:number])[number - 1]
 
 
-@portion(0.05)
-@given(worlds(), st.data())
-def test_the_first_job_starts_by_the_declared_ends_though_others_pass_and_all_end_early(world, data) -> None:
-    held, jobs = world
+@histories(0.05)
+def test_the_first_job_starts_by_the_declared_ends_though_others_pass_and_all_end_early(chance: Random) -> None:
+    held, jobs = random_world(chance)
     if not jobs:
         return
     latest = starts(held, jobs[:1])[0]
-    early = [
-        (lease, end if lease.ends is None else NOW + data.draw(st.integers(0, int(end - NOW)))) for lease, end in held
-    ]
+    early = [(lease, end if lease.ends is None else NOW + chance.randint(0, int(end - NOW))) for lease, end in held]
     shorter = [
-        job
-        if job.demand.request.timeout is None
-        else replace(job, duration=data.draw(st.integers(1, int(job.duration))))
+        job if job.demand.request.timeout is None else replace(job, duration=chance.randint(1, int(job.duration)))
         for job in jobs
     ]
     assert starts(early, shorter)[0] <= latest
+
+
+randoms = st.randoms(use_true_random=False)
 
 
 class PoolHistory(RuleBasedStateMachine):
@@ -448,9 +474,9 @@ class PoolHistory(RuleBasedStateMachine):
     def open(self) -> MemoryLedger:
         return MemoryLedger(self.pool, clock=lambda: self.now)
 
-    @initialize(target=processes, machine=machines)
-    def begin(self, machine):
-        self.machine = machine
+    @initialize(target=processes, chance=randoms)
+    def begin(self, chance: Random):
+        self.machine = random_machine(chance)
         return multiple(self.open(), self.open())
 
     @rule(target=processes)
@@ -461,11 +487,11 @@ class PoolHistory(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.now += seconds
 
-    @rule(target=tickets, ledger=processes, data=st.data(), priority=st.sampled_from([0, 0, 0, 1, -1]))
-    def enqueue(self, ledger: MemoryLedger, data, priority: int):
+    @rule(target=tickets, ledger=processes, chance=randoms, priority=st.sampled_from([0, 0, 0, 1, -1]))
+    def enqueue(self, ledger: MemoryLedger, chance: Random, priority: int):
         if id(ledger) in self.dead:
             return multiple()
-        demand = data.draw(demands(self.machine, unavailable=False))
+        demand = random_demand(chance, self.machine, unavailable=False)
         request = replace(demand.request, priority=priority)
         devices = [
             Device(
@@ -553,4 +579,4 @@ class PoolHistory(RuleBasedStateMachine):
 
 
 TestPoolHistory = PoolHistory.TestCase
-TestPoolHistory.settings = settings(portion(0.05), stateful_step_count=40)
+TestPoolHistory.settings = settings(share_of_histories(0.02), stateful_step_count=40)
