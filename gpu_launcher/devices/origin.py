@@ -6,6 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpu_launcher.users import user_name
+
 _FIRST_NAMESPACE = "pid:[4026531836]"
 """The machine's own namespace of process ids: PROC_PID_INIT_INO in the kernel's include/linux/proc_ns.h."""
 _LENGTH = 80
@@ -30,7 +32,7 @@ def origin_of(pid: int, root: Path = Path("/")) -> Origin | None:
     try:
         if str((root / "proc/self/ns/pid").readlink()) != _FIRST_NAMESPACE and not _holds_a_gpu(process):
             return None
-        user = _user(process.stat().st_uid)
+        user = user_name(process.stat().st_uid)
         command = _command(process)
         ancestors = []
         parent = _parent(process)
@@ -62,12 +64,3 @@ def _command(process: Path) -> str:
         text = (process / "comm").read_text(errors="replace").strip()
     text = "".join(character if character.isprintable() else "?" for character in text)
     return text if len(text) <= _LENGTH else f"{text[: _LENGTH - 3]}..."
-
-
-def _user(uid: int) -> str:
-    import pwd  # not on Windows
-
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import tempfile
 import time
@@ -24,6 +23,7 @@ from gpu_launcher.jobs.watch import DeviceWatch
 from gpu_launcher.leases import FileLedger, refusal, resolve_pool_directory
 from gpu_launcher.model import MILLIONTHS, Device, DeviceKind, Owner, Request
 from gpu_launcher.processes.starter import ForkServer
+from gpu_launcher.users import user_name
 
 MOST_AHEAD = 8
 """Jobs that wait, prepared, for devices. More would cost memory and save nothing."""
@@ -68,11 +68,17 @@ def run_jobs(jobs: Sequence[Job], server: ForkServer, options: Options, director
     devices = selection.devices
     if options.request is not None:
         _check(options.request, devices)
+    user = user_name(os.getuid())
     with contextlib.ExitStack() as cleanup:
-        ledger = cleanup.enter_context(FileLedger(resolve_pool_directory(options.pool_dir)))
-        results_directory = Path(cleanup.enter_context(_scratch(directory)))
         progress = open_progress()
         cleanup.callback(progress.close)
+        ledger = cleanup.enter_context(
+            FileLedger(
+                resolve_pool_directory(options.pool_dir),
+                warn=lambda text: progress.handle(Notice(time.monotonic(), text)),
+            )
+        )
+        results_directory = Path(cleanup.enter_context(_scratch(directory)))
         now = time.monotonic()
         progress.handle(SweepStarted(now, len(jobs), devices, options.max_parallel))
         for text in _notices(selection.notices, server):
@@ -95,7 +101,7 @@ def run_jobs(jobs: Sequence[Job], server: ForkServer, options: Options, director
             progress=progress,
             clock=time.monotonic,
             results_directory=results_directory,
-            owner=lambda job: Owner(os.getpid(), _user(), f"{command} #{job.number} {job.label}".rstrip()),
+            owner=lambda job: Owner(os.getpid(), user, f"{command} #{job.number} {job.label}".rstrip()),
             watch=watch,
             telling=replace(options.telling, by_uuid=options.telling.by_uuid or selection.by_uuid),
         )
@@ -155,10 +161,3 @@ def _notices(from_selection: Sequence[str], server: ForkServer) -> list[str]:
 def _scratch(directory: Path) -> tempfile.TemporaryDirectory[str]:
     """A directory of this launch alone: another launch in the same sweep directory may still be running."""
     return tempfile.TemporaryDirectory(prefix=".gpu_launcher-", dir=directory, ignore_cleanup_errors=True)
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a user id without an entry in the user database, as in containers
-        return f"uid {os.getuid()}"

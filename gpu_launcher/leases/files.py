@@ -58,6 +58,7 @@ from gpu_launcher.leases.records import (
     unpublished_name,
 )
 from gpu_launcher.leases.scan import Pool, probe, scan
+from gpu_launcher.users import user_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -97,7 +98,8 @@ class FileLedger:
     Belongs to the process that made it: in a forked child every method raises RuntimeError, except `close_in_child`
     and `close`, which then means the same. Nothing is closed by garbage collection: call `close`.
 
-    `warn` is told, once each, whom it waits for if somebody keeps the pool locked for seconds.
+    `warn` is told, once each, whom it waits for if somebody keeps the pool locked for seconds, and that a priority
+    above 0 counts as 0: to go before others is for root and for the owner of the pool directory.
 
     `wall_clock` is for the times that views show, `clock` and `origin` for those that policy compares. `checkpoint` is
     called after each step that a crash could separate from the next, with its name, such as `claim: locked`; it is
@@ -126,6 +128,9 @@ class FileLedger:
         self._known: dict[str, Record] = {}
         self._closed = False
         self._claims_in_vain = 0
+        self._may_go_first = False
+        self._warn: Callable[[str], None] | None = warn
+        """Until it has been told of priorities."""
         self._inotify: inotify.Inotify | None = None
         with contextlib.ExitStack() as undo:
             try:
@@ -137,6 +142,8 @@ class FileLedger:
                 undo.callback(os.close, self._pinned)
             except OSError as error:
                 raise explained(directory, error) from error
+            owner = os.fstat(self._guard).st_uid
+            self._may_go_first = os.geteuid() in (0, owner)
             # systemd-tmpfiles removes old files from /var/tmp, unless it finds a directory above them locked
             # (tmpfiles.d(5), since systemd 242).
             with contextlib.suppress(BlockingIOError):
@@ -152,6 +159,7 @@ class FileLedger:
 
     def enqueue(self, request: Request, candidates: Sequence[Device], owner: Owner) -> Ticket:
         self._check_process()
+        request = self._in_its_place(request)
         demand = demanded(request, candidates)
         record = TicketRecord(demand, owner, since=self._wall_clock(), origin=self._origin)
         ticket = Ticket(uuid.uuid4().hex, request, tuple(candidate.uuid for candidate in demand.candidates))
@@ -313,6 +321,17 @@ class FileLedger:
             finally:
                 # Not just closed: a process forked meanwhile by another thread has a copy.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+    def _in_its_place(self, request: Request) -> Request:
+        """Leave a priority above 0 only to those who may go before others."""
+        if request.priority <= 0 or self._may_go_first:
+            return request
+        if self._warn is not None:
+            owner = user_name(os.fstat(self._guard).st_uid)
+            who = "root" if owner == "root" else f"root and for {owner}"
+            self._warn(f"priority {request.priority} counts as 0: above 0 is for {who}, the owner of {self.directory}")
+            self._warn = None
+        return replace(request, priority=0)
 
     def _decide(self, pool: Pool, waiting: _Waiting, taste: Taste) -> Grant | None:
         name = waiting.name

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-import pwd
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from gpu_launcher.users import user_name
 
 PATIENCE = 0.25
 """Seconds for which one call waits."""
@@ -112,11 +113,7 @@ def _described(pid: int) -> Holder:
     user = command = None
     stopped = False
     try:
-        uid = process.stat().st_uid
-        try:
-            user = pwd.getpwuid(uid).pw_name
-        except KeyError:
-            user = f"uid {uid}"
+        user = user_name(process.stat().st_uid)
         words = os.fsdecode(process.joinpath("cmdline").read_bytes()).replace("\0", " ").split()
         command = " ".join(words)[:100] or None
         stopped = process.joinpath("stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "Tt"

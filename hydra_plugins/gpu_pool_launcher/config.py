@@ -11,7 +11,8 @@ HELP = {
     "gpus": "Devices for each job: 0, 1, 2, ..., or a part of one such as 0.5, also as an interpolation on the job's "
     "own config, of a key that the sweep's config has, too. null: one, or with memory as much of one as that says.",
     "memory": "Memory on each device that a job declares, such as 20GiB. Jobs share a device as long as it has enough.",
-    "priority": "Higher goes first among those that wait, across all sweeps of the machine. Below 0: after others.",
+    "priority": "Higher goes first among those that wait, machine-wide; below 0 after others. "
+    "Above 0 is for root and the owner of the pool directory.",
     "timeout": "Longest time for a job, such as 90, 30m or 2h. Then it gets SIGTERM, and after grace it is killed. "
     "Short jobs that declare it may start while a large one waits.",
     "stagger": "Time between the starts of two jobs on one device, such as 5 or 1m.",

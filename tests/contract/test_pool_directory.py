@@ -303,3 +303,18 @@ def test_a_pool_that_a_stopped_program_keeps_locked_is_still_found(tmp_path):
         assert resolve_pool_directory(str(directory)) == directory
     finally:
         os.close(held)
+
+
+def test_only_root_and_the_owner_of_the_pool_directory_go_before_others(reachable, devices, owner):
+    directory = reachable / "pool"
+    resolve_pool_directory(str(directory))
+    os.chown(directory, 54321, 54321)
+    said: list[str] = []
+    places = []
+    for user in (0, 54321, 54322):
+        with acting_as(user), FileLedger(directory, warn=said.append) as ledger:
+            for priority in (5, 7, -3):
+                ledger.enqueue(Request(1, priority=priority), devices, owner)
+            places.append([view.priority for view in ledger.snapshot().tickets])
+    assert places == [[7, 5, -3], [7, 5, -3], [0, 0, -3]]
+    assert said == [f"priority 5 counts as 0: above 0 is for root and for uid 54321, the owner of {directory}"]

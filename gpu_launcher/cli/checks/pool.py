@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import grp
 import os
-import pwd
 import shutil
 import stat
 import time
@@ -27,6 +26,7 @@ from gpu_launcher.leases.directory import (
     file_system_of,
 )
 from gpu_launcher.leases.mutex import holder_of
+from gpu_launcher.users import user_name
 
 CHECK = "pool"
 MUTEX_PATIENCE = 1.0
@@ -104,7 +104,7 @@ def _not_there(directory: Path) -> Finding:
 def _access(directory: Path, queue: os.stat_result) -> Iterator[Finding]:
     status = directory.stat()
     mode = stat.S_IMODE(status.st_mode)
-    shown = f"mode {mode:04o}, owner {_user(status.st_uid)}, group {_group(status.st_gid)}"
+    shown = f"mode {mode:04o}, owner {user_name(status.st_uid)}, group {_group(status.st_gid)}"
     remedy = f"`chmod 1777 {directory} {directory / QUEUE}` opens it to everybody"
     if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
         yield warning(CHECK, f"{shown}: every user can remove others' files, and with them their leases", remedy)
@@ -113,7 +113,7 @@ def _access(directory: Path, queue: os.stat_result) -> Iterator[Finding]:
     elif mode & stat.S_IWGRP:
         yield ok(CHECK, f"{shown}: the members of {_group(status.st_gid)} take part; others get an error")
     else:
-        yield warning(CHECK, f"{shown}: only {_user(status.st_uid)} takes part; others get an error", remedy)
+        yield warning(CHECK, f"{shown}: only {user_name(status.st_uid)} takes part; others get an error", remedy)
     if stat.S_IMODE(queue.st_mode) & _STICKY_AND_OPEN != mode & _STICKY_AND_OPEN:
         yield warning(
             CHECK,
@@ -174,13 +174,6 @@ def _content(directory: Path) -> Iterator[Finding]:
             "no inotify instance is to be had, so that waiting programs look every 20 ms instead of being told",
             "raise `sysctl fs.inotify.max_user_instances`",
         )
-
-
-def _user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
 
 
 def _group(gid: int) -> str:
