@@ -112,7 +112,7 @@ def _handover(options: argparse.Namespace, launchers: list[Launcher]) -> Results
 
 def _memory(options: argparse.Namespace, launchers: list[Launcher]) -> Results:
     jobs = 4 if options.quick else 8
-    concurrent = [launcher for launcher in launchers if launcher.name != "basic"]
+    concurrent = [launcher for launcher in launchers if launcher.name not in ("basic", "gpu_pool+grid_async")]
     rounds = 1 if options.quick else options.rounds or 2
     ours = [launcher for launcher in concurrent if launcher.name == "gpu_pool"]
     return {

@@ -31,6 +31,10 @@ def _gpu_pool(at_once: int) -> list[str]:
 
 LAUNCHERS = (
     Launcher("gpu_pool", lambda at_once: [*_gpu_pool(at_once), "hydra.launcher.start_method=fork"]),
+    Launcher(
+        "gpu_pool+grid_async",
+        lambda at_once: [*_gpu_pool(at_once), "hydra.launcher.start_method=fork", "hydra/sweeper=grid_async"],
+    ),
     Launcher("gpu_pool-spawn", lambda at_once: [*_gpu_pool(at_once), "hydra.launcher.start_method=spawn"]),
     Launcher("basic", lambda at_once: ["hydra/launcher=basic"]),
     Launcher(

@@ -1,0 +1,94 @@
+"""`hydra/sweeper=grid_async`: the basic sweeper's grids, of which nothing is composed before the jobs are."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+Start = Callable[..., "subprocess.Popen[str]"]
+
+GRID_ASYNC = "hydra/sweeper=grid_async"
+PROGRAM = "grid.py"
+GPU_POOL = ("hydra/launcher=gpu_pool", "hydra.launcher.devices=simulated:2")
+
+
+def jobs(directory: Path) -> list[list[str]]:
+    """The overrides of each job, in order."""
+    return [
+        yaml.safe_load((directory / str(n) / ".hydra" / "overrides.yaml").read_text()) for n in range(count(directory))
+    ]
+
+
+def count(directory: Path) -> int:
+    return sum(path.name.isdecimal() for path in directory.iterdir())
+
+
+PARAMS = """
+# @package _global_
+hydra:
+  sweeper:
+    params:
+      lr: choice(0.5,0.25)
+      n: 7,8
+"""
+
+
+@pytest.mark.parametrize("grid", [("lr=1,2", "n=range(3)", "kind=b"), ("--config-dir=conf", "+more=params", "n=3,4")])
+def test_it_makes_the_jobs_of_the_basic_sweeper_in_its_order(run: Run, tmp_path: Path, grid: tuple[str, ...]) -> None:
+    (tmp_path / "conf" / "more").mkdir(parents=True)
+    (tmp_path / "conf" / "more" / "params.yaml").write_text(PARAMS)
+    for sweeper in ("basic", "grid_async"):
+        options = (f"hydra/sweeper={sweeper}", f"hydra.sweep.dir={sweeper}")
+        done = run(tmp_path, PROGRAM, "-m", *grid, *GPU_POOL, *options)
+        assert done.returncode == 0, done.stderr
+    assert count(tmp_path / "grid_async") >= 4
+    assert jobs(tmp_path / "grid_async") == jobs(tmp_path / "basic")
+    assert (tmp_path / "grid_async" / "multirun.yaml").exists()
+
+
+def test_a_job_that_does_not_compose_fails_alone(run: Run, tmp_path: Path) -> None:
+    done = run(tmp_path, PROGRAM, "-m", "n=1,two,3", GRID_ASYNC, *GPU_POOL, "hydra.sweep.dir=sweep")
+    assert done.returncode == 1
+    assert "3 jobs: 2 completed, 1 failed" in done.stderr
+    assert "job 1 (n=two)" in done.stderr
+    assert "'two'" in done.stderr
+
+
+def test_of_20000_jobs_the_first_runs_before_any_but_the_next_few_are_composed(start: Start, tmp_path: Path) -> None:
+    program = start(tmp_path, PROGRAM, "-m", "n=range(20000)", GRID_ASYNC, *GPU_POOL, "hydra.sweep.dir=sweep")
+    assert program.stderr is not None
+    assert any("(1/20000 done)" in line for line in program.stderr)
+    program.send_signal(signal.SIGINT)
+    _, rest = program.communicate(timeout=120)
+    assert re.search(r"20000 jobs: \d+ completed, \d+ not run", rest)
+    composed = (tmp_path / "composed").read_text().split()
+    assert str(program.pid) not in composed
+    assert len(composed) < 1000
+
+
+@pytest.mark.parametrize(
+    ("launcher", "line"), [(GPU_POOL, r"\d jobs?: \d completed"), ((), r"Launching \d jobs locally")]
+)
+def test_batches_are_given_to_any_launcher_one_after_another(
+    start: Start, tmp_path: Path, launcher: tuple[str, ...], line: str
+) -> None:
+    batches = ("hydra.sweeper.max_batch_size=2", "hydra.sweep.dir=sweep")
+    program = start(tmp_path, PROGRAM, "-m", "n=range(5)", GRID_ASYNC, *batches, *launcher)
+    out, err = program.communicate(timeout=120)
+    assert program.returncode == 0, err
+    assert jobs(tmp_path / "sweep") == [[f"n={n}"] for n in range(5)]
+    assert len(re.findall(line, out + err)) == 3
+
+
+def test_hydra_shows_it_and_its_options(run: Run, tmp_path: Path) -> None:
+    assert "GridAsyncSweeper" in run(tmp_path, PROGRAM, "--info", "plugins").stdout
+    shown = yaml.safe_load(run(tmp_path, PROGRAM, "--cfg=hydra", "-p=hydra.sweeper", GRID_ASYNC).stdout)
+    assert shown["max_batch_size"] is None
+    assert set(shown["help"]) == shown.keys() - {"_target_", "help"}
