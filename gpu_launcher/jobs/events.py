@@ -82,6 +82,25 @@ class JobEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class JobRetried:
+    """The job failed, and is going to be run again. If it starts at all, a JobStarted follows."""
+
+    time: float
+    number: int
+    label: str
+    duration: float | None
+    """Seconds since JobStarted; None if it never started."""
+    message: str
+    """Why it failed, in one line."""
+    log: str | None
+    """Path of what is now the log of the attempt that failed."""
+    attempt: int
+    """The next attempt, counted from 1."""
+    attempts: int
+    """How many there may be in all."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stopping:
     """The user asked to stop. `forced` after the second time: jobs are being killed instead of waited for."""
 
@@ -91,7 +110,7 @@ class Stopping:
     """Seconds that jobs get before they are killed."""
     forced: bool
     signal: str
-    """`SIGINT` or `SIGTERM`."""
+    """What stopped it: `SIGINT`, `SIGTERM`, or such as `3 failures`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +120,7 @@ class SweepEnded:
     time: float
 
 
-Event = SweepStarted | Notice | JobWaiting | JobStarted | JobEnded | Stopping | SweepEnded
+Event = SweepStarted | Notice | JobWaiting | JobStarted | JobEnded | JobRetried | Stopping | SweepEnded
 
 
 class Progress(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from gpu_launcher.jobs.events import Outcome
@@ -18,6 +19,20 @@ class Job:
     """For people, such as `lr=0.1 hidden=32`; may be empty."""
     spec: Any
     """For the program: what it is called with. Picklable."""
+
+
+class Cause(str, Enum):
+    """Why a job failed, as `hydra.launcher.retry_on` names it."""
+
+    EXCEPTION = "exception"
+    """Its code raised, called `sys.exit`, or returned what cannot be pickled."""
+    CRASH = "crash"
+    """Its process ended without a report: a signal, `os._exit`, a lost supervisor or fork server."""
+    OOM = "oom"
+    """The memory of its GPU, or of the host, ran out."""
+    TIMEOUT = "timeout"
+    DEVICE_LOST = "device_lost"
+    """One of its devices reports an error, or has gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +53,7 @@ class JobResult:
     """Seconds from its grant until its process tree was gone; None if it never ran."""
     log: str | None
     """Path of its stdout and stderr; None if it never got that far."""
+    cause: Cause | None = None
+    """For a failed job that had a process: why."""
+    attempts: int = 1
+    """How many times it was started; the rest is about the last one."""

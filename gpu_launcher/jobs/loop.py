@@ -10,6 +10,7 @@ import os
 import pickle
 import selectors
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import Any, Protocol
@@ -17,15 +18,26 @@ from typing import Any, Protocol
 from gpu_launcher.devices import combinable
 from gpu_launcher.errors import PoolDirectoryError, RequestError
 from gpu_launcher.jobs import machine as m
-from gpu_launcher.jobs.events import JobEnded, JobStarted, JobWaiting, Notice, Outcome, Progress, Stopping
+from gpu_launcher.jobs.events import (
+    JobEnded,
+    JobRetried,
+    JobStarted,
+    JobWaiting,
+    Notice,
+    Outcome,
+    Progress,
+    Stopping,
+)
+from gpu_launcher.jobs.failures import FailurePolicy, roomier, set_aside
 from gpu_launcher.jobs.grants import Telling
-from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.running import Running, Wait, explain_wait, judge
 from gpu_launcher.jobs.signals import StopSignals
 from gpu_launcher.jobs.watch import DeviceWatch
 from gpu_launcher.leases import Lease, Ledger, refusal
-from gpu_launcher.model import Device, Owner, Request
+from gpu_launcher.model import Device, Owner, Request, Share
 from gpu_launcher.processes import messages
+from gpu_launcher.processes.host_memory import oom_kills
 from gpu_launcher.processes.messages import ChannelClosedError, Report
 from gpu_launcher.processes.starter import SUPERVISOR_DIED, JobProcess, Lost, ServerDiedError
 
@@ -48,8 +60,8 @@ class Server(Protocol):
     def receive(self) -> Lost | None:
         """The job that only it knows to have ended, if any. Raises ServerDiedError."""
 
-    def start(self, number: int, spec: Any, result: Path) -> JobProcess:
-        """Start a job's process. Raises ServerDiedError, and `fileno()` is readable then."""
+    def start(self, number: int, spec: Any, result: Path, attempt: int) -> JobProcess:
+        """Start a job's process for the `attempt`-th time. Raises ServerDiedError, and `fileno()` is readable then."""
 
     def finished(self, process: JobProcess) -> None:
         """Take a job's process back whose supervisor said that it Exited, and was not abandoned."""
@@ -78,13 +90,15 @@ class JobLoop:
         owner: Callable[[Job], Owner],
         watch: DeviceWatch,
         telling: Telling = Telling(),  # noqa: B008  (frozen)
+        failures: FailurePolicy = FailurePolicy(),  # noqa: B008  (frozen)
         checkpoint: Callable[[str], None] = lambda name: None,
     ) -> None:
         """Prepare to run `jobs` on `devices`.
 
         Reports pass through files in `results_directory`. `owner` says whom a job's ticket and lease belong to.
-        `watch` says which devices not to use now, `telling` how jobs are told of theirs. `checkpoint` is called with
-        the name of each point of a job's life, for tests that kill the launching program there.
+        `watch` says which devices not to use now, `telling` how jobs are told of theirs, `failures` what to do about
+        jobs that fail. `checkpoint` is called with the name of each point of a job's life, for tests that kill the
+        launching program there.
         """
         self._jobs = {job.number: job for job in jobs}
         self._devices = {device.uuid: device for device in devices}
@@ -96,6 +110,12 @@ class JobLoop:
         self._results_directory = results_directory
         self._owner = owner
         self._telling = telling
+        self._failures = failures
+        self._attempts = dict.fromkeys(self._jobs, 1)
+        """Which attempt of each job this is, or was the last."""
+        self._roomier: dict[int, Share] = {}
+        """What jobs are to have instead of what they ask for, because that was not enough."""
+        self._failed = 0
         self._device_watch = watch
         self._announced: dict[str, str] = {}
         """Faults of devices that the user was told of, by UUID."""
@@ -279,6 +299,8 @@ class JobLoop:
         match message:
             case messages.Prepared(request, log):
                 job.log = log
+                if number in self._roomier:
+                    request = replace(request, share=self._roomier[number])
                 self._any_prepared = True
                 self._checkpoint("prepared")
                 self._handle(m.Prepared(number, request, self._refusal(request)))
@@ -326,19 +348,20 @@ class JobLoop:
                 self._tell(number, JobProcess.kill)
             case m.Release(number):
                 self._release(number)
-            case m.Conclude(number, stopped, problem):
-                self._conclude(number, stopped, problem)
+            case m.Conclude():
+                self._conclude(instruction)
 
     def _start(self, number: int) -> None:
         try:
-            process = self._server.start(number, self._jobs[number].spec, self._result_path(number))
+            spec, attempt = self._jobs[number].spec, self._attempts[number]
+            process = self._server.start(number, spec, self._result_path(number), attempt)
         except ServerDiedError:
             self._unstarted.append(number)  # its descriptor says so, too, and then it is replaced
             return
         except OSError as error:  # too many open files
             self._not_startable[number] = f"could not be started: {error.strerror} (see `ulimit -a`)"
             return
-        self._live[number] = Running(process, server=self._servers_lost)
+        self._live[number] = Running(process, server=self._servers_lost, oom_kills=oom_kills())
         self._watch(process.supervisor.fileno(), lambda: self._on_supervisor(number))
         self._watch(process.job.fileno(), lambda: self._on_job(number))
         self._checkpoint("started")
@@ -375,6 +398,7 @@ class JobLoop:
         self._waiting = None
         job.ticket = None
         job.devices = tuple(self._devices[uuid] for uuid in job.lease.uuids)
+        job.shares = job.lease.shares
         self._checkpoint("claimed")
         self._handle(m.Granted(number))
 
@@ -429,11 +453,22 @@ class JobLoop:
         self._checkpoint("released")
         self._claim()
 
-    def _conclude(self, number: int, stopped: bool, problem: str | None) -> None:
+    def _conclude(self, conclusion: m.Conclude) -> None:
+        number = conclusion.number
         ran = self._dead.pop(number, None)
-        report = None if ran is None else self._read_report(number)
-        faults = {} if ran is None else {d.label: self._device_watch.faults.get(d.uuid) for d in ran.devices}
-        result = judge(self._jobs[number], ran, report, stopped=stopped, problem=problem, faults=faults)
+        result = judge(
+            self._jobs[number],
+            ran,
+            None if ran is None else self._read_report(number),
+            stopped=conclusion.stopped,
+            problem=conclusion.problem,
+            timed_out=conclusion.timed_out,
+            faults={d.label: self._device_watch.faults.get(d.uuid) for d in ran.devices} if ran else None,
+            attempts=self._attempts[number],
+        )
+        if ran is not None and not conclusion.stopped and not conclusion.final and self._is_run_again(result, ran):
+            self._run_again(result)
+            return
         self._results[number] = result
         failed = result.outcome is Outcome.FAILED
         self._progress.handle(
@@ -449,6 +484,43 @@ class JobLoop:
             )
         )
         self._checkpoint("concluded")
+        if failed:
+            self._count_failure()
+
+    def _is_run_again(self, result: JobResult, ran: Running) -> bool:
+        if not self._failures.retries_after(result.cause, result.attempts):
+            return False
+        if result.cause is Cause.OOM and result.payload is not None and ran.request is not None and ran.devices:
+            share = roomier(ran.request.share, ran.devices, ran.shares)
+            if self._refusal(replace(ran.request, share=share)) is not None:
+                return False  # there is no larger device
+            self._roomier[result.number] = share
+        return True
+
+    def _run_again(self, result: JobResult) -> None:
+        number = result.number
+        self._attempts[number] = result.attempts + 1
+        event = JobRetried(
+            time=self._clock(),
+            number=number,
+            label=result.label,
+            duration=result.duration,
+            message=result.message or "failed",
+            log=set_aside(result.log, result.attempts) if result.log else None,
+            attempt=self._attempts[number],
+            attempts=self._failures.retries + 1,
+        )
+        self._progress.handle(event)
+        self._checkpoint("retried")
+        self._handle(m.Again(number))
+
+    def _count_failure(self) -> None:
+        self._failed += 1
+        if self._failed == self._failures.most and not self._machine.stopping and not self._machine.finished:
+            why = "1 failure" if self._failed == 1 else f"{self._failed} failures"
+            running = len(self._machine.running())
+            self._handle(m.StopAsked())
+            self._progress.handle(Stopping(self._clock(), running, self._limits.grace, forced=False, signal=why))
 
     def _explain_waiting(self, number: int) -> None:
         """Tell the user whom the sweep waits for, if that is not its own jobs."""

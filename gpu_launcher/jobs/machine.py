@@ -7,7 +7,8 @@ One job's life, with the stimulus that moves it on:
     PREPARED -> RUNNING      Granted, or at once if it needs no devices (TakeTicket, Go)
     RUNNING -> ENDED         Exited: its process tree is gone           (Release, Conclude)
 
-PREPARING and PREPARED jobs may also end without having run, or go back to QUEUED when the fork server was lost.
+PREPARING and PREPARED jobs may also end without having run, or go back to QUEUED when the fork server was lost. An
+ENDED job that failed goes back to QUEUED if it is to be run again (Again).
 At most one ticket is out at a time: several sweeps on one machine then alternate instead of the first one's tickets
 filling the queue.
 """
@@ -87,6 +88,13 @@ class Exited:
 
 
 @dataclass(frozen=True, slots=True)
+class Again:
+    """A job that was just concluded is to be run once more."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class ServerLost:
     """The fork server was killed. Each of its live jobs will still be reported as Exited."""
 
@@ -109,7 +117,7 @@ class Tick:
     """Time passed."""
 
 
-Stimulus = Begin | Prepared | Granted | Exited | ServerLost | GiveUp | StopAsked | Tick
+Stimulus = Begin | Prepared | Granted | Exited | Again | ServerLost | GiveUp | StopAsked | Tick
 
 # Instructions
 
@@ -173,11 +181,15 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Conclude:
-    """The job has ended: make its result. `problem` is what the machine found wrong with it."""
+    """The job has ended: make its result, or answer with Again."""
 
     number: int
     stopped: bool
     problem: str | None
+    """What the machine found wrong with it."""
+    timed_out: bool = False
+    final: bool = False
+    """Whether running it again is out of the question."""
 
 
 Instruction = StartProcess | TakeTicket | DropTicket | Go | Interrupt | Terminate | Kill | Release | Conclude
@@ -198,6 +210,8 @@ class _Job:
     """When to end it, if it declared a time limit: first gently, then for good."""
     told: bool = False
     """It was told that its time is over."""
+    refused: bool = False
+    """Its request cannot be granted."""
 
 
 class Machine:
@@ -252,6 +266,8 @@ class Machine:
                 return self._granted(number, now)
             case Exited(number, problem):
                 return self._exited(number, problem, now)
+            case Again(number):
+                return self._again(number, now)
             case ServerLost():
                 return self._server_lost()
             case GiveUp(problem):
@@ -267,6 +283,7 @@ class Machine:
         job.request = request
         if refusal is not None:
             job.problem = f"cannot be run: its request is {refusal}"
+            job.refused = True
             return [Kill(number)]
         return self._fill(now)
 
@@ -294,7 +311,15 @@ class Machine:
         job.phase = Phase.ENDED
         # The next job starts before this one's result is looked at: its devices should not wait for that.
         problem = job.problem or (self._given_up if job.lost else None)
-        return [*instructions, *self._fill(now), Conclude(number, self.stopping, problem)]
+        final = job.refused or self._given_up is not None
+        conclusion = Conclude(number, self.stopping, problem, timed_out=job.told, final=final)
+        return [*instructions, *self._fill(now), conclusion]
+
+    def _again(self, number: int, now: float) -> list[Instruction]:
+        self._expect(number, Phase.ENDED)
+        self._jobs[number] = _Job()
+        self._queue.appendleft(number)
+        return self._fill(now)
 
     def _server_lost(self) -> list[Instruction]:
         for number in self._live:

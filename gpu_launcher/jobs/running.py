@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from signal import SIGKILL
 
 from gpu_launcher.jobs.events import Outcome
-from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.progress.text import duration
 from gpu_launcher.leases import Lease, PoolView, Ticket
-from gpu_launcher.model import Device, Owner, Request
+from gpu_launcher.model import Device, Owner, Request, Share
 from gpu_launcher.processes.death import describe_exit
+from gpu_launcher.processes.host_memory import oom_kills
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.starter import JobProcess
 
@@ -36,6 +39,10 @@ class Running:
     ticket: Ticket | None = None
     lease: Lease | None = None
     devices: tuple[Device, ...] = ()
+    shares: Mapping[str, Share] = field(default_factory=dict)
+    """What it had of each of its devices, by UUID."""
+    oom_kills: int = 0
+    """How many processes the kernel had killed for want of memory when it was started."""
     started: float | None = None
     """When its devices were granted; None before."""
     ended: float | None = None
@@ -56,18 +63,22 @@ def judge(
     *,
     stopped: bool,
     problem: str | None,
+    timed_out: bool = False,
     faults: Mapping[str, str | None] | None = None,
+    attempts: int = 1,
 ) -> JobResult:
     """How a job ended.
 
-    `ran` is None if it never had a process, `problem` is what the machine found wrong with it, `faults` are what is
-    wrong with its devices, by label.
+    `ran` is None if it never had a process, `problem` is what the machine found wrong with it, such as that it
+    `timed_out`, `faults` are what is wrong with its devices, by label.
     """
-    if ran is None and problem is not None:
-        return JobResult(job.number, job.label, Outcome.FAILED, None, problem, (), None, None)
-    if ran is None:
-        return JobResult(job.number, job.label, Outcome.CANCELLED, None, "was not started", (), None, None)
     message: str | None
+    if ran is None and problem is not None:
+        return JobResult(job.number, job.label, Outcome.FAILED, None, problem, (), None, None, attempts=attempts)
+    if ran is None:
+        message = "was not started" if attempts == 1 else "was not started again"
+        return JobResult(job.number, job.label, Outcome.CANCELLED, None, message, (), None, None, attempts=attempts)
+    out_of_memory = report is None and _killed_for_want_of_memory(ran)
     if report is not None:
         outcome = Outcome.COMPLETED if report.ok else Outcome.FAILED
         message = None if report.ok else problem or report.message
@@ -76,7 +87,7 @@ def judge(
         message = problem or ran.problem
         if message is None:
             assert ran.status is not None, "without a problem, its supervisor told how it ended"
-            message = describe_exit(ran.status, _circumstances(ran))
+            message = describe_exit(ran.status, _circumstances(ran), out_of_memory=out_of_memory)
         if ran.log is None and ran.printed:
             message = f"{message}. It had printed:\n{ran.printed}"
     broken = [f"{label} {fault}" for label, fault in (faults or {}).items() if fault]
@@ -84,8 +95,30 @@ def judge(
         message = f"{message} ({'; '.join(broken)})"
     if stopped and outcome is Outcome.FAILED:
         outcome = Outcome.CANCELLED
+    cause = None
+    if outcome is Outcome.FAILED:
+        cause = _cause(report, timed_out=timed_out, broken=bool(broken), out_of_memory=out_of_memory)
     payload = None if report is None else report.payload
-    return JobResult(job.number, job.label, outcome, payload, message, ran.devices, ran.duration, ran.log)
+    return JobResult(
+        job.number, job.label, outcome, payload, message, ran.devices, ran.duration, ran.log, cause, attempts
+    )
+
+
+def _cause(report: Report | None, *, timed_out: bool, broken: bool, out_of_memory: bool) -> Cause:
+    if timed_out:
+        return Cause.TIMEOUT
+    if broken:
+        return Cause.DEVICE_LOST
+    if out_of_memory or (report is not None and report.out_of_memory):
+        return Cause.OOM
+    return Cause.CRASH if report is None else Cause.EXCEPTION
+
+
+def _killed_for_want_of_memory(ran: Running) -> bool:
+    """Whether the kernel killed it: it died of SIGKILL, and the kernel has killed somebody for that meanwhile."""
+    if ran.problem is not None or ran.status is None:
+        return False
+    return os.WIFSIGNALED(ran.status) and os.WTERMSIG(ran.status) == SIGKILL and oom_kills() > ran.oom_kills
 
 
 def _circumstances(ran: Running) -> str:

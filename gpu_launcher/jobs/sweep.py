@@ -14,6 +14,7 @@ from signal import Signals
 from gpu_launcher.devices import ConditionMonitor, Links, NvmlProbe, combinable, select_devices, usable_cpus
 from gpu_launcher.errors import OptionError, RequestError
 from gpu_launcher.jobs.events import Notice, SweepEnded, SweepStarted
+from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.loop import JobLoop
@@ -46,6 +47,7 @@ class Options:
     busy_memory: int | None
     """As `gpu_launcher.devices.why_busy` takes it."""
     telling: Telling
+    failures: FailurePolicy = FailurePolicy()  # noqa: RUF009  (frozen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ def run_jobs(jobs: Sequence[Job], server: ForkServer, options: Options, director
             owner=lambda job: Owner(os.getpid(), user, f"{command} #{job.number} {job.label}".rstrip()),
             watch=watch,
             telling=replace(options.telling, by_uuid=options.telling.by_uuid or selection.by_uuid),
+            failures=options.failures,
         )
         results = loop.run()
         progress.handle(SweepEnded(time.monotonic()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
+_OUT_OF_MEMORY = "the host, or this container, ran out of memory (see `dmesg`)"
 _LIKELY = {
     signal.SIGKILL: "most often the host ran out of memory (see `dmesg`), or somebody killed it",
     signal.SIGSEGV: "a crash in native code; `PYTHONFAULTHANDLER=1` shows where",
@@ -16,14 +17,15 @@ _LIKELY = {
 }
 
 
-def describe_exit(status: int, circumstances: str = "") -> str:
+def describe_exit(status: int, circumstances: str = "", *, out_of_memory: bool = False) -> str:
     """Say how a process ended that left no result, such as `was killed by SIGKILL after 12 s on GPU 2: most often ...`.
 
-    `status` is as `os.waitpid` gives it; `circumstances` go behind what happened and before its likely cause.
+    `status` is as `os.waitpid` gives it; `circumstances` go behind what happened and before its likely cause;
+    `out_of_memory` says that the kernel killed somebody for want of memory at the time.
     """
     if os.WIFSIGNALED(status):
         signum = os.WTERMSIG(status)
-        likely = _LIKELY.get(signum)  # type: ignore[call-overload]
+        likely = _OUT_OF_MEMORY if out_of_memory else _LIKELY.get(signum)  # type: ignore[call-overload]
         return f"was killed by {_name(signum)}{circumstances}" + (f": {likely}" if likely else "")
     return f"ended with exit code {os.WEXITSTATUS(status)}{circumstances} before it returned a value"
 

@@ -173,6 +173,8 @@ class Assignment:
     """What the program needs to know, such as the list of overrides."""
     result: str
     """Path of the file in which to leave the Report."""
+    attempt: int = 1
+    """How many times it has been started, this time included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,3 +215,5 @@ class Report:
     """For a failed job: the cause in one line."""
     payload: bytes
     """For whoever assembled the program to read; pickled and unpickled there."""
+    out_of_memory: bool = False
+    """For a failed job: whether its GPU's memory was not enough."""

@@ -153,15 +153,15 @@ class ForkServer:
             return Lost(number, f"could not be started: {message.problem}")
         return Lost(number, SUPERVISOR_DIED)
 
-    def start(self, number: int, spec: Any, result: Path) -> JobProcess:
-        """Start the process of job `number`, which begins to prepare itself.
+    def start(self, number: int, spec: Any, result: Path, attempt: int = 1) -> JobProcess:
+        """Start the process of job `number`, for the `attempt`-th time, which begins to prepare itself.
 
         Raises ServerDiedError.
         """
         job, job_end = channel()
         with job_end:
             # First: while this process has the other end, it cannot be closed.
-            send(job, Assignment(number, spec, str(result)))
+            send(job, Assignment(number, spec, str(result), attempt))
             try:
                 seat, supervisor = self._seat_with(job_end)
             except BaseException:

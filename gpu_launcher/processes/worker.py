@@ -35,6 +35,9 @@ from gpu_launcher.processes.messages import (
     send,
 )
 
+ATTEMPT = "GPU_LAUNCHER_ATTEMPT"
+"""Tells a job how many times it has been started, this time included."""
+
 
 class Program(Protocol):
     """The user's program as the launching side assembled it. Called once in each job's process."""
@@ -109,6 +112,7 @@ def work(channel: socket.socket, stdio: CapturedStdio, load_program: Callable[[]
     assert isinstance(assignment, Assignment), assignment
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a script starts with `&`
         signal.signal(signal.SIGINT, signal.default_int_handler)  # with which a sweep that is stopped asks us to end
+    os.environ[ATTEMPT] = str(assignment.attempt)
     job = os.getpid()
     try:
         report = load_program()(assignment.number, assignment.spec, Gate(channel, stdio))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -11,7 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from gpu_launcher.devices import BUSY_MEMORY
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import OptionError
+from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.grants import Telling
+from gpu_launcher.jobs.job import Cause
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.model import MOST_PRIORITY, Request
 from gpu_launcher.processes.starter import StartMethod
@@ -42,6 +44,7 @@ def read_options(options: dict[str, Any], config: DictConfig) -> Options:
             enforce_memory=bool(options.get("enforce_memory", False)),
             pin_cpus=_one_of("cpu_affinity", options.get("cpu_affinity"), (None, "auto")) == "auto",
         ),
+        failures=_failures(options),
     )
 
 
@@ -62,6 +65,28 @@ def read_request(options: Mapping[str, Any]) -> Request:
         timeout=_timeout(options.get("timeout")),
         stagger=read_duration(options.get("stagger", 0), "hydra.launcher.stagger"),
     )
+
+
+def _failures(options: Mapping[str, Any]) -> FailurePolicy:
+    default = FailurePolicy()
+    known = tuple(cause.value for cause in Cause)
+    named = _plain(options.get("retry_on", default.retry_on))
+    named = [word.strip() for word in named.split(",")] if isinstance(named, str) else named
+    if not isinstance(named, Iterable):
+        raise OptionError("hydra.launcher.retry_on", f"{named!r} is no list: give some of [{', '.join(known)}]")
+    causes = frozenset(Cause(_one_of("retry_on", cause, known)) for cause in named)
+    most = options.get("max_failures")
+    if most is not None and ((most := _whole_number(most)) is None or most < 1):
+        raise OptionError(
+            "hydra.launcher.max_failures",
+            f"{options['max_failures']!r} is no number of failures: give a whole number from 1, or null for any number",
+        )
+    if _one_of("on_failure", options.get("on_failure", "continue"), ("continue", "stop")) == "stop" and most is None:
+        most = 1
+    retries = _whole_number(options.get("retries", 0))
+    if retries is None or retries < 0:
+        raise OptionError("hydra.launcher.retries", f"{options['retries']!r} is no number of times: give 0, 1, 2, ...")
+    return FailurePolicy(retries, causes, most)
 
 
 def _gpus(value: object) -> float | None:

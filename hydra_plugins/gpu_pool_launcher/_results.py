@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from gpu_launcher.errors import JobError
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import JobResult
+from gpu_launcher.processes.memory_errors import is_out_of_gpu_memory
 from gpu_launcher.processes.messages import Report
 
 from ._exceptions import Link, brief, dumps, pack_chain, unpack_chain
@@ -47,6 +48,8 @@ def pack(job_return: JobReturn, composed: DictConfig | None) -> Report:
     """
     value = job_return._return_value
     job_return._return_value = None
+    failed = job_return.status is not JobStatus.COMPLETED
+    out_of_memory = failed and isinstance(value, BaseException) and is_out_of_gpu_memory(value)
     try:
         if job_return.status is JobStatus.COMPLETED:
             try:
@@ -61,7 +64,7 @@ def pack(job_return: JobReturn, composed: DictConfig | None) -> Report:
             parcel = _Parcel(_shell(job_return, composed), None, pack_chain(value), describe(value))
     finally:
         job_return._return_value = value
-    return Report(parcel.problem is None, parcel.problem, pickle.dumps(parcel))
+    return Report(parcel.problem is None, parcel.problem, pickle.dumps(parcel), out_of_memory)
 
 
 def _shell(job_return: JobReturn, composed: DictConfig | None) -> bytes:

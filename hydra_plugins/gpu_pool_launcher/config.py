@@ -15,6 +15,11 @@ HELP = {
     "Above 0 is for root and the owner of the pool directory.",
     "timeout": "Longest time for a job, such as 90, 30m or 2h. Then it gets SIGTERM, and after grace it is killed. "
     "Short jobs that declare it may start while a large one waits.",
+    "retries": "How many times a failed job is run again, in the same directory. The log of each attempt is kept; "
+    "GPU_LAUNCHER_ATTEMPT tells a job which it is.",
+    "retry_on": "After what: crash, oom (then alone on a whole GPU, or a larger one), timeout, device_lost, exception.",
+    "on_failure": "continue: the other jobs go on. stop: the first failure ends the sweep.",
+    "max_failures": "How many failed jobs end the sweep; null: none do.",
     "stagger": "Time between the starts of two jobs on one device, such as 5 or 1m.",
     "busy_memory": "A device on which more than this is in use beyond what is leased is left alone. null: do not look "
     "at what others do.",
@@ -41,6 +46,10 @@ class GpuPoolLauncherConf:
     memory: Any = None
     priority: Any = 0
     timeout: Any = None
+    retries: int = 0
+    retry_on: Any = field(default_factory=lambda: ["crash", "oom", "timeout", "device_lost"])
+    on_failure: str = "continue"
+    max_failures: int | None = None
     stagger: Any = 0
     busy_memory: Any = "512MiB"
     enforce_memory: bool = False

@@ -104,7 +104,8 @@ def test_the_table_of_options_is_the_documentation_of_the_config() -> None:
     rows = ["| option | default | meaning |", "|---|---|---|"]
     for name, text in HELP.items():
         default = getattr(defaults, name)
-        rows.append(f"| `{name}` | `{'null' if default is None else default}` | {text} |")
+        value = f"[{', '.join(default)}]" if isinstance(default, list) else default
+        rows.append(f"| `{name}` | `{'null' if value is None else value}` | {text} |")
     assert shown.group(1).splitlines() == rows
 
 

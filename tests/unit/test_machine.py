@@ -244,3 +244,23 @@ def test_a_job_does_not_end_twice():
     machine.handle(m.Exited(0), 0.0)
     with pytest.raises(IllegalTransitionError, match="job 0 is ENDED"):
         machine.handle(m.Exited(0), 0.0)
+
+
+def test_a_job_that_failed_is_run_again_before_those_that_never_ran():
+    machine = begun(3, ahead=1, preparing=1)
+    machine.handle(m.Prepared(0, ONE), 0.0)
+    assert machine.handle(m.Granted(0), 0.0) == [m.Go(0), m.StartProcess(1)]
+    *_, conclusion = machine.handle(m.Exited(0, "was not lucky"), 0.0)
+    assert conclusion == m.Conclude(0, False, "was not lucky")
+    assert machine.handle(m.Again(0), 0.0) == []
+    machine.handle(m.Prepared(1, ONE), 0.0)
+    assert machine.handle(m.Granted(1), 0.0) == [m.Go(1), m.StartProcess(0)]
+    with pytest.raises(IllegalTransitionError):
+        machine.handle(m.Again(0), 0.0)
+
+
+def test_a_conclusion_says_what_speaks_against_running_a_job_again():
+    machine = begun(2)
+    machine.handle(m.Prepared(0, Request(3), "for 3 devices, but the pool has 2"), 0.0)
+    *_, conclusion = machine.handle(m.Exited(0), 0.0)
+    assert conclusion.final

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, TextIO
 from rich.console import Console, ConsoleDimensions
 from rich.text import Text
 
-from gpu_launcher.jobs.events import Event, JobEnded, Notice, Outcome, SweepEnded, SweepStarted
+from gpu_launcher.jobs.events import Event, JobEnded, JobRetried, Notice, Outcome, SweepEnded, SweepStarted
 from gpu_launcher.jobs.progress.output import Output
 from gpu_launcher.jobs.progress.plain import PREFIX, log_quote, opening
-from gpu_launcher.jobs.progress.tally import Tally, failure
+from gpu_launcher.jobs.progress.tally import Tally, failure, retry
 from gpu_launcher.jobs.progress.text import job_name, one_line
 from gpu_launcher.jobs.progress.view import frame
 
@@ -71,6 +71,8 @@ class LiveProgress:
                 verdict = len(job_name(event.number, event.label)) + 1
                 line.stylize("bold red", verdict, verdict + len("FAILED"))
                 self._keep(line, [Text(quoted, "dim") for quoted in log_quote(event)])
+            case JobRetried():
+                self._keep(Text(retry(event), "yellow"))
             case SweepEnded():
                 self._sum_up()
         self._paint_if_due()

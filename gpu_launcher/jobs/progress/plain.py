@@ -7,6 +7,7 @@ from typing import TextIO
 from gpu_launcher.jobs.events import (
     Event,
     JobEnded,
+    JobRetried,
     JobStarted,
     JobWaiting,
     Notice,
@@ -16,7 +17,7 @@ from gpu_launcher.jobs.events import (
     SweepStarted,
 )
 from gpu_launcher.jobs.progress.output import Output
-from gpu_launcher.jobs.progress.tally import Tally, failure
+from gpu_launcher.jobs.progress.tally import Tally, failure, retry
 from gpu_launcher.jobs.progress.text import count, device_counts, device_names, duration, job_name, log_end, one_line
 from gpu_launcher.model import DeviceKind
 
@@ -50,6 +51,8 @@ class PlainProgress:
                 self._say(f"{job_name(event.number, event.label)} started{where}{log}")
             case JobEnded():
                 self._ended(event)
+            case JobRetried():
+                self._say(retry(event))
             case Stopping():
                 self._say(stopping(event, event.running, event.grace))
             case SweepEnded():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from gpu_launcher.jobs.events import (
     Event,
     JobEnded,
+    JobRetried,
     JobStarted,
     JobWaiting,
     Outcome,
@@ -40,6 +41,7 @@ class Tally:
     """Stopped by the user while they ran."""
     not_run: int = 0
     """Stopped by the user before they started."""
+    retries: int = 0
     failures: list[JobEnded] = field(default_factory=list)
     highest_number: int = 0
     # The latest ones say most about those to come.
@@ -83,6 +85,10 @@ class Tally:
                 self.running.pop(event.number, None)
                 self._settle(event.number)
                 self._count(event)
+            case JobRetried():
+                self.retries += 1
+                self.running.pop(event.number, None)
+                self._settle(event.number)
             case Stopping():
                 self.stopping = event
                 self.waits = None
@@ -134,11 +140,20 @@ class Tally:
         if self.stopping is not None:
             finished = self.completed + self.failed
             head += f" (stopped by {self.stopping.signal}: {finished} of {self.total} finished)"
+        if self.retries:
+            head += f", {count(self.retries, 'attempt')} repeated"
         lines = [head]
         lines += [f"  {failure(ended)}" for ended in self.failures[:FAILURES_NAMED]]
         if self.failed > FAILURES_NAMED:
             lines.append(f"  ... and {self.failed - FAILURES_NAMED} more")
         return lines
+
+
+def retry(event: JobRetried) -> str:
+    """`job 3 (lr=0.1) failed: <cause>; attempt 2 of 3 follows; log: <path>`"""
+    log = f"; log: {one_line(event.log)}" if event.log else ""
+    follows = f"attempt {event.attempt} of {event.attempts} follows"
+    return f"{job_name(event.number, event.label)} failed: {one_line(event.message)}; {follows}{log}"
 
 
 def failure(ended: JobEnded, counts: str = "") -> str:

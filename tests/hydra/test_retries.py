@@ -1,0 +1,120 @@
+"""Failed jobs are run again, or end the sweep, as the user wants."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+PROGRAM = "retries.py"
+
+
+def sweep(run: Run, directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run(directory, PROGRAM, "-m", "hydra.sweep.dir=sweep", "hydra.launcher.devices=simulated:2", *arguments)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("signal", "was killed by SIGKILL"),
+        ("exit", "ended with exit code 3"),
+        ("timeout", "ran longer than its timeout of 1.0 s"),
+        ("oom", "raised RuntimeError: training failed"),
+    ],
+)
+def test_a_failed_job_is_run_again_in_its_directory_and_each_log_is_kept(
+    run: Run, tmp_path: Path, kind: str, why: str, method: str
+) -> None:
+    limit = ("hydra.launcher.timeout=1",) if kind == "timeout" else ()
+    smaller = ("hydra.launcher.gpus=0.5",) if kind == "oom" else ()
+    options = ("hydra.launcher.retries=2", f"hydra.launcher.start_method={method}", *limit, *smaller)
+    done = sweep(run, tmp_path, f"kind={kind}", *options)
+    assert done.returncode == 0, done.stderr
+    assert "1 job: 1 completed" in done.stderr
+    assert "1 attempt repeated" in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "attempt 2 of 3 follows" in line]
+    assert why in line
+    job = tmp_path / "sweep" / "0"
+    assert f"log: {job / 'job.attempt-1.log'}" in line
+    assert "attempt 1 with" in (job / "job.attempt-1.log").read_text()
+    assert (job / "job.log").read_text().startswith("attempt 2 with")
+
+
+def test_a_job_that_shared_a_device_when_memory_ran_out_gets_a_whole_one(run: Run, tmp_path: Path) -> None:
+    done = sweep(run, tmp_path, "kind=oom", "hydra.launcher.retries=1", "hydra.launcher.memory=8GiB")
+    assert done.returncode == 0, done.stderr
+    job = tmp_path / "sweep" / "0"
+    assert "attempt 1 with 1 of" not in (job / "job.attempt-1.log").read_text()
+    assert "attempt 2 with 1 of" in (job / "job.log").read_text()
+
+
+def test_a_job_for_which_no_larger_device_is_to_be_had_is_not_run_again(run: Run, tmp_path: Path) -> None:
+    done = sweep(run, tmp_path, "kind=oom", "hydra.launcher.retries=1")
+    assert done.returncode == 1
+    assert "follows" not in done.stderr
+    assert "1 job: 1 failed" in done.stderr
+
+
+def test_attempts_are_counted_and_the_last_failure_is_the_result(run: Run, tmp_path: Path) -> None:
+    done = sweep(run, tmp_path, "kind=signal,exit", "good=9", "hydra.launcher.retries=2")
+    assert done.returncode == 1
+    assert done.stderr.count("attempt 3 of 3 follows") == 2
+    assert "2 jobs: 2 failed" in done.stderr
+    for number in range(2):
+        logs = sorted(path.name for path in (tmp_path / "sweep" / str(number)).glob("job*.log"))
+        assert logs == ["job.attempt-1.log", "job.attempt-2.log", "job.log"]
+
+
+@pytest.mark.parametrize(
+    ("options", "again"),
+    [
+        (("kind=exception",), False),
+        (("kind=exception", "hydra.launcher.retry_on=[exception,crash]"), True),
+        (("kind=signal", "hydra.launcher.retry_on=oom"), False),
+        (("kind=signal", "hydra.launcher.retry_on='oom,crash'"), True),
+        (("kind=signal", "hydra.launcher.retries=0"), False),
+    ],
+)
+def test_only_what_the_user_names_is_a_reason_to_try_again(
+    run: Run, tmp_path: Path, options: tuple[str, ...], again: bool
+) -> None:
+    done = sweep(run, tmp_path, "hydra.launcher.retries=1", *options)
+    assert ("attempt 2 of 2 follows" in done.stderr) is again
+    assert (done.returncode == 0) is again
+
+
+@pytest.mark.parametrize(
+    ("option", "failed"), [("hydra.launcher.on_failure=stop", 1), ("hydra.launcher.max_failures=2", 2)]
+)
+def test_so_many_failures_end_the_sweep_and_the_rest_is_not_run(
+    run: Run, tmp_path: Path, option: str, failed: int
+) -> None:
+    options = ("hydra.launcher.max_parallel=1", "hydra.launcher.retries=1", "hydra.launcher.retry_on=crash", option)
+    done = sweep(run, tmp_path, "n=range(6)", "good=2", *options)
+    assert done.returncode == 1
+    assert f"6 jobs: {failed} failed, {6 - failed} not run" in done.stderr
+    assert re.search(rf"stopped by {failed} failures?: {failed} of 6 finished", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("retries=-1", "is no number of times: give 0, 1, 2, ..."),
+        ("retry_on=[cosmic_rays]", "'cosmic_rays' is unknown: give one of exception, crash, oom, timeout, device_lost"),
+        ("retry_on=5", "is no list: give some of [exception, crash, oom, timeout, device_lost]"),
+        ("on_failure=panic", "'panic' is unknown: give one of continue, stop"),
+        ("max_failures=0", "is no number of failures: give a whole number from 1, or null for any number"),
+    ],
+)
+def test_nonsense_is_refused_with_the_option_and_the_remedy(
+    run: Run, tmp_path: Path, option: str, message: str
+) -> None:
+    done = sweep(run, tmp_path, f"hydra.launcher.{option}")
+    assert done.returncode == 1
+    assert f"hydra.launcher.{option.partition('=')[0]}" in done.stderr
+    assert message in done.stderr
