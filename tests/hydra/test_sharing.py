@@ -24,7 +24,7 @@ from pathlib import Path
 import hydra
 
 NAMES = ("CUDA_VISIBLE_DEVICES", "GPU_LAUNCHER_MEMORY_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION",
-         "PYTORCH_CUDA_ALLOC_CONF")
+         "XLA_CLIENT_MEM_FRACTION", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 @hydra.main(version_base="1.3", config_path=None)
 def main(cfg):
@@ -171,6 +171,20 @@ def test_enforcing_memory_keeps_what_else_the_user_told_the_allocator(tmp_path):
     assert part["PYTORCH_CUDA_ALLOC_CONF"] == f"{kept},per_process_memory_fraction:0.25"
     assert whole["GPU_LAUNCHER_MEMORY_FRACTION"] == "1"
     assert (whole["PYTORCH_CUDA_ALLOC_CONF"], whole["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == (own, None)
+
+
+def test_enforcing_memory_follows_the_user_to_the_newer_names_of_the_variables(tmp_path):
+    newer = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "XLA_CLIENT_MEM_FRACTION": "0.9"}
+    sweeps = Sweeps(tmp_path, {**os.environ, **newer})
+    try:
+        sweeps.run("hydra.launcher.gpus=0.5", "hydra.launcher.enforce_memory=true", "+name=0")
+    finally:
+        stop(sweeps)
+    told = sweeps.told("0")
+    both = "expandable_segments:True,per_process_memory_fraction:0.5"
+    assert told["PYTORCH_ALLOC_CONF"] == told["PYTORCH_CUDA_ALLOC_CONF"] == both, "either may be what torch reads"
+    assert told["XLA_CLIENT_MEM_FRACTION"] == "0.5"
+    assert told["XLA_PYTHON_CLIENT_MEM_FRACTION"] is None, "JAX refuses to have both"
 
 
 def test_with_memory_alone_jobs_pack_by_memory(sweeps):
