@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 
-from gpu_launcher.cli.survey import DeviceSeen, Hold, State, Survey, label
+from gpu_launcher.cli.survey import DeviceSeen, State, Survey, label
 from gpu_launcher.cli.table import Column, Line, Piece, Row, lay_out, wrap
 from gpu_launcher.jobs.progress.text import count, duration, one_line
 from gpu_launcher.model import MILLIONTHS, DeviceKind, Share
 from gpu_launcher.sizes import GIB, show_memory
 
 if TYPE_CHECKING:
-    from gpu_launcher.leases import TicketView
+    from gpu_launcher.leases import Hold, TicketView
     from gpu_launcher.model import Device, Owner, Request
 
 DEVICES = (
