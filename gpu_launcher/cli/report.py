@@ -160,7 +160,8 @@ def _said(seen: DeviceSeen) -> Piece | None:
         return f"{seen.state.value}: it {one_line(seen.reason)}", "red" if seen.state is State.SET_ASIDE else "yellow"
     if seen.strangers:
         strangers = " and ".join(one_line(process.described) for process in seen.strangers)
-        return f"also used from outside the pool by {strangers}", "yellow"
+        how = "free, though" if seen.state is State.FREE else "also"
+        return f"{how} used from outside the pool by {strangers}", "yellow"
     return ("free", "green") if seen.state is State.FREE else None
 
 

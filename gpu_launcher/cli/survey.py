@@ -106,21 +106,29 @@ def take_survey(
     time: float,
     machine: str,
     exists: Callable[[int], bool],
+    busy_memory: int | None,
     notices: Sequence[str] = (),
 ) -> Survey:
-    """Put together what was read. `exists` says whether a process of that id is to be seen from here."""
+    """Put together what was read.
+
+    `exists` says whether a process of that id is to be seen from here, `busy_memory` is as `why_busy` takes it.
+    """
     view = pool.view or EMPTY
     doing = {condition.uuid: condition for condition in conditions}
+
+    def look_at(device: Device) -> DeviceSeen:
+        return _look_at(device, doing.get(device.uuid), view, exists, busy_memory)
+
     broken = {gpu.uuid: _device_of(gpu) for gpu in found.unusable if gpu.uuid}
     held = {uuid for lease in view.leases for uuid in lease.shares or ()}
     wanted = {uuid for ticket in view.tickets for uuid in ticket.candidates or ()}
     unseen = sorted((held | wanted) - {device.uuid for device in found.devices} - broken.keys())
     known = {**found.known, **broken}
-    seen = [_look_at(device, doing.get(device.uuid), view, exists) for device in found.devices]
+    seen = [look_at(device) for device in found.devices]
     seen += [_set_aside(gpu, view) for gpu in found.unusable]
     if not found.only:
         others = [known.get(uuid) or device_of(uuid) for uuid in unseen]
-        seen += [_look_at(device, doing.get(device.uuid), view, exists) for device in others]
+        seen += [look_at(device) for device in others]
         seen.sort(key=lambda one: _place(one.device))
     labels = {uuid: label(device) for uuid, device in known.items()}
     not_shown = [labels.get(uuid) or label(device_of(uuid)) for uuid in unseen if uuid in held and found.only]
@@ -157,7 +165,13 @@ def _place(device: Device) -> tuple[int, int, int, str]:
     return kind, device.index, -1 if device.instance is None else device.instance, device.uuid
 
 
-def _look_at(device: Device, condition: Condition | None, view: PoolView, exists: Callable[[int], bool]) -> DeviceSeen:
+def _look_at(
+    device: Device,
+    condition: Condition | None,
+    view: PoolView,
+    exists: Callable[[int], bool],
+    busy_memory: int | None,
+) -> DeviceSeen:
     holds = holds_on(device, view)
     whole = any(hold.whole for hold in holds)
     full = whole or sum(hold.share.millionths for hold in holds if hold.share) >= MILLIONTHS
@@ -170,7 +184,8 @@ def _look_at(device: Device, condition: Condition | None, view: PoolView, exists
     if reason is not None:
         state = State.SET_ASIDE
     elif not whole:
-        reason = why_busy(condition, owners=owners, leased=leased_memory(device, holds), leases=len(holds))
+        leased = leased_memory(device, holds)
+        reason = why_busy(condition, owners=owners, leased=leased, leases=len(holds), busy_memory=busy_memory)
         state = state if reason is None else State.BUSY
     return DeviceSeen(device, state, condition, holds, reason, strangers)
 
