@@ -17,19 +17,33 @@ from gpu_launcher.errors import DeviceError, PoolDirectoryError
 from gpu_launcher.leases import FileLedger, PoolView, choose_pool_directory
 from gpu_launcher.leases.directory import QUEUE, explained
 from gpu_launcher.model import Device, DeviceKind
+from gpu_launcher.sizes import read_memory
 
 OPTION = "--devices"
+BUSY_MEMORY_OPTION = "--busy-memory"
 
 
-def look(devices: str, pool_dir: str | None) -> Survey:
+def look(devices: str, busy_memory: str, pool_dir: str | None) -> Survey:
     """One look at everything. Raises OptionError and PoolDirectoryError."""
+    most = read_busy_memory(busy_memory)
     with contextlib.closing(PoolWindow(pool_dir)) as pool, nvml_kept_open():
         found = find(devices, os.environ)
         conditions, notices = measure(found.measured)
-        return put_together(found, conditions, pool.look(), notices)
+        return put_together(found, conditions, pool.look(), most, notices)
 
 
-def put_together(found: Found, conditions: Sequence[Condition], pool: PoolSeen, notices: Sequence[str] = ()) -> Survey:
+def read_busy_memory(value: str) -> int | None:
+    """What `value` means as `hydra.launcher.busy_memory`. Raises OptionError."""
+    return None if value == "null" else read_memory(value, BUSY_MEMORY_OPTION)
+
+
+def put_together(
+    found: Found,
+    conditions: Sequence[Condition],
+    pool: PoolSeen,
+    busy_memory: int | None,
+    notices: Sequence[str] = (),
+) -> Survey:
     return take_survey(
         found,
         conditions,
@@ -37,6 +51,7 @@ def put_together(found: Found, conditions: Sequence[Condition], pool: PoolSeen, 
         time=time.time(),
         machine=os.uname().nodename,
         exists=lambda pid: Path(f"/proc/{pid}").exists(),
+        busy_memory=busy_memory,
         notices=notices,
     )
 

@@ -37,6 +37,14 @@ Devices = Annotated[
         autocompletion=_device_kinds,
     ),
 ]
+BusyMemory = Annotated[
+    str,
+    typer.Option(
+        "--busy-memory",
+        metavar="MEMORY",
+        help="Judge who is busy as a sweep with this hydra.launcher.busy_memory does: 2GiB, or null for nobody.",
+    ),
+]
 # Not a Path: that would take an empty name for the current directory.
 PoolDir = Annotated[
     str | None,

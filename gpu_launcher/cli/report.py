@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 
-from gpu_launcher.cli.survey import DeviceSeen, Hold, State, Survey, label
+from gpu_launcher.cli.survey import DeviceSeen, State, Survey, label
 from gpu_launcher.cli.table import Column, Line, Piece, Row, lay_out, wrap
 from gpu_launcher.jobs.progress.text import count, duration, one_line
 from gpu_launcher.model import MILLIONTHS, DeviceKind, Share
 from gpu_launcher.sizes import GIB, show_memory
 
 if TYPE_CHECKING:
-    from gpu_launcher.leases import TicketView
+    from gpu_launcher.leases import Hold, TicketView
     from gpu_launcher.model import Device, Owner, Request
 
 DEVICES = (
@@ -160,7 +160,8 @@ def _said(seen: DeviceSeen) -> Piece | None:
         return f"{seen.state.value}: it {one_line(seen.reason)}", "red" if seen.state is State.SET_ASIDE else "yellow"
     if seen.strangers:
         strangers = " and ".join(one_line(process.described) for process in seen.strangers)
-        return f"also used from outside the pool by {strangers}", "yellow"
+        how = "free, though" if seen.state is State.FREE else "also"
+        return f"{how} used from outside the pool by {strangers}", "yellow"
     return ("free", "green") if seen.state is State.FREE else None
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from gpu_launcher.cli.options import AsJson, Devices, PoolDir
+from gpu_launcher.cli.options import AsJson, BusyMemory, Devices, PoolDir
 
 
-def status(devices: Devices = "auto", pool_dir: PoolDir = None, as_json: AsJson = False) -> None:
+def status(
+    devices: Devices = "auto",
+    busy_memory: BusyMemory = "512MiB",
+    pool_dir: PoolDir = None,
+    as_json: AsJson = False,
+) -> None:
     """Show devices, who holds them, and who waits for them.
 
     One line for each lease on each device, then the queue in order, with the reason why each ticket waits. In a pipe
@@ -23,7 +28,7 @@ def status(devices: Devices = "auto", pool_dir: PoolDir = None, as_json: AsJson 
     from gpu_launcher.cli.output import print_json, print_lines, terminal_width
     from gpu_launcher.cli.report import report
 
-    survey = look(devices, pool_dir)
+    survey = look(devices, busy_memory, pool_dir)
     if as_json:
         from gpu_launcher.cli.survey_json import to_json
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from gpu_launcher.devices import Condition, GpuProcess, Unusable, foreign_processes, simulated_devices, why_busy
 from gpu_launcher.devices.cpu import cpu_slots
-from gpu_launcher.leases import LeaseView, PoolView, describe_wait
-from gpu_launcher.model import MILLIONTHS, Device, DeviceKind, Share
+from gpu_launcher.leases import Hold, PoolView, describe_wait, holds_on, leased_memory, owners_of
+from gpu_launcher.model import MILLIONTHS, Device, DeviceKind
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,14 +62,6 @@ class PoolSeen:
 
 
 @dataclass(frozen=True, slots=True)
-class Hold:
-    """What a lease has of a device. `share` None: the lease cannot be read, and counts as holding everything."""
-
-    lease: LeaseView
-    share: Share | None
-
-
-@dataclass(frozen=True, slots=True)
 class DeviceSeen:
     device: Device
     state: State
@@ -114,21 +106,29 @@ def take_survey(
     time: float,
     machine: str,
     exists: Callable[[int], bool],
+    busy_memory: int | None,
     notices: Sequence[str] = (),
 ) -> Survey:
-    """Put together what was read. `exists` says whether a process of that id is to be seen from here."""
+    """Put together what was read.
+
+    `exists` says whether a process of that id is to be seen from here, `busy_memory` is as `why_busy` takes it.
+    """
     view = pool.view or EMPTY
     doing = {condition.uuid: condition for condition in conditions}
+
+    def look_at(device: Device) -> DeviceSeen:
+        return _look_at(device, doing.get(device.uuid), view, exists, busy_memory)
+
     broken = {gpu.uuid: _device_of(gpu) for gpu in found.unusable if gpu.uuid}
     held = {uuid for lease in view.leases for uuid in lease.shares or ()}
     wanted = {uuid for ticket in view.tickets for uuid in ticket.candidates or ()}
     unseen = sorted((held | wanted) - {device.uuid for device in found.devices} - broken.keys())
     known = {**found.known, **broken}
-    seen = [_look_at(device, doing.get(device.uuid), view, exists) for device in found.devices]
+    seen = [look_at(device) for device in found.devices]
     seen += [_set_aside(gpu, view) for gpu in found.unusable]
     if not found.only:
         others = [known.get(uuid) or device_of(uuid) for uuid in unseen]
-        seen += [_look_at(device, doing.get(device.uuid), view, exists) for device in others]
+        seen += [look_at(device) for device in others]
         seen.sort(key=lambda one: _place(one.device))
     labels = {uuid: label(device) for uuid, device in known.items()}
     not_shown = [labels.get(uuid) or label(device_of(uuid)) for uuid in unseen if uuid in held and found.only]
@@ -165,53 +165,38 @@ def _place(device: Device) -> tuple[int, int, int, str]:
     return kind, device.index, -1 if device.instance is None else device.instance, device.uuid
 
 
-def _look_at(device: Device, condition: Condition | None, view: PoolView, exists: Callable[[int], bool]) -> DeviceSeen:
-    holds = tuple(_holds(device, view))
-    whole = any(hold.share is None or hold.share.whole for hold in holds)
+def _look_at(
+    device: Device,
+    condition: Condition | None,
+    view: PoolView,
+    exists: Callable[[int], bool],
+    busy_memory: int | None,
+) -> DeviceSeen:
+    holds = holds_on(device, view)
+    whole = any(hold.whole for hold in holds)
     full = whole or sum(hold.share.millionths for hold in holds if hold.share) >= MILLIONTHS
     state = State.HELD if full else State.PARTLY_HELD if holds else State.FREE
     if condition is None:
         return DeviceSeen(device, state, condition, holds)
-    owners = _owners(view, holds, exists)
+    owners = owners_of(view, holds, exists)
     strangers = foreign_processes(condition, owners)
     reason = condition.fault
     if reason is not None:
         state = State.SET_ASIDE
     elif not whole:
-        reason = why_busy(condition, owners=owners, leased=_leased(device, holds), leases=len(holds))
+        leased = leased_memory(device, holds)
+        reason = why_busy(condition, owners=owners, leased=leased, leases=len(holds), busy_memory=busy_memory)
         state = state if reason is None else State.BUSY
     return DeviceSeen(device, state, condition, holds, reason, strangers)
 
 
 def _set_aside(gpu: Unusable, view: PoolView) -> DeviceSeen:
     device = _device_of(gpu)
-    return DeviceSeen(device, State.SET_ASIDE, holds=tuple(_holds(device, view)), reason=gpu.reason)
+    return DeviceSeen(device, State.SET_ASIDE, holds=holds_on(device, view), reason=gpu.reason)
 
 
 def _device_of(gpu: Unusable) -> Device:
     return Device(gpu.uuid or f"GPU-at-{gpu.index}", gpu.index, "", DeviceKind.GPU)
-
-
-def _holds(device: Device, view: PoolView) -> Iterator[Hold]:
-    for lease in view.leases:
-        if lease.shares is None:
-            yield Hold(lease, None)
-        elif device.uuid in lease.shares:
-            yield Hold(lease, lease.shares[device.uuid])
-
-
-def _owners(view: PoolView, holds: Sequence[Hold], exists: Callable[[int], bool]) -> set[int] | None:
-    """The programs of the pool; None if one that holds the device is not to be seen from here (`why_busy`)."""
-    if any(hold.lease.owner is None or not exists(hold.lease.owner.pid) for hold in holds):
-        return None
-    owners = [lease.owner for lease in view.leases] + [ticket.owner for ticket in view.tickets]
-    return {owner.pid for owner in owners if owner is not None}
-
-
-def _leased(device: Device, holds: Sequence[Hold]) -> int:
-    """Bytes of a device that is not wholly leased that its leases count for."""
-    shares = [hold.share for hold in holds if hold.share]
-    return sum(share.memory or (device.memory or 0) * share.millionths // MILLIONTHS for share in shares)
 
 
 def _about(view: PoolView, not_shown: Sequence[str]) -> Iterator[str]:

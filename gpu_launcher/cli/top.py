@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from gpu_launcher.cli.options import Devices, PoolDir
+from gpu_launcher.cli.options import BusyMemory, Devices, PoolDir
 
 if TYPE_CHECKING:
     from gpu_launcher.cli.look import PoolWindow
@@ -19,7 +19,7 @@ INTERVAL = 1.0
 """Seconds between two looks."""
 
 
-def top(devices: Devices = "auto", pool_dir: PoolDir = None) -> None:
+def top(devices: Devices = "auto", busy_memory: BusyMemory = "512MiB", pool_dir: PoolDir = None) -> None:
     """Show what `status` shows, live. Ends with q or Ctrl-C.
 
     It looks anew every second. Where there is no terminal, as in a pipe, it shows one status and ends.
@@ -33,14 +33,15 @@ def top(devices: Devices = "auto", pool_dir: PoolDir = None) -> None:
     if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") in ("", "dumb"):
         from gpu_launcher.cli.status import status
 
-        status(devices, pool_dir)
+        status(devices, busy_memory, pool_dir)
         print("gpu-launcher top: this is no terminal that can be painted on, so this was one look", file=sys.stderr)
         return
 
-    from gpu_launcher.cli.look import PoolWindow, find, nvml_kept_open
+    from gpu_launcher.cli.look import PoolWindow, find, nvml_kept_open, read_busy_memory
     from gpu_launcher.cli.screen import HungUpError, Screen
     from gpu_launcher.devices import ConditionMonitor
 
+    most = read_busy_memory(busy_memory)
     pool = PoolWindow(pool_dir)
     with nvml_kept_open():
         found = find(devices, os.environ)
@@ -48,7 +49,7 @@ def top(devices: Devices = "auto", pool_dir: PoolDir = None) -> None:
     monitor = ConditionMonitor(found.measured)
     try:
         with Screen() as screen:
-            _watch(screen, found, pool, monitor)
+            _watch(screen, found, pool, monitor, most)
     except (KeyboardInterrupt, HungUpError):
         pass
     finally:
@@ -56,7 +57,7 @@ def top(devices: Devices = "auto", pool_dir: PoolDir = None) -> None:
         pool.close()
 
 
-def _watch(screen: Screen, found: Found, pool: PoolWindow, monitor: ConditionMonitor) -> None:
+def _watch(screen: Screen, found: Found, pool: PoolWindow, monitor: ConditionMonitor, busy_memory: int | None) -> None:
     due = asked = time.monotonic()
     monitor.ask(asked)
     if monitor.latest is None:
@@ -67,7 +68,7 @@ def _watch(screen: Screen, found: Found, pool: PoolWindow, monitor: ConditionMon
             monitor.ask(now)
             asked = now
         if now >= due:
-            _paint(screen, found, pool, monitor)
+            _paint(screen, found, pool, monitor, busy_memory)
             due = now + INTERVAL
         keys = screen.wait(min(due, asked + INTERVAL) - time.monotonic(), monitor.fileno())
         if "q" in keys.lower():
@@ -77,7 +78,7 @@ def _watch(screen: Screen, found: Found, pool: PoolWindow, monitor: ConditionMon
             due = time.monotonic()
 
 
-def _paint(screen: Screen, found: Found, pool: PoolWindow, monitor: ConditionMonitor) -> None:
+def _paint(screen: Screen, found: Found, pool: PoolWindow, monitor: ConditionMonitor, busy_memory: int | None) -> None:
     from gpu_launcher.cli.look import put_together
     from gpu_launcher.cli.report import report
 
@@ -85,7 +86,7 @@ def _paint(screen: Screen, found: Found, pool: PoolWindow, monitor: ConditionMon
     conditions = reading.conditions if reading else ()
     notices = (reading.problem,) if reading and reading.problem else ()
     width, height = screen.size
-    survey = put_together(found, conditions, pool.look(), notices)
+    survey = put_together(found, conditions, pool.look(), busy_memory, notices)
     lines = report(survey, width - 1, brief=True).within(height - 2)
     clock = time.strftime("%H:%M:%S", time.localtime(survey.time))
     screen.paint(lines, [(f"{clock}  on {survey.machine}, every second; q ends", "dim")])

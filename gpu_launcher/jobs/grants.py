@@ -12,7 +12,10 @@ from gpu_launcher.model import MILLIONTHS, Device, Share
 FRACTION = "GPU_LAUNCHER_MEMORY_FRACTION"
 """Tells a job which part of its device's memory is its own, between 0 and 1."""
 _TORCH = "PYTORCH_CUDA_ALLOC_CONF"
+_TORCH_NEWER = "PYTORCH_ALLOC_CONF"
+_TORCH_FRACTION = "per_process_memory_fraction"
 _JAX = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+_JAX_NEWER = "XLA_CLIENT_MEM_FRACTION"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +39,31 @@ class Telling:
         fraction = f"{memory_fraction(devices, shares):g}"
         variables[FRACTION] = fraction
         if self.enforce_memory and fraction != "1":
-            variables[_JAX] = fraction
-            given = [option for option in inherited.get(_TORCH, "").split(",") if option]
-            others = [option for option in given if not option.startswith("per_process_memory_fraction:")]
-            variables[_TORCH] = ",".join([*others, f"per_process_memory_fraction:{fraction}"])
+            variables |= _for_torch(fraction, inherited) | _for_jax(fraction, inherited)
         return variables
 
     def cpus(self, devices: Sequence[Device], allowed: frozenset[int]) -> frozenset[int] | None:
         """The CPUs of `allowed` to pin the job to; None to leave it alone."""
         return cpus_near(devices, allowed) if self.pin_cpus else None
+
+
+def _for_torch(fraction: str, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Beside the user's own options, and under both names where the user has the newer one: torch reads only one of
+    them, and which one depends on its version.
+    """
+    newer = inherited.get(_TORCH_NEWER)
+    names = (_TORCH,) if newer is None else (_TORCH, _TORCH_NEWER)
+    return {name: _with_fraction(inherited.get(name, newer or ""), fraction) for name in names}
+
+
+def _with_fraction(options: str, fraction: str) -> str:
+    others = [option for option in options.split(",") if option and not option.startswith(f"{_TORCH_FRACTION}:")]
+    return ",".join([*others, f"{_TORCH_FRACTION}:{fraction}"])
+
+
+def _for_jax(fraction: str, inherited: Mapping[str, str]) -> dict[str, str]:
+    """Under the name that the user has: JAX refuses to run with both (`generate_pjrt_gpu_plugin_options` in jaxlib)."""
+    return {_JAX_NEWER if inherited.get(_JAX_NEWER) else _JAX: fraction}
 
 
 def memory_fraction(devices: Sequence[Device], shares: Mapping[str, Share]) -> float:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from gpu_launcher.devices import Condition, ConditionMonitor, Links, Reading, by_load, load_levels, why_busy
 from gpu_launcher.errors import PoolDirectoryError
-from gpu_launcher.leases import LeaseView, PoolView, Taste
-from gpu_launcher.model import MILLIONTHS, Device
+from gpu_launcher.leases import PoolView, Taste, holds_on, leased_memory, owners_of
+from gpu_launcher.model import Device
 
 WAITING = 1.0
 """Seconds between two looks at the devices while a job waits for some."""
@@ -121,35 +121,18 @@ class DeviceWatch:
                     self.unavailable.setdefault(device.uuid, reason)
 
     def _why_busy(self, device: Device, condition: Condition, pool: PoolView) -> str | None:
-        leases = [lease for lease in pool.leases if lease.shares is None or device.uuid in lease.shares]
-        memory = [_leased(device, lease) for lease in leases]
-        if any(amount is None for amount in memory):
+        holds = holds_on(device, pool)
+        if any(hold.whole for hold in holds):
             return None  # wholly leased, so that it is not to be had anyway
+        owners = owners_of(pool, holds, self._exists)
         return why_busy(
             condition,
-            owners=self._owners(pool, leases),
-            leased=sum(amount or 0 for amount in memory),
-            leases=len(leases),
+            owners=None if owners is None else owners | {self._launcher},
+            leased=leased_memory(device, holds),
+            leases=len(holds),
             busy_memory=self._busy_memory,
         )
-
-    def _owners(self, pool: PoolView, leases: list[LeaseView]) -> set[int] | None:
-        """The programs of the pool; None if one with a lease on this device is not to be seen from here."""
-        if any(lease.owner is None or not self._exists(lease.owner.pid) for lease in leases):
-            return None
-        owners = [lease.owner for lease in pool.leases] + [ticket.owner for ticket in pool.tickets]
-        return {self._launcher, *(owner.pid for owner in owners if owner is not None)}
 
 
 def _in_use(condition: Condition) -> bool:
     return bool(condition.processes) or bool(condition.memory_used)
-
-
-def _leased(device: Device, lease: LeaseView) -> int | None:
-    """Bytes of the device that a lease counts for; None if it is all of the device."""
-    if lease.shares is None:
-        return None
-    share = lease.shares[device.uuid]
-    if share.whole:
-        return None
-    return share.memory or (device.memory or 0) * share.millionths // MILLIONTHS

@@ -2,6 +2,7 @@
 
 from gpu_launcher.leases.directory import choose_pool_directory, resolve_pool_directory
 from gpu_launcher.leases.files import FileLedger
+from gpu_launcher.leases.holds import Hold, holds_on, leased_memory, owners_of
 from gpu_launcher.leases.ledger import (
     Lease,
     LeaseView,
@@ -17,6 +18,7 @@ from gpu_launcher.leases.policy import Taste, Wait
 
 __all__ = [
     "FileLedger",
+    "Hold",
     "Lease",
     "LeaseView",
     "Ledger",
@@ -29,6 +31,9 @@ __all__ = [
     "Wait",
     "choose_pool_directory",
     "describe_wait",
+    "holds_on",
+    "leased_memory",
+    "owners_of",
     "refusal",
     "resolve_pool_directory",
 ]

@@ -71,6 +71,6 @@ def test_help_and_completion_import_nothing_that_is_slow(cli: Cli) -> None:
 
 
 def test_a_look_imports_neither_hydra_nor_optuna(cli: Cli) -> None:
-    code = "import sys; from gpu_launcher.cli.look import look; look('auto', None); print(*sys.modules)"
+    code = "import sys; from gpu_launcher.cli.look import look; look('auto', '1GiB', None); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], env=cli.environ, capture_output=True, text=True, check=True)
     assert {"hydra", "optuna", "sqlalchemy"}.isdisjoint(done.stdout.split())

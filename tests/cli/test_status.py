@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
@@ -11,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import ANY
 
 import pytest
+
+from gpu_launcher.cli.status import status
+from gpu_launcher.cli.top import top
+from hydra_plugins.gpu_pool_launcher.config import GpuPoolLauncherConf
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -106,6 +111,22 @@ def test_a_stranger_beside_a_whole_lease_is_named_too(lab: Lab) -> None:
     assert "also used from outside the pool by jupyter 600" in stranger
 
 
+def test_who_is_busy_is_judged_by_the_memory_that_is_given(lab: Lab) -> None:
+    lab.machine.now(f"3.memory_used {GIB}")
+
+    def state(*arguments: str) -> list[str]:
+        return [device["state"] for device in lab.cli.json("status", *arguments)["devices"][2:]]
+
+    assert state() == state("--busy-memory", "1023MiB") == ["busy", "busy"]
+    assert state("--busy-memory", "1GiB") == ["busy", "free"], "whoever is seen to compute is busy all the same"
+    assert state("--busy-memory", "null") == ["free", "free"]
+
+
+def test_without_another_memory_it_is_that_of_a_sweep() -> None:
+    default = inspect.signature(status).parameters["busy_memory"].default
+    assert default == inspect.signature(top).parameters["busy_memory"].default == GpuPoolLauncherConf().busy_memory
+
+
 def test_a_device_that_is_set_aside_is_shown_with_the_reason(lab: Lab) -> None:
     lab.machine.now("3.compute_mode 2", "2.*.error 15")
     lines = lab.cli.lines("status")
@@ -188,6 +209,7 @@ def test_a_lease_that_cannot_be_read_holds_everything_and_says_so(cli: Cli) -> N
     [
         (("--devices", "simulated:0"), 2, "gpu-launcher: --devices: 'simulated:0' needs a number from 1 to 4096"),
         (("--devices", "7"), 2, "gpu-launcher: --devices: there is no GPU to choose"),
+        (("--busy-memory", "much"), 2, "gpu-launcher: --busy-memory: 'much' is no amount of memory"),
         (("--pool-dir", ""), 1, "gpu-launcher: pool directory '': the name is empty"),
         (("--pool-dir", "/dev/null"), 1, "gpu-launcher: pool directory /dev/null: is not a directory"),
         (("--nonsense",), 2, "No such option: --nonsense"),

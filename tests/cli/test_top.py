@@ -39,6 +39,14 @@ def test_it_shows_what_status_shows_and_changes_with_it(lab: Lab, terminal: Call
     assert top.wait() == 0
 
 
+def test_who_is_busy_is_judged_by_the_memory_that_is_given(lab: Lab, terminal: Callable[..., Terminal]) -> None:
+    top = terminal("top", "--busy-memory", "null", size=(100, 24))
+    top.read_until(painted(top, "free, though used from outside the pool by jupyter"))
+    assert not painted(top, "busy: ")()
+    top.press("q")
+    assert top.wait() == 0
+
+
 def test_it_paints_every_second_and_fits_into_the_terminal(lab: Lab, terminal: Callable[..., Terminal]) -> None:
     top = terminal("top", size=(72, 16))
     top.read_until(lambda: len(top.frames) >= 4)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from gpu_launcher.leases import FileLedger, PoolView
 
 GIB = 2**30
 
@@ -18,13 +24,16 @@ from pathlib import Path
 import hydra
 
 NAMES = ("CUDA_VISIBLE_DEVICES", "GPU_LAUNCHER_MEMORY_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION",
-         "PYTORCH_CUDA_ALLOC_CONF")
+         "XLA_CLIENT_MEM_FRACTION", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 @hydra.main(version_base="1.3", config_path=None)
 def main(cfg):
     marks = Path(cfg.marks)
     told = {name: os.environ.get(name) for name in NAMES}
-    (marks / f"told-{cfg.name}").write_text(json.dumps({**told, "began": time.monotonic()}))
+    also = {"began": time.monotonic(), "cpus": sorted(os.sched_getaffinity(0))}
+    new = marks / f"new-{cfg.name}"
+    new.write_text(json.dumps({**told, **also}))
+    new.rename(marks / f"told-{cfg.name}")
     deadline = time.monotonic() + 50
     while cfg.get("hold") and not (marks / f"end-{cfg.name}").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -33,6 +42,15 @@ def main(cfg):
 
 if __name__ == "__main__":
     main()
+"""
+
+# Before APP: the double has no /sys, and so the program is told where the one of its machine is.
+SYS_OF_ITS_OWN = """
+from functools import partial
+from pathlib import Path
+from gpu_launcher.devices import NvmlProbe, selection
+
+selection.NvmlProbe = partial(NvmlProbe, Path({root!r}))
 """
 
 
@@ -63,7 +81,7 @@ class Sweeps:
         """What a whole sweep says on stderr."""
         return self.start(*arguments, devices=devices).communicate(timeout=60)[1]
 
-    def told(self, name: str) -> dict[str, str | None]:
+    def told(self, name: str) -> dict[str, Any]:
         return json.loads((self.directory / f"told-{name}").read_text())
 
     def has_begun(self, name: object) -> bool:
@@ -72,6 +90,14 @@ class Sweeps:
     def end(self, *names: object) -> None:
         for name in names:
             (self.directory / f"end-{name}").touch()
+
+    def pool(self) -> PoolView:
+        """Who holds what, and who waits for what."""
+        ledger = FileLedger(self.directory / "pool")
+        try:
+            return ledger.snapshot()
+        finally:
+            ledger.close()
 
 
 @pytest.fixture
@@ -105,6 +131,15 @@ def said(process: subprocess.Popen[str], what: str) -> str:
     raise AssertionError(f"it ended without saying: {what}")
 
 
+def until(holds: Callable[[], Any]) -> Any:
+    """What `holds` returns as soon as that is something."""
+    deadline = time.monotonic() + 60
+    while not (found := holds()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return found
+
+
 def test_two_jobs_share_a_device_by_halves_and_are_told_so_and_a_third_waits(sweeps):
     sweep = sweeps.start("hydra.launcher.gpus=0.5", "hydra.launcher.enforce_memory=true", "+hold=1", "+name=0,1,2")
     began = [said(sweep, "started on").split("job ")[1][0] for _ in range(2)]
@@ -119,6 +154,37 @@ def test_two_jobs_share_a_device_by_halves_and_are_told_so_and_a_third_waits(swe
         assert sweeps.told(name)["GPU_LAUNCHER_MEMORY_FRACTION"] == "0.5"
         assert sweeps.told(name)["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
         assert sweeps.told(name)["PYTORCH_CUDA_ALLOC_CONF"] == "per_process_memory_fraction:0.5"
+
+
+def test_enforcing_memory_keeps_what_else_the_user_told_the_allocator(tmp_path):
+    own = "expandable_segments:True,per_process_memory_fraction:0.9,roundup_power2_divisions:[256:1,>:4]"
+    sweeps = Sweeps(tmp_path, {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": own})
+    try:
+        # A simulated device has 80 GiB.
+        sweeps.run("hydra.launcher.memory=20GiB", "hydra.launcher.enforce_memory=true", "+name=part")
+        sweeps.run("hydra.launcher.enforce_memory=true", "+name=whole")
+    finally:
+        stop(sweeps)
+    part, whole = sweeps.told("part"), sweeps.told("whole")
+    assert part["GPU_LAUNCHER_MEMORY_FRACTION"] == part["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.25"
+    kept = "expandable_segments:True,roundup_power2_divisions:[256:1,>:4]"
+    assert part["PYTORCH_CUDA_ALLOC_CONF"] == f"{kept},per_process_memory_fraction:0.25"
+    assert whole["GPU_LAUNCHER_MEMORY_FRACTION"] == "1"
+    assert (whole["PYTORCH_CUDA_ALLOC_CONF"], whole["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == (own, None)
+
+
+def test_enforcing_memory_follows_the_user_to_the_newer_names_of_the_variables(tmp_path):
+    newer = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "XLA_CLIENT_MEM_FRACTION": "0.9"}
+    sweeps = Sweeps(tmp_path, {**os.environ, **newer})
+    try:
+        sweeps.run("hydra.launcher.gpus=0.5", "hydra.launcher.enforce_memory=true", "+name=0")
+    finally:
+        stop(sweeps)
+    told = sweeps.told("0")
+    both = "expandable_segments:True,per_process_memory_fraction:0.5"
+    assert told["PYTORCH_ALLOC_CONF"] == told["PYTORCH_CUDA_ALLOC_CONF"] == both, "either may be what torch reads"
+    assert told["XLA_CLIENT_MEM_FRACTION"] == "0.5"
+    assert told["XLA_PYTHON_CLIENT_MEM_FRACTION"] is None, "JAX refuses to have both"
 
 
 def test_with_memory_alone_jobs_pack_by_memory(sweeps):
@@ -196,6 +262,75 @@ def test_a_short_sweep_does_not_wait_for_the_end_of_a_long_one(sweeps):
     many.communicate(timeout=60)
 
 
+def test_a_large_request_is_passed_only_by_jobs_that_end_before_it_could_start(sweeps):
+    def waiting(name: str, *options: str) -> subprocess.Popen[str]:
+        sweep = sweeps.start("+hold=1", f"+name={name}", *options, devices="simulated:2")
+        said(sweep, "waits")
+        return sweep
+
+    held = sweeps.start("+hold=1", "+name=held", "hydra.launcher.timeout=1h", devices="simulated:2")
+    said(held, "started on")
+    both = waiting("both", "hydra.launcher.gpus=2")
+    without = waiting("without")
+    longer = waiting("longer", "hydra.launcher.timeout=2h")
+    short = sweeps.start("+name=short", "hydra.launcher.timeout=5m", devices="simulated:2")
+    assert "1 completed" in short.communicate(timeout=60)[1], "on the free device, past the three that wait"
+    assert not any(map(sweeps.has_begun, ("both", "without", "longer")))
+    sweeps.end("held")
+    assert "on simulated GPU 0, simulated GPU 1" in said(both, "started")
+    assert not any(map(sweeps.has_begun, ("without", "longer")))
+    sweeps.end("both", "without", "longer")
+    for process in (held, both, without, longer):
+        assert "1 completed" in process.communicate(timeout=60)[1]
+    began = {name: sweeps.told(name)["began"] for name in ("both", "without", "longer")}
+    assert min(began, key=began.__getitem__) == "both"
+
+
+def test_nobody_passes_a_large_request_that_could_start_at_any_moment(sweeps):
+    held = sweeps.start("+hold=1", "+name=held", devices="simulated:2")
+    said(held, "started on")
+    both = sweeps.start("+name=both", "hydra.launcher.gpus=2", devices="simulated:2")
+    said(both, "waits")
+    short = sweeps.start("+name=short", "hydra.launcher.timeout=1", devices="simulated:2")
+    said(short, "waits")
+    sweeps.end("held")
+    for process in (held, both, short):
+        assert "1 completed" in process.communicate(timeout=60)[1]
+    assert sweeps.told("both")["began"] < sweeps.told("short")["began"]
+
+
+def test_jobs_that_stagger_start_at_once_on_different_devices_and_wait_on_one(sweeps):
+    options = ("hydra.launcher.gpus=0.25", "hydra.launcher.stagger=1h")
+    sweep = sweeps.start(*options, "+hold=1", "+name=0,1,2", devices="simulated:2")
+    began = [said(sweep, "started on") for _ in range(2)]
+    first, second = (line.split("job ")[1][0] for line in began)
+    assert sorted(line.split("simulated GPU ")[1][0] for line in began) == ["0", "1"]
+    (third,) = {"0", "1", "2"} - {first, second}
+    (ticket,) = until(lambda: sweeps.pool().tickets)
+    assert sorted(ticket.wait.staggered) == sorted(ticket.candidates), "and nothing else keeps it"
+    assert not ticket.wait.behind
+    hasty = ("hydra.launcher.gpus=0.25", "hydra.launcher.priority=1", "+name=hasty")
+    assert "1 completed" in sweeps.run(*hasty, devices="simulated:2"), "there is room on both devices"
+    assert not sweeps.has_begun(third)
+    sweeps.end(first)
+    assert f"job {third} " in said(sweep, "started on"), "beside no job that has only just started"
+    sweeps.end(second, third)
+    assert "3 completed" in sweep.communicate(timeout=60)[1]
+
+
+def test_the_stagger_is_the_least_time_between_two_starts_on_a_device(sweeps):
+    options = ("hydra.launcher.gpus=0.25", "hydra.launcher.stagger=1", "hydra.launcher.timeout=1h")
+    sweep = sweeps.start(*options, "+hold=1", "+name=0,1,2")
+    for _ in range(3):
+        said(sweep, "started on")
+    # All have the same time limit, so that what is left of it in one moment tells their starts apart.
+    left = sorted(lease.left for lease in sweeps.pool().leases)
+    assert len(left) == 3
+    assert min(later - earlier for earlier, later in itertools.pairwise(left)) > 1 - 1e-6
+    sweeps.end(0, 1, 2)
+    assert "3 completed" in sweep.communicate(timeout=60)[1]
+
+
 def test_a_job_that_outlives_its_timeout_is_ended_and_says_so(sweeps):
     output = sweeps.run("hydra.launcher.timeout=0.5", "hydra.launcher.grace=0.2", "+hold=1", "+name=0")
     assert "ran longer than its timeout" in output
@@ -205,6 +340,31 @@ def test_a_job_that_outlives_its_timeout_is_ended_and_says_so(sweeps):
 def test_devices_are_named_by_uuid_where_that_is_asked_for(gpus):
     assert "1 completed" in gpus.run("hydra.launcher.visible=uuid", "+name=0", devices="[1]")
     assert gpus.told("0")["CUDA_VISIBLE_DEVICES"] == "GPU-bbbb"
+
+
+def test_jobs_are_pinned_to_the_cpus_near_their_devices_where_that_is_asked_for(gpus, machine, tmp_path):
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < 2:
+        pytest.skip("only one CPU is allowed here, so that there is nothing to choose from")
+    near = {"0": allowed[0], "1": allowed[1]}
+    for gpu, cpu in near.items():
+        machine.now(f"{gpu}.pci 00000000:{gpu}A:00.0")
+        device = tmp_path / f"sys/bus/pci/devices/0000:{gpu}a:00.0"
+        device.mkdir(parents=True)
+        (device / "numa_node").write_text(f"{gpu}\n")
+        (device / "local_cpulist").write_text(f"{cpu}\n")
+    gpus.app.write_text(SYS_OF_ITS_OWN.format(root=str(tmp_path)) + APP)
+    sweep = gpus.start("hydra.launcher.cpu_affinity=auto", "+hold=1", "+name=0,1,2", devices="auto")
+    for _ in range(2):
+        said(sweep, "started on")
+    gpus.end(0, 1, 2)
+    assert "3 completed" in sweep.communicate(timeout=60)[1]
+    told = [gpus.told(name) for name in "012"]
+    assert {one["CUDA_VISIBLE_DEVICES"] for one in told} == {"0", "1"}
+    for one in told:
+        assert one["cpus"] == [near[one["CUDA_VISIBLE_DEVICES"]]]
+    assert "1 completed" in gpus.run("+name=free", devices="auto")
+    assert gpus.told("free")["cpus"] == allowed, "unasked, a job is left alone"
 
 
 def test_mig_instances_are_devices_of_their_own_and_their_gpu_is_none(gpus, machine):
