@@ -111,9 +111,11 @@ def main(cfg):
 
     with open(path("main"), "a", buffering=1) as file:
         file.write(f"{time.monotonic()} {devices}\\n")
-        python = [sys.executable, "-S", "-E", "-c", WITNESS]
-        subprocess.Popen([*python, path("popen"), devices], start_new_session=True)
-        if os.fork() == 0:
+        witnesses = random.choice([["popen"], ["daemon"], ["popen", "daemon"]])
+        if "popen" in witnesses:  # which has no copy of the lease, so that nothing but supervision makes that last
+            python = [sys.executable, "-S", "-E", "-c", WITNESS]
+            subprocess.Popen([*python, path("popen"), devices], start_new_session=True)
+        if "daemon" in witnesses and os.fork() == 0:
             os.setsid()
             if os.fork() == 0:
                 with open(path("daemon"), "a", buffering=1) as mine:
