@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from gpu_launcher.cli.doctor import doctor
+from gpu_launcher.cli.jobs import jobs
 from gpu_launcher.cli.status import status
 from gpu_launcher.cli.top import top
 from gpu_launcher.errors import GpuLauncherError, OptionError
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command()(status)
 app.command()(top)
 app.command()(doctor)
+app.command()(jobs)
 
 
 def _print_version(wanted: bool) -> None:

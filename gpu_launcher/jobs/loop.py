@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import selectors
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from signal import SIGINT, SIGTERM
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from gpu_launcher.devices import combinable
@@ -86,19 +86,20 @@ class JobLoop:
         ledger: Ledger,
         progress: Progress,
         clock: Callable[[], float],
-        results_directory: Path,
+        report_path: Callable[[int], Path],
         owner: Callable[[Job], Owner],
         watch: DeviceWatch,
         telling: Telling = Telling(),  # noqa: B008  (frozen)
         failures: FailurePolicy = FailurePolicy(),  # noqa: B008  (frozen)
+        attempts: Mapping[int, int] = MappingProxyType({}),
         checkpoint: Callable[[str], None] = lambda name: None,
     ) -> None:
         """Prepare to run `jobs` on `devices`.
 
-        Reports pass through files in `results_directory`. `owner` says whom a job's ticket and lease belong to.
-        `watch` says which devices not to use now, `telling` how jobs are told of theirs, `failures` what to do about
-        jobs that fail. `checkpoint` is called with the name of each point of a job's life, for tests that kill the
-        launching program there.
+        `report_path` says where a job leaves its report, by its number. `owner` says whom a job's ticket and lease
+        belong to. `watch` says which devices not to use now, `telling` how jobs are told of theirs, `failures` what to
+        do about jobs that fail, `attempts` how many attempts each has made in earlier launches. `checkpoint` is called
+        with the name of each point of a job's life, for tests that kill the launching program there.
         """
         self._jobs = {job.number: job for job in jobs}
         self._devices = {device.uuid: device for device in devices}
@@ -107,11 +108,12 @@ class JobLoop:
         self._ledger = ledger
         self._progress = progress
         self._clock = clock
-        self._results_directory = results_directory
+        self._report_path = report_path
         self._owner = owner
         self._telling = telling
         self._failures = failures
-        self._attempts = dict.fromkeys(self._jobs, 1)
+        self._before = attempts
+        self._attempts = {number: attempts.get(number, 0) + 1 for number in self._jobs}
         """Which attempt of each job this is, or was the last."""
         self._roomier: dict[int, Share] = {}
         """What jobs are to have instead of what they ask for, because that was not enough."""
@@ -354,7 +356,7 @@ class JobLoop:
     def _start(self, number: int) -> None:
         try:
             spec, attempt = self._jobs[number].spec, self._attempts[number]
-            process = self._server.start(number, spec, self._result_path(number), attempt)
+            process = self._server.start(number, spec, self._report_path(number), attempt)
         except ServerDiedError:
             self._unstarted.append(number)  # its descriptor says so, too, and then it is replaced
             return
@@ -488,7 +490,7 @@ class JobLoop:
             self._count_failure()
 
     def _is_run_again(self, result: JobResult, ran: Running) -> bool:
-        if not self._failures.retries_after(result.cause, result.attempts):
+        if not self._failures.retries_after(result.cause, result.attempts - self._before.get(result.number, 0)):
             return False
         if result.cause is Cause.OOM and result.payload is not None and ran.request is not None and ran.devices:
             share = roomier(ran.request.share, ran.devices, ran.shares)
@@ -508,9 +510,10 @@ class JobLoop:
             message=result.message or "failed",
             log=set_aside(result.log, result.attempts) if result.log else None,
             attempt=self._attempts[number],
-            attempts=self._failures.retries + 1,
+            attempts=self._before.get(number, 0) + self._failures.retries + 1,
         )
         self._progress.handle(event)
+        self._report_path(number).unlink(missing_ok=True)
         self._checkpoint("retried")
         self._handle(m.Again(number))
 
@@ -544,14 +547,8 @@ class JobLoop:
         except RequestError as error:
             return str(error).removeprefix("the request is ")
 
-    def _result_path(self, number: int) -> Path:
-        return self._results_directory / f"{number}.report"
-
     def _read_report(self, number: int) -> Report | None:
-        path = self._result_path(number)
         try:
-            report: Report = pickle.loads(path.read_bytes())
+            return Report.load(self._report_path(number).read_bytes())
         except FileNotFoundError:
             return None
-        path.unlink()
-        return report

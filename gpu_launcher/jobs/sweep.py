@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
@@ -14,12 +13,14 @@ from signal import Signals
 from gpu_launcher.devices import ConditionMonitor, Links, NvmlProbe, combinable, select_devices, usable_cpus
 from gpu_launcher.errors import OptionError, RequestError
 from gpu_launcher.jobs.events import Notice, SweepEnded, SweepStarted
-from gpu_launcher.jobs.failures import FailurePolicy
+from gpu_launcher.jobs.failures import FailurePolicy, set_aside
 from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.loop import JobLoop
 from gpu_launcher.jobs.machine import Limits
+from gpu_launcher.jobs.manifest import Entry, Recorded, Recorder, finished_before, read, refuse_if_running
 from gpu_launcher.jobs.progress import open_progress
+from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.jobs.watch import DeviceWatch
 from gpu_launcher.leases import FileLedger, refusal, resolve_pool_directory
 from gpu_launcher.model import MILLIONTHS, Device, DeviceKind, Owner, Request
@@ -48,6 +49,8 @@ class Options:
     """As `gpu_launcher.devices.why_busy` takes it."""
     telling: Telling
     failures: FailurePolicy = FailurePolicy()  # noqa: RUF009  (frozen)
+    resume: bool = False
+    """Leave out the jobs that completed in an earlier launch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,28 +66,37 @@ class SweepResult:
 def run_jobs(jobs: Sequence[Job], server: ForkServer, options: Options, directory: Path, command: str) -> SweepResult:
     """Run `jobs` on the machine's pool and show how it goes on stderr.
 
-    `directory` keeps files while the jobs run, `command` names this program to others who wait for devices.
-    Raises OptionError and PoolDirectoryError before any job is started.
+    `directory` is the sweep's, and keeps what is known of its jobs; `command` names this program to others who wait for
+    devices. Raises OptionError, PoolDirectoryError and ManifestError before any job is started.
     """
     selection = select_devices(options.devices, os.environ)
     devices = selection.devices
     if options.request is not None:
         _check(options.request, devices)
     user = user_name(os.getuid())
+    before: dict[int, Entry] = {}
+    finished: dict[int, JobResult] = {}
+    if options.resume:
+        refuse_if_running(directory)
+        before = read(directory)
+        finished = finished_before(jobs, before)
+    left = [job for job in jobs if job.number not in finished]
+    attempts = _put_logs_aside(left, before)
     with contextlib.ExitStack() as cleanup:
         progress = open_progress()
         cleanup.callback(progress.close)
-        ledger = cleanup.enter_context(
-            FileLedger(
-                resolve_pool_directory(options.pool_dir),
-                warn=lambda text: progress.handle(Notice(time.monotonic(), text)),
-            )
-        )
-        results_directory = Path(cleanup.enter_context(_scratch(directory)))
-        now = time.monotonic()
-        progress.handle(SweepStarted(now, len(jobs), devices, options.max_parallel))
+
+        def notice(text: str) -> None:
+            progress.handle(Notice(time.monotonic(), text))
+
+        ledger = cleanup.enter_context(FileLedger(resolve_pool_directory(options.pool_dir), warn=notice))
+        recorder = Recorder(directory, left, command, attempts=attempts, warn=notice)
+        cleanup.callback(recorder.close)
+        progress.handle(SweepStarted(time.monotonic(), len(left), devices, options.max_parallel))
+        if options.resume:
+            notice(f"resumed: {len(finished)} of {count(len(jobs), 'job')} completed before, and not run again")
         for text in _notices(selection.notices, server):
-            progress.handle(Notice(now, text))
+            notice(text)
         watch = DeviceWatch(
             devices,
             ledger.snapshot,
@@ -95,22 +107,35 @@ def run_jobs(jobs: Sequence[Job], server: ForkServer, options: Options, director
         )
         cleanup.callback(watch.close)
         loop = JobLoop(
-            jobs,
+            left,
             devices=devices,
             limits=limits(options, len(devices), usable_cpus()),
             server=server,
             ledger=ledger,
-            progress=progress,
+            progress=Recorded(recorder, progress),
             clock=time.monotonic,
-            results_directory=results_directory,
+            report_path=recorder.report_path,
             owner=lambda job: Owner(os.getpid(), user, f"{command} #{job.number} {job.label}".rstrip()),
             watch=watch,
             telling=replace(options.telling, by_uuid=options.telling.by_uuid or selection.by_uuid),
             failures=options.failures,
+            attempts=attempts,
         )
-        results = loop.run()
+        results = {**finished, **{result.number: result for result in loop.run()}}
         progress.handle(SweepEnded(time.monotonic()))
-        return SweepResult(results, loop.signals.last if loop.stopped else None)
+        return SweepResult([results[job.number] for job in jobs], loop.signals.last if loop.stopped else None)
+
+
+def _put_logs_aside(jobs: Sequence[Job], before: Mapping[int, Entry]) -> dict[int, int]:
+    """Keep what earlier launches logged of the jobs that run again; returns how many attempts each has made."""
+    attempts = {}
+    for job in jobs:
+        entry = before.get(job.number)
+        if entry is not None and entry.attempts:
+            attempts[job.number] = entry.attempts
+            if entry.log is not None:
+                set_aside(entry.log, entry.attempts)
+    return attempts
 
 
 def limits(options: Options, devices: int, cpus: int) -> Limits:
@@ -159,8 +184,3 @@ def _notices(from_selection: Sequence[str], server: ForkServer) -> list[str]:
     if server.method == "spawn":
         notices.append(f"jobs start in fresh interpreters (spawn): {server.reason}")
     return notices
-
-
-def _scratch(directory: Path) -> tempfile.TemporaryDirectory[str]:
-    """A directory of this launch alone: another launch in the same sweep directory may still be running."""
-    return tempfile.TemporaryDirectory(prefix=".gpu_launcher-", dir=directory, ignore_cleanup_errors=True)

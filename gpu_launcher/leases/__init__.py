@@ -15,6 +15,7 @@ from gpu_launcher.leases.ledger import (
 )
 from gpu_launcher.leases.memory import MemoryLedger, MemoryPool
 from gpu_launcher.leases.policy import Taste, Wait
+from gpu_launcher.leases.records import Origin
 
 __all__ = [
     "FileLedger",
@@ -24,6 +25,7 @@ __all__ = [
     "Ledger",
     "MemoryLedger",
     "MemoryPool",
+    "Origin",
     "PoolView",
     "Taste",
     "Ticket",

@@ -87,6 +87,19 @@ def other_threads() -> list[str]:
     return sorted(names)
 
 
+def start_time(pid: int) -> int | None:
+    """When a process was started, in clock ticks since the machine was (proc_pid_stat(5)); None if there is none.
+
+    Together with its id it is that process and no other, until the machine is restarted.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = stat[stat.rindex(")") + 2 :].split()
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
 def flush_c_streams() -> None:
     """Write out what C code has printed, lest a forked child print it again."""
     _libc.fflush(None)

@@ -11,6 +11,7 @@ import errno
 import os
 import pickle
 import socket
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,3 +218,18 @@ class Report:
     """For whoever assembled the program to read; pickled and unpickled there."""
     out_of_memory: bool = False
     """For a failed job: whether its GPU's memory was not enough."""
+
+    def dump(self) -> bytes:
+        """As it is kept in a file. Thousands of them may be, so it is made small."""
+        return zlib.compress(pickle.dumps(self), 1)
+
+    @classmethod
+    def load(cls, data: bytes) -> Report:
+        """Read what `dump` returned. Raises ValueError for anything else."""
+        try:
+            report = pickle.loads(zlib.decompress(data))
+        except Exception as error:  # pickle may raise anything
+            raise ValueError(f"no report: {error}") from error
+        if not isinstance(report, cls):
+            raise ValueError(f"no report: {type(report).__qualname__}")
+        return report

@@ -10,7 +10,6 @@ import logging
 import multiprocessing.process
 import multiprocessing.util
 import os
-import pickle
 import signal
 import socket
 import sys
@@ -144,7 +143,7 @@ def _exit_status(error: BaseException) -> int:
 def _leave(report: Report, result: Path, channel: socket.socket) -> bool:
     """Write the report for the launching program; whether that worked."""
     try:
-        _write_whole(result, pickle.dumps(report))
+        _write_whole(result, report.dump())
     except OSError as error:
         with contextlib.suppress(ChannelClosedError):
             send(channel, ResultLost(f"{result}: {error.strerror or error}"))

@@ -45,6 +45,7 @@ def read_options(options: dict[str, Any], config: DictConfig) -> Options:
             pin_cpus=_one_of("cpu_affinity", options.get("cpu_affinity"), (None, "auto")) == "auto",
         ),
         failures=_failures(options),
+        resume=bool(options.get("resume", False)),
     )
 
 

@@ -20,6 +20,7 @@ HELP = {
     "retry_on": "After what: crash, oom (then alone on a whole GPU, or a larger one), timeout, device_lost, exception.",
     "on_failure": "continue: the other jobs go on. stop: the first failure ends the sweep.",
     "max_failures": "How many failed jobs end the sweep; null: none do.",
+    "resume": "Run only what did not complete in an earlier launch with the same hydra.sweep.dir and overrides.",
     "stagger": "Time between the starts of two jobs on one device, such as 5 or 1m.",
     "busy_memory": "A device on which more than this is in use beyond what is leased is left alone. null: do not look "
     "at what others do.",
@@ -50,6 +51,7 @@ class GpuPoolLauncherConf:
     retry_on: Any = field(default_factory=lambda: ["crash", "oom", "timeout", "device_lost"])
     on_failure: str = "continue"
     max_failures: int | None = None
+    resume: bool = False
     stagger: Any = 0
     busy_memory: Any = "512MiB"
     enforce_memory: bool = False

@@ -353,7 +353,7 @@ class Chaos:
             one_each = attack.kills["supervisor"] + attack.kills["job"]
             all_at_once = attack.kills["guard"] + attack.kills["server"]
             assert failed <= one_each + JOBS * all_at_once, attack
-            assert list((self.world.directory / attack.name).glob(".gpu_launcher-*")) == [], attack
+            assert list((self.world.directory / attack.name).glob(".gpu_launcher/launch-*")) == [], attack
 
 
 def held(need: str, devices: str, begin: float = 0, end: float = 2) -> Held:

@@ -7,7 +7,6 @@ history, and a failing one can be replayed.
 from __future__ import annotations
 
 import os
-import pickle
 import random
 import select
 import socket
@@ -111,7 +110,7 @@ class FakeJob:
         assert self.sweep.ran[self.number] == 1, f"job {self.number} runs twice"
 
     def finish(self) -> None:
-        self.result.write_bytes(pickle.dumps(Report(True, None, b"%d" % self.number)))
+        self.result.write_bytes(Report(True, None, b"%d" % self.number).dump())
         self.sweep.finished.add(self.number)
         self.die(0)
 
@@ -251,7 +250,7 @@ class Sweep:
             ledger=self.ledger,
             progress=self,
             clock=lambda: world.now,
-            results_directory=Path(self.directory.name),
+            report_path=lambda number: Path(self.directory.name) / f"{number}.report",
             owner=lambda job: Owner(1, "ada", f"#{job.number}"),
             watch=self.watch,
         )

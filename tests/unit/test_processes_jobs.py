@@ -76,7 +76,7 @@ class Started:
         return self.exited()
 
     def report(self) -> Report:
-        return pickle.loads(self.result.read_bytes())
+        return Report.load(self.result.read_bytes())
 
     def value(self) -> Any:
         written = self.report()

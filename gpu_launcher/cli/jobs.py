@@ -1,0 +1,43 @@
+"""`gpu-launcher jobs`: what a sweep's directory knows of its jobs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def jobs(
+    directory: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="The sweep's directory, as hydra.sweep.dir names it.", show_default=False),
+    ],
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Only those that failed, were cancelled, or were lost with their launcher.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, as docs/resume.md documents it.")] = False,
+) -> None:
+    """List the jobs of a sweep: what became of each, where, and in how many attempts.
+
+    What did not complete is run by the sweep's own command with hydra.launcher.resume=true and its hydra.sweep.dir.
+
+    Examples:
+
+    \b
+      gpu-launcher jobs multirun/2026-11-21/09-00-00
+      gpu-launcher jobs --failed multirun/2026-11-21/09-00-00
+      gpu-launcher jobs --json sweep | jq -r '.jobs[] | select(.state == "failed") | .log'
+    """
+    from gpu_launcher.cli.output import print_json, print_lines, terminal_width
+    from gpu_launcher.cli.sweep import lines, to_json, unfinished
+    from gpu_launcher.jobs.manifest import ManifestError, read
+
+    entries = list(read(directory).values())
+    if not entries:
+        raise ManifestError(f"{directory} is no sweep of gpu_pool: give the directory that hydra.sweep.dir named")
+    shown = [entry for entry in entries if unfinished(entry)] if failed else entries
+    if as_json:
+        print_json(to_json(directory, shown))
+    else:
+        print_lines(lines(directory, entries, shown, terminal_width()))

@@ -1,0 +1,76 @@
+"""The jobs of a sweep as a table and as JSON. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gpu_launcher.cli.table import Column, Line, Row, lay_out
+from gpu_launcher.jobs.manifest import Entry, State
+from gpu_launcher.jobs.progress.text import count, duration, one_line
+
+SCHEMA = 1
+COLUMNS = (
+    Column("job", right=True),
+    Column("state"),
+    Column("attempts", right=True, optional=3),
+    Column("time", right=True, optional=2),
+    Column("devices", optional=1),
+    Column("overrides"),
+    Column("why"),
+)
+
+
+def unfinished(entry: Entry) -> bool:
+    """Whether the job is neither done nor on its way."""
+    return entry.state in (State.FAILED, State.CANCELLED, State.LOST)
+
+
+def lines(directory: Path, entries: Sequence[Entry], shown: Sequence[Entry], width: int | None) -> list[Line]:
+    """A line of counts, and a table of the jobs `shown`."""
+    counts = Counter(entry.state for entry in entries)
+    said = ", ".join(f"{counts[state]} {state.value}" for state in State if counts[state])
+    head: Line = [(f"{directory}: {count(len(entries), 'job')}: {said}", "bold")]
+    rows = [
+        Row(
+            [
+                str(entry.number),
+                entry.state.value,
+                str(entry.attempts or ""),
+                duration(time) if (time := seconds(entry)) is not None else "",
+                ", ".join(entry.devices),
+                one_line(entry.label),
+                one_line(entry.message or ""),
+            ]
+        )
+        for entry in shown
+    ]
+    return [head, *(lay_out(COLUMNS, rows, width) if rows else [])]
+
+
+def to_json(directory: Path, shown: Sequence[Entry]) -> dict[str, Any]:
+    """As docs/resume.md documents it."""
+    return {"schema": SCHEMA, "directory": str(directory.absolute()), "jobs": [_job(entry) for entry in shown]}
+
+
+def _job(entry: Entry) -> dict[str, Any]:
+    return {
+        "number": entry.number,
+        "state": entry.state.value,
+        "overrides": entry.spec,
+        "attempts": entry.attempts,
+        "devices": list(entry.devices),
+        "started": entry.started,
+        "ended": entry.ended,
+        "message": entry.message,
+        "log": entry.log,
+    }
+
+
+def seconds(entry: Entry) -> float | None:
+    """How long its last attempt ran; None while it does, or if nobody saw it end."""
+    if entry.started is None or entry.ended is None:
+        return None
+    return max(0.0, entry.ended - entry.started)

@@ -1,0 +1,314 @@
+"""What a sweep's directory knows of its jobs, so that the sweep can be resumed and looked at.
+
+    <sweep directory>/.gpu_launcher/
+        manifest.jsonl        one line per event, appended in one write each; a line that was cut off counts for nothing
+        launch-<id>.json      who runs jobs here; removed at the end
+        <number>.<id>.report  what the job of that launch left behind
+
+A job writes its report itself. So whatever kills the launching program, a job that has finished is found to have.
+It is private to gpu-launcher: read it with `gpu-launcher jobs DIR --json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from gpu_launcher.errors import GpuLauncherError
+from gpu_launcher.jobs.events import Event, JobEnded, JobRetried, JobStarted, Outcome, Progress
+from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.leases import Origin
+from gpu_launcher.processes.linux import start_time
+from gpu_launcher.processes.messages import Report
+
+FORMAT = 1
+DIRECTORY = ".gpu_launcher"
+MANIFEST = "manifest.jsonl"
+
+
+class ManifestError(GpuLauncherError):
+    """A sweep's directory that cannot be resumed or read. The message names the remedy."""
+
+
+class State(str, Enum):
+    """Where a job of a sweep is."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    LOST = "lost"
+    """It ran, or waited, when its launching program died."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One job, as its latest launch left it."""
+
+    number: int
+    label: str
+    spec: Any
+    launch: str
+    state: State = State.WAITING
+    attempts: int = 0
+    """How many times it was started, by all launches together."""
+    devices: tuple[str, ...] = ()
+    """Labels of those it had last."""
+    started: float | None = None
+    """Wall-clock seconds since the epoch."""
+    ended: float | None = None
+    message: str | None = None
+    """Why it failed."""
+    log: str | None = None
+    report: Path | None = None
+    """What it left behind, if it did."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A launching program that has not said that it is done."""
+
+    id: str
+    file: Path
+    pid: int
+    host: str
+    command: str
+    lives: bool | None
+    """None if that cannot be known from this machine."""
+
+
+class Recorder:
+    """Writes down what happens to the jobs of one launch."""
+
+    def __init__(
+        self,
+        directory: Path,
+        jobs: Sequence[Job],
+        command: str,
+        *,
+        attempts: dict[int, int] | None = None,
+        warn: Callable[[str], None] = lambda text: None,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Note that `jobs` are to be run for the sweep in `directory`, which have made so many `attempts` before.
+
+        `warn` is told once if nothing can be written; the jobs are run all the same.
+        """
+        self.directory = directory / DIRECTORY
+        self._id = uuid.uuid4().hex[:12]
+        self._warn: Callable[[str], None] | None = warn
+        self._wall_clock = wall_clock
+        self._attempts = {job.number: (attempts or {}).get(job.number, 0) for job in jobs}
+        self._file = self.directory / f"launch-{self._id}.json"
+        self._process = os.getpid()
+        self.directory.mkdir(exist_ok=True)
+        self._old = {number: entry.report for number, entry in read(directory).items() if entry.report}
+        for launch in launches_in(directory):
+            if launch.lives is False:
+                with suppress(OSError):
+                    launch.file.unlink()
+        here = Origin.here()
+        identity = {"pid": os.getpid(), "start": start_time(os.getpid()), "namespace": _namespace()}
+        self._write_whole({**identity, "boot": here.boot, "host": here.machine, "command": command})
+        planned = [[job.number, job.label, job.spec, self._attempts[job.number]] for job in jobs]
+        self._append(planned=planned)
+
+    def report_path(self, number: int) -> Path:
+        """Where the job is to leave its report."""
+        return self.directory / f"{number}.{self._id}.report"
+
+    def handle(self, event: Event) -> None:
+        """Write down what is worth knowing later."""
+        if isinstance(event, JobStarted):
+            self._attempts[event.number] += 1
+            devices = [device.label for device in event.devices]
+            self._append(started=event.number, attempts=self._attempts[event.number], devices=devices, log=event.log)
+        elif isinstance(event, JobRetried):
+            self._append(ended=event.number, outcome="failed", message=event.message, log=event.log)
+        elif isinstance(event, JobEnded):
+            outcome = event.outcome.value
+            self._append(ended=event.number, outcome=outcome, message=event.message, log=event.log)
+            old = self._old.pop(event.number, None)
+            if old is not None and event.outcome is Outcome.COMPLETED:
+                with suppress(OSError):
+                    old.unlink()
+
+    def close(self) -> None:
+        """Say that this launch is over."""
+        if os.getpid() == self._process:
+            with suppress(OSError):
+                self._file.unlink()
+
+    def _append(self, **event: Any) -> None:
+        line = json.dumps({"format": FORMAT, "launch": self._id, "time": self._wall_clock(), **event})
+        try:
+            descriptor = os.open(self.directory / MANIFEST, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                # The line before may have been cut off. An empty one counts for nothing.
+                data = f"\n{line}\n".encode()
+                if os.write(descriptor, data) != len(data):
+                    raise OSError("no space left")
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            self._complain(error)
+
+    def _write_whole(self, identity: dict[str, Any]) -> None:
+        try:
+            self._file.write_text(json.dumps(identity))
+        except OSError as error:
+            self._complain(error)
+
+    def _complain(self, error: OSError) -> None:
+        if self._warn is not None:
+            self._warn(f"cannot write down how the jobs end, so that resuming would run them again: {error}")
+            self._warn = None
+
+
+class Recorded:
+    """A display of what is written down first."""
+
+    def __init__(self, recorder: Recorder, display: Progress) -> None:
+        self._recorder = recorder
+        self._display = display
+        self.tick = display.tick
+        self.close = display.close
+
+    def handle(self, event: Event) -> None:
+        """See `Progress`."""
+        self._recorder.handle(event)
+        self._display.handle(event)
+
+
+def read(directory: Path) -> dict[int, Entry]:
+    """The jobs of the sweep in `directory`, by number; none if it knows of none.
+
+    Raises ManifestError for one that a newer version wrote.
+    """
+    home = directory / DIRECTORY
+    launches = {launch.id: launch for launch in launches_in(directory)}
+    entries: dict[int, Entry] = {}
+    for event in _events(home / MANIFEST):
+        _take(event, entries)
+    for number, entry in entries.items():
+        report = home / f"{number}.{entry.launch}.report"
+        entry = replace(entry, report=report if report.exists() else None)
+        over = entry.launch not in launches or launches[entry.launch].lives is False
+        if over and entry.state in (State.WAITING, State.RUNNING):
+            entry = replace(entry, state=State.LOST)
+            if entry.report is not None and (found := read_report(entry.report)) is not None:
+                entry = replace(entry, state=State.COMPLETED if found.ok else State.FAILED, message=found.message)
+        entries[number] = entry
+    return dict(sorted(entries.items()))
+
+
+def read_report(path: Path) -> Report | None:
+    """What a job left behind; None if it cannot be read any more."""
+    try:
+        return Report.load(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def launches_in(directory: Path) -> list[Launch]:
+    """Those that have not said that they are done."""
+    found = []
+    here = Origin.here()
+    for file in sorted((directory / DIRECTORY).glob("launch-*.json")):
+        try:
+            content = json.loads(file.read_text())
+            pid, host = int(content["pid"]), str(content["host"])
+            lives: bool | None = None
+            if content["boot"] != here.boot:
+                lives = False if host == here.machine else None  # before the last restart, or on another machine
+            elif content["namespace"] == _namespace():
+                lives = start_time(pid) == content["start"]
+            command = str(content["command"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # it died while it wrote this, before any job
+        found.append(Launch(file.stem.removeprefix("launch-"), file, pid, host, command, lives))
+    return found
+
+
+def finished_before(jobs: Sequence[Job], entries: Mapping[int, Entry]) -> dict[int, JobResult]:
+    """The results of those `jobs` that completed in an earlier launch with the same overrides."""
+    found = {}
+    for job in jobs:
+        entry = entries.get(job.number)
+        if entry is None or entry.spec != job.spec or entry.state is not State.COMPLETED or entry.report is None:
+            continue
+        report = read_report(entry.report)
+        if report is None or not report.ok:
+            continue
+        ran = entry.ended - entry.started if entry.ended and entry.started else None
+        found[job.number] = JobResult(
+            job.number, job.label, Outcome.COMPLETED, report.payload, None, (), ran, entry.log, attempts=entry.attempts
+        )
+    return found
+
+
+def refuse_if_running(directory: Path) -> None:
+    """Raise ManifestError if another program runs the jobs of this sweep, or may do so."""
+    for launch in launches_in(directory):
+        who = f"process {launch.pid} ({launch.command})"
+        if launch.lives:
+            raise ManifestError(
+                f"the sweep in {directory} is being run by {who}: wait for it, or stop it, before you resume"
+            )
+        if launch.lives is None:
+            raise ManifestError(
+                f"the sweep in {directory} may still be run by {who} of {launch.host}, which cannot be seen from here: "
+                f"if it has ended, remove {launch.file}"
+            )
+
+
+def _events(manifest: Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = manifest.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return
+    for line in lines:
+        if not line:
+            continue
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # cut off
+        if event.get("format", 0) > FORMAT:
+            raise ManifestError(f"{manifest} was written by a newer version of gpu-launcher: use that")
+        yield event
+
+
+def _take(event: dict[str, Any], entries: dict[int, Entry]) -> None:
+    launch, time = event["launch"], event["time"]
+    for planned, label, spec, attempts in event.get("planned", ()):
+        before = entries.get(planned)
+        log = before.log if before else None
+        entries[planned] = Entry(planned, label, spec, launch, attempts=attempts, log=log)
+    number: int = event.get("started", event.get("ended", -1))
+    entry = entries.get(number)
+    if entry is None or entry.launch != launch:
+        return  # of a launch that another has superseded
+    if "started" in event:
+        changes = {"attempts": event["attempts"], "devices": tuple(event["devices"]), "started": time, "ended": None}
+        entry = replace(entry, state=State.RUNNING, message=None, log=event["log"], **changes)
+    else:
+        ended = {"ended": time, "message": event["message"], "log": event["log"] or entry.log}
+        entry = replace(entry, state=State(event["outcome"]), **ended)
+    entries[number] = entry
+
+
+def _namespace() -> str:
+    """Of process ids: in another one, as in another container, they mean other processes."""
+    with suppress(OSError):
+        return str(Path("/proc/self/ns/pid").readlink())
+    return ""
