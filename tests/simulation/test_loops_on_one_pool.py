@@ -158,7 +158,7 @@ class FakeServer:
     def finished(self, process: JobProcess) -> None:
         process.close()
 
-    def start(self, number: int, spec: object, result: Path) -> JobProcess:
+    def start(self, number: int, spec: object, result: Path, attempt: int) -> JobProcess:
         accident = self._world.accident()
         if self.alive and accident < 0.15 and self._sweep.servers_lost < MOST_SERVERS - 1:
             self.die()
@@ -166,7 +166,7 @@ class FakeServer:
             raise ServerDiedError("killed")
         supervisor, supervisor_end = channel()
         job, job_end = channel()
-        send(job, Assignment(number, spec, str(result)))
+        send(job, Assignment(number, spec, str(result), attempt))
         if accident > 0.98:
             supervisor_end.close()
             job_end.close()
