@@ -1,0 +1,81 @@
+"""`gpu-launcher jobs DIR`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpu_launcher.jobs.events import JobEnded, JobRetried, JobStarted, Outcome
+from gpu_launcher.jobs.job import Job
+from gpu_launcher.jobs.manifest import Recorder
+from gpu_launcher.model import Device, DeviceKind
+
+GPU = Device("GPU-1", 1, "a GPU", DeviceKind.GPU)
+
+
+def jobs(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gpu_launcher.cli", "jobs", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Four jobs: one completed at its second attempt, one failed, one runs, one waits."""
+    times = iter([1000.0, 1001.0, 1003.0, 1010.0, 1040.0, 1050.0, 1052.5, 1060.0])
+    names = [f"lr={number}" for number in range(4)]
+    recorder = Recorder(
+        tmp_path, [Job(n, name, [name]) for n, name in enumerate(names)], "train.py", wall_clock=lambda: next(times)
+    )
+    log = str(tmp_path / "0" / "job.log")
+    recorder.handle(JobStarted(0.0, 0, names[0], (GPU,), log))
+    recorder.handle(JobRetried(0.0, 0, names[0], 2.0, "was killed by SIGKILL", f"{log}.1", 2, 2))
+    recorder.handle(JobStarted(0.0, 0, names[0], (GPU,), log))
+    recorder.handle(JobEnded(0.0, 0, names[0], (GPU,), Outcome.COMPLETED, 30.0, None, log))
+    recorder.handle(JobStarted(0.0, 1, names[1], (GPU,), None))
+    recorder.handle(JobEnded(0.0, 1, names[1], (GPU,), Outcome.FAILED, 2.5, "raised ValueError: no\nway", None))
+    recorder.handle(JobStarted(0.0, 2, names[2], (GPU,), None))
+    return tmp_path
+
+
+def test_it_lists_what_became_of_each_job(sweep: Path) -> None:
+    done = jobs(str(sweep))
+    assert done.returncode == 0, done.stderr
+    head, _, *rows = done.stdout.splitlines()
+    assert head == f"{sweep}: 4 jobs: 1 waiting, 1 running, 1 completed, 1 failed"
+    assert [row.split() for row in rows] == [
+        ["0", "completed", "2", "30.0", "s", "GPU", "1", "lr=0", "-"],
+        ["1", "failed", "1", "2.5", "s", "GPU", "1", "lr=1", "raised", "ValueError:", "no", "way"],
+        ["2", "running", "1", "-", "GPU", "1", "lr=2", "-"],
+        ["3", "waiting", "-", "-", "-", "lr=3", "-"],
+    ]
+
+
+def test_it_lists_only_those_that_failed_as_json(sweep: Path) -> None:
+    found = json.loads(jobs("--failed", "--json", str(sweep)).stdout)
+    assert found == {
+        "schema": 1,
+        "directory": str(sweep),
+        "jobs": [
+            {
+                "number": 1,
+                "state": "failed",
+                "overrides": ["lr=1"],
+                "attempts": 1,
+                "devices": ["GPU 1"],
+                "started": 1050.0,
+                "ended": 1052.5,
+                "message": "raised ValueError: no\nway",
+                "log": None,
+            }
+        ],
+    }
+
+
+def test_a_directory_that_is_no_sweep_is_an_error_with_the_remedy(tmp_path: Path) -> None:
+    done = jobs(str(tmp_path))
+    assert done.returncode == 1
+    assert "is no sweep of gpu_pool: give the directory that hydra.sweep.dir named" in done.stderr
