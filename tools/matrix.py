@@ -71,6 +71,8 @@ ENVIRONMENTS = (
 COPIED = ("tests", "examples", "benchmarks", "docs", "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml")
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "outputs", "multirun")
 
+RUNNING: set[subprocess.Popen[bytes]] = set()
+"""Commands of all environments, each in a session of its own."""
 LIMIT = 20 * 60  # seconds for each step; far more than it needs
 
 CHECK_INSTALLED = """
@@ -117,7 +119,13 @@ def main() -> int:
     MATRIX.mkdir(exist_ok=True)
     build()
     with ThreadPoolExecutor(options.jobs) as pool:
-        reports = list(pool.map(lambda environment: run(environment, options.fresh, options.pytest), chosen))
+        try:
+            reports = list(pool.map(lambda environment: run(environment, options.fresh, options.pytest), chosen))
+        except KeyboardInterrupt:  # which the others do not see
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(RUNNING):
+                end(process)
+            raise
     summarize(reports)
     return 0 if all(r.outcome != "FAILED" for r in reports) and any(r.outcome == "passed" for r in reports) else 1
 
@@ -238,15 +246,22 @@ def step(name: str, command: Sequence[str], output: IO[str], cwd: Path = TREE, *
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+    RUNNING.add(process)
     try:
         if process.wait(LIMIT) != 0:
             raise StepFailed(f"{name} exited with {process.returncode}")
     except subprocess.TimeoutExpired:
         raise StepFailed(f"{name} took longer than {LIMIT} s") from None
     finally:
+        RUNNING.discard(process)
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            end(process)
             process.wait()
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def only(directory: Path, pattern: str) -> Path:

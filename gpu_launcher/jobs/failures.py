@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gpu_launcher.jobs.job import Cause
-from gpu_launcher.model import MILLIONTHS, Device, Share
+from gpu_launcher.jobs.job import Cause, JobResult
+from gpu_launcher.jobs.running import Running
+from gpu_launcher.model import MILLIONTHS, Device, Request, Share
+
+_ASIDE = ".attempt-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,25 +24,100 @@ class FailurePolicy:
     most: int | None = None
     """How many jobs may have failed when the sweep is ended; None for any number."""
 
-    def retries_after(self, cause: Cause | None, attempt: int) -> bool:
-        """Whether a job is run again whose `attempt`, counted from 1, failed."""
-        return cause in self.retry_on and attempt <= self.retries
+
+class Attempts:
+    """Which attempt of each job is the next or latest one, and what it takes to make it a better one."""
+
+    def __init__(self, policy: FailurePolicy, numbers: Iterable[int], before: Mapping[int, int]) -> None:
+        """`before`: how many attempts jobs have made in earlier launches, by number."""
+        self._policy = policy
+        self._before = before
+        self._attempts = {number: before.get(number, 0) + 1 for number in numbers}
+        self._roomier: dict[int, Share] = {}
+        self._failed: dict[int, JobResult] = {}
+
+    def __getitem__(self, number: int) -> int:
+        """Counted from 1."""
+        return self._attempts[number]
+
+    def request(self, number: int, request: Request) -> Request:
+        """What the job is to have, which is more than its `request` if that was not enough before."""
+        share = self._roomier.get(number)
+        return request if share is None else replace(request, share=share)
+
+    def next(self, result: JobResult, ran: Running, refusal: Callable[[Request], str | None]) -> Attempt | None:
+        """The next attempt of a job that failed, if it is to be run again.
+
+        `refusal` says why the devices that are in order could never grant a request.
+        """
+        number, request = result.number, ran.request
+        made = result.attempts - self._before.get(number, 0)
+        if result.cause not in self._policy.retry_on or made > self._policy.retries or ran.final:
+            return None
+        if ran.started is None and result.cause is Cause.EXCEPTION:
+            return None  # its config does not compose, and will not
+        patient = False
+        if request is not None and ran.devices:
+            if result.cause is Cause.OOM and result.payload is not None:
+                share = roomier(request.share, ran.devices, ran.shares)
+                if share is None:
+                    return None
+                request = replace(request, share=share)
+                patient = True
+            if refusal(request) is not None:
+                return None
+            if patient:
+                self._roomier[number] = request.share
+        self._attempts[number] += 1
+        self._failed[number] = result
+        return Attempt(self._attempts[number], self._before.get(number, 0) + self._policy.retries + 1, patient)
+
+    def latest_failure(self, number: int) -> JobResult | None:
+        """How the attempt before this one ended."""
+        return self._failed.get(number)
 
 
-def roomier(share: Share, devices: Sequence[Device], shares: Mapping[str, Share]) -> Share:
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One of a job's attempts."""
+
+    number: int
+    """Counted from 1."""
+    most: int
+    """How many there may be."""
+    patient: bool
+    """Whether it wants what may be long in coming."""
+
+
+def roomier(share: Share, devices: Sequence[Device], shares: Mapping[str, Share]) -> Share | None:
     """What to ask for after the memory of `devices`, of which the job had `shares`, was not enough.
 
-    The whole device, where others may have used it, too; else one with more memory.
+    The whole device, where others may have used it, too; else one with more memory. None where devices do not say how
+    much they have.
     """
     if not all(shares[device.uuid].whole for device in devices):
         return Share(MILLIONTHS, share.memory)
+    if any(device.memory is None for device in devices):
+        return None
     return Share(MILLIONTHS, max(device.memory or 0 for device in devices) + 1)
 
 
 def set_aside(log: str, attempt: int) -> str:
-    """Give the log of an attempt a name of its own, such as `job.attempt-1.log`; returns that."""
+    """Give the log of an attempt a name of its own, such as `job.attempt-1.log`; returns where it is then.
+
+    It stays where it is if the file system will not have it otherwise: nothing else fails for that.
+    """
     path = Path(log)
-    aside = path.with_name(f"{path.stem}.attempt-{attempt}{path.suffix}")
-    with suppress(FileNotFoundError):  # the job may have removed its directory
-        path.replace(aside)
-    return str(aside)
+    if _ASIDE in path.stem:
+        return log  # it was set aside before
+    for copy in itertools.count(1):
+        name = f"{path.stem}{_ASIDE}{attempt}" + (f"-{copy}" if copy > 1 else "")
+        aside = path.with_name(f"{name}{path.suffix}")
+        try:
+            if aside.exists():
+                continue  # of an earlier sweep in the same directory
+            path.rename(aside)
+        except OSError:
+            return log
+        return str(aside)
+    raise AssertionError("there are more names than files")

@@ -29,7 +29,7 @@ class Cause(str, Enum):
     CRASH = "crash"
     """Its process ended without a report: a signal, `os._exit`, a lost supervisor or fork server."""
     OOM = "oom"
-    """The memory of its GPU, or of the host, ran out."""
+    """The memory of its GPU ran out, or the kernel killed it, most likely, because the host's did."""
     TIMEOUT = "timeout"
     DEVICE_LOST = "device_lost"
     """One of its devices reports an error, or has gone."""

@@ -28,14 +28,15 @@ from gpu_launcher.jobs.events import (
     Progress,
     Stopping,
 )
-from gpu_launcher.jobs.failures import FailurePolicy, roomier, set_aside
+from gpu_launcher.jobs.failures import Attempts, FailurePolicy, set_aside
 from gpu_launcher.jobs.grants import Telling
-from gpu_launcher.jobs.job import Cause, Job, JobResult
+from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.jobs.running import Running, Wait, explain_wait, judge
 from gpu_launcher.jobs.signals import StopSignals
 from gpu_launcher.jobs.watch import DeviceWatch
 from gpu_launcher.leases import Lease, Ledger, refusal
-from gpu_launcher.model import Device, Owner, Request, Share
+from gpu_launcher.model import Device, Owner, Request
 from gpu_launcher.processes import messages
 from gpu_launcher.processes.host_memory import oom_kills
 from gpu_launcher.processes.messages import ChannelClosedError, Report
@@ -112,12 +113,10 @@ class JobLoop:
         self._owner = owner
         self._telling = telling
         self._failures = failures
-        self._before = attempts
-        self._attempts = {number: attempts.get(number, 0) + 1 for number in self._jobs}
-        """Which attempt of each job this is, or was the last."""
-        self._roomier: dict[int, Share] = {}
-        """What jobs are to have instead of what they ask for, because that was not enough."""
+        self._attempts = Attempts(failures, self._jobs, attempts)
         self._failed = 0
+        self._stopped_by: str | None = None
+        """How many failures ended the sweep, if they did."""
         self._device_watch = watch
         self._announced: dict[str, str] = {}
         """Faults of devices that the user was told of, by UUID."""
@@ -240,6 +239,7 @@ class JobLoop:
         # Otherwise it managed to report its job's end before it died.
         if message is not None and (job := self._live.get(message.number)) is not None:
             job.problem = message.problem
+            job.final = not message.started
             self._ended(message.number)
 
     def _replace_server(self) -> None:
@@ -301,13 +301,13 @@ class JobLoop:
         match message:
             case messages.Prepared(request, log):
                 job.log = log
-                if number in self._roomier:
-                    request = replace(request, share=self._roomier[number])
+                request = self._attempts.request(number, request)
                 self._any_prepared = True
                 self._checkpoint("prepared")
                 self._handle(m.Prepared(number, request, self._refusal(request)))
             case messages.ResultLost(problem):
                 job.problem = f"could not write its result: {problem}"
+                job.final = True
             case _:
                 raise TypeError(f"a job says {message!r}")
 
@@ -468,9 +468,12 @@ class JobLoop:
             faults={d.label: self._device_watch.faults.get(d.uuid) for d in ran.devices} if ran else None,
             attempts=self._attempts[number],
         )
-        if ran is not None and not conclusion.stopped and not conclusion.final and self._is_run_again(result, ran):
-            self._run_again(result)
+        if ran is not None and not conclusion.refused and self._run_again(result, ran):
             return
+        if not self._machine.takes_more and (ran is None or ran.started is None):
+            result = self._attempts.latest_failure(number) or result  # which it was to make good
+        if result.outcome is Outcome.CANCELLED and self._stopped_by is not None:
+            result = replace(result, message=f"was stopped because of {self._stopped_by}", payload=None)
         self._results[number] = result
         failed = result.outcome is Outcome.FAILED
         self._progress.handle(
@@ -489,19 +492,15 @@ class JobLoop:
         if failed:
             self._count_failure()
 
-    def _is_run_again(self, result: JobResult, ran: Running) -> bool:
-        if not self._failures.retries_after(result.cause, result.attempts - self._before.get(result.number, 0)):
+    def _run_again(self, result: JobResult, ran: Running) -> bool:
+        """Run a job that failed once more, if that is wanted, possible, and of any use."""
+        # What is known of the machine now, not when the job ended: the sweep may have been given up since.
+        if result.outcome is not Outcome.FAILED or not self._machine.takes_more:
             return False
-        if result.cause is Cause.OOM and result.payload is not None and ran.request is not None and ran.devices:
-            share = roomier(ran.request.share, ran.devices, ran.shares)
-            if self._refusal(replace(ran.request, share=share)) is not None:
-                return False  # there is no larger device
-            self._roomier[result.number] = share
-        return True
-
-    def _run_again(self, result: JobResult) -> None:
+        attempt = self._attempts.next(result, ran, self._refusal_now)
+        if attempt is None:
+            return False
         number = result.number
-        self._attempts[number] = result.attempts + 1
         event = JobRetried(
             time=self._clock(),
             number=number,
@@ -509,21 +508,24 @@ class JobLoop:
             duration=result.duration,
             message=result.message or "failed",
             log=set_aside(result.log, result.attempts) if result.log else None,
-            attempt=self._attempts[number],
-            attempts=self._before.get(number, 0) + self._failures.retries + 1,
+            attempt=attempt.number,
+            attempts=attempt.most,
         )
         self._progress.handle(event)
-        self._report_path(number).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the next one is written over it
+            self._report_path(number).unlink()
         self._checkpoint("retried")
-        self._handle(m.Again(number))
+        self._handle(m.Again(number, last=attempt.patient))
+        return True
 
     def _count_failure(self) -> None:
         self._failed += 1
-        if self._failed == self._failures.most and not self._machine.stopping and not self._machine.finished:
-            why = "1 failure" if self._failed == 1 else f"{self._failed} failures"
+        if self._failed == self._failures.most and self._machine.takes_more and not self._machine.finished:
+            self._stopped_by = count(self._failed, "failure")
             running = len(self._machine.running())
+            stopping = Stopping(self._clock(), running, self._limits.grace, forced=False, signal=self._stopped_by)
+            self._progress.handle(stopping)
             self._handle(m.StopAsked())
-            self._progress.handle(Stopping(self._clock(), running, self._limits.grace, forced=False, signal=why))
 
     def _explain_waiting(self, number: int) -> None:
         """Tell the user whom the sweep waits for, if that is not its own jobs."""
@@ -542,8 +544,16 @@ class JobLoop:
 
     def _refusal(self, request: Request) -> str | None:
         """Why these devices could never grant a request."""
+        return self._refusal_by(tuple(self._devices.values()), request)
+
+    def _refusal_now(self, request: Request) -> str | None:
+        """The same of those that are not broken."""
+        faults = self._device_watch.faults
+        return self._refusal_by(tuple(one for one in self._devices.values() if not faults.get(one.uuid)), request)
+
+    def _refusal_by(self, devices: tuple[Device, ...], request: Request) -> str | None:
         try:
-            return refusal(request, combinable(tuple(self._devices.values()), request.gpus))
+            return refusal(request, combinable(devices, request.gpus))
         except RequestError as error:
             return str(error).removeprefix("the request is ")
 

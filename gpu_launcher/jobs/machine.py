@@ -89,9 +89,11 @@ class Exited:
 
 @dataclass(frozen=True, slots=True)
 class Again:
-    """A job that was just concluded is to be run once more."""
+    """A job that was just concluded is to be run once more; only while the machine `takes_more`."""
 
     number: int
+    last: bool = False
+    """After all others, because it may have to wait for long, and only one job waits at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +190,8 @@ class Conclude:
     problem: str | None
     """What the machine found wrong with it."""
     timed_out: bool = False
-    final: bool = False
-    """Whether running it again is out of the question."""
+    refused: bool = False
+    """Its request can never be granted."""
 
 
 Instruction = StartProcess | TakeTicket | DropTicket | Go | Interrupt | Terminate | Kill | Release | Conclude
@@ -239,6 +241,11 @@ class Machine:
         return self._stops > 0
 
     @property
+    def takes_more(self) -> bool:
+        """Whether jobs may still be started."""
+        return not self.stopping and self._given_up is None
+
+    @property
     def deadline(self) -> float | None:
         """When a Tick is needed, if nothing else happens; on the clock of `now`."""
         ends = (self._jobs[number].ends for number in self._live)
@@ -266,8 +273,8 @@ class Machine:
                 return self._granted(number, now)
             case Exited(number, problem):
                 return self._exited(number, problem, now)
-            case Again(number):
-                return self._again(number, now)
+            case Again(number, last):
+                return self._again(number, last, now)
             case ServerLost():
                 return self._server_lost()
             case GiveUp(problem):
@@ -304,21 +311,25 @@ class Machine:
             instructions.append(DropTicket(number))
         if job.phase is Phase.RUNNING and job.request is not None and job.request.gpus:
             instructions.append(Release(number))
-        if job.lost and not self.stopping and self._given_up is None:
+        if job.lost and self.takes_more:
             self._jobs[number] = _Job()
             self._queue.appendleft(number)
             return [*instructions, *self._fill(now)]
         job.phase = Phase.ENDED
         # The next job starts before this one's result is looked at: its devices should not wait for that.
         problem = job.problem or (self._given_up if job.lost else None)
-        final = job.refused or self._given_up is not None
-        conclusion = Conclude(number, self.stopping, problem, timed_out=job.told, final=final)
+        conclusion = Conclude(number, self.stopping, problem, timed_out=job.told, refused=job.refused)
         return [*instructions, *self._fill(now), conclusion]
 
-    def _again(self, number: int, now: float) -> list[Instruction]:
+    def _again(self, number: int, last: bool, now: float) -> list[Instruction]:
         self._expect(number, Phase.ENDED)
+        if not self.takes_more:
+            raise IllegalTransitionError(f"job {number} is to be run again, but no more jobs are run")
         self._jobs[number] = _Job()
-        self._queue.appendleft(number)
+        if last:
+            self._queue.append(number)
+        else:
+            self._queue.appendleft(number)
         return self._fill(now)
 
     def _server_lost(self) -> list[Instruction]:
@@ -408,7 +419,7 @@ class Machine:
 
     def _fill(self, now: float) -> list[Instruction]:
         """Start, and let run, as much as the limits allow."""
-        if self.stopping or self._given_up is not None:
+        if not self.takes_more:
             return []
         instructions: list[Instruction] = []
         for number in sorted(self._in(Phase.PREPARED)):

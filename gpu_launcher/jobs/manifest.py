@@ -133,6 +133,7 @@ class Recorder:
             devices = [device.label for device in event.devices]
             self._append(started=event.number, attempts=self._attempts[event.number], devices=devices, log=event.log)
         elif isinstance(event, JobRetried):
+            self._attempts[event.number] = event.attempt - 1  # one that never ran counts, too
             self._append(ended=event.number, outcome="failed", message=event.message, log=event.log)
         elif isinstance(event, JobEnded):
             outcome = event.outcome.value

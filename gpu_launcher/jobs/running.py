@@ -34,6 +34,8 @@ class Running:
     """The end of what it printed before it had a log."""
     problem: str | None = None
     """What went wrong around it, as a sentence without a subject."""
+    final: bool = False
+    """Trying again would be no use, or would do finished work twice."""
     request: Request | None = None
     """What it needs, from when it may get in line."""
     ticket: Ticket | None = None

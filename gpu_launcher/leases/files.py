@@ -219,9 +219,14 @@ class FileLedger:
     def cancel(self, ticket: Ticket) -> None:
         self._check_process()
         waiting = self._tickets.get(ticket.id)
-        if waiting is not None:
+        if waiting is None:
+            return
+        try:
             with self._directory() as queue:
                 self._withdraw(queue, waiting, "cancel")
+        except PoolDirectoryError:  # then it is in no queue any more
+            self._tickets.pop(ticket.id, None)
+            waiting.close()
 
     def release(self, lease: Lease) -> None:
         self._check_process()

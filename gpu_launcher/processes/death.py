@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-_OUT_OF_MEMORY = "the host, or this container, ran out of memory (see `dmesg`)"
+_OUT_OF_MEMORY = "most likely by the kernel, which killed for want of memory at the time (see `dmesg`)"
 _LIKELY = {
     signal.SIGKILL: "most often the host ran out of memory (see `dmesg`), or somebody killed it",
     signal.SIGSEGV: "a crash in native code; `PYTHONFAULTHANDLER=1` shows where",

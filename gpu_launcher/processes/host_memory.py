@@ -6,23 +6,24 @@ from pathlib import Path
 
 
 def oom_kills(root: Path = Path("/")) -> int:
-    """How many there were since the machine started, of the machine and of this process's cgroup (version 2).
+    """How many processes the kernel has killed for it so far: of this process's cgroup, or else of the machine.
 
-    0 where that cannot be known. The sources: `oom_kill` in proc_vmstat(5) and in `memory.events`
-    (Documentation/admin-guide/cgroup-v2.rst in the kernel's source).
+    0 where that cannot be known. The sources: `oom_kill` in `memory.events` of a cgroup of version 2
+    (Documentation/admin-guide/cgroup-v2.rst in the kernel's source) and in proc_vmstat(5).
     """
-    total = _counter(root / "proc/vmstat")
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return total
+        lines = []
     for line in lines:
         if line.startswith("0::"):
-            total += _counter(root / "sys/fs/cgroup" / line[3:].lstrip("/") / "memory.events")
-    return total
+            count = _counter(root / "sys/fs/cgroup" / line[3:].lstrip("/") / "memory.events")
+            if count is not None:
+                return count
+    return _counter(root / "proc/vmstat") or 0
 
 
-def _counter(file: Path) -> int:
+def _counter(file: Path) -> int | None:
     try:
         for line in file.read_text().splitlines():
             name, _, value = line.partition(" ")
@@ -30,4 +31,4 @@ def _counter(file: Path) -> int:
                 return int(value)
     except (OSError, ValueError):
         pass
-    return 0
+    return None

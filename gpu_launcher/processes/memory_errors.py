@@ -33,13 +33,16 @@ def _says_so(error: BaseException) -> bool:
 
 
 def _family(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from, and what it wraps if it is an exception group."""
     seen: set[int] = set()
-    found = [error]
+    found: list[object] = [error]
     while found:
         one = found.pop()
-        if id(one) in seen:
+        if not isinstance(one, BaseException) or id(one) in seen:
             continue
         seen.add(id(one))
         yield one
-        found += [link for link in (one.__cause__, one.__context__) if link is not None]
-        found += getattr(one, "exceptions", ())  # of an exception group
+        found += [one.__cause__, None if one.__suppress_context__ else one.__context__]
+        wrapped = getattr(one, "exceptions", ())
+        if isinstance(wrapped, (tuple, list)):
+            found += wrapped

@@ -59,6 +59,8 @@ class Lost:
     number: int
     problem: str
     """What went wrong, as a sentence without its subject."""
+    started: bool = True
+    """False if it could not be started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,7 @@ class ForkServer:
         if number is None:
             return None  # it had none
         if isinstance(message, StartFailed):
-            return Lost(number, f"could not be started: {message.problem}")
+            return Lost(number, f"could not be started: {message.problem}", started=False)
         return Lost(number, SUPERVISOR_DIED)
 
     def start(self, number: int, spec: Any, result: Path, attempt: int = 1) -> JobProcess:

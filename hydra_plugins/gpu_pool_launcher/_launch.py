@@ -6,6 +6,7 @@ import signal
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -14,8 +15,10 @@ from hydra.core.utils import JobReturn, filter_overrides, setup_globals
 from hydra.errors import CompactHydraException
 
 from gpu_launcher.errors import GpuLauncherError
+from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.sweep import run_jobs
+from gpu_launcher.jobs.progress.text import count
+from gpu_launcher.jobs.sweep import Options, run_jobs
 from gpu_launcher.processes.starter import ForkServer
 
 from ._options import read_options, read_start_method
@@ -45,6 +48,7 @@ def _launch(launcher: GpuPoolLauncher, job_overrides: list[list[str]], first: in
     assert launcher.config is not None
     setup_globals()
     options = read_options(launcher.options, launcher.config)
+    options = _with_failures_so_far(options, launcher.failed)
     sweep_directory = Path(str(launcher.config.hydra.sweep.dir)).absolute()
     sweep_directory.mkdir(parents=True, exist_ok=True)
     jobs = [
@@ -56,6 +60,7 @@ def _launch(launcher: GpuPoolLauncher, job_overrides: list[list[str]], first: in
     except BaseException:
         launcher.server = None  # it may have been closed; a further launch gets a new one
         raise
+    launcher.failed += sum(result.outcome is Outcome.FAILED for result in sweep.results)
     if sweep.stopped_by is not None:
         _stop(sweep.stopped_by)
     returns = []
@@ -63,6 +68,16 @@ def _launch(launcher: GpuPoolLauncher, job_overrides: list[list[str]], first: in
         directory = Path(result.log).parent if result.log else sweep_directory
         returns.append(unpack(result, list(filter_overrides(overrides)), directory))
     return returns
+
+
+def _with_failures_so_far(options: Options, failed: int) -> Options:
+    """For sweepers that launch several batches: so many jobs of the sweep have failed before."""
+    policy = options.failures
+    if policy.most is None or not failed:
+        return options
+    if failed >= policy.most:
+        raise LaunchError(f"{count(failed, 'job')} of this sweep failed, and hydra.launcher lets {policy.most} end it")
+    return replace(options, failures=replace(policy, most=policy.most - failed))
 
 
 def _server(launcher: GpuPoolLauncher) -> ForkServer:

@@ -82,7 +82,9 @@ def _failures(options: Mapping[str, Any]) -> FailurePolicy:
             "hydra.launcher.max_failures",
             f"{options['max_failures']!r} is no number of failures: give a whole number from 1, or null for any number",
         )
-    if _one_of("on_failure", options.get("on_failure", "continue"), ("continue", "stop")) == "stop" and most is None:
+    if _one_of("on_failure", options.get("on_failure", "continue"), ("continue", "stop")) == "stop":
+        if most is not None:
+            raise OptionError("hydra.launcher.max_failures", "on_failure=stop is max_failures=1: leave one of them out")
         most = 1
     retries = _whole_number(options.get("retries", 0))
     if retries is None or retries < 0:

@@ -48,8 +48,7 @@ def pack(job_return: JobReturn, composed: DictConfig | None) -> Report:
     """
     value = job_return._return_value
     job_return._return_value = None
-    failed = job_return.status is not JobStatus.COMPLETED
-    out_of_memory = failed and isinstance(value, BaseException) and is_out_of_gpu_memory(value)
+    out_of_memory = False
     try:
         if job_return.status is JobStatus.COMPLETED:
             try:
@@ -61,6 +60,7 @@ def pack(job_return: JobReturn, composed: DictConfig | None) -> Report:
                 problem = f"returned a value of type {type(value).__qualname__} that cannot be pickled: {brief(error)}"
                 parcel = _Parcel(_shell(job_return, composed), None, None, problem)
         else:
+            out_of_memory = is_out_of_gpu_memory(value)
             parcel = _Parcel(_shell(job_return, composed), None, pack_chain(value), describe(value))
     finally:
         job_return._return_value = value

@@ -30,6 +30,8 @@ class GpuPoolLauncher(Launcher):
         self.hydra_context: HydraContext | None = None
         self.server: Any = None
         """The fork server, kept for sweepers that launch several batches."""
+        self.failed = 0
+        """Jobs that have failed, of all batches."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """See `hydra.plugins.launcher.Launcher`."""

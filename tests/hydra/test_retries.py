@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from gpu_launcher.jobs.failures import FailurePolicy
+from gpu_launcher.jobs.grants import Telling
+from gpu_launcher.jobs.sweep import Options
+from hydra_plugins.gpu_pool_launcher._launch import LaunchError, _with_failures_so_far
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 PROGRAM = "retries.py"
 
@@ -101,12 +106,35 @@ def test_so_many_failures_end_the_sweep_and_the_rest_is_not_run(
     assert re.search(rf"stopped by {failed} failures?: {failed} of 6 finished", done.stderr)
 
 
+def test_a_stop_by_failures_says_so_and_hydra_names_the_job_that_failed(run: Run, tmp_path: Path) -> None:
+    """Job 0 would sleep for a minute; job 1 fails."""
+    options = ("hydra.launcher.on_failure=stop", "hydra.launcher.grace=20")
+    done = sweep(run, tmp_path, "kind=timeout,exception", *options)
+    assert done.returncode == 1
+    assert "stopping after 1 failure: waiting up to 20 s for 1 job" in done.stderr
+    assert "2 jobs: 1 failed, 1 cancelled" in done.stderr
+    assert "was stopped because of 1 failure" in done.stderr
+
+
+def test_failures_of_all_batches_of_a_sweep_count() -> None:
+    def options(most: int | None) -> Options:
+        policy = FailurePolicy(most=most)
+        return Options("cpu", None, None, 1.0, None, None, Telling(), policy)
+
+    assert _with_failures_so_far(options(None), 9).failures.most is None
+    assert _with_failures_so_far(options(3), 0).failures.most == 3
+    assert _with_failures_so_far(options(3), 2).failures.most == 1
+    with pytest.raises(LaunchError, match="4 jobs of this sweep failed, and"):
+        _with_failures_so_far(options(3), 4)
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
         ("retries=-1", "is no number of times: give 0, 1, 2, ..."),
         ("retry_on=[cosmic_rays]", "'cosmic_rays' is unknown: give one of exception, crash, oom, timeout, device_lost"),
         ("retry_on=5", "is no list: give some of [exception, crash, oom, timeout, device_lost]"),
+        ("max_failures=2 hydra.launcher.on_failure=stop", "on_failure=stop is max_failures=1: leave one of them out"),
         ("on_failure=panic", "'panic' is unknown: give one of continue, stop"),
         ("max_failures=0", "is no number of failures: give a whole number from 1, or null for any number"),
     ],
@@ -114,7 +142,7 @@ def test_so_many_failures_end_the_sweep_and_the_rest_is_not_run(
 def test_nonsense_is_refused_with_the_option_and_the_remedy(
     run: Run, tmp_path: Path, option: str, message: str
 ) -> None:
-    done = sweep(run, tmp_path, f"hydra.launcher.{option}")
+    done = sweep(run, tmp_path, *f"hydra.launcher.{option}".split())
     assert done.returncode == 1
     assert f"hydra.launcher.{option.partition('=')[0]}" in done.stderr
     assert message in done.stderr

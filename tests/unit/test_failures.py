@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gpu_launcher.jobs.failures import FailurePolicy, roomier, set_aside
-from gpu_launcher.jobs.job import Cause
-from gpu_launcher.model import MILLIONTHS, WHOLE, Device, DeviceKind, Share
+from gpu_launcher.jobs.events import Outcome
+from gpu_launcher.jobs.failures import Attempt, Attempts, FailurePolicy, roomier, set_aside
+from gpu_launcher.jobs.job import Cause, JobResult
+from gpu_launcher.jobs.running import Running
+from gpu_launcher.model import MILLIONTHS, WHOLE, Device, DeviceKind, Request, Share
 from gpu_launcher.processes.death import describe_exit
 from gpu_launcher.processes.host_memory import oom_kills
 from gpu_launcher.processes.memory_errors import is_out_of_gpu_memory
@@ -19,17 +22,74 @@ LARGE = Device("b", 1, "large", DeviceKind.GPU, 80 * GIB)
 HALF = Share(MILLIONTHS // 2, 4 * GIB)
 
 
+def attempts(retries: int, retry_on: set[Cause] | None = None, before: int = 0) -> Attempts:
+    policy = FailurePolicy(retries) if retry_on is None else FailurePolicy(retries, frozenset(retry_on))
+    return Attempts(policy, [0], {0: before})
+
+
+def failed(cause: Cause | None, attempt: int = 1, **more: object) -> JobResult:
+    payload = b"" if cause in (Cause.OOM, Cause.EXCEPTION) else None
+    return JobResult(0, "", Outcome.FAILED, payload, "failed", (), None, None, cause, attempt, **more)
+
+
+def ran(device: Device | None = SMALL, share: Share = WHOLE, **more: object) -> Running:
+    """How a job ran that asked for one `share` of a device."""
+    process: Any = None
+    running = Running(process, server=0, request=Request(1, share), started=1.0, **more)
+    if device is not None:
+        running.devices = (device,)
+        running.shares = {device.uuid: share.of(device.memory)}
+    return running
+
+
+def never(request: Request) -> None:
+    return None
+
+
 def test_by_default_everything_but_an_exception_of_the_users_code_is_a_reason_to_try_again_once_one_may() -> None:
-    assert not any(FailurePolicy().retries_after(cause, 1) for cause in Cause)
-    policy = FailurePolicy(retries=2)
-    assert {cause for cause in Cause if policy.retries_after(cause, 2)} == set(Cause) - {Cause.EXCEPTION}
-    assert not any(policy.retries_after(cause, 3) for cause in Cause)
-    assert not policy.retries_after(None, 1)
+    assert not any(attempts(0).next(failed(cause), ran(LARGE, HALF), never) for cause in Cause)
+    again = {cause for cause in Cause if attempts(2).next(failed(cause), ran(LARGE, HALF), never)}
+    assert again == set(Cause) - {Cause.EXCEPTION}
+    assert attempts(2).next(failed(None), ran(), never) is None
+
+
+def test_attempts_are_counted_over_all_launches_and_retries_in_this_one() -> None:
+    made = attempts(2, before=3)
+    assert made[0] == 4
+    first, second, third = (made.next(failed(Cause.CRASH, 4 + n), ran(), never) for n in range(3))
+    assert (first, second, third) == (Attempt(5, 6, patient=False), Attempt(6, 6, patient=False), None)
+    assert made[0] == 6
+    assert made.latest_failure(0) == failed(Cause.CRASH, 5)
+
+
+def test_after_memory_ran_out_more_is_asked_for_with_patience_and_only_if_it_is_to_be_had() -> None:
+    made = attempts(1)
+    assert made.next(failed(Cause.OOM), ran(LARGE, HALF), never) == Attempt(2, 2, patient=True)
+    assert made.request(0, Request(1, HALF, priority=3)) == Request(1, Share(MILLIONTHS, 4 * GIB), priority=3)
+    asked: list[Request] = []
+
+    def refuse(request: Request) -> str:
+        asked.append(request)
+        return "for more than there is"
+
+    assert attempts(1).next(failed(Cause.OOM), ran(SMALL), refuse) is None
+    assert asked == [Request(1, Share(MILLIONTHS, 16 * GIB + 1))]
+    assert attempts(1).next(failed(Cause.OOM), ran(Device("c", 2, "silent", DeviceKind.GPU, None)), never) is None
+
+
+def test_what_would_be_no_use_or_would_do_finished_work_twice_is_not_tried_again() -> None:
+    assert attempts(1).next(failed(Cause.CRASH), ran(final=True), never) is None
+    assert attempts(1).next(failed(Cause.DEVICE_LOST), ran(), lambda request: "all devices are broken") is None
+    unborn = ran(None)
+    unborn.started = None
+    assert attempts(1, {Cause.EXCEPTION}).next(failed(Cause.EXCEPTION), unborn, never) is None
+    assert attempts(1).next(failed(Cause.CRASH), unborn, never) is not None
 
 
 def test_after_memory_ran_out_a_job_gets_what_it_shared_for_itself_and_else_a_larger_device() -> None:
     assert roomier(HALF, [SMALL], {"a": HALF}) == Share(MILLIONTHS, 4 * GIB)
     assert roomier(WHOLE, [SMALL], {"a": WHOLE}) == Share(MILLIONTHS, 16 * GIB + 1)
+    assert roomier(WHOLE, [Device("c", 2, "silent", DeviceKind.GPU, None)], {"c": WHOLE}) is None
     assert roomier(WHOLE, [SMALL, LARGE], {"a": WHOLE, "b": WHOLE}) == Share(MILLIONTHS, 80 * GIB + 1)
 
 
@@ -39,7 +99,12 @@ def test_the_log_of_an_attempt_gets_a_name_of_its_own(tmp_path: Path) -> None:
     assert set_aside(str(log), 1) == str(tmp_path / "3.job.attempt-1.log")
     assert not log.exists()
     assert (tmp_path / "3.job.attempt-1.log").read_text() == "first"
-    set_aside(str(log), 2)  # that one left none
+    assert set_aside(str(log), 2) == str(log), "that one left none"
+    log.write_text("another sweep's")
+    assert set_aside(str(log), 1) == str(tmp_path / "3.job.attempt-1-2.log")
+    assert set_aside(str(tmp_path / "3.job.attempt-1.log"), 1) == str(tmp_path / "3.job.attempt-1.log")
+    (tmp_path / "file").touch()
+    assert set_aside(str(tmp_path / "file" / "job.log"), 1) == str(tmp_path / "file" / "job.log")
 
 
 def named(name: str, module: str) -> type[Exception]:
@@ -70,6 +135,24 @@ def test_a_gpu_that_ran_out_of_memory_is_recognised_also_behind_other_exceptions
     assert is_out_of_gpu_memory(outer)
 
 
+class Odd(Exception):
+    exceptions: Any = ["not", None, 5]
+
+
+def test_an_exception_with_odd_attributes_hides_nothing() -> None:
+    odd = Odd()
+    assert not is_out_of_gpu_memory(odd)
+    odd.exceptions = None
+    assert not is_out_of_gpu_memory(odd)
+    odd.exceptions = (RuntimeError("CUDA out of memory"),)
+    assert is_out_of_gpu_memory(odd)
+    odd = Odd()
+    odd.__context__ = RuntimeError("CUDA out of memory")
+    assert is_out_of_gpu_memory(odd)
+    odd.__suppress_context__ = True
+    assert not is_out_of_gpu_memory(odd)
+
+
 class Wordless(Exception):
     def __str__(self) -> str:
         raise RuntimeError("no words")
@@ -98,6 +181,8 @@ def test_the_kernels_count_of_processes_killed_for_want_of_memory_is_read(tmp_pa
     }.items():
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(text)
-    assert oom_kills(tmp_path) == 7
+    assert oom_kills(tmp_path) == 4, "of its own cgroup"
+    (tmp_path / "sys/fs/cgroup/lab/session/memory.events").unlink()
+    assert oom_kills(tmp_path) == 3
     assert oom_kills() >= 0
-    assert "ran out of memory (see `dmesg`)" in describe_exit(9, out_of_memory=True)
+    assert "for want of memory" in describe_exit(9, out_of_memory=True)

@@ -263,4 +263,19 @@ def test_a_conclusion_says_what_speaks_against_running_a_job_again():
     machine = begun(2)
     machine.handle(m.Prepared(0, Request(3), "for 3 devices, but the pool has 2"), 0.0)
     *_, conclusion = machine.handle(m.Exited(0), 0.0)
-    assert conclusion.final
+    assert conclusion.refused
+
+
+def test_a_job_that_wants_what_may_be_long_in_coming_goes_after_the_others_and_none_once_the_sweep_is_given_up():
+    machine = begun(3, ahead=1, preparing=1)
+    machine.handle(m.Prepared(0, ONE), 0.0)
+    machine.handle(m.Granted(0), 0.0)
+    machine.handle(m.Exited(0), 0.0)
+    machine.handle(m.Again(0, last=True), 0.0)
+    machine.handle(m.Prepared(1, ONE), 0.0)
+    assert machine.handle(m.Granted(1), 0.0) == [m.Go(1), m.StartProcess(2)]
+    *_, conclusion = machine.handle(m.Exited(1), 0.0)
+    machine.handle(m.GiveUp("was not run: no pool"), 0.0)
+    assert not machine.takes_more
+    with pytest.raises(IllegalTransitionError):
+        machine.handle(m.Again(conclusion.number), 0.0)

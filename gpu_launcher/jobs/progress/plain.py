@@ -104,12 +104,13 @@ def waits(event: JobWaiting) -> str:
 
 def stopping(event: Stopping, running: int, seconds: float) -> str:
     """`running` and `seconds` are what is left of the event's own: a live view counts both down."""
+    stopping = "stopping" if event.signal.startswith("SIG") else f"stopping after {event.signal}"
     if running == 0:
-        return "stopping"
+        return stopping
     jobs = count(running, "job")
     if event.forced:
-        return f"stopping: killing {jobs}"
-    return f"stopping: waiting up to {duration(seconds, tenths=False)} for {jobs} (Ctrl-C again to kill them)"
+        return f"{stopping}: killing {jobs}"
+    return f"{stopping}: waiting up to {duration(seconds, tenths=False)} for {jobs} (Ctrl-C again to kill them)"
 
 
 def log_quote(event: JobEnded) -> list[str]:
