@@ -835,7 +835,7 @@ def test_a_job_for_which_the_server_cannot_fork_is_told_and_the_server_lives(lau
     for number in range(2):
         launch.start(server, number)
         assert select.select([server], [], [], PATIENCE)[0]
-        assert server.receive() == Lost(number, NO_FORK)
+        assert server.receive() == Lost(number, NO_FORK, started=False)
 
 
 def test_a_job_that_its_supervisor_cannot_fork_could_not_be_started_and_nothing_is_printed(launch, monkeypatch, capfd):
@@ -843,7 +843,7 @@ def test_a_job_that_its_supervisor_cannot_fork_could_not_be_started_and_nothing_
     server = launch.server(waiting)
     job = launch.start(server)
     assert select.select([server], [], [], PATIENCE)[0]
-    assert server.receive() == Lost(0, NO_FORK)
+    assert server.receive() == Lost(0, NO_FORK, started=False)
     with pytest.raises(ChannelClosedError):
         job.say("supervisor")
     assert capfd.readouterr().err == ""
