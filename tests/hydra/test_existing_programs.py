@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hydra.experimental.callbacks
 import pytest
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -92,29 +93,32 @@ def test_job_logging_and_callbacks_of_the_programs_config_work_in_each_job(
         directory = project / "sweep" / str(job)
         messages = (directory / f"messages-{job}-train.txt").read_text().splitlines()
         assert f"DEBUG|package.work|rank 0 learns at {lr}" in messages
-        (succeeded,) = (line for line in messages if "LogJobReturnCallback" in line)
-        assert succeeded.endswith(f"|Succeeded with return value: {10.0 * lr}")
+        assert f"INFO|package.callbacks|COMPLETED with {10.0 * lr}" in messages
         again = (directory / f"messages-{job}-rank_1.txt").read_text().splitlines()
         assert f"DEBUG|package.work|rank 1 learns at {lr}" in again
         printed = (directory / "job.log").read_text()
         assert f"DEBUG|package.work|rank 0 learns at {lr}\n" in printed
         assert f"DEBUG|package.work|rank 1 learns at {lr}\n" in printed
-        job_return = pickle.loads((directory / ".hydra" / "job_return.pickle").read_bytes())
-        assert job_return.return_value == 10 * lr
-        assert job_return.overrides == [f"lr={lr}"]
+        for rank in (0, 1):
+            job_return = pickle.loads((directory / f"job_return-{rank}.pickle").read_bytes())
+            assert job_return.return_value == 10 * lr
+            config = pickle.loads((directory / f"config-{rank}.pickle").read_bytes())
+            assert (config.lr, config.hydra.job.num) == (lr, job)
     failed = (project / "sweep" / "2" / "messages-2-train.txt").read_text()
-    assert "ERROR|hydra.experimental.callbacks.LogJobReturnCallback|" in failed
-    assert "ValueError" in failed
+    assert "INFO|package.callbacks|FAILED with ValueError(" in failed
     assert "learns" not in ran.stdout + ran.stderr
 
 
-def test_a_job_can_be_run_again_from_what_the_callback_saved(run: Run, project: Path) -> None:
-    ran = run(project, ("-m", "package.train"), "-m", *POOL, "lr=1,2")
+def test_hydra_runs_a_job_of_the_sweep_again(run: Run, project: Path) -> None:
+    callback = "+hydra.callbacks.save._target_=hydra.experimental.callbacks.PickleJobInfoCallback"
+    with_pickle = hasattr(hydra.experimental.callbacks, "PickleJobInfoCallback")  # up to Hydra 1.3
+    ran = run(project, ("-m", "package.train"), "-m", *POOL, "lr=1,2", *([callback] if with_pickle else []))
     assert ran.returncode == 0, ran.stderr
-    saved = project / "sweep" / "1" / ".hydra" / "config.pickle"
-    witness = project / "sweep" / "1" / "rank-0.json"
+    directory = project / "sweep" / "1"
+    witness = directory / "rank-0.json"
     before = json.loads(witness.read_text())
     witness.unlink()
+    saved = directory / ".hydra" / "config.pickle" if with_pickle else directory
     again = run(project, ("-m", "package.train"), f"--experimental-rerun={saved}", LOCAL_RANK="0")
     assert again.returncode == 0, again.stderr
     after = json.loads(witness.read_text())
