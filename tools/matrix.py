@@ -195,7 +195,7 @@ def install(environment: Environment, home: Path, python: str, fresh: bool, outp
         "wheel": lambda: only(DIST, "*.whl"),
     }[environment.artifact]()
     stamp = home / ".dependencies"
-    wanted = f"{python}\n{home}\n{pins}\n{(TREE / 'pyproject.toml').read_text()}"
+    wanted = f"{python}\n{home}\n{pins} {environment.torch}\n{(TREE / 'pyproject.toml').read_text()}"
     pip = [str(home / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
 
     if not fresh and stamp.is_file() and stamp.read_text() == wanted:
