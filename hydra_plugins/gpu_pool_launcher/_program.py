@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides, run_job, setup_globals
 from hydra.errors import ConfigCompositionException
@@ -46,12 +47,15 @@ class HydraProgram:
     command: list[str]
     """The command line that runs one job: overrides are to be appended."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "singletons": Singleton.get_state()}
+    def __reduce__(self) -> tuple[Any, ...]:
+        # `_blank_program` is called before the state is unpickled.
+        return _blank_program, (), {**self.__dict__, "singletons": Singleton.get_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         setup_globals()
-        Singleton.set_state(state.pop("singletons"))
+        singletons = state.pop("singletons")
+        singletons["instances"][Plugins] = Plugins.instance()  # or Hydra would look for plugins again
+        Singleton.set_state(singletons)
         self.__dict__.update(state)
 
     def __call__(self, number: int, spec: list[str], gate: Gate) -> Report:
@@ -107,6 +111,16 @@ class HydraProgram:
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
+
+
+def _blank_program() -> HydraProgram:
+    """In a fresh interpreter: have Hydra look for plugins, which runs their modules, and anew if they were imported.
+
+    So this comes before there are instances of their classes: of a class that its module no longer has, nothing can be
+    pickled, and the config consists of such instances.
+    """
+    Plugins.instance()
+    return HydraProgram.__new__(HydraProgram)
 
 
 def _as_single_run(number: int) -> list[str]:

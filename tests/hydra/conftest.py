@@ -37,14 +37,20 @@ def _pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def start() -> Start:
     """Start one of the programs in a directory: `start(directory, "deaths.py", *arguments, **environment)`.
 
-    `within` is a command that runs another.
+    Instead of a name, `("-m", "package.train")` and the like say what the interpreter is to run. `within` is a command
+    that runs another.
     """
 
     def start(
-        directory: Path, program: str, *arguments: str, within: tuple[str, ...] = (), **extra: str
+        directory: Path,
+        program: str | tuple[str, ...],
+        *arguments: str,
+        within: tuple[str, ...] = (),
+        **extra: str,
     ) -> subprocess.Popen[str]:
+        what = [str(PROGRAMS / program)] if isinstance(program, str) else program
         return subprocess.Popen(
-            [*within, sys.executable, str(PROGRAMS / program), *arguments],
+            [*within, sys.executable, *what, *arguments],
             cwd=directory,
             env={**environment(directory), **extra},
             stdout=subprocess.PIPE,
@@ -60,7 +66,9 @@ def start() -> Start:
 def run(start: Start) -> Run:
     """The same, to the end; on four simulated devices."""
 
-    def run(directory: Path, program: str, *arguments: str, **extra: Any) -> subprocess.CompletedProcess[str]:
+    def run(
+        directory: Path, program: str | tuple[str, ...], *arguments: str, **extra: Any
+    ) -> subprocess.CompletedProcess[str]:
         pool = ["hydra/launcher=gpu_pool"] if "-m" in arguments else []
         if pool and not any(argument.startswith("hydra.launcher.devices=") for argument in arguments):
             pool.append("hydra.launcher.devices=simulated:4")
