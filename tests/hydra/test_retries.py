@@ -102,14 +102,17 @@ def test_so_many_failures_end_the_sweep_and_the_rest_is_not_run(
     options = ("hydra.launcher.max_parallel=1", "hydra.launcher.retries=1", "hydra.launcher.retry_on=crash", option)
     done = sweep(run, tmp_path, "n=range(6)", "good=2", *options)
     assert done.returncode == 1
-    assert f"6 jobs: {failed} failed, {6 - failed} not run" in done.stderr
+    # The next job may have begun before the last one's result was looked at.
+    summary = re.search(r"6 jobs: (\d) failed, (?:(\d) cancelled, )?(\d) not run", done.stderr)
+    assert summary is not None, done.stderr
+    assert int(summary[1]) == failed
+    assert int(summary[2] or 0) <= 1
     assert re.search(rf"stopped by {failed} failures?: {failed} of 6 finished", done.stderr)
 
 
 def test_a_stop_by_failures_says_so_and_hydra_names_the_job_that_failed(run: Run, tmp_path: Path) -> None:
-    """Job 0 would sleep for a minute; job 1 fails."""
     options = ("hydra.launcher.on_failure=stop", "hydra.launcher.grace=20")
-    done = sweep(run, tmp_path, "kind=timeout,exception", *options)
+    done = sweep(run, tmp_path, "kind=hang,after_hang", *options)
     assert done.returncode == 1
     assert "stopping after 1 failure: waiting up to 20 s for 1 job" in done.stderr
     assert "2 jobs: 1 failed, 1 cancelled" in done.stderr

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -28,7 +29,23 @@ def torch_oom() -> None:
         raise RuntimeError("training failed") from error
 
 
+RUNS = Path("hang-runs")
+
+
+def hang() -> None:
+    RUNS.touch()
+    time.sleep(60)
+
+
+def after_hang() -> None:
+    while not RUNS.exists():
+        time.sleep(0.01)
+    raise ValueError("a late mistake")
+
+
 WAYS = {
+    "hang": hang,
+    "after_hang": after_hang,
     "exception": unheard_of,
     "signal": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "exit": lambda: os._exit(3),
