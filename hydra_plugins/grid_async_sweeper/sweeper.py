@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins import basic_sweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from . import config as _config  # noqa: F401  (stores the config, also where Hydra finds this class by entry point)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from hydra.core.utils import JobReturn
+
 
 class GridAsyncSweeper(basic_sweeper.BasicSweeper):
     """Hydra's basic sweeper, without its look at every job's config before the first job may start.
 
     That takes 45 to 100 ms for each job, and one that does not compose ends the sweep before it begins. Here every job
-    composes its own config, and one that cannot fails alone.
+    composes its own config, and one that cannot fails alone. No failure keeps later batches from running.
     """
 
     def __init__(self, max_batch_size: int | None, params: dict[str, Any] | None, **_: Any) -> None:
         """Take the options of `GridAsyncSweeperConf`."""
         super().__init__(max_batch_size, params)
 
-    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Leave it to the jobs."""
+    def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
+        """Launch every job, batch after batch; returns the JobReturns of each batch.
+
+        Raises the first failed job's exception, once all have run.
+        """
+        assert self.config is not None
+        assert self.launcher is not None
+        assert self.hydra_context is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        directory = Path(self.config.hydra.sweep.dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, directory / "multirun.yaml")
+        returns: list[Sequence[JobReturn]] = []
+        for batch in self.split_arguments(overrides, self.max_batch_size):
+            returns.append(self.launcher.launch(batch, initial_job_idx=sum(map(len, returns))))
+        for job in itertools.chain.from_iterable(returns):
+            _ = job.return_value  # raises if it failed, as Hydra's own sweeper does after each batch
+        return returns

@@ -87,6 +87,17 @@ def test_batches_are_given_to_any_launcher_one_after_another(
     assert len(re.findall(line, out + err)) == 3
 
 
+@pytest.mark.parametrize("launcher", [GPU_POOL, ()])
+def test_a_failure_does_not_keep_later_batches_from_running(
+    run: Run, tmp_path: Path, launcher: tuple[str, ...]
+) -> None:
+    batches = ("hydra.sweeper.max_batch_size=2", "hydra.sweep.dir=sweep")
+    done = run(tmp_path, PROGRAM, "-m", "n=0,1,2,3,4", "fails=1", GRID_ASYNC, *batches, *launcher)
+    assert done.returncode == 1
+    assert jobs(tmp_path / "sweep") == [[f"n={n}", "fails=1"] for n in range(5)]
+    assert "ValueError: 1 was meant to fail" in done.stderr
+
+
 def test_hydra_shows_it_and_its_options(run: Run, tmp_path: Path) -> None:
     assert "GridAsyncSweeper" in run(tmp_path, PROGRAM, "--info", "plugins").stdout
     shown = yaml.safe_load(run(tmp_path, PROGRAM, "--cfg=hydra", "-p=hydra.sweeper", GRID_ASYNC).stdout)

@@ -26,6 +26,7 @@ class Config:
     lr: float = 0.1
     n: int = 0
     kind: str = "a"
+    fails: int = -1
 
 
 ConfigStore.instance().store(name="config", node=Config)
@@ -33,7 +34,8 @@ ConfigStore.instance().store(name="config", node=Config)
 
 @hydra.main(version_base="1.3", config_path=None, config_name="config")
 def main(cfg):
-    pass
+    if cfg.n == cfg.fails:
+        raise ValueError(f"{cfg.n} was meant to fail")
 
 
 if __name__ == "__main__":
