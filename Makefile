@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup demo test matrix bench clean
+.PHONY: help setup demo test matrix soak bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -37,6 +37,9 @@ test: $(INSTALLED) ## lint, types and all tests but the slow ones
 
 matrix: $(INSTALLED) ## the tests against installed packages, on several Pythons, Hydras and Optunas
 	$(BIN)/python tools/matrix.py $(MATRIX)
+
+soak: $(INSTALLED) ## 5000 jobs that die in every way: ten minutes, then nothing may be left or have grown
+	$(BIN)/python tools/soak.py
 
 bench: $(INSTALLED) ## the benchmarks, each against the launchers it is compared with
 	$(PIP) install --quiet '.[bench]'

@@ -39,8 +39,10 @@ class Environment:
     """What is run: all tests if empty."""
     slow: bool = False
     """Whether the tests marked slow run here too; one environment is enough for them."""
-    torch: str = ""
-    """With this version the extra `ddp` is installed, if it can be: the tests that need it are skipped without."""
+    beside: tuple[str, ...] = ()
+    """What is installed beside, if it can be: the tests that need it are skipped without."""
+    ddp: bool = False
+    """Whether our extra `ddp` is, too."""
     histories: int | None = None
     """How many random histories of a pool are tried; None for as few as in `make test`, if any."""
 
@@ -61,13 +63,24 @@ PACKAGED = (
 """What depends on what was packaged, and, where they run, the slow tests."""
 DISTRIBUTED = (*PACKAGED, "tests/hydra/test_existing_programs.py", "tests/hydra/test_lightning.py")
 HISTORIES = (*PACKAGED, "tests/simulation/test_policy_state_machine.py")
+SWEEPERS = ("hydra-optuna-sweeper==1.4.0rc3", "hydra-nevergrad-sweeper==1.4.0rc3")
+"""Other people's that run on this Hydra."""
 
 # The oldest and the newest of everything we support, each at least once; ordered so that two CPUs are busy to the end.
 ENVIRONMENTS = (
-    Environment("3.11", hydra="1.3.8", optuna="5.0.0", artifact="wheel", tests=DISTRIBUTED, slow=True, torch="2.13.0"),
+    Environment(
+        "3.11",
+        hydra="1.3.8",
+        optuna="5.0.0",
+        artifact="wheel",
+        tests=DISTRIBUTED,
+        slow=True,
+        ddp=True,
+        beside=("torch==2.13.0",),
+    ),
     Environment("3.12", hydra="1.4.0rc3", optuna="4.9.0", artifact="sdist", tests=HISTORIES, histories=100_000),
     Environment("3.10", hydra="1.3.2", optuna="4.8.0", artifact="tree", tests=DEPENDENT),
-    Environment("3.13", hydra="1.4.0rc3", optuna="5.0.0", artifact="tree", tests=DEPENDENT),
+    Environment("3.13", hydra="1.4.0rc3", optuna="5.0.0", artifact="tree", tests=DEPENDENT, beside=SWEEPERS),
 )
 
 # What the tests read, apart from the packages.
@@ -203,7 +216,7 @@ def install(environment: Environment, home: Path, python: str, fresh: bool, outp
         "wheel": lambda: only(DIST, "*.whl"),
     }[environment.artifact]()
     stamp = home / ".dependencies"
-    wanted = f"{python}\n{home}\n{pins} {environment.torch}\n{(TREE / 'pyproject.toml').read_text()}"
+    wanted = f"{python}\n{home}\n{pins} {environment.beside} {environment.ddp}\n{(TREE / 'pyproject.toml').read_text()}"
     pip = [str(home / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
 
     if not fresh and stamp.is_file() and stamp.read_text() == wanted:
@@ -211,11 +224,12 @@ def install(environment: Environment, home: Path, python: str, fresh: bool, outp
     else:
         step("venv", [python, "-m", "venv", "--clear", str(home)], output)
         step("install", [*pip, f"{artifact}[test]", *pins], output)
-        if environment.torch:
+        beside = [*([f"{artifact}[ddp]"] if environment.ddp else []), *environment.beside]
+        if beside:
             try:
-                step("install", [*pip, f"{artifact}[ddp]", *pins, f"torch=={environment.torch}"], output)
+                step("install", [*pip, *beside, *pins], output)
             except StepFailed as failure:
-                print(f"{environment.name}: without torch and Lightning: {failure}; see {output.name}", flush=True)
+                print(f"{environment.name}: without {' '.join(beside)}: {failure}; see {output.name}", flush=True)
                 return  # and no stamp: the next run tries again
         stamp.write_text(wanted)
 
