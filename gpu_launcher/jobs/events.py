@@ -18,7 +18,9 @@ class Outcome(str, Enum):
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"
-    """Ended, or never started, because the user stopped the sweep."""
+    """Ended, or never started, because the user stopped the sweep, or did not want it any more."""
+    PRUNED = "pruned"
+    """A trial that ended itself early, or was ended, because others are better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,8 @@ class SweepStarted:
     """The first event. `total` jobs will run on `devices`; `parallel` caps how many at a time, None if nothing does."""
 
     time: float
-    total: int
+    total: int | None
+    """None if nobody knows yet."""
     devices: tuple[Device, ...]
     parallel: int | None
 
@@ -37,6 +40,15 @@ class Notice:
 
     time: float
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How the search goes of which the jobs are a part; replaces what an earlier one said."""
+
+    time: float
+    facts: tuple[tuple[str, str], ...]
+    """Such as `("best", "0.12 (lr=0.1)")`, in order of importance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +132,7 @@ class SweepEnded:
     time: float
 
 
-Event = SweepStarted | Notice | JobWaiting | JobStarted | JobEnded | JobRetried | Stopping | SweepEnded
+Event = SweepStarted | Notice | Standing | JobWaiting | JobStarted | JobEnded | JobRetried | Stopping | SweepEnded
 
 
 class Progress(Protocol):

@@ -36,6 +36,10 @@ class Attempts:
         self._roomier: dict[int, Share] = {}
         self._failed: dict[int, JobResult] = {}
 
+    def add(self, number: int) -> None:
+        """There is one more job, which nobody has run before."""
+        self._attempts[number] = 1
+
     def __getitem__(self, number: int) -> int:
         """Counted from 1."""
         return self._attempts[number]

@@ -19,6 +19,8 @@ class Job:
     """For people, such as `lr=0.1 hidden=32`; may be empty."""
     spec: Any
     """For the program: what it is called with. Picklable."""
+    about: Any = None
+    """For the program's code to ask for, such as which trial it is. Picklable."""
 
 
 class Cause(str, Enum):

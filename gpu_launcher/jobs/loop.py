@@ -26,6 +26,7 @@ from gpu_launcher.jobs.events import (
     Notice,
     Outcome,
     Progress,
+    Standing,
     Stopping,
 )
 from gpu_launcher.jobs.failures import Attempts, FailurePolicy, set_aside
@@ -34,6 +35,7 @@ from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.jobs.running import Running, Wait, explain_wait, judge
 from gpu_launcher.jobs.signals import StopSignals
+from gpu_launcher.jobs.source import Exhausted, Facts, JobSource, Offer, Remark, Reply, Withdrawn
 from gpu_launcher.jobs.watch import DeviceWatch
 from gpu_launcher.leases import Lease, Ledger, refusal
 from gpu_launcher.model import Device, Owner, Request
@@ -61,7 +63,7 @@ class Server(Protocol):
     def receive(self) -> Lost | None:
         """The job that only it knows to have ended, if any. Raises ServerDiedError."""
 
-    def start(self, number: int, spec: Any, result: Path, attempt: int) -> JobProcess:
+    def start(self, number: int, spec: Any, result: Path, attempt: int, about: Any) -> JobProcess:
         """Start a job's process for the `attempt`-th time. Raises ServerDiedError, and `fileno()` is readable then."""
 
     def finished(self, process: JobProcess) -> None:
@@ -93,14 +95,16 @@ class JobLoop:
         telling: Telling = Telling(),  # noqa: B008  (frozen)
         failures: FailurePolicy = FailurePolicy(),  # noqa: B008  (frozen)
         attempts: Mapping[int, int] = MappingProxyType({}),
+        source: JobSource | None = None,
         checkpoint: Callable[[str], None] = lambda name: None,
     ) -> None:
         """Prepare to run `jobs` on `devices`.
 
         `report_path` says where a job leaves its report, by its number. `owner` says whom a job's ticket and lease
         belong to. `watch` says which devices not to use now, `telling` how jobs are told of theirs, `failures` what to
-        do about jobs that fail, `attempts` how many attempts each has made in earlier launches. `checkpoint` is called
-        with the name of each point of a job's life, for tests that kill the launching program there.
+        do about jobs that fail, `attempts` how many attempts each has made in earlier launches. `source` decides on
+        more jobs when there is room for them. `checkpoint` is called with the name of each point of a job's life, for
+        tests that kill the launching program there.
         """
         self._jobs = {job.number: job for job in jobs}
         self._devices = {device.uuid: device for device in devices}
@@ -120,9 +124,12 @@ class JobLoop:
         self._device_watch = watch
         self._announced: dict[str, str] = {}
         """Faults of devices that the user was told of, by UUID."""
+        self._source = source
+        self._asked = 0
+        """How many jobs the source was asked for and has not offered yet."""
         self._checkpoint = checkpoint
 
-        self._machine = m.Machine(list(self._jobs), limits)
+        self._machine = m.Machine(list(self._jobs), limits, more=source is not None)
         self._selector = selectors.DefaultSelector()
         self.signals = StopSignals(clock)
         self._live: dict[int, Running] = {}
@@ -159,8 +166,11 @@ class JobLoop:
                 if (descriptor := self._ledger.fileno()) is not None:
                     self._watch(descriptor, self._on_ledger)
                 self._watch(self._device_watch.fileno(), self._on_devices)
+                if self._source is not None:
+                    self._watch(self._source.fileno(), self._on_source)
                 self._device_watch.look_again(self._clock())
                 self._handle(m.Begin())
+                self._ask_source()
                 while not self._machine.finished:
                     self._turn()
             except BaseException:
@@ -194,6 +204,7 @@ class JobLoop:
             self._handle(m.Exited(*self._not_startable.popitem()))
         self._claim()
         self._handle(m.Tick())
+        self._ask_source()
         self._progress.tick(self._clock())
 
     def _patience(self) -> float:
@@ -229,6 +240,46 @@ class JobLoop:
                 text = f"{self._devices[uuid].label} {fault}; it is set aside"
                 self._progress.handle(Notice(self._clock(), text))
         self._announced = dict(faults)
+
+    def _ask_source(self) -> None:
+        if self._source is not None and (more := self._machine.wanted - self._asked) > 0:
+            self._asked += more
+            self._source.ask(more)
+
+    def _on_source(self) -> None:
+        assert self._source is not None
+        for statement in self._source.receive():
+            match statement:
+                case Offer(job):
+                    self._asked -= 1
+                    self._take_on(job)
+                case Exhausted(reason):
+                    if reason is not None:
+                        self._progress.handle(Notice(self._clock(), reason))
+                    self._handle(m.NoMore())
+                case Withdrawn(number, why):
+                    self._handle(m.Cancel(number, why))
+                case Reply(number, what):
+                    self._answer(number, messages.Answer(what))
+                case Remark(text):
+                    self._progress.handle(Notice(self._clock(), text))
+                case Facts(facts):
+                    self._progress.handle(Standing(self._clock(), facts))
+
+    def _take_on(self, job: Job) -> None:
+        self._jobs[job.number] = job
+        self._attempts.add(job.number)
+        if self._machine.takes_more:
+            self._handle(m.Arrived(job.number))
+        else:  # the sweep was stopped while the source thought about it
+            self._conclude(m.Conclude(job.number, self._machine.stopping, None))
+
+    def _answer(self, number: int, answer: messages.Answer) -> None:
+        job = self._live.get(number)
+        if job is not None:
+            # No room: it does not listen. Closed: it has ended, and the news of that is on the way.
+            with contextlib.suppress(BlockingIOError, ChannelClosedError):
+                messages.send(job.process.job, answer, wait=False)
 
     def _on_server(self) -> None:
         try:
@@ -268,6 +319,8 @@ class JobLoop:
         """In a forked server: leases, tickets and channels are the launching program's alone."""
         self._ledger.close_in_child()
         self._device_watch.close_in_child()
+        if self._source is not None:
+            self._source.close_in_child()
         for job in self._live.values():
             job.process.close()
         self.signals.close()
@@ -305,6 +358,9 @@ class JobLoop:
                 self._any_prepared = True
                 self._checkpoint("prepared")
                 self._handle(m.Prepared(number, request, self._refusal(request)))
+            case messages.Said(what):
+                if self._source is not None:
+                    self._source.said(number, what)
             case messages.ResultLost(problem):
                 job.problem = f"could not write its result: {problem}"
                 job.final = True
@@ -355,8 +411,8 @@ class JobLoop:
 
     def _start(self, number: int) -> None:
         try:
-            spec, attempt = self._jobs[number].spec, self._attempts[number]
-            process = self._server.start(number, spec, self._report_path(number), attempt)
+            job, attempt = self._jobs[number], self._attempts[number]
+            process = self._server.start(number, job.spec, self._report_path(number), attempt, job.about)
         except ServerDiedError:
             self._unstarted.append(number)  # its descriptor says so, too, and then it is replaced
             return
@@ -438,6 +494,8 @@ class JobLoop:
         self._tell(number, lambda process: process.grant(grant, lease))
         self._checkpoint("granted")
         self._progress.handle(JobStarted(job.started, number, self._jobs[number].label, job.devices, job.log))
+        if self._source is not None:
+            self._source.started(self._jobs[number], job.devices, job.log)
 
     def _tell(self, number: int, say: Callable[[JobProcess], None]) -> None:
         job = self._live.get(number)
@@ -467,6 +525,7 @@ class JobLoop:
             timed_out=conclusion.timed_out,
             faults={d.label: self._device_watch.faults.get(d.uuid) for d in ran.devices} if ran else None,
             attempts=self._attempts[number],
+            cancelled=conclusion.cancelled,
         )
         if ran is not None and not conclusion.refused and self._run_again(result, ran):
             return
@@ -489,6 +548,9 @@ class JobLoop:
             )
         )
         self._checkpoint("concluded")
+        if self._source is not None:
+            self._source.ended(result)
+            self._results[number] = replace(result, payload=None)  # of which there may be any number
         if failed:
             self._count_failure()
 

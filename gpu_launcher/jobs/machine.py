@@ -8,7 +8,8 @@ One job's life, with the stimulus that moves it on:
     RUNNING -> ENDED         Exited: its process tree is gone           (Release, Conclude)
 
 PREPARING and PREPARED jobs may also end without having run, or go back to QUEUED when the fork server was lost. An
-ENDED job that failed goes back to QUEUED if it is to be run again (Again).
+ENDED job that failed goes back to QUEUED if it is to be run again (Again). The jobs are known from the beginning, or
+arrive as they are `wanted`.
 At most one ticket is out at a time: several sweeps on one machine then alternate instead of the first one's tickets
 filling the queue.
 """
@@ -50,6 +51,8 @@ class Limits:
     """Cap on jobs that prepare themselves at the same time, which takes a CPU each."""
     grace: float
     """Seconds between the first request to stop and SIGKILL."""
+    at_once: int = 1
+    """How many jobs can be expected to run at the same time."""
 
 
 # Stimuli
@@ -58,6 +61,27 @@ class Limits:
 @dataclass(frozen=True, slots=True)
 class Begin:
     """The first stimulus."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """There is one more job, if the machine `takes_more`."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class NoMore:
+    """All jobs have arrived."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """A job is not wanted any more, for this reason; nothing if it has ended."""
+
+    number: int
+    problem: str
+    """A sentence without its subject, which is the job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +143,9 @@ class Tick:
     """Time passed."""
 
 
-Stimulus = Begin | Prepared | Granted | Exited | Again | ServerLost | GiveUp | StopAsked | Tick
+Stimulus = (
+    Begin | Arrived | NoMore | Cancel | Prepared | Granted | Exited | Again | ServerLost | GiveUp | StopAsked | Tick
+)
 
 # Instructions
 
@@ -192,6 +218,8 @@ class Conclude:
     timed_out: bool = False
     refused: bool = False
     """Its request can never be granted."""
+    cancelled: bool = False
+    """It was not wanted any more, by who had asked for it."""
 
 
 Instruction = StartProcess | TakeTicket | DropTicket | Go | Interrupt | Terminate | Kill | Release | Conclude
@@ -214,13 +242,17 @@ class _Job:
     """It was told that its time is over."""
     refused: bool = False
     """Its request cannot be granted."""
+    cancelled: bool = False
+    """Somebody wants it ended."""
 
 
 class Machine:
     """The jobs of one sweep, numbered as given."""
 
-    def __init__(self, numbers: list[int], limits: Limits) -> None:
+    def __init__(self, numbers: list[int], limits: Limits, *, more: bool = False) -> None:
+        """Take the jobs that are known; `more` if others will arrive until NoMore."""
         self._limits = limits
+        self._more = more
         self._jobs = {number: _Job() for number in numbers}
         self._queue = deque(numbers)
         self._live: set[int] = set()
@@ -233,7 +265,22 @@ class Machine:
     @property
     def finished(self) -> bool:
         """Whether nothing will ever happen again."""
-        return not self._queue and not self._live
+        return not self._queue and not self._live and not (self._more and self.takes_more)
+
+    @property
+    def wanted(self) -> int:
+        """How many more jobs could be prepared now.
+
+        One that waits for its devices is ahead enough: those who choose jobs by the results of others do so better
+        later.
+        """
+        if not self._more or not self.takes_more or self._queue:
+            return 0
+        preparing, prepared = len(self._in(Phase.PREPARING)), len(self._in(Phase.PREPARED))
+        if prepared:
+            return 0
+        free = self._limits.at_once - len(self._in(Phase.RUNNING)) - preparing
+        return max(1 - preparing, min(free, self._limits.preparing - preparing), 0)
 
     @property
     def stopping(self) -> bool:
@@ -267,6 +314,13 @@ class Machine:
         match stimulus:
             case Begin():
                 return self._fill(now)
+            case Arrived(number):
+                return self._arrived(number, now)
+            case NoMore():
+                self._more = False
+                return []
+            case Cancel(number, problem):
+                return self._cancel(number, problem, now)
             case Prepared(number, request, refusal):
                 return self._prepared(number, request, refusal, now)
             case Granted(number):
@@ -284,10 +338,38 @@ class Machine:
             case Tick():
                 return self._tick(now)
 
+    def _arrived(self, number: int, now: float) -> list[Instruction]:
+        if number in self._jobs or not self.takes_more:
+            raise IllegalTransitionError(f"job {number} arrives, but is there already, or no more jobs are run")
+        self._jobs[number] = _Job()
+        self._queue.append(number)
+        return self._fill(now)
+
+    def _cancel(self, number: int, problem: str, now: float) -> list[Instruction]:
+        job = self._jobs[number]
+        if job.phase is Phase.ENDED or job.cancelled:
+            return []
+        job.cancelled = True
+        job.problem = job.problem or problem
+        if job.phase is Phase.QUEUED:
+            self._queue.remove(number)
+            job.phase = Phase.ENDED
+            return [Conclude(number, self.stopping, job.problem, cancelled=True)]
+        if job.phase is Phase.RUNNING:
+            job.ends = now + self._limits.grace
+            return [Terminate(number)]
+        instructions: list[Instruction] = [Kill(number)]
+        if self._ticket == number:
+            self._ticket = None
+            instructions.append(DropTicket(number))
+        return [*instructions, *self._fill(now)]
+
     def _prepared(self, number: int, request: Request, refusal: str | None, now: float) -> list[Instruction]:
         job = self._expect(number, Phase.PREPARING)
         job.phase = Phase.PREPARED
         job.request = request
+        if job.cancelled:
+            return []  # it is being killed
         if refusal is not None:
             job.problem = f"cannot be run: its request is {refusal}"
             job.refused = True
@@ -311,14 +393,16 @@ class Machine:
             instructions.append(DropTicket(number))
         if job.phase is Phase.RUNNING and job.request is not None and job.request.gpus:
             instructions.append(Release(number))
-        if job.lost and self.takes_more:
+        if job.lost and self.takes_more and not job.cancelled:
             self._jobs[number] = _Job()
             self._queue.appendleft(number)
             return [*instructions, *self._fill(now)]
         job.phase = Phase.ENDED
         # The next job starts before this one's result is looked at: its devices should not wait for that.
         problem = job.problem or (self._given_up if job.lost else None)
-        conclusion = Conclude(number, self.stopping, problem, timed_out=job.told, refused=job.refused)
+        conclusion = Conclude(
+            number, self.stopping, problem, timed_out=job.told, refused=job.refused, cancelled=job.cancelled
+        )
         return [*instructions, *self._fill(now), conclusion]
 
     def _again(self, number: int, last: bool, now: float) -> list[Instruction]:
@@ -395,7 +479,7 @@ class Machine:
     def _time_is_over(self, number: int, now: float) -> Instruction:
         job = self._jobs[number]
         assert job.request is not None
-        if job.told:
+        if job.told or job.cancelled:
             job.ends = None
             return Kill(number)
         job.told = True

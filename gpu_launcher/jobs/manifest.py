@@ -25,6 +25,7 @@ from typing import Any
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs.events import Event, JobEnded, JobRetried, JobStarted, Outcome, Progress
 from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.jobs.source import JobSource, Offer, Statement
 from gpu_launcher.leases import Origin
 from gpu_launcher.processes.linux import start_time
 from gpu_launcher.processes.messages import Report
@@ -46,6 +47,7 @@ class State(str, Enum):
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    PRUNED = "pruned"
     LOST = "lost"
     """It ran, or waited, when its launching program died."""
 
@@ -119,8 +121,17 @@ class Recorder:
         here = Origin.here()
         identity = {"pid": os.getpid(), "start": start_time(os.getpid()), "namespace": _namespace()}
         self._write_whole({**identity, "boot": here.boot, "host": here.machine, "command": command})
-        planned = [[job.number, job.label, job.spec, self._attempts[job.number]] for job in jobs]
-        self._append(planned=planned)
+        self._plan(jobs)
+
+    def add(self, job: Job) -> None:
+        """Note one more job that is to be run, for the first time."""
+        self._attempts[job.number] = 0
+        self._plan([job])
+
+    def _plan(self, jobs: Sequence[Job]) -> None:
+        if jobs:
+            planned = [[job.number, job.label, job.spec, self._attempts[job.number]] for job in jobs]
+            self._append(planned=planned)
 
     def report_path(self, number: int) -> Path:
         """Where the job is to leave its report."""
@@ -173,6 +184,28 @@ class Recorder:
         if self._warn is not None:
             self._warn(f"cannot write down how the jobs end, so that resuming would run them again: {error}")
             self._warn = None
+
+
+class Planned:
+    """A source whose jobs are written down first."""
+
+    def __init__(self, source: JobSource, recorder: Recorder) -> None:
+        self._source = source
+        self._recorder = recorder
+        self.fileno = source.fileno
+        self.ask = source.ask
+        self.started = source.started
+        self.said = source.said
+        self.ended = source.ended
+        self.close_in_child = source.close_in_child
+
+    def receive(self) -> list[Statement]:
+        """See `JobSource`."""
+        statements = self._source.receive()
+        for statement in statements:
+            if isinstance(statement, Offer):
+                self._recorder.add(statement.job)
+        return statements
 
 
 class Recorded:

@@ -68,15 +68,17 @@ def judge(
     timed_out: bool = False,
     faults: Mapping[str, str | None] | None = None,
     attempts: int = 1,
+    cancelled: bool = False,
 ) -> JobResult:
     """How a job ended.
 
     `ran` is None if it never had a process, `problem` is what the machine found wrong with it, such as that it
-    `timed_out`, `faults` are what is wrong with its devices, by label.
+    `timed_out`, `faults` are what is wrong with its devices, by label; `cancelled` if it was not wanted any more.
     """
     message: str | None
     if ran is None and problem is not None:
-        return JobResult(job.number, job.label, Outcome.FAILED, None, problem, (), None, None, attempts=attempts)
+        outcome = Outcome.CANCELLED if cancelled else Outcome.FAILED
+        return JobResult(job.number, job.label, outcome, None, problem, (), None, None, attempts=attempts)
     if ran is None:
         message = "was not started" if attempts == 1 else "was not started again"
         return JobResult(job.number, job.label, Outcome.CANCELLED, None, message, (), None, None, attempts=attempts)
@@ -84,6 +86,8 @@ def judge(
     if report is not None:
         outcome = Outcome.COMPLETED if report.ok else Outcome.FAILED
         message = None if report.ok else problem or report.message
+        if report.pruned:
+            outcome, message = Outcome.PRUNED, report.message
     else:
         outcome = Outcome.FAILED
         message = problem or ran.problem
@@ -95,7 +99,7 @@ def judge(
     broken = [f"{label} {fault}" for label, fault in (faults or {}).items() if fault]
     if outcome is Outcome.FAILED and broken:
         message = f"{message} ({'; '.join(broken)})"
-    if stopped and outcome is Outcome.FAILED:
+    if (stopped or cancelled) and outcome is Outcome.FAILED:
         outcome = Outcome.CANCELLED
     cause = None
     if outcome is Outcome.FAILED:

@@ -18,9 +18,10 @@ from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.loop import JobLoop
 from gpu_launcher.jobs.machine import Limits
-from gpu_launcher.jobs.manifest import Entry, Recorded, Recorder, finished_before, read, refuse_if_running
+from gpu_launcher.jobs.manifest import Entry, Planned, Recorded, Recorder, finished_before, read, refuse_if_running
 from gpu_launcher.jobs.progress import open_progress
 from gpu_launcher.jobs.progress.text import count
+from gpu_launcher.jobs.source import JobSource
 from gpu_launcher.jobs.watch import DeviceWatch
 from gpu_launcher.leases import FileLedger, refusal, resolve_pool_directory
 from gpu_launcher.model import MILLIONTHS, Device, DeviceKind, Owner, Request
@@ -63,11 +64,21 @@ class SweepResult:
     """The signal with which the user stopped the sweep, if so."""
 
 
-def run_jobs(jobs: Sequence[Job], server: ForkServer, options: Options, directory: Path, command: str) -> SweepResult:
+def run_jobs(
+    jobs: Sequence[Job],
+    server: ForkServer,
+    options: Options,
+    directory: Path,
+    command: str,
+    *,
+    source: JobSource | None = None,
+    total: int | None = None,
+) -> SweepResult:
     """Run `jobs` on the machine's pool and show how it goes on stderr.
 
     `directory` is the sweep's, and keeps what is known of its jobs; `command` names this program to others who wait for
-    devices. Raises OptionError, PoolDirectoryError and ManifestError before any job is started.
+    devices. With a `source` its jobs are run, too, `total` in all if that is known, and it alone gets what they
+    reported. Raises OptionError, PoolDirectoryError and ManifestError before any job is started.
     """
     selection = select_devices(options.devices, os.environ)
     devices = selection.devices
@@ -92,7 +103,8 @@ def run_jobs(jobs: Sequence[Job], server: ForkServer, options: Options, director
         ledger = cleanup.enter_context(FileLedger(resolve_pool_directory(options.pool_dir), warn=notice))
         recorder = Recorder(directory, left, command, attempts=attempts, warn=notice)
         cleanup.callback(recorder.close)
-        progress.handle(SweepStarted(time.monotonic(), len(left), devices, options.max_parallel))
+        expected = len(left) if source is None else total
+        progress.handle(SweepStarted(time.monotonic(), expected, devices, options.max_parallel))
         if options.resume:
             notice(f"resumed: {len(finished)} of {count(len(jobs), 'job')} completed before, and not run again")
         for text in _notices(selection.notices, server):
@@ -120,10 +132,19 @@ def run_jobs(jobs: Sequence[Job], server: ForkServer, options: Options, director
             telling=replace(options.telling, by_uuid=options.telling.by_uuid or selection.by_uuid),
             failures=options.failures,
             attempts=attempts,
+            source=source if source is None else Planned(source, recorder),
         )
         results = {**finished, **{result.number: result for result in loop.run()}}
         progress.handle(SweepEnded(time.monotonic()))
-        return SweepResult([results[job.number] for job in jobs], loop.signals.last if loop.stopped else None)
+        return SweepResult(
+            [results[number] for number in _order(jobs, results)], loop.signals.last if loop.stopped else None
+        )
+
+
+def _order(jobs: Sequence[Job], results: Mapping[int, JobResult]) -> list[int]:
+    """As given, and then as they arrived."""
+    given = dict.fromkeys(job.number for job in jobs)
+    return list({**given, **dict.fromkeys(results)})
 
 
 def _put_logs_aside(jobs: Sequence[Job], before: Mapping[int, Entry]) -> dict[int, int]:
@@ -147,6 +168,7 @@ def limits(options: Options, devices: int, cpus: int) -> Limits:
         ahead=max(1, min(at_once, options.max_parallel or at_once, MOST_AHEAD)),
         preparing=cpus,
         grace=options.grace,
+        at_once=max(1, min(at_once, options.max_parallel or at_once)),
     )
 
 

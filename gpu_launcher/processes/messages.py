@@ -32,10 +32,11 @@ def channel() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-def send(to: socket.socket, message: object, descriptors: tuple[int, ...] = ()) -> None:
+def send(to: socket.socket, message: object, descriptors: tuple[int, ...] = (), *, wait: bool = True) -> None:
     """Send one message. The receiver gets copies of `descriptors`; those here stay open.
 
-    Raises ChannelClosedError if nobody can receive it any more.
+    Raises ChannelClosedError if nobody can receive it any more, and, if it is not to `wait`, BlockingIOError while
+    there is no room for it.
     """
     data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     memory: int | None = None
@@ -46,7 +47,7 @@ def send(to: socket.socket, message: object, descriptors: tuple[int, ...] = ()) 
             descriptors = (*descriptors, memory)
             data = b""
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-        to.sendmsg([data or b"\0"], rights)
+        to.sendmsg([data or b"\0"], rights, 0 if wait else socket.MSG_DONTWAIT)
     except (BrokenPipeError, ConnectionResetError) as error:
         raise ChannelClosedError(*error.args) from None
     finally:
@@ -176,6 +177,8 @@ class Assignment:
     """Path of the file in which to leave the Report."""
     attempt: int = 1
     """How many times it has been started, this time included."""
+    about: Any = None
+    """What the program's code may want to know, such as which trial it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +191,13 @@ class Grant:
     """To run on those CPUs only; None for wherever the launching program may."""
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What whoever asked for the job has to say to it, after the grant."""
+
+    what: Any
+
+
 # From a job to the launching program.
 
 
@@ -198,6 +208,13 @@ class Prepared:
     request: Request
     log: str | None
     """Path of the file that gets its stdout and stderr."""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """Something for whoever asked for the job, whose answer comes back in an Answer."""
+
+    what: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +235,8 @@ class Report:
     """For whoever assembled the program to read; pickled and unpickled there."""
     out_of_memory: bool = False
     """For a failed job: whether its GPU's memory was not enough."""
+    pruned: bool = False
+    """For a failed job: whether it is a trial that ended itself early, which is no failure."""
 
     def dump(self) -> bytes:
         """As it is kept in a file. Thousands of them may be, so it is made small."""

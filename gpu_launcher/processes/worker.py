@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Protocol
 
 from gpu_launcher.model import Request
+from gpu_launcher.processes import conversation
 from gpu_launcher.processes.linux import flush_c_streams
 from gpu_launcher.processes.messages import (
     Assignment,
@@ -112,6 +113,8 @@ def work(channel: socket.socket, stdio: CapturedStdio, load_program: Callable[[]
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a script starts with `&`
         signal.signal(signal.SIGINT, signal.default_int_handler)  # with which a sweep that is stopped asks us to end
     os.environ[ATTEMPT] = str(assignment.attempt)
+    if assignment.about is not None:
+        conversation.begin(channel, assignment.about)
     job = os.getpid()
     try:
         report = load_program()(assignment.number, assignment.spec, Gate(channel, stdio))

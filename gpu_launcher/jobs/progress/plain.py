@@ -77,8 +77,7 @@ class PlainProgress:
             self._say(failure(event, done), *log_quote(event))
         elif event.duration is not None:
             name = job_name(event.number, event.label)
-            how = "completed in" if event.outcome is Outcome.COMPLETED else "cancelled after"
-            self._say(f"{name} {how} {duration(event.duration)}{done}")
+            self._say(f"{name} {ENDS[event.outcome]} {duration(event.duration)}{done}")
 
     def _sum_up(self) -> None:
         if not self._summed_up and self._tally.started_at is not None:
@@ -89,13 +88,21 @@ class PlainProgress:
         self._output.write("".join(f"{text}\n" for text in (f"{PREFIX} {line}", *more)))
 
 
+ENDS = {
+    Outcome.COMPLETED: "completed in",
+    Outcome.PRUNED: "pruned after",
+    Outcome.CANCELLED: "cancelled after",
+}
+
+
 def opening(event: SweepStarted) -> str:
     """`8 jobs on 4 GPUs (NVIDIA H100 80GB HBM3), at most 2 at a time`"""
     names = {device.name for device in event.devices}
     gpus = all(device.kind is DeviceKind.GPU for device in event.devices)
     name = f" ({one_line(names.pop())})" if gpus and len(names) == 1 else ""
     cap = f", at most {event.parallel} at a time" if event.parallel is not None else ""
-    return f"{count(event.total, 'job')} on {device_counts(event.devices)}{name}{cap}"
+    jobs = "jobs" if event.total is None else count(event.total, "job")
+    return f"{jobs} on {device_counts(event.devices)}{name}{cap}"
 
 
 def waits(event: JobWaiting) -> str:

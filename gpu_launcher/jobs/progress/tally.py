@@ -12,6 +12,7 @@ from gpu_launcher.jobs.events import (
     JobStarted,
     JobWaiting,
     Outcome,
+    Standing,
     Stopping,
     SweepEnded,
     SweepStarted,
@@ -41,7 +42,10 @@ class Tally:
     """Stopped by the user while they ran."""
     not_run: int = 0
     """Stopped by the user before they started."""
+    pruned: int = 0
     retries: int = 0
+    facts: tuple[tuple[str, str], ...] = ()
+    """How the search goes."""
     failures: list[JobEnded] = field(default_factory=list)
     highest_number: int = 0
     # The latest ones say most about those to come.
@@ -54,7 +58,7 @@ class Tally:
 
     @property
     def done(self) -> int:
-        return self.completed + self.failed + self.cancelled + self.not_run
+        return self.completed + self.pruned + self.failed + self.cancelled + self.not_run
 
     @property
     def waiting(self) -> int:
@@ -72,9 +76,11 @@ class Tally:
         match event:
             case SweepStarted():
                 self.started_at = event.time
-                self.total = event.total
+                self.total = event.total or 0
                 self.devices = event.devices
-                self.highest_number = max(0, event.total - 1)
+                self.highest_number = max(0, self.total - 1)
+            case Standing():
+                self.facts = event.facts
             case JobWaiting():
                 self.waits = event if event.reason else None
             case JobStarted():
@@ -107,6 +113,8 @@ class Tally:
             self.completed += 1
             if ended.duration is not None:
                 self._durations.append(ended.duration)
+        elif ended.outcome is Outcome.PRUNED:
+            self.pruned += 1
         elif ended.outcome is Outcome.FAILED:
             # Not among the durations: a job that fails at once says nothing about how long the others take.
             self.failures.append(ended)
@@ -129,6 +137,7 @@ class Tally:
             f"{number} {word}"
             for number, word in (
                 (self.completed, "completed"),
+                (self.pruned, "pruned"),
                 (self.failed, "failed"),
                 (self.cancelled, "cancelled"),
                 (self.not_run + (left if self.over else 0), "not run"),
@@ -138,7 +147,7 @@ class Tally:
         ]
         head = f"{count(self.total, 'job')}: {', '.join(counts) or 'nothing to do'} in {duration(self.elapsed)}"
         if self.stopping is not None:
-            finished = self.completed + self.failed
+            finished = self.completed + self.pruned + self.failed
             head += f" (stopped by {self.stopping.signal}: {finished} of {self.total} finished)"
         if self.retries:
             head += f", {count(self.retries, 'attempt')} repeated"

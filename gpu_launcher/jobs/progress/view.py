@@ -31,6 +31,8 @@ def frame(tally: Tally, width: int, height: int) -> list[Text]:
     """
     width = min(width - 1, WIDEST)
     lines = [_header(tally, width), _bar(tally, width)]
+    if tally.facts:
+        lines.append(_facts(tally, width))
     # Comes and goes, so it stands below what stays.
     below = [] if tally.waits is None else [_fit(Text(waits(tally.waits), "yellow"), width)]
     room = min(height - 2 - len(lines) - len(below), MOST_ROWS)
@@ -47,6 +49,8 @@ def _header(tally: Tally, width: int) -> Text:
         text = Text(stopping(tally.stopping, len(tally.running), left), "bold yellow")
         return _spread(text, Text(elapsed), width)
     parts = [(f"{tally.done}/{tally.total} done", "bold")]
+    if tally.pruned:
+        parts.append((f"{tally.pruned} pruned", ""))
     if tally.failed:
         parts.append((f"{tally.failed} failed", "bold red"))
     parts.append((f"{len(tally.running)} running", ""))
@@ -64,7 +68,7 @@ def _header(tally: Tally, width: int) -> Text:
 
 
 def _bar(tally: Tally, width: int) -> Text:
-    good = tally.completed
+    good = tally.completed + tally.pruned
     ends = [good, good + tally.failed, tally.done]
     cells = [width * end // max(1, tally.total) for end in ends]
     if tally.failed and cells[1] == cells[0] and width > 1:  # one failure among thousands is seen all the same
@@ -76,6 +80,14 @@ def _bar(tally: Tally, width: int) -> Text:
     bar.append("━" * (cells[2] - cells[1]), "yellow")
     bar.append("─" * (width - cells[2]), "dim")
     return bar
+
+
+def _facts(tally: Tally, width: int) -> Text:
+    text = Text()
+    for name, value in tally.facts:
+        text.append(f"{_GAP if text else ''}{name} ", "dim")
+        text.append(one_line(value))
+    return _fit(text, width)
 
 
 def _rows(tally: Tally, width: int, room: int) -> list[Text]:

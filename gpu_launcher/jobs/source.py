@@ -1,0 +1,85 @@
+"""Where jobs come from that are not known from the beginning: somebody who decides on the next when there is room."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.model import Device
+
+# What a source says.
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One of the jobs that were asked for."""
+
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class Exhausted:
+    """There are no more jobs, however many were asked for."""
+
+    reason: str | None = None
+    """A line for the user, if there is something to say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """A job is not wanted any more."""
+
+    number: int
+    why: str
+    """A sentence without its subject, which is the job."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """To be passed on to a job. It is dropped if the job does not listen."""
+
+    number: int
+    what: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """A line for the user."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """How the search goes, as `events.Standing` shows it."""
+
+    facts: tuple[tuple[str, str], ...]
+
+
+Statement = Offer | Exhausted | Withdrawn | Reply | Remark | Facts
+
+
+class JobSource(Protocol):
+    """Decides on jobs one by one. No method may block for longer than a display may stand still."""
+
+    def fileno(self) -> int:
+        """Readable when it has something to say."""
+
+    def receive(self) -> list[Statement]:
+        """What it has to say. Raises GpuLauncherError if it is broken, which ends the sweep."""
+
+    def ask(self, count: int) -> None:
+        """Want so many jobs more."""
+
+    def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
+        """The job runs now."""
+
+    def said(self, number: int, what: Any) -> None:
+        """A job that runs said something. What was said before this is not older than what is said after."""
+
+    def ended(self, result: JobResult) -> None:
+        """The job, started or not, ended, and will not run again."""
+
+    def close_in_child(self) -> None:
+        """In a fork of this process: drop what belongs to this process alone."""

@@ -1,0 +1,68 @@
+"""What a job's code can say to whoever asked for the job, and hear from it, over the job's channel.
+
+At most one such conversation exists in a process, from before the program's code runs until the process ends; a process
+forked from the job has a copy, which must not be used.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from gpu_launcher.processes.messages import Answer, ChannelClosedError, Said, receive, send
+
+
+@dataclass
+class Conversation:
+    """Safe to use from several threads."""
+
+    channel: socket.socket
+    about: Any
+    """What the job's asker gave it along."""
+    process: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def say(self, what: Any) -> bool:
+        """Whether anybody can hear it. False at the end of the sweep, upon which the supervisor ends this process."""
+        with self.lock:
+            try:
+                send(self.channel, Said(what))
+            except ChannelClosedError:
+                return False
+        return True
+
+    def hear(self, patience: float) -> list[Any]:
+        """All that has been answered; waits at most `patience` seconds for the first answer."""
+        answers = []
+        deadline = time.monotonic() + patience
+        with self.lock:
+            poll = select.poll()
+            poll.register(self.channel, select.POLLIN)
+            while poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                deadline = 0.0
+                try:
+                    message, _ = receive(self.channel)
+                except ChannelClosedError:
+                    break
+                assert isinstance(message, Answer), message
+                answers.append(message.what)
+        return answers
+
+
+_current: Conversation | None = None
+
+
+def begin(channel: socket.socket, about: Any) -> None:
+    """In a job's process, before the program's code."""
+    global _current
+    _current = Conversation(channel, about, os.getpid())
+
+
+def current() -> Conversation | None:
+    """This process's; None if it is no job, or was forked from the job, or nobody waits for what it says."""
+    return _current if _current is not None and _current.process == os.getpid() else None
