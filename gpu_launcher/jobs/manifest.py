@@ -24,10 +24,9 @@ from typing import Any
 
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs.events import Event, JobEnded, JobRetried, JobStarted, Outcome, Progress
+from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.source import JobSource, Offer, Statement
-from gpu_launcher.leases import Origin
-from gpu_launcher.processes.linux import start_time
 from gpu_launcher.processes.messages import Report
 
 FORMAT = 1
@@ -118,9 +117,7 @@ class Recorder:
             if launch.lives is False:
                 with suppress(OSError):
                     launch.file.unlink()
-        here = Origin.here()
-        identity = {"pid": os.getpid(), "start": start_time(os.getpid()), "namespace": _namespace()}
-        self._write_whole({**identity, "boot": here.boot, "host": here.machine, "command": command})
+        self._write_whole({**ProcessIdentity.here().to_json(), "command": command})
         self._plan(jobs)
 
     def add(self, job: Job) -> None:
@@ -256,20 +253,15 @@ def read_report(path: Path) -> Report | None:
 def launches_in(directory: Path) -> list[Launch]:
     """Those that have not said that they are done."""
     found = []
-    here = Origin.here()
     for file in sorted((directory / DIRECTORY).glob("launch-*.json")):
         try:
             content = json.loads(file.read_text())
-            pid, host = int(content["pid"]), str(content["host"])
-            lives: bool | None = None
-            if content["boot"] != here.boot:
-                lives = False if host == here.machine else None  # before the last restart, or on another machine
-            elif content["namespace"] == _namespace():
-                lives = start_time(pid) == content["start"]
+            identity = ProcessIdentity.from_json(content)
             command = str(content["command"])
         except (OSError, ValueError, KeyError, TypeError):
             continue  # it died while it wrote this, before any job
-        found.append(Launch(file.stem.removeprefix("launch-"), file, pid, host, command, lives))
+        id = file.stem.removeprefix("launch-")
+        found.append(Launch(id, file, identity.pid, identity.host, command, identity.lives()))
     return found
 
 
@@ -339,10 +331,3 @@ def _take(event: dict[str, Any], entries: dict[int, Entry]) -> None:
         ended = {"ended": time, "message": event["message"], "log": event["log"] or entry.log}
         entry = replace(entry, state=State(event["outcome"]), **ended)
     entries[number] = entry
-
-
-def _namespace() -> str:
-    """Of process ids: in another one, as in another container, they mean other processes."""
-    with suppress(OSError):
-        return str(Path("/proc/self/ns/pid").readlink())
-    return ""

@@ -1,0 +1,57 @@
+"""Which process something belongs to, told so that others can say later whether it lives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_launcher.leases import Origin
+from gpu_launcher.processes.linux import start_time
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessIdentity:
+    """A process id alone would be another process's later on."""
+
+    pid: int
+    start: int | None
+    """When it was started, as the kernel counts; None if it has ended."""
+    namespace: str
+    """In another one, as in another container, process ids mean other processes."""
+    boot: str
+    host: str
+
+    @classmethod
+    def here(cls) -> ProcessIdentity:
+        """This process's own."""
+        origin = Origin.here()
+        return cls(os.getpid(), start_time(os.getpid()), _namespace(), origin.boot, origin.machine)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> ProcessIdentity:
+        """Of what `to_json` returned. Raises KeyError, TypeError or ValueError for anything else."""
+        start = content["start"]
+        return cls(int(content["pid"]), start, str(content["namespace"]), str(content["boot"]), str(content["host"]))
+
+    def to_json(self) -> dict[str, Any]:
+        """Names and values that JSON has."""
+        return asdict(self)
+
+    def lives(self) -> bool | None:
+        """Whether it does; None if that cannot be known from here."""
+        here = Origin.here()
+        if self.boot != here.boot:
+            return False if self.host == here.machine else None  # before the last restart, or on another machine
+        if self.namespace != _namespace():
+            return None
+        return start_time(self.pid) == self.start
+
+
+def _namespace() -> str:
+    with suppress(OSError):
+        return str(Path("/proc/self/ns/pid").readlink())
+    return ""
