@@ -27,6 +27,13 @@ def check_file(file: Path) -> None:
 
     Its contents are not read: closing a file drops all locks that SQLite has on it in this process (fcntl(2)).
     """
+    try:
+        _check_file(file)
+    except OSError as error:
+        raise explained(file, error) from error
+
+
+def _check_file(file: Path) -> None:
     name = str(file)
     if file.is_dir():
         raise StorageError(name, f"is a directory: name a file in it, such as {file / 'study.db'}")
@@ -105,7 +112,7 @@ def make_ready(file: Path, tables: frozenset[str]) -> None:
             (mode,) = database.execute("PRAGMA journal_mode = WAL").fetchone()
             return str(mode)
 
-        # SQLite does not wait here: two that read, and both would write, could wait for ever.
+        # SQLite waits for one that reads, and not for one that writes.
         mode = _patiently(switch, sqlite3.OperationalError, lambda error: "locked" in str(error))
     if mode != "wal":
         raise StorageError(
@@ -147,6 +154,7 @@ def explained(file: Path, error: Exception) -> StorageError:
         "disk is full": "the disk is full: free some space, or name a file elsewhere",
         "readonly": f"cannot be written by user {os.geteuid()}: {modes}",
         "unable to open": f"cannot be opened by user {os.geteuid()}: {modes}",
+        "Permission denied": f"cannot be reached by user {os.geteuid()}: check the modes of the directories above it",
         "disk I/O error": "the disk reports an error: see `dmesg`, and take a copy to another disk",
     }
     found = next((problem for words, problem in problems.items() if words in text), None)

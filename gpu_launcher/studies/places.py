@@ -95,7 +95,9 @@ def without_password(url: str) -> str:
 
 def unknown_scheme(url: str) -> str:
     """Say what may have been meant by a URL of a database that nobody knows."""
-    scheme = url.partition("://")[0].partition("+")[0]
+    scheme, _, driver = url.partition("://")[0].partition("+")
+    if driver and scheme in KNOWN:
+        return f"there is no database {scheme!r} with the driver {driver!r}: write {scheme}://, or name another driver"
     meant = get_close_matches(scheme, KNOWN, 1)
     return f"there is no database {scheme!r}: " + (
         f"is it {meant[0]}://?" if meant else f"a URL begins with {', '.join(KNOWN[:4])} or the like"

@@ -1,7 +1,7 @@
 """Where a study is kept. The only file that knows SQLAlchemy.
 
 Optuna on SQLite, as it is, lets parallel programs run one trial twice: it reads a trial's state `FOR UPDATE`, words
-that SQLAlchemy leaves out for SQLite. So a transaction that begins with such a statement is begun with `BEGIN IMMEDIATE`,
+that SQLAlchemy leaves out for SQLite. So a transaction that begins with such a statement begins with `BEGIN IMMEDIATE`,
 which is the nearest that SQLite has. Only there: begun so, or begun at all, everywhere, transactions of Optuna's that
 read first and write later fail or wait for each other.
 """
@@ -146,7 +146,7 @@ def _elsewhere(url: str) -> RDBStorage:
         ) from error
     except (KeyError, IndexError, ValueError) as error:
         raise StorageError(
-            name, f"is no URL that Optuna can read ({error!r}): double each brace, and write numbers for the port"
+            name, "is no URL that Optuna can read: double each brace, and write a number for the port"
         ) from error
     except (SQLAlchemyError, StorageInternalError) as error:
         said = (str(_cause(error)).strip() or repr(error)).splitlines()[0]
