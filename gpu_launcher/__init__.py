@@ -1,1 +1,20 @@
 """Run many experiments on the GPUs one has. The public names, nothing else."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gpu_launcher.studies.storage import storage
+else:
+    # Imported when first used: a program that only runs jobs does not pay for Optuna.
+    _HOMES = {"storage": "gpu_launcher.studies.storage"}
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_HOMES[name]), name)
+
+
+__all__ = ["storage"]

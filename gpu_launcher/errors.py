@@ -41,6 +41,21 @@ class PoolDirectoryError(GpuLauncherError):
         return f"pool directory {self.directory}: {self.problem}"
 
 
+class StorageError(GpuLauncherError):
+    """The place where a study is kept cannot be used (no database, wrong URL, missing driver, network file system).
+
+    `storage` is the URL or path as the user wrote it, without its password.
+    """
+
+    def __init__(self, storage: str, problem: str) -> None:
+        super().__init__(storage, problem)
+        self.storage = storage
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"storage {self.storage}: {self.problem}"
+
+
 class RequestError(GpuLauncherError):
     """A request that the pool can never grant, such as more devices than it has."""
 

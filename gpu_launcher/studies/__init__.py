@@ -1,0 +1,1 @@
+"""Optuna's part: where a study is kept."""

@@ -1,0 +1,227 @@
+"""Where a study is kept. The only file that knows SQLAlchemy.
+
+Optuna on SQLite, as it is, lets parallel programs run one trial twice: it reads a trial's state `FOR UPDATE`, words
+that SQLAlchemy leaves out for SQLite. So a transaction that begins with such a statement begins with `BEGIN IMMEDIATE`,
+which is the nearest that SQLite has. Only there: begun so, or begun at all, everywhere, transactions of Optuna's that
+read first and write later fail or wait for each other.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.storages._cached_storage import _CachedStorage
+from optuna.storages._rdb import models
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from gpu_launcher.errors import StorageError
+from gpu_launcher.leases.directory import MOUNTINFO
+from gpu_launcher.studies.connections import close_before_forks, connect
+from gpu_launcher.studies.files import check_file, check_local, explained, make_ready, opening
+from gpu_launcher.studies.places import JournalFile, SQLiteFile, place_of, unknown_scheme, without_password
+
+TABLES = frozenset(models.BaseModel.metadata.tables) | {"alembic_version"}
+DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
+"""What to install, by the module that is missing, where the names differ."""
+AT_ONCE = 200
+"""Trials in one statement: a database takes a limited number of parameters, the oldest SQLite 999."""
+
+
+def storage(url: str | os.PathLike[str] | BaseStorage | None, *, mountinfo: Path = MOUNTINFO) -> BaseStorage:
+    """Return what `optuna.create_study(storage=...)`, `optuna.load_study` or optuna-dashboard take as a storage.
+
+    - `sqlite:///study.db`, or the path of a file that ends in .db, .sqlite or .sqlite3: a SQLite file, made if need
+      be, in WAL mode (which stays with the file), for many processes of one machine at once. Enqueued trials are
+      given out once each. A transaction waits a minute for others. A power failure may cost the last transactions.
+    - `journal:///study.log`: Optuna's journal file, with its own lock.
+    - any other URL, such as `postgresql://`: as Optuna does it.
+    - a storage: itself, as it is. An `RDBStorage` on SQLite that was made by others has none of the above.
+    - None: in memory, as Optuna does it.
+
+    Optuna caches in front of it what no longer changes, for each study that is created or loaded.
+
+    Raises StorageError, which says what to do, for what cannot be used: a SQLite file on a network file system, no
+    database or another application's, a URL with a typo, a driver that is not installed.
+
+    Pickled, it opens the same file again. A process forked later opens connections of its own to a SQLite file, and is
+    refused with StorageError where another thread used the storage during the fork. Not promised: a study object, whose
+    cache has locks, that another thread used during the fork; and SQLite files that are moved or replaced while in use.
+
+    `mountinfo` is for tests.
+    """
+    if url is None:
+        return InMemoryStorage()
+    if isinstance(url, BaseStorage):
+        return url
+    if not isinstance(url, (str, os.PathLike)) or not isinstance(os.fspath(url), str):
+        raise StorageError(repr(url), "is neither a URL nor a path nor an Optuna storage: write sqlite:///study.db")
+    place = place_of(url)
+    if isinstance(place, SQLiteFile):
+        check_file(place.path)
+        check_local(place.path, mountinfo)
+        return SQLiteStorage(place.path)
+    if isinstance(place, JournalFile):
+        check_file(place.path)
+        return _journal(place.path)
+    return _elsewhere(place.url)
+
+
+class SQLiteStorage(RDBStorage):
+    """Optuna's, on one SQLite file, with the locking that it has on other databases. Made by `storage`."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        # The connections are made by `connect`. The URL is for those who look; Optuna takes it for a format string.
+        url = f"sqlite:///{file}".replace("{", "{{").replace("}", "}}")
+        try:
+            with opening(file):
+                make_ready(file, TABLES)
+                super().__init__(url, engine_kwargs={"creator": partial(connect, file)})
+        except (SQLAlchemyError, StorageInternalError, sqlite3.Error, OSError) as error:
+            raise explained(file, _cause(error)) from error
+        except RuntimeError as error:
+            raise _incompatible(str(file), f"sqlite:///{file}", error) from error
+        sa.event.listen(self.engine, "before_execute", _begin_immediate)
+        close_before_forks(self.engine)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._file,)
+
+
+def _begin_immediate(connection: sa.Connection, statement: object, *others: object) -> None:
+    """Before a statement that is meant to lock what it reads: take SQLite's one lock for writing, or wait for it."""
+    if getattr(statement, "_for_update_arg", None) is None:
+        return
+    driver = connection.connection.dbapi_connection
+    if isinstance(driver, sqlite3.Connection) and not driver.in_transaction:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _cause(error: BaseException) -> Exception:
+    """The driver's error, from which SQLAlchemy made one, from which Optuna made another."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    found = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    return found if isinstance(found, Exception) else RuntimeError(str(found))
+
+
+def _incompatible(name: str, url: str, error: RuntimeError) -> StorageError:
+    """Another version of Optuna made the tables: its message says which, and what to do."""
+    return StorageError(name, str(error).replace("$STORAGE_URL", url))
+
+
+def _journal(file: Path) -> JournalStorage:
+    try:
+        return JournalStorage(JournalFileBackend(str(file)))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StorageError(str(file), "is no journal of Optuna's: name another file, or remove this one") from error
+    except OSError as error:
+        raise explained(file, error) from error
+
+
+def _elsewhere(url: str) -> RDBStorage:
+    name = without_password(url)
+    try:
+        made = RDBStorage(url)
+    except NoSuchModuleError as error:
+        raise StorageError(name, unknown_scheme(url)) from error
+    except ArgumentError as error:
+        raise StorageError(name, "is no URL: write database://user:password@host:port/name") from error
+    except ImportError as error:
+        module = getattr(_cause(error), "name", None) or "its driver"
+        raise StorageError(
+            name, f"{module} is not installed, which this URL needs: pip install '{DRIVERS.get(module, module)}'"
+        ) from error
+    except (KeyError, IndexError, ValueError) as error:
+        raise StorageError(
+            name, "is no URL that Optuna can read: double each brace, and write a number for the port"
+        ) from error
+    except (SQLAlchemyError, StorageInternalError) as error:
+        said = (str(_cause(error)).strip() or repr(error)).splitlines()[0]
+        raise StorageError(
+            name,
+            f"the database cannot be used ({said}): check that it runs and exists, and host, port, user and password",
+        ) from error
+    except RuntimeError as error:
+        raise _incompatible(name, name, error) from error
+    close_before_forks(made.engine)
+    return made
+
+
+def store_reports(storage: BaseStorage, reports: Mapping[int, Mapping[int, float]]) -> set[int]:
+    """Store intermediate values, `{trial id: {step: value}}`, and return the ids of trials that take none.
+
+    Those are trials that do not run any more (told, failed from a dashboard, deleted with their study), or not yet. A
+    value replaces an earlier one of the same step. On a relational database this is one transaction, all or nothing,
+    whose locks it holds for milliseconds; on others as many as there are values.
+
+    Raises what Optuna raises for a database that fails: optuna.exceptions.StorageInternalError.
+    """
+    backend = storage._backend if isinstance(storage, _CachedStorage) else storage
+    given = {trial: steps for trial, steps in reports.items() if steps}
+    if not isinstance(backend, RDBStorage):
+        return {trial for trial, steps in given.items() if not _stored_one_by_one(backend, trial, steps)}
+    skipped: set[int] = set()
+    try:
+        with Session(backend.engine) as session, session.begin():
+            for some in _portions(sorted(given)):
+                skipped |= _store(session, {trial: given[trial] for trial in some})
+    except SQLAlchemyError as error:
+        raise StorageInternalError(f"the reports of {len(given)} trials cannot be stored: {error}") from error
+    return skipped
+
+
+def _store(session: Session, reports: Mapping[int, Mapping[int, float]]) -> set[int]:
+    trial, report = models.TrialModel, models.TrialIntermediateValueModel
+    # Locked in one order by everybody, and until the end: nobody tells these trials meanwhile.
+    states = sa.select(trial.trial_id, trial.state).where(trial.trial_id.in_(reports)).order_by(trial.trial_id)
+    running = {number for number, state in session.execute(states.with_for_update()) if state == TrialState.RUNNING}
+    steps = {step for number in running for step in reports[number]}
+    replaced = []
+    for some in _portions(sorted(steps)):
+        earlier = sa.select(report.trial_intermediate_value_id, report.trial_id, report.step).where(
+            report.trial_id.in_(running), report.step.in_(some)
+        )
+        replaced += [key for key, number, step in session.execute(earlier) if step in reports[number]]
+    for keys in _portions(replaced):
+        session.execute(sa.delete(report).where(report.trial_intermediate_value_id.in_(keys)))
+    rows = []
+    for number in sorted(running):
+        for step, value in reports[number].items():
+            stored, kind = report.intermediate_value_to_stored_repr(value)
+            rows.append(
+                {"trial_id": number, "step": step, "intermediate_value": stored, "intermediate_value_type": kind}
+            )
+    if rows:
+        session.execute(sa.insert(report), rows)
+    return set(reports) - running
+
+
+def _stored_one_by_one(storage: BaseStorage, trial: int, steps: Mapping[int, float]) -> bool:
+    """Whether the trial takes reports."""
+    try:
+        if storage.get_trial(trial).state != TrialState.RUNNING:
+            return False
+        for step, value in steps.items():
+            storage.set_trial_intermediate_value(trial, step, value)
+    except (KeyError, UpdateFinishedTrialError):
+        return False
+    return True
+
+
+def _portions(numbers: Iterable[int]) -> Iterator[list[int]]:
+    rest = iter(numbers)
+    while portion := list(islice(rest, AT_ONCE)):
+        yield portion
