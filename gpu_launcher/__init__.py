@@ -5,11 +5,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from gpu_launcher.studies.reporting import report
+
 if TYPE_CHECKING:
     from gpu_launcher.studies.storage import storage
+    from gpu_launcher.studies.trial import current_trial
 else:
     # Imported when first used: a program that only runs jobs does not pay for Optuna.
-    _HOMES = {"storage": "gpu_launcher.studies.storage"}
+    _HOMES = {
+        "storage": "gpu_launcher.studies.storage",
+        "current_trial": "gpu_launcher.studies.trial",
+    }
 
     def __getattr__(name: str) -> object:
         if name not in _HOMES:
@@ -17,4 +23,4 @@ else:
         return getattr(import_module(_HOMES[name]), name)
 
 
-__all__ = ["storage"]
+__all__ = ["current_trial", "report", "storage"]

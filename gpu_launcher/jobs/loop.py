@@ -242,9 +242,12 @@ class JobLoop:
         self._announced = dict(faults)
 
     def _ask_source(self) -> None:
-        if self._source is not None and (more := self._machine.wanted - self._asked) > 0:
+        if self._source is None:
+            return
+        if (more := self._machine.wanted - self._asked) > 0:
             self._asked += more
             self._source.ask(more)
+        self._source.tick()
 
     def _on_source(self) -> None:
         assert self._source is not None

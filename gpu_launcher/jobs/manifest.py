@@ -194,6 +194,7 @@ class Planned:
         self.started = source.started
         self.said = source.said
         self.ended = source.ended
+        self.tick = source.tick
         self.close_in_child = source.close_in_child
 
     def receive(self) -> list[Statement]:

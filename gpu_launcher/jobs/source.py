@@ -81,5 +81,8 @@ class JobSource(Protocol):
     def ended(self, result: JobResult) -> None:
         """The job, started or not, ended, and will not run again."""
 
+    def tick(self) -> None:
+        """Called at least a few times a second."""
+
     def close_in_child(self) -> None:
         """In a fork of this process: drop what belongs to this process alone."""

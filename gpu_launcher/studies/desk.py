@@ -1,0 +1,440 @@
+"""Asking and telling: what one sweep does with one study. Whoever has the desk has the study; nothing here waits.
+
+Each trial that is asked for is told exactly once, and has an owner from the moment it exists: the launching program,
+named so that anybody can say later whether it lives. A trial of a dead owner is settled by the next sweep on the study.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import optuna
+from optuna.samplers import GridSampler
+from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from gpu_launcher.errors import GpuLauncherError
+from gpu_launcher.jobs.identity import ProcessIdentity
+from gpu_launcher.studies.pruning import verdicts
+from gpu_launcher.studies.storage import store_reports
+
+OWNER = "gpu_launcher:owner"
+"""User attribute: the ProcessIdentity of the program that launched the trial's job."""
+JOB = "gpu_launcher:job"
+"""User attribute: directory, log, devices, and when it began and ended (seconds since the epoch)."""
+RETRY_OF = "gpu_launcher:retry_of"
+"""User attribute: the numbers of the trials with these parameters that were lost, in order."""
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+class StudyError(GpuLauncherError):
+    """A study that this sweep cannot work on. The message says why, and what to do."""
+
+
+class How(str, Enum):
+    """How a trial ended."""
+
+    COMPLETE = "complete"
+    PRUNED = "pruned"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+    """The sweep was stopped. It is queued again, for whoever goes on with the study."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What is told of a trial."""
+
+    how: How
+    values: tuple[float, ...] = ()
+    message: str | None = None
+    """Why it did not complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """When to stop asking. None means never for that reason."""
+
+    n_trials: int | None = None
+    """Trials that this sweep asks for."""
+    total_trials: int | None = None
+    """Trials of the study that completed, were pruned, or run, and those of this sweep that failed."""
+    timeout: float | None = None
+    """Seconds from the opening of the desk."""
+    patience: int | None = None
+    """Trials that completed without improving the best value."""
+    max_failure_rate: float | None = None
+    """Part of this sweep's trials that may fail, of `FEW` or more."""
+
+
+FEW = 10
+"""So many trials must have ended before a rate of failures means anything, unless it is to be 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A trial to run."""
+
+    trial: FrozenTrial
+    """As it is at the beginning: its parameters, distributions and attributes."""
+    spec: list[str]
+    """What `define` made of it, such as a list of overrides."""
+    study: str
+    prunes: bool
+    """Whether it is any use to ask for a verdict on its reports."""
+    objectives: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exhausted:
+    """There are no more trials."""
+
+    reason: str | None
+    """Unless it is what one expects."""
+    failed: bool = False
+    """Whether the sweep is to end as a failure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """One of the best trials of a study."""
+
+    number: int
+    values: list[float]
+    params: dict[str, Any]
+    directory: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What came of it."""
+
+    study: str
+    best: list[Best]
+    """The best trial, or for several objectives the Pareto front; empty if none completed."""
+    states: dict[str, int]
+    """How many trials of the study are in each state, by Optuna's name for it."""
+    first_failure: str | None
+
+
+@dataclass
+class _Sampling:
+    count: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Desk:
+    """See the module. `define` turns a trial into what its job is called with, and suggests its parameters."""
+
+    study: optuna.Study
+    define: Callable[[optuna.Trial], list[str]]
+    bounds: Bounds
+    identity: ProcessIdentity
+    clock: Callable[[], float] = time.monotonic
+    wall_clock: Callable[[], float] = time.time
+    running: dict[int, int] = field(default_factory=dict)
+    """Ids of this sweep's trials that have not been told, by number."""
+
+    def __post_init__(self) -> None:
+        self._opened = self.clock()
+        self._asked = 0
+        self._ended: Counter[How] = Counter()
+        self._exhausted = False
+        """The sampler has said so."""
+        self._sampling = _Sampling()
+        self._jobs: dict[int, dict[str, Any]] = {}
+        self._first_failure: str | None = None
+        self._prunes = not isinstance(self.study.pruner, optuna.pruners.NopPruner)
+
+    # Before the first trial
+
+    def settle(self, most_retries: int) -> list[str]:
+        """Fail the trials that dead sweeps left running, and queue each again, up to so many times.
+
+        Returns what was done, as lines for the user. Trials whose owner lives, may live, or is unknown are left alone.
+        """
+        lost = [trial for trial in self._trials(TrialState.RUNNING) if self._is_stale(trial)]
+        failed, queued = 0, 0
+        for trial in lost:
+            if self._fail(trial._trial_id, "its sweep ended without telling"):
+                failed += 1
+                queued += self._queue_again(trial, most_retries)
+        if not failed:
+            return []
+        again = f", and {queued} of them queued again" if queued else ""
+        return [f"{failed} trial(s) that a dead sweep had left running marked as failed{again}"]
+
+    def enqueue(self, points: Sequence[Mapping[str, Any]]) -> None:
+        """Try these parameters first, unless the study has them already."""
+        for point in points:
+            self.study.enqueue_trial(dict(point), skip_if_exists=True)
+
+    @property
+    def expected(self) -> int | None:
+        """How many trials this sweep is going to run, as far as that is known now."""
+        counts = []
+        if self.bounds.n_trials is not None:
+            counts.append(self.bounds.n_trials)
+        if self.bounds.total_trials is not None:
+            counts.append(max(0, self.bounds.total_trials - self._total()))
+        if isinstance(self.study.sampler, GridSampler):
+            counts.append(self._grid_left())
+        return min(counts, default=None)
+
+    # While it goes
+
+    def ask(self) -> Asked | Exhausted:
+        """The next trial. Raises whatever `define` or the sampler raises, and StudyError; no trial is left untold."""
+        if (over := self._over()) is not None:
+            return over
+        began = self.clock()
+        before = set(self._running_ids())
+        try:
+            trial = self.study.ask()
+        except BaseException:
+            for id in self._running_ids() - before:
+                self._fail(id, "it could not be sampled")
+            raise
+        try:
+            spec = self.define(trial)
+        except BaseException as error:
+            self._fail(trial._trial_id, f"it could not be defined: {error}")
+            raise
+        self._asked += 1
+        self.running[trial.number] = trial._trial_id
+        self._sampling.count += 1
+        self._sampling.seconds += self.clock() - began
+        frozen = self._storage.get_trial(trial._trial_id)
+        return Asked(frozen, spec, self.study.study_name, self._prunes, len(self.study.directions))
+
+    def started(self, number: int, devices: Sequence[str], directory: str | None, log: str | None) -> None:
+        """Its job runs now."""
+        job = {"directory": directory, "log": log, "devices": list(devices), "host": self.identity.host}
+        self._jobs[number] = {**job, "started": self.wall_clock()}
+        self._note(number)
+
+    def report(self, reports: Mapping[int, Mapping[int, float]]) -> dict[int, bool]:
+        """Store what trials report, `{number: {step: value}}`; returns which of them are to be pruned.
+
+        Those that are not this desk's, or have been told, are not among them.
+        """
+        ids = {self.running[number]: steps for number, steps in reports.items() if number in self.running}
+        store_reports(self._storage, ids)
+        if not self._prunes:
+            return {number: False for number in reports if number in self.running}
+        return verdicts(self.study, {number: self.running[number] for number in reports if number in self.running})
+
+    def annotate(self, number: int, name: str, value: Any) -> None:
+        """Set a user attribute that a job gave its trial."""
+        if number in self.running:
+            self._set(self.running[number], name, value)
+
+    def tell(self, number: int, ending: Ending) -> None:
+        """End a trial of this desk. Nothing happens to one that somebody else has ended."""
+        id = self.running.pop(number)
+        if number in self._jobs:
+            self._jobs[number]["ended"] = self.wall_clock()
+            if ending.message:
+                self._jobs[number]["message"] = ending.message
+            self._note_by_id(number, id)
+            del self._jobs[number]
+        self._ended[ending.how] += 1
+        if ending.how is How.FAILED and self._first_failure is None:
+            self._first_failure = f"trial {number} {ending.message or 'failed'}"
+        if ending.how in (How.FAILED, How.INTERRUPTED):
+            trial = self._storage.get_trial(id)
+            if self._fail(id, ending.message) and ending.how is How.INTERRUPTED:
+                self._queue_again(trial, None)
+            return
+        state = TrialState.COMPLETE if ending.how is How.COMPLETE else TrialState.PRUNED
+        values = list(ending.values) if state is TrialState.COMPLETE else None
+        self._tell(number, state, values)
+
+    def cancelled(self) -> list[int]:
+        """This desk's trials that somebody else has ended, as from a dashboard."""
+        return [number for number, id in self.running.items() if self._storage.get_trial(id).state.is_finished()]
+
+    def facts(self) -> tuple[tuple[str, str], ...]:
+        """How it goes, for a display."""
+        shown: list[tuple[str, str]] = []
+        best = self.best()
+        if len(self.study.directions) > 1:
+            shown.append(("Pareto front", f"{len(best)} trials"))
+        elif best:
+            (trial, *_) = best
+            params = " ".join(f"{name}={_short(value)}" for name, value in trial.params.items())
+            shown.append(("best", f"{_short(trial.values[0])} (#{trial.number} {params})"))
+        if self._sampling.count:
+            shown.append(("sampler", f"{self._sampling.seconds / self._sampling.count * 1000:.0f} ms per trial"))
+        return tuple(shown)
+
+    # In the end
+
+    def close(self) -> Summary:
+        """Tell whatever has not been told, and say what came of it."""
+        for number in list(self.running):
+            self.tell(number, Ending(How.INTERRUPTED, message="the sweep ended before it did"))
+        states = Counter(trial.state.name.lower() for trial in self._trials())
+        return Summary(self.study.study_name, self.best(), dict(states), self._first_failure)
+
+    def best(self) -> list[Best]:
+        """The best trial, or the Pareto front."""
+        if len(self.study.directions) > 1:
+            trials = self.study.best_trials
+        else:
+            try:
+                trials = [self.study.best_trial]
+            except ValueError:  # no trial has completed
+                trials = []
+        return [
+            Best(trial.number, list(trial.values), dict(trial.params), trial.user_attrs.get(JOB, {}).get("directory"))
+            for trial in trials
+        ]
+
+    # How
+
+    @property
+    def _storage(self) -> BaseStorage:
+        return self.study._storage
+
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        return self._storage.get_all_trials(self.study._study_id, deepcopy=False, states=states or None)
+
+    def _running_ids(self) -> set[int]:
+        mine = self.identity.to_json()
+        return {t._trial_id for t in self._trials(TrialState.RUNNING) if t.user_attrs.get(OWNER) == mine}
+
+    def _over(self) -> Exhausted | None:
+        bounds, failed, ended = self.bounds, self._ended[How.FAILED], self._ended.total()
+        if bounds.n_trials is not None and self._asked >= bounds.n_trials:
+            return Exhausted(None)
+        if bounds.timeout is not None and self.clock() - self._opened >= bounds.timeout:
+            return Exhausted("no more trials are asked for: the timeout is over")
+        if self._exhausted:
+            return Exhausted("no more trials are asked for: every combination has been tried")
+        if isinstance(self.study.sampler, GridSampler) and not self._grid_left():
+            return Exhausted(None)
+        if bounds.total_trials is not None and self._total() >= bounds.total_trials:
+            return Exhausted(None)
+        if bounds.max_failure_rate is not None and failed:
+            few = ended < FEW and bounds.max_failure_rate > 0
+            if not few and failed / ended > bounds.max_failure_rate:
+                reason = f"no more trials are asked for: {failed} of {ended} failed"
+                return Exhausted(f"{reason}, more than max_failure_rate={bounds.max_failure_rate} lets", failed=True)
+        if bounds.patience is not None and (since := self._since_best()) >= bounds.patience:
+            return Exhausted(f"no more trials are asked for: {since} completed without improving on the best")
+        return None
+
+    def _total(self) -> int:
+        return len(self._trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)) + self._ended[How.FAILED]
+
+    def _grid_left(self) -> int:
+        """Combinations that have not been tried and are not being tried."""
+        sampler = self.study.sampler
+        assert isinstance(sampler, GridSampler)
+        tried = self._trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+        return len(sampler._all_grids) - len({t.system_attrs["grid_id"] for t in tried if "grid_id" in t.system_attrs})
+
+    def _since_best(self) -> int:
+        """Trials that completed after the best one did."""
+        done = sorted(self._trials(TrialState.COMPLETE), key=lambda trial: (trial.datetime_complete, trial.number))
+        sign = 1.0 if self.study.direction is StudyDirection.MINIMIZE else -1.0
+        best, since = math.inf, 0
+        for trial in done:
+            value = sign * trial.values[0]
+            since = 0 if value < best else since + 1
+            best = min(best, value)
+        return since
+
+    def _is_stale(self, trial: FrozenTrial) -> bool:
+        owner = trial.user_attrs.get(OWNER)
+        if owner is None:
+            return False  # of a program that is not ours
+        try:
+            identity = ProcessIdentity.from_json(owner)
+        except (KeyError, TypeError, ValueError):
+            return False
+        return identity != self.identity and identity.lives() is False
+
+    def _queue_again(self, trial: FrozenTrial, most: int | None) -> bool:
+        """Queue what a trial would have tried, if it has been lost at most so many times before."""
+        lost = [*trial.user_attrs.get(RETRY_OF, []), trial.number]
+        if most is not None and len(lost) > most:
+            return False
+        params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+        kept = {name: value for name, value in trial.user_attrs.items() if name not in (OWNER, JOB)}
+        self.study.enqueue_trial(params, user_attrs={**kept, RETRY_OF: lost})
+        return True
+
+    def _note(self, number: int) -> None:
+        if number in self.running:
+            self._note_by_id(number, self.running[number])
+
+    def _note_by_id(self, number: int, id: int) -> None:
+        self._set(id, JOB, self._jobs[number])
+
+    def _set(self, id: int, name: str, value: Any) -> None:
+        try:
+            self._storage.set_trial_user_attr(id, name, value)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return  # somebody else has ended it
+
+    def _fail(self, id: int, message: str | None) -> bool:
+        """Whether it had not ended before."""
+        if message is not None:
+            self._set(id, "gpu_launcher:failure", message)
+        try:
+            self._storage.set_trial_state_values(id, TrialState.FAIL)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return False
+        return True
+
+    def _tell(self, number: int, state: TrialState, values: list[float] | None) -> None:
+        try:
+            self.study.tell(number, values, state, skip_if_finished=True)
+        except RuntimeError as error:
+            # The samplers that try every combination call this after they have stored the trial.
+            if "Study.stop" not in str(error):
+                raise
+            self._exhausted = True
+
+
+def own(storage: BaseStorage, identity: ProcessIdentity) -> BaseStorage:
+    """Have every trial that is asked for through `storage` say whose it is, from the moment it exists.
+
+    A program that is killed between asking and saying so would leave a trial that nobody may settle.
+    """
+    create, change = storage.create_new_trial, storage.set_trial_state_values
+    owner = {OWNER: identity.to_json()}
+
+    def create_new_trial(study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        if template_trial is None:
+            template_trial = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=owner)
+        return create(study_id, template_trial)
+
+    def set_trial_state_values(trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        if state is not TrialState.RUNNING:
+            return change(trial_id, state, values)
+        # A queued trial is taken by whoever makes it run first. Who loses the race, or dies in it, has named itself in
+        # vain: the winner names itself again.
+        storage.set_trial_user_attr(trial_id, OWNER, owner[OWNER])
+        taken = change(trial_id, state, values)
+        if taken:
+            storage.set_trial_user_attr(trial_id, OWNER, owner[OWNER])
+        return taken
+
+    storage.create_new_trial = create_new_trial  # type: ignore[method-assign]
+    storage.set_trial_state_values = set_trial_state_values  # type: ignore[method-assign]
+    return storage
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

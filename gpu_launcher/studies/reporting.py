@@ -1,0 +1,23 @@
+"""What a training loop calls at each step. Optuna is imported only in a trial's job."""
+
+from __future__ import annotations
+
+from gpu_launcher.processes import conversation
+
+
+def report(value: float, step: int) -> None:
+    """Tell the study a value on the way, and end this job if the study prunes it.
+
+    Raises optuna.TrialPruned if so; let it pass, and the trial counts as pruned, with its last value. Outside a sweep of
+    `hydra/sweeper=optuna_async` nothing happens. For more see `current_trial`.
+    """
+    if conversation.current() is None:
+        return
+    from optuna import TrialPruned
+
+    from gpu_launcher.studies.trial import current_trial
+
+    trial = current_trial()
+    trial.report(value, step)
+    if trial.should_prune():
+        raise TrialPruned(f"pruned at step {step}")

@@ -1,0 +1,345 @@
+"""A desk in a process of its own, as the source of a loop's jobs.
+
+In the launching program sampling would stop the loop for as long as it takes, and would start the threads of numerical
+libraries, after which the fork server could not be started anew. The process is forked from the program, so that
+whatever the program has, the desk has. It ends with the program.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from gpu_launcher.errors import GpuLauncherError
+from gpu_launcher.jobs import source as s
+from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.model import Device
+from gpu_launcher.processes.linux import die_with_parent, flush_c_streams
+from gpu_launcher.processes.messages import ChannelClosedError, channel, receive, send
+from gpu_launcher.studies.desk import Asked, Desk, Ending, Exhausted, StudyError, Summary
+from gpu_launcher.studies.trial import Attribute, Intermediate, TrialSeen, Verdict
+
+LOOK = 2.0
+"""Seconds between two looks at whether somebody else has ended a trial."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The desk is ready."""
+
+    expected: int | None
+    remarks: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    number: int
+    devices: list[str]
+    directory: str | None
+    log: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    number: int
+    what: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Tell:
+    number: int
+    ending: Ending
+
+
+@dataclass(frozen=True, slots=True)
+class _Close:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    error: GpuLauncherError
+
+
+OpenDesk = Callable[[], tuple[Desk, list[str]]]
+"""Called in the process; returns the desk and lines for the user."""
+
+
+class TrialSource:
+    """See `gpu_launcher.jobs.source.JobSource`."""
+
+    def __init__(
+        self,
+        open_desk: OpenDesk,
+        make_job: Callable[[Asked], Job],
+        ending: Callable[[JobResult, bool], Ending],
+        in_child: Callable[[], None],
+        finish: Callable[[Desk, Summary], list[str]],
+        *,
+        kill_pruned: bool = False,
+    ) -> None:
+        """Start the process. `open` then says whether it could open the study.
+
+        `make_job` makes a trial a job, `ending` says what to tell of a job that ended, of which it is known whether it
+        was ended because it was to be pruned. `in_child` drops, in the process, what belongs to the launching program
+        alone; `finish` is called there in the end, and returns lines for the user. With `kill_pruned` a trial that is
+        to be pruned is ended, whether it asks or not.
+        """
+        self._make_job = make_job
+        self._ending = ending
+        self._kill_pruned = kill_pruned
+        self._pruned: set[int] = set()
+        self._exhausted = False
+        self.failed: str | None = None
+        """Why the search ended as a failure, if it did."""
+        self._backlog: deque[object] = deque()
+        """What could not be sent yet, because the process is busy: it must never be waited for, for it may be waiting
+        for us."""
+        self._channel, theirs = channel()
+        parent = os.getpid()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None and not stream.closed:
+                stream.flush()
+        flush_c_streams()
+        self._pid = os.fork()
+        if self._pid == 0:
+            status = 1
+            try:
+                for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                    signal.signal(signum, signal.SIG_IGN)  # the launching program decides
+                die_with_parent(parent)
+                self._channel.close()
+                in_child()
+                _serve(theirs, open_desk, finish)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        theirs.close()
+
+    def open(self) -> Opened:
+        """Wait until the study is open. Raises what kept it from being opened: GpuLauncherError."""
+        opened = self._receive()
+        assert isinstance(opened, Opened), opened
+        return opened
+
+    def fileno(self) -> int:
+        """See `JobSource`."""
+        return self._channel.fileno()
+
+    def receive(self) -> list[s.Statement]:
+        """See `JobSource`."""
+        message = self._receive()
+        match message:
+            case Asked():
+                return [s.Offer(self._make_job(message))]
+            case Exhausted(reason, failed):
+                if failed:
+                    self.failed = reason
+                self._exhausted = True
+                return [s.Exhausted(reason)]
+            case s.Reply(number, Verdict(prune=True)) if self._kill_pruned:
+                self._pruned.add(number)
+                return [message, s.Withdrawn(number, "was ended because it was to be pruned")]
+            case _:
+                statement: s.Statement = message
+                return [statement]
+
+    def ask(self, count: int) -> None:
+        """See `JobSource`."""
+        if not self._exhausted:
+            self._send(_Ask(count))
+
+    def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
+        """See `JobSource`."""
+        directory = None if log is None else os.path.dirname(log)  # noqa: PTH120
+        self._send(_Started(job.number, [device.label for device in devices], directory, log))
+
+    def said(self, number: int, what: Any) -> None:
+        """See `JobSource`."""
+        self._send(_Heard(number, what))
+
+    def ended(self, result: JobResult) -> None:
+        """See `JobSource`."""
+        self._send(_Tell(result.number, self._ending(result, result.number in self._pruned)))
+
+    def close_in_child(self) -> None:
+        """See `JobSource`."""
+        self._channel.close()
+
+    def close(self) -> tuple[Summary, list[str]]:
+        """Have everything told that has not been, and return what came of it, with lines for the user."""
+        self._send(_Close())
+        poll = select.poll()
+        poll.register(self._channel, select.POLLIN)
+        while True:
+            self.tick()
+            if poll.poll(50 if self._backlog else None):
+                message = self._receive()
+                if isinstance(message, tuple):
+                    summary, remarks = message
+                    os.waitpid(self._pid, 0)
+                    return summary, remarks
+
+    def abandon(self) -> None:
+        """End the process; trials that run are settled by the next sweep on the study."""
+        self._channel.close()
+        os.waitpid(self._pid, 0)
+
+    def tick(self) -> None:
+        """See `JobSource`."""
+        try:
+            while self._backlog:
+                send(self._channel, self._backlog[0], wait=False)
+                self._backlog.popleft()
+        except BlockingIOError:
+            return
+        except ChannelClosedError:
+            raise self._died() from None
+
+    def _send(self, message: object) -> None:
+        self._backlog.append(message)
+        self.tick()
+
+    def _receive(self) -> Any:
+        try:
+            message, _ = receive(self._channel)
+        except ChannelClosedError:
+            raise self._died() from None
+        if isinstance(message, _Failed):
+            raise message.error
+        return message
+
+    def _died(self) -> StudyError:
+        return StudyError(
+            "the process that asks for trials has ended, for the reason it printed, or was killed (`dmesg` may know "
+            "why): run the same command again to go on with the study"
+        )
+
+
+def _serve(channel: socket.socket, open_desk: OpenDesk, finish: Callable[[Desk, Summary], list[str]]) -> None:
+    """Be the process."""
+    try:
+        desk, remarks = open_desk()
+        send(channel, Opened(desk.expected, remarks))
+        clerk = _Clerk(desk, channel)
+        while not clerk.closed:
+            clerk.work()
+        summary = desk.close()
+        send(channel, (summary, finish(desk, summary)))
+    except ChannelClosedError:
+        return  # the launching program has ended, and with it its jobs
+    except GpuLauncherError as error:
+        send(channel, _Failed(error))
+    except Exception as error:  # of a sampler, a storage, or the user's search space: anything
+        traceback.print_exc()
+        send(channel, _Failed(StudyError(f"the search ended: {type(error).__name__}: {error}")))
+
+
+@dataclass
+class _Clerk:
+    """Serves a desk: reports and endings first, then one trial at a time."""
+
+    desk: Desk
+    channel: socket.socket
+    closed: bool = False
+    wanted: int = 0
+    cancelled: set[int] = field(default_factory=set)
+    facts: tuple[tuple[str, str], ...] = ()
+    next_look: float = 0.0
+
+    def work(self) -> None:
+        """Do what there is to do, or wait for it."""
+        messages = self._waiting(0.0 if self.wanted else LOOK)
+        reports: dict[int, dict[int, float]] = {}
+        for message in messages:
+            match message:
+                case _Heard(number, Intermediate(step, value)):
+                    reports.setdefault(number, {})[step] = value
+        self._report(reports)
+        for message in messages:
+            self._take(message)
+        if self.closed:
+            return
+        if self.wanted:
+            self._ask()
+        if (now := self.desk.clock()) >= self.next_look:
+            self.next_look = now + LOOK
+            self._look()
+
+    def _waiting(self, patience: float) -> list[Any]:
+        poll = select.poll()
+        poll.register(self.channel, select.POLLIN)
+        messages = []
+        while poll.poll(patience * 1000):
+            messages.append(receive(self.channel)[0])
+            patience = 0.0
+        return messages
+
+    def _report(self, reports: dict[int, dict[int, float]]) -> None:
+        if not reports:
+            return
+        for number, prune in self.desk.report(reports).items():
+            send(self.channel, s.Reply(number, Verdict(max(reports[number]), prune)))
+
+    def _take(self, message: Any) -> None:
+        match message:
+            case _Ask(count):
+                self.wanted += count
+            case _Started(number, devices, directory, log):
+                self.desk.started(number, devices, directory, log)
+            case _Heard(number, Attribute(name, value)):
+                self.desk.annotate(number, name, value)
+            case _Tell(number, ending):
+                self.desk.tell(number, ending)
+                self._show()
+            case _Close():
+                self.closed = True
+
+    def _ask(self) -> None:
+        answer = self.desk.ask()
+        self.wanted -= 1
+        if isinstance(answer, Exhausted):
+            self.wanted = 0
+        send(self.channel, answer)
+
+    def _show(self) -> None:
+        facts = self.desk.facts()
+        if facts != self.facts:
+            self.facts = facts
+            send(self.channel, s.Facts(facts))
+
+    def _look(self) -> None:
+        for number in self.desk.cancelled():
+            if number not in self.cancelled:
+                self.cancelled.add(number)
+                send(self.channel, s.Withdrawn(number, "was ended because its trial was ended elsewhere"))
+
+
+def seen(asked: Asked) -> TrialSeen:
+    """What a trial's job is told of it."""
+    trial = asked.trial
+    return TrialSeen(
+        number=trial.number,
+        study=asked.study,
+        params=dict(trial.params),
+        distributions=dict(trial.distributions),
+        user_attrs=dict(trial.user_attrs),
+        datetime_start=trial.datetime_start,
+        prunes=asked.prunes,
+        objectives=asked.objectives,
+    )
