@@ -8,8 +8,8 @@ from gpu_launcher.processes import conversation
 def report(value: float, step: int) -> None:
     """Tell the study a value on the way, and end this job if the study prunes it.
 
-    Raises optuna.TrialPruned if so; let it pass, and the trial counts as pruned, with its last value. Outside a sweep of
-    `hydra/sweeper=optuna_async` nothing happens. For more see `current_trial`.
+    Raises optuna.TrialPruned if so; let it pass, and the trial counts as pruned, with its last value. Outside a sweep
+    of `hydra/sweeper=optuna_async` nothing happens. For more see `current_trial`.
     """
     if conversation.current() is None:
         return
