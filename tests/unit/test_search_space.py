@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -23,6 +24,8 @@ from hydra_plugins.optuna_async_sweeper._override_text import override_text
 from hydra_plugins.optuna_async_sweeper._search_space import SearchSpaceError, difference, read_search_space
 
 PARSER = OverridesParser.create()
+BASE: Any = {"version_base": None} if hydra.__version__.startswith("1.3") else {}
+"""Without it Hydra 1.3 warns, and 1.4 with it."""
 
 
 def parsed(override: str) -> Any:
@@ -130,7 +133,7 @@ def config(tmp_path: Path) -> Any:
     GlobalHydra.instance().clear()
 
     def composed(*overrides: str) -> Any:
-        with initialize_config_dir(str(tmp_path), version_base="1.2"):
+        with initialize_config_dir(str(tmp_path), **BASE):
             made = compose("config", overrides=list(overrides))
         return OmegaConf.to_container(made, resolve=True)["x"]  # type: ignore[call-overload, index]
 
