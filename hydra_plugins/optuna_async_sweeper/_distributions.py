@@ -1,0 +1,183 @@
+"""One sweep of Hydra's override grammar as one of Optuna's distributions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+from hydra.core.override_parser.types import (
+    ChoiceSweep,
+    FloatRange,
+    Glob,
+    IntervalSweep,
+    Override,
+    QuotedString,
+    RangeSweep,
+    Sweep,
+)
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from ._override_text import override_text
+
+_MOST_ENUMERATED = 100_000
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A searched parameter. For categoricals, the choices' texts as overrides and their values, in order."""
+
+    distribution: BaseDistribution
+    texts: tuple[str, ...] | None = None
+    values: tuple[Any, ...] = ()
+
+
+def searched(override: Override, options: Sequence[str] | None = None) -> Searched:
+    """What to search for an override that is a sweep; `options` are what a glob matches.
+
+    Raises ValueError with a sentence that ends in the remedy.
+    """
+    sweep = override.value()
+    if isinstance(sweep, Glob):
+        return _glob(options)
+    assert isinstance(sweep, Sweep)
+    _check_tags(sweep)
+    if isinstance(sweep, ChoiceSweep):
+        return _choices([_unquoted(item) for item in sweep.list])
+    if isinstance(sweep, RangeSweep):
+        return _range(sweep)
+    if isinstance(sweep, IntervalSweep):
+        return _interval(sweep)
+    raise ValueError(f"a {type(sweep).__name__} cannot be searched: use choice, range or interval")
+
+
+def on_grid(distribution: FloatDistribution, value: float) -> float:
+    """The value, or the one of the range's that it is but for rounding."""
+    if distribution.step is None or not math.isfinite(value):
+        return value
+    low, step = Decimal(str(distribution.low)), Decimal(str(distribution.step))
+    exact = float(low + round((Decimal(str(value)) - low) / step) * step)
+    return exact if math.isclose(exact, value, rel_tol=1e-9, abs_tol=1e-9 * float(step)) else value
+
+
+def _check_tags(sweep: Sweep) -> None:
+    for tag in sorted(sweep.tags):
+        if tag != "log":
+            raise ValueError(f"the tag {tag!r} is unknown: the one there is is log, as in tag(log, interval(1e-4, 1))")
+        if not isinstance(sweep, IntervalSweep):
+            raise ValueError(
+                "only an interval can be logarithmic: use tag(log, interval(a, b)), for whole numbers "
+                "tag(log, int(interval(a, b)))"
+            )
+
+
+def _glob(options: Sequence[str] | None) -> Searched:
+    if options is None:
+        raise ValueError("there is no config group to look for this glob in: name the choices, as in choice(a,b)")
+    if not options:
+        raise ValueError("no config of the group matches: change the glob, or name the choices, as in choice(a,b)")
+    return _choices(options)
+
+
+def _choices(values: Sequence[Any]) -> Searched:
+    """A categorical.
+
+    Optuna holds only None, bool, int, float and str, and takes 1, True and 1.0 for one. So lists and dictionaries are
+    held as their text, and where two choices would be one, all of them are.
+    """
+    if not values:
+        raise ValueError("there is nothing to choose from: name at least one value, as in choice(a,b)")
+    try:
+        by_text = {override_text(value): value for value in values}  # each once, however often it is named
+    except TypeError:
+        raise ValueError("a sweep among the choices is none: name single values, as in choice(a,b)") from None
+    held = [value if _plain(value) else text for text, value in by_text.items()]
+    if len(set(held)) < len(held):
+        held = list(by_text)
+    return Searched(CategoricalDistribution(held), tuple(by_text), tuple(by_text.values()))
+
+
+def _unquoted(value: Any) -> Any:
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, list):
+        return [_unquoted(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _unquoted(item) for key, item in value.items()}
+    return value
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _interval(sweep: IntervalSweep) -> Searched:
+    low, high = sweep.start, sweep.end
+    assert low is not None
+    assert high is not None
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"from {low} to {high} is no interval: give two finite numbers")
+    if low == high:
+        raise ValueError(f"the interval from {low} to {high} has no size: give two bounds, or fix the value")
+    if low > high:
+        raise ValueError(f"the interval from {low} to {high} is reversed: write interval({high}, {low})")
+    log = "log" in sweep.tags
+    if log and low <= 0:
+        raise ValueError(f"a logarithmic interval cannot start at {low}: give a lower bound above 0, or leave out log")
+    if isinstance(low, int) and isinstance(high, int):
+        return Searched(IntDistribution(low, high, log=log))
+    return Searched(FloatDistribution(low, high, log=log))
+
+
+def _range(sweep: RangeSweep) -> Searched:
+    """Hydra's range, whose stop is not part of it; float ones by decimal arithmetic, as Hydra 1.4 does it."""
+    assert sweep.start is not None
+    assert sweep.stop is not None
+    if not all(math.isfinite(number) for number in (sweep.start, sweep.stop, sweep.step)):
+        raise ValueError("a range needs finite numbers: give them, or use an interval")
+    if sweep.step == 0:
+        raise ValueError("a range with step 0 has no end: give another step, or use an interval")
+    start, stop, step = (Decimal(str(number)) for number in (sweep.start, sweep.stop, sweep.step))
+    count = math.ceil((Fraction(stop) - Fraction(start)) / Fraction(step))
+    if count <= 0:
+        raise ValueError(f"the range from {start} to {stop} by {step} is empty: turn the bounds around, or the step")
+    last = start + (count - 1) * step
+    low, high, step = min(start, last), max(start, last), abs(step)
+    whole = all(isinstance(number, int) for number in (sweep.start, sweep.stop, sweep.step))
+    # Hydra 1.3 casts bounds and step, 1.4 each value: casts that keep the grid give a range on both, others choices.
+    for cast in getattr(sweep, "transformers", ()):
+        name = getattr(cast, "__name__", "")
+        if not (name == "cast_float" or (name == "cast_int" and whole)):
+            return _choices(_enumerated(sweep, count))
+        whole = name == "cast_int"
+    if whole:
+        return Searched(IntDistribution(int(low), int(high), step=int(step)))
+    if not _exact_in_floats(low, high, step):
+        return _choices([float(low + i * step) for i in range(_enumerable(count))])
+    return Searched(FloatDistribution(float(low), float(high), step=float(step)))
+
+
+def _enumerated(sweep: RangeSweep, count: int) -> list[Any]:
+    _enumerable(count)
+    values: Any = sweep.range()
+    if isinstance(values, FloatRange):
+        values = list(values)
+    for cast in getattr(sweep, "transformers", ()):
+        values = [cast(value) for value in values]
+    return list(values)
+
+
+def _enumerable(count: int) -> int:
+    if count > _MOST_ENUMERATED:
+        raise ValueError(f"a range of {count} such values cannot be searched: use a larger step, or an interval")
+    return count
+
+
+def _exact_in_floats(low: Decimal, high: Decimal, step: Decimal) -> bool:
+    """Whether Optuna, which takes floats, would search the same numbers."""
+    if any(Decimal(str(float(number))) != number for number in (low, high, step)):
+        return False
+    return low == high or float(step) >= max(math.ulp(float(low)), math.ulp(float(high)))

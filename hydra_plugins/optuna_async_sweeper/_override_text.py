@@ -1,0 +1,59 @@
+"""Values as text that Hydra's override parser reads back unchanged, in value and type."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+_BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
+_READ_AS_OTHERS = ("null", "true", "false", "inf", "nan")
+_ESCAPED_IN_KEYS = re.compile(r"([\\()\[\]{}:=, \t])")
+
+
+def override_text(value: Any) -> str:
+    """The text of a value behind the `=` of an override.
+
+    Takes None, bool, int, float (also numpy's), str, and lists and mappings of them. What OmegaConf does with a string
+    that it finds in a config stays as it is: `${x}` is an interpolation, and `???` a missing value.
+    Raises TypeError for other types.
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return _string(value)
+    if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):
+        return "true" if value else "false"
+    if isinstance(value, Integral):
+        return str(int(value))
+    if isinstance(value, Real):
+        return repr(float(value))
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{_key(key)}:{override_text(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, Sequence):
+        return "[" + ",".join(map(override_text, value)) + "]"
+    raise TypeError(f"{value!r} of type {type(value).__name__} has no form as an override")
+
+
+def _string(text: str) -> str:
+    if _BARE.fullmatch(text) and text.lower() not in _READ_AS_OTHERS:
+        return text
+    return _quote(text)
+
+
+def _quote(text: str) -> str:
+    r"""Quote so that Hydra's lexer finds the end, and its parser the text.
+
+    To both, a backslash is one like any other character, unless a quote follows: the closing one, or one in the text.
+    Before those the backslashes are halved, and so have to be doubled here; `a\b` stays `'a\b'`.
+    """
+    quote = '"' if "'" in text and '"' not in text else "'"
+    within = re.sub(rf"(\\*){quote}", lambda found: found[1] * 2 + "\\" + quote, text)
+    trailing = len(within) - len(within.rstrip("\\"))
+    return quote + within + "\\" * trailing + quote
+
+
+def _key(key: Any) -> str:
+    """A key of a mapping; the grammar has no quotes there."""
+    return _ESCAPED_IN_KEYS.sub(r"\\\1", key) if isinstance(key, str) else override_text(key)

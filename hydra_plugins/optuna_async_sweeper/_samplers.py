@@ -1,0 +1,238 @@
+"""From `hydra.sweeper.sampler` to one of Optuna's samplers, and why it is that one."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import optuna
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler
+
+from gpu_launcher.errors import OptionError
+
+from ._classes import Family, own_options, plain
+
+if TYPE_CHECKING:
+    from ._search_space import SearchSpace
+
+OPTION = "hydra.sweeper.sampler"
+_NAMES = {
+    "auto": "auto",
+    "tpe": "TPESampler",
+    "gp": "GPSampler",
+    "random": "RandomSampler",
+    "cmaes": "CmaEsSampler",
+    "nsgaii": "NSGAIISampler",
+    "nsgaiii": "NSGAIIISampler",
+    "qmc": "QMCSampler",
+    "grid": "GridSampler",
+    "bruteforce": "BruteForceSampler",
+    "partial_fixed": "PartialFixedSampler",
+}
+_SAMPLERS: Family[BaseSampler] = Family(
+    OPTION, BaseSampler, optuna.samplers, _NAMES, ("independent_sampler", "base_sampler")
+)
+_PACKAGES = {"CmaEsSampler": ("cmaes",), "GPSampler": ("torch", "scipy"), "QMCSampler": ("scipy",)}
+_TPE = {"multivariate": True, "constant_liar": True}
+_OFFICIAL = "optuna_sweeper"
+"""How hydra-optuna-sweeper signs what it stores."""
+
+GP_TRIALS = 300
+"""The GP sampler fits to all finished trials at each ask. On one core that takes 2 s with 300 of them, and 3 s with 500
+(Optuna 5.0, 7 parameters, measured): more than a short job takes, and TPE has caught up by then."""
+GP_PARAMETERS = 20
+"""Above, distances between points say little, and Gaussian processes are known to do no better than TPE."""
+MOST_GRID_POINTS = 1_000_000
+
+
+def make_sampler(
+    node: object,
+    *,
+    choice: str | None,
+    space: SearchSpace,
+    directions: Sequence[str],
+    n_trials: int | None,
+    seed: int | None = None,
+) -> tuple[BaseSampler, str]:
+    """The sampler, and one sentence for the log: which one, and why.
+
+    `node` is a name (`tpe`, `TPESampler`), None for `auto`, a mapping with `name` or `_target_` and options, or a
+    sampler. `choice` is the chosen name of the config group hydra/sweeper/sampler: a node of the official plugin's is
+    read as that name, with the options that are not the official defaults. `n_trials` None means without end. `seed`
+    goes to samplers that take one, unless the node has its own. Raises OptionError.
+    """
+    node = plain(node)
+    if isinstance(node, functools.partial):  # Hydra 1.3 makes one of `_partial_: true` where it instantiates the node
+        node = {"_target_": f"{node.func.__module__}.{getattr(node.func, '__name__', '')}", **node.keywords}
+    if isinstance(node, BaseSampler):
+        return node, f"Sampler: {type(node).__name__}, as given"
+    name, options = _read(node, choice)
+    if name is None:
+        assert isinstance(node, Mapping)
+        cls = _SAMPLERS.class_of(str(node["_target_"]))
+        sampler = _made(cls, options, space, seed) if cls and "_args_" not in node else _from_target(node)
+        return sampler, f"Sampler: {type(sampler).__name__}, by its _target_"
+    if name == "auto":
+        return _auto(options, space, directions, n_trials, seed)
+    cls = _SAMPLERS.find(name)
+    if cls is optuna.samplers.TPESampler:
+        options = {**_TPE, **{option: value for option, value in options.items() if value is not None}}
+    sampler = _made(cls, options, space, seed)
+    return sampler, f"Sampler: {cls.__name__}{_kind(cls, options)}, as {OPTION} says"
+
+
+def grid_size(space: SearchSpace) -> int:
+    """How many combinations there are. Raises OptionError where there is no end of them."""
+    return math.prod(_size(key, distribution) for key, distribution in space.distributions.items())
+
+
+def _read(node: object, choice: str | None) -> tuple[str | None, dict[str, Any]]:
+    """Name and options. The name is None for a `_target_`."""
+    if node is None:
+        return "auto", {}
+    if isinstance(node, str):
+        return node, {}
+    if not isinstance(node, Mapping):
+        raise OptionError(
+            OPTION, f"{node!r} is no sampler: give a name such as tpe, or a mapping with name or _target_"
+        )
+    official = _official(choice)
+    target = node.get("_target_")
+    if official is not None and target == official["_target_"]:
+        assert choice is not None
+        options = own_options(node)
+        return choice, {key: value for key, value in options.items() if key not in official or value != official[key]}
+    if target is not None:
+        return None, own_options(node)
+    if not isinstance(node.get("name"), str):
+        raise OptionError(OPTION, "there is no name in it: give name, such as {name: tpe, n_startup_trials: 5}")
+    return node["name"], own_options(node)
+
+
+def _official(choice: str | None) -> dict[str, Any] | None:
+    """What the official plugin has stored under this name, if it has."""
+    if choice is None:
+        return None
+    store = ConfigStore.instance()
+    try:
+        if f"{choice}.yaml" not in store.list("hydra/sweeper/sampler"):
+            return None
+    except OSError:  # there is no such group
+        return None
+    stored = store.load(f"hydra/sweeper/sampler/{choice}.yaml")
+    return OmegaConf.to_container(stored.node) if stored.provider == _OFFICIAL else None  # type: ignore[return-value]
+
+
+def _auto(
+    options: Mapping[str, Any], space: SearchSpace, directions: Sequence[str], n_trials: int | None, seed: int | None
+) -> tuple[BaseSampler, str]:
+    for option, value in options.items():
+        if option != "seed" and value is not None:
+            raise OptionError(f"{OPTION}.{option}", "auto has no options but seed: name a sampler, such as name=tpe")
+    seed = options.get("seed") if options.get("seed") is not None else seed
+    numeric = sum(not isinstance(found, CategoricalDistribution) for found in space.distributions.values())
+    missing = [package for package in _PACKAGES["GPSampler"] if find_spec(package) is None]
+    against = (
+        f"there are {len(directions)} objectives"
+        if len(directions) > 1
+        else "the number of trials is open"
+        if n_trials is None
+        else f"there are more than {GP_TRIALS} trials"
+        if n_trials > GP_TRIALS
+        else "no parameter is a number"
+        if numeric == 0
+        else f"there are more than {GP_PARAMETERS} parameters"
+        if len(space.distributions) > GP_PARAMETERS
+        else f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed, which the GP sampler needs"
+        if missing
+        else None
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # the user has not asked for what is experimental
+        if against is None:
+            why = f"one objective, {n_trials} trials and {len(space.distributions)} parameters suit it"
+            return _made(optuna.samplers.GPSampler, {}, space, seed), f"Sampler: GPSampler, chosen by auto: {why}"
+        tpe = optuna.samplers.TPESampler
+        return _made(tpe, _TPE, space, seed), f"Sampler: TPESampler{_kind(tpe, _TPE)}, chosen by auto: {against}"
+
+
+def _made(cls: type[BaseSampler], options: Mapping[str, Any], space: SearchSpace, seed: int | None) -> BaseSampler:
+    missing = [package for package in _PACKAGES.get(cls.__name__, ()) if find_spec(package) is None]
+    if missing:
+        raise OptionError(OPTION, f"{cls.__name__} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    options = _seeded(cls, options, seed)
+    if cls is optuna.samplers.GridSampler and options.get("search_space") is None:
+        options["search_space"] = _grid(space)
+    if cls is optuna.samplers.BruteForceSampler:
+        grid_size(space)
+    if options.get("reference_points") is not None:
+        import numpy
+
+        options["reference_points"] = numpy.asarray(options["reference_points"], dtype=float)
+
+    def nested(node: object) -> BaseSampler:
+        return make_sampler(node, choice=None, space=space, directions=("minimize",), n_trials=None, seed=seed)[0]
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Argument ``(multivariate|constant_liar)``", ExperimentalWarning)
+        return _SAMPLERS.build(cls, options, nested)
+
+
+def _seeded(cls: type[BaseSampler], options: Mapping[str, Any], seed: int | None) -> dict[str, Any]:
+    takes = "seed" in inspect.signature(cls).parameters
+    return {**({"seed": seed} if takes else {}), **{key: v for key, v in options.items() if v is not None}}
+
+
+def _from_target(node: Mapping[str, Any]) -> BaseSampler:
+    def nested(node: object) -> BaseSampler:
+        raise AssertionError("only Optuna's own classes have options that are read as samplers")
+
+    return _SAMPLERS.from_target(node, nested)
+
+
+def _kind(cls: type[BaseSampler], options: Mapping[str, Any]) -> str:
+    if cls is not optuna.samplers.TPESampler:
+        return ""
+    named = {"multivariate": "multivariate", "constant_liar": "with constant liar"}
+    said = [word for option, word in named.items() if options.get(option)]
+    return ", " + " ".join(said) if said else ""
+
+
+def _grid(space: SearchSpace) -> dict[str, list[Any]]:
+    if (size := grid_size(space)) > MOST_GRID_POINTS:
+        raise OptionError(OPTION, f"a grid of {size} points is too large: make ranges coarser, or take random")
+    return {key: _points(distribution) for key, distribution in space.distributions.items()}
+
+
+def _size(key: str, distribution: BaseDistribution) -> int:
+    if isinstance(distribution, CategoricalDistribution):
+        return len(distribution.choices)
+    assert isinstance(distribution, (FloatDistribution, IntDistribution))
+    if distribution.step is None:
+        raise OptionError(
+            OPTION,
+            f"{key} is continuous, and this sampler needs an end: give it steps, as in {key}=range({distribution.low},"
+            f"{distribution.high},{(distribution.high - distribution.low) / 10:.3g}), or values: {key}=choice(...)",
+        )
+    low, high, step = (Decimal(str(bound)) for bound in (distribution.low, distribution.high, distribution.step))
+    return int((high - low) / step) + 1
+
+
+def _points(distribution: BaseDistribution) -> list[Any]:
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return list(range(distribution.low, distribution.high + 1, distribution.step))
+    assert isinstance(distribution, FloatDistribution)
+    low, step = Decimal(str(distribution.low)), Decimal(str(distribution.step))
+    return [float(low + i * step) for i in range(_size("", distribution))]

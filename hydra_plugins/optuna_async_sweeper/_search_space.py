@@ -1,0 +1,291 @@
+"""From overrides to a search space, and from sampled values back to a job's overrides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override, Sweep
+from hydra.errors import HydraException
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from gpu_launcher.errors import GpuLauncherError
+
+from ._distributions import Searched, on_grid, searched
+from ._override_text import override_text
+
+if TYPE_CHECKING:
+    from hydra.core.config_loader import ConfigLoader
+
+
+class SearchSpaceError(GpuLauncherError, ValueError):
+    """An override, or a value for a parameter, from which no search can be made. `override` is as the user wrote it."""
+
+    def __init__(self, override: str, problem: str) -> None:
+        super().__init__(override, problem)
+        self.override = override
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.override}: {self.problem}"
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What is searched and what is fixed. Keys are those of the overrides: `lr`, `+lr`, `db@source`."""
+
+    entries: tuple[tuple[str, str | Searched], ...] = ()
+    """In the order of the user's overrides: key, and either the fixed override as given or what is searched."""
+    distributions: dict[str, BaseDistribution] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        found = {key: entry.distribution for key, entry in self.entries if isinstance(entry, Searched)}
+        object.__setattr__(self, "distributions", found)
+
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        """The overrides that every job gets, deletions included, as the user wrote them."""
+        return tuple(entry for _, entry in self.entries if isinstance(entry, str))
+
+    def overrides(self, params: Mapping[str, Any]) -> list[str]:
+        """The overrides of the job that runs with these sampled values.
+
+        A parameter that is not in the space comes from a custom search space function, and is added at the end.
+        Values reach the job in the type that the space says, whatever the storage or the user made of them. A step
+        of a float range is exact: 0.3, where Optuna computes 0.1 + 2 * 0.1.
+        Raises SearchSpaceError for a value outside of its choices, and for a parameter that is also fixed.
+        """
+        made = []
+        for key, entry in self.entries:
+            if isinstance(entry, str):
+                made.append(entry)
+            elif key in params:
+                made.append(f"{key}={_text(key, entry, params[key])}")
+        fixed = {_bare(key): entry for key, entry in self.entries if isinstance(entry, str) and not _deletes(key)}
+        for key, value in params.items():
+            if key in self.distributions:
+                continue
+            if _bare(key) in fixed:
+                raise SearchSpaceError(
+                    fixed[_bare(key)],
+                    "it is fixed here, and the custom search space suggests it, too: leave out one of them",
+                )
+            made.append(f"{key}={override_text(value)}")
+        return made
+
+    def values(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Sampled values as the job sees them: lists and dictionaries, where the storage has their text."""
+        entries = dict(self.entries)
+        return {key: _value(key, entries.get(key), value) for key, value in params.items()}
+
+    def encode(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Values as Optuna has to be given them (`study.enqueue_trial`), from values as a user writes them.
+
+        Keys may leave out a `+` or `++`. Those that are not in the space stay as they are, for a custom search space.
+        Raises SearchSpaceError for a value that is not in the space.
+        """
+        keys = {_bare(key): key for key in self.distributions} | {key: key for key in self.distributions}
+        entries = dict(self.entries)
+        return {keys.get(key, key): _encoded(key, entries.get(keys.get(key, key)), v) for key, v in params.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """The distributions as JSON, by key."""
+        return {key: _describe(distribution) for key, distribution in self.distributions.items()}
+
+
+def read_search_space(
+    arguments: Sequence[str],
+    config_loader: ConfigLoader | None = None,
+    *,
+    params: Mapping[str, Any] | None = None,
+) -> SearchSpace:
+    """The search space of `params` (as in `hydra.sweeper.params`) and then the command line's overrides.
+
+    Of several overrides of one key the last one holds, at the place of the first, as in Hydra's basic sweeper. What is
+    fixed on the command line is not searched, and the other way round, whatever `params` say. Globs need the config
+    loader. `shuffle` changes nothing: the sampler chooses. Raises SearchSpaceError.
+    """
+    parser = OverridesParser.create(config_loader=config_loader)
+    entries: dict[str, str | Searched] = {}
+    from_params = [f"{key}={v if isinstance(v, str) else _param_text(key, v)}" for key, v in (params or {}).items()]
+    for source in (from_params, arguments):
+        for key, entry in _read_source(source, parser).items():
+            for other in [other for other, known in entries.items() if _collide(other, known, key, entry)]:
+                if other != key:  # another prefix; the same key keeps its place
+                    del entries[other]
+            entries[key] = entry
+    return SearchSpace(tuple(entries.items()))
+
+
+def difference(space: SearchSpace, others: Mapping[str, BaseDistribution], *, custom: bool = False) -> str | None:
+    """What differs between the space and that of a study's trials, in words; None if nothing does.
+
+    Bounds count, although Optuna would take trials of several: they are not one search. With `custom`, parameters that
+    only the study has are those of a custom search space function.
+    """
+    found = []
+    for key, distribution in space.distributions.items():
+        if key not in others:
+            found.append(f"the study does not search {key}")
+        elif json.dumps(_describe(distribution)) != json.dumps(_describe(others[key])):  # NaN is equal, True is not 1
+            found.append(f"{key} is {_words(distribution)}, in the study {_words(others[key])}")
+    if not custom:
+        missing = [key for key in others if key not in space.distributions]
+        found += [f"the study searches {key} too, {_words(others[key])}" for key in missing]
+    return "; ".join(found) or None
+
+
+def _read_source(source: Sequence[str], parser: OverridesParser) -> dict[str, str | Searched]:
+    entries: dict[str, str | Searched] = {}
+    texts: dict[str, str] = {}
+    for text in source:
+        key, entry = _read(text, parser)
+        for other, known in entries.items():
+            if not _collide(other, known, key, entry):
+                continue
+            fixing, searching = (text, texts[other]) if isinstance(entry, str) else (texts[other], text)
+            both = isinstance(entry, Searched) and isinstance(known, Searched)
+            does = "searches" if both else "deletes" if _deletes(key) else "fixes"
+            raise SearchSpaceError(searching, f"{fixing} {does} what this searches: leave out one of them")
+        entries[key], texts[key] = entry, text
+    return entries
+
+
+def _read(text: str, parser: OverridesParser) -> tuple[str, str | Searched]:
+    try:
+        (override,) = parser.parse_overrides([text])
+    except HydraException as error:
+        raise SearchSpaceError(text, _one_line(error)) from error
+    key = override.get_key_element()
+    if override.is_delete():
+        return key, text
+    if not override.is_sweep_override():
+        if _holds_sweep(override.value()):
+            raise SearchSpaceError(
+                text, "a sweep inside of a list or a dictionary is none: sweep over whole ones, as in choice([1],[2])"
+            )
+        return key, text
+    try:
+        return key, searched(override, _options(override))
+    except (ValueError, HydraException) as error:
+        raise SearchSpaceError(text, str(error)) from error
+
+
+def _options(override: Override) -> list[str] | None:
+    """The names that a glob matches; None if the override is none, or there is nowhere to look."""
+    if not isinstance(override.value(), Glob) or override.config_loader is None:
+        return None
+    return [str(name) for name in override.sweep_iterator()]
+
+
+def _param_text(key: str, value: Any) -> str:
+    try:
+        return override_text(value)
+    except TypeError as error:
+        raise SearchSpaceError(f"hydra.sweeper.params.{key}", str(error)) from None
+
+
+def _one_line(error: HydraException) -> str:
+    """Hydra's own message, without the line that repeats the override and the one that points into it."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    noise = ("Error parsing override", "Error when parsing index", "^")
+    message = ". ".join(line.rstrip(".:") for line in lines if line and not line.startswith(noise))
+    return message + (". For null among the choices write x=null,a" if "NoneType is incompatible" in message else "")
+
+
+def _holds_sweep(value: Any) -> bool:
+    if isinstance(value, (Sweep, Glob)):
+        return True
+    items: Iterable[Any] = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(map(_holds_sweep, items))
+
+
+def _bare(key: str) -> str:
+    return key.lstrip("+~")
+
+
+def _deletes(key: str) -> bool:
+    return key.startswith("~")
+
+
+def _collide(before: str, known: str | Searched, key: str, entry: str | Searched) -> bool:
+    """Whether a later override makes an earlier one moot, and one of them is searched.
+
+    Hydra has an order for what is fixed, deletions before an addition (`~db +db=a,b`) among it. And that a second
+    search of a key replaces the first is how Hydra's own sweepers have it.
+    """
+    if _bare(before) != _bare(key) or _deletes(before):
+        return False
+    either = isinstance(known, Searched) or isinstance(entry, Searched)
+    return either and not (before == key and isinstance(known, Searched) and isinstance(entry, Searched))
+
+
+def _text(key: str, entry: Searched, value: Any) -> str:
+    if entry.texts is not None:
+        return entry.texts[_index(key, entry, value)]
+    return override_text(_number(key, entry, value))
+
+
+def _value(key: str, entry: str | Searched | None, value: Any) -> Any:
+    if not isinstance(entry, Searched):
+        return value
+    return entry.values[_index(key, entry, value)] if entry.texts is not None else _number(key, entry, value)
+
+
+def _index(key: str, entry: Searched, value: Any) -> int:
+    try:
+        return int(entry.distribution.to_internal_repr(value))
+    except ValueError:
+        raise SearchSpaceError(f"{key}={value!r}", f"is none of {_words(entry.distribution)}") from None
+
+
+def _number(key: str, entry: Searched, value: Any) -> float:
+    whole = isinstance(entry.distribution, IntDistribution)
+    try:
+        number = int(value) if whole else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or (whole and number != value):
+        raise SearchSpaceError(f"{key}={value!r}", f"is no {'whole ' if whole else ''}number")
+    return on_grid(entry.distribution, number) if isinstance(entry.distribution, FloatDistribution) else number
+
+
+def _encoded(key: str, entry: str | Searched | None, value: Any) -> Any:
+    if not isinstance(entry, Searched):
+        return value
+    outside = SearchSpaceError(f"{key}={value!r}", f"is not in {_words(entry.distribution)}")
+    if entry.texts is None:
+        number = _number(key, entry, value)
+        if isinstance(value, (bool, str)) or not entry.distribution._contains(number):
+            raise outside
+        return number
+    assert isinstance(entry.distribution, CategoricalDistribution)
+    choices = entry.distribution.choices
+    try:
+        return choices[entry.texts.index(override_text(value))]
+    except (ValueError, TypeError):
+        pass  # not written as this choice; it may still be equal to one, as 1.0 is to 1
+    for choice, known in zip(choices, entry.values, strict=True):
+        if known == value or choice == value:
+            return choice
+    raise outside
+
+
+def _describe(distribution: BaseDistribution) -> dict[str, Any]:
+    if isinstance(distribution, CategoricalDistribution):
+        return {"type": "choice", "choices": list(distribution.choices)}
+    assert isinstance(distribution, (FloatDistribution, IntDistribution))
+    bounds = {"low": distribution.low, "high": distribution.high, "log": distribution.log, "step": distribution.step}
+    return {"type": "int" if isinstance(distribution, IntDistribution) else "float", **bounds}
+
+
+def _words(distribution: BaseDistribution) -> str:
+    if isinstance(distribution, CategoricalDistribution):
+        return f"choice({', '.join(map(str, distribution.choices))})"
+    assert isinstance(distribution, (FloatDistribution, IntDistribution))
+    kind = "int" if isinstance(distribution, IntDistribution) else "float"
+    step = f", step {distribution.step}" if distribution.step not in (None, 1) else ""
+    return f"{kind} from {distribution.low} to {distribution.high}{', log' if distribution.log else ''}{step}"

@@ -1,0 +1,107 @@
+"""The options of `hydra/sweeper=optuna_async`. Imported at the start of every Hydra program: keep it light."""
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+HELP = {
+    "sampler": "auto (the GP sampler where it suits, else TPE), tpe, gp, random, cmaes, nsgaii, nsgaiii, qmc, grid, "
+    "bruteforce, a class of optuna.samplers, {name: tpe, n_startup_trials: 5}, or a node with _target_.",
+    "pruner": "null: none. Else median, hyperband, asha, percentile, threshold, wilcoxon, a class of optuna.pruners, "
+    "{name: patient, patience: 3, wrapped: median}, or a node with _target_.",
+    "direction": "minimize or maximize; for several objectives a list of these.",
+    "storage": "Where the study is kept: a URL such as sqlite:///study.db. null: a SQLite file in the sweep directory.",
+    "study_name": "Name of the study in the storage. null: one for the sweep.",
+    "n_trials": "How many trials this sweep runs.",
+    "total_trials": "How many finished trials the study is to have, those of earlier sweeps included; then n_trials "
+    "is not used. null: n_trials holds.",
+    "n_jobs": "Most trials at the same time. null: as many as the pool grants.",
+    "max_failure_rate": "Part of the finished trials, from 0 to 1, that may fail before the sweep ends. null: one "
+    "failure, or many, end nothing.",
+    "params": "What to search or fix, as on the command line: lr: interval(0, 1). The command line goes before it.",
+    "custom_search_space": "Function of the config and the trial, by its dotted name, that suggests more parameters.",
+    "timeout": "How long new trials are asked for, such as 90, 30m or 2h. null: no limit.",
+    "patience": "After this many finished trials without a better value no new one is asked for. null: no limit.",
+    "retry_stale": "How many times a trial that a dead sweep left running is queued again.",
+    "enqueue": "Known good points to try first: a list of {parameter: value}, or a YAML file with one.",
+    "kill_pruned": "Stop a job that is to be pruned and does not ask.",
+    "plots": "Write plots of the study to the sweep directory at the end.",
+    "seed": "Of the sampler. With jobs that run at the same time it does not make a sweep repeatable.",
+}
+"""What each option means; `--cfg hydra` and shell completion show it under `hydra.sweeper.help`."""
+
+
+@dataclass
+class OptunaAsyncSweeperConf:
+    """The options, with their defaults; HELP has their documentation."""
+
+    _target_: str = "hydra_plugins.optuna_async_sweeper.sweeper.OptunaAsyncSweeper"
+    # Hydra 1.4 leaves sampler and pruner to the sweeper anyway; 1.3 would make objects of them.
+    _recursive_: bool = False
+    defaults: list[Any] = field(default_factory=lambda: ["_self_", {"sampler": "auto"}])
+    sampler: Any = MISSING
+    pruner: Any = None
+    direction: Any = "minimize"
+    storage: Any = None
+    study_name: str | None = None
+    n_trials: int | None = 20
+    total_trials: int | None = None
+    n_jobs: int | None = None
+    max_failure_rate: float | None = None
+    params: dict[str, Any] | None = None
+    custom_search_space: str | None = None
+    timeout: Any = None
+    patience: int | None = None
+    retry_stale: int = 1
+    enqueue: Any = None
+    kill_pruned: bool = False
+    plots: bool = False
+    seed: int | None = None
+    help: dict[str, str] = field(default_factory=lambda: dict(HELP))
+
+
+_EVOLUTION = "population_size mutation mutation_prob crossover crossover_prob swapping_prob constraints_func"
+
+SAMPLERS = {
+    "auto": "seed",
+    "tpe": "seed n_startup_trials n_ei_candidates multivariate group constant_liar constraints_func",
+    "gp": "seed n_startup_trials deterministic_objective independent_sampler warn_independent_sampling "
+    "constraints_func",
+    "random": "seed",
+    "cmaes": "seed x0 sigma0 n_startup_trials independent_sampler warn_independent_sampling consider_pruned_trials "
+    "popsize use_separable_cma with_margin lr_adapt source_trials",
+    "nsgaii": f"seed {_EVOLUTION}",
+    "nsgaiii": f"seed {_EVOLUTION} reference_points dividing_parameter",
+    "qmc": "seed qmc_type scramble independent_sampler warn_asynchronous_seeding warn_independent_sampling",
+    "grid": "seed",
+    "bruteforce": "seed",
+}
+"""The configs of hydra/sweeper/sampler and their options. null there is Optuna's default, for tpe ours."""
+
+
+def _store_samplers() -> None:
+    """Store those that the official plugin has not: Hydra 1.4 warns of a name that is stored twice.
+
+    Hydra imports plugins in no order to rely on. So where the official one is installed it gets the first turn, which
+    costs nothing, because Hydra imports it anyway.
+    """
+    with suppress(ImportError):  # not installed; or Hydra itself says what is wrong with it
+        import_module("hydra_plugins.hydra_optuna_sweeper.config")
+    store = ConfigStore.instance()
+    group = "hydra/sweeper/sampler"
+    taken = store.list(group) if "sampler" in store.repo.get("hydra", {}).get("sweeper", {}) else []
+    for name, options in SAMPLERS.items():
+        if f"{name}.yaml" not in taken:
+            # Not a struct, so that hydra.sweeper.sampler={name: ..., ...} can have other keys; the sweeper checks them.
+            node = OmegaConf.create({"name": name, **dict.fromkeys(options.split())}, flags={"struct": False})
+            store.store(group=group, name=name, node=node, provider="gpu_launcher")
+
+
+_store_samplers()
+ConfigStore.instance().store(
+    group="hydra/sweeper", name="optuna_async", node=OptunaAsyncSweeperConf, provider="gpu_launcher"
+)

@@ -1,0 +1,42 @@
+"""The sweeper class that Hydra finds. Imported at the start of every Hydra program."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+
+from . import config as _config  # noqa: F401  (stores the configs, also where Hydra finds this class by entry point)
+
+if TYPE_CHECKING:
+    from hydra.plugins.launcher import Launcher
+    from hydra.types import HydraContext, TaskFunction
+    from omegaconf import DictConfig
+
+
+class OptunaAsyncSweeper(Sweeper):
+    """Asks Optuna for a trial whenever a job can start, and tells it the result the moment there is one."""
+
+    def __init__(self, **options: Any) -> None:
+        """Take the options of `OptunaAsyncSweeperConf`; `sweep` checks them."""
+        self.options = options
+        self.config: DictConfig | None = None
+        self.hydra_context: HydraContext | None = None
+        self.task_function: TaskFunction | None = None
+        self.launcher: Launcher | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Remember what Hydra hands over, and make the launcher."""
+        self.config = config
+        self.hydra_context = hydra_context
+        self.task_function = task_function
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run the trials; see `_sweep.sweep`."""
+        from ._sweep import sweep  # type: ignore[import-untyped,unused-ignore]
+
+        return sweep(self, arguments)
