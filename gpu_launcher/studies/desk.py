@@ -56,6 +56,8 @@ class Ending:
     values: tuple[float, ...] = ()
     message: str | None = None
     """Why it did not complete."""
+    remarkable: bool = False
+    """Nobody else tells the user."""
 
 
 @dataclass(frozen=True, slots=True)

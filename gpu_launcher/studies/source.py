@@ -306,6 +306,8 @@ class _Clerk:
                 self.desk.annotate(number, name, value)
             case _Tell(number, ending):
                 self.desk.tell(number, ending)
+                if ending.remarkable:
+                    send(self.channel, s.Remark(f"trial {number} failed: it {ending.message}"))
                 self._show()
             case _Close():
                 self.closed = True

@@ -18,6 +18,7 @@ from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.progress.text import count
+from gpu_launcher.jobs.source import JobSource
 from gpu_launcher.jobs.sweep import Options, run_jobs
 from gpu_launcher.processes.starter import ForkServer
 
@@ -62,12 +63,39 @@ def _launch(launcher: GpuPoolLauncher, job_overrides: list[list[str]], first: in
         raise
     launcher.failed += sum(result.outcome is Outcome.FAILED for result in sweep.results)
     if sweep.stopped_by is not None:
-        _stop(sweep.stopped_by)
+        stop(sweep.stopped_by)
     returns = []
     for overrides, result in zip(job_overrides, sweep.results, strict=True):
         directory = Path(result.log).parent if result.log else sweep_directory
         returns.append(unpack(result, list(filter_overrides(overrides)), directory))
     return returns
+
+
+def stream(
+    launcher: GpuPoolLauncher,
+    open_source: Callable[[ForkServer], tuple[JobSource, int | None]],
+    max_parallel: int | None,
+) -> signal.Signals | None:
+    """Run the jobs of a source, at most so many at a time; returns the signal with which the user stopped it, if so.
+
+    `open_source` is called when the fork server runs, and also says how many jobs there will be, if that is known.
+    Raises GpuLauncherError if no job can run.
+    """
+    assert launcher.config is not None
+    setup_globals()
+    options = read_options(launcher.options, launcher.config)
+    caps = [cap for cap in (options.max_parallel, max_parallel) if cap is not None]
+    options = replace(options, max_parallel=min(caps, default=None), resume=False)
+    directory = Path(str(launcher.config.hydra.sweep.dir)).absolute()
+    try:
+        server = _server(launcher)
+        source, total = open_source(server)
+        command = Path(sys.argv[0]).name
+        return run_jobs([], server, options, directory, command, source=source, total=total).stopped_by
+    finally:
+        if launcher.server is not None:
+            launcher.server.close()
+        launcher.server = None
 
 
 def _with_failures_so_far(options: Options, failed: int) -> Options:
@@ -95,7 +123,7 @@ def _server(launcher: GpuPoolLauncher) -> ForkServer:
     return server
 
 
-def _stop(signum: signal.Signals) -> NoReturn:
+def stop(signum: signal.Signals) -> NoReturn:
     """End the program as the signal would have, without a traceback: the summary has said what happened."""
     if signum is signal.SIGINT:
         sys.excepthook = _quietly(sys.excepthook)

@@ -23,7 +23,7 @@ from gpu_launcher.processes.worker import Gate, print_exception
 
 from ._exceptions import user_frames
 from ._options import PER_JOB, read_request
-from ._results import pack
+from ._results import is_pruned, pack
 
 if TYPE_CHECKING:
     from hydra._internal.callbacks import Callbacks
@@ -81,7 +81,10 @@ class HydraProgram:
             job_return.return_value = error
         if job_return.status is JobStatus.FAILED:
             raised = job_return._return_value
-            print_exception(raised, user_frames(raised.__traceback__))
+            if is_pruned(raised):
+                print(f"this trial was pruned: {raised}", file=sys.stderr)
+            else:
+                print_exception(raised, user_frames(raised.__traceback__))
         return pack(job_return, composed)
 
     def _overrides_of_sweep(self) -> list[str]:

@@ -7,6 +7,7 @@ only itself.
 from __future__ import annotations
 
 import pickle
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,7 +65,14 @@ def pack(job_return: JobReturn, composed: DictConfig | None) -> Report:
             parcel = _Parcel(_shell(job_return, composed), None, pack_chain(value), describe(value))
     finally:
         job_return._return_value = value
-    return Report(parcel.problem is None, parcel.problem, pickle.dumps(parcel), out_of_memory)
+    pruned = parcel.problem is not None and is_pruned(value)
+    return Report(parcel.problem is None, parcel.problem, pickle.dumps(parcel), out_of_memory, pruned)
+
+
+def is_pruned(error: object) -> bool:
+    """Whether it is Optuna's word for a trial that ends itself early."""
+    optuna = sys.modules.get("optuna.exceptions")
+    return optuna is not None and isinstance(error, optuna.TrialPruned)
 
 
 def _shell(job_return: JobReturn, composed: DictConfig | None) -> bytes:

@@ -1,0 +1,62 @@
+"""What a sweep says and leaves in the end: best trials, importances, plots. Called where the study is."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import optuna
+from optuna.importance import (
+    BaseImportanceEvaluator,
+    FanovaImportanceEvaluator,
+    PedAnovaImportanceEvaluator,
+    get_param_importances,
+)
+from optuna.trial import TrialState
+
+from gpu_launcher.studies.desk import Best, Desk, Summary
+
+if TYPE_CHECKING:
+    from ._study import StudyPlan
+
+MOST_SHOWN = 10
+"""Trials of a Pareto front that are listed."""
+ENOUGH = 4
+"""Trials that must have completed before importances mean anything."""
+
+
+def finish(desk: Desk, summary: Summary, plan: StudyPlan, directory: Path) -> list[str]:
+    """Lines for the user. Plots are written to `directory`, if they are wanted."""
+    lines = [_best(best, plan) for best in summary.best[:MOST_SHOWN]]
+    if len(summary.best) > MOST_SHOWN:
+        lines.append(f"... and {len(summary.best) - MOST_SHOWN} more trials on the Pareto front")
+    lines += _importances(desk.study)
+    if plan.options.plots:
+        from ._plots import write_plots
+
+        lines += write_plots(desk.study, directory)
+    return lines
+
+
+def _best(best: Best, plan: StudyPlan) -> str:
+    values = ", ".join(f"{value:.6g}" for value in best.values)
+    params = " ".join(f"{name}={value}" for name, value in plan.space.values(best.params).items())
+    several = len(plan.options.directions) > 1
+    return f"{'on the Pareto front' if several else 'best'}: {values}, trial {best.number} ({params})" + (
+        f" in {best.directory}" if best.directory else ""
+    )
+
+
+def _importances(study: optuna.Study) -> list[str]:
+    """One line, most important first; none where they cannot be computed."""
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(study.directions) > 1 or len(done) < ENOUGH or len(done[0].params) < 2:
+        return []
+    if len({trial.values[0] for trial in done}) < 2:
+        return []  # all are equally good
+    evaluator: BaseImportanceEvaluator
+    evaluator = FanovaImportanceEvaluator(seed=0) if find_spec("sklearn") else PedAnovaImportanceEvaluator()
+    found = get_param_importances(study, evaluator=evaluator)
+    shown = ", ".join(f"{name} {part:.2f}" for name, part in found.items())
+    return [f"parameter importances: {shown}"] if found else []

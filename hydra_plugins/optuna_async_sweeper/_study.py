@@ -1,0 +1,147 @@
+"""The study of a sweep: opening it, where nothing differs from what it was, and asking for its trials' overrides."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from hydra.utils import get_method
+from omegaconf import DictConfig
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+
+from gpu_launcher.errors import OptionError
+from gpu_launcher.jobs.identity import ProcessIdentity
+from gpu_launcher.studies.desk import Desk, StudyError, own
+from gpu_launcher.studies.storage import storage as open_storage
+
+from ._classes import instantiate
+from ._options import SweeperOptions, plain
+from ._pruners import make_pruner
+from ._samplers import make_sampler
+from ._search_space import SearchSpace, difference
+
+FILE = "study.db"
+"""In the sweep's directory, where no storage is named."""
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """All that it takes to open the study, which happens in the process that samples."""
+
+    config: DictConfig
+    """The sweep's own."""
+    raw: dict[str, Any]
+    """`hydra.sweeper`, as it came."""
+    options: SweeperOptions
+    space: SearchSpace
+    identity: ProcessIdentity
+    """Of the launching program."""
+
+    def open(self) -> tuple[Desk, list[str]]:
+        """The desk, and lines for the user. Raises GpuLauncherError for whatever keeps the sweep from beginning."""
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.simplefilter("ignore", ExperimentalWarning)  # what we choose is our affair, not the user's
+        backend = own(optuna.storages.get_storage(self._storage()), self.identity)
+        bounds = self.options.bounds
+        sampler, why = make_sampler(
+            self.raw.get("sampler"),
+            choice=self.config.hydra.runtime.choices.get("hydra/sweeper/sampler"),
+            space=self.space,
+            directions=self.options.directions,
+            n_trials=bounds.n_trials or bounds.total_trials,
+            seed=self.options.seed,
+        )
+        study = optuna.create_study(
+            study_name=self.name,
+            storage=backend,
+            sampler=sampler,
+            pruner=make_pruner(self.raw.get("pruner")),
+            directions=[StudyDirection[direction.upper()] for direction in self.options.directions],
+            load_if_exists=True,
+        )
+        had = [direction.name.lower() for direction in study.directions]
+        if had != list(self.options.directions):
+            raise StudyError(
+                f"study {self.name!r} has the direction {', '.join(had)}, and hydra.sweeper.direction is "
+                f"{', '.join(self.options.directions)}: use the same, or another hydra.sweeper.study_name"
+            )
+        trials = backend.get_all_trials(study._study_id, deepcopy=False)
+        if (differs := difference(self.space, _searched(trials), custom=self._custom is not None)) and trials:
+            raise StudyError(
+                f"study {self.name!r} has another search space ({differs}): use the same, or another "
+                "hydra.sweeper.study_name"
+            )
+        desk = Desk(study, self._define, bounds, self.identity)
+        remarks = [f"study {self.name!r} in {self.where}, with {len(trials)} trials" if trials else self._opened, why]
+        remarks += desk.settle(self.options.retry_stale)
+        desk.enqueue([self.space.encode(point) for point in self.options.enqueue])
+        return desk, remarks
+
+    @property
+    def name(self) -> str:
+        """Of the study. Without a storage of its own a sweep has one study; in a shared one every sweep has its own."""
+        if name := self.raw.get("study_name"):
+            return str(name)
+        job = str(self.config.hydra.job.name or "study")
+        if self.raw.get("storage") is None:
+            return job
+        return "-".join([job, *Path(str(self.config.hydra.sweep.dir)).absolute().parts[-2:]])
+
+    @property
+    def where(self) -> str:
+        """The storage, for people, without passwords."""
+        given = plain(self.raw.get("storage"))
+        if given is None:
+            return f"sqlite:///{self._file}"
+        return re.sub(r"//([^:/@]*):[^@/]*@", r"//\1:***@", given) if isinstance(given, str) else "the given storage"
+
+    @property
+    def _file(self) -> Path:
+        return Path(str(self.config.hydra.sweep.dir)).absolute() / FILE
+
+    @property
+    def _opened(self) -> str:
+        return f"study {self.name!r} in {self.where}"
+
+    def _storage(self) -> BaseStorage:
+        given = plain(self.raw.get("storage"))
+        if given is None:
+            return open_storage(f"sqlite:///{self._file}")
+        if isinstance(given, dict):
+            given = instantiate(given, "hydra.sweeper.storage")
+        return open_storage(given)
+
+    @property
+    def _custom(self) -> Callable[[DictConfig, optuna.Trial], None] | None:
+        target = self.raw.get("custom_search_space")
+        if target is None:
+            return None
+        try:
+            custom: Callable[[DictConfig, optuna.Trial], None] = get_method(str(target))
+        except Exception as error:  # importing the user's module may raise anything
+            raise OptionError("hydra.sweeper.custom_search_space", f"{target} cannot be imported: {error}") from error
+        return custom
+
+    def _define(self, trial: optuna.Trial) -> list[str]:
+        for name, distribution in self.space.distributions.items():
+            trial._suggest(name, distribution)
+        if (custom := self._custom) is not None:
+            custom(self.config, trial)
+        return self.space.overrides(trial.params)
+
+
+def _searched(trials: list[optuna.trial.FrozenTrial]) -> dict[str, BaseDistribution]:
+    """What the latest trials of a study were sampled from. One that waits, or failed early, has not been sampled."""
+    for trial in reversed(trials):
+        if trial.distributions and trial.state is not TrialState.WAITING:
+            return dict(trial.distributions)
+    return {}

@@ -1,0 +1,236 @@
+"""What `OptunaAsyncSweeper.sweep` does."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra.errors import CompactHydraException
+from omegaconf import OmegaConf
+from optuna import TrialPruned
+
+from gpu_launcher.errors import GpuLauncherError
+from gpu_launcher.jobs.events import Outcome
+from gpu_launcher.jobs.identity import ProcessIdentity
+from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.processes.starter import ForkServer
+from gpu_launcher.studies.desk import Asked, Ending, Exhausted, How, Summary
+from gpu_launcher.studies.source import TrialSource, seen
+from hydra_plugins.gpu_pool_launcher.launcher import GpuPoolLauncher
+
+from ._options import read_options
+from ._report import finish
+from ._search_space import SearchSpace, read_search_space
+from ._study import StudyPlan
+from .sweeper import OptunaAsyncSweeper
+
+log = logging.getLogger(__name__)
+
+BATCH = 2
+"""Trials at a time with a launcher that takes batches, as in the official sweeper."""
+
+
+class SweepError(CompactHydraException):
+    """The sweep cannot begin, or was of no use. Hydra shows its message without a traceback."""
+
+
+def sweep(sweeper: OptunaAsyncSweeper, arguments: list[str]) -> None:
+    """Run the trials and leave `optimization_results.yaml`.
+
+    Raises SweepError, and KeyboardInterrupt or SystemExit when the user stopped the sweep.
+    """
+    assert sweeper.config is not None
+    assert sweeper.hydra_context is not None
+    try:
+        options = read_options(sweeper.options)
+        space = read_search_space(arguments, sweeper.hydra_context.config_loader, params=options.params)
+        directory = Path(str(sweeper.config.hydra.sweep.dir)).absolute()
+        directory.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(sweeper.config, directory / "multirun.yaml")
+        plan = StudyPlan(sweeper.config, sweeper.options, options, space, ProcessIdentity.here())
+        run = _stream if isinstance(sweeper.launcher, GpuPoolLauncher) else _batches
+        run(sweeper, plan, directory)
+    except GpuLauncherError as error:
+        raise SweepError(str(error)) from error
+
+
+def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> None:
+    from hydra_plugins.gpu_pool_launcher._launch import stream
+
+    launcher = sweeper.launcher
+    assert isinstance(launcher, GpuPoolLauncher)
+    objectives = len(plan.options.directions)
+    sources: list[TrialSource] = []
+
+    def open_source(server: ForkServer) -> tuple[TrialSource, int | None]:
+        source = TrialSource(
+            plan.open,
+            _job,
+            lambda result, pruned: ending(result, pruned, objectives, directory),
+            in_child=server.close_in_child,
+            finish=lambda desk, summary: finish(desk, summary, plan, directory),
+            kill_pruned=plan.options.kill_pruned,
+        )
+        sources.append(source)
+        opened = source.open()
+        for remark in opened.remarks:
+            log.info(remark)
+        return source, opened.expected
+
+    stopped = True
+    try:
+        stopped_by = stream(launcher, open_source, plan.options.n_jobs)
+        (source,) = sources
+        summary, lines = source.close()
+        stopped = False
+    finally:
+        if stopped and sources:
+            sources[0].abandon()
+    _conclude(plan, directory, summary, lines, source.failed, interrupted=stopped_by is not None)
+    if stopped_by is not None:
+        from hydra_plugins.gpu_pool_launcher._launch import stop
+
+        stop(stopped_by)
+
+
+def _batches(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> None:
+    launcher = sweeper.launcher
+    assert launcher is not None
+    size = plan.options.n_jobs or BATCH
+    kind = type(launcher).__name__
+    log.warning(
+        f"{kind} takes jobs in batches of {size}, and each batch waits for its slowest job; nothing is pruned. "
+        "With hydra/launcher=gpu_pool no job waits for another"
+    )
+    desk, remarks = plan.open()
+    for remark in remarks:
+        log.info(remark)
+    over: Exhausted | None = None
+    try:
+        while over is None:
+            batch: list[Asked] = []
+            while len(batch) < size and over is None:
+                answer = desk.ask()
+                if isinstance(answer, Exhausted):
+                    over = answer
+                else:
+                    batch.append(answer)
+            for run in _consecutive(batch):
+                # Directories are numbered as trials are, and other sweeps may have taken some numbers.
+                returns = launcher.launch([asked.spec for asked in run], run[0].trial.number)
+                for asked, job_return in zip(run, returns, strict=True):
+                    number = asked.trial.number
+                    desk.started(number, [], job_return.working_dir, None)
+                    told = _ending_of(job_return, len(plan.options.directions))
+                    if told.how is How.FAILED:
+                        log.warning(f"trial {number} failed: {told.message}")
+                    desk.tell(number, told)
+    finally:
+        summary = desk.close()  # an exception leaves no trial untold
+    if over.reason:
+        log.info(over.reason)
+    lines = finish(desk, summary, plan, directory)
+    _conclude(plan, directory, summary, lines, over.reason if over.failed else None, interrupted=False)
+
+
+def _consecutive(batch: Sequence[Asked]) -> list[list[Asked]]:
+    runs: list[list[Asked]] = []
+    for asked in batch:
+        if runs and runs[-1][-1].trial.number + 1 == asked.trial.number:
+            runs[-1].append(asked)
+        else:
+            runs.append([asked])
+    return runs
+
+
+def _job(asked: Asked) -> Job:
+    return Job(asked.trial.number, " ".join(filter_overrides(asked.spec)), asked.spec, about=seen(asked))
+
+
+def ending(result: JobResult, pruned: bool, objectives: int, directory: Path) -> Ending:
+    """What to tell of a job that ended; `pruned` if it was ended because it was to be pruned."""
+    from hydra_plugins.gpu_pool_launcher._results import unpack
+
+    if result.outcome is Outcome.PRUNED or (result.outcome is Outcome.CANCELLED and pruned):
+        return Ending(How.PRUNED, message=result.message)
+    if result.outcome is Outcome.CANCELLED:
+        return Ending(How.INTERRUPTED, message=result.message)
+    if result.outcome is Outcome.FAILED:
+        return Ending(How.FAILED, message=result.message)
+    return _ending_of(unpack(result, [], directory), objectives)
+
+
+def _ending_of(job_return: JobReturn, objectives: int) -> Ending:
+    if job_return.status is not JobStatus.COMPLETED:
+        error = job_return._return_value
+        how = How.PRUNED if isinstance(error, TrialPruned) else How.FAILED
+        return Ending(how, message=f"raised {type(error).__name__}: {error}")
+    returned = job_return.return_value
+    try:
+        return Ending(How.COMPLETE, values_of(returned, objectives))
+    except ValueError as error:
+        return Ending(How.FAILED, message=str(error), remarkable=True)
+
+
+def values_of(returned: Any, objectives: int) -> tuple[float, ...]:
+    """The values of a trial. Raises ValueError for what Optuna cannot take, and for what no search can use."""
+    if objectives == 1:
+        given = [returned]
+    elif isinstance(returned, (str, bytes)) or not hasattr(returned, "__len__"):
+        raise ValueError(f"returned {_shown(returned)} instead of {objectives} numbers")
+    else:
+        given = list(returned)
+    if len(given) != objectives:
+        raise ValueError(f"returned {len(given)} values, and the sweep has {objectives} directions")
+    values = []
+    for one in given:
+        try:
+            value = float(one)
+        except (TypeError, ValueError):
+            raise ValueError(f"returned {_shown(one)}, which is no number") from None
+        if not math.isfinite(value):
+            raise ValueError(f"returned {value}, which no search can use")
+        values.append(value)
+    return tuple(values)
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "None (does the task function return its value?)"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _conclude(
+    plan: StudyPlan, directory: Path, summary: Summary, lines: list[str], failed: str | None, *, interrupted: bool
+) -> None:
+    """Write and say what came of the sweep. Raises SweepError if it was of no use."""
+    for line in lines:
+        log.info(line)
+    if summary.best:
+        _save(plan.space, summary, directory, several=len(plan.options.directions) > 1)
+    if interrupted:
+        log.info(
+            f"to go on with the study, run the same command with hydra.sweep.dir={directory}"
+            + ("" if plan.raw.get("storage") is None else f" hydra.sweeper.study_name={plan.name!r}")
+        )
+    elif failed is not None:
+        raise SweepError(f"{failed}. The first: {summary.first_failure}")
+    elif not summary.best:
+        what = f"; the first: {summary.first_failure}" if summary.first_failure else ""
+        raise SweepError(f"no trial of study {plan.name!r} completed, so that there is no best one{what}")
+
+
+def _save(space: SearchSpace, summary: Summary, directory: Path, *, several: bool) -> None:
+    """As the official sweeper does."""
+    results: dict[str, Any] = {"name": "optuna"}
+    if several:
+        results["solutions"] = [{"params": space.values(best.params), "values": best.values} for best in summary.best]
+    else:
+        (best,) = summary.best
+        results |= {"best_params": space.values(best.params), "best_value": best.values[0]}
+    OmegaConf.save(OmegaConf.create(results, flags={"allow_objects": True}), directory / "optimization_results.yaml")
