@@ -63,12 +63,14 @@ def make_sampler(
     directions: Sequence[str],
     n_trials: int | None,
     seed: int | None = None,
+    overrides: Sequence[str] = (),
 ) -> tuple[BaseSampler, str]:
     """The sampler, and one sentence for the log: which one, and why.
 
     `node` is a name (`tpe`, `TPESampler`), None for `auto`, a mapping with `name` or `_target_` and options, or a
     sampler. `choice` is the chosen name of the config group hydra/sweeper/sampler: a node of the official plugin's is
-    read as that name, with the options that are not the official defaults. `n_trials` None means without end. `seed`
+    read as that name, with the options that are not the official defaults, or that the command line gives (`overrides`,
+    from hydra.overrides.hydra). `n_trials` None means without end. `seed`
     goes to samplers that take one, unless the node has its own. Raises OptionError.
     """
     node = plain(node)
@@ -76,7 +78,7 @@ def make_sampler(
         node = {"_target_": f"{node.func.__module__}.{getattr(node.func, '__name__', '')}", **node.keywords}
     if isinstance(node, BaseSampler):
         return node, f"Sampler: {type(node).__name__}, as given"
-    name, options = _read(node, choice)
+    name, options = _read(node, choice, overrides)
     if name is None:
         assert isinstance(node, Mapping)
         cls = _SAMPLERS.class_of(str(node["_target_"]))
@@ -96,7 +98,7 @@ def grid_size(space: SearchSpace) -> int:
     return math.prod(_size(key, distribution) for key, distribution in space.distributions.items())
 
 
-def _read(node: object, choice: str | None) -> tuple[str | None, dict[str, Any]]:
+def _read(node: object, choice: str | None, overrides: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
     """Name and options. The name is None for a `_target_`."""
     if node is None:
         return "auto", {}
@@ -110,8 +112,12 @@ def _read(node: object, choice: str | None) -> tuple[str | None, dict[str, Any]]
     target = node.get("_target_")
     if official is not None and target == official["_target_"]:
         assert choice is not None
-        options = own_options(node)
-        return choice, {key: value for key, value in options.items() if key not in official or value != official[key]}
+        given = {override.lstrip("+").partition("=")[0] for override in overrides}
+        return choice, {
+            key: value
+            for key, value in own_options(node).items()
+            if key not in official or value != official[key] or f"{OPTION}.{key}" in given
+        }
     if target is not None:
         return None, own_options(node)
     if not isinstance(node.get("name"), str):

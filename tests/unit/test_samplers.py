@@ -291,6 +291,14 @@ def test_an_official_config_is_its_name_with_what_the_user_changed(official: Non
     assert type(sampler(grid, choice="grid", space=DISCRETE)) is GridSampler
 
 
+def test_an_official_default_that_the_command_line_gives_is_the_users(official: None) -> None:
+    node = {**TPE, **OLD}
+    more: dict[str, Any] = {"space": MIXED, "directions": ["minimize"], "n_trials": 9}
+    found: Any
+    found, _ = make_sampler(node, choice="tpe", overrides=["hydra.sweeper.sampler.multivariate=false"], **more)
+    assert (found._multivariate, found._constant_liar) == (False, True)
+
+
 def test_the_official_motpe_is_answered_with_what_took_its_place(official: None) -> None:
     with pytest.raises(OptionError, match="'motpe' is unknown: did you mean tpe"):
         made({"_target_": "hydra_plugins.hydra_optuna_sweeper.config.raise_motpe_removed"}, choice="motpe")

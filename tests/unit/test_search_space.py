@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 import warnings
@@ -280,6 +281,28 @@ def test_fixed_overrides_and_deletions_stay_verbatim_and_in_their_place() -> Non
     assert jobs == ["a=0.10", "x=2", "~db", "+db=b", "s='a,b'", "e=", "l=[1, 2]", "new='a b'"]
 
 
+def test_a_glob_chooses_among_the_configs_of_its_group(tmp_path: Path) -> None:
+    (tmp_path / "db").mkdir()
+    for name in ("mysql", "postgres", "sqlite"):
+        (tmp_path / "db" / f"{name}.yaml").write_text("x: 1\n")
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(tmp_path), **BASE):
+        loader = GlobalHydra.instance().config_loader()
+        space = read_search_space(["+db=glob(*,exclude=my*)"], loader)
+        assert space.distributions == {"+db": CategoricalDistribution(["postgres", "sqlite"])}
+        with pytest.raises(SearchSpaceError, match="no config of the group matches"):
+            read_search_space(["db=glob(zz*)"], loader)
+
+
+def test_the_description_is_json() -> None:
+    space = read_search_space(["lr=tag(log,interval(0.1,1))", "n=range(0,9,2)", "k=a,null,[1]"])
+    assert json.loads(json.dumps(space.describe())) == {
+        "lr": {"type": "float", "low": 0.1, "high": 1.0, "log": True, "step": None},
+        "n": {"type": "int", "low": 0, "high": 8, "log": False, "step": 2},
+        "k": {"type": "choice", "choices": ["a", None, "[1]"]},
+    }
+
+
 # Several sources
 
 
@@ -308,6 +331,12 @@ def test_the_command_line_goes_before_the_params(
     params: dict[str, Any], arguments: list[str], fixed: tuple[str, ...], searched: list[str]
 ) -> None:
     assert fixed_and_searched(params, *arguments) == (fixed, searched)
+
+
+def test_params_can_be_hydras_config() -> None:
+    params = OmegaConf.create({"x": "1,2", "l": [1, "${n}"], "n": 1e-05, "d": {"k": [True, None]}})
+    space = read_search_space([], params=params)  # type: ignore[arg-type]
+    assert space.fixed == ("l=[1,1e-05]", "n=1e-05", "d={k:[true,null]}")
 
 
 @pytest.mark.parametrize(
