@@ -59,6 +59,7 @@ class StudyPlan:
             directions=self.options.directions,
             n_trials=bounds.n_trials or bounds.total_trials,
             seed=self.options.seed,
+            overrides=list(self.config.hydra.overrides.hydra),
         )
         study = optuna.create_study(
             study_name=self.name,

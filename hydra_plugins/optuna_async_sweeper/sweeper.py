@@ -37,6 +37,6 @@ class OptunaAsyncSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run the trials; see `_sweep.sweep`."""
-        from ._sweep import sweep  # type: ignore[import-untyped,unused-ignore]
+        from ._sweep import sweep
 
         return sweep(self, arguments)
