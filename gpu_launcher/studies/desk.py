@@ -22,6 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs.identity import ProcessIdentity
+from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.studies.pruning import verdicts
 from gpu_launcher.studies.storage import store_reports
 
@@ -30,7 +31,11 @@ OWNER = "gpu_launcher:owner"
 JOB = "gpu_launcher:job"
 """User attribute: directory, log, devices, and when it began and ended (seconds since the epoch)."""
 RETRY_OF = "gpu_launcher:retry_of"
-"""User attribute: the numbers of the trials with these parameters that were lost, in order."""
+"""User attribute: the numbers of the trials with these parameters that were lost or interrupted, in order."""
+LOST = "gpu_launcher:lost"
+"""User attribute: how many of these ran when their sweep died."""
+FAILURE = "gpu_launcher:failure"
+"""User attribute: why it failed."""
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -163,16 +168,19 @@ class Desk:
 
         Returns what was done, as lines for the user. Trials whose owner lives, may live, or is unknown are left alone.
         """
-        lost = [trial for trial in self._trials(TrialState.RUNNING) if self._is_stale(trial)]
         failed, queued = 0, 0
-        for trial in lost:
+        for trial in [trial for trial in self._trials(TrialState.RUNNING) if self._is_stale(trial)]:
             if self._fail(trial._trial_id, "its sweep ended without telling"):
                 failed += 1
-                queued += self._queue_again(trial, most_retries)
+                # One that never ran has not been the reason why its sweep died.
+                lost = trial.user_attrs.get(LOST, 0) + (JOB in trial.user_attrs)
+                if lost <= most_retries:
+                    self._queue_again(trial, lost)
+                    queued += 1
         if not failed:
             return []
         again = f", and {queued} of them queued again" if queued else ""
-        return [f"{failed} trial(s) that a dead sweep had left running marked as failed{again}"]
+        return [f"marked {count(failed, 'trial')} as failed that a dead sweep had left running{again}"]
 
     def enqueue(self, points: Sequence[Mapping[str, Any]]) -> None:
         """Try these parameters first, unless the study has them already."""
@@ -254,7 +262,7 @@ class Desk:
         if ending.how in (How.FAILED, How.INTERRUPTED):
             trial = self._storage.get_trial(id)
             if self._fail(id, ending.message) and ending.how is How.INTERRUPTED:
-                self._queue_again(trial, None)
+                self._queue_again(trial, trial.user_attrs.get(LOST, 0))
             return
         state = TrialState.COMPLETE if ending.how is How.COMPLETE else TrialState.PRUNED
         values = list(ending.values) if state is TrialState.COMPLETE else None
@@ -366,15 +374,11 @@ class Desk:
             return False
         return identity != self.identity and identity.lives() is False
 
-    def _queue_again(self, trial: FrozenTrial, most: int | None) -> bool:
-        """Queue what a trial would have tried, if it has been lost at most so many times before."""
-        lost = [*trial.user_attrs.get(RETRY_OF, []), trial.number]
-        if most is not None and len(lost) > most:
-            return False
+    def _queue_again(self, trial: FrozenTrial, lost: int) -> None:
         params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-        kept = {name: value for name, value in trial.user_attrs.items() if name not in (OWNER, JOB)}
-        self.study.enqueue_trial(params, user_attrs={**kept, RETRY_OF: lost})
-        return True
+        kept = {name: value for name, value in trial.user_attrs.items() if name not in (OWNER, JOB, FAILURE)}
+        before = [*trial.user_attrs.get(RETRY_OF, []), trial.number]
+        self.study.enqueue_trial(params, user_attrs={**kept, RETRY_OF: before, LOST: lost})
 
     def _note(self, number: int) -> None:
         if number in self.running:
@@ -392,7 +396,7 @@ class Desk:
     def _fail(self, id: int, message: str | None) -> bool:
         """Whether it had not ended before."""
         if message is not None:
-            self._set(id, "gpu_launcher:failure", message)
+            self._set(id, FAILURE, message)
         try:
             self._storage.set_trial_state_values(id, TrialState.FAIL)
         except optuna.exceptions.UpdateFinishedTrialError:
