@@ -15,7 +15,6 @@ from enum import Enum
 from typing import Any
 
 import optuna
-from optuna.samplers import GridSampler
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
@@ -145,6 +144,8 @@ class Desk:
     define: Callable[[optuna.Trial], list[str]]
     bounds: Bounds
     identity: ProcessIdentity
+    combinations: int | None = None
+    """How many there are in all, for a sampler that tries each once."""
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
     running: dict[int, int] = field(default_factory=dict)
@@ -195,8 +196,8 @@ class Desk:
             counts.append(self.bounds.n_trials)
         if self.bounds.total_trials is not None:
             counts.append(max(0, self.bounds.total_trials - self._total()))
-        if isinstance(self.study.sampler, GridSampler):
-            counts.append(self._grid_left())
+        if self.combinations is not None:
+            counts.append(self._left())
         return min(counts, default=None)
 
     # While it goes
@@ -330,7 +331,7 @@ class Desk:
             return Exhausted("no more trials are asked for: the timeout is over")
         if self._exhausted:
             return Exhausted("no more trials are asked for: every combination has been tried")
-        if isinstance(self.study.sampler, GridSampler) and not self._grid_left():
+        if self.combinations is not None and not self._left():
             return Exhausted(None)
         if bounds.total_trials is not None and self._total() >= bounds.total_trials:
             return Exhausted(None)
@@ -346,12 +347,11 @@ class Desk:
     def _total(self) -> int:
         return len(self._trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)) + self._ended[How.FAILED]
 
-    def _grid_left(self) -> int:
+    def _left(self) -> int:
         """Combinations that have not been tried and are not being tried."""
-        sampler = self.study.sampler
-        assert isinstance(sampler, GridSampler)
+        assert self.combinations is not None
         tried = self._trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-        return len(sampler._all_grids) - len({t.system_attrs["grid_id"] for t in tried if "grid_id" in t.system_attrs})
+        return max(0, self.combinations - len({repr(sorted(trial.params.items())) for trial in tried}))
 
     def _since_best(self) -> int:
         """Trials that completed after the best one did."""

@@ -82,17 +82,21 @@ def test_every_job_runs_with_its_trials_number_and_values(run: Run, tmp_path: Pa
 
 def test_values_reach_the_jobs_as_they_were_written(run: Run, tmp_path: Path) -> None:
     odd = ["a,b", "it's", '"quoted"', "{a: b}", " spaced ", "[1]", "two\nlines", "true", "1e-3", "", "back\\slash"]
-    choices = ",".join("'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'" for text in odd)
+    choices = ",".join("'" + text.replace("'", "\\'") + "'" for text in odd)
     sweep(run, tmp_path, f"value=choice({choices},3,3.5,true,[1,2])", "hydra/sweeper/sampler=grid")
     seen = [job["value"] for job in began(tmp_path).values()]
     assert sorted(map(repr, seen)) == sorted(map(repr, [*odd, 3, 3.5, True, [1, 2]]))
 
 
 def test_params_in_the_config_are_searched_and_the_command_line_goes_before_them(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "conf").mkdir()
-    params = "# @package hydra.sweeper\nparams:\n  x: interval(0.0, 1.0)\n  y: interval(0.0, 1.0)\n"
-    (tmp_path / "conf" / "space.yaml").write_text(params)
-    sweep(run, tmp_path, "--config-dir=conf", "+space@_global_.hydra.sweeper=space", "y=3", "hydra.sweeper.n_trials=3")
+    (tmp_path / "conf" / "more").mkdir(parents=True)
+    params = "{x: 'interval(0.0, 1.0)', y: 'interval(0.0, 1.0)'}"
+    (tmp_path / "conf" / "more" / "space.yaml").write_text(
+        f"# @package _global_\nhydra: {{sweeper: {{params: {params}}}}}\n"
+    )
+    space = ("+more=space", "y=3", "hydra.sweeper.n_trials=3")
+    done = run(tmp_path, PROGRAM, "--config-dir=conf", "-m", *SWEEPER, *POOL, RANDOM, *space)
+    assert done.returncode == 0, done.stderr
     assert all(list(trial.params) == ["x"] for trial in study(tmp_path).trials)
     assert {job["y"] for job in began(tmp_path).values()} == {3}
 
@@ -347,7 +351,7 @@ def test_a_sampler_that_has_tried_everything_ends_the_sweep(run: Run, tmp_path: 
     assert len(tried) <= 7
     before = len(tried)
     sweep(run, tmp_path, *everything)
-    assert len(study(tmp_path).trials) <= before + 1, "and nothing is left for another"
+    assert len(study(tmp_path).trials) == before, "and nothing is left for another"
 
 
 # Bad input

@@ -50,7 +50,7 @@ def wait_for(file: str) -> None:
 
 @hydra.main(version_base="1.3", config_path=None, config_name="config")
 def main(cfg: DictConfig) -> Any:
-    number = HydraConfig.get().job.num
+    number = OmegaConf.select(HydraConfig.get(), "job.num", throw_on_missing=False) or 0  # missing without -m
     value = OmegaConf.to_container(cfg, resolve=True)["value"]
     write(began=number, x=cfg.x, y=cfg.y, value=value, trial=gpu_launcher.current_trial().number)
     result = act(cfg, number)
