@@ -77,7 +77,8 @@ class StudyPlan:
                 f"{', '.join(self.options.directions)}: use the same, or another hydra.sweeper.study_name"
             )
         trials = backend.get_all_trials(study._study_id, deepcopy=False)
-        if (differs := difference(self.space, _searched(trials), custom=self._custom is not None)) and trials:
+        searched = _searched(trials)
+        if searched and (differs := difference(self.space, searched, custom=self._custom is not None)):
             raise StudyError(
                 f"study {self.name!r} has another search space ({differs}): use the same, or another "
                 "hydra.sweeper.study_name"

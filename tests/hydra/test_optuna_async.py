@@ -321,9 +321,12 @@ def test_a_trial_that_is_failed_from_elsewhere_is_cancelled(start: Start, tmp_pa
 
 
 def test_known_points_are_tried_first(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "sweep").mkdir()
+    new = optuna.create_study(study_name="trials", storage=gpu_launcher.storage(tmp_path / "sweep" / "study.db"))
+    new.enqueue_trial({"x": 0.125})  # a study that has waiting trials only is one for any search space
     (tmp_path / "points.yaml").write_text("- x: 0.25\n- x: 0.75\n")
     sweep(run, tmp_path, SPACE, "hydra.sweeper.enqueue=points.yaml", "hydra.sweeper.n_trials=3")
-    assert [trial.params["x"] for trial in study(tmp_path).trials][:2] == [0.25, 0.75]
+    assert [trial.params["x"] for trial in study(tmp_path).trials][:3] == [0.125, 0.25, 0.75]
     sweep(run, tmp_path, SPACE, "hydra.sweeper.enqueue=[{x: 0.75},{x: 1.5}]", "hydra.sweeper.n_trials=1")
     assert study(tmp_path).trials[-1].params["x"] == 1.5, "what the study has is not tried again"
 
