@@ -117,6 +117,24 @@ def test_several_objectives_give_a_pareto_front(run: Run, tmp_path: Path) -> Non
     assert found["solutions"] == [{"params": trial.params, "values": trial.values} for trial in best]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (
+            ("does=reports", "y=interval(0.0,1.0)"),
+            ["intermediate_values", "optimization_history", "parallel_coordinate", "param_importances", "slice"],
+        ),
+        (("does=two", "hydra.sweeper.direction=[minimize,maximize]"), ["pareto_front"]),
+    ],
+)
+def test_plots_are_written_where_they_are_wanted(
+    run: Run, tmp_path: Path, arguments: tuple[str, ...], names: list[str]
+) -> None:
+    done = sweep(run, tmp_path, SPACE, *arguments, "hydra.sweeper.n_trials=6", "hydra.sweeper.plots=true")
+    assert sorted(plot.stem for plot in (tmp_path / "sweep" / "plots").glob("*.html")) == names
+    assert f"are in {tmp_path / 'sweep' / 'plots'}" in done.stdout
+
+
 # Asynchronous
 
 
