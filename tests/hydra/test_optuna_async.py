@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 import yaml
 from optuna.trial import TrialState
@@ -243,6 +244,33 @@ def test_too_many_failures_end_the_sweep(run: Run, tmp_path: Path) -> None:
     done = sweep(run, tmp_path, SPACE, "does=odd_ones_raise", "hydra.sweeper.n_trials=50", *limit, ok=False)
     assert "failed, more than max_failure_rate=0.0 lets. The first: trial 1 raised ValueError" in done.stderr
     assert len(study(tmp_path).trials) < 6
+
+
+def test_a_failure_ends_the_sweep_if_the_launcher_says_so(run: Run, tmp_path: Path) -> None:
+    stop = ("hydra.launcher.on_failure=stop", "hydra.sweeper.n_jobs=1")
+    done = sweep(run, tmp_path, SPACE, "does=odd_ones_raise", "hydra.sweeper.n_trials=50", *stop, ok=False)
+    assert "the sweep was stopped because hydra.launcher.on_failure or max_failures says so" in done.stderr
+    assert "RUNNING" not in states(study(tmp_path))
+    assert (tmp_path / "sweep" / "optimization_results.yaml").exists()
+
+
+def test_a_sampler_that_is_killed_ends_the_sweep_and_the_next_one_goes_on(
+    run: Run, start: Start, tmp_path: Path
+) -> None:
+    program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, "seconds=600")
+    assert program.stderr is not None
+    for line in program.stderr:
+        if "job 1 " in line and "started" in line:
+            break
+    children = psutil.Process(program.pid).children()
+    sampler = max(children, key=lambda child: child.pid)  # forked after the guard
+    sampler.kill()
+    _, err = program.communicate(timeout=60)
+    assert program.returncode == 1
+    assert "the process that asks for trials has ended" in err
+    assert not [child for child in children if child.is_running()]
+    sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=3")
+    assert "RUNNING" not in states(study(tmp_path))
 
 
 def test_retries_of_the_launcher_are_one_trial(run: Run, tmp_path: Path) -> None:
