@@ -146,6 +146,13 @@ def test_no_trial_waits_for_a_slower_one(run: Run, tmp_path: Path) -> None:
     assert ends.index(0) >= 6, "all but perhaps the last one ended before the first one did"
 
 
+def test_sampling_does_not_keep_jobs_from_starting(run: Run, tmp_path: Path) -> None:
+    """Trial 2 is sampled for as long as trial 1 has not ended, and trial 1 starts only when trial 0 has ended."""
+    slow = ("does=second_ends_sampling", "hydra.sweeper.custom_search_space=__main__.as_long_as_trial_1_runs")
+    sweep(run, tmp_path, SPACE, *slow, "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1")
+    assert states(study(tmp_path)) == ["COMPLETE"] * 3
+
+
 def test_at_most_n_jobs_run_at_the_same_time(run: Run, tmp_path: Path) -> None:
     sweep(run, tmp_path, SPACE, "seconds=0.1", "hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=1")
     kinds = ["began" if "began" in entry else "ended" for entry in witness(tmp_path)]
@@ -179,8 +186,10 @@ def test_a_pruned_trial_counts_as_pruned_with_its_last_value(run: Run, tmp_path:
     assert "Traceback" not in (tmp_path / "sweep" / "4" / "job.log").read_text()
 
 
-def test_reports_of_all_steps_are_stored(run: Run, tmp_path: Path) -> None:
-    sweep(run, tmp_path, SPACE, "does=reports", "steps=50", "hydra.sweeper.n_trials=3")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_reports_of_all_steps_are_stored(run: Run, tmp_path: Path, method: str) -> None:
+    start_method = f"hydra.launcher.start_method={method}"
+    sweep(run, tmp_path, SPACE, "does=reports", "steps=50", "hydra.sweeper.n_trials=3", start_method)
     for trial in study(tmp_path).trials:
         assert trial.intermediate_values == {step: trial.number + 1 / (step + 1) for step in range(50)}
 
@@ -278,6 +287,20 @@ def test_retries_of_the_launcher_are_one_trial(run: Run, tmp_path: Path) -> None
     done = sweep(run, tmp_path, SPACE, "does=kills_itself", "hydra.sweeper.n_trials=1", *retries, ok=False)
     assert "1 attempt repeated" in done.stderr
     assert states(study(tmp_path)) == ["FAIL"]
+
+
+@pytest.mark.parametrize(
+    "storage", ["journal:///study.log", "{_target_: optuna.storages.InMemoryStorage}", "study.sqlite3"]
+)
+def test_other_storages_work_as_optuna_offers_them(run: Run, tmp_path: Path, storage: str) -> None:
+    url = storage.replace("journal:///", f"journal:///{tmp_path}/")
+    done = sweep(run, tmp_path, SPACE, "does=reports", f"hydra.sweeper.storage={url}", "hydra.sweeper.n_trials=3")
+    assert (tmp_path / "sweep" / "optimization_results.yaml").exists()
+    assert not (tmp_path / "sweep" / "study.db").exists()
+    if "Memory" not in storage:
+        name = f"trials-{tmp_path.name}-sweep"
+        found = study(tmp_path, name, url if "journal" in storage else str(tmp_path / storage))
+        assert states(found) == ["COMPLETE"] * 3, done.stdout
 
 
 # Going on
