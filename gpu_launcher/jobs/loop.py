@@ -15,14 +15,12 @@ from signal import SIGINT, SIGTERM
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from gpu_launcher.devices import combinable
-from gpu_launcher.errors import PoolDirectoryError, RequestError
+from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.jobs import machine as m
 from gpu_launcher.jobs.events import (
     JobEnded,
     JobRetried,
     JobStarted,
-    JobWaiting,
     Notice,
     Outcome,
     Progress,
@@ -32,12 +30,13 @@ from gpu_launcher.jobs.events import (
 from gpu_launcher.jobs.failures import Attempts, FailurePolicy, set_aside
 from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.jobs.pool import PoolSide
 from gpu_launcher.jobs.progress.text import count
-from gpu_launcher.jobs.running import Running, Wait, explain_wait, judge
+from gpu_launcher.jobs.running import Running, judge
 from gpu_launcher.jobs.signals import StopSignals
 from gpu_launcher.jobs.source import Exhausted, Facts, JobSource, Offer, Remark, Reply, Withdrawn
 from gpu_launcher.jobs.watch import DeviceWatch
-from gpu_launcher.leases import Lease, Ledger, refusal
+from gpu_launcher.leases import Ledger
 from gpu_launcher.model import Device, Owner, Request
 from gpu_launcher.processes import messages
 from gpu_launcher.processes.host_memory import oom_kills
@@ -46,10 +45,6 @@ from gpu_launcher.processes.starter import SUPERVISOR_DIED, JobProcess, Lost, Se
 
 TICK = 0.125
 """Seconds between two looks at the clock, for the live view."""
-EXPLAIN = 1.0
-"""Seconds between two looks at who holds the devices that a job waits for."""
-BEARING = 60.0
-"""Seconds for which a sweep of which nothing runs waits for an unusable pool directory."""
 MOST_SERVERS = 5
 """Fork servers that one sweep may lose. More than that is no accident, and starting another would not help."""
 
@@ -107,23 +102,18 @@ class JobLoop:
         tests that kill the launching program there.
         """
         self._jobs = {job.number: job for job in jobs}
-        self._devices = {device.uuid: device for device in devices}
+        self._pool = PoolSide(devices, ledger, watch, owner, progress, clock)
         self._limits = limits
         self._server = server
-        self._ledger = ledger
         self._progress = progress
         self._clock = clock
         self._report_path = report_path
-        self._owner = owner
         self._telling = telling
         self._failures = failures
         self._attempts = Attempts(failures, self._jobs, attempts)
         self._failed = 0
         self._stopped_by: str | None = None
         """How many failures ended the sweep, if they did."""
-        self._device_watch = watch
-        self._announced: dict[str, str] = {}
-        """Faults of devices that the user was told of, by UUID."""
         self._source = source
         self._asked = 0
         """How many jobs the source was asked for and has not offered yet."""
@@ -140,14 +130,8 @@ class JobLoop:
         self._not_startable: dict[int, str] = {}
         """Why jobs could not be started, until they are concluded."""
         self._results: dict[int, JobResult] = {}
-        self._waiting: int | None = None
-        """The job whose ticket is out."""
-        self._explain_at = 0.0
-        self._explained = Wait("", ())
         self._servers_lost = 0
         self._any_prepared = False
-        self._trouble_since: float | None = None
-        """When the pool directory became unusable; None while it is not."""
 
     @property
     def stopped(self) -> bool:
@@ -163,12 +147,11 @@ class JobLoop:
             try:
                 self._watch(self.signals.fileno(), self._on_signals)
                 self._watch(self._server.fileno(), self._on_server)
-                if (descriptor := self._ledger.fileno()) is not None:
-                    self._watch(descriptor, self._on_ledger)
-                self._watch(self._device_watch.fileno(), self._on_devices)
+                for descriptor, callback in self._pool.descriptors():
+                    self._watch(descriptor, callback)
                 if self._source is not None:
                     self._watch(self._source.fileno(), self._on_source)
-                self._device_watch.look_again(self._clock())
+                self._pool.begin()
                 self._handle(m.Begin())
                 self._ask_source()
                 while not self._machine.finished:
@@ -181,10 +164,7 @@ class JobLoop:
             finally:
                 for job in (*self._live.values(), *self._dead.values()):
                     job.process.close()
-                    if job.lease is not None:
-                        self._ledger.release(job.lease)
-                    if job.ticket is not None:
-                        self._ledger.cancel(job.ticket)
+                    self._pool.forget(job)
         return [self._results[number] for number in self._jobs]
 
     # Waiting
@@ -199,7 +179,7 @@ class JobLoop:
         for key in ready:
             if self._selector.get_map().get(key.fd) is key:  # not closed by what came before
                 key.data()
-        self._device_watch.look(self._clock(), waiting=self._waiting is not None)
+        self._pool.look()
         while self._not_startable:
             self._handle(m.Exited(*self._not_startable.popitem()))
         self._claim()
@@ -210,8 +190,8 @@ class JobLoop:
     def _patience(self) -> float:
         """Seconds until something must be looked at though nothing calls."""
         patience = TICK
-        if self._waiting is not None:
-            patience = min(patience, self._ledger.poll_interval)
+        if self._pool.patience is not None:
+            patience = min(patience, self._pool.patience)
         if self._machine.deadline is not None:
             patience = min(patience, max(0.0, self._machine.deadline - self._clock()))
         return patience
@@ -225,21 +205,6 @@ class JobLoop:
             self._handle(m.StopAsked())
             assert self.signals.last is not None
             self._progress.handle(Stopping(self._clock(), running, self._limits.grace, forced, self.signals.last.name))
-
-    def _on_ledger(self) -> None:
-        self._ledger.drain()
-        if self._device_watch.unavailable:
-            # What ended may have been what looked like a stranger.
-            self._device_watch.look_again(self._clock())
-
-    def _on_devices(self) -> None:
-        self._device_watch.receive()
-        faults = self._device_watch.faults
-        for uuid, fault in faults.items():
-            if self._announced.get(uuid) != fault:
-                text = f"{self._devices[uuid].label} {fault}; it is set aside"
-                self._progress.handle(Notice(self._clock(), text))
-        self._announced = dict(faults)
 
     def _ask_source(self) -> None:
         if self._source is None:
@@ -320,8 +285,7 @@ class JobLoop:
 
     def _forget_in_child(self) -> None:
         """In a forked server: leases, tickets and channels are the launching program's alone."""
-        self._ledger.close_in_child()
-        self._device_watch.close_in_child()
+        self._pool.close_in_child()
         if self._source is not None:
             self._source.close_in_child()
         for job in self._live.values():
@@ -360,7 +324,7 @@ class JobLoop:
                 request = self._attempts.request(number, request)
                 self._any_prepared = True
                 self._checkpoint("prepared")
-                self._handle(m.Prepared(number, request, self._refusal(request)))
+                self._handle(m.Prepared(number, request, self._pool.refusal(request)))
             case messages.Said(what):
                 if self._source is not None:
                     self._source.said(number, what)
@@ -429,57 +393,34 @@ class JobLoop:
 
     def _take_ticket(self, number: int, request: Request) -> None:
         self._live[number].request = request
-        self._waiting = number
-        self._explained = Wait("", ())
+        self._pool.wait_for(number)
         self._claim()
 
     def _drop_ticket(self, number: int) -> None:
-        job = self._live.get(number) or self._dead[number]
-        if job.ticket is not None:
-            self._ledger.cancel(job.ticket)
-        job.ticket = None
-        self._waiting = None
+        self._pool.drop(self._live.get(number) or self._dead[number])
 
     def _claim(self) -> None:
         """Ask for the lease of the waiting ticket, if there is one."""
-        if self._waiting is None or not self._device_watch.ready:
+        number = self._pool.waiting
+        if number is None or not self._pool.ready:
             return
-        number = self._waiting
         job = self._live[number]
         try:
-            job.lease = self._ask_pool(job, self._jobs[number])
-            if job.lease is None:
-                self._explain_waiting(number)
+            if job.ticket is None:
+                self._pool.enqueue(job, self._jobs[number])
+                self._checkpoint("queued")
+            job.lease = self._pool.claim(job, self._jobs[number], self._live.values())
         except PoolDirectoryError as error:
-            self._bear(error)
+            # What runs may run; the rest waits for the directory to be mended, and gives up only if nothing runs.
+            if not self._pool.bears(error) and not self._machine.running():
+                self._give_up(f"was not run: {error}")
             return
-        self._trouble_since = None
         if job.lease is None:
             return
-        self._waiting = None
-        job.ticket = None
-        job.devices = tuple(self._devices[uuid] for uuid in job.lease.uuids)
+        job.devices = tuple(self._pool.devices[uuid] for uuid in job.lease.uuids)
         job.shares = job.lease.shares
         self._checkpoint("claimed")
         self._handle(m.Granted(number))
-
-    def _ask_pool(self, job: Running, owner: Job) -> Lease | None:
-        """Get in line, if that has not been done, and ask for the devices. Raises PoolDirectoryError."""
-        if job.ticket is None:
-            assert job.request is not None
-            devices = combinable(tuple(self._devices.values()), job.request.gpus)
-            job.ticket = self._ledger.enqueue(job.request, devices, self._owner(owner))
-            self._checkpoint("queued")
-        return self._ledger.claim(job.ticket, self._device_watch.unavailable, self._device_watch.taste)
-
-    def _bear(self, error: PoolDirectoryError) -> None:
-        """Let what runs run, and the rest wait for the pool directory to be mended; give up only if nothing runs."""
-        now = self._clock()
-        if self._trouble_since is None:
-            self._trouble_since = now
-            self._progress.handle(Notice(now, f"{error}. Jobs that run go on, the others wait for that to be mended"))
-        if now - self._trouble_since > BEARING and not self._machine.running():
-            self._give_up(f"was not run: {error}")
 
     def _give_up(self, problem: str) -> None:
         self._progress.handle(Notice(self._clock(), f"no more jobs are started; each {problem}"))
@@ -510,8 +451,7 @@ class JobLoop:
     def _release(self, number: int) -> None:
         job = self._dead[number]
         assert job.lease is not None
-        self._ledger.release(job.lease)
-        self._device_watch.released(job.lease.uuids, self._clock())
+        self._pool.release(job.lease)
         job.lease = None
         self._checkpoint("released")
         self._claim()
@@ -526,7 +466,7 @@ class JobLoop:
             stopped=conclusion.stopped,
             problem=conclusion.problem,
             timed_out=conclusion.timed_out,
-            faults={d.label: self._device_watch.faults.get(d.uuid) for d in ran.devices} if ran else None,
+            faults={device.label: self._pool.faults[device.uuid] for device in ran.devices} if ran else None,
             attempts=self._attempts[number],
             cancelled=conclusion.cancelled,
         )
@@ -562,7 +502,7 @@ class JobLoop:
         # What is known of the machine now, not when the job ended: the sweep may have been given up since.
         if result.outcome is not Outcome.FAILED or not self._machine.takes_more:
             return False
-        attempt = self._attempts.next(result, ran, self._refusal_now)
+        attempt = self._attempts.next(result, ran, self._pool.refusal_now)
         if attempt is None:
             return False
         number = result.number
@@ -591,36 +531,6 @@ class JobLoop:
             stopping = Stopping(self._clock(), running, self._limits.grace, forced=False, signal=self._stopped_by)
             self._progress.handle(stopping)
             self._handle(m.StopAsked())
-
-    def _explain_waiting(self, number: int) -> None:
-        """Tell the user whom the sweep waits for, if that is not its own jobs."""
-        now = self._clock()
-        if now < self._explain_at:
-            return
-        self._explain_at = now + EXPLAIN
-        ticket = self._live[number].ticket
-        assert ticket is not None
-        own = {job.lease.id for job in self._live.values() if job.lease is not None}
-        devices = tuple(self._devices.values())
-        wait = explain_wait(self._ledger.snapshot(), devices, own, ticket, self._device_watch.unavailable)
-        if wait != self._explained:
-            self._progress.handle(JobWaiting(now, number, self._jobs[number].label, wait.reason, wait.held_by_others))
-            self._explained = wait
-
-    def _refusal(self, request: Request) -> str | None:
-        """Why these devices could never grant a request."""
-        return self._refusal_by(tuple(self._devices.values()), request)
-
-    def _refusal_now(self, request: Request) -> str | None:
-        """The same of those that are not broken."""
-        faults = self._device_watch.faults
-        return self._refusal_by(tuple(one for one in self._devices.values() if not faults.get(one.uuid)), request)
-
-    def _refusal_by(self, devices: tuple[Device, ...], request: Request) -> str | None:
-        try:
-            return refusal(request, combinable(devices, request.gpus))
-        except RequestError as error:
-            return str(error).removeprefix("the request is ")
 
     def _read_report(self, number: int) -> Report | None:
         try:

@@ -14,8 +14,8 @@ APP = """
 import os, time
 from pathlib import Path
 import hydra
-import gpu_launcher.jobs.loop
-gpu_launcher.jobs.loop.BEARING = 0.5
+import gpu_launcher.jobs.pool
+gpu_launcher.jobs.pool.BEARING = 0.5
 
 @hydra.main(version_base="1.3", config_path=None)
 def main(cfg):

@@ -1,0 +1,187 @@
+"""A sweep's dealings with the pool: one job at a time waits for its devices, and the user is told for whom.
+
+Everything here is asked by the loop and answers at once; what it needs to hear about is readable at `descriptors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from gpu_launcher.devices import combinable
+from gpu_launcher.errors import PoolDirectoryError, RequestError
+from gpu_launcher.jobs.events import JobWaiting, Notice, Progress
+from gpu_launcher.jobs.job import Job
+from gpu_launcher.jobs.running import Running, Wait, explain_wait
+from gpu_launcher.jobs.watch import DeviceWatch
+from gpu_launcher.leases import Lease, Ledger, refusal
+from gpu_launcher.model import Device, Owner, Request
+
+EXPLAIN = 1.0
+"""Seconds between two looks at who holds the devices that a job waits for."""
+BEARING = 60.0
+"""Seconds for which a sweep of which nothing runs waits for an unusable pool directory."""
+
+
+class PoolSide:
+    """The devices of a sweep, and its place in line."""
+
+    def __init__(
+        self,
+        devices: tuple[Device, ...],
+        ledger: Ledger,
+        watch: DeviceWatch,
+        owner: Callable[[Job], Owner],
+        progress: Progress,
+        clock: Callable[[], float],
+    ) -> None:
+        """Deal with `ledger` for `devices`, and say on `progress` what the user should know."""
+        self.devices = {device.uuid: device for device in devices}
+        self._ledger = ledger
+        self._watch = watch
+        self._owner = owner
+        self._progress = progress
+        self._clock = clock
+        self.waiting: int | None = None
+        """The job whose ticket is out, or would be if the pool directory could be used."""
+        self._announced: dict[str, str] = {}
+        """Faults of devices that the user was told of, by UUID."""
+        self._explain_at = 0.0
+        self._explained = Wait("", ())
+        self._trouble_since: float | None = None
+        """When the pool directory became unusable; None while it is not."""
+
+    def descriptors(self) -> list[tuple[int, Callable[[], None]]]:
+        """What to watch, with what to call when it is readable."""
+        watched = [(self._watch.fileno(), self._hear_of_devices)]
+        if (descriptor := self._ledger.fileno()) is not None:
+            watched.append((descriptor, self._hear_of_leases))
+        return watched
+
+    def begin(self) -> None:
+        """Look at the devices for the first time."""
+        self._watch.look_again(self._clock())
+
+    def look(self) -> None:
+        """Look at the devices if it is time to."""
+        self._watch.look(self._clock(), waiting=self.waiting is not None)
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds until something must be asked though nothing calls; None if there is nothing to ask."""
+        return None if self.waiting is None else self._ledger.poll_interval
+
+    @property
+    def faults(self) -> dict[str, str | None]:
+        """What is wrong with devices, by UUID."""
+        return {uuid: self._watch.faults.get(uuid) for uuid in self.devices}
+
+    def _hear_of_leases(self) -> None:
+        self._ledger.drain()
+        if self._watch.unavailable:
+            # What ended may have been what looked like a stranger.
+            self._watch.look_again(self._clock())
+
+    def _hear_of_devices(self) -> None:
+        self._watch.receive()
+        faults = self._watch.faults
+        for uuid, fault in faults.items():
+            if self._announced.get(uuid) != fault:
+                text = f"{self.devices[uuid].label} {fault}; it is set aside"
+                self._progress.handle(Notice(self._clock(), text))
+        self._announced = dict(faults)
+
+    # Getting devices
+
+    def wait_for(self, number: int) -> None:
+        """This job is the one that waits now."""
+        self.waiting = number
+        self._explained = Wait("", ())
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is known how the devices are."""
+        return self._watch.ready
+
+    def enqueue(self, job: Running, of: Job) -> None:
+        """Get in line. Raises PoolDirectoryError."""
+        assert job.request is not None
+        devices = combinable(tuple(self.devices.values()), job.request.gpus)
+        job.ticket = self._ledger.enqueue(job.request, devices, self._owner(of))
+
+    def claim(self, job: Running, of: Job, running: Iterable[Running]) -> Lease | None:
+        """Ask for the devices of the job that waits, and is in line.
+
+        `running` are the sweep's jobs that have a process. Raises PoolDirectoryError.
+        """
+        assert job.ticket is not None
+        lease = self._ledger.claim(job.ticket, self._watch.unavailable, self._watch.taste)
+        if lease is None:
+            self._explain(job, of, running)
+        else:
+            self.waiting = None
+            job.ticket = None
+        self._trouble_since = None
+        return lease
+
+    def drop(self, job: Running) -> None:
+        """Give up the place in line."""
+        if job.ticket is not None:
+            self._ledger.cancel(job.ticket)
+        job.ticket = None
+        self.waiting = None
+
+    def release(self, lease: Lease) -> None:
+        """Give devices back."""
+        self._ledger.release(lease)
+        self._watch.released(lease.uuids, self._clock())
+
+    def forget(self, job: Running) -> None:
+        """Give back what a job has, whatever that is, because everything ends."""
+        if job.lease is not None:
+            self._ledger.release(job.lease)
+        if job.ticket is not None:
+            self._ledger.cancel(job.ticket)
+
+    def bears(self, error: PoolDirectoryError) -> bool:
+        """Whether the sweep can still wait for the pool directory to be mended."""
+        now = self._clock()
+        if self._trouble_since is None:
+            self._trouble_since = now
+            self._progress.handle(Notice(now, f"{error}. Jobs that run go on, the others wait for that to be mended"))
+        return now - self._trouble_since <= BEARING
+
+    def close_in_child(self) -> None:
+        """In a fork of this process: leases and tickets are this process's alone."""
+        self._ledger.close_in_child()
+        self._watch.close_in_child()
+
+    # Saying why not
+
+    def _explain(self, job: Running, of: Job, running: Iterable[Running]) -> None:
+        """Tell the user whom the sweep waits for, if that is not its own jobs."""
+        now = self._clock()
+        if now < self._explain_at:
+            return
+        self._explain_at = now + EXPLAIN
+        assert job.ticket is not None
+        own = {one.lease.id for one in running if one.lease is not None}
+        devices = tuple(self.devices.values())
+        wait = explain_wait(self._ledger.snapshot(), devices, own, job.ticket, self._watch.unavailable)
+        if wait != self._explained:
+            self._progress.handle(JobWaiting(now, of.number, of.label, wait.reason, wait.held_by_others))
+            self._explained = wait
+
+    def refusal(self, request: Request) -> str | None:
+        """Why these devices could never grant a request, as a sentence that goes on from `is`."""
+        return self._refusal_by(tuple(self.devices.values()), request)
+
+    def refusal_now(self, request: Request) -> str | None:
+        """The same of those that are not broken."""
+        sound = tuple(device for device in self.devices.values() if not self._watch.faults.get(device.uuid))
+        return self._refusal_by(sound, request)
+
+    def _refusal_by(self, devices: tuple[Device, ...], request: Request) -> str | None:
+        try:
+            return refusal(request, combinable(devices, request.gpus))
+        except RequestError as error:
+            return str(error).removeprefix("the request is ")
