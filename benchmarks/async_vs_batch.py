@@ -37,7 +37,7 @@ RESAMPLES = 10_000
 
 def main() -> int:
     options = _options()
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     results: dict[str, Any] = {"machine": machine.describe(), "quick": options.quick, "parts": {}}
     about = results["machine"]
     optuna_version = machine.version("optuna")
@@ -137,8 +137,8 @@ def _simulated(console: Console, options: argparse.Namespace) -> dict[str, Any]:
     )
     times = [f"{when:.3g}" for when in found["times"]]
     table = _table(
-        f"regret, simulated: {found['trials']} trials on {found['slots']} slots, {found['seeds']} seeds; the median, and "
-        "95 % of bootstrapped medians; time in a trial's median duration",
+        f"regret, simulated: {found['trials']} trials on {found['slots']} slots, {found['seeds']} seeds; the median, "
+        "and 95 % of bootstrapped medians; time in a trial's median duration",
         ("objective", "sweeper", *(f"at {when}" for when in times), "all trials", "ends at", "ask, ms"),
     )
     for objective, strategies_found in found["objectives"].items():

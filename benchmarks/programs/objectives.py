@@ -53,7 +53,7 @@ def _branin(x: Mapping[str, Any]) -> float:
 
 
 def _mixed(x: Mapping[str, Any]) -> float:
-    """Shaped like the loss of a training: the best learning rate depends on the optimiser, width and depth trade off."""
+    """Shaped like a training's loss: the best learning rate depends on the optimiser, width and depth trade off."""
     best_rate = {"sgd": -1.5, "adam": -3.0, "rmsprop": -3.5}[x["optimizer"]]
     worse = {"sgd": 0.15, "adam": 0.0, "rmsprop": 0.1}[x["optimizer"]]
     worse += {"relu": 0.05, "gelu": 0.0, "tanh": 0.2}[x["activation"]]

@@ -40,7 +40,7 @@ def measure(
 
 
 def _summary(runs: list[dict[str, float]]) -> dict[str, float]:
-    return {key: median(run[key] for run in runs if key in run) for key in dict.fromkeys(key for r in runs for key in r)}
+    return {key: median(run[key] for run in runs) for key in runs[0]}
 
 
 def _once(sweeper: Sweeper, trials: int, slots: int, seed: int, seconds: float, sigma: float) -> dict[str, float]:

@@ -51,7 +51,9 @@ def _official(space: SearchSpace, trials: int, seed: int) -> optuna.samplers.Bas
     """What Hydra makes of the official sweeper's default. Raises ImportError where it is not installed."""
     from hydra_plugins.hydra_optuna_sweeper.config import TPESamplerConfig
 
-    sampler = instantiate(OmegaConf.structured(TPESamplerConfig(seed=seed)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Hydra 1.4 wants a whitelist of what configs may call
+        sampler = instantiate(OmegaConf.structured(TPESamplerConfig(seed=seed)))
     assert isinstance(sampler, optuna.samplers.BaseSampler)
     return sampler
 
