@@ -104,7 +104,18 @@ def _processes(console: Console, options: argparse.Namespace) -> dict[str, Any]:
     table = _table(
         f"{found['trials']} trials of {found['median_s']} s (sigma {found['sigma']}) on {found['slots']} slots, "
         f"median of {found['seeds']} sweeps",
-        ("sweeper", "program, s", "trials, s", "factor", "utilisation", "to last start", "pause, ms", "99 %", "others"),
+        (
+            "sweeper",
+            "program, s",
+            "trials, s",
+            "factor",
+            "utilisation",
+            "possible",
+            "to last start",
+            "pause, ms",
+            "99 %",
+            "others",
+        ),
     )
     base = found["sweepers"].get(BASELINE)
     for name, of in found["sweepers"].items():
@@ -115,6 +126,7 @@ def _processes(console: Console, options: argparse.Namespace) -> dict[str, Any]:
             f"{of['span_s']:.1f}",
             f"{of['elapsed_s'] / base['elapsed_s']:.2f}" if base else "",
             f"{of['utilisation']:.2f}",
+            f"{of['utilisation_possible']:.2f}",
             f"{of['utilisation_before_last']:.2f}",
             *pause,
             f"{of['others_cores']:.2f}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 from pathlib import Path
 from statistics import median
@@ -86,7 +87,20 @@ def use(records: list[dict[str, Any]], slots: int) -> dict[str, float]:
         "span_s": (ended - began) / 1e9,
         "utilisation": busy / (slots * (ended - began)),
         "utilisation_before_last": before / (slots * max(1, last - began)),
+        "utilisation_possible": possible(records, slots),
     }
+
+
+def possible(records: list[dict[str, Any]], slots: int) -> float:
+    """The utilisation of a sweeper that starts the next of these trials the moment that a slot is free.
+
+    It is below 1, because in the end there is nothing left to start.
+    """
+    free = [0] * slots
+    durations = [record["last"] - record["first"] for record in sorted(records, key=lambda record: int(record["job"]))]
+    for duration in durations:
+        heapq.heapreplace(free, free[0] + duration)
+    return sum(durations) / (slots * max(free))
 
 
 def waits(records: list[dict[str, Any]], database: Path) -> dict[str, float]:
