@@ -15,13 +15,13 @@ from enum import Enum
 from typing import Any
 
 import optuna
-from optuna.samplers import GridSampler
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs.identity import ProcessIdentity
+from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.studies.pruning import verdicts
 from gpu_launcher.studies.storage import store_reports
 
@@ -30,7 +30,11 @@ OWNER = "gpu_launcher:owner"
 JOB = "gpu_launcher:job"
 """User attribute: directory, log, devices, and when it began and ended (seconds since the epoch)."""
 RETRY_OF = "gpu_launcher:retry_of"
-"""User attribute: the numbers of the trials with these parameters that were lost, in order."""
+"""User attribute: the numbers of the trials with these parameters that were lost or interrupted, in order."""
+LOST = "gpu_launcher:lost"
+"""User attribute: how many of these ran when their sweep died."""
+FAILURE = "gpu_launcher:failure"
+"""User attribute: why it failed."""
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -140,6 +144,8 @@ class Desk:
     define: Callable[[optuna.Trial], list[str]]
     bounds: Bounds
     identity: ProcessIdentity
+    combinations: int | None = None
+    """How many there are in all, for a sampler that tries each once."""
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
     running: dict[int, int] = field(default_factory=dict)
@@ -163,16 +169,19 @@ class Desk:
 
         Returns what was done, as lines for the user. Trials whose owner lives, may live, or is unknown are left alone.
         """
-        lost = [trial for trial in self._trials(TrialState.RUNNING) if self._is_stale(trial)]
         failed, queued = 0, 0
-        for trial in lost:
+        for trial in [trial for trial in self._trials(TrialState.RUNNING) if self._is_stale(trial)]:
             if self._fail(trial._trial_id, "its sweep ended without telling"):
                 failed += 1
-                queued += self._queue_again(trial, most_retries)
+                # One that never ran has not been the reason why its sweep died.
+                lost = trial.user_attrs.get(LOST, 0) + (JOB in trial.user_attrs)
+                if lost <= most_retries:
+                    self._queue_again(trial, lost)
+                    queued += 1
         if not failed:
             return []
         again = f", and {queued} of them queued again" if queued else ""
-        return [f"{failed} trial(s) that a dead sweep had left running marked as failed{again}"]
+        return [f"marked {count(failed, 'trial')} as failed that a dead sweep had left running{again}"]
 
     def enqueue(self, points: Sequence[Mapping[str, Any]]) -> None:
         """Try these parameters first, unless the study has them already."""
@@ -187,8 +196,8 @@ class Desk:
             counts.append(self.bounds.n_trials)
         if self.bounds.total_trials is not None:
             counts.append(max(0, self.bounds.total_trials - self._total()))
-        if isinstance(self.study.sampler, GridSampler):
-            counts.append(self._grid_left())
+        if self.combinations is not None:
+            counts.append(self._left())
         return min(counts, default=None)
 
     # While it goes
@@ -254,7 +263,7 @@ class Desk:
         if ending.how in (How.FAILED, How.INTERRUPTED):
             trial = self._storage.get_trial(id)
             if self._fail(id, ending.message) and ending.how is How.INTERRUPTED:
-                self._queue_again(trial, None)
+                self._queue_again(trial, trial.user_attrs.get(LOST, 0))
             return
         state = TrialState.COMPLETE if ending.how is How.COMPLETE else TrialState.PRUNED
         values = list(ending.values) if state is TrialState.COMPLETE else None
@@ -325,7 +334,7 @@ class Desk:
             return Exhausted("no more trials are asked for: the timeout is over")
         if self._exhausted:
             return Exhausted("no more trials are asked for: every combination has been tried")
-        if isinstance(self.study.sampler, GridSampler) and not self._grid_left():
+        if self.combinations is not None and not self._left():
             return Exhausted(None)
         if bounds.total_trials is not None and self._total() >= bounds.total_trials:
             return Exhausted(None)
@@ -341,12 +350,11 @@ class Desk:
     def _total(self) -> int:
         return len(self._trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)) + self._ended[How.FAILED]
 
-    def _grid_left(self) -> int:
+    def _left(self) -> int:
         """Combinations that have not been tried and are not being tried."""
-        sampler = self.study.sampler
-        assert isinstance(sampler, GridSampler)
+        assert self.combinations is not None
         tried = self._trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-        return len(sampler._all_grids) - len({t.system_attrs["grid_id"] for t in tried if "grid_id" in t.system_attrs})
+        return max(0, self.combinations - len({repr(sorted(trial.params.items())) for trial in tried}))
 
     def _since_best(self) -> int:
         """Trials that completed after the best one did."""
@@ -369,15 +377,11 @@ class Desk:
             return False
         return identity != self.identity and identity.lives() is False
 
-    def _queue_again(self, trial: FrozenTrial, most: int | None) -> bool:
-        """Queue what a trial would have tried, if it has been lost at most so many times before."""
-        lost = [*trial.user_attrs.get(RETRY_OF, []), trial.number]
-        if most is not None and len(lost) > most:
-            return False
+    def _queue_again(self, trial: FrozenTrial, lost: int) -> None:
         params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-        kept = {name: value for name, value in trial.user_attrs.items() if name not in (OWNER, JOB)}
-        self.study.enqueue_trial(params, user_attrs={**kept, RETRY_OF: lost})
-        return True
+        kept = {name: value for name, value in trial.user_attrs.items() if name not in (OWNER, JOB, FAILURE)}
+        before = [*trial.user_attrs.get(RETRY_OF, []), trial.number]
+        self.study.enqueue_trial(params, user_attrs={**kept, RETRY_OF: before, LOST: lost})
 
     def _note(self, number: int) -> None:
         if number in self.running:
@@ -395,7 +399,7 @@ class Desk:
     def _fail(self, id: int, message: str | None) -> bool:
         """Whether it had not ended before."""
         if message is not None:
-            self._set(id, "gpu_launcher:failure", message)
+            self._set(id, FAILURE, message)
         try:
             self._storage.set_trial_state_values(id, TrialState.FAIL)
         except optuna.exceptions.UpdateFinishedTrialError:

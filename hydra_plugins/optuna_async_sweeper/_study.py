@@ -14,6 +14,7 @@ from hydra.utils import get_method
 from omegaconf import DictConfig
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
@@ -26,7 +27,7 @@ from gpu_launcher.studies.storage import storage as open_storage
 from ._classes import instantiate
 from ._options import SweeperOptions, plain
 from ._pruners import make_pruner
-from ._samplers import make_sampler
+from ._samplers import grid_size, make_sampler
 from ._search_space import SearchSpace, difference
 
 FILE = "study.db"
@@ -76,12 +77,13 @@ class StudyPlan:
                 f"{', '.join(self.options.directions)}: use the same, or another hydra.sweeper.study_name"
             )
         trials = backend.get_all_trials(study._study_id, deepcopy=False)
-        if (differs := difference(self.space, _searched(trials), custom=self._custom is not None)) and trials:
+        searched = _searched(trials)
+        if searched and (differs := difference(self.space, searched, custom=self._custom is not None)):
             raise StudyError(
                 f"study {self.name!r} has another search space ({differs}): use the same, or another "
                 "hydra.sweeper.study_name"
             )
-        desk = Desk(study, self._define, bounds, self.identity)
+        desk = Desk(study, self._define, bounds, self.identity, self._combinations(sampler))
         remarks = [f"study {self.name!r} in {self.where}, with {len(trials)} trials" if trials else self._opened, why]
         remarks += desk.settle(self.options.retry_stale)
         desk.enqueue([self.space.encode(point) for point in self.options.enqueue])
@@ -131,6 +133,12 @@ class StudyPlan:
         except Exception as error:  # importing the user's module may raise anything
             raise OptionError("hydra.sweeper.custom_search_space", f"{target} cannot be imported: {error}") from error
         return custom
+
+    def _combinations(self, sampler: BaseSampler) -> int | None:
+        """How many there are to try, for a sampler that tries each once; None where only the sampler knows."""
+        if self._custom is not None or not isinstance(sampler, (GridSampler, BruteForceSampler)):
+            return None
+        return grid_size(self.space)
 
     def _define(self, trial: optuna.Trial) -> list[str]:
         for name, distribution in self.space.distributions.items():

@@ -158,7 +158,7 @@ def ending(result: JobResult, pruned: bool, objectives: int, directory: Path) ->
     if result.outcome is Outcome.PRUNED or (result.outcome is Outcome.CANCELLED and pruned):
         return Ending(How.PRUNED, message=result.message)
     if result.outcome is Outcome.CANCELLED:
-        return Ending(How.INTERRUPTED, message=result.message)
+        return Ending(How.INTERRUPTED, message="the sweep was stopped")
     if result.outcome is Outcome.FAILED:
         return Ending(How.FAILED, message=result.message)
     return _ending_of(unpack(result, [], directory), objectives)

@@ -30,12 +30,17 @@ class Histories(RuleBasedStateMachine):
         ahead=st.integers(1, 4),
         preparing=st.integers(1, 3),
         grace=st.sampled_from([0.0, 5.0]),
+        more=st.booleans(),
     )
-    def begin(self, jobs, devices, parallel, without_devices, ahead, preparing, grace):
+    def begin(self, jobs, devices, parallel, without_devices, ahead, preparing, grace, more):
         self.devices = devices
-        self.limits = Limits(parallel, without_devices, ahead, preparing, grace)
+        self.limits = Limits(parallel, without_devices, ahead, preparing, grace, at_once=devices)
         self.jobs = list(range(jobs))
-        self.machine = Machine(self.jobs, self.limits)
+        self.machine = Machine(self.jobs, self.limits, more=more)
+        self.more = more
+        """Whether others may arrive."""
+        self.cancelled: dict[int, float] = {}
+        """Jobs that nobody wants any more, and since when."""
         self.now = 0.0
         self.processes: dict[int, str] = {}
         """Jobs with a process, and whether it is `preparing`, `prepared` or `running`."""
@@ -51,6 +56,7 @@ class Histories(RuleBasedStateMachine):
         self.lost: set[int] = set()
         """Jobs that a lost server may have queued again."""
         self.stopped_at: float | None = None
+        self.kill_at: float | None = None
         self.given_up = False
         self.follow(m.Begin())
 
@@ -66,6 +72,7 @@ class Histories(RuleBasedStateMachine):
         assert not self.given_up
         assert number not in self.processes
         assert not self.concluded[number]
+        assert number not in self.cancelled
         assert not self.starts[number] or number in self.lost, "only what a server lost is started again"
         assert not self.runs[number], "what has run is not started again"
         self.lost.discard(number)
@@ -106,9 +113,14 @@ class Histories(RuleBasedStateMachine):
         self.dying.add(instruction.number)
         assert instruction.number in self.processes
         too_much = self.requests.get(instruction.number, 0) > self.devices
-        assert too_much or self.stopped_at is not None or self.given_up, "nobody is killed without a reason"
-        if self.stopped_at is None:
+        reason = too_much or self.stopped_at is not None or self.given_up or instruction.number in self.cancelled
+        assert reason, "nobody is killed without a reason"
+        if self.stopped_at is None and instruction.number not in self.cancelled:
             assert self.processes[instruction.number] != "running", "what runs goes on"
+
+    def do_Terminate(self, instruction):
+        assert self.cancelled[instruction.number] == self.now
+        assert self.processes[instruction.number] == "running"
 
     def do_Release(self, instruction):
         self.released[instruction.number] += 1
@@ -123,10 +135,34 @@ class Histories(RuleBasedStateMachine):
         assert instruction.stopped == (self.stopped_at is not None)
         if self.given_up and not self.runs[number] and self.stopped_at is None:
             assert instruction.problem is not None
-        if self.requests.get(number, 0) > self.devices and instruction.problem is not None and not self.given_up:
+        assert instruction.cancelled == (number in self.cancelled)
+        unusual = self.given_up or number in self.cancelled
+        if self.requests.get(number, 0) > self.devices and instruction.problem is not None and not unusual:
             assert instruction.problem == "cannot be run: its request is too large"
 
     # What may happen
+
+    @precondition(lambda self: self.machine.wanted > 0 and len(self.jobs) < 2 * MOST_JOBS)
+    @rule()
+    def a_job_arrives(self):
+        number = len(self.jobs)
+        self.jobs.append(number)
+        self.follow(m.Arrived(number))
+
+    @precondition(lambda self: self.more)
+    @rule()
+    def no_more_will_arrive(self):
+        self.more = False
+        self.follow(m.NoMore())
+        assert self.machine.wanted == 0
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def a_job_is_not_wanted_any_more(self, data):
+        number = data.draw(st.sampled_from(self.jobs))
+        if not self.concluded[number]:
+            self.cancelled.setdefault(number, self.now)
+        self.follow(m.Cancel(number, "is not wanted"))
 
     @precondition(lambda self: "preparing" in self.processes.values())
     @rule(data=st.data(), gpus=st.integers(0, 4))
@@ -184,19 +220,25 @@ class Histories(RuleBasedStateMachine):
         if self.stopped_at is None:
             self.stopped_at = self.now
             self.follow(m.StopAsked())
-            assert self.machine.deadline == self.now + self.limits.grace
+            self.kill_at = self.now + self.limits.grace
+            assert self.machine.deadline <= self.kill_at
         else:
+            self.kill_at = None
             self.follow(m.StopAsked())
             assert self.dying == self.processes.keys(), "the second stop spares nobody"
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 5.0]))
     def time_passes(self, seconds):
         self.now += seconds
-        due = self.machine.deadline is not None and self.now >= self.machine.deadline
         self.follow(m.Tick())
-        if due:
+        if self.kill_at is not None and self.now >= self.kill_at:
+            self.kill_at = None
             assert self.dying == self.processes.keys(), "the end of the grace period spares nobody"
-            assert self.machine.deadline is None
+        late = {
+            n for n, since in self.cancelled.items() if n in self.processes and self.now >= since + self.limits.grace
+        }
+        self.follow(m.Tick())  # what is due together with the end of the grace period
+        assert late <= self.dying
 
     @rule(number=st.integers(0, MOST_JOBS - 1), kind=st.sampled_from(["prepared", "granted", "exited"]))
     def what_cannot_happen_raises_and_changes_nothing(self, number, kind):
@@ -237,18 +279,27 @@ class Histories(RuleBasedStateMachine):
         assert self.machine.stopping == (self.stopped_at is not None)
 
     @invariant()
+    def more_jobs_are_wanted_while_none_waits_and_not_more_than_can_run(self):
+        phases = Counter(self.processes.values())
+        if self.machine.wanted:
+            assert self.more
+            assert not phases["prepared"]
+            assert self.machine.wanted <= max(1, self.devices - phases["running"] - phases["preparing"])
+
+    @invariant()
     def devices_are_held_by_those_who_run_and_by_nobody_else(self):
         assert self.held == {n for n, phase in self.processes.items() if phase == "running" and self.requests[n] > 0}
 
     @invariant()
     def every_job_is_concluded_at_most_once_and_the_end_is_when_all_are(self):
         assert all(count == 1 for count in self.concluded.values())
-        assert self.machine.finished == (len(self.concluded) == len(self.jobs))
+        coming = self.more and self.stopped_at is None and not self.given_up
+        assert self.machine.finished == (len(self.concluded) == len(self.jobs) and not coming)
 
     @invariant()
     def nothing_waits_for_nothing(self):
         """Unless the sweep is at its end, something is under way that will move it on."""
-        if not self.machine.finished and not self.processes:
+        if not self.machine.finished and not self.processes and not self.machine.wanted:
             raise AssertionError("jobs are queued, and nobody starts them")
         healthy = {n for n, phase in self.processes.items() if n not in self.dying}
         prepared = {n for n in healthy if self.processes[n] == "prepared"}
@@ -259,7 +310,9 @@ class Histories(RuleBasedStateMachine):
 
     def teardown(self):
         """Play the history to its end, in which every job ends."""
-        for _ in range(10 * MOST_JOBS):
+        if self.more:
+            self.no_more_will_arrive()
+        for _ in range(20 * MOST_JOBS):
             if self.machine.finished:
                 break
             if self.ticket is not None:

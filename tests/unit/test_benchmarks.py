@@ -67,3 +67,15 @@ def test_a_part_that_is_not_there_is_named() -> None:
     done = benchmark("--quick", "hand-over")
     assert done.returncode == 2
     assert "there is no part 'hand-over': choose from sweep, handover, memory, startup" in done.stderr
+
+
+def test_it_compares_storages_of_a_study_and_counts_trials_that_run_twice(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    command = [sys.executable, str(SCRIPT.with_name("storage.py")), "--quick", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    storages = json.loads(file.read_text())["storages"]
+    assert set(storages) == {"gpu_launcher.storage", "Optuna's SQLite", "Optuna's SQLite, WAL", "journal file"}
+    found = storages["gpu_launcher.storage"]
+    assert (found["errors"], found["ran_again"], found["left_running"]) == ({}, 0, 0)
+    assert 0 < found["ask"]["median_ms"] <= found["ask"]["p99_ms"]

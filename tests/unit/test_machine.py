@@ -279,3 +279,59 @@ def test_a_job_that_wants_what_may_be_long_in_coming_goes_after_the_others_and_n
     assert not machine.takes_more
     with pytest.raises(IllegalTransitionError):
         machine.handle(m.Again(conclusion.number), 0.0)
+
+
+def test_a_machine_without_jobs_wants_as_many_as_can_run_and_be_prepared():
+    machine = Machine([], limits(preparing=2, at_once=8), more=True)
+    machine.handle(m.Begin(), 0.0)
+    assert machine.wanted == 2
+    assert not machine.finished
+    machine.handle(m.Arrived(5), 0.0)
+    assert machine.wanted == 1
+
+
+def test_one_job_that_waits_for_devices_is_ahead_enough():
+    machine = Machine([], limits(at_once=8), more=True)
+    machine.handle(m.Arrived(0), 0.0)
+    assert machine.handle(m.Prepared(0, ONE), 0.0) == [m.TakeTicket(0, ONE)]
+    assert machine.wanted == 0
+    machine.handle(m.Granted(0), 0.0)
+    assert machine.wanted == 2
+
+
+def test_with_all_devices_busy_one_more_job_is_wanted():
+    machine = Machine([], limits(at_once=1), more=True)
+    machine.handle(m.Arrived(0), 0.0)
+    machine.handle(m.Prepared(0, ONE), 0.0)
+    machine.handle(m.Granted(0), 0.0)
+    assert machine.wanted == 1
+    assert machine.handle(m.Arrived(1), 0.0) == [m.StartProcess(1)]
+    assert machine.wanted == 0
+
+
+def test_the_sweep_is_over_when_no_more_jobs_arrive_and_the_last_has_ended():
+    machine = Machine([], limits(), more=True)
+    machine.handle(m.Arrived(0), 0.0)
+    machine.handle(m.NoMore(), 0.0)
+    assert not machine.finished
+    machine.handle(m.Exited(0), 0.0)
+    assert machine.finished
+
+
+def test_a_running_job_that_is_cancelled_is_told_and_after_the_grace_period_killed():
+    machine = running(1)
+    assert machine.handle(m.Cancel(0, "was pruned"), 1.0) == [m.Terminate(0)]
+    assert machine.handle(m.Cancel(0, "was pruned"), 2.0) == []
+    assert machine.handle(m.Tick(), 10.9) == []
+    assert machine.handle(m.Tick(), 11.0) == [m.Kill(0)]
+    (*_, conclusion) = machine.handle(m.Exited(0), 12.0)
+    assert conclusion == m.Conclude(0, stopped=False, problem="was pruned", cancelled=True)
+
+
+def test_a_job_that_is_cancelled_before_it_runs_never_does():
+    machine = begun(3, ahead=2)
+    machine.handle(m.Prepared(0, ONE), 0.0)
+    assert machine.handle(m.Cancel(0, "x"), 0.0)[:2] == [m.Kill(0), m.DropTicket(0)]
+    assert machine.handle(m.Cancel(1, "x"), 0.0) == [m.Kill(1)]
+    assert machine.handle(m.Prepared(1, ONE), 0.0) == [], "it was on the way"
+    assert machine.handle(m.Cancel(2, "x"), 0.0) == [m.Conclude(2, stopped=False, problem="x", cancelled=True)]

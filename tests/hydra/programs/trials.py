@@ -1,0 +1,112 @@
+"""A trial for every purpose: `does=...`. What each job was given, and when it ran, is in `witness.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import optuna
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+import gpu_launcher
+
+
+@dataclass
+class Config:
+    x: float = 0.0
+    y: float = 0.0
+    value: Any = None
+    does: str = "returns"
+    last: int = 0
+    steps: int = 5
+    seconds: float = 0.0
+
+
+ConfigStore.instance().store(name="config", node=Config)
+WITNESS = Path("witness.jsonl").absolute()
+
+
+def write(**entry: Any) -> None:
+    with WITNESS.open("ab", buffering=0) as file:
+        file.write(json.dumps({"time": time.time(), **entry}).encode() + b"\n")
+
+
+def more(cfg: DictConfig, trial: optuna.Trial) -> None:
+    """A custom search space: what `y` may be depends on `x`."""
+    trial.suggest_float("y", trial.params["x"], trial.params["x"] + 1)
+
+
+def wait_for(file: str) -> None:
+    while not Path(HydraConfig.get().sweep.dir, file).exists():
+        time.sleep(0.01)
+
+
+@hydra.main(version_base="1.3", config_path=None, config_name="config")
+def main(cfg: DictConfig) -> Any:
+    number = OmegaConf.select(HydraConfig.get(), "job.num", throw_on_missing=False) or 0  # missing without -m
+    value = OmegaConf.to_container(cfg, resolve=True)["value"]
+    write(began=number, x=cfg.x, y=cfg.y, value=value, trial=gpu_launcher.current_trial().number)
+    result = act(cfg, number)
+    write(ended=number, result=repr(result))
+    return result
+
+
+def act(cfg: DictConfig, number: int) -> Any:
+    result = (cfg.x - 0.5) ** 2 + cfg.y
+    match cfg.does:
+        case "returns":
+            time.sleep(cfg.seconds)
+            return result
+        case "first_waits":  # for the last one, which a batch would never come to
+            if number == 0:
+                wait_for("last")
+            elif number == cfg.last:
+                Path(HydraConfig.get().sweep.dir, "last").touch()
+            return result
+        case "raises":
+            raise ValueError(f"{number} was meant to fail")
+        case "odd_ones_raise":
+            if number % 2:
+                raise ValueError(f"{number} was meant to fail")
+            return result
+        case "reports":
+            for step in range(cfg.steps):
+                gpu_launcher.report(number + 1 / (step + 1), step)  # the earlier the better
+                time.sleep(0.01)
+            return float(number)
+        case "reports_and_ignores":
+            trial = gpu_launcher.current_trial()
+            for step in range(cfg.steps):
+                trial.report(number, step)
+            if number:
+                time.sleep(600)
+            return float(number)
+        case "hangs":
+            time.sleep(600)
+        case "annotates":
+            gpu_launcher.current_trial().set_user_attr("pid", os.getpid())
+            return result
+        case "two":
+            return result, -result
+        case "three":
+            return result, result, result
+        case "nan" | "inf":
+            return float(cfg.does)
+        case "none":
+            return None
+        case "text":
+            return "good"
+        case "kills_itself":
+            os.kill(os.getpid(), 9)
+    raise AssertionError(cfg.does)
+
+
+if __name__ == "__main__":
+    main()

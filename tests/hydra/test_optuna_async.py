@@ -1,0 +1,412 @@
+"""`hydra/sweeper=optuna_async`: real sweeps, the studies that they leave, and how they go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+from optuna.trial import TrialState
+
+import gpu_launcher
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+Start = Callable[..., "subprocess.Popen[str]"]
+
+PROGRAM = "trials.py"
+SWEEPER = ("hydra/sweeper=optuna_async", "hydra.sweep.dir=sweep")
+POOL = ("hydra/launcher=gpu_pool", "hydra.launcher.devices=simulated:2")
+RANDOM = "hydra/sweeper/sampler=random"
+SPACE = "x=interval(-2.0,2.0)"
+
+
+def study(directory: Path, name: str = "trials", url: str | None = None) -> optuna.Study:
+    url = url or f"sqlite:///{directory / 'sweep' / 'study.db'}"
+    return optuna.load_study(study_name=name, storage=gpu_launcher.storage(url))
+
+
+def states(of: optuna.Study) -> list[str]:
+    return [trial.state.name for trial in of.trials]
+
+
+def witness(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "witness.jsonl").read_text().splitlines()]
+
+
+def began(directory: Path) -> dict[int, dict[str, Any]]:
+    return {entry["began"]: entry for entry in witness(directory) if "began" in entry}
+
+
+def sweep(run: Run, directory: Path, *arguments: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
+    done = run(directory, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, *arguments)
+    assert (done.returncode == 0) is ok, done.stdout + done.stderr
+    return done
+
+
+# What it takes over from the official sweeper
+
+
+def test_the_best_trial_is_found_shown_and_saved(run: Run, tmp_path: Path) -> None:
+    done = sweep(run, tmp_path, SPACE, "y=choice(0.0,5.0)", "hydra.sweeper.n_trials=12")
+    trials = study(tmp_path).trials
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 12
+    best = min(trials, key=lambda trial: trial.values[0])
+    found = yaml.safe_load((tmp_path / "sweep" / "optimization_results.yaml").read_text())
+    assert found == {"name": "optuna", "best_params": best.params, "best_value": best.values[0]}
+    assert f"trial {best.number} (x={best.params['x']}" in done.stdout
+    assert str(tmp_path / "sweep" / str(best.number)) in done.stdout
+    assert "parameter importances: " in done.stdout
+
+
+def test_every_job_runs_with_its_trials_number_and_values(run: Run, tmp_path: Path) -> None:
+    sweep(run, tmp_path, SPACE, "y=7", "hydra.sweeper.n_trials=6")
+    jobs = began(tmp_path)
+    for trial in study(tmp_path).trials:
+        job = jobs[trial.number]
+        assert (job["x"], job["y"], job["trial"]) == (trial.params["x"], 7, trial.number)
+        overrides = yaml.safe_load((tmp_path / "sweep" / str(trial.number) / ".hydra" / "overrides.yaml").read_text())
+        assert overrides == [f"x={trial.params['x']}", "y=7"]
+        described = trial.user_attrs["gpu_launcher:job"]
+        assert described["directory"] == str(tmp_path / "sweep" / str(trial.number))
+        assert described["devices"][0].startswith("simulated GPU ")
+        assert described["started"] <= described["ended"]
+        assert trial.user_attrs["gpu_launcher:owner"]["host"] == os.uname().nodename == described["host"]
+
+
+def test_values_reach_the_jobs_as_they_were_written(run: Run, tmp_path: Path) -> None:
+    odd = ["a,b", "it's", '"quoted"', "{a: b}", " spaced ", "[1]", "two\nlines", "true", "1e-3", "", "back\\slash"]
+    choices = ",".join("'" + text.replace("'", "\\'") + "'" for text in odd)
+    sweep(run, tmp_path, f"value=choice({choices},3,3.5,true,[1,2])", "hydra/sweeper/sampler=grid")
+    seen = [job["value"] for job in began(tmp_path).values()]
+    assert sorted(map(repr, seen)) == sorted(map(repr, [*odd, 3, 3.5, True, [1, 2]]))
+
+
+def test_params_in_the_config_are_searched_and_the_command_line_goes_before_them(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "conf" / "more").mkdir(parents=True)
+    params = "{x: 'interval(0.0, 1.0)', y: 'interval(0.0, 1.0)'}"
+    (tmp_path / "conf" / "more" / "space.yaml").write_text(
+        f"# @package _global_\nhydra: {{sweeper: {{params: {params}}}}}\n"
+    )
+    space = ("+more=space", "y=3", "hydra.sweeper.n_trials=3")
+    done = run(tmp_path, PROGRAM, "--config-dir=conf", "-m", *SWEEPER, *POOL, RANDOM, *space)
+    assert done.returncode == 0, done.stderr
+    assert all(list(trial.params) == ["x"] for trial in study(tmp_path).trials)
+    assert {job["y"] for job in began(tmp_path).values()} == {3}
+
+
+def test_a_function_can_add_to_the_search_space(run: Run, tmp_path: Path) -> None:
+    sweep(run, tmp_path, SPACE, "hydra.sweeper.custom_search_space=__main__.more", "hydra.sweeper.n_trials=4")
+    jobs = began(tmp_path)
+    for trial in study(tmp_path).trials:
+        assert 0 <= trial.params["y"] - trial.params["x"] <= 1
+        assert jobs[trial.number]["y"] == trial.params["y"]
+
+
+def test_several_objectives_give_a_pareto_front(run: Run, tmp_path: Path) -> None:
+    directions = "hydra.sweeper.direction=[minimize,maximize]"
+    sweep(run, tmp_path, SPACE, "does=two", directions, "hydra.sweeper.n_trials=6")
+    found = yaml.safe_load((tmp_path / "sweep" / "optimization_results.yaml").read_text())
+    best = study(tmp_path).best_trials
+    assert found["solutions"] == [{"params": trial.params, "values": trial.values} for trial in best]
+
+
+# Asynchronous
+
+
+def test_no_trial_waits_for_a_slower_one(run: Run, tmp_path: Path) -> None:
+    sweep(run, tmp_path, SPACE, "does=first_waits", "last=7", "hydra.sweeper.n_trials=8")
+    entries = witness(tmp_path)
+    ends = [entry["ended"] for entry in entries if "ended" in entry]
+    assert ends.index(0) >= 6, "all but perhaps the last one ended before the first one did"
+
+
+def test_at_most_n_jobs_run_at_the_same_time(run: Run, tmp_path: Path) -> None:
+    sweep(run, tmp_path, SPACE, "seconds=0.1", "hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=1")
+    kinds = ["began" if "began" in entry else "ended" for entry in witness(tmp_path)]
+    assert kinds == ["began", "ended"] * 5
+
+
+def test_with_another_launcher_it_works_in_batches_and_says_so(run: Run, tmp_path: Path) -> None:
+    done = run(
+        tmp_path,
+        PROGRAM,
+        *("--multirun", *SWEEPER, RANDOM, SPACE, "hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=3"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "BasicLauncher takes jobs in batches of 3" in done.stdout
+    assert states(study(tmp_path)) == ["COMPLETE"] * 5
+    assert (tmp_path / "sweep" / "4" / ".hydra").is_dir()
+
+
+# Pruning
+
+
+def test_a_pruned_trial_counts_as_pruned_with_its_last_value(run: Run, tmp_path: Path) -> None:
+    options = ("hydra.sweeper.pruner={name: threshold, upper: 3.0}", "hydra.sweeper.n_jobs=1")
+    done = sweep(run, tmp_path, SPACE, "does=reports", "hydra.sweeper.n_trials=5", *options)
+    trials = study(tmp_path).trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 3 + ["PRUNED"] * 2
+    for trial in trials[3:]:
+        assert 0 < len(trial.intermediate_values) < 5
+        assert trial.values == [trial.intermediate_values[max(trial.intermediate_values)]]
+    assert "5 jobs: 3 completed, 2 pruned" in done.stderr
+    assert "Traceback" not in (tmp_path / "sweep" / "4" / "job.log").read_text()
+
+
+def test_reports_of_all_steps_are_stored(run: Run, tmp_path: Path) -> None:
+    sweep(run, tmp_path, SPACE, "does=reports", "steps=50", "hydra.sweeper.n_trials=3")
+    for trial in study(tmp_path).trials:
+        assert trial.intermediate_values == {step: trial.number + 1 / (step + 1) for step in range(50)}
+
+
+def test_a_job_that_never_asks_is_stopped_with_kill_pruned(run: Run, tmp_path: Path) -> None:
+    options = ("hydra.sweeper.pruner={name: threshold, upper: 0.5}", "hydra.sweeper.kill_pruned=true")
+    done = sweep(run, tmp_path, SPACE, "does=reports_and_ignores", "hydra.sweeper.n_trials=3", *options)
+    assert states(study(tmp_path)) == ["COMPLETE", "PRUNED", "PRUNED"]
+    assert "3 jobs: 1 completed, 2 cancelled" in done.stderr
+
+
+def test_outside_a_sweep_reports_go_nowhere(run: Run, tmp_path: Path) -> None:
+    assert run(tmp_path, PROGRAM, "does=reports").returncode == 0
+
+
+def test_a_job_can_annotate_its_trial(run: Run, tmp_path: Path) -> None:
+    sweep(run, tmp_path, SPACE, "does=annotates", "hydra.sweeper.n_trials=2")
+    assert all(trial.user_attrs["pid"] > 0 for trial in study(tmp_path).trials)
+
+
+# Failures
+
+
+def test_what_a_job_does_wrong_fails_its_trial_alone(run: Run, tmp_path: Path) -> None:
+    sweep(run, tmp_path, SPACE, "does=odd_ones_raise", "hydra.sweeper.n_trials=4")
+    trials = study(tmp_path).trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL"] * 2
+    assert trials[1].user_attrs["gpu_launcher:failure"] == "raised ValueError: 1 was meant to fail"
+
+
+@pytest.mark.parametrize(
+    ("does", "says"),
+    [
+        ("nan", "returned nan, which no search can use"),
+        ("inf", "returned inf, which no search can use"),
+        ("none", "returned None (does the task function return its value?), which is no number"),
+        ("text", "returned 'good', which is no number"),
+        ("two", "which is no number"),
+        ("kills_itself", "was killed by SIGKILL after"),
+        ("raises", "raised ValueError: 0 was meant to fail"),
+    ],
+)
+def test_a_sweep_whose_trials_all_failed_says_why(run: Run, tmp_path: Path, does: str, says: str) -> None:
+    done = sweep(run, tmp_path, SPACE, f"does={does}", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1", ok=False)
+    assert states(study(tmp_path)) == ["FAIL", "FAIL"]
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("no trial of study"))
+    assert f"no trial of study 'trials' completed, so that there is no best one; the first: trial 0 {says}" in line or (
+        says in line
+    )
+    assert "Traceback" not in done.stderr.split("2 jobs: ")[1]
+
+
+def test_the_wrong_number_of_objectives_fails_the_trial(run: Run, tmp_path: Path) -> None:
+    directions = "hydra.sweeper.direction=[minimize,maximize]"
+    done = sweep(run, tmp_path, SPACE, "does=three", directions, "hydra.sweeper.n_trials=1", ok=False)
+    assert "trial 0 returned 3 values, and the sweep has 2 directions" in done.stderr
+
+
+def test_too_many_failures_end_the_sweep(run: Run, tmp_path: Path) -> None:
+    limit = ("hydra.sweeper.max_failure_rate=0.0", "hydra.sweeper.n_jobs=1")
+    done = sweep(run, tmp_path, SPACE, "does=odd_ones_raise", "hydra.sweeper.n_trials=50", *limit, ok=False)
+    assert "failed, more than max_failure_rate=0.0 lets. The first: trial 1 raised ValueError" in done.stderr
+    assert len(study(tmp_path).trials) < 6
+
+
+def test_retries_of_the_launcher_are_one_trial(run: Run, tmp_path: Path) -> None:
+    retries = ("hydra.launcher.retries=1", "hydra.launcher.retry_on=[crash]")
+    done = sweep(run, tmp_path, SPACE, "does=kills_itself", "hydra.sweeper.n_trials=1", *retries, ok=False)
+    assert "1 attempt repeated" in done.stderr
+    assert states(study(tmp_path)) == ["FAIL"]
+
+
+# Going on
+
+
+def test_total_trials_runs_what_the_study_lacks(run: Run, tmp_path: Path) -> None:
+    sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=3")
+    sweep(run, tmp_path, SPACE, "hydra.sweeper.total_trials=5")
+    assert states(study(tmp_path)) == ["COMPLETE"] * 5
+    done = sweep(run, tmp_path, SPACE, "hydra.sweeper.total_trials=5")
+    assert len(study(tmp_path).trials) == 5
+    assert "best: " in done.stdout
+
+
+def test_ctrl_c_leaves_no_trial_running_and_the_next_sweep_runs_those_again(
+    run: Run, start: Start, tmp_path: Path
+) -> None:
+    slow = (SPACE, "seconds=600", "hydra.sweeper.n_trials=8")
+    program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, *slow)
+    assert program.stderr is not None
+    for line in program.stderr:
+        if "job 1 " in line and "started" in line:
+            break
+    program.send_signal(signal.SIGINT)
+    out, _ = program.communicate(timeout=60)
+    assert program.returncode == 130 or program.returncode == -signal.SIGINT
+    assert f"to go on with the study, run the same command with hydra.sweep.dir={tmp_path / 'sweep'}" in out
+    interrupted = [trial for trial in study(tmp_path).trials if trial.state is TrialState.FAIL]
+    waiting = [trial for trial in study(tmp_path).trials if trial.state is TrialState.WAITING]
+    assert len(interrupted) == len(waiting) == len(study(tmp_path).trials) / 2
+    sweep(run, tmp_path, SPACE, f"hydra.sweeper.n_trials={len(waiting)}")
+    again = [trial for trial in study(tmp_path).trials if trial.state is TrialState.COMPLETE]
+    assert sorted(trial.params["x"] for trial in again) == sorted(trial.params["x"] for trial in interrupted)
+    assert sorted(trial.user_attrs["gpu_launcher:retry_of"] for trial in again) == [[t.number] for t in interrupted]
+
+
+def test_trials_of_a_killed_sweep_fail_and_are_queued_again_once(run: Run, start: Start, tmp_path: Path) -> None:
+    x: list[list[float]] = []
+    for _ in range(2):
+        program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, "seconds=600")
+        assert program.stderr is not None
+        started = 0
+        for line in program.stderr:
+            started += " started on " in line
+            if started == 2:
+                break
+        program.kill()
+        program.communicate(timeout=60)
+        running = [trial for trial in study(tmp_path).trials if trial.state is TrialState.RUNNING]
+        assert len(running) >= 2
+        x.append([trial.params["x"] for trial in running if "gpu_launcher:job" in trial.user_attrs])
+    assert sorted(x[0]) == sorted(x[1]), "queued again"
+    done = sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=4")
+    assert "that a dead sweep had left running" in done.stdout
+    completed = [trial for trial in study(tmp_path).trials if trial.state is TrialState.COMPLETE]
+    assert len(completed) == 4
+    assert not {trial.params["x"] for trial in completed} & set(x[0]), "not a second time"
+    assert "RUNNING" not in states(study(tmp_path))
+
+
+def test_two_sweeps_work_on_one_study(start: Start, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    shared = (f"hydra.sweeper.storage={url}", "hydra.sweeper.study_name=shared", "hydra.sweeper.n_trials=8")
+    programs = [start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, *shared) for _ in range(2)]
+    for program in programs:
+        out, err = program.communicate(timeout=100)
+        assert program.returncode == 0, out + err
+    found = study(tmp_path, "shared", url)
+    assert states(found) == ["COMPLETE"] * 16
+    assert sorted(entry["began"] for entry in witness(tmp_path) if "began" in entry) == list(range(16))
+    owners = [trial.user_attrs["gpu_launcher:owner"]["pid"] for trial in found.trials]
+    assert sorted(owners.count(owner) for owner in set(owners)) == [8, 8]
+
+
+def test_a_trial_that_is_failed_from_elsewhere_is_cancelled(start: Start, tmp_path: Path) -> None:
+    program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, "does=hangs", "hydra.sweeper.n_trials=1")
+    assert program.stderr is not None
+    for line in program.stderr:
+        if "job 0 " in line and "started" in line:
+            break
+    elsewhere = study(tmp_path)
+    elsewhere.tell(0, state=TrialState.FAIL)  # as optuna-dashboard does
+    _, err = program.communicate(timeout=60)
+    assert program.returncode == 1
+    assert "1 job: 1 cancelled" in err
+    assert states(elsewhere) == ["FAIL"]
+
+
+def test_known_points_are_tried_first(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "sweep").mkdir()
+    new = optuna.create_study(study_name="trials", storage=gpu_launcher.storage(tmp_path / "sweep" / "study.db"))
+    new.enqueue_trial({"x": 0.125})  # a study that has waiting trials only is one for any search space
+    (tmp_path / "points.yaml").write_text("- x: 0.25\n- x: 0.75\n")
+    sweep(run, tmp_path, SPACE, "hydra.sweeper.enqueue=points.yaml", "hydra.sweeper.n_trials=3")
+    assert [trial.params["x"] for trial in study(tmp_path).trials][:3] == [0.125, 0.25, 0.75]
+    sweep(run, tmp_path, SPACE, "hydra.sweeper.enqueue=[{x: 0.75},{x: 1.5}]", "hydra.sweeper.n_trials=1")
+    assert study(tmp_path).trials[-1].params["x"] == 1.5, "what the study has is not tried again"
+
+
+def test_a_timeout_ends_the_asking(run: Run, tmp_path: Path) -> None:
+    done = sweep(run, tmp_path, SPACE, "seconds=0.2", "hydra.sweeper.n_trials=500", "hydra.sweeper.timeout=2")
+    assert "no more trials are asked for: the timeout is over" in done.stderr
+    assert set(states(study(tmp_path))) == {"COMPLETE"}
+    assert len(study(tmp_path).trials) < 100
+
+
+def test_patience_ends_the_asking(run: Run, tmp_path: Path) -> None:
+    first = ("hydra.sweeper.enqueue=[{x: 0.5}]", "hydra.sweeper.n_jobs=1")
+    done = sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=50", "hydra.sweeper.patience=3", *first)
+    assert "no more trials are asked for: 3 completed without improving on the best" in done.stderr
+    assert len(study(tmp_path).trials) in (4, 5)
+
+
+@pytest.mark.parametrize("sampler", ["grid", "bruteforce"])
+def test_a_sampler_that_has_tried_everything_ends_the_sweep(run: Run, tmp_path: Path, sampler: str) -> None:
+    everything = ("x=choice(0.0,1.0,2.0)", "y=0.0,1.0", f"hydra/sweeper/sampler={sampler}", "hydra.sweeper.n_trials=40")
+    sweep(run, tmp_path, *everything, "hydra.sweeper.n_jobs=1")
+    tried = [tuple(trial.params.values()) for trial in study(tmp_path).trials]
+    assert sorted(set(tried)) == sorted((x, y) for x in (0.0, 1.0, 2.0) for y in (0.0, 1.0))
+    assert len(tried) <= 7
+    before = len(tried)
+    sweep(run, tmp_path, *everything)
+    assert len(study(tmp_path).trials) == before, "and nothing is left for another"
+
+
+# Bad input
+
+BAD = [
+    (("x=interval(0,1)", "x=0.5"), "x"),
+    (("x=interval(1,1)",), "interval"),
+    (("x=tag(log,interval(0,1))",), "log"),
+    ((SPACE, "hydra.sweeper.direction=up"), "hydra.sweeper.direction: 'up' is none of minimize, maximize"),
+    ((SPACE, "hydra.sweeper.pruner=medain"), "hydra.sweeper.pruner"),
+    ((SPACE, "hydra.sweeper.sampler={name: tpu}"), "hydra.sweeper.sampler"),
+    ((SPACE, "hydra.sweeper.n_trials=0"), "hydra.sweeper.n_trials: 0 is no whole number from 1"),
+    ((SPACE, "hydra.sweeper.storage=sqlit:///study.db"), "sqlit"),
+    ((SPACE, "hydra.sweeper.storage=sqlite:///no/such/directory/study.db"), "no/such/directory"),
+    ((SPACE, "hydra.sweeper.enqueue=missing.yaml"), "missing.yaml cannot be read"),
+    ((SPACE, "hydra.sweeper.enqueue=[{x: 7.0}]"), "x"),
+    ((SPACE, "hydra.sweeper.custom_search_space=no.such.function"), "no.such.function"),
+    ((SPACE, "hydra/sweeper/sampler=grid"), "x"),
+    ((SPACE, "hydra.sweeper.patience=3", "hydra.sweeper.direction=[minimize,maximize]"), "hydra.sweeper.patience"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "names"), BAD, ids=lambda value: str(value)[:60])
+def test_bad_input_gets_one_message_before_any_job_starts(
+    run: Run, tmp_path: Path, arguments: tuple[str, ...], names: str
+) -> None:
+    done = run(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, *arguments)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert names in done.stderr.split("\n\n")[0]
+    assert not (tmp_path / "witness.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((SPACE, "hydra.sweeper.direction=maximize"), "has the direction minimize"),
+        (("x=interval(0.0,1.0)",), "has another search space (x is"),
+        ((SPACE, "y=interval(0.0,1.0)"), "has another search space (the study does not search y)"),
+    ],
+)
+def test_a_study_of_another_search_is_refused(run: Run, tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+    sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=1")
+    done = sweep(run, tmp_path, *arguments, "hydra.sweeper.n_trials=1", ok=False)
+    assert says in done.stderr
+    assert "or another hydra.sweeper.study_name" in done.stderr
+    assert len(study(tmp_path).trials) == 1
+
+
+def test_a_file_that_is_no_database_is_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "study.db").write_bytes(b"no database" * 1000)
+    done = sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=1", ok=False)
+    assert str(tmp_path / "sweep" / "study.db") in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,191 @@
+"""What one sweep does with one study: each trial is told once, whatever happens in between."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from gpu_launcher.jobs.identity import ProcessIdentity
+from gpu_launcher.studies.desk import (
+    FAILURE,
+    JOB,
+    LOST,
+    OWNER,
+    RETRY_OF,
+    Asked,
+    Bounds,
+    Desk,
+    Ending,
+    Exhausted,
+    How,
+    own,
+)
+
+HERE = ProcessIdentity.here()
+DEAD = replace(HERE, pid=2**22 + 1)
+"""No process has such an id."""
+
+
+@pytest.fixture
+def storage():
+    return optuna.storages.InMemoryStorage()
+
+
+def define(trial):
+    return [f"x={trial.suggest_float('x', 0, 1)}"]
+
+
+def desk(storage, bounds=Bounds(), identity=HERE, define=define, pruner=None):  # noqa: B008  (frozen)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        study_name="one",
+        storage=own(storage, identity),
+        sampler=optuna.samplers.RandomSampler(),
+        pruner=pruner or optuna.pruners.NopPruner(),
+        load_if_exists=True,
+    )
+    return Desk(study, define, bounds, identity)
+
+
+def test_a_trial_has_its_owner_its_parameters_and_what_it_is_called_with(storage):
+    asked = desk(storage).ask()
+    assert isinstance(asked, Asked)
+    assert asked.spec == [f"x={asked.trial.params['x']}"]
+    assert ProcessIdentity.from_json(asked.trial.user_attrs[OWNER]) == HERE
+
+
+def test_a_trial_that_cannot_be_defined_is_told_and_the_error_comes_through(storage):
+    def broken(trial):
+        trial.suggest_float("x", 0, 1)
+        raise KeyError("no such thing")
+
+    broken_desk = desk(storage, define=broken)
+    with pytest.raises(KeyError):
+        broken_desk.ask()
+    (trial,) = broken_desk.study.trials
+    assert trial.state is TrialState.FAIL
+    assert "no such thing" in trial.user_attrs[FAILURE]
+
+
+def test_a_trial_that_cannot_be_sampled_is_told(storage):
+    class Broken(optuna.samplers.RandomSampler):
+        def before_trial(self, study, trial):
+            raise ArithmeticError("singular")
+
+    broken = desk(storage)
+    broken.study.sampler = Broken()
+    with pytest.raises(ArithmeticError):
+        broken.ask()
+    assert [trial.state for trial in broken.study.trials] == [TrialState.FAIL]
+
+
+@pytest.mark.parametrize("how", list(How))
+def test_what_is_told_is_in_the_study(storage, how):
+    asking = desk(storage)
+    asking.ask()
+    asking.started(0, ["GPU 3"], "/there/0", "/there/0/job.log")
+    asking.report({0: {0: 4.0, 1: 2.0}})
+    asking.tell(0, Ending(how, (1.5,) if how is How.COMPLETE else (), "because" if how is not How.COMPLETE else None))
+    trial = asking.study.trials[0]
+    states = {How.COMPLETE: TrialState.COMPLETE, How.PRUNED: TrialState.PRUNED}
+    assert trial.state is states.get(how, TrialState.FAIL)
+    assert trial.values == {How.COMPLETE: [1.5], How.PRUNED: [2.0]}.get(how)
+    assert trial.intermediate_values == {0: 4.0, 1: 2.0}
+    assert trial.user_attrs[JOB].items() >= {"devices": ["GPU 3"], "directory": "/there/0"}.items()
+    assert len(asking.study.trials) == (2 if how is How.INTERRUPTED else 1)
+
+
+def test_a_trial_that_was_ended_elsewhere_is_not_told_again(storage):
+    asking = desk(storage)
+    asking.ask()
+    storage.set_trial_state_values(asking.running[0], TrialState.FAIL)
+    assert asking.cancelled() == [0]
+    asking.started(0, [], None, None)
+    asking.tell(0, Ending(How.COMPLETE, (1.0,)))
+    assert asking.study.trials[0].state is TrialState.FAIL
+    assert asking.cancelled() == []
+
+
+def test_closing_tells_whatever_was_not(storage):
+    asking = desk(storage)
+    asking.ask()
+    asking.ask()
+    summary = asking.close()
+    assert summary.states == {"fail": 2, "waiting": 2}
+    assert summary.best == []
+
+
+def test_trials_of_the_dead_are_settled_and_those_of_others_left_alone(storage):
+    dead = desk(storage, identity=DEAD)
+    dead.ask()
+    dead.started(0, [], "/there/0", None)
+    dead.ask()
+    elsewhere = desk(storage, identity=replace(DEAD, boot="of another machine", host="other"))
+    elsewhere.ask()
+    mine = desk(storage)
+    (remark,) = mine.settle(1)
+    assert remark == "marked 2 trials as failed that a dead sweep had left running, and 2 of them queued again"
+    states = [trial.state.name for trial in mine.study.trials]
+    assert states == ["FAIL", "FAIL", "RUNNING", "WAITING", "WAITING"]
+    assert [(t.user_attrs[RETRY_OF], t.user_attrs[LOST]) for t in mine.study.trials[3:]] == [([0], 1), ([1], 0)]
+    again = mine.ask()
+    assert again.trial.params == mine.study.trials[0].params
+
+
+def test_what_ran_when_its_sweep_died_is_queued_again_so_often_and_no_more(storage):
+    for most, left in ((1, "WAITING"), (1, "FAIL")):
+        dead = desk(storage, identity=DEAD)
+        asked = dead.ask()
+        dead.started(asked.trial.number, [], None, None)
+        desk(storage).settle(most)
+        assert storage.get_all_trials(dead.study._study_id)[-1].state.name == left
+
+
+def test_a_trial_that_nobody_owns_is_left_alone(storage):
+    foreign = optuna.create_study(study_name="one", storage=storage)
+    foreign.ask()
+    assert desk(storage).settle(1) == []
+    assert foreign.trials[0].state is TrialState.RUNNING
+
+
+def test_the_asking_ends_where_the_bounds_are(storage):
+    two = desk(storage, Bounds(n_trials=2))
+    assert two.expected == 2
+    two.ask()
+    two.ask()
+    assert two.ask() == Exhausted(None)
+    total = desk(storage, Bounds(total_trials=3))
+    assert total.expected == 1
+    total.ask()
+    assert total.ask() == Exhausted(None)
+
+
+def test_failures_do_not_keep_a_total_from_being_reached(storage):
+    asking = desk(storage, Bounds(total_trials=2))
+    for number in range(2):
+        asking.ask()
+        asking.tell(number, Ending(How.FAILED, message="raised"))
+    assert asking.ask() == Exhausted(None)
+
+
+def test_a_rate_of_failures_means_something_when_there_are_a_few_trials(storage):
+    asking = desk(storage, Bounds(max_failure_rate=0.5))
+    for number in range(9):
+        asking.ask()
+        asking.tell(number, Ending(How.FAILED, message="raised"))
+    last = asking.ask()
+    assert isinstance(last, Asked)
+    asking.tell(9, Ending(How.FAILED, message="raised"))
+    assert asking.ask() == Exhausted(
+        "no more trials are asked for: 10 of 10 failed, more than max_failure_rate=0.5 lets", failed=True
+    )
+
+
+def test_verdicts_are_those_of_the_studys_pruner(storage):
+    asking = desk(storage, pruner=optuna.pruners.ThresholdPruner(upper=1.0))
+    asking.ask()
+    asking.ask()
+    assert asking.report({0: {0: 0.5}, 1: {0: 1.5}, 7: {0: 9.0}}) == {0: False, 1: True}
