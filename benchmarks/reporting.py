@@ -4,7 +4,8 @@
     python benchmarks/reporting.py --quick    seconds: whether it works
 
 Each job measures its own calls of `report` and `should_prune`. A call of `should_prune` waits for the verdict on what
-was just reported, which the sweeper gives after it has stored the report; it gives up after 50 ms.
+was just reported, which the sweeper gives after it has stored the report; it gives up after 50 ms. For how long a
+verdict takes, each job then waits on, for at most half an interval.
 """
 
 from __future__ import annotations

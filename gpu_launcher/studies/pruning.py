@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage
@@ -25,12 +26,13 @@ def verdicts(study: optuna.Study, trials: Mapping[int, int]) -> dict[int, bool]:
 
 @contextmanager
 def _one_look(storage: BaseStorage, study_id: int) -> Iterator[list[FrozenTrial]]:
-    """Have the storage answer with what the study's trials are now.
+    """Have the storage answer with what the study's trials are now, and what pruners note about them meanwhile.
 
     Done to the storage because all pruners read through it: Study.get_trials has no cache, and Hyperband makes studies
-    of its own.
+    of its own. Successive halving notes each trial's rungs, and compares with those that others have.
     """
-    found = storage.get_all_trials(study_id, deepcopy=False)
+    found = list(storage.get_all_trials(study_id, deepcopy=False))
+    note = storage.set_trial_system_attr
 
     def get_all_trials(
         study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
@@ -38,8 +40,16 @@ def _one_look(storage: BaseStorage, study_id: int) -> Iterator[list[FrozenTrial]
         shown = [trial for trial in found if states is None or trial.state in states]
         return copy.deepcopy(shown) if deepcopy else shown
 
+    def set_trial_system_attr(trial_id: int, key: str, value: Any) -> None:
+        note(trial_id, key, value)
+        for place, trial in enumerate(found):
+            if trial._trial_id == trial_id:
+                found[place] = copy.copy(trial)
+                found[place].system_attrs = {**trial.system_attrs, key: value}
+
     storage.get_all_trials = get_all_trials  # type: ignore[method-assign]
+    storage.set_trial_system_attr = set_trial_system_attr  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        del storage.get_all_trials
+        del storage.get_all_trials, storage.set_trial_system_attr
