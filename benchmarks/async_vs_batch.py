@@ -32,6 +32,8 @@ from search.sweepers import SWEEPERS
 PARTS = ("processes", "simulated")
 BASELINE = "optuna, gpu_pool"
 """The official sweeper on our launcher: what differs from ours is then only how it asks."""
+NAMES = list(dict.fromkeys([*(s.name for s in SWEEPERS), *(s.name for s in simulated.STRATEGIES)]))
+"""`optuna` is the official one where time is simulated, and no launcher makes a difference."""
 RESAMPLES = 10_000
 
 
@@ -70,17 +72,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--sweepers",
         type=lambda text: text.split(";"),
-        default=[sweeper.name for sweeper in SWEEPERS],
+        default=NAMES,
         metavar="NAME;...",
-        help="those to run in processes: " + "; ".join(sweeper.name for sweeper in SWEEPERS),
+        help=f"those to compare, of {'; '.join(NAMES)}",
     )
     options = parser.parse_args()
     options.parts = options.parts or list(PARTS)
     for wrong in [part for part in options.parts if part not in PARTS]:
         parser.error(f"there is no part {wrong!r}: choose from {', '.join(PARTS)}")
-    known = [sweeper.name for sweeper in SWEEPERS]
-    for wrong in [name for name in options.sweepers if name not in known]:
-        parser.error(f"there is no sweeper {wrong!r}: choose from {'; '.join(known)}")
+    for wrong in [name for name in options.sweepers if name not in NAMES]:
+        parser.error(f"there is no sweeper {wrong!r}: choose from {'; '.join(NAMES)}")
     options.trials = options.trials or (12 if options.quick else 100)
     options.seconds = options.seconds or (0.3 if options.quick else 2.0)
     return options
@@ -138,7 +139,11 @@ def _processes(console: Console, options: argparse.Namespace) -> dict[str, Any]:
 def _simulated(console: Console, options: argparse.Namespace) -> dict[str, Any]:
     # One thread is the fastest for matrices of this size, and leaves other programs their CPU.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    strategies = [s for s in simulated.STRATEGIES if not s.batches or machine.version("hydra-optuna-sweeper")]
+    strategies = [
+        strategy
+        for strategy in simulated.STRATEGIES
+        if strategy.name in options.sweepers and (not strategy.batches or machine.version("hydra-optuna-sweeper"))
+    ]
     found = simulated.measure(
         strategies,
         trials=options.trials,
