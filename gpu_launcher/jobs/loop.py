@@ -151,7 +151,7 @@ class JobLoop:
 
     @property
     def stopped(self) -> bool:
-        """Whether the user stopped the sweep."""
+        """Whether the sweep was stopped, by the user or by failures."""
         return self._machine.stopping
 
     def run(self) -> list[JobResult]:

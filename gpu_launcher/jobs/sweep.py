@@ -62,6 +62,8 @@ class SweepResult:
     """In the order of the jobs."""
     stopped_by: Signals | None
     """The signal with which the user stopped the sweep, if so."""
+    stopped: bool = False
+    """Whether it was stopped, by that or by failures."""
 
 
 def run_jobs(
@@ -136,9 +138,8 @@ def run_jobs(
         )
         results = {**finished, **{result.number: result for result in loop.run()}}
         progress.handle(SweepEnded(time.monotonic()))
-        return SweepResult(
-            [results[number] for number in _order(jobs, results)], loop.signals.last if loop.stopped else None
-        )
+        in_order = [results[number] for number in _order(jobs, results)]
+        return SweepResult(in_order, loop.signals.last if loop.stopped else None, loop.stopped)
 
 
 def _order(jobs: Sequence[Job], results: Mapping[int, JobResult]) -> list[int]:

@@ -196,8 +196,9 @@ class TrialSource:
                     return summary, remarks
 
     def abandon(self) -> None:
-        """End the process; trials that run are settled by the next sweep on the study."""
+        """End the process at once; trials that run are settled by the next sweep on the study."""
         self._channel.close()
+        os.kill(self._pid, signal.SIGKILL)  # it may be waiting for a database, and a killed writer does that no harm
         os.waitpid(self._pid, 0)
 
     def tick(self) -> None:

@@ -19,7 +19,7 @@ from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.jobs.source import JobSource
-from gpu_launcher.jobs.sweep import Options, run_jobs
+from gpu_launcher.jobs.sweep import Options, SweepResult, run_jobs
 from gpu_launcher.processes.starter import ForkServer
 
 from ._options import read_options, read_start_method
@@ -75,8 +75,8 @@ def stream(
     launcher: GpuPoolLauncher,
     open_source: Callable[[ForkServer], tuple[JobSource, int | None]],
     max_parallel: int | None,
-) -> signal.Signals | None:
-    """Run the jobs of a source, at most so many at a time; returns the signal with which the user stopped it, if so.
+) -> SweepResult:
+    """Run the jobs of a source, at most so many at a time.
 
     `open_source` is called when the fork server runs, and also says how many jobs there will be, if that is known.
     Raises GpuLauncherError if no job can run.
@@ -91,7 +91,7 @@ def stream(
         server = _server(launcher)
         source, total = open_source(server)
         command = Path(sys.argv[0]).name
-        return run_jobs([], server, options, directory, command, source=source, total=total).stopped_by
+        return run_jobs([], server, options, directory, command, source=source, total=total)
     finally:
         if launcher.server is not None:
             launcher.server.close()

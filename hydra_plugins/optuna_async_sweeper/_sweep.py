@@ -59,7 +59,7 @@ def sweep(sweeper: OptunaAsyncSweeper, arguments: list[str]) -> None:
 
 
 def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> None:
-    from hydra_plugins.gpu_pool_launcher._launch import stream
+    from hydra_plugins.gpu_pool_launcher._launch import stop, stream
 
     launcher = sweeper.launcher
     assert isinstance(launcher, GpuPoolLauncher)
@@ -83,18 +83,19 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
 
     stopped = True
     try:
-        stopped_by = stream(launcher, open_source, plan.options.n_jobs)
+        result = stream(launcher, open_source, plan.options.n_jobs)
         (source,) = sources
         summary, lines = source.close()
         stopped = False
     finally:
         if stopped and sources:
             sources[0].abandon()
-    _conclude(plan, directory, summary, lines, source.failed, interrupted=stopped_by is not None)
-    if stopped_by is not None:
-        from hydra_plugins.gpu_pool_launcher._launch import stop
-
-        stop(stopped_by)
+    failed = source.failed
+    if result.stopped and result.stopped_by is None:
+        failed = "the sweep was stopped because hydra.launcher.on_failure or max_failures says so"
+    _conclude(plan, directory, summary, lines, failed, interrupted=result.stopped_by is not None)
+    if result.stopped_by is not None:
+        stop(result.stopped_by)
 
 
 def _batches(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> None:

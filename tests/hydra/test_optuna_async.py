@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 import yaml
 from optuna.trial import TrialState
@@ -117,6 +118,24 @@ def test_several_objectives_give_a_pareto_front(run: Run, tmp_path: Path) -> Non
     assert found["solutions"] == [{"params": trial.params, "values": trial.values} for trial in best]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (
+            ("does=reports", "y=interval(0.0,1.0)"),
+            ["intermediate_values", "optimization_history", "parallel_coordinate", "param_importances", "slice"],
+        ),
+        (("does=two", "hydra.sweeper.direction=[minimize,maximize]"), ["pareto_front"]),
+    ],
+)
+def test_plots_are_written_where_they_are_wanted(
+    run: Run, tmp_path: Path, arguments: tuple[str, ...], names: list[str]
+) -> None:
+    done = sweep(run, tmp_path, SPACE, *arguments, "hydra.sweeper.n_trials=6", "hydra.sweeper.plots=true")
+    assert sorted(plot.stem for plot in (tmp_path / "sweep" / "plots").glob("*.html")) == names
+    assert f"are in {tmp_path / 'sweep' / 'plots'}" in done.stdout
+
+
 # Asynchronous
 
 
@@ -125,6 +144,13 @@ def test_no_trial_waits_for_a_slower_one(run: Run, tmp_path: Path) -> None:
     entries = witness(tmp_path)
     ends = [entry["ended"] for entry in entries if "ended" in entry]
     assert ends.index(0) >= 6, "all but perhaps the last one ended before the first one did"
+
+
+def test_sampling_does_not_keep_jobs_from_starting(run: Run, tmp_path: Path) -> None:
+    """Trial 2 is sampled for as long as trial 1 has not ended, and trial 1 starts only when trial 0 has ended."""
+    slow = ("does=second_ends_sampling", "hydra.sweeper.custom_search_space=__main__.as_long_as_trial_1_runs")
+    sweep(run, tmp_path, SPACE, *slow, "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1")
+    assert states(study(tmp_path)) == ["COMPLETE"] * 3
 
 
 def test_at_most_n_jobs_run_at_the_same_time(run: Run, tmp_path: Path) -> None:
@@ -160,8 +186,10 @@ def test_a_pruned_trial_counts_as_pruned_with_its_last_value(run: Run, tmp_path:
     assert "Traceback" not in (tmp_path / "sweep" / "4" / "job.log").read_text()
 
 
-def test_reports_of_all_steps_are_stored(run: Run, tmp_path: Path) -> None:
-    sweep(run, tmp_path, SPACE, "does=reports", "steps=50", "hydra.sweeper.n_trials=3")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_reports_of_all_steps_are_stored(run: Run, tmp_path: Path, method: str) -> None:
+    start_method = f"hydra.launcher.start_method={method}"
+    sweep(run, tmp_path, SPACE, "does=reports", "steps=50", "hydra.sweeper.n_trials=3", start_method)
     for trial in study(tmp_path).trials:
         assert trial.intermediate_values == {step: trial.number + 1 / (step + 1) for step in range(50)}
 
@@ -227,11 +255,52 @@ def test_too_many_failures_end_the_sweep(run: Run, tmp_path: Path) -> None:
     assert len(study(tmp_path).trials) < 6
 
 
+def test_a_failure_ends_the_sweep_if_the_launcher_says_so(run: Run, tmp_path: Path) -> None:
+    stop = ("hydra.launcher.on_failure=stop", "hydra.sweeper.n_jobs=1")
+    done = sweep(run, tmp_path, SPACE, "does=odd_ones_raise", "hydra.sweeper.n_trials=50", *stop, ok=False)
+    assert "the sweep was stopped because hydra.launcher.on_failure or max_failures says so" in done.stderr
+    assert "RUNNING" not in states(study(tmp_path))
+    assert (tmp_path / "sweep" / "optimization_results.yaml").exists()
+
+
+def test_a_sampler_that_is_killed_ends_the_sweep_and_the_next_one_goes_on(
+    run: Run, start: Start, tmp_path: Path
+) -> None:
+    program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, "seconds=600")
+    assert program.stderr is not None
+    for line in program.stderr:
+        if "job 1 " in line and "started" in line:
+            break
+    children = psutil.Process(program.pid).children()
+    sampler = max(children, key=lambda child: child.pid)  # forked after the guard
+    sampler.kill()
+    _, err = program.communicate(timeout=60)
+    assert program.returncode == 1
+    assert "the process that asks for trials has ended" in err
+    assert not [child for child in children if child.is_running()]
+    sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=3")
+    assert "RUNNING" not in states(study(tmp_path))
+
+
 def test_retries_of_the_launcher_are_one_trial(run: Run, tmp_path: Path) -> None:
     retries = ("hydra.launcher.retries=1", "hydra.launcher.retry_on=[crash]")
     done = sweep(run, tmp_path, SPACE, "does=kills_itself", "hydra.sweeper.n_trials=1", *retries, ok=False)
     assert "1 attempt repeated" in done.stderr
     assert states(study(tmp_path)) == ["FAIL"]
+
+
+@pytest.mark.parametrize(
+    "storage", ["journal:///study.log", "{_target_: optuna.storages.InMemoryStorage}", "study.sqlite3"]
+)
+def test_other_storages_work_as_optuna_offers_them(run: Run, tmp_path: Path, storage: str) -> None:
+    url = storage.replace("journal:///", f"journal:///{tmp_path}/")
+    done = sweep(run, tmp_path, SPACE, "does=reports", f"hydra.sweeper.storage={url}", "hydra.sweeper.n_trials=3")
+    assert (tmp_path / "sweep" / "optimization_results.yaml").exists()
+    assert not (tmp_path / "sweep" / "study.db").exists()
+    if "Memory" not in storage:
+        name = f"trials-{tmp_path.name}-sweep"
+        found = study(tmp_path, name, url if "journal" in storage else str(tmp_path / storage))
+        assert states(found) == ["COMPLETE"] * 3, done.stdout
 
 
 # Going on

@@ -43,6 +43,12 @@ def more(cfg: DictConfig, trial: optuna.Trial) -> None:
     trial.suggest_float("y", trial.params["x"], trial.params["x"] + 1)
 
 
+def as_long_as_trial_1_runs(cfg: DictConfig, trial: optuna.Trial) -> None:
+    """A custom search space that takes long for the third trial."""
+    while trial.number == 2 and not Path(cfg.hydra.sweep.dir, "second").exists():
+        time.sleep(0.01)
+
+
 def wait_for(file: str) -> None:
     while not Path(HydraConfig.get().sweep.dir, file).exists():
         time.sleep(0.01)
@@ -69,6 +75,10 @@ def act(cfg: DictConfig, number: int) -> Any:
                 wait_for("last")
             elif number == cfg.last:
                 Path(HydraConfig.get().sweep.dir, "last").touch()
+            return result
+        case "second_ends_sampling":
+            if number == 1:
+                Path(HydraConfig.get().sweep.dir, "second").touch()
             return result
         case "raises":
             raise ValueError(f"{number} was meant to fail")
