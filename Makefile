@@ -44,6 +44,8 @@ soak: $(INSTALLED) ## 5000 jobs that die in every way: ten minutes, then nothing
 bench: $(INSTALLED) ## the benchmarks, each against the launchers it is compared with
 	$(PIP) install --quiet '.[bench]'
 	$(BIN)/python benchmarks/launch_overhead.py
+	$(BIN)/python benchmarks/async_vs_batch.py
+	$(BIN)/python benchmarks/reporting.py
 
 clean: ## remove what make made
 	rm -rf $(VENV) .matrix build dist outputs multirun

@@ -271,7 +271,10 @@ class Desk:
 
     def cancelled(self) -> list[int]:
         """This desk's trials that somebody else has ended, as from a dashboard."""
-        return [number for number, id in self.running.items() if self._storage.get_trial(id).state.is_finished()]
+        if not self.running:
+            return []
+        ended = {trial._trial_id for trial in self._trials(*ENDED)}  # one query, instead of one for each
+        return [number for number, id in self.running.items() if id in ended]
 
     def facts(self) -> tuple[tuple[str, str], ...]:
         """How it goes, for a display."""

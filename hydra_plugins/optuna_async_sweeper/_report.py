@@ -7,17 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import optuna
-from optuna.importance import (
-    BaseImportanceEvaluator,
-    FanovaImportanceEvaluator,
-    PedAnovaImportanceEvaluator,
-    get_param_importances,
-)
 from optuna.trial import TrialState
 
 from gpu_launcher.studies.desk import Best, Desk, Summary
 
 if TYPE_CHECKING:
+    from optuna.importance import BaseImportanceEvaluator
+
     from ._study import StudyPlan
 
 MOST_SHOWN = 10
@@ -55,6 +51,9 @@ def _importances(study: optuna.Study) -> list[str]:
         return []
     if len({trial.values[0] for trial in done}) < 2:
         return []  # all are equally good
+    # It imports scikit-learn, which takes more than a second: not before the first job, and not in every job's memory.
+    from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator, get_param_importances
+
     evaluator: BaseImportanceEvaluator
     evaluator = FanovaImportanceEvaluator(seed=0) if find_spec("sklearn") else PedAnovaImportanceEvaluator()
     found = get_param_importances(study, evaluator=evaluator)
