@@ -271,16 +271,17 @@ class Machine:
     def wanted(self) -> int:
         """How many more jobs could be prepared now.
 
-        One that waits for its devices is ahead enough: those who choose jobs by the results of others do so better
-        later.
+        Few that wait for their devices are ahead enough, one for every eight that run: those who choose jobs by the
+        results of others do so better later.
         """
         if not self._more or not self.takes_more or self._queue:
             return 0
         preparing, prepared = len(self._in(Phase.PREPARING)), len(self._in(Phase.PREPARED))
-        if prepared:
-            return 0
+        ahead = min(1 + self._limits.at_once // 8, self._limits.ahead) - prepared
+        if prepared:  # there is no device for it
+            return max(0, ahead - preparing)
         free = self._limits.at_once - len(self._in(Phase.RUNNING)) - preparing
-        return max(1 - preparing, min(free, self._limits.preparing - preparing), 0)
+        return max(ahead - preparing, min(free, self._limits.preparing - preparing), 0)
 
     @property
     def stopping(self) -> bool:

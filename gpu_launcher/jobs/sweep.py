@@ -162,7 +162,7 @@ def _put_logs_aside(jobs: Sequence[Job], before: Mapping[int, Entry]) -> dict[in
 
 def limits(options: Options, devices: int, cpus: int) -> Limits:
     """How much may happen at once with so many devices and CPUs."""
-    at_once = _at_once(options.request, devices, cpus)
+    at_once = _at_once(options.request, devices, options.max_parallel or cpus)
     return Limits(
         parallel=options.max_parallel,
         without_devices=options.max_parallel or cpus,
@@ -173,12 +173,12 @@ def limits(options: Options, devices: int, cpus: int) -> Limits:
     )
 
 
-def _at_once(request: Request | None, devices: int, cpus: int) -> int:
-    """How many jobs could get devices at the same time; a guess where that depends on the job or on the memory."""
+def _at_once(request: Request | None, devices: int, without_devices: int) -> int:
+    """How many jobs could run at the same time; a guess where that depends on the job or on the memory."""
     if request is None:
         return devices
     if request.gpus == 0:
-        return cpus
+        return without_devices
     share = request.share.millionths
     return devices // request.gpus * (MILLIONTHS // share) if share else devices * MOST_AHEAD
 

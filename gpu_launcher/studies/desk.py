@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.progress.text import count
-from gpu_launcher.studies.pruning import verdicts
+from gpu_launcher.studies.pruning import Judge
 from gpu_launcher.studies.storage import store_reports
 
 OWNER = "gpu_launcher:owner"
@@ -146,6 +146,8 @@ class Desk:
     identity: ProcessIdentity
     combinations: int | None = None
     """How many there are in all, for a sampler that tries each once."""
+    warm_up: Callable[[], object] = lambda: None
+    """Imports what the sampler needs later, which may take seconds. To be called while there is time."""
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
     running: dict[int, int] = field(default_factory=dict)
@@ -160,6 +162,7 @@ class Desk:
         self._sampling = _Sampling()
         self._jobs: dict[int, dict[str, Any]] = {}
         self._first_failure: str | None = None
+        self._judge = Judge(self.study, self.clock)
         self._prunes = not isinstance(self.study.pruner, optuna.pruners.NopPruner)
 
     # Before the first trial
@@ -207,11 +210,10 @@ class Desk:
         if (over := self._over()) is not None:
             return over
         began = self.clock()
-        before = set(self._running_ids())
         try:
             trial = self.study.ask()
         except BaseException:
-            for id in self._running_ids() - before:
+            for id in self._mine() - set(self.running.values()):
                 self._fail(id, "it could not be sampled")
             raise
         try:
@@ -241,7 +243,8 @@ class Desk:
         store_reports(self._storage, ids)
         if not self._prunes:
             return {number: False for number in reports if number in self.running}
-        return verdicts(self.study, {number: self.running[number] for number in reports if number in self.running})
+        judged = {number: self.running[number] for number in reports if number in self.running}
+        return self._judge.verdicts(judged, ids)
 
     def annotate(self, number: int, name: str, value: Any) -> None:
         """Set a user attribute that a job gave its trial."""
@@ -251,6 +254,7 @@ class Desk:
     def tell(self, number: int, ending: Ending) -> None:
         """End a trial of this desk. Nothing happens to one that somebody else has ended."""
         id = self.running.pop(number)
+        self._judge.forget()
         if number in self._jobs:
             self._jobs[number]["ended"] = self.wall_clock()
             if ending.message:
@@ -322,7 +326,8 @@ class Desk:
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self._storage.get_all_trials(self.study._study_id, deepcopy=False, states=states or None)
 
-    def _running_ids(self) -> set[int]:
+    def _mine(self) -> set[int]:
+        """Ids of the trials that run and are this program's."""
         mine = self.identity.to_json()
         return {t._trial_id for t in self._trials(TrialState.RUNNING) if t.user_attrs.get(OWNER) == mine}
 

@@ -262,6 +262,8 @@ class _Clerk:
     cancelled: set[int] = field(default_factory=set)
     facts: tuple[tuple[str, str], ...] = ()
     next_look: float = 0.0
+    warm: bool = False
+    """Whether what later samples need has been imported."""
 
     def work(self) -> None:
         """Do what there is to do, or wait for it."""
@@ -278,6 +280,10 @@ class _Clerk:
             return
         if self.wanted:
             self._ask()
+        elif not self.warm and self.desk.running:
+            # While nobody waits for a trial.
+            self.warm = True
+            self.desk.warm_up()
         if (now := self.desk.clock()) >= self.next_look:
             self.next_look = now + LOOK
             self._look()

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hydra.utils import get_method
 from omegaconf import DictConfig
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler
+from optuna.samplers import BaseSampler, BruteForceSampler, GPSampler, GridSampler
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
@@ -83,7 +84,8 @@ class StudyPlan:
                 f"study {self.name!r} has another search space ({differs}): use the same, or another "
                 "hydra.sweeper.study_name"
             )
-        desk = Desk(study, self._define, bounds, self.identity, self._combinations(sampler))
+        warm_up = _import_torch if isinstance(sampler, GPSampler) else lambda: None
+        desk = Desk(study, self._define, bounds, self.identity, self._combinations(sampler), warm_up)
         remarks = [f"study {self.name!r} in {self.where}, with {len(trials)} trials" if trials else self._opened, why]
         remarks += desk.settle(self.options.retry_stale)
         desk.enqueue([self.space.encode(point) for point in self.options.enqueue])
@@ -146,6 +148,11 @@ class StudyPlan:
         if (custom := self._custom) is not None:
             custom(self.config, trial)
         return self.space.overrides(trial.params)
+
+
+def _import_torch() -> None:
+    """What the GP sampler does when it first fits, for seconds."""
+    import_module("torch")
 
 
 def _searched(trials: list[optuna.trial.FrozenTrial]) -> dict[str, BaseDistribution]:

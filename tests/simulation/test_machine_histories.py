@@ -283,7 +283,7 @@ class Histories(RuleBasedStateMachine):
         phases = Counter(self.processes.values())
         if self.machine.wanted:
             assert self.more
-            assert not phases["prepared"]
+            assert not phases["prepared"], "of so few devices"
             assert self.machine.wanted <= max(1, self.devices - phases["running"] - phases["preparing"])
 
     @invariant()

@@ -290,13 +290,22 @@ def test_a_machine_without_jobs_wants_as_many_as_can_run_and_be_prepared():
     assert machine.wanted == 1
 
 
-def test_one_job_that_waits_for_devices_is_ahead_enough():
-    machine = Machine([], limits(at_once=8), more=True)
+def test_one_job_that_waits_for_devices_is_ahead_enough_for_a_few():
+    machine = Machine([], limits(at_once=7), more=True)
     machine.handle(m.Arrived(0), 0.0)
     assert machine.handle(m.Prepared(0, ONE), 0.0) == [m.TakeTicket(0, ONE)]
     assert machine.wanted == 0
     machine.handle(m.Granted(0), 0.0)
     assert machine.wanted == 2
+
+
+def test_where_many_run_two_are_ahead():
+    machine = Machine([], limits(at_once=8), more=True)
+    machine.handle(m.Arrived(0), 0.0)
+    machine.handle(m.Prepared(0, ONE), 0.0)
+    assert machine.wanted == 1
+    machine.handle(m.Arrived(1), 0.0)
+    assert machine.wanted == 0
 
 
 def test_with_all_devices_busy_one_more_job_is_wanted():

@@ -7,7 +7,7 @@ import pytest
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
-from gpu_launcher.studies.pruning import verdicts
+from gpu_launcher.studies.pruning import KEPT, Judge
 
 
 class CountingStorage(InMemoryStorage):
@@ -50,10 +50,21 @@ PRUNERS = {
 }
 
 
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def judge(study: optuna.Study) -> Judge:
+    return Judge(study, Clock())
+
+
 @pytest.mark.parametrize("name", PRUNERS)
 def test_verdicts_are_those_of_the_pruner_for_each_trial_alone(name: str) -> None:
     study, running = study_with_running_trials(PRUNERS[name]())
-    together = verdicts(study, running)
+    together = judge(study).verdicts(running, {})
     other, ids = study_with_running_trials(PRUNERS[name]())
     alone = {number: other.pruner.prune(other, other._storage.get_trial(id)) for number, id in ids.items()}
     assert together == alone
@@ -65,13 +76,13 @@ def test_the_trials_are_read_once_for_all(name: str) -> None:
     study, running = study_with_running_trials(PRUNERS[name]())
     storage = study._storage
     storage.looks = 0
-    verdicts(study, running)
+    judge(study).verdicts(running, {})
     assert storage.looks == 1
 
 
 def test_afterwards_the_study_is_read_as_it_is() -> None:
     study, running = study_with_running_trials(PRUNERS["median"]())
-    verdicts(study, running)
+    judge(study).verdicts(running, {})
     study.tell(6, 1.0)
     assert study.get_trials(states=(TrialState.COMPLETE,))[-1].number == 6
 
@@ -83,6 +94,47 @@ def test_a_pruner_that_fails_leaves_the_study_readable() -> None:
 
     study, running = study_with_running_trials(Broken())
     with pytest.raises(ZeroDivisionError):
-        verdicts(study, running)
+        judge(study).verdicts(running, {})
     study.tell(6, 1.0)
     assert len(study.get_trials(states=(TrialState.COMPLETE,))) == 7
+
+
+@pytest.mark.parametrize("name", PRUNERS)
+def test_what_is_reported_after_a_look_counts_without_another(name: str) -> None:
+    """Round after round, as many trials report that run at the same time."""
+    study, running = study_with_running_trials(PRUNERS[name]())
+    other, ids = study_with_running_trials(PRUNERS[name]())
+    judging = judge(study)
+    judging.verdicts(running, {})
+    for id in ids.values():
+        other.pruner.prune(other, other._storage.get_trial(id))
+    study._storage.looks = 0
+    for step in range(5, 9):
+        reports = {id: {step: 10.0 - number + step / 10} for number, id in running.items()}
+        for storage in (study._storage, other._storage):
+            for id, steps in reports.items():
+                storage.set_trial_intermediate_value(id, step, steps[step])
+        together = judging.verdicts(running, reports)
+        alone = {number: other.pruner.prune(other, other._storage.get_trial(id)) for number, id in ids.items()}
+        assert together == alone, step
+    assert study._storage.looks == 0
+
+
+def test_it_looks_again_after_a_while_when_told_and_for_a_new_trial() -> None:
+    study, running = study_with_running_trials(PRUNERS["median"]())
+    clock = Clock()
+    judging = Judge(study, clock)
+    judging.verdicts(running, {})
+    study._storage.looks = 0
+    clock.now += KEPT / 2
+    judging.verdicts(running, {})
+    assert study._storage.looks == 0
+    clock.now += KEPT
+    judging.verdicts(running, {})
+    assert study._storage.looks == 1
+    judging.forget()
+    judging.verdicts(running, {})
+    assert study._storage.looks == 2
+    new = study.ask()
+    judging.verdicts({new.number: new._trial_id}, {})
+    assert study._storage.looks > 2
