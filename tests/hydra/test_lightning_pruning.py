@@ -26,7 +26,8 @@ pytestmark = pytest.mark.slow
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 PRUNER = "hydra.sweeper.pruner={_target_: optuna.pruners.ThresholdPruner, upper: 5.0}"
-SWEEP = ["-m", "hydra/sweeper=optuna_async", "hydra.sweep.dir=sweep", PRUNER, "hydra.sweeper.n_trials=2"]
+GPUS = "hydra.launcher.gpus=${trainer.devices}"
+SWEEP = ["-m", "hydra/sweeper=optuna_async", "hydra.sweep.dir=sweep", PRUNER, "hydra.sweeper.n_trials=2", GPUS]
 ONE_OF_TWO = ["level=choice(0.0,9.0)", "hydra.sweeper.enqueue=[{level: 0.0},{level: 9.0}]"]
 """Trial 0 completes and trial 1 is pruned, at the same time."""
 PROGRAM = "ddp_pruned.py"
@@ -97,8 +98,8 @@ def test_the_callback_of_optuna_integration_takes_the_trial_from_hydras_config(r
     pytest.importorskip("optuna_integration", reason="needs optuna-integration")
     trial = "trial: {_target_: gpu_launcher.current_trial}"
     target = "_target_: optuna_integration.PyTorchLightningPruningCallback"
-    callback = f"callbacks.pruning={{{target}, monitor: val/loss, {trial}}}"
-    ran = run(tmp_path, PROGRAM, *SWEEP, *ONE_OF_TWO, "trainer.devices=1", callback)
+    callback = ["~callbacks.pruning", f"+callbacks.another={{{target}, monitor: val/loss, {trial}}}"]
+    ran = run(tmp_path, PROGRAM, *SWEEP, *ONE_OF_TWO, "trainer.devices=1", *callback)
     assert ran.returncode == 0, ran.stderr
     complete, pruned = study(tmp_path)
     assert (complete.state, pruned.state) == (TrialState.COMPLETE, TrialState.PRUNED)
