@@ -64,7 +64,7 @@ def test_all_ranks_of_a_pruned_trial_leave_at_the_same_epoch_and_the_other_trial
     run: Run, tmp_path: Path, method: str
 ) -> None:
     # For longer than Lightning's first rank takes to notice that another has failed, and to kill itself.
-    ran = run(tmp_path, PROGRAM, *SWEEP, *ONE_OF_TWO, "linger=6.5", f"hydra.launcher.start_method={method}")
+    ran = run(tmp_path, PROGRAM, *SWEEP, *ONE_OF_TWO, "linger=true", f"hydra.launcher.start_method={method}")
     logs = "".join(log.read_text() for log in tmp_path.glob("sweep/*/job.log"))
     assert ran.returncode == 0, ran.stderr + logs
     complete, pruned = study(tmp_path)

@@ -10,6 +10,7 @@ from typing import Any
 import hydra
 import lightning
 import optuna
+import psutil
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -38,6 +39,13 @@ class Model(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @hydra.main(version_base=None, config_path="conf", config_name="ddp_pruned")
 def main(cfg: DictConfig) -> float:
     directory = Path(HydraConfig.get().runtime.output_dir)
@@ -59,8 +67,10 @@ def main(cfg: DictConfig) -> float:
         trainer.fit(Model(cfg.level, cfg.seconds), data, data)
     except optuna.TrialPruned as error:
         ended = str(error)
-        if trainer.is_global_zero:
-            time.sleep(cfg.linger)  # while Lightning looks at how the other rank ended
+        if trainer.is_global_zero and cfg.linger:
+            while any(map(lives, psutil.Process().children())):
+                time.sleep(0.05)
+            time.sleep(6)  # Lightning looks every 5 s at how the other rank ended
         raise
     finally:
         number = gpu_launcher.current_trial().number
