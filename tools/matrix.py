@@ -61,7 +61,13 @@ PACKAGED = (
     "tests/crash/test_stress.py",
 )
 """What depends on what was packaged, and, where they run, the slow tests."""
-DISTRIBUTED = (*PACKAGED, "tests/hydra/test_existing_programs.py", "tests/hydra/test_lightning.py")
+DISTRIBUTED = (
+    *PACKAGED,
+    "tests/hydra/test_existing_programs.py",
+    "tests/hydra/test_lightning.py",
+    "tests/hydra/test_lightning_pruning.py",
+    "tests/hydra/test_pruning_ranks.py",
+)
 HISTORIES = (*PACKAGED, "tests/simulation/test_policy_state_machine.py")
 SWEEPERS = ("hydra-optuna-sweeper==1.4.0rc3", "hydra-nevergrad-sweeper==1.4.0rc3")
 """Other people's that run on this Hydra."""

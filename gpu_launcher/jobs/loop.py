@@ -38,7 +38,7 @@ from gpu_launcher.jobs.source import Exhausted, Facts, JobSource, Offer, Remark,
 from gpu_launcher.jobs.watch import DeviceWatch
 from gpu_launcher.leases import Ledger
 from gpu_launcher.model import Device, Owner, Request
-from gpu_launcher.processes import messages
+from gpu_launcher.processes import bulletin, messages
 from gpu_launcher.processes.host_memory import oom_kills
 from gpu_launcher.processes.messages import ChannelClosedError, Report
 from gpu_launcher.processes.starter import SUPERVISOR_DIED, JobProcess, Lost, ServerDiedError
@@ -459,6 +459,9 @@ class JobLoop:
     def _conclude(self, conclusion: m.Conclude) -> None:
         number = conclusion.number
         ran = self._dead.pop(number, None)
+        if self._jobs[number].about is not None:
+            with contextlib.suppress(OSError):  # it is small, and its name is no other job's
+                bulletin.withdraw(bulletin.path_for(self._report_path(number)))
         result = judge(
             self._jobs[number],
             ran,

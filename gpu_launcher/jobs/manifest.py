@@ -27,6 +27,7 @@ from gpu_launcher.jobs.events import Event, JobEnded, JobRetried, JobStarted, Ou
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.source import JobSource, Offer, Statement
+from gpu_launcher.processes import bulletin
 from gpu_launcher.processes.messages import Report
 
 FORMAT = 1
@@ -116,6 +117,8 @@ class Recorder:
         for launch in launches_in(directory):
             if launch.lives is False:
                 with suppress(OSError):
+                    for left in self.directory.glob(f"*.{launch.id}.trial"):
+                        bulletin.withdraw(left)
                     launch.file.unlink()
         self._write_whole({**ProcessIdentity.here().to_json(), "command": command})
         self._plan(jobs)

@@ -1,19 +1,22 @@
 """What a job's code can say to whoever asked for the job, and hear from it, over the job's channel.
 
 At most one such conversation exists in a process, from before the program's code runs until the process ends; a process
-forked from the job has a copy, which must not be used.
+forked from the job has a copy, which must not be used. It and the job's other processes have the job's bulletin.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import select
 import socket
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from gpu_launcher.processes.bulletin import Bulletin
 from gpu_launcher.processes.messages import Answer, ChannelClosedError, Said, receive, send
 
 
@@ -22,8 +25,8 @@ class Conversation:
     """Safe to use from several threads."""
 
     channel: socket.socket
-    about: Any
-    """What the job's asker gave it along."""
+    bulletin: Bulletin
+    """What the job's asker gave it along, and what it decides, for its other processes."""
     process: int
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -57,12 +60,20 @@ class Conversation:
 _current: Conversation | None = None
 
 
-def begin(channel: socket.socket, about: Any) -> None:
-    """In a job's process, before the program's code."""
+def begin(channel: socket.socket, about: Any, bulletin: Path) -> None:
+    """In a job's process, before the program's code. Raises OSError if the bulletin cannot be written."""
     global _current
-    _current = Conversation(channel, about, os.getpid())
+    _current = Conversation(channel, Bulletin.publish(bulletin, about), os.getpid())
 
 
 def current() -> Conversation | None:
     """This process's; None if it is no job, or was forked from the job, or nobody waits for what it says."""
     return _current if _current is not None and _current.process == os.getpid() else None
+
+
+def runs_anew() -> bool:
+    """In a process of a job that is not its main one: whether it runs the program from its beginning.
+
+    It does not if it was forked from the main process, or is multiprocessing's.
+    """
+    return _current is None and multiprocessing.parent_process() is None

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Protocol
 
 from gpu_launcher.model import Request
-from gpu_launcher.processes import conversation
+from gpu_launcher.processes import bulletin, conversation
 from gpu_launcher.processes.linux import flush_c_streams
 from gpu_launcher.processes.messages import (
     Assignment,
@@ -113,10 +113,11 @@ def work(channel: socket.socket, stdio: CapturedStdio, load_program: Callable[[]
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a script starts with `&`
         signal.signal(signal.SIGINT, signal.default_int_handler)  # with which a sweep that is stopped asks us to end
     os.environ[ATTEMPT] = str(assignment.attempt)
-    if assignment.about is not None:
-        conversation.begin(channel, assignment.about)
+    bulletin.forget()
     job = os.getpid()
     try:
+        if assignment.about is not None:
+            conversation.begin(channel, assignment.about, bulletin.path_for(Path(assignment.result)))
         report = load_program()(assignment.number, assignment.spec, Gate(channel, stdio))
         status = 0 if report.ok else 1
     except BaseException as error:  # the user's code raises inside the program, which reports it; this is not that

@@ -25,7 +25,8 @@ from gpu_launcher.model import Device
 from gpu_launcher.processes.linux import die_with_parent, flush_c_streams
 from gpu_launcher.processes.messages import ChannelClosedError, channel, receive, send
 from gpu_launcher.studies.desk import Asked, Desk, Ending, Exhausted, StudyError, Summary
-from gpu_launcher.studies.trial import Attribute, Intermediate, TrialSeen, Verdict
+from gpu_launcher.studies.trial import TrialSeen
+from gpu_launcher.studies.voices import Attribute, Intermediate, Verdict
 
 LOOK = 2.0
 """Seconds between two looks at whether somebody else has ended a trial."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -21,10 +22,9 @@ from optuna.distributions import (
 from optuna.trial import BaseTrial
 
 from gpu_launcher.processes import conversation
-from gpu_launcher.processes.conversation import Conversation
-
-PATIENCE = 0.05
-"""Seconds for which `should_prune` waits for the verdict on the last report. What comes later counts the next time."""
+from gpu_launcher.processes.bulletin import Bulletin
+from gpu_launcher.processes.ranks import is_later_rank
+from gpu_launcher.studies.voices import Follower, Main, Nobody, Unheard, Voice
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,89 +42,65 @@ class TrialSeen:
     objectives: int
 
 
-# From a job.
-
-
-@dataclass(frozen=True, slots=True)
-class Intermediate:
-    """A value reported."""
-
-    step: int
-    value: float
-
-
-@dataclass(frozen=True, slots=True)
-class Attribute:
-    """A user attribute set."""
-
-    name: str
-    value: Any
-
-
-# To a job.
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Whether to prune, after what was reported up to this step."""
-
-    step: int
-    prune: bool
-
-
 class JobTrial(BaseTrial):
     """The trial of a job of `hydra/sweeper=optuna_async`; what `gpu_launcher.current_trial` returns there.
 
     Its parameters are settled: `suggest_*` returns what the job has, and raises ValueError for what it has not.
+
+    In other processes of the job it is a view on the same trial: a distributed job's later ranks follow the first. It
+    may be used by several threads, and after a fork. Copied or pickled, it is what `current_trial` returns where the
+    copy is made or unpickled.
     """
 
-    def __init__(self, seen: TrialSeen, channel: Conversation) -> None:
+    def __init__(self, seen: TrialSeen, voice: Voice) -> None:
         self._seen = seen
-        self._channel = channel
+        self._voices = (os.getpid(), voice)
         self._user_attrs = dict(seen.user_attrs)
-        self._reported: int | None = None
-        """The step that was reported last."""
-        self._judged: int | None = None
-        """The step that the latest verdict is about."""
-        self._prune = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return current_trial, ()
+
+    @property
+    def _voice(self) -> Voice:
+        """This process's: after a fork, another than before."""
+        process, voice = self._voices
+        if process != os.getpid():
+            voice = current_trial()._voice
+            self._voices = (os.getpid(), voice)
+        return voice
 
     def report(self, value: float, step: int) -> None:
         """Tell the study a value on the way, such as the validation loss after epoch `step`.
 
         Raises what Optuna's own raises: TypeError for a value that is no number, or a step that is no whole one,
-        ValueError for a negative step, NotImplementedError in a study with several objectives.
+        ValueError for a negative step, NotImplementedError in a study with several objectives. In a later rank of a
+        distributed job nothing happens, whatever the value: often only the first rank has it.
         """
         if self._seen.objectives > 1:
             raise NotImplementedError("Trial.report is not supported for multi-objective optimization.")
-        number = _number(value)
-        step = _step(step)
-        self._reported = step
-        self._channel.say(Intermediate(step, number))
-        self._listen(0.0)
+        voice = self._voice
+        if not isinstance(voice, Follower):
+            voice.report(_number(value), _step(step))
 
     def should_prune(self) -> bool:
         """Whether the study wants this job to end now, by raising `optuna.TrialPruned`.
 
-        False where the study has no pruner, or nothing has been reported. Waits at most `PATIENCE` for the verdict on
-        the last report; a verdict that takes longer is heard by a later call.
+        False where the study has no pruner, or nothing has been reported. Waits at most `voices.PATIENCE` seconds for
+        the verdict on the last report; a verdict that takes longer is heard by a later call.
+
+        In a later rank of a distributed job each call waits for the same call of the first rank and returns what that
+        returned, so that all ranks leave at the same step. So call it in the first rank only, or in all alike.
         """
         if self._seen.objectives > 1:
             raise NotImplementedError("Trial.should_prune is not supported for multi-objective optimization.")
-        if not self._seen.prunes or self._reported is None:
-            return False
-        if self._judged != self._reported:
-            self._listen(PATIENCE)
-        return self._prune
-
-    def _listen(self, patience: float) -> None:
-        for answer in self._channel.hear(patience):
-            if isinstance(answer, Verdict):
-                self._judged, self._prune = answer.step, self._prune or answer.prune
+        return self._seen.prunes and self._voice.should_prune()
 
     def set_user_attr(self, key: str, value: Any) -> None:
-        """Store something with the trial. `value` must be one that JSON has."""
-        self._user_attrs[key] = value
-        self._channel.say(Attribute(key, value))
+        """Store something with the trial. `value` must be one that JSON has. Only the job's main process can."""
+        voice = self._voice
+        if not isinstance(voice, Follower):
+            self._user_attrs[key] = value
+            voice.set_user_attr(key, value)
 
     @property
     def number(self) -> int:
@@ -218,35 +194,38 @@ class NoTrial(JobTrial):
     """
 
     def __init__(self) -> None:
-        super().__init__(TrialSeen(0, "", {}, {}, {}, None, prunes=False, objectives=1), _Nobody())
+        super().__init__(TrialSeen(0, "", {}, {}, {}, None, prunes=False, objectives=1), Nobody())
 
 
-class _Nobody(Conversation):
-    def __init__(self) -> None:
-        pass
-
-    def say(self, what: Any) -> bool:
-        return False
-
-    def hear(self, patience: float) -> list[Any]:
-        return []
-
-
-_trial: JobTrial | None = None
+_here: tuple[int, JobTrial] | None = None
+"""The trial of the process with that id."""
 
 
 def current_trial() -> JobTrial:
     """The trial whose job this process is: one object, however often it is asked for.
 
-    Outside a sweep of `hydra/sweeper=optuna_async`, one to which nothing happens.
+    In a later rank of a distributed job, one that follows the first rank's; in any other process that a job started,
+    one to which nothing happens. Outside a sweep of `hydra/sweeper=optuna_async` that one has no parameters, either.
     """
-    global _trial
+    global _here
+    if _here is not None and _here[0] == os.getpid():
+        return _here[1]
     channel = conversation.current()
-    if channel is None or not isinstance(channel.about, TrialSeen):
+    bulletin = Bulletin.find() if channel is None else channel.bulletin
+    if bulletin is None or not isinstance(bulletin.about, TrialSeen):
         return NoTrial()
-    if _trial is None:
-        _trial = JobTrial(channel.about, channel)
-    return _trial
+    later = None if channel is not None else is_later_rank(bulletin.inherited)
+    if channel is None and later is None:
+        return JobTrial(bulletin.about, Nobody())  # it may yet be told that it is a rank
+    trial = JobTrial(bulletin.about, Main(channel) if channel is not None else _rank(bulletin, bool(later)))
+    _here = (os.getpid(), trial)
+    return trial
+
+
+def _rank(bulletin: Bulletin, later: bool) -> Voice:
+    if later:
+        return Follower(bulletin, anew=conversation.runs_anew())
+    return Unheard(bulletin) if bulletin.take_the_lead() else Nobody()
 
 
 def _number(value: Any) -> float:

@@ -21,7 +21,7 @@ LAYERS = (
     {"gpu_launcher.devices", "gpu_launcher.leases", "gpu_launcher.processes"},
     {"gpu_launcher.jobs"},
     {"gpu_launcher.studies", "gpu_launcher.executors"},
-    {"gpu_launcher.cli", "hydra_plugins"},
+    {"gpu_launcher.cli", "gpu_launcher.lightning", "hydra_plugins"},
 )
 # The first layer is the vocabulary: the only one in which siblings may meet.
 VOCABULARY = LAYERS[0]
@@ -32,6 +32,8 @@ ONLY_IN = {
     "omegaconf": ("hydra_plugins/*/*.py",),
     "optuna": ("gpu_launcher/studies/**/*.py", "hydra_plugins/*_sweeper/_*.py"),
     "pynvml": ("gpu_launcher/devices/nvml.py",),
+    "lightning": ("gpu_launcher/lightning.py",),
+    "pytorch_lightning": ("gpu_launcher/lightning.py",),
     "sqlalchemy": ("gpu_launcher/studies/storage.py",),
     "rich": ("gpu_launcher/jobs/progress.py", "gpu_launcher/jobs/progress/**/*.py", "gpu_launcher/cli/**/*.py"),
     "typer": ("gpu_launcher/cli/**/*.py",),

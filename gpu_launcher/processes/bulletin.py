@@ -1,0 +1,121 @@
+"""What the other processes of a job, such as the ranks of distributed training, can know of it.
+
+They do not have the job's channel: some are forked, some are the program started again, and all must come to the same
+decisions. So the job's main process leaves what it is about in a file, and appends each of its decisions to another,
+where they are read in order. The environment says where the files are, because that is what all descendants inherit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_launcher.processes import ranks
+
+WHERE = "GPU_LAUNCHER_TRIAL"
+"""Path of the file that says what the job is about."""
+SO_FAR = "GPU_LAUNCHER_TRIAL_DECISIONS"
+"""How many decisions there were when a process was started."""
+POLL = 0.005
+"""Seconds between two looks at whether a decision has been made: they are made once a step, and take milliseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bulletin:
+    """Of one attempt at one job."""
+
+    path: Path
+    about: Any
+    """What the job's asker gave it along."""
+    inherited: dict[str, str]
+    """What the job's main process was told of ranks when it began."""
+
+    @classmethod
+    def publish(cls, path: Path, about: Any) -> Bulletin:
+        """In the job's main process, before the program's code. Raises OSError."""
+        withdraw(path)  # of an earlier attempt
+        bulletin = cls(path, about, ranks.in_environment())
+        path.write_bytes(pickle.dumps((bulletin.about, bulletin.inherited)))
+        os.environ[WHERE] = str(path)
+        os.environ[SO_FAR] = "0"
+        return bulletin
+
+    @classmethod
+    def find(cls) -> Bulletin | None:
+        """In any process: that of the job it belongs to, if it belongs to one that lives."""
+        path = os.environ.get(WHERE)
+        if path is None:
+            return None
+        try:
+            about, inherited = pickle.loads(Path(path).read_bytes())
+        except FileNotFoundError:
+            return None
+        return cls(Path(path), about, inherited)
+
+    def decided(self, decision: bool) -> None:
+        """Append a decision. Raises OSError: who follows would wait for ever."""
+        descriptor = os.open(_decisions(self.path), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(descriptor, b"1" if decision else b"0")
+        finally:
+            os.close(descriptor)
+        # For processes that are started from now on in the middle of the program, such as by torch's `spawn`.
+        os.environ[SO_FAR] = str(int(os.environ.get(SO_FAR, "0")) + 1)
+
+    def take_the_lead(self) -> bool:
+        """Whether nobody has made a decision yet, so that this process may."""
+        try:
+            os.close(os.open(_decisions(self.path), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        except FileExistsError:
+            return False
+        return True
+
+    def first_to_follow(self, anew: bool) -> int:
+        """Which decision is the first that this process has to follow.
+
+        A process that runs the program `anew`, from its beginning, comes by everything that the main process came by.
+        One that began in the middle of it does not.
+        """
+        return 0 if anew else int(os.environ.get(SO_FAR, "0"))
+
+    def wait_for(self, index: int) -> bool:
+        """The decision of that index, as soon as there is one; True, which is to leave, if the job is over."""
+        while True:
+            with contextlib.suppress(FileNotFoundError), open(_decisions(self.path), "rb", buffering=0) as file:
+                file.seek(index)
+                if decision := file.read(1):
+                    return decision == b"1"
+            if not self.path.exists():
+                return True
+            time.sleep(POLL)
+
+
+def path_for(report: Path) -> Path:
+    """Where the bulletin of a job is that leaves its report there."""
+    return report.with_suffix(".trial")
+
+
+def withdraw(path: Path) -> None:
+    """Remove what is there. The processes that could read it are gone. Raises OSError."""
+    for file in (path, _decisions(path)):
+        file.unlink(missing_ok=True)
+
+
+def forget() -> None:
+    """In a job that has none: what its environment has is of another job, in which this sweep was started."""
+    for name in (WHERE, SO_FAR):
+        os.environ.pop(name, None)
+
+
+def inherited() -> bool:
+    """Whether this process belongs to a job that has one, or had."""
+    return WHERE in os.environ
+
+
+def _decisions(path: Path) -> Path:
+    return path.with_suffix(".decisions")
