@@ -48,7 +48,16 @@ class ProcessIdentity:
             return False if self.host == here.machine else None  # before the last restart, or on another machine
         if self.namespace != _namespace():
             return None
-        return start_time(self.pid) == self.start
+        start = start_time(self.pid)
+        if start is not None:
+            return start == self.start
+        try:
+            os.kill(self.pid, 0)
+        except PermissionError:
+            return None  # somebody's process that /proc does not show (`hidepid`)
+        except ProcessLookupError:
+            return False
+        return False  # a zombie
 
 
 def _namespace() -> str:

@@ -115,6 +115,8 @@ class JobLoop:
         self._stopped_by: str | None = None
         """How many failures ended the sweep, if they did."""
         self._source = source
+        self._pruned: set[int] = set()
+        """Jobs that are ended because others are better."""
         self._asked = 0
         """How many jobs the source was asked for and has not offered yet."""
         self._checkpoint = checkpoint
@@ -225,7 +227,9 @@ class JobLoop:
                     if reason is not None:
                         self._progress.handle(Notice(self._clock(), reason))
                     self._handle(m.NoMore())
-                case Withdrawn(number, why):
+                case Withdrawn(number, why, pruned):
+                    if pruned:
+                        self._pruned.add(number)
                     self._handle(m.Cancel(number, why))
                 case Reply(number, what):
                     self._answer(number, messages.Answer(what))
@@ -244,7 +248,7 @@ class JobLoop:
 
     def _answer(self, number: int, answer: messages.Answer) -> None:
         job = self._live.get(number)
-        if job is not None:
+        if job is not None and job.started is not None:  # or it is about an attempt before this one
             # No room: it does not listen. Closed: it has ended, and the news of that is on the way.
             with contextlib.suppress(BlockingIOError, ChannelClosedError):
                 messages.send(job.process.job, answer, wait=False)
@@ -334,8 +338,23 @@ class JobLoop:
             case _:
                 raise TypeError(f"a job says {message!r}")
 
+    def _hear_the_last(self, number: int, job: Running) -> None:
+        """Take what a job has said and nobody has read before its end was known."""
+        if job.process.job.fileno() not in self._selector.get_map():
+            return  # there is no more
+        job.process.job.setblocking(False)
+        with contextlib.suppress(BlockingIOError, ChannelClosedError):
+            while True:
+                message, _ = messages.receive(job.process.job)
+                if isinstance(message, messages.Said) and self._source is not None:
+                    self._source.said(number, message.what)
+                elif isinstance(message, messages.ResultLost):
+                    job.problem = f"could not write its result: {message.problem}"
+                    job.final = True
+
     def _ended(self, number: int) -> None:
         job = self._live.pop(number)
+        self._hear_the_last(number, job)
         job.ended = self._clock()
         for end in (job.process.supervisor, job.process.job):
             if end.fileno() in self._selector.get_map():
@@ -477,6 +496,8 @@ class JobLoop:
             return
         if not self._machine.takes_more and (ran is None or ran.started is None):
             result = self._attempts.latest_failure(number) or result  # which it was to make good
+        if result.outcome is Outcome.CANCELLED and number in self._pruned:
+            result = replace(result, outcome=Outcome.PRUNED)
         if result.outcome is Outcome.CANCELLED and self._stopped_by is not None:
             result = replace(result, message=f"was stopped because of {self._stopped_by}", payload=None)
         self._results[number] = result

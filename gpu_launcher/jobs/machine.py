@@ -347,8 +347,8 @@ class Machine:
         return self._fill(now)
 
     def _cancel(self, number: int, problem: str, now: float) -> list[Instruction]:
-        job = self._jobs[number]
-        if job.phase is Phase.ENDED or job.cancelled:
+        job = self._jobs.get(number)
+        if job is None or job.phase is Phase.ENDED or job.cancelled:
             return []
         job.cancelled = True
         job.problem = job.problem or problem

@@ -33,6 +33,8 @@ class Withdrawn:
     number: int
     why: str
     """A sentence without its subject, which is the job."""
+    pruned: bool = False
+    """Because others are better, which is how it then counts."""
 
 
 @dataclass(frozen=True, slots=True)

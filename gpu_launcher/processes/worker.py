@@ -71,7 +71,7 @@ class Gate:
                 self._grant, self._lease = receive(self._channel)
             except ChannelClosedError:
                 os._exit(1)  # the launching program ended, and our supervisor is about to end us anyway
-        assert isinstance(self._grant, Grant), self._grant
+            assert isinstance(self._grant, Grant), self._grant
         os.environ.update(self._grant.environment)
         if self._grant.cpus is not None:
             os.sched_setaffinity(0, self._grant.cpus)

@@ -20,20 +20,18 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.errors import GpuLauncherError
-from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.progress.text import count
+from gpu_launcher.studies.ownership import OURS, Sweep
 from gpu_launcher.studies.pruning import Judge
 from gpu_launcher.studies.storage import store_reports
 
-OWNER = "gpu_launcher:owner"
-"""User attribute: the ProcessIdentity of the program that launched the trial's job."""
-JOB = "gpu_launcher:job"
+JOB = f"{OURS}job"
 """User attribute: directory, log, devices, and when it began and ended (seconds since the epoch)."""
-RETRY_OF = "gpu_launcher:retry_of"
+RETRY_OF = f"{OURS}retry_of"
 """User attribute: the numbers of the trials with these parameters that were lost or interrupted, in order."""
-LOST = "gpu_launcher:lost"
+LOST = f"{OURS}lost"
 """User attribute: how many of these ran when their sweep died."""
-FAILURE = "gpu_launcher:failure"
+FAILURE = f"{OURS}failure"
 """User attribute: why it failed."""
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -128,6 +126,8 @@ class Summary:
     states: dict[str, int]
     """How many trials of the study are in each state, by Optuna's name for it."""
     first_failure: str | None
+    left: int | None
+    """Trials that this sweep was to run and has not; None if it was not to run a number."""
 
 
 @dataclass
@@ -143,7 +143,7 @@ class Desk:
     study: optuna.Study
     define: Callable[[optuna.Trial], list[str]]
     bounds: Bounds
-    identity: ProcessIdentity
+    sweep: Sweep
     combinations: int | None = None
     """How many there are in all, for a sampler that tries each once."""
     warm_up: Callable[[], object] = lambda: None
@@ -173,7 +173,7 @@ class Desk:
         Returns what was done, as lines for the user. Trials whose owner lives, may live, or is unknown are left alone.
         """
         failed, queued = 0, 0
-        for trial in [trial for trial in self._trials(TrialState.RUNNING) if self._is_stale(trial)]:
+        for trial in [trial for trial in self._trials(TrialState.RUNNING) if self.sweep.outlives(trial)]:
             if self._fail(trial._trial_id, "its sweep ended without telling"):
                 failed += 1
                 # One that never ran has not been the reason why its sweep died.
@@ -230,9 +230,13 @@ class Desk:
 
     def started(self, number: int, devices: Sequence[str], directory: str | None, log: str | None) -> None:
         """Its job runs now."""
-        job = {"directory": directory, "log": log, "devices": list(devices), "host": self.identity.host}
+        job = {"directory": directory, "log": log, "devices": list(devices), "host": self.sweep.identity.host}
         self._jobs[number] = {**job, "started": self.wall_clock()}
         self._note(number)
+
+    def ran_in(self, number: int, directory: str | None) -> None:
+        """It ran there, which was not known before."""
+        self._jobs[number]["directory"] = directory
 
     def report(self, reports: Mapping[int, Mapping[int, float]]) -> dict[int, bool]:
         """Store what trials report, `{number: {step: value}}`; returns which of them are to be pruned.
@@ -240,11 +244,11 @@ class Desk:
         Those that are not this desk's, or have been told, are not among them.
         """
         ids = {self.running[number]: steps for number, steps in reports.items() if number in self.running}
-        store_reports(self._storage, ids)
+        ended = store_reports(self._storage, ids)
+        judged = {number: id for number, id in self.running.items() if id in ids and id not in ended}
         if not self._prunes:
-            return {number: False for number in reports if number in self.running}
-        judged = {number: self.running[number] for number in reports if number in self.running}
-        return self._judge.verdicts(judged, ids)
+            return dict.fromkeys(judged, False)
+        return self._judge.verdicts(judged, {id: ids[id] for id in judged.values()})
 
     def annotate(self, number: int, name: str, value: Any) -> None:
         """Set a user attribute that a job gave its trial."""
@@ -301,7 +305,9 @@ class Desk:
         for number in list(self.running):
             self.tell(number, Ending(How.INTERRUPTED, message="the sweep ended before it did"))
         states = Counter(trial.state.name.lower() for trial in self._trials())
-        return Summary(self.study.study_name, self.best(), dict(states), self._first_failure)
+        done = self._ended.total() - self._ended[How.INTERRUPTED]
+        left = None if self.bounds.n_trials is None else max(0, self.bounds.n_trials - done)
+        return Summary(self.study.study_name, self.best(), dict(states), self._first_failure, left)
 
     def best(self) -> list[Best]:
         """The best trial, or the Pareto front."""
@@ -328,8 +334,7 @@ class Desk:
 
     def _mine(self) -> set[int]:
         """Ids of the trials that run and are this program's."""
-        mine = self.identity.to_json()
-        return {t._trial_id for t in self._trials(TrialState.RUNNING) if t.user_attrs.get(OWNER) == mine}
+        return {trial._trial_id for trial in self._trials(TrialState.RUNNING) if self.sweep.owns(trial)}
 
     def _over(self) -> Exhausted | None:
         bounds, failed, ended = self.bounds, self._ended[How.FAILED], self._ended.total()
@@ -337,7 +342,7 @@ class Desk:
             return Exhausted(None)
         if bounds.timeout is not None and self.clock() - self._opened >= bounds.timeout:
             return Exhausted("no more trials are asked for: the timeout is over")
-        if self._exhausted:
+        if self._exhausted and not self._trials(TrialState.WAITING):
             return Exhausted("no more trials are asked for: every combination has been tried")
         if self.combinations is not None and not self._left():
             return Exhausted(None)
@@ -356,10 +361,11 @@ class Desk:
         return len(self._trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)) + self._ended[How.FAILED]
 
     def _left(self) -> int:
-        """Combinations that have not been tried and are not being tried."""
+        """Combinations that have not been tried and are not being tried, and what is queued."""
         assert self.combinations is not None
-        tried = self._trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-        return max(0, self.combinations - len({repr(sorted(trial.params.items())) for trial in tried}))
+        queued = self._trials(TrialState.WAITING)
+        tried = {repr(sorted(trial.params.items())) for trial in self._trials(*ENDED, TrialState.RUNNING)}
+        return max(0, self.combinations - len(tried)) + len(queued)
 
     def _since_best(self) -> int:
         """Trials that completed after the best one did."""
@@ -372,19 +378,9 @@ class Desk:
             best = min(best, value)
         return since
 
-    def _is_stale(self, trial: FrozenTrial) -> bool:
-        owner = trial.user_attrs.get(OWNER)
-        if owner is None:
-            return False  # of a program that is not ours
-        try:
-            identity = ProcessIdentity.from_json(owner)
-        except (KeyError, TypeError, ValueError):
-            return False
-        return identity != self.identity and identity.lives() is False
-
     def _queue_again(self, trial: FrozenTrial, lost: int) -> None:
         params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-        kept = {name: value for name, value in trial.user_attrs.items() if name not in (OWNER, JOB, FAILURE)}
+        kept = {name: value for name, value in trial.user_attrs.items() if not name.startswith(OURS)}
         before = [*trial.user_attrs.get(RETRY_OF, []), trial.number]
         self.study.enqueue_trial(params, user_attrs={**kept, RETRY_OF: before, LOST: lost})
 
@@ -414,40 +410,13 @@ class Desk:
     def _tell(self, number: int, state: TrialState, values: list[float] | None) -> None:
         try:
             self.study.tell(number, values, state, skip_if_finished=True)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return  # somebody else has ended it in this moment
         except RuntimeError as error:
             # The samplers that try every combination call this after they have stored the trial.
             if "Study.stop" not in str(error):
                 raise
             self._exhausted = True
-
-
-def own(storage: BaseStorage, identity: ProcessIdentity) -> BaseStorage:
-    """Have every trial that is asked for through `storage` say whose it is, from the moment it exists.
-
-    A program that is killed between asking and saying so would leave a trial that nobody may settle.
-    """
-    create, change = storage.create_new_trial, storage.set_trial_state_values
-    owner = {OWNER: identity.to_json()}
-
-    def create_new_trial(study_id: int, template_trial: FrozenTrial | None = None) -> int:
-        if template_trial is None:
-            template_trial = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs=owner)
-        return create(study_id, template_trial)
-
-    def set_trial_state_values(trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        if state is not TrialState.RUNNING:
-            return change(trial_id, state, values)
-        # A queued trial is taken by whoever makes it run first. Who loses the race, or dies in it, has named itself in
-        # vain: the winner names itself again.
-        storage.set_trial_user_attr(trial_id, OWNER, owner[OWNER])
-        taken = change(trial_id, state, values)
-        if taken:
-            storage.set_trial_user_attr(trial_id, OWNER, owner[OWNER])
-        return taken
-
-    storage.create_new_trial = create_new_trial  # type: ignore[method-assign]
-    storage.set_trial_state_values = set_trial_state_values  # type: ignore[method-assign]
-    return storage
 
 
 def _short(value: Any) -> str:

@@ -7,16 +7,21 @@ whatever the program has, the desk has. It ends with the program.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import select
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+import optuna
 
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs import source as s
@@ -86,7 +91,7 @@ class TrialSource:
         self,
         open_desk: OpenDesk,
         make_job: Callable[[Asked], Job],
-        ending: Callable[[JobResult, bool], Ending],
+        ending: Callable[[JobResult], Ending],
         in_child: Callable[[], None],
         finish: Callable[[Desk, Summary], list[str]],
         *,
@@ -94,15 +99,13 @@ class TrialSource:
     ) -> None:
         """Start the process. `open` then says whether it could open the study.
 
-        `make_job` makes a trial a job, `ending` says what to tell of a job that ended, of which it is known whether it
-        was ended because it was to be pruned. `in_child` drops, in the process, what belongs to the launching program
-        alone; `finish` is called there in the end, and returns lines for the user. With `kill_pruned` a trial that is
-        to be pruned is ended, whether it asks or not.
+        `make_job` makes a trial a job, `ending` says what to tell of a job that ended. `in_child` drops, in the
+        process, what belongs to the launching program alone; `finish` is called there in the end, and returns lines for
+        the user. With `kill_pruned` a trial that is to be pruned is ended, whether it asks or not.
         """
         self._make_job = make_job
         self._ending = ending
         self._kill_pruned = kill_pruned
-        self._pruned: set[int] = set()
         self._exhausted = False
         self.failed: str | None = None
         """Why the search ended as a failure, if it did."""
@@ -115,7 +118,7 @@ class TrialSource:
             if stream is not None and not stream.closed:
                 stream.flush()
         flush_c_streams()
-        self._pid = os.fork()
+        self._pid: int | None = os.fork()
         if self._pid == 0:
             status = 1
             try:
@@ -124,6 +127,8 @@ class TrialSource:
                 die_with_parent(parent)
                 self._channel.close()
                 in_child()
+                _use_one_thread()
+                optuna.logging.set_verbosity(optuna.logging.WARNING)
                 _serve(theirs, open_desk, finish)
                 status = 0
             except BaseException:
@@ -154,8 +159,7 @@ class TrialSource:
                 self._exhausted = True
                 return [s.Exhausted(reason)]
             case s.Reply(number, Verdict(prune=True)) if self._kill_pruned:
-                self._pruned.add(number)
-                return [message, s.Withdrawn(number, "was ended because it was to be pruned")]
+                return [message, s.Withdrawn(number, "was ended because it was to be pruned", pruned=True)]
             case _:
                 statement: s.Statement = message
                 return [statement]
@@ -176,31 +180,49 @@ class TrialSource:
 
     def ended(self, result: JobResult) -> None:
         """See `JobSource`."""
-        self._send(_Tell(result.number, self._ending(result, result.number in self._pruned)))
+        self._send(_Tell(result.number, self._ending(result)))
 
     def close_in_child(self) -> None:
         """See `JobSource`."""
         self._channel.close()
 
-    def close(self) -> tuple[Summary, list[str]]:
-        """Have everything told that has not been, and return what came of it, with lines for the user."""
+    def close(self, patience: float | None = None) -> tuple[Summary, list[str]]:
+        """Have everything told that has not been, and return what came of it, with lines for the user.
+
+        Raises StudyError after so many seconds of `patience`; None waits for as long as it takes.
+        """
+        deadline = None if patience is None else time.monotonic() + patience
         self._send(_Close())
         poll = select.poll()
         poll.register(self._channel, select.POLLIN)
         while True:
             self.tick()
-            if poll.poll(50 if self._backlog else None):
+            if deadline is not None and time.monotonic() > deadline:
+                raise StudyError(
+                    f"the process that asks for trials did not end in {patience:.0f} s; it was killed, and the next "
+                    "sweep on the study settles the trials that ran"
+                )
+            if poll.poll(50 if self._backlog or deadline is not None else None):
                 message = self._receive()
                 if isinstance(message, tuple):
                     summary, remarks = message
-                    os.waitpid(self._pid, 0)
+                    self._reap()
                     return summary, remarks
 
     def abandon(self) -> None:
         """End the process at once; trials that run are settled by the next sweep on the study."""
         self._channel.close()
-        os.kill(self._pid, signal.SIGKILL)  # it may be waiting for a database, and a killed writer does that no harm
-        os.waitpid(self._pid, 0)
+        if self._pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                # It may be waiting for a database, and a killed writer does that no harm.
+                os.kill(self._pid, signal.SIGKILL)
+            self._reap()
+
+    def _reap(self) -> None:
+        pid, self._pid = self._pid, None
+        if pid is not None:
+            with contextlib.suppress(ChildProcessError):  # raised if the user's program reaps all children itself
+                os.waitpid(pid, 0)
 
     def tick(self) -> None:
         """See `JobSource`."""
@@ -235,6 +257,7 @@ class TrialSource:
 
 def _serve(channel: socket.socket, open_desk: OpenDesk, finish: Callable[[Desk, Summary], list[str]]) -> None:
     """Be the process."""
+    desk: Desk | None = None
     try:
         desk, remarks = open_desk()
         send(channel, Opened(desk.expected, remarks))
@@ -242,14 +265,45 @@ def _serve(channel: socket.socket, open_desk: OpenDesk, finish: Callable[[Desk, 
         while not clerk.closed:
             clerk.work()
         summary = desk.close()
-        send(channel, (summary, finish(desk, summary)))
+        send(channel, (summary, _report(desk, summary, finish)))
     except ChannelClosedError:
         return  # the launching program has ended, and with it its jobs
-    except GpuLauncherError as error:
-        send(channel, _Failed(error))
     except Exception as error:  # of a sampler, a storage, or the user's search space: anything
+        failed = error if isinstance(error, GpuLauncherError) else None
+        if failed is None:
+            traceback.print_exc()
+            failed = StudyError(f"the search ended: {type(error).__name__}: {error}")
+        if desk is not None:
+            _tell_the_rest(desk)
+        with contextlib.suppress(ChannelClosedError):
+            send(channel, _Failed(failed))
+
+
+def _tell_the_rest(desk: Desk) -> None:
+    """After an error, which may be the storage's: what cannot be told now is settled by the next sweep."""
+    try:
+        desk.close()
+    except Exception:
         traceback.print_exc()
-        send(channel, _Failed(StudyError(f"the search ended: {type(error).__name__}: {error}")))
+
+
+def _report(desk: Desk, summary: Summary, finish: Callable[[Desk, Summary], list[str]]) -> list[str]:
+    """The search has succeeded, whatever becomes of the words about it."""
+    try:
+        return finish(desk, summary)
+    except Exception as error:
+        traceback.print_exc()
+        return [f"the report on the study could not be made: {type(error).__name__}: {error}"]
+
+
+def _use_one_thread() -> None:
+    """A pool of OpenMP's that has worked in the parent is dead in its fork, and who asks it waits for ever.
+
+    Samplers have no work for many threads, and the jobs want the CPUs.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)
 
 
 @dataclass
@@ -310,8 +364,8 @@ class _Clerk:
                 self.wanted += count
             case _Started(number, devices, directory, log):
                 self.desk.started(number, devices, directory, log)
-            case _Heard(number, Attribute(name, value)):
-                self.desk.annotate(number, name, value)
+            case _Heard(number, Attribute(name, text)):
+                self.desk.annotate(number, name, json.loads(text))
             case _Tell(number, ending):
                 self.desk.tell(number, ending)
                 if ending.remarkable:

@@ -26,6 +26,9 @@ from gpu_launcher.processes.bulletin import Bulletin
 from gpu_launcher.processes.ranks import is_later_rank
 from gpu_launcher.studies.voices import Follower, Main, Nobody, Unheard, Voice
 
+LAST_STEP = 2**31
+"""Databases keep steps as integers of 32 bits."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrialSeen:
@@ -96,11 +99,14 @@ class JobTrial(BaseTrial):
         return self._seen.prunes and self._voice.should_prune()
 
     def set_user_attr(self, key: str, value: Any) -> None:
-        """Store something with the trial. `value` must be one that JSON has. Only the job's main process can."""
+        """Store something with the trial. Only the job's main process can.
+
+        Raises TypeError or ValueError for a value that JSON has not, such as a NumPy number: use `float(...)`.
+        """
         voice = self._voice
         if not isinstance(voice, Follower):
-            self._user_attrs[key] = value
-            voice.set_user_attr(key, value)
+            voice.set_user_attr(str(key), value)
+            self._user_attrs[str(key)] = value
 
     @property
     def number(self) -> int:
@@ -241,6 +247,6 @@ def _step(step: Any) -> int:
         number = int(step)
     except (TypeError, ValueError):
         raise TypeError(f"The `step` argument is of type {type(step)} but supposed to be an int.") from None
-    if number < 0:
-        raise ValueError(f"The `step` argument is {step} but cannot be negative.")
+    if not 0 <= number < LAST_STEP:
+        raise ValueError(f"The `step` argument is {step} but cannot be negative, or {LAST_STEP} or more.")
     return number

@@ -7,6 +7,7 @@ for each other for ever. So the first rank decides, and the others follow.
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import os
 import sys
@@ -39,7 +40,8 @@ class Attribute:
     """A user attribute set."""
 
     name: str
-    value: Any
+    text: str
+    """Its value as JSON, which means the same in any process."""
 
 
 # To a job.
@@ -114,8 +116,8 @@ class Main:
                 self._judged, self._prune = answer.step, self._prune or answer.prune
 
     def set_user_attr(self, key: str, value: Any) -> None:
-        """One message to the sweep."""
-        self._channel.say(Attribute(key, value))
+        """One message to the sweep. Raises TypeError or ValueError for what JSON has not."""
+        self._channel.say(Attribute(key, json.dumps(value)))
 
 
 class Follower(Nobody):

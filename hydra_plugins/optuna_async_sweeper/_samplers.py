@@ -35,7 +35,8 @@ _NAMES = {
     "nsgaii": "NSGAIISampler",
     "nsgaiii": "NSGAIIISampler",
     "qmc": "QMCSampler",
-    "grid": "GridSampler",
+    # Optuna's own for grids does not know that what was queued has been tried, and never takes up what was interrupted.
+    "grid": "BruteForceSampler",
     "bruteforce": "BruteForceSampler",
     "partial_fixed": "PartialFixedSampler",
 }
@@ -179,8 +180,8 @@ def _made(cls: type[BaseSampler], options: Mapping[str, Any], space: SearchSpace
     options = _seeded(cls, options, seed)
     if cls is optuna.samplers.GridSampler and options.get("search_space") is None:
         options["search_space"] = _grid(space)
-    if cls is optuna.samplers.BruteForceSampler:
-        grid_size(space)
+    if cls is optuna.samplers.BruteForceSampler and (size := grid_size(space)) > MOST_GRID_POINTS:
+        raise OptionError(OPTION, f"a grid of {size} points is too large: make ranges coarser, or take random")
     if options.get("reference_points") is not None:
         import numpy
 
@@ -191,6 +192,7 @@ def _made(cls: type[BaseSampler], options: Mapping[str, Any], space: SearchSpace
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Argument ``(multivariate|constant_liar)``", ExperimentalWarning)
+        warnings.filterwarnings("ignore", "BruteForceSampler", ExperimentalWarning)  # it is our grid
         return _SAMPLERS.build(cls, options, nested)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -14,15 +12,15 @@ import optuna
 from hydra.utils import get_method
 from omegaconf import DictConfig
 from optuna.distributions import BaseDistribution
-from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler, BruteForceSampler, GPSampler, GridSampler
+from optuna.samplers import BaseSampler, BruteForceSampler, GPSampler
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from gpu_launcher.errors import OptionError
-from gpu_launcher.jobs.identity import ProcessIdentity
-from gpu_launcher.studies.desk import Desk, StudyError, own
+from gpu_launcher.studies.desk import Desk, StudyError
+from gpu_launcher.studies.ownership import Sweep, own
+from gpu_launcher.studies.places import without_password
 from gpu_launcher.studies.storage import storage as open_storage
 
 from ._classes import instantiate
@@ -45,29 +43,17 @@ class StudyPlan:
     """`hydra.sweeper`, as it came."""
     options: SweeperOptions
     space: SearchSpace
-    identity: ProcessIdentity
-    """Of the launching program."""
+    sweep: Sweep
 
     def open(self) -> tuple[Desk, list[str]]:
         """The desk, and lines for the user. Raises GpuLauncherError for whatever keeps the sweep from beginning."""
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        warnings.simplefilter("ignore", ExperimentalWarning)  # what we choose is our affair, not the user's
-        backend = own(optuna.storages.get_storage(self._storage()), self.identity)
+        backend = own(optuna.storages.get_storage(self._storage()), self.sweep)
         bounds = self.options.bounds
-        sampler, why = make_sampler(
-            self.raw.get("sampler"),
-            choice=self.config.hydra.runtime.choices.get("hydra/sweeper/sampler"),
-            space=self.space,
-            directions=self.options.directions,
-            n_trials=bounds.n_trials or bounds.total_trials,
-            seed=self.options.seed,
-            overrides=list(self.config.hydra.overrides.hydra),
-        )
+        pruner = make_pruner(self.raw.get("pruner"))
         study = optuna.create_study(
             study_name=self.name,
             storage=backend,
-            sampler=sampler,
-            pruner=make_pruner(self.raw.get("pruner")),
+            pruner=pruner,
             directions=[StudyDirection[direction.upper()] for direction in self.options.directions],
             load_if_exists=True,
         )
@@ -78,17 +64,27 @@ class StudyPlan:
                 f"{', '.join(self.options.directions)}: use the same, or another hydra.sweeper.study_name"
             )
         trials = backend.get_all_trials(study._study_id, deepcopy=False)
+        more = None if bounds.n_trials is None else len(trials) + bounds.n_trials
+        study.sampler, why = make_sampler(
+            self.raw.get("sampler"),
+            choice=self.config.hydra.runtime.choices.get("hydra/sweeper/sampler"),
+            space=self.space,
+            directions=self.options.directions,
+            n_trials=bounds.total_trials or more,
+            seed=self.options.seed,
+            overrides=list(self.config.hydra.overrides.hydra),
+        )
         searched = _searched(trials)
         if searched and (differs := difference(self.space, searched, custom=self._custom is not None)):
             raise StudyError(
                 f"study {self.name!r} has another search space ({differs}): use the same, or another "
                 "hydra.sweeper.study_name"
             )
-        warm_up = _import_torch if isinstance(sampler, GPSampler) else lambda: None
-        desk = Desk(study, self._define, bounds, self.identity, self._combinations(sampler), warm_up)
+        warm_up = _import_torch if isinstance(study.sampler, GPSampler) else lambda: None
+        desk = Desk(study, self._define, bounds, self.sweep, self._combinations(study.sampler), warm_up)
         remarks = [f"study {self.name!r} in {self.where}, with {len(trials)} trials" if trials else self._opened, why]
         remarks += desk.settle(self.options.retry_stale)
-        desk.enqueue([self.space.encode(point) for point in self.options.enqueue])
+        desk.enqueue([self._point(point) for point in self.options.enqueue])
         return desk, remarks
 
     @property
@@ -107,7 +103,7 @@ class StudyPlan:
         given = plain(self.raw.get("storage"))
         if given is None:
             return f"sqlite:///{self._file}"
-        return re.sub(r"//([^:/@]*):[^@/]*@", r"//\1:***@", given) if isinstance(given, str) else "the given storage"
+        return without_password(given) if isinstance(given, str) else "the given storage"
 
     @property
     def _file(self) -> Path:
@@ -138,9 +134,17 @@ class StudyPlan:
 
     def _combinations(self, sampler: BaseSampler) -> int | None:
         """How many there are to try, for a sampler that tries each once; None where only the sampler knows."""
-        if self._custom is not None or not isinstance(sampler, (GridSampler, BruteForceSampler)):
+        if self._custom is not None or not isinstance(sampler, BruteForceSampler):
             return None
         return grid_size(self.space)
+
+    def _point(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        encoded = self.space.encode(point)
+        unknown = [name for name in encoded if name not in self.space.distributions]
+        if unknown and self._custom is None:
+            known = ", ".join(self.space.distributions) or "none"
+            raise OptionError("hydra.sweeper.enqueue", f"{unknown[0]} is no parameter of this search: it has {known}")
+        return encoded
 
     def _define(self, trial: optuna.Trial) -> list[str]:
         for name, distribution in self.space.distributions.items():
@@ -156,8 +160,8 @@ def _import_torch() -> None:
 
 
 def _searched(trials: list[optuna.trial.FrozenTrial]) -> dict[str, BaseDistribution]:
-    """What the latest trials of a study were sampled from. One that waits, or failed early, has not been sampled."""
+    """What the latest trials of a study were sampled from. Others than these may have been sampled in part only."""
     for trial in reversed(trials):
-        if trial.distributions and trial.state is not TrialState.WAITING:
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
             return dict(trial.distributions)
     return {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,12 @@ from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.processes.starter import ForkServer
 from gpu_launcher.studies.desk import Asked, Ending, Exhausted, How, Summary
-from gpu_launcher.studies.source import TrialSource, seen
+from gpu_launcher.studies.ownership import Sweep
+from gpu_launcher.studies.source import Opened, TrialSource, seen
 from hydra_plugins.gpu_pool_launcher.launcher import GpuPoolLauncher
 
 from ._options import read_options
+from ._override_text import override_text
 from ._report import finish
 from ._search_space import SearchSpace, read_search_space
 from ._study import StudyPlan
@@ -32,6 +36,10 @@ log = logging.getLogger(__name__)
 
 BATCH = 2
 """Trials at a time with a launcher that takes batches, as in the official sweeper."""
+
+
+PATIENCE = 20.0
+"""Seconds that the sampling process gets to end when the sweep was stopped."""
 
 
 class SweepError(CompactHydraException):
@@ -51,7 +59,7 @@ def sweep(sweeper: OptunaAsyncSweeper, arguments: list[str]) -> None:
         directory = Path(str(sweeper.config.hydra.sweep.dir)).absolute()
         directory.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(sweeper.config, directory / "multirun.yaml")
-        plan = StudyPlan(sweeper.config, sweeper.options, options, space, ProcessIdentity.here())
+        plan = StudyPlan(sweeper.config, sweeper.options, options, space, Sweep(ProcessIdentity.here()))
         run = _stream if isinstance(sweeper.launcher, GpuPoolLauncher) else _batches
         run(sweeper, plan, directory)
     except GpuLauncherError as error:
@@ -65,37 +73,49 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
     assert isinstance(launcher, GpuPoolLauncher)
     objectives = len(plan.options.directions)
     sources: list[TrialSource] = []
+    opened: list[Opened] = []
 
     def open_source(server: ForkServer) -> tuple[TrialSource, int | None]:
         source = TrialSource(
             plan.open,
             _job,
-            lambda result, pruned: ending(result, pruned, objectives, directory),
+            lambda result: ending(result, objectives, directory),
             in_child=server.close_in_child,
             finish=lambda desk, summary: finish(desk, summary, plan, directory),
             kill_pruned=plan.options.kill_pruned,
         )
         sources.append(source)
-        opened = source.open()
-        for remark in opened.remarks:
+        study = source.open()
+        opened.append(study)
+        for remark in study.remarks:
             log.info(remark)
-        return source, opened.expected
+        return source, study.expected
 
-    stopped = True
     try:
         result = stream(launcher, open_source, plan.options.n_jobs)
         (source,) = sources
-        summary, lines = source.close()
-        stopped = False
-    finally:
-        if stopped and sources:
-            sources[0].abandon()
+        # A sweep that ended by itself gets its report; one that was stopped does not wait for a long sample or plot.
+        summary, lines = source.close(PATIENCE if result.stopped else None)
+    except BaseException:
+        for source in sources:
+            _close(source)
+        if opened:
+            log.info(_how_to_go_on(plan, directory, None))
+        raise
     failed = source.failed
     if result.stopped and result.stopped_by is None:
         failed = "the sweep was stopped because hydra.launcher.on_failure or max_failures says so"
     _conclude(plan, directory, summary, lines, failed, interrupted=result.stopped_by is not None)
     if result.stopped_by is not None:
         stop(result.stopped_by)
+
+
+def _close(source: TrialSource) -> None:
+    """After an error: have the trials told that run, if the process can still do that."""
+    try:
+        source.close(PATIENCE)
+    except GpuLauncherError:  # there is another error to show
+        source.abandon()
 
 
 def _batches(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> None:
@@ -122,10 +142,12 @@ def _batches(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> N
                     batch.append(answer)
             for run in _consecutive(batch):
                 # Directories are numbered as trials are, and other sweeps may have taken some numbers.
+                for asked in run:
+                    desk.started(asked.trial.number, [], None, None)
                 returns = launcher.launch([asked.spec for asked in run], run[0].trial.number)
                 for asked, job_return in zip(run, returns, strict=True):
                     number = asked.trial.number
-                    desk.started(number, [], job_return.working_dir, None)
+                    desk.ran_in(number, job_return.working_dir)
                     told = _ending_of(job_return, len(plan.options.directions))
                     if told.how is How.FAILED:
                         log.warning(f"trial {number} failed: {told.message}")
@@ -152,11 +174,11 @@ def _job(asked: Asked) -> Job:
     return Job(asked.trial.number, " ".join(filter_overrides(asked.spec)), asked.spec, about=seen(asked))
 
 
-def ending(result: JobResult, pruned: bool, objectives: int, directory: Path) -> Ending:
-    """What to tell of a job that ended; `pruned` if it was ended because it was to be pruned."""
+def ending(result: JobResult, objectives: int, directory: Path) -> Ending:
+    """What to tell of a job that ended."""
     from hydra_plugins.gpu_pool_launcher._results import unpack
 
-    if result.outcome is Outcome.PRUNED or (result.outcome is Outcome.CANCELLED and pruned):
+    if result.outcome is Outcome.PRUNED:
         return Ending(How.PRUNED, message=result.message)
     if result.outcome is Outcome.CANCELLED:
         return Ending(How.INTERRUPTED, message="the sweep was stopped")
@@ -181,17 +203,20 @@ def values_of(returned: Any, objectives: int) -> tuple[float, ...]:
     """The values of a trial. Raises ValueError for what Optuna cannot take, and for what no search can use."""
     if objectives == 1:
         given = [returned]
-    elif isinstance(returned, (str, bytes)) or not hasattr(returned, "__len__"):
-        raise ValueError(f"returned {_shown(returned)} instead of {objectives} numbers")
     else:
-        given = list(returned)
+        try:
+            given = [] if isinstance(returned, (str, bytes)) else list(returned)
+        except Exception:  # of a class of the user's
+            given = []
+        if not given:
+            raise ValueError(f"returned {_shown(returned)} instead of {objectives} numbers")
     if len(given) != objectives:
         raise ValueError(f"returned {len(given)} values, and the sweep has {objectives} directions")
     values = []
     for one in given:
         try:
             value = float(one)
-        except (TypeError, ValueError):
+        except Exception:  # of a class of the user's; a number too large for a float; a tensor of several elements
             raise ValueError(f"returned {_shown(one)}, which is no number") from None
         if not math.isfinite(value):
             raise ValueError(f"returned {value}, which no search can use")
@@ -202,7 +227,10 @@ def values_of(returned: Any, objectives: int) -> tuple[float, ...]:
 def _shown(value: object) -> str:
     if value is None:
         return "None (does the task function return its value?)"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # of a class of the user's
+        text = f"a {type(value).__qualname__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -215,15 +243,26 @@ def _conclude(
     if summary.best:
         _save(plan.space, summary, directory, several=len(plan.options.directions) > 1)
     if interrupted:
-        log.info(
-            f"to go on with the study, run the same command with hydra.sweep.dir={directory}"
-            + ("" if plan.raw.get("storage") is None else f" hydra.sweeper.study_name={plan.name!r}")
-        )
+        log.info(_how_to_go_on(plan, directory, summary.left))
     elif failed is not None:
         raise SweepError(f"{failed}. The first: {summary.first_failure}")
     elif not summary.best:
         what = f"; the first: {summary.first_failure}" if summary.first_failure else ""
         raise SweepError(f"no trial of study {plan.name!r} completed, so that there is no best one{what}")
+
+
+def _how_to_go_on(plan: StudyPlan, directory: Path, left: int | None) -> str:
+    overrides: dict[str, Any] = {"hydra.sweep.dir": str(directory)}
+    if plan.raw.get("storage") is not None:
+        overrides["hydra.sweeper.study_name"] = plan.name
+    if left:
+        overrides["hydra.sweeper.n_trials"] = left
+    texts = {
+        name: str(value) if re.fullmatch(r"[\w./:-]+", str(value)) else override_text(value)
+        for name, value in overrides.items()
+    }
+    words = [shlex.quote(f"{name}={text}") for name, text in texts.items()]
+    return f"to go on with the study, run the same command with {' '.join(words)}"
 
 
 def _save(space: SearchSpace, summary: Summary, directory: Path, *, several: bool) -> None:

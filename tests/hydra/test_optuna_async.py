@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,23 @@ SPACE = "x=interval(-2.0,2.0)"
 def study(directory: Path, name: str = "trials", url: str | None = None) -> optuna.Study:
     url = url or f"sqlite:///{directory / 'sweep' / 'study.db'}"
     return optuna.load_study(study_name=name, storage=gpu_launcher.storage(url))
+
+
+def trials(directory: Path) -> list[optuna.trial.FrozenTrial]:
+    """None while the study is being made."""
+    if not (directory / "sweep" / "study.db").exists():
+        return []
+    try:
+        return study(directory).trials
+    except KeyError:
+        return []
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def states(of: optuna.Study) -> list[str]:
@@ -198,11 +216,25 @@ def test_a_job_that_never_asks_is_stopped_with_kill_pruned(run: Run, tmp_path: P
     options = ("hydra.sweeper.pruner={name: threshold, upper: 0.5}", "hydra.sweeper.kill_pruned=true")
     done = sweep(run, tmp_path, SPACE, "does=reports_and_ignores", "hydra.sweeper.n_trials=3", *options)
     assert states(study(tmp_path)) == ["COMPLETE", "PRUNED", "PRUNED"]
-    assert "3 jobs: 1 completed, 2 cancelled" in done.stderr
+    assert "3 jobs: 1 completed, 2 pruned" in done.stderr
 
 
 def test_outside_a_sweep_reports_go_nowhere(run: Run, tmp_path: Path) -> None:
     assert run(tmp_path, PROGRAM, "does=reports").returncode == 0
+
+
+def test_what_a_job_says_right_before_its_end_is_not_lost(run: Run, tmp_path: Path) -> None:
+    sweep(run, tmp_path, SPACE, "does=says_much", "steps=1000", "hydra.sweeper.n_trials=3")
+    for trial in study(tmp_path).trials:
+        assert len(trial.intermediate_values) == 1000
+        assert trial.user_attrs["said"] == "everything"
+
+
+def test_a_verdict_on_an_attempt_that_crashed_does_not_reach_the_next_one(run: Run, tmp_path: Path) -> None:
+    options = ("hydra.launcher.retries=1", "hydra.launcher.retry_on=[crash]", "hydra.sweeper.pruner=median")
+    slow = "hydra.sweeper.custom_search_space=__main__.slowly"
+    sweep(run, tmp_path, SPACE, "does=crashes_at_first", slow, *options, "hydra.sweeper.n_trials=8")
+    assert states(study(tmp_path)) == ["COMPLETE"] * 8
 
 
 def test_a_job_can_annotate_its_trial(run: Run, tmp_path: Path) -> None:
@@ -228,6 +260,10 @@ def test_what_a_job_does_wrong_fails_its_trial_alone(run: Run, tmp_path: Path) -
         ("none", "returned None (does the task function return its value?), which is no number"),
         ("text", "returned 'good', which is no number"),
         ("two", "which is no number"),
+        ("huge", "which is no number"),
+        ("odd_float", "returned an OddFloat, which is no number"),
+        ("annotates_oddly", "raised TypeError: Object of type complex is not JSON serializable"),
+        ("reports_oddly", "raised ValueError: The `step` argument is"),
         ("kills_itself", "was killed by SIGKILL after"),
         ("raises", "raised ValueError: 0 was meant to fail"),
     ],
@@ -246,6 +282,14 @@ def test_the_wrong_number_of_objectives_fails_the_trial(run: Run, tmp_path: Path
     directions = "hydra.sweeper.direction=[minimize,maximize]"
     done = sweep(run, tmp_path, SPACE, "does=three", directions, "hydra.sweeper.n_trials=1", ok=False)
     assert "trial 0 returned 3 values, and the sweep has 2 directions" in done.stderr
+
+
+def test_an_error_of_the_search_space_leaves_no_trial_untold(run: Run, tmp_path: Path) -> None:
+    broken = ("hydra.sweeper.custom_search_space=__main__.broken_for_trial_2", "seconds=600")
+    done = sweep(run, tmp_path, SPACE, *broken, "hydra.sweeper.n_trials=5", ok=False)
+    assert "the search ended: ZeroDivisionError" in done.stderr
+    assert "RUNNING" not in states(study(tmp_path))
+    assert "to go on with the study" in done.stdout
 
 
 def test_too_many_failures_end_the_sweep(run: Run, tmp_path: Path) -> None:
@@ -337,21 +381,25 @@ def test_ctrl_c_leaves_no_trial_running_and_the_next_sweep_runs_those_again(
     assert sorted(trial.user_attrs["gpu_launcher:retry_of"] for trial in again) == [[t.number] for t in interrupted]
 
 
+def running_trials(directory: Path, pid: int) -> list[optuna.trial.FrozenTrial]:
+    """Those of this program whose jobs run, too."""
+    return [
+        trial
+        for trial in trials(directory)
+        if trial.state is TrialState.RUNNING
+        and "gpu_launcher:job" in trial.user_attrs
+        and trial.user_attrs["gpu_launcher:owner"]["pid"] == pid
+    ]
+
+
 def test_trials_of_a_killed_sweep_fail_and_are_queued_again_once(run: Run, start: Start, tmp_path: Path) -> None:
     x: list[list[float]] = []
     for _ in range(2):
         program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, "seconds=600")
-        assert program.stderr is not None
-        started = 0
-        for line in program.stderr:
-            started += " started on " in line
-            if started == 2:
-                break
+        wait_until(lambda: len(running_trials(tmp_path, program.pid)) == 2)  # noqa: B023
         program.kill()
         program.communicate(timeout=60)
-        running = [trial for trial in study(tmp_path).trials if trial.state is TrialState.RUNNING]
-        assert len(running) >= 2
-        x.append([trial.params["x"] for trial in running if "gpu_launcher:job" in trial.user_attrs])
+        x.append([trial.params["x"] for trial in running_trials(tmp_path, program.pid)])
     assert sorted(x[0]) == sorted(x[1]), "queued again"
     done = sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=4")
     assert "that a dead sweep had left running" in done.stdout
@@ -398,6 +446,29 @@ def test_known_points_are_tried_first(run: Run, tmp_path: Path) -> None:
     assert [trial.params["x"] for trial in study(tmp_path).trials][:3] == [0.125, 0.25, 0.75]
     sweep(run, tmp_path, SPACE, "hydra.sweeper.enqueue=[{x: 0.75},{x: 1.5}]", "hydra.sweeper.n_trials=1")
     assert study(tmp_path).trials[-1].params["x"] == 1.5, "what the study has is not tried again"
+
+
+def test_a_sweep_that_was_killed_while_it_defined_a_trial_goes_on(run: Run, start: Start, tmp_path: Path) -> None:
+    custom = "hydra.sweeper.custom_search_space=__main__.hangs_in_trial_1"
+    program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, custom)
+    wait_until(lambda: any(trial.number == 1 and trial.params for trial in trials(tmp_path)))
+    program.kill()
+    program.communicate(timeout=60)
+    sweep(run, tmp_path, SPACE, "y=interval(0.0,1.0)", "hydra.sweeper.n_trials=2")
+    assert sorted(states(study(tmp_path))).count("COMPLETE") == 2
+
+
+def test_a_point_with_an_unknown_parameter_is_refused(run: Run, tmp_path: Path) -> None:
+    done = sweep(run, tmp_path, SPACE, "hydra.sweeper.enqueue=[{xx: 0.5}]", ok=False)
+    assert "hydra.sweeper.enqueue: xx is no parameter of this search: it has x" in done.stderr
+
+
+def test_the_gp_sampler_works_beside_a_program_that_has_used_torch(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    options = ("hydra/sweeper/sampler=gp", "hydra.sweeper.sampler.n_startup_trials=2", "hydra.sweeper.n_trials=4")
+    done = run(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, SPACE, *options, USE_TORCH="1")
+    assert done.returncode == 0, done.stderr
+    assert states(study(tmp_path)) == ["COMPLETE"] * 4
 
 
 def test_a_timeout_ends_the_asking(run: Run, tmp_path: Path) -> None:

@@ -8,21 +8,10 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+import gpu_launcher
 from gpu_launcher.jobs.identity import ProcessIdentity
-from gpu_launcher.studies.desk import (
-    FAILURE,
-    JOB,
-    LOST,
-    OWNER,
-    RETRY_OF,
-    Asked,
-    Bounds,
-    Desk,
-    Ending,
-    Exhausted,
-    How,
-    own,
-)
+from gpu_launcher.studies.desk import FAILURE, JOB, LOST, RETRY_OF, Asked, Bounds, Desk, Ending, Exhausted, How
+from gpu_launcher.studies.ownership import OWNER, Sweep, own
 
 HERE = ProcessIdentity.here()
 DEAD = replace(HERE, pid=2**22 + 1)
@@ -40,14 +29,15 @@ def define(trial):
 
 def desk(storage, bounds=Bounds(), identity=HERE, define=define, pruner=None):  # noqa: B008  (frozen)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sweep = Sweep(identity)
     study = optuna.create_study(
         study_name="one",
-        storage=own(storage, identity),
+        storage=own(storage, sweep),
         sampler=optuna.samplers.RandomSampler(),
         pruner=pruner or optuna.pruners.NopPruner(),
         load_if_exists=True,
     )
-    return Desk(study, define, bounds, identity)
+    return Desk(study, define, bounds, sweep)
 
 
 def test_a_trial_has_its_owner_its_parameters_and_what_it_is_called_with(storage):
@@ -189,3 +179,61 @@ def test_verdicts_are_those_of_the_studys_pruner(storage):
     asking.ask()
     asking.ask()
     assert asking.report({0: {0: 0.5}, 1: {0: 1.5}, 7: {0: 9.0}}) == {0: False, 1: True}
+
+
+def test_an_earlier_sweep_of_the_same_program_is_dead(storage):
+    desk(storage).ask()
+    assert desk(storage).settle(1) == [
+        "marked 1 trial as failed that a dead sweep had left running, and 1 of them queued again"
+    ]
+
+
+def test_who_loses_the_race_for_a_queued_trial_does_not_become_its_owner(tmp_path):
+    storage, other = (gpu_launcher.storage(tmp_path / "study.db") for _ in range(2))
+    winner, loser = desk(storage), desk(other, identity=DEAD)
+    winner.study.enqueue_trial({"x": 0.5})
+    (waiting,) = storage.get_all_trials(winner.study._study_id)
+    winner.ask()
+    assert not loser.study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
+    assert winner.sweep.owns(storage.get_trial(waiting._trial_id))
+    winner.tell(0, Ending(How.COMPLETE, (1.0,)))
+    assert not loser.study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING), "it is over"
+
+
+def test_a_queued_trial_whose_taker_died_at_once_is_settled(storage):
+    taker = desk(storage, identity=DEAD)
+    taker.study.enqueue_trial({"x": 0.5})
+    (waiting,) = storage.get_all_trials(taker.study._study_id)
+    set_attr = storage.set_trial_user_attr
+
+    def dies_before_it_names_itself(trial_id, key, value):
+        if key == OWNER:
+            raise KeyboardInterrupt
+        set_attr(trial_id, key, value)
+
+    storage.set_trial_user_attr = dies_before_it_names_itself
+    with pytest.raises(KeyboardInterrupt):
+        taker.study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
+    storage.set_trial_user_attr = set_attr
+    assert storage.get_trial(waiting._trial_id).state is TrialState.RUNNING
+    assert len(desk(storage).settle(1)) == 1
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_grid_is_over_when_everything_was_tried_and_nothing_is_queued(storage):
+    def choose(trial):
+        return [f"x={trial.suggest_categorical('x', [1, 2])}"]
+
+    asking = desk(storage, define=choose)
+    asking.study.sampler = optuna.samplers.BruteForceSampler()
+    asking.combinations = 2
+    assert asking.expected == 2
+    asking.ask()
+    asking.ask()
+    asking.tell(0, Ending(How.INTERRUPTED))
+    again = asking.ask()
+    assert isinstance(again, Asked), "what was interrupted is tried again"
+    assert again.trial.user_attrs[RETRY_OF] == [0]
+    asking.tell(1, Ending(How.FAILED))
+    asking.tell(2, Ending(How.COMPLETE, (1.0,)))
+    assert isinstance(asking.ask(), Exhausted)

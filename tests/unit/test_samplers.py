@@ -14,7 +14,15 @@ import pytest
 from hydra.core.config_store import ConfigStore
 from hydra.core.singleton import Singleton
 from omegaconf import OmegaConf
-from optuna.samplers import BaseSampler, GPSampler, GridSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.samplers import (
+    BaseSampler,
+    BruteForceSampler,
+    GPSampler,
+    GridSampler,
+    NSGAIISampler,
+    RandomSampler,
+    TPESampler,
+)
 
 from gpu_launcher.errors import OptionError
 from hydra_plugins.optuna_async_sweeper import _samplers
@@ -117,7 +125,8 @@ def test_every_config_of_the_group_makes_a_sampler(name: str, everything: None) 
     if name == "gp" and importlib.util.find_spec("torch") is None:
         pytest.skip("needs torch")
     found, why = made(OmegaConf.create(node), space=DISCRETE, seed=3)
-    assert type(found).__name__.lower() == f"{name}sampler"
+    expected = {"grid": "bruteforce"}.get(name, name)
+    assert type(found).__name__.lower() == f"{expected}sampler"
     assert why.startswith(f"Sampler: {type(found).__name__}")
 
 
@@ -288,7 +297,7 @@ def test_an_official_config_is_its_name_with_what_the_user_changed(official: Non
     assert type(found) is NSGAIISampler
     assert found._population_size == 7
     grid = {"_target_": "optuna.samplers.GridSampler", "_partial_": True, "seed": None}
-    assert type(sampler(grid, choice="grid", space=DISCRETE)) is GridSampler
+    assert type(sampler(grid, choice="grid", space=DISCRETE)) is BruteForceSampler
 
 
 def test_an_official_default_that_the_command_line_gives_is_the_users(official: None) -> None:

@@ -189,7 +189,7 @@ def test_an_attribute_is_seen_here_and_told(sweep: Sweep) -> None:
     trial = sweep.begin()
     trial.set_user_attr("epochs", 3)
     assert trial.user_attrs == {"owner": "me", "epochs": 3}
-    assert sweep.heard() == [Attribute("epochs", 3)]
+    assert sweep.heard() == [Attribute("epochs", "3")]
 
 
 def test_several_objectives_have_no_reports_as_in_optuna(sweep: Sweep) -> None:

@@ -43,6 +43,29 @@ def more(cfg: DictConfig, trial: optuna.Trial) -> None:
     trial.suggest_float("y", trial.params["x"], trial.params["x"] + 1)
 
 
+def slowly(cfg: DictConfig, trial: optuna.Trial) -> None:
+    time.sleep(0.25)
+
+
+def broken_for_trial_2(cfg: DictConfig, trial: optuna.Trial) -> None:
+    if trial.number == 2:
+        raise ZeroDivisionError
+
+
+def hangs_in_trial_1(cfg: DictConfig, trial: optuna.Trial) -> None:
+    if trial.number == 1:
+        time.sleep(600)
+    trial.suggest_float("y", 0.0, 1.0)
+
+
+class OddFloat:
+    def __float__(self) -> float:
+        raise RuntimeError("has several elements")
+
+    def __repr__(self) -> str:
+        return "an OddFloat"
+
+
 def as_long_as_trial_1_runs(cfg: DictConfig, trial: optuna.Trial) -> None:
     """A custom search space that takes long for the third trial."""
     while trial.number == 2 and not Path(cfg.hydra.sweep.dir, "second").exists():
@@ -100,6 +123,24 @@ def act(cfg: DictConfig, number: int) -> Any:
             return float(number)
         case "hangs":
             time.sleep(600)
+        case "says_much":
+            for step in range(cfg.steps):
+                gpu_launcher.current_trial().report(result, step)
+            gpu_launcher.current_trial().set_user_attr("said", "everything")
+            return result
+        case "crashes_at_first":
+            gpu_launcher.current_trial().report(result, 0)
+            if os.environ["GPU_LAUNCHER_ATTEMPT"] == "1":
+                os.kill(os.getpid(), 9)
+            return result
+        case "annotates_oddly":
+            gpu_launcher.current_trial().set_user_attr("odd", 1j)
+        case "reports_oddly":
+            gpu_launcher.report(1.0, 2**70)
+        case "huge":
+            return 10**400
+        case "odd_float":
+            return OddFloat()
         case "annotates":
             gpu_launcher.current_trial().set_user_attr("pid", os.getpid())
             return result
@@ -119,4 +160,9 @@ def act(cfg: DictConfig, number: int) -> Any:
 
 
 if __name__ == "__main__":
+    if "USE_TORCH" in os.environ:
+        import torch
+
+        torch.ones(500, 500) @ torch.ones(500, 500)
+        torch.rand(4_000_000).sum()
     main()
