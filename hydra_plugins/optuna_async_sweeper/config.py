@@ -17,15 +17,15 @@ HELP = {
     "storage": "Where the study is kept: a URL such as sqlite:///study.db. null: a SQLite file in the sweep directory.",
     "study_name": "Name of the study in the storage. null: one for the sweep.",
     "n_trials": "How many trials this sweep runs.",
-    "total_trials": "How many finished trials the study is to have, those of earlier sweeps included; then n_trials "
-    "is not used. null: n_trials holds.",
+    "total_trials": "How many trials of the study are to complete or be pruned, those of earlier sweeps included (and "
+    "those of this one that fail); then n_trials is not used. null: n_trials holds.",
     "n_jobs": "Most trials at the same time. null: as many as the pool grants.",
     "max_failure_rate": "Part of the finished trials, from 0 to 1, that may fail before the sweep ends. null: one "
     "failure, or many, end nothing.",
     "params": "What to search or fix, as on the command line: lr: interval(0, 1). The command line goes before it.",
     "custom_search_space": "Function of the config and the trial, by its dotted name, that suggests more parameters.",
     "timeout": "How long new trials are asked for, such as 90, 30m or 2h. null: no limit.",
-    "patience": "After this many finished trials without a better value no new one is asked for. null: no limit.",
+    "patience": "After this many completed trials without a better value no new one is asked for. null: no limit.",
     "retry_stale": "How many times a trial that a dead sweep left running is queued again.",
     "enqueue": "Known good points to try first: a list of {parameter: value}, or a YAML file with one.",
     "kill_pruned": "Stop a job that is to be pruned and does not ask.",
