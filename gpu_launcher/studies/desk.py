@@ -146,6 +146,8 @@ class Desk:
     sweep: Sweep
     combinations: int | None = None
     """How many there are in all, for a sampler that tries each once."""
+    store: Callable[[BaseStorage, Mapping[int, Mapping[int, float]]], set[int]] = store_reports
+    """Stores reports."""
     warm_up: Callable[[], object] = lambda: None
     """Imports what the sampler needs later, which may take seconds. To be called while there is time."""
     clock: Callable[[], float] = time.monotonic
@@ -244,7 +246,7 @@ class Desk:
         Those that are not this desk's, or have been told, are not among them.
         """
         ids = {self.running[number]: steps for number, steps in reports.items() if number in self.running}
-        ended = store_reports(self._storage, ids)
+        ended = self.store(self._storage, ids)
         judged = {number: id for number, id in self.running.items() if id in ids and id not in ended}
         if not self._prunes:
             return dict.fromkeys(judged, False)

@@ -67,6 +67,7 @@ class Judge:
         studies of its own. Successive halving notes each trial's rungs, and compares with those that others have.
         """
         storage = self._study._storage
+        before = dict(vars(storage))
         note = storage.set_trial_system_attr
 
         def get_all_trials(
@@ -85,4 +86,8 @@ class Judge:
         try:
             yield
         finally:
-            del storage.get_all_trials, storage.set_trial_system_attr
+            for name in ("get_all_trials", "set_trial_system_attr"):
+                if name in before:
+                    setattr(storage, name, before[name])
+                else:
+                    delattr(storage, name)

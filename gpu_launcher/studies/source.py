@@ -29,6 +29,7 @@ from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.model import Device
 from gpu_launcher.processes.linux import die_with_parent, flush_c_streams
 from gpu_launcher.processes.messages import ChannelClosedError, channel, receive, send
+from gpu_launcher.studies.bearing import Bearing
 from gpu_launcher.studies.desk import Asked, Desk, Ending, Exhausted, StudyError, Summary
 from gpu_launcher.studies.trial import TrialSeen
 from gpu_launcher.studies.voices import Attribute, Intermediate, Verdict
@@ -261,6 +262,9 @@ def _serve(channel: socket.socket, open_desk: OpenDesk, finish: Callable[[Desk, 
     try:
         desk, remarks = open_desk()
         send(channel, Opened(desk.expected, remarks))
+        bearing = Bearing(lambda text: send(channel, s.Remark(text)))
+        bearing.over_all(desk.study._storage)
+        desk.store = bearing.over(desk.store)
         clerk = _Clerk(desk, channel)
         while not clerk.closed:
             clerk.work()

@@ -81,7 +81,7 @@ class StudyPlan:
                 "hydra.sweeper.study_name"
             )
         warm_up = _import_torch if isinstance(study.sampler, GPSampler) else lambda: None
-        desk = Desk(study, self._define, bounds, self.sweep, self._combinations(study.sampler), warm_up)
+        desk = Desk(study, self._define, bounds, self.sweep, self._combinations(study.sampler), warm_up=warm_up)
         remarks = [f"study {self.name!r} in {self.where}, with {len(trials)} trials" if trials else self._opened, why]
         remarks += desk.settle(self.options.retry_stale)
         desk.enqueue([self._point(point) for point in self.options.enqueue])
