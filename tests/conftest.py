@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -11,9 +12,16 @@ from pathlib import Path
 
 import pytest
 
+
 REPOSITORY = Path(__file__).parents[1]
 SOURCE = REPOSITORY / "tests" / "nvml_double" / "nvml_double.c"
 GIB = 2**30
+
+
+def pytest_configure() -> None:
+    """Where a script runs the tests in its background, SIGINT is ignored, and would be in all that they start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass

@@ -143,7 +143,7 @@ def test_ctrl_z_gives_the_terminal_back_and_fg_takes_it_again(cli: Cli, terminal
     shell.press("fg\r")
     shell.read_until(lambda: shell.text.count(ENTER) == 2 and shell.text.rindex("\x1b[H") > shell.text.rindex(ENTER))
     shell.press("q")
-    shell.read_until(lambda: shell.text.count(LEAVE) == 2)
+    shell.read_until(lambda: shell.text.count(LEAVE) == 2 and "ready> " in shell.text[shell.text.rindex(LEAVE) :])
     shell.press("exit $?\r")
     assert shell.wait() == 0
 
