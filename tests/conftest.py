@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-
 REPOSITORY = Path(__file__).parents[1]
 SOURCE = REPOSITORY / "tests" / "nvml_double" / "nvml_double.c"
 GIB = 2**30
