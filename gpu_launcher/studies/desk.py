@@ -20,19 +20,12 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.errors import GpuLauncherError
-from gpu_launcher.jobs.progress.text import count
-from gpu_launcher.studies.ownership import OURS, Sweep
+from gpu_launcher.studies.attributes import JOB, LOST
+from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.pruning import Judge
+from gpu_launcher.studies.settling import fail, queue_again, settle
 from gpu_launcher.studies.storage import store_reports
 
-JOB = f"{OURS}job"
-"""User attribute: directory, log, devices, and when it began and ended (seconds since the epoch)."""
-RETRY_OF = f"{OURS}retry_of"
-"""User attribute: the numbers of the trials with these parameters that were lost or interrupted, in order."""
-LOST = f"{OURS}lost"
-"""User attribute: how many of these ran when their sweep died."""
-FAILURE = f"{OURS}failure"
-"""User attribute: why it failed."""
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -170,23 +163,8 @@ class Desk:
     # Before the first trial
 
     def settle(self, most_retries: int) -> list[str]:
-        """Fail the trials that dead sweeps left running, and queue each again, up to so many times.
-
-        Returns what was done, as lines for the user. Trials whose owner lives, may live, or is unknown are left alone.
-        """
-        failed, queued = 0, 0
-        for trial in [trial for trial in self._trials(TrialState.RUNNING) if self.sweep.outlives(trial)]:
-            if self._fail(trial._trial_id, "its sweep ended without telling"):
-                failed += 1
-                # One that never ran has not been the reason why its sweep died.
-                lost = trial.user_attrs.get(LOST, 0) + (JOB in trial.user_attrs)
-                if lost <= most_retries:
-                    self._queue_again(trial, lost)
-                    queued += 1
-        if not failed:
-            return []
-        again = f", and {queued} of them queued again" if queued else ""
-        return [f"marked {count(failed, 'trial')} as failed that a dead sweep had left running{again}"]
+        """See `settling.settle`."""
+        return settle(self.study, self.sweep, most_retries)
 
     def enqueue(self, points: Sequence[Mapping[str, Any]]) -> None:
         """Try these parameters first, unless the study has them already."""
@@ -216,12 +194,12 @@ class Desk:
             trial = self.study.ask()
         except BaseException:
             for id in self._mine() - set(self.running.values()):
-                self._fail(id, "it could not be sampled")
+                fail(self._storage, id, "it could not be sampled")
             raise
         try:
             spec = self.define(trial)
         except BaseException as error:
-            self._fail(trial._trial_id, f"it could not be defined: {error}")
+            fail(self._storage, trial._trial_id, f"it could not be defined: {error}")
             raise
         self._asked += 1
         self.running[trial.number] = trial._trial_id
@@ -271,9 +249,11 @@ class Desk:
         if ending.how is How.FAILED and self._first_failure is None:
             self._first_failure = f"trial {number} {ending.message or 'failed'}"
         if ending.how in (How.FAILED, How.INTERRUPTED):
-            trial = self._storage.get_trial(id)
-            if self._fail(id, ending.message) and ending.how is How.INTERRUPTED:
-                self._queue_again(trial, trial.user_attrs.get(LOST, 0))
+            if ending.how is How.FAILED:
+                fail(self._storage, id, ending.message)
+            else:
+                trial = self._storage.get_trial(id)
+                queue_again(self.study, trial, trial.user_attrs.get(LOST, 0), ending.message)
             return
         state = TrialState.COMPLETE if ending.how is How.COMPLETE else TrialState.PRUNED
         values = list(ending.values) if state is TrialState.COMPLETE else None
@@ -380,12 +360,6 @@ class Desk:
             best = min(best, value)
         return since
 
-    def _queue_again(self, trial: FrozenTrial, lost: int) -> None:
-        params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-        kept = {name: value for name, value in trial.user_attrs.items() if not name.startswith(OURS)}
-        before = [*trial.user_attrs.get(RETRY_OF, []), trial.number]
-        self.study.enqueue_trial(params, user_attrs={**kept, RETRY_OF: before, LOST: lost})
-
     def _note(self, number: int) -> None:
         if number in self.running:
             self._note_by_id(number, self.running[number])
@@ -398,16 +372,6 @@ class Desk:
             self._storage.set_trial_user_attr(id, name, value)
         except optuna.exceptions.UpdateFinishedTrialError:
             return  # somebody else has ended it
-
-    def _fail(self, id: int, message: str | None) -> bool:
-        """Whether it had not ended before."""
-        if message is not None:
-            self._set(id, FAILURE, message)
-        try:
-            self._storage.set_trial_state_values(id, TrialState.FAIL)
-        except optuna.exceptions.UpdateFinishedTrialError:
-            return False
-        return True
 
     def _tell(self, number: int, state: TrialState, values: list[float] | None) -> None:
         try:

@@ -18,13 +18,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.jobs.identity import ProcessIdentity
-
-OURS = "gpu_launcher:"
-"""What the names of our user attributes begin with."""
-OWNER = f"{OURS}owner"
-"""User attribute: the program that launched the trial's job, and which of its sweeps it was."""
-CLAIM = f"{OURS}claim:"
-"""User attribute, followed by the id of a sweep: the same of one that tried to take a queued trial."""
+from gpu_launcher.studies.attributes import CLAIM, OWNER
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,10 @@ from optuna.trial import TrialState
 
 import gpu_launcher
 from gpu_launcher.jobs.identity import ProcessIdentity
-from gpu_launcher.studies.desk import FAILURE, JOB, LOST, RETRY_OF, Asked, Bounds, Desk, Ending, Exhausted, How
-from gpu_launcher.studies.ownership import OWNER, Sweep, own
+from gpu_launcher.studies import settling
+from gpu_launcher.studies.attributes import FAILURE, JOB, LOST, OWNER, RETRY_OF
+from gpu_launcher.studies.desk import Asked, Bounds, Desk, Ending, Exhausted, How
+from gpu_launcher.studies.ownership import Sweep, own
 
 HERE = ProcessIdentity.here()
 DEAD = replace(HERE, pid=2**22 + 1)
@@ -237,3 +239,30 @@ def test_a_grid_is_over_when_everything_was_tried_and_nothing_is_queued(storage)
     asking.tell(1, Ending(How.FAILED))
     asking.tell(2, Ending(How.COMPLETE, (1.0,)))
     assert isinstance(asking.ask(), Exhausted)
+
+
+def test_who_dies_between_queueing_a_trial_again_and_failing_it_has_it_queued_once(storage, monkeypatch):
+    desk(storage, identity=DEAD).ask()
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(settling, "fail", killed)
+        with pytest.raises(KeyboardInterrupt):
+            desk(storage).settle(1)
+    next_one = desk(storage)
+    assert [trial.state.name for trial in next_one.study.trials] == ["RUNNING", "WAITING"]
+    assert next_one.settle(1) == [
+        "marked 1 trial as failed that a dead sweep had left running, and 1 of them queued again"
+    ]
+    assert [trial.state.name for trial in next_one.study.trials] == ["FAIL", "WAITING"]
+
+
+def test_a_trial_that_ends_while_it_is_settled_is_not_repeated(storage):
+    dead = desk(storage, identity=DEAD)
+    dead.ask()
+    (trial,) = storage.get_all_trials(dead.study._study_id)
+    dead.tell(0, Ending(How.COMPLETE, (1.0,)))
+    assert not settling.queue_again(dead.study, trial, 0, "lost")
+    assert [trial.state.name for trial in dead.study.trials] == ["COMPLETE", "FAIL"]

@@ -1,0 +1,72 @@
+"""Trials that did not come to their end: failed, and those that nobody can blame queued again.
+
+The copy is queued before the trial fails: who is killed in between leaves a trial that the next sweep settles, and
+which is found to have its copy. The other way round it would have none.
+"""
+
+from __future__ import annotations
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from gpu_launcher.jobs.progress.text import count
+from gpu_launcher.studies.attributes import FAILURE, JOB, LOST, OURS, RETRY_OF
+from gpu_launcher.studies.ownership import Sweep
+
+DIED = "its sweep ended without telling"
+
+
+def settle(study: optuna.Study, sweep: Sweep, most_retries: int) -> list[str]:
+    """Fail the trials that dead sweeps left running, and queue each again, up to so many times.
+
+    Returns what was done, as lines for the user. Trials whose owner lives, may live, or is unknown are left alone.
+    """
+    storage = study._storage
+    trials = storage.get_all_trials(study._study_id, deepcopy=False)
+    have_copies = {trial.user_attrs[RETRY_OF][-1] for trial in trials if RETRY_OF in trial.user_attrs}
+    failed, queued = 0, 0
+    for trial in trials:
+        if trial.state is not TrialState.RUNNING or not sweep.outlives(trial):
+            continue
+        # One that never ran has not been the reason why its sweep died.
+        lost = trial.user_attrs.get(LOST, 0) + (JOB in trial.user_attrs)
+        again = lost <= most_retries
+        copied = again and trial.number not in have_copies
+        if queue_again(study, trial, lost, DIED) if copied else fail(storage, trial._trial_id, DIED):
+            failed += 1
+            queued += again
+    if not failed:
+        return []
+    again_said = f", and {queued} of them queued again" if queued else ""
+    return [f"marked {count(failed, 'trial')} as failed that a dead sweep had left running{again_said}"]
+
+
+def queue_again(study: optuna.Study, trial: FrozenTrial, lost: int, message: str | None) -> bool:
+    """Fail a trial and queue what it tried; whether it had not ended before, and was queued."""
+    storage = study._storage
+    params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+    kept = {name: value for name, value in trial.user_attrs.items() if not name.startswith(OURS)}
+    before = [*trial.user_attrs.get(RETRY_OF, []), trial.number]
+    copy = create_trial(
+        state=TrialState.WAITING,
+        system_attrs={"fixed_params": params},  # as Study.enqueue_trial has it
+        user_attrs={**kept, RETRY_OF: before, LOST: lost},
+    )
+    copied = storage.create_new_trial(study._study_id, copy)
+    if fail(storage, trial._trial_id, message):
+        return True
+    fail(storage, copied, f"trial {trial.number}, which it was to repeat, has ended after all")
+    return False
+
+
+def fail(storage: BaseStorage, id: int, message: str | None) -> bool:
+    """Whether the trial had not ended before."""
+    try:
+        if message is not None:
+            storage.set_trial_user_attr(id, FAILURE, message)
+        storage.set_trial_state_values(id, TrialState.FAIL)
+    except UpdateFinishedTrialError:
+        return False
+    return True
