@@ -146,7 +146,7 @@ def test_a_sampler_means_the_same_with_and_without_the_official_plugin(
 ) -> None:
     found = made(run, tmp_path, beside, f"hydra/sweeper/sampler={name}")
     assert found["node"] == "DictConfig"
-    assert found["sampler"].lower() == f"{name}sampler"
+    assert found["sampler"].lower() == {"grid": "bruteforcesampler"}.get(name, f"{name}sampler")
     assert found["why"].startswith("Sampler: ")
     if name == "tpe":
         assert found["multivariate"] is True
