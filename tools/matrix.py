@@ -67,6 +67,7 @@ DISTRIBUTED = (
     "tests/hydra/test_lightning.py",
     "tests/hydra/test_lightning_pruning.py",
     "tests/hydra/test_pruning_ranks.py",
+    "tests/crash/test_study_kills.py",
 )
 HISTORIES = (*PACKAGED, "tests/simulation/test_policy_state_machine.py")
 SWEEPERS = ("hydra-optuna-sweeper==1.4.0rc3", "hydra-nevergrad-sweeper==1.4.0rc3")

@@ -46,6 +46,8 @@ def settle(study: optuna.Study, sweep: Sweep, most_retries: int) -> list[str]:
 def queue_again(study: optuna.Study, trial: FrozenTrial, lost: int, message: str | None) -> bool:
     """Fail a trial and queue what it tried; whether it had not ended before, and was queued."""
     storage = study._storage
+    if storage.get_trial(trial._trial_id).state.is_finished():
+        return False  # without leaving a copy that failed, which only one that ends in this moment does
     params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
     kept = {name: value for name, value in trial.user_attrs.items() if not name.startswith(OURS)}
     before = [*trial.user_attrs.get(RETRY_OF, []), trial.number]

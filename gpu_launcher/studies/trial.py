@@ -177,6 +177,15 @@ class JobTrial(BaseTrial):
         """Deprecated by Optuna in favour of `suggest_float`."""
         return self.suggest_float(name, low, high, step=q)
 
+    @property
+    def system_attrs(self) -> dict[str, Any]:
+        """None are known to a job. Optuna 4 wants every trial to have them."""
+        return {}
+
+    def set_system_attr(self, key: str, value: Any) -> None:
+        """Not supported: they are the study's own. Optuna 4 wants every trial to have this method."""
+        raise NotImplementedError("system attributes are the study's own: use set_user_attr")
+
     def set_constraint(self, key: str, value: float) -> None:
         """Not supported: the sweep knows of a job what it reports and returns."""
         raise NotImplementedError("constraints are not supported in a job: return another objective instead")
