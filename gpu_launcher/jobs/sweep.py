@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
@@ -52,6 +52,8 @@ class Options:
     failures: FailurePolicy = FailurePolicy()  # noqa: RUF009  (frozen)
     resume: bool = False
     """Leave out the jobs that completed in an earlier launch."""
+    spell: Callable[[str], str] = str
+    """What the user writes for an option of that name, such as `--devices` for `devices`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +84,10 @@ def run_jobs(
     devices. With a `source` its jobs are run, too, `total` in all if that is known, and it alone gets what they
     reported. Raises OptionError, PoolDirectoryError and ManifestError before any job is started.
     """
-    selection = select_devices(options.devices, os.environ)
+    selection = select_devices(options.devices, os.environ, option=options.spell("devices"))
     devices = selection.devices
     if options.request is not None:
-        _check(options.request, devices)
+        _check(options.request, devices, options.spell("gpus"))
     user = user_name(os.getuid())
     before: dict[int, Entry] = {}
     finished: dict[int, JobResult] = {}
@@ -183,15 +185,15 @@ def _at_once(request: Request | None, devices: int, without_devices: int) -> int
     return devices // request.gpus * (MILLIONTHS // share) if share else devices * MOST_AHEAD
 
 
-def _check(request: Request, devices: tuple[Device, ...]) -> None:
+def _check(request: Request, devices: tuple[Device, ...], option: str) -> None:
     """Refuse at once what no job could ever get."""
     try:
         problem = refusal(request, combinable(devices, request.gpus))
     except RequestError as error:
-        raise OptionError("hydra.launcher.gpus", str(error)) from error
+        raise OptionError(option, str(error)) from error
     if problem is not None:
         labels = ", ".join(device.label for device in devices)
-        raise OptionError("hydra.launcher.gpus", f"every job's request is {problem}. This sweep has: {labels}")
+        raise OptionError(option, f"every job's request is {problem}. This sweep has: {labels}")
 
 
 def _links(request: Request | None, devices: tuple[Device, ...]) -> Links | None:

@@ -95,13 +95,16 @@ class JobProcess:
 class ForkServer:
     """Runs a program's jobs in processes of their own. Must be created while no thread of ours exists."""
 
-    def __init__(self, program: Program, method: StartMethod = "auto") -> None:
+    def __init__(self, program: Program, method: StartMethod = "auto", *, option: str = "start_method") -> None:
         """Start it. `method` and `reason` then say how jobs are started, and for `spawn` why.
+
+        `option` is what the user writes for the choice of the method.
 
         Raises OptionError if the program cannot be pickled where it has to be.
         """
         self._program = program
         self._asked = method
+        self._option = option
         self._handlers = {signum: signal.getsignal(signum) for signum in _OUR_SIGNALS}
         self._seats = itertools.count()
         self._jobs: dict[int, int] = {}
@@ -259,7 +262,7 @@ class ForkServer:
             pickled = spawn.dump_program(self._program)
         except Exception as error:  # whatever the user's objects raise when they are pickled
             raise OptionError(
-                "hydra.launcher.start_method",
+                self._option,
                 f"with spawn the task function and its config must be picklable: {type(error).__name__}: {error}. "
                 f"(spawn was chosen because of {self.reason}.) Remedy: make it picklable, or use fork.",
             ) from error
