@@ -178,9 +178,7 @@ def test_where_no_gpu_can_be_used_cpu_slots_are_and_the_notice_names_each_reason
 def test_a_machine_without_gpus_is_no_error(machine: Machine, state: list[str], reason: str) -> None:
     machine.has(*state)
     assert show(machine) == {"devices": [], "unusable": [], "nothing_because": reason}
-    assert select(machine)[2] == [
-        f"{reason}; using 3 CPU slots instead (devices=cpu:N for another number)"
-    ]
+    assert select(machine)[2] == [f"{reason}; using 3 CPU slots instead (devices=cpu:N for another number)"]
 
 
 def test_without_the_library_there_is_no_driver(machine_without_driver: Machine) -> None:

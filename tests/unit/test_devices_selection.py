@@ -123,8 +123,7 @@ def test_without_a_driver_auto_means_cpu_slots_and_one_notice_says_why() -> None
     selection = select_devices("auto", {}, NONE, cpu_count=2)
     assert selection.devices == cpu_slots(2)
     assert selection.notices == (
-        "no NVIDIA driver found (none installed); using 2 CPU slots instead "
-        "(devices=cpu:N for another number)",
+        "no NVIDIA driver found (none installed); using 2 CPU slots instead (devices=cpu:N for another number)",
     )
 
 
