@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from gpu_launcher import requests
 from gpu_launcher.devices import BUSY_MEMORY
-from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.job import Cause
 from gpu_launcher.jobs.sweep import Options
-from gpu_launcher.model import MOST_PRIORITY, Request
+from gpu_launcher.model import Request
 from gpu_launcher.processes.starter import StartMethod
+from gpu_launcher.requests import read_number
 from gpu_launcher.sizes import read_memory
 
 _START_METHODS = ("auto", "fork", "spawn")
@@ -26,6 +28,20 @@ PER_JOB = ("gpus", "memory", "priority", "timeout", "stagger")
 """Options that may be interpolations on each job's own config."""
 
 
+def spell(option: str) -> str:
+    """What users write for an option of the launcher."""
+    return f"hydra.launcher.{option}"
+
+
+@contextmanager
+def _as_written() -> Iterator[None]:
+    try:
+        yield
+    except OptionError as error:
+        raise error.written(spell) from error
+
+
+@_as_written()
 def read_options(options: dict[str, Any], config: DictConfig) -> Options:
     """Check the launcher's options.
 
@@ -34,11 +50,11 @@ def read_options(options: dict[str, Any], config: DictConfig) -> Options:
     per_job = any(OmegaConf.is_interpolation(config.hydra.launcher, name) for name in PER_JOB)
     return Options(
         devices=_plain(options.get("devices", "auto")),
-        request=None if per_job else read_request(options),
+        request=None if per_job else requests.read_request(options),
         max_parallel=_max_parallel(options.get("max_parallel")),
         grace=_grace(options.get("grace", 10.0)),
         pool_dir=_pool_dir(options.get("pool_dir")),
-        busy_memory=_memory("busy_memory", options.get("busy_memory", BUSY_MEMORY)),
+        busy_memory=_busy_memory(options.get("busy_memory", BUSY_MEMORY)),
         telling=Telling(
             by_uuid=_one_of("visible", options.get("visible", "index"), ("index", "uuid")) == "uuid",
             enforce_memory=bool(options.get("enforce_memory", False)),
@@ -46,26 +62,14 @@ def read_options(options: dict[str, Any], config: DictConfig) -> Options:
         ),
         failures=_failures(options),
         resume=bool(options.get("resume", False)),
+        spell=spell,
     )
 
 
+@_as_written()
 def read_request(options: Mapping[str, Any]) -> Request:
     """What one job needs, from the options of PER_JOB. Raises OptionError."""
-    memory = _memory("memory", options.get("memory"))
-    gpus = _gpus(options.get("gpus"))
-    if gpus is None and memory is None:
-        gpus = 1
-    if gpus == 0 and memory is not None:
-        raise OptionError(
-            "hydra.launcher.memory", "a job without a GPU has no GPU memory: leave it out, or ask for a GPU"
-        )
-    return Request.of(
-        gpus,
-        memory,
-        priority=_priority(options.get("priority", 0)),
-        timeout=_timeout(options.get("timeout")),
-        stagger=read_duration(options.get("stagger", 0), "hydra.launcher.stagger"),
-    )
+    return requests.read_request(options)
 
 
 def _failures(options: Mapping[str, Any]) -> FailurePolicy:
@@ -74,86 +78,36 @@ def _failures(options: Mapping[str, Any]) -> FailurePolicy:
     named = _plain(options.get("retry_on", default.retry_on))
     named = [word.strip() for word in named.split(",")] if isinstance(named, str) else named
     if not isinstance(named, Iterable):
-        raise OptionError("hydra.launcher.retry_on", f"{named!r} is no list: give some of [{', '.join(known)}]")
+        raise OptionError("retry_on", f"{named!r} is no list: give some of [{', '.join(known)}]")
     causes = frozenset(Cause(_one_of("retry_on", cause, known)) for cause in named)
     most = options.get("max_failures")
     if most is not None and ((most := _whole_number(most)) is None or most < 1):
         raise OptionError(
-            "hydra.launcher.max_failures",
+            "max_failures",
             f"{options['max_failures']!r} is no number of failures: give a whole number from 1, or null for any number",
         )
     if _one_of("on_failure", options.get("on_failure", "continue"), ("continue", "stop")) == "stop":
         if most is not None:
-            raise OptionError("hydra.launcher.max_failures", "on_failure=stop is max_failures=1: leave one of them out")
+            raise OptionError("max_failures", "on_failure=stop is max_failures=1: leave one of them out")
         most = 1
     retries = _whole_number(options.get("retries", 0))
     if retries is None or retries < 0:
-        raise OptionError("hydra.launcher.retries", f"{options['retries']!r} is no number of times: give 0, 1, 2, ...")
+        raise OptionError("retries", f"{options['retries']!r} is no number of times: give 0, 1, 2, ...")
     return FailurePolicy(retries, causes, most)
-
-
-def _gpus(value: object) -> float | None:
-    if value is None:
-        return None
-    number = _number(value)
-    if number is None or number < 0 or (number > 1 and not number.is_integer()):
-        raise OptionError(
-            "hydra.launcher.gpus",
-            f"{value!r} is neither a number of devices nor a part of one: give 0, 1, 2, ... or a fraction such as 0.5",
-        )
-    return number
-
-
-def _memory(name: str, value: object) -> int | None:
-    if value is None:
-        return None
-    size = read_memory(value, f"hydra.launcher.{name}")
-    if size == 0 and name == "memory":
-        raise OptionError("hydra.launcher.memory", "0 is no amount of memory: give some, or null")
-    return size
-
-
-def _priority(value: object) -> int:
-    number = _number(value)
-    if number is None or not number.is_integer() or abs(number) > MOST_PRIORITY:
-        raise OptionError(
-            "hydra.launcher.priority", f"{value!r} is not a whole number: give 0, 1, 2, ... or -1, -2, ..."
-        )
-    return int(number)
-
-
-def _timeout(value: object) -> float | None:
-    if value is None:
-        return None
-    seconds = read_duration(value, "hydra.launcher.timeout")
-    if seconds == 0:
-        raise OptionError("hydra.launcher.timeout", "0 would end every job at once: give a time, or null for none")
-    return seconds
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> object:
     if value not in allowed:
         listed = ", ".join("null" if choice is None else str(choice) for choice in allowed)
-        raise OptionError(f"hydra.launcher.{name}", f"{value!r} is unknown: give one of {listed}")
+        raise OptionError(name, f"{value!r} is unknown: give one of {listed}")
     return value
 
 
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
+@_as_written()
 def read_start_method(value: object) -> StartMethod:
     """How to start jobs. Raises OptionError."""
     if value not in _START_METHODS:
-        raise OptionError(
-            "hydra.launcher.start_method", f"{value!r} is unknown: give one of {', '.join(_START_METHODS)}"
-        )
+        raise OptionError("start_method", f"{value!r} is unknown: give one of {', '.join(_START_METHODS)}")
     return cast("StartMethod", value)
 
 
@@ -163,7 +117,7 @@ def _max_parallel(value: object) -> int | None:
     number = _whole_number(value)
     if number is None or number < 1:
         raise OptionError(
-            "hydra.launcher.max_parallel",
+            "max_parallel",
             f"{value!r} would never run a job: give a whole number from 1, or null for as many as get devices",
         )
     return number
@@ -172,17 +126,21 @@ def _max_parallel(value: object) -> int | None:
 def _grace(value: object) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0:
         return float(value)
-    raise OptionError("hydra.launcher.grace", f"{value!r} is not a number of seconds: give 0 or more")
+    raise OptionError("grace", f"{value!r} is not a number of seconds: give 0 or more")
+
+
+def _busy_memory(value: object) -> int | None:
+    return None if value is None else read_memory(value, "busy_memory")
 
 
 def _pool_dir(value: object) -> str | None:
     if value == "":
-        raise OptionError("hydra.launcher.pool_dir", "the name is empty: name a directory, or leave the option out")
+        raise OptionError("pool_dir", "the name is empty: name a directory, or leave the option out")
     return None if value is None else str(value)
 
 
 def _whole_number(value: object) -> int | None:
-    number = _number(value)
+    number = read_number(value)
     return int(number) if number is not None and number.is_integer() else None
 
 
