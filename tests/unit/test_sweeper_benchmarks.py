@@ -72,7 +72,7 @@ def test_searches_are_simulated_with_real_samplers(tmp_path: Path) -> None:
 
 def test_jobs_measure_what_their_own_reports_take(tmp_path: Path) -> None:
     found = measured("reporting.py", tmp_path)
-    assert found["at_once"] == found["jobs"]
+    assert 1 < found["at_once"] <= found["jobs"]
     assert found["stored"] == found["report_ns"]["calls"] > 0
     assert 0 < found["report_ns"]["median_ms"] <= found["report_ns"]["max_ms"]
     assert found["database_errors"] == []
