@@ -37,8 +37,8 @@ class Environment:
     """What is installed: the tree itself (not editable), or what `python -m build` made of it."""
     tests: tuple[str, ...] = ()
     """What is run: all tests if empty."""
-    slow: bool = False
-    """Whether the tests marked slow run here too; one environment is enough for them."""
+    slow: tuple[str, ...] = ()
+    """Where the tests marked slow run, too; one environment is enough for each."""
     beside: tuple[str, ...] = ()
     """What is installed beside, if it can be: the tests that need it are skipped without."""
     ddp: bool = False
@@ -67,7 +67,6 @@ DISTRIBUTED = (
     "tests/hydra/test_lightning.py",
     "tests/hydra/test_lightning_pruning.py",
     "tests/hydra/test_pruning_ranks.py",
-    "tests/crash/test_study_kills.py",
 )
 HISTORIES = (*PACKAGED, "tests/simulation/test_policy_state_machine.py")
 SWEEPERS = ("hydra-optuna-sweeper==1.4.0rc3", "hydra-nevergrad-sweeper==1.4.0rc3")
@@ -81,11 +80,19 @@ ENVIRONMENTS = (
         optuna="5.0.0",
         artifact="wheel",
         tests=DISTRIBUTED,
-        slow=True,
+        slow=("tests/unit", "tests/crash/test_stress.py"),
         ddp=True,
         beside=("torch==2.13.0",),
     ),
-    Environment("3.12", hydra="1.4.0rc3", optuna="4.9.0", artifact="sdist", tests=HISTORIES, histories=100_000),
+    Environment(
+        "3.12",
+        hydra="1.4.0rc3",
+        optuna="4.9.0",
+        artifact="sdist",
+        tests=HISTORIES,
+        slow=("tests/crash/test_study_kills.py",),
+        histories=100_000,
+    ),
     Environment("3.10", hydra="1.3.2", optuna="4.8.0", artifact="tree", tests=DEPENDENT),
     Environment("3.13", hydra="1.4.0rc3", optuna="5.0.0", artifact="tree", tests=DEPENDENT, beside=SWEEPERS),
 )
@@ -254,11 +261,12 @@ def test(environment: Environment, home: Path, pytest_arguments: Sequence[str], 
     binaries = home / "bin"
     check = [str(binaries / "python"), "-c", CHECK_INSTALLED]
     step("installed", [*check, str(home), environment.hydra, environment.optuna], output, cwd=copy)
-    markers = [] if environment.slow else ["-m", "not slow"]
+    pytest = [str(binaries / "python"), "-m", "pytest", "-m"]
     paths = [path for path in environment.tests if (copy / path).exists()]
-    command = [str(binaries / "python"), "-m", "pytest", *markers, *(pytest_arguments or paths)]
     histories = {} if environment.histories is None else {"GPU_LAUNCHER_HISTORIES": str(environment.histories)}
-    step("tests", command, output, cwd=copy, **histories)
+    step("tests", [*pytest, "not slow", *(pytest_arguments or paths)], output, cwd=copy, **histories)
+    if environment.slow and not pytest_arguments:
+        step("slow tests", [*pytest, "slow", *environment.slow], output, cwd=copy)
 
 
 def step(name: str, command: Sequence[str], output: IO[str], cwd: Path = TREE, **variables: str) -> None:
