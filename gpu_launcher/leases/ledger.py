@@ -6,7 +6,7 @@ of the machine, and `MemoryLedger`, its twin for simulations within one process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -54,7 +54,7 @@ class Lease:
         return self._descriptor
 
     def detach(self) -> int:
-        """For ledgers only: take the descriptor out, or -1 if that was done before."""
+        """For ledgers, and for who kept it in a child: take the descriptor out, or -1 if that was done before."""
         descriptor, self._descriptor = self._descriptor, -1
         return descriptor
 
@@ -214,9 +214,11 @@ class Ledger(Protocol):
     def close(self) -> None:
         """Cancel all tickets, release all leases, close all descriptors. In a forked child: `close_in_child`."""
 
-    def close_in_child(self) -> None:
+    def close_in_child(self, keep: Collection[Lease] = ()) -> None:
         """Close every descriptor, ask nothing, tell nobody: for a forked child, whose copies would keep its parent's
         tickets and leases alive. The parent's ledger goes on unharmed. The child may then open a ledger of its own.
+
+        The leases to `keep` it holds as its parent does; closing what they `detach` is the child's business then.
         """
 
 
@@ -229,8 +231,11 @@ def demanded(request: Request, candidates: Sequence[Device]) -> Demand:
     return Demand(request, _candidates(candidates))
 
 
-def refusal(request: Request, devices: Sequence[Device]) -> str | None:
-    """Say what is wrong with a request that these devices could never grant, as `for 5 devices, but ...`."""
+def refusal(request: Request, devices: Sequence[Device], prefix: str = "hydra.launcher.") -> str | None:
+    """Say what is wrong with a request that these devices could never grant, as `for 5 devices, but ...`.
+
+    `prefix` is what stands before the names of options where the user writes them.
+    """
     candidates = _candidates(devices)
     able = [candidate for candidate in candidates if candidate.share(request) is not None]
     if request.gpus <= len(able):
@@ -240,13 +245,13 @@ def refusal(request: Request, devices: Sequence[Device]) -> str | None:
         has = f"has {len(candidates)}" if candidates else "has none"
         return (
             f"for {wanted}, but the pool {has} that this program may use: "
-            "ask for fewer (hydra.launcher.gpus) or allow more (hydra.launcher.devices)"
+            f"ask for fewer ({prefix}gpus) or allow more ({prefix}devices)"
         )
     largest = max(candidate.memory or 0 for candidate in candidates)
     if request.share.memory > largest:
         return (
             f"for {_gib(request.share.memory)} of memory, but the largest device has {_gib(largest)}: "
-            "ask for less (hydra.launcher.memory)"
+            f"ask for less ({prefix}memory)"
         )
     exclusive = [device.label for device in devices if device.exclusive]
     reason = "others are too small"
@@ -254,7 +259,7 @@ def refusal(request: Request, devices: Sequence[Device]) -> str | None:
         reason = f"{_listed(exclusive)} in compute mode EXCLUSIVE_PROCESS, which only one process may use"
     return (
         f"for {wanted}, but only {len(able)} of {len(candidates)} could give what it needs ({reason}): "
-        "ask for less (hydra.launcher.gpus, hydra.launcher.memory) or allow more (hydra.launcher.devices)"
+        f"ask for less ({prefix}gpus, {prefix}memory) or allow more ({prefix}devices)"
     )
 
 
