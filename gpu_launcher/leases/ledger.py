@@ -53,6 +53,11 @@ class Lease:
             raise ValueError(f"lease {self.id} has been released")
         return self._descriptor
 
+    @property
+    def held(self) -> bool:
+        """Whether this process has a descriptor of it."""
+        return self._descriptor >= 0
+
     def detach(self) -> int:
         """For ledgers, and for who kept it in a child: take the descriptor out, or -1 if that was done before."""
         descriptor, self._descriptor = self._descriptor, -1
