@@ -83,10 +83,10 @@ class Lease:
     def release(self) -> None:
         """Give the devices back. A second time does nothing."""
         if not self._released:
-            self._released = True
             _application.undo(self)
             if self._held is not None:
                 self._give_back(self._held)
+            self._released = True  # last: what is interrupted before can be done again
 
     def _variables(self, inherited: Mapping[str, str]) -> dict[str, str]:
         self._check()

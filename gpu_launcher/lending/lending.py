@@ -58,7 +58,7 @@ class Lending:
         self._returned: deque[Lease] = deque()
         """What was given back by a thread that had the lock: by the garbage collector, or in a signal's handler."""
         self._orphans: deque[Waiter] = deque()
-        """Those of event loops that are closed."""
+        """Whoever waits in vain: in an event loop that is closed, or where it could not be told at once."""
         self._told: deque[str] = deque()
         self._leader: _Sleeper | None = None
         self._sleepers: list[_Sleeper] = []
@@ -136,19 +136,18 @@ class Lending:
         Raises LeaseTimeout, RequestError, PoolDirectoryError, ValueError if the pool is closed, and GpuLauncherError if
         it is closed meanwhile.
         """
-        sleeper = _Sleeper()
-        waiter = None
+        sleeper, place = _Sleeper(), _Place(self)
         try:
             with self.guard():
-                waiter = self._enter(request, owner, lambda: self._rouse(sleeper))
+                waiter = place.waiter = self._enter(request, owner, lambda: self._rouse(sleeper))
             if not waiter.settled:
                 try:
                     self._sleep(waiter, sleeper, limit)
                 finally:
                     self._rise(sleeper)
-            return self._handed_over(waiter, make)
+            return self._handed_over(place, make)
         except BaseException:
-            self._leave(waiter)
+            place.leave()
             raise
 
     def _sleep(self, waiter: Waiter, sleeper: _Sleeper, limit: float) -> None:
@@ -193,15 +192,16 @@ class Lending:
     async def wait_in_loop(self, request: Request, owner: Owner, limit: float, make: Callable[[Lease], T]) -> T:
         """Wait in this task, as `wait` does in a thread. Cancelled, it gives its place back at once."""
         task = _Task(asyncio.get_running_loop())
-        waiter: Waiter | None = None
+        place = _Place(self)
+        reference = weakref.ref(place)
         try:
             with self.guard():
-                waiter = self._enter(request, owner, lambda: self._resume(task, waiter))
+                waiter = place.waiter = self._enter(request, owner, lambda: self._resume(task, reference()))
             if not waiter.settled:
                 await self._rest(waiter, task, limit)
-            return self._handed_over(waiter, make)
+            return self._handed_over(place, make)
         except BaseException:
-            self._leave(waiter)
+            place.leave()
             raise
 
     async def _rest(self, waiter: Waiter, task: _Task, limit: float) -> None:
@@ -235,12 +235,12 @@ class Lending:
             self._loops[loop] = _LoopDriver(loop, self)
         return self._loops[loop]
 
-    def _resume(self, task: _Task, waiter: Waiter | None) -> None:
+    def _resume(self, task: _Task, place: _Place | None) -> None:
         try:
             task.resume()
         except RuntimeError:  # its event loop is closed: nobody will come for it
-            if waiter is not None:
-                self._orphans.append(waiter)
+            if place is not None and place.waiter is not None:
+                self._orphans.append(place.waiter)
 
     def attend(self) -> None:
         """Attend to the room, if there is one."""
@@ -268,7 +268,9 @@ class Lending:
         left = waiter.since + limit - room.now()
         return left if left > 0 else LOOKING_PAUSE
 
-    def _handed_over(self, waiter: Waiter, make: Callable[[Lease], T]) -> T:
+    def _handed_over(self, place: _Place, make: Callable[[Lease], T]) -> T:
+        waiter = place.waiter
+        assert waiter is not None, "it has entered"
         if waiter.error is not None:
             raise waiter.error
         assert waiter.lease is not None, "it is settled"
@@ -277,15 +279,17 @@ class Lending:
                 raise closed_meanwhile()
             made = make(waiter.lease)
             self._out.add(waiter.lease)
+            place.waiter = None
         return made
 
-    def _leave(self, waiter: Waiter | None) -> None:
-        if waiter is not None:
-            with self.guard():
-                if waiter.lease is not None:
-                    self._out.discard(waiter.lease)
-                if self._room is not None:
-                    self._room.leave(waiter)
+    def leave(self, waiter: Waiter) -> None:
+        """Give up a place in line, or what was granted there. A second time does nothing."""
+        if self._holder == threading.get_ident() and self._process == os.getpid():
+            self._orphans.append(waiter)
+            return
+        with self.guard():
+            if self._room is not None:
+                self._room.leave(waiter)
 
     # Giving back
 
@@ -349,6 +353,25 @@ class Lending:
         self._begin()
         for lease in returned:
             self._take_back(lease)
+
+
+class _Place:
+    """A place in line, for as long as somebody has this object: also signals that come twice do not leave it over."""
+
+    def __init__(self, lending: Lending) -> None:
+        self._lending = lending
+        self._process = os.getpid()
+        self.waiter: Waiter | None = None
+        """None before, and after what was waited for is in other hands."""
+
+    def leave(self) -> None:
+        """Give it up, or what was granted there."""
+        if self.waiter is not None:
+            if os.getpid() == self._process:
+                self._lending.leave(self.waiter)
+            self.waiter = None
+
+    __del__ = leave
 
 
 class _Sleeper:

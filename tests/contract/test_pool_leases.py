@@ -9,7 +9,6 @@ import logging
 import os
 import pickle
 import random
-import signal
 import statistics
 import subprocess
 import sys
