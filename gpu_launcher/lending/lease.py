@@ -38,6 +38,9 @@ class Lease:
         self._give_back = give_back
         self._telling = telling
         self._released = False
+        # No __del__: an exception out of a signal's handler would be lost in it, also at the end of every `with` block.
+        self._finalizer = weakref.finalize(self, _forgotten, held, give_back, labels(devices))
+        self._finalizer.atexit = False
 
     @property
     def released(self) -> bool:
@@ -86,7 +89,8 @@ class Lease:
             _application.undo(self)
             if self._held is not None:
                 self._give_back(self._held)
-            self._released = True  # last: what is interrupted before can be done again
+            self._released = True
+            self._finalizer.detach()  # last: what is interrupted before is done by the finalizer
 
     def _variables(self, inherited: Mapping[str, str]) -> dict[str, str]:
         self._check()
@@ -109,10 +113,13 @@ class Lease:
     def __repr__(self) -> str:
         return f"<Lease of {labels(self.devices) or 'no devices'}{', released' if self.released else ''}>"
 
-    def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:
-        if getattr(self, "_held", None) is not None and not self.released:
-            warn(f"unreleased {self!r}", ResourceWarning, stacklevel=2, source=self)
-            self.release()
+
+def _forgotten(held: Held | None, give_back: Callable[[Held], None], names: str) -> None:
+    """Nobody has the lease any more, and it was not released."""
+    if held is not None and held.held:
+        _application.undo(None)
+        give_back(held)
+        warnings.warn(f"unreleased lease of {names}", ResourceWarning, stacklevel=2)
 
 
 class _Application:
@@ -147,7 +154,8 @@ class _Application:
             self._lease = weakref.ref(lease)
             os.environ.update(variables)
 
-    def undo(self, lease: Lease) -> None:
+    def undo(self, lease: Lease | None) -> None:
+        """Of this lease, or of one that is gone."""
         with self._lock:
             if self._lease is not None and self._lease() in (lease, None):
                 self._undo()

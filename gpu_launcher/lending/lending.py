@@ -139,7 +139,7 @@ class Lending:
         sleeper, place = _Sleeper(), _Place(self)
         try:
             with self.guard():
-                waiter = place.waiter = self._enter(request, owner, lambda: self._rouse(sleeper))
+                waiter = place.take(self._enter(request, owner, sleeper.rouse))
             if not waiter.settled:
                 try:
                     self._sleep(waiter, sleeper, limit)
@@ -171,12 +171,8 @@ class Lending:
                     descriptors = (*room.descriptors, sleeper.open_bell())
             if leads:
                 _poll(descriptors, pause)
-            elif sleeper.event.wait(None if pause == math.inf else pause):
-                sleeper.event.clear()
-
-    def _rouse(self, sleeper: _Sleeper) -> None:
-        sleeper.event.set()
-        sleeper.ring()
+            else:
+                sleeper.sleep(pause)
 
     def _rise(self, sleeper: _Sleeper) -> None:
         """Somebody else may lead."""
@@ -186,7 +182,7 @@ class Lending:
             if self._leader is sleeper:
                 self._leader = None
                 if self._sleepers:
-                    self._rouse(self._sleepers[0])
+                    self._sleepers[0].rouse()
             sleeper.close()
 
     async def wait_in_loop(self, request: Request, owner: Owner, limit: float, make: Callable[[Lease], T]) -> T:
@@ -196,7 +192,7 @@ class Lending:
         reference = weakref.ref(place)
         try:
             with self.guard():
-                waiter = place.waiter = self._enter(request, owner, lambda: self._resume(task, reference()))
+                waiter = place.take(self._enter(request, owner, lambda: self._resume(task, reference())))
             if not waiter.settled:
                 await self._rest(waiter, task, limit)
             return self._handed_over(place, make)
@@ -239,7 +235,7 @@ class Lending:
         try:
             task.resume()
         except RuntimeError:  # its event loop is closed: nobody will come for it
-            if place is not None and place.waiter is not None:
+            if place is not None:
                 self._orphans.append(place.waiter)
 
     def attend(self) -> None:
@@ -270,7 +266,6 @@ class Lending:
 
     def _handed_over(self, place: _Place, make: Callable[[Lease], T]) -> T:
         waiter = place.waiter
-        assert waiter is not None, "it has entered"
         if waiter.error is not None:
             raise waiter.error
         assert waiter.lease is not None, "it is settled"
@@ -279,7 +274,7 @@ class Lending:
                 raise closed_meanwhile()
             made = make(waiter.lease)
             self._out.add(waiter.lease)
-            place.waiter = None
+            place.forget()
         return made
 
     def leave(self, waiter: Waiter) -> None:
@@ -356,48 +351,74 @@ class Lending:
 
 
 class _Place:
-    """A place in line, for as long as somebody has this object: also signals that come twice do not leave it over."""
+    """A place in line, for as long as somebody has this object: signals that come twice do not leave it over either."""
 
     def __init__(self, lending: Lending) -> None:
+        self._waiters: list[Waiter] = []
         self._lending = lending
         self._process = os.getpid()
-        self.waiter: Waiter | None = None
-        """None before, and after what was waited for is in other hands."""
+        # No __del__: an exception out of a signal's handler would be lost in it, every time that it is not needed.
+        self._finalizer = weakref.finalize(self, _leave, lending, self._process, self._waiters)
+        self._finalizer.atexit = False
+
+    @property
+    def waiter(self) -> Waiter:
+        """Whoever waits there, from when it has entered."""
+        return self._waiters[0]
+
+    def take(self, waiter: Waiter) -> Waiter:
+        """Be the place of `waiter`."""
+        self._waiters.append(waiter)
+        return waiter
 
     def leave(self) -> None:
         """Give it up, or what was granted there."""
-        if self.waiter is not None:
-            if os.getpid() == self._process:
-                self._lending.leave(self.waiter)
-            self.waiter = None
+        _leave(self._lending, self._process, self._waiters)
+        self.forget()
 
-    __del__ = leave
+    def forget(self) -> None:
+        """What was granted there is in other hands."""
+        self._finalizer.detach()
+
+
+def _leave(lending: Lending, process: int, waiters: list[Waiter]) -> None:
+    if os.getpid() == process:
+        for waiter in waiters:
+            lending.leave(waiter)
 
 
 class _Sleeper:
-    """A thread that waits."""
+    """A thread that waits. No threading.Event: a signal's handler that raises can leave the lock in it taken for ever."""
 
     def __init__(self) -> None:
-        self.event = threading.Event()
+        self._asleep = threading.Lock()
+        self._asleep.acquire()
         self._bell: tuple[int, int] | None = None
 
     def open_bell(self) -> int:
-        """A descriptor that is readable when it is woken, for the leader."""
+        """A descriptor that is readable when it is roused, for the leader."""
         if self._bell is None:
             self._bell = os.pipe()
             os.set_blocking(self._bell[1], False)
         return self._bell[0]
 
-    def ring(self) -> None:
+    def sleep(self, seconds: float) -> None:
+        """Until it is roused, for so long at the most."""
+        self._asleep.acquire(timeout=-1 if seconds > threading.TIMEOUT_MAX else seconds)
+
+    def rouse(self) -> None:
+        """To be called by one thread at a time."""
+        if self._asleep.locked():
+            self._asleep.release()
         if self._bell is not None:
             with contextlib.suppress(BlockingIOError):
                 os.write(self._bell[1], b"!")
 
     def close(self) -> None:
         if self._bell is not None:
-            for end in self._bell:
-                os.close(end)
-            self._bell = None
+            (reader, writer), self._bell = self._bell, None
+            os.close(reader)
+            os.close(writer)
 
 
 class _Task:

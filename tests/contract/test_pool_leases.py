@@ -58,7 +58,6 @@ class Program:
             [sys.executable, str(script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
             text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
@@ -557,7 +556,7 @@ def compete():
         with pool.lease(gpus=2):
             over.wait(0.001)
 over = threading.Event()
-other = threading.Thread(target=compete)
+other = threading.Thread(target=compete, daemon=True)
 other.start()
 raised = 0
 for turn in range(200):
@@ -748,7 +747,7 @@ def test_apply_refuses_when_cuda_is_initialised(pool: Pool, monkeypatch: pytest.
 
 def test_a_lease_that_is_forgotten_is_given_back_with_a_warning(pool: Pool) -> None:
     lease = pool.lease(gpus=4)
-    with pytest.warns(ResourceWarning, match="unreleased <Lease of simulated GPU 0, "):
+    with pytest.warns(ResourceWarning, match="unreleased lease of simulated GPU 0, "):
         del lease
     pool.lease(gpus=4, timeout=0).release()
 
