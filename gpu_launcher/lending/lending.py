@@ -388,7 +388,7 @@ def _leave(lending: Lending, process: int, waiters: list[Waiter]) -> None:
 
 
 class _Sleeper:
-    """A thread that waits. No threading.Event: a signal's handler that raises can leave the lock in it taken for ever."""
+    """A thread that waits. No threading.Event: a signal's handler that raises can leave its lock taken for ever."""
 
     def __init__(self) -> None:
         self._asleep = threading.Lock()
@@ -518,15 +518,17 @@ def _register(lending: Lending) -> None:
 
 
 def _before_fork() -> None:
-    _registry.acquire()
-    _forking.locked = [lending for _, lending in sorted(_known.items()) if lending.before_fork()]
+    with uninterrupted():
+        _registry.acquire()
+        _forking.locked = [lending for _, lending in sorted(_known.items()) if lending.before_fork()]
 
 
 def _after_fork() -> None:
-    for lending in _forking.locked:
-        lending.after_fork()
-    _forking.locked = []
-    _registry.release()
+    with uninterrupted():
+        for lending in _forking.locked:
+            lending.after_fork()
+        _forking.locked = []
+        _registry.release()
 
 
 def _in_child() -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import select
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from gpu_launcher.devices import ConditionMonitor, Links, combinable
 from gpu_launcher.errors import GpuLauncherError, PoolDirectoryError, RequestError
@@ -33,6 +35,8 @@ BEARING = 60.0
 """Seconds for which an unusable pool directory may be mended before those who wait are told."""
 SAME_VIEW = 0.25
 """Seconds for which one look into the pool answers all who ask why they wait."""
+SPARE = 32
+"""Descriptors that tickets leave to everything else."""
 EVERYTHING = 64
 """Reasons that a complete explanation names."""
 
@@ -147,9 +151,11 @@ class WaitingRoom:
     def enter(self, request: Request, owner: Owner, wake: Callable[[], None]) -> Waiter:
         """Take a ticket, and the lease at once if it is to be had.
 
-        Raises RequestError for what these devices could never give, PoolDirectoryError.
+        Raises RequestError for what these devices could never give, PoolDirectoryError, and GpuLauncherError if so many
+        wait that this process has hardly a descriptor left.
         """
         candidates = self._candidates(request)
+        _check_descriptors(len(self._waiters))
         ticket = self._ledger.enqueue(request, candidates, owner)
         waiter = Waiter(request, owner, wake, ticket, self._clock())
         self._arrivals += 1
@@ -359,6 +365,18 @@ def describe_request(request: Request, devices: Iterable[Device]) -> str:
         return f"{memory} of a {noun}"
     part = f"{request.share.millionths / MILLIONTHS:g} of a {noun}"
     return f"{part} with {memory}" if memory else part
+
+
+def _check_descriptors(waiting: int) -> None:
+    """A ticket is an open file. If they took all descriptors, none of them could become a lease."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most == resource.RLIM_INFINITY or waiting < most // 4:
+        return
+    if len(list(Path("/proc/self/fd").iterdir())) > most - SPARE:
+        raise GpuLauncherError(
+            f"too much waits for leases at once: each is an open file, and this program may have {most} of them: "
+            "raise that limit (`ulimit -n`), or let fewer wait at the same time"
+        )
 
 
 def _readable(descriptor: int) -> bool:

@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -574,6 +575,44 @@ print(raised > 20, len(pool.snapshot().queue), len(pool.snapshot().leases), flus
 sys.stdin.readline()
 """
     assert program(code).line() == "True 0 0"
+
+
+def test_ctrl_c_ends_a_wait_and_gives_the_place_back(pool: Pool, program: Callable[..., Program]) -> None:
+    code = """
+try:
+    pool.lease()
+except KeyboardInterrupt:
+    print("interrupted", len(pool.snapshot().queue), flush=True)
+sys.stdin.readline()
+"""
+    with pool.lease(gpus=4):
+        other = program(code)
+        until(lambda: pool.snapshot().queue)
+        other.process.send_signal(signal.SIGINT)
+        assert other.line() == "interrupted 0"
+        assert pool.snapshot().queue == ()
+
+
+def test_more_than_the_limit_of_open_files_cannot_wait_and_do_not_hinder_the_others(
+    program: Callable[..., Program],
+) -> None:
+    code = """
+import asyncio, resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+async def one():
+    async with pool.alease():
+        await asyncio.sleep(0.001)
+async def main():
+    async with pool.alease(gpus=4):
+        tasks = [asyncio.create_task(one()) for _ in range(120)]
+        await asyncio.sleep(0)
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    refused = [result for result in results if result is not None]
+    print(len(refused) < 80, {str(error).partition(":")[0] for error in refused}, flush=True)
+asyncio.run(main())
+pool.close()
+"""
+    assert program(code).line() == "True {'too much waits for leases at once'}"
 
 
 # Forks
