@@ -517,7 +517,7 @@ def test_the_end_of_the_thread_that_attends_leaves_another_to_do_so(
         ended.append("impatient")
 
     def patient() -> None:
-        pool.lease(timeout=SOON).release()
+        pool.lease(timeout=3 * SOON).release()
         ended.append("patient")
 
     first = threading.Thread(target=impatient)
@@ -528,7 +528,7 @@ def test_the_end_of_the_thread_that_attends_leaves_another_to_do_so(
     first.join()
     assert ended == ["impatient"]
     other.tell()
-    second.join()
+    second.join(SOON)
     assert ended == ["impatient", "patient"]
 
 
@@ -624,6 +624,8 @@ def in_child(work: Callable[[], object]) -> int:
     if pid == 0:
         status = 1
         try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(60)  # whatever becomes of its parent
             work()
             status = 0
         except BaseException as error:
@@ -719,6 +721,33 @@ def test_forks_at_any_moment_keep_no_tickets_and_break_no_locks(pool: Pool) -> N
     assert nothing_is_left(pool)
     os.close(go_on)
     os.close(on)
+
+
+def test_a_forked_child_does_not_wait_in_the_place_of_its_parent(pool: Pool, program: Callable[..., Program]) -> None:
+    code = """
+import os, threading, time
+threading.Thread(target=pool.lease, daemon=True).start()
+while not pool.snapshot().queue:
+    time.sleep(0.005)
+child = os.fork()
+if child == 0:
+    sys.stdout.close()
+    time.sleep(60)
+    os._exit(0)
+print(child, flush=True)
+sys.stdin.readline()
+"""
+    with pool.lease(gpus=4):
+        other = program(code)
+        child = int(other.line())
+        assert len(pool.snapshot().queue) == 1
+        other.process.kill()
+        other.process.wait()
+        try:
+            until(lambda: not pool.snapshot().queue)
+            os.kill(child, 0)
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 # Using the devices in this process
