@@ -8,11 +8,31 @@ from typing import TYPE_CHECKING
 from gpu_launcher.studies.reporting import report
 
 if TYPE_CHECKING:
+    from gpu_launcher.errors import (
+        ApplyError,
+        GpuLauncherError,
+        JobError,
+        LeaseTimeout,
+        OptionError,
+        PoolDirectoryError,
+        RequestError,
+    )
+    from gpu_launcher.lending.lease import Lease
+    from gpu_launcher.pool import Pool
     from gpu_launcher.studies.storage import storage
     from gpu_launcher.studies.trial import current_trial
 else:
     # Imported when first used: a program that only runs jobs does not pay for Optuna.
     _HOMES = {
+        "ApplyError": "gpu_launcher.errors",
+        "GpuLauncherError": "gpu_launcher.errors",
+        "JobError": "gpu_launcher.errors",
+        "Lease": "gpu_launcher.lending.lease",
+        "LeaseTimeout": "gpu_launcher.errors",
+        "OptionError": "gpu_launcher.errors",
+        "Pool": "gpu_launcher.pool",
+        "PoolDirectoryError": "gpu_launcher.errors",
+        "RequestError": "gpu_launcher.errors",
         "storage": "gpu_launcher.studies.storage",
         "current_trial": "gpu_launcher.studies.trial",
     }
@@ -23,4 +43,17 @@ else:
         return getattr(import_module(_HOMES[name]), name)
 
 
-__all__ = ["current_trial", "report", "storage"]
+__all__ = [
+    "ApplyError",
+    "GpuLauncherError",
+    "JobError",
+    "Lease",
+    "LeaseTimeout",
+    "OptionError",
+    "Pool",
+    "PoolDirectoryError",
+    "RequestError",
+    "current_trial",
+    "report",
+    "storage",
+]

@@ -67,6 +67,28 @@ class RequestError(GpuLauncherError):
     """A request that the pool can never grant, such as more devices than it has."""
 
 
+class LeaseTimeout(GpuLauncherError, TimeoutError):
+    """A lease was not to be had in the time that its caller would wait; the place in the queue is given up.
+
+    `wanted` is what was asked for, such as `2 GPUs`, `seconds` how long it was waited for, and `reason` says who holds
+    what, or is in line for it.
+    """
+
+    def __init__(self, wanted: str, seconds: float, reason: str) -> None:
+        within = f"within {seconds:g} s" if seconds else "at once"
+        super().__init__(f"{wanted} not to be had {within}: {reason}")
+        self.wanted = wanted
+        self.seconds = seconds
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[LeaseTimeout], tuple[str, float, str]]:
+        return type(self), (self.wanted, self.seconds, self.reason)
+
+
+class ApplyError(GpuLauncherError, RuntimeError):
+    """A lease cannot decide which devices this process uses: that is decided already."""
+
+
 class JobError(GpuLauncherError):
     """A job that did not return a value, for a reason that is not an exception of its own: killed, crashed, exited.
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from gpu_launcher.cli.survey import Found, PoolSeen, Survey, take_survey
 from gpu_launcher.devices import Condition, FixedProbe, Inventory, NvmlProbe, select_devices
 from gpu_launcher.devices.nvml import NoGpuError, open_nvml
 from gpu_launcher.devices.specification import Auto, CpuSlots, SimulatedDevices, read_specification
@@ -18,6 +17,7 @@ from gpu_launcher.leases import FileLedger, PoolView, choose_pool_directory
 from gpu_launcher.leases.directory import QUEUE, explained
 from gpu_launcher.model import Device, DeviceKind
 from gpu_launcher.sizes import read_memory
+from gpu_launcher.survey import Found, PoolSeen, Survey, take_survey
 
 OPTION = "--devices"
 BUSY_MEMORY_OPTION = "--busy-memory"

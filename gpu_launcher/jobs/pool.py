@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 from gpu_launcher.devices import combinable
 from gpu_launcher.errors import PoolDirectoryError, RequestError
 from gpu_launcher.jobs.events import JobWaiting, Notice, Progress
+from gpu_launcher.jobs.explaining import Wait, explain_wait
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.running import Running, Wait, explain_wait
+from gpu_launcher.jobs.running import Running
 from gpu_launcher.jobs.watch import DeviceWatch
 from gpu_launcher.leases import Lease, Ledger, refusal
 from gpu_launcher.model import Device, Owner, Request

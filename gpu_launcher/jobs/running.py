@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from signal import SIGKILL
 
 from gpu_launcher.jobs.events import Outcome
+from gpu_launcher.jobs.explaining import labels
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.progress.text import duration
-from gpu_launcher.leases import Lease, PoolView, Ticket
-from gpu_launcher.model import Device, Owner, Request, Share
+from gpu_launcher.leases import Lease, Ticket
+from gpu_launcher.model import Device, Request, Share
 from gpu_launcher.processes.death import describe_exit
 from gpu_launcher.processes.host_memory import oom_kills
 from gpu_launcher.processes.messages import Report
@@ -130,52 +131,5 @@ def _killed_for_want_of_memory(ran: Running) -> bool:
 def _circumstances(ran: Running) -> str:
     if ran.duration is None:
         return " while it prepared itself"
-    where = f" on {_labels(ran.devices)}" if ran.devices else ""
+    where = f" on {labels(ran.devices)}" if ran.devices else ""
     return f" after {duration(ran.duration)}{where}"
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """Why a job gets no devices though this sweep's own jobs leave some."""
-
-    reason: str
-    """In words; empty if only this sweep's own jobs are in the way."""
-    held_by_others: tuple[Device, ...]
-
-
-def explain_wait(
-    pool: PoolView,
-    devices: tuple[Device, ...],
-    own_leases: set[str],
-    ticket: Ticket,
-    unavailable: Mapping[str, str],
-) -> Wait:
-    """Who else holds, or is in line for, the devices that `ticket` waits for, or why they are `unavailable`."""
-    held: dict[str, list[Device]] = {}
-    for lease in pool.leases:
-        if lease.id not in own_leases:
-            theirs = [device for device in devices if lease.uuids is None or device.uuid in lease.uuids]
-            held.setdefault(_name(lease.owner), []).extend(theirs)
-    parts = [f"{_labels(theirs)} held by {who}" for who, theirs in held.items() if theirs]
-    parts += [f"{device.label} {unavailable[device.uuid]}" for device in devices if device.uuid in unavailable]
-    uuids = {device.uuid for device in devices}
-    for other in pool.tickets:  # in queue order
-        if other.id == ticket.id:
-            break
-        if other.candidates is None or not uuids.isdisjoint(other.candidates):
-            parts.append(f"{_name(other.owner)} is ahead in the queue")
-    everything = tuple(device for theirs in held.values() for device in theirs)
-    more = [f"and {len(parts) - _MOST_REASONS} more"] if len(parts) > _MOST_REASONS else []
-    outside = tuple(device for device in devices if device.uuid in unavailable)
-    return Wait("; ".join(parts[:_MOST_REASONS] + more), tuple(dict.fromkeys((*everything, *outside))))
-
-
-_MOST_REASONS = 3
-
-
-def _name(owner: Owner | None) -> str:
-    return "somebody" if owner is None else f"{owner.user} ({owner.command})"
-
-
-def _labels(devices: Iterable[Device]) -> str:
-    return ", ".join(device.label for device in devices)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
 
-from gpu_launcher.devices import ConditionMonitor, Links, NvmlProbe, combinable, select_devices, usable_cpus
+from gpu_launcher.devices import ConditionMonitor, Links, combinable, select_devices, usable_cpus
 from gpu_launcher.errors import OptionError, RequestError
 from gpu_launcher.jobs.events import Notice, Progress, SweepEnded, SweepStarted
 from gpu_launcher.jobs.failures import FailurePolicy, set_aside
@@ -22,9 +22,9 @@ from gpu_launcher.jobs.manifest import Entry, Planned, Recorded, Recorder, finis
 from gpu_launcher.jobs.progress import open_progress
 from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.jobs.source import JobSource
-from gpu_launcher.jobs.watch import DeviceWatch
+from gpu_launcher.jobs.watch import DeviceWatch, links_among
 from gpu_launcher.leases import FileLedger, refusal, resolve_pool_directory
-from gpu_launcher.model import MILLIONTHS, Device, DeviceKind, Owner, Request
+from gpu_launcher.model import MILLIONTHS, Device, Owner, Request
 from gpu_launcher.processes.starter import ForkServer
 from gpu_launcher.users import user_name
 
@@ -209,10 +209,7 @@ def _check(request: Request, devices: tuple[Device, ...], option: str) -> None:
 
 def _links(request: Request | None, devices: tuple[Device, ...]) -> Links | None:
     """How GPUs are connected, where a job may get several."""
-    real = tuple(device for device in devices if device.kind is DeviceKind.GPU)
-    if len(real) < 2 or (request is not None and request.gpus < 2):
-        return None
-    return NvmlProbe().links(real)
+    return None if request is not None and request.gpus < 2 else links_among(devices)
 
 
 def _notices(from_selection: Sequence[str], server: ForkServer) -> list[str]:

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from gpu_launcher.devices import Condition, ConditionMonitor, Links, Reading, by_load, load_levels, why_busy
+from gpu_launcher.devices import (
+    Condition,
+    ConditionMonitor,
+    Links,
+    NvmlProbe,
+    Reading,
+    by_load,
+    load_levels,
+    why_busy,
+)
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.leases import PoolView, Taste, holds_on, leased_memory, owners_of
-from gpu_launcher.model import Device
+from gpu_launcher.model import Device, DeviceKind
 
 WAITING = 1.0
 """Seconds between two looks at the devices while a job waits for some."""
@@ -55,6 +64,16 @@ class DeviceWatch:
     def fileno(self) -> int:
         """Readable when `receive` should be called."""
         return self._monitor.fileno()
+
+    @property
+    def seen(self) -> float | None:
+        """When the devices were asked how they are that last answered; None if they have not been looked at."""
+        return None if self._monitor.latest is None else self._monitor.latest.asked
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """How the devices were when they were last looked at; nothing where that is not known."""
+        return () if self._monitor.latest is None else self._monitor.latest.conditions
 
     @property
     def ready(self) -> bool:
@@ -132,6 +151,12 @@ class DeviceWatch:
             leases=len(holds),
             busy_memory=self._busy_memory,
         )
+
+
+def links_among(devices: tuple[Device, ...]) -> Links | None:
+    """How GPUs are connected, where there are several."""
+    real = tuple(device for device in devices if device.kind is DeviceKind.GPU)
+    return NvmlProbe().links(real) if len(real) > 1 else None
 
 
 def _in_use(condition: Condition) -> bool:

@@ -37,7 +37,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -259,14 +259,15 @@ class FileLedger:
                 self._close_leases(leases)
         self.close_in_child()
 
-    def close_in_child(self) -> None:
+    def close_in_child(self, keep: Collection[Lease] = ()) -> None:
         if self._closed:
             return
         self._closed = True
         for waiting in self._tickets.values():
             waiting.close()
         for lease, _ in self._leases.values():
-            os.close(lease.detach())
+            if lease not in keep:
+                os.close(lease.detach())
         self._tickets.clear()
         self._leases.clear()
         os.close(self._guard)

@@ -6,7 +6,7 @@ of the machine, and `MemoryLedger`, its twin for simulations within one process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -53,8 +53,13 @@ class Lease:
             raise ValueError(f"lease {self.id} has been released")
         return self._descriptor
 
+    @property
+    def held(self) -> bool:
+        """Whether this process has a descriptor of it."""
+        return self._descriptor >= 0
+
     def detach(self) -> int:
-        """For ledgers only: take the descriptor out, or -1 if that was done before."""
+        """For ledgers, and for who kept it in a child: take the descriptor out, or -1 if that was done before."""
         descriptor, self._descriptor = self._descriptor, -1
         return descriptor
 
@@ -214,9 +219,11 @@ class Ledger(Protocol):
     def close(self) -> None:
         """Cancel all tickets, release all leases, close all descriptors. In a forked child: `close_in_child`."""
 
-    def close_in_child(self) -> None:
+    def close_in_child(self, keep: Collection[Lease] = ()) -> None:
         """Close every descriptor, ask nothing, tell nobody: for a forked child, whose copies would keep its parent's
         tickets and leases alive. The parent's ledger goes on unharmed. The child may then open a ledger of its own.
+
+        The leases to `keep` it holds as its parent does; closing what they `detach` is the child's business then.
         """
 
 

@@ -11,7 +11,7 @@ import os
 import select
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -147,7 +147,7 @@ class MemoryLedger:
     def close(self) -> None:
         self.close_in_child()
 
-    def close_in_child(self) -> None:
+    def close_in_child(self, keep: Collection[Lease] = ()) -> None:
         if self._closed:
             return
         self._closed = True
@@ -156,7 +156,8 @@ class MemoryLedger:
             del self._pool._tickets[id]
         self._ring()
         for lease in self._leases.values():
-            os.close(lease.detach())
+            if lease not in keep:
+                os.close(lease.detach())
         self._tickets.clear()
         self._leases.clear()
         self._epoll.close()

@@ -107,3 +107,15 @@ def start_time(pid: int) -> int | None:
 def flush_c_streams() -> None:
     """Write out what C code has printed, lest a forked child print it again."""
     _libc.fflush(None)
+
+
+def cuda_in_use() -> str | None:
+    """CUDA cannot be used in a child forked after `cuInit`, which opens this device (NVML does not)."""
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            target = str(entry.readlink())
+        except FileNotFoundError:  # the descriptor of this very listing
+            continue
+        if target == "/dev/nvidia-uvm":
+            return "CUDA is already initialised in this program"
+    return None

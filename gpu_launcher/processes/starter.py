@@ -21,7 +21,8 @@ from typing import Any, Literal, NoReturn
 
 from gpu_launcher.errors import GpuLauncherError, OptionError
 from gpu_launcher.processes import pickling, spawn
-from gpu_launcher.processes.linux import flush_c_streams, other_threads
+from gpu_launcher.processes.forks import own_fork
+from gpu_launcher.processes.linux import cuda_in_use, flush_c_streams, other_threads
 from gpu_launcher.processes.messages import (
     Assignment,
     ChannelClosedError,
@@ -139,7 +140,7 @@ class ForkServer:
         self._pid: int | None = None
         if self._asked == "spawn":
             self.reason = "start_method=spawn"
-        elif (unsafe := self._unsafe or _cuda_in_use()) and self._asked == "auto":
+        elif (unsafe := self._unsafe or cuda_in_use()) and self._asked == "auto":
             self.reason = unsafe
         else:
             self._fork(in_child)
@@ -254,7 +255,8 @@ class ForkServer:
         with warnings.catch_warnings():
             # Python 3.12+ warns of threads; we look for them ourselves, and use `spawn` if there are any.
             warnings.simplefilter("ignore", DeprecationWarning)
-            pid = os.fork()
+            with own_fork():
+                pid = os.fork()
         if pid == 0:
             status = 1
             try:
@@ -306,15 +308,3 @@ def _threads_in_use() -> str | None:
     if not names:
         return None
     return f"{len(names)} other thread(s) run in this program ({', '.join(sorted(set(names)))})"
-
-
-def _cuda_in_use() -> str | None:
-    """CUDA cannot be used in a child forked after `cuInit`, which opens this device (NVML does not)."""
-    for entry in Path("/proc/self/fd").iterdir():
-        try:
-            target = str(entry.readlink())
-        except FileNotFoundError:  # the descriptor of this very listing
-            continue
-        if target == "/dev/nvidia-uvm":
-            return "CUDA is already initialised in this program"
-    return None

@@ -26,7 +26,9 @@ LAYERS = (
         "gpu_launcher.users",
     },
     {"gpu_launcher.devices", "gpu_launcher.leases", "gpu_launcher.processes"},
-    {"gpu_launcher.jobs"},
+    {"gpu_launcher.jobs", "gpu_launcher.survey"},
+    {"gpu_launcher.lending"},
+    {"gpu_launcher.pool"},
     {"gpu_launcher.studies", "gpu_launcher.executors"},
     {"gpu_launcher.cli", "gpu_launcher.lightning", "hydra_plugins"},
 )

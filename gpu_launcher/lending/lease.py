@@ -1,0 +1,185 @@
+"""A lease in the hands of the user's program."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+from gpu_launcher.errors import ApplyError
+from gpu_launcher.jobs.explaining import labels
+from gpu_launcher.jobs.grants import Telling
+from gpu_launcher.leases import Lease as Held
+from gpu_launcher.model import Device
+from gpu_launcher.processes.linux import cuda_in_use
+
+
+class Lease:
+    """The right to use `devices`, from when it is granted until `release`, or the end of its `with` block.
+
+    It is alive, too, as long as any process has a copy of its descriptor: children that this process forks have one,
+    others get it by `pass_fds`. So devices are free when `release` was called here and those have ended.
+    """
+
+    def __init__(
+        self,
+        devices: tuple[Device, ...],
+        held: Held | None,
+        give_back: Callable[[Held], None],
+        telling: Telling = Telling(),  # noqa: B008  (frozen)
+    ) -> None:
+        """For `Pool` only. `held` None: a lease of nothing, for which no file is locked."""
+        self.devices = devices
+        """In the order in which CUDA counts them for who was given `environment`."""
+        self._held = held
+        self._give_back = give_back
+        self._telling = telling
+        self._released = False
+        # No __del__: an exception out of a signal's handler would be lost in it, also at the end of every `with` block.
+        self._finalizer = weakref.finalize(self, _forgotten, held, give_back, labels(devices))
+        self._finalizer.atexit = False
+
+    @property
+    def released(self) -> bool:
+        """Whether this process has given it back."""
+        return self._released or (self._held is not None and not self._held.held)
+
+    def environment(self, base: Mapping[str, str] | None = None) -> dict[str, str]:
+        """`base`, by default this process's own environment, for a subprocess that is to use the devices, and no other.
+
+        Set are CUDA_VISIBLE_DEVICES, CUDA_DEVICE_ORDER, and GPU_LAUNCHER_MEMORY_FRACTION, the part of each device's
+        memory that is the lease's. Raises ValueError after `release`.
+        """
+        base = os.environ if base is None else base
+        return {**base, **self._variables(base)}
+
+    def apply(self) -> None:
+        """Have this process use the devices, and no other, by setting `environment` in `os.environ` until `release`.
+
+        Raises ApplyError if CUDA is initialised already, or a lease of other devices was applied and is still held;
+        ValueError after `release`.
+        """
+        _application.apply(self, self._variables(os.environ))
+
+    def fileno(self) -> int:
+        """Return the descriptor that keeps the lease alive (close-on-exec). Never unlock it, only close copies of it.
+
+        Raises ValueError after `release`, and for a lease of no devices, which has none.
+        """
+        self._check()
+        if self._held is None:
+            raise ValueError("a lease of no devices has no descriptor")
+        return self._held.fileno()
+
+    @property
+    def pass_fds(self) -> tuple[int, ...]:
+        """For `subprocess.Popen`: the child then keeps the devices as long as it runs, also if this process ends.
+
+        Raises ValueError after `release`.
+        """
+        self._check()
+        return () if self._held is None else (self._held.fileno(),)
+
+    def release(self) -> None:
+        """Give the devices back. A second time does nothing."""
+        if not self._released:
+            _application.undo(self)
+            if self._held is not None:
+                self._give_back(self._held)
+            self._released = True
+            self._finalizer.detach()  # last: what is interrupted before is done by the finalizer
+
+    def _variables(self, inherited: Mapping[str, str]) -> dict[str, str]:
+        self._check()
+        shares = {} if self._held is None else self._held.shares
+        return self._telling.environment(self.devices, shares, inherited)
+
+    def _check(self) -> None:
+        if self.released:
+            raise ValueError(f"{self!r} has been released")
+
+    def __enter__(self) -> Lease:
+        self._check()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        return f"<Lease of {labels(self.devices) or 'no devices'}{', released' if self.released else ''}>"
+
+
+def _forgotten(held: Held | None, give_back: Callable[[Held], None], names: str) -> None:
+    """Nobody has the lease any more, and it was not released."""
+    if held is not None and held.held:
+        _application.undo(None)
+        give_back(held)
+        warnings.warn(f"unreleased lease of {names}", ResourceWarning, stacklevel=2)
+
+
+class _Application:
+    """What the lease that was applied has set. One for the process, as its environment is."""
+
+    def __init__(self) -> None:
+        # Reentrant: a lease may be finalized anywhere.
+        self._lock = threading.RLock()
+        self._lease: weakref.ref[Lease] | None = None
+        self._set: dict[str, str] = {}
+        self._before: dict[str, str | None] = {}
+
+    def apply(self, lease: Lease, variables: Mapping[str, str]) -> None:
+        with self._lock:
+            applied = self._lease() if self._lease is not None else None
+            if applied is None or applied.released:
+                self._undo()
+                applied = None
+            same = applied is not None and applied.devices == lease.devices
+            if applied is not None and not same:
+                raise ApplyError(
+                    f"this program uses {_named(applied)}, whose lease was applied: release that first, or run the "
+                    f"work on {_named(lease)} in a subprocess with env=lease.environment()"
+                )
+            if not same and (problem := cuda_in_use()):
+                raise ApplyError(
+                    f"{problem}, and what it may use does not change after that: call apply() before anything uses "
+                    f"CUDA, or run the work on {_named(lease)} in a subprocess with env=lease.environment()"
+                )
+            self._before = {name: os.environ.get(name) for name in variables} | (self._before if same else {})
+            self._set = dict(variables)
+            self._lease = weakref.ref(lease)
+            os.environ.update(variables)
+
+    def undo(self, lease: Lease | None) -> None:
+        """Of this lease, or of one that is gone."""
+        with self._lock:
+            if self._lease is not None and self._lease() in (lease, None):
+                self._undo()
+
+    def _undo(self) -> None:
+        for name, before in self._before.items():
+            if os.environ.get(name) != self._set.get(name):
+                continue  # somebody else has set it meanwhile
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
+        self._lease, self._set, self._before = None, {}, {}
+
+
+def _named(lease: Lease) -> str:
+    return labels(lease.devices) or "no devices"
+
+
+_application = _Application()
+
+
+def _in_child() -> None:
+    _application._lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_in_child)

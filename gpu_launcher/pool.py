@@ -1,0 +1,274 @@
+"""The machine's pool, for Python programs: leases of GPUs for threads, tasks and subprocesses."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import select
+import sys
+import time
+import warnings
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from gpu_launcher.devices import Links, select_devices
+from gpu_launcher.devices.specification import read_specification
+from gpu_launcher.durations import read_duration
+from gpu_launcher.jobs.grants import Telling
+from gpu_launcher.jobs.watch import links_among
+from gpu_launcher.leases import FileLedger, choose_pool_directory, resolve_pool_directory
+from gpu_launcher.leases import Lease as Held
+from gpu_launcher.lending.lease import Lease
+from gpu_launcher.lending.lending import Lending
+from gpu_launcher.lending.room import WaitingRoom
+from gpu_launcher.lending.snapshot import PoolSnapshot, snapshot_of
+from gpu_launcher.model import Device, Owner, Request
+from gpu_launcher.requests import read_request
+from gpu_launcher.sizes import read_memory
+from gpu_launcher.survey import Found, PoolSeen, take_survey
+from gpu_launcher.users import user_name
+
+LOG = logging.getLogger("gpu_launcher")
+ANSWER = 3.0
+"""Seconds that a snapshot waits for how the devices are doing."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Machine:
+    devices: tuple[Device, ...]
+    links: Links | None
+    telling: Telling
+
+
+class _Entrance:
+    """Finds the devices, and opens the waiting room for them. No part of `Pool`, which so dies with its last use."""
+
+    def __init__(self, spec: object, directory: Path, busy_memory: int | None) -> None:
+        self.spec = spec
+        self.directory = directory
+        self.busy_memory = busy_memory
+        self._environ = dict(os.environ)
+        self._machine: _Machine | None = None
+
+    def machine(self) -> _Machine:
+        """Takes up to seconds the first time. Raises OptionError, DeviceError."""
+        if self._machine is None:
+            selection = select_devices(self.spec, self._environ, option="devices")
+            telling = Telling(by_uuid=selection.by_uuid)
+            self._machine = _Machine(selection.devices, links_among(selection.devices), telling)
+            for notice in selection.notices:
+                LOG.warning(notice)
+        return self._machine
+
+    def open(self, tell: Callable[[str], None]) -> WaitingRoom:
+        """Raises PoolDirectoryError."""
+        machine = self.machine()
+        return WaitingRoom(
+            machine.devices,
+            FileLedger(resolve_pool_directory(str(self.directory)), warn=tell),
+            busy_memory=self.busy_memory,
+            tell=tell,
+            clock=time.monotonic,
+            links=machine.links,
+        )
+
+
+class Pool:
+    """The GPUs of this machine, shared with every program and user that uses gpu-launcher on it.
+
+    Threads and event loops may share one. A child that is forked can use it, and holds with its parent the leases that
+    were held at the fork. Nothing is opened before the first lease, and `close` (or a `with` block) closes it.
+
+    What is waited for longer than a moment, and for whom, is logged to the logger `gpu_launcher` as a warning.
+    """
+
+    def __init__(
+        self,
+        devices: object = "auto",
+        pool_dir: str | os.PathLike[str] | None = None,
+        busy_memory: object = "512MiB",
+    ) -> None:
+        """Of `devices`: `auto` (GPUs, CPU slots where there is none), indices or UUIDs, `cpu:4`, `simulated:8`.
+
+        `pool_dir` is another pool directory than the machine's. GPUs on which programs outside the pool use more memory
+        than `busy_memory` are not granted; None: whatever they use. All three are as the launcher has them. What is
+        visible of the machine (CUDA_VISIBLE_DEVICES) is so when the pool is made.
+
+        Raises OptionError, PoolDirectoryError.
+        """
+        read_specification(devices, "devices")
+        most = None if busy_memory in (None, "null") else read_memory(busy_memory, "busy_memory")
+        self.directory: Path = choose_pool_directory(None if pool_dir is None else os.fspath(pool_dir))[0]
+        self._made_of = (devices, None if pool_dir is None else os.fspath(pool_dir), busy_memory)
+        self._entrance = _Entrance(devices, self.directory, most)
+        self._lending = Lending(self._entrance.open, LOG.warning)
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """What it may lease. The first time it takes up to seconds to look at GPUs.
+
+        Raises OptionError for devices that are not there, DeviceError where the driver does not answer.
+        """
+        return self._prepare().devices
+
+    def lease(
+        self,
+        gpus: float | None = None,
+        memory: object = None,
+        priority: int = 0,
+        timeout: object = None,
+    ) -> Lease:
+        """Wait for a lease of `gpus` devices, or of a fraction of one, with `memory` (`20GiB`) on each; 1 by default.
+
+        With `memory` alone it is as much of one device as has that. 0 devices are granted at once. Higher `priority`
+        goes first; `timeout` is the longest wait, in seconds or as `10m`, for ever by default; 0 tries once.
+
+        Raises LeaseTimeout, RequestError for what these devices could never give, OptionError for what is no request,
+        PoolDirectoryError, DeviceError; ValueError if the pool is closed.
+        """
+        request, limit = _read(gpus, memory, priority, timeout)
+        if request.gpus == 0:
+            return self._nothing()
+        make = self._maker(request)
+        return self._lending.wait(request, _owner(), limit, make)
+
+    def alease(
+        self,
+        gpus: float | None = None,
+        memory: object = None,
+        priority: int = 0,
+        timeout: object = None,
+    ) -> Asking:
+        """The same for asyncio: `async with pool.alease(gpus=1) as lease:`, or `lease = await pool.alease()`.
+
+        Uses no thread. Cancelled, it gives its place in the queue back at once. Other tasks go on while it waits, but
+        for the milliseconds in which the pool is read.
+        """
+        return Asking(self, *_read(gpus, memory, priority, timeout))
+
+    def snapshot(self) -> PoolSnapshot:
+        """What there is, who has it and who waits for it. Takes up to seconds if GPUs were not looked at before.
+
+        Raises OptionError, DeviceError, PoolDirectoryError; ValueError if the pool is closed.
+        """
+        machine = self._prepare()
+        deadline = time.monotonic() + ANSWER
+        while True:
+            with self._lending.guard():
+                room = self._lending.room()
+                waiting = room.look()
+                if waiting is None or time.monotonic() >= deadline:
+                    view, conditions = room.snapshot(), room.watch.conditions
+                    break
+            poll = select.poll()
+            poll.register(waiting, select.POLLIN)
+            poll.poll(50)
+        known = {device.uuid: device for device in machine.devices}
+        survey = take_survey(
+            Found(machine.devices, known=known, only=True),
+            conditions,
+            PoolSeen(self.directory, view),
+            time=time.time(),
+            machine=os.uname().nodename,
+            exists=lambda pid: Path(f"/proc/{pid}").exists(),
+            busy_memory=self._entrance.busy_memory,
+        )
+        return snapshot_of(survey, known)
+
+    def close(self) -> None:
+        """Give back all leases that this process has of it; who waits for one gets an error. Idempotent."""
+        self._lending.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._lending.closed
+
+    async def _wait_in_loop(self, request: Request, limit: float) -> Lease:
+        if request.gpus == 0:
+            return self._nothing()
+        make = self._maker(request)
+        return await self._lending.wait_in_loop(request, _owner(), limit, make)
+
+    def _nothing(self) -> Lease:
+        if self.closed:
+            raise ValueError("this pool is closed")
+        return Lease((), None, self._give_back)
+
+    def _maker(self, request: Request) -> Callable[[Held], Lease]:
+        machine = self._prepare()
+        known = {device.uuid: device for device in machine.devices}
+
+        def make(held: Held) -> Lease:
+            return Lease(tuple(known[uuid] for uuid in held.uuids), held, self._give_back, machine.telling)
+
+        return make
+
+    def _give_back(self, held: Held) -> None:
+        self._lending.give_back(held)
+
+    def _prepare(self) -> _Machine:
+        if self.closed:
+            raise ValueError("this pool is closed")
+        with self._lending.preparing:
+            return self._entrance.machine()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Pool(devices={self._entrance.spec!r}, pool_dir={str(self.directory)!r})"
+
+    def __reduce__(self) -> tuple[type[Pool], tuple[object, str | None, object]]:
+        """Another process gets a pool of its own, on the same machine's devices."""
+        return type(self), self._made_of
+
+    def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:
+        lending: Lending | None = getattr(self, "_lending", None)
+        if lending is not None and lending.in_use and not lending.closed:
+            warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+            lending.close()
+
+
+class Asking:
+    """A lease that is asked for when it is awaited, or its `async with` block is entered."""
+
+    def __init__(self, pool: Pool, request: Request, limit: float) -> None:
+        """For `Pool` only."""
+        self._pool = pool
+        self._request = request
+        self._limit = limit
+        self._lease: Lease | None = None
+
+    def __await__(self) -> Generator[object, None, Lease]:
+        return self._pool._wait_in_loop(self._request, self._limit).__await__()
+
+    async def __aenter__(self) -> Lease:
+        if self._lease is not None:
+            raise RuntimeError("this lease was asked for already: call alease() for each block")
+        self._lease = await self
+        return self._lease
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._lease is not None:
+            self._lease.release()
+
+
+def _read(gpus: object, memory: object, priority: object, timeout: object) -> tuple[Request, float]:
+    request = read_request({"gpus": gpus, "memory": memory, "priority": priority})
+    return request, math.inf if timeout is None else read_duration(timeout, "timeout")
+
+
+def _owner() -> Owner:
+    script = sys.argv[0] if sys.argv else ""
+    return Owner(os.getpid(), user_name(os.getuid()), Path(script).name if script not in ("", "-c") else "python")
