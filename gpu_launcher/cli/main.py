@@ -9,6 +9,7 @@ import typer
 
 from gpu_launcher.cli.doctor import doctor
 from gpu_launcher.cli.jobs import jobs
+from gpu_launcher.cli.run import run
 from gpu_launcher.cli.status import status
 from gpu_launcher.cli.top import top
 from gpu_launcher.errors import GpuLauncherError, OptionError
@@ -20,6 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+# What stands behind the command's name is the command's.
+app.command(context_settings={"allow_interspersed_args": False})(run)
 app.command()(status)
 app.command()(top)
 app.command()(doctor)
