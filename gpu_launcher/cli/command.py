@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -55,13 +55,11 @@ class Options:
 
 def run_on_pool(command: Sequence[str], options: Options) -> NoReturn:
     """Run `command` and end as it does. Raises OptionError."""
-    signals = CommandSignals()
     try:
         check_command(command[0], os.environ.get("PATH", os.defpath))
-        ended = _run(command, options, signals)
-    except InterruptedBySignal as error:
-        signals.die(error.signum)
-        sys.exit(128 + error.signum)
+        if options.request.gpus == 0:
+            _run_without_devices(command, options)
+        _run(command, options)
     except CommandError as error:
         _tell(str(error))
         sys.exit(error.code)
@@ -73,7 +71,77 @@ def run_on_pool(command: Sequence[str], options: Options) -> NoReturn:
     except GpuLauncherError as error:
         _tell(str(error))
         sys.exit(FAILED)
+
+
+def _run_without_devices(command: Sequence[str], options: Options) -> NoReturn:
+    environment = {**os.environ, **Telling().environment((), {}, os.environ)}
+    signals = CommandSignals()
+    with _dying_of_signals(signals):
+        ended = _run_with(command, environment, options, signals, lease=None, in_children=lambda: None)
     _end_as(ended, signals)
+
+
+def _run(command: Sequence[str], options: Options) -> NoReturn:
+    selection = select_devices(options.devices, os.environ, option="devices")
+    refuse(options.request, selection.devices, "gpus")
+    links = _links(options.request, selection.devices)
+    for notice in selection.notices:
+        _tell(notice)
+    directory = resolve_pool_directory(options.pool_dir)
+    # Not before: nothing ends a program that has blocked all signals and waits for a driver that hangs.
+    signals = CommandSignals()
+    with _dying_of_signals(signals), FileLedger(directory, warn=_tell) as ledger:
+        lease = _wait_for_devices(command, options, selection, links, ledger, signals)
+        devices = {device.uuid: device for device in selection.devices}
+        granted = [devices[uuid] for uuid in lease.uuids]
+        telling = Telling(by_uuid=selection.by_uuid).environment(granted, lease.shares, os.environ)
+        with _copy_of(lease) as descriptor:
+            environment = {**os.environ, **telling}
+            ended = _run_with(
+                command, environment, options, signals, lease=descriptor, in_children=ledger.close_in_child
+            )
+    _end_as(ended, signals)
+
+
+def _run_with(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    options: Options,
+    signals: CommandSignals,
+    *,
+    lease: int | None,
+    in_children: Callable[[], None],
+) -> Ended:
+    return run_command(
+        command,
+        environment,
+        signals,
+        lease=lease,
+        timeout=options.request.timeout,
+        grace=options.grace,
+        tell=_tell,
+        in_children=in_children,
+    )
+
+
+@contextlib.contextmanager
+def _copy_of(lease: Lease) -> Iterator[int]:
+    """A descriptor of the lease that is still open where the ledger is closed."""
+    descriptor = os.dup(lease.fileno())
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _dying_of_signals(signals: CommandSignals) -> Iterator[None]:
+    """Be ended by a signal that ends this program before the command runs, when all is given back."""
+    try:
+        yield
+    except InterruptedBySignal as error:
+        signals.die(error.signum)
+        sys.exit(128 + error.signum)
 
 
 def _end_as(ended: Ended, signals: CommandSignals) -> NoReturn:
@@ -97,46 +165,13 @@ def _tell(text: str) -> None:
         print(f"gpu-launcher: {one_line(text)}", file=sys.stderr, flush=True)
 
 
-def _run(command: Sequence[str], options: Options, signals: CommandSignals) -> Ended:
-    timeout = options.request.timeout
-    if options.request.gpus == 0:
-        environment = Telling().environment((), {}, os.environ)
-        return run_command(
-            command,
-            {**os.environ, **environment},
-            signals,
-            lease=None,
-            timeout=timeout,
-            grace=options.grace,
-            tell=_tell,
-        )
-    selection = select_devices(options.devices, os.environ, option="devices")
-    refuse(options.request, selection.devices, "gpus")
-    for notice in selection.notices:
-        _tell(notice)
-    with FileLedger(resolve_pool_directory(options.pool_dir), warn=_tell) as ledger:
-        lease = _wait_for_devices(command, options, selection, ledger, signals)
-        devices = {device.uuid: device for device in selection.devices}
-        granted = [devices[uuid] for uuid in lease.uuids]
-        telling = Telling(by_uuid=selection.by_uuid)
-        descriptor = os.dup(lease.fileno())
-        try:
-            return run_command(
-                command,
-                {**os.environ, **telling.environment(granted, lease.shares, os.environ)},
-                signals,
-                lease=descriptor,
-                timeout=timeout,
-                grace=options.grace,
-                tell=_tell,
-                in_children=ledger.close_in_child,
-            )
-        finally:
-            os.close(descriptor)
-
-
 def _wait_for_devices(
-    command: Sequence[str], options: Options, selection: Selection, ledger: FileLedger, signals: CommandSignals
+    command: Sequence[str],
+    options: Options,
+    selection: Selection,
+    links: Links | None,
+    ledger: FileLedger,
+    signals: CommandSignals,
 ) -> Lease:
     """Raises _NoDevicesError and InterruptedBySignal."""
     request = options.request
@@ -148,7 +183,7 @@ def _wait_for_devices(
         launcher=os.getpid(),
         monitor=ConditionMonitor(selection.devices),
         busy_memory=options.busy_memory,
-        links=_links(request, selection.devices),
+        links=links,
     )
     wanted = describe(request)
     told = False

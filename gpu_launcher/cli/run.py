@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated
 
 import typer
@@ -87,6 +88,8 @@ def run(
       gpu-launcher run --gpus 0.5 --timeout 2h -- jupyter lab
       gpu-launcher run --devices simulated:8 -- sh -c 'echo $CUDA_VISIBLE_DEVICES'
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to give back
     from gpu_launcher.cli.command import Options, run_on_pool
     from gpu_launcher.durations import read_duration
     from gpu_launcher.requests import read_request
