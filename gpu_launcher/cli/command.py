@@ -161,6 +161,8 @@ class _NoDevicesError(GpuLauncherError):
 
 
 def _tell(text: str) -> None:
+    if sys.stderr is None:  # it was closed; print would take stdout
+        return
     with contextlib.suppress(OSError):  # stderr may be a pipe that nobody reads any more
         print(f"gpu-launcher: {one_line(text)}", file=sys.stderr, flush=True)
 

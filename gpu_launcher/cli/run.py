@@ -13,7 +13,7 @@ from gpu_launcher.cli.options import BusyMemory, PoolDir, UsedDevices
 def run(
     command: Annotated[
         list[str],
-        typer.Argument(metavar="COMMAND [ARGUMENT]...", help="What to run, best after --.", show_default=False),
+        typer.Argument(metavar="COMMAND", help="What to run, with its arguments; best after --.", show_default=False),
     ],
     gpus: Annotated[
         str | None,
@@ -88,6 +88,9 @@ def run(
       gpu-launcher run --gpus 0.5 --timeout 2h -- jupyter lab
       gpu-launcher run --devices simulated:8 -- sh -c 'echo $CUDA_VISIBLE_DEVICES'
     """
+    from gpu_launcher.processes.command import fill_standard_descriptors
+
+    fill_standard_descriptors()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to give back
     from gpu_launcher.cli.command import Options, run_on_pool

@@ -79,6 +79,18 @@ class Ended:
     timed_out: bool = False
 
 
+def fill_standard_descriptors() -> None:
+    """Let nothing else take the place of stdin, stdout and stderr where they are closed, which they are in the command.
+
+    To be called before this program opens anything.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest, and is closed by exec
+
+
 def check_command(name: str, path: str) -> None:
     """Raise CommandError if there is no program `name`, for which `path` (as $PATH) is searched."""
     if not name:

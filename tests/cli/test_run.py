@@ -23,7 +23,7 @@ from gpu_launcher.leases import FileLedger
 from gpu_launcher.model import Owner, Request
 
 if TYPE_CHECKING:
-    from conftest import Cli, Terminal  # type: ignore[import-not-found]
+    from conftest import Cli, Lab, Terminal  # type: ignore[import-not-found]
 
 PYTHON = sys.executable
 CLI = (PYTHON, "-m", "gpu_launcher.cli")
@@ -156,6 +156,18 @@ def python(code: str, *arguments: str) -> tuple[str, ...]:
     return (PYTHON, "-c", code, *arguments)
 
 
+def test_the_help_and_the_document_name_every_option_and_exit_code(cli: Cli) -> None:
+    text = "\n".join(cli.lines("run", "--help"))
+    document = (Path(__file__).parents[2] / "docs" / "run.md").read_text()
+    assert re.search(r"Usage: gpu-launcher run \[OPTIONS\] \{?COMMAND", text)
+    assert text.partition("Examples:")[2].count("    gpu-launcher run ") >= 5
+    options = re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE)
+    assert len(options) >= 9
+    assert [option for option in options if f"`{option}`" not in document] == []
+    table = set(re.findall(r"^\| (\d+) \|", document, re.MULTILINE))
+    assert table - {"137"} == set(re.findall(r"\b\d+\b", text.partition("Exit codes:")[2].partition("Examples:")[0]))
+
+
 # What the command gets, and what comes back
 
 
@@ -220,6 +232,22 @@ def test_without_a_gpu_it_takes_a_cpu_slot_and_says_so_in_one_line(cli: Cli) -> 
 def test_a_command_that_needs_no_device_waits_for_none_and_sees_none(cli: Cli) -> None:
     done = cli("run", "--gpus", "0", "sh", "-c", "echo [$CUDA_VISIBLE_DEVICES]")
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_it_gets_the_gpu_that_nobody_uses(lab: Lab) -> None:
+    lab.cli.started[-1].communicate()  # what waits for all four
+    done = lab.cli("run", "--wait", "20", "sh", "-c", "echo $CUDA_VISIBLE_DEVICES")
+    assert (done.stdout, done.returncode) == ("3\n", 0), done.stderr
+
+
+def test_it_says_who_uses_a_gpu_without_asking_the_pool(lab: Lab) -> None:
+    done = lab.cli("run", "--devices", "2", "--wait", "3", "true")
+    assert done.returncode == 75
+    reason = f"GPU 2 is used by jupyter 600 (pid {lab.stranger}"
+    assert f"gpu-launcher: waiting for 1 device: {reason}" in done.stderr
+    assert re.search(rf"gave up after 3\.0 s of waiting for 1 device: {re.escape(reason)}", done.stderr)
+    lab.cli.started[-1].communicate()
+    assert lab.cli("run", "--devices", "2", "--busy-memory", "null", "--wait", "3", "true").returncode == 0
 
 
 # What cannot be
@@ -421,6 +449,17 @@ def test_a_reader_sees_that_the_command_closed_its_output(start: Callable[..., R
     assert run.process.poll() is None
     run.process.communicate("\n", timeout=10)
     assert run.process.returncode == 0
+
+
+def test_what_is_closed_stays_closed_and_nothing_else_takes_its_place(cli: Cli, start: Callable[..., Run]) -> None:
+    closed = "[os.path.exists(f'/proc/self/fd/{number}') for number in (0, 1)]"
+    code = f"import os, sys, time; print({closed}, file=sys.stderr); time.sleep(600)"
+    run = start(f"exec {shlex.join([*CLI, *ONE, '--', *python(code)])} <&- >&-", within=("bash", "-c"))
+    assert run.complaint() == NOTICE.strip()
+    assert run.complaint() == "[False, False]"
+    assert held(cli)
+    run.send(signal.SIGTERM)
+    assert run.wait() == -signal.SIGTERM
 
 
 # Ends
