@@ -476,6 +476,18 @@ def test_what_the_command_leaves_is_ended_before_its_devices_are_free(cli: Cli, 
     assert run.wait() == 0
 
 
+def test_a_signal_while_it_ends_what_was_left_ends_that_at_once(cli: Cli, start: Callable[..., Run]) -> None:
+    run = start(*ONE, "--", *python(FAMILY, "0.5"))
+    assert run.line() == "ready"
+    command = run.parts["command"]
+    wait_until(lambda: not command.is_running())
+    run.send(signal.SIGTERM)
+    began = time.monotonic()
+    assert run.wait() == 0, "the command had ended well"
+    assert time.monotonic() - began < 2
+    assert not held(cli)
+
+
 def assert_free_only_when_gone(cli: Cli, processes: list[psutil.Process], seconds: float = 15) -> None:
     """Take the device as soon as it is to be had; none of `processes` may live then."""
     with FileLedger(cli.pool) as ledger:
@@ -537,18 +549,18 @@ def test_when_its_time_is_over_the_whole_tree_gets_sigterm_and_then_sigkill(
 ) -> None:
     trap = "trap '' TERM" if deaf else "trap 'echo ended; exit 0' TERM"
     inner = f"{trap}; echo ready; while :; do sleep 0.05; done"
-    run = start(*ONE, "--timeout", "0.5", "--grace", "1s", "--", "bash", "-c", f"bash -c {shlex.quote(inner)}; true")
+    run = start(*ONE, "--timeout", "0.5", "--grace", "3s", "--", "bash", "-c", f"bash -c {shlex.quote(inner)}; true")
     assert run.line() == "ready"
     tree = run.parts["supervisor"].children(recursive=True)
     began = time.monotonic()
     assert run.wait(10) == 124
-    assert (time.monotonic() - began > 1.2) == deaf
+    assert (time.monotonic() - began > 2.9) == deaf
     assert run.line() == ("" if deaf else "ended"), "a part of the tree got SIGTERM, too, and could clean up"
     assert not any(alive(process) for process in tree)
     assert run.process.stderr is not None
     said = run.process.stderr.read()
     assert "the command's time is over: it gets SIGTERM" in said
-    assert ("did not end within 1 s of SIGTERM: it is killed" in said) == deaf
+    assert ("did not end within 3 s of SIGTERM: it is killed" in said) == deaf
 
 
 def test_time_is_over_also_for_a_command_that_is_stopped(start: Callable[..., Run]) -> None:
