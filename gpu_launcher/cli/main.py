@@ -50,7 +50,7 @@ def gpu_launcher(
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0, 1 where something is wrong, 2 where the command line is."""
+    """Run the command line. Exit codes: 0, 1 if something is wrong, 2 if the command line is, or as `run` says."""
     try:
         app(prog_name="gpu-launcher")
     except GpuLauncherError as error:
