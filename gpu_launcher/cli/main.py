@@ -9,6 +9,7 @@ import typer
 
 from gpu_launcher.cli.doctor import doctor
 from gpu_launcher.cli.jobs import jobs
+from gpu_launcher.cli.run import run
 from gpu_launcher.cli.status import status
 from gpu_launcher.cli.top import top
 from gpu_launcher.errors import GpuLauncherError, OptionError
@@ -20,6 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+# What stands behind the command's name is the command's.
+app.command(context_settings={"allow_interspersed_args": False})(run)
 app.command()(status)
 app.command()(top)
 app.command()(doctor)
@@ -46,10 +49,16 @@ def gpu_launcher(
     """
 
 
+def _flag(option: str) -> str:
+    return option if option.startswith("-") else f"--{option.replace('_', '-')}"
+
+
 def main() -> None:
-    """Run the command line. Exit codes: 0, 1 where something is wrong, 2 where the command line is."""
+    """Run the command line. Exit codes: 0, 1 if something is wrong, 2 if the command line is, or as `run` says."""
     try:
         app(prog_name="gpu-launcher")
     except GpuLauncherError as error:
+        if isinstance(error, OptionError):
+            error = error.written(_flag)
         print(f"gpu-launcher: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, OptionError) else 1)

@@ -37,6 +37,16 @@ Devices = Annotated[
         autocompletion=_device_kinds,
     ),
 ]
+UsedDevices = Annotated[
+    str,
+    typer.Option(
+        "--devices",
+        metavar="DEVICES",
+        help="What to use, written as hydra.launcher.devices is: auto (all GPUs, or CPU slots where there is none), "
+        "0,2, GPU-1a2b..., cpu:4, simulated:8. An inherited CUDA_VISIBLE_DEVICES restricts auto and lists.",
+        autocompletion=_device_kinds,
+    ),
+]
 BusyMemory = Annotated[
     str,
     typer.Option(
@@ -51,7 +61,7 @@ PoolDir = Annotated[
     typer.Option(
         "--pool-dir",
         metavar="DIRECTORY",
-        help="The pool to look at. Default: $GPU_LAUNCHER_POOL_DIR, else the machine's own.",
+        help="Directory of the pool. Default: $GPU_LAUNCHER_POOL_DIR, else the machine's own.",
         show_default=False,
         autocompletion=_directories,
     ),

@@ -11,7 +11,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NoReturn
 
 from gpu_launcher.processes.linux import become_child_subreaper, children, die_with_parent, kill
@@ -54,14 +54,20 @@ def guarded(launcher: int, serve: Callable[[int], NoReturn], close_in_guard: Cal
     end_descendants(1.5 * PATIENCE)
 
 
-def end_descendants(patience: float) -> None:
-    """Wait until there are none: SIGKILL at once those that a supervisor lost, and after `patience` seconds all."""
+def end_descendants(patience: float, spare: Collection[int] = ()) -> None:
+    """Wait until there are none: SIGKILL at once those that a supervisor lost, and after `patience` seconds all.
+
+    Children in `spare` are left alone: what this process had before it ran this program.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     session = os.getsid(0)
     deadline = time.monotonic() + patience
     while _any_left():
         late = time.monotonic() >= deadline
-        for pid in children():
+        mine = [pid for pid in children() if pid not in spare]
+        if spare and not mine:
+            return
+        for pid in mine:
             # The fork server and supervisors are of this session; every job has one of its own.
             if late or os.getsid(pid) != session:
                 kill(pid)

@@ -55,7 +55,25 @@ def children() -> list[int]:
 
 
 def _children_by_scan(parent: int) -> list[int]:
-    found = []
+    return [pid for pid, its_parent in _parents().items() if its_parent == parent]
+
+
+def descendants() -> list[int]:
+    """Process ids of this process's children, of theirs, and so on, as far as /proc shows them.
+
+    One that appears meanwhile may be missed.
+    """
+    below: dict[int, list[int]] = {}
+    for pid, parent in _parents().items():
+        below.setdefault(parent, []).append(pid)
+    found = below.get(os.getpid(), []).copy()
+    for pid in found:
+        found += below.get(pid, ())
+    return found
+
+
+def _parents() -> dict[int, int]:
+    found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -64,8 +82,7 @@ def _children_by_scan(parent: int) -> list[int]:
                 continue
             # The command name is in parentheses and may hold anything, parentheses included.
             fields = stat[stat.rindex(")") + 2 :].split()
-            if int(fields[1]) == parent:
-                found.append(int(entry.name))
+            found[int(entry.name)] = int(fields[1])
     return found
 
 

@@ -22,18 +22,14 @@ import os
 import select
 import signal
 import socket
-import time
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from gpu_launcher.processes.linux import become_child_subreaper, children, die_with_parent, kill
+from gpu_launcher.processes.linux import become_child_subreaper, die_with_parent
 from gpu_launcher.processes.messages import ChannelClosedError, Exited, HoldLease, Kill, Signal, StartJob, receive, send
+from gpu_launcher.processes.tree import ProcessTree
 
-LINGER = 0.5
-"""Seconds that descendants may outlive the job's main process by themselves, as multiprocessing's helpers do."""
-TERMINATE = 2.0
-"""Seconds between SIGTERM and SIGKILL for descendants that linger longer."""
 PRINTED = 4096
 """Bytes from the end of what a job printed before it had a log, for whoever has to find out why it got none."""
 COULD_NOT_FORK = 100
@@ -164,38 +160,31 @@ class _Supervision:
     def __init__(self, launcher: socket.socket, wake: int, job: int) -> None:
         self._launcher = launcher
         self._wake = wake
-        self._job = job
-        self._status: int | None = None
+        self._tree = ProcessTree(job, self._pause)
         self._lease: tuple[int, ...] = ()
-        self._terminated = False
         self._abandoned = False
-        self._terminate_at: float | None = None
-        self._kill_at: float | None = None
 
     def is_over(self) -> bool:
         """Whether the whole process tree is gone, once what lingers too long has been ended."""
-        if not self._reap():
-            return True
-        self._end_leftovers()
-        return False
+        return self._tree.is_gone()
 
     def verdict(self, printed: bytes) -> Exited:
         """What to say when it is over. The lease is let go of."""
         lease, self._lease = self._lease, ()
         for descriptor in lease:
             os.close(descriptor)
-        assert self._status is not None, "no children, so the job was reaped"
-        return Exited(self._status, self._abandoned, printed)
+        assert self._tree.status is not None, "no children, so the job was reaped"
+        return Exited(self._tree.status, self._abandoned, printed)
 
     def abandon(self) -> None:
         """End it because the fork server is gone."""
         self._abandoned = True
-        self._kill()
+        self._tree.kill()
 
     def obey(self) -> None:
         """Do what the launching program says, or end it all if that has ended."""
         if not self._obey():
-            self._kill()
+            self._tree.kill()
 
     def _obey(self) -> bool:
         try:
@@ -207,65 +196,24 @@ class _Supervision:
         elif isinstance(message, Signal):
             self._signal(message.signum)
         elif isinstance(message, Kill):
-            self._kill()
+            self._tree.kill()
         else:
             raise TypeError(f"a supervisor does not understand {message!r}")
         return True
 
     def _signal(self, signum: int) -> None:
-        if self._status is not None:
+        if self._tree.status is not None:
             return
         try:
-            os.killpg(self._job, signum)
+            os.killpg(self._tree.main, signum)
         except ProcessLookupError:  # it has not called setsid yet
-            os.kill(self._job, signum)
+            os.kill(self._tree.main, signum)
 
-    def _kill(self) -> None:
-        while self._reap():
-            killed = children()
-            for pid in killed:
-                kill(pid)
-            for pid in killed:  # whose own children are ours by then
-                self._note(*os.waitpid(pid, 0))
-            if not killed:  # a child that /proc does not show us, as where it is mounted with hidepid
-                select.select([self._wake], [], [], 0.1)
-                with contextlib.suppress(BlockingIOError):
-                    os.read(self._wake, 4096)
-
-    def _reap(self) -> bool:
-        """Collect the dead; whether any child is left."""
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return False
-            if pid == 0:
-                return True
-            self._note(pid, status)
-
-    def _note(self, pid: int, status: int) -> None:
-        if pid == self._job:
-            self._status = status
-
-    def _end_leftovers(self) -> None:
-        if self._status is None:
-            return
-        now = time.monotonic()
-        if self._terminate_at is None:
-            self._terminate_at = now + LINGER
-            self._kill_at = now + LINGER + TERMINATE
-        assert self._kill_at is not None
-        if now >= self._kill_at:
-            self._kill()
-        elif now >= self._terminate_at and not self._terminated:
-            self._terminated = True
-            for pid in children():
-                with contextlib.suppress(PermissionError):
-                    os.kill(pid, signal.SIGTERM)
+    def _pause(self) -> None:
+        select.select([self._wake], [], [], 0.1)
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake, 4096)
 
     def until_deadline(self) -> float | None:
         """Milliseconds until `is_over` should be asked though nothing happened, as poll wants them."""
-        deadline = self._kill_at if self._terminated else self._terminate_at
-        if deadline is None:
-            return None
-        return max(0.0, deadline - time.monotonic()) * 1000 + 1
+        return self._tree.until_deadline()

@@ -27,6 +27,7 @@ from gpu_launcher.errors import OptionError
 from gpu_launcher.model import Request
 from gpu_launcher.processes import server as server_module
 from gpu_launcher.processes import supervisor as supervisor_module
+from gpu_launcher.processes import tree as tree_module
 from gpu_launcher.processes.messages import (
     ChannelClosedError,
     Exited,
@@ -663,7 +664,7 @@ def test_killing_waits_in_peace_for_processes_that_proc_does_not_show(launch, mo
         gate.wait()
         return report()
 
-    monkeypatch.setattr(supervisor_module, "children", children)
+    monkeypatch.setattr(tree_module, "children", children)
     job = launch.start(launch.server(program))
     job.prepared()
     began = time.monotonic()

@@ -1,0 +1,257 @@
+"""What `gpu-launcher run` does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+from gpu_launcher.devices import ConditionMonitor, Links, NvmlProbe, Selection, select_devices
+from gpu_launcher.errors import GpuLauncherError, OptionError
+from gpu_launcher.jobs.grants import Telling
+from gpu_launcher.jobs.machine import ENDING
+from gpu_launcher.jobs.progress.text import count, duration, one_line
+from gpu_launcher.jobs.waiting import WaitingRequest, refuse
+from gpu_launcher.jobs.watch import DeviceWatch
+from gpu_launcher.leases import FileLedger, Lease, resolve_pool_directory
+from gpu_launcher.model import Device, DeviceKind, Owner, Request
+from gpu_launcher.processes.command import CommandError, Ended, InterruptedBySignal, check_command, run_command
+from gpu_launcher.processes.signals import HARMLESS, STOPS, CommandSignals
+from gpu_launcher.sizes import show_memory
+from gpu_launcher.users import user_name
+
+TIMED_OUT = 124
+"""As timeout(1)."""
+FAILED = 125
+"""As env(1), nice(1) and timeout(1), where they fail themselves."""
+NO_DEVICES = 75
+"""EX_TEMPFAIL of sysexits.h: another time it may work."""
+UNANSWERED = 30.0
+"""Seconds that the driver gets to say how the devices are, when there would be no time left to wait."""
+_MOST_TEXT = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to run a command. Validated by whoever makes them."""
+
+    request: Request
+    devices: object
+    """As `gpu_launcher.devices.select_devices` takes it."""
+    wait: float | None
+    """Longest time to wait for devices, in seconds; None for any time."""
+    grace: float
+    """Seconds between SIGTERM and SIGKILL when its time is over."""
+    pool_dir: str | None
+    busy_memory: int | None
+
+
+def run_on_pool(command: Sequence[str], options: Options) -> NoReturn:
+    """Run `command` and end as it does. Raises OptionError."""
+    try:
+        check_command(command[0], os.environ.get("PATH", os.defpath))
+        if options.request.gpus == 0:
+            _run_without_devices(command, options)
+        _run(command, options)
+    except CommandError as error:
+        _tell(str(error))
+        sys.exit(error.code)
+    except _NoDevicesError as error:
+        _tell(str(error))
+        sys.exit(NO_DEVICES)
+    except OptionError:
+        raise
+    except GpuLauncherError as error:
+        _tell(str(error))
+        sys.exit(FAILED)
+
+
+def _run_without_devices(command: Sequence[str], options: Options) -> NoReturn:
+    environment = {**os.environ, **Telling().environment((), {}, os.environ)}
+    signals = CommandSignals()
+    with _dying_of_signals(signals):
+        ended = _run_with(command, environment, options, signals, lease=None, in_children=lambda: None)
+    _end_as(ended, signals)
+
+
+def _run(command: Sequence[str], options: Options) -> NoReturn:
+    selection = select_devices(options.devices, os.environ, option="--devices")
+    refuse(options.request, selection.devices, "gpus")
+    links = _links(options.request, selection.devices)
+    for notice in selection.notices:
+        _tell(notice)
+    directory = resolve_pool_directory(options.pool_dir)
+    # Not before: nothing ends a program that has blocked all signals and waits for a driver that hangs.
+    signals = CommandSignals()
+    with _dying_of_signals(signals), FileLedger(directory, warn=_tell) as ledger:
+        lease = _wait_for_devices(command, options, selection, links, ledger, signals)
+        devices = {device.uuid: device for device in selection.devices}
+        granted = [devices[uuid] for uuid in lease.uuids]
+        telling = Telling(by_uuid=selection.by_uuid).environment(granted, lease.shares, os.environ)
+        with _copy_of(lease) as descriptor:
+            environment = {**os.environ, **telling}
+            ended = _run_with(
+                command, environment, options, signals, lease=descriptor, in_children=ledger.close_in_child
+            )
+    _end_as(ended, signals)
+
+
+def _run_with(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    options: Options,
+    signals: CommandSignals,
+    *,
+    lease: int | None,
+    in_children: Callable[[], None],
+) -> Ended:
+    return run_command(
+        command,
+        environment,
+        signals,
+        lease=lease,
+        timeout=options.request.timeout,
+        grace=options.grace,
+        tell=_tell,
+        in_children=in_children,
+    )
+
+
+@contextlib.contextmanager
+def _copy_of(lease: Lease) -> Iterator[int]:
+    """A descriptor of the lease that is still open where the ledger is closed."""
+    descriptor = os.dup(lease.fileno())
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _dying_of_signals(signals: CommandSignals) -> Iterator[None]:
+    """Be ended by a signal that ends this program before the command runs, when all is given back."""
+    try:
+        yield
+    except InterruptedBySignal as error:
+        signals.die(error.signum)
+        sys.exit(128 + error.signum)
+
+
+def _end_as(ended: Ended, signals: CommandSignals) -> NoReturn:
+    if ended.timed_out:
+        sys.exit(TIMED_OUT)
+    if ended.status is None:
+        _tell("the process that supervised the command was killed, and so the command was, too")
+        sys.exit(128 + signal.SIGKILL)
+    if os.WIFSIGNALED(ended.status):
+        signals.die(os.WTERMSIG(ended.status))
+        sys.exit(128 + os.WTERMSIG(ended.status))
+    sys.exit(os.WEXITSTATUS(ended.status))
+
+
+class _NoDevicesError(GpuLauncherError):
+    """There was no time left to wait."""
+
+
+def _tell(text: str) -> None:
+    if sys.stderr is None:  # it was closed; print would take stdout
+        return
+    with contextlib.suppress(OSError):  # stderr may be a pipe that nobody reads any more
+        print(f"gpu-launcher: {one_line(text)}", file=sys.stderr, flush=True)
+
+
+def _wait_for_devices(
+    command: Sequence[str],
+    options: Options,
+    selection: Selection,
+    links: Links | None,
+    ledger: FileLedger,
+    signals: CommandSignals,
+) -> Lease:
+    """Raises _NoDevicesError and InterruptedBySignal."""
+    request = options.request
+    if request.timeout is not None:  # what others may rely on
+        request = replace(request, timeout=request.timeout + options.grace + ENDING)
+    watch = DeviceWatch(
+        selection.devices,
+        ledger.snapshot,
+        launcher=os.getpid(),
+        monitor=ConditionMonitor(selection.devices),
+        busy_memory=options.busy_memory,
+        links=links,
+    )
+    wanted = describe(request)
+    told = False
+
+    def tell(reason: str) -> None:
+        nonlocal told
+        told = True
+        _tell(f"waiting for {wanted}: {reason}")
+
+    with contextlib.closing(watch):
+        text = shlex.join(command)
+        text = text if len(text) <= _MOST_TEXT else f"{text[: _MOST_TEXT - 3]}..."
+        owner = Owner(os.getpid(), user_name(os.getuid()), text)
+        waiting = WaitingRequest(request, selection.devices, ledger, watch, owner, tell=tell, clock=time.monotonic)
+        lease = _wait(waiting, options.wait, wanted, signals)
+    if told:
+        labels = {device.uuid: device.label for device in selection.devices}
+        _tell(f"got {', '.join(labels[uuid] for uuid in lease.uuids)}")
+    return lease
+
+
+def _wait(waiting: WaitingRequest, longest: float | None, wanted: str, signals: CommandSignals) -> Lease:
+    end = None if longest is None else time.monotonic() + longest
+    poll = select.poll()
+    watched = dict(waiting.descriptors())
+    for descriptor in (signals.fileno(), *watched):
+        poll.register(descriptor, select.POLLIN)
+    while True:
+        lease = waiting.ask()
+        if lease is not None:
+            return lease
+        now = time.monotonic()
+        if end is not None and now >= end and (waiting.asked or now >= end + UNANSWERED):
+            waiting.explain()
+            waiting.cancel()
+            reason = waiting.reason or "the driver does not say how they are"
+            raise _NoDevicesError(f"gave up after {duration(longest or 0.0)} of waiting for {wanted}: {reason}")
+        patience = waiting.patience if end is None else min(waiting.patience, max(0.001, end - now))
+        for descriptor, _ in poll.poll(patience * 1000 + 1):
+            if descriptor in watched:
+                watched[descriptor]()
+            else:
+                _heed(signals)
+
+
+def _heed(signals: CommandSignals) -> None:
+    """What arrives before the command runs is for this program. Raises InterruptedBySignal."""
+    for arrived in signals.read():
+        if arrived.signum in STOPS:
+            signals.suspend(arrived.signum)
+        elif arrived.signum not in HARMLESS:
+            raise InterruptedBySignal(arrived.signum)
+
+
+def describe(request: Request) -> str:
+    """`2 devices`, `0.5 of a device`, `20 GiB of a device`."""
+    share = request.share
+    memory = f" with {show_memory(share.memory)}" if share.memory else ""
+    if not share.millionths:
+        return f"{show_memory(share.memory)} of a device"
+    if share.whole:
+        return count(request.gpus, "device") + memory
+    return f"{share.millionths / 1_000_000:g} of a device{memory}"
+
+
+def _links(request: Request, devices: tuple[Device, ...]) -> Links | None:
+    """How GPUs are connected, if there is a choice of several."""
+    real = tuple(device for device in devices if device.kind is DeviceKind.GPU)
+    return NvmlProbe().links(real) if request.gpus > 1 and len(real) > request.gpus else None

@@ -1,0 +1,99 @@
+"""The process tree of a job or a command, as its supervisor sees it: all children of this process, a subreaper."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+
+from gpu_launcher.processes.linux import children, kill
+
+LINGER = 0.5
+"""Seconds that descendants may outlive the main process by themselves, as multiprocessing's helpers do."""
+TERMINATE = 2.0
+"""Seconds between SIGTERM and SIGKILL for descendants that linger longer."""
+
+
+class ProcessTree:
+    """A main process and everything below it. This process must be a subreaper and have no other children."""
+
+    def __init__(self, main: int, pause: Callable[[], None], *, note_stops: bool = False) -> None:
+        """Look after the tree of `main`, a child. `pause` waits until a child may have ended, at most for 0.1 s.
+
+        With `note_stops` it is kept whether the main process is stopped.
+        """
+        self.main = main
+        self._pause = pause
+        self._options = os.WNOHANG | (os.WUNTRACED | os.WCONTINUED if note_stops else 0)
+        self.status: int | None = None
+        """How the main process ended, as `os.waitpid` gives it; None while it lives."""
+        self.stopped: int | None = None
+        """The signal that stopped the main process; None while it runs."""
+        self._terminated = False
+        self._terminate_at: float | None = None
+        self._kill_at: float | None = None
+
+    def is_gone(self) -> bool:
+        """Whether no process is left, once what lingers too long after the main process has been ended."""
+        if not self.reap():
+            return True
+        self._end_leftovers()
+        return False
+
+    def reap(self) -> bool:
+        """Collect the dead; whether any child is left."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, self._options)
+            except ChildProcessError:
+                return False
+            if pid == 0:
+                return True
+            self._note(pid, status)
+
+    def kill(self) -> None:
+        """SIGKILL everything, and wait until it is gone."""
+        while self.reap():
+            killed = children()
+            for pid in killed:
+                kill(pid)
+            for pid in killed:  # whose own children are ours by then
+                self._note(*os.waitpid(pid, 0))
+            if not killed:  # a child that /proc does not show us, as where it is mounted with hidepid
+                self._pause()
+
+    def until_deadline(self) -> float | None:
+        """Milliseconds until `is_gone` should be asked though nothing happened, as poll wants them."""
+        deadline = self._kill_at if self._terminated else self._terminate_at
+        if deadline is None:
+            return None
+        return max(0.0, deadline - time.monotonic()) * 1000 + 1
+
+    def _note(self, pid: int, status: int) -> None:
+        if pid != self.main:
+            return
+        if os.WIFSTOPPED(status):
+            self.stopped = os.WSTOPSIG(status)
+        elif os.WIFCONTINUED(status):
+            self.stopped = None
+        else:
+            self.stopped = None
+            self.status = status
+
+    def _end_leftovers(self) -> None:
+        if self.status is None:
+            return
+        now = time.monotonic()
+        if self._terminate_at is None:
+            self._terminate_at = now + LINGER
+            self._kill_at = now + LINGER + TERMINATE
+        assert self._kill_at is not None
+        if now >= self._kill_at:
+            self.kill()
+        elif now >= self._terminate_at and not self._terminated:
+            self._terminated = True
+            for pid in children():
+                with contextlib.suppress(PermissionError):
+                    os.kill(pid, signal.SIGTERM)

@@ -1,0 +1,697 @@
+"""`gpu-launcher run`: real commands, real signals, real deaths, and one pool for all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from gpu_launcher.devices import simulated_devices
+from gpu_launcher.leases import FileLedger
+from gpu_launcher.model import Owner, Request
+
+if TYPE_CHECKING:
+    from conftest import Cli, Lab, Terminal  # type: ignore[import-not-found]
+
+PYTHON = sys.executable
+CLI = (PYTHON, "-m", "gpu_launcher.cli")
+ONE = ("run", "--devices", "simulated:1")
+NOTICE = (
+    "gpu-launcher: 1 device is simulated: no real GPU is reserved, whatever the jobs do with CUDA_VISIBLE_DEVICES\n"
+)
+
+RECORDER = """
+import os, signal, sys, time
+def note(signum, frame):
+    print(signal.Signals(signum).name, flush=True)
+for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2,
+               signal.SIGALRM, signal.SIGWINCH):
+    signal.signal(signum, note)
+print("ready", flush=True)
+while True:
+    time.sleep(0.01)
+    if os.path.exists(sys.argv[1]):
+        break
+"""
+"""Prints the names of the signals it gets, until there is a file."""
+
+FAMILY = """
+import os, subprocess, sys, time
+def forked():
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        time.sleep(600)
+forked()
+sleepers = [subprocess.Popen(["sleep", "600"]), subprocess.Popen(["sleep", "600"], start_new_session=True)]
+stubborn = subprocess.Popen(["sh", "-c", "trap '' TERM INT HUP; sleep 600; sleep 600"], start_new_session=True)
+print("ready", flush=True)
+time.sleep(float(sys.argv[1]) if len(sys.argv) > 1 else 600)
+"""
+"""Starts processes of all kinds: forked and not, in sessions of their own, deaf to signals."""
+
+
+def wait_until(holds: Callable[[], object], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@dataclass
+class Run:
+    """`gpu-launcher run` in a process group of its own, as a shell would start it."""
+
+    process: subprocess.Popen[str]
+
+    @property
+    def parts(self) -> dict[str, psutil.Process]:
+        """Once the command runs."""
+        front = psutil.Process(self.process.pid)
+        parts = {"front": front}
+        for child in front.children():
+            parts["supervisor" if os.getsid(child.pid) == child.pid else "witness"] = child
+        (parts["command"],) = (
+            child for child in parts["supervisor"].children() if os.getpgid(child.pid) == os.getpgid(front.pid)
+        )
+        return parts
+
+    def tree(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().rstrip("\n")
+
+    def complaint(self) -> str:
+        assert self.process.stderr is not None
+        return self.process.stderr.readline().rstrip("\n")
+
+    def send(self, signum: int) -> None:
+        self.process.send_signal(signum)
+
+    def wait(self, seconds: float = 30) -> int:
+        return self.process.wait(seconds)
+
+
+@pytest.fixture
+def start(cli: Cli) -> Iterator[Callable[..., Run]]:
+    """Starts `gpu-launcher` with these arguments, or `within` another program, with its stderr apart."""
+    runs = []
+
+    def start(*arguments: str, within: tuple[str, ...] = CLI) -> Run:
+        process = subprocess.Popen(
+            [*within, *arguments],
+            env=cli.environ,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        runs.append(process)
+        return Run(process)
+
+    yield start
+    for process in runs:
+        left = [process.pid]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left += [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+def tickets(cli: Cli) -> list[str]:
+    return sorted(path.name for path in (cli.pool / "queue").glob("ticket-*"))
+
+
+def held(cli: Cli) -> bool:
+    with FileLedger(cli.pool) as ledger:
+        return bool(ledger.snapshot().leases)
+
+
+def python(code: str, *arguments: str) -> tuple[str, ...]:
+    return (PYTHON, "-c", code, *arguments)
+
+
+def test_the_help_and_the_document_name_every_option_and_exit_code(cli: Cli) -> None:
+    text = "\n".join(cli.lines("run", "--help"))
+    document = (Path(__file__).parents[2] / "docs" / "run.md").read_text()
+    assert re.search(r"Usage: gpu-launcher run \[OPTIONS\] \{?COMMAND", text)
+    assert text.partition("Examples:")[2].count("    gpu-launcher run ") >= 5
+    options = re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE)
+    assert len(options) >= 9
+    assert [option for option in options if f"`{option}`" not in document] == []
+    table = set(re.findall(r"^\| (\d+) \|", document, re.MULTILINE))
+    assert table - {"137"} == set(re.findall(r"\b\d+\b", text.partition("Exit codes:")[2].partition("Examples:")[0]))
+
+
+# What the command gets, and what comes back
+
+
+def test_the_command_has_its_devices_and_nothing_else_is_changed(cli: Cli) -> None:
+    code = (
+        "import os, signal, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['CUDA_DEVICE_ORDER'], "
+        "os.environ['GPU_LAUNCHER_MEMORY_FRACTION'], sys.stdin.read(), sys.argv[1:], "
+        "signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    )
+    done = subprocess.run(
+        [*CLI, "run", "--devices", "simulated:2", "--gpus", "2", "--", *python(code, "--gpus", "7", "--", "a b", "")],
+        env=cli.environ,
+        input="typed",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.stdout == "0,1 PCI_BUS_ID 1 typed ['--gpus', '7', '--', 'a b', ''] set()\n"
+    assert done.returncode == 0
+    assert not held(cli)
+
+
+def test_options_behind_the_command_are_its_own_also_without_the_two_dashes(cli: Cli) -> None:
+    assert cli(*ONE, "echo", "--gpus", "2", "--help").stdout == "--gpus 2 --help\n"
+
+
+def test_the_command_ignores_what_a_command_ignores_that_the_shell_starts(cli: Cli) -> None:
+    shell = f"grep SigIgn /proc/self/status; {shlex.join([*CLI, *ONE])} grep SigIgn /proc/self/status"
+    done = subprocess.run(["bash", "-c", shell], env=cli.environ, capture_output=True, text=True, check=True)
+    before, inside = done.stdout.splitlines()
+    assert before == inside
+
+
+@pytest.mark.parametrize("code", [0, 1, 75, 255])
+def test_the_exit_code_is_the_commands(cli: Cli, code: int) -> None:
+    assert cli(*ONE, "sh", "-c", f"exit {code}").returncode == code
+
+
+@pytest.mark.parametrize("name", ["TERM", "KILL", "SEGV", "USR1", "INT"])
+def test_it_dies_of_the_signal_that_the_command_died_of(cli: Cli, name: str) -> None:
+    done = cli(*ONE, "sh", "-c", f"kill -{name} $$")
+    assert (done.returncode, done.stderr) == (-getattr(signal, f"SIG{name}"), NOTICE)
+    assert not held(cli)
+
+
+def test_status_shows_whose_the_lease_is(cli: Cli, start: Callable[..., Run]) -> None:
+    run = start(*ONE, "--timeout", "1h", "--", "sh", "-c", "echo ready; sleep 600 # a b")
+    assert run.line() == "ready"
+    (lease,) = cli.json("status")["leases"]
+    assert lease["command"] == "sh -c 'echo ready; sleep 600 # a b'"
+    assert lease["pid"] == run.process.pid
+    assert 3600 < lease["seconds_left"] < 3620
+
+
+def test_without_a_gpu_it_takes_a_cpu_slot_and_says_so_in_one_line(cli: Cli) -> None:
+    done = cli("run", "sh", "-c", "echo [$CUDA_VISIBLE_DEVICES]")
+    assert done.stdout == "[]\n"
+    assert re.fullmatch(r"gpu-launcher: no NVIDIA driver .*; using \d+ CPU slots? instead .*\n", done.stderr)
+
+
+def test_a_command_that_needs_no_device_waits_for_none_and_sees_none(cli: Cli) -> None:
+    done = cli("run", "--gpus", "0", "sh", "-c", "echo [$CUDA_VISIBLE_DEVICES]")
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_it_gets_the_gpu_that_nobody_uses(lab: Lab) -> None:
+    lab.cli.started[-1].communicate()  # what waits for all four
+    done = lab.cli("run", "--wait", "20", "sh", "-c", "echo $CUDA_VISIBLE_DEVICES")
+    assert (done.stdout, done.returncode) == ("3\n", 0), done.stderr
+
+
+def test_it_says_who_uses_a_gpu_without_asking_the_pool(lab: Lab) -> None:
+    done = lab.cli("run", "--devices", "2", "--wait", "3", "true")
+    assert done.returncode == 75
+    reason = f"GPU 2 is used by jupyter 600 (pid {lab.stranger}"
+    assert f"gpu-launcher: waiting for 1 device: {reason}" in done.stderr
+    assert re.search(rf"gave up after 3\.0 s of waiting for 1 device: {re.escape(reason)}", done.stderr)
+    lab.cli.started[-1].communicate()
+    assert lab.cli("run", "--devices", "2", "--busy-memory", "null", "--wait", "3", "true").returncode == 0
+
+
+# What cannot be
+
+
+def test_what_is_no_program_is_said_before_anything_is_waited_for(cli: Cli, tmp_path: Path) -> None:
+    cli.hold(["simulated:1", 1, None, 0, "train.py"])
+    plain = tmp_path / "train.py"
+    plain.write_text("print()")
+    for name, code, problem in (
+        ("no-such-program", 127, "no such program is found in $PATH"),
+        (str(tmp_path / "missing.py"), 127, "there is no such file"),
+        (str(plain), 126, f"cannot be executed: it needs the permission (chmod +x {plain})"),
+        (str(tmp_path), 126, "is a directory"),
+        ("", 127, "has no name"),
+    ):
+        done = cli(*ONE, name)
+        assert (done.returncode, done.stdout) == (code, "")
+        assert done.stderr.startswith(f"gpu-launcher: {name or repr('')}: ")
+        assert problem in done.stderr
+
+
+def test_what_turns_out_to_be_no_program_frees_its_devices(cli: Cli, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("#!/no/such/interpreter\n")
+    script.chmod(0o755)
+    done = cli(*ONE, str(script))
+    assert done.returncode == 126
+    assert "the interpreter that its first line names is not there" in done.stderr
+    script.write_text("echo\n")
+    done = cli(*ONE, str(script))
+    assert done.returncode == 126
+    assert "name its interpreter before it" in done.stderr
+    assert not held(cli)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--gpus", "2"), "gpus: the request is for 2 devices, but the pool has 1"),
+        (("--memory", "1TiB"), "1024 GiB of memory, but the largest device has 80 GiB"),
+        (("--gpus", "1.5"), "gpus: '1.5' is neither a number"),
+        (("--memory", "much"), "memory: 'much' is no amount"),
+        (("--timeout", "soon"), "timeout: 'soon' is no span of time"),
+        (("--wait", "-1"), "wait: '-1' is no span of time"),
+        (("--grace", "x"), "grace: 'x' is no span of time"),
+        (("--priority", "high"), "priority: 'high' is not a whole number"),
+        (("--busy-memory", "x"), "'x' is no amount"),
+        (("--devices", "quantum"), "quantum"),
+    ],
+)
+def test_what_can_never_be_is_refused_at_once(cli: Cli, arguments: tuple[str, ...], problem: str) -> None:
+    done = cli(*ONE, *arguments, "--", "echo", "ran")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert problem in done.stderr
+
+
+def test_a_pool_that_cannot_be_used_is_an_exit_code_of_its_own(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = cli(*ONE, "--pool-dir", str(tmp_path / "file"), "true")
+    assert done.returncode == 125
+    assert f"pool directory {tmp_path / 'file'}" in done.stderr
+
+
+# Waiting
+
+
+def test_two_runs_on_one_device_are_one_after_the_other_and_the_second_says_for_whom_it_waits(
+    cli: Cli, start: Callable[..., Run], tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    first = start(*ONE, "--", *python(RECORDER, str(gate)))
+    assert first.line() == "ready"
+    second = start(*ONE, "echo", "second")
+    assert second.complaint() == NOTICE.rstrip("\n")
+    message = second.complaint()
+    assert re.fullmatch(
+        r"gpu-launcher: waiting for 1 device: simulated GPU 0 held by \w+ \(.* " + f"{gate}" + r"\)", message
+    )
+    time.sleep(2.5)
+    gate.touch()
+    assert second.line() == "second"
+    assert (first.wait(), second.wait()) == (0, 0)
+    assert second.process.stderr is not None
+    assert second.process.stderr.read() == "gpu-launcher: got simulated GPU 0\n", "nothing is said twice"
+
+
+def test_parts_of_a_device_are_used_at_the_same_time(cli: Cli, start: Callable[..., Run], tmp_path: Path) -> None:
+    runs = [
+        start(*ONE, *needs, "--", *python(RECORDER, str(tmp_path / "gate")))
+        for needs in (("--gpus", "0.5"), ("--memory", "20GiB"), ("--gpus", "0.25", "--memory", "10GiB"))
+    ]
+    assert [run.line() for run in runs] == ["ready"] * 3
+    (tmp_path / "gate").touch()
+    assert [run.wait() for run in runs] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("wait", ["0", "0.5s"])
+def test_when_there_is_no_time_left_to_wait_it_says_who_holds_what(cli: Cli, wait: str) -> None:
+    cli.hold(["simulated:1", 1, None, 0, "train.py #7"])
+    before = tickets(cli)
+    done = cli(*ONE, "--wait", wait, "echo", "ran")
+    assert (done.returncode, done.stdout) == (75, "")
+    last = done.stderr.splitlines()[-1]
+    shown = "0.0 s" if wait == "0" else "0.5 s"
+    assert last == (
+        f"gpu-launcher: gave up after {shown} of waiting for 1 device: simulated GPU 0 held by anna (train.py #7)"
+    )
+    assert tickets(cli) == before
+
+
+def test_without_time_to_wait_it_takes_what_is_free(cli: Cli) -> None:
+    assert cli(*ONE, "--wait", "0", "echo", "ran").stdout == "ran\n"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_while_it_waits_gives_the_place_in_line_back_at_once(
+    cli: Cli, start: Callable[..., Run], signum: signal.Signals
+) -> None:
+    cli.hold(["simulated:1", 1, None, 0, "train.py"])
+    run = start(*ONE, "echo", "ran")
+    run.complaint()
+    run.complaint()
+    assert len(tickets(cli)) == 1
+    run.send(signum)
+    assert run.wait(3) == -signum, "which a shell shows as 128 and the signal"
+    assert tickets(cli) == []
+    assert run.line() == ""
+
+
+# Signals
+
+
+PASSED_ON = ("TERM", "HUP", "INT", "QUIT", "USR1", "USR2", "ALRM", "WINCH")
+
+
+def test_signals_sent_to_it_are_passed_on(start: Callable[..., Run], tmp_path: Path) -> None:
+    run = start(*ONE, "--", *python(RECORDER, str(tmp_path / "gate")))
+    assert run.line() == "ready"
+    for name in PASSED_ON:
+        run.send(getattr(signal, f"SIG{name}"))
+        assert run.line() == f"SIG{name}"
+    (tmp_path / "gate").touch()
+    assert run.line() == ""
+    assert run.wait() == 0
+
+
+def test_signals_sent_to_its_whole_process_group_reach_the_command_once(
+    start: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = start(*ONE, "--", *python(RECORDER, str(tmp_path / "gate")))
+    assert run.line() == "ready"
+    for name in PASSED_ON:
+        os.killpg(run.process.pid, getattr(signal, f"SIG{name}"))
+        assert run.line() == f"SIG{name}"
+    time.sleep(0.2)  # a second one would have come by now
+    (tmp_path / "gate").touch()
+    assert run.line() == ""
+
+
+def test_the_kill_of_timeout_reaches_the_command_once(start: Callable[..., Run], tmp_path: Path) -> None:
+    # timeout(1) signals its child, and then its group.
+    run = start("600", *CLI, *ONE, "--", *python(RECORDER, str(tmp_path / "gate")), within=("timeout",))
+    assert run.line() == "ready"
+    run.send(signal.SIGTERM)
+    assert run.line() == "SIGTERM"
+    time.sleep(0.2)
+    (tmp_path / "gate").touch()
+    assert run.line() == ""
+
+
+def test_a_command_in_a_group_of_its_own_gets_what_is_sent_to_the_group_of_the_shells_job(
+    start: Callable[..., Run], tmp_path: Path
+) -> None:
+    code = "import os, sys; os.setpgid(0, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    run = start(*ONE, "--", *python(code, *python(RECORDER, str(tmp_path / "gate"))))
+    assert run.line() == "ready"
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.line() == "SIGINT"
+    (tmp_path / "gate").touch()
+    assert run.line() == ""
+
+
+def test_what_was_ignored_stays_ignored_as_under_nohup(start: Callable[..., Run], tmp_path: Path) -> None:
+    run = start(*CLI, *ONE, "--", "sh", "-c", "echo ready; read line; echo $line", within=("nohup",))
+    assert run.line() == "ready"
+    os.killpg(run.process.pid, signal.SIGHUP)
+    run.send(signal.SIGHUP)
+    assert run.process.stdin is not None
+    run.process.stdin.write("typed\n")
+    run.process.stdin.flush()
+    assert run.line() == "typed"
+    assert run.wait() == 0
+
+
+def test_a_reader_sees_that_the_command_closed_its_output(start: Callable[..., Run]) -> None:
+    run = start(*ONE, "sh", "-c", "exec >&- 2>&-; read line")
+    assert run.line() == ""
+    assert run.process.poll() is None
+    run.process.communicate("\n", timeout=10)
+    assert run.process.returncode == 0
+
+
+def test_what_is_closed_stays_closed_and_nothing_else_takes_its_place(cli: Cli, start: Callable[..., Run]) -> None:
+    closed = "[os.path.exists(f'/proc/self/fd/{number}') for number in (0, 1)]"
+    code = f"import os, sys, time; print({closed}, file=sys.stderr); time.sleep(600)"
+    run = start(f"exec {shlex.join([*CLI, *ONE, '--', *python(code)])} <&- >&-", within=("bash", "-c"))
+    assert run.complaint() == NOTICE.strip()
+    assert run.complaint() == "[False, False]"
+    assert held(cli)
+    run.send(signal.SIGTERM)
+    assert run.wait() == -signal.SIGTERM
+
+
+# Ends
+
+
+def test_what_the_command_leaves_is_ended_before_its_devices_are_free(cli: Cli, start: Callable[..., Run]) -> None:
+    run = start(*ONE, "--", *python(FAMILY, "1"))
+    assert run.line() == "ready"
+    left = run.parts["supervisor"].children(recursive=True)
+    assert len(left) >= 5
+    began = time.monotonic()
+    assert_free_only_when_gone(cli, left)
+    assert 2 < time.monotonic() - began < 8, "SIGTERM, and what is deaf to that gets SIGKILL two seconds later"
+    assert run.wait() == 0
+
+
+def test_a_signal_while_it_ends_what_was_left_ends_that_at_once(cli: Cli, start: Callable[..., Run]) -> None:
+    run = start(*ONE, "--", *python(FAMILY, "0.5"))
+    assert run.line() == "ready"
+    command = run.parts["command"]
+    wait_until(lambda: not command.is_running())
+    run.send(signal.SIGTERM)
+    began = time.monotonic()
+    assert run.wait() == 0, "the command had ended well"
+    assert time.monotonic() - began < 2
+    assert not held(cli)
+
+
+def assert_free_only_when_gone(cli: Cli, processes: list[psutil.Process], seconds: float = 15) -> None:
+    """Take the device as soon as it is to be had; none of `processes` may live then."""
+    with FileLedger(cli.pool) as ledger:
+        ticket = ledger.enqueue(Request.of(1), simulated_devices(1), Owner(os.getpid(), "test", "test"))
+        end = time.monotonic() + seconds
+        while ledger.claim(ticket) is None:
+            assert time.monotonic() < end, [process for process in processes if alive(process)]
+            time.sleep(0.002)
+        assert [process for process in processes if alive(process)] == []
+
+
+@pytest.mark.parametrize("who", ["front", "supervisor", "command", "witness and front", "group"])
+def test_whoever_is_killed_the_tree_ends_within_seconds_and_then_its_devices_are_free(
+    cli: Cli, start: Callable[..., Run], who: str
+) -> None:
+    run = start(*ONE, "--", *python(FAMILY))
+    assert run.line() == "ready"
+    parts = run.parts
+    everything = [process for process in run.tree() if process not in (parts["witness"], parts["supervisor"])]
+    assert len(everything) >= 6
+    if who == "group":
+        os.killpg(run.process.pid, signal.SIGKILL)
+    else:
+        for name in who.split(" and "):
+            parts[name].kill()
+    assert_free_only_when_gone(cli, everything, 6)
+    wait_until(lambda: not any(alive(part) for part in parts.values()), 6)
+    code = run.wait(6)
+    assert code == (137 if who == "supervisor" else -signal.SIGKILL)
+
+
+def test_without_its_witness_it_goes_on_and_signals_for_all_arrive(start: Callable[..., Run], tmp_path: Path) -> None:
+    run = start(*ONE, "--", *python(RECORDER, str(tmp_path / "gate")))
+    assert run.line() == "ready"
+    run.parts["witness"].kill()
+    run.send(signal.SIGTERM)
+    assert run.line() == "SIGTERM"
+    os.killpg(run.process.pid, signal.SIGUSR1)
+    assert run.line() == "SIGUSR1"
+    (tmp_path / "gate").touch()
+    assert run.wait() == 0
+
+
+def test_children_that_it_had_before_are_nobody_elses_to_end(cli: Cli, start: Callable[..., Run]) -> None:
+    run = start(f"sleep 600 & echo $!; exec {shlex.join([*CLI, *ONE, '--', *python(FAMILY)])}", within=("bash", "-c"))
+    bystander = psutil.Process(int(run.line()))
+    assert run.line() == "ready"
+    children = psutil.Process(run.process.pid).children()
+    (supervisor,) = (child for child in children if os.getsid(child.pid) == child.pid)
+    supervisor.kill()
+    assert run.wait(6) == 137
+    assert alive(bystander)
+    bystander.kill()
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_when_its_time_is_over_the_whole_tree_gets_sigterm_and_then_sigkill(
+    cli: Cli, start: Callable[..., Run], deaf: bool
+) -> None:
+    trap = "trap '' TERM" if deaf else "trap 'echo ended; exit 0' TERM"
+    inner = f"{trap}; echo ready; while :; do sleep 0.05; done"
+    run = start(*ONE, "--timeout", "0.5", "--grace", "3s", "--", "bash", "-c", f"bash -c {shlex.quote(inner)}; true")
+    assert run.line() == "ready"
+    tree = run.parts["supervisor"].children(recursive=True)
+    began = time.monotonic()
+    assert run.wait(10) == 124
+    assert (time.monotonic() - began > 2.9) == deaf
+    assert run.line() == ("" if deaf else "ended"), "a part of the tree got SIGTERM, too, and could clean up"
+    assert not any(alive(process) for process in tree)
+    assert run.process.stderr is not None
+    said = run.process.stderr.read()
+    assert "the command's time is over: it gets SIGTERM" in said
+    assert ("did not end within 3 s of SIGTERM: it is killed" in said) == deaf
+
+
+def test_time_is_over_also_for_a_command_that_is_stopped(start: Callable[..., Run]) -> None:
+    run = start(*ONE, "--timeout", "1", "--", "sh", "-c", "echo ready; kill -STOP $$; sleep 600")
+    assert run.line() == "ready"
+    assert run.wait(10) == 124
+
+
+# At a terminal
+
+
+@dataclass
+class Shell:
+    """An interactive shell in a terminal, in which `run` is `gpu-launcher run` with one simulated device."""
+
+    terminal: Terminal
+
+    def says(self, command: str, *expected: str) -> None:
+        self.terminal.press(command + "\n")
+        self.shows(*expected)
+
+    def shows(self, *expected: str) -> None:
+        """Waits until all of these have appeared, in this order, behind what was waited for before."""
+        for text in expected:
+            self.terminal.read_until(lambda text=text: text in self.terminal.text)
+            self.terminal.output = self.terminal.text.partition(text)[2].encode()
+
+
+@pytest.fixture
+def shell(terminal: Callable[..., Terminal], tmp_path: Path) -> Shell:
+    file = tmp_path / "rc"
+    file.write_text(f"PS1='>> '\nrun() {{ {shlex.join([*CLI, *ONE])} \"$@\"; }}\nset +o history\n")
+    shell = Shell(terminal("--rcfile", str(file), "-i", within=("bash", "--noprofile")))
+    shell.shows(">> ")
+    return shell
+
+
+def test_ctrl_c_at_the_terminal_reaches_the_command_once_and_the_shell_goes_on(shell: Shell, tmp_path: Path) -> None:
+    program = tmp_path / "recorder.py"
+    program.write_text(RECORDER)
+    shell.says(f"run -- {PYTHON} {program} {tmp_path}/gate", "ready")
+    shell.terminal.press("\x03")
+    shell.shows("SIGINT")
+    time.sleep(0.3)
+    shell.terminal._read()
+    assert "SIGINT" not in shell.terminal.text
+    shell.terminal.press("\x1c")
+    shell.shows("SIGQUIT")
+    (tmp_path / "gate").touch()
+    shell.shows(">> ")
+    shell.says("run -- sleep 600; echo never")
+    time.sleep(1.5)
+    shell.terminal.press("\x03")
+    shell.shows(">> ")
+    shell.says("echo code $?", "code 130", ">> ")
+    assert "never" not in shell.terminal.text
+
+
+def test_ctrl_z_stops_and_fg_continues_it_again_and_again(shell: Shell, tmp_path: Path) -> None:
+    shell.says("run -- sh -c 'echo rea''dy; read line; echo [$line]; exit 7'", "ready")
+    for _ in range(3):
+        shell.terminal.press("\x1a")
+        shell.shows("Stopped", ">> ")
+        shell.says("jobs", "Stopped", ">> ")
+        shell.says("fg", "run")
+        time.sleep(0.1)
+    shell.terminal.press("typed\n")
+    shell.shows("[typed]", ">> ")
+    shell.says("echo code $?", "code 7")
+
+
+def test_ctrl_z_while_it_waits_keeps_its_place_in_line(cli: Cli, shell: Shell) -> None:
+    holder = cli.hold(["simulated:1", 1, None, 0, "train.py"])
+    shell.says("run -- echo ra''n", "waiting for 1 device")
+    shell.terminal.press("\x1a")
+    shell.shows("Stopped", ">> ")
+    assert len(tickets(cli)) == 1
+    holder.communicate()
+    shell.says("fg", "ran", ">> ")
+
+
+def test_a_command_that_ignores_ctrl_z_is_not_stopped(shell: Shell) -> None:
+    shell.says("run -- sh -c 'trap \"\" TSTP; echo rea''dy; read line; echo [$line]'", "ready")
+    shell.terminal.press("\x1a")
+    time.sleep(0.3)
+    shell.terminal.press("typed\n")
+    shell.shows("[typed]", ">> ")
+    assert "Stopped" not in shell.terminal.text
+
+
+def test_in_the_background_it_is_stopped_when_it_reads_and_continued_by_fg(shell: Shell) -> None:
+    shell.says("run -- sh -c 'echo rea''dy; read line; echo [$line]' &", "ready")
+    shell.terminal.press("\n")
+    shell.shows(">> ")
+    shell.says("sleep 0.3; jobs", "Stopped")
+    shell.says("fg", "run")
+    time.sleep(0.1)
+    shell.terminal.press("typed\n")
+    shell.shows("[typed]", ">> ")
+
+
+def test_programs_that_own_the_terminal_work_in_it(shell: Shell) -> None:
+    # A pager at the end of a pipe, beside the command in the job, reads keys from the terminal.
+    shell.says("run -- seq 1000 | less -X", "22", "23", ":")
+    shell.terminal.press("q")
+    shell.shows(">> ")
+    # An interactive shell has job control of its own.
+    shell.says("run -- bash --norc -i", "bash-")
+    shell.says("PS1='inner> '", "inner> ", "inner> ")
+    shell.says("sleep 600")
+    time.sleep(0.3)
+    shell.terminal.press("\x1a")
+    shell.shows("Stopped", "inner> ")
+    shell.says("fg", "sleep 600")
+    shell.terminal.press("\x03")
+    shell.shows("inner> ")
+    shell.says("exit 5", ">> ")
+    shell.says("echo code $?", "code 5")
+
+
+def test_the_terminal_is_the_commands_controlling_terminal(shell: Shell) -> None:
+    shell.says("run -- sh -c 'test -t 0 && test -t 1 && test -t 2 && echo typed > /dev/tty'", "typed", ">> ")
+
+
+def test_when_the_terminal_is_closed_nothing_is_left(cli: Cli, shell: Shell, tmp_path: Path) -> None:
+    program = tmp_path / "family.py"
+    program.write_text(FAMILY)
+    shell.says(f"run -- {PYTHON} {program}", "ready")
+    tree = psutil.Process(shell.terminal.pid).children(recursive=True)
+    assert len(tree) >= 8
+    os.close(shell.terminal.master)
+    shell.terminal.master = os.open(os.devnull, os.O_RDWR)
+    wait_until(lambda: not any(alive(process) for process in tree), 10)
+    assert not held(cli)
