@@ -259,10 +259,26 @@ def test_who_dies_between_queueing_a_trial_again_and_failing_it_has_it_queued_on
     assert [trial.state.name for trial in next_one.study.trials] == ["FAIL", "WAITING"]
 
 
-def test_a_trial_that_ends_while_it_is_settled_is_not_repeated(storage):
+def test_a_trial_that_has_ended_leaves_no_copy(storage):
     dead = desk(storage, identity=DEAD)
     dead.ask()
     (trial,) = storage.get_all_trials(dead.study._study_id)
     dead.tell(0, Ending(How.COMPLETE, (1.0,)))
+    assert not settling.queue_again(dead.study, trial, 0, "lost")
+    assert [trial.state.name for trial in dead.study.trials] == ["COMPLETE"]
+
+
+def test_a_trial_that_ends_while_it_is_queued_again_is_not_repeated(storage, monkeypatch):
+    dead = desk(storage, identity=DEAD)
+    dead.ask()
+    (trial,) = storage.get_all_trials(dead.study._study_id)
+    create = storage.create_new_trial
+
+    def ends_now(*arguments):
+        monkeypatch.undo()
+        dead.tell(0, Ending(How.COMPLETE, (1.0,)))
+        return create(*arguments)
+
+    monkeypatch.setattr(storage, "create_new_trial", ends_now)
     assert not settling.queue_again(dead.study, trial, 0, "lost")
     assert [trial.state.name for trial in dead.study.trials] == ["COMPLETE", "FAIL"]
