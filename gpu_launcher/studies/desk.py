@@ -10,6 +10,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -26,6 +27,7 @@ from gpu_launcher.studies.pruning import Judge
 from gpu_launcher.studies.settling import fail, queue_again, settle
 from gpu_launcher.studies.storage import store_reports
 
+STOPPED = "the sweep was stopped"
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
@@ -143,6 +145,8 @@ class Desk:
     """Stores reports."""
     warm_up: Callable[[], object] = lambda: None
     """Imports what the sampler needs later, which may take seconds. To be called while there is time."""
+    sampling: Callable[[], AbstractContextManager[None]] = nullcontext
+    """What a trial is sampled in."""
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
     running: dict[int, int] = field(default_factory=dict)
@@ -191,15 +195,17 @@ class Desk:
             return over
         began = self.clock()
         try:
-            trial = self.study.ask()
-        except BaseException:
+            with self.sampling():
+                trial = self.study.ask()
+        except BaseException as error:
             for id in self._mine() - set(self.running.values()):
-                fail(self._storage, id, "it could not be sampled")
+                self._drop(id, error, "it could not be sampled")
             raise
         try:
-            spec = self.define(trial)
+            with self.sampling():
+                spec = self.define(trial)
         except BaseException as error:
-            fail(self._storage, trial._trial_id, f"it could not be defined: {error}")
+            self._drop(trial._trial_id, error, f"it could not be defined: {error}")
             raise
         self._asked += 1
         self.running[trial.number] = trial._trial_id
@@ -317,6 +323,15 @@ class Desk:
     def _mine(self) -> set[int]:
         """Ids of the trials that run and are this program's."""
         return {trial._trial_id for trial in self._trials(TrialState.RUNNING) if self.sweep.owns(trial)}
+
+    def _drop(self, id: int, error: BaseException, why: str) -> None:
+        """End a trial that was asked for and will not run."""
+        trial = self._storage.get_trial(id)
+        stopped = not isinstance(error, Exception)
+        if stopped and "fixed_params" in trial.system_attrs:  # it was queued, and may be somebody's known good point
+            queue_again(self.study, trial, trial.user_attrs.get(LOST, 0), STOPPED)
+        else:
+            fail(self._storage, id, STOPPED if stopped else why)
 
     def _over(self) -> Exhausted | None:
         bounds, failed, ended = self.bounds, self._ended[How.FAILED], self._ended.total()

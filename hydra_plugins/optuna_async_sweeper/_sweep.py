@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
 import shlex
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,29 +95,41 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
 
     try:
         result = stream(launcher, open_source, plan.options.n_jobs)
-        (source,) = sources
-        # A sweep that ended by itself gets its report; one that was stopped does not wait for a long sample or plot.
-        summary, lines = source.close(PATIENCE if result.stopped else None)
     except BaseException:
         for source in sources:
-            _close(source)
+            with contextlib.suppress(GpuLauncherError):  # there is another error to show
+                _close(source, PATIENCE)
         if opened:
             log.info(_how_to_go_on(plan, directory, None))
         raise
-    failed = source.failed
-    if result.stopped and result.stopped_by is None:
-        failed = "the sweep was stopped because hydra.launcher.on_failure or max_failures says so"
-    _conclude(plan, directory, summary, lines, failed, interrupted=result.stopped_by is not None)
-    if result.stopped_by is not None:
-        stop(result.stopped_by)
-
-
-def _close(source: TrialSource) -> None:
-    """After an error: have the trials told that run, if the process can still do that."""
+    (source,) = sources
+    stopped_by = result.stopped_by
     try:
-        source.close(PATIENCE)
-    except GpuLauncherError:  # there is another error to show
+        # A sweep that ended by itself gets its report; one that was stopped does not wait for a long sample or plot.
+        summary, lines = _close(source, PATIENCE if result.stopped else None)
+    except (GpuLauncherError, KeyboardInterrupt) as error:
+        log.info(_how_to_go_on(plan, directory, None))
+        if isinstance(error, KeyboardInterrupt):
+            stop(signal.SIGINT)
+        if stopped_by is None:
+            raise
+        log.warning(str(error))
+        stop(stopped_by)
+    failed = source.failed
+    if result.stopped and stopped_by is None:
+        failed = "the sweep was stopped because hydra.launcher.on_failure or max_failures says so"
+    _conclude(plan, directory, summary, lines, failed, interrupted=stopped_by is not None)
+    if stopped_by is not None:
+        stop(stopped_by)
+
+
+def _close(source: TrialSource, patience: float | None) -> tuple[Summary, list[str]]:
+    """Have the trials told that run, if the process can still do that. It ends, whatever is raised."""
+    try:
+        return source.close(patience)
+    except BaseException:
         source.abandon()
+        raise
 
 
 def _batches(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> None:

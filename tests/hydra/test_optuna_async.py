@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -379,6 +380,92 @@ def test_ctrl_c_leaves_no_trial_running_and_the_next_sweep_runs_those_again(
     again = [trial for trial in study(tmp_path).trials if trial.state is TrialState.COMPLETE]
     assert sorted(trial.params["x"] for trial in again) == sorted(trial.params["x"] for trial in interrupted)
     assert sorted(trial.user_attrs["gpu_launcher:retry_of"] for trial in again) == [[t.number] for t in interrupted]
+
+
+def wait_for_line(program: subprocess.Popen[str], *words: str) -> None:
+    assert program.stderr is not None
+    for line in program.stderr:
+        if all(word in line for word in words):
+            return
+    pytest.fail(f"ended without a line with {words}")
+
+
+def test_sigterm_leaves_no_trial_running_and_the_next_sweep_runs_those_again(
+    run: Run, start: Start, tmp_path: Path
+) -> None:
+    program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, "seconds=600", "hydra.sweeper.n_trials=8")
+    wait_for_line(program, "job 1 ", "started")
+    program.send_signal(signal.SIGTERM)
+    out, err = program.communicate(timeout=60)
+    assert program.returncode == 128 + signal.SIGTERM
+    assert "to go on with the study" in out
+    assert "Traceback" not in err
+    interrupted = [trial for trial in study(tmp_path).trials if trial.state is TrialState.FAIL]
+    waiting = [trial for trial in study(tmp_path).trials if trial.state is TrialState.WAITING]
+    assert len(interrupted) == len(waiting) == len(study(tmp_path).trials) / 2 >= 2
+    sweep(run, tmp_path, SPACE, f"hydra.sweeper.n_trials={len(waiting)}", "hydra.sweeper.retry_stale=0")
+    again = [trial for trial in study(tmp_path).trials if trial.state is TrialState.COMPLETE]
+    assert sorted(trial.params["x"] for trial in again) == sorted(trial.params["x"] for trial in interrupted)
+
+
+def test_a_second_ctrl_c_kills_jobs_that_do_not_end_and_their_trials_are_told(
+    run: Run, start: Start, tmp_path: Path
+) -> None:
+    program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, "does=clings", "hydra.launcher.grace=600")
+    wait_until(lambda: (tmp_path / "witness.jsonl").exists() and sum("clings" in e for e in witness(tmp_path)) == 2)
+    program.send_signal(signal.SIGINT)
+    wait_for_line(program, "stopping: ")
+    time.sleep(0.5)  # what comes sooner counts as the same
+    program.send_signal(signal.SIGINT)
+    out, err = program.communicate(timeout=60)
+    assert program.returncode in (130, -signal.SIGINT)
+    assert "to go on with the study" in out
+    assert "Traceback" not in err
+    counts = Counter(states(study(tmp_path)))
+    assert counts["FAIL"] == counts["WAITING"] == counts.total() / 2 >= 2
+    sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=2")
+
+
+def sampling_trial_1(directory: Path) -> bool:
+    return any(trial.number == 1 and trial.params for trial in trials(directory))
+
+
+def test_ctrl_c_while_the_sampler_samples_does_not_wait_for_it(run: Run, start: Start, tmp_path: Path) -> None:
+    custom = "hydra.sweeper.custom_search_space=__main__.hangs_in_trial_1"
+    program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, custom, "seconds=600")
+    wait_until(lambda: sampling_trial_1(tmp_path))
+    wait_for_line(program, "job 0 ", "started")
+    program.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    out, err = program.communicate(timeout=60)
+    assert time.monotonic() - began < 15, "less than a sampling process that does not answer is given"
+    assert program.returncode in (130, -signal.SIGINT)
+    assert "to go on with the study" in out
+    assert "Traceback" not in err
+    assert states(study(tmp_path)) == ["FAIL", "FAIL", "WAITING"]
+    again = ("y=interval(0.0,2.0)", "hydra.sweeper.n_trials=1", "hydra.sweeper.retry_stale=0")
+    sweep(run, tmp_path, SPACE, *again)
+    assert study(tmp_path).trials[2].state is TrialState.COMPLETE
+    assert study(tmp_path).trials[2].params["x"] == study(tmp_path).trials[0].params["x"]
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_sampler_that_nothing_ends(run: Run, start: Start, tmp_path: Path) -> None:
+    custom = "hydra.sweeper.custom_search_space=__main__.clings_in_trial_1"
+    program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, custom, "seconds=600")
+    wait_until(lambda: sampling_trial_1(tmp_path))
+    wait_for_line(program, "job 0 ", "started")
+    program.send_signal(signal.SIGINT)
+    wait_for_line(program, "jobs: 1 cancelled")
+    time.sleep(0.5)
+    program.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    out, err = program.communicate(timeout=60)
+    assert time.monotonic() - began < 15
+    assert program.returncode in (130, -signal.SIGINT)
+    assert "to go on with the study" in out
+    assert "Traceback" not in err
+    sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=1")
+    assert "RUNNING" not in states(study(tmp_path))
 
 
 def running_trials(directory: Path, pid: int) -> list[optuna.trial.FrozenTrial]:

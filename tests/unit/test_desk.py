@@ -74,6 +74,26 @@ def test_a_trial_that_cannot_be_sampled_is_told(storage):
     assert [trial.state for trial in broken.study.trials] == [TrialState.FAIL]
 
 
+@pytest.mark.parametrize("queued", [True, False])
+@pytest.mark.parametrize("when", ["sampled", "defined"])
+def test_a_trial_whose_sampling_is_interrupted_is_told_and_queued_again_if_it_was_queued(storage, when, queued):
+    def stops(*arguments):
+        raise KeyboardInterrupt
+
+    asking = desk(storage, define=stops if when == "defined" else define)
+    if when == "sampled":
+        asking.study.sampler.before_trial = stops
+    if queued:
+        asking.enqueue([{"x": 0.5}])
+    with pytest.raises(KeyboardInterrupt):
+        asking.ask()
+    states = [trial.state.name for trial in asking.study.trials]
+    assert states == ["FAIL", "WAITING"] if queued else ["FAIL"]
+    assert asking.study.trials[0].user_attrs[FAILURE] == "the sweep was stopped"
+    if queued:
+        assert desk(storage).ask().trial.params == {"x": 0.5}
+
+
 @pytest.mark.parametrize("how", list(How))
 def test_what_is_told_is_in_the_study(storage, how):
     asking = desk(storage)
