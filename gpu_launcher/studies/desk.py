@@ -102,6 +102,13 @@ class Exhausted:
 
 
 @dataclass(frozen=True, slots=True)
+class Unusable:
+    """A trial that somebody queued, with values of which no job can be made. It has failed; ask again."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class Best:
     """One of the best trials of a study."""
 
@@ -189,8 +196,11 @@ class Desk:
 
     # While it goes
 
-    def ask(self) -> Asked | Exhausted:
-        """The next trial. Raises whatever `define` or the sampler raises, and StudyError; no trial is left untold."""
+    def ask(self) -> Asked | Exhausted | Unusable:
+        """The next trial. Raises whatever `define` or the sampler raises, and StudyError; no trial is left untold.
+
+        What `define` raises for a trial that was queued is taken for the fault of that one, and not raised.
+        """
         if (over := self._over()) is not None:
             return over
         began = self.clock()
@@ -205,8 +215,13 @@ class Desk:
             with self.sampling():
                 spec = self.define(trial)
         except BaseException as error:
-            self._drop(trial._trial_id, error, f"it could not be defined: {error}")
-            raise
+            queued = self._drop(trial._trial_id, error, f"it could not be defined: {error}")
+            if not queued or not isinstance(error, Exception):
+                raise
+            values = ", ".join(f"{name}={value!r}" for name, value in queued.items())
+            message = f"trial {trial.number} failed: it was queued with {values}, of which no job can be made: {error}"
+            self._first_failure = self._first_failure or message
+            return Unusable(message)
         self._asked += 1
         self.running[trial.number] = trial._trial_id
         self._sampling.count += 1
@@ -324,14 +339,16 @@ class Desk:
         """Ids of the trials that run and are this program's."""
         return {trial._trial_id for trial in self._trials(TrialState.RUNNING) if self.sweep.owns(trial)}
 
-    def _drop(self, id: int, error: BaseException, why: str) -> None:
-        """End a trial that was asked for and will not run."""
+    def _drop(self, id: int, error: BaseException, why: str) -> dict[str, Any]:
+        """End a trial that was asked for and will not run. Returns the values that it was queued with, if it was."""
         trial = self._storage.get_trial(id)
+        queued: dict[str, Any] = trial.system_attrs.get("fixed_params", {})
         stopped = not isinstance(error, Exception)
-        if stopped and "fixed_params" in trial.system_attrs:  # it was queued, and may be somebody's known good point
+        if stopped and queued:  # it may be somebody's known good point
             queue_again(self.study, trial, trial.user_attrs.get(LOST, 0), STOPPED)
         else:
             fail(self._storage, id, STOPPED if stopped else why)
+        return queued
 
     def _over(self) -> Exhausted | None:
         bounds, failed, ended = self.bounds, self._ended[How.FAILED], self._ended.total()

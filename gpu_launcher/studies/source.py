@@ -30,7 +30,7 @@ from gpu_launcher.model import Device
 from gpu_launcher.processes.linux import die_with_parent, flush_c_streams
 from gpu_launcher.processes.messages import ChannelClosedError, channel, receive, send
 from gpu_launcher.studies.bearing import Bearing
-from gpu_launcher.studies.desk import Asked, Desk, Ending, Exhausted, StudyError, Summary
+from gpu_launcher.studies.desk import Asked, Desk, Ending, Exhausted, StudyError, Summary, Unusable
 from gpu_launcher.studies.interruption import SIGNAL, Interruption, SamplingInterrupted
 from gpu_launcher.studies.trial import TrialSeen
 from gpu_launcher.studies.voices import Attribute, Intermediate, Verdict
@@ -400,6 +400,9 @@ class _Clerk:
             answer = self.desk.ask()
         except SamplingInterrupted:
             return  # to close, which is said in the channel
+        if isinstance(answer, Unusable):
+            send(self.channel, s.Remark(answer.message))
+            return  # and ask again, after what has come meanwhile
         self.wanted -= 1
         if isinstance(answer, Exhausted):
             self.wanted = 0

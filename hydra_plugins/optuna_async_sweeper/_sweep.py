@@ -22,7 +22,7 @@ from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.processes.starter import ForkServer
-from gpu_launcher.studies.desk import Asked, Ending, Exhausted, How, Summary
+from gpu_launcher.studies.desk import Asked, Ending, Exhausted, How, Summary, Unusable
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.source import Opened, TrialSource, seen
 from hydra_plugins.gpu_pool_launcher.launcher import GpuPoolLauncher
@@ -150,10 +150,13 @@ def _batches(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> N
             batch: list[Asked] = []
             while len(batch) < size and over is None:
                 answer = desk.ask()
-                if isinstance(answer, Exhausted):
-                    over = answer
-                else:
-                    batch.append(answer)
+                match answer:
+                    case Exhausted():
+                        over = answer
+                    case Unusable(message):
+                        log.warning(message)
+                    case Asked():
+                        batch.append(answer)
             for run in _consecutive(batch):
                 # Directories are numbered as trials are, and other sweeps may have taken some numbers.
                 for asked in run:

@@ -535,6 +535,26 @@ def test_known_points_are_tried_first(run: Run, tmp_path: Path) -> None:
     assert study(tmp_path).trials[-1].params["x"] == 1.5, "what the study has is not tried again"
 
 
+@pytest.mark.parametrize("launcher", [POOL, ("hydra/launcher=basic",)], ids=["gpu_pool", "batches"])
+def test_a_point_queued_elsewhere_that_is_not_in_the_space_fails_alone(
+    run: Run, tmp_path: Path, launcher: tuple[str, ...]
+) -> None:
+    (tmp_path / "sweep").mkdir()
+    new = optuna.create_study(study_name="trials", storage=gpu_launcher.storage(tmp_path / "sweep" / "study.db"))
+    for x in (99.0, "none", 1.0):
+        new.enqueue_trial({"x": x})
+    done = run(
+        tmp_path, PROGRAM, "--multirun", *SWEEPER, *launcher, RANDOM, "x=choice(0.0,1.0)", "hydra.sweeper.n_trials=3"
+    )
+    assert done.returncode == 0, done.stderr
+    assert states(study(tmp_path)) == ["FAIL", "FAIL"] + ["COMPLETE"] * 3
+    assert study(tmp_path).trials[2].params["x"] == 1.0
+    for number, x in enumerate((99.0, "none")):
+        said = f"trial {number} failed: it was queued with x={x!r}, of which no job can be made: "
+        assert said in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+
+
 def test_a_sweep_that_was_killed_while_it_defined_a_trial_goes_on(run: Run, start: Start, tmp_path: Path) -> None:
     custom = "hydra.sweeper.custom_search_space=__main__.hangs_in_trial_1"
     program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, custom)

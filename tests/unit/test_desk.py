@@ -12,7 +12,7 @@ import gpu_launcher
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.studies import settling
 from gpu_launcher.studies.attributes import FAILURE, JOB, LOST, OWNER, RETRY_OF
-from gpu_launcher.studies.desk import Asked, Bounds, Desk, Ending, Exhausted, How
+from gpu_launcher.studies.desk import Asked, Bounds, Desk, Ending, Exhausted, How, Unusable
 from gpu_launcher.studies.ownership import Sweep, own
 
 HERE = ProcessIdentity.here()
@@ -72,6 +72,21 @@ def test_a_trial_that_cannot_be_sampled_is_told(storage):
     with pytest.raises(ArithmeticError):
         broken.ask()
     assert [trial.state for trial in broken.study.trials] == [TrialState.FAIL]
+
+
+def test_a_queued_trial_of_which_no_job_can_be_made_fails_alone(storage):
+    def choose(trial):
+        return [f"x={trial.suggest_categorical('x', [1, 2])}"]
+
+    asking = desk(storage, Bounds(n_trials=1), define=choose)
+    asking.enqueue([{"x": 7}])
+    answer = asking.ask()
+    assert isinstance(answer, Unusable)
+    assert answer.message.startswith("trial 0 failed: it was queued with x=7, of which no job can be made: ")
+    assert asking.study.trials[0].state is TrialState.FAIL
+    assert isinstance(asking.ask(), Asked)
+    asking.tell(1, Ending(How.COMPLETE, (1.0,)))
+    assert asking.ask() == Exhausted(None)
 
 
 @pytest.mark.parametrize("queued", [True, False])
