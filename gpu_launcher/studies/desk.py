@@ -25,7 +25,7 @@ from gpu_launcher.studies.attributes import JOB, LOST
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.pruning import Judge
 from gpu_launcher.studies.settling import fail, queue_again, settle
-from gpu_launcher.studies.storage import store_reports
+from gpu_launcher.studies.storage import alone, store_reports
 
 STOPPED = "the sweep was stopped"
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
@@ -174,13 +174,15 @@ class Desk:
     # Before the first trial
 
     def settle(self, most_retries: int) -> list[str]:
-        """See `settling.settle`."""
-        return settle(self.study, self.sweep, most_retries)
+        """See `settling.settle`. One sweep at a time, or two would queue the same trial again."""
+        with alone(self._storage):
+            return settle(self.study, self.sweep, most_retries)
 
     def enqueue(self, points: Sequence[Mapping[str, Any]]) -> None:
         """Try these parameters first, unless the study has them already."""
-        for point in points:
-            self.study.enqueue_trial(dict(point), skip_if_exists=True)
+        with alone(self._storage) if points else nullcontext():
+            for point in points:
+                self.study.enqueue_trial(dict(point), skip_if_exists=True)
 
     @property
     def expected(self) -> int | None:

@@ -555,6 +555,19 @@ def test_a_point_queued_elsewhere_that_is_not_in_the_space_fails_alone(
     assert "Traceback" not in done.stderr
 
 
+def test_sweeps_that_begin_together_try_each_known_point_once(start: Start, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    points = "hydra.sweeper.enqueue=[{x: 0.25},{x: 0.5},{x: 0.75},{x: 1.0}]"
+    shared = (f"hydra.sweeper.storage={url}", "hydra.sweeper.study_name=shared", "hydra.sweeper.n_trials=4", points)
+    programs = [start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, *shared) for _ in range(3)]
+    for program in programs:
+        out, err = program.communicate(timeout=100)
+        assert program.returncode == 0, out + err
+    tried = [trial.params["x"] for trial in study(tmp_path, "shared", url).trials]
+    assert len(tried) == 12
+    assert sorted(x for x in tried if x in (0.25, 0.5, 0.75, 1.0)) == [0.25, 0.5, 0.75, 1.0]
+
+
 def test_a_sweep_that_was_killed_while_it_defined_a_trial_goes_on(run: Run, start: Start, tmp_path: Path) -> None:
     custom = "hydra.sweeper.custom_search_space=__main__.hangs_in_trial_1"
     program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, custom)
