@@ -164,17 +164,25 @@ def _batches(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> N
                 returns = launcher.launch([asked.spec for asked in run], run[0].trial.number)
                 for asked, job_return in zip(run, returns, strict=True):
                     number = asked.trial.number
-                    desk.ran_in(number, job_return.working_dir)
+                    desk.ran_in(number, _directory_of(job_return))
                     told = _ending_of(job_return, len(plan.options.directions))
                     if told.how is How.FAILED:
                         log.warning(f"trial {number} failed: {told.message}")
                     desk.tell(number, told)
-    finally:
-        summary = desk.close()  # an exception leaves no trial untold
+    except BaseException:
+        log.info(_how_to_go_on(plan, directory, desk.close().left))  # leaves no trial untold
+        raise
+    summary = desk.close()
     if over.reason:
         log.info(over.reason)
     lines = finish(desk, summary, plan, directory)
     _conclude(plan, directory, summary, lines, over.reason if over.failed else None, interrupted=False)
+
+
+def _directory_of(job_return: JobReturn) -> str | None:
+    """Where the job's output is; its working directory may be everybody's."""
+    found = OmegaConf.select(job_return.hydra_cfg, "hydra.runtime.output_dir") if job_return.hydra_cfg else None
+    return str(found) if found else job_return.working_dir
 
 
 def _consecutive(batch: Sequence[Asked]) -> list[list[Asked]]:

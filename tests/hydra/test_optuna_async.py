@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -178,16 +179,40 @@ def test_at_most_n_jobs_run_at_the_same_time(run: Run, tmp_path: Path) -> None:
     assert kinds == ["began", "ended"] * 5
 
 
-def test_with_another_launcher_it_works_in_batches_and_says_so(run: Run, tmp_path: Path) -> None:
-    done = run(
-        tmp_path,
-        PROGRAM,
-        *("--multirun", *SWEEPER, RANDOM, SPACE, "hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=3"),
-    )
+JOBLIB = importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is not None
+needs_joblib = pytest.mark.skipif(not JOBLIB, reason="hydra-joblib-launcher is not installed")
+
+
+@pytest.mark.parametrize("launcher", ["basic", pytest.param("joblib", marks=needs_joblib)])
+def test_with_another_launcher_it_works_in_batches_and_says_so(run: Run, tmp_path: Path, launcher: str) -> None:
+    options = (f"hydra/launcher={launcher}", "hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=3")
+    done = run(tmp_path, PROGRAM, "--multirun", *SWEEPER, RANDOM, SPACE, "does=odd_ones_raise", *options)
     assert done.returncode == 0, done.stderr
-    assert "BasicLauncher takes jobs in batches of 3" in done.stdout
-    assert states(study(tmp_path)) == ["COMPLETE"] * 5
-    assert (tmp_path / "sweep" / "4" / ".hydra").is_dir()
+    assert f"{launcher.capitalize()}Launcher takes jobs in batches of 3" in done.stdout
+    found = study(tmp_path)
+    assert states(found) == ["COMPLETE", "FAIL", "COMPLETE", "FAIL", "COMPLETE"]
+    assert found.trials[1].user_attrs["gpu_launcher:failure"] == "raised ValueError: 1 was meant to fail"
+    jobs = began(tmp_path)
+    for trial in found.trials:
+        directory = tmp_path / "sweep" / str(trial.number)
+        assert (directory / ".hydra").is_dir()
+        assert trial.user_attrs["gpu_launcher:job"]["directory"] == str(directory)
+        assert jobs[trial.number]["x"] == trial.params["x"]
+    assert f" in {tmp_path / 'sweep' / str(found.best_trial.number)}\n" in done.stdout
+
+
+@pytest.mark.parametrize("launcher", ["basic", pytest.param("joblib", marks=needs_joblib)])
+def test_ctrl_c_in_a_batch_leaves_no_trial_running_and_says_how_to_go_on(
+    start: Start, tmp_path: Path, launcher: str
+) -> None:
+    options = (f"hydra/launcher={launcher}", "hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=2", "seconds=600")
+    program = start(tmp_path, PROGRAM, "--multirun", *SWEEPER, RANDOM, SPACE, *options)
+    wait_until(lambda: (tmp_path / "witness.jsonl").exists())
+    program.send_signal(signal.SIGINT)
+    out, _ = program.communicate(timeout=60)
+    assert program.returncode in (130, -signal.SIGINT)
+    assert f"run the same command with hydra.sweep.dir={tmp_path / 'sweep'} hydra.sweeper.n_trials=5" in out
+    assert sorted(states(study(tmp_path))) == ["FAIL", "FAIL", "WAITING", "WAITING"]
 
 
 # Pruning
