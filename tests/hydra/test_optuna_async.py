@@ -6,10 +6,12 @@ import importlib.util
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +352,48 @@ def test_a_sampler_that_is_killed_ends_the_sweep_and_the_next_one_goes_on(
     assert not [child for child in children if child.is_running()]
     sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=3")
     assert "RUNNING" not in states(study(tmp_path))
+
+
+@contextmanager
+def full(file: Path, sampler: psutil.Process) -> Iterator[None]:
+    """The disk is full, for that process."""
+    before = sampler.rlimit(psutil.RLIMIT_FSIZE)
+    sampler.rlimit(psutil.RLIMIT_FSIZE, (1, before[1]))
+    yield
+    sampler.rlimit(psutil.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def locked(file: Path, sampler: psutil.Process) -> Iterator[None]:
+    """Somebody else writes."""
+    with closing(sqlite3.connect(file, isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        yield
+        database.execute("COMMIT")
+
+
+@pytest.mark.parametrize("trouble", [full, locked])
+def test_a_sweep_bears_a_database_that_cannot_be_used_for_a_while(
+    start: Start, tmp_path: Path, trouble: Callable[..., AbstractContextManager[None]]
+) -> None:
+    options = ("does=reports", "steps=10", "hydra.sweeper.n_trials=12")
+    program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, *options)
+    wait_for_line(program, "(2/12 done)")
+    sampler = max(psutil.Process(program.pid).children(), key=lambda child: child.pid)  # forked after the guard
+    with trouble(tmp_path / "sweep" / "study.db", sampler):
+        if trouble is full:
+            wait_for_line(program, "the study's database cannot be used: ", "Jobs run on, the rest waits")
+        before = len(witness(tmp_path))
+        time.sleep(2)
+        assert len(witness(tmp_path)) - before < 12, "no trials are asked for meanwhile"
+    out, err = program.communicate(timeout=60)
+    assert program.returncode == 0, out + err
+    assert ("the study's database can be used again" in err) is (trouble is full)
+    for trial in study(tmp_path).trials:
+        assert trial.state is TrialState.COMPLETE
+        assert trial.values == [float(trial.number)]
+        assert trial.intermediate_values == {step: trial.number + 1 / (step + 1) for step in range(10)}
+    assert sorted(began(tmp_path)) == list(range(12)), "nothing was asked for twice"
 
 
 def test_retries_of_the_launcher_are_one_trial(run: Run, tmp_path: Path) -> None:
