@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
+from optuna.exceptions import StorageInternalError
 
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs import source as s
@@ -292,7 +293,7 @@ def _serve(channel: socket.socket, open_desk: OpenDesk, finish: Callable[[Desk, 
         if failed is None:
             traceback.print_exc()
             failed = StudyError(f"the search ended: {type(error).__name__}: {error}")
-        if desk is not None:
+        if desk is not None and not isinstance(error, StorageInternalError):  # borne for as long as anything is
             _tell_the_rest(desk)
         with contextlib.suppress(ChannelClosedError):
             send(channel, _Failed(failed))
