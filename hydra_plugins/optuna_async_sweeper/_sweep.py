@@ -73,6 +73,11 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
 
     launcher = sweeper.launcher
     assert isinstance(launcher, GpuPoolLauncher)
+    if launcher.options.get("resume"):
+        log.info(
+            "hydra.launcher.resume has no part in this: the study itself goes on, by n_trials more; "
+            "hydra.sweeper.total_trials runs what it lacks"
+        )
     objectives = len(plan.options.directions)
     sources: list[TrialSource] = []
     opened: list[Opened] = []

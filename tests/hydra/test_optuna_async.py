@@ -429,6 +429,14 @@ def test_total_trials_runs_what_the_study_lacks(run: Run, tmp_path: Path) -> Non
     assert "best: " in done.stdout
 
 
+def test_resume_of_the_launcher_is_answered_with_what_happens_instead(run: Run, tmp_path: Path) -> None:
+    done = sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=1", "hydra.launcher.resume=true")
+    assert "hydra.launcher.resume has no part in this: the study itself goes on" in done.stdout
+    done = sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=1")
+    assert "hydra.launcher.resume" not in done.stdout
+    assert states(study(tmp_path)) == ["COMPLETE"] * 2
+
+
 def test_ctrl_c_leaves_no_trial_running_and_the_next_sweep_runs_those_again(
     run: Run, start: Start, tmp_path: Path
 ) -> None:
@@ -688,20 +696,37 @@ def test_a_sampler_that_has_tried_everything_ends_the_sweep(run: Run, tmp_path: 
 
 # Bad input
 
+
+def test_a_sweep_with_nothing_to_search_says_so(run: Run, tmp_path: Path) -> None:
+    done = sweep(run, tmp_path, "x=1", "hydra.sweeper.n_trials=2")
+    assert "there is nothing to search, and all trials are the same: name a parameter" in done.stdout
+    assert states(study(tmp_path)) == ["COMPLETE"] * 2
+
+
+def test_known_points_from_a_file_with_something_else_are_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "points.yaml").write_text("5\n")
+    done = sweep(run, tmp_path, SPACE, "hydra.sweeper.enqueue=points.yaml", ok=False)
+    assert f"hydra.sweeper.enqueue: {tmp_path / 'points.yaml'} cannot be read: " in done.stderr
+    assert "read: None" not in done.stderr
+
+
 BAD = [
-    (("x=interval(0,1)", "x=0.5"), "x"),
-    (("x=interval(1,1)",), "interval"),
-    (("x=tag(log,interval(0,1))",), "log"),
+    (("x=interval(0,1)", "x=0.5"), "x=interval(0,1): x=0.5 fixes what this searches: leave out one of them"),
+    (("x=interval(1,1)",), "x=interval(1,1): the interval from 1.0 to 1.0 has no size: give two bounds"),
+    (("x=tag(log,interval(0,1))",), "x=tag(log,interval(0,1)): a logarithmic interval cannot start at 0.0"),
     ((SPACE, "hydra.sweeper.direction=up"), "hydra.sweeper.direction: 'up' is none of minimize, maximize"),
-    ((SPACE, "hydra.sweeper.pruner=medain"), "hydra.sweeper.pruner"),
-    ((SPACE, "hydra.sweeper.sampler={name: tpu}"), "hydra.sweeper.sampler"),
+    ((SPACE, "hydra.sweeper.pruner=medain"), "hydra.sweeper.pruner: 'medain' is unknown: did you mean median?"),
+    ((SPACE, "hydra.sweeper.sampler={name: tpu}"), "hydra.sweeper.sampler: 'tpu' is unknown: did you mean tpe?"),
     ((SPACE, "hydra.sweeper.n_trials=0"), "hydra.sweeper.n_trials: 0 is no whole number from 1"),
-    ((SPACE, "hydra.sweeper.storage=sqlit:///study.db"), "sqlit"),
-    ((SPACE, "hydra.sweeper.storage=sqlite:///no/such/directory/study.db"), "no/such/directory"),
+    ((SPACE, "hydra.sweeper.storage=sqlit:///study.db"), "there is no database 'sqlit': is it sqlite://?"),
+    (
+        (SPACE, "hydra.sweeper.storage=sqlite:///no/such/directory/study.db"),
+        "no/such/directory does not exist: make it",
+    ),
     ((SPACE, "hydra.sweeper.enqueue=missing.yaml"), "missing.yaml cannot be read"),
-    ((SPACE, "hydra.sweeper.enqueue=[{x: 7.0}]"), "x"),
-    ((SPACE, "hydra.sweeper.custom_search_space=no.such.function"), "no.such.function"),
-    ((SPACE, "hydra/sweeper/sampler=grid"), "x"),
+    ((SPACE, "hydra.sweeper.enqueue=[{x: 7.0}]"), "x=7.0: is not in float from -2.0 to 2.0"),
+    ((SPACE, "hydra.sweeper.custom_search_space=no.such.function"), "no.such.function cannot be imported"),
+    ((SPACE, "hydra/sweeper/sampler=grid"), "hydra.sweeper.sampler: x is continuous, and this sampler needs an end"),
     ((SPACE, "hydra.sweeper.patience=3", "hydra.sweeper.direction=[minimize,maximize]"), "hydra.sweeper.patience"),
 ]
 
