@@ -6,7 +6,6 @@ named so that anybody can say later whether it lives. A trial of a dead owner is
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,6 @@ from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.errors import GpuLauncherError
@@ -25,10 +23,10 @@ from gpu_launcher.studies.attributes import JOB, LOST
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.pruning import Judge
 from gpu_launcher.studies.settling import fail, queue_again, settle
+from gpu_launcher.studies.stopping import ENDED, Bounds, Exhausted, Stopping, Tally
 from gpu_launcher.studies.storage import alone, store_reports
 
 STOPPED = "the sweep was stopped"
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 class StudyError(GpuLauncherError):
@@ -58,26 +56,6 @@ class Ending:
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
-    """When to stop asking. None means never for that reason."""
-
-    n_trials: int | None = None
-    """Trials that this sweep asks for."""
-    total_trials: int | None = None
-    """Trials of the study that completed, were pruned, or run, and those of this sweep that failed."""
-    timeout: float | None = None
-    """Seconds from the opening of the desk."""
-    patience: int | None = None
-    """Trials that completed without improving the best value."""
-    max_failure_rate: float | None = None
-    """Part of this sweep's trials that may fail, of `FEW` or more."""
-
-
-FEW = 10
-"""So many trials must have ended before a rate of failures means anything, unless it is to be 0."""
-
-
-@dataclass(frozen=True, slots=True)
 class Asked:
     """A trial to run."""
 
@@ -89,16 +67,6 @@ class Asked:
     prunes: bool
     """Whether it is any use to ask for a verdict on its reports."""
     objectives: int
-
-
-@dataclass(frozen=True, slots=True)
-class Exhausted:
-    """There are no more trials."""
-
-    reason: str | None
-    """Unless it is what one expects."""
-    failed: bool = False
-    """Whether the sweep is to end as a failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,14 +155,7 @@ class Desk:
     @property
     def expected(self) -> int | None:
         """How many trials this sweep is going to run, as far as that is known now."""
-        counts = []
-        if self.bounds.n_trials is not None:
-            counts.append(self.bounds.n_trials)
-        if self.bounds.total_trials is not None:
-            counts.append(max(0, self.bounds.total_trials - self._total()))
-        if self.combinations is not None:
-            counts.append(self._left())
-        return min(counts, default=None)
+        return self._stopping.expected(self._ended[How.FAILED])
 
     # While it goes
 
@@ -203,7 +164,7 @@ class Desk:
 
         What `define` raises for a trial that was queued is taken for the fault of that one, and not raised.
         """
-        if (over := self._over()) is not None:
+        if (over := self._stopping.over(self._tally)) is not None:
             return over
         began = self.clock()
         try:
@@ -331,6 +292,15 @@ class Desk:
     # How
 
     @property
+    def _stopping(self) -> Stopping:
+        return Stopping(self.study, self.bounds, self.combinations)
+
+    @property
+    def _tally(self) -> Tally:
+        ended, failed = self._ended.total(), self._ended[How.FAILED]
+        return Tally(self._asked, ended, failed, self.clock() - self._opened, self._exhausted)
+
+    @property
     def _storage(self) -> BaseStorage:
         return self.study._storage
 
@@ -351,48 +321,6 @@ class Desk:
         else:
             fail(self._storage, id, STOPPED if stopped else why)
         return queued
-
-    def _over(self) -> Exhausted | None:
-        bounds, failed, ended = self.bounds, self._ended[How.FAILED], self._ended.total()
-        if bounds.n_trials is not None and self._asked >= bounds.n_trials:
-            return Exhausted(None)
-        if bounds.timeout is not None and self.clock() - self._opened >= bounds.timeout:
-            return Exhausted("no more trials are asked for: the timeout is over")
-        if self._exhausted and not self._trials(TrialState.WAITING):
-            return Exhausted("no more trials are asked for: every combination has been tried")
-        if self.combinations is not None and not self._left():
-            return Exhausted(None)
-        if bounds.total_trials is not None and self._total() >= bounds.total_trials:
-            return Exhausted(None)
-        if bounds.max_failure_rate is not None and failed:
-            few = ended < FEW and bounds.max_failure_rate > 0
-            if not few and failed / ended > bounds.max_failure_rate:
-                reason = f"no more trials are asked for: {failed} of {ended} failed"
-                return Exhausted(f"{reason}, more than max_failure_rate={bounds.max_failure_rate} lets", failed=True)
-        if bounds.patience is not None and (since := self._since_best()) >= bounds.patience:
-            return Exhausted(f"no more trials are asked for: {since} completed without improving on the best")
-        return None
-
-    def _total(self) -> int:
-        return len(self._trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)) + self._ended[How.FAILED]
-
-    def _left(self) -> int:
-        """Combinations that have not been tried and are not being tried, and what is queued."""
-        assert self.combinations is not None
-        queued = self._trials(TrialState.WAITING)
-        tried = {repr(sorted(trial.params.items())) for trial in self._trials(*ENDED, TrialState.RUNNING)}
-        return max(0, self.combinations - len(tried)) + len(queued)
-
-    def _since_best(self) -> int:
-        """Trials that completed after the best one did."""
-        done = sorted(self._trials(TrialState.COMPLETE), key=lambda trial: (trial.datetime_complete, trial.number))
-        sign = 1.0 if self.study.direction is StudyDirection.MINIMIZE else -1.0
-        best, since = math.inf, 0
-        for trial in done:
-            value = sign * trial.values[0]
-            since = 0 if value < best else since + 1
-            best = min(best, value)
-        return since
 
     def _note(self, number: int) -> None:
         if number in self.running:

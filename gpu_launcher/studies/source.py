@@ -31,8 +31,9 @@ from gpu_launcher.model import Device
 from gpu_launcher.processes.linux import die_with_parent, flush_c_streams
 from gpu_launcher.processes.messages import ChannelClosedError, channel, receive, send
 from gpu_launcher.studies.bearing import Bearing
-from gpu_launcher.studies.desk import Asked, Desk, Ending, Exhausted, StudyError, Summary, Unusable
+from gpu_launcher.studies.desk import Asked, Desk, Ending, StudyError, Summary, Unusable
 from gpu_launcher.studies.interruption import SIGNAL, Interruption, SamplingInterrupted
+from gpu_launcher.studies.stopping import Exhausted
 from gpu_launcher.studies.trial import TrialSeen
 from gpu_launcher.studies.voices import Attribute, Intermediate, Verdict
 

@@ -13,7 +13,7 @@ from yaml import YAMLError
 
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import OptionError
-from gpu_launcher.studies.desk import Bounds
+from gpu_launcher.studies.stopping import Bounds
 
 DIRECTIONS = ("minimize", "maximize")
 

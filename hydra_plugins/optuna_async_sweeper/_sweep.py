@@ -22,9 +22,10 @@ from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.processes.starter import ForkServer
-from gpu_launcher.studies.desk import Asked, Ending, Exhausted, How, Summary, Unusable
+from gpu_launcher.studies.desk import Asked, Ending, How, Summary, Unusable
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.source import Opened, TrialSource, seen
+from gpu_launcher.studies.stopping import Exhausted
 from hydra_plugins.gpu_pool_launcher.launcher import GpuPoolLauncher
 
 from ._options import read_options

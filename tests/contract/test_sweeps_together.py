@@ -16,8 +16,9 @@ from optuna.trial import TrialState
 import gpu_launcher
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.studies.attributes import RETRY_OF
-from gpu_launcher.studies.desk import Bounds, Desk
+from gpu_launcher.studies.desk import Desk
 from gpu_launcher.studies.ownership import Sweep, own
+from gpu_launcher.studies.stopping import Bounds
 
 FORK = multiprocessing.get_context("fork")
 SWEEPS = 6

@@ -13,9 +13,10 @@ from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.processes.messages import channel, receive, send
 from gpu_launcher.studies import source
 from gpu_launcher.studies.bearing import PATIENCE, Bearing
-from gpu_launcher.studies.desk import Bounds, Desk
+from gpu_launcher.studies.desk import Desk
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.pruning import Judge
+from gpu_launcher.studies.stopping import Bounds
 
 
 class World:

@@ -12,8 +12,9 @@ import gpu_launcher
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.studies import settling
 from gpu_launcher.studies.attributes import FAILURE, JOB, LOST, OWNER, RETRY_OF
-from gpu_launcher.studies.desk import Asked, Bounds, Desk, Ending, Exhausted, How, Unusable
+from gpu_launcher.studies.desk import Asked, Desk, Ending, How, Unusable
 from gpu_launcher.studies.ownership import Sweep, own
+from gpu_launcher.studies.stopping import Bounds, Exhausted
 
 HERE = ProcessIdentity.here()
 DEAD = replace(HERE, pid=2**22 + 1)
