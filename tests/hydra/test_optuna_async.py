@@ -73,6 +73,14 @@ def sweep(run: Run, directory: Path, *arguments: str, ok: bool = True) -> subpro
     return done
 
 
+def importances(stdout: str) -> dict[str, list[float]]:
+    """What the table at the end says of each parameter."""
+    lines = [line.partition("[HYDRA] ")[2] for line in stdout.splitlines()]
+    (begin,) = (number for number, line in enumerate(lines) if line.startswith("parameter importances"))
+    rows = [line.split() for line in lines[begin + 1 :] if line.startswith("  ")]
+    return {name: [float(part) for part in parts] for name, *parts in rows}
+
+
 # What it takes over from the official sweeper
 
 
@@ -85,7 +93,8 @@ def test_the_best_trial_is_found_shown_and_saved(run: Run, tmp_path: Path) -> No
     assert found == {"name": "optuna", "best_params": best.params, "best_value": best.values[0]}
     assert f"trial {best.number} (x={best.params['x']}" in done.stdout
     assert str(tmp_path / "sweep" / str(best.number)) in done.stdout
-    assert "parameter importances: " in done.stdout
+    assert importances(done.stdout).keys() == {"x", "y"}
+    assert sum(first for (first,) in importances(done.stdout).values()) == pytest.approx(1, abs=0.02)
 
 
 def test_every_job_runs_with_its_trials_number_and_values(run: Run, tmp_path: Path) -> None:
@@ -134,7 +143,10 @@ def test_a_function_can_add_to_the_search_space(run: Run, tmp_path: Path) -> Non
 
 def test_several_objectives_give_a_pareto_front(run: Run, tmp_path: Path) -> None:
     directions = "hydra.sweeper.direction=[minimize,maximize]"
-    sweep(run, tmp_path, SPACE, "does=two", directions, "hydra.sweeper.n_trials=6")
+    space = (SPACE, "y=interval(0.0,1.0)")
+    done = sweep(run, tmp_path, *space, "does=two", directions, "hydra.sweeper.n_trials=6")
+    table = importances(done.stdout)
+    assert {name: len(parts) for name, parts in table.items()} == {"x": 2, "y": 2}
     found = yaml.safe_load((tmp_path / "sweep" / "optimization_results.yaml").read_text())
     best = study(tmp_path).best_trials
     assert found["solutions"] == [{"params": trial.params, "values": trial.values} for trial in best]
