@@ -31,10 +31,10 @@ def main(cfg: DictConfig) -> float:
         report.append(between - before)
         ask.append(after - between)
         # Private names: the step that the latest verdict is about, and hearing of one, where `should_prune` gave up.
-        late += trial._judged != step
-        while trial._judged != step and (patience := due + cfg.interval / 2 - time.monotonic()) > 0:
-            trial._listen(patience)
-        if trial._judged == step:
+        late += trial._voice._judged != step
+        while trial._voice._judged != step and (patience := due + cfg.interval / 2 - time.monotonic()) > 0:
+            trial._voice._listen(patience)
+        if trial._voice._judged == step:
             lag.append(time.perf_counter_ns() - before)
         if pruned:
             break
