@@ -6,17 +6,16 @@ named so that anybody can say later whether it lives. A trial of a dead owner is
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.errors import GpuLauncherError
@@ -24,9 +23,10 @@ from gpu_launcher.studies.attributes import JOB, LOST
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.pruning import Judge
 from gpu_launcher.studies.settling import fail, queue_again, settle
-from gpu_launcher.studies.storage import store_reports
+from gpu_launcher.studies.stopping import ENDED, Bounds, Exhausted, Stopping, Tally
+from gpu_launcher.studies.storage import alone, store_reports
 
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+STOPPED = "the sweep was stopped"
 
 
 class StudyError(GpuLauncherError):
@@ -56,26 +56,6 @@ class Ending:
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
-    """When to stop asking. None means never for that reason."""
-
-    n_trials: int | None = None
-    """Trials that this sweep asks for."""
-    total_trials: int | None = None
-    """Trials of the study that completed, were pruned, or run, and those of this sweep that failed."""
-    timeout: float | None = None
-    """Seconds from the opening of the desk."""
-    patience: int | None = None
-    """Trials that completed without improving the best value."""
-    max_failure_rate: float | None = None
-    """Part of this sweep's trials that may fail, of `FEW` or more."""
-
-
-FEW = 10
-"""So many trials must have ended before a rate of failures means anything, unless it is to be 0."""
-
-
-@dataclass(frozen=True, slots=True)
 class Asked:
     """A trial to run."""
 
@@ -90,13 +70,10 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Exhausted:
-    """There are no more trials."""
+class Unusable:
+    """A trial that somebody queued, with values of which no job can be made. It has failed; ask again."""
 
-    reason: str | None
-    """Unless it is what one expects."""
-    failed: bool = False
-    """Whether the sweep is to end as a failure."""
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +120,8 @@ class Desk:
     """Stores reports."""
     warm_up: Callable[[], object] = lambda: None
     """Imports what the sampler needs later, which may take seconds. To be called while there is time."""
+    sampling: Callable[[], AbstractContextManager[None]] = nullcontext
+    """What a trial is sampled in."""
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
     running: dict[int, int] = field(default_factory=dict)
@@ -163,44 +142,49 @@ class Desk:
     # Before the first trial
 
     def settle(self, most_retries: int) -> list[str]:
-        """See `settling.settle`."""
-        return settle(self.study, self.sweep, most_retries)
+        """See `settling.settle`. One sweep at a time, or two would queue the same trial again."""
+        with alone(self._storage):
+            return settle(self.study, self.sweep, most_retries)
 
     def enqueue(self, points: Sequence[Mapping[str, Any]]) -> None:
         """Try these parameters first, unless the study has them already."""
-        for point in points:
-            self.study.enqueue_trial(dict(point), skip_if_exists=True)
+        with alone(self._storage) if points else nullcontext():
+            for point in points:
+                self.study.enqueue_trial(dict(point), skip_if_exists=True)
 
     @property
     def expected(self) -> int | None:
         """How many trials this sweep is going to run, as far as that is known now."""
-        counts = []
-        if self.bounds.n_trials is not None:
-            counts.append(self.bounds.n_trials)
-        if self.bounds.total_trials is not None:
-            counts.append(max(0, self.bounds.total_trials - self._total()))
-        if self.combinations is not None:
-            counts.append(self._left())
-        return min(counts, default=None)
+        return self._stopping.expected(self._ended[How.FAILED])
 
     # While it goes
 
-    def ask(self) -> Asked | Exhausted:
-        """The next trial. Raises whatever `define` or the sampler raises, and StudyError; no trial is left untold."""
-        if (over := self._over()) is not None:
+    def ask(self) -> Asked | Exhausted | Unusable:
+        """The next trial. Raises whatever `define` or the sampler raises, and StudyError; no trial is left untold.
+
+        What `define` raises for a trial that was queued is taken for the fault of that one, and not raised.
+        """
+        if (over := self._stopping.over(self._tally)) is not None:
             return over
         began = self.clock()
         try:
-            trial = self.study.ask()
-        except BaseException:
+            with self.sampling():
+                trial = self.study.ask()
+        except BaseException as error:
             for id in self._mine() - set(self.running.values()):
-                fail(self._storage, id, "it could not be sampled")
+                self._drop(id, error, "it could not be sampled")
             raise
         try:
-            spec = self.define(trial)
+            with self.sampling():
+                spec = self.define(trial)
         except BaseException as error:
-            fail(self._storage, trial._trial_id, f"it could not be defined: {error}")
-            raise
+            queued = self._drop(trial._trial_id, error, f"it could not be defined: {error}")
+            if not queued or not isinstance(error, Exception):
+                raise
+            values = ", ".join(f"{name}={value!r}" for name, value in queued.items())
+            message = f"trial {trial.number} failed: it was queued with {values}, of which no job can be made: {error}"
+            self._first_failure = self._first_failure or message
+            return Unusable(message)
         self._asked += 1
         self.running[trial.number] = trial._trial_id
         self._sampling.count += 1
@@ -308,6 +292,15 @@ class Desk:
     # How
 
     @property
+    def _stopping(self) -> Stopping:
+        return Stopping(self.study, self.bounds, self.combinations)
+
+    @property
+    def _tally(self) -> Tally:
+        ended, failed = self._ended.total(), self._ended[How.FAILED]
+        return Tally(self._asked, ended, failed, self.clock() - self._opened, self._exhausted)
+
+    @property
     def _storage(self) -> BaseStorage:
         return self.study._storage
 
@@ -318,47 +311,16 @@ class Desk:
         """Ids of the trials that run and are this program's."""
         return {trial._trial_id for trial in self._trials(TrialState.RUNNING) if self.sweep.owns(trial)}
 
-    def _over(self) -> Exhausted | None:
-        bounds, failed, ended = self.bounds, self._ended[How.FAILED], self._ended.total()
-        if bounds.n_trials is not None and self._asked >= bounds.n_trials:
-            return Exhausted(None)
-        if bounds.timeout is not None and self.clock() - self._opened >= bounds.timeout:
-            return Exhausted("no more trials are asked for: the timeout is over")
-        if self._exhausted and not self._trials(TrialState.WAITING):
-            return Exhausted("no more trials are asked for: every combination has been tried")
-        if self.combinations is not None and not self._left():
-            return Exhausted(None)
-        if bounds.total_trials is not None and self._total() >= bounds.total_trials:
-            return Exhausted(None)
-        if bounds.max_failure_rate is not None and failed:
-            few = ended < FEW and bounds.max_failure_rate > 0
-            if not few and failed / ended > bounds.max_failure_rate:
-                reason = f"no more trials are asked for: {failed} of {ended} failed"
-                return Exhausted(f"{reason}, more than max_failure_rate={bounds.max_failure_rate} lets", failed=True)
-        if bounds.patience is not None and (since := self._since_best()) >= bounds.patience:
-            return Exhausted(f"no more trials are asked for: {since} completed without improving on the best")
-        return None
-
-    def _total(self) -> int:
-        return len(self._trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)) + self._ended[How.FAILED]
-
-    def _left(self) -> int:
-        """Combinations that have not been tried and are not being tried, and what is queued."""
-        assert self.combinations is not None
-        queued = self._trials(TrialState.WAITING)
-        tried = {repr(sorted(trial.params.items())) for trial in self._trials(*ENDED, TrialState.RUNNING)}
-        return max(0, self.combinations - len(tried)) + len(queued)
-
-    def _since_best(self) -> int:
-        """Trials that completed after the best one did."""
-        done = sorted(self._trials(TrialState.COMPLETE), key=lambda trial: (trial.datetime_complete, trial.number))
-        sign = 1.0 if self.study.direction is StudyDirection.MINIMIZE else -1.0
-        best, since = math.inf, 0
-        for trial in done:
-            value = sign * trial.values[0]
-            since = 0 if value < best else since + 1
-            best = min(best, value)
-        return since
+    def _drop(self, id: int, error: BaseException, why: str) -> dict[str, Any]:
+        """End a trial that was asked for and will not run. Returns the values that it was queued with, if it was."""
+        trial = self._storage.get_trial(id)
+        queued: dict[str, Any] = trial.system_attrs.get("fixed_params", {})
+        stopped = not isinstance(error, Exception)
+        if stopped and queued:  # it may be somebody's known good point
+            queue_again(self.study, trial, trial.user_attrs.get(LOST, 0), STOPPED)
+        else:
+            fail(self._storage, id, STOPPED if stopped else why)
+        return queued
 
     def _note(self, number: int) -> None:
         if number in self.running:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import optuna
+from optuna.exceptions import StorageInternalError
 
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs import source as s
@@ -31,7 +32,9 @@ from gpu_launcher.processes.forks import own_fork
 from gpu_launcher.processes.linux import die_with_parent, flush_c_streams
 from gpu_launcher.processes.messages import ChannelClosedError, channel, receive, send
 from gpu_launcher.studies.bearing import Bearing
-from gpu_launcher.studies.desk import Asked, Desk, Ending, Exhausted, StudyError, Summary
+from gpu_launcher.studies.desk import Asked, Desk, Ending, StudyError, Summary, Unusable
+from gpu_launcher.studies.interruption import SIGNAL, Interruption, SamplingInterrupted
+from gpu_launcher.studies.stopping import Exhausted
 from gpu_launcher.studies.trial import TrialSeen
 from gpu_launcher.studies.voices import Attribute, Intermediate, Verdict
 
@@ -192,14 +195,19 @@ class TrialSource:
     def close(self, patience: float | None = None) -> tuple[Summary, list[str]]:
         """Have everything told that has not been, and return what came of it, with lines for the user.
 
-        Raises StudyError after so many seconds of `patience`; None waits for as long as it takes.
+        With `patience`, in seconds, a trial that is being sampled is given up, and StudyError raised after that time;
+        None waits for as long as it takes.
         """
         deadline = None if patience is None else time.monotonic() + patience
+        hurry = patience is not None
         self._send(_Close())
         poll = select.poll()
         poll.register(self._channel, select.POLLIN)
         while True:
             self.tick()
+            if hurry and not self._backlog:
+                hurry = False
+                self._interrupt()
             if deadline is not None and time.monotonic() > deadline:
                 raise StudyError(
                     f"the process that asks for trials did not end in {patience:.0f} s; it was killed, and the next "
@@ -211,6 +219,11 @@ class TrialSource:
                     summary, remarks = message
                     self._reap()
                     return summary, remarks
+
+    def _interrupt(self) -> None:
+        if self._pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, SIGNAL)
 
     def abandon(self) -> None:
         """End the process at once; trials that run are settled by the next sweep on the study."""
@@ -264,10 +277,14 @@ def _serve(channel: socket.socket, open_desk: OpenDesk, finish: Callable[[Desk, 
     try:
         desk, remarks = open_desk()
         send(channel, Opened(desk.expected, remarks))
+        interruption = Interruption()
+        interruption.spare(desk.study._storage)
         bearing = Bearing(lambda text: send(channel, s.Remark(text)))
         bearing.over_all(desk.study._storage)
         desk.store = bearing.over(desk.store)
-        clerk = _Clerk(desk, channel)
+        desk.sampling = interruption.sampling
+        interruption.listen()
+        clerk = _Clerk(desk, channel, interruption)
         while not clerk.closed:
             clerk.work()
         summary = desk.close()
@@ -279,7 +296,7 @@ def _serve(channel: socket.socket, open_desk: OpenDesk, finish: Callable[[Desk, 
         if failed is None:
             traceback.print_exc()
             failed = StudyError(f"the search ended: {type(error).__name__}: {error}")
-        if desk is not None:
+        if desk is not None and not isinstance(error, StorageInternalError):  # borne for as long as anything is
             _tell_the_rest(desk)
         with contextlib.suppress(ChannelClosedError):
             send(channel, _Failed(failed))
@@ -318,6 +335,7 @@ class _Clerk:
 
     desk: Desk
     channel: socket.socket
+    interruption: Interruption
     closed: bool = False
     wanted: int = 0
     cancelled: set[int] = field(default_factory=set)
@@ -350,6 +368,7 @@ class _Clerk:
             self._look()
 
     def _waiting(self, patience: float) -> list[Any]:
+        self.interruption.forget()  # what it was for is there to be read
         poll = select.poll()
         poll.register(self.channel, select.POLLIN)
         messages = []
@@ -381,7 +400,13 @@ class _Clerk:
                 self.closed = True
 
     def _ask(self) -> None:
-        answer = self.desk.ask()
+        try:
+            answer = self.desk.ask()
+        except SamplingInterrupted:
+            return  # to close, which is said in the channel
+        if isinstance(answer, Unusable):
+            send(self.channel, s.Remark(answer.message))
+            return  # and ask again, after what has come meanwhile
         self.wanted -= 1
         if isinstance(answer, Exhausted):
             self.wanted = 0

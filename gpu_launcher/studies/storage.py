@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -158,6 +159,28 @@ def _elsewhere(url: str) -> RDBStorage:
         raise _incompatible(name, name, error) from error
     close_before_forks(made.engine)
     return made
+
+
+@contextmanager
+def alone(storage: BaseStorage) -> Iterator[None]:
+    """Be the only one, of all programs that ask for it, who looks for something in a storage and then adds it.
+
+    For a file its directory is locked, as when it is opened; in another database a row that nobody else locks. Raises
+    StorageError if that takes more than a minute for a file. Storages of other kinds have no such lock.
+    """
+    backend = storage._backend if isinstance(storage, _CachedStorage) else storage
+    if isinstance(backend, SQLiteStorage):
+        with opening(backend._file):
+            yield
+    elif isinstance(backend, JournalStorage) and isinstance(backend._backend, JournalFileBackend):
+        with opening(Path(backend._backend._file_path).absolute()):
+            yield
+    elif isinstance(backend, RDBStorage) and backend.engine.dialect.name != "sqlite":
+        with Session(backend.engine) as session, session.begin():
+            session.execute(sa.select(models.VersionInfoModel.version_info_id).with_for_update())
+            yield
+    else:
+        yield
 
 
 def store_reports(storage: BaseStorage, reports: Mapping[int, Mapping[int, float]]) -> set[int]:

@@ -24,10 +24,13 @@ from optuna.trial import BaseTrial
 from gpu_launcher.processes import conversation
 from gpu_launcher.processes.bulletin import Bulletin
 from gpu_launcher.processes.ranks import is_later_rank
+from gpu_launcher.studies.attributes import OURS
 from gpu_launcher.studies.voices import Follower, Main, Nobody, Unheard, Voice
 
 LAST_STEP = 2**31
 """Databases keep steps as integers of 32 bits."""
+LONGEST_NAME = 512
+"""Characters of a user attribute's name that databases keep. A longer one would fail in the sweep, for all trials."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +104,13 @@ class JobTrial(BaseTrial):
     def set_user_attr(self, key: str, value: Any) -> None:
         """Store something with the trial. Only the job's main process can.
 
-        Raises TypeError or ValueError for a value that JSON has not, such as a NumPy number: use `float(...)`.
+        Raises TypeError or ValueError for a value that JSON has not, such as a NumPy number: use `float(...)`; and
+        ValueError for a name that is too long for databases, or begins as the sweep's own do.
         """
+        if (length := len(str(key))) > LONGEST_NAME:
+            raise ValueError(f"a user attribute's name has at most {LONGEST_NAME} characters, and this one {length}")
+        if str(key).startswith(OURS):
+            raise ValueError(f"{key!r} is one of the sweep's own: use a name that does not begin with {OURS!r}")
         voice = self._voice
         if not isinstance(voice, Follower):
             voice.set_user_attr(str(key), value)

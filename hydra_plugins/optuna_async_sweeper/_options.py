@@ -13,7 +13,7 @@ from yaml import YAMLError
 
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import OptionError
-from gpu_launcher.studies.desk import Bounds
+from gpu_launcher.studies.stopping import Bounds
 
 DIRECTIONS = ("minimize", "maximize")
 
@@ -115,7 +115,7 @@ def _enqueue(value: object) -> Sequence[Mapping[str, Any]]:
         try:
             points = OmegaConf.to_container(OmegaConf.load(file))
         except OSError as error:
-            raise OptionError(name, f"{file.absolute()} cannot be read: {error.strerror}") from error
+            raise OptionError(name, f"{file.absolute()} cannot be read: {error.strerror or error}") from error
         except (YAMLError, UnicodeDecodeError) as error:
             raise OptionError(name, f"{file.absolute()} is no YAML: {error}") from error
     if points is None:

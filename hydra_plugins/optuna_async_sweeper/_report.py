@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.studies.desk import Best, Desk, Summary
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from ._study import StudyPlan
 
 MOST_SHOWN = 10
-"""Trials of a Pareto front that are listed."""
+"""Trials of a Pareto front, and parameters, that are listed."""
 ENOUGH = 4
 """Trials that must have completed before importances mean anything."""
 
@@ -45,17 +46,28 @@ def _best(best: Best, plan: StudyPlan) -> str:
 
 
 def _importances(study: optuna.Study) -> list[str]:
-    """One line, most important first; none where they cannot be computed."""
+    """A table, most important first, with a column for each objective; none where they cannot be computed."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if len(study.directions) > 1 or len(done) < ENOUGH or len(done[0].params) < 2:
+    if len(done) < ENOUGH or len(done[0].params) < 2:
         return []
-    if len({trial.values[0] for trial in done}) < 2:
+    objectives = range(len(study.directions))
+    if any(len({trial.values[number] for trial in done}) < 2 for number in objectives):
         return []  # all are equally good
     # It imports scikit-learn, which takes more than a second: not before the first job, and not in every job's memory.
     from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator, get_param_importances
 
     evaluator: BaseImportanceEvaluator
     evaluator = FanovaImportanceEvaluator(seed=0) if find_spec("sklearn") else PedAnovaImportanceEvaluator()
-    found = get_param_importances(study, evaluator=evaluator)
-    shown = ", ".join(f"{name} {part:.2f}" for name, part in found.items())
-    return [f"parameter importances: {shown}"] if found else []
+    targets = [partial(_value, number) for number in objectives] if len(objectives) > 1 else [None]
+    found = [get_param_importances(study, evaluator=evaluator, target=target) for target in targets]
+    names = sorted(found[0], key=lambda name: -max(column[name] for column in found))[:MOST_SHOWN]
+    if not names:
+        return []
+    width = max(map(len, names))
+    table = [f"  {name:<{width}}" + "".join(f"  {column[name]:.2f}" for column in found) for name in names]
+    return ["parameter importances" + (", by objective:" if len(found) > 1 else ":"), *table]
+
+
+def _value(number: int, trial: FrozenTrial) -> float:
+    """Of one objective."""
+    return float(trial.values[number])

@@ -83,6 +83,10 @@ class StudyPlan:
         warm_up = _import_torch if isinstance(study.sampler, GPSampler) else lambda: None
         desk = Desk(study, self._define, bounds, self.sweep, self._combinations(study.sampler), warm_up=warm_up)
         remarks = [f"study {self.name!r} in {self.where}, with {len(trials)} trials" if trials else self._opened, why]
+        if not self.space.distributions and self._custom is None:
+            remarks.append(
+                "there is nothing to search, and all trials are the same: name a parameter, as in lr=interval(0.0,1.0)"
+            )
         remarks += desk.settle(self.options.retry_stale)
         desk.enqueue([self._point(point) for point in self.options.enqueue])
         return desk, remarks

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
 import shlex
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.processes.starter import ForkServer
-from gpu_launcher.studies.desk import Asked, Ending, Exhausted, How, Summary
+from gpu_launcher.studies.desk import Asked, Ending, How, Summary, Unusable
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.source import Opened, TrialSource, seen
+from gpu_launcher.studies.stopping import Exhausted
 from hydra_plugins.gpu_pool_launcher.launcher import GpuPoolLauncher
 
 from ._options import read_options
@@ -71,6 +74,11 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
 
     launcher = sweeper.launcher
     assert isinstance(launcher, GpuPoolLauncher)
+    if launcher.options.get("resume"):
+        log.info(
+            "hydra.launcher.resume has no part in this: the study itself goes on, by n_trials more; "
+            "hydra.sweeper.total_trials runs what it lacks"
+        )
     objectives = len(plan.options.directions)
     sources: list[TrialSource] = []
     opened: list[Opened] = []
@@ -93,29 +101,41 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
 
     try:
         result = stream(launcher, open_source, plan.options.n_jobs)
-        (source,) = sources
-        # A sweep that ended by itself gets its report; one that was stopped does not wait for a long sample or plot.
-        summary, lines = source.close(PATIENCE if result.stopped else None)
     except BaseException:
         for source in sources:
-            _close(source)
+            with contextlib.suppress(GpuLauncherError):  # there is another error to show
+                _close(source, PATIENCE)
         if opened:
             log.info(_how_to_go_on(plan, directory, None))
         raise
-    failed = source.failed
-    if result.stopped and result.stopped_by is None:
-        failed = "the sweep was stopped because hydra.launcher.on_failure or max_failures says so"
-    _conclude(plan, directory, summary, lines, failed, interrupted=result.stopped_by is not None)
-    if result.stopped_by is not None:
-        stop(result.stopped_by)
-
-
-def _close(source: TrialSource) -> None:
-    """After an error: have the trials told that run, if the process can still do that."""
+    (source,) = sources
+    stopped_by = result.stopped_by
     try:
-        source.close(PATIENCE)
-    except GpuLauncherError:  # there is another error to show
+        # A sweep that ended by itself gets its report; one that was stopped does not wait for a long sample or plot.
+        summary, lines = _close(source, PATIENCE if result.stopped else None)
+    except (GpuLauncherError, KeyboardInterrupt) as error:
+        log.info(_how_to_go_on(plan, directory, None))
+        if isinstance(error, KeyboardInterrupt):
+            stop(signal.SIGINT)
+        if stopped_by is None:
+            raise
+        log.warning(str(error))
+        stop(stopped_by)
+    failed = source.failed
+    if result.stopped and stopped_by is None:
+        failed = "the sweep was stopped because hydra.launcher.on_failure or max_failures says so"
+    _conclude(plan, directory, summary, lines, failed, interrupted=stopped_by is not None)
+    if stopped_by is not None:
+        stop(stopped_by)
+
+
+def _close(source: TrialSource, patience: float | None) -> tuple[Summary, list[str]]:
+    """Have the trials told that run, if the process can still do that. It ends, whatever is raised."""
+    try:
+        return source.close(patience)
+    except BaseException:
         source.abandon()
+        raise
 
 
 def _batches(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> None:
@@ -136,10 +156,13 @@ def _batches(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> N
             batch: list[Asked] = []
             while len(batch) < size and over is None:
                 answer = desk.ask()
-                if isinstance(answer, Exhausted):
-                    over = answer
-                else:
-                    batch.append(answer)
+                match answer:
+                    case Exhausted():
+                        over = answer
+                    case Unusable(message):
+                        log.warning(message)
+                    case Asked():
+                        batch.append(answer)
             for run in _consecutive(batch):
                 # Directories are numbered as trials are, and other sweeps may have taken some numbers.
                 for asked in run:
@@ -147,17 +170,25 @@ def _batches(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> N
                 returns = launcher.launch([asked.spec for asked in run], run[0].trial.number)
                 for asked, job_return in zip(run, returns, strict=True):
                     number = asked.trial.number
-                    desk.ran_in(number, job_return.working_dir)
+                    desk.ran_in(number, _directory_of(job_return))
                     told = _ending_of(job_return, len(plan.options.directions))
                     if told.how is How.FAILED:
                         log.warning(f"trial {number} failed: {told.message}")
                     desk.tell(number, told)
-    finally:
-        summary = desk.close()  # an exception leaves no trial untold
+    except BaseException:
+        log.info(_how_to_go_on(plan, directory, desk.close().left))  # leaves no trial untold
+        raise
+    summary = desk.close()
     if over.reason:
         log.info(over.reason)
     lines = finish(desk, summary, plan, directory)
     _conclude(plan, directory, summary, lines, over.reason if over.failed else None, interrupted=False)
+
+
+def _directory_of(job_return: JobReturn) -> str | None:
+    """Where the job's output is; its working directory may be everybody's."""
+    found = OmegaConf.select(job_return.hydra_cfg, "hydra.runtime.output_dir") if job_return.hydra_cfg else None
+    return str(found) if found else job_return.working_dir
 
 
 def _consecutive(batch: Sequence[Asked]) -> list[list[Asked]]:

@@ -161,3 +161,29 @@ def test_no_trial_is_lost_or_run_twice_whoever_is_killed(tmp_path: Path) -> None
     why = {trial.params.get("x"): str(trial.user_attrs.get("gpu_launcher:failure")) for trial in trials}
     crashed = {x for x, failure in why.items() if "was killed" in failure or "was ended because" in failure}
     assert set(ENQUEUED) <= set(completed) | crashed, "each queued point was tried"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_eight_sweeps_run_each_of_sixty_queued_trials_once(tmp_path: Path) -> None:
+    world = World(tmp_path, random.Random(0))
+    points = ",".join(f"{{x: {x}}}" for x in ENQUEUED)
+    total, sweeps = len(ENQUEUED), 8
+    each = f"hydra.sweeper.n_trials={total // sweeps + 1}"
+    try:
+        world.sweeps = [world.start(each, f"hydra.sweeper.enqueue=[{points}]") for _ in range(sweeps)]
+        for number, sweep in enumerate(world.sweeps, start=1):
+            assert sweep.wait(500) == 0, (tmp_path / f"output-{number}.txt").read_text()
+    finally:
+        for sweep in world.sweeps:
+            sweep.kill()
+    study = optuna.load_study(study_name="shared", storage=gpu_launcher.storage(world.url))
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * (total // sweeps + 1) * sweeps
+    ran = Counter(entry["x"] for entry in world.witness() if "began" in entry)
+    assert {x: ran[x] for x in ENQUEUED} == dict.fromkeys(ENQUEUED, 1)
+    values = {entry["ended"]: entry["value"] for entry in world.witness() if "ended" in entry}
+    assert {trial.number: trial.values[0] for trial in study.trials} == values
+    owners = {trial.user_attrs["gpu_launcher:owner"]["pid"] for trial in study.trials}
+    assert owners == {sweep.pid for sweep in world.sweeps}, "all of them had a part in it"
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)

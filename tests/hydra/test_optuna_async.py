@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +73,14 @@ def sweep(run: Run, directory: Path, *arguments: str, ok: bool = True) -> subpro
     return done
 
 
+def importances(stdout: str) -> dict[str, list[float]]:
+    """What the table at the end says of each parameter."""
+    lines = [line.partition("[HYDRA] ")[2] for line in stdout.splitlines()]
+    (begin,) = (number for number, line in enumerate(lines) if line.startswith("parameter importances"))
+    rows = [line.split() for line in lines[begin + 1 :] if line.startswith("  ")]
+    return {name: [float(part) for part in parts] for name, *parts in rows}
+
+
 # What it takes over from the official sweeper
 
 
@@ -81,7 +93,8 @@ def test_the_best_trial_is_found_shown_and_saved(run: Run, tmp_path: Path) -> No
     assert found == {"name": "optuna", "best_params": best.params, "best_value": best.values[0]}
     assert f"trial {best.number} (x={best.params['x']}" in done.stdout
     assert str(tmp_path / "sweep" / str(best.number)) in done.stdout
-    assert "parameter importances: " in done.stdout
+    assert importances(done.stdout).keys() == {"x", "y"}
+    assert sum(first for (first,) in importances(done.stdout).values()) == pytest.approx(1, abs=0.02)
 
 
 def test_every_job_runs_with_its_trials_number_and_values(run: Run, tmp_path: Path) -> None:
@@ -130,7 +143,10 @@ def test_a_function_can_add_to_the_search_space(run: Run, tmp_path: Path) -> Non
 
 def test_several_objectives_give_a_pareto_front(run: Run, tmp_path: Path) -> None:
     directions = "hydra.sweeper.direction=[minimize,maximize]"
-    sweep(run, tmp_path, SPACE, "does=two", directions, "hydra.sweeper.n_trials=6")
+    space = (SPACE, "y=interval(0.0,1.0)")
+    done = sweep(run, tmp_path, *space, "does=two", directions, "hydra.sweeper.n_trials=6")
+    table = importances(done.stdout)
+    assert {name: len(parts) for name, parts in table.items()} == {"x": 2, "y": 2}
     found = yaml.safe_load((tmp_path / "sweep" / "optimization_results.yaml").read_text())
     best = study(tmp_path).best_trials
     assert found["solutions"] == [{"params": trial.params, "values": trial.values} for trial in best]
@@ -177,16 +193,40 @@ def test_at_most_n_jobs_run_at_the_same_time(run: Run, tmp_path: Path) -> None:
     assert kinds == ["began", "ended"] * 5
 
 
-def test_with_another_launcher_it_works_in_batches_and_says_so(run: Run, tmp_path: Path) -> None:
-    done = run(
-        tmp_path,
-        PROGRAM,
-        *("--multirun", *SWEEPER, RANDOM, SPACE, "hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=3"),
-    )
+JOBLIB = importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is not None
+needs_joblib = pytest.mark.skipif(not JOBLIB, reason="hydra-joblib-launcher is not installed")
+
+
+@pytest.mark.parametrize("launcher", ["basic", pytest.param("joblib", marks=needs_joblib)])
+def test_with_another_launcher_it_works_in_batches_and_says_so(run: Run, tmp_path: Path, launcher: str) -> None:
+    options = (f"hydra/launcher={launcher}", "hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=3")
+    done = run(tmp_path, PROGRAM, "--multirun", *SWEEPER, RANDOM, SPACE, "does=odd_ones_raise", *options)
     assert done.returncode == 0, done.stderr
-    assert "BasicLauncher takes jobs in batches of 3" in done.stdout
-    assert states(study(tmp_path)) == ["COMPLETE"] * 5
-    assert (tmp_path / "sweep" / "4" / ".hydra").is_dir()
+    assert f"{launcher.capitalize()}Launcher takes jobs in batches of 3" in done.stdout
+    found = study(tmp_path)
+    assert states(found) == ["COMPLETE", "FAIL", "COMPLETE", "FAIL", "COMPLETE"]
+    assert found.trials[1].user_attrs["gpu_launcher:failure"] == "raised ValueError: 1 was meant to fail"
+    jobs = began(tmp_path)
+    for trial in found.trials:
+        directory = tmp_path / "sweep" / str(trial.number)
+        assert (directory / ".hydra").is_dir()
+        assert trial.user_attrs["gpu_launcher:job"]["directory"] == str(directory)
+        assert jobs[trial.number]["x"] == trial.params["x"]
+    assert f" in {tmp_path / 'sweep' / str(found.best_trial.number)}\n" in done.stdout
+
+
+@pytest.mark.parametrize("launcher", ["basic", pytest.param("joblib", marks=needs_joblib)])
+def test_ctrl_c_in_a_batch_leaves_no_trial_running_and_says_how_to_go_on(
+    start: Start, tmp_path: Path, launcher: str
+) -> None:
+    options = (f"hydra/launcher={launcher}", "hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=2", "seconds=600")
+    program = start(tmp_path, PROGRAM, "--multirun", *SWEEPER, RANDOM, SPACE, *options)
+    wait_until(lambda: (tmp_path / "witness.jsonl").exists())
+    program.send_signal(signal.SIGINT)
+    out, _ = program.communicate(timeout=60)
+    assert program.returncode in (130, -signal.SIGINT)
+    assert f"run the same command with hydra.sweep.dir={tmp_path / 'sweep'} hydra.sweeper.n_trials=5" in out
+    assert sorted(states(study(tmp_path))) == ["FAIL", "FAIL", "WAITING", "WAITING"]
 
 
 # Pruning
@@ -326,6 +366,48 @@ def test_a_sampler_that_is_killed_ends_the_sweep_and_the_next_one_goes_on(
     assert "RUNNING" not in states(study(tmp_path))
 
 
+@contextmanager
+def full(file: Path, sampler: psutil.Process) -> Iterator[None]:
+    """The disk is full, for that process."""
+    before = sampler.rlimit(psutil.RLIMIT_FSIZE)
+    sampler.rlimit(psutil.RLIMIT_FSIZE, (1, before[1]))
+    yield
+    sampler.rlimit(psutil.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def locked(file: Path, sampler: psutil.Process) -> Iterator[None]:
+    """Somebody else writes."""
+    with closing(sqlite3.connect(file, isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        yield
+        database.execute("COMMIT")
+
+
+@pytest.mark.parametrize("trouble", [full, locked])
+def test_a_sweep_bears_a_database_that_cannot_be_used_for_a_while(
+    start: Start, tmp_path: Path, trouble: Callable[..., AbstractContextManager[None]]
+) -> None:
+    options = ("does=reports", "steps=10", "hydra.sweeper.n_trials=12")
+    program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, *options)
+    wait_for_line(program, "(2/12 done)")
+    sampler = max(psutil.Process(program.pid).children(), key=lambda child: child.pid)  # forked after the guard
+    with trouble(tmp_path / "sweep" / "study.db", sampler):
+        if trouble is full:
+            wait_for_line(program, "the study's database cannot be used: ", "Jobs run on, the rest waits")
+        before = len(witness(tmp_path))
+        time.sleep(2)
+        assert len(witness(tmp_path)) - before < 12, "no trials are asked for meanwhile"
+    out, err = program.communicate(timeout=60)
+    assert program.returncode == 0, out + err
+    assert ("the study's database can be used again" in err) is (trouble is full)
+    for trial in study(tmp_path).trials:
+        assert trial.state is TrialState.COMPLETE
+        assert trial.values == [float(trial.number)]
+        assert trial.intermediate_values == {step: trial.number + 1 / (step + 1) for step in range(10)}
+    assert sorted(began(tmp_path)) == list(range(12)), "nothing was asked for twice"
+
+
 def test_retries_of_the_launcher_are_one_trial(run: Run, tmp_path: Path) -> None:
     retries = ("hydra.launcher.retries=1", "hydra.launcher.retry_on=[crash]")
     done = sweep(run, tmp_path, SPACE, "does=kills_itself", "hydra.sweeper.n_trials=1", *retries, ok=False)
@@ -359,6 +441,14 @@ def test_total_trials_runs_what_the_study_lacks(run: Run, tmp_path: Path) -> Non
     assert "best: " in done.stdout
 
 
+def test_resume_of_the_launcher_is_answered_with_what_happens_instead(run: Run, tmp_path: Path) -> None:
+    done = sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=1", "hydra.launcher.resume=true")
+    assert "hydra.launcher.resume has no part in this: the study itself goes on" in done.stdout
+    done = sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=1")
+    assert "hydra.launcher.resume" not in done.stdout
+    assert states(study(tmp_path)) == ["COMPLETE"] * 2
+
+
 def test_ctrl_c_leaves_no_trial_running_and_the_next_sweep_runs_those_again(
     run: Run, start: Start, tmp_path: Path
 ) -> None:
@@ -379,6 +469,92 @@ def test_ctrl_c_leaves_no_trial_running_and_the_next_sweep_runs_those_again(
     again = [trial for trial in study(tmp_path).trials if trial.state is TrialState.COMPLETE]
     assert sorted(trial.params["x"] for trial in again) == sorted(trial.params["x"] for trial in interrupted)
     assert sorted(trial.user_attrs["gpu_launcher:retry_of"] for trial in again) == [[t.number] for t in interrupted]
+
+
+def wait_for_line(program: subprocess.Popen[str], *words: str) -> None:
+    assert program.stderr is not None
+    for line in program.stderr:
+        if all(word in line for word in words):
+            return
+    pytest.fail(f"ended without a line with {words}")
+
+
+def test_sigterm_leaves_no_trial_running_and_the_next_sweep_runs_those_again(
+    run: Run, start: Start, tmp_path: Path
+) -> None:
+    program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, "seconds=600", "hydra.sweeper.n_trials=8")
+    wait_for_line(program, "job 1 ", "started")
+    program.send_signal(signal.SIGTERM)
+    out, err = program.communicate(timeout=60)
+    assert program.returncode == 128 + signal.SIGTERM
+    assert "to go on with the study" in out
+    assert "Traceback" not in err
+    interrupted = [trial for trial in study(tmp_path).trials if trial.state is TrialState.FAIL]
+    waiting = [trial for trial in study(tmp_path).trials if trial.state is TrialState.WAITING]
+    assert len(interrupted) == len(waiting) == len(study(tmp_path).trials) / 2 >= 2
+    sweep(run, tmp_path, SPACE, f"hydra.sweeper.n_trials={len(waiting)}", "hydra.sweeper.retry_stale=0")
+    again = [trial for trial in study(tmp_path).trials if trial.state is TrialState.COMPLETE]
+    assert sorted(trial.params["x"] for trial in again) == sorted(trial.params["x"] for trial in interrupted)
+
+
+def test_a_second_ctrl_c_kills_jobs_that_do_not_end_and_their_trials_are_told(
+    run: Run, start: Start, tmp_path: Path
+) -> None:
+    program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, "does=clings", "hydra.launcher.grace=600")
+    wait_until(lambda: (tmp_path / "witness.jsonl").exists() and sum("clings" in e for e in witness(tmp_path)) == 2)
+    program.send_signal(signal.SIGINT)
+    wait_for_line(program, "stopping: ")
+    time.sleep(0.5)  # what comes sooner counts as the same
+    program.send_signal(signal.SIGINT)
+    out, err = program.communicate(timeout=60)
+    assert program.returncode in (130, -signal.SIGINT)
+    assert "to go on with the study" in out
+    assert "Traceback" not in err
+    counts = Counter(states(study(tmp_path)))
+    assert counts["FAIL"] == counts["WAITING"] == counts.total() / 2 >= 2
+    sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=2")
+
+
+def sampling_trial_1(directory: Path) -> bool:
+    return any(trial.number == 1 and trial.params for trial in trials(directory))
+
+
+def test_ctrl_c_while_the_sampler_samples_does_not_wait_for_it(run: Run, start: Start, tmp_path: Path) -> None:
+    custom = "hydra.sweeper.custom_search_space=__main__.hangs_in_trial_1"
+    program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, custom, "seconds=600")
+    wait_until(lambda: sampling_trial_1(tmp_path))
+    wait_for_line(program, "job 0 ", "started")
+    program.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    out, err = program.communicate(timeout=60)
+    assert time.monotonic() - began < 15, "less than a sampling process that does not answer is given"
+    assert program.returncode in (130, -signal.SIGINT)
+    assert "to go on with the study" in out
+    assert "Traceback" not in err
+    assert states(study(tmp_path)) == ["FAIL", "FAIL", "WAITING"]
+    again = ("y=interval(0.0,2.0)", "hydra.sweeper.n_trials=1", "hydra.sweeper.retry_stale=0")
+    sweep(run, tmp_path, SPACE, *again)
+    assert study(tmp_path).trials[2].state is TrialState.COMPLETE
+    assert study(tmp_path).trials[2].params["x"] == study(tmp_path).trials[0].params["x"]
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_sampler_that_nothing_ends(run: Run, start: Start, tmp_path: Path) -> None:
+    custom = "hydra.sweeper.custom_search_space=__main__.clings_in_trial_1"
+    program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, custom, "seconds=600")
+    wait_until(lambda: sampling_trial_1(tmp_path))
+    wait_for_line(program, "job 0 ", "started")
+    program.send_signal(signal.SIGINT)
+    wait_for_line(program, "jobs: 1 cancelled")
+    time.sleep(0.5)
+    program.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    out, err = program.communicate(timeout=60)
+    assert time.monotonic() - began < 15
+    assert program.returncode in (130, -signal.SIGINT)
+    assert "to go on with the study" in out
+    assert "Traceback" not in err
+    sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=1")
+    assert "RUNNING" not in states(study(tmp_path))
 
 
 def running_trials(directory: Path, pid: int) -> list[optuna.trial.FrozenTrial]:
@@ -448,6 +624,39 @@ def test_known_points_are_tried_first(run: Run, tmp_path: Path) -> None:
     assert study(tmp_path).trials[-1].params["x"] == 1.5, "what the study has is not tried again"
 
 
+@pytest.mark.parametrize("launcher", [POOL, ("hydra/launcher=basic",)], ids=["gpu_pool", "batches"])
+def test_a_point_queued_elsewhere_that_is_not_in_the_space_fails_alone(
+    run: Run, tmp_path: Path, launcher: tuple[str, ...]
+) -> None:
+    (tmp_path / "sweep").mkdir()
+    new = optuna.create_study(study_name="trials", storage=gpu_launcher.storage(tmp_path / "sweep" / "study.db"))
+    for x in (99.0, "none", 1.0):
+        new.enqueue_trial({"x": x})
+    done = run(
+        tmp_path, PROGRAM, "--multirun", *SWEEPER, *launcher, RANDOM, "x=choice(0.0,1.0)", "hydra.sweeper.n_trials=3"
+    )
+    assert done.returncode == 0, done.stderr
+    assert states(study(tmp_path)) == ["FAIL", "FAIL"] + ["COMPLETE"] * 3
+    assert study(tmp_path).trials[2].params["x"] == 1.0
+    for number, x in enumerate((99.0, "none")):
+        said = f"trial {number} failed: it was queued with x={x!r}, of which no job can be made: "
+        assert said in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_sweeps_that_begin_together_try_each_known_point_once(start: Start, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    points = "hydra.sweeper.enqueue=[{x: 0.25},{x: 0.5},{x: 0.75},{x: 1.0}]"
+    shared = (f"hydra.sweeper.storage={url}", "hydra.sweeper.study_name=shared", "hydra.sweeper.n_trials=4", points)
+    programs = [start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, *shared) for _ in range(3)]
+    for program in programs:
+        out, err = program.communicate(timeout=100)
+        assert program.returncode == 0, out + err
+    tried = [trial.params["x"] for trial in study(tmp_path, "shared", url).trials]
+    assert len(tried) == 12
+    assert sorted(x for x in tried if x in (0.25, 0.5, 0.75, 1.0)) == [0.25, 0.5, 0.75, 1.0]
+
+
 def test_a_sweep_that_was_killed_while_it_defined_a_trial_goes_on(run: Run, start: Start, tmp_path: Path) -> None:
     custom = "hydra.sweeper.custom_search_space=__main__.hangs_in_trial_1"
     program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, custom)
@@ -499,20 +708,37 @@ def test_a_sampler_that_has_tried_everything_ends_the_sweep(run: Run, tmp_path: 
 
 # Bad input
 
+
+def test_a_sweep_with_nothing_to_search_says_so(run: Run, tmp_path: Path) -> None:
+    done = sweep(run, tmp_path, "x=1", "hydra.sweeper.n_trials=2")
+    assert "there is nothing to search, and all trials are the same: name a parameter" in done.stdout
+    assert states(study(tmp_path)) == ["COMPLETE"] * 2
+
+
+def test_known_points_from_a_file_with_something_else_are_refused(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "points.yaml").write_text("5\n")
+    done = sweep(run, tmp_path, SPACE, "hydra.sweeper.enqueue=points.yaml", ok=False)
+    assert f"hydra.sweeper.enqueue: {tmp_path / 'points.yaml'} cannot be read: " in done.stderr
+    assert "read: None" not in done.stderr
+
+
 BAD = [
-    (("x=interval(0,1)", "x=0.5"), "x"),
-    (("x=interval(1,1)",), "interval"),
-    (("x=tag(log,interval(0,1))",), "log"),
+    (("x=interval(0,1)", "x=0.5"), "x=interval(0,1): x=0.5 fixes what this searches: leave out one of them"),
+    (("x=interval(1,1)",), "x=interval(1,1): the interval from 1.0 to 1.0 has no size: give two bounds"),
+    (("x=tag(log,interval(0,1))",), "x=tag(log,interval(0,1)): a logarithmic interval cannot start at 0.0"),
     ((SPACE, "hydra.sweeper.direction=up"), "hydra.sweeper.direction: 'up' is none of minimize, maximize"),
-    ((SPACE, "hydra.sweeper.pruner=medain"), "hydra.sweeper.pruner"),
-    ((SPACE, "hydra.sweeper.sampler={name: tpu}"), "hydra.sweeper.sampler"),
+    ((SPACE, "hydra.sweeper.pruner=medain"), "hydra.sweeper.pruner: 'medain' is unknown: did you mean median?"),
+    ((SPACE, "hydra.sweeper.sampler={name: tpu}"), "hydra.sweeper.sampler: 'tpu' is unknown: did you mean tpe?"),
     ((SPACE, "hydra.sweeper.n_trials=0"), "hydra.sweeper.n_trials: 0 is no whole number from 1"),
-    ((SPACE, "hydra.sweeper.storage=sqlit:///study.db"), "sqlit"),
-    ((SPACE, "hydra.sweeper.storage=sqlite:///no/such/directory/study.db"), "no/such/directory"),
+    ((SPACE, "hydra.sweeper.storage=sqlit:///study.db"), "there is no database 'sqlit': is it sqlite://?"),
+    (
+        (SPACE, "hydra.sweeper.storage=sqlite:///no/such/directory/study.db"),
+        "no/such/directory does not exist: make it",
+    ),
     ((SPACE, "hydra.sweeper.enqueue=missing.yaml"), "missing.yaml cannot be read"),
-    ((SPACE, "hydra.sweeper.enqueue=[{x: 7.0}]"), "x"),
-    ((SPACE, "hydra.sweeper.custom_search_space=no.such.function"), "no.such.function"),
-    ((SPACE, "hydra/sweeper/sampler=grid"), "x"),
+    ((SPACE, "hydra.sweeper.enqueue=[{x: 7.0}]"), "x=7.0: is not in float from -2.0 to 2.0"),
+    ((SPACE, "hydra.sweeper.custom_search_space=no.such.function"), "no.such.function cannot be imported"),
+    ((SPACE, "hydra/sweeper/sampler=grid"), "hydra.sweeper.sampler: x is continuous, and this sampler needs an end"),
     ((SPACE, "hydra.sweeper.patience=3", "hydra.sweeper.direction=[minimize,maximize]"), "hydra.sweeper.patience"),
 ]
 

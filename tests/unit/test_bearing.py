@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import signal
+
 import optuna
 import pytest
 from optuna.exceptions import StorageInternalError
 from optuna.storages import InMemoryStorage
 
+from gpu_launcher.jobs.identity import ProcessIdentity
+from gpu_launcher.processes.messages import channel, receive, send
+from gpu_launcher.studies import source
 from gpu_launcher.studies.bearing import PATIENCE, Bearing
+from gpu_launcher.studies.desk import Desk
+from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.pruning import Judge
+from gpu_launcher.studies.stopping import Bounds
 
 
 class World:
@@ -81,3 +89,27 @@ def test_judging_trials_leaves_the_storage_as_it_was():
     Judge(study, lambda: world.now).verdicts({0: trial._trial_id}, {})
     assert vars(storage).keys() == before.keys()
     assert storage.get_all_trials is before["get_all_trials"]
+
+
+def test_a_database_that_was_given_up_is_not_waited_for_again_to_tell_the_rest(monkeypatch):
+    tries = []
+
+    class Out(Desk):
+        def ask(self):
+            raise StorageInternalError("out of order for ten minutes")
+
+        def close(self):
+            tries.append("waits for ten minutes more")
+
+    def open_desk():
+        study = optuna.create_study()
+        return Out(study, lambda trial: [], Bounds(), Sweep(ProcessIdentity.here())), []
+
+    ours, theirs = channel()
+    with ours, theirs:
+        monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+        send(ours, source._Ask(1))
+        source._serve(theirs, open_desk, lambda desk, summary: [])
+        receive(ours)
+        assert "out of order" in str(receive(ours)[0].error)
+    assert tries == []

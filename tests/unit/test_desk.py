@@ -12,8 +12,9 @@ import gpu_launcher
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.studies import settling
 from gpu_launcher.studies.attributes import FAILURE, JOB, LOST, OWNER, RETRY_OF
-from gpu_launcher.studies.desk import Asked, Bounds, Desk, Ending, Exhausted, How
+from gpu_launcher.studies.desk import Asked, Desk, Ending, How, Unusable
 from gpu_launcher.studies.ownership import Sweep, own
+from gpu_launcher.studies.stopping import Bounds, Exhausted
 
 HERE = ProcessIdentity.here()
 DEAD = replace(HERE, pid=2**22 + 1)
@@ -72,6 +73,41 @@ def test_a_trial_that_cannot_be_sampled_is_told(storage):
     with pytest.raises(ArithmeticError):
         broken.ask()
     assert [trial.state for trial in broken.study.trials] == [TrialState.FAIL]
+
+
+def test_a_queued_trial_of_which_no_job_can_be_made_fails_alone(storage):
+    def choose(trial):
+        return [f"x={trial.suggest_categorical('x', [1, 2])}"]
+
+    asking = desk(storage, Bounds(n_trials=1), define=choose)
+    asking.enqueue([{"x": 7}])
+    answer = asking.ask()
+    assert isinstance(answer, Unusable)
+    assert answer.message.startswith("trial 0 failed: it was queued with x=7, of which no job can be made: ")
+    assert asking.study.trials[0].state is TrialState.FAIL
+    assert isinstance(asking.ask(), Asked)
+    asking.tell(1, Ending(How.COMPLETE, (1.0,)))
+    assert asking.ask() == Exhausted(None)
+
+
+@pytest.mark.parametrize("queued", [True, False])
+@pytest.mark.parametrize("when", ["sampled", "defined"])
+def test_a_trial_whose_sampling_is_interrupted_is_told_and_queued_again_if_it_was_queued(storage, when, queued):
+    def stops(*arguments):
+        raise KeyboardInterrupt
+
+    asking = desk(storage, define=stops if when == "defined" else define)
+    if when == "sampled":
+        asking.study.sampler.before_trial = stops
+    if queued:
+        asking.enqueue([{"x": 0.5}])
+    with pytest.raises(KeyboardInterrupt):
+        asking.ask()
+    states = [trial.state.name for trial in asking.study.trials]
+    assert states == ["FAIL", "WAITING"] if queued else ["FAIL"]
+    assert asking.study.trials[0].user_attrs[FAILURE] == "the sweep was stopped"
+    if queued:
+        assert desk(storage).ask().trial.params == {"x": 0.5}
 
 
 @pytest.mark.parametrize("how", list(How))
@@ -259,7 +295,7 @@ def test_who_dies_between_queueing_a_trial_again_and_failing_it_has_it_queued_on
     assert [trial.state.name for trial in next_one.study.trials] == ["FAIL", "WAITING"]
 
 
-def test_a_trial_that_has_ended_is_not_repeated(storage):
+def test_a_trial_that_has_ended_leaves_no_copy(storage):
     dead = desk(storage, identity=DEAD)
     dead.ask()
     (trial,) = storage.get_all_trials(dead.study._study_id)
@@ -268,16 +304,17 @@ def test_a_trial_that_has_ended_is_not_repeated(storage):
     assert [trial.state.name for trial in dead.study.trials] == ["COMPLETE"]
 
 
-def test_a_trial_that_ends_while_it_is_settled_is_not_repeated(storage, monkeypatch):
+def test_a_trial_that_ends_while_it_is_queued_again_is_not_repeated(storage, monkeypatch):
     dead = desk(storage, identity=DEAD)
     dead.ask()
     (trial,) = storage.get_all_trials(dead.study._study_id)
     create = storage.create_new_trial
 
-    def ends_meanwhile(*arguments):
+    def ends_now(*arguments):
+        monkeypatch.undo()
         dead.tell(0, Ending(How.COMPLETE, (1.0,)))
         return create(*arguments)
 
-    monkeypatch.setattr(storage, "create_new_trial", ends_meanwhile)
+    monkeypatch.setattr(storage, "create_new_trial", ends_now)
     assert not settling.queue_again(dead.study, trial, 0, "lost")
     assert [trial.state.name for trial in dead.study.trials] == ["COMPLETE", "FAIL"]

@@ -185,6 +185,16 @@ def test_parameters_are_settled(sweep: Sweep) -> None:
         trial.suggest_int("layers", 4, 8)
 
 
+def test_a_name_that_no_database_takes_or_that_is_the_sweeps_own_is_refused_in_the_job(sweep: Sweep) -> None:
+    trial = sweep.begin()
+    with pytest.raises(ValueError, match="at most 512 characters, and this one 513"):
+        trial.set_user_attr("a" * 513, 1)
+    with pytest.raises(ValueError, match="'gpu_launcher:owner' is one of the sweep's own"):
+        trial.set_user_attr("gpu_launcher:owner", {})
+    assert trial.user_attrs.keys() == gpu_launcher.current_trial().user_attrs.keys()
+    assert "gpu_launcher:owner" not in trial.user_attrs
+
+
 def test_an_attribute_is_seen_here_and_told(sweep: Sweep) -> None:
     trial = sweep.begin()
     trial.set_user_attr("epochs", 3)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,13 @@ def hangs_in_trial_1(cfg: DictConfig, trial: optuna.Trial) -> None:
     if trial.number == 1:
         time.sleep(600)
     trial.suggest_float("y", 0.0, 1.0)
+
+
+def clings_in_trial_1(cfg: DictConfig, trial: optuna.Trial) -> None:
+    """A custom search space that nothing ends but a kill."""
+    while trial.number == 1:
+        with suppress(BaseException):
+            time.sleep(600)
 
 
 class OddFloat:
@@ -122,6 +131,10 @@ def act(cfg: DictConfig, number: int) -> Any:
                 time.sleep(600)
             return float(number)
         case "hangs":
+            time.sleep(600)
+        case "clings":
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            write(clings=number)
             time.sleep(600)
         case "says_much":
             for step in range(cfg.steps):

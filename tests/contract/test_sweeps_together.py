@@ -1,0 +1,84 @@
+"""Sweeps that begin at the same moment on one study: what one of them settles or queues, the others do not."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+import gpu_launcher
+from gpu_launcher.jobs.identity import ProcessIdentity
+from gpu_launcher.studies.attributes import RETRY_OF
+from gpu_launcher.studies.desk import Desk
+from gpu_launcher.studies.ownership import Sweep, own
+from gpu_launcher.studies.stopping import Bounds
+
+FORK = multiprocessing.get_context("fork")
+SWEEPS = 6
+TRIALS = 10
+DEAD = replace(ProcessIdentity.here(), pid=2**22 + 1)
+
+
+@pytest.fixture(params=["sqlite", "journal", "elsewhere"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "elsewhere":
+        if not (given := os.environ.get("GPU_LAUNCHER_TEST_DATABASE")):
+            pytest.skip("there is no database in GPU_LAUNCHER_TEST_DATABASE, such as postgresql://localhost/test")
+        return given
+    return f"{request.param}:///{tmp_path}/study.db"
+
+
+@pytest.fixture
+def name() -> str:
+    """Of a study, in a database that may have those of earlier tests."""
+    return uuid.uuid4().hex
+
+
+def desk(url: str, name: str, identity: ProcessIdentity) -> Desk:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sweep = Sweep(identity)
+    storage = own(optuna.storages.get_storage(gpu_launcher.storage(url)), sweep)
+    study = optuna.create_study(
+        study_name=name, storage=storage, sampler=optuna.samplers.RandomSampler(), load_if_exists=True
+    )
+    return Desk(study, lambda trial: [f"x={trial.suggest_float('x', 0, 1)}"], Bounds(), sweep)
+
+
+def at_once(url: str, name: str, do: Callable[[Desk], object]) -> None:
+    barrier = FORK.Barrier(SWEEPS)
+
+    def run() -> None:
+        mine = desk(url, name, ProcessIdentity.here())
+        barrier.wait(60)
+        do(mine)
+
+    sweeps = [FORK.Process(target=run) for _ in range(SWEEPS)]
+    for sweep in sweeps:
+        sweep.start()
+    for sweep in sweeps:
+        sweep.join(100)
+    assert [sweep.exitcode for sweep in sweeps] == [0] * SWEEPS
+
+
+def test_each_known_point_is_queued_once(url: str, name: str) -> None:
+    points = [{"x": number / TRIALS} for number in range(TRIALS)]
+    before = desk(url, name, DEAD)  # Optuna cannot make its tables in several programs at once
+    at_once(url, name, lambda mine: mine.enqueue(points))
+    assert [trial.system_attrs["fixed_params"] for trial in before.study.trials] == points
+
+
+def test_each_trial_of_a_dead_sweep_is_queued_again_once(url: str, name: str) -> None:
+    dead = desk(url, name, DEAD)
+    for _ in range(TRIALS):
+        dead.ask()
+    at_once(url, name, lambda mine: mine.settle(1))
+    trials = dead.study.trials
+    assert [trial.state for trial in trials] == [TrialState.FAIL] * TRIALS + [TrialState.WAITING] * TRIALS
+    assert sorted(trial.user_attrs[RETRY_OF] for trial in trials[TRIALS:]) == [[number] for number in range(TRIALS)]
