@@ -8,15 +8,16 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from gpu_launcher import requests
 from gpu_launcher.devices import BUSY_MEMORY
-from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.job import Cause
 from gpu_launcher.jobs.sweep import Options
-from gpu_launcher.model import MOST_PRIORITY, Request
+from gpu_launcher.model import Request
 from gpu_launcher.processes.starter import StartMethod
+from gpu_launcher.requests import read_number
 from gpu_launcher.sizes import read_memory
 
 _START_METHODS = ("auto", "fork", "spawn")
@@ -38,7 +39,7 @@ def read_options(options: dict[str, Any], config: DictConfig) -> Options:
         max_parallel=_max_parallel(options.get("max_parallel")),
         grace=_grace(options.get("grace", 10.0)),
         pool_dir=_pool_dir(options.get("pool_dir")),
-        busy_memory=_memory("busy_memory", options.get("busy_memory", BUSY_MEMORY)),
+        busy_memory=_busy_memory(options.get("busy_memory", BUSY_MEMORY)),
         telling=Telling(
             by_uuid=_one_of("visible", options.get("visible", "index"), ("index", "uuid")) == "uuid",
             enforce_memory=bool(options.get("enforce_memory", False)),
@@ -51,21 +52,7 @@ def read_options(options: dict[str, Any], config: DictConfig) -> Options:
 
 def read_request(options: Mapping[str, Any]) -> Request:
     """What one job needs, from the options of PER_JOB. Raises OptionError."""
-    memory = _memory("memory", options.get("memory"))
-    gpus = _gpus(options.get("gpus"))
-    if gpus is None and memory is None:
-        gpus = 1
-    if gpus == 0 and memory is not None:
-        raise OptionError(
-            "hydra.launcher.memory", "a job without a GPU has no GPU memory: leave it out, or ask for a GPU"
-        )
-    return Request.of(
-        gpus,
-        memory,
-        priority=_priority(options.get("priority", 0)),
-        timeout=_timeout(options.get("timeout")),
-        stagger=read_duration(options.get("stagger", 0), "hydra.launcher.stagger"),
-    )
+    return requests.read_request(options, "hydra.launcher.")
 
 
 def _failures(options: Mapping[str, Any]) -> FailurePolicy:
@@ -92,60 +79,11 @@ def _failures(options: Mapping[str, Any]) -> FailurePolicy:
     return FailurePolicy(retries, causes, most)
 
 
-def _gpus(value: object) -> float | None:
-    if value is None:
-        return None
-    number = _number(value)
-    if number is None or number < 0 or (number > 1 and not number.is_integer()):
-        raise OptionError(
-            "hydra.launcher.gpus",
-            f"{value!r} is neither a number of devices nor a part of one: give 0, 1, 2, ... or a fraction such as 0.5",
-        )
-    return number
-
-
-def _memory(name: str, value: object) -> int | None:
-    if value is None:
-        return None
-    size = read_memory(value, f"hydra.launcher.{name}")
-    if size == 0 and name == "memory":
-        raise OptionError("hydra.launcher.memory", "0 is no amount of memory: give some, or null")
-    return size
-
-
-def _priority(value: object) -> int:
-    number = _number(value)
-    if number is None or not number.is_integer() or abs(number) > MOST_PRIORITY:
-        raise OptionError(
-            "hydra.launcher.priority", f"{value!r} is not a whole number: give 0, 1, 2, ... or -1, -2, ..."
-        )
-    return int(number)
-
-
-def _timeout(value: object) -> float | None:
-    if value is None:
-        return None
-    seconds = read_duration(value, "hydra.launcher.timeout")
-    if seconds == 0:
-        raise OptionError("hydra.launcher.timeout", "0 would end every job at once: give a time, or null for none")
-    return seconds
-
-
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> object:
     if value not in allowed:
         listed = ", ".join("null" if choice is None else str(choice) for choice in allowed)
         raise OptionError(f"hydra.launcher.{name}", f"{value!r} is unknown: give one of {listed}")
     return value
-
-
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def read_start_method(value: object) -> StartMethod:
@@ -175,6 +113,10 @@ def _grace(value: object) -> float:
     raise OptionError("hydra.launcher.grace", f"{value!r} is not a number of seconds: give 0 or more")
 
 
+def _busy_memory(value: object) -> int | None:
+    return None if value is None else read_memory(value, "hydra.launcher.busy_memory")
+
+
 def _pool_dir(value: object) -> str | None:
     if value == "":
         raise OptionError("hydra.launcher.pool_dir", "the name is empty: name a directory, or leave the option out")
@@ -182,7 +124,7 @@ def _pool_dir(value: object) -> str | None:
 
 
 def _whole_number(value: object) -> int | None:
-    number = _number(value)
+    number = read_number(value)
     return int(number) if number is not None and number.is_integer() else None
 
 

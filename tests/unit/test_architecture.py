@@ -17,7 +17,14 @@ if not (TREE / "gpu_launcher").is_dir():
 # Arrows run one way: a layer may import itself and the layers before its own. Those on one line are siblings and
 # do not import each other.
 LAYERS = (
-    {"gpu_launcher.errors", "gpu_launcher.model", "gpu_launcher.sizes", "gpu_launcher.durations", "gpu_launcher.users"},
+    {
+        "gpu_launcher.errors",
+        "gpu_launcher.model",
+        "gpu_launcher.sizes",
+        "gpu_launcher.durations",
+        "gpu_launcher.requests",
+        "gpu_launcher.users",
+    },
     {"gpu_launcher.devices", "gpu_launcher.leases", "gpu_launcher.processes"},
     {"gpu_launcher.jobs"},
     {"gpu_launcher.studies", "gpu_launcher.executors"},

@@ -1,0 +1,82 @@
+"""From what users write to requests: the same values mean the same in Hydra's options and on the command line.
+
+`prefix` is what stands before an option's name in errors, such as `hydra.launcher.`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from gpu_launcher.durations import read_duration
+from gpu_launcher.errors import OptionError
+from gpu_launcher.model import MOST_PRIORITY, Request
+from gpu_launcher.sizes import read_memory
+
+
+def read_request(options: Mapping[str, object], prefix: str = "") -> Request:
+    """What one job needs, from `gpus`, `memory`, `priority`, `timeout` and `stagger`, each of which may be left out.
+
+    Raises OptionError.
+    """
+    memory = _memory(options.get("memory"), f"{prefix}memory")
+    gpus = _gpus(options.get("gpus"), f"{prefix}gpus")
+    if gpus is None and memory is None:
+        gpus = 1
+    if gpus == 0 and memory is not None:
+        raise OptionError(f"{prefix}memory", "a job without a GPU has no GPU memory: leave it out, or ask for a GPU")
+    return Request.of(
+        gpus,
+        memory,
+        priority=_priority(options.get("priority", 0), f"{prefix}priority"),
+        timeout=_timeout(options.get("timeout"), f"{prefix}timeout"),
+        stagger=read_duration(options.get("stagger", 0), f"{prefix}stagger"),
+    )
+
+
+def read_number(value: object) -> float | None:
+    """The finite number that `value` is, or writes down; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _gpus(value: object, option: str) -> float | None:
+    if value is None:
+        return None
+    number = read_number(value)
+    if number is None or number < 0 or (number > 1 and not number.is_integer()):
+        raise OptionError(
+            option,
+            f"{value!r} is neither a number of devices nor a part of one: give 0, 1, 2, ... or a fraction such as 0.5",
+        )
+    return number
+
+
+def _memory(value: object, option: str) -> int | None:
+    if value is None:
+        return None
+    size = read_memory(value, option)
+    if size == 0:
+        raise OptionError(option, "0 is no amount of memory: give some, or leave it out")
+    return size
+
+
+def _priority(value: object, option: str) -> int:
+    number = read_number(value)
+    if number is None or not number.is_integer() or abs(number) > MOST_PRIORITY:
+        raise OptionError(option, f"{value!r} is not a whole number: give 0, 1, 2, ... or -1, -2, ...")
+    return int(number)
+
+
+def _timeout(value: object, option: str) -> float | None:
+    if value is None:
+        return None
+    seconds = read_duration(value, option)
+    if seconds == 0:
+        raise OptionError(option, "0 would end every job at once: give a time, or leave it out for none")
+    return seconds

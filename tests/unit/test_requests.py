@@ -1,0 +1,42 @@
+"""From what users write to requests."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpu_launcher.errors import OptionError
+from gpu_launcher.model import Request
+from gpu_launcher.requests import read_request
+from gpu_launcher.sizes import GIB
+
+
+@pytest.mark.parametrize(
+    ("written", "request_"),
+    [
+        ({}, Request.of(1)),
+        ({"gpus": "2"}, Request.of(2)),
+        ({"gpus": "0.5", "memory": "20GiB"}, Request.of(0.5, 20 * GIB)),
+        ({"gpus": None, "memory": "20GiB"}, Request.of(None, 20 * GIB)),
+        ({"gpus": 0, "priority": "-2", "timeout": "1h30m"}, Request.of(0, priority=-2, timeout=5400)),
+    ],
+)
+def test_text_means_what_numbers_mean(written: dict[str, object], request_: Request) -> None:
+    assert read_request(written) == request_
+
+
+@pytest.mark.parametrize(
+    ("option", "written"),
+    [
+        ("gpus", {"gpus": "1.5"}),
+        ("memory", {"memory": "0GiB"}),
+        ("memory", {"gpus": "0", "memory": "1GiB"}),
+        ("priority", {"priority": "high"}),
+        ("timeout", {"timeout": "0"}),
+        ("stagger", {"stagger": "soon"}),
+    ],
+)
+def test_errors_name_the_option_as_the_user_writes_it(option: str, written: dict[str, object]) -> None:
+    for prefix in ("", "hydra.launcher."):
+        with pytest.raises(OptionError) as raised:
+            read_request(written, prefix)
+        assert raised.value.option == f"{prefix}{option}"
