@@ -5,6 +5,8 @@ All of them survive pickling with their fields: a job's error is raised in one p
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 class GpuLauncherError(Exception):
     """Base of every error that gpu-launcher raises. `str(error)` is one message for the person at the terminal."""
@@ -13,7 +15,8 @@ class GpuLauncherError(Exception):
 class OptionError(GpuLauncherError, ValueError):
     """A value the user gave cannot be used. The message names the option and the remedy.
 
-    `option` is the name as the user writes it, such as `hydra.launcher.devices`.
+    `option` is its name: `devices` in a function call; where users write more, as in `--devices` or
+    `hydra.launcher.devices`, whoever reads what they wrote raises it `written` so.
     """
 
     def __init__(self, option: str, problem: str) -> None:
@@ -23,6 +26,10 @@ class OptionError(GpuLauncherError, ValueError):
 
     def __str__(self) -> str:
         return f"{self.option}: {self.problem}"
+
+    def written(self, spell: Callable[[str], str]) -> OptionError:
+        """The same, with the option's name as `spell` makes it of this one."""
+        return OptionError(spell(self.option), self.problem)
 
 
 class DeviceError(GpuLauncherError):

@@ -1,4 +1,4 @@
-"""From the option `hydra.launcher.devices` to the devices of this launch."""
+"""From the option `devices` to the devices of this launch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gpu_launcher.devices.probe import DeviceProbe
     from gpu_launcher.model import Device
 
-OPTION = "hydra.launcher.devices"
+OPTION = "devices"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What the option `hydra.launcher.devices` says, read without a look at the machine."""
+"""What the option `devices` says, read without a look at the machine."""
 
 from __future__ import annotations
 

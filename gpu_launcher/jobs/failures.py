@@ -40,6 +40,11 @@ class Attempts:
         """There is one more job, which nobody has run before."""
         self._attempts[number] = 1
 
+    def forget(self, number: int) -> None:
+        """It will not run again, and nobody asks about it."""
+        for known in (self._attempts, self._roomier, self._failed):
+            known.pop(number, None)
+
     def __getitem__(self, number: int) -> int:
         """Counted from 1."""
         return self._attempts[number]

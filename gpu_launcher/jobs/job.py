@@ -24,7 +24,7 @@ class Job:
 
 
 class Cause(str, Enum):
-    """Why a job failed, as `hydra.launcher.retry_on` names it."""
+    """Why a job failed, as the option `retry_on` names it."""
 
     EXCEPTION = "exception"
     """Its code raised, called `sys.exit`, or returned what cannot be pickled."""

@@ -141,7 +141,7 @@ class JobLoop:
         return self._machine.stopping
 
     def run(self) -> list[JobResult]:
-        """Run every job; returns their results in the order of the jobs.
+        """Run every job; returns their results in the order of the jobs. A source is told those of its own.
 
         Whatever is raised, no job is left alive.
         """
@@ -167,7 +167,7 @@ class JobLoop:
                 for job in (*self._live.values(), *self._dead.values()):
                     job.process.close()
                     self._pool.forget(job)
-        return [self._results[number] for number in self._jobs]
+        return [self._results[number] for number in self._jobs if number in self._results]
 
     # Waiting
 
@@ -500,7 +500,6 @@ class JobLoop:
             result = replace(result, outcome=Outcome.PRUNED)
         if result.outcome is Outcome.CANCELLED and self._stopped_by is not None:
             result = replace(result, message=f"was stopped because of {self._stopped_by}", payload=None)
-        self._results[number] = result
         failed = result.outcome is Outcome.FAILED
         self._progress.handle(
             JobEnded(
@@ -515,11 +514,20 @@ class JobLoop:
             )
         )
         self._checkpoint("concluded")
-        if self._source is not None:
+        if self._source is None:
+            self._results[number] = result
+        else:
             self._source.ended(result)
-            self._results[number] = replace(result, payload=None)  # of which there may be any number
+            self._forget(number)
         if failed:
             self._count_failure()
+
+    def _forget(self, number: int) -> None:
+        """A source may have any number of jobs, so that nothing may be kept of those that have ended."""
+        del self._jobs[number]
+        self._pruned.discard(number)
+        self._attempts.forget(number)
+        self._machine.forget(number)
 
     def _run_again(self, result: JobResult, ran: Running) -> bool:
         """Run a job that failed once more, if that is wanted, possible, and of any use."""

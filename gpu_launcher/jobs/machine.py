@@ -307,6 +307,11 @@ class Machine:
         """Where a job is in its life."""
         return self._jobs[number].phase
 
+    def forget(self, number: int) -> None:
+        """Nobody will ask about this job, which has been concluded if it ever arrived, again."""
+        assert number not in self._live
+        self._jobs.pop(number, None)
+
     def handle(self, stimulus: Stimulus, now: float) -> list[Instruction]:
         """Take note of what happened; returns what to do, in this order.
 

@@ -148,6 +148,7 @@ class Recorder:
             self._append(ended=event.number, outcome="failed", message=event.message, log=event.log)
         elif isinstance(event, JobEnded):
             outcome = event.outcome.value
+            self._attempts.pop(event.number, None)
             self._append(ended=event.number, outcome=outcome, message=event.message, log=event.log)
             old = self._old.pop(event.number, None)
             if old is not None and event.outcome is Outcome.COMPLETED:

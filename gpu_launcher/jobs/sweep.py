@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
 
 from gpu_launcher.devices import ConditionMonitor, Links, NvmlProbe, combinable, select_devices, usable_cpus
 from gpu_launcher.errors import OptionError, RequestError
-from gpu_launcher.jobs.events import Notice, SweepEnded, SweepStarted
+from gpu_launcher.jobs.events import Notice, Progress, SweepEnded, SweepStarted
 from gpu_launcher.jobs.failures import FailurePolicy, set_aside
 from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.job import Job, JobResult
@@ -52,6 +52,8 @@ class Options:
     failures: FailurePolicy = FailurePolicy()  # noqa: RUF009  (frozen)
     resume: bool = False
     """Leave out the jobs that completed in an earlier launch."""
+    spell: Callable[[str], str] = str
+    """What the user writes for an option of that name, such as `--devices` for `devices`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +77,20 @@ def run_jobs(
     *,
     source: JobSource | None = None,
     total: int | None = None,
+    display: Progress | None = None,
+    recorded: bool = True,
 ) -> SweepResult:
-    """Run `jobs` on the machine's pool and show how it goes on stderr.
+    """Run `jobs` on the machine's pool and show how it goes, on stderr if there is no `display`, which is closed.
 
     `directory` is the sweep's, and keeps what is known of its jobs; `command` names this program to others who wait for
-    devices. With a `source` its jobs are run, too, `total` in all if that is known, and it alone gets what they
-    reported. Raises OptionError, PoolDirectoryError and ManifestError before any job is started.
+    devices. With a `source` its jobs are run, too, `total` in all if that is known, and it alone gets what became of
+    them. If they are not to be `recorded`, there is nothing to resume, and `directory` gets no more than their reports.
+    Raises OptionError, PoolDirectoryError and ManifestError before any job is started.
     """
-    selection = select_devices(options.devices, os.environ)
+    selection = select_devices(options.devices, os.environ, option=options.spell("devices"))
     devices = selection.devices
     if options.request is not None:
-        _check(options.request, devices)
+        _check(options.request, devices, options.spell("gpus"))
     user = user_name(os.getuid())
     before: dict[int, Entry] = {}
     finished: dict[int, JobResult] = {}
@@ -96,15 +101,19 @@ def run_jobs(
     left = [job for job in jobs if job.number not in finished]
     attempts = _put_logs_aside(left, before)
     with contextlib.ExitStack() as cleanup:
-        progress = open_progress()
+        progress = display or open_progress()
         cleanup.callback(progress.close)
 
         def notice(text: str) -> None:
             progress.handle(Notice(time.monotonic(), text))
 
         ledger = cleanup.enter_context(FileLedger(resolve_pool_directory(options.pool_dir), warn=notice))
-        recorder = Recorder(directory, left, command, attempts=attempts, warn=notice)
-        cleanup.callback(recorder.close)
+        report_path, shown, watched = _report_in(directory), progress, source
+        if recorded:
+            recorder = Recorder(directory, left, command, attempts=attempts, warn=notice)
+            cleanup.callback(recorder.close)
+            report_path, shown = recorder.report_path, Recorded(recorder, progress)
+            watched = source if source is None else Planned(source, recorder)
         expected = len(left) if source is None else total
         progress.handle(SweepStarted(time.monotonic(), expected, devices, options.max_parallel))
         if options.resume:
@@ -126,20 +135,24 @@ def run_jobs(
             limits=limits(options, len(devices), usable_cpus()),
             server=server,
             ledger=ledger,
-            progress=Recorded(recorder, progress),
+            progress=shown,
             clock=time.monotonic,
-            report_path=recorder.report_path,
+            report_path=report_path,
             owner=lambda job: Owner(os.getpid(), user, f"{command} #{job.number} {job.label}".rstrip()),
             watch=watch,
             telling=replace(options.telling, by_uuid=options.telling.by_uuid or selection.by_uuid),
             failures=options.failures,
             attempts=attempts,
-            source=source if source is None else Planned(source, recorder),
+            source=watched,
         )
         results = {**finished, **{result.number: result for result in loop.run()}}
         progress.handle(SweepEnded(time.monotonic()))
         in_order = [results[number] for number in _order(jobs, results)]
         return SweepResult(in_order, loop.signals.last if loop.stopped else None, loop.stopped)
+
+
+def _report_in(directory: Path) -> Callable[[int], Path]:
+    return lambda number: directory / f"{number}.report"
 
 
 def _order(jobs: Sequence[Job], results: Mapping[int, JobResult]) -> list[int]:
@@ -183,15 +196,15 @@ def _at_once(request: Request | None, devices: int, without_devices: int) -> int
     return devices // request.gpus * (MILLIONTHS // share) if share else devices * MOST_AHEAD
 
 
-def _check(request: Request, devices: tuple[Device, ...]) -> None:
+def _check(request: Request, devices: tuple[Device, ...], option: str) -> None:
     """Refuse at once what no job could ever get."""
     try:
         problem = refusal(request, combinable(devices, request.gpus))
     except RequestError as error:
-        raise OptionError("hydra.launcher.gpus", str(error)) from error
+        raise OptionError(option, str(error)) from error
     if problem is not None:
         labels = ", ".join(device.label for device in devices)
-        raise OptionError("hydra.launcher.gpus", f"every job's request is {problem}. This sweep has: {labels}")
+        raise OptionError(option, f"every job's request is {problem}. This sweep has: {labels}")
 
 
 def _links(request: Request | None, devices: tuple[Device, ...]) -> Links | None:

@@ -239,14 +239,13 @@ def refusal(request: Request, devices: Sequence[Device]) -> str | None:
     if request.gpus > len(candidates):
         has = f"has {len(candidates)}" if candidates else "has none"
         return (
-            f"for {wanted}, but the pool {has} that this program may use: "
-            "ask for fewer (hydra.launcher.gpus) or allow more (hydra.launcher.devices)"
+            f"for {wanted}, but the pool {has} that this program may use: ask for fewer `gpus` or allow more `devices`"
         )
     largest = max(candidate.memory or 0 for candidate in candidates)
     if request.share.memory > largest:
         return (
             f"for {_gib(request.share.memory)} of memory, but the largest device has {_gib(largest)}: "
-            "ask for less (hydra.launcher.memory)"
+            "ask for less `memory`"
         )
     exclusive = [device.label for device in devices if device.exclusive]
     reason = "others are too small"
@@ -254,7 +253,7 @@ def refusal(request: Request, devices: Sequence[Device]) -> str | None:
         reason = f"{_listed(exclusive)} in compute mode EXCLUSIVE_PROCESS, which only one process may use"
     return (
         f"for {wanted}, but only {len(able)} of {len(candidates)} could give what it needs ({reason}): "
-        "ask for less (hydra.launcher.gpus, hydra.launcher.memory) or allow more (hydra.launcher.devices)"
+        "ask for less (`gpus`, `memory`) or allow more `devices`"
     )
 
 

@@ -28,16 +28,18 @@ from gpu_launcher.processes.messages import (
 from gpu_launcher.processes.supervisor import COULD_NOT_FORK, RunJob, supervise
 
 
-def serve(control: socket.socket, launcher: int, run_job: RunJob) -> None:
+def serve(control: socket.socket, launcher: int, run_job: RunJob, *, captured: bool = True) -> None:
     """Serve until the launching program (process id `launcher`) closes its end of `control` or dies.
+
+    What jobs print is `captured` until they have a log, or goes where this process's output does.
 
     When this returns, no process that was started through this server is alive, whatever killed the server.
     """
     gc.freeze()  # keeps the collector of every job from touching, and so copying, the pages they all share
-    guarded(launcher, lambda lifeline: _serve(control, lifeline, run_job), control.close)
+    guarded(launcher, lambda lifeline: _serve(control, lifeline, run_job, captured), control.close)
 
 
-def _serve(control: socket.socket, lifeline: int, run_job: RunJob) -> NoReturn:
+def _serve(control: socket.socket, lifeline: int, run_job: RunJob, captured: bool) -> NoReturn:
     wake, wake_write = os.pipe()
     os.set_blocking(wake, False)
     os.set_blocking(wake_write, False)
@@ -45,7 +47,7 @@ def _serve(control: socket.socket, lifeline: int, run_job: RunJob) -> NoReturn:
     signal.signal(signal.SIGTERM, _take_note)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     become_child_subreaper()
-    _Server(control, lifeline, wake, wake_write, run_job).run()
+    _Server(control, lifeline, wake, wake_write, run_job, captured).run()
     os._exit(0)
 
 
@@ -64,13 +66,16 @@ def _fork_failed(error: int) -> str:
 
 
 class _Server:
-    def __init__(self, control: socket.socket, lifeline: int, wake: int, wake_write: int, run_job: RunJob) -> None:
+    def __init__(
+        self, control: socket.socket, lifeline: int, wake: int, wake_write: int, run_job: RunJob, captured: bool
+    ) -> None:
         self._control = control
         self._lifeline = lifeline
         self._supervisors_lifeline, self._own_end = os.pipe()
         self._wake = wake
         self._wake_write = wake_write
         self._run_job = run_job
+        self._captured = captured
         self._supervisors: dict[int, int] = {}
         """Process id of each live supervisor, and the launching program's number for it."""
 
@@ -124,6 +129,7 @@ class _Server:
             server=os.getppid(),
             lifeline=self._supervisors_lifeline,
             run_job=self._run_job,
+            captured=self._captured,
         )
 
     def _collect(self) -> None:

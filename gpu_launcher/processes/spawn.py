@@ -40,7 +40,7 @@ def command(function: str, *arguments: int) -> list[str]:
     return [sys.executable, *flags, "-c", code]
 
 
-def serve_spawning(control: int, launcher: int, payload: int, /) -> NoReturn:
+def serve_spawning(control: int, launcher: int, payload: int, captured: int, /) -> NoReturn:
     """The fork server's process. `payload` is a memory file with the pickled Interpreter state and program."""
     from gpu_launcher.processes.server import serve
 
@@ -50,7 +50,7 @@ def serve_spawning(control: int, launcher: int, payload: int, /) -> NoReturn:
         line = command("work_spawned", channel.fileno(), payload)
         os.execv(line[0], line)
 
-    serve(socket.socket(fileno=control), launcher, run_job)
+    serve(socket.socket(fileno=control), launcher, run_job, captured=bool(captured))
     os._exit(0)
 
 

@@ -95,20 +95,36 @@ class JobProcess:
 class ForkServer:
     """Runs a program's jobs in processes of their own. Must be created while no thread of ours exists."""
 
-    def __init__(self, program: Program, method: StartMethod = "auto") -> None:
+    def __init__(
+        self,
+        program: Program,
+        method: StartMethod = "auto",
+        *,
+        option: str = "start_method",
+        unsafe: str | None = None,
+        in_child: Callable[[], None] = lambda: None,
+        captured: bool = True,
+    ) -> None:
         """Start it. `method` and `reason` then say how jobs are started, and for `spawn` why.
+
+        `option` is what the user writes for the choice of the method; `unsafe` says why it is known not to be safe to
+        fork from here. `in_child` drops, in a server forked from here, what belongs to this process alone. Unless the
+        jobs' output is `captured` until they have a log, it goes where this process's does.
 
         Raises OptionError if the program cannot be pickled where it has to be.
         """
         self._program = program
         self._asked = method
+        self._option = option
+        self._unsafe = unsafe
+        self._captured = captured
         self._handlers = {signum: signal.getsignal(signum) for signum in _OUR_SIGNALS}
         self._seats = itertools.count()
         self._jobs: dict[int, int] = {}
         """The number of the job at each of this server's supervisors."""
         self._idle: dict[int, socket.socket] = {}
         """Supervisors without a job."""
-        self._start_server(lambda: None)
+        self._start_server(in_child)
 
     def restart(self, in_child: Callable[[], None]) -> None:
         """Replace a server that died. `in_child` is called in the new one if it is a fork of this process.
@@ -123,7 +139,7 @@ class ForkServer:
         self._pid: int | None = None
         if self._asked == "spawn":
             self.reason = "start_method=spawn"
-        elif (unsafe := _cuda_in_use()) and self._asked == "auto":
+        elif (unsafe := self._unsafe or _cuda_in_use()) and self._asked == "auto":
             self.reason = unsafe
         else:
             self._fork(in_child)
@@ -228,7 +244,7 @@ class ForkServer:
         program = self._program
         self._control, server_end = channel()
         launcher = os.getpid()
-        handlers = self._handlers
+        handlers, captured = self._handlers, self._captured
         _flush()
 
         def run_job(job: socket.socket) -> NoReturn:
@@ -245,7 +261,7 @@ class ForkServer:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 self._control.close()
                 in_child()
-                serve(server_end, launcher, run_job)
+                serve(server_end, launcher, run_job, captured=captured)
                 status = 0
             except BaseException:
                 traceback.print_exc()
@@ -259,7 +275,7 @@ class ForkServer:
             pickled = spawn.dump_program(self._program)
         except Exception as error:  # whatever the user's objects raise when they are pickled
             raise OptionError(
-                "hydra.launcher.start_method",
+                self._option,
                 f"with spawn the task function and its config must be picklable: {type(error).__name__}: {error}. "
                 f"(spawn was chosen because of {self.reason}.) Remedy: make it picklable, or use fork.",
             ) from error
@@ -267,7 +283,7 @@ class ForkServer:
         payload = os.memfd_create("gpu-launcher-program")
         try:
             os.write(payload, spawn.describe_interpreter(pickled))
-            line = spawn.command("serve_spawning", server_end.fileno(), os.getpid(), payload)
+            line = spawn.command("serve_spawning", server_end.fileno(), os.getpid(), payload, int(self._captured))
             server = subprocess.Popen(line, pass_fds=(server_end.fileno(), payload), stdin=subprocess.DEVNULL)
         finally:
             os.close(payload)

@@ -44,11 +44,13 @@ RunJob = Callable[[socket.socket], NoReturn]
 """What happens in a job's process, given the job's end of its channel to the launching program."""
 
 
-def supervise(launcher: socket.socket, *, server: int, lifeline: int, run_job: RunJob) -> NoReturn:
+def supervise(
+    launcher: socket.socket, *, server: int, lifeline: int, run_job: RunJob, captured: bool = True
+) -> NoReturn:
     """Run the jobs that the launching program asks for, one after another, until it ends or closes the channel.
 
     `server` is the process id of the fork server, our parent; `lifeline` is at its end when that has ended, or is about
-    to.
+    to. What a job prints before it has a log is `captured`, to be told of it if it ends.
     """
     wake, wake_write = os.pipe()
     os.set_blocking(wake, False)
@@ -64,7 +66,7 @@ def supervise(launcher: socket.socket, *, server: int, lifeline: int, run_job: R
             signal.set_wakeup_fd(-1)
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
-            for descriptor in (1, 2):
+            for descriptor in (1, 2) if captured else ():
                 os.dup2(early, descriptor)
             for descriptor in (wake, wake_write, lifeline, early):
                 os.close(descriptor)

@@ -25,12 +25,14 @@ from gpu_launcher.model import Request
 from gpu_launcher.processes import bulletin, conversation
 from gpu_launcher.processes.linux import flush_c_streams
 from gpu_launcher.processes.messages import (
+    Answer,
     Assignment,
     ChannelClosedError,
     Grant,
     Prepared,
     Report,
     ResultLost,
+    Said,
     receive,
     send,
 )
@@ -75,6 +77,22 @@ class Gate:
         os.environ.update(self._grant.environment)
         if self._grant.cpus is not None:
             os.sched_setaffinity(0, self._grant.cpus)
+
+    def say(self, what: Any) -> None:
+        """Tell whoever asked for the job something. Ends this process if nobody is there any more."""
+        try:
+            send(self._channel, Said(what))
+        except ChannelClosedError:
+            os._exit(1)
+
+    def hear(self) -> Any:
+        """Wait, after the grant, for what whoever asked for the job says next."""
+        try:
+            message, _ = receive(self._channel)
+        except ChannelClosedError:
+            os._exit(1)
+        assert isinstance(message, Answer), message
+        return message.what
 
 
 class CapturedStdio:

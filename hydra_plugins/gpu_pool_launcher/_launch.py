@@ -22,7 +22,7 @@ from gpu_launcher.jobs.source import JobSource
 from gpu_launcher.jobs.sweep import Options, SweepResult, run_jobs
 from gpu_launcher.processes.starter import ForkServer
 
-from ._options import read_options, read_start_method
+from ._options import read_options, read_start_method, spell
 from ._program import HydraProgram, job_command
 from ._results import unpack
 from .launcher import GpuPoolLauncher
@@ -115,7 +115,8 @@ def _server(launcher: GpuPoolLauncher) -> ForkServer:
         assert launcher.hydra_context is not None
         assert launcher.task_function is not None
         program = HydraProgram(launcher.config, launcher.hydra_context, launcher.task_function, job_command(sys.argv))
-        server = ForkServer(program, read_start_method(launcher.options.get("start_method", "auto")))
+        method = read_start_method(launcher.options.get("start_method", "auto"))
+        server = ForkServer(program, method, option=spell("start_method"))
         weakref.finalize(launcher, server.close)
         launcher.server = server
     server = launcher.server

@@ -233,7 +233,7 @@ def test_the_file_system_is_that_of_the_innermost_and_latest_mount(tmp_path, dir
 def test_a_network_file_system_is_refused_before_anything_is_made(tmp_path, kind):
     mounts = tmp_path / "mountinfo"
     mounts.write_text(f"1 0 0:1 / / rw - ext4 /dev/vda rw\n2 1 0:2 / {tmp_path} rw - {kind} server:/ rw\n")
-    with pytest.raises(PoolDirectoryError, match=rf"network file system \({kind}\).*hydra.launcher.pool_dir"):
+    with pytest.raises(PoolDirectoryError, match=rf"network file system \({kind}\).*pool_dir"):
         resolve_pool_directory(str(tmp_path / "pool"), mountinfo=mounts)
     assert not (tmp_path / "pool").exists()
 

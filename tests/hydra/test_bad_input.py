@@ -52,7 +52,7 @@ def complaint(run: Run, directory: Path, *arguments: str, **extra: Any) -> str:
             ["gpus=5"],
             "hydra.launcher.gpus: every job's request is for 5 devices, but the pool has 4",
         ),
-        (["gpus=5"], "ask for fewer (hydra.launcher.gpus) or allow more (hydra.launcher.devices)"),
+        (["gpus=5"], "ask for fewer `gpus` or allow more `devices`"),
         (
             ["gpus=many"],
             "hydra.launcher.gpus: 'many' is neither a number of devices nor a part of one",
@@ -81,7 +81,7 @@ def complaint(run: Run, directory: Path, *arguments: str, **extra: Any) -> str:
         (["grace=-1"], "hydra.launcher.grace: -1.0 is not a number of seconds: give 0 or more"),
         (["grace=nan"], "hydra.launcher.grace: nan is not a number of seconds: give 0 or more"),
         (["pool_dir=''"], "hydra.launcher.pool_dir: the name is empty: name a directory, or leave the option out"),
-        (["pool_dir=/proc/pool"], "hydra.launcher.pool_dir"),
+        (["pool_dir=/proc/pool"], "the option `pool_dir`"),
         (
             ["pool_dir=/dev/null"],
             "pool directory /dev/null: is not a directory: remove what is there, or ",
@@ -152,7 +152,7 @@ def test_a_read_only_pool_directory_is_refused(run: Run, tmp_path: Path) -> None
     with mounted_tmpfs(pool, "size=64k,ro"):
         message = complaint(run, tmp_path)
     assert message.startswith(f"pool directory {pool}: is on a read-only file system: choose another with ")
-    assert "hydra.launcher.pool_dir or GPU_LAUNCHER_POOL_DIR" in message
+    assert "`pool_dir` or GPU_LAUNCHER_POOL_DIR" in message
 
 
 @pytest.mark.root

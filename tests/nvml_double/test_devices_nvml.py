@@ -153,7 +153,7 @@ def test_a_gpu_named_that_cannot_be_used_is_an_error_that_says_why(machine: Mach
     for spec in (1, "GPU-b"):
         kind, message = select(machine, spec)
         assert kind == "OptionError"
-        assert message.startswith("hydra.launcher.devices: GPU 1 cannot be used: it is in MIG mode")
+        assert message.startswith("devices: GPU 1 cannot be used: it is in MIG mode")
         assert message.endswith("available: GPU 0 (NVIDIA Double, GPU-aaaa)")
 
 
@@ -178,9 +178,7 @@ def test_where_no_gpu_can_be_used_cpu_slots_are_and_the_notice_names_each_reason
 def test_a_machine_without_gpus_is_no_error(machine: Machine, state: list[str], reason: str) -> None:
     machine.has(*state)
     assert show(machine) == {"devices": [], "unusable": [], "nothing_because": reason}
-    assert select(machine)[2] == [
-        f"{reason}; using 3 CPU slots instead (hydra.launcher.devices=cpu:N for another number)"
-    ]
+    assert select(machine)[2] == [f"{reason}; using 3 CPU slots instead (devices=cpu:N for another number)"]
 
 
 def test_without_the_library_there_is_no_driver(machine_without_driver: Machine) -> None:

@@ -1,4 +1,4 @@
-"""What `hydra.launcher.devices` selects, and what is said where it cannot."""
+"""What the option `devices` selects, and what is said where it cannot."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def indices(spec: object, environ: dict[str, str] | None = None) -> list[int]:
 def problem(spec: object, environ: dict[str, str] | None = None, nvml: FixedProbe = THREE) -> str:
     with pytest.raises(OptionError) as caught:
         select_devices(spec, environ or {}, nvml)
-    assert caught.value.option == "hydra.launcher.devices"
-    assert str(caught.value).startswith("hydra.launcher.devices: ")
+    assert caught.value.option == "devices"
+    assert str(caught.value).startswith("devices: ")
     assert "\n" not in str(caught.value)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
     return caught.value.problem
@@ -123,8 +123,7 @@ def test_without_a_driver_auto_means_cpu_slots_and_one_notice_says_why() -> None
     selection = select_devices("auto", {}, NONE, cpu_count=2)
     assert selection.devices == cpu_slots(2)
     assert selection.notices == (
-        "no NVIDIA driver found (none installed); using 2 CPU slots instead "
-        "(hydra.launcher.devices=cpu:N for another number)",
+        "no NVIDIA driver found (none installed); using 2 CPU slots instead (devices=cpu:N for another number)",
     )
 
 
@@ -149,7 +148,7 @@ def test_a_mask_that_hides_all_gpus_is_named_in_the_one_notice(mask: str, words:
     assert selection.devices == cpu_slots(2)
     (notice,) = selection.notices
     assert notice.startswith(words)
-    assert notice.endswith("; using 2 CPU slots instead (hydra.launcher.devices=cpu:N for another number)")
+    assert notice.endswith("; using 2 CPU slots instead (devices=cpu:N for another number)")
 
 
 def test_a_mask_that_is_partly_wrong_gives_a_notice_also_for_named_gpus() -> None:
@@ -293,5 +292,5 @@ def test_any_value_selects_devices_each_once_or_is_an_option_error(spec: object,
         assert selection.devices
         assert len({device.uuid for device in selection.devices}) == len(selection.devices)
         return
-    assert message.startswith("hydra.launcher.devices: ")
+    assert message.startswith("devices: ")
     assert "\n" not in message
