@@ -113,7 +113,8 @@ class Recorder:
         self._file = self.directory / f"launch-{self._id}.json"
         self._process = os.getpid()
         self.directory.mkdir(exist_ok=True)
-        self._old = {number: entry.report for number, entry in read(directory).items() if entry.report}
+        # Those of a source's jobs are not kept: see `Planned.ended`.
+        self._old = {number: entry.report for number, entry in read(directory).items() if entry.report} if jobs else {}
         for launch in launches_in(directory):
             if launch.lives is False:
                 with suppress(OSError):
@@ -124,8 +125,8 @@ class Recorder:
         self._plan(jobs)
 
     def add(self, job: Job) -> None:
-        """Note one more job that is to be run, for the first time."""
-        self._attempts[job.number] = 0
+        """Note one more job that is to be run."""
+        self._attempts[job.number] = job.attempts_before
         self._plan([job])
 
     def _plan(self, jobs: Sequence[Job]) -> None:
@@ -136,6 +137,11 @@ class Recorder:
     def report_path(self, number: int) -> Path:
         """Where the job is to leave its report."""
         return self.directory / f"{number}.{self._id}.report"
+
+    def discard_report(self, number: int) -> None:
+        """A job's report has been passed on to whoever keeps it."""
+        with suppress(OSError):
+            self.report_path(number).unlink()
 
     def handle(self, event: Event) -> None:
         """Write down what is worth knowing later."""
@@ -197,7 +203,6 @@ class Planned:
         self.ask = source.ask
         self.started = source.started
         self.said = source.said
-        self.ended = source.ended
         self.tick = source.tick
         self.close_in_child = source.close_in_child
 
@@ -208,6 +213,11 @@ class Planned:
             if isinstance(statement, Offer):
                 self._recorder.add(statement.job)
         return statements
+
+    def ended(self, result: JobResult) -> None:
+        """See `JobSource`. There may be any number of jobs, so that what they left is not kept twice."""
+        self._source.ended(result)
+        self._recorder.discard_report(result.number)
 
 
 class Recorded:
