@@ -9,6 +9,7 @@ import typer
 
 from gpu_launcher.cli.doctor import doctor
 from gpu_launcher.cli.jobs import jobs
+from gpu_launcher.cli.map import map_command
 from gpu_launcher.cli.status import status
 from gpu_launcher.cli.top import top
 from gpu_launcher.errors import GpuLauncherError, OptionError
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("map", context_settings={"allow_interspersed_args": False})(map_command)
 app.command()(status)
 app.command()(top)
 app.command()(doctor)
@@ -51,5 +53,10 @@ def main() -> None:
     try:
         app(prog_name="gpu-launcher")
     except GpuLauncherError as error:
-        print(f"gpu-launcher: {error}", file=sys.stderr)
+        said = error.written(_spell) if isinstance(error, OptionError) else error
+        print(f"gpu-launcher: {said}", file=sys.stderr)
         sys.exit(2 if isinstance(error, OptionError) else 1)
+
+
+def _spell(option: str) -> str:
+    return f"--{option.replace('_', '-')}"

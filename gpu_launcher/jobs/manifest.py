@@ -15,7 +15,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -297,6 +297,15 @@ def finished_before(jobs: Sequence[Job], entries: Mapping[int, Entry]) -> dict[i
     return found
 
 
+def devices_of(directory: Path, numbers: Container[int]) -> dict[int, tuple[str, ...]]:
+    """Labels of the devices that these jobs had last, of those that had any."""
+    found = {}
+    for event in _events(directory / DIRECTORY / MANIFEST):
+        if event.get("started") in numbers:
+            found[event["started"]] = tuple(event["devices"])
+    return found
+
+
 def refuse_if_running(directory: Path) -> None:
     """Raise ManifestError if another program runs the jobs of this sweep, or may do so."""
     for launch in launches_in(directory):
@@ -314,19 +323,18 @@ def refuse_if_running(directory: Path) -> None:
 
 def _events(manifest: Path) -> Iterator[dict[str, Any]]:
     try:
-        lines = manifest.read_bytes().split(b"\n")
+        lines = open(manifest, "rb")
     except FileNotFoundError:
         return
-    for line in lines:
-        if not line:
-            continue
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue  # cut off
-        if event.get("format", 0) > FORMAT:
-            raise ManifestError(f"{manifest} was written by a newer version of gpu-launcher: use that")
-        yield event
+    with lines:
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # empty, or cut off
+            if event.get("format", 0) > FORMAT:
+                raise ManifestError(f"{manifest} was written by a newer version of gpu-launcher: use that")
+            yield event
 
 
 def _take(event: dict[str, Any], entries: dict[int, Entry]) -> None:
