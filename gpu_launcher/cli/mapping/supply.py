@@ -45,6 +45,7 @@ class Input:
         except OSError as error:
             raise OptionError("from", f"{self.name} cannot be read: {error.strerror}") from error
         self.seekable = stat.S_ISREG(mode)
+        self._begins = os.lseek(self._descriptor, 0, os.SEEK_CUR) if self.seekable else 0
         self.waits = not self.seekable and not _is_null(mode, self._descriptor)
         """Whether there may be nothing to read though it is not at its end: then its descriptor tells."""
 
@@ -68,8 +69,8 @@ class Input:
             raise OptionError("from", f"{self.name} cannot be read any more: {error.strerror}") from error
 
     def rewind(self) -> None:
-        """To the beginning of one that is `seekable`."""
-        os.lseek(self._descriptor, 0, os.SEEK_SET)
+        """To the beginning, or where others had read stdin to, of one that is `seekable`."""
+        os.lseek(self._descriptor, self._begins, os.SEEK_SET)
 
 
 def _is_null(mode: int, descriptor: int) -> bool:

@@ -177,16 +177,16 @@ def _pieces(word: str) -> Iterator[str | Placeholder]:
 
 def _refuse_quoted(word: Word) -> None:
     """A value is quoted for the place where a word may stand. Between quotes of the user's it would not be."""
-    quote = ""
+    quote, escaped = "", False
     for piece in word:
         if isinstance(piece, Placeholder):
-            if quote:
+            if quote or escaped:
+                where = f"between quotes ({quote})" if quote else "behind a backslash"
                 raise CommandError(
-                    f"{{{piece.name}}} stands between quotes ({quote}) in the text for the shell: leave them out, for "
-                    "its value gets quotes of its own"
+                    f"{{{piece.name}}} stands {where} in the text for the shell: leave them out, for its value gets quotes "
+                    "of its own"
                 )
             continue
-        escaped = False
         for character in piece:
             if escaped:
                 escaped = False
