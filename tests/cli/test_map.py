@@ -421,19 +421,23 @@ def test_a_pipe_is_resumed_by_the_same_stream(run_map: Map) -> None:
 # Trouble
 
 
-def test_results_that_cannot_be_written_end_it_and_are_kept(run_map: Map, tmp_path: Path, mounted: Any) -> None:
+def test_a_full_disk_ends_it_and_what_has_completed_is_kept(run_map: Map, tmp_path: Path, mounted: Any) -> None:
     out = mounted(tmp_path / "out", "size=256k")
-    filler = "head -c 10M /dev/zero > out/filler; exit 0"
-    done = run_map("--param", "n=range(9)", "--max-parallel", "1", *SIMULATED, "--shell", "--", f"echo {{n}}; {filler}")
+    (tmp_path / "full").touch()
+    fill = "test {n} != 3 || test ! -e full || head -c 10M /dev/zero > out/filler; true"
+    words = ("--param", "n=range(9)", "--max-parallel", "1", *SIMULATED, "--shell")
+    done = run_map(*words, "--", f"echo {{n}} >> ran; {fill}")
     assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "No space left on device" in done.stderr
+    assert "results cannot be written to out: No space left on device. No more runs are started" in done.stderr
+    assert "job 3 (n=3) FAILED" in done.stderr
+    (tmp_path / "full").unlink()
     (out / "filler").unlink()
-    whole = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert len(whole) <= 9
-    resumed = run_map("--resume", "out", "--max-parallel", "1")
-    (out / "filler").unlink(missing_ok=True)
-    assert "completed before" in resumed.stderr or resumed.returncode in (0, 1)
+    kept = [line["index"] for line in run_map.results() if line["outcome"] == "completed"]
+    assert kept[:3] == [0, 1, 2]
+    assert run_map("--resume", "out").returncode == 0
+    assert [line["outcome"] for line in run_map.results()] == ["completed"] * 9
+    ran = (tmp_path / "ran").read_text().split()
+    assert all(ran.count(str(index)) == 1 for index in kept)
 
 
 @pytest.fixture

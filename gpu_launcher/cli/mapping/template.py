@@ -183,8 +183,8 @@ def _refuse_quoted(word: Word) -> None:
             if quote or escaped:
                 where = f"between quotes ({quote})" if quote else "behind a backslash"
                 raise CommandError(
-                    f"{{{piece.name}}} stands {where} in the text for the shell: leave them out, for its value gets quotes "
-                    "of its own"
+                    f"{{{piece.name}}} stands {where} in the text for the shell: leave them out, for its value gets "
+                    "quotes of its own"
                 )
             continue
         for character in piece:
