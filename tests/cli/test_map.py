@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -356,6 +358,32 @@ def test_values_that_are_too_long_for_a_command_line_fail_alone(run_map: Map, tm
     assert short["output"]["argv"] == ["y"]
 
 
+# As documented
+
+
+def test_every_option_is_in_the_document_and_the_help_has_examples(run_map: Map) -> None:
+    text = run_map("--help").stdout
+    options = set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", text, re.MULTILINE))
+    document = (REPOSITORY / "docs" / "map.md").read_text()
+    assert len(options) > 15
+    assert all(f"`{option}" in document for option in options - {"--help"})
+    assert "    gpu-launcher map --resume " in text.partition("Examples:")[2]
+
+
+def test_the_example_runs_as_its_readme_says(run_map: Map, tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "examples" / "evaluate", tmp_path / "evaluate")
+    (command,) = re.findall(r"^    gpu-launcher (.*)$", (tmp_path / "evaluate" / "README.md").read_text(), re.MULTILINE)
+    command = command.replace("python", sys.executable).replace("map ", "map --devices simulated:2 ", 1)
+    done = subprocess.run(
+        [*CLI, *shlex.split(command)], cwd=tmp_path / "evaluate", env=run_map.environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    results = run_map.results("evaluate/results")
+    assert len(results) == 6
+    assert all(0.9 < line["output"]["accuracy"] < 1 for line in results)
+    assert (tmp_path / "evaluate" / "results" / "results.csv").exists()
+
+
 # Going on
 
 
@@ -416,6 +444,69 @@ def test_a_pipe_is_resumed_by_the_same_stream(run_map: Map) -> None:
     changed = run_map("--resume", "out", input='{"n": 3}\n')
     assert changed.returncode == 1
     assert "run 0 has completed with other parameters" in changed.stderr
+
+
+# Any number of runs
+
+DRIVE = """
+import sys
+from pathlib import Path
+
+from gpu_launcher.cli.mapping.grid import Grid
+from gpu_launcher.cli.mapping.place import Place
+from gpu_launcher.cli.mapping.results import Completed, Results, settle, write_table
+from gpu_launcher.cli.mapping.source import MapSource
+from gpu_launcher.cli.mapping.supply import Input, Supply
+from gpu_launcher.cli.mapping.template import Template
+from gpu_launcher.jobs.events import Outcome
+from gpu_launcher.jobs.job import JobResult
+from gpu_launcher.jobs.source import Exhausted, Offer
+
+place = Place(Path("out").absolute())
+supply = Supply(Template.parse(["{n}"]), Grid(), Input(sys.argv[1]))
+supply.survey(Completed())
+source = MapSource(supply, place, Results(place.results), completed=None, keep_going=False)
+over, seen = False, 0
+
+
+def memory():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+while not over:
+    source.ask(4)
+    for statement in source.receive():
+        if isinstance(statement, Offer):
+            job = statement.job
+            source.ended(JobResult(job.number, job.label, Outcome.COMPLETED, None, None, (), 1.0, None))
+            seen += 1
+            if seen == 5_000:
+                before = memory()
+        over = over or isinstance(statement, Exhausted)
+write_table(place)
+print(seen, memory() - before)
+assert settle(place).count == seen
+print(memory() - before)
+"""
+
+
+def test_any_number_of_runs_takes_no_more_memory_than_a_few(run_map: Map, tmp_path: Path) -> None:
+    (tmp_path / "drive.py").write_text(DRIVE)
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "p.jsonl", "w") as file:
+        file.writelines(f'{{"n": {number}, "text": "{"x" * 200}"}}\n' for number in range(50_000))
+    done = subprocess.run(
+        [sys.executable, "drive.py", "p.jsonl"],
+        cwd=tmp_path,
+        env=run_map.environ,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    seen, grown, to_resume = map(int, done.stdout.split())
+    assert seen == 50_000
+    assert grown < 2 * 2**20, "they would be 15 MiB"
+    assert to_resume < 4 * 2**20, "eight bytes each"
 
 
 # Trouble

@@ -246,8 +246,8 @@ class _Launch:
     def _run(self, place: Place, total: int | None, *, resumed: bool) -> int:
         with place.locked(lambda text: print(f"gpu-launcher: {text}", file=sys.stderr)):
             try:
-                completed = settle(place) if resumed else Completed()
-                if resumed:
+                completed = settle(place) if resumed else None
+                if completed is not None:
                     of = "" if total is None else f" of {total}"
                     print(
                         f"gpu-launcher: {completed.count}{of} runs completed before, and are not run again",
@@ -256,15 +256,14 @@ class _Launch:
                 results = Results(place.results)
             except OSError as error:
                 raise MapError(f"results cannot be written to {shown(place.path)}: {error.strerror}") from error
-            source = MapSource(
-                self.supply, place, completed, results, keep_going=bool(self.asked.options.get("keep_going"))
-            )
+            keep_going = bool(self.asked.options.get("keep_going"))
+            source = MapSource(self.supply, place, results, completed=completed, keep_going=keep_going)
             assert self.options.request is not None
             program = CommandProgram(self.template, place, self.options.request, self.asked.directory)
             # No thread of ours exists, and nothing of CUDA's.
             server = ForkServer(program, "fork")
             try:
-                left = None if total is None else total - completed.count
+                left = None if total is None else total - (completed.count if completed else 0)
                 sweep = run_jobs([], server, self.options, place.path, COMMAND, source=source, total=left)
             finally:
                 server.close()

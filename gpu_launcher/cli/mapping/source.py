@@ -30,11 +30,16 @@ class MapSource:
     """See `gpu_launcher.jobs.source.JobSource`."""
 
     def __init__(
-        self, supply: Supply, place: Place, completed: Completed, results: Results, *, keep_going: bool
+        self, supply: Supply, place: Place, results: Results, *, completed: Completed | None, keep_going: bool
     ) -> None:
+        """Run what `supply` has in `place`, but not what `completed` in an earlier launch, if there was one.
+
+        With `keep_going` what cannot be used is left out; otherwise nothing is started after it.
+        """
+        self._resumes = completed is not None
         self._supply = supply
         self._place = place
-        self._completed = completed
+        self._completed = completed or Completed()
         self._results = results
         self._keep_going = keep_going
         self._wanted = 0
@@ -94,7 +99,7 @@ class MapSource:
         elif found.index not in self._completed:
             self._wanted -= 1
             self._params[found.index] = found.params
-            before = self._place.run(found.index).attempts() if self._completed.count else 0
+            before = self._place.run(found.index).attempts() if self._resumes else 0
             statements.append(Offer(Job(found.index, label(found.params), found.params, attempts_before=before)))
         elif not self._completed.agrees(found.index, found.params):
             self._give_up(changed(found.index), statements)
@@ -111,9 +116,10 @@ class MapSource:
         return f"{count(self.bad, 'line')} left out" if self.bad > BAD_NAMED else None
 
     def _give_up(self, problem: str, statements: list[Statement]) -> None:
-        self._over = True
-        self.problem = problem
-        statements.append(Exhausted(f"{problem}. No more runs are started"))
+        if self.problem is None:
+            self.problem = problem
+            statements.append(Remark(problem) if self._over else Exhausted(f"{problem}. No more runs are started"))
+            self._over = True
 
     # What becomes of runs
 
