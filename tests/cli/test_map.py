@@ -154,7 +154,7 @@ def test_odd_values_arrive_intact(run_map: Map, tmp_path: Path, shell: bool) -> 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "-", "fifo"])
 def test_parameters_come_from_files_and_pipes(run_map: Map, tmp_path: Path, kind: str) -> None:
     of_csv = kind == "csv"
-    data = 'n,s\n1,"x, y"\n2,\n' if of_csv else '{"n": 1, "s": "x, y"}\n\n{"n": 2, "s": ""}\n'
+    data = 'n,s\n1.10,"x, y"\n2,\n' if of_csv else '{"n": "1.10", "s": "x, y"}\n\n{"n": 2, "s": ""}\n'
     name = {"jsonl": "p.jsonl", "csv": "p.csv", "-": "-", "fifo": "p"}[kind]
     words = ("--from", name, *SIMULATED, "--", sys.executable, "echo.py", "{n}", "{s}")
     if kind == "fifo":
@@ -168,7 +168,8 @@ def test_parameters_come_from_files_and_pipes(run_map: Map, tmp_path: Path, kind
             (tmp_path / name).write_text(data)
         done = run_map(*words, input=data if kind == "-" else None)
         assert done.returncode == 0, done.stderr
-    assert run_map.argv() == [["1", "x, y"], ["2", ""]]
+    assert run_map.argv() == [["1.10", "x, y"], ["2", ""]]
+    assert [line["params"]["n"] for line in run_map.results()] == ([1.1, 2] if of_csv else ["1.10", 2])
 
 
 def test_a_slow_producer_is_not_waited_for_and_does_not_wait(run_map: Map, tmp_path: Path, wait_until: Any) -> None:
@@ -185,6 +186,34 @@ def test_a_slow_producer_is_not_waited_for_and_does_not_wait(run_map: Map, tmp_p
     _, said = process.communicate()
     assert "Traceback" not in said
     assert run_map.argv() == [["0"], ["1"]]
+
+
+def test_what_runs_is_looked_after_while_a_producer_thinks(run_map: Map) -> None:
+    words = ("--from", "-", "--timeout", "1", *SIMULATED, "--", "sleep", "{n}")
+    process = run_map.start(*words, stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stderr is not None
+    process.stdin.write('{"n": 600}\n{"n": ')
+    process.stdin.flush()
+    assert any("ran longer than its timeout" in line for line in process.stderr)
+    process.communicate("0}\n", timeout=60)
+    assert process.returncode == 1
+    assert [line["exit_code"] for line in run_map.results()] == [-15, 0]
+
+
+def test_in_a_terminal_there_is_a_live_view(terminal: Any, tmp_path: Path) -> None:
+    words = ("--param", "n=0.3,0.4", "--devices", "simulated:2", "--dir", str(tmp_path / "out"), "--", "sleep", "{n}")
+    shown = terminal("map", *words)
+    assert shown.wait() == 0
+    assert "2/2 done" in shown.text or "2 running" in shown.text
+    assert "[gpu_pool] 2 jobs: 2 completed" in shown.text
+
+
+def test_the_list_of_jobs_knows_the_runs_of_a_map(run_map: Map, tmp_path: Path) -> None:
+    assert run_map("--param", "n=1,2", *SIMULATED, "--", "echo", "{n}").returncode == 0
+    listed = subprocess.run([*CLI, "jobs", "out"], cwd=tmp_path, env=run_map.environ, capture_output=True, text=True)
+    assert "out: 2 jobs: 2 completed" in listed.stdout
+    assert "n=2" in listed.stdout
 
 
 def test_failures_are_results_and_stop_nobody(run_map: Map, tmp_path: Path) -> None:

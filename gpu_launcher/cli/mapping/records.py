@@ -98,7 +98,7 @@ class _JsonLines:
         except UnicodeDecodeError:
             return Bad(line, "is not UTF-8")
         except json.JSONDecodeError as error:
-            return Bad(line, f"is no JSON: {error.msg} at column {error.colno}")
+            return Bad(line, f"is no JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
         except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
             return Bad(line, f"is no JSON that can be read: {error}")
         if not isinstance(found, dict):

@@ -17,6 +17,7 @@ from gpu_launcher.jobs.manifest import devices_of
 COLUMNS = ("index", "outcome", "exit_code", "duration", "devices", "attempts", "message")
 """Of the table, before parameters and what the script said."""
 PATHS = ("directory", "stdout", "stderr")
+_FIELDS = {*COLUMNS, *PATHS, "params", "output"}
 
 
 class Results:
@@ -197,7 +198,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                     line = json.loads(data)
                 except ValueError:
                     continue
-                if isinstance(line, dict) and isinstance(line.get("index"), int):
+                if isinstance(line, dict) and line.keys() >= _FIELDS and isinstance(line["index"], int):
                     yield line
     except FileNotFoundError:
         return
