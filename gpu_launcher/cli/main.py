@@ -53,10 +53,5 @@ def main() -> None:
     try:
         app(prog_name="gpu-launcher")
     except GpuLauncherError as error:
-        said = error.written(_spell) if isinstance(error, OptionError) else error
-        print(f"gpu-launcher: {said}", file=sys.stderr)
+        print(f"gpu-launcher: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, OptionError) else 1)
-
-
-def _spell(option: str) -> str:
-    return f"--{option.replace('_', '-')}"

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from gpu_launcher.cli.options import complete_devices, complete_directories
+from gpu_launcher.cli.options import PoolDir, _device_kinds, _directories
+from gpu_launcher.errors import OptionError
 
 
 def map_command(
@@ -41,7 +42,7 @@ def map_command(
             metavar="DIRECTORY",
             help="Where to keep results and output. Default: map/<date>/<time>.",
             show_default=False,
-            autocompletion=complete_directories,
+            autocompletion=_directories,
         ),
     ] = None,
     resume: Annotated[
@@ -52,7 +53,7 @@ def map_command(
             help="Run what did not complete of the map in that directory. It knows its command and options; other "
             "options may be given.",
             show_default=False,
-            autocompletion=complete_directories,
+            autocompletion=_directories,
         ),
     ] = None,
     gpus: Annotated[
@@ -102,18 +103,10 @@ def map_command(
             "--devices",
             metavar="DEVICES",
             help="Which to use, written as hydra.launcher.devices is: auto (the default), 0,2, cpu:4, simulated:8.",
-            autocompletion=complete_devices,
+            autocompletion=_device_kinds,
         ),
     ] = None,
-    pool_dir: Annotated[
-        str | None,
-        typer.Option(
-            "--pool-dir",
-            metavar="DIRECTORY",
-            help="The pool to join. Default: $GPU_LAUNCHER_POOL_DIR, else the machine's own.",
-            autocompletion=complete_directories,
-        ),
-    ] = None,
+    pool_dir: PoolDir = None,
     grace: Annotated[
         str | None,
         typer.Option("--grace", metavar="TIME", help="Between Ctrl-C and the end of what does not end. Default: 10s."),
@@ -159,6 +152,8 @@ def map_command(
     )
     try:
         code = run_map(asked, directory, resume, dry_run=dry_run)
+    except OptionError as error:
+        raise error.written(lambda option: f"--{option.replace('_', '-')}") from error
     except KeyboardInterrupt:  # before anything ran, or after everything
         code = 130
     raise typer.Exit(code)

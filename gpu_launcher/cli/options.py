@@ -14,11 +14,11 @@ DEVICE_KINDS = (
 )
 
 
-def complete_devices(incomplete: str) -> list[tuple[str, str]]:
+def _device_kinds(incomplete: str) -> list[tuple[str, str]]:
     return [(kind, meaning) for kind, meaning in DEVICE_KINDS if kind.startswith(incomplete)]
 
 
-def complete_directories(incomplete: str) -> list[str]:
+def _directories(incomplete: str) -> list[str]:
     head, slash, start = incomplete.rpartition("/")
     try:
         entries = sorted(Path(f"{head}{slash}" or ".").expanduser().iterdir())
@@ -34,7 +34,7 @@ Devices = Annotated[
         metavar="DEVICES",
         help="What to show, written as hydra.launcher.devices is: auto (everything), 0,2, GPU-1a2b..., cpu:4, "
         "simulated:8. An inherited CUDA_VISIBLE_DEVICES restricts auto and lists.",
-        autocompletion=complete_devices,
+        autocompletion=_device_kinds,
     ),
 ]
 BusyMemory = Annotated[
@@ -53,7 +53,7 @@ PoolDir = Annotated[
         metavar="DIRECTORY",
         help="The pool to look at. Default: $GPU_LAUNCHER_POOL_DIR, else the machine's own.",
         show_default=False,
-        autocompletion=complete_directories,
+        autocompletion=_directories,
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, as docs/status.md documents it.")]

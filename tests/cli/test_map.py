@@ -206,7 +206,7 @@ def test_in_a_terminal_there_is_a_live_view(terminal: Any, tmp_path: Path) -> No
     shown = terminal("map", *words)
     assert shown.wait() == 0
     assert "2/2 done" in shown.text or "2 running" in shown.text
-    assert "[gpu_pool] 2 jobs: 2 completed" in shown.text
+    assert "2 jobs: 2 completed" in shown.text
 
 
 def test_the_list_of_jobs_knows_the_runs_of_a_map(run_map: Map, tmp_path: Path) -> None:
