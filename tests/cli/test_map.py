@@ -322,7 +322,8 @@ def test_a_dry_run_prints_command_lines_and_runs_nothing(run_map: Map, tmp_path:
         (["--param", "n=1", "--max-parallel", "0", "--", "echo", "{n}"], "--max-parallel: 0 is too few"),
         (["--param", "n=1", "--retries", "-1", "--", "echo", "{n}"], "--retries: -1 is too few"),
         (["--param", "n=1", "--dir", "/proc/x", "--", "echo", "{n}"], "--dir: /proc/x cannot be written to"),
-        (["--param", "n=1", "--dir", "echo.py", "--", "echo", "{n}"], "--dir: "),
+        (["--param", "n=1", "--dir", "echo.py", "--", "echo", "{n}"], "--dir: echo.py cannot be written to"),
+        (["--param", "n=1", "--dir", "theirs", "--", "echo", "{n}"], "--dir: theirs/results.jsonl exists already"),
         (["--from", "gone.jsonl", "--", "echo", "{n}"], "--from: gone.jsonl cannot be read: No such file"),
         (["--from", ".", "--", "echo", "{n}"], "--from: . cannot be read: "),
         (["--from", "empty.jsonl", "--", "echo", "{n}"], "--from: empty.jsonl is empty"),
@@ -334,12 +335,14 @@ def test_what_cannot_be_meant_is_refused_before_anything_runs(
     run_map: Map, tmp_path: Path, words: list[str], problem: str
 ) -> None:
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "results.jsonl").touch()
     done = run_map(*words)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("gpu-launcher: ")
     assert problem in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-    left = {path.name for path in tmp_path.iterdir()} - {"echo.py", "empty.jsonl", "pool", "map"}
+    left = {path.name for path in tmp_path.iterdir()} - {"echo.py", "empty.jsonl", "theirs", "pool", "map"}
     assert left == set(), "and nothing is in the way of the mended command"
 
 

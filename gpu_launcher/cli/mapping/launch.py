@@ -67,12 +67,15 @@ class Asked:
     def settings(self) -> dict[str, Any]:
         """To be kept for a later launch."""
         named = self.source is not None and self.source != STDIN
+        options = dict(self.options)
+        if options.get("pool_dir"):
+            options["pool_dir"] = str(Path(options["pool_dir"]).expanduser().absolute())
         return {
             "command": self.command,
             "param": self.param,
             "from": str(Path(self.source or "").absolute()) if named else self.source,
             "shell": self.shell,
-            "options": dict(self.options),
+            "options": options,
             "grid": [[name, list(values)] for name, values in self.grid.axes],
             "directory": str(self.directory),
         }

@@ -125,20 +125,22 @@ class Place:
 
     def create(self, settings: dict[str, Any]) -> None:
         """For a new map. Raises OptionError if there is one already, or nothing can be written."""
+        name = shown(self.path)
         try:
+            if self.results.exists() and not self.settings.exists():
+                raise OptionError("dir", f"{shown(self.results)} exists already: name another directory")
             self.settings.parent.mkdir(parents=True, exist_ok=True)
             with open(self.settings, "x") as file:
                 json.dump({"format": FORMAT, **settings}, file)
         except FileExistsError:
-            if not self.settings.exists():
-                raise OptionError("dir", f"{self.path} is no directory") from None
+            if not self.path.is_dir():
+                raise OptionError("dir", f"{name} is no directory: name one, or what can become one") from None
             raise OptionError(
-                "dir",
-                f"{self.path} is another map's: go on with that by --resume {self.path}, or name another directory",
+                "dir", f"{name} is another map's: go on with that by --resume {name}, or name another directory"
             ) from None
         except OSError as error:
             raise OptionError(
-                "dir", f"{self.path} cannot be written to ({error.strerror}): name a directory of yours"
+                "dir", f"{name} cannot be written to ({error.strerror}): name a directory of yours"
             ) from error
 
     def read_settings(self) -> dict[str, Any]:
@@ -146,9 +148,9 @@ class Place:
         try:
             settings: dict[str, Any] = json.loads(self.settings.read_text())
         except (OSError, ValueError) as error:
-            raise OptionError("resume", f"{self.path} is no map's directory: give what --dir named") from error
+            raise OptionError("resume", f"{shown(self.path)} is no map's directory: give what --dir named") from error
         if settings.get("format") != FORMAT:
-            raise OptionError("resume", f"{self.path} is of a newer version of gpu-launcher: use that")
+            raise OptionError("resume", f"{shown(self.path)} is of a newer version of gpu-launcher: use that")
         return settings
 
     def withdraw(self) -> None:
@@ -173,7 +175,7 @@ class Place:
         try:
             lock = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise OptionError("dir", f"{self.path} cannot be written to ({error.strerror})") from error
+            raise OptionError("dir", f"{shown(self.path)} cannot be written to ({error.strerror})") from error
         try:
             deadline = time.monotonic() + PATIENCE
             told = False
