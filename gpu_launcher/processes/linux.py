@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import threading
+from collections.abc import Container
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -74,12 +75,15 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)  # a zombie takes it in silence, and only we can reap it
 
 
-def other_threads() -> list[str]:
-    """Names of this process's threads besides the first: Python's where it has one, else the kernel's."""
+def other_threads(besides: Container[int] = ()) -> list[str]:
+    """Names of this process's threads besides the first and some others, which are given by their native ids.
+
+    Python's name where a thread has one, else the kernel's.
+    """
     python = {thread.native_id: thread.name for thread in threading.enumerate()}
     names = []
     for task in Path("/proc/self/task").iterdir():
-        if task.name != str(os.getpid()):
+        if task.name != str(os.getpid()) and int(task.name) not in besides:
             try:
                 names.append(python.get(int(task.name)) or (task / "comm").read_text().strip())
             except (FileNotFoundError, ProcessLookupError):  # a thread that has just ended

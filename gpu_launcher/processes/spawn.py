@@ -6,7 +6,6 @@ job is a fresh interpreter that loads the program from a cloudpickle.
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import socket
@@ -14,8 +13,7 @@ import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import FunctionType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 _PACKAGE = Path(__file__).resolve().parents[1] / "__init__.py"
 
@@ -56,6 +54,7 @@ def serve_spawning(control: int, launcher: int, payload: int, captured: int, /) 
 
 def work_spawned(channel: int, payload: int, /) -> NoReturn:
     """A job's process."""
+    from gpu_launcher.processes import pickling
     from gpu_launcher.processes.worker import CapturedStdio, work
 
     stdio = CapturedStdio()
@@ -65,47 +64,14 @@ def work_spawned(channel: int, payload: int, /) -> NoReturn:
     os.close(payload)
     sys.path[:] = path
     vars(sys.modules["__main__"]).update(main)
-    work(socket.socket(fileno=channel), stdio, lambda: load_program(program))
+    work(socket.socket(fileno=channel), stdio, lambda: pickling.load(program))
 
 
 def describe_interpreter(program: bytes) -> bytes:
-    """What `work_spawned` needs: module search path, identity of `__main__`, and the program from `dump_program`."""
+    """What `work_spawned` needs: module search path, identity of `__main__`, and the program, dumped."""
     main = sys.modules["__main__"]
     # Which script or module it is, as libraries ask that start it again.
     attributes: dict[str, object] = {"__file__": getattr(main, "__file__", None)}
     spec = getattr(main, "__spec__", None)
     attributes["__spec__"] = spec and ModuleSpec(spec.name, loader=None, origin=spec.origin)
     return pickle.dumps((sys.path, attributes, program))
-
-
-def dump_program(program: object) -> bytes:
-    """Pickle a program, with what it uses of `__main__` by value: the script is not run again in the jobs.
-
-    Raises whatever the user's objects raise when they are pickled.
-    """
-    import cloudpickle
-
-    main = vars(sys.modules["__main__"])
-    used: dict[str, Any] = {}
-
-    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-        def reducer_override(self, thing: Any) -> Any:
-            if issubclass(type(thing), (type, FunctionType)) and getattr(thing, "__module__", None) == "__main__":
-                name = thing.__qualname__
-                if main.get(name) is thing:
-                    used[name] = thing
-            return super().reducer_override(thing)
-
-    buffer = io.BytesIO()
-    pickler = Pickler(buffer)
-    pickler.dump(program)
-    pickler.dump(used)  # the very same classes and functions: both share one memo
-    return buffer.getvalue()
-
-
-def load_program(pickled: bytes) -> Any:
-    """Unpickle a program, and define what it uses of `__main__` there, so that jobs can pickle it by name."""
-    unpickler = pickle.Unpickler(io.BytesIO(pickled))
-    program = unpickler.load()
-    vars(sys.modules["__main__"]).update(unpickler.load())
-    return program

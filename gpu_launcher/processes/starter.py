@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from gpu_launcher.errors import GpuLauncherError, OptionError
-from gpu_launcher.processes import spawn
+from gpu_launcher.processes import pickling, spawn
 from gpu_launcher.processes.linux import flush_c_streams, other_threads
 from gpu_launcher.processes.messages import (
     Assignment,
@@ -272,7 +272,7 @@ class ForkServer:
 
     def _spawn(self) -> None:
         try:
-            pickled = spawn.dump_program(self._program)
+            pickled = pickling.dump(self._program)  # the script is not run again in the jobs
         except Exception as error:  # whatever the user's objects raise when they are pickled
             raise OptionError(
                 self._option,

@@ -1,0 +1,46 @@
+"""Which pool, and which of its devices, calls from Python use."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpu_launcher.devices import BUSY_MEMORY
+from gpu_launcher.jobs.grants import Telling
+from gpu_launcher.jobs.sweep import Options
+from gpu_launcher.model import Request
+from gpu_launcher.sizes import read_memory
+
+GRACE = 10.0
+"""Seconds between asking a call to end and SIGKILL."""
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """A choice of devices in a pool. The default is all of the machine's own."""
+
+    devices: object = "auto"
+    """As `gpu_launcher.devices.select_devices` takes it."""
+    pool_dir: str | os.PathLike[str] | None = None
+    """Another pool directory than the machine's."""
+    busy_memory: object = BUSY_MEMORY
+    """Beyond what is leased, this much memory in use makes a device not to be granted. None: nothing does."""
+
+    def options(self, request: Request, max_parallel: int | None = None) -> Options:
+        """How to run jobs there, each of which has this request. Raises OptionError."""
+        return Options(
+            devices=self.devices,
+            request=request,
+            max_parallel=max_parallel,
+            grace=GRACE,
+            pool_dir=None if self.pool_dir is None else os.fspath(self.pool_dir),
+            busy_memory=None if self.busy_memory is None else read_memory(self.busy_memory, "busy_memory"),
+            telling=Telling(),
+        )
+
+
+def this_program() -> str:
+    """What others who wait for devices are told of this program."""
+    return Path(sys.argv[0]).name or "python"

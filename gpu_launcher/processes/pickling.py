@@ -1,0 +1,81 @@
+"""Sending Python objects between a program and its jobs, whatever the program defined in `__main__`.
+
+A job's `__main__` is the program's as it was at the fork, or, in a fresh interpreter, empty. What it has is pickled by
+name, so that both mean the same class; what it lacks is pickled by value, and from then on it has that, too.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import pickle
+import sys
+from collections.abc import Mapping
+from types import FunctionType, MappingProxyType
+from typing import Any
+
+NOTHING: Mapping[str, object] = MappingProxyType({})
+
+
+def main_namespace() -> dict[str, Any]:
+    """What this process's `__main__` has now."""
+    return vars(sys.modules["__main__"])
+
+
+def dump(thing: object, known: Mapping[str, object] = NOTHING) -> bytes:
+    """Pickle `thing` for a process whose `__main__` has what is `known`, by name.
+
+    Raises whatever the user's objects raise when they are pickled.
+    """
+    buffer = io.BytesIO()
+    pickler = _pickler_class()(buffer, known)
+    pickler.dump(thing)
+    pickler.dump(pickler.used)  # the very same classes and functions: both share one memo
+    return buffer.getvalue()
+
+
+@functools.cache
+def _pickler_class() -> Any:
+    import cloudpickle  # when it is needed: the command line is not
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+        def __init__(self, buffer: io.BytesIO, known: Mapping[str, object]) -> None:
+            super().__init__(buffer)
+            self.known = known
+            self.main = main_namespace()
+            self.used: dict[str, Any] = {}
+            """What of this process's `__main__` the reader lacks, by name."""
+
+        def reducer_override(self, thing: Any) -> Any:
+            if issubclass(type(thing), (type, FunctionType)) and getattr(thing, "__module__", None) == "__main__":
+                name = thing.__qualname__
+                if _lookup(self.known, name) is thing:
+                    return _from_main, (name,)
+                if self.main.get(name) is thing:
+                    self.used[name] = thing
+            return super().reducer_override(thing)
+
+    return Pickler
+
+
+def load(pickled: bytes) -> Any:
+    """Unpickle what `dump` returned, and define what it uses of `__main__` there, so that it is known by name.
+
+    Raises whatever the user's objects raise when they are unpickled.
+    """
+    unpickler = pickle.Unpickler(io.BytesIO(pickled))
+    thing = unpickler.load()
+    main_namespace().update(unpickler.load())
+    return thing
+
+
+def _lookup(names: Mapping[str, object], qualified: str) -> object:
+    first, *rest = qualified.split(".")
+    return functools.reduce(lambda thing, name: getattr(thing, name, None), rest, names.get(first))
+
+
+def _from_main(name: str) -> Any:
+    found = _lookup(main_namespace(), name)
+    if found is None:
+        raise AttributeError(f"{name} is not in __main__ of this process")
+    return found
