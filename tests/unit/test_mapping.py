@@ -18,7 +18,7 @@ from gpu_launcher.cli.mapping.grid import Grid, read_grid
 from gpu_launcher.cli.mapping.program import last_object
 from gpu_launcher.cli.mapping.records import LONGEST, Bad, Record, RecordReader
 from gpu_launcher.cli.mapping.template import GPU, CommandError, Template
-from gpu_launcher.cli.mapping.values import LONGEST_LABEL, Written, digest, label, text
+from gpu_launcher.cli.mapping.values import LONGEST_LABEL, Written, digest, label, text, to_json
 from gpu_launcher.errors import OptionError
 
 # Placeholders
@@ -243,6 +243,13 @@ def test_what_csv_writes_is_read_again_however_it_arrives(rows: list[list[str]],
 
 
 # Values
+
+
+def test_json_is_on_one_line_whoever_reads_lines() -> None:
+    value = {"a": "\x85\u2028\u2029\n\r\x0b\x0c\x1c\\u2028 é", "b": "\ud800"}
+    for part in (value, {"a": value["a"]}):
+        assert len(to_json(part).splitlines()) == 1
+        assert json.loads(to_json(part)) == part
 
 
 def test_labels_are_short_and_digests_tell_combinations_apart() -> None:

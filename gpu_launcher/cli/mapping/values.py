@@ -15,6 +15,10 @@ LONGEST_LABEL = 120
 """Characters of a value, and of a label, that people are shown: values may be whole documents."""
 
 
+_NEWLINES = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
+"""Which JSON may have in text, and which end a line for many who read lines, `str.splitlines` among them."""
+
+
 class Written(float):
     """A number that its user wrote in a way that must not get lost, such as `1e-3`, which JSON makes 0.001."""
 
@@ -37,7 +41,7 @@ def text(value: object) -> str:
 
 def to_json(value: object) -> str:
     """JSON on one line: as UTF-8 where it can be, which it cannot for lone surrogates."""
-    written = json.dumps(value, ensure_ascii=False)
+    written = json.dumps(value, ensure_ascii=False).translate(_NEWLINES)
     try:
         written.encode()
     except UnicodeEncodeError:
