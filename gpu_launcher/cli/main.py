@@ -9,6 +9,7 @@ import typer
 
 from gpu_launcher.cli.doctor import doctor
 from gpu_launcher.cli.jobs import jobs
+from gpu_launcher.cli.map import map_command
 from gpu_launcher.cli.run import run
 from gpu_launcher.cli.status import status
 from gpu_launcher.cli.top import top
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 # What stands behind the command's name is the command's.
 app.command(context_settings={"allow_interspersed_args": False})(run)
+app.command("map", context_settings={"allow_interspersed_args": False})(map_command)
 app.command()(status)
 app.command()(top)
 app.command()(doctor)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gpu_launcher.jobs.job import Cause, JobResult
+from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.running import Running
 from gpu_launcher.model import MILLIONTHS, Device, Request, Share
 
@@ -31,18 +31,20 @@ class Attempts:
     def __init__(self, policy: FailurePolicy, numbers: Iterable[int], before: Mapping[int, int]) -> None:
         """`before`: how many attempts jobs have made in earlier launches, by number."""
         self._policy = policy
-        self._before = before
+        self._before = dict(before)
         self._attempts = {number: before.get(number, 0) + 1 for number in numbers}
         self._roomier: dict[int, Share] = {}
         self._failed: dict[int, JobResult] = {}
 
-    def add(self, number: int) -> None:
-        """There is one more job, which nobody has run before."""
-        self._attempts[number] = 1
+    def add(self, job: Job) -> None:
+        """There is one more job."""
+        self._attempts[job.number] = job.attempts_before + 1
+        if job.attempts_before:
+            self._before[job.number] = job.attempts_before
 
     def forget(self, number: int) -> None:
         """It will not run again, and nobody asks about it."""
-        for known in (self._attempts, self._roomier, self._failed):
+        for known in (self._attempts, self._before, self._roomier, self._failed):
             known.pop(number, None)
 
     def __getitem__(self, number: int) -> int:

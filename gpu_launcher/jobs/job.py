@@ -21,6 +21,8 @@ class Job:
     """For the program: what it is called with. Picklable."""
     about: Any = None
     """For the program's code to ask for, such as which trial it is. Picklable."""
+    attempts_before: int = 0
+    """How many times earlier launches started it, as far as its source knows."""
 
 
 class Cause(str, Enum):

@@ -240,7 +240,7 @@ class JobLoop:
 
     def _take_on(self, job: Job) -> None:
         self._jobs[job.number] = job
-        self._attempts.add(job.number)
+        self._attempts.add(job)
         if self._machine.takes_more:
             self._handle(m.Arrived(job.number))
         else:  # the sweep was stopped while the source thought about it

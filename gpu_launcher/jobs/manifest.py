@@ -15,7 +15,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -113,7 +113,8 @@ class Recorder:
         self._file = self.directory / f"launch-{self._id}.json"
         self._process = os.getpid()
         self.directory.mkdir(exist_ok=True)
-        self._old = {number: entry.report for number, entry in read(directory).items() if entry.report}
+        # Those of a source's jobs are not kept: see `Planned.ended`.
+        self._old = {number: entry.report for number, entry in read(directory).items() if entry.report} if jobs else {}
         for launch in launches_in(directory):
             if launch.lives is False:
                 with suppress(OSError):
@@ -124,8 +125,8 @@ class Recorder:
         self._plan(jobs)
 
     def add(self, job: Job) -> None:
-        """Note one more job that is to be run, for the first time."""
-        self._attempts[job.number] = 0
+        """Note one more job that is to be run."""
+        self._attempts[job.number] = job.attempts_before
         self._plan([job])
 
     def _plan(self, jobs: Sequence[Job]) -> None:
@@ -136,6 +137,11 @@ class Recorder:
     def report_path(self, number: int) -> Path:
         """Where the job is to leave its report."""
         return self.directory / f"{number}.{self._id}.report"
+
+    def discard_report(self, number: int) -> None:
+        """A job's report has been passed on to whoever keeps it."""
+        with suppress(OSError):
+            self.report_path(number).unlink()
 
     def handle(self, event: Event) -> None:
         """Write down what is worth knowing later."""
@@ -197,7 +203,6 @@ class Planned:
         self.ask = source.ask
         self.started = source.started
         self.said = source.said
-        self.ended = source.ended
         self.tick = source.tick
         self.close_in_child = source.close_in_child
 
@@ -208,6 +213,11 @@ class Planned:
             if isinstance(statement, Offer):
                 self._recorder.add(statement.job)
         return statements
+
+    def ended(self, result: JobResult) -> None:
+        """See `JobSource`. There may be any number of jobs, so that what they left is not kept twice."""
+        self._source.ended(result)
+        self._recorder.discard_report(result.number)
 
 
 class Recorded:
@@ -287,6 +297,15 @@ def finished_before(jobs: Sequence[Job], entries: Mapping[int, Entry]) -> dict[i
     return found
 
 
+def devices_of(directory: Path, numbers: Container[int]) -> dict[int, tuple[str, ...]]:
+    """Labels of the devices that these jobs had last, of those that had any."""
+    found = {}
+    for event in _events(directory / DIRECTORY / MANIFEST):
+        if event.get("started") in numbers:
+            found[event["started"]] = tuple(event["devices"])
+    return found
+
+
 def refuse_if_running(directory: Path) -> None:
     """Raise ManifestError if another program runs the jobs of this sweep, or may do so."""
     for launch in launches_in(directory):
@@ -304,19 +323,18 @@ def refuse_if_running(directory: Path) -> None:
 
 def _events(manifest: Path) -> Iterator[dict[str, Any]]:
     try:
-        lines = manifest.read_bytes().split(b"\n")
+        lines = open(manifest, "rb")
     except FileNotFoundError:
         return
-    for line in lines:
-        if not line:
-            continue
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue  # cut off
-        if event.get("format", 0) > FORMAT:
-            raise ManifestError(f"{manifest} was written by a newer version of gpu-launcher: use that")
-        yield event
+    with lines:
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # empty, or cut off
+            if event.get("format", 0) > FORMAT:
+                raise ManifestError(f"{manifest} was written by a newer version of gpu-launcher: use that")
+            yield event
 
 
 def _take(event: dict[str, Any], entries: dict[int, Entry]) -> None:

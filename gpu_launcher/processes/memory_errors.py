@@ -20,6 +20,11 @@ def is_out_of_gpu_memory(error: BaseException) -> bool:
     return any(_says_so(one) for one in _family(error))
 
 
+def tells_of_gpu_memory(printed: str) -> bool:
+    """Whether what a program printed, such as a traceback, says so."""
+    return _MESSAGES.search(printed) is not None or "torch.OutOfMemoryError" in printed
+
+
 def _says_so(error: BaseException) -> bool:
     for kind in type(error).__mro__:
         if kind.__name__ in _CLASSES.get(kind.__module__.partition(".")[0], ()):

@@ -27,21 +27,23 @@ def pattern(expected: str) -> str:
     )
 
 
-@pytest.mark.parametrize("name", ["resume", "optuna", "run"])
-def test_the_walk_through_goes_as_it_says(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "script"), [("resume", "train"), ("optuna", "train"), ("run", "train"), ("map", "evaluate")]
+)
+def test_the_walk_through_goes_as_it_says(name: str, script: str, tmp_path: Path) -> None:
     text = (DOCS / f"{name}.md").read_text()
     program, *_ = blocks(text, "python")
-    (tmp_path / "train.py").write_text(program)
+    (tmp_path / f"{script}.py").write_text(program)
     steps = [
         part.partition("\n") for block in blocks(text, "console") for part in re.split(r"^\$ ", block, flags=re.M)[1:]
     ]
     assert len(steps) >= 6
-    script = "\n".join(f"{command}\necho '{MARK}'" for command, _, _ in steps)
+    commands = "\n".join(f"{command}\necho '{MARK}'" for command, _, _ in steps)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA_", "HYDRA_"))}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     environment["GPU_LAUNCHER_POOL_DIR"] = str(tmp_path / "pool")
     done = subprocess.run(
-        ["bash", "-c", f"exec 2>&1\n{script}"],
+        ["bash", "-c", f"exec 2>&1\n{commands}"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

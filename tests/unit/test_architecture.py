@@ -37,7 +37,7 @@ VOCABULARY = LAYERS[0]
 
 # Where a library may be imported. A pattern is matched against the file's path in the tree, from its start.
 ONLY_IN = {
-    "hydra": ("hydra_plugins/*/*.py",),
+    "hydra": ("hydra_plugins/*/*.py", "gpu_launcher/cli/mapping/grid.py"),
     "omegaconf": ("hydra_plugins/*/*.py",),
     "optuna": ("gpu_launcher/studies/**/*.py", "hydra_plugins/*_sweeper/_*.py"),
     "pynvml": ("gpu_launcher/devices/nvml.py",),
@@ -278,6 +278,7 @@ Check = Callable[[Path], list[str]]
         (outside_the_house, "gpu_launcher/helpers.py", ""),
         (through_the_door, "gpu_launcher/jobs/loop.py", "from gpu_launcher import current_trial"),
         (misplaced_libraries, "gpu_launcher/jobs/loop.py", "from hydra.core.utils import JobReturn"),
+        (misplaced_libraries, "gpu_launcher/cli/mapping/launch.py", "from hydra.core.override_parser import types"),
         (misplaced_libraries, "gpu_launcher/studies/storage.py", "def f():\n    import omegaconf"),
         (misplaced_libraries, "hydra_plugins/optuna_async_sweeper/config.py", "import optuna"),
         (misplaced_libraries, "hydra_plugins/gpu_pool_launcher/_launch.py", "from optuna import Trial"),
@@ -313,6 +314,7 @@ def test_the_checks_see_a_violation(tmp_path: Path, check: Check, file: str, cod
         ("gpu_launcher/jobs/progress/live.py", "from rich.live import Live\nfrom ..events import Event"),
         ("gpu_launcher/cli/main.py", "import typer, rich.table\nfrom gpu_launcher.executors.local import Local"),
         ("gpu_launcher/studies/deep/er.py", "import optuna.storages"),
+        ("gpu_launcher/cli/mapping/grid.py", "def f():\n    from hydra.core.override_parser import types"),
         ("gpu_launcher/devices/nvml.py", "def probe():\n    import pynvml"),
         ("hydra_plugins/optuna_async_sweeper/_sweep.py", "import optuna, gpu_launcher.jobs.loop"),
         (

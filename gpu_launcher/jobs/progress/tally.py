@@ -46,15 +46,13 @@ class Tally:
     retries: int = 0
     facts: tuple[tuple[str, str], ...] = ()
     """How the search goes."""
+    failed: int = 0
     failures: list[JobEnded] = field(default_factory=list)
+    """The first of them."""
     highest_number: int = 0
     # The latest ones say most about those to come.
     _durations: deque[float] = field(default_factory=lambda: deque(maxlen=256))
     _ran_together: deque[int] = field(default_factory=lambda: deque(maxlen=8))
-
-    @property
-    def failed(self) -> int:
-        return len(self.failures)
 
     @property
     def done(self) -> int:
@@ -117,7 +115,9 @@ class Tally:
             self.pruned += 1
         elif ended.outcome is Outcome.FAILED:
             # Not among the durations: a job that fails at once says nothing about how long the others take.
-            self.failures.append(ended)
+            self.failed += 1
+            if self.failed <= FAILURES_NAMED:
+                self.failures.append(ended)
         elif ended.duration is None:
             self.not_run += 1
         else:
@@ -152,7 +152,7 @@ class Tally:
         if self.retries:
             head += f", {count(self.retries, 'attempt')} repeated"
         lines = [head]
-        lines += [f"  {failure(ended)}" for ended in self.failures[:FAILURES_NAMED]]
+        lines += [f"  {failure(ended)}" for ended in self.failures]
         if self.failed > FAILURES_NAMED:
             lines.append(f"  ... and {self.failed - FAILURES_NAMED} more")
         return lines

@@ -1,0 +1,1 @@
+"""`gpu-launcher map`: one command over many parameters."""

@@ -1,0 +1,97 @@
+"""`--param name=VALUES`: Hydra's syntax for sweeps, read by Hydra's own parser, and the grid of all combinations.
+
+The only file of the command line that knows Hydra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from gpu_launcher.errors import OptionError
+
+MOST = 10**15
+"""Combinations of a grid that can be meant."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """All combinations of values, in order: the last parameter varies fastest. None is held."""
+
+    axes: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    """Names and values."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return prod(len(values) for _, values in self.axes)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """The combination of that index."""
+        chosen: dict[str, Any] = {}
+        for name, values in reversed(self.axes):
+            index, rest = divmod(index, len(values))
+            chosen[name] = values[rest]
+        return {name: chosen[name] for name, _ in self.axes}
+
+
+def read_grid(texts: Sequence[str]) -> Grid:
+    """What each `name=VALUES` means. Raises OptionError."""
+    if not texts:
+        return Grid()
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parser = OverridesParser.create()
+    axes: dict[str, tuple[Any, ...]] = {}
+    for text in texts:
+        name, values = _axis(parser, text)
+        if name in axes:
+            raise OptionError("param", f"{name} is given twice: put all its values into one, as in {name}=1,2,3")
+        axes[name] = values
+    grid = Grid(tuple(axes.items()))
+    if grid.size > MOST:
+        raise OptionError("param", f"that makes {grid.size} combinations, which nobody has the time for")
+    return grid
+
+
+def _axis(parser: Any, text: str) -> tuple[str, tuple[Any, ...]]:
+    from hydra.core.override_parser.types import OverrideType, Transformer, ValueType
+    from hydra.errors import HydraException
+
+    try:
+        override = parser.parse_override(text)
+        name = str(override.key_or_group)
+        if override.type is not OverrideType.CHANGE or override.package is not None:
+            raise OptionError("param", f"{text!r}: a parameter is written name=VALUES, without +, ~ and @")
+        if override.value_type in (ValueType.INTERVAL_SWEEP, ValueType.GLOB_CHOICE_SWEEP):
+            raise OptionError("param", f"{text!r}: a grid needs single values: write {name}=1,2,3 or {name}=range(1,4)")
+        if override.is_sweep_override():
+            values = list(override.sweep_iterator(transformer=Transformer.identity))
+        else:
+            values = [override._value]
+    except HydraException as error:
+        why = str(error).splitlines()[0]
+        raise OptionError(
+            "param",
+            f"{text!r} is no name=VALUES in Hydra's syntax ({why}): write lr=1e-3,1e-4 or n=range(1,5), and values "
+            "with special characters between quotes, as in \"text='a, b','c'\"",
+        ) from error
+    if not values:
+        raise OptionError("param", f"{text!r} has no value at all")
+    return name, tuple(map(_plain, values))
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    from hydra.core.override_parser.types import QuotedString
+
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, dict):
+        return {str(_plain(key)): _plain(one) for key, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list) else value

@@ -1,0 +1,295 @@
+"""`gpu-launcher map`, from what was asked for to the exit code."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpu_launcher.cli.mapping.grid import Grid, read_grid
+from gpu_launcher.cli.mapping.place import MapError, Place, new_directory, shown
+from gpu_launcher.cli.mapping.program import CommandProgram
+from gpu_launcher.cli.mapping.records import Bad
+from gpu_launcher.cli.mapping.results import Completed, Results, completed_before, settle, write_table
+from gpu_launcher.cli.mapping.source import MapSource
+from gpu_launcher.cli.mapping.supply import STDIN, Input, Supply
+from gpu_launcher.cli.mapping.template import GPU, CommandError, Template
+from gpu_launcher.devices import BUSY_MEMORY
+from gpu_launcher.durations import read_duration
+from gpu_launcher.errors import GpuLauncherError, OptionError
+from gpu_launcher.jobs.failures import FailurePolicy
+from gpu_launcher.jobs.grants import Telling
+from gpu_launcher.jobs.job import Cause
+from gpu_launcher.jobs.progress.text import count
+from gpu_launcher.jobs.sweep import Options, SweepResult, run_jobs
+from gpu_launcher.processes.starter import ForkServer
+from gpu_launcher.requests import read_request
+
+COMMAND = "gpu-launcher map"
+"""What others who wait for devices are told."""
+DRY = 20
+"""How many command lines a dry run prints."""
+
+_INTERPRETER = re.compile(r"(?:python|pypy)[0-9.]*|(?:ba|da|z)?sh|Rscript|julia|node|perl|ruby")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a command line, or that of the map to be resumed, says."""
+
+    command: list[str] = field(default_factory=list)
+    param: list[str] = field(default_factory=list)
+    source: str | None = None
+    shell: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Those that were given, by name."""
+    grid: Grid = Grid()  # noqa: RUF009  (frozen)
+    directory: Path = field(default_factory=Path.cwd)
+    """Where commands run."""
+
+    @classmethod
+    def of_settings(cls, settings: Mapping[str, Any]) -> Asked:
+        """What an earlier launch has kept."""
+        return cls(
+            command=settings["command"],
+            param=settings["param"],
+            source=settings["from"],
+            shell=settings["shell"],
+            options=settings["options"],
+            grid=Grid(tuple((name, tuple(values)) for name, values in settings["grid"])),
+            directory=Path(settings["directory"]),
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """To be kept for a later launch."""
+        named = self.source is not None and self.source != STDIN
+        options = dict(self.options)
+        if options.get("pool_dir"):
+            options["pool_dir"] = str(Path(options["pool_dir"]).expanduser().absolute())
+        return {
+            "command": self.command,
+            "param": self.param,
+            "from": str(Path(self.source or "").absolute()) if named else self.source,
+            "shell": self.shell,
+            "options": options,
+            "grid": [[name, list(values)] for name, values in self.grid.axes],
+            "directory": str(self.directory),
+        }
+
+    def resumed_by(self, later: Asked) -> Asked:
+        """This, with what a later command line says. Raises OptionError if that is about something else."""
+        for name, before, now in (
+            ("command", self.command, later.command),
+            ("param", self.param, later.param),
+            ("shell", self.shell, later.shell),
+        ):
+            if now and now != before:
+                problem = f"{name} is not that of the map to be resumed: leave it out, or start a map of its own"
+                raise OptionError("resume", problem)
+        return Asked(
+            self.command,
+            self.param,
+            later.source or self.source,
+            self.shell,
+            {**self.options, **later.options},
+            self.grid,
+            self.directory,
+        )
+
+
+def run_map(asked: Asked, directory: str | None, resume: str | None, *, dry_run: bool) -> int:
+    """Run it; returns the exit code. Raises GpuLauncherError."""
+    place = None
+    if resume is not None:
+        if directory is not None:
+            raise OptionError("dir", "--resume says already in which directory: leave one of them out")
+        place = Place(Path(resume).absolute())
+        asked = Asked.of_settings(place.read_settings()).resumed_by(asked)
+    elif not asked.param and asked.source is None:
+        raise CommandError("there are no parameters: give --param name=1,2,3, or --from a file")
+    else:
+        asked = _with_grid(asked)
+    template = Template.parse(asked.command, shell=asked.shell)
+    _check_command(template, asked)
+    _check_grid(template, asked)
+    options = _options(asked.options)
+    supply = Supply(template, asked.grid, None if asked.source is None else Input(asked.source))
+    if dry_run:
+        return _dry_run(supply, template, Completed() if place is None else completed_before(place), asked)
+    launch = _Launch(asked, template, options, supply)
+    return launch.begin(directory) if place is None else launch.go_on(place)
+
+
+def _with_grid(asked: Asked) -> Asked:
+    grid = read_grid(asked.param)
+    return Asked(asked.command, asked.param, asked.source, asked.shell, asked.options, grid, asked.directory)
+
+
+def _check_grid(template: Template, asked: Asked) -> None:
+    """Refuse at once what would fit no run."""
+    names = [name for name, _ in asked.grid.axes]
+    if asked.source is not None:
+        return  # each record is looked at
+    first = asked.grid[0]
+    for name, values in asked.grid.axes:
+        for value in values:
+            if problem := template.misfit({**first, name: value}):
+                raise CommandError(problem)
+    assert names, "there are parameters, or records"
+
+
+def _check_command(template: Template, asked: Asked) -> None:
+    """Refuse a program or a script that does not exist."""
+    if asked.shell:
+        return
+    plain = ["".join(word) if all(isinstance(piece, str) for piece in word) else None for word in template.words]  # type: ignore[arg-type]
+    program = plain[0]
+    if program is None:
+        return
+    path = str(asked.directory / program) if "/" in program else program
+    if not program or shutil.which(path) is None:
+        raise CommandError(
+            f"{program!r} cannot be run: "
+            + ("it is not executable" if Path(path).is_file() else "there is no such program")
+            + (f" (meant is {sys.executable} {program}?)" if program.endswith(".py") else "")
+        )
+    script = plain[1] if len(plain) > 1 else None
+    is_script = script and _INTERPRETER.fullmatch(Path(program).name) and not script.startswith("-")
+    if script and is_script and not (asked.directory / script).exists():
+        raise CommandError(f"{script!r}, which {program} is to run, does not exist in {asked.directory}")
+
+
+def _options(given: Mapping[str, Any]) -> Options:
+    for name in ("max_parallel", "retries"):
+        if given.get(name) is not None and given[name] < (name == "max_parallel"):
+            raise OptionError(name, f"{given[name]} is too few")
+    grace = read_duration(given.get("grace", 10.0), "grace")
+    return Options(
+        devices=given.get("devices", "auto"),
+        request=read_request(given),
+        max_parallel=given.get("max_parallel"),
+        grace=grace,
+        pool_dir=given.get("pool_dir"),
+        busy_memory=BUSY_MEMORY,
+        telling=Telling(),
+        # Any failure of a command is worth another attempt, if attempts were asked for: nobody knows more about it.
+        failures=FailurePolicy(given.get("retries", 0), frozenset(Cause), 1 if given.get("stop_on_failure") else None),
+    )
+
+
+def _dry_run(supply: Supply, template: Template, completed: Completed, asked: Asked) -> int:
+    runs = bad = 0
+    while not supply.over:
+        found = supply.next()
+        if found is None:
+            supply.wait()
+        elif isinstance(found, Bad):
+            bad += 1
+            if not asked.options.get("keep_going"):
+                raise _refused([found.problem], 1)
+            print(f"gpu-launcher: {found.problem}; it is left out", file=sys.stderr)
+        elif found.index not in completed:
+            runs += 1
+            if runs <= DRY:
+                print(template.line(found.params, found.index, GPU), flush=True)
+            elif supply.total is not None:
+                runs = supply.total - completed.count
+                break
+    more = f"... and {runs - DRY} more: " if runs > DRY else ""
+    print(f"{more}{count(runs, 'run')}" + (f", {count(bad, 'line')} left out" if bad else ""), file=sys.stderr)
+    return 1 if bad else 0
+
+
+def _refused(problems: Sequence[str], lines: int) -> OptionError:
+    more = f"; and {count(lines - len(problems), 'line')} more" if lines > len(problems) else ""
+    return OptionError(
+        "from",
+        f"{'; '.join(problems)}{more}. Nothing was run: mend {'it' if lines == 1 else 'them'}, or run the other lines "
+        "with --keep-going",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    asked: Asked
+    template: Template
+    options: Options
+    supply: Supply
+
+    def begin(self, directory: str | None) -> int:
+        """A new map."""
+        total = self._survey(Completed())
+        place = Place(new_directory() if directory is None else Path(directory).absolute())
+        place.create(self.asked.settings())
+        try:
+            return self._run(place, total, resumed=False)
+        except GpuLauncherError:
+            place.withdraw()  # so that the command can be mended
+            raise
+
+    def go_on(self, place: Place) -> int:
+        """One that an earlier launch did not finish."""
+        return self._run(place, self._survey(completed_before(place)), resumed=True)
+
+    def _survey(self, completed: Completed) -> int | None:
+        """Look through what is to be run, where that can be done, before anything is; returns how much it is."""
+        if self.supply.source is None or not self.supply.source.seekable:
+            return self.supply.total
+        survey = self.supply.survey(completed)
+        if survey.lines and not self.asked.options.get("keep_going"):
+            raise _refused(survey.problems, survey.lines)
+        if not survey.runs and not survey.lines:
+            raise OptionError("from", f"{self.supply.source.name} is empty")
+        return survey.runs
+
+    def _run(self, place: Place, total: int | None, *, resumed: bool) -> int:
+        with place.locked(lambda text: print(f"gpu-launcher: {text}", file=sys.stderr)):
+            try:
+                completed = settle(place) if resumed else None
+                if completed is not None:
+                    of = "" if total is None else f" of {total}"
+                    print(
+                        f"gpu-launcher: {completed.count}{of} runs completed before, and are not run again",
+                        file=sys.stderr,
+                    )
+                results = Results(place.results)
+            except OSError as error:
+                raise MapError(f"results cannot be written to {shown(place.path)}: {error.strerror}") from error
+            keep_going = bool(self.asked.options.get("keep_going"))
+            source = MapSource(self.supply, place, results, completed=completed, keep_going=keep_going)
+            assert self.options.request is not None
+            program = CommandProgram(self.template, place, self.options.request, self.asked.directory)
+            # No thread of ours exists, and nothing of CUDA's.
+            server = ForkServer(program, "fork")
+            try:
+                left = None if total is None else total - (completed.count if completed else 0)
+                sweep = run_jobs([], server, self.options, place.path, COMMAND, source=source, total=left)
+            finally:
+                server.close()
+                source.close()
+            return self._conclude(place, source, results, sweep)
+
+    def _conclude(self, place: Place, source: MapSource, results: Results, sweep: SweepResult) -> int:
+        try:
+            results.flush()
+            results.close()
+            if self.asked.options.get("csv"):
+                write_table(place)
+        except OSError as error:
+            raise MapError(
+                f"results cannot be written to {shown(place.path)}: {error.strerror}. What completed is kept in the "
+                f"directories of its runs: make room, and go on by --resume {shown(place.path)}"
+            ) from error
+        incomplete = bool(source.failed or source.bad or source.problem)
+        if incomplete or sweep.stopped:
+            print(
+                f"gpu-launcher: run what did not complete by: {COMMAND} --resume {shown(place.path)}", file=sys.stderr
+            )
+        print(shown(place.results))
+        if sweep.stopped_by is not None:
+            return 128 + sweep.stopped_by
+        return 1 if incomplete or sweep.stopped else 0

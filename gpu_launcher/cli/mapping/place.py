@@ -1,0 +1,248 @@
+"""Where a map keeps what: its own directory, and that of each run.
+
+    <directory>/results.jsonl        a line for each run that ended
+    <directory>/results.csv          the same as a table, with --csv
+    <directory>/<index>/params.json  one run's parameters
+                        stdout.txt, stderr.txt; those of earlier attempts are stdout.attempt-1.txt, ...
+                        outcome.json what became of it
+    <directory>/.gpu_launcher/       map.json (what was asked for), lock, and what `jobs.manifest` keeps
+
+A run writes its outcome itself, before the launching program writes its line of the results: whatever kills that, a run
+that has completed is found to have. All processes of a launch have the lock, the fork server's and the runs' included,
+so that whoever gets it knows that none of them is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from gpu_launcher.cli.mapping.values import Params, to_json
+from gpu_launcher.errors import GpuLauncherError, OptionError
+from gpu_launcher.jobs.failures import set_aside
+from gpu_launcher.jobs.manifest import DIRECTORY, refuse_if_running
+
+PATIENCE = 15.0
+"""Seconds in which what a killed launch leaves has ended."""
+FORMAT = 1
+
+
+class MapError(GpuLauncherError):
+    """A map cannot go on. The message names the cause and the next step."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlace:
+    """The directory of one run."""
+
+    path: Path
+
+    @property
+    def params(self) -> Path:
+        return self.path / "params.json"
+
+    @property
+    def outcome(self) -> Path:
+        return self.path / "outcome.json"
+
+    @property
+    def stdout(self) -> Path:
+        return self.path / "stdout.txt"
+
+    @property
+    def stderr(self) -> Path:
+        return self.path / "stderr.txt"
+
+    def prepare(self, params: Params, attempt: int) -> None:
+        """Make room for one more attempt, and keep what the one before has printed. Raises OSError."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self.stdout.exists():  # else nothing has run
+            for file in (self.stdout, self.stderr):
+                if file.exists():
+                    set_aside(str(file), attempt - 1)
+        write_whole(self.params, to_json(params) + "\n")
+
+    def begin(self) -> None:
+        """From now on there is an attempt, and no outcome. Raises OSError."""
+        self.outcome.unlink(missing_ok=True)
+
+    def attempts(self) -> int:
+        """How many there were, as far as their output tells."""
+        try:
+            return sum(entry.name.startswith("stdout.") for entry in os.scandir(self.path))
+        except OSError:
+            return 0
+
+    def read(self) -> dict[str, Any] | None:
+        """The outcome; None if there is none that can be read."""
+        return _read(self.outcome)
+
+    def read_params(self) -> dict[str, Any] | None:
+        """What was run; None if that cannot be read."""
+        return _read(self.params)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The directory of a map."""
+
+    path: Path
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.jsonl"
+
+    @property
+    def table(self) -> Path:
+        return self.path / "results.csv"
+
+    @property
+    def settings(self) -> Path:
+        return self.path / DIRECTORY / "map.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / DIRECTORY / "lock"
+
+    def run(self, index: int) -> RunPlace:
+        """Where that run is."""
+        return RunPlace(self.path / str(index))
+
+    def indices(self) -> Iterator[int]:
+        """Of the runs that have a directory, in no order."""
+        with os.scandir(self.path) as entries:
+            for entry in entries:
+                if entry.name.isascii() and entry.name.isdigit():
+                    yield int(entry.name)
+
+    def create(self, settings: dict[str, Any]) -> None:
+        """For a new map. Raises OptionError if there is one already, or nothing can be written."""
+        name = shown(self.path)
+        try:
+            if self.results.exists() and not self.settings.exists():
+                raise OptionError("dir", f"{shown(self.results)} exists already: name another directory")
+            self.settings.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.settings, "x") as file:
+                json.dump({"format": FORMAT, **settings}, file)
+        except FileExistsError:
+            if not self.path.is_dir():
+                raise OptionError("dir", f"{name} is no directory: name one, or what can become one") from None
+            raise OptionError(
+                "dir", f"{name} is another map's: go on with that by --resume {name}, or name another directory"
+            ) from None
+        except OSError as error:
+            raise OptionError(
+                "dir", f"{name} cannot be written to ({error.strerror}): name a directory of yours"
+            ) from error
+
+    def read_settings(self) -> dict[str, Any]:
+        """Of a map that is to be resumed. Raises OptionError."""
+        try:
+            settings: dict[str, Any] = json.loads(self.settings.read_text())
+        except (OSError, ValueError) as error:
+            raise OptionError("resume", f"{shown(self.path)} is no map's directory: give what --dir named") from error
+        if settings.get("format") != FORMAT:
+            raise OptionError("resume", f"{shown(self.path)} is of a newer version of gpu-launcher: use that")
+        return settings
+
+    def withdraw(self) -> None:
+        """Take back `create`, of a map of which nothing was run."""
+        with contextlib.suppress(OSError):
+            if self.results.exists() and not self.results.stat().st_size:
+                self.results.unlink()
+            if not self.results.exists() and next(self.indices(), None) is None:
+                self.settings.unlink()
+                self.lock.unlink(missing_ok=True)
+                self.settings.parent.rmdir()
+                self.path.rmdir()  # if nobody has put anything there
+
+    @contextlib.contextmanager
+    def locked(self, notice: Callable[[str], None]) -> Iterator[None]:
+        """Be the only launch here, and come after whatever was left of an earlier one.
+
+        To be entered before the fork server is started, which is to have the lock, too. Raises ManifestError if
+        another program runs this map, MapError if its processes do not end.
+        """
+        refuse_if_running(self.path)
+        try:
+            lock = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise OptionError("dir", f"{shown(self.path)} cannot be written to ({error.strerror})") from error
+        try:
+            deadline = time.monotonic() + PATIENCE
+            told = False
+            while not _lock(lock):
+                refuse_if_running(self.path)
+                if time.monotonic() > deadline:
+                    raise MapError(f"processes of an earlier launch in {self.path} do not end: see `ps`")
+                if not told:
+                    notice("waiting for the processes of the earlier launch to end")
+                    told = True
+                time.sleep(0.05)
+            yield
+        finally:
+            os.close(lock)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks; `refuse_if_running` has to be enough
+    return True
+
+
+def shown(path: Path) -> str:
+    """As its user would write it."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (OSError, ValueError):
+        return str(path)
+
+
+def new_directory() -> Path:
+    """`map/<date>/<time>` in the working directory, made. Raises OptionError."""
+    now = datetime.now()
+    name = Path("map", f"{now:%Y-%m-%d}", f"{now:%H-%M-%S}").absolute()
+    try:
+        name.parent.mkdir(parents=True, exist_ok=True)
+        for number in range(1, 1000):
+            path = name if number == 1 else name.with_name(f"{name.name}-{number}")
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                return path
+    except OSError as error:
+        raise OptionError(
+            "dir", f"{name} cannot be made ({error.strerror}): name another directory with --dir"
+        ) from error
+    raise OptionError("dir", f"{name} and many after it exist: name another directory")
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write a file that is complete as soon as it is there, whatever kills this process. Raises OSError."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

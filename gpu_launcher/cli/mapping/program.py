@@ -1,0 +1,135 @@
+"""What a run's process does: prepare a directory, wait for devices, run the command, and leave its outcome."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_launcher.cli.mapping.place import Place, RunPlace, write_whole
+from gpu_launcher.cli.mapping.template import Template
+from gpu_launcher.cli.mapping.values import Params
+from gpu_launcher.jobs.progress.text import duration
+from gpu_launcher.model import Request
+from gpu_launcher.processes.death import describe_exit
+from gpu_launcher.processes.memory_errors import tells_of_gpu_memory
+from gpu_launcher.processes.messages import Report
+from gpu_launcher.processes.worker import ATTEMPT, Gate
+
+LOOKED_AT = 2**20
+"""Bytes from the end of what a run printed in which its last JSON object is looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommandProgram:
+    """Callable once in each run's process."""
+
+    template: Template
+    place: Place
+    request: Request
+    directory: Path
+    """Where commands run."""
+
+    def __call__(self, number: int, spec: Params, gate: Gate) -> Report:
+        """Run the command with the parameters `spec`."""
+        run = self.place.run(number)
+        try:
+            run.prepare(spec, int(os.environ[ATTEMPT]))
+            gate.prepared(self.request, run.stderr)
+        except OSError as error:
+            return _not_started(f"could not be prepared: {_why(error)}")
+        gate.wait()
+        arrived = _leave_signals_to_the_command()
+        try:
+            run.begin()
+            words = self.template.fill(spec, number, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+            outcome = self._run(words, run, arrived)
+        except (OSError, ValueError) as error:
+            return _not_started(f"could not be started: {_why(error)}")
+        try:
+            write_whole(run.outcome, json.dumps(outcome) + "\n")
+        except OSError as error:
+            problem = f"could not write its outcome, to be found to have ended: {_why(error)}"
+            return Report(False, problem, json.dumps(outcome).encode())
+        return Report(
+            outcome["outcome"] == "completed",
+            outcome["message"],
+            json.dumps(outcome).encode(),
+            out_of_memory=outcome["outcome"] == "failed"
+            and tells_of_gpu_memory(_end(run.stderr).decode(errors="replace")),
+        )
+
+    def _run(self, words: list[str], run: RunPlace, arrived: list[int]) -> dict[str, Any]:
+        """Raises OSError if it cannot be started."""
+        with open(run.stdout, "ab") as stdout:
+            began = time.monotonic()
+            if arrived:
+                raise InterruptedError("it was interrupted before")
+            process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=stdout, cwd=self.directory)
+        # Those that arrived while it was being started, it did not hear.
+        for signum in tuple(arrived):
+            process.send_signal(signum)
+        code = process.wait()
+        took = time.monotonic() - began
+        return {
+            "outcome": "failed" if code else "completed",
+            "exit_code": code,
+            "message": _message(code, took),
+            "duration": round(took, 3),
+            "output": last_object(_end(run.stdout)),
+        }
+
+
+def _leave_signals_to_the_command() -> list[int]:
+    """Let SIGINT and SIGTERM, which reach it as well, end the command alone; returns the list of those that arrived.
+
+    By handlers, for those are not inherited over exec, as ignoring a signal is.
+    """
+    arrived: list[int] = []
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda number, frame: arrived.append(number))
+    return arrived
+
+
+def _message(code: int, took: float) -> str | None:
+    if code == 0:
+        return None
+    return describe_exit(-code, f" after {duration(took)}") if code < 0 else f"ended with exit code {code}"
+
+
+def _not_started(problem: str) -> Report:
+    return Report(False, problem, b"")
+
+
+def _why(error: OSError | ValueError) -> str:
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+
+
+def _end(path: Path) -> bytes:
+    """The end of a file; nothing of one that is not there."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - LOOKED_AT))
+            return file.read(LOOKED_AT)
+    except OSError:
+        return b""
+
+
+def last_object(printed: bytes) -> dict[str, Any] | None:
+    """The last line that is a JSON object."""
+    for line in reversed(printed.splitlines()):
+        if line.strip().startswith(b"{"):
+            try:
+                found = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(found, dict):
+                return found
+    return None

@@ -1,0 +1,222 @@
+"""Parameters from a file, a line at a time, as its bytes come in. Pure."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gpu_launcher.cli.mapping.values import Written
+
+LONGEST = 16 * 2**20
+"""Bytes of a record. One that is longer is a mistake, such as a quote that is never closed, and is not held."""
+
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One that can be used."""
+
+    line: int
+    """Where it begins, counted from 1."""
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Bad:
+    """One that cannot."""
+
+    line: int
+    problem: str
+    """A sentence whose subject is the line."""
+    all: bool = False
+    """Whether what follows cannot be used either."""
+
+
+class _Format(Protocol):
+    def take(self, line: int, data: bytes) -> Record | Bad | None:
+        """The record that this line ends; None if it ends none."""
+
+    def end(self) -> Bad | None:
+        """What is wrong with the end."""
+
+
+class RecordReader:
+    """Bytes go in, records come out."""
+
+    def __init__(self, *, of_csv: bool) -> None:
+        self._format: _Format = _Csv() if of_csv else _JsonLines()
+        self._line = 0
+        self._held = b""
+        self._too_long = False
+
+    def feed(self, data: bytes) -> Iterator[Record | Bad]:
+        """The records that these bytes end."""
+        *lines, rest = data.split(b"\n")
+        for line in lines:
+            self._held += line
+            yield from self._take()
+        self._held += rest
+        if len(self._held) > LONGEST:
+            self._held, self._too_long = b"", True
+
+    def end(self) -> Iterator[Record | Bad]:
+        """What is left when there are no more bytes."""
+        if self._held or self._too_long:
+            for found in self._take():
+                cut = isinstance(found, Bad) and not found.all
+                yield Bad(found.line, f"{found.problem}; the input ends in the middle of it") if cut else found  # type: ignore[union-attr]
+        if (bad := self._format.end()) is not None:
+            yield bad
+
+    def _take(self) -> Iterator[Record | Bad]:
+        line, self._held = self._held, b""
+        self._line += 1
+        if self._line == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if self._too_long or len(line) > LONGEST:
+            self._too_long = False
+            yield Bad(self._line, f"is longer than {LONGEST >> 20} MiB")
+        elif (found := self._format.take(self._line, line)) is not None:
+            yield found
+
+
+class _JsonLines:
+    """A JSON object on each line. Empty lines count for nothing."""
+
+    def take(self, line: int, data: bytes) -> Record | Bad | None:
+        """See `_Format`."""
+        if not data.strip():
+            return None
+        try:
+            found = json.loads(data.decode())
+        except UnicodeDecodeError:
+            return Bad(line, "is not UTF-8")
+        except json.JSONDecodeError as error:
+            return Bad(line, f"is no JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+            return Bad(line, f"is no JSON that can be read: {error}")
+        if not isinstance(found, dict):
+            return Bad(line, f'is no JSON object, such as {{"lr": 0.1}}, but {_shown(data)}')
+        return Record(line, found)
+
+    def end(self) -> None:
+        """See `_Format`."""
+
+
+class _Csv:
+    """As spreadsheets write it: a line of names, commas, and quotes around what has commas, quotes or newlines."""
+
+    def __init__(self) -> None:
+        csv.field_size_limit(LONGEST)
+        self._names: list[str] | None = None
+        self._held: list[str] = []
+        self._inside = False
+        self._size = 0
+        self._begins = 0
+        self._broken = False
+
+    def take(self, line: int, data: bytes) -> Record | Bad | None:
+        """See `_Format`."""
+        if self._broken:
+            return None
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            self._held.clear()
+            self._inside = False
+            return self._bad(line, "is not UTF-8")
+        if not self._held:
+            self._begins, self._size = line, 0
+            if not text.strip():
+                return None
+        self._held.append(text)
+        self._size += len(data)
+        if self._size > LONGEST:
+            self._broken = True
+            return Bad(self._begins, f"has a quote that is not closed within {LONGEST >> 20} MiB", all=True)
+        self._inside = _inside_quotes(text, self._inside)
+        if self._inside:
+            return None
+        whole = "\n".join(self._held).removesuffix("\r")
+        self._held.clear()
+        return self._record(whole)
+
+    def _record(self, text: str) -> Record | Bad | None:
+        try:
+            (fields,) = csv.reader([text], strict=True)
+        except (csv.Error, ValueError) as error:
+            return self._bad(self._begins, f"is no CSV: {error}")
+        if self._names is None:
+            if "" in fields or len(set(fields)) < len(fields):
+                return self._bad(self._begins, "should give each column a name of its own")
+            self._names = fields
+            return None
+        if len(fields) != len(self._names):
+            return Bad(self._begins, f"has {len(fields)} fields, and the first line names {len(self._names)}")
+        return Record(self._begins, dict(zip(self._names, map(_value, fields), strict=True)))
+
+    def _bad(self, line: int, problem: str) -> Bad:
+        self._broken = self._names is None
+        return Bad(line, problem, all=self._broken)
+
+    def end(self) -> Bad | None:
+        """See `_Format`."""
+        if self._held and not self._broken:
+            return Bad(self._begins, "has a quote that is never closed")
+        return None
+
+
+def _inside_quotes(text: str, inside: bool) -> bool:
+    """Whether a line ends within a quoted field, if it began `inside` one or not.
+
+    A quote opens one only where a field begins.
+    """
+    if '"' not in text:
+        return inside
+    position, field_begins = 0, True
+    if inside:
+        position, field_begins = _end_of_quoted(text, 0), False
+        if position < 0:
+            return True
+    while position < len(text):
+        character = text[position]
+        if character == '"' and field_begins:
+            position = _end_of_quoted(text, position + 1)
+            if position < 0:
+                return True
+            field_begins = False
+            continue
+        field_begins = character == ","
+        position += 1
+    return False
+
+
+def _end_of_quoted(text: str, position: int) -> int:
+    """Where the quoted field ends that begins there; -1 if it does not."""
+    while (position := text.find('"', position)) >= 0:
+        if text[position + 1 : position + 2] != '"':
+            return position + 1
+        position += 2
+    return -1
+
+
+def _value(field: str) -> str | int | Written:
+    """A number where the field is one that JSON could have; anything else is text, also `007` and `true`."""
+    match = _NUMBER.fullmatch(field)
+    if match is None or len(field) > 300:
+        return field
+    if match[1] is None and match[2] is None:
+        return field if field == "-0" else int(field)
+    number = Written.read(field)
+    return number if math.isfinite(number) else field
+
+
+def _shown(data: bytes) -> str:
+    text = data.decode().strip()
+    return text if len(text) <= 40 else f"{text[:37]}..."

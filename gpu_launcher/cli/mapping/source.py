@@ -1,0 +1,200 @@
+"""The runs of a map as the source of a loop's jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import time
+from typing import Any
+
+from gpu_launcher.cli.mapping.place import Place, shown
+from gpu_launcher.cli.mapping.records import Bad
+from gpu_launcher.cli.mapping.results import Completed, Results, result_line, write_outcome
+from gpu_launcher.cli.mapping.supply import Supply, changed
+from gpu_launcher.cli.mapping.values import Params, label
+from gpu_launcher.errors import GpuLauncherError
+from gpu_launcher.jobs.events import Outcome
+from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.jobs.progress.text import count
+from gpu_launcher.jobs.source import Exhausted, Offer, Remark, Statement
+from gpu_launcher.model import Device
+
+TURN = 0.02
+"""Seconds to look for the next run before the loop has its turn."""
+BAD_NAMED = 10
+"""How many lines that cannot be used are named before they are only counted."""
+
+
+class MapSource:
+    """See `gpu_launcher.jobs.source.JobSource`."""
+
+    def __init__(
+        self, supply: Supply, place: Place, results: Results, *, completed: Completed | None, keep_going: bool
+    ) -> None:
+        """Run what `supply` has in `place`, but not what `completed` in an earlier launch, if there was one.
+
+        With `keep_going` what cannot be used is left out; otherwise nothing is started after it.
+        """
+        self._resumes = completed is not None
+        self._supply = supply
+        self._place = place
+        self._completed = completed or Completed()
+        self._results = results
+        self._keep_going = keep_going
+        self._wanted = 0
+        self._params: dict[int, Params] = {}
+        """Of the runs that have not ended."""
+        self._over = False
+        self._pending: list[Statement] = [Remark(f"results are in {shown(place.path)}")]
+        self.bad = 0
+        """How many records could not be used."""
+        self.failed = 0
+        """How many runs did not complete."""
+        self.problem: str | None = None
+        """Why not all could be run, or their results not be written, if so."""
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll = select.epoll()
+        self._epoll.register(self._event, select.EPOLLIN)
+        self._watches = False
+        """Whether we wait for the input."""
+
+    def fileno(self) -> int:
+        """See `JobSource`."""
+        return self._epoll.fileno()
+
+    def ask(self, count: int) -> None:
+        """See `JobSource`."""
+        self._wanted += count
+        self._wake()
+
+    def receive(self) -> list[Statement]:
+        """See `JobSource`."""
+        self._rest()
+        statements, self._pending = self._pending, []
+        until = time.monotonic() + TURN
+        waiting = False
+        while self._wanted and not self._over and not waiting:
+            if time.monotonic() > until:
+                self._wake()
+                break
+            waiting = self._look(statements)
+        self._watch(waiting)
+        return statements
+
+    def _look(self, statements: list[Statement]) -> bool:
+        """Take one more; whether there is none yet."""
+        try:
+            found = self._supply.next()
+        except GpuLauncherError as error:
+            self._give_up(str(error), statements)
+            return False
+        if found is None:
+            if not self._supply.over:
+                return True
+            self._over = True
+            statements.append(Exhausted(self._left_out()))
+        elif isinstance(found, Bad):
+            self._skip(found, statements)
+        elif found.index not in self._completed:
+            self._wanted -= 1
+            self._params[found.index] = found.params
+            before = self._place.run(found.index).attempts() if self._resumes else 0
+            statements.append(Offer(Job(found.index, label(found.params), found.params, attempts_before=before)))
+        elif not self._completed.agrees(found.index, found.params):
+            self._give_up(changed(found.index), statements)
+        return False
+
+    def _skip(self, bad: Bad, statements: list[Statement]) -> None:
+        self.bad += 1
+        if not self._keep_going:
+            self._give_up(bad.problem, statements)
+        elif self.bad <= BAD_NAMED:
+            statements.append(Remark(f"{bad.problem}; it is left out"))
+
+    def _left_out(self) -> str | None:
+        return f"{count(self.bad, 'line')} left out" if self.bad > BAD_NAMED else None
+
+    def _give_up(self, problem: str, statements: list[Statement]) -> None:
+        if self.problem is None:
+            self.problem = problem
+            statements.append(Remark(problem) if self._over else Exhausted(f"{problem}. No more runs are started"))
+            self._over = True
+
+    # What becomes of runs
+
+    def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
+        """See `JobSource`."""
+
+    def said(self, number: int, what: Any) -> None:
+        """See `JobSource`."""
+
+    def ended(self, result: JobResult) -> None:
+        """See `JobSource`."""
+        params = self._params.pop(result.number)
+        if result.outcome is not Outcome.COMPLETED:
+            self.failed += 1
+            if result.duration is None and result.outcome is Outcome.CANCELLED:
+                return  # it never ran
+        left: dict[str, Any] = json.loads(result.payload) if result.payload else {"duration": _rounded(result.duration)}
+        line = result_line(
+            self._place,
+            result.number,
+            **{
+                **left,
+                "params": params,
+                "outcome": result.outcome.value,
+                "devices": [device.label for device in result.devices],
+                "attempts": result.attempts,
+                "message": result.message,
+            },
+        )
+        try:
+            self._results.add(line)
+            write_outcome(self._place, line)
+        except OSError as error:
+            self._cannot_write(error)
+
+    def _cannot_write(self, error: OSError) -> None:
+        """The results of the runs that run now are kept, and written if there is room again."""
+        if self.problem is None:
+            self._give_up(f"results cannot be written to {shown(self._place.path)}: {error.strerror}", self._pending)
+            self._wake()
+
+    def tick(self) -> None:
+        """See `JobSource`."""
+
+    def close_in_child(self) -> None:
+        """See `JobSource`."""
+        self.close()
+        self._results.close()
+
+    def close(self) -> None:
+        """When the loop is over."""
+        self._epoll.close()
+        os.close(self._event)
+
+    # Being heard
+
+    def _wake(self) -> None:
+        os.eventfd_write(self._event, 1)
+
+    def _rest(self) -> None:
+        try:
+            os.eventfd_read(self._event)
+        except BlockingIOError:
+            return  # it was the input
+
+    def _watch(self, wanted: bool) -> None:
+        source = self._supply.source
+        if source is None or not source.waits or wanted == self._watches:
+            return
+        self._watches = wanted
+        if wanted:
+            self._epoll.register(source.fileno(), select.EPOLLIN)
+        else:
+            self._epoll.unregister(source.fileno())
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)

@@ -1,0 +1,213 @@
+"""The runs of a map, one after another, however many: a grid, or the records of a file or a pipe, or both."""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gpu_launcher.cli.mapping.grid import Grid
+from gpu_launcher.cli.mapping.records import Bad, Record, RecordReader
+from gpu_launcher.cli.mapping.results import Completed
+from gpu_launcher.cli.mapping.template import Template
+from gpu_launcher.cli.mapping.values import Params
+from gpu_launcher.errors import OptionError
+
+CHUNK = 64 * 1024
+STDIN = "-"
+BAD_NAMED = 5
+"""How many lines that cannot be used an error names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One to be run."""
+
+    index: int
+    params: Params
+
+
+class Input:
+    """Where records come from. Reading it never waits."""
+
+    def __init__(self, name: str) -> None:
+        """Open a file, a pipe or, for `-`, stdin. Raises OptionError."""
+        self.name = "stdin" if name == STDIN else name
+        try:
+            # Without O_NONBLOCK, opening a FIFO would wait for a writer.
+            self._descriptor = 0 if name == STDIN else os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            mode = os.fstat(self._descriptor).st_mode
+            if stat.S_ISDIR(mode):
+                raise IsADirectoryError(0, "it is a directory", name)
+        except OSError as error:
+            raise OptionError("from", f"{self.name} cannot be read: {error.strerror}") from error
+        self.seekable = stat.S_ISREG(mode)
+        self._begins = os.lseek(self._descriptor, 0, os.SEEK_CUR) if self.seekable else 0
+        self.waits = not self.seekable and not _is_null(mode, self._descriptor)
+        """Whether there may be nothing to read though it is not at its end: then its descriptor tells."""
+
+    def fileno(self) -> int:
+        """To be watched if it `waits`."""
+        return self._descriptor
+
+    def read(self) -> bytes | None:
+        """Some bytes; none at its end; None if there are none yet. Raises OptionError."""
+        if self.waits:
+            poll = select.poll()
+            poll.register(self._descriptor, select.POLLIN)
+            # At the end of a pipe, and of a terminal that hung up, it is readable, too.
+            if not poll.poll(0):
+                return None
+        try:
+            return os.read(self._descriptor, CHUNK)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise OptionError("from", f"{self.name} cannot be read any more: {error.strerror}") from error
+
+    def rewind(self) -> None:
+        """To the beginning, or where others had read stdin to, of one that is `seekable`."""
+        os.lseek(self._descriptor, self._begins, os.SEEK_SET)
+
+
+def _is_null(mode: int, descriptor: int) -> bool:
+    """Whether it is a device that epoll(7) does not take, such as /dev/null."""
+    if not stat.S_ISCHR(mode):
+        return False
+    with select.epoll() as epoll:
+        try:
+            epoll.register(descriptor, select.EPOLLIN)
+        except PermissionError:
+            return True
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What an input has."""
+
+    runs: int
+    lines: int
+    """How many cannot be used."""
+    problems: list[str]
+    """Of the first of them."""
+
+
+def changed(index: int) -> str:
+    """Of a run that completed with other parameters."""
+    return (
+        f"run {index} has completed with other parameters than it has now: the input is not what it was. Run it as a "
+        "map of its own, with another --dir"
+    )
+
+
+class Supply:
+    """Counts runs as it hands them out. A record that cannot be used still counts, so that a mended file goes on."""
+
+    def __init__(self, template: Template, grid: Grid, source: Input | None) -> None:
+        self._template = template
+        self._grid = grid
+        self.source = source
+        self.begin()
+
+    def begin(self) -> None:
+        """From the first one."""
+        self._records = 0
+        self._at = 0
+        """The next combination of the grid for the record."""
+        self._record: Record | None = None if self.source else Record(0, {})
+        self._reader = RecordReader(of_csv=self.source is not None and self.source.name.endswith(".csv"))
+        self._read: Iterator[Record | Bad] = iter(())
+        self._at_end = self._ended = self.source is None
+
+    @property
+    def total(self) -> int | None:
+        """How many there are, if that is known without looking."""
+        return len(self._grid) if self.source is None else None
+
+    @property
+    def over(self) -> bool:
+        """Whether `next` has nothing more to give."""
+        return self._ended and self._record is None
+
+    def survey(self, completed: Completed) -> Survey:
+        """Read the whole input, which is `seekable`, and begin again. Raises OptionError.
+
+        Also if what `completed` before was something else.
+        """
+        assert self.source is not None
+        runs, lines, bad = 0, 0, []
+        while not self.over:
+            found = self._next_record()
+            if isinstance(found, Bad):
+                lines += 1
+                bad += [found.problem] if lines <= BAD_NAMED else []
+            elif found is not None:
+                for at in range(len(self._grid)) if completed.count else ():
+                    self._compare(completed, self._records * len(self._grid) + at, {**found.params, **self._grid[at]})
+                runs += len(self._grid)
+                self._records += 1
+        self.source.rewind()
+        self.begin()
+        return Survey(runs, lines, bad)
+
+    @staticmethod
+    def _compare(completed: Completed, index: int, params: Params) -> None:
+        if index in completed and not completed.agrees(index, params):
+            raise OptionError("from", changed(index))
+
+    def next(self) -> Run | Bad | None:
+        """The next one; None if it is not known yet, or all is `over`. Raises OptionError."""
+        if self._record is None:
+            found = self._next_record()
+            if found is None or isinstance(found, Bad):
+                return found
+            self._record, self._at = found, 0
+        record, at = self._record, self._at
+        self._at += 1
+        if self._at == len(self._grid):
+            self._record = None
+            self._records += 1
+        return Run((self._records - (self._record is None)) * len(self._grid) + at, {**record.params, **self._grid[at]})
+
+    def wait(self) -> None:
+        """Until `next` may know more."""
+        if self.source is not None and self.source.waits:
+            select.select([self.source], [], [])
+
+    def _next_record(self) -> Record | Bad | None:
+        while True:
+            found = next(self._read, None)
+            if found is not None:
+                if isinstance(found, Record) and (problem := self._misfit(found)) is not None:
+                    found = Bad(found.line, problem)
+                if isinstance(found, Bad):
+                    self._records += 1
+                    self._ended = found.all
+                    return replace(found, problem=f"{self.where(found)} {found.problem}")
+                return found
+            if self._at_end or self._ended or self.source is None:
+                self._ended = True
+                return None
+            data = self.source.read()
+            if data is None:
+                return None
+            self._at_end = not data
+            self._read = self._reader.feed(data) if data else self._reader.end()
+
+    def _misfit(self, record: Record) -> str | None:
+        for name, _ in self._grid.axes:
+            if name in record.params:
+                return f"has {name}, which --param gives, too"
+        # All combinations have these names, and the grid's values were looked at before.
+        if problem := self._template.misfit({**record.params, **self._grid[0]}):
+            return f"does not fit: {problem}"
+        return None
+
+    def where(self, bad: Bad) -> str:
+        """`params.jsonl, line 3,`"""
+        name = self.source.name if self.source else ""
+        return f"{Path(name).name}, line {bad.line},"
