@@ -39,7 +39,19 @@ from gpu_launcher.processes.starter import ForkServer, StartMethod
 from gpu_launcher.processes.worker import Program
 
 _harmless: set[int] = set()
-"""Native ids of such threads."""
+"""Native ids of threads that hold no lock which a forked process would need, except while they are `_busy`."""
+
+_busy = threading.RLock()
+
+
+def _forget_threads() -> None:
+    """In a forked process: there are none but this one."""
+    global _busy
+    _harmless.clear()
+    _busy = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_forget_threads)
 
 
 class ManagerDiedError(GpuLauncherError):
@@ -95,6 +107,8 @@ class Remarked:
     """A line for the user."""
 
     text: str
+    passing: bool = False
+    """Whether it says how things are at the moment, and may be said again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,14 +154,15 @@ class RemoteLoop:
         """Lines for the user that were said before it was open."""
         self.known: Mapping[str, object] = dict(main_namespace())
         """What the jobs' `__main__` has, by name."""
-        self._directory = Path(tempfile.mkdtemp(prefix="gpu-launcher-"))
-        manager = _Manager(theirs, self._process, self._directory, program, options, command, method, captured)
+        self.directory = Path(tempfile.mkdtemp(prefix="gpu-launcher-"))
+        """For files of the jobs. It goes with the manager."""
+        manager = _Manager(theirs, self._process, self.directory, program, options, command, method, captured)
         _flush()
-        with warnings.catch_warnings():
+        with _busy, warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of threads; we look for them ourselves
             self._pid: int | None = os.fork()
-        if self._pid == 0:
-            manager.be(self._channel)
+            if self._pid == 0:
+                manager.be(self._channel)
         theirs.close()
         # Right after the fork, for which OpenBLAS and the like shut their threads down.
         names = other_threads(besides=_harmless | {threading.get_native_id()})
@@ -202,7 +217,7 @@ class RemoteLoop:
         with contextlib.suppress(ChildProcessError):  # raised if the user's program reaps all children itself
             os.waitpid(pid, 0)
         self._channel.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def _died(self) -> ManagerDiedError:
         return ManagerDiedError("the process that starts jobs was killed (`dmesg` may know why), and its jobs with it")
@@ -210,13 +225,21 @@ class RemoteLoop:
 
 @contextlib.contextmanager
 def harmless_thread() -> Iterator[None]:
-    """Say of the calling thread that it holds no lock that a forked process would need, whenever the fork happens."""
+    """Say of the calling thread that it holds no lock that a forked process would need, whenever the fork happens.
+
+    What might hold one, such as pickling the user's objects, it does while it is `busy`.
+    """
     me = threading.get_native_id()
     _harmless.add(me)
     try:
         yield
     finally:
         _harmless.discard(me)
+
+
+def busy() -> contextlib.AbstractContextManager[Any]:
+    """While entered, no manager is forked from this program by another thread."""
+    return _busy
 
 
 class _OrphanedError(Exception):
@@ -314,11 +337,15 @@ class _Link:
         return message
 
     def finish(self, closed: Closed) -> None:
-        """Say the last word, for which the program is waited for."""
+        """Say the last word, and wait until the program has heard it all: until then it needs the jobs' files."""
         self._channel.setblocking(True)
         with contextlib.suppress(ChannelClosedError):
             for message in (*self._backlog, closed):
                 send(self._channel, message)
+            # Its end of the channel need not close when it ends: what it has forked may have that, too.
+            while os.getppid() == self._program_process:
+                if select.select([self._channel], [], [], 1.0)[0]:
+                    receive(self._channel)  # what it said before it knew, and in the end that it is closed
 
     def fileno(self) -> int:
         return self._epoll.fileno()
@@ -398,7 +425,7 @@ class _Display:
             case Notice(text=text):
                 self._link.send(Remarked(text))
             case JobWaiting(reason=reason) if reason:
-                self._link.send(Remarked(f"waiting for devices: {reason}"))
+                self._link.send(Remarked(f"waiting for devices: {reason}", passing=True))
 
     def tick(self, now: float) -> None:
         """Nothing is shown."""
