@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 from gpu_launcher.studies.reporting import report
 
 if TYPE_CHECKING:
+    from gpu_launcher.executors.pool_executor import PoolExecutor
     from gpu_launcher.studies.storage import storage
     from gpu_launcher.studies.trial import current_trial
 else:
     # Imported when first used: a program that only runs jobs does not pay for Optuna.
     _HOMES = {
+        "PoolExecutor": "gpu_launcher.executors.pool_executor",
         "storage": "gpu_launcher.studies.storage",
         "current_trial": "gpu_launcher.studies.trial",
     }
@@ -23,4 +25,4 @@ else:
         return getattr(import_module(_HOMES[name]), name)
 
 
-__all__ = ["current_trial", "report", "storage"]
+__all__ = ["PoolExecutor", "current_trial", "report", "storage"]
