@@ -65,9 +65,11 @@ def _make(call: Call) -> tuple[Returned | Raised, bool]:
     except OSError as error:
         problem = f"returned a value that could not be handed over: {describe(error)}"
         return Raised(None, problem, traceback.format_exc()), False
-    except BaseException as error:
+    except Exception as error:
         problem = f"returned what cannot be pickled: {describe(error)}"
         return Raised(None, problem, traceback.format_exc(), unpicklable=True), is_out_of_gpu_memory(error)
+    except BaseException as error:
+        return raised(error, 1, known), False
 
 
 def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

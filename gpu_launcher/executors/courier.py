@@ -50,6 +50,8 @@ class Courier:
         """Of the calls that the manager has: the future, and the name of the function."""
         self._wanted = 0
         """How many calls more the manager would take now."""
+        self._ready = False
+        """Whether it has said so once."""
         self._number = 0
         self._finishing = False
         self._cancelling = False
@@ -143,6 +145,7 @@ class Courier:
         match message:
             case Wanted(count):
                 self._wanted += count
+                self._ready = True
             case Ended(result):
                 self._conclude(result)
             case Remarked() as remark:
@@ -150,13 +153,13 @@ class Courier:
                 remarks.log(remark)
 
     def _say(self) -> None:
-        if self._cancelling:
-            self._cancel_pending()
         while self._stops_said < self._stops:
             self._stops_said += 1
             self._loop.say(s.Stop())
-        while self._wanted and self._offer_one():
+        while self._wanted and not self._stops and self._offer_one():
             self._wanted -= 1
+        if self._cancelling and (self._ready or self._stops):  # what could run at once has begun
+            self._cancel_pending()
         if self._finishing and not self._exhausted and not self._waiting():
             self._exhausted = True
             self._loop.say(s.Exhausted())

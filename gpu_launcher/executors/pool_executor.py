@@ -66,14 +66,14 @@ class PoolExecutor(Executor):
             start_method: `fork` from this program, or `spawn` of fresh interpreters. Default: fork, unless other
                 threads run, or CUDA is initialised, when the first call is submitted.
 
-        Raises OptionError, a ValueError.
+        Raises ValueError, most often an OptionError.
         """
         options = {"gpus": gpus, "memory": memory, "priority": priority, "timeout": timeout}
         self._request = read_request(options)
         if max_workers is not None and (isinstance(max_workers, bool) or not isinstance(max_workers, int)):
             raise OptionError("max_workers", f"{max_workers!r} is not a whole number, nor None")
         if max_workers is not None and max_workers <= 0:
-            raise OptionError("max_workers", "max_workers must be greater than 0, or None for as many as get devices")
+            raise ValueError("max_workers must be greater than 0")  # in the words of the standard executors
         if start_method not in get_args(StartMethod):
             raise OptionError("start_method", f"{start_method!r} is none of {', '.join(get_args(StartMethod))}")
         self._start_method = start_method

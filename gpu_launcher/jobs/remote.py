@@ -130,6 +130,11 @@ class _Begin:
     """Why jobs must not be forked from the program."""
 
 
+@dataclass(frozen=True, slots=True)
+class _End:
+    """The last thing it is told, unless the program ends without a word."""
+
+
 class RemoteLoop:
     """The program's side of it. One thread may `say` while another one receives."""
 
@@ -211,6 +216,8 @@ class RemoteLoop:
         if self._process != os.getpid() or self._pid is None:
             return
         pid, self._pid = self._pid, None
+        with contextlib.suppress(OSError):  # the manager has closed it, or does not listen
+            send(self._channel, _End(), wait=False)
         # Closing is not enough: whatever was forked from this process has a copy of the descriptor.
         with contextlib.suppress(OSError):  # the manager has closed it
             self._channel.shutdown(socket.SHUT_RDWR)
@@ -242,8 +249,8 @@ def busy() -> contextlib.AbstractContextManager[Any]:
     return _busy
 
 
-class _OrphanedError(Exception):
-    """The program has ended."""
+class _EndedError(Exception):
+    """The program wants no more of it, and waits for the end."""
 
 
 @dataclass
@@ -269,7 +276,7 @@ class _Manager:
             link = _Link(self.channel, self.program_process, self.directory)
             link.finish(self._run(link))
             status = 0
-        except _OrphanedError:
+        except _EndedError:
             status = 0
         except BaseException:
             traceback.print_exc()
@@ -331,7 +338,9 @@ class _Link:
         try:
             message, _ = receive(self._channel)
         except ChannelClosedError:
-            raise _OrphanedError from None
+            self._vanish()
+        if isinstance(message, _End):
+            raise _EndedError
         assert isinstance(message, _Begin), message
         self._channel.setblocking(False)
         return message
@@ -352,13 +361,16 @@ class _Link:
 
     def receive(self) -> list[s.Statement]:
         self.tick()
-        statements = []
+        statements: list[s.Statement] = []
         with contextlib.suppress(BlockingIOError):
             while True:
                 try:
-                    statements.append(receive(self._channel)[0])
+                    message, _ = receive(self._channel)
                 except ChannelClosedError:
-                    raise _OrphanedError from None
+                    self._vanish()
+                if isinstance(message, _End):
+                    raise _EndedError
+                statements.append(message)
         return statements
 
     def ask(self, count: int) -> None:
@@ -377,16 +389,13 @@ class _Link:
 
     def tick(self) -> None:
         if os.getppid() != self._program_process:
-            raise _OrphanedError
+            self._vanish()
         waited = bool(self._backlog)
-        try:
+        # Closed: `receive` will see it, and what the program had still said.
+        with contextlib.suppress(BlockingIOError, ChannelClosedError):
             while self._backlog:
                 send(self._channel, self._backlog[0], wait=False)
                 self._backlog.popleft()
-        except BlockingIOError:
-            pass
-        except ChannelClosedError:
-            raise _OrphanedError from None
         if waited != bool(self._backlog):
             self._listen()
 
@@ -401,6 +410,11 @@ class _Link:
     def _listen(self) -> None:
         """Be readable also when there is room for what waits."""
         self._epoll.modify(self._channel, select.EPOLLIN | (select.EPOLLOUT if self._backlog else 0))
+
+    def _vanish(self) -> NoReturn:
+        """The program has ended. Nobody waits for anything, and all that the manager has started ends with it."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+        os._exit(0)
 
     def close_in_child(self) -> None:
         self._epoll.close()
