@@ -34,7 +34,7 @@ from gpu_launcher.jobs.sweep import Options, limits, run_jobs
 from gpu_launcher.model import Device
 from gpu_launcher.processes.linux import flush_c_streams, other_threads
 from gpu_launcher.processes.messages import ChannelClosedError, channel, receive, send
-from gpu_launcher.processes.pickling import NOTHING, main_namespace
+from gpu_launcher.processes.pickling import NOTHING, main_namespace, prepare
 from gpu_launcher.processes.starter import ForkServer, StartMethod
 from gpu_launcher.processes.worker import Program
 
@@ -162,6 +162,7 @@ class RemoteLoop:
         self.directory = Path(tempfile.mkdtemp(prefix="gpu-launcher-"))
         """For files of the jobs. It goes with the manager."""
         manager = _Manager(theirs, self._process, self.directory, program, options, command, method, captured)
+        prepare()
         _flush()
         with _busy, warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of threads; we look for them ourselves

@@ -29,6 +29,11 @@ def main_namespace() -> dict[str, Any]:
     return vars(sys.modules["__main__"])
 
 
+def prepare() -> None:
+    """Import what this takes: before a fork, lest each child do it."""
+    _pickler_class()
+
+
 def dump(thing: object, known: Mapping[str, object] = NOTHING) -> bytes:
     """Pickle `thing` for a process whose `__main__` has what is `known`, by name.
 
