@@ -5,15 +5,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from gpu_launcher.errors import JobError, JobTimeoutError, UnpicklableError
 from gpu_launcher.studies.reporting import report
 
 if TYPE_CHECKING:
+    from gpu_launcher.executors.courier import BrokenPoolExecutor
     from gpu_launcher.executors.pool_executor import PoolExecutor
     from gpu_launcher.studies.storage import storage
     from gpu_launcher.studies.trial import current_trial
 else:
     # Imported when first used: a program that only runs jobs does not pay for Optuna.
     _HOMES = {
+        "BrokenPoolExecutor": "gpu_launcher.executors.courier",
         "PoolExecutor": "gpu_launcher.executors.pool_executor",
         "storage": "gpu_launcher.studies.storage",
         "current_trial": "gpu_launcher.studies.trial",
@@ -25,4 +28,13 @@ else:
         return getattr(import_module(_HOMES[name]), name)
 
 
-__all__ = ["PoolExecutor", "current_trial", "report", "storage"]
+__all__ = [
+    "BrokenPoolExecutor",
+    "JobError",
+    "JobTimeoutError",
+    "PoolExecutor",
+    "UnpicklableError",
+    "current_trial",
+    "report",
+    "storage",
+]

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 
 from gpu_launcher.jobs.remote import Remarked
 
 logger = logging.getLogger("gpu_launcher")
 
+EVERY = 60.0
+"""Seconds between two remarks about how things are at the moment. Each of thousands of calls may wait for somebody."""
+
 _said: set[str] = set()
-"""Notices of this process. They are about the machine or the program, and do not change."""
+"""What this process has said."""
+_last = -math.inf
+"""When it last said something that passes."""
 
 # What the user has asked for is no news.
 _ASKED_FOR = (" simulated: no real GPU is reserved", "(spawn): start_method=spawn")
 
 
 def log(remark: Remarked) -> None:
-    """Log it as a warning, a notice only once."""
+    """Log it as a warning: a notice once, what passes from time to time."""
+    global _last
     if remark.passing:
-        logger.warning(remark.text)
+        now = time.monotonic()
+        if now - _last >= EVERY:
+            _last = now
+            logger.warning("%s", remark.text)
     elif remark.text not in _said:
         _said.add(remark.text)
         level = logging.INFO if any(words in remark.text for words in _ASKED_FOR) else logging.WARNING
-        logger.log(level, remark.text)
+        logger.log(level, "%s", remark.text)
