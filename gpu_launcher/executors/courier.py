@@ -42,6 +42,8 @@ class Submitted:
 class Courier:
     """Carries the calls of one executor, to which it has no reference: that may go when nobody has one any more."""
 
+    _wake = -1
+
     def __init__(self, loop: RemoteLoop) -> None:
         """Start the thread. `loop` is open, and closed in the end."""
         self._loop = loop
@@ -108,7 +110,8 @@ class Courier:
             return None
 
     def __del__(self) -> None:
-        os.close(self._wake)  # not before: by then it might be the number of another file
+        if self._wake >= 0:
+            os.close(self._wake)  # not before: by then it might be the number of another file
 
     # In the thread.
 

@@ -150,18 +150,26 @@ class PoolExecutor(Executor):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
         """Shut down. After Ctrl-C the calls are interrupted, too, and killed after ten seconds, or at another one."""
-        if kind is None or not issubclass(kind, KeyboardInterrupt):
-            self.shutdown()
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._interrupt()
             return None
-        self.shutdown(wait=False, cancel_futures=True)
-        if self._courier is not None:
-            self._courier.stop()
-            try:
-                self._courier.join()
-            except KeyboardInterrupt:
-                self._courier.stop()
-                self._courier.join()
+        try:
+            self.shutdown()
+        except KeyboardInterrupt:
+            self._interrupt()
+            raise
         return None
+
+    def _interrupt(self) -> None:
+        self.shutdown(wait=False, cancel_futures=True)
+        if self._courier is None or self._process != os.getpid():
+            return
+        self._courier.stop()
+        try:
+            self._courier.join()
+        except KeyboardInterrupt:
+            self._courier.stop()
+            self._courier.join()
 
     def _start(self) -> Courier:
         loop = RemoteLoop(Calls(self._request), self._options, this_program(), method=self._start_method)

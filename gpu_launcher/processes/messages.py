@@ -22,7 +22,7 @@ _LARGE = 64 * 1024
 
 _MOST_DESCRIPTORS = 64
 
-_QUICK = 1024 * 1024
+_QUICK = 256 * 1024
 """Bytes that are compressed in some milliseconds."""
 
 
