@@ -553,8 +553,8 @@ from gpu_launcher.jobs.where import Where
 def call(n, stubborn):
     if stubborn:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Path(f"began-{n}").touch()
     try:
+        Path(f"began-{n}").touch()
         time.sleep(600)
     except KeyboardInterrupt:
         Path(f"interrupted-{n}").touch()
