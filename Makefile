@@ -46,6 +46,7 @@ bench: $(INSTALLED) ## the benchmarks, each against the launchers it is compared
 	$(BIN)/python benchmarks/launch_overhead.py
 	$(BIN)/python benchmarks/async_vs_batch.py
 	$(BIN)/python benchmarks/reporting.py
+	$(BIN)/python benchmarks/functions.py
 
 clean: ## remove what make made
 	rm -rf $(VENV) .matrix build dist outputs multirun

@@ -12,11 +12,15 @@ if TYPE_CHECKING:
         ApplyError,
         GpuLauncherError,
         JobError,
+        JobTimeoutError,
         LeaseTimeout,
         OptionError,
         PoolDirectoryError,
         RequestError,
+        UnpicklableError,
     )
+    from gpu_launcher.executors.courier import BrokenPoolExecutor
+    from gpu_launcher.executors.pool_executor import PoolExecutor
     from gpu_launcher.lending.lease import Lease
     from gpu_launcher.pool import Pool
     from gpu_launcher.studies.storage import storage
@@ -25,16 +29,20 @@ else:
     # Imported when first used: a program that only runs jobs does not pay for Optuna.
     _HOMES = {
         "ApplyError": "gpu_launcher.errors",
+        "BrokenPoolExecutor": "gpu_launcher.executors.courier",
         "GpuLauncherError": "gpu_launcher.errors",
         "JobError": "gpu_launcher.errors",
+        "JobTimeoutError": "gpu_launcher.errors",
         "Lease": "gpu_launcher.lending.lease",
         "LeaseTimeout": "gpu_launcher.errors",
         "OptionError": "gpu_launcher.errors",
         "Pool": "gpu_launcher.pool",
         "PoolDirectoryError": "gpu_launcher.errors",
+        "PoolExecutor": "gpu_launcher.executors.pool_executor",
         "RequestError": "gpu_launcher.errors",
-        "storage": "gpu_launcher.studies.storage",
+        "UnpicklableError": "gpu_launcher.errors",
         "current_trial": "gpu_launcher.studies.trial",
+        "storage": "gpu_launcher.studies.storage",
     }
 
     def __getattr__(name: str) -> object:
@@ -45,14 +53,18 @@ else:
 
 __all__ = [
     "ApplyError",
+    "BrokenPoolExecutor",
     "GpuLauncherError",
     "JobError",
+    "JobTimeoutError",
     "Lease",
     "LeaseTimeout",
     "OptionError",
     "Pool",
     "PoolDirectoryError",
+    "PoolExecutor",
     "RequestError",
+    "UnpicklableError",
     "current_trial",
     "report",
     "storage",

@@ -6,6 +6,7 @@ All of them survive pickling with their fields: a job's error is raised in one p
 from __future__ import annotations
 
 from collections.abc import Callable
+from pickle import PicklingError
 
 
 class GpuLauncherError(Exception):
@@ -105,3 +106,19 @@ class JobError(GpuLauncherError):
     def __str__(self) -> str:
         name = f"job {self.number} ({self.label})" if self.label else f"job {self.number}"
         return f"{name} {self.problem}" + (f"; see {self.log}" if self.log else "")
+
+
+class JobTimeoutError(JobError, TimeoutError):
+    """A job that ran longer than it may, and was ended."""
+
+    def __init__(self, number: int, label: str, problem: str, log: str | None) -> None:
+        super().__init__(number, label, problem, log)
+        self.args = (number, label, problem, log)
+        self.errno = self.strerror = self.filename = None  # which OSError reads into the arguments
+
+    def __reduce__(self) -> tuple[type[JobTimeoutError], tuple[object, ...]]:
+        return type(self), (self.number, self.label, self.problem, self.log)
+
+
+class UnpicklableError(GpuLauncherError, PicklingError):
+    """A function, an argument or a value that cannot be sent to another process. The message says what to do."""

@@ -34,7 +34,7 @@ from gpu_launcher.jobs.pool import PoolSide
 from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.jobs.running import Running, judge
 from gpu_launcher.jobs.signals import StopSignals
-from gpu_launcher.jobs.source import Exhausted, Facts, JobSource, Offer, Remark, Reply, Withdrawn
+from gpu_launcher.jobs.source import Exhausted, Facts, JobSource, Offer, Remark, Reply, Stop, Withdrawn
 from gpu_launcher.jobs.watch import DeviceWatch
 from gpu_launcher.leases import Ledger
 from gpu_launcher.model import Device, Owner, Request
@@ -227,6 +227,8 @@ class JobLoop:
                     if reason is not None:
                         self._progress.handle(Notice(self._clock(), reason))
                     self._handle(m.NoMore())
+                case Stop():
+                    self._handle(m.StopAsked())
                 case Withdrawn(number, why, pruned):
                     if pruned:
                         self._pruned.add(number)

@@ -32,14 +32,27 @@ from gpu_launcher.jobs.events import Event, JobWaiting, Notice, SweepStarted
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.sweep import Options, limits, run_jobs
 from gpu_launcher.model import Device
+from gpu_launcher.processes.forks import own_fork
 from gpu_launcher.processes.linux import flush_c_streams, other_threads
 from gpu_launcher.processes.messages import ChannelClosedError, channel, receive, send
-from gpu_launcher.processes.pickling import NOTHING, main_namespace
+from gpu_launcher.processes.pickling import NOTHING, main_namespace, prepare
 from gpu_launcher.processes.starter import ForkServer, StartMethod
 from gpu_launcher.processes.worker import Program
 
 _harmless: set[int] = set()
-"""Native ids of such threads."""
+"""Native ids of threads that hold no lock which a forked process would need, except while they are `_busy`."""
+
+_busy = threading.RLock()
+
+
+def _forget_threads() -> None:
+    """In a forked process: there are none but this one."""
+    global _busy
+    _harmless.clear()
+    _busy = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_forget_threads)
 
 
 class ManagerDiedError(GpuLauncherError):
@@ -95,6 +108,8 @@ class Remarked:
     """A line for the user."""
 
     text: str
+    passing: bool = False
+    """Whether it says how things are at the moment, and may be said again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +129,11 @@ class _Begin:
 
     unsafe: str | None
     """Why jobs must not be forked from the program."""
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """The last thing it is told, unless the program ends without a word."""
 
 
 class RemoteLoop:
@@ -140,10 +160,12 @@ class RemoteLoop:
         """Lines for the user that were said before it was open."""
         self.known: Mapping[str, object] = dict(main_namespace())
         """What the jobs' `__main__` has, by name."""
-        self._directory = Path(tempfile.mkdtemp(prefix="gpu-launcher-"))
-        manager = _Manager(theirs, self._process, self._directory, program, options, command, method, captured)
+        self.directory = Path(tempfile.mkdtemp(prefix="gpu-launcher-"))
+        """For files of the jobs. It goes with the manager."""
+        manager = _Manager(theirs, self._process, self.directory, program, options, command, method, captured)
+        prepare()
         _flush()
-        with warnings.catch_warnings():
+        with _busy, own_fork(), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of threads; we look for them ourselves
             self._pid: int | None = os.fork()
         if self._pid == 0:
@@ -196,13 +218,15 @@ class RemoteLoop:
         if self._process != os.getpid() or self._pid is None:
             return
         pid, self._pid = self._pid, None
+        with contextlib.suppress(OSError):  # the manager has closed it, or does not listen
+            send(self._channel, _End(), wait=False)
         # Closing is not enough: whatever was forked from this process has a copy of the descriptor.
         with contextlib.suppress(OSError):  # the manager has closed it
             self._channel.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(ChildProcessError):  # raised if the user's program reaps all children itself
             os.waitpid(pid, 0)
         self._channel.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def _died(self) -> ManagerDiedError:
         return ManagerDiedError("the process that starts jobs was killed (`dmesg` may know why), and its jobs with it")
@@ -210,7 +234,10 @@ class RemoteLoop:
 
 @contextlib.contextmanager
 def harmless_thread() -> Iterator[None]:
-    """Say of the calling thread that it holds no lock that a forked process would need, whenever the fork happens."""
+    """Say of the calling thread that it holds no lock that a forked process would need, whenever the fork happens.
+
+    What might hold one, such as pickling the user's objects, it does while it is `busy`.
+    """
     me = threading.get_native_id()
     _harmless.add(me)
     try:
@@ -219,8 +246,13 @@ def harmless_thread() -> Iterator[None]:
         _harmless.discard(me)
 
 
-class _OrphanedError(Exception):
-    """The program has ended."""
+def busy() -> contextlib.AbstractContextManager[Any]:
+    """While entered, no manager is forked from this program by another thread."""
+    return _busy
+
+
+class _EndedError(Exception):
+    """The program wants no more of it, and waits for the end."""
 
 
 @dataclass
@@ -246,7 +278,7 @@ class _Manager:
             link = _Link(self.channel, self.program_process, self.directory)
             link.finish(self._run(link))
             status = 0
-        except _OrphanedError:
+        except _EndedError:
             status = 0
         except BaseException:
             traceback.print_exc()
@@ -308,30 +340,39 @@ class _Link:
         try:
             message, _ = receive(self._channel)
         except ChannelClosedError:
-            raise _OrphanedError from None
+            self._vanish()
+        if isinstance(message, _End):
+            raise _EndedError
         assert isinstance(message, _Begin), message
         self._channel.setblocking(False)
         return message
 
     def finish(self, closed: Closed) -> None:
-        """Say the last word, for which the program is waited for."""
+        """Say the last word, and wait until the program has heard it all: until then it needs the jobs' files."""
         self._channel.setblocking(True)
         with contextlib.suppress(ChannelClosedError):
             for message in (*self._backlog, closed):
                 send(self._channel, message)
+            # Its end of the channel need not close when it ends: what it has forked may have that, too.
+            while os.getppid() == self._program_process:
+                if select.select([self._channel], [], [], 1.0)[0]:
+                    receive(self._channel)  # what it said before it knew, and in the end that it is closed
 
     def fileno(self) -> int:
         return self._epoll.fileno()
 
     def receive(self) -> list[s.Statement]:
         self.tick()
-        statements = []
+        statements: list[s.Statement] = []
         with contextlib.suppress(BlockingIOError):
             while True:
                 try:
-                    statements.append(receive(self._channel)[0])
+                    message, _ = receive(self._channel)
                 except ChannelClosedError:
-                    raise _OrphanedError from None
+                    self._vanish()
+                if isinstance(message, _End):
+                    raise _EndedError
+                statements.append(message)
         return statements
 
     def ask(self, count: int) -> None:
@@ -350,16 +391,13 @@ class _Link:
 
     def tick(self) -> None:
         if os.getppid() != self._program_process:
-            raise _OrphanedError
+            self._vanish()
         waited = bool(self._backlog)
-        try:
+        # Closed: `receive` will see it, and what the program had still said.
+        with contextlib.suppress(BlockingIOError, ChannelClosedError):
             while self._backlog:
                 send(self._channel, self._backlog[0], wait=False)
                 self._backlog.popleft()
-        except BlockingIOError:
-            pass
-        except ChannelClosedError:
-            raise _OrphanedError from None
         if waited != bool(self._backlog):
             self._listen()
 
@@ -374,6 +412,11 @@ class _Link:
     def _listen(self) -> None:
         """Be readable also when there is room for what waits."""
         self._epoll.modify(self._channel, select.EPOLLIN | (select.EPOLLOUT if self._backlog else 0))
+
+    def _vanish(self) -> NoReturn:
+        """The program has ended. Nobody waits for anything, and all that the manager has started ends with it."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+        os._exit(0)
 
     def close_in_child(self) -> None:
         self._epoll.close()
@@ -398,7 +441,7 @@ class _Display:
             case Notice(text=text):
                 self._link.send(Remarked(text))
             case JobWaiting(reason=reason) if reason:
-                self._link.send(Remarked(f"waiting for devices: {reason}"))
+                self._link.send(Remarked(f"waiting for devices: {reason}", passing=True))
 
     def tick(self, now: float) -> None:
         """Nothing is shown."""

@@ -27,6 +27,11 @@ class Exhausted:
 
 
 @dataclass(frozen=True, slots=True)
+class Stop:
+    """The user wants it all to end: jobs that run are interrupted, and killed after their grace, or if asked twice."""
+
+
+@dataclass(frozen=True, slots=True)
 class Withdrawn:
     """A job is not wanted any more."""
 
@@ -59,7 +64,7 @@ class Facts:
     facts: tuple[tuple[str, str], ...]
 
 
-Statement = Offer | Exhausted | Withdrawn | Reply | Remark | Facts
+Statement = Offer | Exhausted | Stop | Withdrawn | Reply | Remark | Facts
 
 
 class JobSource(Protocol):

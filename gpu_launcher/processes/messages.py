@@ -22,6 +22,9 @@ _LARGE = 64 * 1024
 
 _MOST_DESCRIPTORS = 64
 
+_QUICK = 256 * 1024
+"""Bytes that are compressed in some milliseconds."""
+
 
 class ChannelClosedError(ConnectionError):
     """The process at the other end is gone."""
@@ -239,8 +242,8 @@ class Report:
     """For a failed job: whether it is a trial that ended itself early, which is no failure."""
 
     def dump(self) -> bytes:
-        """As it is kept in a file. Thousands of them may be, so it is made small."""
-        return zlib.compress(pickle.dumps(self), 1)
+        """As it is kept in a file. Thousands of them may be, so it is made small where that is quick."""
+        return zlib.compress(pickle.dumps(self), 1 if len(self.payload) <= _QUICK else 0)
 
     @classmethod
     def load(cls, data: bytes) -> Report:

@@ -12,14 +12,26 @@ import pickle
 import sys
 from collections.abc import Mapping
 from types import FunctionType, MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 NOTHING: Mapping[str, object] = MappingProxyType({})
+
+
+class Writable(Protocol):
+    """What can be written to, as pickle understands it."""
+
+    def write(self, data: bytes, /) -> object:
+        """Take all of it."""
 
 
 def main_namespace() -> dict[str, Any]:
     """What this process's `__main__` has now."""
     return vars(sys.modules["__main__"])
+
+
+def prepare() -> None:
+    """Import what this takes: before a fork, lest each child do it."""
+    _pickler_class()
 
 
 def dump(thing: object, known: Mapping[str, object] = NOTHING) -> bytes:
@@ -28,10 +40,15 @@ def dump(thing: object, known: Mapping[str, object] = NOTHING) -> bytes:
     Raises whatever the user's objects raise when they are pickled.
     """
     buffer = io.BytesIO()
-    pickler = _pickler_class()(buffer, known)
+    dump_to(buffer, thing, known)
+    return buffer.getvalue()
+
+
+def dump_to(file: Writable, thing: object, known: Mapping[str, object] = NOTHING) -> None:
+    """The same into a file, in which what is large is not copied once more."""
+    pickler = _pickler_class()(file, known)
     pickler.dump(thing)
     pickler.dump(pickler.used)  # the very same classes and functions: both share one memo
-    return buffer.getvalue()
 
 
 @functools.cache
@@ -39,8 +56,8 @@ def _pickler_class() -> Any:
     import cloudpickle  # when it is needed: the command line is not
 
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-        def __init__(self, buffer: io.BytesIO, known: Mapping[str, object]) -> None:
-            super().__init__(buffer)
+        def __init__(self, file: Writable, known: Mapping[str, object]) -> None:
+            super().__init__(file)
             self.known = known
             self.main = main_namespace()
             self.used: dict[str, Any] = {}
@@ -63,7 +80,12 @@ def load(pickled: bytes) -> Any:
 
     Raises whatever the user's objects raise when they are unpickled.
     """
-    unpickler = pickle.Unpickler(io.BytesIO(pickled))
+    return load_from(io.BytesIO(pickled))
+
+
+def load_from(file: BinaryIO | io.BytesIO) -> Any:
+    """The same from a file that `dump_to` wrote."""
+    unpickler = pickle.Unpickler(file)
     thing = unpickler.load()
     main_namespace().update(unpickler.load())
     return thing

@@ -244,12 +244,7 @@ class World:
         **process: Any,
     ) -> Sweep:
         """Start the program `app` on `simulated:devices`; `process` is for Popen."""
-        environment = {
-            **self.environment,
-            MARKER: str(self.directory),
-            "GPU_LAUNCHER_POOL_DIR": str(self.pool),
-            "DIE_AT": die_at,
-        }
+        environment = {**self.surroundings(), "DIE_AT": die_at}
         command = [
             *(self.python, str(self.app), "-m", "hydra/launcher=gpu_pool"),
             f"hydra.launcher.devices=simulated:{devices}",
@@ -257,9 +252,17 @@ class World:
             f"hydra.sweep.dir={self.directory / name}",
             *overrides,
         ]
+        return self.begin(command, environment, name, **process)
+
+    def begin(self, command: list[str], environment: dict[str, str], name: str = "sweep", **process: Any) -> Sweep:
+        """Start any program whose jobs leave witnesses as those of `app` do."""
         sweep = Sweep(self.directory, name, command, environment, **process)
         self._sweeps.append(sweep)
         return sweep
+
+    def surroundings(self) -> dict[str, str]:
+        """The environment of a program of this test."""
+        return {**self.environment, MARKER: str(self.directory), "GPU_LAUNCHER_POOL_DIR": str(self.pool)}
 
     def marked(self) -> list[psutil.Process]:
         """All living processes of this test."""

@@ -1,0 +1,1 @@
+"""Functions of any Python program, run in processes that have devices of the pool."""

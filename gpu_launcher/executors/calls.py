@@ -1,0 +1,76 @@
+"""What happens in the process of a call."""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_launcher.executors.packing import Packed, Raised, Returned, describe, pack, raised
+from gpu_launcher.model import Request
+from gpu_launcher.processes.memory_errors import is_out_of_gpu_memory
+from gpu_launcher.processes.messages import Report
+from gpu_launcher.processes.pickling import main_namespace
+from gpu_launcher.processes.worker import Gate
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What to call, and how to report."""
+
+    packed: Packed
+    """The function, its arguments, and its keyword arguments."""
+    value: str
+    """Path of a file for a large value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """The program of an executor's processes, each of which makes one call."""
+
+    request: Request
+
+    def __call__(self, number: int, spec: Call, gate: Gate) -> Report:
+        """Make it, on its devices."""
+        gate.prepared(self.request, None)
+        gate.wait()  # before the arguments are unpickled, which may well use a GPU
+        outcome, memory = _make(spec)
+        ok = isinstance(outcome, Returned)
+        return Report(
+            ok,
+            None if isinstance(outcome, Returned) else outcome.problem,
+            pickle.dumps(outcome, pickle.HIGHEST_PROTOCOL),
+            out_of_memory=memory,
+        )
+
+
+def _make(call: Call) -> tuple[Returned | Raised, bool]:
+    """What came of it, and whether its GPU's memory was not enough."""
+    try:
+        function, args, kwargs = call.packed.unpack()
+    except BaseException as error:  # whatever the user's objects raise when they are unpickled
+        problem = f"was not made, as its function and arguments cannot be unpickled: {describe(error)}"
+        return Raised(None, problem, traceback.format_exc()), is_out_of_gpu_memory(error)
+    known = dict(main_namespace())  # which the program has, too; what the call puts there, it has not
+    try:
+        value = _call(function, args, kwargs)
+    except BaseException as error:  # SystemExit and KeyboardInterrupt are the caller's to interpret as well
+        return raised(error, 2, known), is_out_of_gpu_memory(error)
+    del function, args, kwargs
+    try:
+        return Returned(pack(value, Path(call.value), known)), False
+    except OSError as error:
+        problem = f"returned a value that could not be handed over: {describe(error)}"
+        return Raised(None, problem, traceback.format_exc()), False
+    except Exception as error:
+        problem = f"returned what cannot be pickled: {describe(error)}"
+        return Raised(None, problem, traceback.format_exc(), unpicklable=True), is_out_of_gpu_memory(error)
+    except BaseException as error:
+        return raised(error, 1, known), False
+
+
+def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return function(*args, **kwargs)

@@ -1,0 +1,296 @@
+"""The thread of an executor: it takes calls to the manager process, and what became of them to their futures."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pickle
+import select
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, Future
+from dataclasses import dataclass
+from typing import Any
+
+from gpu_launcher.errors import GpuLauncherError, JobError, JobTimeoutError, UnpicklableError
+from gpu_launcher.executors import remarks
+from gpu_launcher.executors.calls import Call
+from gpu_launcher.executors.packing import Raised, RemoteTraceback, Returned, describe, pack
+from gpu_launcher.jobs import source as s
+from gpu_launcher.jobs.events import Outcome
+from gpu_launcher.jobs.job import Cause, Job, JobResult
+from gpu_launcher.jobs.remote import Closed, Ended, Remarked, RemoteLoop, Wanted, busy, harmless_thread
+from gpu_launcher.processes import pickling
+
+
+class BrokenPoolExecutor(GpuLauncherError, BrokenExecutor):
+    """The executor can make no more calls, and those that it had not finished are lost. Make another one."""
+
+
+@dataclass(slots=True)
+class Submitted:
+    """A call that nobody has been asked to make yet."""
+
+    future: Future[Any]
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Courier:
+    """Carries the calls of one executor, to which it has no reference: that may go when nobody has one any more."""
+
+    _wake = -1
+
+    def __init__(self, loop: RemoteLoop) -> None:
+        """Start the thread. `loop` is open, and closed in the end."""
+        self._loop = loop
+        self._pending: deque[Submitted] = deque()
+        self._offered: dict[int, tuple[Future[Any], str]] = {}
+        """Of the calls that the manager has: the future, and the name of the function."""
+        self._wanted = 0
+        """How many calls more the manager would take now."""
+        self._ready = False
+        """Whether it has said so once."""
+        self._number = 0
+        self._finishing = False
+        self._cancelling = False
+        self._exhausted = False
+        self._stops = 0
+        """How many times it was told to stop, of which the manager knows `_stops_said`."""
+        self._stops_said = 0
+        self._remark = ""
+        self._process = os.getpid()
+        self.broken: str | None = None
+        """Why no more calls can be made, if that is so."""
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread = threading.Thread(target=self._run, name="gpu-launcher-executor", daemon=True)
+        self._thread.start()
+
+    # From any thread, and from finalizers: none of these waits for a lock.
+
+    def submit(self, call: Submitted) -> None:
+        """Have it made, unless the executor is broken."""
+        self._pending.append(call)
+        self._notify()
+        if self.broken is not None:  # perhaps since before the thread could see this one
+            self._fail_pending(self.broken)
+
+    def finish(self) -> None:
+        """There will be no more calls; the thread ends when all have been made."""
+        self._finishing = True
+        self._notify()
+
+    def cancel(self) -> None:
+        """Cancel the calls that have not begun. There will be no more."""
+        self._cancelling = True
+        self.finish()
+
+    def stop(self) -> None:
+        """Interrupt the calls that run; again: kill them."""
+        self._stops += 1
+        self._notify()
+
+    def join(self) -> None:
+        """Wait for the end of the thread, unless this is it."""
+        if self._process == os.getpid() and threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _notify(self) -> None:
+        if self._process == os.getpid():  # a forked process has the descriptor as well
+            with contextlib.suppress(OSError):  # closed: the thread has ended
+                os.eventfd_write(self._wake, 1)
+
+    def _next_pending(self) -> Submitted | None:
+        try:
+            return self._pending.popleft()
+        except IndexError:
+            return None
+
+    def __del__(self) -> None:
+        if self._wake >= 0:
+            os.close(self._wake)  # not before: by then it might be the number of another file
+
+    # In the thread.
+
+    def _run(self) -> None:
+        with harmless_thread():
+            problem = "the executor's thread ended unexpectedly"
+            try:
+                problem = self._serve()
+            except GpuLauncherError as error:
+                problem = str(error)
+            finally:
+                self.broken = problem
+                self._fail_all(problem)
+                self._loop.close()
+
+    def _serve(self) -> str:
+        """Carry until there is nothing more, or no way; returns why what is left is not carried."""
+        poll = select.poll()
+        poll.register(self._loop.fileno(), select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
+        while True:
+            ready = {descriptor for descriptor, _ in poll.poll()}
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+            if self._loop.fileno() in ready:
+                message = self._loop.receive()
+                if isinstance(message, Closed):
+                    return self._why_closed(message)
+                self._hear(message)
+                del message  # it may have a value, of which the thread is not to be the last owner
+            self._say()
+
+    def _hear(self, message: object) -> None:
+        match message:
+            case Wanted(count):
+                self._wanted += count
+                self._ready = True
+            case Ended(result):
+                self._conclude(result)
+            case Remarked() as remark:
+                self._remark = remark.text
+                remarks.log(remark)
+
+    def _say(self) -> None:
+        while self._stops_said < self._stops:
+            self._stops_said += 1
+            self._loop.say(s.Stop())
+        while self._wanted and not self._stops and self._offer_one():
+            self._wanted -= 1
+        if self._cancelling and (self._ready or self._stops):  # what could run at once has begun
+            self._cancel_pending()
+        if self._finishing and not self._exhausted and not self._waiting():
+            self._exhausted = True
+            self._loop.say(s.Exhausted())
+
+    def _cancel_pending(self) -> None:
+        while (call := self._next_pending()) is not None:
+            call.future.cancel()
+            call.future.set_running_or_notify_cancel()
+
+    def _waiting(self) -> bool:
+        """Whether calls are pending that nobody has cancelled."""
+        while self._pending and self._pending[0].future.cancelled():
+            self._pending.popleft().future.set_running_or_notify_cancel()
+        return bool(self._pending)
+
+    def _offer_one(self) -> bool:
+        """Offer the next call that can be made; whether there was one."""
+        while (call := self._next_pending()) is not None:
+            if call.future.set_running_or_notify_cancel() and (job := self._job(call)) is not None:
+                self._offered[job.number] = call.future, job.label
+                self._loop.say(s.Offer(job))
+                return True
+        return False
+
+    def _job(self, call: Submitted) -> Job | None:
+        """As the manager takes it. A call that cannot be handed over fails."""
+        number, name = self._number, _name(call.function)
+        self._number += 1
+        directory = self._loop.directory
+        try:
+            with busy():
+                packed = pack((call.function, call.args, call.kwargs), directory / f"{number}.call", self._loop.known)
+        except BaseException as error:  # whatever the user's objects raise, to whoever waits for it
+            call.future.set_exception(_not_handed_over(name, error))
+            return None
+        return Job(number, name, Call(packed, str(directory / f"{number}.value")))
+
+    def _conclude(self, result: JobResult) -> None:
+        future, name = self._offered.pop(result.number)
+        with busy():
+            value, error = _open(result, name)
+        if error is not None:
+            for left in (f"{result.number}.call", f"{result.number}.value"):
+                (self._loop.directory / left).unlink(missing_ok=True)
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(error)
+
+    def _why_closed(self, closed: Closed) -> str:
+        if closed.error is not None:
+            return str(closed.error)
+        if self._stops:
+            return "the executor was stopped"
+        return self._remark or "the process that makes the calls has ended"
+
+    def _fail_all(self, problem: str) -> None:
+        """Whoever waits for a call waits no longer."""
+        offered, self._offered = self._offered, {}
+        for future, name in offered.values():
+            future.set_exception(BrokenPoolExecutor(f"{name}() was not finished: {problem}"))
+        self._fail_pending(problem)
+
+    def _fail_pending(self, problem: str) -> None:
+        while (call := self._next_pending()) is not None:
+            if call.future.set_running_or_notify_cancel():
+                name = _name(call.function)
+                call.future.set_exception(BrokenPoolExecutor(f"{name}() was not called: {problem}"))
+
+
+def _open(result: JobResult, name: str) -> tuple[Any, BaseException | None]:
+    """What the call returned, or what to raise instead."""
+    outcome = None if result.payload is None else pickle.loads(result.payload)
+    if isinstance(outcome, Returned):
+        try:
+            return outcome.value.unpack(), None
+        except BaseException as why:  # whatever the user's objects raise when they are unpickled
+            problem = f"returned what cannot be unpickled in this process: {describe(why)}"
+            return None, _caused(JobError(result.number, name, problem, None), why)
+    error = _error(result, name, outcome)
+    if outcome is not None:
+        error.__cause__ = RemoteTraceback(outcome.text)
+    return None, error
+
+
+def _error(result: JobResult, name: str, outcome: Raised | None) -> BaseException:
+    """What to raise for a call without a value."""
+    if result.cause is Cause.TIMEOUT:
+        return JobTimeoutError(result.number, name, result.message or "ran too long", None)
+    if outcome is None or result.outcome is Outcome.CANCELLED:
+        return JobError(result.number, name, result.message or "was not made", None)
+    if outcome.unpicklable:
+        return UnpicklableError(
+            f"{name}() {outcome.problem}. Remedy: return what the value can be made from, such as plain numbers, "
+            "arrays on the CPU, or the path of a file that the call wrote."
+        )
+    if outcome.error is None:
+        return JobError(result.number, name, outcome.problem, None)
+    try:
+        error = pickling.load(outcome.error)
+        assert isinstance(error, BaseException), error
+    except Exception as why:  # whatever the user's exception raises when it is unpickled
+        problem = f"{outcome.problem}. The exception itself cannot be unpickled in this process ({describe(why)})"
+        return JobError(result.number, name, problem, None)
+    return error
+
+
+def _not_handed_over(name: str, error: BaseException) -> BaseException:
+    """What to raise for a call whose function and arguments could not be packed."""
+    if isinstance(error, OSError):
+        problem = f"{name}() was not called: its arguments could not be handed over: {describe(error)}"
+        return _caused(GpuLauncherError(problem), error)
+    problem = (
+        f"{name}() cannot be called in another process: {describe(error)}. Remedy: pass what the argument can be made "
+        "from (a path, a configuration), and make it in the call; let the function itself use no lock, no open file "
+        "and no generator of this process."
+    )
+    return _caused(UnpicklableError(problem), error)
+
+
+def _caused(error: BaseException, cause: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """For messages, and for others who wait for devices."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = getattr(function, "__qualname__", None)
+    return name if isinstance(name, str) else type(function).__qualname__

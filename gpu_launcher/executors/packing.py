@@ -1,0 +1,143 @@
+"""How a call and what came of it travel between the program and the process that makes the call.
+
+What is large goes into a file that both can read, past everybody in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from gpu_launcher.processes import pickling
+
+LARGE = 1024 * 1024
+"""Bytes that fit into a message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A pickled object."""
+
+    data: bytes
+    path: str | None = None
+    """The file that has it instead, as it was too large."""
+
+    def unpack(self) -> Any:
+        """The object. Raises whatever the user's objects raise when they are unpickled, and OSError."""
+        if self.path is None:
+            return pickling.load(self.data)
+        with open(self.path, "rb") as file:
+            Path(self.path).unlink()  # nobody else will read it, and from here on it goes with us
+            return pickling.load_from(file)
+
+
+def pack(thing: object, path: Path, known: Mapping[str, object]) -> Packed:
+    """Pickle it, into the file `path` if it is large. `known` is as `pickling.dump` takes it.
+
+    Raises whatever the user's objects raise when they are pickled, and OSError if the file cannot be written.
+    """
+    with _Spilling(path) as file:
+        pickling.dump_to(file, thing, known)
+        return file.packed()
+
+
+class _Spilling:
+    """A file in memory until it is large."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._memory = io.BytesIO()
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> _Spilling:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.close()
+        finally:
+            if kind is not None:
+                with contextlib.suppress(OSError):  # of a disk that has just said what is wrong with it
+                    self._path.unlink()
+
+    def write(self, data: bytes) -> None:
+        if self._file is None:
+            if self._memory.tell() + memoryview(data).nbytes <= LARGE:
+                self._memory.write(data)
+                return
+            self._file = open(self._path, "wb")
+            self._file.write(self._memory.getvalue())
+            self._memory = io.BytesIO()
+        self._file.write(data)
+
+    def packed(self) -> Packed:
+        if self._file is None:
+            return Packed(self._memory.getvalue())
+        self._file.flush()
+        return Packed(b"", str(self._path))
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """The call's value."""
+
+    value: Packed
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """The call raised, or could not be made."""
+
+    error: bytes | None
+    """Pickled; None if there is no exception of the call's own that could be handed over."""
+    problem: str
+    """The same as a sentence without a subject, which is the call."""
+    text: str
+    """The traceback."""
+    unpicklable: bool = False
+    """There is a value, which cannot be pickled."""
+
+
+class RemoteTraceback(Exception):
+    """The cause of an exception that another process raised: its traceback there, as text."""
+
+    def __init__(self, tb: str) -> None:
+        super().__init__(tb)
+        self.tb = tb
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.tb}"""'
+
+
+def raised(error: BaseException, skip: int, known: Mapping[str, object]) -> Raised:
+    """What to report of an exception, without the first `skip` frames of its traceback, which are ours."""
+    tb = error.__traceback__
+    for _ in range(skip):
+        tb = tb.tb_next if tb is not None else None
+    text = "".join(traceback.format_exception(type(error), error, tb))
+    problem = f"raised {describe(error)}"
+    try:
+        pickled = pickling.dump(error, known)
+        if not isinstance(pickling.load(pickled), type(error)):
+            raise TypeError("it becomes something else when it is unpickled")
+    except Exception as why:  # whatever the user's exception raises
+        return Raised(None, f"{problem}. The exception itself cannot be pickled ({describe(why)})", text)
+    return Raised(pickled, problem, text)
+
+
+def describe(error: BaseException) -> str:
+    """Its type, and what it says, in one line."""
+    try:
+        said = str(error)
+    except Exception:  # an exception of the user's that cannot be shown
+        said = ""
+    name = type(error).__qualname__
+    return f"{name}: {said}" if said else name

@@ -1,0 +1,226 @@
+"""`gpu_launcher.PoolExecutor`: a `concurrent.futures.Executor` whose calls have devices."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar, get_args
+
+from gpu_launcher.errors import OptionError
+from gpu_launcher.executors import remarks
+from gpu_launcher.executors.calls import Calls
+from gpu_launcher.executors.courier import BrokenPoolExecutor, Courier, Submitted
+from gpu_launcher.jobs.remote import Remarked, RemoteLoop
+from gpu_launcher.jobs.where import Where, this_program
+from gpu_launcher.processes.starter import StartMethod
+from gpu_launcher.requests import read_request
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_couriers: weakref.WeakSet[Courier] = weakref.WeakSet()
+"""Of this process."""
+_exiting = False
+
+
+class PoolExecutor(Executor):
+    """Calls functions in processes that have devices of the machine's pool: one process, and one lease, for each call.
+
+    A call waits until its devices are free, whoever holds them, and begins with `CUDA_VISIBLE_DEVICES` set. What it
+    raises is raised by `Future.result` as it was, with the traceback as its cause. A process that dies fails its own
+    call, with `JobError`, and no other. What calls print goes where this program's output goes.
+
+    Functions, arguments and values are pickled, those of `__main__` and local ones as well. Calls run in forks of this
+    program as it was at the first `submit`: changes to global variables after that are not seen by them.
+    """
+
+    def __init__(
+        self,
+        gpus: float | None = None,
+        max_workers: int | None = None,
+        *,
+        memory: object = None,
+        priority: int = 0,
+        timeout: object = None,
+        pool: Where | None = None,
+        start_method: StartMethod = "auto",
+    ) -> None:
+        """Say what each call needs. Nothing is started before the first `submit`.
+
+        Args:
+            gpus: devices of each call: 0, 1, 2, ..., or a fraction of one. Default: 1, or, if `memory` is given, a
+                share of one.
+            max_workers: how many calls may run at the same time. Default: as many as get devices; without devices, as
+                many as there are CPUs.
+            memory: GPU memory of each call, such as "20GiB", for calls that share a device.
+            priority: calls with a higher one get devices first.
+            timeout: how long a call may run, in seconds or such as "2h"; it then gets SIGTERM, and SIGKILL ten seconds
+                later, and fails with `JobTimeoutError`.
+            pool: which devices. Default: all of the machine.
+            start_method: `fork` from this program, or `spawn` of fresh interpreters. Default: fork, unless other
+                threads run, or CUDA is initialised, when the first call is submitted.
+
+        Raises ValueError, most often an OptionError.
+        """
+        options = {"gpus": gpus, "memory": memory, "priority": priority, "timeout": timeout}
+        self._request = read_request(options)
+        if max_workers is not None and (isinstance(max_workers, bool) or not isinstance(max_workers, int)):
+            raise OptionError("max_workers", f"{max_workers!r} is not a whole number, nor None")
+        if max_workers is not None and max_workers <= 0:
+            raise ValueError("max_workers must be greater than 0")  # in the words of the standard executors
+        if start_method not in get_args(StartMethod):
+            raise OptionError("start_method", f"{start_method!r} is none of {', '.join(get_args(StartMethod))}")
+        self._start_method = start_method
+        self._options = (pool or Where()).options(self._request, max_workers)
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._shut = False
+        self._courier: Courier | None = None
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Have `fn(*args, **kwargs)` called, and return a Future of its value.
+
+        It runs as soon as a process is prepared for it, and cannot be cancelled from then on. The first call starts
+        the processes, and raises what keeps them from it: OptionError, such as for devices that do not exist, or
+        PoolDirectoryError. Raises RuntimeError after `shutdown`, and BrokenPoolExecutor, which is one.
+        """
+        with self._lock:
+            if self._process != os.getpid():
+                raise RuntimeError(
+                    "this PoolExecutor belongs to the process that this one was forked from: make another one here"
+                )
+            if self._shut:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            if _exiting:
+                raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+            if self._courier is None:
+                self._courier = self._start()
+            if self._courier.broken is not None:
+                raise BrokenPoolExecutor(self._courier.broken)
+            future: Future[T] = Future()
+            self._courier.submit(Submitted(future, fn, args, kwargs))
+            return future
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        **more: Any,
+    ) -> Iterator[T]:
+        """`map(fn, *iterables)`, with the calls made at the same time; see `concurrent.futures.Executor.map`.
+
+        `chunksize` elements at a time are given to one process with one lease.
+        """
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if chunksize == 1:
+            return super().map(fn, *iterables, timeout=timeout, **more)
+        chunks = _chunks(zip(*iterables), chunksize)  # noqa: B905  (the shortest ends it, as in map)
+        results = super().map(functools.partial(_call_all, fn), chunks, timeout=timeout, **more)
+        return _flat(results)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more calls, and free everything when the last one has ended, for which to `wait`.
+
+        With `cancel_futures` those that have not begun are cancelled.
+        """
+        if self._process != os.getpid():
+            return
+        with self._lock:
+            self._shut = True
+            courier = self._courier
+        if courier is None:
+            return
+        if cancel_futures:
+            courier.cancel()
+        else:
+            courier.finish()
+        if wait:
+            courier.join()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        """Shut down. After Ctrl-C the calls are interrupted, too, and killed after ten seconds, or at another one."""
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._interrupt()
+            return None
+        try:
+            self.shutdown()
+        except KeyboardInterrupt:
+            self._interrupt()
+            raise
+        return None
+
+    def _interrupt(self) -> None:
+        self.shutdown(wait=False, cancel_futures=True)
+        if self._courier is None or self._process != os.getpid():
+            return
+        self._courier.stop()
+        try:
+            self._courier.join()
+        except KeyboardInterrupt:
+            self._courier.stop()
+            self._courier.join()
+
+    def _start(self) -> Courier:
+        loop = RemoteLoop(Calls(self._request), self._options, this_program(), method=self._start_method)
+        try:
+            loop.open()
+            for text in loop.remarks:
+                remarks.log(Remarked(text))
+            courier = Courier(loop)
+        except BaseException:
+            loop.close()
+            raise
+        _couriers.add(courier)
+        # Nobody can submit any more when the executor is gone; what was submitted is done.
+        weakref.finalize(self, courier.finish).atexit = False
+        return courier
+
+
+def _chunks(rows: Iterable[tuple[Any, ...]], size: int) -> Iterator[tuple[tuple[Any, ...], ...]]:
+    rows = iter(rows)
+    while chunk := tuple(itertools.islice(rows, size)):
+        yield chunk
+
+
+def _call_all(function: Callable[..., T], chunk: tuple[tuple[Any, ...], ...]) -> list[T]:
+    return [function(*row) for row in chunk]
+
+
+def _flat(lists: Iterator[list[T]]) -> Iterator[T]:
+    for some in lists:
+        some.reverse()
+        while some:
+            yield some.pop()  # no reference to it is kept here
+
+
+def _finish_all() -> None:
+    """At the end of the interpreter: calls that were submitted are made, as the standard executors do."""
+    global _exiting
+    _exiting = True
+    couriers = list(_couriers)
+    for courier in couriers:
+        courier.finish()
+    for courier in couriers:
+        courier.join()
+
+
+def _forget() -> None:
+    """In a forked process: the executors are its parent's."""
+    global _exiting
+    _exiting = False
+    _couriers.clear()
+
+
+threading._register_atexit(_finish_all)  # type: ignore[attr-defined]  # before it waits for threads, and before atexit
+os.register_at_fork(after_in_child=_forget)

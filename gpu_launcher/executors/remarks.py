@@ -1,0 +1,36 @@
+"""What the pool has to say to the user of a function, who has no display."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+
+from gpu_launcher.jobs.remote import Remarked
+
+logger = logging.getLogger("gpu_launcher")
+
+EVERY = 60.0
+"""Seconds between two remarks about how things are at the moment. Each of thousands of calls may wait for somebody."""
+
+_said: set[str] = set()
+"""What this process has said."""
+_last = -math.inf
+"""When it last said something that passes."""
+
+# What the user has asked for is no news.
+_ASKED_FOR = (" simulated: no real GPU is reserved", "(spawn): start_method=spawn")
+
+
+def log(remark: Remarked) -> None:
+    """Log it as a warning: a notice once, what passes from time to time."""
+    global _last
+    if remark.passing:
+        now = time.monotonic()
+        if now - _last >= EVERY:
+            _last = now
+            logger.warning("%s", remark.text)
+    elif remark.text not in _said:
+        _said.add(remark.text)
+        level = logging.INFO if any(words in remark.text for words in _ASKED_FOR) else logging.WARNING
+        logger.log(level, "%s", remark.text)

@@ -1,0 +1,600 @@
+"""PoolExecutor, with real processes on simulated devices. What all executors do, CPython's own tests say."""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import gc
+import logging
+import math
+import multiprocessing
+import os
+import pickle
+import re
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, CancelledError, as_completed
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from gpu_launcher import PoolExecutor
+from gpu_launcher.errors import JobError, JobTimeoutError, OptionError, PoolDirectoryError, UnpicklableError
+from gpu_launcher.executors import remarks
+from gpu_launcher.jobs.where import Where
+
+METHODS = ["fork", "spawn"]
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Where:
+    return Where("simulated:2", tmp_path / "pool")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No process, thread or file of an executor that was shut down."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    yield
+    gc.collect()
+    wait_until(lambda: not psutil.Process().children())
+    wait_until(lambda: threading.active_count() == 1)
+    assert list(temporary.iterdir()) == []
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds
+        time.sleep(0.005)
+
+
+def visible() -> str | None:
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def touch_and_wait(directory: Path, name: str = "begun") -> int:
+    (directory / name).touch()
+    wait_until((directory / "go on").exists)
+    return os.getpid()
+
+
+# Values and devices.
+
+
+def test_each_call_has_a_process_and_devices_of_its_own(pool: Where) -> None:
+    with PoolExecutor(pool=pool) as executor:
+        calls = [(executor.submit(os.getpid), executor.submit(visible)) for _ in range(5)]
+        assert len({pid.result() for pid, _ in calls} | {os.getpid()}) == 6
+        assert {devices.result() for _, devices in calls} <= {"0", "1"}
+
+
+def test_a_call_gets_as_many_devices_as_it_asks_for(pool: Where) -> None:
+    with PoolExecutor(gpus=2, pool=pool) as executor:
+        assert executor.submit(visible).result() == "0,1"
+    with PoolExecutor(gpus=0, pool=pool) as executor:
+        assert executor.submit(visible).result() == ""
+
+
+def test_calls_share_a_device_by_memory_or_by_fraction(tmp_path: Path) -> None:
+    pool = Where("simulated:1", tmp_path / "pool")
+    for share in ({"memory": "20GiB"}, {"gpus": 0.5}):
+        go_on = tmp_path / "go on"
+        with PoolExecutor(pool=pool, **share) as executor:
+            calls = [executor.submit(touch_and_wait, tmp_path, f"begun-{number}") for number in range(2)]
+            wait_until(lambda: len(list(tmp_path.glob("begun-*"))) == 2)
+            go_on.touch()
+            assert len({call.result() for call in calls}) == 2
+        for file in (go_on, *tmp_path.glob("begun-*")):
+            file.unlink()
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_no_more_calls_run_than_there_are_workers(pool: Where, tmp_path: Path, gpus: int) -> None:
+    with PoolExecutor(gpus, max_workers=1, pool=pool) as executor:
+        calls = [executor.submit(touch_and_wait, tmp_path, f"begun-{number}") for number in range(3)]
+        wait_until(lambda: list(tmp_path.glob("begun-*")))
+        time.sleep(0.3)
+        assert len(list(tmp_path.glob("begun-*"))) == 1
+        (tmp_path / "go on").touch()
+        assert len({call.result() for call in calls}) == 3
+
+
+def test_without_devices_any_number_of_workers_may_run(pool: Where, tmp_path: Path) -> None:
+    with PoolExecutor(0, max_workers=12, pool=pool) as executor:
+        for number in range(12):
+            executor.submit(touch_and_wait, tmp_path, f"begun-{number}")
+        wait_until(lambda: len(list(tmp_path.glob("begun-*"))) == 12)
+        (tmp_path / "go on").touch()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_large_arguments_and_values_arrive(pool: Where, method: Any) -> None:
+    with PoolExecutor(pool=pool, start_method=method) as executor:
+        data = os.urandom(16 * 2**20)
+        assert executor.submit(bytes.__add__, data, data).result() == data + data
+        assert list(executor.map(len, [data] * 3)) == [len(data)] * 3
+
+
+# What programs define.
+
+PROGRAM = """
+import os, sys
+from dataclasses import dataclass
+from gpu_launcher import PoolExecutor
+from gpu_launcher.jobs.where import Where
+
+@dataclass
+class Point:
+    x: int
+
+class Wrong(Exception):
+    pass
+
+def twice(point):
+    return Point(2 * point.x)
+
+def fail(point):
+    raise Wrong(point)
+
+def recurse(executor_method, depth):
+    with PoolExecutor(0, max_workers=1, pool=Where("simulated:2"), start_method=executor_method) as executor:
+        return depth if depth == 2 else executor.submit(recurse, executor_method, depth + 1).result()
+
+if __name__ == "__main__":
+    executor = PoolExecutor(pool=Where("simulated:2"), start_method=sys.argv[1])
+    assert executor.submit(twice, Point(1)).result() == Point(2)
+
+    def later(point):  # which the jobs do not know by name
+        return twice(point).x
+
+    @dataclass
+    class Later:
+        x: int
+
+    assert executor.submit(later, Point(3)).result() == 6
+    value = executor.submit(lambda point: Later(point.x), Later(4)).result()
+    assert value == Later(4) and type(value) is Later
+    error = executor.submit(fail, Point(5)).exception()
+    assert type(error) is Wrong and error.args == (Point(5),), error
+    assert "raise Wrong(point)" in str(error.__cause__)
+    assert executor.submit(recurse, sys.argv[1], 0).result() == 2
+    executor.submit(print, "printed by a call").result()
+    print("done", flush=True)
+    executor.submit(os.system, "sleep 0.2; echo printed at the end")
+"""
+
+
+def run(program: str, tmp_path: Path, *arguments: str, **more: Any) -> subprocess.Popen[str]:
+    script = tmp_path / "program.py"
+    script.write_text(program)
+    environment = {**os.environ, "GPU_LAUNCHER_POOL_DIR": str(tmp_path / "pool"), "TMPDIR": tempfile.gettempdir()}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    command = [sys.executable, str(script), *arguments]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=tmp_path, env=environment, **streams, **more)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_whatever_a_program_defines_arrives_and_its_calls_print_where_it_does(tmp_path: Path, method: str) -> None:
+    process = run(PROGRAM, tmp_path, method)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out.splitlines() == ["printed by a call", "done", "printed at the end"]
+    assert err == ""
+
+
+# What goes wrong in a call.
+
+
+class TwoArguments(Exception):
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(f"{one} {two}")
+
+
+class HasALock(Exception):
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+        self.lock = threading.Lock()
+
+
+class Breaks:
+    """Cannot be unpickled in another process than `home`, or in `home`."""
+
+    def __init__(self, home: int, there: bool) -> None:
+        self.home = home
+        self.there = there
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if (os.getpid() == state["home"]) is not state["there"]:
+            raise ValueError("it breaks")
+
+
+def throw(error: BaseException) -> None:
+    raise error
+
+
+def chain() -> None:
+    try:
+        {}["missing"]
+    except KeyError as error:
+        raise ValueError("because of that") from error
+
+
+def test_an_exception_is_that_of_the_call_with_its_traceback_as_cause(pool: Where) -> None:
+    with PoolExecutor(pool=pool) as executor:
+        error = executor.submit(chain).exception()
+        assert (type(error), error.args) == (ValueError, ("because of that",))
+        cause = str(error.__cause__)
+        assert re.search(r"KeyError: 'missing'\n\nThe above exception was the direct cause", cause)
+        assert 'raise ValueError("because of that") from error' in cause
+        assert "executors/calls.py" not in cause
+        assert type(executor.submit(sys.exit, 3).exception()) is SystemExit
+
+
+def test_an_exception_that_cannot_travel_is_told_of(pool: Where) -> None:
+    with PoolExecutor(pool=pool) as executor:
+
+        def without_a_way() -> None:
+            throw(TwoArguments("a", "b"))
+
+        for function, said in (
+            (without_a_way, "raised TwoArguments: a b"),
+            (lambda: throw(HasALock(1)), "raised HasALock: 1"),
+        ):
+            error = executor.submit(function).exception()
+            assert type(error) is JobError
+            assert f"{said}. The exception itself cannot be pickled" in str(error)
+            assert said.removeprefix("raised ") in str(error.__cause__)
+
+
+def die(signum: int) -> None:
+    faulthandler.disable()
+    signal.raise_signal(signum)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "said"),
+    [
+        (os._exit, (3,), "exit code 3"),
+        (os._exit, (0,), "exit code 0"),
+        (die, (signal.SIGABRT,), "SIGABRT"),
+        (die, (signal.SIGSEGV,), "SIGSEGV"),
+        (die, (signal.SIGKILL,), "SIGKILL"),
+        (die, (signal.SIGTERM,), "SIGTERM"),
+    ],
+)
+def test_a_process_that_dies_fails_its_own_call_only(
+    pool: Where, tmp_path: Path, function: Callable[..., None], arguments: tuple[Any, ...], said: str
+) -> None:
+    with PoolExecutor(pool=pool) as executor:
+        other = executor.submit(touch_and_wait, tmp_path)
+        wait_until((tmp_path / "begun").exists)
+        error = executor.submit(function, *arguments).exception()
+        assert type(error) is JobError
+        assert re.search(rf"job 1 \({function.__name__}\) .*{said}.* on simulated GPU ", str(error))
+        assert executor.submit(abs, -1).result() == 1
+        (tmp_path / "go on").touch()
+        assert other.result() != os.getpid()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_cannot_be_pickled_is_named_with_the_remedy(pool: Where, method: Any) -> None:
+    with PoolExecutor(pool=pool, start_method=method) as executor:
+        lock = threading.Lock()
+        error = executor.submit(len, lock).exception()
+        assert isinstance(error, UnpicklableError)
+        assert isinstance(error, pickle.PicklingError)
+        assert re.search(r"len\(\) cannot be called in another process: TypeError: .*lock.* Remedy: pass", str(error))
+        assert isinstance(error.__cause__, TypeError)
+
+        def uses_the_lock() -> None:
+            lock.acquire()
+
+        error = executor.submit(uses_the_lock).exception()
+        assert isinstance(error, UnpicklableError)
+        assert "uses_the_lock() cannot be called in another process" in str(error)
+        error = executor.submit(threading.Lock).exception()
+        assert isinstance(error, UnpicklableError)
+        assert re.search(r"returned what cannot be pickled: TypeError: .*lock.* Remedy: return", str(error))
+        assert executor.submit(abs, -1).result() == 1
+
+
+def test_what_cannot_be_unpickled_fails_its_own_call_only(pool: Where) -> None:
+    with PoolExecutor(pool=pool) as executor:
+        error = executor.submit(id, Breaks(os.getpid(), there=True)).exception()
+        assert type(error) is JobError
+        assert "its function and arguments cannot be unpickled: ValueError: it breaks" in str(error)
+        error = executor.submit(Breaks, os.getpid(), there=False).exception()
+        assert type(error) is JobError
+        assert "returned what cannot be unpickled in this process: ValueError: it breaks" in str(error)
+        assert executor.submit(abs, -1).result() == 1
+
+
+def no_large_files(size: int) -> bytes:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    return b"x" * size
+
+
+def test_a_value_for_which_there_is_no_room_on_the_disk_fails_its_own_call_only(pool: Where) -> None:
+    with PoolExecutor(pool=pool) as executor:
+        for size, said in (
+            (2**22, "returned a value that could not be handed over"),
+            (2**19, "could not write its result"),
+        ):
+            error = executor.submit(no_large_files, size).exception()
+            assert type(error) is JobError
+            assert re.search(rf"{said}: .*File too large", str(error))
+        assert executor.submit(abs, -1).result() == 1
+
+
+def test_a_call_that_takes_too_long_is_ended(pool: Where) -> None:
+    with PoolExecutor(pool=pool, timeout=0.3) as executor:
+        error = executor.submit(time.sleep, 600).exception()
+        assert type(error) is JobTimeoutError
+        assert isinstance(error, TimeoutError)
+        assert "job 0 (sleep) ran longer than its timeout of 0.3 s" in str(error)
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), str(copy), copy.number) == (JobTimeoutError, str(error), 0)
+        assert executor.submit(abs, -1).result() == 1
+
+
+# Futures, and the life of an executor.
+
+
+def test_a_call_that_runs_cannot_be_cancelled_and_one_that_was_cancelled_never_runs(
+    pool: Where, tmp_path: Path
+) -> None:
+    with PoolExecutor(max_workers=1, pool=pool) as executor:
+        running = executor.submit(touch_and_wait, tmp_path)
+        wait_until((tmp_path / "begun").exists)
+        assert running.running()
+        assert not running.cancel()
+        later = [executor.submit(touch_and_wait, tmp_path, f"later-{number}") for number in range(20)]
+        cancelled = [future for future in later if future.cancel()]
+        assert len(cancelled) >= 15  # a few are prepared ahead
+        (tmp_path / "go on").touch()
+    for future in later:
+        if future in cancelled:
+            with pytest.raises(CancelledError):
+                future.result()
+        else:
+            assert future.result() > 0
+    assert len(list(tmp_path.glob("later-*"))) == len(later) - len(cancelled)
+
+
+def test_values_come_as_they_are_ready_or_in_order(pool: Where) -> None:
+    with PoolExecutor(pool=pool) as executor:
+        slow, fast = executor.submit(time.sleep, 1), executor.submit(abs, -1)
+        assert list(as_completed([slow, fast])) == [fast, slow]
+        assert list(executor.map(abs, range(-5, 0))) == [5, 4, 3, 2, 1]
+
+
+def test_a_chunk_is_one_call(pool: Where) -> None:
+    with PoolExecutor(pool=pool) as executor:
+        pids = list(executor.map(lambda _: os.getpid(), range(6), chunksize=3))
+        assert len(set(pids[:3])) == len(set(pids[3:])) == 1
+        assert pids[0] != pids[3]
+        with pytest.raises(ValueError, match="chunksize"):
+            executor.map(abs, [1], chunksize=0)
+
+
+def test_an_event_loop_can_wait_for_calls(pool: Where) -> None:
+    async def gather() -> list[int]:
+        loop = asyncio.get_running_loop()
+        with PoolExecutor(pool=pool) as executor:
+            return await asyncio.gather(*(loop.run_in_executor(executor, abs, -number) for number in range(5)))
+
+    assert asyncio.run(gather()) == [0, 1, 2, 3, 4]
+
+
+def test_a_call_may_be_submitted_by_the_callback_of_another_one_and_by_many_threads(pool: Where) -> None:
+    with PoolExecutor(0, pool=pool) as executor:
+        more: list[Any] = []
+        first = executor.submit(abs, -1)
+        first.add_done_callback(lambda future: more.append(executor.submit(abs, -2)))
+        wait_until(lambda: more)
+        assert more[0].result() == 2
+        threads = [threading.Thread(target=lambda: more.extend(executor.map(abs, range(5)))) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(more[1:]) == sorted(list(range(5)) * 4)
+
+
+def test_after_shutdown_nothing_can_be_submitted_and_what_was_is_done(pool: Where) -> None:
+    executor = PoolExecutor(pool=pool)
+    futures = [executor.submit(abs, -number) for number in range(5)]
+    executor.shutdown(wait=False)
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        executor.submit(abs, 1)
+    assert [future.result() for future in futures] == [0, 1, 2, 3, 4]
+    executor.shutdown()
+    PoolExecutor(pool=pool).shutdown()  # which was never used
+
+
+def test_an_executor_that_nobody_has_any_more_finishes_and_ends(pool: Where) -> None:
+    executor = PoolExecutor(pool=pool)
+    futures = [executor.submit(abs, -number) for number in range(5)]
+    del executor
+    gc.collect()
+    assert [future.result() for future in futures] == [0, 1, 2, 3, 4]
+    # And the fixture sees that nothing is left.
+
+
+def test_several_executors_share_the_pool_and_all_fork(pool: Where, caplog: pytest.LogCaptureFixture) -> None:
+    with PoolExecutor(pool=pool) as one, PoolExecutor(pool=pool) as two:
+        both = [executor.submit(abs, -number) for number in range(10) for executor in (one, two)]
+        assert sorted(future.result() for future in both) == sorted(list(range(10)) * 2)
+    assert "spawn" not in caplog.text
+
+
+def test_a_forked_process_cannot_use_its_parents_executor(pool: Where) -> None:
+    with PoolExecutor(0, pool=pool) as executor:
+        executor.submit(abs, -1).result()
+        ours, theirs = multiprocessing.get_context("fork").Pipe()
+
+        def child() -> None:
+            try:
+                executor.submit(abs, -1)
+            except RuntimeError as error:
+                theirs.send(str(error))
+            executor.shutdown()  # is nothing to it
+
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        assert "belongs to the process that this one was forked from" in ours.recv()
+        process.join()
+        assert process.exitcode == 0
+        assert executor.submit(abs, -1).result() == 1
+
+
+def test_devices_that_others_hold_are_waited_for_and_that_is_said(
+    pool: Where, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, "gpu_launcher")
+    monkeypatch.setattr(remarks, "_last", -math.inf)  # nothing was said a moment ago
+    with PoolExecutor(2, pool=pool) as holder, PoolExecutor(pool=pool) as executor:
+        holder.submit(touch_and_wait, tmp_path)
+        wait_until((tmp_path / "begun").exists)
+        waiting = executor.submit(abs, -1)
+        assert not executor.submit(abs, -2).done()
+        wait_until(lambda: "waiting for devices: " in caplog.text)
+        assert not waiting.done()
+        (tmp_path / "go on").touch()
+        assert waiting.result() == 1
+    (record,) = [record for record in caplog.records if "waiting" in record.message]  # once for both
+    assert (record.name, record.levelname) == ("gpu_launcher", "WARNING")
+    assert re.search(r"simulated GPU 0, simulated GPU 1 held by .* #0 touch_and_wait", record.message)
+    assert {record.levelname for record in caplog.records if "simulated: no real" in record.message} <= {"INFO"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"gpus": -1}, "gpus: -1"),
+        ({"gpus": 1.5}, "gpus: 1.5"),
+        ({"gpus": 0, "memory": "1GiB"}, "memory"),
+        ({"memory": "much"}, "memory"),
+        ({"timeout": 0}, "timeout"),
+        ({"max_workers": 0}, "max_workers must be greater than 0"),
+        ({"max_workers": "2"}, "max_workers: '2'"),
+        ({"start_method": "forkserver"}, "start_method: 'forkserver' is none of auto, fork, spawn"),
+    ],
+)
+def test_bad_options_are_refused_at_once(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        PoolExecutor(**options)
+
+
+def test_what_the_pool_cannot_give_is_refused_at_the_first_call(tmp_path: Path) -> None:
+    executor = PoolExecutor(3, pool=Where("simulated:2", tmp_path / "pool"))
+    for _ in range(2):
+        with pytest.raises(OptionError, match="gpus"):
+            executor.submit(abs, 1)
+    (tmp_path / "file").touch()
+    with pytest.raises(PoolDirectoryError, match="file"):
+        PoolExecutor(pool=Where("simulated:2", tmp_path / "file")).submit(abs, 1)
+
+
+# Those who start the calls are killed.
+
+
+def manager() -> psutil.Process:
+    (found,) = psutil.Process().children()
+    return found
+
+
+def test_without_its_manager_an_executor_is_broken(pool: Where, tmp_path: Path) -> None:
+    with PoolExecutor(max_workers=1, pool=pool) as executor:
+        futures = [executor.submit(touch_and_wait, tmp_path) for _ in range(10)]
+        wait_until((tmp_path / "begun").exists)
+        manager().kill()
+        errors = [future.exception() for future in futures]
+        assert all(isinstance(error, BrokenExecutor) for error in errors)
+        assert "touch_and_wait() was not finished: the process that starts jobs was killed" in str(errors[0])
+        assert "touch_and_wait() was not called" in str(errors[-1])
+        with pytest.raises(BrokenExecutor, match="was killed"):
+            executor.submit(abs, 1)
+
+
+def test_without_its_fork_server_an_executor_starts_another_one(pool: Where, tmp_path: Path) -> None:
+    with PoolExecutor(max_workers=1, pool=pool) as executor:
+        first = executor.submit(touch_and_wait, tmp_path)
+        more = [executor.submit(abs, -number) for number in range(5)]
+        wait_until((tmp_path / "begun").exists)
+        (guard,) = manager().children()
+        (server,) = guard.children()
+        server.kill()
+        with pytest.raises(JobError, match="was ended because the fork server was killed"):
+            first.result()
+        assert [future.result() for future in more] == [0, 1, 2, 3, 4]
+
+
+# Ctrl-C.
+
+INTERRUPTED = """
+import os, signal, sys, time
+from pathlib import Path
+from gpu_launcher import PoolExecutor
+from gpu_launcher.jobs.where import Where
+
+def call(n, stubborn):
+    if stubborn:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        Path(f"began-{n}").touch()
+        time.sleep(600)
+    except KeyboardInterrupt:
+        Path(f"interrupted-{n}").touch()
+        raise
+
+try:
+    with PoolExecutor(pool=Where("simulated:2"), start_method=sys.argv[1]) as executor:
+        futures = [executor.submit(call, n, sys.argv[2] == "stubborn" and n == 0) for n in range(6)]
+        if sys.argv[2] != "leave":
+            futures[0].result()
+except KeyboardInterrupt:
+    for future in futures:
+        print("cancelled" if future.cancelled() else type(future.exception()).__name__)
+"""
+
+
+@pytest.mark.parametrize(("method", "where"), [("fork", "inside"), ("spawn", "inside"), ("fork", "leave")])
+def test_ctrl_c_interrupts_the_calls_that_run_and_cancels_the_others(tmp_path: Path, method: str, where: str) -> None:
+    process = run(INTERRUPTED, tmp_path, method, where)
+    wait_until(lambda: (tmp_path / "began-0").exists() and (tmp_path / "began-1").exists())
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 8  # less than the time after which they are killed
+    assert err == ""
+    said = out.split()
+    assert said[:2] == ["JobError", "JobError"]
+    assert set(said[2:]) <= {"cancelled", "JobError"}
+    assert said[5] == "cancelled"
+    assert {path.name for path in tmp_path.glob("interrupted-*")} == {"interrupted-0", "interrupted-1"}
+
+
+def test_a_second_ctrl_c_kills_the_calls_that_did_not_heed_the_first(tmp_path: Path) -> None:
+    process = run(INTERRUPTED, tmp_path, "fork", "stubborn")
+    wait_until(lambda: (tmp_path / "began-0").exists() and (tmp_path / "began-1").exists())
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    wait_until((tmp_path / "interrupted-1").exists)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 8
+    assert err == ""
+    assert out.split()[:2] == ["JobError", "JobError"]
