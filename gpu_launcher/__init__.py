@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from gpu_launcher.lending.lease import Lease
     from gpu_launcher.pool import Pool
+    from gpu_launcher.studies.optimize import optimize
     from gpu_launcher.studies.storage import storage
     from gpu_launcher.studies.trial import current_trial
 else:
@@ -33,6 +34,7 @@ else:
         "Pool": "gpu_launcher.pool",
         "PoolDirectoryError": "gpu_launcher.errors",
         "RequestError": "gpu_launcher.errors",
+        "optimize": "gpu_launcher.studies.optimize",
         "storage": "gpu_launcher.studies.storage",
         "current_trial": "gpu_launcher.studies.trial",
     }
@@ -54,6 +56,7 @@ __all__ = [
     "PoolDirectoryError",
     "RequestError",
     "current_trial",
+    "optimize",
     "report",
     "storage",
 ]
