@@ -27,7 +27,7 @@ def pattern(expected: str) -> str:
     )
 
 
-@pytest.mark.parametrize("name", ["resume", "optuna"])
+@pytest.mark.parametrize("name", ["resume", "optuna", "optimize"])
 def test_the_walk_through_goes_as_it_says(name: str, tmp_path: Path) -> None:
     text = (DOCS / f"{name}.md").read_text()
     program, *_ = blocks(text, "python")
