@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gpu_launcher.executors.pool_executor import PoolExecutor
     from gpu_launcher.lending.lease import Lease
     from gpu_launcher.pool import Pool
+    from gpu_launcher.studies.optimize import optimize
     from gpu_launcher.studies.storage import storage
     from gpu_launcher.studies.trial import current_trial
 else:
@@ -42,6 +43,7 @@ else:
         "RequestError": "gpu_launcher.errors",
         "UnpicklableError": "gpu_launcher.errors",
         "current_trial": "gpu_launcher.studies.trial",
+        "optimize": "gpu_launcher.studies.optimize",
         "storage": "gpu_launcher.studies.storage",
     }
 
@@ -66,6 +68,7 @@ __all__ = [
     "RequestError",
     "UnpicklableError",
     "current_trial",
+    "optimize",
     "report",
     "storage",
 ]

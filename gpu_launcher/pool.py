@@ -18,7 +18,9 @@ from gpu_launcher.devices import Links, select_devices
 from gpu_launcher.devices.specification import read_specification
 from gpu_launcher.durations import read_duration
 from gpu_launcher.jobs.grants import Telling
+from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.jobs.watch import links_among
+from gpu_launcher.jobs.where import Where
 from gpu_launcher.leases import FileLedger, choose_pool_directory, resolve_pool_directory
 from gpu_launcher.leases import Lease as Held
 from gpu_launcher.lending.lease import Lease
@@ -113,6 +115,10 @@ class Pool:
         Raises OptionError for devices that are not there, DeviceError where the driver does not answer.
         """
         return self._prepare().devices
+
+    def options(self, request: Request, max_parallel: int | None = None) -> Options:
+        """How to run jobs there, as `gpu_launcher.jobs.where.Where` says it. Raises OptionError."""
+        return Where(*self._made_of).options(request, max_parallel)
 
     def lease(
         self,

@@ -7,8 +7,10 @@ loses the race, or dies in it, does not write over the winner's.
 
 from __future__ import annotations
 
+import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.studies.attributes import CLAIM, OWNER
+
+_working: set[str] = set()
+"""Ids of this process's sweeps that work now, where there may be several: in threads of it."""
+changing = threading.Lock()
+"""To be held while the methods of a storage object are others for a while, which several threads may want."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +56,7 @@ class Sweep:
         except (KeyError, TypeError, ValueError):
             return False
         if identity == self.identity:
-            return bool(sweep != self.id)  # an earlier one of this program
+            return bool(sweep != self.id) and sweep not in _working  # an earlier one of this program
         return identity.lives() is False
 
 
@@ -78,3 +85,29 @@ def own(storage: BaseStorage, sweep: Sweep) -> BaseStorage:
     storage.create_new_trial = create_new_trial  # type: ignore[method-assign]
     storage.set_trial_state_values = set_trial_state_values  # type: ignore[method-assign]
     return storage
+
+
+@contextmanager
+def working(sweep: Sweep) -> Iterator[None]:
+    """While entered, other sweeps of this process know that this one works."""
+    _working.add(sweep.id)
+    try:
+        yield
+    finally:
+        _working.discard(sweep.id)
+
+
+@contextmanager
+def owning(storage: BaseStorage, sweep: Sweep) -> Iterator[None]:
+    """While entered, `storage` is as `own` makes it, and nobody else is `changing` one."""
+    with changing:
+        before = dict(vars(storage))
+        own(storage, sweep)
+        try:
+            yield
+        finally:
+            for name in ("create_new_trial", "set_trial_state_values"):
+                if name in before:
+                    setattr(storage, name, before[name])
+                else:
+                    delattr(storage, name)

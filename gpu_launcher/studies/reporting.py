@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
+
 from gpu_launcher.processes import bulletin, conversation
+
+objective_in: int | None = None
+"""The process that runs an objective of `gpu_launcher.optimize`, if there is one."""
 
 
 def in_trial() -> bool:
     """Whether this process belongs to the job of a trial."""
-    return conversation.current() is not None or bulletin.inherited()
+    return objective_in == os.getpid() or conversation.current() is not None or bulletin.inherited()
 
 
 def report(value: float, step: int) -> None:
     """Tell the study a value on the way, and end this job if the study prunes it.
 
     Raises optuna.TrialPruned if so; let it pass, and the trial counts as pruned, with its last value. Outside a sweep
-    of `hydra/sweeper=optuna_async` nothing happens. In the later ranks of a distributed job it raises when it does in
-    the first. For more see `current_trial`.
+    of `hydra/sweeper=optuna_async` and the objective of a `gpu_launcher.optimize` nothing happens. In the later ranks
+    of a distributed job it raises when it does in the first. For more see `current_trial`.
     """
     if not in_trial():
         return

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from optuna.distributions import (
     BaseDistribution,
@@ -26,6 +26,9 @@ from gpu_launcher.processes.bulletin import Bulletin
 from gpu_launcher.processes.ranks import is_later_rank
 from gpu_launcher.studies.attributes import OURS
 from gpu_launcher.studies.voices import Follower, Main, Nobody, Unheard, Voice
+
+if TYPE_CHECKING:
+    from gpu_launcher.studies.worker_trial import WorkerTrial
 
 LAST_STEP = 2**31
 """Databases keep steps as integers of 32 bits."""
@@ -71,7 +74,7 @@ class JobTrial(BaseTrial):
         """This process's: after a fork, another than before."""
         process, voice = self._voices
         if process != os.getpid():
-            voice = current_trial()._voice
+            voice = _trial_of_job()._voice
             self._voices = (os.getpid(), voice)
         return voice
 
@@ -222,14 +225,29 @@ class NoTrial(JobTrial):
 
 _here: tuple[int, JobTrial] | None = None
 """The trial of the process with that id."""
+_objectives: tuple[int, WorkerTrial] | None = None
+"""The same where the process runs an objective of `gpu_launcher.optimize`."""
 
 
-def current_trial() -> JobTrial:
+def become(trial: WorkerTrial) -> None:
+    """Say that this process runs the objective of that trial."""
+    global _objectives
+    _objectives = (os.getpid(), trial)
+
+
+def current_trial() -> JobTrial | WorkerTrial:
     """The trial whose job this process is: one object, however often it is asked for.
 
-    In a later rank of a distributed job, one that follows the first rank's; in any other process that a job started,
-    one to which nothing happens. Outside a sweep of `hydra/sweeper=optuna_async` that one has no parameters, either.
+    In the process of an objective that `gpu_launcher.optimize` runs, the trial with which that was called. In a later
+    rank of a distributed Hydra job, one that follows the first rank's; in any other process that a job started, one to
+    which nothing happens. Outside a sweep of `hydra/sweeper=optuna_async` that one has no parameters, either.
     """
+    if _objectives is not None and _objectives[0] == os.getpid():
+        return _objectives[1]
+    return _trial_of_job()
+
+
+def _trial_of_job() -> JobTrial:
     global _here
     if _here is not None and _here[0] == os.getpid():
         return _here[1]

@@ -28,7 +28,8 @@ def pattern(expected: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "script"), [("resume", "train"), ("optuna", "train"), ("run", "train"), ("map", "evaluate")]
+    ("name", "script"),
+    [("resume", "train"), ("optuna", "train"), ("run", "train"), ("map", "evaluate"), ("optimize", "train")],
 )
 def test_the_walk_through_goes_as_it_says(name: str, script: str, tmp_path: Path) -> None:
     text = (DOCS / f"{name}.md").read_text()

@@ -1,0 +1,428 @@
+"""What the program does while `optimize` runs: it goes between the jobs and the study.
+
+Whoever has something to say is heard in turn, and while the sampler or a callback works, all others wait; the jobs are
+supervised by another process meanwhile.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import select
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import optuna
+from optuna.progress_bar import _ProgressBar
+from optuna.trial import FrozenTrial, TrialState
+
+from gpu_launcher.errors import GpuLauncherError, JobError
+from gpu_launcher.jobs import remote
+from gpu_launcher.jobs import source as s
+from gpu_launcher.jobs.events import Outcome
+from gpu_launcher.jobs.job import Cause, Job, JobResult
+from gpu_launcher.jobs.machine import ENDING
+from gpu_launcher.jobs.remote import RemoteLoop
+from gpu_launcher.jobs.sweep import Options
+from gpu_launcher.jobs.where import GRACE
+from gpu_launcher.model import MILLIONTHS, WHOLE, Device
+from gpu_launcher.processes import pickling
+from gpu_launcher.studies import dialogue as d
+from gpu_launcher.studies.ownership import Sweep
+from gpu_launcher.studies.trials_at_work import TrialsAtWork
+
+log = logging.getLogger("gpu_launcher")
+_logger = optuna.logging.get_logger("optuna.study._optimize")
+"""With which Study.optimize says how trials were pruned or failed."""
+
+LOOK = 2.0
+"""Seconds between two looks at whether somebody else has ended a trial."""
+MOST_LOST = 3
+"""Processes in a row that may die before they have a trial. More than that is no accident."""
+MOST_TOGETHER = 1000
+"""Messages that are taken in one turn."""
+INTERRUPTED = "was interrupted"
+
+Callback = Callable[[optuna.Study, FrozenTrial], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """When to stop asking. None means never for that reason."""
+
+    n_trials: int | None
+    timeout: float | None
+    """Seconds."""
+
+
+class Conductor:
+    """Of one call of `optimize`. Call `conduct` once, in a thread that is in the study's `optimize`."""
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        loop: RemoteLoop,
+        sweep: Sweep,
+        bounds: Bounds,
+        catch: tuple[type[BaseException], ...],
+        callbacks: list[Callback],
+        bar: _ProgressBar,
+        options: Options,
+        *,
+        again: bool,
+    ) -> None:
+        """`loop` is open, and has these `options`. Trials that are interrupted are queued `again`."""
+        self._study = study
+        self._loop = loop
+        self._bounds = bounds
+        self._catch = catch
+        self._callbacks = callbacks
+        self._bar = bar
+        self._options = options
+        self._again = again
+        self._trials = TrialsAtWork(study, sweep)
+        self._began = time.monotonic()
+        self._next_look = self._began + LOOK
+
+        self._heard: deque[remote.Message] = deque()
+        """What was heard and has not been heeded; a KeyboardInterrupt may come in between."""
+        self._jobs = 0
+        """How many were offered, which is the next one's number."""
+        self._wanted = 0
+        """How many more are wanted."""
+        self._waiting: set[int] = set()
+        """Jobs that have no trial yet."""
+        self._trial_of: dict[int, int] = {}
+        """The numbers of the trials that have not ended, by that of their jobs."""
+        self._devices: dict[int, tuple[Device, ...]] = {}
+        """Those of the same jobs, and of the ones that are `early`."""
+        self._early: list[int] = []
+        """Jobs that have the devices of another one, of whose end we have not heard yet."""
+        self._withdrawn: set[int] = set()
+        """Jobs that were told to end."""
+        self._asked = 0
+        self._lost = 0
+        """Processes in a row that died without a trial."""
+        self._exhausted = False
+        self._closed = False
+        self._interrupted = False
+        self._error: BaseException | None = None
+        """To be raised in the end."""
+
+    def conduct(self) -> None:
+        """Run the trials to their ends. Raises what `optimize` does."""
+        why = "its sweep ended before it did"
+        try:
+            self._serve(math.inf)
+        except KeyboardInterrupt:
+            why = INTERRUPTED
+            self._interrupt()
+            raise
+        finally:
+            self._loop.close()  # upon which whatever still runs is ended
+            self._tell_the_rest(why)
+        if self._error is not None:
+            try:
+                raise self._error
+            finally:
+                self._error = None  # or it would be kept by its own traceback
+
+    # Turns
+
+    def _serve(self, until: float) -> None:
+        while not self._closed and time.monotonic() < until:
+            self._offer()
+            self._hear(until)
+            self._take()
+            if (now := time.monotonic()) >= self._next_look:
+                self._next_look = now + LOOK
+                for number in self._trials.ended_elsewhere():
+                    self._withdraw_trial(number)
+
+    def _hear(self, until: float) -> None:
+        """Hear what there is to hear; waits until there is something, or something else is to be done."""
+        moments = [until, self._next_look]
+        if not self._exhausted and self._bounds.timeout is not None:
+            moments.append(self._began + self._bounds.timeout)
+        patience = max(0.0, min(moments) - time.monotonic())
+        poll = select.poll()
+        poll.register(self._loop, select.POLLIN)
+        # A millisecond more, or it would look at the clock too early again and again.
+        while len(self._heard) < MOST_TOGETHER and poll.poll(patience and patience * 1000 + 1):
+            self._heard.append(self._loop.receive())
+            patience = 0.0
+            if isinstance(self._heard[-1], remote.Closed):
+                break
+
+    def _take(self) -> None:
+        self._report()
+        judged: dict[int, d.ShallPrune] = {}
+        while self._heard:
+            match self._heard.popleft():
+                case remote.Wanted(count):
+                    self._wanted += count
+                case remote.Started(job, devices):
+                    self._devices[job] = devices
+                    self._early.append(job)
+                case remote.Heard(job, d.ShallPrune() as question):
+                    judged[job] = question
+                case remote.Heard(job, d.Call() as call):
+                    self._call(job, call)
+                case remote.Heard(job, (d.Returned() | d.Pruned() | d.Raised()) as ending):
+                    self._ended(job, ending)
+                case remote.Ended(result):
+                    self._gone(result)
+                case remote.Remarked(text):
+                    log.warning(text)
+                case remote.Closed(error):
+                    self._closed = True
+                    if error is not None:
+                        self._give_up(error)
+        self._judge(judged)
+        early, self._early = self._early, []
+        for job in early:
+            if self._has_room(job):
+                self._started(job)
+            else:
+                self._early.append(job)
+
+    # Jobs
+
+    @property
+    def _over(self) -> bool:
+        """Whether no more trials are to be asked for."""
+        if self._exhausted or self._error is not None or self._interrupted or self._study._stop_flag:
+            return True
+        bounds = self._bounds
+        if bounds.n_trials is not None and self._asked >= bounds.n_trials:
+            return True
+        return bounds.timeout is not None and time.monotonic() - self._began >= bounds.timeout
+
+    def _offer(self) -> None:
+        """Offer the jobs that are wanted, or say that there are no more."""
+        if self._exhausted:
+            return
+        if self._over:
+            self._exhausted = True
+            for job in self._waiting:
+                self._withdraw(job, "is not needed any more")
+            self._loop.say(s.Exhausted())
+            return
+        left = math.inf if self._bounds.n_trials is None else self._bounds.n_trials - self._asked - len(self._waiting)
+        for _ in range(int(min(self._wanted, left))):
+            self._wanted -= 1
+            self._waiting.add(self._jobs)
+            self._loop.say(s.Offer(Job(self._jobs, "", None)))
+            self._jobs += 1
+
+    def _has_room(self, job: int) -> bool:
+        """Whether what runs, as far as we know, leaves room for the job, which has its devices.
+
+        The next job gets a dead one's devices before anybody is told of the death, and may be one too many then.
+        """
+        most = self._options.max_parallel
+        if most is not None and len(self._trial_of) >= most:
+            return False
+        share = self._options.request.share if self._options.request is not None else WHOLE
+        for device in self._devices[job]:
+            others = sum(device in self._devices[other] for other in self._trial_of)
+            if (others + 1) * share.of(device.memory).millionths > MILLIONTHS:
+                return False
+        return True
+
+    def _started(self, job: int) -> None:
+        """Give it a trial, if there is another one."""
+        self._waiting.discard(job)
+        self._lost = 0
+        answer: d.TrialToRun | d.NothingToRun = d.NothingToRun()
+        if not self._over and job not in self._withdrawn:
+            try:
+                answer = self._trials.ask([device.label for device in self._devices[job]])
+            except Exception as error:  # of the sampler or the storage
+                self._give_up(error)
+            else:
+                self._asked += 1
+                self._trial_of[job] = answer.number
+        self._loop.say(s.Reply(job, answer))
+
+    def _gone(self, result: JobResult) -> None:
+        """A job has ended. If its trial has, too, there is no more to it."""
+        job = result.number
+        if job in self._trial_of:
+            number = self._trial_of[job]
+            problem = INTERRUPTED if self._interrupted else result.message or "ended without a result"
+            self._failed(job, JobError(number, f"trial {number}", problem, result.log), problem)
+        elif job in self._waiting:
+            self._waiting.discard(job)
+            self._lost += 1
+            accident = result.outcome is Outcome.CANCELLED or result.cause in (Cause.CRASH, Cause.OOM)
+            if not accident or self._lost == MOST_LOST:
+                self._give_up(JobError(job, "", result.message or "ended before it began", result.log))
+        self._withdrawn.discard(job)
+        self._devices.pop(job, None)
+        if job in self._early:
+            self._early.remove(job)
+
+    def _withdraw(self, job: int, why: str) -> None:
+        if job not in self._withdrawn:
+            self._withdrawn.add(job)
+            self._loop.say(s.Withdrawn(job, why))
+
+    def _withdraw_trial(self, number: int) -> None:
+        """Somebody else has ended it."""
+        for job in [job for job, trial in self._trial_of.items() if trial == number]:
+            self._withdraw(job, "was ended because its trial was ended elsewhere")
+
+    def _interrupt(self) -> None:
+        """Give the trials that run some time to end, unless the user is impatient."""
+        self._interrupted = True
+        with suppress(KeyboardInterrupt, GpuLauncherError):
+            self._loop.interrupt()
+            self._serve(time.monotonic() + GRACE + ENDING)
+
+    def _give_up(self, error: BaseException) -> None:
+        """Ask for no more trials, and raise this when those that run have ended."""
+        if self._error is None:
+            self._error = error
+
+    # What jobs ask
+
+    def _report(self) -> None:
+        """Store what all jobs report in one go, before anything that was said later."""
+        reports: dict[int, dict[int, float]] = {}
+        for message in self._heard:
+            match message:
+                case remote.Heard(job, d.Intermediate(step, value)) if job in self._trial_of:
+                    reports.setdefault(self._trial_of[job], {})[step] = value
+        for number in self._trials.report(reports):
+            self._withdraw_trial(number)
+
+    def _judge(self, questions: dict[int, d.ShallPrune]) -> None:
+        """Judge all that ask from one look at the study."""
+        asking = {job: self._trial_of[job] for job in questions if job in self._trial_of}
+        verdicts = self._trials.verdicts(list(asking.values()))
+        for job, number in asking.items():
+            self._answer(job, questions[job].number, verdicts.get(number, False))
+
+    def _call(self, job: int, call: d.Call) -> None:
+        number = self._trial_of.get(job)
+        if number is None:
+            return
+        try:
+            positional, named = pickling.load(call.arguments)
+            result = self._trials.call(number, call.target, call.name, positional, named)
+            answer: bytes | d.Carried = pickling.dump(result, self._loop.known)
+        except Exception as error:  # to be raised in the objective, whatever it is
+            answer = d.Carried.of(error, self._loop.known, skip=2)
+        self._loop.say(s.Reply(job, d.Answer(call.number, answer)))
+
+    def _answer(self, job: int, question: int, what: object) -> None:
+        self._loop.say(s.Reply(job, d.Answer(question, pickling.dump(what))))
+
+    # How trials end
+
+    def _ended(self, job: int, ending: d.Ending) -> None:
+        if job not in self._trial_of:
+            return
+        match ending:
+            case d.Raised(carried):
+                number = self._trial_of[job]
+                self._failed(job, carried.unpack(number), carried.text)
+            case d.Pruned(text):
+                self._tell(job, TrialState.PRUNED, said=text)
+            case d.Returned(values):
+                problem = _infeasible(values, len(self._study.directions))
+                if problem is None:
+                    self._tell(job, TrialState.COMPLETE, values)
+                else:
+                    shown = values[0] if values is not None and len(values) == 1 else values
+                    self._tell(job, TrialState.FAIL, said=problem, returned=shown)
+
+    def _failed(self, job: int, error: BaseException, said: str) -> None:
+        number = self._trial_of[job]
+        if (self._interrupted or job in self._withdrawn) and isinstance(error, (KeyboardInterrupt, JobError)):
+            del self._trial_of[job]
+            if job in self._withdrawn:
+                self._trials.drop(number)
+            else:
+                self._trials.give_up(number, INTERRUPTED, again=self._again)
+            return
+        self._tell(job, TrialState.FAIL, said=said, error=error)
+
+    def _tell(
+        self,
+        job: int,
+        state: TrialState,
+        values: tuple[float | d.Unusable, ...] | None = None,
+        *,
+        said: str = "",
+        error: BaseException | None = None,
+        returned: object = None,
+    ) -> None:
+        number = self._trial_of.pop(job)
+        numbers = None if values is None else [float(value) for value in values if not isinstance(value, d.Unusable)]
+        try:
+            trial = self._trials.tell(number, state, numbers, said if state is TrialState.FAIL else None)
+        except Exception as wrong:  # of the sampler or the storage
+            self._give_up(wrong)
+            return
+        if trial.state is not state:
+            return  # it had been ended elsewhere
+        self._log(trial, said, error, returned)
+        if error is not None and not isinstance(error, self._catch):
+            self._give_up(error)
+        elif not self._interrupted:
+            self._call_back(trial)
+
+    def _log(self, trial: FrozenTrial, said: str, error: BaseException | None, returned: object) -> None:
+        """In the words of Study.optimize."""
+        if trial.state is TrialState.COMPLETE:
+            self._study._log_completed_trial(trial.values, trial.number, trial.params)
+        elif trial.state is TrialState.PRUNED:
+            _logger.info(f"Trial {trial.number} pruned. {said}")
+        else:
+            _logger.warning(
+                f"Trial {trial.number} failed with parameters: {trial.params} because of the following error: "
+                f"{said if error is None else repr(error)}.",
+                exc_info=error,
+            )
+            _logger.warning(f"Trial {trial.number} failed with value {returned!r}.")
+
+    def _call_back(self, trial: FrozenTrial) -> None:
+        try:
+            for callback in self._callbacks:
+                callback(self._study, copy.deepcopy(trial))
+        except Exception as error:
+            self._give_up(error)
+        self._bar.update(time.monotonic() - self._began, self._study)
+
+    def _tell_the_rest(self, why: str) -> None:
+        try:
+            self._trials.give_up_the_rest(why, again=self._again)
+        except Exception:  # of the storage, which may be what ended the search
+            log.warning(
+                "trials that were running could not be marked as failed; the next gpu_launcher.optimize on the study "
+                "does that",
+                exc_info=True,
+            )
+
+
+def _infeasible(values: tuple[float | d.Unusable, ...] | None, objectives: int) -> str | None:
+    """What is wrong with the values that an objective returned, in Optuna's words."""
+    if values is None:
+        return "The value None could not be cast to float."
+    problems = []
+    for value in values:
+        if isinstance(value, d.Unusable):
+            problems.append(f"The value {value!r} could not be cast to float")
+        elif math.isnan(value):
+            problems.append(f"The value {value} is not acceptable")
+    if problems:
+        return "; ".join(problems)
+    if len(values) != objectives:
+        return f"The number of the values {len(values)} did not match the number of the objectives {objectives}"
+    return None

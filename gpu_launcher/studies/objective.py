@@ -1,0 +1,73 @@
+"""What happens in the process of one trial that `optimize` runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optuna import TrialPruned
+
+from gpu_launcher.model import Request
+from gpu_launcher.processes.messages import Report
+from gpu_launcher.processes.worker import Gate
+from gpu_launcher.studies import reporting, trial
+from gpu_launcher.studies.dialogue import Carried, Ending, Pruned, Raised, Returned, TrialToRun, Unusable
+from gpu_launcher.studies.worker_trial import Line, WorkerTrial
+
+DONE = Report(ok=True, message=None, payload=b"")
+"""How the objective ended has been said by then."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The program of each job. See `gpu_launcher.processes.worker.Program`.
+
+    How the objective ended is said before the process ends, so that the study knows of it when the next trial is
+    asked for, which may be as soon as the devices are free.
+    """
+
+    function: Callable[[Any], Any]
+    request: Request
+
+    def __call__(self, number: int, spec: Any, gate: Gate) -> Report:
+        """See `Program`."""
+        gate.prepared(self.request, None)
+        gate.wait()
+        line = Line(gate)
+        try:
+            seen = line.hear()
+        except KeyboardInterrupt:
+            return Report(ok=False, message="was interrupted before it had a trial", payload=b"")
+        if not isinstance(seen, TrialToRun):
+            return DONE
+        ending = self._run(WorkerTrial(seen, line), line)
+        if line.mine:  # or this is a fork of the objective's, and comes here as it would in any program
+            line.say(ending)
+        return DONE
+
+    def _run(self, mine: WorkerTrial, line: Line) -> Ending:
+        trial.become(mine)
+        reporting.objective_in = os.getpid()
+        try:
+            return Returned(_values(self.function(mine)))
+        except TrialPruned as pruned:
+            return Pruned(str(pruned))
+        except (Exception, KeyboardInterrupt) as error:
+            return Raised(Carried.of(error, line.known, skip=1))
+
+
+def _values(returned: Any) -> tuple[float | Unusable, ...] | None:
+    """What an objective returned, as Optuna takes it: a number, or a sequence of them."""
+    if returned is None:
+        return None
+    return tuple(map(_value, returned)) if isinstance(returned, Sequence) else (_value(returned),)
+
+
+def _value(returned: Any) -> float | Unusable:
+    # A text is no number to Optuna, whatever it says; and what else there is may be of no class that the program has.
+    try:
+        return Unusable(repr(returned)) if isinstance(returned, (str, bytes)) else float(returned)
+    except (TypeError, ValueError):
+        return Unusable(repr(returned))

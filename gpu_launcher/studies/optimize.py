@@ -1,0 +1,126 @@
+"""`study.optimize` with each trial in a process with devices of its own.
+
+This process has the study, and alone touches it: it asks for a trial when a job has its devices, answers what the
+objective asks of its trial, and tells the trial when the objective has ended. The jobs are run by a process beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import optuna
+from optuna.progress_bar import _ProgressBar
+
+from gpu_launcher.durations import read_duration
+from gpu_launcher.errors import OptionError
+from gpu_launcher.jobs.identity import ProcessIdentity
+from gpu_launcher.jobs.remote import RemoteLoop
+from gpu_launcher.jobs.sweep import Options
+from gpu_launcher.jobs.where import Where, this_program
+from gpu_launcher.model import Request
+from gpu_launcher.processes.starter import StartMethod
+from gpu_launcher.requests import read_number, read_request
+from gpu_launcher.studies.conductor import Bounds, Callback, Conductor, log
+from gpu_launcher.studies.objective import Objective
+from gpu_launcher.studies.ownership import Sweep, working
+from gpu_launcher.studies.settling import settle
+
+NEVER = -1
+"""For `settle`: no trial is queued again, not even one that never ran."""
+
+
+class Pool(Protocol):
+    """Which devices of which pool to use, as `gpu_launcher.jobs.where.Where` says it."""
+
+    def options(self, request: Request, max_parallel: int | None = None) -> Options:
+        """How to run jobs there."""
+
+
+def optimize(
+    study: optuna.Study,
+    objective: Callable[[Any], float | Sequence[float]],
+    n_trials: int | None = None,
+    timeout: float | str | None = None,
+    *,
+    gpus: float | None = None,
+    n_jobs: int | None = None,
+    catch: Iterable[type[Exception]] | type[Exception] = (),
+    callbacks: Iterable[Callback] | None = None,
+    gc_after_trial: bool = False,
+    show_progress_bar: bool = False,
+    memory: str | int | None = None,
+    priority: int = 0,
+    trial_timeout: float | str | None = None,
+    retry_stale: int = 0,
+    pool: Pool | None = None,
+    start_method: StartMethod = "auto",
+) -> None:
+    """Run `objective` for trials of `study`, each in a process of its own with devices of its own.
+
+    As `study.optimize`, whose parameters these are, except that trials run as devices become free. `objective`, the
+    trial that it gets, and what it returns or raises are as there. The study stays in this process, which samples,
+    stores, prunes and runs the callbacks; it may be kept in memory. This call returns when all trials have ended.
+
+    - `n_trials`: how many trials this call runs. `timeout`: how long new trials are asked for, in seconds, or as `2h`.
+    - `gpus` of each trial: 1 by default; 0, 2, ..., or a fraction. `memory` of a GPU, such as `20GiB`. `priority` among
+      those who wait for devices. `trial_timeout`: how long a trial may run.
+    - `n_jobs`: most trials at the same time. None or -1: as many as get devices.
+    - `catch`: exceptions of the objective after which other trials are run. Any other one is raised, with its traceback
+      in the process as its cause, when the trials that run have ended. A process that dies is as if the objective had
+      raised gpu_launcher.errors.JobError.
+    - `retry_stale`: how often a trial is queued again that was running when its program was killed (as the next call on
+      the study finds out) or interrupted. 0: it fails, and that is all.
+    - `gc_after_trial` is there for `study.optimize`'s callers: a process's memory goes with it.
+    - `pool`: other devices than all of the machine's. `start_method`: fork or spawn, of the processes.
+
+    Ctrl-C interrupts the trials that run; they fail, and KeyboardInterrupt is raised.
+
+    Raises OptionError and PoolDirectoryError before any trial is run, what the objective, the sampler or a callback
+    raises, and ManagerDiedError if the process that starts the others is killed.
+    """
+    if study._thread_local.in_optimize_loop:
+        raise RuntimeError("Nested invocation of `Study.optimize` method isn't allowed.")
+    if not callable(objective):
+        raise OptionError("objective", f"{objective!r} is no function: give one that takes a trial")
+    if start_method not in ("auto", "fork", "spawn"):
+        raise OptionError("start_method", f"{start_method!r} is none: give auto, fork or spawn")
+    request = read_request({"gpus": gpus, "memory": memory, "priority": priority, "timeout": trial_timeout})
+    options = (pool or Where()).options(request, None if n_jobs in (None, -1) else _whole("n_jobs", n_jobs, least=1))
+    bounds = Bounds(
+        None if n_trials is None else _whole("n_trials", n_trials),
+        None if timeout is None else read_duration(timeout, "timeout"),
+    )
+    again = _whole("retry_stale", retry_stale)
+    caught = tuple(catch) if isinstance(catch, Iterable) else (catch,)
+    sweep = Sweep(ProcessIdentity.here())
+    # Before the progress bar, which starts a thread.
+    loop = RemoteLoop(Objective(objective, request), options, this_program(), method=start_method)
+    study._stop_flag = False
+    study._thread_local.in_optimize_loop = True
+    try:
+        loop.open()
+        for remark in loop.remarks:
+            log.warning(remark)
+        with working(sweep):
+            for remark in settle(study, sweep, again or NEVER):
+                log.warning(remark)
+            bar = _ProgressBar(show_progress_bar, bounds.n_trials, bounds.timeout)
+            try:
+                run = Conductor(
+                    study, loop, sweep, bounds, caught, list(callbacks or ()), bar, options, again=again > 0
+                )
+                run.conduct()
+            finally:
+                bar.close()
+    finally:
+        loop.close()
+        study._thread_local.in_optimize_loop = False
+    study._storage.remove_session()
+
+
+def _whole(option: str, value: object, least: int = 0) -> int:
+    number = read_number(value)
+    if number is None or not number.is_integer() or number < least:
+        raise OptionError(option, f"{value!r} is no whole number from {least} on")
+    return int(number)

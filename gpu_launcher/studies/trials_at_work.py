@@ -1,0 +1,174 @@
+"""The trials that one call of `optimize` runs, as the study sees them: asked for, judged, and told once each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.pruners import NopPruner
+from optuna.trial import FrozenTrial, TrialState
+
+from gpu_launcher.studies.attributes import FAILURE, JOB, LOST
+from gpu_launcher.studies.desk import ENDED
+from gpu_launcher.studies.dialogue import TrialToRun
+from gpu_launcher.studies.ownership import Sweep, changing, owning
+from gpu_launcher.studies.pruning import Judge
+from gpu_launcher.studies.settling import fail, queue_again
+from gpu_launcher.studies.storage import store_reports
+from gpu_launcher.studies.worker_trial import STUDY_ATTRIBUTES, STUDY_METHODS, TRIAL_ATTRIBUTES, TRIAL_METHODS
+
+
+@dataclass
+class AtWork:
+    """A trial that has been asked for and not told."""
+
+    trial: optuna.Trial
+    job: dict[str, Any]
+    """As its user attribute `JOB` has it."""
+    sampled: bool = False
+    """Whether its first parameter has been asked for."""
+
+
+@dataclass
+class TrialsAtWork:
+    """Not to be used by several threads, and in a thread that is in the study's `optimize`."""
+
+    study: optuna.Study
+    sweep: Sweep
+    by_number: dict[int, AtWork] = field(default_factory=dict)
+    """Those that run, by the number of the trial."""
+
+    def __post_init__(self) -> None:
+        self._judge = Judge(self.study, time.monotonic)
+        self._unjudged: dict[int, dict[int, float]] = {}
+        """Reported since the judge last looked: `{trial id: {step: value}}`."""
+
+    def ask(self, devices: Sequence[str]) -> TrialToRun:
+        """One more, which runs on these devices. Raises whatever the sampler or the storage raises."""
+        try:
+            with owning(self.study._storage, self.sweep):
+                trial = self.study.ask()
+        except BaseException:
+            self._fail_unknown("it could not be sampled")
+            raise
+        job = {"devices": list(devices), "host": self.sweep.identity.host, "started": time.time()}
+        self.by_number[trial.number] = AtWork(trial, job)
+        self._judge.forget()
+        self._note(trial, JOB, job)
+        study = self.study
+        return TrialToRun(
+            number=trial.number,
+            study=study.study_name,
+            directions=tuple(direction.value for direction in study.directions),
+            datetime_start=trial.datetime_start,
+            prunes=not isinstance(study.pruner, NopPruner),
+        )
+
+    def call(self, number: int, target: str, name: str, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+        """What that method or attribute of the trial, or of its study, returns. Raises what it raises."""
+        at_work = self.by_number[number]
+        thing: object = at_work.trial if target == "trial" else self.study
+        attributes, methods = (
+            (TRIAL_ATTRIBUTES, TRIAL_METHODS) if target == "trial" else (STUDY_ATTRIBUTES, STUDY_METHODS)
+        )
+        if target == "trial" and not at_work.sampled and (name.startswith("suggest_") or name == "relative_params"):
+            at_work.sampled = True
+            # Which Optuna keeps for each thread from one `ask` to the next: what others were given meanwhile counts.
+            self.study._thread_local.cached_all_trials = None
+        if name in attributes:
+            return getattr(thing, name)
+        assert name in methods, name
+        return getattr(thing, name)(*positional, **named)
+
+    def report(self, reports: Mapping[int, Mapping[int, float]]) -> list[int]:
+        """Store what trials report, `{number: {step: value}}`; returns those that have been ended elsewhere."""
+        ids = {self.by_number[number].trial._trial_id: number for number in reports if number in self.by_number}
+        values = {id: reports[number] for id, number in ids.items()}
+        if not values:
+            return []
+        ended = store_reports(self.study._storage, values)
+        for id in values.keys() - ended:
+            self._unjudged.setdefault(id, {}).update(values[id])
+        return [ids[id] for id in ended]
+
+    def verdicts(self, numbers: Sequence[int]) -> dict[int, bool]:
+        """Which of these trials are to be pruned."""
+        asked = {number: self.by_number[number].trial._trial_id for number in numbers if number in self.by_number}
+        if not asked:
+            return {}
+        reports, self._unjudged = self._unjudged, {}
+        running = {at_work.trial._trial_id for at_work in self.by_number.values()}
+        with changing:
+            found = self._judge.verdicts(asked, {id: steps for id, steps in reports.items() if id in running})
+        return {number: found.get(number, False) for number in asked}
+
+    def tell(
+        self, number: int, state: TrialState, values: Sequence[float] | None = None, failure: str | None = None
+    ) -> FrozenTrial:
+        """End a trial; returns it as it is then. Nothing happens to one that somebody else has ended.
+
+        Raises whatever the sampler or the storage raises.
+        """
+        at_work = self.by_number[number]
+        trial = at_work.trial
+        job = {**at_work.job, "ended": time.time()}
+        if failure is not None:
+            job["message"] = failure
+            self._note(trial, FAILURE, failure)
+        self._note(trial, JOB, job)
+        try:
+            return self.study.tell(trial, None if values is None else list(values), state, skip_if_finished=True)
+        except UpdateFinishedTrialError:
+            return self.study._storage.get_trial(trial._trial_id)  # somebody else has ended it in this moment
+        finally:
+            self._judge.forget()
+            del self.by_number[number]
+
+    def drop(self, number: int) -> None:
+        """Leave alone a trial that somebody else has ended."""
+        del self.by_number[number]
+
+    def give_up(self, number: int, failure: str, *, again: bool) -> None:
+        """Fail a trial that was interrupted, and queue what it tried `again`."""
+        trial = self.by_number.pop(number).trial
+        self._give_up(self.study._storage.get_trial(trial._trial_id), failure, again=again)
+
+    def give_up_the_rest(self, failure: str, *, again: bool) -> None:
+        """The same of all that are left, also of one that was asked for in a moment that an exception cut short."""
+        self.by_number.clear()
+        for trial in self._mine():
+            self._give_up(trial, failure, again=again)
+
+    def ended_elsewhere(self) -> list[int]:
+        """Those that somebody else has ended, as from a dashboard."""
+        if not self.by_number:
+            return []
+        ended = {trial._trial_id for trial in self._trials(*ENDED)}
+        return [number for number, at_work in self.by_number.items() if at_work.trial._trial_id in ended]
+
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        return self.study._storage.get_all_trials(self.study._study_id, deepcopy=False, states=states)
+
+    def _mine(self) -> list[FrozenTrial]:
+        return [trial for trial in self._trials(TrialState.RUNNING) if self.sweep.owns(trial)]
+
+    def _fail_unknown(self, failure: str) -> None:
+        known = {at_work.trial._trial_id for at_work in self.by_number.values()}
+        for trial in self._mine():
+            if trial._trial_id not in known:
+                fail(self.study._storage, trial._trial_id, failure)
+
+    def _give_up(self, trial: FrozenTrial, failure: str, *, again: bool) -> None:
+        if again:
+            queue_again(self.study, trial, trial.user_attrs.get(LOST, 0), failure)
+        else:
+            fail(self.study._storage, trial._trial_id, failure)
+
+    def _note(self, trial: optuna.Trial, name: str, value: Any) -> None:
+        with suppress(UpdateFinishedTrialError):  # somebody else has ended it
+            trial.set_user_attr(name, value)

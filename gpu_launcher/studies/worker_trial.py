@@ -1,0 +1,276 @@
+"""The trial of an objective in a process of its own: what it is asked goes to the program, which has the study."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, overload
+
+from optuna.distributions import BaseDistribution, CategoricalChoiceType
+from optuna.study import StudyDirection
+from optuna.trial import BaseTrial
+
+from gpu_launcher.processes import pickling
+from gpu_launcher.processes.worker import Gate
+from gpu_launcher.studies.dialogue import Answer, Call, Carried, Ending, Intermediate, ShallPrune, TrialToRun
+from gpu_launcher.studies.trial import _number, _step
+
+STUDY_ATTRIBUTES = frozenset(
+    ("best_params", "best_trial", "best_trials", "best_value", "metric_names", "trials", "user_attrs")
+)
+STUDY_METHODS = frozenset(("enqueue_trial", "get_trials", "set_user_attr", "stop"))
+TRIAL_ATTRIBUTES = frozenset(
+    ("constraints", "distributions", "params", "relative_params", "system_attrs", "user_attrs")
+)
+TRIAL_METHODS = frozenset(
+    (
+        *("suggest_float", "suggest_int", "suggest_categorical"),
+        *("suggest_uniform", "suggest_loguniform", "suggest_discrete_uniform"),
+        *("set_user_attr", "set_system_attr", "set_constraint"),
+    )
+)
+
+
+class Line:
+    """To the program. May be used by several threads of the job's process, and by no process that it forks."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._process = os.getpid()
+        self._lock = threading.RLock()
+        self._calls = 0
+        self.known = dict(pickling.main_namespace())
+        """What the program's `__main__` has, by name: what this one's had before the objective ran."""
+
+    @property
+    def mine(self) -> bool:
+        """Whether this is the process that may use it."""
+        return os.getpid() == self._process
+
+    def hear(self) -> Any:
+        """Wait for the next thing that the program says."""
+        return self._gate.hear()
+
+    def say(self, what: Intermediate | Ending) -> None:
+        """Say something that is not answered."""
+        with self._lock:
+            self._gate.say(what)
+
+    def call(self, target: str, name: str, *positional: Any, **named: Any) -> Any:
+        """What that method or attribute of the program's trial or study returns. Raises what it raises."""
+        arguments = pickling.dump((positional, named), self.known)
+        return self._ask(lambda number: Call(number, target, name, arguments))
+
+    def shall_prune(self) -> bool:
+        """The verdict on what was reported."""
+        return bool(self._ask(ShallPrune))
+
+    def _ask(self, question: Callable[[int], Call | ShallPrune]) -> Any:
+        if not self.mine:
+            raise RuntimeError(
+                "a trial can be asked only in the process that runs the objective: ask there, and pass on the values"
+            )
+        with self._lock:
+            self._calls += 1
+            number = self._calls
+            self._gate.say(question(number))
+            while True:
+                answer = self._gate.hear()
+                # Others are of calls that a KeyboardInterrupt ended.
+                if isinstance(answer, Answer) and answer.call == number:
+                    break
+        if isinstance(answer.result, Carried):
+            raise answer.result.unpack(number)
+        return pickling.load(answer.result)
+
+
+class WorkerTrial(BaseTrial):
+    """The trial of an objective that `gpu_launcher.optimize` runs; used as Optuna's own.
+
+    `suggest_*`, attributes and constraints are the program's trial's, so that everything is as in Optuna, errors
+    included. `report` costs a message, everything else a round trip to the program, which waits while the program
+    samples for another trial or runs a callback.
+
+    May be used by several threads. In processes that the objective starts, nothing is heard of what they `report`,
+    `should_prune` is False, and the rest raises RuntimeError.
+    """
+
+    def __init__(self, seen: TrialToRun, line: Line) -> None:
+        self._seen = seen
+        self._line = line
+        self._reported: set[int] = set()
+        self._study = StudyView(seen, line)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from gpu_launcher.studies.trial import current_trial
+
+        return current_trial, ()
+
+    @property
+    def number(self) -> int:
+        """Of the trial in its study."""
+        return self._seen.number
+
+    @property
+    def datetime_start(self) -> datetime.datetime | None:
+        """When it was asked for."""
+        return self._seen.datetime_start
+
+    @property
+    def study(self) -> StudyView:
+        """A view of the study that the program has."""
+        return self._study
+
+    @property
+    def study_name(self) -> str:
+        """Of the study that the trial belongs to."""
+        return self._seen.study
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
+        """See `optuna.trial.Trial`."""
+        value: float = self._call("suggest_float", name, low, high, step=step, log=log)
+        return value
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
+        """See `optuna.trial.Trial`."""
+        value: int = self._call("suggest_int", name, low, high, step=step, log=log)
+        return value
+
+    @overload
+    def suggest_categorical(self, name: str, choices: Sequence[None]) -> None: ...
+    @overload
+    def suggest_categorical(self, name: str, choices: Sequence[bool]) -> bool: ...
+    @overload
+    def suggest_categorical(self, name: str, choices: Sequence[int]) -> int: ...
+    @overload
+    def suggest_categorical(self, name: str, choices: Sequence[float]) -> float: ...
+    @overload
+    def suggest_categorical(self, name: str, choices: Sequence[str]) -> str: ...
+    @overload
+    def suggest_categorical(self, name: str, choices: Sequence[CategoricalChoiceType]) -> CategoricalChoiceType: ...
+    def suggest_categorical(self, name: str, choices: Sequence[CategoricalChoiceType]) -> CategoricalChoiceType:
+        """See `optuna.trial.Trial`. What is returned equals one of the `choices`, and may be a copy of it."""
+        value: CategoricalChoiceType = self._call("suggest_categorical", name, tuple(choices))
+        return value
+
+    def suggest_uniform(self, name: str, low: float, high: float) -> float:
+        """Deprecated by Optuna in favour of `suggest_float`."""
+        value: float = self._call("suggest_uniform", name, low, high)
+        return value
+
+    def suggest_loguniform(self, name: str, low: float, high: float) -> float:
+        """Deprecated by Optuna in favour of `suggest_float`."""
+        value: float = self._call("suggest_loguniform", name, low, high)
+        return value
+
+    def suggest_discrete_uniform(self, name: str, low: float, high: float, q: float) -> float:
+        """Deprecated by Optuna in favour of `suggest_float`."""
+        value: float = self._call("suggest_discrete_uniform", name, low, high, q)
+        return value
+
+    def report(self, value: float, step: int) -> None:
+        """See `optuna.trial.Trial`. One message, whose arrival is not waited for."""
+        self._refuse_several_objectives("report")
+        number, whole = _number(value), _step(step)
+        if whole in self._reported:
+            warnings.warn(
+                f"The reported value is ignored because this `step={whole}` is already reported.", stacklevel=2
+            )
+            return
+        self._reported.add(whole)
+        if self._line.mine:
+            self._line.say(Intermediate(whole, number))
+
+    def should_prune(self) -> bool:
+        """See `optuna.trial.Trial`. Waits for the verdict on all that was reported."""
+        self._refuse_several_objectives("should_prune")
+        return self._seen.prunes and self._line.mine and self._line.shall_prune()
+
+    def set_user_attr(self, key: str, value: Any) -> None:
+        """See `optuna.trial.Trial`."""
+        self._call("set_user_attr", key, value)
+
+    def set_system_attr(self, key: str, value: Any) -> None:
+        """Deprecated by Optuna, of which only version 4 has it."""
+        self._call("set_system_attr", key, value)
+
+    def set_constraint(self, key: str, value: float) -> None:
+        """See `optuna.trial.Trial`; from Optuna 5 on."""
+        self._call("set_constraint", key, value)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """Values of the parameters so far."""
+        return dict(self._call("params"))
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """What each was sampled from."""
+        return dict(self._call("distributions"))
+
+    @property
+    def user_attrs(self) -> dict[str, Any]:
+        """Those of the trial so far."""
+        return dict(self._call("user_attrs"))
+
+    @property
+    def system_attrs(self) -> dict[str, Any]:
+        """Deprecated by Optuna, of which only version 4 has it."""
+        return dict(self._call("system_attrs"))
+
+    @property
+    def constraints(self) -> dict[str, float]:
+        """Those of the trial so far; from Optuna 5 on."""
+        return dict(self._call("constraints"))
+
+    @property
+    def relative_params(self) -> dict[str, Any]:
+        """Of the parameters that the sampler chose together."""
+        return dict(self._call("relative_params"))
+
+    def _call(self, name: str, *positional: Any, **named: Any) -> Any:
+        return self._line.call("trial", name, *positional, **named)
+
+    def _refuse_several_objectives(self, method: str) -> None:
+        if len(self._seen.directions) > 1:
+            raise NotImplementedError(f"Trial.{method} is not supported for multi-objective optimization.")
+
+
+class StudyView:
+    """`trial.study` in an objective: what objectives and Optuna's integrations use of a study.
+
+    That is its name and directions, `trials`, `best_*`, `user_attrs` and `metric_names`, and the methods `stop`,
+    `get_trials`, `enqueue_trial` and `set_user_attr`.
+    """
+
+    def __init__(self, seen: TrialToRun, line: Line) -> None:
+        self._line = line
+        self.study_name = seen.study
+        self.directions = [StudyDirection(direction) for direction in seen.directions]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from gpu_launcher.studies.trial import current_trial
+
+        return getattr, (current_trial(), "study")
+
+    @property
+    def direction(self) -> StudyDirection:
+        """Of a study with one objective; raises RuntimeError in one with several, as Optuna does."""
+        if len(self.directions) > 1:
+            raise RuntimeError("A single direction cannot be retrieved from a multi-objective study.")
+        return self.directions[0]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in STUDY_ATTRIBUTES:
+            return self._line.call("study", name)
+        if name in STUDY_METHODS:
+            return lambda *positional, **named: self._line.call("study", name, *positional, **named)
+        raise AttributeError(
+            f"the study of a trial that runs in a process of its own has no {name!r}; the program's study has: use a "
+            "callback, which runs in the program"
+        )

@@ -1,0 +1,347 @@
+"""Whoever dies while `gpu_launcher.optimize` runs: no job outlives it, no trial is left running, each is told once."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+from optuna.trial import TrialState
+
+import gpu_launcher
+from gpu_launcher.processes.linux import die_with_parent
+
+PATIENCE = 30.0
+"""Seconds until a test gives up on what should happen soon."""
+
+SCRIPT = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+
+import optuna
+import gpu_launcher
+from gpu_launcher.jobs.where import Where
+
+HERE = Path(__file__).parent
+OPTIONS = json.loads(sys.argv[1])
+
+
+def write(**entry):
+    with open(HERE / "witness.jsonl", "ab", buffering=0) as file:
+        file.write(json.dumps(entry).encode() + b"\\n")
+
+
+def objective(trial):
+    if OPTIONS.get("stubborn"):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    x = trial.suggest_float("x", 0, 1)
+    write(began=trial.number, x=x, pid=os.getpid())
+    try:
+        deadline = time.monotonic() + OPTIONS.get("seconds", 60)
+        step = 0
+        while time.monotonic() < deadline and not (HERE / f"finish-{trial.number}").exists():
+            trial.report(x, step)
+            step += 1
+            time.sleep(0.02 * random.random())
+    finally:
+        write(cleaned=trial.number)
+    write(ended=trial.number, x=x)
+    return x
+
+
+def callback(study, trial):
+    write(told=trial.number, state=trial.state.name)
+
+
+if __name__ == "__main__":
+    study = optuna.create_study(
+        study_name="shared",
+        storage=gpu_launcher.storage("sqlite:///study.db"),
+        sampler=optuna.samplers.RandomSampler(),
+        load_if_exists=True,
+    )
+    try:
+        gpu_launcher.optimize(
+            study,
+            objective,
+            OPTIONS.get("n_trials"),
+            n_jobs=OPTIONS.get("n_jobs"),
+            callbacks=[callback],
+            catch=eval(OPTIONS.get("catch", "()")),
+            retry_stale=OPTIONS.get("retry_stale", 0),
+            pool=Where(OPTIONS.get("devices", "simulated:2"), "pool"),
+        )
+    finally:
+        write(returned=os.getpid())
+"""
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> float:
+    """Wait for the condition; return how long that took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, what
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class World:
+    """A study in a file, and programs that work on it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.programs: list[subprocess.Popen[bytes]] = []
+        (directory / "script.py").write_text(SCRIPT)
+
+    def start(self, **options: Any) -> subprocess.Popen[bytes]:
+        me = os.getpid()
+        with self.output(len(self.programs)).open("wb") as output:
+            program = subprocess.Popen(
+                [sys.executable, "script.py", json.dumps(options)],
+                cwd=self.directory,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                preexec_fn=lambda: die_with_parent(me),
+            )
+        self.programs.append(program)
+        return program
+
+    def output(self, number: int = 0) -> Path:
+        return self.directory / f"output-{number}.txt"
+
+    def run(self, **options: Any) -> int:
+        return self.start(**options).wait(PATIENCE)
+
+    def witness(self, what: str) -> list[dict[str, Any]]:
+        file = self.directory / "witness.jsonl"
+        entries = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return [entry for entry in entries if what in entry]
+
+    def running(self, count: int) -> list[psutil.Process]:
+        """Wait until so many trials have begun; return their processes."""
+        until(lambda: len(self.witness("began")) >= count, f"not {count} trials begin: {self.output().read_text()}")
+        return [psutil.Process(entry["pid"]) for entry in self.witness("began")]
+
+    def finish(self, number: int) -> None:
+        (self.directory / f"finish-{number}").touch()
+
+    @property
+    def study(self) -> optuna.Study:
+        storage = gpu_launcher.storage(f"sqlite:///{self.directory}/study.db")
+        return optuna.load_study(study_name="shared", storage=storage)
+
+    def states(self) -> list[str]:
+        return [trial.state.name.lower() for trial in self.study.trials]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    yield world
+    for program in world.programs:
+        program.kill()
+        program.wait()
+
+
+def family(program: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Its manager first, then fork server, supervisors and jobs."""
+    return psutil.Process(program.pid).children(recursive=True)
+
+
+def test_a_killed_program_leaves_no_process_and_its_trials_fail_with_the_next_one(world: World) -> None:
+    program = world.start()
+    world.running(2)
+    processes = family(program)
+    assert len(processes) >= 4
+    program.kill()
+    program.wait()
+    until(lambda: not any(map(alive, processes)), "its processes outlive it", 15)
+    assert world.states() == ["running", "running"]
+    assert world.run(n_trials=2, seconds=0) == 0
+    assert world.states() == ["fail", "fail", "complete", "complete"]
+    why = {trial.user_attrs.get("gpu_launcher:failure") for trial in world.study.trials[:2]}
+    assert why == {"its sweep ended without telling"}
+    assert "marked 2 trials as failed" in world.output(1).read_text()
+
+
+def test_lost_trials_are_queued_again_if_that_is_wanted(world: World) -> None:
+    program = world.start(retry_stale=1)
+    world.running(2)
+    program.kill()
+    program.wait()
+    lost = {trial.params["x"] for trial in world.study.trials}
+    assert world.run(n_trials=2, seconds=0, retry_stale=1) == 0
+    assert world.states() == ["fail", "fail", "complete", "complete"]
+    assert {trial.params["x"] for trial in world.study.trials[2:]} == lost
+
+
+def test_trials_of_a_living_program_are_left_alone(world: World) -> None:
+    program = world.start(n_trials=1, n_jobs=1)
+    world.running(1)
+    assert world.run(n_trials=2, n_jobs=1, seconds=0) == 0
+    assert world.states() == ["running", "complete", "complete"]
+    world.finish(0)
+    assert program.wait(PATIENCE) == 0
+    assert world.states() == ["complete"] * 3
+
+
+def test_without_its_manager_the_program_ends_and_its_trials_fail(world: World) -> None:
+    program = world.start()
+    world.running(2)
+    manager, *rest = family(program)
+    manager.kill()
+    assert program.wait(PATIENCE) == 1
+    assert "ManagerDiedError" in world.output().read_text()
+    until(lambda: not any(map(alive, rest)), "jobs outlive their manager", 15)
+    assert world.states() == ["fail", "fail"]
+
+
+@pytest.mark.parametrize("who", ["job", "supervisor", "server"])
+def test_who_loses_a_process_loses_its_trial_alone(world: World, who: str) -> None:
+    program = world.start(n_trials=3, catch="Exception")
+    first, second = world.running(2)[:2]
+    victim = {"job": first, "supervisor": first.parent(), "server": family(program)[1]}[who]
+    assert victim is not None
+    victim.kill()
+    until(lambda: not alive(first), "the job lives on", 15)
+    for number in range(3):
+        world.finish(number)
+    assert program.wait(PATIENCE) == 0, world.output().read_text()
+    told = [entry["told"] for entry in world.witness("told")]
+    assert sorted(told) == [0, 1, 2]
+    states = world.states()
+    assert states[2] == "complete"
+    assert states[:2].count("fail") == (2 if who == "server" and not world.witness("ended")[1:] else 1)
+    assert not alive(second)
+
+
+def test_an_uncaught_death_is_raised_when_the_others_have_ended(world: World) -> None:
+    program = world.start()
+    first, _ = world.running(2)[:2]
+    first.kill()
+    until(lambda: "fail" in world.states(), "it is not told")
+    time.sleep(0.3)
+    assert program.poll() is None
+    for number in range(3):
+        world.finish(number)
+    assert program.wait(PATIENCE) == 1
+    assert "JobError" in world.output().read_text()
+    assert sorted(world.states()) == ["complete", "fail"]
+
+
+def test_ctrl_c_interrupts_the_objectives_and_fails_their_trials(world: World) -> None:
+    program = world.start()
+    processes = world.running(2)
+    program.send_signal(signal.SIGINT)
+    assert program.wait(20) == -signal.SIGINT
+    assert "KeyboardInterrupt" in world.output().read_text()
+    assert len(world.witness("cleaned")) == 2
+    assert len(world.witness("returned")) == 1
+    assert world.states() == ["fail", "fail"]
+    assert {trial.user_attrs["gpu_launcher:failure"] for trial in world.study.trials} == {"was interrupted"}
+    assert not any(map(alive, processes))
+    assert world.witness("told") == []
+
+
+def test_ctrl_c_queues_them_again_if_that_is_wanted(world: World) -> None:
+    program = world.start(retry_stale=1)
+    world.running(2)
+    program.send_signal(signal.SIGINT)
+    program.wait(20)
+    assert sorted(world.states()) == ["fail", "fail", "waiting", "waiting"]
+
+
+def test_a_second_ctrl_c_waits_for_nobody(world: World) -> None:
+    program = world.start(stubborn=True)
+    processes = world.running(2)
+    program.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert program.poll() is None, "the first one waits for a while"
+    program.send_signal(signal.SIGINT)
+    assert program.wait(5) == -signal.SIGINT
+    until(lambda: not any(map(alive, processes)), "stubborn jobs live on", 15)
+    assert world.states() == ["fail", "fail"]
+
+
+def test_two_programs_work_on_one_study(world: World) -> None:
+    storage = gpu_launcher.storage(f"sqlite:///{world.directory}/study.db")
+    study = optuna.create_study(study_name="shared", storage=storage)
+    for number in range(16):
+        study.enqueue_trial({"x": number / 100})
+    both = [world.start(n_trials=10, seconds=0, devices="simulated:4") for _ in range(2)]
+    assert [program.wait(PATIENCE) for program in both] == [0, 0], world.output().read_text()
+    assert world.states() == ["complete"] * 20
+    began = Counter(entry["began"] for entry in world.witness("began"))
+    assert began == Counter(range(20))
+    tried = {entry["ended"]: entry["x"] for entry in world.witness("ended")}
+    assert [tried[number] for number in range(16)] == [number / 100 for number in range(16)]
+    owners = Counter(trial.user_attrs["gpu_launcher:owner"]["pid"] for trial in study.trials)
+    assert sorted(owners.values()) == [10, 10]
+
+
+@pytest.mark.timeout(300)
+def test_whoever_is_killed_no_trial_is_lost_or_told_twice(world: World) -> None:
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    storage = gpu_launcher.storage(f"sqlite:///{world.directory}/study.db")
+    study = optuna.create_study(study_name="shared", storage=storage)
+    enqueued = [number / 1000 for number in range(1, 21)]
+    for x in enqueued:
+        study.enqueue_trial({"x": x})
+    options = {"retry_stale": 1000, "catch": "Exception", "seconds": 0.05, "devices": "simulated:3"}
+    living: list[subprocess.Popen[bytes]] = []
+    for _ in range(8):
+        living = [program for program in living if program.poll() is None]
+        while len(living) < 2:
+            living.append(world.start(**options))
+        goal = len(world.witness("ended")) + chance.randrange(1, 6)
+        until(lambda goal=goal: len(world.witness("ended")) >= goal, "nothing goes on")  # type: ignore[misc]
+        program = psutil.Process(chance.choice(living).pid)
+        relatives = program.children(recursive=True) if chance.random() < 0.6 else []
+        with suppress(psutil.NoSuchProcess):
+            chance.choice(relatives or [program]).kill()
+    for program in living:
+        program.send_signal(signal.SIGINT)
+    for program in living:
+        program.wait(PATIENCE)
+    waiting = sum(trial.state in (TrialState.WAITING, TrialState.RUNNING) for trial in study.trials)
+    assert world.run(n_trials=waiting + 1, **options) == 0, world.output(len(world.programs) - 1).read_text()
+    with sqlite3.connect(world.directory / "study.db") as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    trials = study.trials
+    assert {trial.state for trial in trials} <= {TrialState.COMPLETE, TrialState.FAIL}
+    assert set(Counter(entry["began"] for entry in world.witness("began")).values()) == {1}, "no trial ran twice"
+    assert set(Counter(entry["told"] for entry in world.witness("told")).values()) == {1}
+    completed = Counter(trial.params["x"] for trial in trials if trial.state is TrialState.COMPLETE)
+    assert max(completed.values()) == 1, "nothing that completed was tried again"
+    # A process that died took its trial with it, maybe before that had suggested what was queued.
+    why = {
+        trial.system_attrs.get("fixed_params", {}).get("x"): str(trial.user_attrs.get("gpu_launcher:failure"))
+        for trial in trials
+        if trial.state is TrialState.FAIL
+    }
+    crashed = {x for x, failure in why.items() if "was killed" in failure or "was ended because" in failure}
+    missing = set(enqueued) - set(completed) - crashed
+    assert not missing, {x: why.get(x) for x in missing}
