@@ -140,8 +140,9 @@ class RemoteLoop:
         """Lines for the user that were said before it was open."""
         self.known: Mapping[str, object] = dict(main_namespace())
         """What the jobs' `__main__` has, by name."""
-        self._directory = Path(tempfile.mkdtemp(prefix="gpu-launcher-"))
-        manager = _Manager(theirs, self._process, self._directory, program, options, command, method, captured)
+        self.directory = Path(tempfile.mkdtemp(prefix="gpu-launcher-"))
+        """For files of the program and its jobs. Removed at the end, also if this process is killed."""
+        manager = _Manager(theirs, self._process, self.directory, program, options, command, method, captured)
         _flush()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of threads; we look for them ourselves
@@ -202,7 +203,7 @@ class RemoteLoop:
         with contextlib.suppress(ChildProcessError):  # raised if the user's program reaps all children itself
             os.waitpid(pid, 0)
         self._channel.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def _died(self) -> ManagerDiedError:
         return ManagerDiedError("the process that starts jobs was killed (`dmesg` may know why), and its jobs with it")
