@@ -17,7 +17,7 @@ from gpu_launcher.executors import record_worker as w
 from gpu_launcher.executors.dealing import Chunk, Dealer, Raised
 from gpu_launcher.executors.progress import Bar, open_bar
 from gpu_launcher.executors.record_errors import RecordError, RemoteTraceback, UnreadableError, WorkerDiedError
-from gpu_launcher.executors.remarks import remark
+from gpu_launcher.executors.remarks import log
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job, JobResult
@@ -46,6 +46,8 @@ ENDING = 10.0
 PATIENCE = 0.002
 """Seconds for which results that are there are handed out before the workers are looked after again."""
 MOST_PIECE = 4096
+OVERDUE = 0.25
+"""Seconds without results after which a worker gets nothing ahead."""
 
 
 def parallel_map(
@@ -113,10 +115,10 @@ def parallel_map(
     try:
         opened = loop.open()
         for text in loop.remarks:
-            remark(text)
+            log(Remarked(text))
         most = _most_workers(num_workers, request, opened)
         seats = w.Positions(loop.directory / "positions", most, new=True)
-        engine = _Engine(loop, dealer, seats, most, returning=on_error == "return", chosen=start_method != "auto")
+        engine = _Engine(loop, dealer, seats, most, returning=on_error == "return")
     except BaseException:
         loop.close()
         raise
@@ -166,6 +168,10 @@ class _Worker:
     """Its devices."""
     state: _State = _State.STARTING
     dealt: deque[Chunk] = field(default_factory=deque)
+    quick: bool = False
+    """It has had results."""
+    heard: float = 0.0
+    """When it last had any, or got its chunk after it had none."""
 
 
 class _Engine:
@@ -173,10 +179,8 @@ class _Engine:
 
     bar: Bar
 
-    def __init__(
-        self, loop: RemoteLoop, dealer: Dealer, positions: w.Positions, most: int, *, returning: bool, chosen: bool
-    ) -> None:
-        """`returning`: whether errors are results. `chosen`: whether the user chose how workers are started."""
+    def __init__(self, loop: RemoteLoop, dealer: Dealer, positions: w.Positions, most: int, *, returning: bool) -> None:
+        """`returning`: whether errors are results."""
         self._loop = loop
         self._dealer = dealer
         self._positions = positions
@@ -184,7 +188,6 @@ class _Engine:
         """Those that are free."""
         self._most = most
         self._returning = returning
-        self._chosen = chosen
         self._poll = select.poll()
         self._poll.register(loop.fileno(), select.POLLIN)
         self._workers: dict[int, _Worker] = {}
@@ -239,15 +242,13 @@ class _Engine:
         self._receive(wait=False)
         enough = time.monotonic() + PATIENCE
         while self._fatal is None and (not self._dealer.ready or time.monotonic() < enough):
-            if self._dealer.over and not self._dealer.ready:
-                return False
-            if not self._deal() and not self._offer():
-                self._stop_idle()
-                if self._dealer.ready:
-                    break
-                self._receive(wait=True)
-            else:
+            if self._deal() or self._offer():
                 self._receive(wait=False)
+                continue
+            self._stop_idle()
+            if self._dealer.ready or self._dealer.over:
+                break
+            self._receive(wait=True)
         self._show()
         return self._dealer.ready
 
@@ -260,10 +261,8 @@ class _Engine:
     def _deal(self) -> bool:
         """Deal a chunk to a worker that has too little to do, if there are both."""
         ready = [(len(one.dealt), number) for number, one in self._workers.items() if one.state is _State.READY]
-        if not ready:
-            return False
-        has, number = min(ready)
-        if has >= self._dealer.ahead:
+        has, number = min(ready, default=(0, None))
+        if number is None or (has and not self._may_have_more(self._workers[number])):
             return False
         chunk = self._dealer.deal(len(self._workers))
         if chunk is None:
@@ -276,9 +275,17 @@ class _Engine:
             else:
                 self._fail(chunk, _unpicklable(chunk, error), w.Failure.of(error).traceback, "")
             return True
-        self._workers[number].dealt.append(chunk)
+        worker = self._workers[number]
+        if not worker.dealt:
+            worker.heard = time.monotonic()
+        worker.dealt.append(chunk)
         self._say(s.Reply(number, w.Work(chunk.first, records)))
         return True
+
+    def _may_have_more(self, worker: _Worker) -> bool:
+        """Whether it is to get a chunk while it has one: what is behind a slow record waits for that."""
+        since = time.monotonic() - worker.heard
+        return len(worker.dealt) < self._dealer.ahead and worker.quick and since < OVERDUE
 
     def _offer(self) -> bool:
         """Have one more worker started, if there is work for it."""
@@ -314,7 +321,7 @@ class _Engine:
         while self._workers and self._fatal is None and (left := until - time.monotonic()) > 0:
             self._receive(wait=True, most=left)
         if self._workers and self._fatal is None:
-            remark(f"{count(len(self._workers), 'worker')} did not end within {ENDING:.0f} s, and are killed")
+            log(Remarked(f"{count(len(self._workers), 'worker')} did not end within {ENDING:.0f} s, and are killed"))
 
     # What happens
 
@@ -348,8 +355,8 @@ class _Engine:
                 self._workers[number].where = w.names(devices)
             case Ended(result):
                 self._ended(result)
-            case Remarked(text):
-                remark(text, expected=self._chosen and "(spawn)" in text)
+            case Remarked():
+                log(message)
             case Closed(error):
                 self._fatal = error or WorkerDiedError(f"no more workers can be started: the last one {self._problem}")
             case Opened():
@@ -380,6 +387,7 @@ class _Engine:
         chunk = worker.dealt[0]
         assert chunk.first == results.first, (chunk.first, results)
         self._died_idle = 0
+        worker.quick, worker.heard = True, time.monotonic()
         try:
             values = pickling.load(results.values)
         except Exception as error:
@@ -433,7 +441,7 @@ class _Engine:
         self._seats.append(worker.seat)
         if worker.state is _State.STOPPED:
             if result.outcome is Outcome.FAILED:
-                remark(f"a worker {result.message} when it had done its work")
+                log(Remarked(f"a worker {result.message} when it had done its work"))
             return
         self._problem = result.message
         if worker.state is _State.STARTING:
@@ -457,7 +465,7 @@ class _Engine:
             return
         if self._workers:
             self._most = len(self._workers)
-            remark(f"{problem}; so did the one before, and it goes on with {self._most}")
+            log(Remarked(f"{problem}; so did the one before, and it goes on with {self._most}"))
         else:
             self._fatal = WorkerDiedError(f"{problem}; so did the one before")
 
@@ -498,10 +506,8 @@ def _most_workers(wanted: int | None, request: Request, opened: Opened) -> int:
     most = max(1, min(MOST_WORKERS, _grantable(request, opened.devices)))
     if wanted is None or wanted <= most:
         return wanted or most
-    remark(
-        f"num_workers={wanted}, but all devices of the pool ({device_counts(opened.devices)}) are enough for "
-        f"{count(most, 'such worker')}: there will be no more"
-    )
+    text = f"num_workers={wanted}, but all devices of the pool ({device_counts(opened.devices)}) are enough for "
+    log(Remarked(text + f"{count(most, 'such worker')}: there will be no more"))
     return most
 
 
