@@ -22,7 +22,7 @@ GROWTH = 8
 """By how much a chunk may be larger than those before."""
 MOST_RECORDS = 8192
 MOST_BYTES = 2**20
-"""What a chunk's records and results may take, pickled, as far as can be told beforehand."""
+"""What a chunk's records, or its results, may take, pickled, as far as can be told beforehand."""
 WINDOW = 1000
 """Records in hand that are always allowed, unless they are large."""
 WINDOW_BYTES = 2**28
@@ -76,10 +76,10 @@ class Dealer:
         """Results that have come out."""
         self._hand: list[tuple[int, Chunk]] = []
         """What was read, or comes back, and is to be dealt; a heap."""
-        self._pace: float | None = None
-        """Seconds per record."""
+        self._seconds = self._records_in_them = 0.0
+        """What records took lately, and how many they were."""
         self._weight = 0.0
-        """Bytes per record and its result."""
+        """Bytes per record, or per result if that is more."""
         self._size = 1
         self._most = MOST_RECORDS
         self._out_of_order: dict[int, list[Any] | Raised] = {}
@@ -98,7 +98,12 @@ class Dealer:
     @property
     def ahead(self) -> int:
         """How many chunks a worker may have at a time."""
-        return 2 if self._pace is not None and self._pace < PREFETCH else 1
+        return 2 if self._records_in_them and self._pace < PREFETCH else 1
+
+    @property
+    def _pace(self) -> float:
+        """Seconds per record."""
+        return max(self._seconds, 1e-9) / self._records_in_them
 
     def deal(self, workers: int) -> Chunk | None:
         """The next records for a worker, of which there are so many; None if there are none now."""
@@ -178,11 +183,16 @@ class Dealer:
 
     def measured(self, count: int, seconds: float, size: int) -> None:
         """So many records took so long, and their results so many bytes."""
-        pace, weight = seconds / count, size / count
-        self._pace = pace if self._pace is None else (self._pace + pace) / 2
-        self._weight = max(weight, (self._weight + weight) / 2)
-        fitting = min(int(TARGET / max(self._pace, 1e-9)), self._that_weigh(MOST_BYTES), self._most)
+        self._seconds = self._seconds / 2 + seconds
+        self._records_in_them = self._records_in_them / 2 + count
+        self.weighed(count, size)
+        fitting = min(int(TARGET / self._pace), self._that_weigh(MOST_BYTES), self._most)
         self._size = max(1, min(fitting, self._size * GROWTH))
+
+    def weighed(self, count: int, size: int) -> None:
+        """So many records, or results, take so many bytes."""
+        weight = size / count
+        self._weight = max(weight, (self._weight + weight) / 2)
 
     # Results
 

@@ -275,6 +275,7 @@ class _Engine:
             else:
                 self._fail(chunk, _unpicklable(chunk, error), w.Failure.of(error).traceback, "")
             return True
+        self._dealer.weighed(len(chunk.records), len(records))
         worker = self._workers[number]
         if not worker.dealt:
             worker.heard = time.monotonic()

@@ -25,12 +25,12 @@ def dealer(records: Any, *, ordered: bool = True, read_ahead: int | None = None,
 
 
 @given(
-    count=st.integers(0, 300),
+    count=st.integers(0, 100),
     ordered=st.booleans(),
     read_ahead=st.none() | st.integers(1, 40),
     dice=st.randoms(use_true_random=False),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_every_record_comes_out_once_whatever_dies_and_in_order_if_that_is_wanted(
     count: int, ordered: bool, read_ahead: int | None, dice: Any
 ) -> None:
