@@ -6,7 +6,8 @@
 Each measurement is a program of its own, with as many workers as the machine has cores, in turn with the others. The
 records per second are those of workers that run: imap_unordered's have each done something before; `parallel_map`,
 which has no pool to warm up, is timed from its first result (of a chunk of one) on. *first* and *all*: seconds from
-nothing to that, and until the workers are gone. *memory*: by how much the program's own peak grew.
+nothing to that, and until the workers are gone. *CPU*: of all processes, from nothing to the end, per record. *memory*:
+by how much the program's own peak grew.
 """
 
 from __future__ import annotations
@@ -91,11 +92,11 @@ def _options() -> argparse.Namespace:
 def _table(work: str, count: int, found: dict[str, dict[str, float]]) -> Table:
     best = max(of["rate"] for how, of in found.items() if how.startswith("imap"))
     table = Table(title=f"{count:,} records, {work}", title_justify="left")
-    for place, column in enumerate(("how", "records/s", "of the best imap", "first s", "all s", "memory MB")):
+    for place, column in enumerate(("how", "records/s", "of the best imap", "first s", "all s", "CPU us", "memory MB")):
         table.add_column(column, justify="right" if place else "left")
     for how, of in found.items():
         figures = (f"{of['rate']:,.0f}", f"{of['rate'] / best:.2f}", f"{of['first']:.3f}", f"{of['all']:.3f}")
-        table.add_row(how, *figures, f"{of['memory'] / 1e6:.1f}")
+        table.add_row(how, *figures, f"{of['cpu'] * 1e6:.2f}", f"{of['memory'] / 1e6:.1f}")
     return table
 
 
@@ -115,7 +116,7 @@ def one(how: str, work: Callable[[int], int], count: int) -> dict[str, float]:
     gpu_launcher.parallel_map  # noqa: B018  (imported before anything is timed)
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as directory:
-        before = _peak()
+        before, cpu = _peak(), _cpu()
         began = time.perf_counter()
         if how.startswith("imap"):
             with multiprocessing.Pool(cores) as pool:
@@ -136,6 +137,7 @@ def one(how: str, work: Callable[[int], int], count: int) -> dict[str, float]:
             "first": first - began,
             "all": ended - began,
             "memory": _peak() - before,
+            "cpu": (_cpu() - cpu) / count,
         }
 
 
@@ -170,6 +172,12 @@ def _sixty_four(directory: str) -> tuple[float, float]:
     return _timed(
         gpu_launcher.parallel_map(range(64), function=meet, gpus=0, num_workers=64, pool=_pool(directory)), 64
     )
+
+
+def _cpu() -> float:
+    """Seconds of this process and of those that it started and that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def _peak() -> int:

@@ -18,7 +18,7 @@ TARGET = 0.03
 """Seconds that a chunk is to take: so much that handing it over does not count, so little that none waits for it."""
 PREFETCH = 0.1
 """Seconds per record from which a worker gets nothing ahead: the handover does not count, and somebody may be idle."""
-GROWTH = 8
+GROWTH = 32
 """By how much a chunk may be larger than those before."""
 MOST_RECORDS = 8192
 MOST_BYTES = 2**20

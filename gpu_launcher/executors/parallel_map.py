@@ -204,6 +204,8 @@ class _Engine:
         """Of the worker that died last."""
         self._fatal: BaseException | None = None
         """What ends the iteration, once the results that are there have come out."""
+        self._ending = self._over = False
+        """Whether the manager was told that there is nothing more to do, and whether it is gone."""
         self._closed = False
         self._end = weakref.finalize(self, RemoteLoop.close, loop)
 
@@ -316,12 +318,13 @@ class _Engine:
 
     def _finish(self) -> None:
         """Let the workers end by themselves."""
+        self._ending = True
         self._stop_idle()
         self._say(s.Exhausted())
         until = time.monotonic() + ENDING
-        while self._workers and self._fatal is None and (left := until - time.monotonic()) > 0:
+        while self._workers and not self._over and self._fatal is None and (left := until - time.monotonic()) > 0:
             self._receive(wait=True, most=left)
-        if self._workers and self._fatal is None:
+        if self._workers and not self._over and self._fatal is None:
             log(Remarked(f"{count(len(self._workers), 'worker')} did not end within {ENDING:.0f} s, and are killed"))
 
     # What happens
@@ -337,7 +340,7 @@ class _Engine:
         """Take note of what has been said; first wait until something is."""
         patience = min((one for one in (most, self.bar.patience) if one is not None), default=None)
         milliseconds = 0.0 if not wait else None if patience is None else patience * 1000
-        while self._fatal is None and self._poll.poll(milliseconds):
+        while not self._over and self._fatal is None and self._poll.poll(milliseconds):
             milliseconds = 0.0
             try:
                 self._handle(self._loop.receive())
@@ -358,8 +361,10 @@ class _Engine:
                 self._ended(result)
             case Remarked():
                 log(message)
-            case Closed(error):
+            case Closed(error) if error or not self._ending:
                 self._fatal = error or WorkerDiedError(f"no more workers can be started: the last one {self._problem}")
+            case Closed():
+                self._over = True
             case Opened():
                 raise TypeError(f"the manager says {message!r}")
 

@@ -209,8 +209,8 @@ class _Chunk:
         self._gate = gate
         self._at = at
         self._seat = seat
-        self._function = function
-        self._objects = objects
+        # With nothing else to hand over, calls are a third cheaper without the stars.
+        self._call = function if not objects else lambda record: function(record, *objects)
 
     def do(self, work: Work) -> None:
         began = time.perf_counter()
@@ -223,12 +223,12 @@ class _Chunk:
         values: list[Any] = []
         failures: dict[int, Failure] = {}
         # Looked up once: records may take less than a microsecond.
-        at, seat, function, objects, clock = self._at, self._seat, self._function, self._objects, time.perf_counter
+        at, seat, call, clock = self._at, self._seat, self._call, time.perf_counter
         flush_at = began + FLUSH
         for index, record in enumerate(records, work.first):
             at[seat] = index
             try:
-                values.append(function(record, *objects))
+                values.append(call(record))
             except BaseException as error:
                 failures[len(values)] = Failure.of(error)
                 values.append(None)

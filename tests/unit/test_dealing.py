@@ -104,7 +104,7 @@ def test_chunks_grow_until_they_take_long_enough() -> None:
         deal.put(chunk.first, chunk.records, {})
         while deal.ready:
             deal.take(10**6)
-    assert sizes[:3] == [1, 8, 64]
+    assert sizes[:3] == [1, 32, 300]
     assert sizes[-1] * 1e-4 == pytest.approx(TARGET, rel=0.02)
 
 
