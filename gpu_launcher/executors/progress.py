@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -62,13 +63,15 @@ class _RichBar:
             transient=False,
         )
         self._task = self._bar.add_task(what, total=total, rate="", state="")
+        self._gone = False
+        """Whether the terminal is: nothing else ends for that."""
         self._began = time.monotonic()
         self._due = self._began
         self._bar.start()
 
     def show(self, done: int, errors: int, workers: int, *, last: bool = False) -> None:
         now = time.monotonic()
-        if now < self._due and not last:
+        if self._gone or (now < self._due and not last):
             return
         self._due = now + EVERY
         rate = done / max(now - self._began, 1e-3)
@@ -76,7 +79,11 @@ class _RichBar:
         if errors:
             state += f", {errors} error{'' if errors == 1 else 's'}"
         self._bar.update(self._task, completed=done, rate=f"{rate:,.{0 if rate >= 100 else 1}f}/s", state=state)
-        self._bar.refresh()
+        try:
+            self._bar.refresh()
+        except OSError:
+            self._gone = True
 
     def close(self) -> None:
-        self._bar.stop()
+        with contextlib.suppress(OSError):
+            self._bar.stop()

@@ -226,6 +226,41 @@ def test_records_are_read_only_so_far_ahead(pool: Where, ordered: bool, read_ahe
     results.close()
 
 
+MILLION = """
+import resource, sys
+from gpu_launcher.executors.parallel_map import parallel_map
+from gpu_launcher.jobs.where import Where
+
+def text(record):
+    return f"record number {record}, which nobody keeps"
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+if __name__ == "__main__":
+    where = Where(devices="simulated:2", pool_dir=sys.argv[1])
+    for ordered in (True, False):
+        results = iter(parallel_map(map(text, range(1_000_000)), function=str, ordered=ordered, pool=where))
+        next(results)
+        before = peak()
+        assert sum(1 for result in results) == 999_999
+        print(peak() - before)
+"""
+
+
+def test_a_million_records_take_constant_memory(tmp_path: Path) -> None:
+    (tmp_path / "million.py").write_text(MILLION)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "million.py"), str(tmp_path / "pool")],
+        env={**os.environ, "PYTHONPATH": str(TREE)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert max(map(float, done.stdout.split())) < 30, "MB; all records and results would be 200"
+
+
 def test_nothing_is_read_before_a_result_is_asked_for(pool: Where) -> None:
     records = Counted(10)
     with parallel_map(records, function=square, pool=pool):
