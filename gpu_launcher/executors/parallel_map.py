@@ -197,9 +197,11 @@ class _Engine:
         """How many workers more the manager could start."""
         self._errors = 0
         self._died_starting = 0
-        """How many workers died before they were ready, one after another."""
+        """How many times workers died before they were ready, one after another."""
         self._died_idle = 0
-        """How many died without a record, since there was a result."""
+        """How many times they died without a record, since there was a result."""
+        self._newer = 0
+        """The first worker that was not there when it was last counted: several may die of one cause, and at once."""
         self._problem: str | None = None
         """Of the worker that died last."""
         self._fatal: BaseException | None = None
@@ -450,24 +452,27 @@ class _Engine:
                 log(Remarked(f"a worker {result.message} when it had done its work"))
             return
         self._problem = result.message
+        another = result.number >= self._newer
         if worker.state is _State.STARTING:
-            self._died_starting += 1
-            self._do_without(self._died_starting, f"a worker {result.message}, before it had set itself up")
+            self._died_starting += another
+            self._do_without(self._died_starting, another, f"a worker {result.message}, before it had set itself up")
             return
         at = self._positions.at[worker.seat]
         culprit = self._dealer.lost(worker.dealt, at)
         if culprit is None:
-            self._died_idle += 1
-            self._do_without(self._died_idle, f"a worker {result.message}, without a record")
+            self._died_idle += another
+            self._do_without(self._died_idle, another, f"a worker {result.message}, without a record")
         elif culprit.tries == 1:
             self._dealer.give_back(culprit)
         else:
             twice = WorkerDiedError(f"its worker {result.message}, as had the one before, which was at it, too")
             self._fail(culprit, twice, "", worker.where)
 
-    def _do_without(self, deaths: int, problem: str) -> None:
+    def _do_without(self, deaths: int, another: bool, problem: str) -> None:
         """A worker died, through no record's fault. After the second time it is not replaced."""
-        if deaths < 2 or self._fatal is not None:
+        if another:
+            self._newer = self._number
+        if deaths < 2 or not another or self._fatal is not None:
             return
         if self._workers:
             self._most = len(self._workers)

@@ -253,7 +253,8 @@ def test_a_dead_manager_is_an_error_after_the_results_that_are_there(pool: Where
 # The program
 
 PROGRAM = """
-import itertools, os, sys, time
+import faulthandler, itertools, os, sys, time
+faulthandler.dump_traceback_later(25)
 from gpu_launcher.executors.parallel_map import parallel_map
 from gpu_launcher.jobs.where import Where
 
@@ -301,7 +302,7 @@ def program(tmp_path: Path, pool: Where) -> Iterator[Callable[[str], tuple[Any, 
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        print(*process.communicate())
 
 
 def dead(processes: list[psutil.Process]) -> bool:
