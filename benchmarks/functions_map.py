@@ -33,7 +33,7 @@ from overhead import machine
 from rich.console import Console
 from rich.table import Table
 
-CHUNKS = (1, 100, 500, 1000, 2000, 5000, 10_000)
+CHUNKS = (100, 500, 1000, 2000, 5000, 10_000)
 
 
 def nothing(record: int) -> int:
