@@ -20,7 +20,9 @@ if TYPE_CHECKING:
         UnpicklableError,
     )
     from gpu_launcher.executors.courier import BrokenPoolExecutor
+    from gpu_launcher.executors.parallel_map import ParallelMap, parallel_map
     from gpu_launcher.executors.pool_executor import PoolExecutor
+    from gpu_launcher.executors.record_errors import RecordError, WorkerDiedError
     from gpu_launcher.lending.lease import Lease
     from gpu_launcher.pool import Pool
     from gpu_launcher.studies.optimize import optimize
@@ -37,13 +39,17 @@ else:
         "Lease": "gpu_launcher.lending.lease",
         "LeaseTimeout": "gpu_launcher.errors",
         "OptionError": "gpu_launcher.errors",
+        "ParallelMap": "gpu_launcher.executors.parallel_map",
         "Pool": "gpu_launcher.pool",
         "PoolDirectoryError": "gpu_launcher.errors",
         "PoolExecutor": "gpu_launcher.executors.pool_executor",
+        "RecordError": "gpu_launcher.executors.record_errors",
         "RequestError": "gpu_launcher.errors",
         "UnpicklableError": "gpu_launcher.errors",
+        "WorkerDiedError": "gpu_launcher.executors.record_errors",
         "current_trial": "gpu_launcher.studies.trial",
         "optimize": "gpu_launcher.studies.optimize",
+        "parallel_map": "gpu_launcher.executors.parallel_map",
         "storage": "gpu_launcher.studies.storage",
     }
 
@@ -62,13 +68,17 @@ __all__ = [
     "Lease",
     "LeaseTimeout",
     "OptionError",
+    "ParallelMap",
     "Pool",
     "PoolDirectoryError",
     "PoolExecutor",
+    "RecordError",
     "RequestError",
     "UnpicklableError",
+    "WorkerDiedError",
     "current_trial",
     "optimize",
+    "parallel_map",
     "report",
     "storage",
 ]

@@ -275,6 +275,8 @@ class ForkServer:
     def _spawn(self) -> None:
         try:
             pickled = pickling.dump(self._program)  # the script is not run again in the jobs
+        except OptionError:  # of a program that knows better what is wrong with it
+            raise
         except Exception as error:  # whatever the user's objects raise when they are pickled
             raise OptionError(
                 self._option,

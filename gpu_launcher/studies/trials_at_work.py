@@ -14,11 +14,11 @@ from optuna.pruners import NopPruner
 from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.studies.attributes import FAILURE, JOB, LOST
-from gpu_launcher.studies.desk import ENDED
 from gpu_launcher.studies.dialogue import TrialToRun
 from gpu_launcher.studies.ownership import Sweep, changing, owning
 from gpu_launcher.studies.pruning import Judge
 from gpu_launcher.studies.settling import fail, queue_again
+from gpu_launcher.studies.stopping import ENDED
 from gpu_launcher.studies.storage import store_reports
 from gpu_launcher.studies.worker_trial import STUDY_ATTRIBUTES, STUDY_METHODS, TRIAL_ATTRIBUTES, TRIAL_METHODS
 

@@ -44,7 +44,12 @@ ONLY_IN = {
     "lightning": ("gpu_launcher/lightning.py",),
     "pytorch_lightning": ("gpu_launcher/lightning.py",),
     "sqlalchemy": ("gpu_launcher/studies/storage.py",),
-    "rich": ("gpu_launcher/jobs/progress.py", "gpu_launcher/jobs/progress/**/*.py", "gpu_launcher/cli/**/*.py"),
+    "rich": (
+        "gpu_launcher/jobs/progress.py",
+        "gpu_launcher/jobs/progress/**/*.py",
+        "gpu_launcher/executors/progress.py",
+        "gpu_launcher/cli/**/*.py",
+    ),
     "typer": ("gpu_launcher/cli/**/*.py",),
 }
 # Of these libraries, one file at most may know, wherever it lies.

@@ -1,0 +1,276 @@
+"""A worker of `parallel_map`: sets itself up once, and then works on the records it is dealt.
+
+What it is told, and what it says, is at the top. It notes which record it is at in a file that is mapped into memory,
+which costs nothing and is there to be read whatever ends it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_launcher.errors import OptionError
+from gpu_launcher.executors.record_errors import UnreadableError
+from gpu_launcher.model import Request
+from gpu_launcher.processes import pickling
+from gpu_launcher.processes.messages import Report
+from gpu_launcher.processes.worker import Gate
+
+FLUSH = 0.05
+"""Seconds after which the results so far are sent, though the chunk is not done. As much is lost when a worker dies."""
+NO_RECORD = -1
+
+
+class Positions:
+    """Which record each worker is at, by the worker's seat."""
+
+    def __init__(self, path: Path, seats: int, *, new: bool = False) -> None:
+        """Open what somebody else made, or make it, `new`, for so many seats."""
+        flags = os.O_RDWR | os.O_CLOEXEC | ((os.O_CREAT | os.O_EXCL) if new else 0)
+        descriptor = os.open(path, flags, 0o600)
+        try:
+            if new:
+                # All of it now: on a full disk, writing into a hole of it would kill the writer with SIGBUS.
+                os.posix_fallocate(descriptor, 0, seats * 8)
+            self._map = mmap.mmap(descriptor, seats * 8)
+        finally:
+            os.close(descriptor)
+        self.at = memoryview(self._map).cast("q")
+
+    def close(self) -> None:
+        self.at.release()
+        self._map.close()
+
+
+# What a worker is told.
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """The first thing: where it notes its position."""
+
+    positions: str
+    seats: int
+    seat: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Records to work on, in order."""
+
+    first: int
+    """Index of the first one."""
+    records: bytes
+    """A list, pickled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """There is no more for it to do."""
+
+
+# What it says.
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An exception on its way to another process."""
+
+    exception: bytes
+    traceback: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        """Of an exception that was caught, without the frames of this package."""
+        inner = error.__traceback__
+        while inner is not None and inner.tb_frame.f_code.co_filename == __file__:
+            inner = inner.tb_next
+        text = "".join(traceback.format_exception(type(error), error, inner))
+        return cls(_portable(error), text)
+
+    def read(self) -> BaseException:
+        """The exception, or if it cannot be had, one that says what it was."""
+        try:
+            error = pickling.load(self.exception)
+        except Exception as problem:  # whatever the user's class raises
+            last = self.traceback.strip().rpartition("\n")[2]
+            return UnreadableError(f"{last} (its exception cannot be read here: {type(problem).__name__}: {problem})")
+        assert isinstance(error, BaseException)
+        return error
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """It has set itself up."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotReady:
+    """`setup` raised, and the worker ends."""
+
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What came of the next records that it was dealt."""
+
+    first: int
+    count: int
+    values: bytes
+    """A list, pickled, in which a record that failed has None."""
+    failures: tuple[tuple[int, Failure], ...]
+    """Of those, by position in the list."""
+    seconds: float
+    """What they took, pickling included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Records that it was dealt could not be unpickled; none of them was begun."""
+
+    first: int
+    failure: Failure
+
+
+class RecordWorker:
+    """What runs in each worker. See `gpu_launcher.processes.worker.Program`."""
+
+    def __init__(self, request: Request, setup: Callable[[], Any] | None, function: Callable[..., Any]) -> None:
+        self._request = request
+        self._setup = setup
+        self._function = function
+
+    def __reduce__(self) -> Any:
+        dumped = [
+            _dump_for_spawn(name, thing) for name, thing in (("setup", self._setup), ("function", self._function))
+        ]
+        return _SpawnedRecordWorker, (self._request, *dumped)
+
+    def __call__(self, number: int, spec: Seat, gate: Gate) -> Report:
+        gate.prepared(self._request, None)
+        gate.wait()
+        try:
+            setup, function = self._program()
+            objects = _objects(setup)
+        except BaseException as error:
+            gate.say(NotReady(Failure.of(error)))
+            return Report(False, f"raised {type(error).__name__}: {error}", b"")
+        positions = Positions(Path(spec.positions), spec.seats)
+        positions.at[spec.seat] = NO_RECORD
+        gate.say(Ready())
+        while isinstance(work := gate.hear(), Work):
+            _Chunk(gate, positions.at, spec.seat, function, objects).do(work)
+        return Report(True, None, b"")
+
+    def _program(self) -> tuple[Callable[[], Any] | None, Callable[..., Any]]:
+        return self._setup, self._function
+
+
+class _SpawnedRecordWorker(RecordWorker):
+    """The same in a fresh interpreter. The user's modules are imported late, where an error is the user's to see."""
+
+    def _program(self) -> tuple[Callable[[], Any] | None, Callable[..., Any]]:
+        return pickling.load(self._setup), pickling.load(self._function)  # type: ignore[arg-type]
+
+
+def _dump_for_spawn(name: str, thing: object) -> bytes:
+    try:
+        return pickling.dump(thing)
+    except Exception as error:  # whatever the user's objects raise when they are pickled
+        raise OptionError(
+            name,
+            f"workers start in fresh interpreters (spawn), to which {thing!r} cannot be sent: "
+            f"{type(error).__name__}: {error}. Remedy: build in `setup` what cannot be pickled instead of referring to "
+            'it, or use start_method="fork".',
+        ) from error
+
+
+def _objects(setup: Callable[[], Any] | None) -> tuple[Any, ...]:
+    """What `setup` returns, as arguments."""
+    made = None if setup is None else setup()
+    if made is None:
+        return ()
+    return made if type(made) is tuple else (made,)  # a named tuple is one object
+
+
+class _Chunk:
+    """Works on what was dealt at once."""
+
+    def __init__(
+        self, gate: Gate, at: memoryview, seat: int, function: Callable[..., Any], objects: tuple[Any, ...]
+    ) -> None:
+        self._gate = gate
+        self._at = at
+        self._seat = seat
+        # With nothing else to hand over, calls are a third cheaper without the stars.
+        self._call: Callable[[Any], Any] = (lambda record: function(record, *objects)) if objects else function
+
+    def do(self, work: Work) -> None:
+        began = time.perf_counter()
+        try:
+            records = pickling.load(work.records)
+        except Exception as error:
+            self._gate.say(Unreadable(work.first, Failure.of(error)))
+            return
+        first = work.first
+        values: list[Any] = []
+        failures: dict[int, Failure] = {}
+        # Looked up once: records may take less than a microsecond.
+        at, seat, call, clock = self._at, self._seat, self._call, time.perf_counter
+        flush_at = began + FLUSH
+        for index, record in enumerate(records, work.first):
+            at[seat] = index
+            try:
+                values.append(call(record))
+            except BaseException as error:
+                failures[len(values)] = Failure.of(error)
+                values.append(None)
+            if clock() >= flush_at:
+                self._send(first, values, failures, began)
+                first, values, failures, began = index + 1, [], {}, clock()
+                flush_at = began + FLUSH
+        if values:
+            self._send(first, values, failures, began)
+        at[seat] = NO_RECORD
+
+    def _send(self, first: int, values: list[Any], failures: dict[int, Failure], began: float) -> None:
+        known = pickling.main_namespace()
+        try:
+            dumped = pickling.dump(values, known)
+        except Exception:
+            _replace_unpicklable(values, failures)
+            dumped = pickling.dump(values, known)
+        in_order = tuple(sorted(failures.items()))
+        self._gate.say(Results(first, len(values), dumped, in_order, time.perf_counter() - began))
+
+
+def _replace_unpicklable(values: list[Any], failures: dict[int, Failure]) -> None:
+    for position, value in enumerate(values):
+        try:
+            pickling.dump(value, pickling.main_namespace())
+        except Exception as error:
+            failures[position] = Failure.of(error)
+            values[position] = None
+
+
+def _portable(error: BaseException) -> bytes:
+    """The exception in a form that can be read, if there is one."""
+    try:
+        dumped = pickling.dump(error, pickling.main_namespace())
+        pickling.load(dumped)  # many an exception can be pickled, and not unpickled
+    except Exception:
+        last = traceback.format_exception_only(type(error), error)[-1].strip()
+        return pickling.dump(UnreadableError(f"{last} (its exception cannot be pickled)"))
+    return dumped
+
+
+def names(devices: Sequence[Any]) -> str:
+    """What messages call the devices of a worker."""
+    return ", ".join(device.label for device in devices)

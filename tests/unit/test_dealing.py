@@ -1,0 +1,149 @@
+"""What is dealt next and what comes out, under random histories: the state alone, without any process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpu_launcher.executors.dealing import MOST_BYTES, TARGET, WINDOW, Chunk, Dealer, Raised
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def dealer(records: Any, *, ordered: bool = True, read_ahead: int | None = None, clock: Clock | None = None) -> Dealer:
+    return Dealer(iter(records), ordered=ordered, read_ahead=read_ahead, clock=clock or Clock())
+
+
+@given(
+    count=st.integers(0, 100),
+    ordered=st.booleans(),
+    read_ahead=st.none() | st.integers(1, 40),
+    dice=st.randoms(use_true_random=False),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_record_comes_out_once_whatever_dies_and_in_order_if_that_is_wanted(
+    count: int, ordered: bool, read_ahead: int | None, dice: Any
+) -> None:
+    deal = dealer(range(count), ordered=ordered, read_ahead=read_ahead)
+    working: list[list[Chunk]] = [[] for _ in range(3)]
+    results: list[int] = []
+    deaths: dict[int, int] = {}
+    while not (deal.over and not deal.ready):
+        assert deal.read - deal.taken <= (read_ahead or WINDOW)
+        moves = ["deal", "part", "die", "take", "separate"]
+        move = dice.choice(moves)
+        worker = dice.choice(working)
+        if move == "deal" and len(worker) < deal.ahead:
+            if (chunk := deal.deal(3)) is not None:
+                worker.append(chunk)
+            elif not any(working) and not deal.ready:
+                assert deal.over, "nobody has anything to do, and it is not over"
+        elif move == "part" and worker:
+            chunk = worker[0]
+            done = dice.randint(1, len(chunk.records))
+            first, records = chunk.first, chunk.records[:done]
+            chunk.done(done)
+            if not chunk.records:
+                worker.pop(0)
+            deal.measured(done, done * dice.choice([1e-6, 1e-3, 0.2]), 10 * done)
+            deal.put(first, list(records), {})
+        elif move == "die" and worker and dice.random() < 0.3:
+            chunk = worker[0]
+            at = chunk.first + dice.randrange(len(chunk.records)) if dice.random() < 0.8 else -1
+            culprit = deal.lost(worker, at)
+            worker.clear()
+            assert (culprit is None) == (at == -1)
+            if culprit is not None:
+                assert (culprit.first, culprit.records) == (at, [at])
+                deaths[at] = deaths.get(at, 0) + 1
+                assert culprit.tries == deaths[at]
+                if culprit.tries == 2:
+                    deal.put(at, [at], {})
+                else:
+                    deal.give_back(culprit)
+        elif move == "separate" and worker:
+            deal.separate(worker.pop())
+        elif move == "take" and deal.ready:
+            results += deal.take(dice.randint(1, 50))
+    assert (results if ordered else sorted(results)) == list(range(count))
+
+
+def test_what_the_records_raise_keeps_those_before() -> None:
+    def records() -> Iterator[int]:
+        yield from range(5)
+        raise ValueError("half-way")
+
+    deal = dealer(records())
+    deal.measured(1, 1e-6, 1)
+    chunk = deal.deal(2)
+    assert chunk is not None
+    assert chunk.records == [0, 1, 2, 3, 4]
+    assert str(deal.error) == "half-way"
+    assert deal.exhausted
+    assert not deal.over
+
+
+def test_chunks_grow_until_they_take_long_enough() -> None:
+    deal = dealer(range(10**6))
+    sizes = []
+    for _ in range(8):
+        chunk = deal.deal(1)
+        assert chunk is not None
+        sizes.append(len(chunk.records))
+        deal.measured(len(chunk.records), len(chunk.records) * 1e-4, 0)
+        deal.put(chunk.first, chunk.records, {})
+        while deal.ready:
+            deal.take(10**6)
+    assert sizes[:3] == [1, 32, 300]
+    assert sizes[-1] * 1e-4 == pytest.approx(TARGET, rel=0.02)
+
+
+def test_slow_and_large_records_are_dealt_one_by_one() -> None:
+    slow = dealer(range(100))
+    slow.measured(1, 1.0, 10)
+    assert slow.ahead == 1
+    large = dealer(range(100))
+    large.measured(1, 1e-6, 2 * MOST_BYTES)
+    for deal in (slow, large):
+        chunk = deal.deal(2)
+        assert chunk is not None
+        assert len(chunk.records) == 1
+
+
+def test_a_chunk_goes_out_as_it_is_when_records_are_slow_in_coming() -> None:
+    clock = Clock()
+
+    def records() -> Iterator[int]:
+        for number in range(1000):
+            clock.now += 1
+            yield number
+
+    deal = dealer(records(), clock=clock)
+    deal.measured(1, 1e-6, 1)
+    chunk = deal.deal(1)
+    assert chunk is not None
+    assert len(chunk.records) == 1
+
+
+def test_an_error_to_be_raised_comes_in_its_place() -> None:
+    deal = dealer(range(10))
+    for _ in range(3):
+        deal.deal(1)
+    error = ValueError("at 1")
+    deal.put(1, [None], {0: Raised(error, RuntimeError("why"))})
+    assert not deal.ready
+    deal.put(0, ["zero"], {})
+    assert deal.take(10) == ["zero"]
+    with pytest.raises(ValueError, match="at 1"):
+        deal.take(10)
+    assert deal.deal(1) is None, "no more records are begun"
