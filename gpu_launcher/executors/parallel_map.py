@@ -36,6 +36,7 @@ from gpu_launcher.jobs.remote import (
 )
 from gpu_launcher.jobs.where import Where, this_program
 from gpu_launcher.model import MILLIONTHS, Device, Request
+from gpu_launcher.pool import Pool
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.starter import StartMethod
 from gpu_launcher.requests import read_request
@@ -61,7 +62,7 @@ def parallel_map(
     priority: int = 0,
     ordered: bool = True,
     on_error: Literal["raise", "return"] = "raise",
-    pool: Where | None = None,
+    pool: Pool | None = None,
     progress: bool = True,
     total: int | None = None,
     read_ahead: int | None = None,

@@ -18,6 +18,7 @@ from gpu_launcher.executors.calls import Calls
 from gpu_launcher.executors.courier import BrokenPoolExecutor, Courier, Submitted
 from gpu_launcher.jobs.remote import Remarked, RemoteLoop
 from gpu_launcher.jobs.where import Where, this_program
+from gpu_launcher.pool import Pool
 from gpu_launcher.processes.starter import StartMethod
 from gpu_launcher.requests import read_request
 
@@ -48,7 +49,7 @@ class PoolExecutor(Executor):
         memory: object = None,
         priority: int = 0,
         timeout: object = None,
-        pool: Where | None = None,
+        pool: Pool | None = None,
         start_method: StartMethod = "auto",
     ) -> None:
         """Say what each call needs. Nothing is started before the first `submit`.

@@ -7,7 +7,7 @@ objective asks of its trial, and tells the trial when the objective has ended. T
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import optuna
 from optuna.progress_bar import _ProgressBar
@@ -16,9 +16,8 @@ from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.remote import RemoteLoop
-from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.jobs.where import Where, this_program
-from gpu_launcher.model import Request
+from gpu_launcher.pool import Pool
 from gpu_launcher.processes.starter import StartMethod
 from gpu_launcher.requests import read_number, read_request
 from gpu_launcher.studies.conductor import Bounds, Callback, Conductor, log
@@ -28,13 +27,6 @@ from gpu_launcher.studies.settling import settle
 
 NEVER = -1
 """For `settle`: no trial is queued again, not even one that never ran."""
-
-
-class Pool(Protocol):
-    """Which devices of which pool to use, as `gpu_launcher.jobs.where.Where` says it."""
-
-    def options(self, request: Request, max_parallel: int | None = None) -> Options:
-        """How to run jobs there."""
 
 
 def optimize(
