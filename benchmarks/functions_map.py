@@ -142,9 +142,9 @@ def one(how: str, work: Callable[[int], int], count: int) -> dict[str, float]:
 
 
 def _pool(directory: str) -> Any:
-    from gpu_launcher.jobs.where import Where
+    from gpu_launcher import Pool
 
-    return Where(devices="simulated:1", pool_dir=f"{directory}/pool")
+    return Pool(devices="simulated:1", pool_dir=f"{directory}/pool")
 
 
 def _timed(results: Any, count: int) -> tuple[float, float]:

@@ -32,11 +32,10 @@ def sleep(seconds: float) -> int:
 
 @contextmanager
 def gpu_launcher(workers: int, gpus: int = 1, method: str = "fork") -> Iterator[Map]:
-    from gpu_launcher import PoolExecutor
-    from gpu_launcher.jobs.where import Where
+    from gpu_launcher import Pool, PoolExecutor
 
     with tempfile.TemporaryDirectory() as directory:
-        pool = Where(f"simulated:{workers}", directory)
+        pool = Pool(f"simulated:{workers}", directory)
         with PoolExecutor(gpus, workers, pool=pool, start_method=method) as executor:
             yield lambda function, values: list(executor.map(function, values))
 

@@ -14,8 +14,7 @@ from concurrent.futures import as_completed
 import numpy as np
 from sklearn.datasets import load_digits
 
-from gpu_launcher import PoolExecutor
-from gpu_launcher.jobs.where import Where
+from gpu_launcher import Pool, PoolExecutor
 
 FOLDS = 5
 
@@ -37,7 +36,7 @@ def main() -> None:
     parser.add_argument("--devices", default="auto", help="which devices to use")
     devices = parser.parse_args().devices
     ridges = [0.1, 10.0, 1000.0, -1.0]
-    with PoolExecutor(gpus=1, pool=Where(devices)) as executor:
+    with PoolExecutor(gpus=1, pool=Pool(devices)) as executor:
         calls = {executor.submit(accuracy, fold, ridge): ridge for ridge in ridges for fold in range(FOLDS)}
         found: dict[float, list[float]] = {}
         failed: dict[float, str] = {}

@@ -87,7 +87,7 @@ Start = Callable[..., RemoteLoop]
 def start(tmp_path: Path) -> Iterator[Start]:
     loops = []
 
-    def start(devices: str = "simulated:2", method: Any = "auto") -> RemoteLoop:
+    def start(devices: str = "simulated:2", method: Any = "fork") -> RemoteLoop:
         options = Where(devices, tmp_path / "pool").options(Request.of(1))
         loops.append(RemoteLoop(Program(), options, "a test", method=method))
         return loops[-1]
@@ -218,7 +218,7 @@ def test_a_thread_of_which_nothing_is_known_keeps_jobs_from_being_forked(start: 
     thread = threading.Thread(target=over.wait, name="somebody")
     thread.start()
     try:
-        loop = start()
+        loop = start(method="auto")
         assert loop.open().method == "spawn"
         assert "somebody" in hear(loop, Remarked).text + hear(loop, Remarked).text
     finally:
