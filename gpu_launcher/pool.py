@@ -17,7 +17,9 @@ from types import TracebackType
 from gpu_launcher.devices import Links, select_devices
 from gpu_launcher.devices.specification import read_specification
 from gpu_launcher.durations import read_duration
+from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.grants import Telling
+from gpu_launcher.jobs.remote import Remarked
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.jobs.watch import links_among
 from gpu_launcher.jobs.where import Where
@@ -62,7 +64,7 @@ class _Entrance:
             telling = Telling(by_uuid=selection.by_uuid)
             self._machine = _Machine(selection.devices, links_among(selection.devices), telling)
             for notice in selection.notices:
-                LOG.warning(notice)
+                remarks.log(Remarked(notice))
         return self._machine
 
     def open(self, tell: Callable[[str], None]) -> WaitingRoom:

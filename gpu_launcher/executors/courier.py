@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpu_launcher.errors import GpuLauncherError, JobError, JobTimeoutError, UnpicklableError
-from gpu_launcher.executors import remarks
 from gpu_launcher.executors.calls import Call
 from gpu_launcher.executors.packing import Raised, RemoteTraceback, Returned, describe, pack
+from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Cause, Job, JobResult

@@ -17,11 +17,11 @@ from gpu_launcher.executors import record_worker as w
 from gpu_launcher.executors.dealing import Chunk, Dealer, Raised
 from gpu_launcher.executors.progress import Bar, open_bar
 from gpu_launcher.executors.record_errors import RecordError, RemoteTraceback, UnreadableError, WorkerDiedError
-from gpu_launcher.executors.remarks import log
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.progress.text import count, device_counts
+from gpu_launcher.jobs.remarks import log
 from gpu_launcher.jobs.remote import (
     Closed,
     Ended,
@@ -115,8 +115,8 @@ def parallel_map(
     loop = RemoteLoop(w.RecordWorker(request, setup, function), options, this_program(), method=start_method)
     try:
         opened = loop.open()
-        for text in loop.remarks:
-            log(Remarked(text))
+        for remark in loop.remarks:
+            log(remark)
         most = _most_workers(num_workers, request, opened)
         seats = w.Positions(loop.directory / "positions", most, new=True)
         engine = _Engine(loop, dealer, seats, most, returning=on_error == "return")

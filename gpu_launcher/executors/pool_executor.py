@@ -13,10 +13,10 @@ from types import TracebackType
 from typing import Any, ParamSpec, TypeVar, get_args
 
 from gpu_launcher.errors import OptionError
-from gpu_launcher.executors import remarks
 from gpu_launcher.executors.calls import Calls
 from gpu_launcher.executors.courier import BrokenPoolExecutor, Courier, Submitted
-from gpu_launcher.jobs.remote import Remarked, RemoteLoop
+from gpu_launcher.jobs import remarks
+from gpu_launcher.jobs.remote import RemoteLoop
 from gpu_launcher.jobs.where import Where, this_program
 from gpu_launcher.pool import Pool
 from gpu_launcher.processes.starter import StartMethod
@@ -176,8 +176,8 @@ class PoolExecutor(Executor):
         loop = RemoteLoop(Calls(self._request), self._options, this_program(), method=self._start_method)
         try:
             loop.open()
-            for text in loop.remarks:
-                remarks.log(Remarked(text))
+            for remark in loop.remarks:
+                remarks.log(remark)
             courier = Courier(loop)
         except BaseException:
             loop.close()

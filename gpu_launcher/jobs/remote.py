@@ -156,7 +156,7 @@ class RemoteLoop:
         self._channel, theirs = channel()
         self._process = os.getpid()
         self._saying = threading.Lock()
-        self.remarks: list[str] = []
+        self.remarks: list[Remarked] = []
         """Lines for the user that were said before it was open."""
         self.known: Mapping[str, object] = dict(main_namespace())
         """What the jobs' `__main__` has, by name."""
@@ -184,8 +184,8 @@ class RemoteLoop:
                     if opened.method == "spawn":
                         self.known = NOTHING
                     return opened
-                case Remarked(text):
-                    self.remarks.append(text)
+                case Remarked() as remark:
+                    self.remarks.append(remark)
                 case Closed(error):
                     self.close()
                     raise error or ManagerDiedError("the process that starts jobs has ended")

@@ -21,7 +21,7 @@ from optuna.progress_bar import _ProgressBar
 from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.errors import GpuLauncherError, JobError
-from gpu_launcher.jobs import remote
+from gpu_launcher.jobs import remarks, remote
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Cause, Job, JobResult
@@ -176,8 +176,8 @@ class Conductor:
                     self._ended(job, ending)
                 case remote.Ended(result):
                     self._gone(result)
-                case remote.Remarked(text):
-                    log.warning(text)
+                case remote.Remarked() as remark:
+                    remarks.log(remark)
                 case remote.Closed(error):
                     self._closed = True
                     if error is not None:

@@ -14,6 +14,7 @@ from optuna.progress_bar import _ProgressBar
 
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import OptionError
+from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.remote import RemoteLoop
 from gpu_launcher.jobs.where import Where, this_program
@@ -93,10 +94,10 @@ def optimize(
     try:
         loop.open()
         for remark in loop.remarks:
-            log.warning(remark)
+            remarks.log(remark)
         with working(sweep):
-            for remark in settle(study, sweep, again or NEVER):
-                log.warning(remark)
+            for line in settle(study, sweep, again or NEVER):
+                log.warning(line)
             bar = _ProgressBar(show_progress_bar, bounds.n_trials, bounds.timeout)
             try:
                 run = Conductor(

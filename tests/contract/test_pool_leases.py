@@ -321,8 +321,6 @@ def test_it_is_said_once_for_whom_somebody_waits(
     assert other.line() == "held"
     with caplog.at_level(logging.WARNING, "gpu_launcher"):
         assert len(pool.devices) == 4
-        assert "4 devices are simulated" in caplog.messages[0]
-        caplog.clear()
         with pytest.raises(LeaseTimeout):
             pool.lease(timeout=0.3)
         assert caplog.messages == [], "a moment is not worth a word"

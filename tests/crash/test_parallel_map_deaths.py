@@ -21,9 +21,9 @@ from typing import Any
 import psutil
 import pytest
 
-from gpu_launcher.executors import remarks
 from gpu_launcher.executors.parallel_map import parallel_map
 from gpu_launcher.executors.record_errors import RecordError, WorkerDiedError
+from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.remote import ManagerDiedError
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.leases import FileLedger, resolve_pool_directory

@@ -60,11 +60,12 @@ def _commands(*, with_output: bool) -> list[tuple[str, str]]:
 def test_a_command_of_the_readme_prints_what_the_readme_says(command: str, expected: str, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     environment = {**os.environ, "GPU_LAUNCHER_POOL_DIR": str(tmp_path / "pool")}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     program, *arguments = shlex.split(command)
-    assert program == "python"
+    line = {"python": [sys.executable], "gpu-launcher": [sys.executable, "-m", "gpu_launcher.cli"]}[program]
 
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [*line, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
 
     assert not _missing(expected, done.stderr), done.stderr
@@ -88,6 +89,17 @@ def test_a_command_of_the_readme_works_in_the_readers_own_program(command: str, 
 
     assert done.returncode == 0, done.stderr
     assert re.search(r"(\d) jobs: \1 completed", done.stderr), done.stderr
+
+
+def test_the_python_of_the_readme_prints_what_the_readme_says(tmp_path: Path) -> None:
+    found = re.findall(
+        r"^```python\n(import os\n.*?)^```\n\n```text\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE
+    )
+    ((program, expected),) = found
+    (tmp_path / "program.py").write_text(program)
+    environment = {**os.environ, "GPU_LAUNCHER_POOL_DIR": str(tmp_path / "pool")}
+    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (expected, "")
 
 
 def test_the_readme_has_commands_to_run() -> None:

@@ -23,9 +23,9 @@ import psutil
 import pytest
 
 from gpu_launcher.errors import OptionError
-from gpu_launcher.executors import remarks
 from gpu_launcher.executors.parallel_map import parallel_map
 from gpu_launcher.executors.record_errors import RecordError, UnreadableError
+from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
 

@@ -28,7 +28,7 @@ import pytest
 
 from gpu_launcher import PoolExecutor
 from gpu_launcher.errors import JobError, JobTimeoutError, OptionError, PoolDirectoryError, UnpicklableError
-from gpu_launcher.executors import remarks
+from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.where import Where
 
 METHODS = ["fork", "spawn"]

@@ -1,4 +1,4 @@
-"""What the pool has to say to the user of a function, who has no display."""
+"""What the pool has to say to programs that have no display: it is logged."""
 
 from __future__ import annotations
 
