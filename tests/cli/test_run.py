@@ -526,7 +526,7 @@ def test_without_its_witness_it_goes_on_and_signals_for_all_arrive(start: Callab
     run.send(signal.SIGTERM)
     assert run.line() == "SIGTERM"
     os.killpg(run.process.pid, signal.SIGUSR1)
-    assert run.line() == "SIGUSR1"
+    assert run.line() in ("SIGUSR1", "SIGUSR1SIGUSR1"), "it may come twice then, also into its own handler"
     (tmp_path / "gate").touch()
     assert run.wait() == 0
 
@@ -675,9 +675,11 @@ def test_programs_that_own_the_terminal_work_in_it(shell: Shell) -> None:
     shell.terminal.press("\x1a")
     shell.shows("Stopped", "inner> ")
     shell.says("fg", "sleep 600")
-    for _ in range(100):  # the shell says what it continues just before it gives it the terminal
+    for _ in range(10):  # the shell says what it continues just before it gives it the terminal
         shell.terminal.press("\x03")
-        shell.terminal._read()
+        end = time.monotonic() + 2
+        while "inner> " not in shell.terminal.text and time.monotonic() < end:
+            shell.terminal._read()
         if "inner> " in shell.terminal.text:
             break
     shell.shows("inner> ")
