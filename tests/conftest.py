@@ -18,7 +18,7 @@ GIB = 2**30
 
 
 def pytest_configure() -> None:
-    """Where a script runs the tests in its background, or nohup, signals are ignored, and would be in all they start."""
+    """Where a script or nohup runs the tests, signals may be ignored, and would be in all that they start."""
     for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(signum) is signal.SIG_IGN:
             signal.signal(signum, handler)
