@@ -213,16 +213,6 @@ class RemoteLoop:
         except (ChannelClosedError, OSError):
             raise self._died() from None
 
-    def interrupt(self) -> None:
-        """Have all jobs ended as a user's Ctrl-C ends a sweep: interrupted, and killed if that takes too long.
-
-        What they say meanwhile is still to be received, until it is Closed; or ManagerDiedError is raised if there was
-        nothing yet to interrupt.
-        """
-        if self._process == os.getpid() and self._pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid, signal.SIGTERM)
-
     def close(self) -> None:
         """End the manager, and with it every job that still runs. Idempotent. Nothing happens in a forked process."""
         if self._process != os.getpid() or self._pid is None:

@@ -281,7 +281,7 @@ class Conductor:
         """Give the trials that run some time to end, unless the user is impatient."""
         self._interrupted = True
         with suppress(KeyboardInterrupt, GpuLauncherError):
-            self._loop.interrupt()
+            self._loop.say(s.Stop())
             self._serve(time.monotonic() + GRACE + ENDING)
 
     def _give_up(self, error: BaseException) -> None:
