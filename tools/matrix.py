@@ -105,7 +105,7 @@ NOT_COPIED = shutil.ignore_patterns("__pycache__", "outputs", "multirun")
 
 RUNNING: set[subprocess.Popen[bytes]] = set()
 """Commands of all environments, each in a session of its own."""
-LIMIT = 20 * 60  # seconds for each step; far more than it needs
+LIMIT = 40 * 60  # seconds for each step; more than it needs on a busy machine
 
 CHECK_INSTALLED = """
 import importlib.metadata as metadata, pathlib, sys

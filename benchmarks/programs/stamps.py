@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core import utils as hydra_utils
 
 from gpu_launcher.jobs.loop import JobLoop
-from gpu_launcher.processes import supervisor, worker
+from gpu_launcher.processes import supervisor, tree, worker
 from hydra_plugins.gpu_pool_launcher import _program
 
 _target = -1
@@ -31,7 +31,7 @@ def install(path: str) -> None:
     _wrap(worker, "_write_whole", before="pickled", after="written")
     _wrap(worker, "_finish", after="finished")
     # In its supervisor: `_note(self, pid, status)`
-    _wrap(supervisor._Supervision, "_note", before="reaped", pid=lambda _, pid, status: pid)
+    _wrap(tree.ProcessTree, "_note", before="reaped", pid=lambda _, pid, status: pid)
     _wrap(supervisor, "send", before="reported", pid=lambda *rest: None)
     # In the launching program
     _wrap(JobLoop, "_ended", before="exited", number=lambda _, number: number)
