@@ -97,7 +97,7 @@ def main() -> None:
             gpus=options.gpus,
             total=options.records,
         )
-        print(f"{name}: accuracy {mean(scores):.3f}")
+        print(f"{name}: accuracy {mean(list(scores)):.3f}")
 
 
 if __name__ == "__main__":
