@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import shutil
 import signal
@@ -22,6 +24,10 @@ def pytest_configure() -> None:
     for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(signum) is signal.SIG_IGN:
             signal.signal(signum, handler)
+    with contextlib.suppress(
+        ImportError
+    ):  # a progress bar's thread would outlive its test, and keep others from forking
+        importlib.import_module("tqdm").tqdm.monitor_interval = 0
 
 
 @dataclass

@@ -61,8 +61,6 @@ PACKAGED = (
     "tests/crash/test_stress.py",
 )
 """What depends on what was packaged, and, where they run, the slow tests."""
-ON_NEWEST = (*DEPENDENT, "tests/studies", "tests/executors")
-"""With CPython's own tests of executors, for which its package `test` is needed."""
 DISTRIBUTED = (
     *PACKAGED,
     "tests/hydra/test_existing_programs.py",
@@ -96,7 +94,9 @@ ENVIRONMENTS = (
         histories=100_000,
     ),
     Environment("3.10", hydra="1.3.2", optuna="4.8.0", artifact="tree", tests=(*DEPENDENT, "tests/studies")),
-    Environment("3.13", hydra="1.4.0rc3", optuna="5.0.0", artifact="tree", tests=ON_NEWEST, beside=SWEEPERS),
+    Environment(
+        "3.13", hydra="1.4.0rc3", optuna="5.0.0", artifact="tree", tests=(*DEPENDENT, "tests/studies"), beside=SWEEPERS
+    ),
 )
 
 # What the tests read, apart from the packages.
