@@ -46,6 +46,8 @@ bench: $(INSTALLED) ## the benchmarks, each against the launchers it is compared
 	$(BIN)/python benchmarks/launch_overhead.py
 	$(BIN)/python benchmarks/async_vs_batch.py
 	$(BIN)/python benchmarks/reporting.py
+	$(BIN)/python benchmarks/functions.py --rounds 1
+	$(BIN)/python benchmarks/functions_map.py
 	$(BIN)/python benchmarks/functions.py
 
 clean: ## remove what make made

@@ -1,7 +1,6 @@
 """What calling functions in other processes costs: our executor beside others.
 
-    python benchmarks/functions.py                 all parts: ten minutes
-    python benchmarks/functions.py executor        one
+    python benchmarks/functions.py                 half an hour, most of which others take
     python benchmarks/functions.py --quick         seconds: whether it works
 
 See README.md here for what each part measures.
@@ -16,8 +15,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -53,15 +50,14 @@ EXECUTORS = {
 def main() -> int:
     options = _options()
     console = Console(width=None if sys.stdout.isatty() else 150)
-    results: Results = {"machine": machine.describe(), "quick": options.quick, "parts": {}}
+    results: Results = {"machine": machine.describe(), "quick": options.quick}
     about = results["machine"]
     console.print(
         f"{about['date']}: {about['cores']} cores, Linux {about['kernel']}, Python {about['python']}, "
         f"load {' '.join(map(str, about['load_average']))}",
         highlight=False,
     )
-    for part in options.parts:
-        results["parts"][part] = PARTS[part](options, console)
+    results["executor"] = _executor(options, console)
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=2) + "\n")
     return 0
@@ -69,15 +65,10 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="few and short calls, one round")
     parser.add_argument("--json", metavar="FILE", help="write the results there as well")
     parser.add_argument("--rounds", type=int, default=3, help="how often each measurement is repeated")
-    options = parser.parse_args()
-    options.parts = options.parts or list(PARTS)
-    for wrong in [part for part in options.parts if part not in PARTS]:
-        parser.error(f"there is no part {wrong!r}: choose from {', '.join(PARTS)}")
-    return options
+    return parser.parse_args()
 
 
 def _executor(options: argparse.Namespace, console: Console) -> Results:
@@ -182,11 +173,6 @@ def _run(name: str, what: str, calls: int, seconds: float | None = None) -> Resu
             raise ProgramError(f"{name}: {errors.read()}")
     measured: Results = json.loads(out)
     return {**measured, "others": others.cores(measured["cpu"])}
-
-
-PARTS: dict[str, Callable[[argparse.Namespace, Console], Results]] = {"executor": _executor}
-if find_spec("functions_map") is not None:
-    PARTS["map"] = import_module("functions_map").measure
 
 
 if __name__ == "__main__":
