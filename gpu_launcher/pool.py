@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import select
-import sys
 import time
 import warnings
 from collections.abc import Callable, Generator
@@ -22,7 +21,7 @@ from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.remote import Remarked
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.jobs.watch import links_among
-from gpu_launcher.jobs.where import Where
+from gpu_launcher.jobs.where import Where, this_program
 from gpu_launcher.leases import FileLedger, choose_pool_directory, resolve_pool_directory
 from gpu_launcher.leases import Lease as Held
 from gpu_launcher.lending.lease import Lease
@@ -278,5 +277,4 @@ def _read(gpus: object, memory: object, priority: object, timeout: object) -> tu
 
 
 def _owner() -> Owner:
-    script = sys.argv[0] if sys.argv else ""
-    return Owner(os.getpid(), user_name(os.getuid()), Path(script).name if script not in ("", "-c") else "python")
+    return Owner(os.getpid(), user_name(os.getuid()), this_program())

@@ -1,6 +1,6 @@
 """From what users write to requests: the same values mean the same in Hydra's options and on the command line.
 
-`prefix` is what stands before an option's name in errors, such as `hydra.launcher.`.
+Errors name options as they are named here; who reads what users wrote spells them as users do (`OptionError.written`).
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from gpu_launcher.model import MOST_PRIORITY, Request
 from gpu_launcher.sizes import read_memory
 
 
-def read_request(options: Mapping[str, object], prefix: str = "") -> Request:
+def read_request(options: Mapping[str, object]) -> Request:
     """What one job needs, from `gpus`, `memory`, `priority`, `timeout` and `stagger`, each of which may be left out.
 
     Raises OptionError.
     """
-    memory = _memory(options.get("memory"), f"{prefix}memory")
-    gpus = _gpus(options.get("gpus"), f"{prefix}gpus")
+    memory = _memory(options.get("memory"), "memory")
+    gpus = _gpus(options.get("gpus"), "gpus")
     if gpus is None and memory is None:
         gpus = 1
     if gpus == 0 and memory is not None:
-        raise OptionError(f"{prefix}memory", "a job without a GPU has no GPU memory: leave it out, or ask for a GPU")
+        raise OptionError("memory", "a job without a GPU has no GPU memory: leave it out, or ask for a GPU")
     return Request.of(
         gpus,
         memory,
-        priority=_priority(options.get("priority", 0), f"{prefix}priority"),
-        timeout=_timeout(options.get("timeout"), f"{prefix}timeout"),
-        stagger=read_duration(options.get("stagger", 0), f"{prefix}stagger"),
+        priority=_priority(options.get("priority", 0), "priority"),
+        timeout=_timeout(options.get("timeout"), "timeout"),
+        stagger=read_duration(options.get("stagger", 0), "stagger"),
     )
 
 

@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
-from gpu_launcher.devices import ConditionMonitor, Links, NvmlProbe, Selection, select_devices
+from gpu_launcher.devices import ConditionMonitor, Links, Selection, select_devices
 from gpu_launcher.errors import GpuLauncherError, OptionError
 from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.machine import ENDING
 from gpu_launcher.jobs.progress.text import count, duration, one_line
 from gpu_launcher.jobs.waiting import WaitingRequest, refuse
-from gpu_launcher.jobs.watch import DeviceWatch
+from gpu_launcher.jobs.watch import DeviceWatch, links_among
 from gpu_launcher.leases import FileLedger, Lease, resolve_pool_directory
-from gpu_launcher.model import Device, DeviceKind, Owner, Request
+from gpu_launcher.model import Device, Owner, Request
 from gpu_launcher.processes.command import CommandError, Ended, InterruptedBySignal, check_command, run_command
 from gpu_launcher.processes.signals import HARMLESS, STOPS, CommandSignals
 from gpu_launcher.sizes import show_memory
@@ -253,5 +253,4 @@ def describe(request: Request) -> str:
 
 def _links(request: Request, devices: tuple[Device, ...]) -> Links | None:
     """How GPUs are connected, if there is a choice of several."""
-    real = tuple(device for device in devices if device.kind is DeviceKind.GPU)
-    return NvmlProbe().links(real) if request.gpus > 1 and len(real) > request.gpus else None
+    return links_among(devices) if 1 < request.gpus < len(devices) else None

@@ -145,10 +145,6 @@ class Dealer:
                 self.give_back(chunk)
         return culprit
 
-    def stop_reading(self) -> None:
-        """No more records are wanted."""
-        self.exhausted = True
-
     def _read(self, count: int, workers: int) -> bool:
         """Read a chunk of at most so many; whether there was any."""
         count = min(count, self._window(workers) - (self.read - self.taken))

@@ -43,4 +43,5 @@ class Where:
 
 def this_program() -> str:
     """What others who wait for devices are told of this program."""
-    return Path(sys.argv[0]).name or "python"
+    script = sys.argv[0] if sys.argv else ""
+    return Path(script).name if script not in ("", "-c") else "python"
