@@ -6,7 +6,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup demo test matrix soak bench clean
+HALF := tests/cli tests/contract tests/executors
+
+.PHONY: help setup demo test tests-one-half tests-other-half matrix soak bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -33,7 +35,11 @@ test: $(INSTALLED) ## lint, types and all tests but the slow ones
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m 'not slow'
+	@echo 'running the tests in two halves side by side; each is shown when it has ended, in some ten minutes'
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target tests-one-half tests-other-half
+
+tests-one-half tests-other-half: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'not slow' $(if $(filter tests-one-half,$@),$(HALF),tests $(HALF:%=--ignore=%))
 
 matrix: $(INSTALLED) ## the tests against installed packages, on several Pythons, Hydras and Optunas
 	$(BIN)/python tools/matrix.py $(MATRIX)

@@ -11,8 +11,12 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 REPOSITORY = Path(__file__).parents[1]
 SOURCE = REPOSITORY / "tests" / "nvml_double" / "nvml_double.c"
@@ -28,6 +32,19 @@ def pytest_configure() -> None:
         ImportError
     ):  # a progress bar's thread would outlive its test, and keep others from forking
         importlib.import_module("tqdm").tqdm.monitor_interval = 0
+
+
+@pytest.fixture(autouse=True)
+def environment_left_as_found() -> Iterator[None]:
+    """What one test leaves in the environment, every process of the tests after it would have."""
+    before = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    yield
+    after = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    if after != before:
+        os.environ.clear()
+        os.environ.update(before)
+        changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+        pytest.fail(f"the test left the environment changed: {', '.join(sorted(changed))}")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import shlex
@@ -13,18 +14,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
-from gpu_launcher.devices import ConditionMonitor, Links, Selection, select_devices
+from gpu_launcher.devices import Links, select_devices
 from gpu_launcher.errors import GpuLauncherError, OptionError
 from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.machine import ENDING
-from gpu_launcher.jobs.progress.text import count, duration, one_line
-from gpu_launcher.jobs.waiting import WaitingRequest, refuse
-from gpu_launcher.jobs.watch import DeviceWatch, links_among
+from gpu_launcher.jobs.progress.text import duration, one_line
+from gpu_launcher.jobs.refusing import refuse
+from gpu_launcher.jobs.watch import links_among
 from gpu_launcher.leases import FileLedger, Lease, resolve_pool_directory
+from gpu_launcher.lending.room import WaitingRoom, describe_request
 from gpu_launcher.model import Device, Owner, Request
 from gpu_launcher.processes.command import CommandError, Ended, InterruptedBySignal, check_command, run_command
 from gpu_launcher.processes.signals import HARMLESS, STOPS, CommandSignals
-from gpu_launcher.sizes import show_memory
 from gpu_launcher.users import user_name
 
 TIMED_OUT = 124
@@ -90,16 +91,27 @@ def _run(command: Sequence[str], options: Options) -> NoReturn:
     directory = resolve_pool_directory(options.pool_dir)
     # Not before: nothing ends a program that has blocked all signals and waits for a driver that hangs.
     signals = CommandSignals()
-    with _dying_of_signals(signals), FileLedger(directory, warn=_tell) as ledger:
-        lease = _wait_for_devices(command, options, selection, links, ledger, signals)
+    with _dying_of_signals(signals), contextlib.ExitStack() as stack:
+        ledger = stack.enter_context(FileLedger(directory, warn=_tell))
+        announcements = _Announcements()
+        room = WaitingRoom(
+            selection.devices,
+            ledger,
+            busy_memory=options.busy_memory,
+            tell=announcements.tell,
+            clock=time.monotonic,
+            links=links,
+        )
+        stack.callback(room.close)
+        lease = _wait_for_devices(command, options, room, signals)
+        room.stop_watching()
         devices = {device.uuid: device for device in selection.devices}
         granted = [devices[uuid] for uuid in lease.uuids]
+        announcements.granted(granted)
         telling = Telling(by_uuid=selection.by_uuid).environment(granted, lease.shares, os.environ)
         with _copy_of(lease) as descriptor:
             environment = {**os.environ, **telling}
-            ended = _run_with(
-                command, environment, options, signals, lease=descriptor, in_children=ledger.close_in_child
-            )
+            ended = _run_with(command, environment, options, signals, lease=descriptor, in_children=room.close_in_child)
     _end_as(ended, signals)
 
 
@@ -167,68 +179,50 @@ def _tell(text: str) -> None:
         print(f"gpu-launcher: {one_line(text)}", file=sys.stderr, flush=True)
 
 
-def _wait_for_devices(
-    command: Sequence[str],
-    options: Options,
-    selection: Selection,
-    links: Links | None,
-    ledger: FileLedger,
-    signals: CommandSignals,
-) -> Lease:
-    """Raises _NoDevicesError and InterruptedBySignal."""
+class _Announcements:
+    """What the user hears while the command waits, and, if that was anything, when it got its devices."""
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def tell(self, text: str) -> None:
+        self._told = True
+        _tell(text)
+
+    def granted(self, devices: Sequence[Device]) -> None:
+        if self._told:
+            _tell(f"got {', '.join(device.label for device in devices)}")
+
+
+def _wait_for_devices(command: Sequence[str], options: Options, room: WaitingRoom, signals: CommandSignals) -> Lease:
+    """Raises _NoDevicesError, InterruptedBySignal, and PoolDirectoryError if that is unusable for long."""
     request = options.request
     if request.timeout is not None:  # what others may rely on
         request = replace(request, timeout=request.timeout + options.grace + ENDING)
-    watch = DeviceWatch(
-        selection.devices,
-        ledger.snapshot,
-        launcher=os.getpid(),
-        monitor=ConditionMonitor(selection.devices),
-        busy_memory=options.busy_memory,
-        links=links,
-    )
-    wanted = describe(request)
-    told = False
-
-    def tell(reason: str) -> None:
-        nonlocal told
-        told = True
-        _tell(f"waiting for {wanted}: {reason}")
-
-    with contextlib.closing(watch):
-        text = shlex.join(command)
-        text = text if len(text) <= _MOST_TEXT else f"{text[: _MOST_TEXT - 3]}..."
-        owner = Owner(os.getpid(), user_name(os.getuid()), text)
-        waiting = WaitingRequest(request, selection.devices, ledger, watch, owner, tell=tell, clock=time.monotonic)
-        lease = _wait(waiting, options.wait, wanted, signals)
-    if told:
-        labels = {device.uuid: device.label for device in selection.devices}
-        _tell(f"got {', '.join(labels[uuid] for uuid in lease.uuids)}")
-    return lease
-
-
-def _wait(waiting: WaitingRequest, longest: float | None, wanted: str, signals: CommandSignals) -> Lease:
-    end = None if longest is None else time.monotonic() + longest
+    text = shlex.join(command)
+    text = text if len(text) <= _MOST_TEXT else f"{text[: _MOST_TEXT - 3]}..."
+    longest = math.inf if options.wait is None else options.wait
+    waiter = room.enter(request, Owner(os.getpid(), user_name(os.getuid()), text), lambda: None)
     poll = select.poll()
-    watched = dict(waiting.descriptors())
-    for descriptor in (signals.fileno(), *watched):
+    for descriptor in (signals.fileno(), *room.descriptors):
         poll.register(descriptor, select.POLLIN)
-    while True:
-        lease = waiting.ask()
-        if lease is not None:
-            return lease
-        now = time.monotonic()
-        if end is not None and now >= end and (waiting.asked or now >= end + UNANSWERED):
-            waiting.explain()
-            waiting.cancel()
-            reason = waiting.reason or "the driver does not say how they are"
-            raise _NoDevicesError(f"gave up after {duration(longest or 0.0)} of waiting for {wanted}: {reason}")
-        patience = waiting.patience if end is None else min(waiting.patience, max(0.001, end - now))
-        for descriptor, _ in poll.poll(patience * 1000 + 1):
-            if descriptor in watched:
-                watched[descriptor]()
-            else:
+    while not waiter.settled:
+        left = waiter.since + longest - room.now()
+        if left <= 0 and (room.ready or left <= -UNANSWERED):
+            room.attend()
+            if waiter.settled:
+                break
+            wanted = describe_request(request, room.devices)
+            reason = room.explain(waiter.ticket)
+            raise _NoDevicesError(f"gave up after {duration(longest)} of waiting for {wanted}: {reason}")
+        for descriptor, _ in poll.poll(min(room.patience, left if left > 0 else math.inf) * 1000 + 1):
+            if descriptor == signals.fileno():
                 _heed(signals)
+        room.attend()
+    if waiter.error is not None:
+        raise waiter.error
+    assert waiter.lease is not None, "it is settled"
+    return waiter.lease
 
 
 def _heed(signals: CommandSignals) -> None:
@@ -238,17 +232,6 @@ def _heed(signals: CommandSignals) -> None:
             signals.suspend(arrived.signum)
         elif arrived.signum not in HARMLESS:
             raise InterruptedBySignal(arrived.signum)
-
-
-def describe(request: Request) -> str:
-    """`2 devices`, `0.5 of a device`, `20 GiB of a device`."""
-    share = request.share
-    memory = f" with {show_memory(share.memory)}" if share.memory else ""
-    if not share.millionths:
-        return f"{show_memory(share.memory)} of a device"
-    if share.whole:
-        return count(request.gpus, "device") + memory
-    return f"{share.millionths / 1_000_000:g} of a device{memory}"
 
 
 def _links(request: Request, devices: tuple[Device, ...]) -> Links | None:

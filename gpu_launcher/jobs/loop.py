@@ -256,9 +256,12 @@ class JobLoop:
                 messages.send(job.process.job, answer, wait=False)
 
     def _on_server(self) -> None:
+        died = False
         try:
             message = self._server.receive()
         except ServerDiedError:
+            died = True
+        if died:  # outside of the handler, or what a new fork server prints would begin with this one's death
             self._replace_server()
             return
         # Otherwise it managed to report its job's end before it died.

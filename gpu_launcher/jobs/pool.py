@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from gpu_launcher.devices import combinable
-from gpu_launcher.errors import PoolDirectoryError, RequestError
+from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.jobs.events import JobWaiting, Notice, Progress
 from gpu_launcher.jobs.explaining import Wait, explain_wait
 from gpu_launcher.jobs.job import Job
+from gpu_launcher.jobs.refusing import refusal
 from gpu_launcher.jobs.running import Running
 from gpu_launcher.jobs.watch import DeviceWatch
-from gpu_launcher.leases import Lease, Ledger, refusal
+from gpu_launcher.leases import Lease, Ledger
 from gpu_launcher.model import Device, Owner, Request
 
 EXPLAIN = 1.0
@@ -174,15 +175,9 @@ class PoolSide:
 
     def refusal(self, request: Request) -> str | None:
         """Why these devices could never grant a request, as a sentence that goes on from `is`."""
-        return self._refusal_by(tuple(self.devices.values()), request)
+        return refusal(request, tuple(self.devices.values()))
 
     def refusal_now(self, request: Request) -> str | None:
         """The same of those that are not broken."""
         sound = tuple(device for device in self.devices.values() if not self._watch.faults.get(device.uuid))
-        return self._refusal_by(sound, request)
-
-    def _refusal_by(self, devices: tuple[Device, ...], request: Request) -> str | None:
-        try:
-            return refusal(request, combinable(devices, request.gpus))
-        except RequestError as error:
-            return str(error).removeprefix("the request is ")
+        return refusal(request, sound)

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
 
-from gpu_launcher.devices import ConditionMonitor, Links, combinable, select_devices, usable_cpus
-from gpu_launcher.errors import OptionError, RequestError
+from gpu_launcher.devices import ConditionMonitor, Links, select_devices, usable_cpus
 from gpu_launcher.jobs.events import Notice, Progress, SweepEnded, SweepStarted
 from gpu_launcher.jobs.failures import FailurePolicy, set_aside
 from gpu_launcher.jobs.grants import Telling
@@ -21,9 +20,10 @@ from gpu_launcher.jobs.machine import Limits
 from gpu_launcher.jobs.manifest import Entry, Planned, Recorded, Recorder, finished_before, read, refuse_if_running
 from gpu_launcher.jobs.progress import open_progress
 from gpu_launcher.jobs.progress.text import count
+from gpu_launcher.jobs.refusing import refuse
 from gpu_launcher.jobs.source import JobSource
 from gpu_launcher.jobs.watch import DeviceWatch, links_among
-from gpu_launcher.leases import FileLedger, refusal, resolve_pool_directory
+from gpu_launcher.leases import FileLedger, resolve_pool_directory
 from gpu_launcher.model import MILLIONTHS, Device, Owner, Request
 from gpu_launcher.processes.starter import ForkServer
 from gpu_launcher.users import user_name
@@ -90,7 +90,7 @@ def run_jobs(
     selection = select_devices(options.devices, os.environ, option=options.spell("devices"))
     devices = selection.devices
     if options.request is not None:
-        _check(options.request, devices, options.spell("gpus"))
+        refuse(options.request, devices, options.spell("gpus"))
     user = user_name(os.getuid())
     before: dict[int, Entry] = {}
     finished: dict[int, JobResult] = {}
@@ -194,17 +194,6 @@ def _at_once(request: Request | None, devices: int, without_devices: int) -> int
         return without_devices
     share = request.share.millionths
     return devices // request.gpus * (MILLIONTHS // share) if share else devices * MOST_AHEAD
-
-
-def _check(request: Request, devices: tuple[Device, ...], option: str) -> None:
-    """Refuse at once what no job could ever get."""
-    try:
-        problem = refusal(request, combinable(devices, request.gpus))
-    except RequestError as error:
-        raise OptionError(option, str(error)) from error
-    if problem is not None:
-        labels = ", ".join(device.label for device in devices)
-        raise OptionError(option, f"every job's request is {problem}. This sweep has: {labels}")
 
 
 def _links(request: Request | None, devices: tuple[Device, ...]) -> Links | None:

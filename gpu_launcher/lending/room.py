@@ -18,8 +18,9 @@ from pathlib import Path
 from gpu_launcher.devices import ConditionMonitor, Links, combinable
 from gpu_launcher.errors import GpuLauncherError, PoolDirectoryError, RequestError
 from gpu_launcher.jobs.explaining import explain_wait
+from gpu_launcher.jobs.refusing import refusal
 from gpu_launcher.jobs.watch import DeviceWatch
-from gpu_launcher.leases import Lease, Ledger, PoolView, Ticket, refusal
+from gpu_launcher.leases import Lease, Ledger, PoolView, Ticket
 from gpu_launcher.model import MILLIONTHS, Device, DeviceKind, Owner, Request
 from gpu_launcher.sizes import show_memory
 
@@ -152,7 +153,9 @@ class WaitingRoom:
         Raises RequestError for what these devices could never give, PoolDirectoryError, and GpuLauncherError if so many
         wait that this process has hardly a descriptor left.
         """
-        candidates = self._candidates(request)
+        if problem := refusal(request, self.devices):
+            raise RequestError(f"the request is {problem}")
+        candidates = combinable(self.devices, request.gpus)
         _check_descriptors(len(self._waiters))
         ticket = self._ledger.enqueue(request, candidates, owner)
         waiter = Waiter(request, owner, wake, ticket, self._clock())
@@ -224,6 +227,10 @@ class WaitingRoom:
         wait = explain_wait(view, self._of(ticket), (), ticket, self._watch.unavailable, EVERYTHING)
         return wait.reason or "they have just become free"
 
+    def stop_watching(self) -> None:
+        """Nobody will enter any more. What was granted stays granted."""
+        self._watch.close()
+
     def close(self) -> None:
         """Tell all who wait that there is nothing to wait for, and give back everything."""
         self._fail(closed_meanwhile())
@@ -240,12 +247,6 @@ class WaitingRoom:
         self._leases.clear()
 
     # Inside
-
-    def _candidates(self, request: Request) -> tuple[Device, ...]:
-        devices = combinable(self.devices, request.gpus)
-        if problem := refusal(request, devices):
-            raise RequestError(f"the request is {problem}")
-        return devices
 
     def _hear(self) -> None:
         self._watch.receive()

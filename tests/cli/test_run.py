@@ -244,8 +244,8 @@ def test_it_says_who_uses_a_gpu_without_asking_the_pool(lab: Lab) -> None:
     done = lab.cli("run", "--devices", "2", "--wait", "3", "true")
     assert done.returncode == 75
     reason = f"GPU 2 is used by jupyter 600 (pid {lab.stranger}"
-    assert f"gpu-launcher: waiting for 1 device: {reason}" in done.stderr
-    assert re.search(rf"gave up after 3\.0 s of waiting for 1 device: {re.escape(reason)}", done.stderr)
+    assert f"gpu-launcher: waiting for 1 GPU: {reason}" in done.stderr
+    assert re.search(rf"gave up after 3\.0 s of waiting for 1 GPU: {re.escape(reason)}", done.stderr)
     lab.cli.started[-1].communicate()
     assert lab.cli("run", "--devices", "2", "--busy-memory", "null", "--wait", "3", "true").returncode == 0
 
@@ -325,7 +325,7 @@ def test_two_runs_on_one_device_are_one_after_the_other_and_the_second_says_for_
     assert second.complaint() == NOTICE.rstrip("\n")
     message = second.complaint()
     assert re.fullmatch(
-        r"gpu-launcher: waiting for 1 device: simulated GPU 0 held by \w+ \(.* " + f"{gate}" + r"\)", message
+        r"gpu-launcher: waiting for 1 GPU: simulated GPU 0 held by \w+ \(.* " + f"{gate}" + r"\)", message
     )
     time.sleep(2.5)
     gate.touch()
@@ -354,7 +354,7 @@ def test_when_there_is_no_time_left_to_wait_it_says_who_holds_what(cli: Cli, wai
     last = done.stderr.splitlines()[-1]
     shown = "0.0 s" if wait == "0" else "0.5 s"
     assert last == (
-        f"gpu-launcher: gave up after {shown} of waiting for 1 device: simulated GPU 0 held by anna (train.py #7)"
+        f"gpu-launcher: gave up after {shown} of waiting for 1 GPU: simulated GPU 0 held by anna (train.py #7)"
     )
     assert tickets(cli) == before
 
@@ -634,7 +634,7 @@ def test_ctrl_z_stops_and_fg_continues_it_again_and_again(shell: Shell, tmp_path
 
 def test_ctrl_z_while_it_waits_keeps_its_place_in_line(cli: Cli, shell: Shell) -> None:
     holder = cli.hold(["simulated:1", 1, None, 0, "train.py"])
-    shell.says("run -- echo ra''n", "waiting for 1 device")
+    shell.says("run -- echo ra''n", "waiting for 1 GPU")
     shell.terminal.press("\x1a")
     shell.shows("Stopped", ">> ")
     assert len(tickets(cli)) == 1

@@ -753,7 +753,8 @@ sys.stdin.readline()
 
 @pytest.fixture
 def _mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # so that it is taken away again, whatever the test leaves
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import itertools
 import logging
 import os
@@ -39,15 +38,11 @@ def pool(tmp_path: Path) -> Where:
 
 @pytest.fixture(autouse=True)
 def quiet_deaths() -> Iterator[None]:
-    """Without pytest's tracebacks, and without core files."""
+    """Without core files."""
     limits = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, limits[1]))
-    enabled = faulthandler.is_enabled()
-    faulthandler.disable()
     yield
     resource.setrlimit(resource.RLIMIT_CORE, limits)
-    if enabled:
-        faulthandler.enable(sys.__stderr__)
 
 
 @pytest.fixture(autouse=True)

@@ -76,7 +76,7 @@ def test_a_fork_server_that_ends_at_once_ends_the_sweep_with_its_reason(tmp_path
             import hydra
             import gpu_launcher.processes.starter as starter
 
-            def refused(*arguments):
+            def refused(*arguments, captured):
                 raise PermissionError("prctl is not allowed here")
 
             starter.serve = refused

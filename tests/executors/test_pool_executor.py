@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import faulthandler
 import gc
 import logging
 import math
@@ -259,7 +258,6 @@ def test_an_exception_that_cannot_travel_is_told_of(pool: Where) -> None:
 
 
 def die(signum: int) -> None:
-    faulthandler.disable()
     signal.raise_signal(signum)
 
 

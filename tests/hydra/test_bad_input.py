@@ -50,7 +50,7 @@ def complaint(run: Run, directory: Path, *arguments: str, **extra: Any) -> str:
         (["devices=null"], "hydra.launcher.devices: None is not a device; use auto, "),
         (
             ["gpus=5"],
-            "hydra.launcher.gpus: every job's request is for 5 devices, but the pool has 4",
+            "hydra.launcher.gpus: the request is for 5 devices, but the pool has 4",
         ),
         (["gpus=5"], "ask for fewer `gpus` or allow more `devices`"),
         (
