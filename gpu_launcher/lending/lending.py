@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import math
 import os
-import select
 import threading
 import weakref
 from collections import deque
@@ -20,7 +17,9 @@ from typing import TypeVar
 
 from gpu_launcher.errors import LeaseTimeout, PoolDirectoryError
 from gpu_launcher.leases import Lease
+from gpu_launcher.lending import forks
 from gpu_launcher.lending.critical import uninterrupted
+from gpu_launcher.lending.places import LoopDriver, Place, Sleeper, Task, wait_readable
 from gpu_launcher.lending.room import Waiter, WaitingRoom, closed_meanwhile, describe_request
 from gpu_launcher.model import Owner, Request
 from gpu_launcher.processes.forks import is_own_fork
@@ -46,7 +45,7 @@ class Lending:
         self._out: set[Lease] = set()
         """Leases that somebody has and has not given back."""
         self._begin()
-        _register(self)
+        forks.register(self)
 
     def _begin(self) -> None:
         self._process = os.getpid()
@@ -60,9 +59,9 @@ class Lending:
         self._orphans: deque[Waiter] = deque()
         """Whoever waits in vain: in an event loop that is closed, or where it could not be told at once."""
         self._told: deque[str] = deque()
-        self._leader: _Sleeper | None = None
-        self._sleepers: list[_Sleeper] = []
-        self._loops: dict[asyncio.AbstractEventLoop, _LoopDriver] = {}
+        self._leader: Sleeper | None = None
+        self._sleepers: list[Sleeper] = []
+        self._loops: dict[asyncio.AbstractEventLoop, LoopDriver] = {}
 
     # Having the room to oneself
 
@@ -136,7 +135,7 @@ class Lending:
         Raises LeaseTimeout, RequestError, PoolDirectoryError, ValueError if the pool is closed, and GpuLauncherError if
         it is closed meanwhile.
         """
-        sleeper, place = _Sleeper(), _Place(self)
+        sleeper, place = Sleeper(), Place(self.leave)
         try:
             with self.guard():
                 waiter = place.take(self._enter(request, owner, sleeper.rouse))
@@ -150,7 +149,7 @@ class Lending:
             place.leave()
             raise
 
-    def _sleep(self, waiter: Waiter, sleeper: _Sleeper, limit: float) -> None:
+    def _sleep(self, waiter: Waiter, sleeper: Sleeper, limit: float) -> None:
         self._sleepers.append(sleeper)
         while True:
             with self.guard():
@@ -170,11 +169,11 @@ class Lending:
                     pause = min(pause, room.patience)
                     descriptors = (*room.descriptors, sleeper.open_bell())
             if leads:
-                _poll(descriptors, pause)
+                wait_readable(descriptors, pause)
             else:
                 sleeper.sleep(pause)
 
-    def _rise(self, sleeper: _Sleeper) -> None:
+    def _rise(self, sleeper: Sleeper) -> None:
         """Somebody else may lead."""
         with self.guard():
             if sleeper in self._sleepers:
@@ -187,8 +186,8 @@ class Lending:
 
     async def wait_in_loop(self, request: Request, owner: Owner, limit: float, make: Callable[[Lease], T]) -> T:
         """Wait in this task, as `wait` does in a thread. Cancelled, it gives its place back at once."""
-        task = _Task(asyncio.get_running_loop())
-        place = _Place(self)
+        task = Task(asyncio.get_running_loop())
+        place = Place(self.leave)
         reference = weakref.ref(place)
         try:
             with self.guard():
@@ -200,7 +199,7 @@ class Lending:
             place.leave()
             raise
 
-    async def _rest(self, waiter: Waiter, task: _Task, limit: float) -> None:
+    async def _rest(self, waiter: Waiter, task: Task, limit: float) -> None:
         driver = None
         try:
             while True:
@@ -210,7 +209,7 @@ class Lending:
                     room = self.room()
                     if driver is None:
                         driver = self._driver(task.loop)
-                        driver.begin()
+                        driver.begin(room.descriptors)
                     if self._over(room, waiter, limit) is not None:
                         room.attend()
                         if waiter.settled:
@@ -224,14 +223,14 @@ class Lending:
                     if driver.end() and self._loops.get(task.loop) is driver:
                         del self._loops[task.loop]
 
-    def _driver(self, loop: asyncio.AbstractEventLoop) -> _LoopDriver:
+    def _driver(self, loop: asyncio.AbstractEventLoop) -> LoopDriver:
         for other in [other for other in self._loops if other.is_closed()]:
             del self._loops[other]
         if loop not in self._loops:
-            self._loops[loop] = _LoopDriver(loop, self)
+            self._loops[loop] = LoopDriver(loop, self.attend, lambda: self.patience)
         return self._loops[loop]
 
-    def _resume(self, task: _Task, place: _Place | None) -> None:
+    def _resume(self, task: Task, place: Place | None) -> None:
         try:
             task.resume()
         except RuntimeError:  # its event loop is closed: nobody will come for it
@@ -264,7 +263,7 @@ class Lending:
         left = waiter.since + limit - room.now()
         return left if left > 0 else LOOKING_PAUSE
 
-    def _handed_over(self, place: _Place, make: Callable[[Lease], T]) -> T:
+    def _handed_over(self, place: Place, make: Callable[[Lease], T]) -> T:
         waiter = place.waiter
         if waiter.error is not None:
             raise waiter.error
@@ -348,195 +347,3 @@ class Lending:
         self._begin()
         for lease in returned:
             self._take_back(lease)
-
-
-class _Place:
-    """A place in line, for as long as somebody has this object: signals that come twice do not leave it over either."""
-
-    def __init__(self, lending: Lending) -> None:
-        self._waiters: list[Waiter] = []
-        self._lending = lending
-        self._process = os.getpid()
-        # No __del__: an exception out of a signal's handler would be lost in it, every time that it is not needed.
-        self._finalizer = weakref.finalize(self, _leave, lending, self._process, self._waiters)
-        self._finalizer.atexit = False
-
-    @property
-    def waiter(self) -> Waiter:
-        """Whoever waits there, from when it has entered."""
-        return self._waiters[0]
-
-    def take(self, waiter: Waiter) -> Waiter:
-        """Be the place of `waiter`."""
-        self._waiters.append(waiter)
-        return waiter
-
-    def leave(self) -> None:
-        """Give it up, or what was granted there."""
-        _leave(self._lending, self._process, self._waiters)
-        self.forget()
-
-    def forget(self) -> None:
-        """What was granted there is in other hands."""
-        self._finalizer.detach()
-
-
-def _leave(lending: Lending, process: int, waiters: list[Waiter]) -> None:
-    if os.getpid() == process:
-        for waiter in waiters:
-            lending.leave(waiter)
-
-
-class _Sleeper:
-    """A thread that waits. No threading.Event: a signal's handler that raises can leave its lock taken for ever."""
-
-    def __init__(self) -> None:
-        self._asleep = threading.Lock()
-        self._asleep.acquire()
-        self._bell: tuple[int, int] | None = None
-
-    def open_bell(self) -> int:
-        """A descriptor that is readable when it is roused, for the leader."""
-        if self._bell is None:
-            self._bell = os.pipe()
-            os.set_blocking(self._bell[1], False)
-        return self._bell[0]
-
-    def sleep(self, seconds: float) -> None:
-        """Until it is roused, for so long at the most."""
-        self._asleep.acquire(timeout=-1 if seconds > threading.TIMEOUT_MAX else seconds)
-
-    def rouse(self) -> None:
-        """To be called by one thread at a time."""
-        if self._asleep.locked():
-            self._asleep.release()
-        if self._bell is not None:
-            with contextlib.suppress(BlockingIOError):
-                os.write(self._bell[1], b"!")
-
-    def close(self) -> None:
-        if self._bell is not None:
-            (reader, writer), self._bell = self._bell, None
-            os.close(reader)
-            os.close(writer)
-
-
-class _Task:
-    """A task that waits."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self._future: asyncio.Future[None] | None = None
-
-    async def sleep(self, seconds: float) -> None:
-        """Until it is resumed, for so long at the most."""
-        self._future = self.loop.create_future()
-        timer = None if seconds == math.inf else self.loop.call_later(seconds, self._set)
-        try:
-            await self._future
-        finally:
-            self._future = None
-            if timer is not None:
-                timer.cancel()
-
-    def resume(self) -> None:
-        """From any thread. Raises RuntimeError if the event loop is closed."""
-        self.loop.call_soon_threadsafe(self._set)
-
-    def _set(self) -> None:
-        if self._future is not None and not self._future.done():
-            self._future.set_result(None)
-
-
-class _LoopDriver:
-    """Attends from an event loop, while tasks of it wait. To be used in that loop's thread."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, lending: Lending) -> None:
-        self._loop = loop
-        self._lending = lending
-        self._waiting = 0
-        self._descriptors: tuple[int, ...] = ()
-        self._timer: asyncio.TimerHandle | None = None
-
-    def begin(self) -> None:
-        """One more waits."""
-        self._waiting += 1
-        if self._waiting == 1:
-            self._descriptors = self._lending.room().descriptors
-            for descriptor in self._descriptors:
-                self._loop.add_reader(descriptor, self._attend)
-            self._arm()
-
-    def end(self) -> bool:
-        """One does not wait any more. Returns whether it was the last."""
-        self._waiting -= 1
-        if self._waiting == 0:
-            self._stop()
-        return self._waiting == 0
-
-    def stop(self) -> None:
-        """The room is closed. From any thread."""
-        with contextlib.suppress(RuntimeError):  # so is the loop
-            self._loop.call_soon_threadsafe(self._stop)
-
-    def _stop(self) -> None:
-        for descriptor in self._descriptors:
-            self._loop.remove_reader(descriptor)
-        self._descriptors = ()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _attend(self) -> None:
-        try:
-            self._lending.attend()
-        finally:
-            self._arm()
-
-    def _arm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_later(self._lending.patience, self._attend) if self._descriptors else None
-
-
-def _poll(descriptors: tuple[int, ...], seconds: float) -> None:
-    poll = select.poll()
-    for descriptor in descriptors:
-        poll.register(descriptor, select.POLLIN)
-    poll.poll(math.ceil(seconds * 1000))
-
-
-_serial = itertools.count()
-_known: weakref.WeakValueDictionary[int, Lending] = weakref.WeakValueDictionary()
-_registry = threading.Lock()
-_forking = threading.local()
-
-
-def _register(lending: Lending) -> None:
-    with _registry:
-        _known[next(_serial)] = lending
-
-
-def _before_fork() -> None:
-    with uninterrupted():
-        _registry.acquire()
-        _forking.locked = [lending for _, lending in sorted(_known.items()) if lending.before_fork()]
-
-
-def _after_fork() -> None:
-    with uninterrupted():
-        for lending in _forking.locked:
-            lending.after_fork()
-        _forking.locked = []
-        _registry.release()
-
-
-def _in_child() -> None:
-    global _registry
-    _registry = threading.Lock()
-    for lending in list(_known.values()):
-        lending.in_child()
-    _forking.locked = []
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)

@@ -1,0 +1,179 @@
+"""What a thread or a task has while it waits: its place in line, and how it sleeps until it is roused."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import select
+import threading
+import weakref
+from collections.abc import Callable
+
+from gpu_launcher.lending.room import Waiter
+
+
+class Place:
+    """A place in line, for as long as somebody has this object: signals that come twice do not leave it over either."""
+
+    def __init__(self, give_up: Callable[[Waiter], None]) -> None:
+        """`give_up` takes what this place has when it is left, or nobody has it any more."""
+        self._waiters: list[Waiter] = []
+        self._give_up = give_up
+        self._process = os.getpid()
+        # No __del__: an exception out of a signal's handler would be lost in it, every time that it is not needed.
+        self._finalizer = weakref.finalize(self, _leave, give_up, self._process, self._waiters)
+        self._finalizer.atexit = False
+
+    @property
+    def waiter(self) -> Waiter:
+        """Whoever waits there, from when it has entered."""
+        return self._waiters[0]
+
+    def take(self, waiter: Waiter) -> Waiter:
+        """Be the place of `waiter`."""
+        self._waiters.append(waiter)
+        return waiter
+
+    def leave(self) -> None:
+        """Give it up, or what was granted there."""
+        _leave(self._give_up, self._process, self._waiters)
+        self.forget()
+
+    def forget(self) -> None:
+        """What was granted there is in other hands."""
+        self._finalizer.detach()
+
+
+def _leave(give_up: Callable[[Waiter], None], process: int, waiters: list[Waiter]) -> None:
+    if os.getpid() == process:
+        for waiter in waiters:
+            give_up(waiter)
+
+
+class Sleeper:
+    """A thread that waits. No threading.Event: a signal's handler that raises can leave its lock taken for ever."""
+
+    def __init__(self) -> None:
+        self._asleep = threading.Lock()
+        self._asleep.acquire()
+        self._bell: tuple[int, int] | None = None
+
+    def open_bell(self) -> int:
+        """A descriptor that is readable when it is roused, for the leader."""
+        if self._bell is None:
+            self._bell = os.pipe()
+            os.set_blocking(self._bell[1], False)
+        return self._bell[0]
+
+    def sleep(self, seconds: float) -> None:
+        """Until it is roused, for so long at the most."""
+        self._asleep.acquire(timeout=-1 if seconds > threading.TIMEOUT_MAX else seconds)
+
+    def rouse(self) -> None:
+        """To be called by one thread at a time."""
+        if self._asleep.locked():
+            self._asleep.release()
+        if self._bell is not None:
+            with contextlib.suppress(BlockingIOError):
+                os.write(self._bell[1], b"!")
+
+    def close(self) -> None:
+        if self._bell is not None:
+            (reader, writer), self._bell = self._bell, None
+            os.close(reader)
+            os.close(writer)
+
+
+def wait_readable(descriptors: tuple[int, ...], seconds: float) -> None:
+    """Until one of `descriptors` is readable, for so long at the most."""
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    poll.poll(math.ceil(seconds * 1000))
+
+
+class Task:
+    """A task that waits."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._future: asyncio.Future[None] | None = None
+
+    async def sleep(self, seconds: float) -> None:
+        """Until it is resumed, for so long at the most."""
+        self._future = self.loop.create_future()
+        timer = None if seconds == math.inf else self.loop.call_later(seconds, self._set)
+        try:
+            await self._future
+        finally:
+            self._future = None
+            if timer is not None:
+                timer.cancel()
+
+    def resume(self) -> None:
+        """From any thread. Raises RuntimeError if the event loop is closed."""
+        self.loop.call_soon_threadsafe(self._set)
+
+    def _set(self) -> None:
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
+
+
+class LoopDriver:
+    """Attends from an event loop, while tasks of it wait. To be used in that loop's thread."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        attend: Callable[[], None],
+        patience: Callable[[], float],
+    ) -> None:
+        """Call `attend` after `patience()` seconds, and whenever something is readable."""
+        self._loop = loop
+        self._attend_to_room = attend
+        self._patience = patience
+        self._waiting = 0
+        self._descriptors: tuple[int, ...] = ()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self, descriptors: tuple[int, ...]) -> None:
+        """One more waits, for what is readable at `descriptors`."""
+        self._waiting += 1
+        if self._waiting == 1:
+            self._descriptors = descriptors
+            for descriptor in self._descriptors:
+                self._loop.add_reader(descriptor, self._attend)
+            self._arm()
+
+    def end(self) -> bool:
+        """One does not wait any more. Returns whether it was the last."""
+        self._waiting -= 1
+        if self._waiting == 0:
+            self._stop()
+        return self._waiting == 0
+
+    def stop(self) -> None:
+        """The room is closed. From any thread."""
+        with contextlib.suppress(RuntimeError):  # so is the loop
+            self._loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        for descriptor in self._descriptors:
+            self._loop.remove_reader(descriptor)
+        self._descriptors = ()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _attend(self) -> None:
+        try:
+            self._attend_to_room()
+        finally:
+            self._arm()
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(self._patience(), self._attend) if self._descriptors else None
