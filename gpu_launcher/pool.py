@@ -18,7 +18,7 @@ from gpu_launcher.devices.specification import read_specification
 from gpu_launcher.durations import read_duration
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.grants import Telling
-from gpu_launcher.jobs.remote import Remarked
+from gpu_launcher.jobs.manager_messages import Remarked
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.jobs.watch import links_among
 from gpu_launcher.jobs.where import Where, this_program

@@ -21,7 +21,8 @@ from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Cause, Job, JobResult
-from gpu_launcher.jobs.remote import Closed, Ended, Remarked, RemoteLoop, Wanted, busy, harmless_thread
+from gpu_launcher.jobs.manager_messages import Closed, Ended, Remarked, Wanted
+from gpu_launcher.jobs.remote import RemoteLoop, busy, harmless_thread
 from gpu_launcher.processes import pickling
 
 

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 
-from gpu_launcher.jobs.remote import Remarked
+from gpu_launcher.jobs.manager_messages import Remarked
 
 logger = logging.getLogger("gpu_launcher")
 

@@ -21,7 +21,8 @@ from optuna.progress_bar import _ProgressBar
 from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.errors import GpuLauncherError, JobError
-from gpu_launcher.jobs import remarks, remote
+from gpu_launcher.jobs import manager_messages as manager
+from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Cause, Job, JobResult
@@ -88,7 +89,7 @@ class Conductor:
         self._began = time.monotonic()
         self._next_look = self._began + LOOK
 
-        self._heard: deque[remote.Message] = deque()
+        self._heard: deque[manager.Message] = deque()
         """What was heard and has not been heeded; a KeyboardInterrupt may come in between."""
         self._jobs = 0
         """How many were offered, which is the next one's number."""
@@ -155,7 +156,7 @@ class Conductor:
         while len(self._heard) < MOST_TOGETHER and poll.poll(patience and patience * 1000 + 1):
             self._heard.append(self._loop.receive())
             patience = 0.0
-            if isinstance(self._heard[-1], remote.Closed):
+            if isinstance(self._heard[-1], manager.Closed):
                 break
 
     def _take(self) -> None:
@@ -163,22 +164,22 @@ class Conductor:
         judged: dict[int, d.ShallPrune] = {}
         while self._heard:
             match self._heard.popleft():
-                case remote.Wanted(count):
+                case manager.Wanted(count):
                     self._wanted += count
-                case remote.Started(job, devices):
+                case manager.Started(job, devices):
                     self._devices[job] = devices
                     self._early.append(job)
-                case remote.Heard(job, d.ShallPrune() as question):
+                case manager.Heard(job, d.ShallPrune() as question):
                     judged[job] = question
-                case remote.Heard(job, d.Call() as call):
+                case manager.Heard(job, d.Call() as call):
                     self._call(job, call)
-                case remote.Heard(job, (d.Returned() | d.Pruned() | d.Raised()) as ending):
+                case manager.Heard(job, (d.Returned() | d.Pruned() | d.Raised()) as ending):
                     self._ended(job, ending)
-                case remote.Ended(result):
+                case manager.Ended(result):
                     self._gone(result)
-                case remote.Remarked() as remark:
+                case manager.Remarked() as remark:
                     remarks.log(remark)
-                case remote.Closed(error):
+                case manager.Closed(error):
                     self._closed = True
                     if error is not None:
                         self._give_up(error)
@@ -296,7 +297,7 @@ class Conductor:
         reports: dict[int, dict[int, float]] = {}
         for message in self._heard:
             match message:
-                case remote.Heard(job, d.Intermediate(step, value)) if job in self._trial_of:
+                case manager.Heard(job, d.Intermediate(step, value)) if job in self._trial_of:
                     reports.setdefault(self._trial_of[job], {})[step] = value
         for number in self._trials.report(reports):
             self._withdraw_trial(number)

@@ -18,19 +18,8 @@ from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.remote import (
-    Closed,
-    Ended,
-    Heard,
-    ManagerDiedError,
-    Message,
-    Remarked,
-    RemoteLoop,
-    Started,
-    Wanted,
-    busy,
-    harmless_thread,
-)
+from gpu_launcher.jobs.manager_messages import Closed, Ended, Heard, Message, Remarked, Started, Wanted
+from gpu_launcher.jobs.remote import ManagerDiedError, RemoteLoop, busy, harmless_thread
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.model import Request
 from gpu_launcher.processes.messages import Report
