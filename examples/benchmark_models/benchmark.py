@@ -85,9 +85,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--records", type=int, default=1000)
+    parser.add_argument("--devices", default="auto", help="auto, 0,1, cpu:4 or simulated:4")
     parser.add_argument("--gpus", type=float, default=1)
     parser.add_argument("--workers", type=int)
     options = parser.parse_args()
+    pool = gpu_launcher.Pool(options.devices)
     for name in options.models:
         scores = gpu_launcher.parallel_map(
             sentences(options.records),
@@ -96,6 +98,7 @@ def main() -> None:
             num_workers=options.workers,
             gpus=options.gpus,
             total=options.records,
+            pool=pool,
         )
         print(f"{name}: accuracy {mean(list(scores)):.3f}")
 
