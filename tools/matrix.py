@@ -95,7 +95,12 @@ ENVIRONMENTS = (
     ),
     Environment("3.10", hydra="1.3.2", optuna="4.8.0", artifact="tree", tests=(*DEPENDENT, "tests/studies")),
     Environment(
-        "3.13", hydra="1.4.0rc3", optuna="5.0.0", artifact="tree", tests=(*DEPENDENT, "tests/studies"), beside=SWEEPERS
+        "3.13",
+        hydra="1.4.0rc3",
+        optuna="5.0.0",
+        artifact="tree",
+        tests=(*DEPENDENT, "tests/studies", "tests/executors/test_cpython_suite.py"),
+        beside=SWEEPERS,
     ),
 )
 
