@@ -10,10 +10,11 @@ from typing import Any
 from optuna import TrialPruned
 
 from gpu_launcher.model import Request
+from gpu_launcher.processes.exceptions import Carried
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.worker import Gate
 from gpu_launcher.studies import reporting, trial
-from gpu_launcher.studies.dialogue import Carried, Ending, Pruned, Raised, Returned, TrialToRun, Unusable
+from gpu_launcher.studies.dialogue import Ending, Pruned, Raised, Returned, TrialToRun, Unusable
 from gpu_launcher.studies.worker_trial import Line, WorkerTrial
 
 DONE = Report(ok=True, message=None, payload=b"")
@@ -30,6 +31,8 @@ class Objective:
 
     function: Callable[[Any], Any]
     request: Request
+    catch: tuple[type[BaseException], ...]
+    """Exceptions that end no search."""
 
     def __call__(self, number: int, spec: Any, gate: Gate) -> Report:
         """See `Program`."""
@@ -55,7 +58,7 @@ class Objective:
         except TrialPruned as pruned:
             return Pruned(str(pruned))
         except (Exception, KeyboardInterrupt) as error:
-            return Raised(Carried.of(error, line.known, skip=1))
+            return Raised(Carried.of(error, line.known, skip=1), isinstance(error, self.catch))
 
 
 def _values(returned: Any) -> tuple[float | Unusable, ...] | None:

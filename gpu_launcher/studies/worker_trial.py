@@ -14,8 +14,9 @@ from optuna.study import StudyDirection
 from optuna.trial import BaseTrial
 
 from gpu_launcher.processes import pickling
+from gpu_launcher.processes.exceptions import Carried
 from gpu_launcher.processes.worker import Gate
-from gpu_launcher.studies.dialogue import Answer, Call, Carried, Ending, Intermediate, ShallPrune, TrialToRun
+from gpu_launcher.studies.dialogue import Answer, Call, Ending, Intermediate, ShallPrune, TrialToRun, unpack
 from gpu_launcher.studies.trial import _number, _step
 
 STUDY_ATTRIBUTES = frozenset(
@@ -42,6 +43,8 @@ class Line:
         self._process = os.getpid()
         self._lock = threading.RLock()
         self._calls = 0
+        self.trial = -1
+        """The number of the one it is about."""
         self.known = dict(pickling.main_namespace())
         """What the program's `__main__` has, by name: what this one's had before the objective ran."""
 
@@ -83,7 +86,7 @@ class Line:
                 if isinstance(answer, Answer) and answer.call == number:
                     break
         if isinstance(answer.result, Carried):
-            raise answer.result.unpack(number)
+            raise unpack(answer.result, self.trial)
         return pickling.load(answer.result)
 
 
@@ -101,6 +104,7 @@ class WorkerTrial(BaseTrial):
     def __init__(self, seen: TrialToRun, line: Line) -> None:
         self._seen = seen
         self._line = line
+        line.trial = seen.number
         self._reported: set[int] = set()
         self._study = StudyView(seen, line)
 
