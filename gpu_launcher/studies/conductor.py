@@ -12,7 +12,7 @@ import math
 import select
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -300,15 +300,29 @@ class Conductor:
             match message:
                 case manager.Heard(job, d.Intermediate(step, value)) if job in self._trial_of:
                     reports.setdefault(self._trial_of[job], {})[step] = value
-        for number in self._trials.report(reports):
+        try:
+            ended = self._trials.report(reports)
+        except Exception as error:  # of the storage
+            self._give_up(error)
+            return
+        for number in ended:
             self._withdraw_trial(number)
 
     def _judge(self, questions: dict[int, d.ShallPrune]) -> None:
-        """Judge all that ask from one look at the study."""
+        """Judge all that ask from one look at the study. What the pruner raises, `should_prune` raises."""
         asking = {job: self._trial_of[job] for job in questions if job in self._trial_of}
-        verdicts = self._trials.verdicts(list(asking.values()))
+        verdicts: Mapping[int, bool | Exception]
+        try:
+            verdicts = self._trials.judge(list(asking.values()))
+        except Exception as error:  # of the storage
+            verdicts = dict.fromkeys(asking.values(), error)
         for job, number in asking.items():
-            self._answer(job, questions[job].number, verdicts.get(number, False))
+            verdict = verdicts.get(number, False)
+            if isinstance(verdict, Exception):
+                answer: bytes | Carried = Carried.of(verdict, self._loop.known, skip=1)
+            else:
+                answer = pickling.dump(verdict)
+            self._loop.say(s.Reply(job, d.Answer(questions[job].number, answer)))
 
     def _call(self, job: int, call: d.Call) -> None:
         number = self._trial_of.get(job)
@@ -321,9 +335,6 @@ class Conductor:
         except Exception as error:  # to be raised in the objective, whatever it is
             answer = Carried.of(error, self._loop.known, skip=2)
         self._loop.say(s.Reply(job, d.Answer(call.number, answer)))
-
-    def _answer(self, job: int, question: int, what: object) -> None:
-        self._loop.say(s.Reply(job, d.Answer(question, pickling.dump(what))))
 
     # How trials end
 

@@ -17,7 +17,7 @@ from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import Carried
 from gpu_launcher.processes.worker import Gate
 from gpu_launcher.studies.dialogue import Answer, Call, Ending, Intermediate, ShallPrune, TrialToRun, unpack
-from gpu_launcher.studies.trial import _number, _step
+from gpu_launcher.studies.trial import _number, _step, refuse_attribute
 
 STUDY_ATTRIBUTES = frozenset(
     ("best_params", "best_trial", "best_trials", "best_value", "metric_names", "trials", "user_attrs")
@@ -196,7 +196,8 @@ class WorkerTrial(BaseTrial):
         return self._seen.prunes and self._line.mine and self._line.shall_prune()
 
     def set_user_attr(self, key: str, value: Any) -> None:
-        """See `optuna.trial.Trial`."""
+        """See `optuna.trial.Trial`. Raises ValueError for a name that is too long for databases, or is one of ours."""
+        refuse_attribute(key)
         self._call("set_user_attr", key, value)
 
     def set_system_attr(self, key: str, value: Any) -> None:

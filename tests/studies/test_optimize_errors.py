@@ -5,13 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from optuna.trial import FrozenTrial
 
+import gpu_launcher
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.processes import exceptions, pickling
 from gpu_launcher.processes.exceptions import Carried, RemoteTraceback
@@ -114,7 +117,9 @@ def test_an_exception_whose_class_cannot_be_sent_is_not_had() -> None:
 CAUGHT = """
 import sys
 import threading
+import time
 import optuna
+import gpu_launcher
 import gpu_launcher
 from gpu_launcher.jobs.where import Where
 
@@ -172,3 +177,85 @@ def test_caught_is_what_is_of_the_class_whatever_pickle_makes_of_it(method: str,
     goes_on = "COMPLETE FAIL COMPLETE COMPLETE"
     expected = [f"{name} True True" for name in ("Stop", "Locked", local, local)]
     assert done.stdout.splitlines() == [line for end in expected for line in (goes_on, end)], done.stderr
+
+
+# Errors of what the objective asks
+
+
+class BadPruner(optuna.pruners.BasePruner):
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        if trial.number == 1:
+            raise TwoArgumentsError("bad pruner", 1)
+        return False
+
+
+@pytest.mark.parametrize("catch", [(), TwoArgumentsError])
+@pytest.mark.parametrize("ours", [False, True])
+def test_what_the_pruner_raises_is_raised_where_it_was_asked(catch: Any, ours: bool, pool: Where) -> None:
+    def objective(trial: Any) -> float:
+        trial.report(1.0, 0)
+        pruned = trial.should_prune()
+        time.sleep(0.3)
+        return float(pruned)
+
+    study = optuna.create_study(pruner=BadPruner())
+    raised = None
+    try:
+        if ours:
+            gpu_launcher.optimize(study, objective, n_trials=4, n_jobs=2, catch=catch, pool=pool)
+        else:
+            study.optimize(objective, n_trials=4, n_jobs=2, catch=catch)
+    except Exception as error:
+        raised = error
+    if catch:
+        assert raised is None
+        assert states(study) == ["complete", "fail", "complete", "complete"]
+    else:
+        assert str(raised) == "bad pruner=1"
+        assert states(study) == ["complete", "fail"]
+    if ours:
+        assert "bad pruner" in study.trials[1].user_attrs["gpu_launcher:failure"]
+
+
+def test_reports_that_cannot_be_stored_end_the_search_and_no_trial_that_runs(pool: Where, tmp_path: Path) -> None:
+    failed = tmp_path / "failed"
+
+    class FullStorage(optuna.storages.InMemoryStorage):
+        def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
+            if step == 7:
+                raise OSError(28, "No space left")
+            super().set_trial_intermediate_value(trial_id, step, intermediate_value)
+
+    def objective(trial: Any) -> float:
+        if trial.number == 1:
+            while not trial.study.trials[0].intermediate_values:
+                time.sleep(0.01)
+            trial.report(1.0, 7)
+            trial.should_prune()  # by when it has been heard
+            failed.touch()
+            return 3.0
+        trial.report(1.0, 0)
+        while not failed.exists():
+            time.sleep(0.01)
+        trial.report(2.0, 1)
+        return 3.0
+
+    study = optuna.create_study(storage=FullStorage())
+    with pytest.raises(OSError, match="No space"):
+        gpu_launcher.optimize(study, objective, n_trials=6, pool=pool)
+    assert states(study) == ["complete"] * 2
+    assert study.trials[0].intermediate_values == {0: 1.0, 1: 2.0}
+
+
+def test_attributes_of_ours_and_names_that_databases_do_not_keep_are_refused(pool: Where) -> None:
+    def objective(trial: Any) -> float:
+        for name in ("gpu_launcher:owner", "x" * 513):
+            with pytest.raises(ValueError, match="name"):
+                trial.set_user_attr(name, "me")
+        trial.set_user_attr("x" * 512, "me")
+        return 1.0
+
+    study = optuna.create_study()
+    gpu_launcher.optimize(study, objective, n_trials=1, pool=pool)
+    assert states(study) == ["complete"]
+    assert study.trials[0].user_attrs["gpu_launcher:owner"] != "me"
