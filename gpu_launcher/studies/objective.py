@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import optuna
 from optuna import TrialPruned
 
 from gpu_launcher.model import Request
+from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import Carried
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.worker import Gate
 from gpu_launcher.studies import reporting, trial
 from gpu_launcher.studies.dialogue import Ending, Pruned, Raised, Returned, TrialToRun, Unusable
+from gpu_launcher.studies.study_in_job import become_door, unpickled
 from gpu_launcher.studies.worker_trial import Line, WorkerTrial
 
 DONE = Report(ok=True, message=None, payload=b"")
@@ -33,6 +36,13 @@ class Objective:
     request: Request
     catch: tuple[type[BaseException], ...]
     """Exceptions that end no search."""
+    study: optuna.Study
+    """The program's, of which the function may have a copy: in the same process this very object."""
+
+    def __reduce__(self) -> Any:
+        # Together, so that the function's own study is that study, which itself is not sent.
+        dumped = pickling.dump((self.function, self.catch, self.study), instead={id(self.study): unpickled})
+        return _load, (dumped, self.request)
 
     def __call__(self, number: int, spec: Any, gate: Gate) -> Report:
         """See `Program`."""
@@ -53,12 +63,18 @@ class Objective:
     def _run(self, mine: WorkerTrial, line: Line) -> Ending:
         trial.become(mine)
         reporting.objective_in = os.getpid()
+        become_door(self.study, mine.study)
         try:
             return Returned(_values(self.function(mine)))
         except TrialPruned as pruned:
             return Pruned(str(pruned))
         except (Exception, KeyboardInterrupt) as error:
             return Raised(Carried.of(error, line.known, skip=1), isinstance(error, self.catch))
+
+
+def _load(dumped: bytes, request: Request) -> Objective:
+    function, catch, study = pickling.load(dumped)
+    return Objective(function, request, catch, study)
 
 
 def _values(returned: Any) -> tuple[float | Unusable, ...] | None:

@@ -88,7 +88,7 @@ def optimize(
     caught = tuple(catch) if isinstance(catch, Iterable) else (catch,)
     sweep = Sweep(ProcessIdentity.here())
     # Before the progress bar, which starts a thread.
-    loop = RemoteLoop(Objective(objective, request, caught), options, this_program(), method=start_method)
+    loop = RemoteLoop(Objective(objective, request, caught, study), options, this_program(), method=start_method)
     study._stop_flag = False
     study._thread_local.in_optimize_loop = True
     try:

@@ -275,7 +275,12 @@ class StudyView:
             return self._line.call("study", name)
         if name in STUDY_METHODS:
             return lambda *positional, **named: self._line.call("study", name, *positional, **named)
-        raise AttributeError(
-            f"the study of a trial that runs in a process of its own has no {name!r}; the program's study has: use a "
-            "callback, which runs in the program"
-        )
+        raise AttributeError(absent(name))
+
+
+def absent(name: str) -> str:
+    """What to say of a study's attribute that is not to be had in an objective."""
+    return (
+        f"the study of a trial that runs in a process of its own has no {name!r}; the program's study may have: use a "
+        "callback, which runs in the program"
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import subprocess
 import sys
 import threading
@@ -259,3 +261,86 @@ def test_attributes_of_ours_and_names_that_databases_do_not_keep_are_refused(poo
     gpu_launcher.optimize(study, objective, n_trials=1, pool=pool)
     assert states(study) == ["complete"]
     assert study.trials[0].user_attrs["gpu_launcher:owner"] != "me"
+
+
+# The study that an objective has from the program
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", None])
+@pytest.mark.parametrize("storage", ["memory", "sqlite"])
+def test_the_objectives_own_study_is_the_programs(method: Any, storage: str, tmp_path: Path, pool: Where) -> None:
+    url = None if storage == "memory" else f"sqlite:///{tmp_path}/study.db"
+    study = optuna.create_study(
+        study_name="own", storage=gpu_launcher.storage(url), sampler=optuna.samplers.RandomSampler(seed=1)
+    )
+
+    def objective(trial: Any) -> float:
+        x = trial.suggest_float("x", 0, 1)
+        study.set_user_attr(f"seen {trial.number}", [len(study.trials), study.user_attrs.get("seen 0")])
+        trial.set_user_attr("best", study.best_value if trial.number else None)
+        trial.set_user_attr("named", [study.study_name, study.direction.name, isinstance(study, optuna.Study)])
+        trial.set_user_attr("states", [t.state.name for t in study.get_trials(deepcopy=False)])
+        if trial.number == 1:
+            study.enqueue_trial({"x": 0.25})
+        if trial.number == 3:
+            study.stop()
+        return float(x)
+
+    if method is None:  # what Optuna does
+        study.optimize(objective, n_trials=9)
+    else:
+        gpu_launcher.optimize(study, objective, n_trials=9, n_jobs=1, pool=pool, start_method=method)
+    assert states(study) == ["complete"] * 4
+    assert study.trials[2].params == {"x": 0.25}
+    seen = {"seen 0": [1, None]} | {f"seen {number}": [number + 1, [1, None]] for number in (1, 2, 3)}
+    assert study.user_attrs == seen
+    assert study.trials[3].user_attrs["best"] == min(trial.value or 0 for trial in study.trials[:3])
+    assert study.trials[3].user_attrs["named"] == ["own", "MINIMIZE", True]
+    assert study.trials[3].user_attrs["states"] == ["COMPLETE"] * 3 + ["RUNNING"]
+    assert type(study) is optuna.Study
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_what_the_objectives_own_study_cannot_do_it_says(method: Any, pool: Where) -> None:
+    study = optuna.create_study()
+    stop = study.stop
+
+    def objective(trial: Any) -> float:
+        for wrong in (
+            lambda: study.tell(0, 1.0),
+            lambda: study.ask(),
+            lambda: study.optimize(lambda trial: 1.0, n_trials=1),
+            lambda: study._storage,
+        ):
+            with pytest.raises(AttributeError, match="callback, which runs in the program"):
+                wrong()
+        child = os.fork()
+        if child == 0:
+            try:
+                study.set_user_attr("lost", 1)
+            except RuntimeError:
+                os._exit(17)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
+        assert copy.copy(study).trials[0].number == 0
+        with pytest.raises(AttributeError, match="callback, which runs in the program"):
+            stop()  # which had been looked up in the program
+        return 1.0
+
+    gpu_launcher.optimize(study, objective, n_trials=2, n_jobs=1, pool=pool, start_method=method)
+    assert states(study) == ["complete"] * 2
+    study.optimize(lambda trial: 1.0, n_trials=1)
+
+
+def test_a_study_that_cannot_be_pickled_needs_not_be(pool: Where) -> None:
+    class LockedSampler(optuna.samplers.RandomSampler):
+        lock = threading.Lock()
+
+    study = optuna.create_study(sampler=LockedSampler())
+
+    def objective(trial: Any) -> float:
+        study.set_user_attr("x", 1)
+        return 1.0
+
+    gpu_launcher.optimize(study, objective, n_trials=1, pool=pool, start_method="spawn")
+    assert study.user_attrs == {"x": 1}
