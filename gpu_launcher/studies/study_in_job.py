@@ -5,7 +5,6 @@ It is a copy there, which nobody else would hear of. So it becomes a door to the
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -58,8 +57,7 @@ def unpickled() -> optuna.Study:
     return kind.__new__(kind)
 
 
-@functools.cache
-def _door(kind: Any) -> type[optuna.Study]:
+def _door(kind: type[optuna.Study]) -> type[optuna.Study]:
     return type(kind.__name__, (_Door, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
