@@ -238,6 +238,17 @@ class WorkerTrial(BaseTrial):
         """Of the parameters that the sampler chose together."""
         return dict(self._call("relative_params"))
 
+    @property
+    def storage(self) -> Any:
+        """Not to be had here."""
+        raise AttributeError(
+            "the trial of an objective in a process of its own has neither 'storage' nor '_trial_id', as the study's "
+            "storage is used by the program alone: use the trial's other methods, or a callback of the study, which "
+            "runs in the program"
+        )
+
+    _trial_id = storage
+
     def _call(self, name: str, *positional: Any, **named: Any) -> Any:
         return self._line.call("trial", name, *positional, **named)
 

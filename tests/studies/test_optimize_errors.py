@@ -17,6 +17,7 @@ import pytest
 from optuna.trial import FrozenTrial
 
 import gpu_launcher
+from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.processes import exceptions, pickling
 from gpu_launcher.processes.exceptions import Carried, RemoteTraceback
@@ -123,6 +124,7 @@ import time
 import optuna
 import gpu_launcher
 import gpu_launcher
+from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs.where import Where
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -344,3 +346,55 @@ def test_a_study_that_cannot_be_pickled_needs_not_be(pool: Where) -> None:
 
     gpu_launcher.optimize(study, objective, n_trials=1, pool=pool, start_method="spawn")
     assert study.user_attrs == {"x": 1}
+
+
+def test_what_a_trial_here_has_not_is_said(pool: Where) -> None:
+    def objective(trial: Any) -> float:
+        assert not hasattr(trial, "_trial_id")
+        trial.storage.set_trial_system_attr(0, "x", 1)
+        return 1.0
+
+    with pytest.raises(AttributeError, match=r"'storage'.* used by the program alone"):
+        gpu_launcher.optimize(optuna.create_study(), objective, n_trials=1, pool=pool)
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"pool": "simulated:2"}, r"^pool: .* Pool\('simulated:2'\)"),
+        ({"pool": 3}, "^pool: 3 is no pool"),
+        ({"callbacks": lambda study, trial: None}, r"^callbacks: .* give \[callback\]"),
+        ({"callbacks": [3]}, "^callbacks: 3 cannot be called"),
+        ({"catch": "ValueError"}, "^catch: 'V' is no class of exceptions"),
+        ({"catch": ValueError()}, r"^catch: ValueError\(\) is no class"),
+        ({"catch": (ValueError, int)}, "^catch: <class 'int'> is no class of exceptions"),
+        ({"trial_timeout": "soon"}, "^trial_timeout: 'soon'"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_before_anything_is_done(
+    options: dict[str, Any], said: str, pool: Where, tmp_path: Path
+) -> None:
+    study = optuna.create_study()
+    with pytest.raises(OptionError, match=said):
+        gpu_launcher.optimize(study, lambda trial: 1.0, **{"n_trials": 1, "pool": pool, **options})
+    assert states(study) == []
+    assert not (tmp_path / "pool").exists()
+
+
+def test_a_study_and_an_objective_in_the_wrong_order(pool: Where) -> None:
+    with pytest.raises(OptionError, match=r"^study: .* give the study, and then the objective"):
+        gpu_launcher.optimize(lambda trial: 1.0, optuna.create_study(), 1, pool=pool)  # type: ignore[arg-type]
+
+
+def test_a_closed_pool_is_refused(tmp_path: Path) -> None:
+    with gpu_launcher.Pool("simulated:1", tmp_path / "pool") as pool:
+        pass
+    with pytest.raises(OptionError, match=r"^pool: .* is closed"):
+        gpu_launcher.optimize(optuna.create_study(), lambda trial: 1.0, 1, pool=pool)
+    with pytest.raises(OptionError, match=r"^pool: .* is closed"):
+        gpu_launcher.PoolExecutor(pool=pool)
+    with pytest.raises(OptionError, match=r"^pool: .* is closed"):
+        gpu_launcher.parallel_map([1], function=abs, pool=pool)
