@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,9 @@ from optuna import TrialPruned
 
 from gpu_launcher.model import Request
 from gpu_launcher.processes import pickling
-from gpu_launcher.processes.exceptions import Carried
+from gpu_launcher.processes.exceptions import Carried, describe, without_frames
 from gpu_launcher.processes.messages import Report
-from gpu_launcher.processes.worker import Gate
+from gpu_launcher.processes.worker import Gate, print_exception
 from gpu_launcher.studies import reporting, trial
 from gpu_launcher.studies.dialogue import Ending, Pruned, Raised, Returned, TrialToRun, Unusable
 from gpu_launcher.studies.study_in_job import become_door, unpickled
@@ -55,7 +56,10 @@ class Objective:
             return Report(ok=False, message="was interrupted before it had a trial", payload=b"")
         if not isinstance(seen, TrialToRun):
             return DONE
-        ending = self._run(WorkerTrial(seen, line), line)
+        try:
+            ending = self._run(WorkerTrial(seen, line), line)
+        except BaseException as error:  # neither an Exception nor KeyboardInterrupt, and so no ending of an objective
+            return _left(error)
         if line.mine:  # or this is a fork of the objective's, and comes here as it would in any program
             line.say(ending)
         return DONE
@@ -70,6 +74,17 @@ class Objective:
             return Pruned(str(pruned))
         except (Exception, KeyboardInterrupt) as error:
             return Raised(Carried.of(error, line.known, skip=1), isinstance(error, self.catch))
+
+
+def _left(error: BaseException) -> Report:
+    """What to report of this process, which ends with `error`; printed as Python does, without our frames."""
+    if not isinstance(error, SystemExit):
+        print_exception(error, without_frames(error, 2))
+    elif error.code is None or isinstance(error.code, int):
+        raise error  # with its status, for whoever waits for a fork of the objective's
+    else:
+        print(error.code, file=sys.stderr)
+    return Report(ok=False, message=f"raised {describe(error)}", payload=b"")
 
 
 def _load(dumped: bytes, request: Request) -> Objective:

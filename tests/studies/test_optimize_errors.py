@@ -156,16 +156,16 @@ for kind in (Stop, Locked, Local, Inside):
 
     def objective(trial):
         x = trial.suggest_float("x", 0, 1)
-        if trial.number == 1:
+        if trial.number == 0:
             raise kind("loss", 3)
         return x
 
     study = optuna.create_study()
-    gpu_launcher.optimize(study, objective, 4, pool=pool, catch=kind, start_method=sys.argv[1])
+    gpu_launcher.optimize(study, objective, 2, n_jobs=1, pool=pool, catch=kind, start_method=sys.argv[1])
     print(*[trial.state.name for trial in study.trials])
     study = optuna.create_study()
     try:
-        gpu_launcher.optimize(study, objective, 9, pool=pool, start_method=sys.argv[1])
+        gpu_launcher.optimize(study, objective, 9, n_jobs=1, pool=pool, start_method=sys.argv[1])
     except Exception as error:
         print(type(error).__name__, "loss=3" in str(error), "in objective" in str(error.__cause__))
         assert isinstance(error, (Stop, gpu_launcher.JobError)), type(error)
@@ -178,7 +178,7 @@ def test_caught_is_what_is_of_the_class_whatever_pickle_makes_of_it(method: str,
     command = [sys.executable, "script.py", method]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     local = "JobError" if method == "fork" else "Local"
-    goes_on = "COMPLETE FAIL COMPLETE COMPLETE"
+    goes_on = "FAIL COMPLETE"
     expected = [f"{name} True True" for name in ("Stop", "Locked", local, local)]
     assert done.stdout.splitlines() == [line for end in expected for line in (goes_on, end)], done.stderr
 
@@ -398,3 +398,59 @@ def test_a_closed_pool_is_refused(tmp_path: Path) -> None:
         gpu_launcher.PoolExecutor(pool=pool)
     with pytest.raises(OptionError, match=r"^pool: .* is closed"):
         gpu_launcher.parallel_map([1], function=abs, pool=pool)
+
+
+# What is no Exception
+
+LEAVING = """
+import os
+import sys
+import optuna
+import gpu_launcher
+from gpu_launcher.jobs.where import Where
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+class Own(BaseException):
+    pass
+
+
+def objective(trial):
+    if trial.number == 0:
+        raise GeneratorExit("done")
+    if trial.number == 1:
+        sys.exit("no data")
+    if trial.number == 2:
+        child = os.fork()
+        if child == 0:
+            sys.exit(17)
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    raise Own
+
+
+def callback(study, trial):
+    print(trial.state.name, trial.user_attrs["gpu_launcher:failure"])
+
+
+options = {"n_jobs": 1, "pool": Where("simulated:1", "pool"), "callbacks": [callback]}
+gpu_launcher.optimize(optuna.create_study(), objective, 4, catch=gpu_launcher.JobError, **options)
+"""
+
+
+def test_an_objective_that_leaves_fails_its_trial_and_is_printed_as_python_does(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(LEAVING)
+    command = [sys.executable, "script.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.stdout.splitlines() == [
+        "FAIL raised GeneratorExit: done",
+        "FAIL raised SystemExit: no data",
+        "FAIL raised SystemExit: 17",
+        "FAIL raised Own",
+    ], done.stderr
+    assert "gpu_launcher" not in done.stderr
+    first, middle, last = done.stderr.split("Traceback (most recent call last):\n")
+    assert not first
+    assert "in objective" in middle
+    assert middle.endswith("GeneratorExit: done\nno data\n")
+    assert last.endswith("Own\n")
