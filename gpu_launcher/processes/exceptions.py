@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def dump(error: BaseException, known: Mapping[str, object]) -> bytes:
     whose `__init__` takes other arguments than those it hands on.
     """
     pickled = pickling.dump(error, known)
-    if not isinstance(pickling.load(pickled), type(error)):
+    if not isinstance(_first(pickled), type(error)):
         raise TypeError("it becomes something else when it is unpickled")
     return pickled
 
@@ -79,12 +80,8 @@ def dump_rebuilt(error: BaseException, known: Mapping[str, object]) -> bytes:
     Attributes that cannot be pickled are left out, and such arguments are replaced by what they look like. Raises
     whatever its class raises.
     """
-    _, args, *rest = _builtin(type(error)).__reduce__(error)
-    attributes = rest[0] if rest and rest[0] else {}
-    args = tuple(arg if _travels(arg, known) else _look(arg) for arg in args)
-    kept = {name: value for name, value in attributes.items() if _travels(value, known)}
-    pickled = pickling.dump(_Rebuilt(type(error), args, kept), known)
-    pickling.load(pickled)
+    pickled = pickling.dump(_parts(error, known), known)
+    _first(pickled)
     return pickled
 
 
@@ -98,6 +95,24 @@ class _Rebuilt:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.kind, self.args, self.attributes)
+
+
+def _parts(error: BaseException, known: Mapping[str, object]) -> _Rebuilt:
+    _, args, *rest = _builtin(type(error)).__reduce__(error)
+    attributes = rest[0] if rest and rest[0] else {}
+    kept = {name: value for name, value in attributes.items() if _travels(value, known)}
+    return _Rebuilt(type(error), tuple(_stand_in(arg, known) for arg in args), kept)
+
+
+def _stand_in(arg: Any, known: Mapping[str, object]) -> Any:
+    """An argument, or what becomes the nearest to it."""
+    if _travels(arg, known):
+        return arg
+    if isinstance(arg, BaseException):
+        return _parts(arg, known)
+    if type(arg) in (list, tuple):  # as the exceptions of a group
+        return type(arg)(_stand_in(one, known) for one in arg)
+    return _look(arg)
 
 
 def _rebuild(kind: type[BaseException], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:
@@ -115,10 +130,15 @@ def _builtin(kind: type[BaseException]) -> Any:
 
 def _travels(thing: object, known: Mapping[str, object]) -> bool:
     try:
-        pickling.load(pickling.dump(thing, known))
+        _first(pickling.dump(thing, known))
     except Exception:  # whatever the user's objects raise
         return False
     return True
+
+
+def _first(pickled: bytes) -> Any:
+    """What `pickling.load` returns, without defining anything in `__main__`: this process has it."""
+    return pickle.loads(pickled)
 
 
 def _look(thing: object) -> str:

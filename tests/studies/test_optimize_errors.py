@@ -106,6 +106,19 @@ def test_an_exception_is_rebuilt_where_it_cannot_be_pickled(error: BaseException
     assert isinstance(again.__cause__, RemoteTraceback)
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="there are no exception groups before")
+def test_a_group_of_exceptions_is_rebuilt_with_them() -> None:
+    group = ExceptionGroup("both", [TwoArgumentsError("loss", 3), HasALockError("x"), ValueError(1)])  # noqa: F821
+    again = Carried.of(group, pickling.NOTHING).load()
+    assert type(again) is type(group)
+    assert str(again) == str(group)
+    assert [(type(one), one.args) for one in again.exceptions] == [  # type: ignore[attr-defined]
+        (TwoArgumentsError, ("loss=3",)),
+        (HasALockError, ("x",)),
+        (ValueError, (1,)),
+    ]
+
+
 def test_an_exception_whose_class_cannot_be_sent_is_not_had() -> None:
     class OddError(Exception):
         lock = threading.Lock()
