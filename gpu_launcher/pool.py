@@ -16,6 +16,7 @@ from types import TracebackType
 from gpu_launcher.devices import Links, select_devices
 from gpu_launcher.devices.specification import read_specification
 from gpu_launcher.durations import read_duration
+from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.manager_messages import Remarked
@@ -119,6 +120,8 @@ class Pool:
 
     def options(self, request: Request, max_parallel: int | None = None) -> Options:
         """How to run jobs there, as `gpu_launcher.jobs.where.Where` says it. Raises OptionError."""
+        if self.closed:
+            raise OptionError("pool", f"{self!r} is closed: make another one, or call this before its block ends")
         return Where(*self._made_of).options(request, max_parallel)
 
     def lease(
@@ -243,6 +246,19 @@ class Pool:
         if lending is not None and lending.in_use and not lending.closed:
             warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
             lending.close()
+
+
+def read_pool(pool: object) -> Pool | Where:
+    """What users give as `pool`, where None is all of the machine. Raises OptionError for what is no pool."""
+    if pool is None:
+        return Where()
+    if not isinstance(pool, (Pool, Where)):
+        raise OptionError("pool", f"{pool!r} is no pool: give a gpu_launcher.Pool, such as Pool({_example(pool)!r})")
+    return pool
+
+
+def _example(pool: object) -> object:
+    return pool if isinstance(pool, (str, list)) else "auto"
 
 
 class Asking:

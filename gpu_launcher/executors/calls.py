@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_launcher.executors.packing import Packed, Raised, Returned, describe, pack, raised
+from gpu_launcher.executors.packing import Packed, Raised, Returned, pack, raised
 from gpu_launcher.model import Request
+from gpu_launcher.processes.exceptions import describe
 from gpu_launcher.processes.memory_errors import is_out_of_gpu_memory
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.pickling import main_namespace

@@ -16,7 +16,7 @@ from typing import Any
 
 from gpu_launcher.errors import GpuLauncherError, JobError, JobTimeoutError, UnpicklableError
 from gpu_launcher.executors.calls import Call
-from gpu_launcher.executors.packing import Raised, RemoteTraceback, Returned, describe, pack
+from gpu_launcher.executors.packing import Raised, Returned, pack
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
@@ -24,6 +24,7 @@ from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.manager_messages import Closed, Ended, Remarked, Wanted
 from gpu_launcher.jobs.remote import RemoteLoop, busy, harmless_thread
 from gpu_launcher.processes import pickling
+from gpu_launcher.processes.exceptions import RemoteTraceback, describe
 
 
 class BrokenPoolExecutor(GpuLauncherError, BrokenExecutor):

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from gpu_launcher.processes import pickling
+from gpu_launcher.processes import exceptions, pickling
+from gpu_launcher.processes.exceptions import describe, traceback_of
 
 LARGE = 1024 * 1024
 """Bytes that fit into a message."""
@@ -106,38 +106,11 @@ class Raised:
     """There is a value, which cannot be pickled."""
 
 
-class RemoteTraceback(Exception):
-    """The cause of an exception that another process raised: its traceback there, as text."""
-
-    def __init__(self, tb: str) -> None:
-        super().__init__(tb)
-        self.tb = tb
-
-    def __str__(self) -> str:
-        return f'\n"""\n{self.tb}"""'
-
-
 def raised(error: BaseException, skip: int, known: Mapping[str, object]) -> Raised:
     """What to report of an exception, without the first `skip` frames of its traceback, which are ours."""
-    tb = error.__traceback__
-    for _ in range(skip):
-        tb = tb.tb_next if tb is not None else None
-    text = "".join(traceback.format_exception(type(error), error, tb))
+    text = traceback_of(error, skip)
     problem = f"raised {describe(error)}"
     try:
-        pickled = pickling.dump(error, known)
-        if not isinstance(pickling.load(pickled), type(error)):
-            raise TypeError("it becomes something else when it is unpickled")
+        return Raised(exceptions.dump(error, known), problem, text)
     except Exception as why:  # whatever the user's exception raises
         return Raised(None, f"{problem}. The exception itself cannot be pickled ({describe(why)})", text)
-    return Raised(pickled, problem, text)
-
-
-def describe(error: BaseException) -> str:
-    """Its type, and what it says, in one line."""
-    try:
-        said = str(error)
-    except Exception:  # an exception of the user's that cannot be shown
-        said = ""
-    name = type(error).__qualname__
-    return f"{name}: {said}" if said else name

@@ -16,9 +16,9 @@ from gpu_launcher.jobs.manager_messages import Opened, Remarked
 from gpu_launcher.jobs.progress.text import count, device_counts
 from gpu_launcher.jobs.remarks import log
 from gpu_launcher.jobs.remote import RemoteLoop
-from gpu_launcher.jobs.where import Where, this_program
+from gpu_launcher.jobs.where import this_program
 from gpu_launcher.model import MILLIONTHS, Device, Request
-from gpu_launcher.pool import Pool
+from gpu_launcher.pool import Pool, read_pool
 from gpu_launcher.processes.starter import StartMethod
 from gpu_launcher.requests import read_request
 
@@ -85,7 +85,7 @@ def parallel_map(
     request = read_request({"gpus": gpus, "memory": memory, "priority": priority})
     length = len(records) if isinstance(records, Sized) else total
     dealer = Dealer(iter(records), ordered=ordered, read_ahead=read_ahead, clock=time.monotonic)
-    options = (pool or Where()).options(request, num_workers)
+    options = read_pool(pool).options(request, num_workers)
     loop = RemoteLoop(w.RecordWorker(request, setup, function), options, this_program(), method=start_method)
     try:
         opened = loop.open()

@@ -17,8 +17,8 @@ from gpu_launcher.executors.calls import Calls
 from gpu_launcher.executors.courier import BrokenPoolExecutor, Courier, Submitted
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.remote import RemoteLoop
-from gpu_launcher.jobs.where import Where, this_program
-from gpu_launcher.pool import Pool
+from gpu_launcher.jobs.where import this_program
+from gpu_launcher.pool import Pool, read_pool
 from gpu_launcher.processes.starter import StartMethod
 from gpu_launcher.requests import read_request
 
@@ -78,7 +78,7 @@ class PoolExecutor(Executor):
         if start_method not in get_args(StartMethod):
             raise OptionError("start_method", f"{start_method!r} is none of {', '.join(get_args(StartMethod))}")
         self._start_method = start_method
-        self._options = (pool or Where()).options(self._request, max_workers)
+        self._options = read_pool(pool).options(self._request, max_workers)
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._shut = False

@@ -18,7 +18,7 @@ from typing import Any
 from gpu_launcher.errors import OptionError
 from gpu_launcher.executors.record_errors import UnreadableError
 from gpu_launcher.model import Request
-from gpu_launcher.processes import pickling
+from gpu_launcher.processes import exceptions, pickling
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.worker import Gate
 
@@ -263,12 +263,10 @@ def _replace_unpicklable(values: list[Any], failures: dict[int, Failure]) -> Non
 def _portable(error: BaseException) -> bytes:
     """The exception in a form that can be read, if there is one."""
     try:
-        dumped = pickling.dump(error, pickling.main_namespace())
-        pickling.load(dumped)  # many an exception can be pickled, and not unpickled
+        return exceptions.dump(error, pickling.main_namespace())
     except Exception:
         last = traceback.format_exception_only(type(error), error)[-1].strip()
         return pickling.dump(UnreadableError(f"{last} (its exception cannot be pickled)"))
-    return dumped
 
 
 def names(devices: Sequence[Any]) -> str:

@@ -10,11 +10,12 @@ import functools
 import io
 import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FunctionType, MappingProxyType
 from typing import Any, BinaryIO, Protocol
 
 NOTHING: Mapping[str, object] = MappingProxyType({})
+NO_OTHERS: Mapping[int, Callable[[], object]] = MappingProxyType({})
 
 
 class Writable(Protocol):
@@ -34,19 +35,27 @@ def prepare() -> None:
     _pickler_class()
 
 
-def dump(thing: object, known: Mapping[str, object] = NOTHING) -> bytes:
+def dump(
+    thing: object, known: Mapping[str, object] = NOTHING, instead: Mapping[int, Callable[[], object]] = NO_OTHERS
+) -> bytes:
     """Pickle `thing` for a process whose `__main__` has what is `known`, by name.
 
-    Raises whatever the user's objects raise when they are pickled.
+    What has its id in `instead` becomes there what that function returns there. Raises whatever the user's objects
+    raise when they are pickled.
     """
     buffer = io.BytesIO()
-    dump_to(buffer, thing, known)
+    dump_to(buffer, thing, known, instead)
     return buffer.getvalue()
 
 
-def dump_to(file: Writable, thing: object, known: Mapping[str, object] = NOTHING) -> None:
+def dump_to(
+    file: Writable,
+    thing: object,
+    known: Mapping[str, object] = NOTHING,
+    instead: Mapping[int, Callable[[], object]] = NO_OTHERS,
+) -> None:
     """The same into a file, in which what is large is not copied once more."""
-    pickler = _pickler_class()(file, known)
+    pickler = _pickler_class()(file, known, instead)
     pickler.dump(thing)
     pickler.dump(pickler.used)  # the very same classes and functions: both share one memo
 
@@ -56,14 +65,19 @@ def _pickler_class() -> Any:
     import cloudpickle  # when it is needed: the command line is not
 
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-        def __init__(self, file: Writable, known: Mapping[str, object]) -> None:
+        def __init__(
+            self, file: Writable, known: Mapping[str, object], instead: Mapping[int, Callable[[], object]]
+        ) -> None:
             super().__init__(file)
             self.known = known
+            self.instead = instead
             self.main = main_namespace()
             self.used: dict[str, Any] = {}
             """What of this process's `__main__` the reader lacks, by name."""
 
         def reducer_override(self, thing: Any) -> Any:
+            if (other := self.instead.get(id(thing))) is not None:
+                return other, ()
             if issubclass(type(thing), (type, FunctionType)) and getattr(thing, "__module__", None) == "__main__":
                 name = thing.__qualname__
                 if _lookup(self.known, name) is thing:

@@ -12,7 +12,7 @@ import math
 import select
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -32,6 +32,7 @@ from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.jobs.where import GRACE
 from gpu_launcher.model import MILLIONTHS, WHOLE, Device
 from gpu_launcher.processes import pickling
+from gpu_launcher.processes.exceptions import Carried
 from gpu_launcher.studies import dialogue as d
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.trials_at_work import TrialsAtWork
@@ -299,15 +300,29 @@ class Conductor:
             match message:
                 case manager.Heard(job, d.Intermediate(step, value)) if job in self._trial_of:
                     reports.setdefault(self._trial_of[job], {})[step] = value
-        for number in self._trials.report(reports):
+        try:
+            ended = self._trials.report(reports)
+        except Exception as error:  # of the storage
+            self._give_up(error)
+            return
+        for number in ended:
             self._withdraw_trial(number)
 
     def _judge(self, questions: dict[int, d.ShallPrune]) -> None:
-        """Judge all that ask from one look at the study."""
+        """Judge all that ask from one look at the study. What the pruner raises, `should_prune` raises."""
         asking = {job: self._trial_of[job] for job in questions if job in self._trial_of}
-        verdicts = self._trials.verdicts(list(asking.values()))
+        verdicts: Mapping[int, bool | Exception]
+        try:
+            verdicts = self._trials.judge(list(asking.values()))
+        except Exception as error:  # of the storage
+            verdicts = dict.fromkeys(asking.values(), error)
         for job, number in asking.items():
-            self._answer(job, questions[job].number, verdicts.get(number, False))
+            verdict = verdicts.get(number, False)
+            if isinstance(verdict, Exception):
+                answer: bytes | Carried = Carried.of(verdict, self._loop.known, skip=1)
+            else:
+                answer = pickling.dump(verdict)
+            self._loop.say(s.Reply(job, d.Answer(questions[job].number, answer)))
 
     def _call(self, job: int, call: d.Call) -> None:
         number = self._trial_of.get(job)
@@ -316,13 +331,10 @@ class Conductor:
         try:
             positional, named = pickling.load(call.arguments)
             result = self._trials.call(number, call.target, call.name, positional, named)
-            answer: bytes | d.Carried = pickling.dump(result, self._loop.known)
+            answer: bytes | Carried = pickling.dump(result, self._loop.known)
         except Exception as error:  # to be raised in the objective, whatever it is
-            answer = d.Carried.of(error, self._loop.known, skip=2)
+            answer = Carried.of(error, self._loop.known, skip=2)
         self._loop.say(s.Reply(job, d.Answer(call.number, answer)))
-
-    def _answer(self, job: int, question: int, what: object) -> None:
-        self._loop.say(s.Reply(job, d.Answer(question, pickling.dump(what))))
 
     # How trials end
 
@@ -330,9 +342,8 @@ class Conductor:
         if job not in self._trial_of:
             return
         match ending:
-            case d.Raised(carried):
-                number = self._trial_of[job]
-                self._failed(job, carried.unpack(number), carried.text)
+            case d.Raised(carried, caught):
+                self._failed(job, d.unpack(carried, self._trial_of[job]), carried.text, caught=caught)
             case d.Pruned(text):
                 self._tell(job, TrialState.PRUNED, said=text)
             case d.Returned(values):
@@ -343,7 +354,7 @@ class Conductor:
                     shown = values[0] if values is not None and len(values) == 1 else values
                     self._tell(job, TrialState.FAIL, said=problem, returned=shown)
 
-    def _failed(self, job: int, error: BaseException, said: str) -> None:
+    def _failed(self, job: int, error: BaseException, said: str, *, caught: bool = False) -> None:
         number = self._trial_of[job]
         if (self._interrupted or job in self._withdrawn) and isinstance(error, (KeyboardInterrupt, JobError)):
             del self._trial_of[job]
@@ -352,7 +363,7 @@ class Conductor:
             else:
                 self._trials.give_up(number, INTERRUPTED, again=self._again)
             return
-        self._tell(job, TrialState.FAIL, said=said, error=error)
+        self._tell(job, TrialState.FAIL, said=said, error=error, caught=caught or isinstance(error, self._catch))
 
     def _tell(
         self,
@@ -362,6 +373,7 @@ class Conductor:
         *,
         said: str = "",
         error: BaseException | None = None,
+        caught: bool = False,
         returned: object = None,
     ) -> None:
         number = self._trial_of.pop(job)
@@ -374,7 +386,7 @@ class Conductor:
         if trial.state is not state:
             return  # it had been ended elsewhere
         self._log(trial, said, error, returned)
-        if error is not None and not isinstance(error, self._catch):
+        if error is not None and not caught:
             self._give_up(error)
         elif not self._interrupted:
             self._call_back(trial)

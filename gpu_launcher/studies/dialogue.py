@@ -7,67 +7,20 @@ class is in here as bytes.
 from __future__ import annotations
 
 import datetime
-import traceback
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gpu_launcher.errors import JobError
-from gpu_launcher.processes import pickling
+from gpu_launcher.processes.exceptions import Carried, RemoteTraceback
 
 
-class RemoteTraceback(Exception):
-    """The cause of an exception that was raised in another process: its traceback there, as text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.text = text
-
-    def __str__(self) -> str:
-        return f'\n"""\n{self.text}"""'
-
-
-@dataclass(frozen=True, slots=True)
-class Carried:
-    """An exception on its way to another process."""
-
-    pickled: bytes | None
-    text: str
-    """Such as `ValueError: no such file`."""
-    traceback: str
-    problem: str = ""
-    """Why it could not be pickled."""
-
-    @classmethod
-    def of(cls, error: BaseException, known: Mapping[str, object], *, skip: int = 0) -> Carried:
-        """For a process whose `__main__` has what is `known`; without the first `skip` frames, which are ours."""
-        frames = error.__traceback__
-        for _ in range(skip):
-            frames = frames and frames.tb_next
-        shown = "".join(traceback.format_exception(type(error), error, frames))
-        text = "".join(traceback.format_exception_only(type(error), error)).strip()
-        try:
-            return cls(pickling.dump(error, known), text, shown)
-        except Exception as unpicklable:  # whatever the user's objects raise
-            return cls(None, text, shown, f"it cannot be pickled: {_first_line(unpicklable)}")
-
-    def unpack(self, number: int) -> BaseException:
-        """The exception, caused by its traceback. If it cannot be had here, a JobError of the trial `number`."""
-        error: BaseException | None = None
-        problem = self.problem
-        if self.pickled is not None:
-            try:
-                error = pickling.load(self.pickled)
-            except Exception as unreadable:  # whatever the user's objects raise
-                problem = f"it cannot be unpickled: {_first_line(unreadable)}"
-        if not isinstance(error, BaseException):
-            text = f"raised {self.text}\n({problem or 'it is no exception when it is unpickled'})"
-            error = JobError(number, f"trial {number}", text, None)
-        error.__cause__ = RemoteTraceback(self.traceback)
+def unpack(carried: Carried, number: int) -> BaseException:
+    """The exception, caused by its traceback. If it cannot be had here, a JobError of the trial `number`."""
+    try:
+        return carried.load()
+    except LookupError as why:
+        error = JobError(number, f"trial {number}", f"raised {carried.text}\n({why})", None)
+        error.__cause__ = RemoteTraceback(carried.traceback)
         return error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 # From the program.
@@ -159,6 +112,8 @@ class Raised:
     """It raised something else."""
 
     error: Carried
+    caught: bool
+    """Whether it is of a class that is to be caught, which the process that has it knows best."""
 
 
 Ending = Returned | Pruned | Raised

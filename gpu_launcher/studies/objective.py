@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import optuna
 from optuna import TrialPruned
 
 from gpu_launcher.model import Request
+from gpu_launcher.processes import pickling
+from gpu_launcher.processes.exceptions import Carried, describe, without_frames
 from gpu_launcher.processes.messages import Report
-from gpu_launcher.processes.worker import Gate
+from gpu_launcher.processes.worker import Gate, print_exception
 from gpu_launcher.studies import reporting, trial
-from gpu_launcher.studies.dialogue import Carried, Ending, Pruned, Raised, Returned, TrialToRun, Unusable
+from gpu_launcher.studies.dialogue import Ending, Pruned, Raised, Returned, TrialToRun, Unusable
+from gpu_launcher.studies.study_in_job import become_door, unpickled
 from gpu_launcher.studies.worker_trial import Line, WorkerTrial
 
 DONE = Report(ok=True, message=None, payload=b"")
@@ -30,6 +35,15 @@ class Objective:
 
     function: Callable[[Any], Any]
     request: Request
+    catch: tuple[type[BaseException], ...]
+    """Exceptions that end no search."""
+    study: optuna.Study
+    """The program's, of which the function may have a copy: in the same process this very object."""
+
+    def __reduce__(self) -> Any:
+        # Together, so that the function's own study is that study, which itself is not sent.
+        dumped = pickling.dump((self.function, self.catch, self.study), instead={id(self.study): unpickled})
+        return _load, (dumped, self.request)
 
     def __call__(self, number: int, spec: Any, gate: Gate) -> Report:
         """See `Program`."""
@@ -42,7 +56,10 @@ class Objective:
             return Report(ok=False, message="was interrupted before it had a trial", payload=b"")
         if not isinstance(seen, TrialToRun):
             return DONE
-        ending = self._run(WorkerTrial(seen, line), line)
+        try:
+            ending = self._run(WorkerTrial(seen, line), line)
+        except BaseException as error:  # neither an Exception nor KeyboardInterrupt, and so no ending of an objective
+            return _left(error)
         if line.mine:  # or this is a fork of the objective's, and comes here as it would in any program
             line.say(ending)
         return DONE
@@ -50,12 +67,29 @@ class Objective:
     def _run(self, mine: WorkerTrial, line: Line) -> Ending:
         trial.become(mine)
         reporting.objective_in = os.getpid()
+        become_door(self.study, mine.study)
         try:
             return Returned(_values(self.function(mine)))
         except TrialPruned as pruned:
             return Pruned(str(pruned))
         except (Exception, KeyboardInterrupt) as error:
-            return Raised(Carried.of(error, line.known, skip=1))
+            return Raised(Carried.of(error, line.known, skip=1), isinstance(error, self.catch))
+
+
+def _left(error: BaseException) -> Report:
+    """What to report of this process, which ends with `error`; printed as Python does, without our frames."""
+    if not isinstance(error, SystemExit):
+        print_exception(error, without_frames(error, 2))
+    elif error.code is None or isinstance(error.code, int):
+        raise error  # with its status, for whoever waits for a fork of the objective's
+    else:
+        print(error.code, file=sys.stderr)
+    return Report(ok=False, message=f"raised {describe(error)}", payload=b"")
+
+
+def _load(dumped: bytes, request: Request) -> Objective:
+    function, catch, study = pickling.load(dumped)
+    return Objective(function, request, catch, study)
 
 
 def _values(returned: Any) -> tuple[float | Unusable, ...] | None:

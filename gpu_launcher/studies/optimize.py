@@ -17,8 +17,8 @@ from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.remote import RemoteLoop
-from gpu_launcher.jobs.where import Where, this_program
-from gpu_launcher.pool import Pool
+from gpu_launcher.jobs.where import this_program
+from gpu_launcher.pool import Pool, read_pool
 from gpu_launcher.processes.starter import StartMethod
 from gpu_launcher.requests import read_number, read_request
 from gpu_launcher.studies.conductor import Bounds, Callback, Conductor, log
@@ -72,23 +72,28 @@ def optimize(
     Raises OptionError and PoolDirectoryError before any trial is run, what the objective, the sampler or a callback
     raises, and ManagerDiedError if the process that starts the others is killed.
     """
+    if not isinstance(study, optuna.Study):
+        raise OptionError("study", f"{study!r} is no optuna.Study: give the study, and then the objective")
     if study._thread_local.in_optimize_loop:
         raise RuntimeError("Nested invocation of `Study.optimize` method isn't allowed.")
     if not callable(objective):
         raise OptionError("objective", f"{objective!r} is no function: give one that takes a trial")
     if start_method not in ("auto", "fork", "spawn"):
         raise OptionError("start_method", f"{start_method!r} is none: give auto, fork or spawn")
-    request = read_request({"gpus": gpus, "memory": memory, "priority": priority, "timeout": trial_timeout})
-    options = (pool or Where()).options(request, None if n_jobs in (None, -1) else _whole("n_jobs", n_jobs, least=1))
+    caught, after_each = _exceptions(catch), _callbacks(callbacks)
+    try:
+        request = read_request({"gpus": gpus, "memory": memory, "priority": priority, "timeout": trial_timeout})
+    except OptionError as error:
+        raise error.written(lambda option: "trial_timeout" if option == "timeout" else option) from None
+    options = read_pool(pool).options(request, None if n_jobs in (None, -1) else _whole("n_jobs", n_jobs, least=1))
     bounds = Bounds(
         None if n_trials is None else _whole("n_trials", n_trials),
         None if timeout is None else read_duration(timeout, "timeout"),
     )
     again = _whole("retry_stale", retry_stale)
-    caught = tuple(catch) if isinstance(catch, Iterable) else (catch,)
     sweep = Sweep(ProcessIdentity.here())
     # Before the progress bar, which starts a thread.
-    loop = RemoteLoop(Objective(objective, request), options, this_program(), method=start_method)
+    loop = RemoteLoop(Objective(objective, request, caught, study), options, this_program(), method=start_method)
     study._stop_flag = False
     study._thread_local.in_optimize_loop = True
     try:
@@ -100,9 +105,7 @@ def optimize(
                 log.warning(line)
             bar = _ProgressBar(show_progress_bar, bounds.n_trials, bounds.timeout)
             try:
-                run = Conductor(
-                    study, loop, sweep, bounds, caught, list(callbacks or ()), bar, options, again=again > 0
-                )
+                run = Conductor(study, loop, sweep, bounds, caught, after_each, bar, options, again=again > 0)
                 run.conduct()
             finally:
                 bar.close()
@@ -110,6 +113,26 @@ def optimize(
         loop.close()
         study._thread_local.in_optimize_loop = False
     study._storage.remove_session()
+
+
+def _exceptions(catch: object) -> tuple[type[BaseException], ...]:
+    given = tuple(catch) if isinstance(catch, Iterable) and not isinstance(catch, type) else (catch,)
+    for kind in given:
+        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+            raise OptionError("catch", f"{kind!r} is no class of exceptions: give one such as ValueError, or a tuple")
+    return given
+
+
+def _callbacks(callbacks: object) -> list[Callback]:
+    if callbacks is None:
+        return []
+    if not isinstance(callbacks, Iterable):
+        raise OptionError("callbacks", f"{callbacks!r} is no list: give [callback], also for one")
+    given = list(callbacks)
+    for callback in given:
+        if not callable(callback):
+            raise OptionError("callbacks", f"{callback!r} cannot be called: give functions of the study and a trial")
+    return given
 
 
 def _whole(option: str, value: object, least: int = 0) -> int:

@@ -35,9 +35,21 @@ class Judge:
         self._found_at = None
 
     def verdicts(self, trials: Mapping[int, int], reports: Mapping[int, Mapping[int, float]]) -> dict[int, bool]:
-        """For the trials `{number: id}`, which run: whether the study's pruner would prune each.
+        """The same as `judge` does, but raises what the pruner raises of any."""
+        judged = self.judge(trials, reports)
+        verdicts = {number: verdict for number, verdict in judged.items() if not isinstance(verdict, Exception)}
+        for error in judged.values():
+            if isinstance(error, Exception):
+                raise error
+        return verdicts
 
-        `reports` are what they have reported, `{id: {step: value}}`, which has been stored.
+    def judge(
+        self, trials: Mapping[int, int], reports: Mapping[int, Mapping[int, float]]
+    ) -> dict[int, bool | Exception]:
+        """For the trials `{number: id}`, which run: whether the study's pruner would prune each, or what it raises.
+
+        `reports` are what they have reported, `{id: {step: value}}`, which has been stored. Raises what the storage
+        raises.
         """
         now = self._clock()
         if self._found_at is None or now - self._found_at > KEPT or not self._found.keys() >= set(trials.values()):
@@ -49,9 +61,13 @@ class Judge:
                 self._replace(id, intermediate_values={**self._found[id].intermediate_values, **steps})
         with self._one_look():
             known = {number: id for number, id in trials.items() if id in self._found}
-            return {
-                number: bool(self._study.pruner.prune(self._study, self._found[id])) for number, id in known.items()
-            }
+            return {number: self._one(self._found[id]) for number, id in known.items()}
+
+    def _one(self, trial: FrozenTrial) -> bool | Exception:
+        try:
+            return bool(self._study.pruner.prune(self._study, trial))
+        except Exception as error:  # whatever the user's pruner raises
+            return error
 
     def _replace(self, id: int, **changes: Any) -> None:
         changed = copy.copy(self._found[id])

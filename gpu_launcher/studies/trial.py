@@ -110,10 +110,7 @@ class JobTrial(BaseTrial):
         Raises TypeError or ValueError for a value that JSON has not, such as a NumPy number: use `float(...)`; and
         ValueError for a name that is too long for databases, or begins as the sweep's own do.
         """
-        if (length := len(str(key))) > LONGEST_NAME:
-            raise ValueError(f"a user attribute's name has at most {LONGEST_NAME} characters, and this one {length}")
-        if str(key).startswith(OURS):
-            raise ValueError(f"{key!r} is one of the sweep's own: use a name that does not begin with {OURS!r}")
+        refuse_attribute(key)
         voice = self._voice
         if not isinstance(voice, Follower):
             voice.set_user_attr(str(key), value)
@@ -221,6 +218,14 @@ class NoTrial(JobTrial):
 
     def __init__(self) -> None:
         super().__init__(TrialSeen(0, "", {}, {}, {}, None, prunes=False, objectives=1), Nobody())
+
+
+def refuse_attribute(key: object) -> None:
+    """Raise ValueError for what can be no name of a user's own attribute."""
+    if (length := len(str(key))) > LONGEST_NAME:
+        raise ValueError(f"a user attribute's name has at most {LONGEST_NAME} characters, and this one {length}")
+    if str(key).startswith(OURS):
+        raise ValueError(f"{key!r} is one of gpu-launcher's own: use a name that does not begin with {OURS!r}")
 
 
 _here: tuple[int, JobTrial] | None = None

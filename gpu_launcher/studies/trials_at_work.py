@@ -96,15 +96,15 @@ class TrialsAtWork:
             self._unjudged.setdefault(id, {}).update(values[id])
         return [ids[id] for id in ended]
 
-    def verdicts(self, numbers: Sequence[int]) -> dict[int, bool]:
-        """Which of these trials are to be pruned."""
+    def judge(self, numbers: Sequence[int]) -> dict[int, bool | Exception]:
+        """Whether each of these trials is to be pruned, or what the pruner raises. Raises what the storage raises."""
         asked = {number: self.by_number[number].trial._trial_id for number in numbers if number in self.by_number}
         if not asked:
             return {}
         reports, self._unjudged = self._unjudged, {}
         running = {at_work.trial._trial_id for at_work in self.by_number.values()}
         with changing:
-            found = self._judge.verdicts(asked, {id: steps for id, steps in reports.items() if id in running})
+            found = self._judge.judge(asked, {id: steps for id, steps in reports.items() if id in running})
         return {number: found.get(number, False) for number in asked}
 
     def tell(

@@ -14,9 +14,10 @@ from optuna.study import StudyDirection
 from optuna.trial import BaseTrial
 
 from gpu_launcher.processes import pickling
+from gpu_launcher.processes.exceptions import Carried
 from gpu_launcher.processes.worker import Gate
-from gpu_launcher.studies.dialogue import Answer, Call, Carried, Ending, Intermediate, ShallPrune, TrialToRun
-from gpu_launcher.studies.trial import _number, _step
+from gpu_launcher.studies.dialogue import Answer, Call, Ending, Intermediate, ShallPrune, TrialToRun, unpack
+from gpu_launcher.studies.trial import _number, _step, refuse_attribute
 
 STUDY_ATTRIBUTES = frozenset(
     ("best_params", "best_trial", "best_trials", "best_value", "metric_names", "trials", "user_attrs")
@@ -42,6 +43,8 @@ class Line:
         self._process = os.getpid()
         self._lock = threading.RLock()
         self._calls = 0
+        self.trial = -1
+        """The number of the one it is about."""
         self.known = dict(pickling.main_namespace())
         """What the program's `__main__` has, by name: what this one's had before the objective ran."""
 
@@ -83,7 +86,7 @@ class Line:
                 if isinstance(answer, Answer) and answer.call == number:
                     break
         if isinstance(answer.result, Carried):
-            raise answer.result.unpack(number)
+            raise unpack(answer.result, self.trial)
         return pickling.load(answer.result)
 
 
@@ -101,6 +104,7 @@ class WorkerTrial(BaseTrial):
     def __init__(self, seen: TrialToRun, line: Line) -> None:
         self._seen = seen
         self._line = line
+        line.trial = seen.number
         self._reported: set[int] = set()
         self._study = StudyView(seen, line)
 
@@ -192,7 +196,8 @@ class WorkerTrial(BaseTrial):
         return self._seen.prunes and self._line.mine and self._line.shall_prune()
 
     def set_user_attr(self, key: str, value: Any) -> None:
-        """See `optuna.trial.Trial`."""
+        """See `optuna.trial.Trial`. Raises ValueError for a name that is too long for databases, or is one of ours."""
+        refuse_attribute(key)
         self._call("set_user_attr", key, value)
 
     def set_system_attr(self, key: str, value: Any) -> None:
@@ -233,6 +238,17 @@ class WorkerTrial(BaseTrial):
         """Of the parameters that the sampler chose together."""
         return dict(self._call("relative_params"))
 
+    @property
+    def storage(self) -> Any:
+        """Not to be had here."""
+        raise AttributeError(
+            "the trial of an objective in a process of its own has neither 'storage' nor '_trial_id', as the study's "
+            "storage is used by the program alone: use the trial's other methods, or a callback of the study, which "
+            "runs in the program"
+        )
+
+    _trial_id = storage
+
     def _call(self, name: str, *positional: Any, **named: Any) -> Any:
         return self._line.call("trial", name, *positional, **named)
 
@@ -270,7 +286,12 @@ class StudyView:
             return self._line.call("study", name)
         if name in STUDY_METHODS:
             return lambda *positional, **named: self._line.call("study", name, *positional, **named)
-        raise AttributeError(
-            f"the study of a trial that runs in a process of its own has no {name!r}; the program's study has: use a "
-            "callback, which runs in the program"
-        )
+        raise AttributeError(absent(name))
+
+
+def absent(name: str) -> str:
+    """What to say of a study's attribute that is not to be had in an objective."""
+    return (
+        f"the study of a trial that runs in a process of its own has no {name!r}; the program's study may have: use a "
+        "callback, which runs in the program"
+    )

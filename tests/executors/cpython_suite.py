@@ -15,8 +15,8 @@ from typing import Any
 
 from gpu_launcher.errors import JobError
 from gpu_launcher.executors import pool_executor
-from gpu_launcher.executors.packing import RemoteTraceback
 from gpu_launcher.jobs.where import Where
+from gpu_launcher.processes.exceptions import RemoteTraceback
 
 METHOD, GPUS, POOL, NAME = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 

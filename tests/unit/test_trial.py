@@ -189,7 +189,7 @@ def test_a_name_that_no_database_takes_or_that_is_the_sweeps_own_is_refused_in_t
     trial = sweep.begin()
     with pytest.raises(ValueError, match="at most 512 characters, and this one 513"):
         trial.set_user_attr("a" * 513, 1)
-    with pytest.raises(ValueError, match="'gpu_launcher:owner' is one of the sweep's own"):
+    with pytest.raises(ValueError, match="'gpu_launcher:owner' is one of gpu-launcher's own"):
         trial.set_user_attr("gpu_launcher:owner", {})
     assert trial.user_attrs.keys() == gpu_launcher.current_trial().user_attrs.keys()
     assert "gpu_launcher:owner" not in trial.user_attrs
