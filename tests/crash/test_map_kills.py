@@ -281,7 +281,7 @@ def test_what_a_live_program_runs_is_not_resumed(app, wait_until):
     )
     wait_until(lambda: (app / "began").exists())
     refused = run_map(app, "--resume", "out")
-    assert refused.returncode == 2
-    assert f"is being run by process {process.pid} (gpu-launcher map): wait for it, or stop it" in refused.stderr
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 128 + signal.SIGTERM
+    assert refused.returncode == 2
+    assert f"is being run by process {process.pid} (gpu-launcher map): wait for it, or stop it" in refused.stderr
