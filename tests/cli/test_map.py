@@ -344,7 +344,7 @@ def test_what_cannot_be_meant_is_refused_before_anything_runs(
     assert done.stderr.startswith("gpu-launcher: ")
     assert problem in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-    left = {path.name for path in tmp_path.iterdir()} - {"echo.py", "empty.jsonl", "theirs", "pool", "map"}
+    left = {path.name for path in tmp_path.iterdir()} - {"echo.py", "empty.jsonl", "theirs", "pool"}
     assert left == set(), "and nothing is in the way of the mended command"
 
 

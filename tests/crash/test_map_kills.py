@@ -102,6 +102,15 @@ def lines(app: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def whole_lines(app: Path) -> list[dict[str, Any]]:
+    """Of a program that may have been killed while it wrote one."""
+    found = []
+    for line in (app / "out" / "results.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
 def completed(app: Path) -> set[int]:
     """The runs that left an outcome which says so."""
     found = {path: json.loads(path.read_text()) for path in (app / "out").glob("*/outcome.json")}
@@ -123,6 +132,7 @@ def test_killed_at_any_point_a_map_is_resumed_at_once_and_nothing_completed_runs
     times = 1 if point == "retried" else times
     killed = run_map(app, *grid(), die_at=f"{point}:{times}")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
+    known = completed(app) | {line["index"] for line in whole_lines(app) if line["outcome"] == "completed"}
 
     # At once: it waits for what is left of the first launch, in which runs may yet complete.
     resumed = run_map(app, "--resume", "out")
@@ -132,7 +142,9 @@ def test_killed_at_any_point_a_map_is_resumed_at_once_and_nothing_completed_runs
     assert {line["outcome"] for line in results} == {"completed"}
     assert all(line["devices"] for line in results)
     (before,) = [int(line.split()[1]) for line in resumed.stderr.splitlines() if "completed before" in line]
-    again = [number for number, times in ran(app).items() if times > 1]
+    again = {number for number, times in ran(app).items() if times > 1}
+    assert not again & known, "what had completed before"
+    assert before >= len(known)
     # A run that was killed after it had said so, and before it could leave its outcome, is not known to have completed.
     assert len(again) <= 2
     assert f"{RUNS - before} job" in resumed.stderr
@@ -197,6 +209,67 @@ def test_killed_it_takes_everything_with_it(app, wait_until):
     wait_until(lambda: not processes(app))
 
 
+@pytest.mark.parametrize("who", ["fork server", "supervisor", "run", "command"])
+def test_whoever_else_is_killed_fails_alone_and_the_map_goes_on(app, wait_until, who):
+    """Two runs wait to be killed with it; the others run after them, and a resumption runs the two again."""
+    (app / "wait.sh").write_text(
+        "if test $1 -lt 2 -a ! -e go; then echo $$ >> began; setsid sleep 601 & sleep 602; fi; echo $1 >> ran"
+    )
+    words = list(grid("bash", "wait.sh", "{n}"))
+    words[words.index("--retries") + 1] = "0"
+    process = subprocess.Popen(
+        [sys.executable, "app.py", "map", *words],
+        cwd=app,
+        env=environment(app),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: (app / "began").exists() and len((app / "began").read_text().split()) == 2)
+    wait_until(lambda: sum("sleep" in process.name() for process in processes(app)) == 4)
+    (app / "go").touch()
+    above = ("command", "run", "supervisor", "fork server")
+    for pid in (app / "began").read_text().split():
+        command = psutil.Process(int(pid))
+        family = dict(zip(above, (command, *command.parents()), strict=False))
+        with contextlib.suppress(psutil.NoSuchProcess):  # one fork server has both
+            family[who].kill()
+        if who == "fork server":
+            break
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1, said
+    assert "Traceback" not in said
+    assert not processes(app), "and nothing is left of what it had started"
+    found = {line["index"]: line for line in lines(app)}
+    assert {index: line["outcome"] for index, line in found.items()} == {
+        index: "failed" if index < 2 else "completed" for index in range(RUNS)
+    }
+    assert all("killed" in found[index]["message"] for index in range(2)), found
+    assert completed(app) == {2, 3, 4}
+    resumed = run_map(app, "--resume", "out")
+    assert resumed.returncode == 0, resumed.stderr
+    assert {line["index"]: line["outcome"] for line in lines(app)} == dict.fromkeys(range(RUNS), "completed")
+    assert ran(app) == dict.fromkeys(range(RUNS), 1)
+
+
+def test_a_resumption_that_is_killed_at_once_loses_no_result(app):
+    """Between the removal of what failed before and the first new result."""
+    words = ("--param", "n=range(4)", "--devices", "simulated:1", "--dir", "out", "--")
+    assert run_map(app, *words, "bash", "-c", "test {n} = 0").returncode == 1
+    before = {line["index"]: line for line in lines(app)}
+    assert len(before) == 4
+    killed = run_map(app, "--resume", "out", die_at="prepared:1")
+    assert killed.returncode == -signal.SIGKILL
+    stopped = run_map(app, "--resume", "out", "--stop-on-failure")
+    assert stopped.returncode == 1
+    after = {line["index"]: line for line in lines(app)}
+    assert sorted(after) == [0, 1, 2, 3]
+    assert after[0] == before[0]
+    assert after[1]["attempts"] == 2
+    assert after[3] == before[3], "it did not run again; the one before it may have begun to"
+
+
 def test_what_a_live_program_runs_is_not_resumed(app, wait_until):
     process = subprocess.Popen(
         [sys.executable, "app.py", "map", *grid("bash", "-c", "touch began; sleep 600; echo {n}")],
@@ -208,7 +281,7 @@ def test_what_a_live_program_runs_is_not_resumed(app, wait_until):
     )
     wait_until(lambda: (app / "began").exists())
     refused = run_map(app, "--resume", "out")
-    assert refused.returncode == 1
-    assert f"is being run by process {process.pid} (gpu-launcher map): wait for it, or stop it" in refused.stderr
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 128 + signal.SIGTERM
+    assert refused.returncode == 2
+    assert f"is being run by process {process.pid} (gpu-launcher map): wait for it, or stop it" in refused.stderr

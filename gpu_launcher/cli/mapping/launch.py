@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from gpu_launcher.cli.mapping.grid import Grid, read_grid
-from gpu_launcher.cli.mapping.place import MapError, Place, new_directory, shown
+from gpu_launcher.cli.mapping.place import MapError, Place, RefusedError, new_directory, quoted, shown
 from gpu_launcher.cli.mapping.program import CommandProgram
 from gpu_launcher.cli.mapping.records import Bad
-from gpu_launcher.cli.mapping.results import Completed, Results, completed_before, settle, write_table
+from gpu_launcher.cli.mapping.results import (
+    Completed,
+    Results,
+    _lines,
+    completed_before,
+    result_line,
+    settle,
+    write_table,
+)
 from gpu_launcher.cli.mapping.source import MapSource
 from gpu_launcher.cli.mapping.supply import STDIN, Input, Supply
 from gpu_launcher.cli.mapping.template import GPU, CommandError, Template
 from gpu_launcher.devices import BUSY_MEMORY
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import GpuLauncherError, OptionError
+from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.grants import Telling
-from gpu_launcher.jobs.job import Cause
+from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.progress.text import count
+from gpu_launcher.jobs.source import Offer, Statement
 from gpu_launcher.jobs.sweep import Options, SweepResult, run_jobs
+from gpu_launcher.model import Device
 from gpu_launcher.processes.starter import ForkServer
 from gpu_launcher.requests import read_request
 
 COMMAND = "gpu-launcher map"
 """What others who wait for devices are told."""
+DEFAULT = "map"
+"""Under which maps are kept whose directory nobody names."""
 DRY = 20
 """How many command lines a dry run prints."""
 
@@ -53,7 +69,7 @@ class Asked:
 
     @classmethod
     def of_settings(cls, settings: Mapping[str, Any]) -> Asked:
-        """What an earlier launch has kept."""
+        """What an earlier launch has kept. Raises TypeError and ValueError if that makes no sense."""
         return cls(
             command=settings["command"],
             param=settings["param"],
@@ -102,13 +118,16 @@ class Asked:
 
 
 def run_map(asked: Asked, directory: str | None, resume: str | None, *, dry_run: bool) -> int:
-    """Run it; returns the exit code. Raises GpuLauncherError."""
+    """Run it; returns the exit code. Raises OptionError if nothing was run, else GpuLauncherError."""
     place = None
+    for option, name in (("dir", directory), ("resume", resume)):
+        if name == "":
+            raise OptionError(option, "names nothing: is the variable set from which it was to come?")
     if resume is not None:
         if directory is not None:
             raise OptionError("dir", "--resume says already in which directory: leave one of them out")
         place = Place(Path(resume).absolute())
-        asked = Asked.of_settings(place.read_settings()).resumed_by(asked)
+        asked = _resumed(place, asked)
     elif not asked.param and asked.source is None:
         raise CommandError("there are no parameters: give --param name=1,2,3, or --from a file")
     else:
@@ -122,6 +141,27 @@ def run_map(asked: Asked, directory: str | None, resume: str | None, *, dry_run:
         return _dry_run(supply, template, Completed() if place is None else completed_before(place), asked)
     launch = _Launch(asked, template, options, supply)
     return launch.begin(directory) if place is None else launch.go_on(place)
+
+
+def _resumed(place: Place, later: Asked) -> Asked:
+    settings = place.read_settings()
+    try:
+        before = Asked.of_settings(settings)
+    except (TypeError, ValueError) as error:
+        raise place.damaged() from error
+    if before.source == STDIN and later.source is None and os.isatty(0):
+        raise OptionError(
+            "resume",
+            "its parameters came in on stdin, which is a terminal now: feed it the same ones, as in "
+            f"{_go_on(place, STDIN)}",
+        )
+    return before.resumed_by(later)
+
+
+def _go_on(place: Place, source: str | None) -> str:
+    """The command that goes on with a map."""
+    command = f"{COMMAND} --resume {quoted(place.path)}"
+    return f"<the same stream> | {command}" if source == STDIN else command
 
 
 def _with_grid(asked: Asked) -> Asked:
@@ -222,74 +262,198 @@ class _Launch:
 
     def begin(self, directory: str | None) -> int:
         """A new map."""
-        total = self._survey(Completed())
+        total = self._survey(_Before())
+        above = Place(Path(directory or DEFAULT).absolute()).above()
         place = Place(new_directory() if directory is None else Path(directory).absolute())
-        place.create(self.asked.settings())
+        place.create(self.asked.settings(), above)
         try:
-            return self._run(place, total, resumed=False)
+            with place.locked("dir", _tell):
+                return self._run(place, total, None)
         except GpuLauncherError:
-            place.withdraw()  # so that the command can be mended
+            place.withdraw(above)  # so that the command can be mended
             raise
 
     def go_on(self, place: Place) -> int:
         """One that an earlier launch did not finish."""
-        return self._run(place, self._survey(completed_before(place)), resumed=True)
+        with place.locked("resume", _tell):
+            try:
+                before = _Before.of(place)
+            except OSError as error:
+                problem = f"{shown(place.path)} cannot be read ({error.strerror}): {shown(Path(error.filename))}"
+                raise OptionError("resume", problem) from error
+            total = self._survey(before)
+            of = "" if total is None else f" of {total}"
+            _tell(f"{before.completed.count}{of} runs completed before, and are not run again")
+            return self._run(place, total, before)
 
-    def _survey(self, completed: Completed) -> int | None:
+    def _survey(self, before: _Before) -> int | None:
         """Look through what is to be run, where that can be done, before anything is; returns how much it is."""
         if self.supply.source is None or not self.supply.source.seekable:
             return self.supply.total
-        survey = self.supply.survey(completed)
+        survey = self.supply.survey(before.completed)
         if survey.lines and not self.asked.options.get("keep_going"):
             raise _refused(survey.problems, survey.lines)
         if not survey.runs and not survey.lines:
             raise OptionError("from", f"{self.supply.source.name} is empty")
+        if survey.runs + survey.lines * len(self.asked.grid) < before.runs:
+            raise OptionError(
+                "from",
+                f"{self.supply.source.name} has {count(survey.runs, 'run')}, and this map had {before.runs} before: "
+                "put back what is missing, or run it as a map of its own, with another --dir",
+            )
         return survey.runs
 
-    def _run(self, place: Place, total: int | None, *, resumed: bool) -> int:
-        with place.locked(lambda text: print(f"gpu-launcher: {text}", file=sys.stderr)):
-            try:
-                completed = settle(place) if resumed else None
-                if completed is not None:
-                    of = "" if total is None else f" of {total}"
-                    print(
-                        f"gpu-launcher: {completed.count}{of} runs completed before, and are not run again",
-                        file=sys.stderr,
-                    )
-                results = Results(place.results)
-            except OSError as error:
-                raise MapError(f"results cannot be written to {shown(place.path)}: {error.strerror}") from error
-            keep_going = bool(self.asked.options.get("keep_going"))
-            source = MapSource(self.supply, place, results, completed=completed, keep_going=keep_going)
-            assert self.options.request is not None
-            program = CommandProgram(self.template, place, self.options.request, self.asked.directory)
-            # No thread of ours exists, and nothing of CUDA's.
-            server = ForkServer(program, "fork")
-            try:
-                left = None if total is None else total - (completed.count if completed else 0)
-                sweep = run_jobs([], server, self.options, place.path, COMMAND, source=source, total=left)
-            finally:
-                server.close()
-                source.close()
-            return self._conclude(place, source, results, sweep)
-
-    def _conclude(self, place: Place, source: MapSource, results: Results, sweep: SweepResult) -> int:
+    def _run(self, place: Place, total: int | None, before: _Before | None) -> int:
         try:
-            results.flush()
-            results.close()
+            results = Results(place.results)
+        except OSError as error:
+            raise _unwritable(place, error) from error
+        keep_going = bool(self.asked.options.get("keep_going"))
+        source = _Source(self.supply, place, results, before, keep_going=keep_going)
+        assert self.options.request is not None
+        program = CommandProgram(self.template, place, self.options.request, self.asked.directory)
+        # No thread of ours exists, and nothing of CUDA's.
+        server = ForkServer(program, "fork")
+        try:
+            left = None if total is None else total - (before.completed.count if before else 0)
+            sweep = run_jobs([], server, self.options, place.path, COMMAND, source=source, total=left)
+        except GpuLauncherError as error:
+            if source.ran or isinstance(error, OptionError):
+                raise
+            raise RefusedError(str(error)) from error
+        finally:
+            server.close()
+            source.close()
+        return self._conclude(place, source, sweep)
+
+    def _conclude(self, place: Place, source: _Source, sweep: SweepResult) -> int:
+        try:
+            source.results.flush()
+            source.results.close()
             if self.asked.options.get("csv"):
                 write_table(place)
         except OSError as error:
             raise MapError(
                 f"results cannot be written to {shown(place.path)}: {error.strerror}. What completed is kept in the "
-                f"directories of its runs: make room, and go on by --resume {shown(place.path)}"
+                f"directories of its runs: make room, and go on by: {self._how(place)}"
             ) from error
         incomplete = bool(source.failed or source.bad or source.problem)
-        if incomplete or sweep.stopped:
-            print(
-                f"gpu-launcher: run what did not complete by: {COMMAND} --resume {shown(place.path)}", file=sys.stderr
+        if source.missing and not (sweep.stopped or source.problem):
+            incomplete = True
+            _tell(
+                f"{count(len(source.missing), 'run')} that did not complete before, such as {min(source.missing)}, did "
+                "not come in again: the input is not what it was"
             )
+        if incomplete or sweep.stopped:
+            _tell(f"run what did not complete by: {self._how(place)}")
         print(shown(place.results))
         if sweep.stopped_by is not None:
             return 128 + sweep.stopped_by
         return 1 if incomplete or sweep.stopped else 0
+
+    def _how(self, place: Place) -> str:
+        return _go_on(place, self.asked.source)
+
+
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """What is known of a map's earlier launches."""
+
+    completed: Completed = field(default_factory=Completed)
+    incomplete: frozenset[int] = frozenset()
+    """Those of its runs that have a result or a directory, and did not complete."""
+    runs: int = 0
+    """How many it had, at least."""
+
+    @classmethod
+    def of(cls, place: Place) -> _Before:
+        """Raises OSError."""
+        completed = completed_before(place)
+        incomplete, last = set(), -1
+        for index in chain((line["index"] for line in _lines(place.results)), place.indices()):
+            last = max(last, index)
+            if index not in completed:
+                incomplete.add(index)
+        return cls(completed, frozenset(incomplete), last + 1)
+
+
+class _Source(MapSource):
+    """The runs of a map that may have been launched before.
+
+    What earlier launches found is changed as late as can be, when everything that could keep this one from running
+    anything has been looked at. In the end, each run that failed before and did not run again has its result back.
+    """
+
+    def __init__(
+        self, supply: Supply, place: Place, results: Results, before: _Before | None, *, keep_going: bool
+    ) -> None:
+        super().__init__(supply, place, results, completed=before.completed if before else None, keep_going=keep_going)
+        self._settled = before is None
+        self.missing = set(before.incomplete) if before else set()
+        """Runs of earlier launches that did not complete, as long as the supply has not named them."""
+        self._earlier = set(self.missing)
+        """Those which have no later result."""
+        self.ran = False
+        """Whether anything was started."""
+
+    @property
+    def results(self) -> Results:
+        """The table, which is another one when an earlier launch's has been settled."""
+        return self._results
+
+    def receive(self) -> list[Statement]:
+        """See `JobSource`. Raises RefusedError if the earlier results cannot be settled."""
+        if not self._settled:
+            self._settle()
+        statements = super().receive()
+        self.missing.difference_update(said.job.number for said in statements if isinstance(said, Offer))
+        return statements
+
+    def _settle(self) -> None:
+        try:
+            settle(self._place)
+            settled = Results(self._place.results)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._place.results.with_name("results.jsonl.tmp").unlink()
+            raise _unwritable(self._place, error) from error
+        self._results.close()
+        self._results = settled
+        self._settled = True
+
+    def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
+        """See `JobSource`."""
+        self.ran = True
+        super().started(job, devices, log)
+
+    def ended(self, result: JobResult) -> None:
+        """See `JobSource`."""
+        super().ended(result)
+        if result.outcome is not Outcome.CANCELLED or result.duration is not None:
+            self._earlier.discard(result.number)
+
+    def close(self) -> None:
+        """When the loop is over."""
+        super().close()
+        if self._settled:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        for index in sorted(self._earlier):
+            run = self._place.run(index)
+            outcome, params = run.read(), run.read_params()
+            if outcome is not None and "outcome" in outcome and params is not None:
+                line = result_line(self._place, index, **{**outcome, "params": params})
+                with contextlib.suppress(OSError):  # it is kept, to be flushed when there is room
+                    self._results.add(line)
+
+
+def _unwritable(place: Place, error: OSError) -> RefusedError:
+    return RefusedError(
+        f"results cannot be written to {shown(place.path)} ({error.strerror}), so that nothing was run: mend that, as "
+        "by making room, and give the command again"
+    )
+
+
+def _tell(text: str) -> None:
+    print(f"gpu-launcher: {text}", file=sys.stderr)

@@ -15,9 +15,11 @@ so that whoever gets it knows that none of them is left.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,15 +30,45 @@ from typing import Any
 from gpu_launcher.cli.mapping.values import Params, to_json
 from gpu_launcher.errors import GpuLauncherError, OptionError
 from gpu_launcher.jobs.failures import set_aside
-from gpu_launcher.jobs.manifest import DIRECTORY, refuse_if_running
+from gpu_launcher.jobs.manifest import DIRECTORY, ManifestError, refuse_if_running
 
 PATIENCE = 15.0
 """Seconds in which what a killed launch leaves has ended."""
 FORMAT = 1
 
+_KEPT: dict[str, Any] = {
+    "command": list,
+    "param": list,
+    "from": str | None,
+    "shell": bool,
+    "options": dict,
+    "grid": list,
+    "directory": str,
+}
+"""What map.json has, and of which type."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+
 
 class MapError(GpuLauncherError):
     """A map cannot go on. The message names the cause and the next step."""
+
+
+class RefusedError(OptionError):
+    """Nothing was run, for a reason that is about no single option."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__("", problem)
+
+    def __reduce__(self) -> tuple[type[RefusedError], tuple[str]]:
+        return RefusedError, (self.problem,)
+
+    def __str__(self) -> str:
+        return self.problem
+
+    def written(self, spell: object) -> OptionError:
+        """See `OptionError`."""
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,66 +155,119 @@ class Place:
                 if entry.name.isascii() and entry.name.isdigit():
                     yield int(entry.name)
 
-    def create(self, settings: dict[str, Any]) -> None:
-        """For a new map. Raises OptionError if there is one already, or nothing can be written."""
+    def create(self, settings: dict[str, Any], above: Path) -> None:
+        """For a new map. Raises OptionError if something is there already, or nothing can be written.
+
+        What it has made by then below `above` it removes.
+        """
         name = shown(self.path)
         try:
-            if self.results.exists() and not self.settings.exists():
-                raise OptionError("dir", f"{shown(self.results)} exists already: name another directory")
+            self._refuse_what_is_there()
             self.settings.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.settings, "x") as file:
-                json.dump({"format": FORMAT, **settings}, file)
+            _write_new(self.settings, json.dumps({"format": FORMAT, **settings}))
         except FileExistsError:
             if not self.path.is_dir():
                 raise OptionError("dir", f"{name} is no directory: name one, or what can become one") from None
-            raise OptionError(
-                "dir", f"{name} is another map's: go on with that by --resume {name}, or name another directory"
-            ) from None
+            raise self._is_anothers() from None
         except OSError as error:
+            with contextlib.suppress(OSError):
+                self._remove(above)
+            if error.errno in _FULL:
+                problem = f"{name} cannot be made, for there is no room ({error.strerror}): make some, or name a place"
+                raise OptionError("dir", f"{problem} elsewhere") from error
             raise OptionError(
                 "dir", f"{name} cannot be written to ({error.strerror}): name a directory of yours"
             ) from error
 
+    def above(self) -> Path:
+        """What exists of its path."""
+        return next(path for path in (self.path, *self.path.parents) if os.access(path, os.F_OK))
+
+    def _refuse_what_is_there(self) -> None:
+        """Nothing in there must be written over. Raises OptionError, OSError."""
+        damaged = self.settings.exists()
+        if damaged and (_read(self.settings) is not None or not os.access(self.settings, os.R_OK)):
+            raise self._is_anothers()
+        for file in (self.results, self.table):
+            if file.exists():
+                raise OptionError("dir", f"{shown(file)} exists already: name another directory")
+        index = next(self.indices(), None) if self.path.is_dir() else None
+        if index is not None:
+            there = shown(self.path / str(index))
+            raise OptionError("dir", f"{there} exists already, as a run's directory would: name another directory")
+        if damaged:  # by what ended its launch before anything was run
+            self.settings.unlink()
+
+    def _is_anothers(self) -> OptionError:
+        problem = f"{shown(self.path)} is another map's: go on with that by --resume {quoted(self.path)}"
+        return OptionError("dir", f"{problem}, or name another directory")
+
     def read_settings(self) -> dict[str, Any]:
         """Of a map that is to be resumed. Raises OptionError."""
+        name = shown(self.path)
         try:
-            settings: dict[str, Any] = json.loads(self.settings.read_text())
-        except (OSError, ValueError) as error:
-            raise OptionError("resume", f"{shown(self.path)} is no map's directory: give what --dir named") from error
-        if settings.get("format") != FORMAT:
-            raise OptionError("resume", f"{shown(self.path)} is of a newer version of gpu-launcher: use that")
-        return settings
+            settings = json.loads(self.settings.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise OptionError("resume", f"{name} is no map's directory: give what --dir named") from error
+        except OSError as error:
+            problem = f"{shown(self.settings)} cannot be read ({error.strerror}): resume it as the user whose map it is"
+            raise OptionError("resume", problem) from error
+        except ValueError as error:
+            raise self.damaged() from error
+        version = settings.get("format") if isinstance(settings, dict) else None
+        if not isinstance(version, int):
+            raise self.damaged()
+        if version != FORMAT:
+            raise OptionError("resume", f"{name} is of a newer version of gpu-launcher: use that")
+        if not all(name in settings and isinstance(settings[name], kind) for name, kind in _KEPT.items()):
+            raise self.damaged()
+        return dict(settings)
 
-    def withdraw(self) -> None:
-        """Take back `create`, of a map of which nothing was run."""
+    def damaged(self) -> OptionError:
+        """What to say if the settings cannot have been written so."""
+        problem = f"{shown(self.settings)} is damaged, so that nobody knows what was to be run"
+        return OptionError("resume", f"{problem}: give the command again, with another --dir")
+
+    def withdraw(self, above: Path) -> None:
+        """Take back `create`, of a map of which nothing was run, and what was made for it below `above`."""
         with contextlib.suppress(OSError):
             if self.results.exists() and not self.results.stat().st_size:
                 self.results.unlink()
             if not self.results.exists() and next(self.indices(), None) is None:
                 self.settings.unlink()
                 self.lock.unlink(missing_ok=True)
-                self.settings.parent.rmdir()
-                self.path.rmdir()  # if nobody has put anything there
+                self._remove(above)
+
+    def _remove(self, above: Path) -> None:
+        """The directories, if nobody has put anything there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.settings.parent.rmdir()
+        for path in (self.path, *self.path.parents):
+            if path == above:
+                return
+            with contextlib.suppress(FileNotFoundError):
+                path.rmdir()
 
     @contextlib.contextmanager
-    def locked(self, notice: Callable[[str], None]) -> Iterator[None]:
+    def locked(self, option: str, notice: Callable[[str], None]) -> Iterator[None]:
         """Be the only launch here, and come after whatever was left of an earlier one.
 
-        To be entered before the fork server is started, which is to have the lock, too. Raises ManifestError if
-        another program runs this map, MapError if its processes do not end.
+        To be entered before the fork server is started, which is to have the lock, too. Raises RefusedError if
+        another program runs this map, or its processes do not end, and OptionError about the `option` that named the
+        directory.
         """
-        refuse_if_running(self.path)
+        self._refuse_if_running()
         try:
             lock = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise OptionError("dir", f"{shown(self.path)} cannot be written to ({error.strerror})") from error
+            raise OptionError(option, f"{shown(self.path)} cannot be written to ({error.strerror})") from error
         try:
             deadline = time.monotonic() + PATIENCE
             told = False
             while not _lock(lock):
-                refuse_if_running(self.path)
+                self._refuse_if_running()
                 if time.monotonic() > deadline:
-                    raise MapError(f"processes of an earlier launch in {self.path} do not end: see `ps`")
+                    raise RefusedError(f"processes of an earlier launch in {self.path} do not end: see `ps`")
                 if not told:
                     notice("waiting for the processes of the earlier launch to end")
                     told = True
@@ -190,6 +275,12 @@ class Place:
             yield
         finally:
             os.close(lock)
+
+    def _refuse_if_running(self) -> None:
+        try:
+            refuse_if_running(self.path)
+        except ManifestError as error:
+            raise RefusedError(str(error)) from error
 
 
 def _lock(descriptor: int) -> bool:
@@ -210,16 +301,20 @@ def shown(path: Path) -> str:
         return str(path)
 
 
+def quoted(path: Path) -> str:
+    """As its user would write it in a command."""
+    return shlex.quote(shown(path))
+
+
 def new_directory() -> Path:
     """`map/<date>/<time>` in the working directory, made. Raises OptionError."""
     now = datetime.now()
     name = Path("map", f"{now:%Y-%m-%d}", f"{now:%H-%M-%S}").absolute()
     try:
-        name.parent.mkdir(parents=True, exist_ok=True)
         for number in range(1, 1000):
             path = name if number == 1 else name.with_name(f"{name.name}-{number}")
             with contextlib.suppress(FileExistsError):
-                path.mkdir()
+                path.mkdir(parents=True)
                 return path
     except OSError as error:
         raise OptionError(
@@ -238,6 +333,24 @@ def write_whole(path: Path, content: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _write_new(path: Path, content: str) -> None:
+    """As `write_whole`, but raises FileExistsError if there is one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            if path.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+            temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _read(path: Path) -> dict[str, Any] | None:
