@@ -18,6 +18,7 @@ from gpu_launcher.cli.mapping.results import Completed, Results, completed_befor
 from gpu_launcher.cli.mapping.source import MapSource
 from gpu_launcher.cli.mapping.supply import STDIN, Input, Supply
 from gpu_launcher.cli.mapping.template import GPU, CommandError, Template
+from gpu_launcher.cli.streams import print_if_possible, tell
 from gpu_launcher.devices import BUSY_MEMORY
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import GpuLauncherError, OptionError
@@ -191,7 +192,7 @@ def _dry_run(supply: Supply, template: Template, completed: Completed, asked: As
             bad += 1
             if not asked.options.get("keep_going"):
                 raise _refused([found.problem], 1)
-            print(f"gpu-launcher: {found.problem}; it is left out", file=sys.stderr)
+            tell(f"{found.problem}; it is left out")
         elif found.index not in completed:
             runs += 1
             if runs <= DRY:
@@ -286,10 +287,8 @@ class _Launch:
             ) from error
         incomplete = bool(source.failed or source.bad or source.problem)
         if incomplete or sweep.stopped:
-            print(
-                f"gpu-launcher: run what did not complete by: {COMMAND} --resume {shown(place.path)}", file=sys.stderr
-            )
-        print(shown(place.results))
+            tell(f"run what did not complete by: {COMMAND} --resume {shown(place.path)}")
+        print_if_possible(shown(place.results))
         if sweep.stopped_by is not None:
             return 128 + sweep.stopped_by
         return 1 if incomplete or sweep.stopped else 0

@@ -1,0 +1,152 @@
+"""What `gpu-launcher map` is given: values that break out, values that cannot be meant; and a terminal that goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CLI = (sys.executable, "-m", "gpu_launcher.cli")
+REPOSITORY = Path(__file__).parents[2]
+SIMULATED = ("--devices", "simulated:2", "--dir", "out")
+
+Done = subprocess.CompletedProcess[str]
+RunCli = Callable[..., Done]
+
+
+def environment(directory: Path) -> dict[str, str]:
+    not_ours = ("CUDA_", "GPU_LAUNCHER_", "PYTHONUNBUFFERED")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(not_ours)}
+    return {**kept, "PYTHONPATH": str(REPOSITORY), "GPU_LAUNCHER_POOL_DIR": str(directory / "pool")}
+
+
+@pytest.fixture
+def run_cli(tmp_path: Path) -> RunCli:
+    """`gpu-launcher` in a directory, with a pool of its own."""
+
+    def run(*words: str, **how: Any) -> Done:
+        how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
+        if "input" in how:
+            del how["stdin"]
+        how = {"cwd": tmp_path, "env": {**environment(tmp_path), **how.pop("environ", {})}, **how}
+        return subprocess.run([*CLI, *words], **how, text=True, timeout=100, check=False)
+
+    return run
+
+
+@pytest.fixture
+def run_map(run_cli: RunCli) -> RunCli:
+    return lambda *words, **how: run_cli("map", *words, **how)
+
+
+def results(directory: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (directory / "out" / "results.jsonl").read_text().splitlines()]
+    return sorted(lines, key=lambda line: line["index"])
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+# A terminal that goes
+
+
+def test_a_map_whose_terminal_is_closed_ends_its_runs_with_their_grace(terminal: Any, tmp_path: Path) -> None:
+    """The terminal is gone before the map has said its last words, so that nobody reads them."""
+    (tmp_path / "save.sh").write_text("trap 'touch saved; exit 7' INT; touch began; while :; do sleep 0.05; done")
+    words = ("--param", "n=1", "--devices", "simulated:2", "--dir", str(tmp_path / "out"))
+    shown = terminal("map", *words, "--shell", "--", f"cd {tmp_path}; exec bash save.sh {{n}}")
+    wait_until((tmp_path / "began").exists)
+    os.close(shown.master)
+    shown.master = os.open(os.devnull, os.O_RDONLY)
+    _, status = os.waitpid(shown.pid, 0)
+    shown.status = os.waitstatus_to_exitcode(status)
+    assert shown.status == 128 + signal.SIGHUP
+    assert (tmp_path / "saved").exists()
+    (line,) = results(tmp_path)
+    assert (line["outcome"], line["exit_code"]) == ("cancelled", 7)
+    assert json.loads((tmp_path / "out" / "0" / "outcome.json").read_text())["outcome"] == "cancelled"
+
+
+# Where nothing can be written
+
+
+@pytest.fixture
+def full() -> Any:
+    with open("/dev/full", "w") as file:
+        yield file
+
+
+def test_a_map_has_done_what_it_has_done_though_nobody_is_told(run_map: RunCli, tmp_path: Path, full: Any) -> None:
+    words = ("--param", "n=1,2", "--devices", "simulated:2")
+    done = run_map(*words, "--dir", "out", "--", "echo", "{n}", stdout=full)
+    assert done.returncode == 0
+    assert done.stderr.endswith("gpu-launcher: stdout cannot be written to: No space left on device\n")
+    assert [line["outcome"] for line in results(tmp_path)] == ["completed"] * 2
+    assert run_map(*words, "--dir", "other", "--", "echo", "{n}", stdout=full, stderr=full).returncode == 0
+    assert run_map(*words, "--dir", "third", "--", "test", "1", "=", "{n}", stdout=full, stderr=full).returncode == 1
+
+
+def test_a_map_of_which_only_the_first_line_is_read_has_done_what_it_has_done(run_map: RunCli, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = run_map("--param", "n=1,2", *SIMULATED, "--", "echo", "{n}", stdout=writer, stderr=writer)
+    finally:
+        os.close(writer)
+    assert done.returncode == 0
+    assert [line["outcome"] for line in results(tmp_path)] == ["completed"] * 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("map", "--param", "n=1,2", "--dry-run", "--", "echo", "{n}"),
+        ("map", "--param", "n=range(30)", "--dry-run", "--", "echo", "{n}"),
+        ("map", "--help"),
+        ("--version",),
+        ("status", "--devices", "simulated:2"),
+        ("status", "--devices", "simulated:2", "--json"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_cannot_be_printed_is_said_in_one_line(
+    run_cli: RunCli, words: tuple[str, ...], unbuffered: str, full: Any
+) -> None:
+    done = run_cli(*words, stdout=full, environ={"PYTHONUNBUFFERED": unbuffered})
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "gpu-launcher: stdout cannot be written to: No space left on device"
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "--gpus", "5", "--devices", "simulated:2", "--", "true"),
+        ("map", "--param", "n", "--", "echo", "{n}"),
+        ("no-such-command",),
+        ("map", "--retries", "x"),
+    ],
+    ids=" ".join,
+)
+def test_who_cannot_complain_still_exits_with_the_code_for_it(run_cli: RunCli, words: Any, full: Any) -> None:
+    assert run_cli(*words).returncode == 2
+    assert run_cli(*words, stderr=full).returncode == 2
+
+
+def test_run_exits_as_its_command_though_it_cannot_speak(run_cli: RunCli, full: Any) -> None:
+    words = ("run", "--devices", "simulated:2", "--timeout", "0.3", "--", "sleep", "60")
+    assert run_cli(*words, stderr=full).returncode == 124
