@@ -150,3 +150,59 @@ def test_who_cannot_complain_still_exits_with_the_code_for_it(run_cli: RunCli, w
 def test_run_exits_as_its_command_though_it_cannot_speak(run_cli: RunCli, full: Any) -> None:
     words = ("run", "--devices", "simulated:2", "--timeout", "0.3", "--", "sleep", "60")
     assert run_cli(*words, stderr=full).returncode == 124
+
+
+# Text for a shell
+
+ODD = [
+    "$(touch evil)x",
+    "'; touch evil; '",
+    "`touch evil`",
+    "a\nEOF\ntouch evil\n",
+    '"; touch evil; "',
+    "x y  *",
+    "",
+    "#",
+    "\\",
+]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# don't\nprintf '%s\\n' {json} > {index}.said",
+        "cat > {index}.said <<EOF\n{json}\nEOF",
+        "cat > {index}.said <<'EOF'\n{json}\nEOF",
+        "f() {{ printf '%s\\n' {json}; }}; f other > {index}.said",
+        "set -- other; printf '%s\\n' {json} > {index}.said # it's {{json}}",
+        "printf '%s\\n' \"$(printf '%s' {json})\" > {index}.said",
+        "case x in x) printf '%s\\n' {json} > {index}.said;; esac",
+        "echo $((1 << 2)) ' # ' >&2; printf '%s\\n' {json} > {index}.said",
+        "echo \\# \\\n# 'comment\nprintf '%s\\n' {json} > {index}.said",
+        "echo a#'b' $(echo)#'c' >&2; (echo)# don't\nprintf '%s\\n' {json} > {index}.said",
+        "printf '%s\\n' \"${{HOME:-'}}\" >&2; printf '%s\\n' {json} > {index}.said",
+    ],
+)
+def test_no_value_is_ever_parsed_by_a_shell(run_map: RunCli, tmp_path: Path, text: str) -> None:
+    (tmp_path / "p.jsonl").write_text("".join(f"{json.dumps({'a': value})}\n" for value in ODD))
+    done = run_map("--from", "p.jsonl", *SIMULATED, "--shell", "--", text)
+    assert not (tmp_path / "evil").exists()
+    if "<<EOF" in text or "<<'EOF'" in text:
+        assert done.returncode == 2
+        assert "{index} stands" not in done.stderr, "which is before it"
+        assert "gpu-launcher: {json} stands behind <<, which begins text that is no command" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    said = [(tmp_path / f"{index}.said").read_text() for index in range(len(ODD))]
+    assert [json.loads(one) for one in said] == [{"a": value} for value in ODD]
+
+
+def test_a_dry_run_for_a_shell_prints_what_does_the_same_in_one(run_map: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text("".join(f"{json.dumps({'a': value})}\n" for value in ODD if "\n" not in value))
+    words = ("--from", "p.jsonl", "--shell", "--", "# don't\nprintf '%s|' {a} {flags}")
+    dry = run_map("--dry-run", *words)
+    assert run_map(*SIMULATED, *words).returncode == 0
+    pasted = subprocess.run(["sh", "-c", dry.stdout], cwd=tmp_path, capture_output=True, text=True, check=True)
+    run = "".join(Path(line["stdout"]).read_text() for line in results(tmp_path))
+    assert pasted.stdout == run != ""
+    assert not (tmp_path / "evil").exists()

@@ -15,9 +15,10 @@ from gpu_launcher.cli.mapping.place import MapError, Place, new_directory, shown
 from gpu_launcher.cli.mapping.program import CommandProgram
 from gpu_launcher.cli.mapping.records import Bad
 from gpu_launcher.cli.mapping.results import Completed, Results, completed_before, settle, write_table
+from gpu_launcher.cli.mapping.shell_text import CommandError
 from gpu_launcher.cli.mapping.source import MapSource
 from gpu_launcher.cli.mapping.supply import STDIN, Input, Supply
-from gpu_launcher.cli.mapping.template import GPU, CommandError, Template
+from gpu_launcher.cli.mapping.template import GPU, Template
 from gpu_launcher.cli.streams import print_if_possible, tell
 from gpu_launcher.devices import BUSY_MEMORY
 from gpu_launcher.durations import read_duration
