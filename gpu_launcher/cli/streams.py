@@ -12,13 +12,19 @@ def tell(text: str) -> None:
     """Print a line for people on stderr. Where that cannot be written to, the exit code has to do."""
     if sys.stderr is not None:  # it was closed; print would take stdout
         with contextlib.suppress(OSError):
-            print(f"gpu-launcher: {text}", file=sys.stderr, flush=True)
+            print(printable(f"gpu-launcher: {text}", sys.stderr), file=sys.stderr, flush=True)
+
+
+def printable(text: str, stream: TextIO | None) -> str:
+    """Text with escapes for the characters that `stream` cannot have."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def print_if_possible(text: str) -> None:
     """Print a line on stdout that says nothing which is not to be found elsewhere."""
     try:
-        print(text, flush=True)
+        print(printable(text, sys.stdout), flush=True)
     except OSError as error:
         _silence(sys.stdout)
         if not isinstance(error, BrokenPipeError):

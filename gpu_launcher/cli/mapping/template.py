@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -72,8 +73,8 @@ class Template:
             return problem
         named = params.keys() if "flags" in self.names else self.names & params.keys()
         for name in named:
-            if "\0" in name or "\0" in text(params[name]):
-                return f"{name!r} has a null character, which no argument can have: pass it in {{json}}"
+            if (has := _no_argument(name + text(params[name]))) is not None:
+                return f"{name!r} has {has}, which no argument can have: pass it in {{json}}"
         return None
 
     def fill(self, params: Params, index: int, gpu: str) -> list[str]:
@@ -133,6 +134,17 @@ class Template:
                 return text(params[name])
             case _:
                 return piece
+
+
+def _no_argument(written: str) -> str | None:
+    """What keeps text from being an argument."""
+    if "\0" in written:
+        return "a null character"
+    try:
+        os.fsencode(written)
+    except UnicodeEncodeError:
+        return "half a character (a lone surrogate)"
+    return None
 
 
 def flags(params: Params) -> Iterable[str]:
