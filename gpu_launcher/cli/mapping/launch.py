@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -19,7 +20,7 @@ from gpu_launcher.cli.mapping.shell_text import CommandError
 from gpu_launcher.cli.mapping.source import MapSource
 from gpu_launcher.cli.mapping.supply import STDIN, Input, Supply
 from gpu_launcher.cli.mapping.template import GPU, Template
-from gpu_launcher.cli.streams import print_if_possible, tell
+from gpu_launcher.cli.streams import print_if_possible, printable, tell
 from gpu_launcher.devices import BUSY_MEMORY
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import GpuLauncherError, OptionError
@@ -36,7 +37,7 @@ COMMAND = "gpu-launcher map"
 DRY = 20
 """How many command lines a dry run prints."""
 
-_INTERPRETER = re.compile(r"(?:python|pypy)[0-9.]*|(?:ba|da|z)?sh|Rscript|julia|node|perl|ruby")
+_INTERPRETER = re.compile(r"(?:python|pypy)[0-9.]*|(?:ba|da|z)?sh|Rscript|julia|perl|ruby")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +162,15 @@ def _check_command(template: Template, asked: Asked) -> None:
         )
     script = plain[1] if len(plain) > 1 else None
     is_script = script and _INTERPRETER.fullmatch(Path(program).name) and not script.startswith("-")
-    if script and is_script and not (asked.directory / script).exists():
+    if script and is_script and not (asked.directory / script).exists() and not _found_by(program, script):
         raise CommandError(f"{script!r}, which {program} is to run, does not exist in {asked.directory}")
+
+
+def _found_by(program: str, script: str) -> bool:
+    """Whether an interpreter looks for scripts elsewhere and finds this one: shells do, in $PATH."""
+    if not Path(program).name.endswith("sh") or "/" in script:
+        return False
+    return any((Path(place or ".") / script).is_file() for place in os.get_exec_path())
 
 
 def _options(given: Mapping[str, Any]) -> Options:
@@ -197,7 +205,7 @@ def _dry_run(supply: Supply, template: Template, completed: Completed, asked: As
         elif found.index not in completed:
             runs += 1
             if runs <= DRY:
-                print(template.line(found.params, found.index, GPU), flush=True)
+                print(printable(template.line(found.params, found.index, GPU), sys.stdout), flush=True)
             elif supply.total is not None:
                 runs = supply.total - completed.count
                 break
