@@ -37,7 +37,8 @@ def run_cli(tmp_path: Path) -> RunCli:
         if "input" in how:
             del how["stdin"]
         how = {"cwd": tmp_path, "env": {**environment(tmp_path), **how.pop("environ", {})}, **how}
-        return subprocess.run([*CLI, *words], **how, text=True, timeout=100, check=False)
+        command = [*how.pop("within", ()), *CLI, *words]
+        return subprocess.run(command, **how, text=True, timeout=100, check=False)
 
     return run
 
@@ -206,3 +207,83 @@ def test_a_dry_run_for_a_shell_prints_what_does_the_same_in_one(run_map: RunCli,
     run = "".join(Path(line["stdout"]).read_text() for line in results(tmp_path))
     assert pasted.stdout == run != ""
     assert not (tmp_path / "evil").exists()
+
+
+# What cannot be meant
+
+
+@pytest.mark.parametrize(
+    ("param", "problem"),
+    [
+        ("n=range(1,2,0)", "range() arg 3 must not be zero"),
+        ("n=range(1,2,nan)", "is no name=VALUES"),
+        ("n=range(0.5,2,0)", "is no name=VALUES"),
+        ("n=range(0,inf)", "more than 1000000 values"),
+        ("n=range(0,50000000)", "more than 1000000 values"),
+        ("n=shuffle(range(0,50000000))", "more than 1000000 values"),
+        ("n=1,range(3)", "a range is no value among others"),
+        ("n=[1,2],[range(3)]", "is no name=VALUES"),
+        ("=1", "'=1' has no name"),
+        ("n=sort(1,x)", "is no name=VALUES"),
+    ],
+)
+def test_a_grid_that_cannot_be_meant_is_refused_before_it_takes_memory(
+    run_map: RunCli, param: str, problem: str
+) -> None:
+    limited = ("sh", "-c", 'ulimit -v 1000000; exec "$@"', "sh")
+    done = run_map("--param", param, "--dry-run", "--", "echo", "{json}", within=limited)
+    assert done.returncode == 2, done.stderr
+    assert problem in done.stderr
+    assert done.stderr.startswith("gpu-launcher: --param: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_range_as_long_as_may_be_is_taken(run_map: RunCli) -> None:
+    done = run_map("--param", "n=shuffle(range(1000000))", "--dry-run", "--", "echo", "{n}")
+    assert done.returncode == 0
+    assert done.stderr == "... and 999980 more: 1000000 runs\n"
+
+
+def test_half_a_character_is_no_argument_and_can_be_in_json(run_map: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"s": "\\ud800"}\n{"s": "é"}\n{"\\ud800": 1, "s": ""}\n')
+    for words in (("--dry-run",), SIMULATED):
+        refused = run_map("--from", "p.jsonl", *words, "--", "echo", "{s}")
+        assert refused.returncode == 2
+        assert "p.jsonl, line 1, does not fit: 's' has half a character (a lone surrogate)" in refused.stderr
+    names = run_map("--from", "p.jsonl", "--keep-going", "--dry-run", "--", "echo", "{flags}")
+    assert (names.returncode, names.stdout) == (1, "echo --s 'é'\n")
+    done = run_map("--from", "p.jsonl", *SIMULATED, "--", "printf", "%s\\n", "{json}")
+    assert done.returncode == 0, done.stderr
+    assert [line["output"] for line in results(tmp_path)] == [{"s": "\ud800"}, {"s": "é"}, {"\ud800": 1, "s": ""}]
+
+
+def test_bytes_that_are_no_text_pass_through(run_map: RunCli, tmp_path: Path) -> None:
+    words = ("--param", "n=1", "--", "printf", "%s{n}", os.fsdecode(b"caf\xe9"))
+    assert run_map("--dry-run", *words).stdout == "printf %s1 'caf\\udce9'\n"
+    assert run_map(*SIMULATED, *words).returncode == 0
+    assert (tmp_path / "out" / "0" / "stdout.txt").read_bytes() == b"caf\xe91"
+
+
+def test_parameters_have_names_and_tables_may_have_them_in_capitals(run_map: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"": 1}\n')
+    nameless = run_map("--from", "p.jsonl", "--dry-run", "--", "echo", "{flags}")
+    assert nameless.returncode == 2
+    assert "p.jsonl, line 1, has a parameter without a name" in nameless.stderr
+    (tmp_path / "P.CSV").write_text("n\n1\n")
+    assert run_map("--from", "P.CSV", "--dry-run", "--", "echo", "{n}").stdout == "echo 1\n"
+
+
+def test_scripts_are_looked_for_where_their_interpreters_look(run_map: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "myscript").write_text("echo said $1")
+    path = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = run_map("--param", "n=1", *SIMULATED, "--", "bash", "myscript", "{n}", environ=path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "0" / "stdout.txt").read_text() == "said 1\n"
+    refused = run_map("--param", "n=1", "--", "bash", "myscript", "{n}")
+    assert refused.returncode == 2
+    assert "'myscript', which bash is to run, does not exist" in refused.stderr
+    assert run_map("--param", "n=1", "--", sys.executable, "myscript", "{n}", environ=path).returncode == 2
+    (tmp_path / "bin" / "node").write_text("#!/bin/sh\necho $*\n")
+    (tmp_path / "bin" / "node").chmod(0o755)
+    assert run_map("--param", "n=1", "--dry-run", "--", "node", "inspect", "{n}", environ=path).returncode == 0
