@@ -287,3 +287,38 @@ def test_scripts_are_looked_for_where_their_interpreters_look(run_map: RunCli, t
     (tmp_path / "bin" / "node").write_text("#!/bin/sh\necho $*\n")
     (tmp_path / "bin" / "node").chmod(0o755)
     assert run_map("--param", "n=1", "--dry-run", "--", "node", "inspect", "{n}", environ=path).returncode == 0
+
+
+# What is not meant, and how messages call what was written
+
+
+@pytest.mark.parametrize("devices", ["nonsense", "cpu:0", "simulated:x", "0,,1", ""])
+def test_run_without_devices_refuses_devices_that_cannot_be_meant(run_cli: RunCli, devices: str) -> None:
+    done = run_cli("run", "--gpus", "0", "--devices", devices, "--", "echo", "ran")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("gpu-launcher: --devices: ")
+    assert run_cli("run", "--gpus", "0", "--devices", "simulated:2", "--", "echo", "ran").stdout == "ran\n"
+
+
+@pytest.mark.parametrize("command", ["run", "map"])
+def test_a_share_too_small_to_be_meant_is_refused(run_cli: RunCli, command: str) -> None:
+    words = () if command == "run" else ("--param", "n=1")
+    done = run_cli(command, *words, "--gpus", "0.0000001", "--devices", "simulated:2", "--", "echo", "{n}")
+    assert done.returncode == 2
+    assert "--gpus: '0.0000001' is too small a part of a device: give 0.001 or more" in done.stderr
+
+
+def test_no_run_is_told_that_none_of_the_memory_is_its_own(run_cli: RunCli) -> None:
+    words = ("run", "--memory", "1MiB", "--devices", "simulated:1", "--")
+    assert float(run_cli(*words, "sh", "-c", "echo $GPU_LAUNCHER_MEMORY_FRACTION").stdout) > 0
+
+
+def test_messages_name_what_was_written(run_cli: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    words = ("--devices", "simulated:2", "--", "echo")
+    assert "(`--pool-dir`)" in run_cli("run", "--pool-dir", "file", *words).stderr
+    for command in (("run",), ("map", "--param", "n=1")):
+        many = run_cli(*command, "--gpus", "5", *words, "{n}")
+        assert many.returncode == 2
+        assert "ask for fewer or allow more devices" in many.stderr
+        assert "`" not in many.stderr
