@@ -13,6 +13,9 @@ from gpu_launcher.errors import OptionError
 from gpu_launcher.model import MOST_PRIORITY, Request
 from gpu_launcher.sizes import read_memory
 
+LEAST_SHARE = 0.001
+"""Of a device that can be meant: less is a slip of the finger, or of the unit."""
+
 
 def read_request(options: Mapping[str, object]) -> Request:
     """What one job needs, from `gpus`, `memory`, `priority`, `timeout` and `stagger`, each of which may be left out.
@@ -53,6 +56,10 @@ def _gpus(value: object, option: str) -> float | None:
         raise OptionError(
             option,
             f"{value!r} is neither a number of devices nor a part of one: give 0, 1, 2, ... or a fraction such as 0.5",
+        )
+    if 0 < number < LEAST_SHARE:
+        raise OptionError(
+            option, f"{value!r} is too small a part of a device: give {LEAST_SHARE} or more, or 0 for no device"
         )
     return number
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from gpu_launcher.devices import Links, select_devices
+from gpu_launcher.devices.specification import read_specification
 from gpu_launcher.errors import GpuLauncherError, OptionError
 from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.machine import ENDING
@@ -75,6 +76,7 @@ def run_on_pool(command: Sequence[str], options: Options) -> NoReturn:
 
 
 def _run_without_devices(command: Sequence[str], options: Options) -> NoReturn:
+    read_specification(options.devices, "--devices")
     environment = {**os.environ, **Telling().environment((), {}, os.environ)}
     signals = CommandSignals()
     with _dying_of_signals(signals):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -12,6 +12,7 @@ from gpu_launcher.cli.jobs import jobs
 from gpu_launcher.cli.map import map_command
 from gpu_launcher.cli.run import run
 from gpu_launcher.cli.status import status
+from gpu_launcher.cli.streams import lost, tell
 from gpu_launcher.cli.top import top
 from gpu_launcher.errors import GpuLauncherError, OptionError
 
@@ -55,12 +56,25 @@ def _flag(option: str) -> str:
     return option if option.startswith("-") else f"--{option.replace('_', '-')}"
 
 
-def main() -> None:
-    """Run the command line. Exit codes: 0, 1 if something is wrong, 2 if the command line is, or as `run` says."""
+def main() -> NoReturn:
+    """Run the command line. Exit codes: 0, 1 if something is wrong, 2 if the command line is, or as `run` says.
+
+    1 also if what it should print cannot be written. What it would complain of on stderr has its code all the same.
+    """
     try:
         app(prog_name="gpu-launcher")
     except GpuLauncherError as error:
         if isinstance(error, OptionError):
             error = error.written(_flag)
-        print(f"gpu-launcher: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, OptionError) else 1)
+        tell(str(error))
+        code: Any = 2 if isinstance(error, OptionError) else 1
+    except OSError as error:
+        if error.filename is not None or not lost(probed=True):
+            raise
+        # What was about to be complained of, if so.
+        code = getattr(error.__context__, "exit_code", 1)
+    except SystemExit as end:
+        code = end.code
+    if sys.stdout in lost():
+        code = code or 1
+    sys.exit(code)

@@ -116,7 +116,7 @@ def map_command(
 
     Placeholders: {json} is all parameters as one argument, {NAME} one of them, {flags} becomes --NAME VALUE for each,
     {index} is the number of the run and {gpu} what CUDA_VISIBLE_DEVICES is. Exit codes: 0, 1 if not all completed, 2
-    if it was refused before anything ran, 130 after Ctrl-C, 143 after SIGTERM.
+    if it was refused before anything ran, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
 
     Examples:
 

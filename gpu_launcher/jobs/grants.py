@@ -67,8 +67,10 @@ def _for_jax(fraction: str, inherited: Mapping[str, str]) -> dict[str, str]:
 
 
 def memory_fraction(devices: Sequence[Device], shares: Mapping[str, Share]) -> float:
-    """The part of the memory that a job may use on each of its devices, rounded down to ten thousandths."""
-    return min(math.floor(_fraction(device, shares[device.uuid]) * 10_000) / 10_000 for device in devices)
+    """The part of the memory that a job may use on each of its devices, rounded down to ten thousandths; at least one,
+    for 0 means something else to programs, or nothing.
+    """
+    return min(max(1, math.floor(_fraction(device, shares[device.uuid]) * 10_000)) / 10_000 for device in devices)
 
 
 def _fraction(device: Device, share: Share) -> float:

@@ -88,6 +88,8 @@ class Manager:
             )
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # only now: the jobs get the handlers of the program
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                signal.signal(signal.SIGHUP, signal.SIG_DFL)
             display = _Display(link, server.method, self.options)
             run_jobs(
                 [],

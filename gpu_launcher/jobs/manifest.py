@@ -311,12 +311,10 @@ def refuse_if_running(directory: Path) -> None:
     for launch in launches_in(directory):
         who = f"process {launch.pid} ({launch.command})"
         if launch.lives:
-            raise ManifestError(
-                f"the sweep in {directory} is being run by {who}: wait for it, or stop it, before you resume"
-            )
+            raise ManifestError(f"{directory} is being run by {who}: wait for it, or stop it, before you resume")
         if launch.lives is None:
             raise ManifestError(
-                f"the sweep in {directory} may still be run by {who} of {launch.host}, which cannot be seen from here: "
+                f"{directory} may still be run by {who} of {launch.host}, which cannot be seen from here: "
                 f"if it has ended, remove {launch.file}"
             )
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM during a sweep, delivered to the loop through a descriptor."""
+"""SIGINT, SIGTERM and SIGHUP during a sweep, delivered to the loop through a descriptor."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 TOGETHER = 0.3
 """Seconds within which signals count as one: programs that run others often pass on a Ctrl-C which those got, too."""
 
 
 class StopSignals:
-    """While entered, SIGINT and SIGTERM do nothing but make `fileno()` readable.
+    """While entered, SIGINT, SIGTERM and SIGHUP do nothing but make `fileno()` readable.
 
-    One that the program ignores stays ignored, as SIGINT is in what a script starts with `&`. Outside the main thread,
-    where Python allows no signal handlers, it changes nothing, and signals keep their effect on the program.
+    One that the program ignores stays ignored, as SIGINT is in what a script starts with `&`, and SIGHUP under
+    nohup(1). Outside the main thread, where Python allows no signal handlers, it changes nothing, and signals keep
+    their effect on the program.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -57,9 +58,15 @@ class StopSignals:
         return self._read
 
     def take(self) -> int:
-        """How many of them count that arrived since the last call. Others that Python handles wake the loop, too."""
+        """How many of them count that arrived since the last call. Others that Python handles wake the loop, too.
+
+        SIGHUP counts only as the first: that a terminal is gone may be said several times, by the kernel, by a shell
+        and by who manages the session, and is nobody's impatience.
+        """
         arrived = [number for number in os.read(self._read, 4096) if number in _SIGNALS]
         now = self._clock()
+        if self.last is not None:
+            arrived = [number for number in arrived if number != signal.SIGHUP]
         if not arrived or now - self._counted < TOGETHER:
             return 0
         self._counted = now

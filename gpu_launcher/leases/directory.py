@@ -25,7 +25,9 @@ ADMINISTRATORS = Path("/var/lib/gpu-launcher")
 EVERYBODYS = Path("/var/tmp/gpu-launcher")
 MOUNTINFO = Path("/proc/self/mountinfo")
 QUEUE = "queue"
-ANOTHER = f"choose another with the option `pool_dir` or {ENVIRONMENT_VARIABLE}, the same for every program"
+ANOTHER = (
+    f"choose another with the option `pool_dir` (`--pool-dir`) or {ENVIRONMENT_VARIABLE}, the same for every program"
+)
 
 NETWORK_FILE_SYSTEMS = frozenset(
     {"9p", "afs", "beegfs", "ceph", "cifs", "coda", "davfs", "gfs2", "glusterfs", "gpfs", "lustre", "ncp", "ncpfs"}

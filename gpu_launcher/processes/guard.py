@@ -19,7 +19,7 @@ from gpu_launcher.processes.linux import become_child_subreaper, children, die_w
 PATIENCE = 1.0
 """Seconds that supervisors get to end their trees, before they are killed as well."""
 
-_WATCHED = {signal.SIGCHLD, signal.SIGTERM}
+_WATCHED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP}
 
 
 def guarded(launcher: int, serve: Callable[[int], NoReturn], close_in_guard: Callable[[], None]) -> None:
@@ -49,7 +49,7 @@ def guarded(launcher: int, serve: Callable[[int], NoReturn], close_in_guard: Cal
     while not _ended(server):
         signal.sigwait(_WATCHED)
         if os.getppid() != launcher:
-            break  # else, on SIGTERM, only the thread that forked us has ended
+            break  # else, on SIGTERM, only the thread that forked us has ended, or we were told what is not for us
     os.close(guards_end)
     end_descendants(1.5 * PATIENCE)
 

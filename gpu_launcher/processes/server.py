@@ -25,7 +25,7 @@ from gpu_launcher.processes.messages import (
     receive,
     send,
 )
-from gpu_launcher.processes.supervisor import COULD_NOT_FORK, RunJob, supervise
+from gpu_launcher.processes.supervisor import COULD_NOT_FORK, RunJob, note_signals, supervise
 
 
 def serve(control: socket.socket, launcher: int, run_job: RunJob, *, captured: bool = True) -> None:
@@ -43,16 +43,11 @@ def _serve(control: socket.socket, lifeline: int, run_job: RunJob, captured: boo
     wake, wake_write = os.pipe()
     os.set_blocking(wake, False)
     os.set_blocking(wake_write, False)
-    signal.signal(signal.SIGCHLD, _take_note)
-    signal.signal(signal.SIGTERM, _take_note)
+    note_signals()
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     become_child_subreaper()
     _Server(control, lifeline, wake, wake_write, run_job, captured).run()
     os._exit(0)
-
-
-def _take_note(signum: int, frame: object) -> None:
-    """Signals arrive through the wakeup descriptor; a handler must exist for that."""
 
 
 def _why(supervisor: int, status: int) -> SupervisorDied | StartFailed:

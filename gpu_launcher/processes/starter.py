@@ -43,7 +43,7 @@ from gpu_launcher.processes.worker import CapturedStdio, Program, forget_the_par
 
 StartMethod = Literal["auto", "fork", "spawn"]
 
-_OUR_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
+_OUR_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
 
 
 SUPERVISOR_DIED = "was ended because its supervisor was killed"

@@ -24,7 +24,7 @@ import signal
 import socket
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from gpu_launcher.processes.linux import become_child_subreaper, die_with_parent
 from gpu_launcher.processes.messages import ChannelClosedError, Exited, HoldLease, Kill, Signal, StartJob, receive, send
@@ -51,7 +51,7 @@ def supervise(
     wake, wake_write = os.pipe()
     os.set_blocking(wake, False)
     os.set_blocking(wake_write, False)
-    handlers = {signum: signal.signal(signum, _take_note) for signum in (signal.SIGCHLD, signal.SIGTERM)}
+    handlers = note_signals()
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     become_child_subreaper()
     die_with_parent(server, signal.SIGTERM)
@@ -89,6 +89,18 @@ def supervise(
             supervisor.see_to_its_end(job, early)
             os.close(early)
     os._exit(0)
+
+
+def note_signals() -> dict[signal.Signals, Any]:
+    """Have signals that are for the launching program to heed do no more here than wake; returns the handlers before.
+
+    By handlers, for those are not inherited over exec. SIGHUP stays ignored where it was, as under nohup(1): jobs are
+    to have it as the launching program has.
+    """
+    wanted = [signal.SIGCHLD, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        wanted.append(signal.SIGHUP)
+    return {signum: signal.signal(signum, _take_note) for signum in wanted}
 
 
 def _take_note(signum: int, frame: object) -> None:
@@ -144,7 +156,7 @@ class _Supervisor:
         return ready
 
     def _is_orphan(self, ready: set[int]) -> bool:
-        # SIGTERM alone says nothing: systemd sends it to every process of a service that it stops, and how the
+        # SIGTERM alone says nothing: systemd sends it, and SIGHUP, to every process of what it stops, and how the
         # jobs are to end is then for the launching program to say.
         return self._lifeline in ready or os.getppid() != self._server
 

@@ -30,7 +30,7 @@ HELP = {
     "max_parallel": "Most jobs at the same time. null: as many as get devices; with gpus=0 as many as there are CPUs.",
     "start_method": "How jobs start: fork (from the imported program), spawn (a fresh interpreter each), "
     "auto (fork where it is safe, else spawn, with the reason on the screen).",
-    "grace": "Seconds that jobs get to end by themselves after Ctrl-C or SIGTERM. Then they are killed.",
+    "grace": "Seconds that jobs get to end by themselves after Ctrl-C, SIGTERM or SIGHUP. Then they are killed.",
     "pool_dir": "Directory of the pool. null: $GPU_LAUNCHER_POOL_DIR, else the machine's own. "
     "Sweeps share devices only within one pool.",
 }

@@ -164,9 +164,9 @@ def test_a_child_that_has_the_descriptor_keeps_the_devices(pool: Pool) -> None:
 
 
 def test_what_can_never_be_granted_is_refused_at_once(pool: Pool) -> None:
-    with pytest.raises(RequestError, match=r"for 5 devices, but the pool has 4.*ask for fewer `gpus`"):
+    with pytest.raises(RequestError, match=r"for 5 devices, but the pool has 4.*ask for fewer or allow more devices"):
         pool.lease(gpus=5)
-    with pytest.raises(RequestError, match=r"for 90 GiB.*ask for less `memory`"):
+    with pytest.raises(RequestError, match=r"for 90 GiB.*ask for less"):
         pool.lease(memory="90GiB")
     with pytest.raises(RequestError):
         asyncio.run(asyncio.wait_for(pool.alease(gpus=5), SOON))

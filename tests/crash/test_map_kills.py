@@ -165,7 +165,7 @@ def test_what_completed_before_the_kill_is_not_run_again_whoever_has_taken_note(
     assert all(line["devices"] and line["params"] == {"n": line["index"]} for line in lines(app))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_by_a_signal_it_ends_its_runs_says_how_to_go_on_and_goes_on(app, wait_until, signum):
     (app / "wait.sh").write_text("sleep 600 & echo $1 >> began; test -e go || sleep 600; kill %1; echo $1 >> ran")
     words = grid("bash", "wait.sh", "{n}")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: jobs may clean up, then they are killed; the second time at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: jobs may clean up, then they are killed; the second time at once."""
 
 from __future__ import annotations
 
@@ -51,7 +51,11 @@ def alive(directory: Path) -> list[int]:
 
 @pytest.mark.parametrize(
     ("method", "signum", "status"),
-    [("fork", signal.SIGINT, -signal.SIGINT), ("spawn", signal.SIGTERM, 128 + signal.SIGTERM)],
+    [
+        ("fork", signal.SIGINT, -signal.SIGINT),
+        ("fork", signal.SIGHUP, 128 + signal.SIGHUP),
+        ("spawn", signal.SIGTERM, 128 + signal.SIGTERM),
+    ],
 )
 def test_jobs_may_clean_up_and_are_killed_when_the_grace_is_over(
     start: Start, tmp_path: Path, method: str, signum: int, status: int
@@ -88,18 +92,36 @@ def test_a_second_ctrl_c_kills_at_once(start: Start, tmp_path: Path) -> None:
     assert alive(tmp_path) == []
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_jobs_have_their_grace_when_every_process_is_asked_to_end_as_by_systemd(
-    start: Start, tmp_path: Path, method: str
+    start: Start, tmp_path: Path, method: str, signum: signal.Signals
 ) -> None:
     process = sweep(start, tmp_path, method, grace=300, manners=["saving"] * 4)
     launcher = psutil.Process(process.pid)
     for each in (launcher, *launcher.children(recursive=True)):
-        each.terminate()
+        each.send_signal(signum)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + signum
     assert "4 jobs: 4 cancelled" in err
     assert len(list((tmp_path / "sweep").glob("*/cleaned_up"))) == 4
+    assert alive(tmp_path) == []
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_sweep_under_nohup_goes_on_when_its_terminal_is_gone_and_so_do_its_jobs(
+    start: Start, tmp_path: Path, method: str
+) -> None:
+    process = sweep(start, tmp_path, method, grace=300, manners=["polite"] * 4, within=("nohup",))
+    launcher = psutil.Process(process.pid)
+    for each in (launcher, *launcher.children(recursive=True)):
+        each.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    assert len(alive(tmp_path)) == 8
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
     assert alive(tmp_path) == []
 
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from gpu_launcher.cli.mapping.grid import Grid, read_grid
 from gpu_launcher.cli.mapping.program import last_object
 from gpu_launcher.cli.mapping.records import LONGEST, Bad, Record, RecordReader
-from gpu_launcher.cli.mapping.template import GPU, CommandError, Template
+from gpu_launcher.cli.mapping.shell_text import CommandError
+from gpu_launcher.cli.mapping.template import GPU, Template
 from gpu_launcher.cli.mapping.values import LONGEST_LABEL, Written, digest, label, text, to_json
 from gpu_launcher.errors import OptionError
 
@@ -60,7 +61,17 @@ def test_flags_are_a_name_and_a_value_each() -> None:
         (["--x={flags}"], False, "a word of its own"),
         (["echo '{x}'"], True, "stands between quotes (')"),
         (['echo "a', '{x}"'], True, 'stands between quotes (")'),
-        (["echo `{x}`"], True, "stands between quotes (`)"),
+        (['echo "$(echo "{x}")"'], True, 'stands between quotes (")'),
+        (["echo `{x}`"], True, "stands between backquotes (`)"),
+        (['echo "`{x}`"'], True, "stands between backquotes (`)"),
+        (["echo # {x}"], True, "stands in a comment"),
+        (["echo $(( {x} + 1 ))"], True, "stands in arithmetic"),
+        (['echo "$((1 + ({x})))"'], True, "stands in arithmetic"),
+        (["(( {x} ))"], True, "stands in arithmetic"),
+        (["echo ${x}"], True, "stands behind a $: write ${{NAME}}"),
+        (["cat <<EOF\n{x}\nEOF"], True, "stands behind <<"),
+        (["cat <<-'EOF'\n{x}\nEOF"], True, "stands behind <<"),
+        (["echo $'it\\'s'; echo {x}"], True, "stands behind $'...'"),
         (["echo \\{x}"], True, "stands behind a backslash"),
     ],
 )

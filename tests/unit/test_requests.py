@@ -15,6 +15,7 @@ from gpu_launcher.sizes import GIB
     [
         ({}, Request.of(1)),
         ({"gpus": "2"}, Request.of(2)),
+        ({"gpus": "0.001"}, Request.of(0.001)),
         ({"gpus": "0.5", "memory": "20GiB"}, Request.of(0.5, 20 * GIB)),
         ({"gpus": None, "memory": "20GiB"}, Request.of(None, 20 * GIB)),
         ({"gpus": 0, "priority": "-2", "timeout": "1h30m"}, Request.of(0, priority=-2, timeout=5400)),
@@ -28,6 +29,8 @@ def test_text_means_what_numbers_mean(written: dict[str, object], request_: Requ
     ("option", "written"),
     [
         ("gpus", {"gpus": "1.5"}),
+        ("gpus", {"gpus": "0.0000001"}),
+        ("gpus", {"gpus": 0.0009}),
         ("memory", {"memory": "0GiB"}),
         ("memory", {"gpus": "0", "memory": "1GiB"}),
         ("priority", {"priority": "high"}),

@@ -10,6 +10,8 @@ import pytest
 
 from gpu_launcher.jobs.signals import TOGETHER, StopSignals
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class Clock:
     now = 0.0
@@ -52,6 +54,19 @@ def test_a_signal_that_comes_later_counts_again(signals, clock):
     assert signals.last is signal.SIGINT
 
 
+def test_a_terminal_that_is_gone_stops_it_and_does_not_insist(signals, clock):
+    send(signal.SIGHUP)
+    assert signals.take() == 1
+    assert signals.last is signal.SIGHUP
+    clock.now += TOGETHER
+    send(signal.SIGHUP)
+    assert signals.take() == 0
+    send(signal.SIGHUP)
+    send(signal.SIGTERM)
+    assert signals.take() == 1
+    assert signals.last is signal.SIGTERM
+
+
 def test_other_signals_do_not_count(signals):
     before = signal.signal(signal.SIGUSR1, lambda signum, frame: None)
     try:
@@ -61,7 +76,9 @@ def test_other_signals_do_not_count(signals):
         signal.signal(signal.SIGUSR1, before)
 
 
-@pytest.mark.parametrize("ignored", [[signal.SIGINT], [signal.SIGINT, signal.SIGTERM]], ids=len)
+@pytest.mark.parametrize(
+    "ignored", [[signal.SIGINT], [signal.SIGHUP], [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]], ids=str
+)
 def test_a_signal_that_the_program_ignores_stays_ignored(ignored):
     before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in ignored}
     try:
@@ -83,11 +100,11 @@ def test_handlers_and_wakeup_descriptor_are_those_from_before_afterwards():
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer)
-    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(signum) for signum in STOPPING]
     try:
         with StopSignals():
-            assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] != before
-        assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
+            assert [signal.getsignal(signum) for signum in STOPPING] != before
+        assert [signal.getsignal(signum) for signum in STOPPING] == before
     finally:
         assert signal.set_wakeup_fd(-1) == writer
         os.close(reader)

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
+from random import shuffle
 from typing import Any
 
 from gpu_launcher.errors import OptionError
 
 MOST = 10**15
 """Combinations of a grid that can be meant."""
+MOST_VALUES = 10**6
+"""Values of a parameter, which are held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,7 @@ def read_grid(texts: Sequence[str]) -> Grid:
 
 
 def _axis(parser: Any, text: str) -> tuple[str, tuple[Any, ...]]:
-    from hydra.core.override_parser.types import OverrideType, Transformer, ValueType
+    from hydra.core.override_parser.types import OverrideType, RangeSweep, Transformer, ValueType
     from hydra.errors import HydraException
 
     try:
@@ -70,12 +74,19 @@ def _axis(parser: Any, text: str) -> tuple[str, tuple[Any, ...]]:
             raise OptionError("param", f"{text!r}: a parameter is written name=VALUES, without +, ~ and @")
         if override.value_type in (ValueType.INTERVAL_SWEEP, ValueType.GLOB_CHOICE_SWEEP):
             raise OptionError("param", f"{text!r}: a grid needs single values: write {name}=1,2,3 or {name}=range(1,4)")
-        if override.is_sweep_override():
+        if not name:
+            raise OptionError("param", f"{text!r} has no name: write one before the =, as in lr=1e-3,1e-4")
+        if isinstance(override._value, RangeSweep):
+            values = _range(name, override._value)
+        elif override.is_sweep_override():
             values = list(override.sweep_iterator(transformer=Transformer.identity))
         else:
             values = [override._value]
-    except HydraException as error:
-        why = str(error).splitlines()[0]
+        plain = tuple(map(_plain, values))
+    except OptionError:
+        raise
+    except (HydraException, ArithmeticError, TypeError, ValueError) as error:  # of a step of 0, of inf, of nan
+        why = (str(error) or type(error).__name__).splitlines()[0]
         raise OptionError(
             "param",
             f"{text!r} is no name=VALUES in Hydra's syntax ({why}): write lr=1e-3,1e-4 or n=range(1,5), and values "
@@ -83,15 +94,30 @@ def _axis(parser: Any, text: str) -> tuple[str, tuple[Any, ...]]:
         ) from error
     if not values:
         raise OptionError("param", f"{text!r} has no value at all")
-    return name, tuple(map(_plain, values))
+    return name, plain
+
+
+def _range(name: str, sweep: Any) -> list[Any]:
+    values = list(islice(sweep.range(), MOST_VALUES + 1))
+    if len(values) > MOST_VALUES:
+        raise OptionError(
+            "param",
+            f"{name} has more than {MOST_VALUES} values: write what is to be run to a file or a pipe, and give that by "
+            "--from",
+        )
+    if sweep.shuffle:
+        shuffle(values)
+    return values
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it."""
-    from hydra.core.override_parser.types import QuotedString
+    """As JSON has it. Raises ValueError for what it has not."""
+    from hydra.core.override_parser.types import QuotedString, Sweep
 
     if isinstance(value, QuotedString):
         return value.text
+    if isinstance(value, Sweep):
+        raise ValueError("a range is no value among others")
     if isinstance(value, dict):
         return {str(_plain(key)): _plain(one) for key, one in value.items()}
     return [_plain(one) for one in value] if isinstance(value, list) else value

@@ -26,9 +26,11 @@ from gpu_launcher.cli.mapping.results import (
     settle,
     write_table,
 )
+from gpu_launcher.cli.mapping.shell_text import CommandError
 from gpu_launcher.cli.mapping.source import MapSource
 from gpu_launcher.cli.mapping.supply import STDIN, Input, Supply
-from gpu_launcher.cli.mapping.template import GPU, CommandError, Template
+from gpu_launcher.cli.mapping.template import GPU, Template
+from gpu_launcher.cli.streams import print_if_possible, printable, tell
 from gpu_launcher.devices import BUSY_MEMORY
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import GpuLauncherError, OptionError
@@ -50,7 +52,7 @@ DEFAULT = "map"
 DRY = 20
 """How many command lines a dry run prints."""
 
-_INTERPRETER = re.compile(r"(?:python|pypy)[0-9.]*|(?:ba|da|z)?sh|Rscript|julia|node|perl|ruby")
+_INTERPRETER = re.compile(r"(?:python|pypy)[0-9.]*|(?:ba|da|z)?sh|Rscript|julia|perl|ruby")
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +201,15 @@ def _check_command(template: Template, asked: Asked) -> None:
         )
     script = plain[1] if len(plain) > 1 else None
     is_script = script and _INTERPRETER.fullmatch(Path(program).name) and not script.startswith("-")
-    if script and is_script and not (asked.directory / script).exists():
+    if script and is_script and not (asked.directory / script).exists() and not _found_by(program, script):
         raise CommandError(f"{script!r}, which {program} is to run, does not exist in {asked.directory}")
+
+
+def _found_by(program: str, script: str) -> bool:
+    """Whether an interpreter looks for scripts elsewhere and finds this one: shells do, in $PATH."""
+    if not Path(program).name.endswith("sh") or "/" in script:
+        return False
+    return any((Path(place or ".") / script).is_file() for place in os.get_exec_path())
 
 
 def _options(given: Mapping[str, Any]) -> Options:
@@ -231,11 +240,11 @@ def _dry_run(supply: Supply, template: Template, completed: Completed, asked: As
             bad += 1
             if not asked.options.get("keep_going"):
                 raise _refused([found.problem], 1)
-            print(f"gpu-launcher: {found.problem}; it is left out", file=sys.stderr)
+            tell(f"{found.problem}; it is left out")
         elif found.index not in completed:
             runs += 1
             if runs <= DRY:
-                print(template.line(found.params, found.index, GPU), flush=True)
+                print(printable(template.line(found.params, found.index, GPU), sys.stdout), flush=True)
             elif supply.total is not None:
                 runs = supply.total - completed.count
                 break
@@ -267,7 +276,7 @@ class _Launch:
         place = Place(new_directory() if directory is None else Path(directory).absolute())
         place.create(self.asked.settings(), above)
         try:
-            with place.locked("dir", _tell):
+            with place.locked("dir", tell):
                 return self._run(place, total, None)
         except GpuLauncherError:
             place.withdraw(above)  # so that the command can be mended
@@ -275,7 +284,7 @@ class _Launch:
 
     def go_on(self, place: Place) -> int:
         """One that an earlier launch did not finish."""
-        with place.locked("resume", _tell):
+        with place.locked("resume", tell):
             try:
                 before = _Before.of(place)
             except OSError as error:
@@ -283,7 +292,7 @@ class _Launch:
                 raise OptionError("resume", problem) from error
             total = self._survey(before)
             of = "" if total is None else f" of {total}"
-            _tell(f"{before.completed.count}{of} runs completed before, and are not run again")
+            tell(f"{before.completed.count}{of} runs completed before, and are not run again")
             return self._run(place, total, before)
 
     def _survey(self, before: _Before) -> int | None:
@@ -340,13 +349,13 @@ class _Launch:
         incomplete = bool(source.failed or source.bad or source.problem)
         if source.missing and not (sweep.stopped or source.problem):
             incomplete = True
-            _tell(
+            tell(
                 f"{count(len(source.missing), 'run')} that did not complete before, such as {min(source.missing)}, did "
                 "not come in again: the input is not what it was"
             )
         if incomplete or sweep.stopped:
-            _tell(f"run what did not complete by: {self._how(place)}")
-        print(shown(place.results))
+            tell(f"run what did not complete by: {self._how(place)}")
+        print_if_possible(shown(place.results))
         if sweep.stopped_by is not None:
             return 128 + sweep.stopped_by
         return 1 if incomplete or sweep.stopped else 0
@@ -453,7 +462,3 @@ def _unwritable(place: Place, error: OSError) -> RefusedError:
         f"results cannot be written to {shown(place.path)} ({error.strerror}), so that nothing was run: mend that, as "
         "by making room, and give the command again"
     )
-
-
-def _tell(text: str) -> None:
-    print(f"gpu-launcher: {text}", file=sys.stderr)

@@ -86,12 +86,15 @@ class CommandProgram:
 
 
 def _leave_signals_to_the_command() -> list[int]:
-    """Let SIGINT and SIGTERM, which reach it as well, end the command alone; returns the list of those that arrived.
+    """Let signals, which reach it as well, end the command alone; returns the list of those that arrived.
 
-    By handlers, for those are not inherited over exec, as ignoring a signal is.
+    By handlers, for those are not inherited over exec, as ignoring a signal is: SIGHUP stays ignored under nohup(1).
     """
     arrived: list[int] = []
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    heeded = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        heeded.append(signal.SIGHUP)
+    for signum in heeded:
         signal.signal(signum, lambda number, frame: arrived.append(number))
     return arrived
 

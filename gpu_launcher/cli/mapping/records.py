@@ -103,6 +103,8 @@ class _JsonLines:
             return Bad(line, f"is no JSON that can be read: {error}")
         if not isinstance(found, dict):
             return Bad(line, f'is no JSON object, such as {{"lr": 0.1}}, but {_shown(data)}')
+        if "" in found:
+            return Bad(line, "has a parameter without a name")
         return Record(line, found)
 
     def end(self) -> None:

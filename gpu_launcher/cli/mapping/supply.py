@@ -119,7 +119,7 @@ class Supply:
         self._at = 0
         """The next combination of the grid for the record."""
         self._record: Record | None = None if self.source else Record(0, {})
-        self._reader = RecordReader(of_csv=self.source is not None and self.source.name.endswith(".csv"))
+        self._reader = RecordReader(of_csv=self.source is not None and self.source.name.lower().endswith(".csv"))
         self._read: Iterator[Record | Bad] = iter(())
         self._at_end = self._ended = self.source is None
 

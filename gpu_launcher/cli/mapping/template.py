@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from gpu_launcher.cli.mapping.shell_text import CommandError, Placeholder, Word, refuse_misplaced
 from gpu_launcher.cli.mapping.values import Params, text, to_json
-from gpu_launcher.errors import OptionError
 
 OURS = ("json", "flags", "index", "gpu")
 """Placeholders that are no parameter's name."""
 GPU = "{gpu}"
 """What stands for the devices of a run that has none yet."""
 
+_SHELL = "/bin/sh"
+_VARIABLE = "gpu_launcher_"
+"""With a number: the shell's variables that hold values."""
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
-
-
-class CommandError(OptionError):
-    """A command line that cannot be meant. It is about no single option."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__("command", problem)
-
-    def __reduce__(self) -> tuple[type[CommandError], tuple[str]]:
-        return CommandError, (self.problem,)
-
-    def __str__(self) -> str:
-        return self.problem
-
-    def written(self, spell: object) -> OptionError:
-        """See `OptionError`."""
-        return self
-
-
-@dataclass(frozen=True, slots=True)
-class Placeholder:
-    """What stood between braces."""
-
-    name: str
-
-
-Word = tuple[str | Placeholder, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +28,7 @@ class Template:
 
     words: tuple[Word, ...]
     shell: bool
-    """Whether the words, joined by spaces, are text for a shell, and values are quoted for it."""
+    """Whether the words, joined by spaces, are text for a shell, in which values stand as its variables."""
 
     @classmethod
     def parse(cls, words: Sequence[str], *, shell: bool = False) -> Template:
@@ -67,7 +44,7 @@ class Template:
                 "shell, as fish does, takes braces for its own)"
             )
         if shell:
-            _refuse_quoted(template.words[0])
+            refuse_misplaced(template.words[0])
         for word in () if shell else template.words:
             if len(word) > 1 and Placeholder("flags") in word:
                 raise CommandError("{flags} is several arguments, and has to be a word of its own")
@@ -96,14 +73,14 @@ class Template:
             return problem
         named = params.keys() if "flags" in self.names else self.names & params.keys()
         for name in named:
-            if "\0" in name or "\0" in text(params[name]):
-                return f"{name!r} has a null character, which no argument can have: pass it in {{json}}"
+            if (has := _no_argument(name + text(params[name]))) is not None:
+                return f"{name!r} has {has}, which no argument can have: pass it in {{json}}"
         return None
 
     def fill(self, params: Params, index: int, gpu: str) -> list[str]:
         """The arguments of one run: with `shell`, those of a shell. The parameters must fit."""
         if self.shell:
-            return ["/bin/sh", "-c", self.line(params, index, gpu)]
+            return self._script(params, index, gpu)
         arguments: list[str] = []
         for word in self.words:
             if word == (Placeholder("flags"),):
@@ -112,8 +89,27 @@ class Template:
                 arguments.append("".join(self._value(piece, params, index, gpu) for piece in word))
         return arguments
 
+    def _script(self, params: Params, index: int, gpu: str) -> list[str]:
+        """A shell, its text and its arguments, which are the values: no shell ever parses one.
+
+        The text has them as variables, for arguments are others within functions, and after `set` and `shift`.
+        """
+        values: list[str] = []
+
+        def variables(piece: Placeholder) -> str:
+            arguments = flags(params) if piece.name == "flags" else [self._value(piece, params, index, gpu)]
+            before = len(values)
+            values.extend(arguments)
+            return " ".join(f'"${{{_VARIABLE}{number + 1}}}"' for number in range(before, len(values)))
+
+        text = "".join(piece if isinstance(piece, str) else variables(piece) for piece in self.words[0])
+        if values:
+            taken = " ".join(f"{_VARIABLE}{number}=${{{number}}}" for number in range(1, len(values) + 1))
+            text = f"{taken}; set --; {text}"
+        return [_SHELL, "-c", text, _SHELL, *values]
+
     def line(self, params: Params, index: int, gpu: str) -> str:
-        """What a shell would be given for it."""
+        """What does the same in a shell, for people."""
         if not self.shell:
             return " ".join(part if part == GPU == gpu else shlex.quote(part) for part in self.fill(params, index, gpu))
         return "".join(self._quoted(piece, params, index, gpu) for piece in self.words[0])
@@ -138,6 +134,17 @@ class Template:
                 return text(params[name])
             case _:
                 return piece
+
+
+def _no_argument(written: str) -> str | None:
+    """What keeps text from being an argument."""
+    if "\0" in written:
+        return "a null character"
+    try:
+        os.fsencode(written)
+    except UnicodeEncodeError:
+        return "half a character (a lone surrogate)"
+    return None
 
 
 def flags(params: Params) -> Iterable[str]:
@@ -173,26 +180,3 @@ def _pieces(word: str) -> Iterator[str | Placeholder]:
     literal += word[position:]
     if literal or not word:
         yield literal
-
-
-def _refuse_quoted(word: Word) -> None:
-    """A value is quoted for the place where a word may stand. Between quotes of the user's it would not be."""
-    quote, escaped = "", False
-    for piece in word:
-        if isinstance(piece, Placeholder):
-            if quote or escaped:
-                where = f"between quotes ({quote})" if quote else "behind a backslash"
-                raise CommandError(
-                    f"{{{piece.name}}} stands {where} in the text for the shell: leave them out, for its value gets "
-                    "quotes of its own"
-                )
-            continue
-        for character in piece:
-            if escaped:
-                escaped = False
-            elif character == "\\" and quote != "'":
-                escaped = True
-            elif quote:
-                quote = "" if character == quote else quote
-            elif character in "'\"`":
-                quote = character

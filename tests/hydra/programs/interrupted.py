@@ -1,6 +1,6 @@
 """Jobs that are still at work when the user has had enough.
 
-`manners=polite` cleans up, `manners=saving` does so on SIGTERM, `manners=stubborn` goes on.
+`manners=polite` cleans up, `manners=saving` does so on SIGTERM and SIGHUP, `manners=stubborn` goes on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def main(cfg: DictConfig) -> None:
             (directory / "cleaned_up").touch()
             sys.exit("saved")
 
-        signal.signal(signal.SIGTERM, save)
+        for signum in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, save)
     child = subprocess.Popen(["sleep", "300"], start_new_session=True)
     (directory / "pids.new").write_text(f"{os.getpid()} {child.pid}")
     try:

@@ -1,0 +1,147 @@
+"""Where placeholders may stand in text for a shell: only where each of them is a word, or a part of one. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpu_launcher.errors import OptionError
+
+
+class CommandError(OptionError):
+    """A command line that cannot be meant. It is about no single option."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__("command", problem)
+
+    def __reduce__(self) -> tuple[type[CommandError], tuple[str]]:
+        return CommandError, (self.problem,)
+
+    def __str__(self) -> str:
+        return self.problem
+
+    def written(self, spell: object) -> OptionError:
+        """See `OptionError`."""
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Placeholder:
+    """What stood between braces."""
+
+    name: str
+
+
+Word = tuple[str | Placeholder, ...]
+
+
+# Where a character stands. The first three are text for the shell; parentheses within arithmetic count as such.
+_TOP, _SUBSHELL, _SUBSTITUTION = "", "(", "$("
+_SINGLE, _DOUBLE, _BACKQUOTES, _COMMENT, _ARITHMETIC = "'", '"', "`", "#", "(("
+
+_REFUSED = {
+    _SINGLE: "between quotes ('): leave them out, for its value is one word as it is",
+    _DOUBLE: 'between quotes ("): leave them out, for its value is one word as it is',
+    _BACKQUOTES: "between backquotes (`): write $(...)",
+    _COMMENT: "in a comment: leave it out",
+    _ARITHMETIC: "in arithmetic, which would evaluate its value: compute with a program such as expr or awk",
+}
+_BEGINS_WORD = frozenset(("", " ", "\t", "\n", ";", "&", "|", "(", ")", "<", ">"))
+"""Behind which `#` begins a comment."""
+_ORDINARY = "x"
+
+
+class _Reader:
+    """Follows text as a shell reads it, as far as that tells where a word may stand."""
+
+    def __init__(self) -> None:
+        self._within = [_TOP]
+        self._before = ""
+        """The character before, or an ordinary one in the place of what cannot be told from it."""
+        self._escaped = False
+        self._lost: str | None = None
+        """Behind what it does not follow the shell any more."""
+
+    def refusal(self) -> str | None:
+        """Why no placeholder may stand here; what is said of it."""
+        if self._lost is not None:
+            return f"behind {self._lost}: put it before that"
+        if self._escaped:
+            return "behind a backslash: leave that out, for its value is one word as it is"
+        if (refused := _REFUSED.get(self._within[-1])) is not None:
+            return refused
+        if self._before == "$":
+            return "behind a $: write ${{NAME}} for a variable of the shell's own, or leave the $ out"
+        return None
+
+    def pass_placeholder(self) -> None:
+        """One that is not refused."""
+        self._before = _ORDINARY
+
+    def read(self, character: str) -> None:
+        """The next one."""
+        within = self._within[-1]
+        if self._escaped:
+            self._escaped = False
+            if character != "\n":
+                self._before = _ORDINARY
+            return
+        before, self._before = self._before, character
+        if character == "\\" and within not in (_SINGLE, _COMMENT):
+            self._escaped, self._before = True, before
+        elif within == _COMMENT:
+            if character == "\n":
+                self._within.pop()
+        elif within in (_SINGLE, _BACKQUOTES):
+            if character == within:
+                self._leave()
+        elif within == _DOUBLE:
+            self._read_double_quoted(character, before)
+        elif within == _ARITHMETIC:
+            if character == "(":
+                self._within.append(_ARITHMETIC)
+            elif character == ")":
+                self._leave()
+        else:
+            self._read_text(character, before)
+
+    def _read_double_quoted(self, character: str, before: str) -> None:
+        if character == _DOUBLE:
+            self._leave()
+        elif character == _BACKQUOTES:
+            self._within.append(_BACKQUOTES)
+        elif character == "(" and before == "$":
+            self._within.append(_SUBSTITUTION)
+
+    def _read_text(self, character: str, before: str) -> None:
+        if character in (_SINGLE, _DOUBLE, _BACKQUOTES):
+            if character == _SINGLE and before == "$":
+                self._lost = "$'...', which shells read in different ways"
+            self._within.append(character)
+        elif character == "#" and before in _BEGINS_WORD:
+            self._within.append(_COMMENT)
+        elif character == "(":
+            if before == "(" and self._within[-1] in (_SUBSHELL, _SUBSTITUTION):
+                self._within[-1:] = [_ARITHMETIC, _ARITHMETIC]
+            else:
+                self._within.append(_SUBSTITUTION if before == "$" else _SUBSHELL)
+        elif character == ")" and len(self._within) > 1:
+            self._leave()
+        elif character == before == "<":
+            self._lost = "<<, which begins text that is no command"
+
+    def _leave(self) -> None:
+        if self._within.pop() != _SUBSHELL:
+            self._before = _ORDINARY
+
+
+def refuse_misplaced(text: Word) -> None:
+    """Raises CommandError for a placeholder that would not be a word with exactly its value."""
+    reader = _Reader()
+    for piece in text:
+        if isinstance(piece, Placeholder):
+            if (refusal := reader.refusal()) is not None:
+                raise CommandError(f"{{{piece.name}}} stands {refusal}")
+            reader.pass_placeholder()
+        else:
+            for character in piece:
+                reader.read(character)
