@@ -321,7 +321,8 @@ class RecordEngine:
         if self._returning:
             values[position] = error
         else:
-            raised[position] = Raised(_raisable(error.exception, error), error)
+            to_raise = _raisable(error.exception, error)
+            raised[position] = Raised(to_raise, error if to_raise is not error else None)
 
     # Deaths
 
@@ -363,8 +364,11 @@ class RecordEngine:
 
 
 def _raisable(error: BaseException, instead: BaseException) -> BaseException:
-    """What to raise here for `error` in a worker: not such as SystemExit, which would end this program silently."""
-    return error if isinstance(error, Exception) else instead
+    """What to raise here for `error` in a worker.
+
+    Not such as SystemExit, which would end this program silently, nor StopIteration, which no generator may raise.
+    """
+    return error if isinstance(error, Exception) and not isinstance(error, StopIteration) else instead
 
 
 def _unpicklable(chunk: Chunk, error: Exception) -> Exception:
