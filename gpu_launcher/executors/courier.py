@@ -256,10 +256,7 @@ def _error(result: JobResult, name: str, outcome: Raised | None) -> BaseExceptio
     if outcome is None or result.outcome is Outcome.CANCELLED:
         return JobError(result.number, name, result.message or "was not made", None)
     if outcome.unpicklable:
-        return UnpicklableError(
-            f"{name}() {outcome.problem}. Remedy: return what the value can be made from, such as plain numbers, "
-            "arrays on the CPU, or the path of a file that the call wrote."
-        )
+        return UnpicklableError(f"{name}() {outcome.problem}")
     if outcome.error is None:
         return JobError(result.number, name, outcome.problem, None)
     try:

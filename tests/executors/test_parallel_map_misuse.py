@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import os
+import functools
+import re
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gpu_launcher.errors import OptionError, UnpicklableError
 from gpu_launcher.executors.parallel_map import parallel_map
+from gpu_launcher.executors.pool_executor import PoolExecutor
 from gpu_launcher.executors.record_errors import RecordError, RemoteTraceback
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.where import Where
@@ -67,3 +71,109 @@ def test_a_setup_that_raises_stop_iteration_says_so(pool: Where) -> None:
     with pytest.raises(RemoteTraceback, match=r"setup failed on .*(?s:.*)StopIteration") as caught:
         list(parallel_map([1], setup=lambda: next(iter(())), function=lambda record, model: record, pool=pool))
     assert causes(caught.value) == [caught.value]
+
+
+# What cannot be sent back
+
+
+def some_locks(record: int) -> Any:
+    return [threading.Lock()] if record % 3 == 2 else record
+
+
+def lazily(record: int) -> Iterator[int]:
+    return (number for number in range(record))
+
+
+async def soon(record: int = 0) -> int:
+    return record
+
+
+def unawaited(record: int) -> Any:
+    return soon(record)
+
+
+@pytest.mark.parametrize(
+    ("function", "index", "reason"),
+    [
+        (some_locks, 2, r"TypeError: cannot pickle '_thread\.lock' object\. Remedy: return what the value can be made"),
+        (lazily, 0, r"TypeError: cannot pickle 'generator' object\. Remedy: return a list"),
+        (unawaited, 0, r"TypeError: cannot pickle 'coroutine' object\. Remedy: .*asyncio\.run"),
+    ],
+)
+def test_a_result_that_cannot_be_sent_back_is_named_with_a_remedy(
+    pool: Where, function: Any, index: int, reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = rf"^the result of records\[{index}\] cannot be sent back: {reason}"
+    with pytest.raises(UnpicklableError, match=said) as caught:
+        list(parallel_map(range(9), function=function, pool=pool))
+    assert isinstance(caught.value.__cause__, RecordError)
+    assert f"the result of records[{index}]" in str(caught.value.__cause__)
+    assert "record_worker.py" not in str(caught.value.__cause__)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("function", [lazily, unawaited])
+def test_an_executor_says_what_to_do_about_such_values(
+    pool: Where, function: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with PoolExecutor(pool=pool) as executor:  # type: ignore[arg-type]
+        error = executor.submit(function, 1).exception()
+        asynchronous = executor.submit(soon).exception()
+    assert isinstance(error, UnpicklableError)
+    assert re.search(r"\(\) returned what cannot be pickled: TypeError: .* Remedy: .*(a list|asyncio\.run)", str(error))
+    assert re.match(r"soon\(\) returned .* Remedy: an `async def` function only makes", str(asynchronous))
+    assert capfd.readouterr().err == ""
+
+
+# Options
+
+
+async def later() -> Any:
+    yield 1
+
+
+def numbers() -> Iterator[int]:
+    yield 1
+
+
+class Asynchronous:
+    async def __call__(self, record: int) -> int:
+        return record
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"function": soon}, r"function: soon is asynchronous.*`lambda record: asyncio\.run\(soon\(record\)\)`"),
+        ({"function": functools.partial(soon, 1)}, "function: partial is asynchronous"),
+        ({"function": Asynchronous()}, "function: Asynchronous is asynchronous"),
+        ({"setup": soon}, r"setup: soon is asynchronous.*`lambda: asyncio\.run\(soon\(\)\)`"),
+        ({"function": later}, "function: later is asynchronous"),
+        ({"function": numbers}, "function: numbers has a `yield`.* Remedy: return a list"),
+        ({"setup": abs, "function": None}, "function: is missing.*the second argument is `setup`"),
+        ({"ordered": "no"}, "ordered: 'no' is neither True nor False"),
+        ({"progress": 1}, "progress: 1 is neither"),
+        ({"total": -4}, "total: -4 is not a number from 0"),
+        ({"total": "many"}, "total: 'many' is not"),
+        ({"start_method": "thread"}, "start_method: 'thread' is none of auto, fork, spawn"),
+        (
+            {"records": numbers},
+            r"records: <function numbers .* is a function: call it, as in `parallel_map\(numbers\(\)",
+        ),
+        ({"records": 5}, "records: 5 is a single int: give a list"),
+        ({"records": None}, "records: None is"),
+        ({"records": later()}, "records: <async_generator .* is asynchronous"),
+    ],
+)
+def test_options_that_make_no_sense_are_named_with_a_remedy(pool: Where, options: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        parallel_map(**{"records": [1], "function": abs, "pool": pool, **options})
+
+
+def test_what_the_records_raise_when_they_are_begun_is_raised(pool: Where) -> None:
+    class Records:
+        def __iter__(self) -> Iterator[int]:
+            raise TypeError("no file")
+
+    with pytest.raises(TypeError, match="no file"):
+        parallel_map(Records(), function=abs, pool=pool)
