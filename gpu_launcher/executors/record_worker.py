@@ -162,7 +162,10 @@ class RecordWorker:
         except BaseException as error:
             gate.say(NotReady(Failure.of(error)))
             return Report(False, f"raised {type(error).__name__}: {error}", b"")
-        positions = Positions(Path(spec.positions), spec.seats)
+        try:
+            positions = Positions(Path(spec.positions), spec.seats)
+        except FileNotFoundError:
+            os._exit(1)  # the directory goes with the program, and nobody is left to be told anything
         positions.at[spec.seat] = NO_RECORD
         gate.say(Ready())
         while isinstance(work := gate.hear(), Work):

@@ -451,6 +451,8 @@ class JobLoop:
         self._handle(m.GiveUp(problem))
 
     def _go(self, number: int) -> None:
+        if self._source is not None:
+            self._source.tick()  # whoever wanted the job may be no more: perhaps that is why there are devices for it
         job = self._live[number]
         job.started = self._clock()
         shares = {} if job.lease is None else job.lease.shares

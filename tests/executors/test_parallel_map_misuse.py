@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
+import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from gpu_launcher.executors.pool_executor import PoolExecutor
 from gpu_launcher.executors.record_errors import RecordError, RemoteTraceback
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.where import Where
+from gpu_launcher.leases import FileLedger, resolve_pool_directory
 
 TREE = Path(__file__).parents[2]
 
@@ -30,6 +35,13 @@ def pool(tmp_path: Path) -> Where:
 @pytest.fixture(autouse=True)
 def remarks_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remarks, "_said", set())
+
+
+def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def causes(error: BaseException) -> list[BaseException]:
@@ -177,3 +189,47 @@ def test_what_the_records_raise_when_they_are_begun_is_raised(pool: Where) -> No
 
     with pytest.raises(TypeError, match="no file"):
         parallel_map(Records(), function=abs, pool=pool)
+
+
+# The program is killed while it waits for what it holds itself
+
+WAITS_FOR_ITSELF = """
+import pathlib, sys
+import gpu_launcher
+
+def touch(record):
+    pathlib.Path(sys.argv[1]).touch()
+
+pool = gpu_launcher.Pool(devices="simulated:1")
+with pool.lease():
+    if sys.argv[2] == "parallel_map":
+        list(gpu_launcher.parallel_map([1], function=touch, pool=pool))
+    else:
+        with gpu_launcher.PoolExecutor(pool=pool) as executor:
+            executor.submit(touch, 1).result()
+"""
+
+
+def standing(ledger: FileLedger) -> tuple[int, int]:
+    """How many leases and tickets there are."""
+    view = ledger.snapshot()
+    return len(view.leases), len(view.tickets)
+
+
+@pytest.mark.parametrize("what", ["parallel_map", "executor"])
+def test_a_lease_that_is_freed_by_the_programs_death_goes_to_none_of_its_workers(tmp_path: Path, what: str) -> None:
+    environment = {**os.environ, "GPU_LAUNCHER_POOL_DIR": str(tmp_path / "pool"), "PYTHONPATH": str(TREE)}
+    for _ in range(4):
+        command = [sys.executable, "-c", WAITS_FOR_ITSELF, str(tmp_path / "touched"), what]
+        with (
+            (tmp_path / "err").open("wb") as err,
+            subprocess.Popen(command, env=environment, stderr=err) as program,
+            FileLedger(resolve_pool_directory(str(tmp_path / "pool"))) as ledger,
+        ):
+            until(lambda ledger=ledger: standing(ledger) == (1, 1))
+            program.send_signal(signal.SIGKILL)
+            program.wait()
+            until(lambda ledger=ledger: standing(ledger) == (0, 0))
+        said = (tmp_path / "err").read_text()
+        assert [line for line in said.splitlines() if not line.startswith(("waiting for", "1 device is simul"))] == []
+        assert not (tmp_path / "touched").exists()
