@@ -233,3 +233,45 @@ def test_a_lease_that_is_freed_by_the_programs_death_goes_to_none_of_its_workers
         said = (tmp_path / "err").read_text()
         assert [line for line in said.splitlines() if not line.startswith(("waiting for", "1 device is simul"))] == []
         assert not (tmp_path / "touched").exists()
+
+
+# Few open files
+
+MORE_THAN_FILES = """
+import resource, sys, time
+import gpu_launcher
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+if sys.argv[1] == "parallel_map":
+    work = lambda number: time.sleep(0.05) or number
+    print(sum(gpu_launcher.parallel_map(range(200), function=work, gpus=0, num_workers=64)))
+else:
+    with gpu_launcher.PoolExecutor(gpus=0, max_workers=64) as executor:
+        futures = [executor.submit(lambda number=number: time.sleep(0.05) or number) for number in range(100)]
+        print(sum(future.result() for future in futures))
+"""
+
+
+@pytest.mark.parametrize(("what", "expected"), [("parallel_map", "19900"), ("executor", "4950")])
+def test_calls_for_which_there_are_no_files_wait_for_others_to_end(tmp_path: Path, what: str, expected: str) -> None:
+    environment = {**os.environ, "GPU_LAUNCHER_POOL_DIR": str(tmp_path / "pool"), "PYTHONPATH": str(TREE)}
+    command = [sys.executable, "-c", MORE_THAN_FILES, what]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.stdout.strip(), done.returncode) == (expected, 0), done.stderr
+    assert "open files" not in done.stderr
+
+
+def test_a_call_for_which_there_are_no_files_is_cancelled_with_the_others(tmp_path: Path) -> None:
+    script = """
+import resource, time
+import gpu_launcher
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+for _ in gpu_launcher.parallel_map(range(65), function=lambda number: time.sleep(0.3), gpus=0, num_workers=64):
+    pass
+print("done")
+"""
+    environment = {**os.environ, "GPU_LAUNCHER_POOL_DIR": str(tmp_path / "pool"), "PYTHONPATH": str(TREE)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
+    assert "worker" not in done.stderr
