@@ -16,7 +16,7 @@ from typing import Any
 
 from gpu_launcher.errors import GpuLauncherError, JobError, JobTimeoutError, UnpicklableError
 from gpu_launcher.executors.calls import Call
-from gpu_launcher.executors.packing import Raised, RemoteTraceback, Returned, describe, pack
+from gpu_launcher.executors.packing import Raised, RemoteTraceback, Returned, describe, pack, uncarried
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
@@ -263,7 +263,7 @@ def _error(result: JobResult, name: str, outcome: Raised | None) -> BaseExceptio
         error = pickling.load(outcome.error)
         assert isinstance(error, BaseException), error
     except Exception as why:  # whatever the user's exception raises when it is unpickled
-        problem = f"{outcome.problem}. The exception itself cannot be unpickled in this process ({describe(why)})"
+        problem = f"{outcome.problem}. {uncarried('unpickled in this process', why)}"
         return JobError(result.number, name, problem, None)
     return error
 

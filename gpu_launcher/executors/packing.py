@@ -129,8 +129,16 @@ def raised(error: BaseException, skip: int, known: Mapping[str, object]) -> Rais
         if not isinstance(pickling.load(pickled), type(error)):
             raise TypeError("it becomes something else when it is unpickled")
     except Exception as why:  # whatever the user's exception raises
-        return Raised(None, f"{problem}. The exception itself cannot be pickled ({describe(why)})", text)
+        return Raised(None, f"{problem}. {uncarried('pickled', why)}", text)
     return Raised(pickled, problem, text)
+
+
+def uncarried(what: str, why: BaseException) -> str:
+    """What to say of an exception that cannot be `what`, pickled or unpickled, and what to do."""
+    return (
+        f"The exception itself cannot be {what} ({describe(why)}). Remedy: have its `__init__` pass all of its "
+        "arguments to `super().__init__`, or define `__reduce__`"
+    )
 
 
 def unreturnable(value: object, why: BaseException) -> str:

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from gpu_launcher.errors import OptionError, UnpicklableError
-from gpu_launcher.executors.packing import unreturnable
+from gpu_launcher.executors.packing import uncarried, unreturnable
 from gpu_launcher.executors.record_errors import UnreadableError
 from gpu_launcher.model import Request
 from gpu_launcher.processes import pickling
@@ -100,7 +100,7 @@ class Failure:
             error = pickling.load(self.exception)
         except Exception as problem:  # whatever the user's class raises
             last = self.traceback.strip().rpartition("\n")[2]
-            return UnreadableError(f"{last} (its exception cannot be read here: {type(problem).__name__}: {problem})")
+            return UnreadableError(f"{last}. {uncarried('unpickled in this process', problem)}")
         assert isinstance(error, BaseException)
         return error
 
@@ -278,10 +278,11 @@ def _portable(error: BaseException) -> bytes:
     """The exception in a form that can be read, if there is one."""
     try:
         dumped = pickling.dump(error, pickling.main_namespace())
-        pickling.load(dumped)  # many an exception can be pickled, and not unpickled
-    except Exception:
+        if not isinstance(pickling.load(dumped), type(error)):  # many an exception can be pickled, and not unpickled
+            raise TypeError("it becomes something else when it is unpickled")
+    except Exception as why:
         last = traceback.format_exception_only(type(error), error)[-1].strip()
-        return pickling.dump(UnreadableError(f"{last} (its exception cannot be pickled)"))
+        return pickling.dump(UnreadableError(f"{last}. {uncarried('pickled', why)}"))
     return dumped
 
 

@@ -19,7 +19,7 @@ import pytest
 from gpu_launcher.errors import OptionError, UnpicklableError
 from gpu_launcher.executors.parallel_map import parallel_map
 from gpu_launcher.executors.pool_executor import PoolExecutor
-from gpu_launcher.executors.record_errors import RecordError, RemoteTraceback
+from gpu_launcher.executors.record_errors import RecordError, RemoteTraceback, UnreadableError
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
@@ -275,3 +275,59 @@ print("done")
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
     assert "worker" not in done.stderr
+
+
+# Exceptions that cannot travel
+
+
+class NeedsTwo(Exception):
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+class OnlyThere(Exception):
+    """Can be read only in the process that made it."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(pid)
+        if pid != os.getpid():
+            raise ValueError("elsewhere")
+
+
+def needs_two(record: int) -> None:
+    raise NeedsTwo(1, 2)
+
+
+def only_there(record: int) -> None:
+    raise OnlyThere(os.getpid())
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (needs_two, r"NeedsTwo: 1 and 2\. The exception itself cannot be pickled \(TypeError: .*'two'\)\. Remedy: "),
+        (only_there, r"OnlyThere: \d+\. The exception itself cannot be unpickled in this process \(ValueError: else"),
+    ],
+)
+def test_an_exception_that_cannot_travel_is_told_in_the_same_words_everywhere(
+    pool: Where, function: Any, said: str
+) -> None:
+    with PoolExecutor(pool=pool) as executor:  # type: ignore[arg-type]
+        assert re.search(said, str(executor.submit(function, 1).exception()))
+    with pytest.raises(UnreadableError, match=said):
+        list(parallel_map([1], function=function, pool=pool))
+    with pytest.raises(UnreadableError, match=said):
+        list(parallel_map([1], setup=functools.partial(function, 1), function=abs, pool=pool))
+
+
+class Singular(Exception):
+    def __reduce__(self) -> Any:
+        return str, ("singular",)
+
+
+def test_an_exception_that_becomes_something_else_is_told_of(pool: Where) -> None:
+    def work(record: int) -> None:
+        raise Singular
+
+    with pytest.raises(UnreadableError, match=r"Singular\. The exception itself cannot be pickled \(TypeError: it bec"):
+        list(parallel_map([1], function=work, pool=pool))
