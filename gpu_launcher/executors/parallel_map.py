@@ -120,8 +120,11 @@ class ParallelMap(Iterator[Any]):
 
     def close(self) -> None:
         """End the workers at once, and with them what they are doing; their devices are free then. Idempotent."""
+        self._close()
+
+    def _close(self, *, silently: bool = False) -> None:
         self._results.close()
-        self._engine.close()
+        self._engine.close(silently=silently)
 
     def __enter__(self) -> ParallelMap:
         return self
@@ -129,7 +132,7 @@ class ParallelMap(Iterator[Any]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._close(silently=kind is not None)
 
 
 def _iterate(records: Iterable[Any]) -> Iterator[Any]:

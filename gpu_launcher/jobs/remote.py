@@ -119,6 +119,11 @@ class RemoteLoop:
                     self.close()
                     raise error or ManagerDiedError("the process that starts jobs has ended")
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether this is the process that made it, and not one that was forked from that."""
+        return self._process == os.getpid()
+
     def fileno(self) -> int:
         """Readable when there is something to receive."""
         return self._channel.fileno()
@@ -147,7 +152,7 @@ class RemoteLoop:
 
         What a signal's handler raises meanwhile, such as KeyboardInterrupt, makes it short, and is raised in the end.
         """
-        if self._process != os.getpid():
+        if not self.is_ours:
             return
         raised: BaseException | None = None
         while self._pid is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import logging
 import os
 import re
 import signal
@@ -331,3 +333,47 @@ def test_an_exception_that_becomes_something_else_is_told_of(pool: Where) -> Non
 
     with pytest.raises(UnreadableError, match=r"Singular\. The exception itself cannot be pickled \(TypeError: it bec"):
         list(parallel_map([1], function=work, pool=pool))
+
+
+# Never iterated over
+
+
+@pytest.mark.parametrize("how", ["dropped", "closed", "with"])
+def test_one_that_nobody_iterates_over_says_that_nothing_was_called(
+    pool: Where, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    results = parallel_map([1], function=abs, pool=pool)
+    if how == "closed":
+        results.close()
+    elif how == "with":
+        with results:
+            pass
+    del results
+    gc.collect()
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert re.match(r"parallel_map was not iterated over, so that nothing was called: .* Remedy: ", said)
+
+
+def test_one_that_is_left_for_another_reason_says_nothing(pool: Where, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ZeroDivisionError), parallel_map([1], function=abs, pool=pool):
+        raise ZeroDivisionError
+    for _ in parallel_map([1, 2], function=abs, pool=pool):
+        break
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == []
+
+
+def test_a_forgotten_one_is_told_of_at_the_end_of_the_program_and_by_no_fork_of_it(tmp_path: Path) -> None:
+    script = """
+import os
+import gpu_launcher
+
+results = gpu_launcher.parallel_map([1], function=print, pool=gpu_launcher.Pool(devices="cpu:2"))
+if os.fork() == 0:
+    raise SystemExit
+os.wait()
+"""
+    environment = {**os.environ, "GPU_LAUNCHER_POOL_DIR": str(tmp_path / "pool"), "PYTHONPATH": str(TREE)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("", 0)
+    assert done.stderr.count("parallel_map was not iterated over") == 1
