@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_launcher.executors.packing import Packed, Raised, Returned, pack, raised
+from gpu_launcher.executors.packing import Packed, Raised, Returned, pack, raised, unreturnable
 from gpu_launcher.model import Request
 from gpu_launcher.processes.exceptions import describe
 from gpu_launcher.processes.memory_errors import is_out_of_gpu_memory
@@ -67,7 +67,7 @@ def _make(call: Call) -> tuple[Returned | Raised, bool]:
         problem = f"returned a value that could not be handed over: {describe(error)}"
         return Raised(None, problem, traceback.format_exc()), False
     except Exception as error:
-        problem = f"returned what cannot be pickled: {describe(error)}"
+        problem = f"returned what cannot be pickled: {unreturnable(value, error)}"
         return Raised(None, problem, traceback.format_exc(), unpicklable=True), is_out_of_gpu_memory(error)
     except BaseException as error:
         return raised(error, 1, known), False

@@ -16,7 +16,7 @@ from typing import Any
 
 from gpu_launcher.errors import GpuLauncherError, JobError, JobTimeoutError, UnpicklableError
 from gpu_launcher.executors.calls import Call
-from gpu_launcher.executors.packing import Raised, Returned, pack
+from gpu_launcher.executors.packing import Raised, Returned, pack, uncarried
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
@@ -257,17 +257,14 @@ def _error(result: JobResult, name: str, outcome: Raised | None) -> BaseExceptio
     if outcome is None or result.outcome is Outcome.CANCELLED:
         return JobError(result.number, name, result.message or "was not made", None)
     if outcome.unpicklable:
-        return UnpicklableError(
-            f"{name}() {outcome.problem}. Remedy: return what the value can be made from, such as plain numbers, "
-            "arrays on the CPU, or the path of a file that the call wrote."
-        )
+        return UnpicklableError(f"{name}() {outcome.problem}")
     if outcome.error is None:
         return JobError(result.number, name, outcome.problem, None)
     try:
         error = pickling.load(outcome.error)
         assert isinstance(error, BaseException), error
     except Exception as why:  # whatever the user's exception raises when it is unpickled
-        problem = f"{outcome.problem}. The exception itself cannot be unpickled in this process ({describe(why)})"
+        problem = f"{outcome.problem}. {uncarried('unpickled in this process', why)}"
         return JobError(result.number, name, problem, None)
     return error
 

@@ -51,7 +51,7 @@ class Raised:
     """In the place of a record's result: what the iteration is to end with."""
 
     error: BaseException
-    cause: BaseException
+    cause: BaseException | None
 
 
 class Dealer:

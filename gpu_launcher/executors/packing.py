@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Coroutine, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -113,4 +113,30 @@ def raised(error: BaseException, skip: int, known: Mapping[str, object]) -> Rais
     try:
         return Raised(exceptions.dump(error, known), problem, text)
     except Exception as why:  # whatever the user's exception raises
-        return Raised(None, f"{problem}. The exception itself cannot be pickled ({describe(why)})", text)
+        return Raised(None, f"{problem}. {uncarried('pickled', why)}", text)
+
+
+def uncarried(what: str, why: BaseException) -> str:
+    """What to say of an exception that cannot be `what`, pickled or unpickled, and what to do."""
+    return (
+        f"The exception itself cannot be {what} ({describe(why)}). Remedy: have its `__init__` pass all of its "
+        "arguments to `super().__init__`, or define `__reduce__`"
+    )
+
+
+def unreturnable(value: object, why: BaseException) -> str:
+    """What to say of a value that cannot be pickled: the end of a sentence, and what to do."""
+    if isinstance(value, Coroutine):
+        value.close()  # nobody will ever await it, and Python need not say so as well
+        remedy = (
+            "an `async def` function only makes a coroutine, which nobody has run: call `asyncio.run(...)` of it in an "
+            "ordinary function, and give that"
+        )
+    elif isinstance(value, Generator):
+        remedy = "return a list of what the generator yields"
+    else:
+        remedy = (
+            "return what the value can be made from, such as plain numbers, arrays on the CPU, or the path of a file "
+            "that was written there"
+        )
+    return f"{describe(why)}. Remedy: {remedy}"

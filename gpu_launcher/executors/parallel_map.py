@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from gpu_launcher.errors import OptionError
 from gpu_launcher.executors import record_worker as w
@@ -73,18 +74,21 @@ def parallel_map(
     iteration what `setup` raises, what `records` raises after the results of the records before that, WorkerDiedError
     if workers cannot set themselves up without dying, and ManagerDiedError.
     """
-    if function is None:
-        raise OptionError("function", "is missing: what is to be called on each record?")
-    for name, value in (("setup", setup), ("function", function)):
-        if value is not None and not callable(value):
-            raise OptionError(name, f"{value!r} cannot be called")
+    iterator = _iterate(records)
+    function = _checked(setup, function)
     if on_error not in ("raise", "return"):
         raise OptionError("on_error", f'{on_error!r} is neither "raise" nor "return"')
-    _check_count("num_workers", num_workers, MOST_WORKERS)
+    for name, value in (("ordered", ordered), ("progress", progress)):
+        if not isinstance(value, bool):
+            raise OptionError(name, f"{value!r} is neither True nor False")
+    if start_method not in get_args(StartMethod):
+        raise OptionError("start_method", f"{start_method!r} is none of {', '.join(get_args(StartMethod))}")
+    _check_count("num_workers", num_workers, most=MOST_WORKERS)
     _check_count("read_ahead", read_ahead)
+    _check_count("total", total, least=0)
     request = read_request({"gpus": gpus, "memory": memory, "priority": priority})
     length = len(records) if isinstance(records, Sized) else total
-    dealer = Dealer(iter(records), ordered=ordered, read_ahead=read_ahead, clock=time.monotonic)
+    dealer = Dealer(iterator, ordered=ordered, read_ahead=read_ahead, clock=time.monotonic)
     options = read_pool(pool).options(request, num_workers)
     loop = RemoteLoop(w.RecordWorker(request, setup, function), options, this_program(), method=start_method)
     try:
@@ -116,8 +120,11 @@ class ParallelMap(Iterator[Any]):
 
     def close(self) -> None:
         """End the workers at once, and with them what they are doing; their devices are free then. Idempotent."""
+        self._close()
+
+    def _close(self, *, silently: bool = False) -> None:
         self._results.close()
-        self._engine.close()
+        self._engine.close(silently=silently)
 
     def __enter__(self) -> ParallelMap:
         return self
@@ -125,14 +132,63 @@ class ParallelMap(Iterator[Any]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._close(silently=kind is not None)
 
 
-def _check_count(option: str, value: int | None, most: int | None = None) -> None:
+def _iterate(records: Iterable[Any]) -> Iterator[Any]:
+    try:
+        return iter(records)
+    except TypeError as error:
+        if hasattr(type(records), "__iter__"):
+            raise  # of the user's own
+        if hasattr(type(records), "__aiter__"):
+            what = "is asynchronous, and records are read by an ordinary `for`: collect them in a list first"
+        elif callable(records):
+            what = f"is a function: call it, as in `parallel_map({_name(records)}(), ...)`"
+        else:
+            what = f"is a single {type(records).__name__}: give a list of records, or anything else to iterate over"
+        raise OptionError("records", f"{records!r} {what}") from error
+
+
+def _checked(setup: Callable[[], Any] | None, function: Callable[..., Any] | None) -> Callable[..., Any]:
+    """The function, if both are such as can be called here and give what can be used."""
+    if function is None:
+        hint = " (the second argument is `setup`: write `function=...`)" if setup is not None else ""
+        raise OptionError("function", f"is missing: what is to be called on each record?{hint}")
+    for option, value, arguments in (("setup", setup, ""), ("function", function, "record")):
+        if value is None:
+            continue
+        if not callable(value):
+            raise OptionError(option, f"{value!r} cannot be called")
+        name = _name(value)
+        if _is(inspect.iscoroutinefunction, value) or _is(inspect.isasyncgenfunction, value):
+            run = f"lambda {arguments}: asyncio.run({name}({arguments}))".replace("lambda :", "lambda:")
+            what = f"{name} is asynchronous: to call it does not run it. Remedy: have it run, as in `{run}`"
+            raise OptionError(option, what)
+    if _is(inspect.isgeneratorfunction, function):
+        raise OptionError(
+            "function",
+            f"{_name(function)} has a `yield`: each of its results would be a generator, which cannot be sent from a "
+            "worker. Remedy: return a list",
+        )
+    return function
+
+
+def _is(kind: Callable[[Any], bool], function: Callable[..., Any]) -> bool:
+    """Whether it is such a function, or an object whose `__call__` is."""
+    return kind(function) or kind(type(function).__call__)
+
+
+def _name(function: Callable[..., Any]) -> str:
+    name = getattr(function, "__name__", None)
+    return name if isinstance(name, str) else type(function).__name__
+
+
+def _check_count(option: str, value: int | None, *, least: int = 1, most: int | None = None) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(option, f"{value!r} is not a number from 1")
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise OptionError(option, f"{value!r} is not a number from {least}")
     if most is not None and value > most:
         raise OptionError(option, f"{value} is more than {most}, which is more than any machine runs")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import threading
 import time
 import weakref
 from collections import deque
@@ -90,13 +91,16 @@ class RecordEngine:
         self._ending = self._over = False
         """Whether the manager was told that there is nothing more to do, and whether it is gone."""
         self._closed = False
-        self._end = weakref.finalize(self, RemoteLoop.close, loop)
+        self._begun = threading.Event()
+        """Whether a result was asked for."""
+        self._end = weakref.finalize(self, _end, loop, self._begun)
 
     # The iteration
 
     def results(self) -> Generator[Any, None, None]:
         """Hand out the results."""
         most, since = 1, 0.0
+        self._begun.set()
         try:
             while True:
                 took = time.monotonic() - since
@@ -114,8 +118,10 @@ class RecordEngine:
         if (error := self._fatal or self._dealer.error) is not None:
             raise error
 
-    def close(self) -> None:
-        """End everything."""
+    def close(self, *, silently: bool = False) -> None:
+        """End everything; `silently` though nothing was begun."""
+        if silently:
+            self._begun.set()
         if not self._closed:
             self._closed = True
             self.bar.close()
@@ -321,7 +327,8 @@ class RecordEngine:
         if self._returning:
             values[position] = error
         else:
-            raised[position] = Raised(_raisable(error.exception, error), error)
+            to_raise = _raisable(error.exception, error)
+            raised[position] = Raised(to_raise, error if to_raise is not error else None)
 
     # Deaths
 
@@ -362,9 +369,24 @@ class RecordEngine:
             self._fatal = WorkerDiedError(f"{problem}; so did the one before")
 
 
+def _end(loop: RemoteLoop, begun: threading.Event) -> None:
+    """Nobody will ask for more results. If nobody has asked for any, that was hardly the plan."""
+    if not begun.is_set() and loop.is_ours:
+        log(
+            Remarked(
+                "parallel_map was not iterated over, so that nothing was called: its work is done while its results "
+                "are asked for. Remedy: `for result in parallel_map(...)`, or `list(parallel_map(...))`"
+            )
+        )
+    loop.close()
+
+
 def _raisable(error: BaseException, instead: BaseException) -> BaseException:
-    """What to raise here for `error` in a worker: not such as SystemExit, which would end this program silently."""
-    return error if isinstance(error, Exception) else instead
+    """What to raise here for `error` in a worker.
+
+    Not such as SystemExit, which would end this program silently, nor StopIteration, which no generator may raise.
+    """
+    return error if isinstance(error, Exception) and not isinstance(error, StopIteration) else instead
 
 
 def _unpicklable(chunk: Chunk, error: Exception) -> Exception:

@@ -13,9 +13,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from gpu_launcher.errors import OptionError
+from gpu_launcher.errors import OptionError, UnpicklableError
+from gpu_launcher.executors.packing import uncarried, unreturnable
 from gpu_launcher.executors.record_errors import UnreadableError
 from gpu_launcher.model import Request
 from gpu_launcher.processes import exceptions, pickling
@@ -25,6 +27,7 @@ from gpu_launcher.processes.worker import Gate
 FLUSH = 0.05
 """Seconds after which the results so far are sent, though the chunk is not done. As much is lost when a worker dies."""
 NO_RECORD = -1
+_OURS = (__file__, pickling.__file__, "/cloudpickle/cloudpickle.py")
 
 
 class Positions:
@@ -88,10 +91,7 @@ class Failure:
     @classmethod
     def of(cls, error: BaseException) -> Failure:
         """Of an exception that was caught, without the frames of this package."""
-        inner = error.__traceback__
-        while inner is not None and inner.tb_frame.f_code.co_filename == __file__:
-            inner = inner.tb_next
-        text = "".join(traceback.format_exception(type(error), error, inner))
+        text = "".join(traceback.format_exception(type(error), error, _users(error.__traceback__)))
         return cls(_portable(error), text)
 
     def read(self) -> BaseException:
@@ -100,7 +100,7 @@ class Failure:
             error = pickling.load(self.exception)
         except Exception as problem:  # whatever the user's class raises
             last = self.traceback.strip().rpartition("\n")[2]
-            return UnreadableError(f"{last} (its exception cannot be read here: {type(problem).__name__}: {problem})")
+            return UnreadableError(f"{last}. {uncarried('unpickled in this process', problem)}")
         assert isinstance(error, BaseException)
         return error
 
@@ -162,7 +162,10 @@ class RecordWorker:
         except BaseException as error:
             gate.say(NotReady(Failure.of(error)))
             return Report(False, f"raised {type(error).__name__}: {error}", b"")
-        positions = Positions(Path(spec.positions), spec.seats)
+        try:
+            positions = Positions(Path(spec.positions), spec.seats)
+        except FileNotFoundError:
+            os._exit(1)  # the directory goes with the program, and nobody is left to be told anything
         positions.at[spec.seat] = NO_RECORD
         gate.say(Ready())
         while isinstance(work := gate.hear(), Work):
@@ -245,28 +248,39 @@ class _Chunk:
         try:
             dumped = pickling.dump(values, known)
         except Exception:
-            _replace_unpicklable(values, failures)
+            _replace_unpicklable(first, values, failures)
             dumped = pickling.dump(values, known)
         in_order = tuple(sorted(failures.items()))
         self._gate.say(Results(first, len(values), dumped, in_order, time.perf_counter() - began))
 
 
-def _replace_unpicklable(values: list[Any], failures: dict[int, Failure]) -> None:
+def _replace_unpicklable(first: int, values: list[Any], failures: dict[int, Failure]) -> None:
     for position, value in enumerate(values):
         try:
             pickling.dump(value, pickling.main_namespace())
         except Exception as error:
-            failures[position] = Failure.of(error)
+            what = f"the result of records[{first + position}] cannot be sent back"
+            problem = UnpicklableError(f"{what}: {unreturnable(value, error)}")
+            problem.__cause__ = error.with_traceback(_users(error.__traceback__))
+            error.__context__ = None  # the same, of when all of them were pickled at once
+            failures[position] = Failure.of(problem)
             values[position] = None
+
+
+def _users(frames: TracebackType | None) -> TracebackType | None:
+    """Without the frames at its beginning that are ours, or the pickler's."""
+    while frames is not None and frames.tb_frame.f_code.co_filename.endswith(_OURS):
+        frames = frames.tb_next
+    return frames
 
 
 def _portable(error: BaseException) -> bytes:
     """The exception in a form that can be read, if there is one."""
     try:
         return exceptions.dump(error, pickling.main_namespace())
-    except Exception:
+    except Exception as why:  # whatever the user's exception raises
         last = traceback.format_exception_only(type(error), error)[-1].strip()
-        return pickling.dump(UnreadableError(f"{last} (its exception cannot be pickled)"))
+        return pickling.dump(UnreadableError(f"{last}. {uncarried('pickled', why)}"))
 
 
 def names(devices: Sequence[Any]) -> str:

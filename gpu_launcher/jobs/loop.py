@@ -6,6 +6,7 @@ Everything that the loop needs is passed in: the fork server, the ledger, the pr
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import selectors
 from collections.abc import Callable, Mapping, Sequence
@@ -131,6 +132,8 @@ class JobLoop:
         """Jobs that the fork server was dead for when they were to be started, until that is known otherwise."""
         self._not_startable: dict[int, str] = {}
         """Why jobs could not be started, until they are concluded."""
+        self._postponed: dict[int, str] = {}
+        """Why jobs could not be started yet, for want of descriptors that others have."""
         self._results: dict[int, JobResult] = {}
         self._servers_lost = 0
         self._any_prepared = False
@@ -286,7 +289,8 @@ class JobLoop:
         else:
             self._server.restart(self._forget_in_child)
             self._watch(self._server.fileno(), self._on_server)
-        unstarted, self._unstarted = self._unstarted, []
+        unstarted, self._unstarted = [*self._unstarted, *self._postponed], []
+        self._postponed.clear()
         for number in [number for number, job in self._live.items() if job.unsupervised]:
             self._ended(number)
         for number in unstarted:
@@ -370,6 +374,7 @@ class JobLoop:
             self._server.finished(job.process)
         self._dead[number] = job
         self._checkpoint("exited")
+        self._start_postponed()
         self._handle(m.Exited(number))
         self._dead.pop(number, None)  # still there if it is to be started again
 
@@ -407,13 +412,20 @@ class JobLoop:
         except ServerDiedError:
             self._unstarted.append(number)  # its descriptor says so, too, and then it is replaced
             return
-        except OSError as error:  # too many open files
-            self._not_startable[number] = f"could not be started: {error.strerror} (see `ulimit -a`)"
+        except OSError as error:
+            few = self._live and error.errno in (errno.EMFILE, errno.ENFILE)
+            (self._postponed if few else self._not_startable)[number] = _not_started(error)
             return
         self._live[number] = Running(process, server=self._servers_lost, oom_kills=oom_kills())
         self._watch(process.supervisor.fileno(), lambda: self._on_supervisor(number))
         self._watch(process.job.fileno(), lambda: self._on_job(number))
         self._checkpoint("started")
+
+    def _start_postponed(self) -> None:
+        """A job has ended, and there may be descriptors for those that wait for some."""
+        postponed, self._postponed = self._postponed, {}
+        for number in postponed:
+            self._start(number)
 
     def _take_ticket(self, number: int, request: Request) -> None:
         self._live[number].request = request
@@ -451,6 +463,8 @@ class JobLoop:
         self._handle(m.GiveUp(problem))
 
     def _go(self, number: int) -> None:
+        if self._source is not None:
+            self._source.tick()  # whoever wanted the job may be no more: perhaps that is why there are devices for it
         job = self._live[number]
         job.started = self._clock()
         shares = {} if job.lease is None else job.lease.shares
@@ -467,6 +481,8 @@ class JobLoop:
 
     def _tell(self, number: int, say: Callable[[JobProcess], None]) -> None:
         job = self._live.get(number)
+        if number in self._postponed:  # it is to end, and has not begun
+            self._not_startable[number] = self._postponed.pop(number)
         if job is None:
             return  # it ended just now
         with contextlib.suppress(ChannelClosedError):  # it has ended, and the news of that is on the way
@@ -574,3 +590,12 @@ class JobLoop:
             return Report.load(self._report_path(number).read_bytes())
         except FileNotFoundError:
             return None
+
+
+def _not_started(error: OSError) -> str:
+    if error.errno != errno.EMFILE:
+        return f"could not be started: {error.strerror} (see `ulimit -a`)"
+    return (
+        "could not be started: its launching program has too many open files. Remedy: raise the limit (`ulimit -n`), "
+        "or let fewer run at the same time"
+    )

@@ -33,6 +33,7 @@ from gpu_launcher.jobs.manager_messages import (
 )
 from gpu_launcher.jobs.sweep import Options, limits, run_jobs
 from gpu_launcher.model import Device
+from gpu_launcher.processes.linux import is_ending
 from gpu_launcher.processes.messages import ChannelClosedError, receive, send
 from gpu_launcher.processes.starter import ForkServer, StartMethod
 from gpu_launcher.processes.worker import Program
@@ -179,7 +180,7 @@ class _Link:
         self.send(Ended(result))
 
     def tick(self) -> None:
-        if os.getppid() != self._program_process:
+        if os.getppid() != self._program_process or is_ending(self._program_process):
             self._vanish()
         waited = bool(self._backlog)
         # Closed: `receive` will see it, and what the program had still said.

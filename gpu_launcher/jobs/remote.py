@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
+import signal
 import socket
 import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.manager import Manager
 from gpu_launcher.jobs.manager_messages import Begin, Closed, End, Message, Opened, Remarked
+from gpu_launcher.jobs.scratch import Scratch
 from gpu_launcher.jobs.sweep import Options
+from gpu_launcher.processes.critical import uninterrupted
 from gpu_launcher.processes.forks import own_fork
 from gpu_launcher.processes.linux import flush_c_streams, other_threads
 from gpu_launcher.processes.messages import ChannelClosedError, channel, receive, send
@@ -55,6 +55,9 @@ class ManagerDiedError(GpuLauncherError):
 class RemoteLoop:
     """The program's side of it. One thread may `say` while another one receives."""
 
+    _pid: int | None = None
+    """The manager, until it was waited for."""
+
     def __init__(
         self,
         program: Program,
@@ -76,21 +79,31 @@ class RemoteLoop:
         """Lines for the user that were said before it was open."""
         self.known: Mapping[str, object] = dict(main_namespace())
         """What the jobs' `__main__` has, by name."""
-        self.directory = Path(tempfile.mkdtemp(prefix="gpu-launcher-"))
+        self._scratch = Scratch()
+        self.directory = self._scratch.path
         """For files of the jobs. It goes with the manager."""
         manager = Manager(theirs, self._process, self.directory, program, options, command, method, captured)
         prepare()
         _flush()
-        with _busy, own_fork(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of threads; we look for them ourselves
-            self._pid: int | None = os.fork()
-        if self._pid == 0:
-            manager.be(self._channel)
+        self._fork(manager)
         theirs.close()
         # Right after the fork, for which OpenBLAS and the like shut their threads down.
         names = other_threads(besides=_harmless | {threading.get_native_id()})
         unsafe = f"{len(names)} other thread(s) run in this program ({', '.join(sorted(set(names)))})"
         self.say(Begin(unsafe if names else None))
+
+    def _fork(self, manager: Manager) -> None:
+        try:
+            with _busy, uninterrupted() as signals, own_fork(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of threads; we look for them ourselves
+                self._pid = os.fork()
+                if self._pid == 0:
+                    signals.forget()
+            if self._pid == 0:
+                manager.be(self._channel)
+        finally:
+            if os.getpid() != self._process:  # Ctrl-C at its very beginning: nothing of the program is to run in it
+                os._exit(1)
 
     def open(self) -> Opened:
         """Wait until jobs can be run. Raises what keeps them from it, such as OptionError or PoolDirectoryError."""
@@ -105,6 +118,11 @@ class RemoteLoop:
                 case Closed(error):
                     self.close()
                     raise error or ManagerDiedError("the process that starts jobs has ended")
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this is the process that made it, and not one that was forked from that."""
+        return self._process == os.getpid()
 
     def fileno(self) -> int:
         """Readable when there is something to receive."""
@@ -130,10 +148,25 @@ class RemoteLoop:
             raise self._died() from None
 
     def close(self) -> None:
-        """End the manager, and with it every job that still runs. Idempotent. Nothing happens in a forked process."""
-        if self._process != os.getpid() or self._pid is None:
+        """End the manager, and with it every job that still runs. Idempotent. Nothing happens in a forked process.
+
+        What a signal's handler raises meanwhile, such as KeyboardInterrupt, makes it short, and is raised in the end.
+        """
+        if not self.is_ours:
             return
-        pid, self._pid = self._pid, None
+        raised: BaseException | None = None
+        while self._pid is not None:
+            try:
+                self._end(self._pid)
+            except BaseException as error:
+                raised = error
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._pid, signal.SIGKILL)
+        if raised is not None:
+            raise raised
+
+    def _end(self, pid: int) -> None:
+        """May be cut short anywhere, and called again."""
         with contextlib.suppress(OSError):  # the manager has closed it, or does not listen
             send(self._channel, End(), wait=False)
         # Closing is not enough: whatever was forked from this process has a copy of the descriptor.
@@ -142,7 +175,12 @@ class RemoteLoop:
         with contextlib.suppress(ChildProcessError):  # raised if the user's program reaps all children itself
             os.waitpid(pid, 0)
         self._channel.close()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self._scratch.remove()
+        self._pid = None
+
+    def __del__(self) -> None:
+        """Whoever had it may have been cut short by a signal's handler before it could be closed."""
+        self.close()
 
     def _died(self) -> ManagerDiedError:
         return ManagerDiedError("the process that starts jobs was killed (`dmesg` may know why), and its jobs with it")

@@ -89,7 +89,7 @@ class JobSource(Protocol):
         """The job, started or not, ended, and will not run again."""
 
     def tick(self) -> None:
-        """Called at least a few times a second."""
+        """Called at least a few times a second, and before a job gets its devices."""
 
     def close_in_child(self) -> None:
         """In a fork of this process: drop what belongs to this process alone."""

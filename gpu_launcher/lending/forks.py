@@ -8,7 +8,7 @@ import threading
 import weakref
 from typing import Protocol
 
-from gpu_launcher.lending.critical import uninterrupted
+from gpu_launcher.processes.critical import uninterrupted
 
 
 class Forked(Protocol):

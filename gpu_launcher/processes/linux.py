@@ -12,6 +12,7 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_PF_EXITING = 0x4
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -119,6 +120,19 @@ def start_time(pid: int) -> int | None:
         return None
     fields = stat[stat.rindex(")") + 2 :].split()
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def is_ending(pid: int) -> bool:
+    """Whether a process has begun to end, or is a zombie.
+
+    Known since before its files are closed and its locks with them: `os.getppid()` changes only after that.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):  # there is none, or none that we may see
+        return False
+    fields = stat[stat.rindex(")") + 2 :].split()
+    return fields[0] in "ZX" or bool(int(fields[6]) & _PF_EXITING)
 
 
 def flush_c_streams() -> None:

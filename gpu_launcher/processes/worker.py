@@ -61,7 +61,10 @@ class Gate:
         """Say what this job needs. From here on its stdout and stderr go to `log`, appended."""
         if log is not None:
             self._stdio.redirect(log)
-        send(self._channel, Prepared(request, None if log is None else str(log)))
+        try:
+            send(self._channel, Prepared(request, None if log is None else str(log)))
+        except ChannelClosedError:
+            os._exit(1)
 
     def wait(self) -> None:
         """Wait for the devices, and point this process at them. The lease lives as long as this process.
@@ -167,8 +170,10 @@ def _leave(report: Report, result: Path, channel: socket.socket) -> bool:
     try:
         _write_whole(result, report.dump())
     except OSError as error:
-        with contextlib.suppress(ChannelClosedError):
+        try:
             send(channel, ResultLost(f"{result}: {error.strerror or error}"))
+        except ChannelClosedError:
+            return False  # nobody waits for it any more, and its directory may be gone for that
         print_exception(error, error.__traceback__)
         return False
     return True

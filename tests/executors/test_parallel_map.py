@@ -468,11 +468,6 @@ def test_bad_options_are_named_before_anything_starts(pool: Where, options: dict
         parallel_map([1], **{"function": square, "pool": pool, **options})
 
 
-def test_records_must_be_iterable(pool: Where) -> None:
-    with pytest.raises(TypeError, match="not iterable"):
-        parallel_map(3, function=square, pool=pool)  # type: ignore[arg-type]
-
-
 # Ends
 
 

@@ -202,3 +202,14 @@ def test_all_threads_are_seen_and_called_as_python_calls_them():
         return True
 
     in_a_process(body)
+
+
+def test_a_process_is_ending_as_soon_as_it_cannot_be_kept_from_it():
+    assert not linux.is_ending(os.getpid())
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert linux.is_ending(pid)
+    os.waitpid(pid, 0)
+    assert not linux.is_ending(pid)  # there is none, and that is said by others

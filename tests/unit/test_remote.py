@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import pickle
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -76,10 +79,12 @@ Start = Callable[..., RemoteLoop]
 def start(tmp_path: Path) -> Iterator[Start]:
     loops = []
 
-    def start(devices: str = "simulated:2", method: Any = "fork") -> RemoteLoop:
+    def start(devices: str = "simulated:2", method: Any = "fork", *, kept: bool = True) -> RemoteLoop:
         options = Where(devices, tmp_path / "pool").options(Request.of(1))
-        loops.append(RemoteLoop(Program(), options, "a test", method=method))
-        return loops[-1]
+        loop = RemoteLoop(Program(), options, "a test", method=method)
+        if kept:
+            loops.append(loop)
+        return loop
 
     yield start
     for loop in loops:
@@ -100,7 +105,14 @@ def offer(loop: RemoteLoop, number: int, function: Callable[[Gate], Any]) -> Non
 
 
 def gone(*pids: int) -> bool:
-    return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
+    return not any(map(lives, pids))
+
+
+def lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
@@ -165,6 +177,91 @@ def test_when_the_manager_is_killed_that_is_raised_and_its_jobs_end(start: Start
     with pytest.raises(ManagerDiedError):
         loop.say(s.Exhausted())
     wait_until(lambda: gone(job), 5)
+
+
+class LateError(Exception):
+    pass
+
+
+def too_late(signum: int, frame: object) -> None:
+    raise LateError
+
+
+@pytest.fixture
+def alarm() -> Iterator[None]:
+    before = signal.signal(signal.SIGALRM, too_late)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_to_be_interrupted_while_it_closes_leaves_nothing(start: Start, alarm: None) -> None:
+    loop = start()
+    loop.open()
+    hear(loop, Wanted)
+    offer(loop, 0, stubborn)
+    job = hear(loop, Heard).what
+    assert loop._pid is not None
+    manager = psutil.Process(loop._pid)
+    manager.suspend()  # so that closing takes time
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    with pytest.raises(LateError):
+        loop.close()
+    assert not manager.is_running(), "it was not waited for"
+    assert not loop.directory.exists()
+    wait_until(lambda: gone(job), 5)
+    loop.close()
+
+
+# Of what it was about to close: Python closes that, and says so.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_to_be_interrupted_anywhere_leaves_nothing(start: Start, alarm: None) -> None:
+    before = psutil.Process().children()
+    for step in range(25):
+        with contextlib.suppress(LateError):
+            signal.setitimer(signal.ITIMER_REAL, 0.004 * (step + 1))
+            loop = start(kept=False)
+            signal.setitimer(signal.ITIMER_REAL, 0.0005 * (step + 1))
+            loop.open()
+            loop.close()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        loop = None  # type: ignore[assignment]
+        gc.collect()
+        assert psutil.Process().children() == before
+
+
+def test_what_is_left_when_program_and_manager_are_killed_goes_at_the_next_start(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    other = start()
+    program = os.fork()
+    if program == 0:
+        try:
+            mine = start()
+            mine.open()
+            (mine.directory / "value").write_bytes(b"x")
+            signal.pause()
+        finally:
+            os._exit(1)
+    wait_until(lambda: list((tmp_path / "tmp").glob("*/value")))
+    (left,) = [value.parent for value in (tmp_path / "tmp").glob("*/value")]
+    processes = [psutil.Process(program), *psutil.Process(program).children(recursive=True)]
+    for process in processes:
+        process.suspend()
+    for process in processes:
+        process.kill()
+    os.waitpid(program, 0)
+    wait_until(lambda: gone(*(process.pid for process in processes)))
+    assert left.exists()
+    third = start()
+    assert not left.exists()
+    assert other.directory.exists()
+    assert third.directory.exists()
+    for loop in (other, third):
+        loop.close()
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_to_be_stopped_interrupts_the_jobs_and_to_be_stopped_again_kills_them(start: Start) -> None:

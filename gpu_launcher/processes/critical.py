@@ -24,6 +24,10 @@ class Deferred:
         """Take the place of their handlers."""
         self._arrived.append((number, frame))
 
+    def forget(self) -> None:
+        """In a forked process: they were its parent's."""
+        self._arrived.clear()
+
     def handle(self) -> None:
         """Call the handlers now, which may raise."""
         while self._arrived:
