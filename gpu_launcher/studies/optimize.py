@@ -25,6 +25,7 @@ from gpu_launcher.studies.conductor import Bounds, Callback, Conductor, log
 from gpu_launcher.studies.objective import Objective
 from gpu_launcher.studies.ownership import Sweep, working
 from gpu_launcher.studies.settling import settle
+from gpu_launcher.studies.storage import alone
 
 NEVER = -1
 """For `settle`: no trial is queued again, not even one that never ran."""
@@ -96,7 +97,9 @@ def optimize(
         for remark in loop.remarks:
             remarks.log(remark)
         with working(sweep):
-            for line in settle(study, sweep, again or NEVER):
+            with alone(study._storage):  # or two programs would queue the same trial again
+                settled = settle(study, sweep, again or NEVER)
+            for line in settled:
                 log.warning(line)
             bar = _ProgressBar(show_progress_bar, bounds.n_trials, bounds.timeout)
             try:

@@ -34,6 +34,7 @@ from pathlib import Path
 import optuna
 import gpu_launcher
 from gpu_launcher.jobs.where import Where
+from gpu_launcher.studies import settling
 
 HERE = Path(__file__).parent
 OPTIONS = json.loads(sys.argv[1])
@@ -66,7 +67,15 @@ def callback(study, trial):
     write(told=trial.number, state=trial.state.name)
 
 
+def slowly(storage, id, message):
+    time.sleep(0.05)
+    return fail(storage, id, message)
+
+
 if __name__ == "__main__":
+    fail = settling.fail
+    if OPTIONS.get("slow_disk"):
+        settling.fail = slowly
     study = optuna.create_study(
         study_name="shared",
         storage=gpu_launcher.storage("sqlite:///study.db"),
@@ -194,6 +203,23 @@ def test_lost_trials_are_queued_again_if_that_is_wanted(world: World) -> None:
     assert world.run(n_trials=2, seconds=0, retry_stale=1) == 0
     assert world.states() == ["fail", "fail", "complete", "complete"]
     assert {trial.params["x"] for trial in world.study.trials[2:]} == lost
+
+
+def test_programs_that_start_together_queue_a_lost_trial_once(world: World) -> None:
+    program = world.start(devices="simulated:12")
+    world.running(12)
+    program.kill()
+    program.wait()
+    lost = {trial.params["x"] for trial in world.study.trials}
+    options = {"n_trials": 8, "seconds": 0, "devices": "simulated:4", "retry_stale": 1, "slow_disk": True}
+    both = [world.start(**options) for _ in range(2)]
+    assert [program.wait(PATIENCE) for program in both] == [0, 0], world.output(1).read_text()
+    trials = world.study.trials
+    assert world.states() == ["fail"] * 12 + ["complete"] * 16
+    repeated = Counter(trial.user_attrs["gpu_launcher:retry_of"][-1] for trial in trials[12:24])
+    assert repeated == Counter(range(12))
+    assert {trial.params["x"] for trial in trials[12:24]} == lost
+    assert max(Counter(trial.params["x"] for trial in trials[12:]).values()) == 1, "no parameters ran twice"
 
 
 def test_trials_of_a_living_program_are_left_alone(world: World) -> None:
