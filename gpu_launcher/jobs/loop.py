@@ -268,6 +268,7 @@ class JobLoop:
         if message is not None and (job := self._live.get(message.number)) is not None:
             job.problem = message.problem
             job.final = not message.started
+            job.unsupervised = message.started
             self._ended(message.number)
 
     def _replace_server(self) -> None:
