@@ -26,6 +26,7 @@ from gpu_launcher.jobs.manager import Manager
 from gpu_launcher.jobs.manager_messages import Begin, Closed, End, Message, Opened, Remarked
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.processes.forks import own_fork
+from gpu_launcher.processes.helpers import helpers_paused
 from gpu_launcher.processes.linux import flush_c_streams, other_threads
 from gpu_launcher.processes.messages import ChannelClosedError, channel, receive, send
 from gpu_launcher.processes.pickling import NOTHING, main_namespace, prepare
@@ -81,14 +82,15 @@ class RemoteLoop:
         manager = Manager(theirs, self._process, self.directory, program, options, command, method, captured)
         prepare()
         _flush()
-        with _busy, own_fork(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of threads; we look for them ourselves
-            self._pid: int | None = os.fork()
-        if self._pid == 0:
-            manager.be(self._channel)
-        theirs.close()
-        # Right after the fork, for which OpenBLAS and the like shut their threads down.
-        names = other_threads(besides=_harmless | {threading.get_native_id()})
+        with helpers_paused():
+            with _busy, own_fork(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of threads; we look for them ourselves
+                self._pid: int | None = os.fork()
+            if self._pid == 0:
+                manager.be(self._channel)
+            theirs.close()
+            # Right after the fork, for which OpenBLAS and the like shut their threads down.
+            names = other_threads(besides=_harmless | {threading.get_native_id()})
         unsafe = f"{len(names)} other thread(s) run in this program ({', '.join(sorted(set(names)))})"
         self.say(Begin(unsafe if names else None))
 
