@@ -245,9 +245,7 @@ def refusal(request: Request, devices: Sequence[Device]) -> str | None:
     wanted = "1 device" if request.gpus == 1 else f"{request.gpus} devices"
     if request.gpus > len(candidates):
         has = f"has {len(candidates)}" if candidates else "has none"
-        return (
-            f"for {wanted}, but the pool {has} that this program may use: ask for fewer `gpus` or allow more `devices`"
-        )
+        return f"for {wanted}, but the pool {has} that this program may use: ask for fewer `gpus` or allow more devices"
     largest = max(candidate.memory or 0 for candidate in candidates)
     if request.share.memory > largest:
         return (
@@ -260,7 +258,7 @@ def refusal(request: Request, devices: Sequence[Device]) -> str | None:
         reason = f"{_listed(exclusive)} in compute mode EXCLUSIVE_PROCESS, which only one process may use"
     return (
         f"for {wanted}, but only {len(able)} of {len(candidates)} could give what it needs ({reason}): "
-        "ask for less (`gpus`, `memory`) or allow more `devices`"
+        "ask for less (`gpus`, `memory`) or allow more devices"
     )
 
 

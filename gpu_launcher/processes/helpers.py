@@ -25,4 +25,4 @@ def helpers_paused() -> Iterator[None]:
         for monitor in monitors:
             bars = monitor.tqdm_cls  # type: ignore[attr-defined]
             if bars.monitor is monitor and bars.monitor_interval:
-                bars.monitor = type(monitor)(bars, bars.monitor_interval)  # type: ignore[call-arg]
+                bars.monitor = type(monitor)(bars, bars.monitor_interval)

@@ -199,7 +199,7 @@ def forget_the_parent(handlers: dict[signal.Signals, Any]) -> None:
 
 
 def _forget_executors() -> None:
-    """Have no executor of the parent's ended when this process ends: its threads are not here, or this is one of them."""
+    """End no executor of the parent's with this process: its threads are not here, or this was one of them."""
     for name, registry in (("thread", "_threads_queues"), ("process", "_threads_wakeups")):
         module = sys.modules.get(f"concurrent.futures.{name}")
         if module is not None:

@@ -52,7 +52,7 @@ def complaint(run: Run, directory: Path, *arguments: str, **extra: Any) -> str:
             ["gpus=5"],
             "hydra.launcher.gpus: the request is for 5 devices, but the pool has 4",
         ),
-        (["gpus=5"], "ask for fewer `gpus` or allow more `devices`"),
+        (["gpus=5"], "ask for fewer `gpus` or allow more devices"),
         (
             ["gpus=many"],
             "hydra.launcher.gpus: 'many' is neither a number of devices nor a part of one",

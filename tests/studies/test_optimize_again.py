@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def run(tmp_path: Path, body: str) -> subprocess.CompletedProcess[str]:
     """Run a program of its own, in which nothing has threads; `optimize` is quiet in it, and has a `pool`."""
@@ -75,3 +77,51 @@ def test_progress_bars_do_not_keep_a_program_from_being_forked(tmp_path: Path) -
     done = run(tmp_path, BARS)
     assert "spawn" not in done.stderr
     assert done.stdout.splitlines() == ["[1.0, 1.0] ['MainThread', 'tqdm_monitor']"] * 2
+
+
+HELD = """
+logging.basicConfig()
+with pool.lease(gpus=1) as lease:
+    try:
+        pool.lease(timeout=0)
+    except gpu_launcher.LeaseTimeout as error:
+        print(error)
+    {call}
+"""
+OWN = "simulated GPU 0 held by this program: release the lease first"
+CALLS = {
+    "optimize": "gpu_launcher.optimize(optuna.create_study(), objective, 1, timeout=3, pool=pool)",
+    "PoolExecutor": (
+        "executor = gpu_launcher.PoolExecutor(pool=pool); future = executor.submit(abs, -1); time.sleep(3)\n"
+        "    lease.release(); print(future.result()); executor.shutdown()"
+    ),
+    "parallel_map": (
+        "threading.Timer(3, lease.release).start()\n"
+        "    print(list(gpu_launcher.parallel_map([-1], function=abs, pool=pool, start_method='fork')))"
+    ),
+}
+
+
+@pytest.mark.parametrize("entry", CALLS)
+def test_who_waits_for_what_the_program_itself_has_is_told_so(tmp_path: Path, entry: str) -> None:
+    done = run(tmp_path, HELD.format(call=CALLS[entry]))
+    assert f"1 GPU not to be had at once: {OWN}\n" in done.stdout
+    assert f"waiting for devices: {OWN}\n" in done.stderr
+
+
+WORDS = """
+for gpus in (2, 0.5):
+    try:
+        gpu_launcher.optimize(optuna.create_study(), objective, 1, gpus=gpus, memory="1TiB", pool=pool)
+    except gpu_launcher.OptionError as error:
+        print(error)
+print("over")
+"""
+
+
+def test_errors_about_gpus_speak_of_no_sweep(tmp_path: Path) -> None:
+    done = run(tmp_path, WORDS)
+    assert len(done.stdout.splitlines()) == 3
+    assert "simulated GPU 0" in done.stdout
+    assert "sweep" not in done.stdout
+    assert "`devices`" not in done.stdout  # which is the pool's
