@@ -9,6 +9,7 @@ from gpu_launcher.leases import PoolView, Ticket
 from gpu_launcher.model import Device, Owner
 
 MOST_REASONS = 3
+MINE = "this program: release the lease first"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +28,20 @@ def explain_wait(
     ticket: Ticket | None,
     unavailable: Mapping[str, str],
     most: int = MOST_REASONS,
+    mine: Collection[str] = (),
 ) -> Wait:
     """Who else holds, or is in line for, the devices that `ticket` waits for, or why they are `unavailable`.
 
-    `own` are the ids of leases and tickets that are nobody else's. At the `most` so many reasons are named. Without a
+    `own` are the ids of leases and tickets that are nobody else's; `mine` those of leases that the program has for
+    other work, and which it alone can give back. At the `most` so many reasons are named. Without a
     ticket everybody who waits counts as being ahead.
     """
     held: dict[str, list[Device]] = {}
     for lease in pool.leases:
         if lease.id not in own:
             theirs = [device for device in devices if lease.uuids is None or device.uuid in lease.uuids]
-            held.setdefault(_name(lease.owner), []).extend(theirs)
+            who = MINE if lease.id in mine else _name(lease.owner)
+            held.setdefault(who, []).extend(theirs)
     parts = [f"{labels(dict.fromkeys(theirs))} held by {who}" for who, theirs in held.items() if theirs]
     parts += [f"{device.label} {unavailable[device.uuid]}" for device in devices if device.uuid in unavailable]
     uuids = {device.uuid for device in devices}

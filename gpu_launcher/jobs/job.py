@@ -61,3 +61,5 @@ class JobResult:
     """For a failed job that had a process: why."""
     attempts: int = 1
     """How many times it was started; the rest is about the last one."""
+    unsupervised: bool = False
+    """Whether it failed because its supervisor or the fork server was killed, which is no fault of its own."""

@@ -92,6 +92,7 @@ class JobLoop:
         failures: FailurePolicy = FailurePolicy(),  # noqa: B008  (frozen)
         attempts: Mapping[int, int] = MappingProxyType({}),
         source: JobSource | None = None,
+        program: int | None = None,
         checkpoint: Callable[[str], None] = lambda name: None,
     ) -> None:
         """Prepare to run `jobs` on `devices`.
@@ -99,11 +100,12 @@ class JobLoop:
         `report_path` says where a job leaves its report, by its number. `owner` says whom a job's ticket and lease
         belong to. `watch` says which devices not to use now, `telling` how jobs are told of theirs, `failures` what to
         do about jobs that fail, `attempts` how many attempts each has made in earlier launches. `source` decides on
-        more jobs when there is room for them. `checkpoint` is called with the name of each point of a job's life, for
-        tests that kill the launching program there.
+        more jobs when there is room for them. `program` is the process for which they are run; None: this one.
+        `checkpoint` is called with the name of each point of a job's life, for tests that kill the launching program
+        there.
         """
         self._jobs = {job.number: job for job in jobs}
-        self._pool = PoolSide(devices, ledger, watch, owner, progress, clock)
+        self._pool = PoolSide(devices, ledger, watch, owner, progress, clock, program)
         self._limits = limits
         self._server = server
         self._progress = progress
@@ -271,6 +273,7 @@ class JobLoop:
         if message is not None and (job := self._live.get(message.number)) is not None:
             job.problem = message.problem
             job.final = not message.started
+            job.unsupervised = message.started
             self._ended(message.number)
 
     def _replace_server(self) -> None:

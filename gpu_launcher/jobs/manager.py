@@ -101,6 +101,7 @@ class Manager:
                 source=link,
                 display=display,
                 recorded=False,
+                program=self.program_process,
             )
         except GpuLauncherError as error:
             return Closed(error)

@@ -5,6 +5,7 @@ Everything here is asked by the loop and answers at once; what it needs to hear 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 
 from gpu_launcher.devices import combinable
@@ -15,7 +16,7 @@ from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.refusing import refusal
 from gpu_launcher.jobs.running import Running
 from gpu_launcher.jobs.watch import DeviceWatch
-from gpu_launcher.leases import Lease, Ledger
+from gpu_launcher.leases import Lease, Ledger, leases_of
 from gpu_launcher.model import Device, Owner, Request
 
 EXPLAIN = 1.0
@@ -35,14 +36,19 @@ class PoolSide:
         owner: Callable[[Job], Owner],
         progress: Progress,
         clock: Callable[[], float],
+        program: int | None = None,
     ) -> None:
-        """Deal with `ledger` for `devices`, and say on `progress` what the user should know."""
+        """Deal with `ledger` for `devices`, and say on `progress` what the user should know.
+
+        `program` is the process for which the jobs are run; None: this one.
+        """
         self.devices = {device.uuid: device for device in devices}
         self._ledger = ledger
         self._watch = watch
         self._owner = owner
         self._progress = progress
         self._clock = clock
+        self._program = os.getpid() if program is None else program
         self.waiting: int | None = None
         """The job whose ticket is out, or would be if the pool directory could be used."""
         self._announced: dict[str, str] = {}
@@ -168,7 +174,8 @@ class PoolSide:
         assert job.ticket is not None
         own = {one.lease.id for one in running if one.lease is not None}
         devices = tuple(self.devices.values())
-        wait = explain_wait(self._ledger.snapshot(), devices, own, job.ticket, self._watch.unavailable)
+        mine = leases_of(self._program)
+        wait = explain_wait(self._ledger.snapshot(), devices, own, job.ticket, self._watch.unavailable, mine=mine)
         if wait != self._explained:
             self._progress.handle(JobWaiting(now, of.number, of.label, wait.reason, wait.held_by_others))
             self._explained = wait

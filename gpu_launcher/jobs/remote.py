@@ -26,6 +26,7 @@ from gpu_launcher.jobs.scratch import Scratch
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.processes.critical import uninterrupted
 from gpu_launcher.processes.forks import own_fork
+from gpu_launcher.processes.helpers import helpers_paused
 from gpu_launcher.processes.linux import flush_c_streams, other_threads
 from gpu_launcher.processes.messages import ChannelClosedError, channel, receive, send
 from gpu_launcher.processes.pickling import NOTHING, main_namespace, prepare
@@ -85,10 +86,11 @@ class RemoteLoop:
         manager = Manager(theirs, self._process, self.directory, program, options, command, method, captured)
         prepare()
         _flush()
-        self._fork(manager)
-        theirs.close()
-        # Right after the fork, for which OpenBLAS and the like shut their threads down.
-        names = other_threads(besides=_harmless | {threading.get_native_id()})
+        with helpers_paused():
+            self._fork(manager)
+            theirs.close()
+            # Right after the fork, for which OpenBLAS and the like shut their threads down.
+            names = other_threads(besides=_harmless | {threading.get_native_id()})
         unsafe = f"{len(names)} other thread(s) run in this program ({', '.join(sorted(set(names)))})"
         self.say(Begin(unsafe if names else None))
 

@@ -107,7 +107,17 @@ def judge(
         cause = _cause(report, timed_out=timed_out, broken=bool(broken), out_of_memory=out_of_memory)
     payload = None if report is None else report.payload
     return JobResult(
-        job.number, job.label, outcome, payload, message, ran.devices, ran.duration, ran.log, cause, attempts
+        number=job.number,
+        label=job.label,
+        outcome=outcome,
+        payload=payload,
+        message=message,
+        devices=ran.devices,
+        duration=ran.duration,
+        log=ran.log,
+        cause=cause,
+        attempts=attempts,
+        unsupervised=ran.unsupervised and cause is Cause.CRASH,
     )
 
 

@@ -79,13 +79,15 @@ def run_jobs(
     total: int | None = None,
     display: Progress | None = None,
     recorded: bool = True,
+    program: int | None = None,
 ) -> SweepResult:
     """Run `jobs` on the machine's pool and show how it goes, on stderr if there is no `display`, which is closed.
 
     `directory` is the sweep's, and keeps what is known of its jobs; `command` names this program to others who wait for
     devices. With a `source` its jobs are run, too, `total` in all if that is known, and it alone gets what became of
-    them. If they are not to be `recorded`, there is nothing to resume, and `directory` gets no more than their reports.
-    Raises OptionError, PoolDirectoryError and ManifestError before any job is started.
+    them; `program` is the process for which they are run if that is not this one. If they are not to be `recorded`,
+    there is nothing to resume, and `directory` gets no more than their reports. Raises OptionError, PoolDirectoryError
+    and ManifestError before any job is started.
     """
     selection = select_devices(options.devices, os.environ, option=options.spell("devices"))
     devices = selection.devices
@@ -144,6 +146,7 @@ def run_jobs(
             failures=options.failures,
             attempts=attempts,
             source=watched,
+            program=program,
         )
         results = {**finished, **{result.number: result for result in loop.run()}}
         progress.handle(SweepEnded(time.monotonic()))

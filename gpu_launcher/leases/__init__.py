@@ -2,6 +2,7 @@
 
 from gpu_launcher.leases.directory import choose_pool_directory, resolve_pool_directory
 from gpu_launcher.leases.files import FileLedger
+from gpu_launcher.leases.holders import leases_of
 from gpu_launcher.leases.holds import Hold, holds_on, leased_memory, owners_of
 from gpu_launcher.leases.ledger import (
     Lease,
@@ -35,6 +36,7 @@ __all__ = [
     "describe_wait",
     "holds_on",
     "leased_memory",
+    "leases_of",
     "owners_of",
     "refusal",
     "resolve_pool_directory",

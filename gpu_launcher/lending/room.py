@@ -224,7 +224,8 @@ class WaitingRoom:
         if not self.ready:
             return "it is not known yet how the devices are doing: the driver has not answered"
         view = self._seen(ticket)
-        wait = explain_wait(view, self._of(ticket), (), ticket, self._watch.unavailable, EVERYTHING)
+        unavailable = self._watch.unavailable
+        wait = explain_wait(view, self._of(ticket), (), ticket, unavailable, EVERYTHING, mine=self._leases.keys())
         return wait.reason or "they have just become free"
 
     def stop_watching(self) -> None:

@@ -22,6 +22,7 @@ from typing import Any, Literal, NoReturn
 from gpu_launcher.errors import GpuLauncherError, OptionError
 from gpu_launcher.processes import pickling, spawn
 from gpu_launcher.processes.forks import own_fork
+from gpu_launcher.processes.helpers import helpers_paused
 from gpu_launcher.processes.linux import cuda_in_use, flush_c_streams, other_threads
 from gpu_launcher.processes.messages import (
     Assignment,
@@ -143,8 +144,10 @@ class ForkServer:
         elif (unsafe := self._unsafe or cuda_in_use()) and self._asked == "auto":
             self.reason = unsafe
         else:
-            self._fork(in_child)
-            if (unsafe := _threads_in_use()) and self._asked == "auto":
+            with helpers_paused():
+                self._fork(in_child)
+                unsafe = _threads_in_use()
+            if unsafe and self._asked == "auto":
                 self.close()
                 self.reason = unsafe
         self.method: Literal["fork", "spawn"] = "fork" if self.reason is None else "spawn"

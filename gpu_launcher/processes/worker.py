@@ -196,10 +196,19 @@ def forget_the_parent(handlers: dict[signal.Signals, Any]) -> None:
     multiprocessing.util._run_after_forkers()  # type: ignore[attr-defined]
     # At a normal end multiprocessing terminates the daemonic ones among these, which are the parent's.
     multiprocessing.process._children = set()  # type: ignore[attr-defined]
+    _forget_executors()
     # What every program has from its imports; the last registered runs first.
     atexit.register(logging.shutdown)
     atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]
     _reseed_numpy()
+
+
+def _forget_executors() -> None:
+    """End no executor of the parent's with this process: its threads are not here, or this was one of them."""
+    for name, registry in (("thread", "_threads_queues"), ("process", "_threads_wakeups")):
+        module = sys.modules.get(f"concurrent.futures.{name}")
+        if module is not None:
+            getattr(module, registry).clear()
 
 
 def _reseed_numpy() -> None:

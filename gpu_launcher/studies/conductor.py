@@ -34,6 +34,7 @@ from gpu_launcher.model import MILLIONTHS, WHOLE, Device
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import Carried
 from gpu_launcher.studies import dialogue as d
+from gpu_launcher.studies.ctrl_c import CtrlC
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.trials_at_work import TrialsAtWork
 
@@ -74,10 +75,9 @@ class Conductor:
         callbacks: list[Callback],
         bar: _ProgressBar,
         options: Options,
-        *,
-        again: bool,
+        most_retries: int,
     ) -> None:
-        """`loop` is open, and has these `options`. Trials that are interrupted are queued `again`."""
+        """`loop` is open, and has these `options`. `most_retries` is as `TrialsAtWork` has it."""
         self._study = study
         self._loop = loop
         self._bounds = bounds
@@ -85,8 +85,8 @@ class Conductor:
         self._callbacks = callbacks
         self._bar = bar
         self._options = options
-        self._again = again
-        self._trials = TrialsAtWork(study, sweep)
+        self._trials = TrialsAtWork(study, sweep, most_retries)
+        self._ctrl_c = CtrlC()
         self._began = time.monotonic()
         self._next_look = self._began + LOOK
 
@@ -117,16 +117,17 @@ class Conductor:
 
     def conduct(self) -> None:
         """Run the trials to their ends. Raises what `optimize` does."""
-        why = "its sweep ended before it did"
-        try:
-            self._serve(math.inf)
-        except KeyboardInterrupt:
-            why = INTERRUPTED
-            self._interrupt()
-            raise
-        finally:
-            self._loop.close()  # upon which whatever still runs is ended
-            self._tell_the_rest(why)
+        why = "its search ended before it did"
+        with self._ctrl_c:
+            try:
+                self._serve(math.inf)
+            except KeyboardInterrupt:
+                why = INTERRUPTED
+                self._interrupt()
+                raise
+            finally:
+                self._loop.close()  # upon which whatever still runs is ended
+                self._tell_the_rest(why)
         if self._error is not None:
             try:
                 raise self._error
@@ -153,8 +154,11 @@ class Conductor:
         patience = max(0.0, min(moments) - time.monotonic())
         poll = select.poll()
         poll.register(self._loop, select.POLLIN)
-        # A millisecond more, or it would look at the clock too early again and again.
-        while len(self._heard) < MOST_TOGETHER and poll.poll(patience and patience * 1000 + 1):
+        while len(self._heard) < MOST_TOGETHER:
+            with self._ctrl_c.heeded():
+                # A millisecond more, or it would look at the clock too early again and again.
+                if not poll.poll(patience and patience * 1000 + 1):
+                    break
             self._heard.append(self._loop.receive())
             patience = 0.0
             if isinstance(self._heard[-1], manager.Closed):
@@ -257,7 +261,8 @@ class Conductor:
         if job in self._trial_of:
             number = self._trial_of[job]
             problem = INTERRUPTED if self._interrupted else result.message or "ended without a result"
-            self._failed(job, JobError(number, f"trial {number}", problem, result.log), problem)
+            if not (result.unsupervised and self._lose(job, problem)):
+                self._failed(job, JobError(number, f"trial {number}", problem, result.log), problem)
         elif job in self._waiting:
             self._waiting.discard(job)
             self._lost += 1
@@ -361,9 +366,27 @@ class Conductor:
             if job in self._withdrawn:
                 self._trials.drop(number)
             else:
-                self._trials.give_up(number, INTERRUPTED, again=self._again)
+                self._trials.give_up(number, INTERRUPTED)
             return
         self._tell(job, TrialState.FAIL, said=said, error=error, caught=caught or isinstance(error, self._catch))
+
+    def _lose(self, job: int, problem: str) -> bool:
+        """Queue its trial again, for which it can do nothing; whether that is to be done, and was."""
+        if self._interrupted or job in self._withdrawn:
+            return False
+        number = self._trial_of[job]
+        try:
+            trial = self._trials.lose(number, problem)
+        except Exception as error:  # of the storage; the trial is one of the rest
+            del self._trial_of[job]
+            self._give_up(error)
+            return True
+        if trial is None:
+            return False
+        del self._trial_of[job]
+        _logger.warning(f"Trial {number} {problem}; it failed, and is queued again.")
+        self._call_back(trial)
+        return True
 
     def _tell(
         self,
@@ -415,7 +438,7 @@ class Conductor:
 
     def _tell_the_rest(self, why: str) -> None:
         try:
-            self._trials.give_up_the_rest(why, again=self._again)
+            self._trials.give_up_the_rest(why, interrupted=why is INTERRUPTED)
         except Exception:  # of the storage, which may be what ended the search
             log.warning(
                 "trials that were running could not be marked as failed; the next gpu_launcher.optimize on the study "

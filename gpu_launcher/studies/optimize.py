@@ -24,10 +24,8 @@ from gpu_launcher.requests import read_number, read_request
 from gpu_launcher.studies.conductor import Bounds, Callback, Conductor, log
 from gpu_launcher.studies.objective import Objective
 from gpu_launcher.studies.ownership import Sweep, working
-from gpu_launcher.studies.settling import settle
-
-NEVER = -1
-"""For `settle`: no trial is queued again, not even one that never ran."""
+from gpu_launcher.studies.settling import NEVER, settle
+from gpu_launcher.studies.storage import alone
 
 
 def optimize(
@@ -62,8 +60,9 @@ def optimize(
     - `catch`: exceptions of the objective after which other trials are run. Any other one is raised, with its traceback
       in the process as its cause, when the trials that run have ended. A process that dies is as if the objective had
       raised gpu_launcher.errors.JobError.
-    - `retry_stale`: how often a trial is queued again that was running when its program was killed (as the next call on
-      the study finds out) or interrupted. 0: it fails, and that is all.
+    - `retry_stale`: how often a trial is queued again that was lost: it ran when its program was killed (as the next
+      call on the study finds out), or a process that runs the trials, or when the search ended for an error. One that
+      Ctrl-C interrupted is queued again, too, which does not count. 0: it fails, and that is all.
     - `gc_after_trial` is there for `study.optimize`'s callers: a process's memory goes with it.
     - `pool`: other devices than all of the machine's. `start_method`: fork or spawn, of the processes.
 
@@ -90,7 +89,7 @@ def optimize(
         None if n_trials is None else _whole("n_trials", n_trials),
         None if timeout is None else read_duration(timeout, "timeout"),
     )
-    again = _whole("retry_stale", retry_stale)
+    retries = _whole("retry_stale", retry_stale) or NEVER
     sweep = Sweep(ProcessIdentity.here())
     # Before the progress bar, which starts a thread.
     loop = RemoteLoop(Objective(objective, request, caught, study), options, this_program(), method=start_method)
@@ -101,11 +100,13 @@ def optimize(
         for remark in loop.remarks:
             remarks.log(remark)
         with working(sweep):
-            for line in settle(study, sweep, again or NEVER):
+            with alone(study._storage):  # or two programs would queue the same trial again
+                settled = settle(study, sweep, retries, who="program")
+            for line in settled:
                 log.warning(line)
             bar = _ProgressBar(show_progress_bar, bounds.n_trials, bounds.timeout)
             try:
-                run = Conductor(study, loop, sweep, bounds, caught, after_each, bar, options, again=again > 0)
+                run = Conductor(study, loop, sweep, bounds, caught, after_each, bar, options, retries)
                 run.conduct()
             finally:
                 bar.close()

@@ -15,14 +15,17 @@ from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.studies.attributes import FAILURE, JOB, LOST, OURS, RETRY_OF
 from gpu_launcher.studies.ownership import Sweep
 
-DIED = "its sweep ended without telling"
+NEVER = -1
+"""As `most_retries`: no trial is queued again, not even one that never ran."""
 
 
-def settle(study: optuna.Study, sweep: Sweep, most_retries: int) -> list[str]:
+def settle(study: optuna.Study, sweep: Sweep, most_retries: int, who: str = "sweep") -> list[str]:
     """Fail the trials that dead sweeps left running, and queue each again, up to so many times.
 
-    Returns what was done, as lines for the user. Trials whose owner lives, may live, or is unknown are left alone.
+    Returns what was done, as lines for the user, to whom a sweep is `who`. Trials whose owner lives, may live, or is
+    unknown are left alone.
     """
+    died = f"its {who} ended without telling"
     storage = study._storage
     trials = storage.get_all_trials(study._study_id, deepcopy=False)
     have_copies = {trial.user_attrs[RETRY_OF][-1] for trial in trials if RETRY_OF in trial.user_attrs}
@@ -30,17 +33,22 @@ def settle(study: optuna.Study, sweep: Sweep, most_retries: int) -> list[str]:
     for trial in trials:
         if trial.state is not TrialState.RUNNING or not sweep.outlives(trial):
             continue
-        # One that never ran has not been the reason why its sweep died.
-        lost = trial.user_attrs.get(LOST, 0) + (JOB in trial.user_attrs)
+        lost = losses(trial)
         again = lost <= most_retries
         copied = again and trial.number not in have_copies
-        if queue_again(study, trial, lost, DIED) if copied else fail(storage, trial._trial_id, DIED):
+        if queue_again(study, trial, lost, died) if copied else fail(storage, trial._trial_id, died):
             failed += 1
             queued += again
     if not failed:
         return []
     again_said = f", and {queued} of them queued again" if queued else ""
-    return [f"marked {count(failed, 'trial')} as failed that a dead sweep had left running{again_said}"]
+    return [f"marked {count(failed, 'trial')} as failed that a dead {who} had left running{again_said}"]
+
+
+def losses(trial: FrozenTrial) -> int:
+    """How often what it tries has been lost, if the trial is lost now."""
+    # One that never ran has not been the reason.
+    return int(trial.user_attrs.get(LOST, 0)) + (JOB in trial.user_attrs)
 
 
 def queue_again(study: optuna.Study, trial: FrozenTrial, lost: int, message: str | None) -> bool:

@@ -17,7 +17,7 @@ from gpu_launcher.studies.attributes import FAILURE, JOB, LOST
 from gpu_launcher.studies.dialogue import TrialToRun
 from gpu_launcher.studies.ownership import Sweep, changing, owning
 from gpu_launcher.studies.pruning import Judge
-from gpu_launcher.studies.settling import fail, queue_again
+from gpu_launcher.studies.settling import fail, losses, queue_again
 from gpu_launcher.studies.stopping import ENDED
 from gpu_launcher.studies.storage import store_reports
 from gpu_launcher.studies.worker_trial import STUDY_ATTRIBUTES, STUDY_METHODS, TRIAL_ATTRIBUTES, TRIAL_METHODS
@@ -40,6 +40,8 @@ class TrialsAtWork:
 
     study: optuna.Study
     sweep: Sweep
+    most_retries: int
+    """How often what a lost trial tries is queued again; NEVER for not even what was interrupted."""
     by_number: dict[int, AtWork] = field(default_factory=dict)
     """Those that run, by the number of the trial."""
 
@@ -133,16 +135,33 @@ class TrialsAtWork:
         """Leave alone a trial that somebody else has ended."""
         del self.by_number[number]
 
-    def give_up(self, number: int, failure: str, *, again: bool) -> None:
-        """Fail a trial that was interrupted, and queue what it tried `again`."""
-        trial = self.by_number.pop(number).trial
-        self._give_up(self.study._storage.get_trial(trial._trial_id), failure, again=again)
+    def lose(self, number: int, failure: str) -> FrozenTrial | None:
+        """Fail a trial that has been lost, and queue what it tried again; returns it as it is then.
 
-    def give_up_the_rest(self, failure: str, *, again: bool) -> None:
-        """The same of all that are left, also of one that was asked for in a moment that an exception cut short."""
+        None, and nothing has happened, if that was lost too often, or somebody else has ended the trial.
+        """
+        at_work = self.by_number[number]
+        trial = self._as_stored(number)
+        if (lost := losses(trial)) > self.most_retries:
+            return None
+        self._note(at_work.trial, JOB, {**at_work.job, "ended": time.time(), "message": failure})
+        if not queue_again(self.study, trial, lost, failure):
+            return None
+        del self.by_number[number]
+        self._judge.forget()
+        return self.study._storage.get_trial(trial._trial_id)
+
+    def give_up(self, number: int, failure: str) -> None:
+        """Fail a trial that was interrupted."""
+        trial = self._as_stored(number)
+        del self.by_number[number]
+        self._give_up(trial, failure, interrupted=True)
+
+    def give_up_the_rest(self, failure: str, *, interrupted: bool) -> None:
+        """Fail all that are left, interrupted or lost: also one that was asked for when an exception cut that short."""
         self.by_number.clear()
         for trial in self._mine():
-            self._give_up(trial, failure, again=again)
+            self._give_up(trial, failure, interrupted=interrupted)
 
     def ended_elsewhere(self) -> list[int]:
         """Those that somebody else has ended, as from a dashboard."""
@@ -163,9 +182,13 @@ class TrialsAtWork:
             if trial._trial_id not in known:
                 fail(self.study._storage, trial._trial_id, failure)
 
-    def _give_up(self, trial: FrozenTrial, failure: str, *, again: bool) -> None:
-        if again:
-            queue_again(self.study, trial, trial.user_attrs.get(LOST, 0), failure)
+    def _as_stored(self, number: int) -> FrozenTrial:
+        return self.study._storage.get_trial(self.by_number[number].trial._trial_id)
+
+    def _give_up(self, trial: FrozenTrial, failure: str, *, interrupted: bool) -> None:
+        lost = trial.user_attrs.get(LOST, 0) if interrupted else losses(trial)
+        if lost <= self.most_retries:
+            queue_again(self.study, trial, lost, failure)
         else:
             fail(self.study._storage, trial._trial_id, failure)
 

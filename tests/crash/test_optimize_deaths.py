@@ -23,6 +23,7 @@ from optuna.trial import TrialState
 
 import gpu_launcher
 from gpu_launcher.processes.linux import die_with_parent
+from gpu_launcher.studies.attributes import RETRY_OF
 
 PATIENCE = 30.0
 """Seconds until a test gives up on what should happen soon."""
@@ -34,6 +35,7 @@ from pathlib import Path
 import optuna
 import gpu_launcher
 from gpu_launcher.jobs.where import Where
+from gpu_launcher.studies import settling
 
 HERE = Path(__file__).parent
 OPTIONS = json.loads(sys.argv[1])
@@ -66,7 +68,15 @@ def callback(study, trial):
     write(told=trial.number, state=trial.state.name)
 
 
+def slowly(storage, id, message):
+    time.sleep(0.05)
+    return fail(storage, id, message)
+
+
 if __name__ == "__main__":
+    fail = settling.fail
+    if OPTIONS.get("slow_disk"):
+        settling.fail = slowly
     study = optuna.create_study(
         study_name="shared",
         storage=gpu_launcher.storage("sqlite:///study.db"),
@@ -181,7 +191,7 @@ def test_a_killed_program_leaves_no_process_and_its_trials_fail_with_the_next_on
     assert world.run(n_trials=2, seconds=0) == 0
     assert world.states() == ["fail", "fail", "complete", "complete"]
     why = {trial.user_attrs.get("gpu_launcher:failure") for trial in world.study.trials[:2]}
-    assert why == {"its sweep ended without telling"}
+    assert why == {"its program ended without telling"}
     assert "marked 2 trials as failed" in world.output(1).read_text()
 
 
@@ -194,6 +204,23 @@ def test_lost_trials_are_queued_again_if_that_is_wanted(world: World) -> None:
     assert world.run(n_trials=2, seconds=0, retry_stale=1) == 0
     assert world.states() == ["fail", "fail", "complete", "complete"]
     assert {trial.params["x"] for trial in world.study.trials[2:]} == lost
+
+
+def test_programs_that_start_together_queue_a_lost_trial_once(world: World) -> None:
+    program = world.start(devices="simulated:12")
+    world.running(12)
+    program.kill()
+    program.wait()
+    lost = {trial.params["x"] for trial in world.study.trials}
+    options = {"n_trials": 8, "seconds": 0, "devices": "simulated:4", "retry_stale": 1, "slow_disk": True}
+    both = [world.start(**options) for _ in range(2)]
+    assert [program.wait(PATIENCE) for program in both] == [0, 0], world.output(1).read_text()
+    trials = world.study.trials
+    assert world.states() == ["fail"] * 12 + ["complete"] * 16
+    repeated = Counter(trial.user_attrs["gpu_launcher:retry_of"][-1] for trial in trials[12:24])
+    assert repeated == Counter(range(12))
+    assert {trial.params["x"] for trial in trials[12:24]} == lost
+    assert max(Counter(trial.params["x"] for trial in trials[12:]).values()) == 1, "no parameters ran twice"
 
 
 def test_trials_of_a_living_program_are_left_alone(world: World) -> None:
@@ -282,6 +309,65 @@ def test_a_second_ctrl_c_waits_for_nobody(world: World) -> None:
     assert program.wait(5) == -signal.SIGINT
     until(lambda: not any(map(alive, processes)), "stubborn jobs live on", 15)
     assert world.states() == ["fail", "fail"]
+
+
+@pytest.mark.parametrize("stubborn", [True, False])
+def test_however_often_ctrl_c_is_pressed_each_trial_is_told(world: World, stubborn: bool) -> None:
+    """Also while that is going on, as it is for some time on a slow disk."""
+    program = world.start(stubborn=stubborn, retry_stale=1, slow_disk=True)
+    world.running(2)
+    for _ in range(25):
+        program.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    assert program.wait(20) != 0
+    assert sorted(world.states()) == ["fail", "fail", "waiting", "waiting"]
+    assert "could not be marked as failed" not in world.output().read_text()
+
+
+OURS = ("supervisor", "server", "guard", "manager", "program")
+"""What is above a job, in this order."""
+
+
+def ours(who: str, job: psutil.Process) -> psutil.Process:
+    return job.parents()[OURS.index(who)]
+
+
+@pytest.mark.parametrize("who", OURS)
+def test_what_is_lost_is_queued_again_as_often_as_that_is_wanted_and_no_more(world: World, who: str) -> None:
+    """What it tries may be the reason, whichever process of ours it is that dies of it."""
+    for run in range(3):
+        program = world.start(n_trials=1, n_jobs=1, retry_stale=1)
+        until(lambda run=run: len(world.witness("began")) > run, "no trial begins")  # type: ignore[misc]
+        job = psutil.Process(world.witness("began")[run]["pid"])
+        ours(who, job).kill()
+        program.wait(PATIENCE)
+        until(lambda job=job: not alive(job), "the job lives on", 15)  # type: ignore[misc]
+    first, second, third = (entry["x"] for entry in world.witness("began"))
+    assert first == second
+    assert third != first
+    lost = [trial.user_attrs.get("gpu_launcher:lost", 0) for trial in world.study.trials[:3]]
+    assert lost == [0, 1, 0]
+
+
+@pytest.mark.parametrize("who", ["supervisor", "server", "guard"])
+def test_what_is_queued_again_at_once_ends_no_search(world: World, who: str) -> None:
+    program = world.start(n_trials=5, retry_stale=1)
+    first, _ = world.running(2)[:2]
+    ours(who, first).kill()
+    until(lambda: not alive(first), "the job lives on", 15)
+    for number in range(5):
+        world.finish(number)
+    assert program.wait(PATIENCE) == 0, world.output().read_text()
+    trials = world.study.trials
+    repeated = {trial.user_attrs[RETRY_OF][-1]: trial for trial in trials if RETRY_OF in trial.user_attrs}
+    failed = [trial for trial in trials if trial.state is TrialState.FAIL]
+    assert {trial.number for trial in failed} == set(repeated) != set()
+    for trial in failed:
+        assert "killed" in trial.user_attrs["gpu_launcher:failure"]
+        assert repeated[trial.number].params == trial.params
+        assert repeated[trial.number].state is TrialState.COMPLETE
+    told = Counter(entry["told"] for entry in world.witness("told"))
+    assert told == Counter(range(5))
 
 
 def test_two_programs_work_on_one_study(world: World) -> None:

@@ -1,0 +1,69 @@
+"""Ctrl-C while `optimize` runs: heard while it waits, and held while something is done.
+
+KeyboardInterrupt in the middle of a transaction would leave the database locked, for this process as well.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any
+
+PATIENCE = 10.0
+"""Seconds for which it is held. What takes longer may never end, such as a process that a driver does not let go."""
+
+
+class CtrlC:
+    """While entered, SIGINT is held unless it is `heeded`.
+
+    Nothing is to be done outside of the main thread, where Python has its handlers run.
+    """
+
+    def __init__(self) -> None:
+        self._handler: Any = None
+        self._held_since: float | None = None
+        self._waiting = 0
+        """How many have arrived while it was held."""
+
+    def __enter__(self) -> CtrlC:
+        self._held_since = time.monotonic()
+        handler = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is threading.main_thread() and callable(handler):
+            self._handler = handler
+            signal.signal(signal.SIGINT, self._arrived)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._handler is None:
+            return
+        if signal.getsignal(signal.SIGINT) == self._arrived:  # or a callback has set another one
+            signal.signal(signal.SIGINT, self._handler)
+        if self._waiting and not isinstance(error, KeyboardInterrupt):
+            self._handler(signal.SIGINT, None)
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """While entered, one calls its handler, and so does one that was held. After it has raised, they are held."""
+        try:
+            self._held_since = None
+            if self._waiting:
+                self._waiting -= 1
+                self._arrived(signal.SIGINT, None)
+            yield
+        finally:
+            self._held_since = time.monotonic()
+
+    def _arrived(self, signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._held_since is not None and now - self._held_since < PATIENCE:
+            self._waiting += 1
+            return
+        before, self._held_since = self._held_since, now
+        self._handler(signum, frame)
+        self._held_since = before  # it did not raise
