@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar, get_args
+from typing import Any, NoReturn, ParamSpec, TypeVar, get_args
 
 from gpu_launcher.errors import OptionError
 from gpu_launcher.executors.calls import Calls
@@ -43,18 +43,19 @@ class PoolExecutor(Executor):
 
     def __init__(
         self,
+        *positional: NoReturn,
         gpus: float | None = None,
         max_workers: int | None = None,
-        *,
         memory: object = None,
         priority: int = 0,
         timeout: object = None,
         pool: Pool | None = None,
         start_method: StartMethod = "auto",
     ) -> None:
-        """Say what each call needs. Nothing is started before the first `submit`.
+        """Say what each call needs, all by name. Nothing is started before the first `submit`.
 
         Args:
+            positional: none. The standard executors have `max_workers` first, and here `gpus` comes to mind first.
             gpus: devices of each call: 0, 1, 2, ..., or a fraction of one. Default: 1, or, if `memory` is given, a
                 share of one.
             max_workers: how many calls may run at the same time. Default: as many as get devices; without devices, as
@@ -67,8 +68,14 @@ class PoolExecutor(Executor):
             start_method: `fork` from this program, or `spawn` of fresh interpreters. Default: fork, unless other
                 threads run, or CUDA is initialised, when the first call is submitted.
 
-        Raises ValueError, most often an OptionError.
+        Raises ValueError, most often an OptionError; TypeError for what is given without a name.
         """
+        if positional:
+            given, first = ", ".join(map(repr, positional)), repr(positional[0])
+            raise TypeError(
+                f"PoolExecutor({given}) does not say what is meant. Remedy: PoolExecutor(max_workers={first}) for so "
+                f"many calls at a time, PoolExecutor(gpus={first}) for so many devices per call"
+            )
         options = {"gpus": gpus, "memory": memory, "priority": priority, "timeout": timeout}
         self._request = read_request(options)
         if max_workers is not None and (isinstance(max_workers, bool) or not isinstance(max_workers, int)):

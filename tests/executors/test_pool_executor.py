@@ -100,7 +100,7 @@ def test_calls_share_a_device_by_memory_or_by_fraction(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gpus", [0, 1])
 def test_no_more_calls_run_than_there_are_workers(pool: Where, tmp_path: Path, gpus: int) -> None:
-    with PoolExecutor(gpus, max_workers=1, pool=pool) as executor:
+    with PoolExecutor(gpus=gpus, max_workers=1, pool=pool) as executor:
         calls = [executor.submit(touch_and_wait, tmp_path, f"begun-{number}") for number in range(3)]
         wait_until(lambda: list(tmp_path.glob("begun-*")))
         time.sleep(0.3)
@@ -110,7 +110,7 @@ def test_no_more_calls_run_than_there_are_workers(pool: Where, tmp_path: Path, g
 
 
 def test_without_devices_any_number_of_workers_may_run(pool: Where, tmp_path: Path) -> None:
-    with PoolExecutor(0, max_workers=12, pool=pool) as executor:
+    with PoolExecutor(gpus=0, max_workers=12, pool=pool) as executor:
         for number in range(12):
             executor.submit(touch_and_wait, tmp_path, f"begun-{number}")
         wait_until(lambda: len(list(tmp_path.glob("begun-*"))) == 12)
@@ -147,7 +147,7 @@ def fail(point):
     raise Wrong(point)
 
 def recurse(executor_method, depth):
-    with PoolExecutor(0, max_workers=1, pool=Where("simulated:2"), start_method=executor_method) as executor:
+    with PoolExecutor(gpus=0, max_workers=1, pool=Where("simulated:2"), start_method=executor_method) as executor:
         return depth if depth == 2 else executor.submit(recurse, executor_method, depth + 1).result()
 
 if __name__ == "__main__":
@@ -397,7 +397,7 @@ def test_an_event_loop_can_wait_for_calls(pool: Where) -> None:
 
 
 def test_a_call_may_be_submitted_by_the_callback_of_another_one_and_by_many_threads(pool: Where) -> None:
-    with PoolExecutor(0, pool=pool) as executor:
+    with PoolExecutor(gpus=0, pool=pool) as executor:
         more: list[Any] = []
         first = executor.submit(abs, -1)
         first.add_done_callback(lambda future: more.append(executor.submit(abs, -2)))
@@ -439,7 +439,7 @@ def test_several_executors_share_the_pool_and_all_fork(pool: Where, caplog: pyte
 
 
 def test_a_forked_process_cannot_use_its_parents_executor(pool: Where) -> None:
-    with PoolExecutor(0, pool=pool) as executor:
+    with PoolExecutor(gpus=0, pool=pool) as executor:
         executor.submit(abs, -1).result()
         ours, theirs = multiprocessing.get_context("fork").Pipe()
 
@@ -463,7 +463,7 @@ def test_devices_that_others_hold_are_waited_for_and_that_is_said(
 ) -> None:
     caplog.set_level(logging.INFO, "gpu_launcher")
     monkeypatch.setattr(remarks, "_last", -math.inf)  # nothing was said a moment ago
-    with PoolExecutor(2, pool=pool) as holder, PoolExecutor(pool=pool) as executor:
+    with PoolExecutor(gpus=2, pool=pool) as holder, PoolExecutor(pool=pool) as executor:
         holder.submit(touch_and_wait, tmp_path)
         wait_until((tmp_path / "begun").exists)
         waiting = executor.submit(abs, -1)
@@ -496,8 +496,14 @@ def test_bad_options_are_refused_at_once(options: dict[str, Any], said: str) -> 
         PoolExecutor(**options)
 
 
+def test_options_are_given_by_name_for_the_standard_executors_have_another_one_first() -> None:
+    make: Any = PoolExecutor
+    with pytest.raises(TypeError, match=r"PoolExecutor\(4\) .* PoolExecutor\(max_workers=4\).* PoolExecutor\(gpus=4\)"):
+        make(4)
+
+
 def test_what_the_pool_cannot_give_is_refused_at_the_first_call(tmp_path: Path) -> None:
-    executor = PoolExecutor(3, pool=Where("simulated:2", tmp_path / "pool"))
+    executor = PoolExecutor(gpus=3, pool=Where("simulated:2", tmp_path / "pool"))
     for _ in range(2):
         with pytest.raises(OptionError, match="gpus"):
             executor.submit(abs, 1)
