@@ -94,7 +94,7 @@ class PoolExecutor(Executor):
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Have `fn(*args, **kwargs)` called, and return a Future of its value.
 
-        It runs as soon as a process is prepared for it, and cannot be cancelled from then on. The first call starts
+        It runs as soon as it has its devices, and cannot be cancelled from then on. The first call starts
         the processes, and raises what keeps them from it: OptionError, such as for devices that do not exist, or
         PoolDirectoryError. Raises RuntimeError after `shutdown`, and BrokenPoolExecutor, which is one.
         """
@@ -138,7 +138,8 @@ class PoolExecutor(Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more calls, and free everything when the last one has ended, for which to `wait`.
 
-        With `cancel_futures` those that have not begun are cancelled.
+        With `cancel_futures` those that have not begun are cancelled, unless no call has begun yet: then it is waited
+        for whether one can begin at once, for up to 5 s.
         """
         if self._process != os.getpid():
             return

@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import random
 import re
 import resource
 import signal
@@ -18,14 +19,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, CancelledError, as_completed
+from concurrent.futures import BrokenExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from gpu_launcher import PoolExecutor
+from gpu_launcher import Pool, PoolExecutor
 from gpu_launcher.errors import JobError, JobTimeoutError, OptionError, PoolDirectoryError, UnpicklableError
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.where import Where
@@ -359,16 +360,77 @@ def test_a_call_that_runs_cannot_be_cancelled_and_one_that_was_cancelled_never_r
         assert running.running()
         assert not running.cancel()
         later = [executor.submit(touch_and_wait, tmp_path, f"later-{number}") for number in range(20)]
-        cancelled = [future for future in later if future.cancel()]
-        assert len(cancelled) >= 15  # a few are prepared ahead
+        assert not any(future.running() for future in later)
+        assert all(future.cancel() for future in later)
+        assert all(future.cancelled() for future in as_completed(later, timeout=30))
         (tmp_path / "go on").touch()
-    for future in later:
-        if future in cancelled:
-            with pytest.raises(CancelledError):
-                future.result()
-        else:
-            assert future.result() > 0
-    assert len(list(tmp_path.glob("later-*"))) == len(later) - len(cancelled)
+    assert running.result() > 0
+    assert not list(tmp_path.glob("later-*"))
+
+
+def test_whenever_a_call_is_cancelled_it_either_runs_or_was_cancelled(pool: Where, tmp_path: Path) -> None:
+    chance = random.Random(7)
+    with PoolExecutor(pool=pool) as executor:
+        futures = [executor.submit((tmp_path / f"ran-{number}").touch) for number in range(60)]
+        for future in chance.sample(futures, 40):
+            time.sleep(chance.random() * 0.02)
+            future.cancel()
+        executor.submit(abs, -1).result()
+    cancelled = [future.cancelled() for future in futures]
+    assert all(future.done() for future in futures)
+    assert [(tmp_path / f"ran-{number}").exists() for number in range(60)] == [not was for was in cancelled]
+    assert not list(Path(tempfile.gettempdir()).iterdir())
+
+
+def test_calls_that_wait_for_devices_of_others_can_be_cancelled(tmp_path: Path) -> None:
+    with Pool("simulated:1", tmp_path / "pool") as pool, PoolExecutor(pool=pool) as executor:
+        with pool.lease():
+            futures = [executor.submit((tmp_path / "ran").touch) for _ in range(5)]
+            wait_until(lambda: pool.snapshot().queue)
+            assert [(future.running(), future.cancel()) for future in futures] == [(False, True)] * 5
+            wait_until(lambda: not pool.snapshot().queue)
+        assert executor.submit(abs, -1).result(30) == 1
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_shutting_down_does_not_wait_for_devices_of_others_to_cancel_calls(tmp_path: Path, waiting: bool) -> None:
+    with Pool("simulated:1", tmp_path / "pool") as pool, pool.lease():
+        executor = PoolExecutor(pool=pool)
+        futures = [executor.submit(abs, -1) for _ in range(5)]
+        if waiting:
+            wait_until(lambda: pool.snapshot().queue)
+        executor.shutdown(cancel_futures=True)
+        assert all(future.cancelled() for future in futures)
+
+
+def test_shutting_down_lets_calls_that_have_begun_finish_and_cancels_the_others(pool: Where, tmp_path: Path) -> None:
+    executor = PoolExecutor(pool=pool)
+    futures = [executor.submit(touch_and_wait, tmp_path, f"begun-{number}") for number in range(5)]
+    wait_until(lambda: len(list(tmp_path.glob("begun-*"))) == 2)
+    executor.shutdown(wait=False, cancel_futures=True)
+    assert len(list(as_completed(futures[2:], timeout=30))) == 3
+    assert [future.cancelled() for future in futures] == [False, False, True, True, True]
+    (tmp_path / "go on").touch()
+    executor.shutdown()
+    assert all(future.result() for future in futures[:2])
+
+
+def test_tasks_that_wait_for_devices_are_cancelled_with_their_calls(pool: Where, tmp_path: Path) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        with PoolExecutor(max_workers=1, pool=pool) as executor:
+            running = loop.run_in_executor(executor, touch_and_wait, tmp_path)
+            others = [loop.run_in_executor(executor, (tmp_path / "ran").touch) for _ in range(3)]
+            while not (tmp_path / "begun").exists():
+                await asyncio.sleep(0.01)
+            for other in others:
+                other.cancel()
+            (tmp_path / "go on").touch()
+            await running
+
+    asyncio.run(main())
+    assert not (tmp_path / "ran").exists()
 
 
 def test_values_come_as_they_are_ready_or_in_order(pool: Where) -> None:
