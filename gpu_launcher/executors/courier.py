@@ -24,7 +24,7 @@ from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.manager_messages import Closed, Ended, Heard, Remarked, Wanted
-from gpu_launcher.jobs.remote import RemoteLoop, busy, harmless_thread
+from gpu_launcher.jobs.remote import RemoteLoop, busy, calling_back, harmless_thread
 from gpu_launcher.processes import pickling
 
 AT_ONCE = 5.0
@@ -190,7 +190,8 @@ class Courier:
             case Remarked() as remark:
                 self._flowing = self._flowing or remark.passing
                 self._remark = remark.text
-                remarks.log(remark)
+                with calling_back():
+                    remarks.log(remark)
 
     def _say(self) -> None:
         while self._wanted and not self._stops and self._offer_one():
@@ -209,13 +210,15 @@ class Courier:
 
     def _cancel_pending(self) -> None:
         while (call := self._next_pending()) is not None:
-            call.future.cancel()
+            with calling_back():
+                call.future.cancel()
             call.future.set_running_or_notify_cancel()
 
     def _cancel_offered(self) -> None:
-        for call in list(self._offered.values()):
-            if not call.begun:
-                call.future.cancel()
+        with calling_back():
+            for call in list(self._offered.values()):
+                if not call.begun:
+                    call.future.cancel()
 
     def _withdraw(self) -> None:
         """Tell the manager which calls are not wanted any more."""
@@ -262,7 +265,8 @@ class Courier:
                 packed = pack((call.function, call.args, call.kwargs), directory / f"{number}.call", self._loop.known)
         except BaseException as error:  # whatever the user's objects raise, to whoever waits for it
             if call.future.set_running_or_notify_cancel():
-                call.future.set_exception(_not_handed_over(name, error))
+                with calling_back():
+                    call.future.set_exception(_not_handed_over(name, error))
             return None
         return Job(number, name, Call(packed, str(directory / f"{number}.value")))
 
@@ -274,11 +278,14 @@ class Courier:
         with busy():
             value, error = _open(result, call.name)
         del self._offered[result.number]
-        if error is None:
-            call.future.set_result(value)
-        else:
+        if error is not None:
             self._unlink(result.number)
-            call.future.set_exception(error)
+        with calling_back():
+            if error is None:
+                call.future.set_result(value)
+            else:
+                call.future.set_exception(error)
+            del call, value, error  # of which this thread may be the last owner
 
     def _unlink(self, number: int) -> None:
         """Remove what a call has left in files."""
@@ -296,7 +303,8 @@ class Courier:
         """Whoever waits for a call waits no longer."""
         for number in list(self._offered):
             if (call := self._begin(number)) is not None:
-                call.future.set_exception(BrokenPoolExecutor(f"{call.name}() was not finished: {problem}"))
+                with calling_back():
+                    call.future.set_exception(BrokenPoolExecutor(f"{call.name}() was not finished: {problem}"))
         self._offered.clear()
         self._fail_pending(problem)
 
@@ -304,7 +312,8 @@ class Courier:
         while (call := self._next_pending()) is not None:
             if call.future.set_running_or_notify_cancel():
                 name = _name(call.function)
-                call.future.set_exception(BrokenPoolExecutor(f"{name}() was not called: {problem}"))
+                with calling_back():
+                    call.future.set_exception(BrokenPoolExecutor(f"{name}() was not called: {problem}"))
 
 
 def _note(courier: weakref.ref[Courier], number: int, future: Future[Any]) -> None:

@@ -500,6 +500,33 @@ def test_several_executors_share_the_pool_and_all_fork(pool: Where, caplog: pyte
     assert "spawn" not in caplog.text
 
 
+LOCK = threading.Lock()
+
+
+def with_the_lock() -> str:
+    with LOCK:
+        return "had it"
+
+
+def test_an_executor_that_is_started_during_the_callback_of_another_one_does_not_inherit_its_locks(
+    pool: Where,
+) -> None:
+    holds, over = threading.Event(), threading.Event()
+
+    def note(future: object) -> None:
+        with LOCK:
+            holds.set()
+            over.wait(60)
+
+    with PoolExecutor(pool=pool) as one, PoolExecutor(pool=pool) as two:
+        one.submit(abs, -1).add_done_callback(note)
+        holds.wait()
+        try:
+            assert two.submit(with_the_lock).result(timeout=30) == "had it"
+        finally:
+            over.set()
+
+
 def test_a_forked_process_cannot_use_its_parents_executor(pool: Where) -> None:
     with PoolExecutor(gpus=0, pool=pool) as executor:
         executor.submit(abs, -1).result()
