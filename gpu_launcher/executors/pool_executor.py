@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import itertools
 import os
@@ -158,8 +159,11 @@ class PoolExecutor(Executor):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        """Shut down. After Ctrl-C the calls are interrupted, too, and killed after ten seconds, or at another one."""
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
+        """Shut down. After Ctrl-C the calls are interrupted, too, and killed after ten seconds, or at another one.
+
+        So they are when the task that runs the block is cancelled, which is what Ctrl-C is under asyncio.
+        """
+        if kind is not None and issubclass(kind, (KeyboardInterrupt, asyncio.CancelledError)):
             self._interrupt()
             return None
         try:

@@ -691,3 +691,71 @@ def test_a_second_ctrl_c_kills_the_calls_that_did_not_heed_the_first(tmp_path: P
     assert time.monotonic() - began < 8
     assert err == ""
     assert out.split()[:2] == ["JobError", "JobError"]
+
+
+UNDER_ASYNCIO = """
+import asyncio, os, signal, sys, time
+from pathlib import Path
+from gpu_launcher import PoolExecutor
+from gpu_launcher.jobs.where import Where
+
+def call(n, stubborn):
+    if stubborn:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        Path(f"began-{n}").touch()
+        time.sleep(600)
+    except KeyboardInterrupt:
+        Path(f"interrupted-{n}").touch()
+        raise
+
+async def main():
+    loop = asyncio.get_running_loop()
+    with PoolExecutor(pool=Where("simulated:2")) as executor:
+        stubborn = [sys.argv[1] == "stubborn" and n == 0 for n in range(6)]
+        await asyncio.gather(*(loop.run_in_executor(executor, call, n, stubborn[n]) for n in range(6)))
+
+async def limited():
+    task = asyncio.ensure_future(main())
+    while not (Path("began-0").exists() and Path("began-1").exists()):
+        await asyncio.sleep(0.01)
+    task.cancel()
+    await task
+
+try:
+    asyncio.run(limited() if sys.argv[1] == "cancelled" else main())
+except (KeyboardInterrupt, asyncio.CancelledError) as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize("how", ["interrupted", "stubborn", "cancelled"])
+def test_under_asyncio_ctrl_c_and_cancellation_interrupt_the_calls_that_run(tmp_path: Path, how: str) -> None:
+    process = run(UNDER_ASYNCIO, tmp_path, how)
+    wait_until(lambda: (tmp_path / "began-0").exists() and (tmp_path / "began-1").exists())
+    began = time.monotonic()
+    if how != "cancelled":
+        process.send_signal(signal.SIGINT)
+    wait_until((tmp_path / "interrupted-1").exists)
+    if how == "stubborn":
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 8  # less than the time after which they are killed
+    assert (out, err) == ("CancelledError\n" if how == "cancelled" else "KeyboardInterrupt\n", "")
+    assert (tmp_path / "interrupted-0").exists() == (how != "stubborn")
+    assert not (tmp_path / "began-2").exists()
+
+
+def test_a_handler_of_the_event_loop_does_not_keep_a_call_from_being_ended(pool: Where) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, lambda: None)
+        try:
+            with PoolExecutor(pool=pool, timeout=0.3) as executor, pytest.raises(JobTimeoutError):
+                await loop.run_in_executor(executor, time.sleep, 600)
+        finally:
+            loop.remove_signal_handler(signal.SIGTERM)
+
+    began = time.monotonic()
+    asyncio.run(main())
+    assert time.monotonic() - began < 8  # less than the time after which it is killed
