@@ -567,6 +567,28 @@ def test_devices_that_others_hold_are_waited_for_and_that_is_said(
     assert {record.levelname for record in caplog.records if "simulated: no real" in record.message} <= {"INFO"}
 
 
+def test_a_wait_that_begins_soon_after_another_one_is_told_of_later_and_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remarks, "EVERY", 3.0)  # in the process that is forked, too
+    monkeypatch.setattr(remarks, "_last", -math.inf)
+
+    def told() -> int:
+        return sum("waiting for devices: " in record.message for record in caplog.records)
+
+    with Pool("simulated:1", tmp_path / "pool") as pool, PoolExecutor(pool=pool) as executor:
+        with pool.lease():
+            first = executor.submit(abs, -1)
+            wait_until(lambda: told() == 1)
+        assert first.result() == 1
+        with pool.lease():
+            second = executor.submit(abs, -1)
+            wait_until(lambda: told() == 2)
+            time.sleep(4)  # it has been said
+            assert told() == 2
+            assert not second.done()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
