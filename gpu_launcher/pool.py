@@ -54,13 +54,14 @@ class _Entrance:
         self.spec = spec
         self.directory = directory
         self.busy_memory = busy_memory
-        self._environ = dict(os.environ)
+        self.environ = dict(os.environ)
+        """By whose mask GPUs are visible: `Lease.apply` sets another one."""
         self._machine: _Machine | None = None
 
     def machine(self) -> _Machine:
         """Takes up to seconds the first time. Raises OptionError, DeviceError."""
         if self._machine is None:
-            selection = select_devices(self.spec, self._environ, option="devices")
+            selection = select_devices(self.spec, self.environ, option="devices")
             telling = Telling(by_uuid=selection.by_uuid)
             self._machine = _Machine(selection.devices, links_among(selection.devices), telling)
             for notice in selection.notices:
@@ -122,7 +123,7 @@ class Pool:
         """How to run jobs there, as `gpu_launcher.jobs.where.Where` says it. Raises OptionError."""
         if self.closed:
             raise OptionError("pool", f"{self!r} is closed: make another one, or call this before its block ends")
-        return Where(*self._made_of).options(request, max_parallel)
+        return Where(*self._made_of, environ=self._entrance.environ).options(request, max_parallel)
 
     def lease(
         self,

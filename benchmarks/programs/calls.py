@@ -36,7 +36,7 @@ def gpu_launcher(workers: int, gpus: int = 1, method: str = "fork") -> Iterator[
 
     with tempfile.TemporaryDirectory() as directory:
         pool = Pool(f"simulated:{workers}", directory)
-        with PoolExecutor(gpus, workers, pool=pool, start_method=method) as executor:
+        with PoolExecutor(gpus=gpus, max_workers=workers, pool=pool, start_method=method) as executor:
             yield lambda function, values: list(executor.map(function, values))
 
 

@@ -29,6 +29,11 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Granted:
+    """What a call's process says when it has its devices: is the call still wanted? The answer is a bool."""
+
+
+@dataclass(frozen=True, slots=True)
 class Calls:
     """The program of an executor's processes, each of which makes one call."""
 
@@ -38,6 +43,9 @@ class Calls:
         """Make it, on its devices."""
         gate.prepared(self.request, None)
         gate.wait()  # before the arguments are unpickled, which may well use a GPU
+        gate.say(Granted())
+        if not gate.hear():
+            return Report(True, None, b"")  # which nobody reads
         outcome, memory = _make(spec)
         ok = isinstance(outcome, Returned)
         return Report(

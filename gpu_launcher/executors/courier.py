@@ -8,6 +8,8 @@ import os
 import pickle
 import select
 import threading
+import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Future
@@ -15,16 +17,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpu_launcher.errors import GpuLauncherError, JobError, JobTimeoutError, UnpicklableError
-from gpu_launcher.executors.calls import Call
+from gpu_launcher.executors.calls import Call, Granted
 from gpu_launcher.executors.packing import Raised, Returned, pack, uncarried
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Cause, Job, JobResult
-from gpu_launcher.jobs.manager_messages import Closed, Ended, Remarked, Wanted
-from gpu_launcher.jobs.remote import RemoteLoop, busy, harmless_thread
+from gpu_launcher.jobs.manager_messages import Closed, Ended, Heard, Remarked, Wanted
+from gpu_launcher.jobs.remote import RemoteLoop, busy, calling_back, harmless_thread
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import RemoteTraceback, describe
+
+AT_ONCE = 5.0
+"""Seconds after which a call, the first of its executor, which has not begun could not begin at once."""
 
 
 class BrokenPoolExecutor(GpuLauncherError, BrokenExecutor):
@@ -41,6 +46,17 @@ class Submitted:
     kwargs: dict[str, Any]
 
 
+@dataclass(slots=True)
+class _Offered:
+    """A call that the manager has."""
+
+    future: Future[Any]
+    name: str
+    """Of the function."""
+    begun: bool = False
+    """Whether it cannot be cancelled any more."""
+
+
 class Courier:
     """Carries the calls of one executor, to which it has no reference: that may go when nobody has one any more."""
 
@@ -50,15 +66,19 @@ class Courier:
         """Start the thread. `loop` is open, and closed in the end."""
         self._loop = loop
         self._pending: deque[Submitted] = deque()
-        self._offered: dict[int, tuple[Future[Any], str]] = {}
-        """Of the calls that the manager has: the future, and the name of the function."""
+        self._offered: dict[int, _Offered] = {}
+        self._cancelled: deque[int] = deque()
+        """Offered calls that the user has cancelled."""
         self._wanted = 0
         """How many calls more the manager would take now."""
         self._ready = False
         """Whether it has said so once."""
+        self._flowing = False
+        """Whether a call has begun, or waits for somebody else: what has not begun then, could not begin at once."""
         self._number = 0
         self._finishing = False
-        self._cancelling = False
+        self._cancel_by: float | None = None
+        """When to cancel even what could perhaps begin at once, if what has not begun is to be cancelled."""
         self._exhausted = False
         self._stops = 0
         """How many times it was told to stop, of which the manager knows `_stops_said`."""
@@ -86,13 +106,19 @@ class Courier:
         self._notify()
 
     def cancel(self) -> None:
-        """Cancel the calls that have not begun. There will be no more."""
-        self._cancelling = True
+        """Cancel the calls that have not begun, and could not begin at once. There will be no more."""
+        if self._cancel_by is None:
+            self._cancel_by = time.monotonic() + AT_ONCE
         self.finish()
 
     def stop(self) -> None:
         """Interrupt the calls that run; again: kill them."""
         self._stops += 1
+        self._notify()
+
+    def cancelled(self, number: int) -> None:
+        """A call that was offered is not wanted any more."""
+        self._cancelled.append(number)
         self._notify()
 
     def join(self) -> None:
@@ -135,7 +161,7 @@ class Courier:
         poll.register(self._loop.fileno(), select.POLLIN)
         poll.register(self._wake, select.POLLIN)
         while True:
-            ready = {descriptor for descriptor, _ in poll.poll()}
+            ready = {descriptor for descriptor, _ in poll.poll(self._patience())}
             if self._wake in ready:
                 os.eventfd_read(self._wake)
             if self._loop.fileno() in ready:
@@ -146,33 +172,71 @@ class Courier:
                 del message  # it may have a value, of which the thread is not to be the last owner
             self._say()
 
+    def _patience(self) -> float | None:
+        """Milliseconds until there is something to do though nothing happens."""
+        if self._cancel_by is None or all(call.begun for call in self._offered.values()):
+            return None
+        return max(0.0, self._cancel_by - time.monotonic()) * 1000
+
     def _hear(self, message: object) -> None:
         match message:
             case Wanted(count):
                 self._wanted += count
                 self._ready = True
+            case Heard(number, Granted()):
+                self._flowing = True
+                self._loop.say(s.Reply(number, self._begin(number) is not None))
             case Ended(result):
                 self._conclude(result)
             case Remarked() as remark:
+                self._flowing = self._flowing or remark.passing
                 self._remark = remark.text
-                remarks.log(remark)
+                with calling_back():
+                    remarks.log(remark)
 
     def _say(self) -> None:
+        while self._wanted and not self._stops and self._offer_one():
+            self._wanted -= 1
+        if self._cancel_by is not None and (self._ready or self._stops):  # what could run at once was offered
+            self._cancel_pending()
+            if self._flowing or self._stops or time.monotonic() >= self._cancel_by:
+                self._cancel_offered()
+        self._withdraw()
         while self._stops_said < self._stops:
             self._stops_said += 1
             self._loop.say(s.Stop())
-        while self._wanted and not self._stops and self._offer_one():
-            self._wanted -= 1
-        if self._cancelling and (self._ready or self._stops):  # what could run at once has begun
-            self._cancel_pending()
         if self._finishing and not self._exhausted and not self._waiting():
             self._exhausted = True
             self._loop.say(s.Exhausted())
 
     def _cancel_pending(self) -> None:
         while (call := self._next_pending()) is not None:
-            call.future.cancel()
+            with calling_back():
+                call.future.cancel()
             call.future.set_running_or_notify_cancel()
+
+    def _cancel_offered(self) -> None:
+        with calling_back():
+            for call in list(self._offered.values()):
+                if not call.begun:
+                    call.future.cancel()
+
+    def _withdraw(self) -> None:
+        """Tell the manager which calls are not wanted any more."""
+        while self._cancelled:
+            number = self._cancelled.popleft()
+            if number in self._offered and self._begin(number) is None:
+                self._loop.say(s.Withdrawn(number, "was cancelled"))
+
+    def _begin(self, number: int) -> _Offered | None:
+        """The call, which can no longer be cancelled; None if it was, and then it is forgotten."""
+        call = self._offered.get(number)
+        if call is not None and not call.begun:
+            call.begun = call.future.set_running_or_notify_cancel()
+            if not call.begun:
+                del self._offered[number]
+                return None
+        return call
 
     def _waiting(self) -> bool:
         """Whether calls are pending that nobody has cancelled."""
@@ -183,9 +247,12 @@ class Courier:
     def _offer_one(self) -> bool:
         """Offer the next call that can be made; whether there was one."""
         while (call := self._next_pending()) is not None:
-            if call.future.set_running_or_notify_cancel() and (job := self._job(call)) is not None:
-                self._offered[job.number] = call.future, job.label
+            if call.future.cancelled():
+                call.future.set_running_or_notify_cancel()
+            elif (job := self._job(call)) is not None:
+                self._offered[job.number] = _Offered(call.future, job.label)
                 self._loop.say(s.Offer(job))
+                call.future.add_done_callback(functools.partial(_note, weakref.ref(self), job.number))
                 return True
         return False
 
@@ -198,21 +265,33 @@ class Courier:
             with busy():
                 packed = pack((call.function, call.args, call.kwargs), directory / f"{number}.call", self._loop.known)
         except BaseException as error:  # whatever the user's objects raise, to whoever waits for it
-            call.future.set_exception(_not_handed_over(name, error))
+            if call.future.set_running_or_notify_cancel():
+                with calling_back():
+                    call.future.set_exception(_not_handed_over(name, error))
             return None
         return Job(number, name, Call(packed, str(directory / f"{number}.value")))
 
     def _conclude(self, result: JobResult) -> None:
-        future, name = self._offered.pop(result.number)
+        call = self._begin(result.number)
+        if call is None:
+            self._unlink(result.number)
+            return
         with busy():
-            value, error = _open(result, name)
+            value, error = _open(result, call.name)
+        del self._offered[result.number]
         if error is not None:
-            for left in (f"{result.number}.call", f"{result.number}.value"):
-                (self._loop.directory / left).unlink(missing_ok=True)
-        if error is None:
-            future.set_result(value)
-        else:
-            future.set_exception(error)
+            self._unlink(result.number)
+        with calling_back():
+            if error is None:
+                call.future.set_result(value)
+            else:
+                call.future.set_exception(error)
+            del call, value, error  # of which this thread may be the last owner
+
+    def _unlink(self, number: int) -> None:
+        """Remove what a call has left in files."""
+        for left in (f"{number}.call", f"{number}.value"):
+            (self._loop.directory / left).unlink(missing_ok=True)
 
     def _why_closed(self, closed: Closed) -> str:
         if closed.error is not None:
@@ -223,16 +302,25 @@ class Courier:
 
     def _fail_all(self, problem: str) -> None:
         """Whoever waits for a call waits no longer."""
-        offered, self._offered = self._offered, {}
-        for future, name in offered.values():
-            future.set_exception(BrokenPoolExecutor(f"{name}() was not finished: {problem}"))
+        for number in list(self._offered):
+            if (call := self._begin(number)) is not None:
+                with calling_back():
+                    call.future.set_exception(BrokenPoolExecutor(f"{call.name}() was not finished: {problem}"))
+        self._offered.clear()
         self._fail_pending(problem)
 
     def _fail_pending(self, problem: str) -> None:
         while (call := self._next_pending()) is not None:
             if call.future.set_running_or_notify_cancel():
                 name = _name(call.function)
-                call.future.set_exception(BrokenPoolExecutor(f"{name}() was not called: {problem}"))
+                with calling_back():
+                    call.future.set_exception(BrokenPoolExecutor(f"{name}() was not called: {problem}"))
+
+
+def _note(courier: weakref.ref[Courier], number: int, future: Future[Any]) -> None:
+    """A call that was offered is done: perhaps somebody has cancelled it."""
+    if future.cancelled() and (this := courier()) is not None:
+        this.cancelled(number)
 
 
 def _open(result: JobResult, name: str) -> tuple[Any, BaseException | None]:

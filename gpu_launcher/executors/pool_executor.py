@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import itertools
 import os
@@ -10,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar, get_args
+from typing import Any, NoReturn, ParamSpec, TypeVar, get_args
 
 from gpu_launcher.errors import OptionError
 from gpu_launcher.executors.calls import Calls
@@ -43,18 +44,19 @@ class PoolExecutor(Executor):
 
     def __init__(
         self,
+        *positional: NoReturn,
         gpus: float | None = None,
         max_workers: int | None = None,
-        *,
         memory: object = None,
         priority: int = 0,
         timeout: object = None,
         pool: Pool | None = None,
         start_method: StartMethod = "auto",
     ) -> None:
-        """Say what each call needs. Nothing is started before the first `submit`.
+        """Say what each call needs, all by name. Nothing is started before the first `submit`.
 
         Args:
+            positional: none. The standard executors have `max_workers` first, and here `gpus` comes to mind first.
             gpus: devices of each call: 0, 1, 2, ..., or a fraction of one. Default: 1, or, if `memory` is given, a
                 share of one.
             max_workers: how many calls may run at the same time. Default: as many as get devices; without devices, as
@@ -67,8 +69,14 @@ class PoolExecutor(Executor):
             start_method: `fork` from this program, or `spawn` of fresh interpreters. Default: fork, unless other
                 threads run, or CUDA is initialised, when the first call is submitted.
 
-        Raises ValueError, most often an OptionError.
+        Raises ValueError, most often an OptionError; TypeError for what is given without a name.
         """
+        if positional:
+            given, first = ", ".join(map(repr, positional)), repr(positional[0])
+            raise TypeError(
+                f"PoolExecutor({given}) does not say what is meant. Remedy: PoolExecutor(max_workers={first}) for so "
+                f"many calls at a time, PoolExecutor(gpus={first}) for so many devices per call"
+            )
         options = {"gpus": gpus, "memory": memory, "priority": priority, "timeout": timeout}
         self._request = read_request(options)
         if max_workers is not None and (isinstance(max_workers, bool) or not isinstance(max_workers, int)):
@@ -87,7 +95,7 @@ class PoolExecutor(Executor):
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Have `fn(*args, **kwargs)` called, and return a Future of its value.
 
-        It runs as soon as a process is prepared for it, and cannot be cancelled from then on. The first call starts
+        It runs as soon as it has its devices, and cannot be cancelled from then on. The first call starts
         the processes, and raises what keeps them from it: OptionError, such as for devices that do not exist, or
         PoolDirectoryError. Raises RuntimeError after `shutdown`, and BrokenPoolExecutor, which is one.
         """
@@ -131,7 +139,8 @@ class PoolExecutor(Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more calls, and free everything when the last one has ended, for which to `wait`.
 
-        With `cancel_futures` those that have not begun are cancelled.
+        With `cancel_futures` those that have not begun are cancelled, unless no call has begun yet: then it is waited
+        for whether one can begin at once, for up to 5 s.
         """
         if self._process != os.getpid():
             return
@@ -150,8 +159,11 @@ class PoolExecutor(Executor):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        """Shut down. After Ctrl-C the calls are interrupted, too, and killed after ten seconds, or at another one."""
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
+        """Shut down. After Ctrl-C the calls are interrupted, too, and killed after ten seconds, or at another one.
+
+        So they are when the task that runs the block is cancelled, which is what Ctrl-C is under asyncio.
+        """
+        if kind is not None and issubclass(kind, (KeyboardInterrupt, asyncio.CancelledError)):
             self._interrupt()
             return None
         try:

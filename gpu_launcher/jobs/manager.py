@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 
 from gpu_launcher.devices import usable_cpus
 from gpu_launcher.errors import GpuLauncherError
+from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs import source as s
-from gpu_launcher.jobs.events import Event, JobWaiting, Notice, SweepStarted
+from gpu_launcher.jobs.events import Event, JobEnded, JobStarted, JobWaiting, Notice, SweepStarted
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.manager_messages import (
     Begin,
@@ -223,6 +224,10 @@ class _Display:
         self._link = link
         self._method = method
         self._options = options
+        self._waiting: JobWaiting | None = None
+        """As long as it is so."""
+        self._waits = 0
+        self._said_at = 0.0
 
     def handle(self, event: Event) -> None:
         match event:
@@ -231,11 +236,24 @@ class _Display:
                 self._link.send(Opened(devices, at_once, self._method))
             case Notice(text=text):
                 self._link.send(Remarked(text))
-            case JobWaiting(reason=reason) if reason:
-                self._link.send(Remarked(f"waiting for devices: {reason}", passing=True))
+            case JobWaiting(time=now, reason=reason):
+                self._waiting = event if reason else None
+                self._waits += 1
+                self._remark(now)
+            case JobStarted(number=number) | JobEnded(number=number):
+                if self._waiting is not None and self._waiting.number == number:
+                    self._waiting = None
 
     def tick(self, now: float) -> None:
-        """Nothing is shown."""
+        """Say again what was perhaps not passed on, so soon after something else was said."""
+        if now - self._said_at >= remarks.EVERY:
+            self._remark(now)
+
+    def _remark(self, now: float) -> None:
+        if self._waiting is not None:
+            self._said_at = now
+            text = f"waiting for devices: {self._waiting.reason}"
+            self._link.send(Remarked(text, passing=True, about=f"{os.getpid()} {self._waits}"))
 
     def close(self) -> None:
         """Nothing was opened."""

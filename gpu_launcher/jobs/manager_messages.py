@@ -58,6 +58,8 @@ class Remarked:
     text: str
     passing: bool = False
     """Whether it says how things are at the moment, and may be said again."""
+    about: str = ""
+    """For one that is passing: what it is about; it is repeated with the same as long as things are so."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 
 from gpu_launcher.jobs.manager_messages import Remarked
 
@@ -15,6 +16,8 @@ EVERY = 60.0
 
 _said: set[str] = set()
 """What this process has said."""
+_told: deque[str] = deque(maxlen=64)
+"""What the latest that passed were about."""
 _last = -math.inf
 """When it last said something that passes."""
 
@@ -23,12 +26,14 @@ _ASKED_FOR = (" simulated: no real GPU is reserved", "(spawn): start_method=spaw
 
 
 def log(remark: Remarked) -> None:
-    """Log it as a warning: a notice once, what passes from time to time."""
+    """Log it as a warning: a notice once, what passes from time to time, and once for all that it is repeated."""
     global _last
     if remark.passing:
         now = time.monotonic()
-        if now - _last >= EVERY:
+        if now - _last >= EVERY and remark.about not in _told:
             _last = now
+            if remark.about:
+                _told.append(remark.about)
             logger.warning("%s", remark.text)
     elif remark.text not in _said:
         _said.add(remark.text)

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -36,13 +37,20 @@ from gpu_launcher.processes.worker import Program
 _harmless: set[int] = set()
 """Native ids of threads that hold no lock which a forked process would need, except while they are `_busy`."""
 
+_calling: set[int] = set()
+"""Of these, the threads that are in the user's code, which may have taken any lock. They enter it when not `_busy`."""
+
 _busy = threading.RLock()
+
+PATIENCE = 1.0
+"""Seconds that a fork waits for the user's code in threads of ours. No longer: that may wait for the one that forks."""
 
 
 def _forget_threads() -> None:
     """In a forked process: there are none but this one."""
     global _busy
     _harmless.clear()
+    _calling.clear()
     _busy = threading.RLock()
 
 
@@ -87,16 +95,19 @@ class RemoteLoop:
         prepare()
         _flush()
         with helpers_paused():
-            self._fork(manager)
+            harmless, calling = self._fork(manager)
             theirs.close()
             # Right after the fork, for which OpenBLAS and the like shut their threads down.
-            names = other_threads(besides=_harmless | {threading.get_native_id()})
+            names = other_threads(besides=harmless | {threading.get_native_id()})
         unsafe = f"{len(names)} other thread(s) run in this program ({', '.join(sorted(set(names)))})"
+        if calling:
+            unsafe += ", and one of them calls back what was given to add_done_callback, or a handler of log messages"
         self.say(Begin(unsafe if names else None))
 
-    def _fork(self, manager: Manager) -> None:
+    def _fork(self, manager: Manager) -> tuple[set[int], bool]:
+        """Returns which threads are harmless, and whether one of them calls the user's code."""
         try:
-            with _busy, uninterrupted() as signals, own_fork(), warnings.catch_warnings():
+            with _at_rest() as (harmless, calling), uninterrupted() as signals, own_fork(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # of threads; we look for them ourselves
                 self._pid = os.fork()
                 if self._pid == 0:
@@ -106,6 +117,7 @@ class RemoteLoop:
         finally:
             if os.getpid() != self._process:  # Ctrl-C at its very beginning: nothing of the program is to run in it
                 os._exit(1)
+        return harmless, calling
 
     def open(self) -> Opened:
         """Wait until jobs can be run. Raises what keeps them from it, such as OptionError or PoolDirectoryError."""
@@ -200,6 +212,40 @@ def harmless_thread() -> Iterator[None]:
         yield
     finally:
         _harmless.discard(me)
+
+
+@contextlib.contextmanager
+def calling_back() -> Iterator[None]:
+    """Say of a harmless thread that it is not: it calls the user's code, which may take any lock and wait for anything.
+
+    A fork meanwhile is put off a little, and then counts as unsafe, but does not wait for the end of it.
+    """
+    me = threading.get_native_id()
+    if me not in _harmless or me in _calling:
+        yield
+        return
+    with _busy:
+        _calling.add(me)
+    try:
+        yield
+    finally:
+        _calling.discard(me)
+
+
+@contextlib.contextmanager
+def _at_rest() -> Iterator[tuple[set[int], bool]]:
+    """For a fork: while entered, no harmless thread gets `busy`, or begins to call back.
+
+    Returns those that are harmless now, and whether there are others which call back.
+    """
+    until = time.monotonic() + PATIENCE
+    while True:
+        with _busy:
+            calling = _calling - {threading.get_native_id()}
+            if not calling or time.monotonic() >= until:
+                yield _harmless - calling, bool(calling)
+                return
+        time.sleep(0.001)
 
 
 def busy() -> contextlib.AbstractContextManager[Any]:

@@ -54,6 +54,8 @@ class Options:
     """Leave out the jobs that completed in an earlier launch."""
     spell: Callable[[str], str] = str
     """What the user writes for an option of that name, such as `--devices` for `devices`."""
+    environ: Mapping[str, str] | None = None
+    """By whose mask GPUs are visible; None: by that of this process when the jobs are run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ def run_jobs(
     there is nothing to resume, and `directory` gets no more than their reports. Raises OptionError, PoolDirectoryError
     and ManifestError before any job is started.
     """
-    selection = select_devices(options.devices, os.environ, option=options.spell("devices"))
+    selection = select_devices(options.devices, _environ(options), option=options.spell("devices"))
     devices = selection.devices
     if options.request is not None:
         refuse(options.request, devices, options.spell("gpus"))
@@ -152,6 +154,10 @@ def run_jobs(
         progress.handle(SweepEnded(time.monotonic()))
         in_order = [results[number] for number in _order(jobs, results)]
         return SweepResult(in_order, loop.signals.last if loop.stopped else None, loop.stopped)
+
+
+def _environ(options: Options) -> Mapping[str, str]:
+    return os.environ if options.environ is None else options.environ
 
 
 def _report_in(directory: Path) -> Callable[[int], Path]:

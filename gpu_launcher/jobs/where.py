@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,8 @@ class Where:
     """Another pool directory than the machine's."""
     busy_memory: object = BUSY_MEMORY
     """Beyond what is leased, this much memory in use makes a device not to be granted. None: nothing does."""
+    environ: Mapping[str, str] | None = None
+    """By whose mask GPUs are visible; None: by that of this process when the jobs are run."""
 
     def options(self, request: Request, max_parallel: int | None = None) -> Options:
         """How to run jobs there, each of which has this request. Raises OptionError."""
@@ -38,6 +41,7 @@ class Where:
             pool_dir=None if self.pool_dir is None else os.fspath(self.pool_dir),
             busy_memory=None if self.busy_memory is None else read_memory(self.busy_memory, "busy_memory"),
             telling=Telling(),
+            environ=self.environ,
         )
 
 

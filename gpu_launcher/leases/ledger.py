@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol, SupportsIndex
 
 from gpu_launcher.errors import RequestError
 from gpu_launcher.leases.policy import INDIFFERENT, Candidate, Demand, Snapshot, Taste, Wait, waits
@@ -62,6 +62,10 @@ class Lease:
         """For ledgers, and for who kept it in a child: take the descriptor out, or -1 if that was done before."""
         descriptor, self._descriptor = self._descriptor, -1
         return descriptor
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Raise TypeError: a copy would close a descriptor that by then may be the number of another file."""
+        raise TypeError(f"lease {self.id} cannot be copied or pickled: it is as good as its descriptor")
 
     def __repr__(self) -> str:
         return f"Lease({self.id!r}, {self.uuids!r}, descriptor={self._descriptor})"

@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from types import TracebackType
+from typing import NoReturn, SupportsIndex
 
 from gpu_launcher.errors import ApplyError
 from gpu_launcher.jobs.explaining import labels
@@ -109,6 +110,13 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.release()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Raise TypeError: a copy would hold nothing, and its release close a file of somebody else's."""
+        raise TypeError(
+            f"{self!r} can be neither copied nor pickled: it is held by a descriptor of this process. Remedy: give "
+            "another process env=lease.environment() and pass_fds=lease.pass_fds, or have it ask for a lease of its own"
+        )
 
     def __repr__(self) -> str:
         return f"<Lease of {labels(self.devices) or 'no devices'}{', released' if self.released else ''}>"

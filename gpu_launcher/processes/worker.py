@@ -131,8 +131,7 @@ def work(channel: socket.socket, stdio: CapturedStdio, load_program: Callable[[]
     except ChannelClosedError:
         os._exit(1)
     assert isinstance(assignment, Assignment), assignment
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what a script starts with `&`
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # with which a sweep that is stopped asks us to end
+    _be_interruptible()
     os.environ[ATTEMPT] = str(assignment.attempt)
     bulletin.forget()
     job = os.getpid()
@@ -223,6 +222,22 @@ def _reseed_numpy() -> None:
     state = numpy_random.mtrand._rand._bit_generator
     if isinstance(getattr(state, "_seed_seq", None), numpy_random.SeedSequence):
         numpy_random.seed()
+
+
+def _be_interruptible() -> None:
+    """SIGINT is how a sweep that is stopped asks a job to end; SIGTERM, how one that took too long is told so."""
+    interrupt = signal.getsignal(signal.SIGINT)
+    # Ignored, as in what a script starts with `&`.
+    if interrupt is signal.SIG_IGN or _is_of_an_event_loop(interrupt):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if _is_of_an_event_loop(signal.getsignal(signal.SIGTERM)):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _is_of_an_event_loop(handler: object) -> bool:
+    """Whether it tells an event loop of the signal: that of the program that this process was forked from."""
+    function = getattr(handler, "func", handler)  # a functools.partial, as asyncio.run has it
+    return str(getattr(function, "__module__", "")).partition(".")[0] in ("asyncio", "uvloop")
 
 
 def _use_descriptors_for_stdio() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import gc
 import logging
 import os
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import cloudpickle
 import pytest
 
 import gpu_launcher
@@ -807,6 +809,27 @@ def test_apply_refuses_when_cuda_is_initialised(pool: Pool, monkeypatch: pytest.
         with pytest.raises(ApplyError, match=r"already initialised.*call apply\(\) before.*env=lease.environment\(\)"):
             lease.apply()
         assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+# Copies
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps, cloudpickle.dumps])
+def test_a_lease_cannot_be_copied(pool: Pool, copied: Callable[[object], object]) -> None:
+    for lease in (pool.lease(), pool.lease(gpus=0)):
+        with lease:
+            with pytest.raises(TypeError, match=r"neither copied nor pickled.*Remedy: .*pass_fds=lease.pass_fds"):
+                copied(lease)
+            with pytest.raises(TypeError, match="copied or pickled" if lease.devices else "copied nor pickled"):
+                copied(lease._held or lease)
+            assert not lease.released
+
+
+def test_a_lease_cannot_be_given_to_a_call(pool: Pool) -> None:
+    with pool.lease() as lease, gpu_launcher.PoolExecutor(gpus=0, pool=pool) as executor:
+        error = executor.submit(id, lease).exception(SOON)
+        assert isinstance(error, gpu_launcher.UnpicklableError)
+        assert "neither copied nor pickled" in str(error)
 
 
 # Ends

@@ -35,7 +35,7 @@ class PoolExecutor(pool_executor.PoolExecutor):
     """Constructed as the tests construct theirs."""
 
     def __init__(self, max_workers: int | None = None, mp_context: object = None) -> None:
-        super().__init__(GPUS, max_workers, pool=Where("simulated:5", POOL), start_method=METHOD)
+        super().__init__(gpus=GPUS, max_workers=max_workers, pool=Where("simulated:5", POOL), start_method=METHOD)
 
 
 class PoolMixin(part("util").ExecutorMixin):

@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import random
 import re
 import resource
 import signal
@@ -18,14 +19,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import BrokenExecutor, CancelledError, as_completed
+from concurrent.futures import BrokenExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from gpu_launcher import PoolExecutor
+from gpu_launcher import Pool, PoolExecutor
 from gpu_launcher.errors import JobError, JobTimeoutError, OptionError, PoolDirectoryError, UnpicklableError
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.where import Where
@@ -100,7 +101,7 @@ def test_calls_share_a_device_by_memory_or_by_fraction(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("gpus", [0, 1])
 def test_no_more_calls_run_than_there_are_workers(pool: Where, tmp_path: Path, gpus: int) -> None:
-    with PoolExecutor(gpus, max_workers=1, pool=pool) as executor:
+    with PoolExecutor(gpus=gpus, max_workers=1, pool=pool) as executor:
         calls = [executor.submit(touch_and_wait, tmp_path, f"begun-{number}") for number in range(3)]
         wait_until(lambda: list(tmp_path.glob("begun-*")))
         time.sleep(0.3)
@@ -110,7 +111,7 @@ def test_no_more_calls_run_than_there_are_workers(pool: Where, tmp_path: Path, g
 
 
 def test_without_devices_any_number_of_workers_may_run(pool: Where, tmp_path: Path) -> None:
-    with PoolExecutor(0, max_workers=12, pool=pool) as executor:
+    with PoolExecutor(gpus=0, max_workers=12, pool=pool) as executor:
         for number in range(12):
             executor.submit(touch_and_wait, tmp_path, f"begun-{number}")
         wait_until(lambda: len(list(tmp_path.glob("begun-*"))) == 12)
@@ -147,7 +148,7 @@ def fail(point):
     raise Wrong(point)
 
 def recurse(executor_method, depth):
-    with PoolExecutor(0, max_workers=1, pool=Where("simulated:2"), start_method=executor_method) as executor:
+    with PoolExecutor(gpus=0, max_workers=1, pool=Where("simulated:2"), start_method=executor_method) as executor:
         return depth if depth == 2 else executor.submit(recurse, executor_method, depth + 1).result()
 
 if __name__ == "__main__":
@@ -359,16 +360,77 @@ def test_a_call_that_runs_cannot_be_cancelled_and_one_that_was_cancelled_never_r
         assert running.running()
         assert not running.cancel()
         later = [executor.submit(touch_and_wait, tmp_path, f"later-{number}") for number in range(20)]
-        cancelled = [future for future in later if future.cancel()]
-        assert len(cancelled) >= 15  # a few are prepared ahead
+        assert not any(future.running() for future in later)
+        assert all(future.cancel() for future in later)
+        assert all(future.cancelled() for future in as_completed(later, timeout=30))
         (tmp_path / "go on").touch()
-    for future in later:
-        if future in cancelled:
-            with pytest.raises(CancelledError):
-                future.result()
-        else:
-            assert future.result() > 0
-    assert len(list(tmp_path.glob("later-*"))) == len(later) - len(cancelled)
+    assert running.result() > 0
+    assert not list(tmp_path.glob("later-*"))
+
+
+def test_whenever_a_call_is_cancelled_it_either_runs_or_was_cancelled(pool: Where, tmp_path: Path) -> None:
+    chance = random.Random(7)
+    with PoolExecutor(pool=pool) as executor:
+        futures = [executor.submit((tmp_path / f"ran-{number}").touch) for number in range(60)]
+        for future in chance.sample(futures, 40):
+            time.sleep(chance.random() * 0.02)
+            future.cancel()
+        executor.submit(abs, -1).result()
+    cancelled = [future.cancelled() for future in futures]
+    assert all(future.done() for future in futures)
+    assert [(tmp_path / f"ran-{number}").exists() for number in range(60)] == [not was for was in cancelled]
+    assert not list(Path(tempfile.gettempdir()).iterdir())
+
+
+def test_calls_that_wait_for_devices_of_others_can_be_cancelled(tmp_path: Path) -> None:
+    with Pool("simulated:1", tmp_path / "pool") as pool, PoolExecutor(pool=pool) as executor:
+        with pool.lease():
+            futures = [executor.submit((tmp_path / "ran").touch) for _ in range(5)]
+            wait_until(lambda: pool.snapshot().queue)
+            assert [(future.running(), future.cancel()) for future in futures] == [(False, True)] * 5
+            wait_until(lambda: not pool.snapshot().queue)
+        assert executor.submit(abs, -1).result(30) == 1
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_shutting_down_does_not_wait_for_devices_of_others_to_cancel_calls(tmp_path: Path, waiting: bool) -> None:
+    with Pool("simulated:1", tmp_path / "pool") as pool, pool.lease():
+        executor = PoolExecutor(pool=pool)
+        futures = [executor.submit(abs, -1) for _ in range(5)]
+        if waiting:
+            wait_until(lambda: pool.snapshot().queue)
+        executor.shutdown(cancel_futures=True)
+        assert all(future.cancelled() for future in futures)
+
+
+def test_shutting_down_lets_calls_that_have_begun_finish_and_cancels_the_others(pool: Where, tmp_path: Path) -> None:
+    executor = PoolExecutor(pool=pool)
+    futures = [executor.submit(touch_and_wait, tmp_path, f"begun-{number}") for number in range(5)]
+    wait_until(lambda: len(list(tmp_path.glob("begun-*"))) == 2)
+    executor.shutdown(wait=False, cancel_futures=True)
+    assert len(list(as_completed(futures[2:], timeout=30))) == 3
+    assert [future.cancelled() for future in futures] == [False, False, True, True, True]
+    (tmp_path / "go on").touch()
+    executor.shutdown()
+    assert all(future.result() for future in futures[:2])
+
+
+def test_tasks_that_wait_for_devices_are_cancelled_with_their_calls(pool: Where, tmp_path: Path) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        with PoolExecutor(max_workers=1, pool=pool) as executor:
+            running = loop.run_in_executor(executor, touch_and_wait, tmp_path)
+            others = [loop.run_in_executor(executor, (tmp_path / "ran").touch) for _ in range(3)]
+            while not (tmp_path / "begun").exists():
+                await asyncio.sleep(0.01)
+            for other in others:
+                other.cancel()
+            (tmp_path / "go on").touch()
+            await running
+
+    asyncio.run(main())
+    assert not (tmp_path / "ran").exists()
 
 
 def test_values_come_as_they_are_ready_or_in_order(pool: Where) -> None:
@@ -397,7 +459,7 @@ def test_an_event_loop_can_wait_for_calls(pool: Where) -> None:
 
 
 def test_a_call_may_be_submitted_by_the_callback_of_another_one_and_by_many_threads(pool: Where) -> None:
-    with PoolExecutor(0, pool=pool) as executor:
+    with PoolExecutor(gpus=0, pool=pool) as executor:
         more: list[Any] = []
         first = executor.submit(abs, -1)
         first.add_done_callback(lambda future: more.append(executor.submit(abs, -2)))
@@ -438,8 +500,35 @@ def test_several_executors_share_the_pool_and_all_fork(pool: Where, caplog: pyte
     assert "spawn" not in caplog.text
 
 
+LOCK = threading.Lock()
+
+
+def with_the_lock() -> str:
+    with LOCK:
+        return "had it"
+
+
+def test_an_executor_that_is_started_during_the_callback_of_another_one_does_not_inherit_its_locks(
+    pool: Where,
+) -> None:
+    holds, over = threading.Event(), threading.Event()
+
+    def note(future: object) -> None:
+        with LOCK:
+            holds.set()
+            over.wait(60)
+
+    with PoolExecutor(pool=pool) as one, PoolExecutor(pool=pool) as two:
+        one.submit(abs, -1).add_done_callback(note)
+        holds.wait()
+        try:
+            assert two.submit(with_the_lock).result(timeout=30) == "had it"
+        finally:
+            over.set()
+
+
 def test_a_forked_process_cannot_use_its_parents_executor(pool: Where) -> None:
-    with PoolExecutor(0, pool=pool) as executor:
+    with PoolExecutor(gpus=0, pool=pool) as executor:
         executor.submit(abs, -1).result()
         ours, theirs = multiprocessing.get_context("fork").Pipe()
 
@@ -463,7 +552,7 @@ def test_devices_that_others_hold_are_waited_for_and_that_is_said(
 ) -> None:
     caplog.set_level(logging.INFO, "gpu_launcher")
     monkeypatch.setattr(remarks, "_last", -math.inf)  # nothing was said a moment ago
-    with PoolExecutor(2, pool=pool) as holder, PoolExecutor(pool=pool) as executor:
+    with PoolExecutor(gpus=2, pool=pool) as holder, PoolExecutor(pool=pool) as executor:
         holder.submit(touch_and_wait, tmp_path)
         wait_until((tmp_path / "begun").exists)
         waiting = executor.submit(abs, -1)
@@ -476,6 +565,28 @@ def test_devices_that_others_hold_are_waited_for_and_that_is_said(
     assert (record.name, record.levelname) == ("gpu_launcher", "WARNING")
     assert re.search(r"simulated GPU 0, simulated GPU 1 held by .* #0 touch_and_wait", record.message)
     assert {record.levelname for record in caplog.records if "simulated: no real" in record.message} <= {"INFO"}
+
+
+def test_a_wait_that_begins_soon_after_another_one_is_told_of_later_and_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remarks, "EVERY", 3.0)  # in the process that is forked, too
+    monkeypatch.setattr(remarks, "_last", -math.inf)
+
+    def told() -> int:
+        return sum("waiting for devices: " in record.message for record in caplog.records)
+
+    with Pool("simulated:1", tmp_path / "pool") as pool, PoolExecutor(pool=pool) as executor:
+        with pool.lease():
+            first = executor.submit(abs, -1)
+            wait_until(lambda: told() == 1)
+        assert first.result() == 1
+        with pool.lease():
+            second = executor.submit(abs, -1)
+            wait_until(lambda: told() == 2)
+            time.sleep(4)  # it has been said
+            assert told() == 2
+            assert not second.done()
 
 
 @pytest.mark.parametrize(
@@ -496,8 +607,14 @@ def test_bad_options_are_refused_at_once(options: dict[str, Any], said: str) -> 
         PoolExecutor(**options)
 
 
+def test_options_are_given_by_name_for_the_standard_executors_have_another_one_first() -> None:
+    make: Any = PoolExecutor
+    with pytest.raises(TypeError, match=r"PoolExecutor\(4\) .* PoolExecutor\(max_workers=4\).* PoolExecutor\(gpus=4\)"):
+        make(4)
+
+
 def test_what_the_pool_cannot_give_is_refused_at_the_first_call(tmp_path: Path) -> None:
-    executor = PoolExecutor(3, pool=Where("simulated:2", tmp_path / "pool"))
+    executor = PoolExecutor(gpus=3, pool=Where("simulated:2", tmp_path / "pool"))
     for _ in range(2):
         with pytest.raises(OptionError, match="gpus"):
             executor.submit(abs, 1)
@@ -596,3 +713,71 @@ def test_a_second_ctrl_c_kills_the_calls_that_did_not_heed_the_first(tmp_path: P
     assert time.monotonic() - began < 8
     assert err == ""
     assert out.split()[:2] == ["JobError", "JobError"]
+
+
+UNDER_ASYNCIO = """
+import asyncio, os, signal, sys, time
+from pathlib import Path
+from gpu_launcher import PoolExecutor
+from gpu_launcher.jobs.where import Where
+
+def call(n, stubborn):
+    if stubborn:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        Path(f"began-{n}").touch()
+        time.sleep(600)
+    except KeyboardInterrupt:
+        Path(f"interrupted-{n}").touch()
+        raise
+
+async def main():
+    loop = asyncio.get_running_loop()
+    with PoolExecutor(pool=Where("simulated:2")) as executor:
+        stubborn = [sys.argv[1] == "stubborn" and n == 0 for n in range(6)]
+        await asyncio.gather(*(loop.run_in_executor(executor, call, n, stubborn[n]) for n in range(6)))
+
+async def limited():
+    task = asyncio.ensure_future(main())
+    while not (Path("began-0").exists() and Path("began-1").exists()):
+        await asyncio.sleep(0.01)
+    task.cancel()
+    await task
+
+try:
+    asyncio.run(limited() if sys.argv[1] == "cancelled" else main())
+except (KeyboardInterrupt, asyncio.CancelledError) as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize("how", ["interrupted", "stubborn", "cancelled"])
+def test_under_asyncio_ctrl_c_and_cancellation_interrupt_the_calls_that_run(tmp_path: Path, how: str) -> None:
+    process = run(UNDER_ASYNCIO, tmp_path, how)
+    wait_until(lambda: (tmp_path / "began-0").exists() and (tmp_path / "began-1").exists())
+    began = time.monotonic()
+    if how != "cancelled":
+        process.send_signal(signal.SIGINT)
+    wait_until((tmp_path / "interrupted-1").exists)
+    if how == "stubborn":
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 8  # less than the time after which they are killed
+    assert (out, err) == ("CancelledError\n" if how == "cancelled" else "KeyboardInterrupt\n", "")
+    assert (tmp_path / "interrupted-0").exists() == (how != "stubborn")
+    assert not (tmp_path / "began-2").exists()
+
+
+def test_a_handler_of_the_event_loop_does_not_keep_a_call_from_being_ended(pool: Where) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, lambda: None)
+        try:
+            with PoolExecutor(pool=pool, timeout=0.3) as executor, pytest.raises(JobTimeoutError):
+                await loop.run_in_executor(executor, time.sleep, 600)
+        finally:
+            loop.remove_signal_handler(signal.SIGTERM)
+
+    began = time.monotonic()
+    asyncio.run(main())
+    assert time.monotonic() - began < 8  # less than the time after which it is killed

@@ -80,3 +80,35 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "0"
 print([device.label for device in pool.devices])
 """
     assert machine.run(code, CUDA_VISIBLE_DEVICES="1") == "['GPU 1']"
+
+
+def test_calls_and_workers_of_a_pool_use_the_other_gpus_while_a_lease_of_it_is_applied(
+    machine: Machine, tmp_path: Path
+) -> None:
+    two_gpus(machine)
+    code = f"""
+import gpu_launcher, os
+def visible(record=None):
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+with gpu_launcher.Pool(pool_dir={str(tmp_path / "pool")!r}) as pool, pool.lease() as lease:
+    lease.apply()
+    with gpu_launcher.PoolExecutor(pool=pool) as executor:
+        called = executor.submit(visible).result(timeout=30)
+    print(visible(), called, *gpu_launcher.parallel_map([1], function=visible, pool=pool))
+"""
+    assert machine.run(code) == "0 1 1"
+
+
+def test_a_pool_that_masks_nothing_stays_so_while_a_lease_of_it_is_applied(machine: Machine, tmp_path: Path) -> None:
+    two_gpus(machine)
+    code = f"""
+import gpu_launcher, os
+with gpu_launcher.Pool(pool_dir={str(tmp_path / "pool")!r}) as pool:
+    lease = pool.lease()
+    lease.apply()
+    executor = gpu_launcher.PoolExecutor(gpus=2, pool=pool)
+    executor.submit(abs, -1)  # it would be refused: one GPU is visible here
+    lease.release()
+    executor.shutdown()
+"""
+    assert machine.run(code, PYTHONWARNINGS="ignore") == ""

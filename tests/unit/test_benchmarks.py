@@ -79,15 +79,3 @@ def test_it_compares_storages_of_a_study_and_counts_trials_that_run_twice(tmp_pa
     found = storages["gpu_launcher.storage"]
     assert (found["errors"], found["ran_again"], found["left_running"]) == ({}, 0, 0)
     assert 0 < found["ask"]["median_ms"] <= found["ask"]["p99_ms"]
-
-
-def test_it_compares_executors(tmp_path: Path) -> None:
-    file = tmp_path / "results.json"
-    command = [sys.executable, str(SCRIPT.with_name("functions.py")), "executor", "--quick", "--json", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(file.read_text())["parts"]["executor"]
-    ours = found["executors"]["PoolExecutor"]
-    assert (ours["processes"], ours["ratio"]) == (found["calls"], 1.0)
-    assert found["executors"]["ProcessPoolExecutor, fork"]["processes"] <= 8
-    assert all(0 < of["utilisation"] <= 1 and of["ms_per_call"] > 0 for of in found["executors"].values())

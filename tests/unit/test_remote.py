@@ -22,7 +22,7 @@ from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.manager_messages import Closed, Ended, Heard, Message, Remarked, Started, Wanted
-from gpu_launcher.jobs.remote import ManagerDiedError, RemoteLoop, busy, harmless_thread
+from gpu_launcher.jobs.remote import ManagerDiedError, RemoteLoop, busy, calling_back, harmless_thread
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.model import Request
 from gpu_launcher.processes.messages import Report
@@ -331,6 +331,34 @@ def test_a_harmless_thread_does_not_and_the_fork_waits_while_it_is_busy(start: S
         assert released
         assert released[0] <= time.monotonic()
         assert loop.open().method == "fork"
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(("seconds", "method"), [(0.3, "fork"), (600.0, "spawn")])
+def test_a_harmless_thread_is_none_while_it_calls_back_for_which_a_fork_waits_a_moment_only(
+    start: Start, seconds: float, method: str
+) -> None:
+    over, ready = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with harmless_thread():
+            with calling_back():
+                ready.set()
+                over.wait(seconds)
+            with calling_back():
+                pass
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        ready.wait()
+        loop = start(method="auto")
+        opened = loop.open()
+        assert opened.method == method
+        texts = " ".join(hear(loop, Remarked).text for _ in range(2 if method == "spawn" else 1))
+        assert ("add_done_callback" in texts) == (method == "spawn")
     finally:
         over.set()
         thread.join()
