@@ -21,7 +21,7 @@ import pytest
 from gpu_launcher.errors import OptionError, UnpicklableError
 from gpu_launcher.executors.parallel_map import parallel_map
 from gpu_launcher.executors.pool_executor import PoolExecutor
-from gpu_launcher.executors.record_errors import RecordError, RemoteTraceback, UnreadableError
+from gpu_launcher.executors.record_errors import RecordError, RemoteTraceback, UnreadableError, WorkerDiedError
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
@@ -377,3 +377,52 @@ os.wait()
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.returncode) == ("", 0)
     assert done.stderr.count("parallel_map was not iterated over") == 1
+
+
+# Records that are so quick that several are begun at once
+
+
+def in_places(record: int) -> int:
+    if record % 1000 == 999:
+        raise StopIteration
+    if record % 777 == 776:
+        raise ValueError(record)
+    return -record
+
+
+def test_each_of_many_quick_records_that_fail_is_known(pool: Where) -> None:
+    results = list(parallel_map(range(50_000), function=in_places, gpus=0, on_error="return", pool=pool))
+    assert len(results) == 50_000
+    for record, result in enumerate(results):
+        if record % 1000 == 999 or record % 777 == 776:
+            assert isinstance(result, RecordError)
+            assert (result.index, result.record) == (record, record)
+            assert type(result.exception) is (StopIteration if record % 1000 == 999 else ValueError)
+        else:
+            assert result == -record
+
+
+def test_a_quick_record_that_kills_its_workers_is_found_among_the_others(pool: Where) -> None:
+    def deadly(record: int) -> int:
+        if record == 33_333:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return -record
+
+    results = list(parallel_map(range(50_000), function=deadly, gpus=0, on_error="return", pool=pool))
+    assert isinstance(results[33_333].exception, WorkerDiedError)
+    results[33_333] = -33_333
+    assert results == [-record for record in range(50_000)]
+
+
+def test_a_worker_that_dies_once_at_quick_records_costs_nothing(pool: Where, tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
+
+    def unlucky(record: int) -> int:
+        if record == 33_333 and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return -record
+
+    results = list(parallel_map(range(50_000), function=unlucky, gpus=0, pool=pool))
+    assert killed.exists()
+    assert results == [-record for record in range(50_000)]
