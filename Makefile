@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
-HALF := tests/cli tests/contract tests/executors
+HALF := tests/cli tests/contract tests/crash
 
 .PHONY: help setup demo test tests-one-half tests-other-half matrix soak bench clean
 

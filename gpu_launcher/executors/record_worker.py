@@ -29,7 +29,7 @@ FLUSH = 0.05
 """Seconds after which the results so far are sent, though the chunk is not done. As much is lost when a worker dies."""
 MOST_AT_ONCE = 256
 """Records that a worker begins at once. Their number has a place beside the index of the first, in 64 bits."""
-QUICK = 2e-5
+QUICK = 1e-4
 """Seconds that records begun at once take, together, if they are so quick that the next may be twice as many."""
 NO_RECORD = -1
 _OURS = (__file__, pickling.__file__, "/cloudpickle/cloudpickle.py")
