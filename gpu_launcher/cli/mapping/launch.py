@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +18,22 @@ from gpu_launcher.cli.mapping.records import Bad
 from gpu_launcher.cli.mapping.results import (
     Completed,
     Results,
-    _lines,
     completed_before,
-    result_line,
-    settle,
     write_table,
 )
+from gpu_launcher.cli.mapping.resumption import Before, ResumableSource, unwritable
 from gpu_launcher.cli.mapping.shell_text import CommandError
-from gpu_launcher.cli.mapping.source import MapSource
 from gpu_launcher.cli.mapping.supply import STDIN, Input, Supply
 from gpu_launcher.cli.mapping.template import GPU, Template
 from gpu_launcher.cli.streams import print_if_possible, printable, tell
 from gpu_launcher.devices import BUSY_MEMORY
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import GpuLauncherError, OptionError
-from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.grants import Telling
-from gpu_launcher.jobs.job import Cause, Job, JobResult
+from gpu_launcher.jobs.job import Cause
 from gpu_launcher.jobs.progress.text import count
-from gpu_launcher.jobs.source import Offer, Statement
 from gpu_launcher.jobs.sweep import Options, SweepResult, run_jobs
-from gpu_launcher.model import Device
 from gpu_launcher.processes.starter import ForkServer
 from gpu_launcher.requests import read_request
 
@@ -271,7 +263,7 @@ class _Launch:
 
     def begin(self, directory: str | None) -> int:
         """A new map."""
-        total = self._survey(_Before())
+        total = self._survey(Before())
         above = Place(Path(directory or DEFAULT).absolute()).above()
         place = Place(new_directory() if directory is None else Path(directory).absolute())
         place.create(self.asked.settings(), above)
@@ -286,7 +278,7 @@ class _Launch:
         """One that an earlier launch did not finish."""
         with place.locked("resume", tell):
             try:
-                before = _Before.of(place)
+                before = Before.of(place)
             except OSError as error:
                 problem = f"{shown(place.path)} cannot be read ({error.strerror}): {shown(Path(error.filename))}"
                 raise OptionError("resume", problem) from error
@@ -295,7 +287,7 @@ class _Launch:
             tell(f"{before.completed.count}{of} runs completed before, and are not run again")
             return self._run(place, total, before)
 
-    def _survey(self, before: _Before) -> int | None:
+    def _survey(self, before: Before) -> int | None:
         """Look through what is to be run, where that can be done, before anything is; returns how much it is."""
         if self.supply.source is None or not self.supply.source.seekable:
             return self.supply.total
@@ -312,13 +304,13 @@ class _Launch:
             )
         return survey.runs
 
-    def _run(self, place: Place, total: int | None, before: _Before | None) -> int:
+    def _run(self, place: Place, total: int | None, before: Before | None) -> int:
         try:
             results = Results(place.results)
         except OSError as error:
-            raise _unwritable(place, error) from error
+            raise unwritable(place, error) from error
         keep_going = bool(self.asked.options.get("keep_going"))
-        source = _Source(self.supply, place, results, before, keep_going=keep_going)
+        source = ResumableSource(self.supply, place, results, before, keep_going=keep_going)
         assert self.options.request is not None
         program = CommandProgram(self.template, place, self.options.request, self.asked.directory)
         # No thread of ours exists, and nothing of CUDA's.
@@ -335,7 +327,7 @@ class _Launch:
             source.close()
         return self._conclude(place, source, sweep)
 
-    def _conclude(self, place: Place, source: _Source, sweep: SweepResult) -> int:
+    def _conclude(self, place: Place, source: ResumableSource, sweep: SweepResult) -> int:
         try:
             source.results.flush()
             source.results.close()
@@ -362,103 +354,3 @@ class _Launch:
 
     def _how(self, place: Place) -> str:
         return _go_on(place, self.asked.source)
-
-
-@dataclass(frozen=True, slots=True)
-class _Before:
-    """What is known of a map's earlier launches."""
-
-    completed: Completed = field(default_factory=Completed)
-    incomplete: frozenset[int] = frozenset()
-    """Those of its runs that have a result or a directory, and did not complete."""
-    runs: int = 0
-    """How many it had, at least."""
-
-    @classmethod
-    def of(cls, place: Place) -> _Before:
-        """Raises OSError."""
-        completed = completed_before(place)
-        incomplete, last = set(), -1
-        for index in chain((line["index"] for line in _lines(place.results)), place.indices()):
-            last = max(last, index)
-            if index not in completed:
-                incomplete.add(index)
-        return cls(completed, frozenset(incomplete), last + 1)
-
-
-class _Source(MapSource):
-    """The runs of a map that may have been launched before.
-
-    What earlier launches found is changed as late as can be, when everything that could keep this one from running
-    anything has been looked at. In the end, each run that failed before and did not run again has its result back.
-    """
-
-    def __init__(
-        self, supply: Supply, place: Place, results: Results, before: _Before | None, *, keep_going: bool
-    ) -> None:
-        super().__init__(supply, place, results, completed=before.completed if before else None, keep_going=keep_going)
-        self._settled = before is None
-        self.missing = set(before.incomplete) if before else set()
-        """Runs of earlier launches that did not complete, as long as the supply has not named them."""
-        self._earlier = set(self.missing)
-        """Those which have no later result."""
-        self.ran = False
-        """Whether anything was started."""
-
-    @property
-    def results(self) -> Results:
-        """The table, which is another one when an earlier launch's has been settled."""
-        return self._results
-
-    def receive(self) -> list[Statement]:
-        """See `JobSource`. Raises RefusedError if the earlier results cannot be settled."""
-        if not self._settled:
-            self._settle()
-        statements = super().receive()
-        self.missing.difference_update(said.job.number for said in statements if isinstance(said, Offer))
-        return statements
-
-    def _settle(self) -> None:
-        try:
-            settle(self._place)
-            settled = Results(self._place.results)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self._place.results.with_name("results.jsonl.tmp").unlink()
-            raise _unwritable(self._place, error) from error
-        self._results.close()
-        self._results = settled
-        self._settled = True
-
-    def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
-        """See `JobSource`."""
-        self.ran = True
-        super().started(job, devices, log)
-
-    def ended(self, result: JobResult) -> None:
-        """See `JobSource`."""
-        super().ended(result)
-        if result.outcome is not Outcome.CANCELLED or result.duration is not None:
-            self._earlier.discard(result.number)
-
-    def close(self) -> None:
-        """When the loop is over."""
-        super().close()
-        if self._settled:
-            self._give_back()
-
-    def _give_back(self) -> None:
-        for index in sorted(self._earlier):
-            run = self._place.run(index)
-            outcome, params = run.read(), run.read_params()
-            if outcome is not None and "outcome" in outcome and params is not None:
-                line = result_line(self._place, index, **{**outcome, "params": params})
-                with contextlib.suppress(OSError):  # it is kept, to be flushed when there is room
-                    self._results.add(line)
-
-
-def _unwritable(place: Place, error: OSError) -> RefusedError:
-    return RefusedError(
-        f"results cannot be written to {shown(place.path)} ({error.strerror}), so that nothing was run: mend that, as "
-        "by making room, and give the command again"
-    )

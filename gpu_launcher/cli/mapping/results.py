@@ -75,7 +75,7 @@ class Completed:
 def completed_before(place: Place) -> Completed:
     """What an earlier launch completed, by its results and the outcomes that its runs left."""
     completed = Completed()
-    for line in _lines(place.results):
+    for line in lines(place.results):
         if _counts(line, completed):
             completed.add(line["index"], line["params"])
     for index in place.indices():
@@ -92,7 +92,7 @@ def settle(place: Place) -> Completed:
     completed = Completed()
     kept = place.results.with_name("results.jsonl.tmp")
     with open(kept, "w", encoding="utf-8") as file:
-        for line in _lines(place.results):
+        for line in lines(place.results):
             if _counts(line, completed):
                 completed.add(line["index"], line["params"])
                 file.write(to_json(line) + "\n")
@@ -165,16 +165,16 @@ def write_outcome(place: Place, line: Mapping[str, Any]) -> None:
 def write_table(place: Place) -> None:
     """`results.csv`: names and output in columns of their own, as `pandas.json_normalize` does. Raises OSError."""
     names: dict[str, None] = {}
-    for line in _lines(place.results):
+    for line in lines(place.results):
         names.update(dict.fromkeys(f"params.{name}" for name in line["params"]))
     said: dict[str, None] = {}
-    for line in _lines(place.results):
+    for line in lines(place.results):
         said.update(dict.fromkeys(f"output.{name}" for name in line["output"] or ()))
     temporary = place.table.with_name("results.csv.tmp")
     with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         table = csv.DictWriter(file, [*COLUMNS, *names, *said, *PATHS], restval="")
         table.writeheader()
-        for line in _lines(place.results):
+        for line in lines(place.results):
             row = {name: line[name] for name in (*COLUMNS, *PATHS)}
             row["devices"] = "; ".join(line["devices"])
             row |= {f"params.{name}": value for name, value in line["params"].items()}
@@ -189,7 +189,7 @@ def _cell(value: object) -> object:
     return value if isinstance(value, (str, int, float)) and not isinstance(value, bool) else json.dumps(value)
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def lines(path: Path) -> Iterator[dict[str, Any]]:
     """Those that are whole."""
     try:
         with open(path, "rb") as file:
