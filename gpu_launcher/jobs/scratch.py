@@ -13,7 +13,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-PREFIX = "gpu-launcher-jobs-"
+PREFIX = f"gpu-launcher-jobs-{os.uname().nodename}-"
+"""Nobody judges what another machine has in a directory that both have: its locks may not be seen here."""
 
 
 class Scratch:
