@@ -132,19 +132,15 @@ class Dealer:
         """From now on all records are."""
         self._most = 1
 
-    def lost(self, chunks: Iterable[Chunk], at: range) -> Chunk | None:
-        """These were being worked on by a worker that died at some of them; returns those, and deals the others again.
-
-        One alone has one more try behind it; of several it is not known which it was.
-        """
+    def lost(self, chunks: Iterable[Chunk], at: int) -> Chunk | None:
+        """These were being worked on by a worker that died at a record; returns it, and deals the others again."""
         culprit = None
         for chunk in chunks:
-            begin, end = at.start - chunk.first, at.stop - chunk.first
-            if at and 0 <= begin < len(chunk.records):
-                suspects = chunk.records[begin:end]
-                culprit = Chunk(at.start, suspects, chunk.tries + (len(suspects) == 1))
-                self.give_back(Chunk(chunk.first, chunk.records[:begin]))
-                self.give_back(Chunk(at.start + len(suspects), chunk.records[end:]))
+            position = at - chunk.first
+            if 0 <= position < len(chunk.records):
+                culprit = Chunk(at, [chunk.records[position]], chunk.tries + 1)
+                self.give_back(Chunk(chunk.first, chunk.records[:position]))
+                self.give_back(Chunk(at + 1, chunk.records[position + 1 :]))
             else:
                 self.give_back(chunk)
         return culprit

@@ -67,8 +67,7 @@ def parallel_map(
     while results are waited for. Breaking out of the iteration, closing it, or an exception ends the workers at once.
 
     A worker that dies is replaced, and the record it was at is dealt once more, alone; if that worker dies, too, the
-    record has failed, with a WorkerDiedError. (Records that take microseconds are begun several at once, and first
-    dealt alone to find the one.) Not promised: that a record is worked on once. Results are sent every
+    record has failed, with a WorkerDiedError. Not promised: that a record is worked on once. Results are sent every
     50 ms or so, and what a worker that dies had done since then is done again.
 
     Raises OptionError for what cannot be used and PoolDirectoryError, both before any worker is started; and from the

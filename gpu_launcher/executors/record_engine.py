@@ -345,12 +345,11 @@ class RecordEngine:
             self._died_starting += another
             self._do_without(self._died_starting, another, f"a worker {result.message}, before it had set itself up")
             return
-        culprit = self._dealer.lost(worker.dealt, self._positions.records(worker.seat))
+        at = self._positions.at[worker.seat]
+        culprit = self._dealer.lost(worker.dealt, at)
         if culprit is None:
             self._died_idle += another
             self._do_without(self._died_idle, another, f"a worker {result.message}, without a record")
-        elif len(culprit.records) > 1:
-            self._dealer.separate(culprit)
         elif culprit.tries == 1:
             self._dealer.give_back(culprit)
         else:

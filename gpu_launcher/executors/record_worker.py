@@ -6,13 +6,13 @@ which costs nothing and is there to be read whatever ends it.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,10 +27,9 @@ from gpu_launcher.processes.worker import Gate
 
 FLUSH = 0.05
 """Seconds after which the results so far are sent, though the chunk is not done. As much is lost when a worker dies."""
-MOST_AT_ONCE = 256
-"""Records that a worker begins at once. Their number has a place beside the index of the first, in 64 bits."""
-QUICK = 1e-4
-"""Seconds that records begun at once take, together, if they are so quick that the next may be twice as many."""
+QUICK = 3e-6
+"""Seconds. Of records that took less lately only every 16th is followed by a look at the clock, which costs as much as
+they do. Results may wait for so many that are slow after all."""
 NO_RECORD = -1
 _OURS = (__file__, pickling.__file__, "/cloudpickle/cloudpickle.py")
 
@@ -50,13 +49,6 @@ class Positions:
         finally:
             os.close(descriptor)
         self.at = memoryview(self._map).cast("q")
-
-    def records(self, seat: int) -> range:
-        """The indices of those that a worker has begun, and may not have done: of several only if they are quick."""
-        if self.at[seat] == NO_RECORD:
-            return range(0)
-        index, count = divmod(self.at[seat], MOST_AT_ONCE + 1)
-        return range(index, index + count)
 
     def close(self) -> None:
         self.at.release()
@@ -180,8 +172,9 @@ class RecordWorker:
             os._exit(1)  # the directory goes with the program, and nobody is left to be told anything
         positions.at[spec.seat] = NO_RECORD
         gate.say(Ready())
+        calls = _Calls(gate, positions.at, spec.seat, function, objects)
         while isinstance(work := gate.hear(), Work):
-            _Chunk(gate, positions.at, spec.seat, function, objects).do(work)
+            calls.do(work)
         return Report(True, None, b"")
 
     def _program(self) -> tuple[Callable[[], Any] | None, Callable[..., Any]]:
@@ -215,8 +208,8 @@ def _objects(setup: Callable[[], Any] | None) -> tuple[Any, ...]:
     return made if type(made) is tuple else (made,)  # a named tuple is one object
 
 
-class _Chunk:
-    """Works on what was dealt at once."""
+class _Calls:
+    """Works on what is dealt, a chunk at a time."""
 
     def __init__(
         self, gate: Gate, at: memoryview, seat: int, function: Callable[..., Any], objects: tuple[Any, ...]
@@ -226,6 +219,8 @@ class _Chunk:
         self._seat = seat
         # With nothing else to hand over, calls are a third cheaper without the stars.
         self._call: Callable[[Any], Any] = (lambda record: function(record, *objects)) if objects else function
+        self._pace = math.inf
+        """Seconds per record of the chunk before."""
 
     def do(self, work: Work) -> None:
         began = time.perf_counter()
@@ -239,28 +234,27 @@ class _Chunk:
         failures: dict[int, Failure] = {}
         # Looked up once: records may take less than a microsecond.
         at, seat, call, clock = self._at, self._seat, self._call, time.perf_counter
+        start = clock()
         flush_at = began + FLUSH
-        index, end, at_once, last = first, first + len(records), 1, clock()
-        source = iter(records)
+        source, index, end = iter(records), first, first + len(records)
+        mask = 15 if self._pace < QUICK else 0
         while index < end:
-            at_once = min(at_once, end - index)
-            at[seat] = index * (MOST_AT_ONCE + 1) + at_once
+            append = values.append
             try:
-                values.extend(map(call, islice(source, at_once)))  # keeps what there is if one raises
-                if first + len(values) < index + at_once:
-                    raise StopIteration(
-                        "of this function, which ended the loop over its calls"
-                    )  # and its place is lost
+                for index, record in enumerate(source, index):  # noqa: B020
+                    at[seat] = index
+                    append(call(record))
+                    if not index & mask and clock() >= flush_at:
+                        break
             except BaseException as error:
                 failures[len(values)] = Failure.of(error)
-                values.append(None)
-            index = first + len(values)
-            before, last = last, clock()
-            at_once = min(2 * at_once, MOST_AT_ONCE) if last - before < QUICK else max(1, at_once // 2)
-            if last >= flush_at:
+                append(None)
+            index += 1
+            if clock() >= flush_at:
                 self._send(first, values, failures, began)
                 first, values, failures, began = index, [], {}, clock()
-                last, flush_at = began, began + FLUSH
+                flush_at = began + FLUSH
+        self._pace = (clock() - start) / len(records)
         if values:
             self._send(first, values, failures, began)
         at[seat] = NO_RECORD

@@ -152,7 +152,7 @@ def test_a_read_only_pool_directory_is_refused(run: Run, tmp_path: Path) -> None
     with mounted_tmpfs(pool, "size=64k,ro"):
         message = complaint(run, tmp_path)
     assert message.startswith(f"pool directory {pool}: is on a read-only file system: choose another with ")
-    assert "`pool_dir` or GPU_LAUNCHER_POOL_DIR" in message
+    assert "`pool_dir` (`--pool-dir`) or GPU_LAUNCHER_POOL_DIR" in message
 
 
 @pytest.mark.root

@@ -59,17 +59,11 @@ def test_every_record_comes_out_once_whatever_dies_and_in_order_if_that_is_wante
             deal.put(first, list(records), {})
         elif move == "die" and worker and dice.random() < 0.3:
             chunk = worker[0]
-            begin = dice.randrange(len(chunk.records))
-            begun = range(chunk.first + begin, chunk.first + dice.randint(begin + 1, len(chunk.records)))
-            begun = dice.choice([begun, begun[:1], begun[:0]])
-            culprit = deal.lost(worker, begun)
+            at = chunk.first + dice.randrange(len(chunk.records)) if dice.random() < 0.8 else -1
+            culprit = deal.lost(worker, at)
             worker.clear()
-            assert (culprit is None) == (not begun)
-            if culprit is not None and len(begun) > 1:
-                assert (culprit.first, culprit.records, culprit.tries) == (begun.start, list(begun), 0)
-                deal.separate(culprit)
-            elif culprit is not None:
-                at = begun.start
+            assert (culprit is None) == (at == -1)
+            if culprit is not None:
                 assert (culprit.first, culprit.records) == (at, [at])
                 deaths[at] = deaths.get(at, 0) + 1
                 assert culprit.tries == deaths[at]
