@@ -25,7 +25,12 @@ GIB = 2**30
 
 def pytest_configure() -> None:
     """Where a script or nohup runs the tests, signals may be ignored, and would be in all that they start."""
-    for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    as_usual = {
+        signal.SIGQUIT: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+        signal.SIGINT: signal.default_int_handler,
+    }
+    for signum, handler in as_usual.items():
         if signal.getsignal(signum) is signal.SIG_IGN:
             signal.signal(signum, handler)
     with contextlib.suppress(
