@@ -30,7 +30,7 @@ def pytest_configure() -> None:
         signal.SIGHUP: signal.SIG_DFL,
         signal.SIGINT: signal.default_int_handler,
     }
-    for signum, handler in usual.items():
+    for signum, handler in as_usual.items():
         if signal.getsignal(signum) is signal.SIG_IGN:
             signal.signal(signum, handler)
     with contextlib.suppress(
