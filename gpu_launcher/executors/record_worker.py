@@ -28,8 +28,8 @@ from gpu_launcher.processes.worker import Gate
 FLUSH = 0.05
 """Seconds after which the results so far are sent, though the chunk is not done. As much is lost when a worker dies."""
 QUICK = 3e-6
-"""Seconds. Of records that took less lately only every 16th is followed by a look at the clock, which costs as much as
-they do. Results may wait for so many that are slow after all."""
+"""Seconds. Of records that took less lately only every fourth is followed by a look at the clock, which costs as much
+as they do. Results may wait for so many that are slow after all, and be lost with them."""
 NO_RECORD = -1
 _OURS = (__file__, pickling.__file__, "/cloudpickle/cloudpickle.py")
 
@@ -237,7 +237,7 @@ class _Calls:
         start = clock()
         flush_at = began + FLUSH
         source, index, end = iter(records), first, first + len(records)
-        mask = 15 if self._pace < QUICK else 0
+        mask = 3 if self._pace < QUICK else 0
         while index < end:
             append = values.append
             try:
