@@ -119,8 +119,8 @@ def raised(error: BaseException, skip: int, known: Mapping[str, object]) -> Rais
 def uncarried(what: str, why: BaseException) -> str:
     """What to say of an exception that cannot be `what`, pickled or unpickled, and what to do."""
     return (
-        f"The exception itself cannot be {what} ({describe(why)}). Remedy: have its `__init__` pass all of its "
-        "arguments to `super().__init__`, or define `__reduce__`"
+        f"The exception itself cannot be {what} ({describe(why)}). Remedy: define its class in a module, or in it a "
+        "`__reduce__` that works in any process"
     )
 
 

@@ -42,11 +42,7 @@ class Carried:
         try:
             return cls(dump(error, known), text, shown)
         except Exception as why:  # whatever the user's objects raise
-            problem = describe(why)
-        try:
-            return cls(dump_rebuilt(error, known), text, shown)
-        except Exception:  # of its class, most likely
-            return cls(None, text, shown, f"it cannot be pickled: {problem}")
+            return cls(None, text, shown, f"it cannot be pickled: {describe(why)}")
 
     def load(self) -> BaseException:
         """The exception, caused by its traceback. Raises LookupError, which says why, if it cannot be had here."""
@@ -63,19 +59,25 @@ class Carried:
 
 
 def dump(error: BaseException, known: Mapping[str, object]) -> bytes:
-    """Pickle an exception as a whole, for `pickling.load`.
+    """Pickle an exception for `pickling.load`, as a whole or else what of it can be.
 
-    Raises whatever its class raises, and TypeError, also where it can be pickled and not unpickled: as happens to each
-    whose `__init__` takes other arguments than those it hands on.
+    Many a class can be pickled and not unpickled: each whose `__init__` takes other arguments than those it hands on.
+    Raises whatever the class raises, and TypeError.
     """
-    pickled = pickling.dump(error, known)
-    if not isinstance(_first(pickled), type(error)):
-        raise TypeError("it becomes something else when it is unpickled")
+    try:
+        pickled = pickling.dump(error, known)
+        if not isinstance(_first(pickled), type(error)):
+            raise TypeError("it becomes something else when it is unpickled")
+    except Exception as why:  # whatever the user's objects raise
+        try:
+            return _dump_rebuilt(error, known)
+        except Exception:  # of its class, most likely
+            raise why from None
     return pickled
 
 
-def dump_rebuilt(error: BaseException, known: Mapping[str, object]) -> bytes:
-    """The same of its class, its arguments and its attributes, without calling anything of the class.
+def _dump_rebuilt(error: BaseException, known: Mapping[str, object]) -> bytes:
+    """Of its class, its arguments and its attributes, without calling anything of the class.
 
     Attributes that cannot be pickled are left out, and such arguments are replaced by what they look like. Raises
     whatever its class raises.
