@@ -398,12 +398,17 @@ def test_whoever_is_killed_no_trial_is_lost_or_told_twice(world: World) -> None:
         study.enqueue_trial({"x": x})
     options = {"retry_stale": 1000, "catch": "Exception", "seconds": 0.05, "devices": "simulated:3"}
     living: list[subprocess.Popen[bytes]] = []
-    for _ in range(8):
-        living = [program for program in living if program.poll() is None]
+
+    def gone_on(goal: int) -> bool:
+        """Both may be about to end of the last two kills, and are replaced as soon as they have."""
+        living[:] = [program for program in living if program.poll() is None]
         while len(living) < 2:
             living.append(world.start(**options))
+        return len(world.witness("ended")) >= goal
+
+    for _ in range(8):
         goal = len(world.witness("ended")) + chance.randrange(1, 6)
-        until(lambda goal=goal: len(world.witness("ended")) >= goal, "nothing goes on")  # type: ignore[misc]
+        until(lambda goal=goal: gone_on(goal), "nothing goes on")  # type: ignore[misc]
         program = psutil.Process(chance.choice(living).pid)
         relatives = program.children(recursive=True) if chance.random() < 0.6 else []
         with suppress(psutil.NoSuchProcess):
