@@ -1,6 +1,6 @@
 """What calling functions in other processes costs: our executor beside others.
 
-    python benchmarks/functions.py                 half an hour, most of which others take
+    python benchmarks/functions.py                 eight minutes
     python benchmarks/functions.py --quick         seconds: whether it works
 
 See README.md here for what each part measures.
