@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
+# Tests wait more than they work: two processes take half the time of one. These take about as long as all others.
 HALF := tests/cli tests/contract tests/crash
 
 .PHONY: help setup demo test tests-one-half tests-other-half matrix soak bench clean

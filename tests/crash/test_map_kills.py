@@ -87,6 +87,18 @@ def run_map(app: Path, *words: str, die_at: str = "") -> subprocess.CompletedPro
     )
 
 
+def start_map(app: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "app.py", "map", *words],
+        cwd=app,
+        env=environment(app),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def grid(*command: str) -> tuple[str, ...]:
     options = ("--devices", "simulated:2", "--retries", "1", "--dir", "out")
     return ("--param", f"n=range({RUNS})", *options, "--", *(command or (sys.executable, "run.py", "{n}")))
@@ -169,15 +181,7 @@ def test_what_completed_before_the_kill_is_not_run_again_whoever_has_taken_note(
 def test_stopped_by_a_signal_it_ends_its_runs_says_how_to_go_on_and_goes_on(app, wait_until, signum):
     (app / "wait.sh").write_text("sleep 600 & echo $1 >> began; test -e go || sleep 600; kill %1; echo $1 >> ran")
     words = grid("bash", "wait.sh", "{n}")
-    process = subprocess.Popen(
-        [sys.executable, "app.py", "map", *words],
-        cwd=app,
-        env=environment(app),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start_map(app, *words)
     wait_until(lambda: (app / "began").exists() and len((app / "began").read_text().split()) == 2)
     process.send_signal(signum)
     _, said = process.communicate(timeout=30)
@@ -217,15 +221,7 @@ def test_whoever_else_is_killed_fails_alone_and_the_map_goes_on(app, wait_until,
     )
     words = list(grid("bash", "wait.sh", "{n}"))
     words[words.index("--retries") + 1] = "0"
-    process = subprocess.Popen(
-        [sys.executable, "app.py", "map", *words],
-        cwd=app,
-        env=environment(app),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start_map(app, *words)
     wait_until(lambda: (app / "began").exists() and len((app / "began").read_text().split()) == 2)
     wait_until(lambda: sum("sleep" in process.name() for process in processes(app)) == 4)
     (app / "go").touch()

@@ -25,21 +25,10 @@ import pytest
 from gpu_launcher.errors import OptionError
 from gpu_launcher.executors.parallel_map import parallel_map
 from gpu_launcher.executors.record_errors import RecordError, UnreadableError
-from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
 
 TREE = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def pool(tmp_path: Path) -> Where:
-    return Where(devices="simulated:2", pool_dir=tmp_path / "pool")
-
-
-@pytest.fixture(autouse=True)
-def remarks_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remarks, "_said", set())
 
 
 def square(record: int) -> int:

@@ -22,21 +22,10 @@ from gpu_launcher.errors import OptionError, UnpicklableError
 from gpu_launcher.executors.parallel_map import parallel_map
 from gpu_launcher.executors.pool_executor import PoolExecutor
 from gpu_launcher.executors.record_errors import RecordError, RemoteTraceback, UnreadableError, WorkerDiedError
-from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
 
 TREE = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def pool(tmp_path: Path) -> Where:
-    return Where(devices="simulated:2", pool_dir=tmp_path / "pool")
-
-
-@pytest.fixture(autouse=True)
-def remarks_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remarks, "_said", set())
 
 
 def until(condition: Callable[[], object], seconds: float = 20.0) -> None:

@@ -34,11 +34,6 @@ from gpu_launcher.jobs.where import Where
 METHODS = ["fork", "spawn"]
 
 
-@pytest.fixture
-def pool(tmp_path: Path) -> Where:
-    return Where("simulated:2", tmp_path / "pool")
-
-
 @pytest.fixture(autouse=True)
 def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No process, thread or file of an executor that was shut down."""
@@ -659,8 +654,8 @@ def test_without_its_fork_server_an_executor_starts_another_one(pool: Where, tmp
 
 # Ctrl-C.
 
-INTERRUPTED = """
-import os, signal, sys, time
+CALL = """
+import asyncio, os, signal, sys, time
 from pathlib import Path
 from gpu_launcher import PoolExecutor
 from gpu_launcher.jobs.where import Where
@@ -674,7 +669,12 @@ def call(n, stubborn):
     except KeyboardInterrupt:
         Path(f"interrupted-{n}").touch()
         raise
+"""
+"""Notes that it began, and that it was interrupted."""
 
+INTERRUPTED = (
+    CALL
+    + """
 try:
     with PoolExecutor(pool=Where("simulated:2"), start_method=sys.argv[1]) as executor:
         futures = [executor.submit(call, n, sys.argv[2] == "stubborn" and n == 0) for n in range(6)]
@@ -684,6 +684,7 @@ except KeyboardInterrupt:
     for future in futures:
         print("cancelled" if future.cancelled() else type(future.exception()).__name__)
 """
+)
 
 
 @pytest.mark.parametrize(("method", "where"), [("fork", "inside"), ("spawn", "inside"), ("fork", "leave")])
@@ -715,22 +716,9 @@ def test_a_second_ctrl_c_kills_the_calls_that_did_not_heed_the_first(tmp_path: P
     assert out.split()[:2] == ["JobError", "JobError"]
 
 
-UNDER_ASYNCIO = """
-import asyncio, os, signal, sys, time
-from pathlib import Path
-from gpu_launcher import PoolExecutor
-from gpu_launcher.jobs.where import Where
-
-def call(n, stubborn):
-    if stubborn:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        Path(f"began-{n}").touch()
-        time.sleep(600)
-    except KeyboardInterrupt:
-        Path(f"interrupted-{n}").touch()
-        raise
-
+UNDER_ASYNCIO = (
+    CALL
+    + """
 async def main():
     loop = asyncio.get_running_loop()
     with PoolExecutor(pool=Where("simulated:2")) as executor:
@@ -749,6 +737,7 @@ try:
 except (KeyboardInterrupt, asyncio.CancelledError) as error:
     print(type(error).__name__)
 """
+)
 
 
 @pytest.mark.parametrize("how", ["interrupted", "stubborn", "cancelled"])

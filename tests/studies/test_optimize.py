@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,6 @@ from gpu_launcher.processes.exceptions import RemoteTraceback
 # Objectives are defined inside the tests: where the test runner has threads, jobs are spawned, and cannot import this.
 
 OPTUNA_5 = int(optuna.__version__.partition(".")[0]) >= 5
-
-
-@pytest.fixture(autouse=True)
-def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    yield
-    optuna.logging.set_verbosity(optuna.logging.INFO)
-
-
-@pytest.fixture
-def pool(tmp_path: Path) -> Where:
-    return Where("simulated:2", tmp_path / "pool")
 
 
 @pytest.fixture(params=["memory", "sqlite", "journal"])

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,6 @@ from gpu_launcher.processes import exceptions, pickling
 from gpu_launcher.processes.exceptions import Carried, RemoteTraceback
 
 # Objectives are defined inside the tests: where the test runner has threads, jobs are spawned, and cannot import this.
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    yield
-    optuna.logging.set_verbosity(optuna.logging.INFO)
-
-
-@pytest.fixture
-def pool(tmp_path: Path) -> Where:
-    return Where("simulated:2", tmp_path / "pool")
 
 
 def states(study: optuna.Study) -> list[str]:
