@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
+from gpu_launcher.cli.streams import tell
 from gpu_launcher.devices import Links, select_devices
 from gpu_launcher.devices.specification import read_specification
 from gpu_launcher.errors import GpuLauncherError, OptionError
@@ -175,10 +176,7 @@ class _NoDevicesError(GpuLauncherError):
 
 
 def _tell(text: str) -> None:
-    if sys.stderr is None:  # it was closed; print would take stdout
-        return
-    with contextlib.suppress(OSError):  # stderr may be a pipe that nobody reads any more
-        print(f"gpu-launcher: {one_line(text)}", file=sys.stderr, flush=True)
+    tell(one_line(text))
 
 
 class _Announcements:

@@ -241,15 +241,15 @@ class _Calls:
         while index < end:
             append = values.append
             try:
-                for index, record in enumerate(source, index):  # noqa: B020
-                    at[seat] = index
+                for place, record in enumerate(source, index):
+                    at[seat] = place
                     append(call(record))
-                    if not index & mask and clock() >= flush_at:
+                    if not place & mask and clock() >= flush_at:
                         break
             except BaseException as error:
                 failures[len(values)] = Failure.of(error)
                 append(None)
-            index += 1
+            index = first + len(values)
             if clock() >= flush_at:
                 self._send(first, values, failures, began)
                 first, values, failures, began = index, [], {}, clock()

@@ -13,7 +13,7 @@ from gpu_launcher.processes import pickling
 
 
 class RemoteTraceback(Exception):
-    """The cause of an exception that another process raised: its traceback there, as text."""
+    """The cause of an exception that another process raised, or what stands for one: its traceback there, as text."""
 
     def __init__(self, tb: str) -> None:
         super().__init__(tb)

@@ -13,15 +13,10 @@ from dataclasses import dataclass
 from types import FrameType, FunctionType, TracebackType
 from typing import Literal
 
+from gpu_launcher.processes.exceptions import RemoteTraceback
+
 MOST_FRAMES = 200
 """Of a longer traceback, as of endless recursion, half of these from either end travel."""
-
-
-class RemoteTraceback(Exception):
-    """Stands for an exception in a chain that cannot be pickled. Its message is the original's traceback."""
-
-    def __str__(self) -> str:
-        return f'\n"""\n{self.args[0]}"""'
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +24,7 @@ class Link:
     """One exception of a chain, without what led to it."""
 
     pickled: bytes | None
-    """None if it would not be the same on the other side."""
+    """None if it would not be the same on the other side: then a RemoteTraceback stands for it."""
     text: str
     """Its traceback and message, as Python prints them."""
     frames: tuple[tuple[str, str, int], ...]

@@ -15,12 +15,7 @@ from gpu_launcher.cli.mapping.grid import Grid, read_grid
 from gpu_launcher.cli.mapping.place import MapError, Place, RefusedError, new_directory, quoted, shown
 from gpu_launcher.cli.mapping.program import CommandProgram
 from gpu_launcher.cli.mapping.records import Bad
-from gpu_launcher.cli.mapping.results import (
-    Completed,
-    Results,
-    completed_before,
-    write_table,
-)
+from gpu_launcher.cli.mapping.results import Completed, Results, completed_before, write_table
 from gpu_launcher.cli.mapping.resumption import Before, ResumableSource, unwritable
 from gpu_launcher.cli.mapping.shell_text import CommandError
 from gpu_launcher.cli.mapping.supply import STDIN, Input, Supply

@@ -7,14 +7,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from gpu_launcher.cli.mapping.place import Place, RefusedError, shown
-from gpu_launcher.cli.mapping.results import (
-    Completed,
-    Results,
-    completed_before,
-    lines,
-    result_line,
-    settle,
-)
+from gpu_launcher.cli.mapping.results import Completed, Results, completed_before, lines, result_line, settle
 from gpu_launcher.cli.mapping.source import MapSource
 from gpu_launcher.cli.mapping.supply import Supply
 from gpu_launcher.jobs.events import Outcome
