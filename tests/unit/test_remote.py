@@ -115,6 +115,13 @@ def lives(pid: int) -> bool:
         return False
 
 
+def stopped(parent: psutil.Process) -> list[psutil.Process]:
+    """It and all its descendants, none of which can fork another one any more."""
+    parent.suspend()
+    wait_until(lambda: parent.status() == psutil.STATUS_STOPPED)
+    return [parent, *(process for child in parent.children() for process in stopped(child))]
+
+
 def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
     began = time.monotonic()
     while not condition():
@@ -247,9 +254,7 @@ def test_what_is_left_when_program_and_manager_are_killed_goes_at_the_next_start
             os._exit(1)
     wait_until(lambda: list((tmp_path / "tmp").glob("*/value")))
     (left,) = [value.parent for value in (tmp_path / "tmp").glob("*/value")]
-    processes = [psutil.Process(program), *psutil.Process(program).children(recursive=True)]
-    for process in processes:
-        process.suspend()
+    processes = stopped(psutil.Process(program))
     for process in processes:
         process.kill()
     os.waitpid(program, 0)
