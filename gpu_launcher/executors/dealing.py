@@ -16,6 +16,8 @@ from typing import Any
 
 TARGET = 0.03
 """Seconds that a chunk is to take: so much that handing it over does not count, so little that none waits for it."""
+LAST = 0.003
+"""Seconds that the last chunks take at least. They become small, so that all workers end at about the same time."""
 PREFETCH = 0.1
 """Seconds per record from which a worker gets nothing ahead: the handover does not count, and somebody may be idle."""
 GROWTH = 32
@@ -38,7 +40,9 @@ class Chunk:
     """Index of the first one."""
     records: list[Any]
     tries: int = 0
-    """How many workers died at it. It then is one record."""
+    """How many workers died at it, or at records that were begun with it. It then is one record."""
+    among: int = 1
+    """How many were begun together when the first of them did."""
 
     def done(self, count: int) -> None:
         """The first ones have been dealt with."""
@@ -58,13 +62,23 @@ class Dealer:
     """Deals records and puts their results in order."""
 
     def __init__(
-        self, records: Iterator[Any], *, ordered: bool, read_ahead: int | None, clock: Callable[[], float]
+        self,
+        records: Iterator[Any],
+        *,
+        ordered: bool,
+        read_ahead: int | None,
+        clock: Callable[[], float],
+        length: int | None = None,
     ) -> None:
-        """Deal `records`; `read_ahead` is the window if it is not ours to choose."""
+        """Deal `records`, of which there are `length`, as far as is known and may be believed.
+
+        `read_ahead` is the window if it is not ours to choose.
+        """
         self._records = records
         self._ordered = ordered
         self._read_ahead = read_ahead
         self._clock = clock
+        self._length = length
         self.exhausted = False
         """Whether nothing more will be read."""
         self.error: BaseException | None = None
@@ -108,8 +122,15 @@ class Dealer:
     def deal(self, workers: int) -> Chunk | None:
         """The next records for a worker, of which there are so many; None if there are none now."""
         if not self._hand:
-            self._read(self._size, workers)
+            self._read(self._fair(workers), workers)
         return heapq.heappop(self._hand)[1] if self._hand else None
+
+    def _fair(self, workers: int) -> int:
+        """How many records to deal, of those that are left to be read."""
+        left = (self._length or 0) - self.read
+        if left <= 0 or not self._records_in_them:
+            return self._size
+        return min(self._size, max(left // (2 * workers), int(LAST / self._pace), 1))
 
     def has(self, chunks: int, workers: int) -> bool:
         """Whether so many chunks are to be dealt, once enough is read. What is read for that are single records."""
@@ -126,30 +147,33 @@ class Dealer:
     def separate(self, chunk: Chunk) -> None:
         """Its records are to be dealt one by one."""
         for index, record in enumerate(chunk.records, chunk.first):
-            self.give_back(Chunk(index, [record], chunk.tries))
+            self.give_back(Chunk(index, [record], chunk.tries, chunk.among))
 
     def one_by_one(self) -> None:
         """From now on all records are."""
         self._most = 1
 
-    def lost(self, chunks: Iterable[Chunk], at: int) -> Chunk | None:
-        """These were being worked on by a worker that died at a record; returns it, and deals the others again."""
-        culprit = None
+    def lost(self, chunks: Iterable[Chunk], at: range) -> Chunk | None:
+        """These were a worker's that died at one of `at`; returns those, and deals the others again."""
+        suspects = None
         for chunk in chunks:
-            position = at - chunk.first
-            if 0 <= position < len(chunk.records):
-                culprit = Chunk(at, [chunk.records[position]], chunk.tries + 1)
-                self.give_back(Chunk(chunk.first, chunk.records[:position]))
-                self.give_back(Chunk(at + 1, chunk.records[position + 1 :]))
+            begin, end = at.start - chunk.first, at.stop - chunk.first
+            if at and 0 <= begin < len(chunk.records):
+                records = chunk.records[begin:end]
+                suspects = Chunk(at.start, records, chunk.tries + 1, chunk.among if chunk.tries else len(records))
+                self.give_back(Chunk(chunk.first, chunk.records[:begin]))
+                self.give_back(Chunk(at.start + len(records), chunk.records[end:]))
             else:
                 self.give_back(chunk)
-        return culprit
+        return suspects
 
     def _read(self, count: int, workers: int) -> bool:
         """Read a chunk of at most so many; whether there was any."""
-        count = min(count, self._window(workers) - (self.read - self.taken))
-        if self.exhausted or count < 1:
+        window = self._window(workers)
+        room = window - (self.read - self.taken)
+        if self.exhausted or room < max(1, min(count, window) // 8):
             return False
+        count = min(count, room)
         records: list[Any] = []
         until = self._clock() + READING
         piece = 1

@@ -67,8 +67,9 @@ def parallel_map(
     while results are waited for. Breaking out of the iteration, closing it, or an exception ends the workers at once.
 
     A worker that dies is replaced, and the record it was at is dealt once more, alone; if that worker dies, too, the
-    record has failed, with a WorkerDiedError. Not promised: that a record is worked on once. Results are sent every
-    50 ms or so, and what a worker that dies had done since then is done again.
+    record has failed, with a WorkerDiedError. (Of records that take microseconds up to 32 are begun together. Then it
+    is not known which it was, and each of them is dealt alone.) Not promised: that a record is worked on once. Results
+    are sent every 50 ms or so, and what a worker that dies had done since then is done again.
 
     Raises OptionError for what cannot be used and PoolDirectoryError, both before any worker is started; and from the
     iteration what `setup` raises, what `records` raises after the results of the records before that, WorkerDiedError
@@ -88,7 +89,7 @@ def parallel_map(
     _check_count("total", total, least=0)
     request = read_request({"gpus": gpus, "memory": memory, "priority": priority})
     length = len(records) if isinstance(records, Sized) else total
-    dealer = Dealer(iterator, ordered=ordered, read_ahead=read_ahead, clock=time.monotonic)
+    dealer = Dealer(iterator, ordered=ordered, read_ahead=read_ahead, clock=time.monotonic, length=length)
     options = read_pool(pool).options(request, num_workers)
     loop = RemoteLoop(w.RecordWorker(request, setup, function), options, this_program(), method=start_method)
     try:

@@ -30,7 +30,7 @@ ENDING = 10.0
 """Seconds that workers get to end by themselves when there is nothing left to do."""
 PATIENCE = 0.002
 """Seconds for which results that are there are handed out before the workers are looked after again."""
-MOST_PIECE = 4096
+MOST_PIECE = 8192
 OVERDUE = 0.25
 """Seconds without results after which a worker gets nothing ahead."""
 
@@ -104,7 +104,7 @@ class RecordEngine:
         try:
             while True:
                 took = time.monotonic() - since
-                most = min(2 * most, MOST_PIECE) if took < PATIENCE else max(1, most // 2)
+                most = max(1, min(MOST_PIECE, int(most * min(8.0, PATIENCE / max(took, 1e-9)))))
                 if not self._work():
                     break
                 piece = self._dealer.take(most)
@@ -345,16 +345,16 @@ class RecordEngine:
             self._died_starting += another
             self._do_without(self._died_starting, another, f"a worker {result.message}, before it had set itself up")
             return
-        at = self._positions.at[worker.seat]
-        culprit = self._dealer.lost(worker.dealt, at)
-        if culprit is None:
+        suspects = self._dealer.lost(worker.dealt, self._positions.begun(worker.seat))
+        if suspects is None:
             self._died_idle += another
             self._do_without(self._died_idle, another, f"a worker {result.message}, without a record")
-        elif culprit.tries == 1:
-            self._dealer.give_back(culprit)
+        elif suspects.tries == 1:
+            self._dealer.separate(suspects)
         else:
-            twice = WorkerDiedError(f"its worker {result.message}, as had the one before, which was at it, too")
-            self._fail(culprit, twice, "", worker.where)
+            before = "it, too" if suspects.among == 1 else f"it or a quick record beside it ({suspects.among} in all)"
+            twice = WorkerDiedError(f"its worker {result.message}, as had the one before, which was at {before}")
+            self._fail(suspects, twice, "", worker.where)
 
     def _do_without(self, deaths: int, another: bool, problem: str) -> None:
         """A worker died, through no record's fault. After the second time it is not replaced."""

@@ -1,7 +1,8 @@
 """A worker of `parallel_map`: sets itself up once, and then works on the records it is dealt.
 
 What it is told, and what it says, is at the top. It notes which record it is at in a file that is mapped into memory,
-which costs nothing and is there to be read whatever ends it.
+which is there to be read whatever ends it. That, and looking at the clock, takes as long as a very quick record does:
+several of those are begun with one note.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,9 +29,12 @@ from gpu_launcher.processes.worker import Gate
 
 FLUSH = 0.05
 """Seconds after which the results so far are sent, though the chunk is not done. As much is lost when a worker dies."""
-QUICK = 3e-6
-"""Seconds. Of records that took less lately only every fourth is followed by a look at the clock, which costs as much
-as they do. Results may wait for so many that are slow after all, and be lost with them."""
+TOGETHER = 1.5e-4
+"""Seconds that records which are begun together take, going by the chunk before."""
+MOST_TOGETHER = 32
+"""Records. If they are slow after all, the results of the first ones wait for so many, and are lost with them."""
+SLOW = 1e-3
+"""Seconds after which the next record is begun alone. Or the process has waited for the processor."""
 NO_RECORD = -1
 _OURS = (__file__, pickling.__file__, "/cloudpickle/cloudpickle.py")
 
@@ -49,6 +54,11 @@ class Positions:
         finally:
             os.close(descriptor)
         self.at = memoryview(self._map).cast("q")
+
+    def begun(self, seat: int) -> range:
+        """The indices of the records that its worker is at: of one, of several that are quick, or of none."""
+        first, together = divmod(self.at[seat], MOST_TOGETHER + 1)
+        return range(first, first + together) if first >= 0 else range(0)
 
     def close(self) -> None:
         self.at.release()
@@ -234,27 +244,29 @@ class _Calls:
         failures: dict[int, Failure] = {}
         # Looked up once: records may take less than a microsecond.
         at, seat, call, clock = self._at, self._seat, self._call, time.perf_counter
-        start = clock()
         flush_at = began + FLUSH
         source, index, end = iter(records), first, first + len(records)
-        mask = 3 if self._pace < QUICK else 0
+        most = together = max(1, min(MOST_TOGETHER, int(TOGETHER / self._pace)))
+        append = values.append
+        start = now = clock()
         while index < end:
-            append = values.append
+            at[seat] = index * (MOST_TOGETHER + 1) + together
             try:
-                for place, record in enumerate(source, index):
-                    at[seat] = place
+                for record in islice(source, together):
                     append(call(record))
-                    if not place & mask and clock() >= flush_at:
-                        break
             except BaseException as error:
                 failures[len(values)] = Failure.of(error)
                 append(None)
             index = first + len(values)
-            if clock() >= flush_at:
+            before, now = now, clock()
+            together = 1 if now - before > SLOW else min(2 * together, most)
+            if now >= flush_at:
                 self._send(first, values, failures, began)
-                first, values, failures, began = index, [], {}, clock()
+                first, values, failures = index, [], {}
+                append = values.append
+                began = now = clock()
                 flush_at = began + FLUSH
-        self._pace = (clock() - start) / len(records)
+        self._pace = max(clock() - start, 1e-9) / len(records)
         if values:
             self._send(first, values, failures, began)
         at[seat] = NO_RECORD

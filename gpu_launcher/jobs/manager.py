@@ -34,7 +34,7 @@ from gpu_launcher.jobs.manager_messages import (
 )
 from gpu_launcher.jobs.sweep import Options, limits, run_jobs
 from gpu_launcher.model import Device
-from gpu_launcher.processes.linux import is_ending
+from gpu_launcher.processes.linux import Ending
 from gpu_launcher.processes.messages import ChannelClosedError, receive, send
 from gpu_launcher.processes.starter import ForkServer, StartMethod
 from gpu_launcher.processes.worker import Program
@@ -127,6 +127,7 @@ class _Link:
         with contextlib.suppress(OSError):  # a kernel before 5.3, or a container that forbids it: there is `tick`
             self._program = os.pidfd_open(program_process)
             self._epoll.register(self._program, select.EPOLLIN)
+        self._program_ends = Ending(program_process)
 
     def begin(self) -> Begin:
         try:
@@ -182,7 +183,7 @@ class _Link:
         self.send(Ended(result))
 
     def tick(self) -> None:
-        if os.getppid() != self._program_process or is_ending(self._program_process):
+        if os.getppid() != self._program_process or self._program_ends:
             self._vanish()
         waited = bool(self._backlog)
         # Closed: `receive` will see it, and what the program had still said.
@@ -213,6 +214,7 @@ class _Link:
     def close_in_child(self) -> None:
         self._epoll.close()
         self._channel.close()
+        self._program_ends.close()
         if self._program is not None:
             os.close(self._program)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import logging
+import mmap
 import os
 import re
 import signal
@@ -22,6 +24,7 @@ from gpu_launcher.errors import OptionError, UnpicklableError
 from gpu_launcher.executors.parallel_map import parallel_map
 from gpu_launcher.executors.pool_executor import PoolExecutor
 from gpu_launcher.executors.record_errors import RecordError, RemoteTraceback, UnreadableError, WorkerDiedError
+from gpu_launcher.executors.record_worker import MOST_TOGETHER
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
 
@@ -397,8 +400,28 @@ def test_a_quick_record_that_kills_its_workers_is_found_among_the_others(pool: W
 
     results = list(parallel_map(range(50_000), function=deadly, gpus=0, on_error="return", pool=pool))
     assert isinstance(results[33_333].exception, WorkerDiedError)
+    assert re.search(r"at it, too|at it or a quick record beside it \(\d+ in all\)", str(results[33_333]))
     results[33_333] = -33_333
     assert results == [-record for record in range(50_000)]
+
+
+def test_results_wait_for_few_slow_records_that_were_begun_with_quick_ones(pool: Where, tmp_path: Path) -> None:
+    begun = mmap.mmap(-1, 8)
+
+    def slow_in_the_end(record: int) -> int:
+        begun[:8] = record.to_bytes(8, "little")
+        if record >= 20_000:
+            time.sleep(0.06)  # longer than results are kept
+        return record
+
+    found = parallel_map(range(20_100), function=slow_in_the_end, gpus=0, num_workers=1, start_method="fork", pool=pool)
+    with found:
+        for result in itertools.islice(found, 20_080):
+            ahead = int.from_bytes(begun[:8], "little") - result
+            if result >= 20_000:
+                assert ahead <= 2 * MOST_TOGETHER
+            if result >= 20_000 + MOST_TOGETHER:
+                assert ahead < 8, "they are known to be slow"
 
 
 def test_a_worker_that_dies_once_at_quick_records_costs_nothing(pool: Where, tmp_path: Path) -> None:

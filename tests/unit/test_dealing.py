@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_launcher.executors.dealing import MOST_BYTES, TARGET, WINDOW, Chunk, Dealer, Raised
+from gpu_launcher.executors.dealing import LAST, MOST_BYTES, TARGET, WINDOW, Chunk, Dealer, Raised
 
 
 class Clock:
@@ -20,8 +20,15 @@ class Clock:
         return self.now
 
 
-def dealer(records: Any, *, ordered: bool = True, read_ahead: int | None = None, clock: Clock | None = None) -> Dealer:
-    return Dealer(iter(records), ordered=ordered, read_ahead=read_ahead, clock=clock or Clock())
+def dealer(
+    records: Any,
+    *,
+    ordered: bool = True,
+    read_ahead: int | None = None,
+    clock: Clock | None = None,
+    length: int | None = None,
+) -> Dealer:
+    return Dealer(iter(records), ordered=ordered, read_ahead=read_ahead, clock=clock or Clock(), length=length)
 
 
 @given(
@@ -38,6 +45,7 @@ def test_every_record_comes_out_once_whatever_dies_and_in_order_if_that_is_wante
     working: list[list[Chunk]] = [[] for _ in range(3)]
     results: list[int] = []
     deaths: dict[int, int] = {}
+    """How many workers died at it, or at one begun with it."""
     while not (deal.over and not deal.ready):
         assert deal.read - deal.taken <= (read_ahead or WINDOW)
         moves = ["deal", "part", "die", "take", "separate"]
@@ -59,18 +67,25 @@ def test_every_record_comes_out_once_whatever_dies_and_in_order_if_that_is_wante
             deal.put(first, list(records), {})
         elif move == "die" and worker and dice.random() < 0.3:
             chunk = worker[0]
-            at = chunk.first + dice.randrange(len(chunk.records)) if dice.random() < 0.8 else -1
-            culprit = deal.lost(worker, at)
+            at = range(0)
+            if dice.random() < 0.8:
+                begin = chunk.first + dice.randrange(len(chunk.records))
+                at = range(begin, begin + dice.randint(1, 5))
+            suspects = deal.lost(worker, at)
             worker.clear()
-            assert (culprit is None) == (at == -1)
-            if culprit is not None:
-                assert (culprit.first, culprit.records) == (at, [at])
-                deaths[at] = deaths.get(at, 0) + 1
-                assert culprit.tries == deaths[at]
-                if culprit.tries == 2:
-                    deal.put(at, [at], {})
+            assert (suspects is None) == (not at)
+            if suspects is not None:
+                begun = [number for number in at if number < chunk.first + len(chunk.records)]
+                assert (suspects.first, suspects.records) == (at.start, begun)
+                for number in begun:
+                    deaths[number] = deaths.get(number, 0) + 1
+                    assert deaths[number] == suspects.tries
+                if suspects.tries == 2:
+                    assert len(begun) == 1, "nothing is blamed for what another record may have done"
+                    deal.put(at.start, begun, {})
                 else:
-                    deal.give_back(culprit)
+                    assert suspects.among == len(begun)
+                    deal.separate(suspects)
         elif move == "separate" and worker:
             deal.separate(worker.pop())
         elif move == "take" and deal.ready:
@@ -106,6 +121,39 @@ def test_chunks_grow_until_they_take_long_enough() -> None:
             deal.take(10**6)
     assert sizes[:3] == [1, 32, 300]
     assert sizes[-1] * 1e-4 == pytest.approx(TARGET, rel=0.02)
+
+
+@pytest.mark.parametrize("workers", [2, 8])
+def test_where_the_end_is_known_the_last_chunks_are_small(workers: int) -> None:
+    pace, count = 1e-4, 3000
+    deal = dealer(range(count), length=count)
+    deal.measured(1000, 1000 * pace, 0)
+    sizes = []
+    while (chunk := deal.deal(workers)) is not None:
+        deal.measured(len(chunk.records), len(chunk.records) * pace, 0)
+        deal.put(chunk.first, chunk.records, {})
+        while deal.ready:
+            deal.take(count)
+        left = count - sum(sizes)
+        sizes.append(len(chunk.records))
+        assert sizes[-1] <= max(left / (2 * workers), LAST / pace)
+    assert sum(sizes) == count
+    assert min(sizes[:-1]) == int(LAST / pace)
+
+
+@pytest.mark.parametrize("said", [0, 500])
+def test_a_length_that_is_too_small_is_not_believed(said: int) -> None:
+    deal = dealer(range(10_000), length=said)
+    deal.measured(1000, 1e-3, 0)
+    sizes = []
+    while (chunk := deal.deal(2)) is not None:
+        sizes.append(len(chunk.records))
+        deal.measured(len(chunk.records), len(chunk.records) * 1e-6, 0)
+        deal.put(chunk.first, chunk.records, {})
+        while deal.ready:
+            deal.take(10_000)
+    assert sum(sizes) == 10_000
+    assert max(sizes) > 1000
 
 
 def test_slow_and_large_records_are_dealt_one_by_one() -> None:
