@@ -85,7 +85,7 @@ def test_a_grid_runs_and_each_run_has_its_directory_and_its_line(run_map: Map, t
     done = run_map(*words, "--", sys.executable, "echo.py", "--params", "{json}", "{flags}", "{index}", "{gpu}")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "out/results.jsonl\n"
-    assert "[gpu_pool] 4 jobs: 4 completed in" in done.stderr
+    assert "[gpu-launcher] 4 jobs: 4 completed in" in done.stderr
     results = run_map.results()
     assert [line["params"] for line in results] == [
         {"learning_rate": 0.001, "batch_size": 32},

@@ -27,6 +27,7 @@ from gpu_launcher.errors import GpuLauncherError, OptionError
 from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.job import Cause
+from gpu_launcher.jobs.progress import open_progress
 from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.jobs.sweep import Options, SweepResult, run_jobs
 from gpu_launcher.processes.starter import ForkServer
@@ -312,7 +313,8 @@ class _Launch:
         server = ForkServer(program, "fork")
         try:
             left = None if total is None else total - (before.completed.count if before else 0)
-            sweep = run_jobs([], server, self.options, place.path, COMMAND, source=source, total=left)
+            shown = open_progress(name="gpu-launcher")
+            sweep = run_jobs([], server, self.options, place.path, COMMAND, source=source, total=left, display=shown)
         except GpuLauncherError as error:
             if source.ran or isinstance(error, OptionError):
                 raise

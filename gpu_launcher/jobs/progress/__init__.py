@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, TextIO
 
-from gpu_launcher.jobs.progress.plain import PlainProgress
+from gpu_launcher.jobs.progress.plain import NAME, PlainProgress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["PlainProgress", "open_progress"]
 
 
-def open_progress(stream: TextIO | None = None, environ: Mapping[str, str] = os.environ) -> Progress:
-    """The display that suits `stream` (default: `sys.stderr` as it is now).
+def open_progress(
+    stream: TextIO | None = None, environ: Mapping[str, str] = os.environ, *, name: str = NAME
+) -> Progress:
+    """The display that suits `stream` (default: `sys.stderr` as it is now), with `name` before each of its lines.
 
     A live view if the stream is a UTF-8 terminal that can move its cursor and this process has it in the foreground;
     plain lines otherwise, and wherever the environment says `TERM=dumb` or `CI`. rich is imported only for the former.
@@ -26,10 +28,10 @@ def open_progress(stream: TextIO | None = None, environ: Mapping[str, str] = os.
     if stream is None:
         stream = sys.stderr
     if not _can_live(stream, environ):
-        return PlainProgress(stream)
+        return PlainProgress(stream, name)
     from gpu_launcher.jobs.progress.live import LiveProgress
 
-    return LiveProgress(stream)
+    return LiveProgress(stream, name=name)
 
 
 def _can_live(stream: TextIO | None, environ: Mapping[str, str]) -> bool:

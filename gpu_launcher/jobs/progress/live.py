@@ -16,7 +16,7 @@ from rich.text import Text
 
 from gpu_launcher.jobs.events import Event, JobEnded, JobRetried, Notice, Outcome, SweepEnded, SweepStarted
 from gpu_launcher.jobs.progress.output import Output
-from gpu_launcher.jobs.progress.plain import PREFIX, log_quote, opening
+from gpu_launcher.jobs.progress.plain import NAME, log_quote, opening
 from gpu_launcher.jobs.progress.tally import Tally, failure, retry
 from gpu_launcher.jobs.progress.text import job_name, one_line
 from gpu_launcher.jobs.progress.view import frame
@@ -42,7 +42,8 @@ class LiveProgress:
     view above it.
     """
 
-    def __init__(self, stream: TextIO, size: Callable[[], Size] | None = None) -> None:
+    def __init__(self, stream: TextIO, size: Callable[[], Size] | None = None, name: str = NAME) -> None:
+        self._prefix = Text(f"[{name}]", "dim")
         self._output = Output(stream)
         self._stream = stream
         self._size = size or self._terminal_size
@@ -89,7 +90,7 @@ class LiveProgress:
             self._sum_up()
 
     def _keep(self, line: Text, more: list[Text] | None = None) -> None:
-        self._permanent += [Text.assemble((PREFIX, "dim"), " ", line), *(more or [])]
+        self._permanent += [Text.assemble(self._prefix, " ", line), *(more or [])]
 
     def _sum_up(self) -> None:
         if self._summed_up or self._tally.started_at is None:

@@ -21,7 +21,8 @@ from gpu_launcher.jobs.progress.tally import Tally, failure, retry
 from gpu_launcher.jobs.progress.text import count, device_counts, device_names, duration, job_name, log_end, one_line
 from gpu_launcher.model import DeviceKind
 
-PREFIX = "[gpu_pool]"
+NAME = "gpu_pool"
+"""What begins the lines of a sweep: the launcher, as one names it to Hydra."""
 
 
 class PlainProgress:
@@ -30,7 +31,8 @@ class PlainProgress:
     Jobs that a stop kept from starting get no line of their own: the closing summary counts them.
     """
 
-    def __init__(self, stream: TextIO | None) -> None:
+    def __init__(self, stream: TextIO | None, name: str = NAME) -> None:
+        self._name = name
         self._output = Output(stream)
         self._tally = Tally()
         self._last_wait: tuple[int, str] | None = None
@@ -85,7 +87,7 @@ class PlainProgress:
             self._say(*self._tally.summary())
 
     def _say(self, line: str, *more: str) -> None:
-        self._output.write("".join(f"{text}\n" for text in (f"{PREFIX} {line}", *more)))
+        self._output.write("".join(f"{text}\n" for text in (f"[{self._name}] {line}", *more)))
 
 
 ENDS = {
