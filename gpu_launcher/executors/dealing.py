@@ -40,9 +40,7 @@ class Chunk:
     """Index of the first one."""
     records: list[Any]
     tries: int = 0
-    """How many workers died at it, or at records that were begun with it. It then is one record."""
-    among: int = 1
-    """How many were begun together when the first of them did."""
+    """How many workers died at it. It then is one record."""
 
     def done(self, count: int) -> None:
         """The first ones have been dealt with."""
@@ -147,20 +145,23 @@ class Dealer:
     def separate(self, chunk: Chunk) -> None:
         """Its records are to be dealt one by one."""
         for index, record in enumerate(chunk.records, chunk.first):
-            self.give_back(Chunk(index, [record], chunk.tries, chunk.among))
+            self.give_back(Chunk(index, [record], chunk.tries))
 
     def one_by_one(self) -> None:
         """From now on all records are."""
         self._most = 1
 
     def lost(self, chunks: Iterable[Chunk], at: range) -> Chunk | None:
-        """These were a worker's that died at one of `at`; returns those, and deals the others again."""
+        """These were a worker's that died at one of `at`; returns those, and deals the others again.
+
+        One has a try behind it. Of several nobody knows which it was.
+        """
         suspects = None
         for chunk in chunks:
             begin, end = at.start - chunk.first, at.stop - chunk.first
             if at and 0 <= begin < len(chunk.records):
                 records = chunk.records[begin:end]
-                suspects = Chunk(at.start, records, chunk.tries + 1, chunk.among if chunk.tries else len(records))
+                suspects = Chunk(at.start, records, chunk.tries + (len(records) == 1))
                 self.give_back(Chunk(chunk.first, chunk.records[:begin]))
                 self.give_back(Chunk(at.start + len(records), chunk.records[end:]))
             else:

@@ -68,8 +68,8 @@ def parallel_map(
 
     A worker that dies is replaced, and the record it was at is dealt once more, alone; if that worker dies, too, the
     record has failed, with a WorkerDiedError. (Of records that take microseconds up to 32 are begun together. Then it
-    is not known which it was, and each of them is dealt alone.) Not promised: that a record is worked on once. Results
-    are sent every 50 ms or so, and what a worker that dies had done since then is done again.
+    is not known which it was, and each of them is first dealt alone to find it.) Not promised: that a record is worked
+    on once. Results are sent every 50 ms or so, and what a worker that dies had done since then is done again.
 
     Raises OptionError for what cannot be used and PoolDirectoryError, both before any worker is started; and from the
     iteration what `setup` raises, what `records` raises after the results of the records before that, WorkerDiedError

@@ -349,11 +349,10 @@ class RecordEngine:
         if suspects is None:
             self._died_idle += another
             self._do_without(self._died_idle, another, f"a worker {result.message}, without a record")
-        elif suspects.tries == 1:
+        elif suspects.tries < 2:
             self._dealer.separate(suspects)
         else:
-            before = "it, too" if suspects.among == 1 else f"it or a quick record beside it ({suspects.among} in all)"
-            twice = WorkerDiedError(f"its worker {result.message}, as had the one before, which was at {before}")
+            twice = WorkerDiedError(f"its worker {result.message}, as had the one before, which was at it, too")
             self._fail(suspects, twice, "", worker.where)
 
     def _do_without(self, deaths: int, another: bool, problem: str) -> None:

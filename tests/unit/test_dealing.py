@@ -45,7 +45,7 @@ def test_every_record_comes_out_once_whatever_dies_and_in_order_if_that_is_wante
     working: list[list[Chunk]] = [[] for _ in range(3)]
     results: list[int] = []
     deaths: dict[int, int] = {}
-    """How many workers died at it, or at one begun with it."""
+    """How many workers died at it when it had been begun alone."""
     while not (deal.over and not deal.ready):
         assert deal.read - deal.taken <= (read_ahead or WINDOW)
         moves = ["deal", "part", "die", "take", "separate"]
@@ -77,14 +77,14 @@ def test_every_record_comes_out_once_whatever_dies_and_in_order_if_that_is_wante
             if suspects is not None:
                 begun = [number for number in at if number < chunk.first + len(chunk.records)]
                 assert (suspects.first, suspects.records) == (at.start, begun)
-                for number in begun:
-                    deaths[number] = deaths.get(number, 0) + 1
-                    assert deaths[number] == suspects.tries
+                if len(begun) == 1:
+                    deaths[at.start] = deaths.get(at.start, 0) + 1
+                    assert suspects.tries == deaths[at.start]
+                else:
+                    assert suspects.tries == 0, "nothing is blamed for what another record may have done"
                 if suspects.tries == 2:
-                    assert len(begun) == 1, "nothing is blamed for what another record may have done"
                     deal.put(at.start, begun, {})
                 else:
-                    assert suspects.among == len(begun)
                     deal.separate(suspects)
         elif move == "separate" and worker:
             deal.separate(worker.pop())
