@@ -172,7 +172,8 @@ class Dealer:
         """Read a chunk of at most so many; whether there was any."""
         window = self._window(workers)
         room = window - (self.read - self.taken)
-        if self.exhausted or room < max(1, min(count, window) // 8):
+        count = min(count, max(1, window // (2 * workers)))  # leave some of it to the others
+        if self.exhausted or room < max(1, count // 8):
             return False
         count = min(count, room)
         records: list[Any] = []

@@ -60,14 +60,15 @@ def parallel_map(
       (its `__cause__`, a RecordError, has the record and the worker's traceback), or has a RecordError as its result.
     - `read_ahead`: how many records may be in hand, from the oldest whose result has not come out to the newest that
       was read from `records`; by default 1000, or more if they are quick, or fewer if they are large.
-    - `progress`: a progress bar on stderr, if that is a terminal. `total`: for that, if `records` has no length.
+    - `progress`: a progress bar on stderr, if that is a terminal. `total`: for that, and for small chunks at the end,
+      if `records` has no length.
     - `start_method`: fork, spawn (fresh interpreters), or auto, which forks unless threads or CUDA make that unsafe.
 
     No worker is started, and no record read, before the first result is asked for; `records` is read in this thread,
     while results are waited for. Breaking out of the iteration, closing it, or an exception ends the workers at once.
 
     A worker that dies is replaced, and the record it was at is dealt once more, alone; if that worker dies, too, the
-    record has failed, with a WorkerDiedError. (Of records that take microseconds up to 32 are begun together. Then it
+    record has failed, with a WorkerDiedError. (Of records that take microseconds up to 8 are begun together. Then it
     is not known which it was, and each of them is first dealt alone to find it.) Not promised: that a record is worked
     on once. Results are sent every 50 ms or so, and what a worker that dies had done since then is done again.
 

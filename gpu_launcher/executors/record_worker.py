@@ -31,7 +31,7 @@ FLUSH = 0.05
 """Seconds after which the results so far are sent, though the chunk is not done. As much is lost when a worker dies."""
 TOGETHER = 1.5e-4
 """Seconds that records which are begun together take, going by the chunk before."""
-MOST_TOGETHER = 32
+MOST_TOGETHER = 8
 """Records. If they are slow after all, the results of the first ones wait for so many, and are lost with them."""
 SLOW = 1e-3
 """Seconds after which the next record is begun alone. Or the process has waited for the processor."""
@@ -255,7 +255,12 @@ class _Calls:
                 for record in islice(source, together):
                     append(call(record))
             except BaseException as error:
-                failures[len(values)] = Failure.of(error)
+                # Of the record that was taken last, though a signal's handler may raise when that has its result.
+                failed = end - source.__length_hint__() - 1 - first
+                if failed < 0:  # nothing was begun since results were sent
+                    raise
+                del values[failed:]
+                failures[failed] = Failure.of(error)
                 append(None)
             index = first + len(values)
             before, now = now, clock()

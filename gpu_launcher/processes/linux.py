@@ -130,7 +130,7 @@ class Ending:
 
     def __init__(self, pid: int) -> None:
         self._stat: int | None = None
-        with contextlib.suppress(FileNotFoundError):  # there is none, or none that we may see
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # there is none, or none that we may see
             self._stat = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
 
     def __bool__(self) -> bool:
@@ -146,6 +146,7 @@ class Ending:
     def close(self) -> None:
         if self._stat is not None:
             os.close(self._stat)
+            self._stat = None
 
 
 def flush_c_streams() -> None:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -411,17 +412,14 @@ def test_results_wait_for_few_slow_records_that_were_begun_with_quick_ones(pool:
     def slow_in_the_end(record: int) -> int:
         begun[:8] = record.to_bytes(8, "little")
         if record >= 20_000:
-            time.sleep(0.06)  # longer than results are kept
+            time.sleep(0.1)  # longer than results are kept
         return record
 
     found = parallel_map(range(20_100), function=slow_in_the_end, gpus=0, num_workers=1, start_method="fork", pool=pool)
     with found:
-        for result in itertools.islice(found, 20_080):
-            ahead = int.from_bytes(begun[:8], "little") - result
-            if result >= 20_000:
-                assert ahead <= 2 * MOST_TOGETHER
-            if result >= 20_000 + MOST_TOGETHER:
-                assert ahead < 8, "they are known to be slow"
+        aheads = [int.from_bytes(begun[:8], "little") - result for result in itertools.islice(found, 20_040)]
+    assert max(aheads[20_000:]) <= 2 * MOST_TOGETHER
+    assert median(aheads[20_000 + MOST_TOGETHER :]) <= 1, "they are known to be slow"
 
 
 def test_a_worker_that_dies_once_at_quick_records_costs_nothing(pool: Where, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def lives(pid: int) -> bool:
 def stopped(parent: psutil.Process) -> list[psutil.Process]:
     """It and all its descendants, none of which can fork another one any more."""
     parent.suspend()
-    wait_until(lambda: parent.status() == psutil.STATUS_STOPPED)
+    wait_until(lambda: parent.status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE))
     return [parent, *(process for child in parent.children() for process in stopped(child))]
 
 

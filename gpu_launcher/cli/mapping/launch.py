@@ -313,8 +313,8 @@ class _Launch:
         server = ForkServer(program, "fork")
         try:
             left = None if total is None else total - (before.completed.count if before else 0)
-            shown = open_progress(name="gpu-launcher")
-            sweep = run_jobs([], server, self.options, place.path, COMMAND, source=source, total=left, display=shown)
+            display = open_progress(name="gpu-launcher")
+            sweep = run_jobs([], server, self.options, place.path, COMMAND, source=source, total=left, display=display)
         except GpuLauncherError as error:
             if source.ran or isinstance(error, OptionError):
                 raise
