@@ -281,9 +281,7 @@ class RecordEngine:
     def _results(self, worker: _Worker, results: w.Results) -> None:
         chunk = worker.dealt[0]
         if results.first != chunk.first or results.count > len(chunk.records):
-            raise RuntimeError(
-                f"a worker has results of {results.count} records from {results.first} on, not of {chunk}"
-            )
+            raise RuntimeError(f"results of {results.count} records from {results.first} on are not of {chunk}")
         self._died_idle = 0
         worker.quick, worker.heard = True, time.monotonic()
         try:
