@@ -186,7 +186,7 @@ def test_whatever_is_killed_there_is_no_overlap_and_nothing_is_left(common_world
     dice = random.Random(seed)
     mix = Mix(common_world, 1000)
     mix.start()
-    # One's parallel_map may be over before the other gets anything: `run` waits for all devices, and the rest behind it.
+    # `run` waits for all devices, and what comes behind it too: first the other user's parallel_map must be over.
     wait_until(lambda: all(sum(mix.worked(user).values()) > 20 for user in USERS), 200, "nothing is worked on")
     for _ in range(100):
         time.sleep(0.1)  # in which they work
