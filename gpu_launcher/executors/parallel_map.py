@@ -68,7 +68,7 @@ def parallel_map(
     while results are waited for. Breaking out of the iteration, closing it, or an exception ends the workers at once.
 
     A worker that dies is replaced, and the record it was at is dealt once more, alone; if that worker dies, too, the
-    record has failed, with a WorkerDiedError. (Of records that take microseconds up to 8 are begun together. Then it
+    record has failed, with a WorkerDiedError. (Of records that take microseconds up to 32 are begun together. Then it
     is not known which it was, and each of them is first dealt alone to find it.) Not promised: that a record is worked
     on once. Results are sent every 50 ms or so, and what a worker that dies had done since then is done again.
 

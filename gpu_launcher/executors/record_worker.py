@@ -29,9 +29,9 @@ from gpu_launcher.processes.worker import Gate
 
 FLUSH = 0.05
 """Seconds after which the results so far are sent, though the chunk is not done. As much is lost when a worker dies."""
-TOGETHER = 1.5e-4
+TOGETHER = 5e-5
 """Seconds that records which are begun together take, going by the chunk before."""
-MOST_TOGETHER = 8
+MOST_TOGETHER = 32
 """Records. If they are slow after all, the results of the first ones wait for so many, and are lost with them."""
 SLOW = 1e-3
 """Seconds after which the next record is begun alone. Or the process has waited for the processor."""
