@@ -171,11 +171,10 @@ class Dealer:
     def _read(self, count: int, workers: int) -> bool:
         """Read a chunk of at most so many; whether there was any."""
         window = self._window(workers)
-        room = window - (self.read - self.taken)
-        count = min(count, max(1, window // (2 * workers)))  # leave some of it to the others
-        if self.exhausted or room < max(1, count // 8):
+        share = max(1, window // (2 * workers))  # the others need some of it, too
+        count = min(count, share, window - (self.read - self.taken))
+        if self.exhausted or count < 1:
             return False
-        count = min(count, room)
         records: list[Any] = []
         until = self._clock() + READING
         piece = 1

@@ -280,8 +280,7 @@ class RecordEngine:
 
     def _results(self, worker: _Worker, results: w.Results) -> None:
         chunk = worker.dealt[0]
-        if results.first != chunk.first or results.count > len(chunk.records):
-            raise RuntimeError(f"results of {results.count} records from {results.first} on are not of {chunk}")
+        assert results.first == chunk.first and results.count <= len(chunk.records), (chunk, results)  # noqa: PT018
         self._died_idle = 0
         worker.quick, worker.heard = True, time.monotonic()
         try:

@@ -87,14 +87,14 @@ def run_map(app: Path, *words: str, die_at: str = "") -> subprocess.CompletedPro
     )
 
 
-def start_map(app: Path, *words: str) -> subprocess.Popen[str]:
+def start_map(app: Path, *words: str, output: int = subprocess.PIPE) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "app.py", "map", *words],
         cwd=app,
         env=environment(app),
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
         text=True,
     )
 
@@ -199,14 +199,7 @@ def test_stopped_by_a_signal_it_ends_its_runs_says_how_to_go_on_and_goes_on(app,
 
 def test_killed_it_takes_everything_with_it(app, wait_until):
     words = grid("bash", "-c", "setsid sleep 601 & sleep 602; echo {n}")
-    process = subprocess.Popen(
-        [sys.executable, "app.py", "map", *words],
-        cwd=app,
-        env=environment(app),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start_map(app, *words, output=subprocess.DEVNULL)
     wait_until(lambda: sum("sleep" in process.name() for process in processes(app)) == 4)
     process.kill()
     process.wait()

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -408,7 +409,7 @@ def test_whoever_is_killed_no_trial_is_lost_or_told_twice(world: World) -> None:
 
     for _ in range(8):
         goal = len(world.witness("ended")) + chance.randrange(1, 6)
-        until(lambda goal=goal: gone_on(goal), "nothing goes on")  # type: ignore[misc]
+        until(partial(gone_on, goal), "nothing goes on")
         program = psutil.Process(chance.choice(living).pid)
         relatives = program.children(recursive=True) if chance.random() < 0.6 else []
         with suppress(psutil.NoSuchProcess):

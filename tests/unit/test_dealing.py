@@ -142,6 +142,14 @@ def test_where_the_end_is_known_the_last_chunks_are_small(workers: int) -> None:
     assert min(sizes[:-1]) == int(LAST / pace)
 
 
+def test_of_a_small_window_no_worker_gets_so_much_that_others_have_nothing() -> None:
+    deal = dealer(range(1000), read_ahead=16)
+    deal.measured(100, 100 * 1e-3, 0)
+    chunks = [deal.deal(4) for _ in range(8)]
+    assert [len(chunk.records) for chunk in chunks if chunk is not None] == [2] * 8
+    assert deal.deal(4) is None
+
+
 @pytest.mark.parametrize("said", [0, 500])
 def test_a_length_that_is_too_small_is_not_believed(said: int) -> None:
     deal = dealer(range(10_000), length=said)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import pytest
-
-from gpu_launcher.executors.record_worker import MOST_TOGETHER, Results, Work, _Calls
+from gpu_launcher.executors.record_worker import MOST_TOGETHER, Positions, Results, Work, _Calls
 from gpu_launcher.processes import pickling
 
 
@@ -23,26 +22,18 @@ class Said:
         self.results.append(what)
 
 
-class LateError(BaseException):
-    """A signal has come."""
-
-
-@pytest.fixture
-def alarm() -> Iterator[None]:
-    def late(*_: object) -> None:
-        raise LateError
-
-    before = signal.signal(signal.SIGALRM, late)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
+def quick_calls(function: Callable[[int], Any], said: Any, at: memoryview) -> _Calls:
+    """After a chunk of records that took a microsecond each."""
+    calls = _Calls(said, at, 0, function, ())
+    calls._pace = 1e-6
+    return calls
 
 
 def same(record: int) -> int:
     return record
 
 
-def test_what_a_signals_handler_raises_fails_one_record_and_shifts_no_other(alarm: None) -> None:
+def test_what_a_signals_handler_raises_fails_one_record_and_shifts_no_other(alarm: type[BaseException]) -> None:
     """Python may call the handler after the function has returned, and its result has been taken."""
     dice = random.Random(1)
     records = list(range(5000))
@@ -50,13 +41,12 @@ def test_what_a_signals_handler_raises_fails_one_record_and_shifts_no_other(alar
     noted = 0
     for _ in range(10_000):
         said = Said()
-        calls = _Calls(said, memoryview(bytearray(8)).cast("q"), 0, same, ())  # type: ignore[arg-type]
-        calls._pace = 1e-6
+        calls = quick_calls(same, said, memoryview(bytearray(8)).cast("q"))
         try:
             signal.setitimer(signal.ITIMER_REAL, dice.uniform(0.0001, 0.0004))
             calls.do(work)
             signal.setitimer(signal.ITIMER_REAL, 0)
-        except LateError:
+        except alarm:
             continue  # between records: that ends the worker
         values: list[Any] = []
         failed: set[int] = set()
@@ -72,17 +62,16 @@ def test_what_a_signals_handler_raises_fails_one_record_and_shifts_no_other(alar
     raise AssertionError(f"only {noted} were interrupted")
 
 
-def test_where_it_is_can_be_read_from_outside() -> None:
-    at = memoryview(bytearray(8)).cast("q")
+def test_where_it_is_can_be_read_from_outside(tmp_path: Path) -> None:
+    positions = Positions(tmp_path / "positions", 1, new=True)
     seen = []
 
     def look(record: int) -> None:
-        first, together = divmod(at[0], MOST_TOGETHER + 1)
-        assert first <= record < first + together
-        seen.append(together)
+        begun = positions.begun(0)
+        assert record in begun
+        seen.append(len(begun))
 
-    calls = _Calls(Said(), at, 0, look, ())  # type: ignore[arg-type]
-    calls._pace = 1e-6
-    calls.do(Work(7, pickling.dump(list(range(7, 507)))))
+    quick_calls(look, Said(), positions.at).do(Work(7, pickling.dump(list(range(7, 507)))))
     assert seen[0] == MOST_TOGETHER
-    assert at[0] == -1
+    assert not positions.begun(0)
+    positions.close()

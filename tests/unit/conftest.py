@@ -1,0 +1,25 @@
+"""What several unit tests need."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+
+class LateError(BaseException):
+    """SIGALRM has come."""
+
+
+@pytest.fixture
+def alarm() -> Iterator[type[BaseException]]:
+    """What SIGALRM raises, wherever the main thread is. Nothing is raised after the test."""
+
+    def late(*_: object) -> None:
+        raise LateError
+
+    before = signal.signal(signal.SIGALRM, late)
+    yield LateError
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
