@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 REPOSITORY = Path(__file__).parents[1]
 SOURCE = REPOSITORY / "tests" / "nvml_double" / "nvml_double.c"
@@ -50,6 +50,18 @@ def environment_left_as_found() -> Iterator[None]:
         os.environ.update(before)
         changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
         pytest.fail(f"the test left the environment changed: {', '.join(sorted(changed))}")
+
+
+@pytest.fixture(scope="session")
+def frame_of() -> Callable[[str | Path, str, str], str]:
+    """A frame in a traceback: `frame_of(file, "main", "raise ValueError")`, where one line of the file begins so."""
+
+    def frame_of(file: str | Path, function: str, statement: str) -> str:
+        lines = Path(file).read_text().splitlines()
+        ((number, line),) = ((n, line) for n, line in enumerate(lines, 1) if line.strip().startswith(statement))
+        return f'File "{file}", line {number}, in {function}\n    {line.strip()}\n'
+
+    return frame_of
 
 
 @dataclass

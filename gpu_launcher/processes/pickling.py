@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import io
+import linecache
+import os
 import pickle
 import sys
 from collections.abc import Callable, Mapping
-from types import FunctionType, MappingProxyType
+from types import CodeType, FunctionType, MappingProxyType
 from typing import Any, BinaryIO, Protocol
 
 NOTHING: Mapping[str, object] = MappingProxyType({})
@@ -74,10 +76,16 @@ def _pickler_class() -> Any:
             self.main = main_namespace()
             self.used: dict[str, Any] = {}
             """What of this process's `__main__` the reader lacks, by name."""
+            self.sources: dict[str, list[str] | None] = {}
+            """Source lines by file name; None for files that the reader can open itself."""
 
         def reducer_override(self, thing: Any) -> Any:
             if (other := self.instead.get(id(thing))) is not None:
                 return other, ()
+            if type(thing) is CodeType:
+                # cloudpickle >= 3.1.2 writes `<dynamic-code>` instead of the file, and tracebacks would show that.
+                make, arguments = self.dispatch_table[CodeType](thing)
+                return _code_of_file, (thing.co_filename, self.source_of(thing.co_filename), make, arguments)
             if issubclass(type(thing), (type, FunctionType)) and getattr(thing, "__module__", None) == "__main__":
                 name = thing.__qualname__
                 if _lookup(self.known, name) is thing:
@@ -86,7 +94,22 @@ def _pickler_class() -> Any:
                     self.used[name] = thing
             return super().reducer_override(thing)
 
+        def source_of(self, filename: str) -> list[str] | None:
+            if filename not in self.sources:
+                self.sources[filename] = None if os.path.exists(filename) else linecache.getlines(filename) or None  # noqa: PTH110
+            return self.sources[filename]
+
     return Pickler
+
+
+def _code_of_file(
+    filename: str, source: list[str] | None, make: Callable[..., CodeType], arguments: tuple[Any, ...]
+) -> CodeType:
+    """Unpickle a code object. Tracebacks show the `source` of a file that does not exist, such as a notebook's cell."""
+    if source is not None and filename not in linecache.cache:
+        # Without a time of modification `linecache.checkcache` keeps it.
+        linecache.cache[filename] = (sum(map(len, source)), None, source, filename)
+    return make(*arguments).replace(co_filename=filename)
 
 
 def load(pickled: bytes) -> Any:

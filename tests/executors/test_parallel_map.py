@@ -304,7 +304,7 @@ def fail_at_13(record: int) -> int:
     return record
 
 
-def test_an_error_ends_the_iteration_with_the_original_exception(pool: Where) -> None:
+def test_an_error_ends_the_iteration_with_the_original_exception(pool: Where, frame_of: Any) -> None:
     results = parallel_map(range(1000), function=fail_at_13, pool=pool)
     assert list(itertools.islice(results, 13)) == list(range(13))
     with pytest.raises(OwnError, match="number 13 is bad") as caught:
@@ -313,23 +313,33 @@ def test_an_error_ends_the_iteration_with_the_original_exception(pool: Where) ->
     cause = caught.value.__cause__
     assert isinstance(cause, RecordError)
     assert (cause.index, cause.record) == (13, 13)
-    assert "in fail_at_13\n    raise OwnError(record)" in str(cause)
+    assert frame_of(__file__, "fail_at_13", "raise OwnError(record)") in str(cause)
     assert "record 13 (13) failed on simulated GPU" in str(cause)
     assert "record_worker.py" not in str(cause)
     assert list(results) == []
     assert leased(pool) == 0
 
 
-def test_errors_are_results_if_that_is_wanted(pool: Where) -> None:
+def test_errors_are_results_if_that_is_wanted(pool: Where, frame_of: Any) -> None:
     results = list(parallel_map(range(1000), function=fail_at_13, on_error="return", pool=pool))
     error = results[13]
     assert isinstance(error, RecordError)
     assert isinstance(error.exception, OwnError)
     assert (error.index, error.record, error.exception.number) == (13, 13, 13)
-    assert "raise OwnError(record)" in error.traceback
+    assert frame_of(__file__, "fail_at_13", "raise OwnError(record)") in error.traceback
     assert [result for result in results if result is not error] == [n for n in range(1000) if n != 13]
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == str(error)
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_a_record_fails_in_the_file_and_line_of_the_function(pool: Where, frame_of: Any, start_method: Any) -> None:
+    def divide(record: int) -> float:
+        return 1 / record
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        list(parallel_map([0], function=divide, pool=pool, start_method=start_method))
+    assert frame_of(__file__, "divide", "return 1 / record") in str(caught.value.__cause__)
 
 
 def test_a_call_of_exit_is_an_error_of_its_record(pool: Where) -> None:
@@ -342,13 +352,13 @@ def test_a_call_of_exit_is_an_error_of_its_record(pool: Where) -> None:
         list(parallel_map(range(3), function=work, pool=pool))
 
 
-def test_what_setup_raises_is_raised_with_its_traceback(pool: Where) -> None:
+def test_what_setup_raises_is_raised_with_its_traceback(pool: Where, frame_of: Any) -> None:
     def setup() -> None:
         raise OwnError(5)
 
     with pytest.raises(OwnError, match="number 5 is bad") as caught:
         list(parallel_map(range(3), setup, square, pool=pool))
-    assert "raise OwnError(5)" in str(caught.value.__cause__)
+    assert frame_of(__file__, "setup", "raise OwnError(5)") in str(caught.value.__cause__)
     assert leased(pool) == 0
 
 

@@ -28,6 +28,7 @@ class Death:
     """What is in the job's log."""
 
 
+PROGRAM = Path(__file__).parent / "programs" / "deaths.py"
 FAILED = "JobFailedError"  # without a traceback, for there is none
 
 DEATHS = [
@@ -118,6 +119,10 @@ def test_a_death_becomes_a_failed_result_with_cause_traceback_and_log(sweep: Swe
     printed = log.read_text(errors="replace")
     for words in death.log:
         assert words in printed
+    if death.type != FAILED:
+        where = f'File "{PROGRAM}", line '
+        assert where in job["text"]
+        assert where in printed
 
 
 @pytest.mark.parametrize("kind", list(FINE))
@@ -127,14 +132,15 @@ def test_every_other_job_completes_and_returns_its_value(sweep: Sweep, kind: str
     assert job["value"] in (FINE[kind], repr(FINE[kind]))
 
 
-def test_hydra_ends_with_exit_code_1_and_the_first_failures_traceback(sweep: Sweep) -> None:
+def test_hydra_ends_with_exit_code_1_and_the_first_failures_traceback(
+    sweep: Sweep, frame_of: Callable[..., str]
+) -> None:
     assert sweep.ran.returncode == 1
     end = sweep.ran.stderr[sweep.ran.stderr.index("Error executing job with overrides: ['kind=exception']") :]
     assert "in with_cause" in end
     assert "ValueError: the effect" in end
-    files = set(re.findall(r'File "(.*?)"', end))
-    assert len(files) == 1, "the user's frames and nothing else"
-    assert files.pop().endswith("deaths.py")
+    assert frame_of(PROGRAM, "with_cause", 'raise ValueError("the effect") from error') in end
+    assert set(re.findall(r'File "(.*?)"', end)) == {str(PROGRAM)}, "the user's frames and nothing else"
 
 
 def test_the_closing_summary_names_every_failed_job_with_cause_and_log(sweep: Sweep) -> None:

@@ -168,7 +168,9 @@ def test_n_jobs_is_a_cap(pool: Where) -> None:
     assert max(len(trial.user_attrs["running"]) for trial in study.trials) == 2
 
 
-def test_an_exception_is_raised_as_it_was_and_caused_by_its_traceback(study: optuna.Study, pool: Where) -> None:
+def test_an_exception_is_raised_as_it_was_and_caused_by_its_traceback(
+    study: optuna.Study, pool: Where, frame_of: Any
+) -> None:
     def objective(trial: Any) -> float:
         if trial.number == 1:
             raise FileNotFoundError(2, "No such data", "/data")
@@ -179,7 +181,7 @@ def test_an_exception_is_raised_as_it_was_and_caused_by_its_traceback(study: opt
         gpu_launcher.optimize(study, objective, n_trials=100, pool=pool)
     assert raised.value.filename == "/data"
     assert isinstance(raised.value.__cause__, RemoteTraceback)
-    assert "in objective" in str(raised.value.__cause__)
+    assert frame_of(__file__, "objective", "raise FileNotFoundError(2,") in str(raised.value.__cause__)
     # What ran was let run to its end, and nothing more was begun.
     assert states(study) == ["complete", "fail"]
     assert "No such data" in study.trials[1].user_attrs["gpu_launcher:failure"]

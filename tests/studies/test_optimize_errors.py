@@ -160,6 +160,7 @@ for kind in (Stop, Locked, Local, Inside):
             raise kind("loss", 3)
         return x
 
+    line = objective.__code__.co_firstlineno + 3
     study = optuna.create_study()
     gpu_launcher.optimize(study, objective, 2, n_jobs=1, pool=pool, catch=kind, start_method=sys.argv[1])
     print(*[trial.state.name for trial in study.trials])
@@ -167,7 +168,8 @@ for kind in (Stop, Locked, Local, Inside):
     try:
         gpu_launcher.optimize(study, objective, 9, n_jobs=1, pool=pool, start_method=sys.argv[1])
     except Exception as error:
-        print(type(error).__name__, "loss=3" in str(error), "in objective" in str(error.__cause__))
+        where = f'File "{__file__}", line {line}, in objective\\n    raise kind("loss", 3)\\n'
+        print(type(error).__name__, "loss=3" in str(error), where in str(error.__cause__))
         assert isinstance(error, (Stop, gpu_launcher.JobError)), type(error)
 """
 
