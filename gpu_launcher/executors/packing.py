@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from gpu_launcher.processes import exceptions, pickling
-from gpu_launcher.processes.exceptions import describe, traceback_of
+from gpu_launcher.processes.exceptions import describe, reason, traceback_of
 
 LARGE = 1024 * 1024
 """Bytes that fit into a message."""
@@ -109,7 +109,7 @@ class Raised:
 def raised(error: BaseException, skip: int, known: Mapping[str, object]) -> Raised:
     """What to report of an exception, without the first `skip` frames of its traceback, which are ours."""
     text = traceback_of(error, skip)
-    problem = f"raised {describe(error)}"
+    problem = reason(error)
     try:
         return Raised(exceptions.dump(error, known), problem, text)
     except Exception as why:  # whatever the user's exception raises

@@ -91,6 +91,8 @@ class JobEnded:
     message: str | None
     """For FAILED: the cause in one line."""
     log: str | None
+    origin: str = ""
+    """For FAILED: what, besides the message, two jobs have in common that failed in the same way; see `Report`."""
 
 
 @dataclass(frozen=True, slots=True)

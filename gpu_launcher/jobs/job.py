@@ -63,3 +63,5 @@ class JobResult:
     """How many times it was started; the rest is about the last one."""
     unsupervised: bool = False
     """Whether it failed because its supervisor or the fork server was killed, which is no fault of its own."""
+    origin: str = ""
+    """For a failed job that reported: see `Report`."""

@@ -535,6 +535,7 @@ class JobLoop:
                 duration=result.duration,
                 message=result.message if failed else None,
                 log=result.log,
+                origin=result.origin,
             )
         )
         self._checkpoint("concluded")

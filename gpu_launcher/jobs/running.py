@@ -118,6 +118,7 @@ def judge(
         cause=cause,
         attempts=attempts,
         unsupervised=ran.unsupervised and cause is Cause.CRASH,
+        origin=report.origin if report is not None else "",
     )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import sysconfig
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -163,11 +166,114 @@ def without_frames(error: BaseException, skip: int) -> TracebackType | None:
     return frames
 
 
+MAX_CAUSES = 5
+"""Exceptions of one chain that `describe` names."""
+MAX_IN_GROUP = 3
+"""Exceptions of a group that `describe` names."""
+
+
 def describe(error: BaseException) -> str:
-    """Its type, and what it says, in one line."""
-    try:
-        said = str(error)
-    except Exception:  # an exception of the user's that cannot be shown
-        said = ""
+    """Its type, and the first line of what it says, with what led to it where that line alone does not tell."""
+    return _describe(error, MAX_CAUSES)
+
+
+def _describe(error: BaseException, causes: int) -> str:
     name = type(error).__qualname__
-    return f"{name}: {said}" if said else name
+    lines, embedded = _lines(error)
+    cause = error.__cause__
+    if cause is None and not error.__suppress_context__ and (not lines or lines[0].endswith(":")):
+        cause = error.__context__
+    if cause is not None and type(cause).__name__.endswith("RemoteTraceback"):  # the same, where it was raised
+        cause = None
+    led_to = _describe(cause, causes - 1) if cause is not None and causes > 1 else ""
+    if not lines:
+        return f"{name}, caused by {led_to}" if led_to else name
+    said = lines.pop(0)
+    if said.endswith(":"):
+        if led_to:
+            said = f"{said} {led_to}"
+        while said.endswith(":") and lines:
+            said = f"{said} {lines.pop(0)}"
+        # OmegaConf and Hydra say last in which part of the config it was.
+        where = next((line for line in lines if line.startswith("full_key:")), "")
+        said += f" ({where})" if where else ""
+    elif cause is not None and led_to and not _repeats(said, cause):
+        said = f"{said} (caused by {led_to})"
+    elif embedded:
+        said = f"{said} ({embedded})"
+    group = getattr(error, "exceptions", None)
+    if isinstance(group, (list, tuple)) and all(isinstance(one, BaseException) for one in group) and causes > 1:
+        named = [_describe(one, causes - 1) for one in group[:MAX_IN_GROUP]]
+        more = f"; and {len(group) - MAX_IN_GROUP} more" if len(group) > MAX_IN_GROUP else ""
+        said += f": {'; '.join(named)}{more}" if named else ""
+    return f"{name}: {said}"
+
+
+def _lines(error: BaseException) -> tuple[list[str], str]:
+    """What it says without blank lines and rulers; a traceback in it, as of a data loader's worker, by its last line.
+
+    That line comes again by itself; it is empty where there is no traceback.
+    """
+    lines = [line.strip() for line in message_of(error).splitlines() if any(map(str.isalnum, line))]
+    begin = next((i for i, line in enumerate(lines) if "Traceback (most recent call last)" in line), None)
+    if begin is None:
+        return lines, ""
+    return [*lines[:begin], lines[-1]], lines[-1] if begin else ""
+
+
+def _repeats(said: str, cause: BaseException) -> bool:
+    """Whether an exception already says what its cause says."""
+    lines = message_of(cause).strip().splitlines()
+    return bool(lines) and lines[0].strip() in said
+
+
+def message_of(error: BaseException) -> str:
+    """What an exception says, whatever its class makes of that."""
+    try:
+        return str(error)
+    except Exception:  # of a class of the user's
+        return "<its str() failed>"
+
+
+def reason(error: BaseException) -> str:
+    """What a job did that raised `error`, in one line without a subject."""
+    said = f"raised {describe(error)}"
+    return f"{said}; {NO_TERMINAL}" if _wanted_terminal(error) else said
+
+
+def origin(error: BaseException) -> str:
+    """File and line of the innermost frame of the user's own code; of any code where there is none."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    mine = [one for one in frames if not one[0].startswith(_LIBRARIES)]
+    return "{}:{}".format(*(mine or frames)[-1]) if frames else ""
+
+
+_LIBRARIES = (
+    "<frozen ",
+    *(f"{path}{os.sep}" for name, path in sysconfig.get_paths().items() if name in ("stdlib", "purelib", "platlib")),
+    *(f"{Path(__file__).parents[2] / name}{os.sep}" for name in ("gpu_launcher", "hydra_plugins")),
+)
+"""Where code is that is not the user's."""
+
+NO_TERMINAL = "jobs have no terminal, so breakpoint() and input() do not work in them: run this job alone"
+
+
+def _wanted_terminal(error: BaseException) -> bool:
+    """Whether it was raised because stdin is empty, as in a job: by `input`, `getpass`, a debugger or a prompt."""
+    seen: set[int] = set()
+    one: BaseException | None = error
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
+        kind = type(one)
+        if kind.__name__ == "BdbQuit" and kind.__module__ == "bdb":
+            return True
+        if isinstance(one, EOFError) and (str(one) == "EOF when reading a line" or _raised_in(one) == "getpass"):
+            return True
+        one = one.__cause__ or one.__context__
+    return False
+
+
+def _raised_in(error: BaseException) -> str:
+    """The module of the function that raised it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__")) if frames else ""

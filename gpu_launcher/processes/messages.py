@@ -240,6 +240,8 @@ class Report:
     """For a failed job: whether its GPU's memory was not enough."""
     pruned: bool = False
     """For a failed job: whether it is a trial that ended itself early, which is no failure."""
+    origin: str = ""
+    """For a failed job: the line of the user's code that raised, or the last line that a command printed to stderr."""
 
     def dump(self) -> bytes:
         """As it is kept in a file. Thousands of them may be, so it is made small where that is quick."""

@@ -23,6 +23,7 @@ from typing import Any, NoReturn, Protocol
 
 from gpu_launcher.model import Request
 from gpu_launcher.processes import bulletin, conversation
+from gpu_launcher.processes.exceptions import origin, reason
 from gpu_launcher.processes.linux import flush_c_streams
 from gpu_launcher.processes.messages import (
     Answer,
@@ -142,7 +143,7 @@ def work(channel: socket.socket, stdio: CapturedStdio, load_program: Callable[[]
         status = 0 if report.ok else 1
     except BaseException as error:  # the user's code raises inside the program, which reports it; this is not that
         status = _exit_status(error)
-        report = Report(ok=False, message=f"raised {type(error).__name__}: {error}", payload=b"")
+        report = Report(ok=False, message=reason(error), payload=b"", origin=origin(error))
     # A child that the user's code forked comes here as well, and ends as it would in any program.
     if os.getpid() == job and not _leave(report, Path(assignment.result), channel):
         status = 1

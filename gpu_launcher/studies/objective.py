@@ -13,7 +13,7 @@ from optuna import TrialPruned
 
 from gpu_launcher.model import Request
 from gpu_launcher.processes import pickling
-from gpu_launcher.processes.exceptions import Carried, describe, without_frames
+from gpu_launcher.processes.exceptions import Carried, reason, without_frames
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.worker import Gate, print_exception
 from gpu_launcher.studies import reporting, trial
@@ -84,7 +84,7 @@ def _left(error: BaseException) -> Report:
         raise error  # with its status, for whoever waits for a fork of the objective's
     else:
         print(error.code, file=sys.stderr)
-    return Report(ok=False, message=f"raised {describe(error)}", payload=b"")
+    return Report(ok=False, message=reason(error), payload=b"")
 
 
 def _load(dumped: bytes, request: Request) -> Objective:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import FrameType, FunctionType, TracebackType
 from typing import Literal
 
-from gpu_launcher.processes.exceptions import RemoteTraceback
+from gpu_launcher.processes.exceptions import RemoteTraceback, message_of
 
 MOST_FRAMES = 200
 """Of a longer traceback, as of endless recursion, half of these from either end travel."""
@@ -78,12 +78,6 @@ def unpack_chain(links: Sequence[Link], replacement: Exception) -> Exception:
     return error
 
 
-def brief(error: BaseException) -> str:
-    """Type and first line of the message."""
-    lines = _message(error).strip().splitlines()
-    return f"{type(error).__qualname__}: {lines[0]}" if lines else type(error).__qualname__
-
-
 def dumps(value: object) -> bytes:
     """Pickle; by value where plain pickle cannot, as for what a function defines. Raises whatever that raises."""
     try:
@@ -132,7 +126,7 @@ def _pickled(error: BaseException) -> bytes | None:
     except Exception:  # anything can be raised by an object that is asked to pickle itself
         return None
     # One whose constructor words the message gets its own words back as if they were the argument.
-    return pickled if type(restored) is type(error) and _message(restored) == _message(error) else None
+    return pickled if type(restored) is type(error) and message_of(restored) == message_of(error) else None
 
 
 def _unpickled(pickled: bytes) -> BaseException | None:
@@ -141,13 +135,6 @@ def _unpickled(pickled: bytes) -> BaseException | None:
     except Exception:  # as above; in a fresh interpreter (`spawn`) it may have worked
         return None
     return error if isinstance(error, BaseException) else None
-
-
-def _message(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:  # of a class of the user's
-        return "<its str() failed>"
 
 
 def _traceback(frames: Sequence[tuple[str, str, int]]) -> TracebackType | None:

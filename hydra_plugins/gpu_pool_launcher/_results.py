@@ -18,10 +18,11 @@ from omegaconf import DictConfig
 from gpu_launcher.errors import JobError
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import JobResult
+from gpu_launcher.processes.exceptions import describe, origin, reason
 from gpu_launcher.processes.memory_errors import is_out_of_gpu_memory
 from gpu_launcher.processes.messages import Report
 
-from ._exceptions import Link, brief, dumps, pack_chain, unpack_chain
+from ._exceptions import Link, dumps, pack_chain, unpack_chain
 
 
 class JobFailedError(JobError, CompactHydraException):
@@ -58,15 +59,18 @@ def pack(job_return: JobReturn, composed: DictConfig | None) -> Report:
                 parcel = _Parcel(_shell(job_return, composed), pickled, None, None)
             except Exception as error:  # anything can be raised by an object that is asked to pickle itself
                 job_return.status = JobStatus.FAILED
-                problem = f"returned a value of type {type(value).__qualname__} that cannot be pickled: {brief(error)}"
+                problem = (
+                    f"returned a value of type {type(value).__qualname__} that cannot be pickled: {describe(error)}"
+                )
                 parcel = _Parcel(_shell(job_return, composed), None, None, problem)
         else:
             out_of_memory = is_out_of_gpu_memory(value)
-            parcel = _Parcel(_shell(job_return, composed), None, pack_chain(value), describe(value))
+            parcel = _Parcel(_shell(job_return, composed), None, pack_chain(value), outcome(value))
     finally:
         job_return._return_value = value
     pruned = parcel.problem is not None and is_pruned(value)
-    return Report(parcel.problem is None, parcel.problem, pickle.dumps(parcel), out_of_memory, pruned)
+    failed_at = origin(value) if isinstance(value, BaseException) and parcel.problem is not None else ""
+    return Report(parcel.problem is None, parcel.problem, pickle.dumps(parcel), out_of_memory, pruned, failed_at)
 
 
 def is_pruned(error: object) -> bool:
@@ -95,7 +99,7 @@ def unpack(result: JobResult, overrides: list[str], directory: Path) -> JobRetur
         try:
             job_return.return_value = pickle.loads(parcel.value)
         except Exception as error:  # as when pickling
-            problem = f"returned a value that cannot be unpickled: {brief(error)}"
+            problem = f"returned a value that cannot be unpickled: {describe(error)}"
             job_return.status = JobStatus.FAILED
             job_return.return_value = JobFailedError(result.number, result.label, problem, result.log)
     elif parcel.error is not None:
@@ -115,13 +119,13 @@ def _unpack_shell(parcel: _Parcel, overrides: list[str], directory: Path) -> Job
     return job_return
 
 
-def describe(error: BaseException) -> str:
+def outcome(error: BaseException) -> str:
     """What a job did that ended it, as one line without a subject."""
     if isinstance(error, SystemExit):
         return f"called sys.exit({error.code!r}) before it returned a value"
     if isinstance(error, KeyboardInterrupt):
         return "was interrupted"
-    return f"raised {brief(error)}"
+    return reason(error)
 
 
 def _exception(result: JobResult, chain: list[Link], problem: str | None) -> Exception:

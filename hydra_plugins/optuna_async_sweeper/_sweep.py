@@ -21,6 +21,7 @@ from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.processes.exceptions import reason
 from gpu_launcher.processes.starter import ForkServer
 from gpu_launcher.studies.desk import Asked, Ending, How, Summary, Unusable
 from gpu_launcher.studies.ownership import Sweep
@@ -222,7 +223,7 @@ def _ending_of(job_return: JobReturn, objectives: int) -> Ending:
     if job_return.status is not JobStatus.COMPLETED:
         error = job_return._return_value
         how = How.PRUNED if isinstance(error, TrialPruned) else How.FAILED
-        return Ending(how, message=f"raised {type(error).__name__}: {error}")
+        return Ending(how, message=reason(error))
     returned = job_return.return_value
     try:
         return Ending(How.COMPLETE, values_of(returned, objectives))

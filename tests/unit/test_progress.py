@@ -26,6 +26,7 @@ from gpu_launcher.jobs.events import (
     SweepStarted,
 )
 from gpu_launcher.jobs.progress import PlainProgress, open_progress
+from gpu_launcher.jobs.progress.alike import ranges
 from gpu_launcher.jobs.progress.estimate import time_left
 from gpu_launcher.jobs.progress.text import duration, log_end, one_line, rough_duration
 from gpu_launcher.model import Device, DeviceKind
@@ -147,10 +148,91 @@ def test_the_summary_counts_and_names_the_failed_jobs_once() -> None:
 
 
 def test_the_summary_names_twenty_failed_jobs_and_counts_the_rest() -> None:
-    failures = [ended(i, Outcome.FAILED, 1.0, message="no") for i in range(32)]
-    lines = lines_of(started(32), *failures, SweepEnded(200.0))
-    assert lines[-1] == "  ... and 12 more"
+    failures = [ended(i, Outcome.FAILED, 1.0, message=f"no {'x' * (i // 2)}") for i in range(64)]
+    lines = lines_of(started(64), *failures, SweepEnded(200.0))
+    assert lines[-1] == "  ... and 24 more"
     assert len([line for line in lines if line.startswith("  job")]) == 20
+
+
+def alike(
+    number: int, message: str = "raised ValueError: nan", log: str | None = None, origin: str = "a.py:3"
+) -> JobEnded:
+    return JobEnded(110.0, number, f"lr={number}", GPUS[:1], Outcome.FAILED, 0.5 + number, message, log, origin)
+
+
+def test_the_same_failure_of_forty_jobs_is_told_once(tmp_path: Path) -> None:
+    logs = [tmp_path / str(i) / "job.log" for i in range(40)]
+    for log in logs:
+        log.parent.mkdir()
+        log.write_text("".join(f"line {i}\n" for i in range(9)))
+    failures = [alike(i, f"raised ValueError: {log.parent}/x 0x7f{i:02}", str(log)) for i, log in enumerate(logs)]
+    lines = lines_of(started(41), *failures, ended(40), SweepEnded(200.0))
+    assert len([line for line in lines if line.startswith("    | ")]) == 9
+    assert len([line for line in lines if "): same as job 0; log: " in line]) == 39
+    assert lines[-3:] == [
+        "[gpu_pool] 41 jobs: 1 completed, 40 failed in 1m 40s",
+        f"  job 0 (lr=0) FAILED after 0.5 s: raised ValueError: {tmp_path}/0/x 0x7f00; log: {tmp_path}/0/job.log",
+        "  39 jobs FAILED as job 0 did: 1-39",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("other", "origin"),
+    [
+        ("raised ValueError: inf", "a.py:3"),
+        ("raised TypeError: nan", "a.py:3"),
+        ("raised ValueError: nan", "a.py:4"),
+        ("raised ValueError: nan 2", "a.py:3"),
+    ],
+)
+def test_failures_that_differ_are_both_told(other: str, origin: str) -> None:
+    lines = lines_of(started(), alike(0), alike(1, other, origin=origin), SweepEnded(200.0))
+    assert other in lines[2]
+    assert len([line for line in lines if line.startswith("  job")]) == 2
+
+
+def test_a_log_is_not_shown_again_where_the_same_line_raised_another_message(tmp_path: Path) -> None:
+    log = tmp_path / "job.log"
+    log.write_text("Traceback\n")
+    failures = [alike(i, f"raised ValueError: lr is {i}", str(log)) for i in range(3)]
+    lines = lines_of(started(), *failures, alike(3, "raised ValueError: lr is 1", str(log), "b.py:1"))
+    assert lines.count("    | Traceback") == 2
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "was killed by SIGSEGV after {duration} on {devices}",
+        "raised OSError: {directory}/model.pt is missing",
+        "raised RuntimeError: job {number} is lost",
+        "raised KeyError: <object at 0x7f{number:02}aa>",
+        "raised OSError: /tmp/tmp{number:08}/lock",
+        "raised RuntimeError: DataLoader worker (pid {number}) was killed",
+    ],
+)
+def test_what_differs_from_job_to_job_does_not_make_another_failure(said: str) -> None:
+    failures = []
+    for i in range(3):
+        known = {"duration": duration(5.0 + i), "devices": f"GPU {i}", "directory": f"/m/{i}", "number": i}
+        message, log = said.format(**known), f"/m/{i}/job.log"
+        failures.append(JobEnded(9.0, i, "", GPUS[i : i + 1], Outcome.FAILED, 5.0 + i, message, log))
+    assert len([line for line in lines_of(started(), *failures) if "same as job 0" in line]) == 2
+
+
+def test_first_jobs_that_all_fail_alike_are_remarked_upon_once() -> None:
+    hint = "[gpu_pool] the first 4 jobs all failed, in the same way as job 0; Ctrl-C stops the sweep"
+    assert lines_of(started(), *(alike(i) for i in range(8))).count(hint) == 1
+    assert hint not in lines_of(started(), ended(9), *(alike(i) for i in range(7)))
+    assert hint not in lines_of(started(), alike(0), alike(1, "other"), *(alike(i) for i in range(2, 8)))
+    assert hint not in lines_of(started(4), *(alike(i) for i in range(4)))
+
+
+@given(st.sets(st.integers(0, 60)))
+def test_ranges_name_every_number(numbers: set[int]) -> None:
+    text = ranges(numbers)
+    if not text.endswith("..."):
+        pieces = [list(map(int, piece.split("-"))) for piece in text.split(", ") if piece]
+        assert {n for piece in pieces for n in range(piece[0], piece[-1] + 1)} == numbers
 
 
 def test_an_interrupted_sweep_says_how_many_jobs_finished() -> None:

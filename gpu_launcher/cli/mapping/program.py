@@ -56,12 +56,13 @@ class CommandProgram:
         except OSError as error:
             problem = f"could not write its outcome, to be found to have ended: {_why(error)}"
             return Report(False, problem, json.dumps(outcome).encode())
+        printed = "" if outcome["outcome"] == "completed" else _end(run.stderr).decode(errors="replace")
         return Report(
             outcome["outcome"] == "completed",
             outcome["message"],
             json.dumps(outcome).encode(),
-            out_of_memory=outcome["outcome"] == "failed"
-            and tells_of_gpu_memory(_end(run.stderr).decode(errors="replace")),
+            out_of_memory=outcome["outcome"] == "failed" and tells_of_gpu_memory(printed),
+            origin=next((line for line in reversed(printed.splitlines()) if line.strip()), ""),
         )
 
     def _run(self, words: list[str], run: RunPlace, arrived: list[int]) -> dict[str, Any]:

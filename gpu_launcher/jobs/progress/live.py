@@ -68,10 +68,12 @@ class LiveProgress:
             case Notice():
                 self._keep(Text(one_line(event.text)))
             case JobEnded(outcome=Outcome.FAILED):
-                line = Text(failure(event))
+                line = Text(failure(event, same=self._tally.same))
                 verdict = len(job_name(event.number, event.label)) + 1
                 line.stylize("bold red", verdict, verdict + len("FAILED"))
-                self._keep(line, [Text(quoted, "dim") for quoted in log_quote(event)])
+                self._keep(line, [Text(quoted, "dim") for quoted in log_quote(event, self._tally)])
+                if hint := self._tally.all_alike():
+                    self._keep(Text(hint, "bold yellow"))
             case JobRetried():
                 self._keep(Text(retry(event), "yellow"))
             case SweepEnded():

@@ -76,7 +76,10 @@ class PlainProgress:
     def _ended(self, event: JobEnded) -> None:
         done = f" ({self._tally.done}/{self._tally.total} done)"
         if event.outcome is Outcome.FAILED:
-            self._say(failure(event, done), *log_quote(event))
+            same = self._tally.same
+            self._say(failure(event, done, same), *log_quote(event, self._tally))
+            if hint := self._tally.all_alike():
+                self._say(hint)
         elif event.duration is not None:
             name = job_name(event.number, event.label)
             self._say(f"{name} {ENDS[event.outcome]} {duration(event.duration)}{done}")
@@ -122,6 +125,8 @@ def stopping(event: Stopping, running: int, seconds: float) -> str:
     return f"{stopping}: waiting up to {duration(seconds, tenths=False)} for {jobs} (Ctrl-C again to kill them)"
 
 
-def log_quote(event: JobEnded) -> list[str]:
-    """The end of a failed job's log, indented below its line."""
+def log_quote(event: JobEnded, tally: Tally) -> list[str]:
+    """The end of a failed job's log, indented below its line, unless that was shown for one that failed there."""
+    if tally.same is not None or not tally.failures.tells_more(event):
+        return []
     return [f"    | {line}".rstrip() for line in log_end(event.log)]

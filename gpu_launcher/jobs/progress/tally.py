@@ -17,12 +17,15 @@ from gpu_launcher.jobs.events import (
     SweepEnded,
     SweepStarted,
 )
+from gpu_launcher.jobs.progress.alike import Failures, Group, ranges
 from gpu_launcher.jobs.progress.estimate import time_left
 from gpu_launcher.jobs.progress.text import count, duration, job_name, one_line
 from gpu_launcher.model import Device
 
 FAILURES_NAMED = 20
-"""How many failed jobs the closing summary names before it only counts."""
+"""How many distinct failures the closing summary names before it only counts."""
+FIRST_JOBS = 4
+"""If as many jobs as this have ended, and all have failed in the same way, that is worth a word."""
 
 
 @dataclass
@@ -47,8 +50,9 @@ class Tally:
     facts: tuple[tuple[str, str], ...] = ()
     """How the search goes."""
     failed: int = 0
-    failures: list[JobEnded] = field(default_factory=list)
-    """The first of them."""
+    failures: Failures = field(default_factory=Failures)
+    same: Group | None = None
+    """Those that failed before as the job did that failed last."""
     highest_number: int = 0
     # The latest ones say most about those to come.
     _durations: deque[float] = field(default_factory=lambda: deque(maxlen=256))
@@ -116,8 +120,7 @@ class Tally:
         elif ended.outcome is Outcome.FAILED:
             # Not among the durations: a job that fails at once says nothing about how long the others take.
             self.failed += 1
-            if self.failed <= FAILURES_NAMED:
-                self.failures.append(ended)
+            self.same = self.failures.add(ended)
         elif ended.duration is None:
             self.not_run += 1
         else:
@@ -152,10 +155,25 @@ class Tally:
         if self.retries:
             head += f", {count(self.retries, 'attempt')} repeated"
         lines = [head]
-        lines += [f"  {failure(ended)}" for ended in self.failures]
-        if self.failed > FAILURES_NAMED:
-            lines.append(f"  ... and {self.failed - FAILURES_NAMED} more")
+        named = 0
+        for group in list(self.failures.groups.values())[:FAILURES_NAMED]:
+            named += 1 + len(group.others)
+            lines.append(f"  {failure(group.first)}")
+            if group.others:
+                jobs = count(len(group.others), "job")
+                lines.append(f"  {jobs} FAILED as job {group.first.number} did: {ranges(group.others)}")
+        if self.failed > named:
+            lines.append(f"  ... and {self.failed - named} more")
         return lines
+
+    def all_alike(self) -> str | None:
+        """What to say when the first jobs have all failed in the same way, and others are still to come."""
+        if self.done != FIRST_JOBS or self.failed != FIRST_JOBS or len(self.failures.groups) > 1:
+            return None
+        if self.stopping is not None or self.same is None or self.total == self.done:
+            return None
+        first = self.same.first.number
+        return f"the first {FIRST_JOBS} jobs all failed, in the same way as job {first}; Ctrl-C stops the sweep"
 
 
 def retry(event: JobRetried) -> str:
@@ -165,9 +183,12 @@ def retry(event: JobRetried) -> str:
     return f"{job_name(event.number, event.label)} failed: {one_line(event.message)}; {follows}{log}"
 
 
-def failure(ended: JobEnded, counts: str = "") -> str:
-    """`job 3 (lr=0.1) FAILED after 0.8 s: <cause>; log: <path>`, saying nothing that the cause says itself."""
-    cause = one_line(ended.message or "no cause is known")
+def failure(ended: JobEnded, counts: str = "", same: Group | None = None) -> str:
+    """`job 3 (lr=0.1) FAILED after 0.8 s: <cause>; log: <path>`, saying nothing that the cause says itself.
+
+    `same` are the jobs that failed in the same way before, and of which the cause was said.
+    """
+    cause = one_line(ended.message or "no cause is known") if same is None else f"same as job {same.first.number}"
     after = "" if ended.duration is None else f" after {duration(ended.duration)}"
     if after in cause:
         after = ""

@@ -1,0 +1,95 @@
+"""Which failures are the same, so that each is told once. Pure."""
+
+from __future__ import annotations
+
+import os
+import re
+from array import array
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpu_launcher.jobs.progress.text import device_names, duration
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from gpu_launcher.jobs.events import JobEnded
+
+MAX_GROUPS = 1000
+"""Distinct failures that are remembered. Of a later one each occurrence is told in full."""
+MAX_RANGES = 12
+"""Ranges of job numbers in one line."""
+
+_VARYING = re.compile(
+    r"""0x[0-9a-fA-F]+                                           # addresses of objects
+      | \b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b # UUIDs
+      | /tmp[a-z0-9_]{8}\b                                       # what tempfile makes
+      | \b(?:pid|process)[ =:]*\d+
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+@dataclass(slots=True)
+class Group:
+    """Jobs that failed in the same way."""
+
+    first: JobEnded
+    others: array[int] = field(default_factory=lambda: array("q"))
+    """Their numbers, in the order in which they ended."""
+
+
+class Failures:
+    """The failed jobs of a sweep, grouped."""
+
+    def __init__(self) -> None:
+        self.groups: dict[tuple[str, str], Group] = {}
+        self._quoted: set[tuple[str, str]] = set()
+
+    def add(self, ended: JobEnded) -> Group | None:
+        """Take note of a failed job; returns those that failed in the same way before, if any did."""
+        key = (what_failed(ended), ended.origin)
+        group = self.groups.get(key)
+        if group is not None:
+            group.others.append(ended.number)
+        elif len(self.groups) < MAX_GROUPS:
+            self.groups[key] = Group(ended)
+        return group
+
+    def tells_more(self, ended: JobEnded) -> bool:
+        """Whether the end of its log may tell what the log of no job before did: it failed elsewhere or otherwise."""
+        place = (what_failed(ended).partition(":")[0] if ended.origin else what_failed(ended), ended.origin)
+        new = place not in self._quoted
+        if len(self._quoted) < MAX_GROUPS:
+            self._quoted.add(place)
+        return new
+
+
+def what_failed(ended: JobEnded) -> str:
+    """Its message without what differs from job to job though the failure is the same."""
+    said = ended.message or ""
+    if ended.duration is not None:
+        said = said.replace(f" after {duration(ended.duration)}", "")
+    if ended.devices:
+        said = said.replace(f" on {device_names(ended.devices)}", "")
+    if ended.log:
+        directory = str(Path(ended.log).parent)
+        for path in (ended.log, directory, os.path.relpath(directory)):
+            if len(path) > 2:  # `.` and `..` are in every text
+                said = said.replace(path, "<output>")
+    said = re.sub(rf"(\bjob |#){ended.number}\b", r"\1N", said)
+    return _VARYING.sub("<...>", said)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """`0-3, 7`: numbers in order, those that follow each other as one range."""
+    ordered = sorted(set(numbers))
+    starts = [i for i, (one, other) in enumerate(pairwise(ordered), 1) if other != one + 1]
+    runs = [ordered[begin:end] for begin, end in pairwise([0, *starts, len(ordered)])] if ordered else []
+    texts = []
+    for run in runs[:MAX_RANGES]:
+        joint = "-" if len(run) > 2 else ", "
+        texts.append(str(run[0]) if len(run) == 1 else f"{run[0]}{joint}{run[-1]}")
+    return ", ".join(texts) + (", ..." if len(runs) > MAX_RANGES else "")
