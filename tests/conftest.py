@@ -11,7 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -50,6 +50,30 @@ def environment_left_as_found() -> Iterator[None]:
         os.environ.update(before)
         changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
         pytest.fail(f"the test left the environment changed: {', '.join(sorted(changed))}")
+
+
+@pytest.fixture(autouse=True)
+def hydra_left_as_found() -> Iterator[None]:
+    """A test that runs Hydra in this process sets its version_base and config, and later tests would inherit them."""
+    before = hydra_state()
+    yield
+    for kind, (instance, _) in hydra_state().items():
+        if kind in before:
+            vars(instance).clear()
+            vars(instance).update(before[kind][1])
+        else:
+            del type(kind)._instances[kind]
+
+
+def hydra_state() -> dict[type, tuple[Any, dict[str, Any]]]:
+    """What Hydra keeps for the whole process, if it is imported: instances with their attributes."""
+    if "hydra" not in sys.modules:
+        return {}
+    from hydra.core.singleton import Singleton
+
+    names = ("VersionBase", "GlobalHydra", "HydraConfig")
+    instances = Singleton._instances
+    return {kind: (instances[kind], dict(vars(instances[kind]))) for kind in instances if kind.__name__ in names}
 
 
 @pytest.fixture(scope="session")
