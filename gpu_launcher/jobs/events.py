@@ -75,6 +75,8 @@ class JobStarted:
     devices: tuple[Device, ...]
     log: str | None
     """Path of its log."""
+    pid: int | None = None
+    """Of its main process."""
 
 
 @dataclass(frozen=True, slots=True)

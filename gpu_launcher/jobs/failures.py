@@ -31,6 +31,8 @@ class Attempts:
     def __init__(self, policy: FailurePolicy, numbers: Iterable[int], before: Mapping[int, int]) -> None:
         """`before`: how many attempts jobs have made in earlier launches, by number."""
         self._policy = policy
+        self._policies: dict[int, FailurePolicy] = {}
+        """Of jobs that have their own."""
         self._before = dict(before)
         self._attempts = {number: before.get(number, 0) + 1 for number in numbers}
         self._roomier: dict[int, Share] = {}
@@ -42,9 +44,13 @@ class Attempts:
         if job.attempts_before:
             self._before[job.number] = job.attempts_before
 
+    def follow(self, number: int, policy: FailurePolicy) -> None:
+        """Retry this job as its own `policy` says."""
+        self._policies[number] = policy
+
     def forget(self, number: int) -> None:
         """It will not run again, and nobody asks about it."""
-        for known in (self._attempts, self._before, self._roomier, self._failed):
+        for known in (self._attempts, self._before, self._roomier, self._failed, self._policies):
             known.pop(number, None)
 
     def __getitem__(self, number: int) -> int:
@@ -62,8 +68,9 @@ class Attempts:
         `refusal` says why the devices that are in order could never grant a request.
         """
         number, request = result.number, ran.request
+        policy = self._policies.get(number, self._policy)
         made = result.attempts - self._before.get(number, 0)
-        if result.cause not in self._policy.retry_on or made > self._policy.retries or ran.final:
+        if result.cause not in policy.retry_on or made > policy.retries or ran.final:
             return None
         if ran.started is None and result.cause is Cause.EXCEPTION:
             return None  # its config does not compose, and will not
@@ -81,7 +88,7 @@ class Attempts:
                 self._roomier[number] = request.share
         self._attempts[number] += 1
         self._failed[number] = result
-        return Attempt(self._attempts[number], self._before.get(number, 0) + self._policy.retries + 1, patient)
+        return Attempt(self._attempts[number], self._before.get(number, 0) + policy.retries + 1, patient)
 
     def latest_failure(self, number: int) -> JobResult | None:
         """How the attempt before this one ended."""

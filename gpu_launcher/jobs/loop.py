@@ -31,6 +31,7 @@ from gpu_launcher.jobs.events import (
 from gpu_launcher.jobs.failures import Attempts, FailurePolicy, set_aside
 from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.jobs.job_options import JobOptions
 from gpu_launcher.jobs.pool import PoolSide
 from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.jobs.running import Running, judge
@@ -89,6 +90,7 @@ class JobLoop:
         owner: Callable[[Job], Owner],
         watch: DeviceWatch,
         telling: Telling = Telling(),  # noqa: B008  (frozen)
+        by_uuid: bool = False,
         failures: FailurePolicy = FailurePolicy(),  # noqa: B008  (frozen)
         attempts: Mapping[int, int] = MappingProxyType({}),
         source: JobSource | None = None,
@@ -98,11 +100,11 @@ class JobLoop:
         """Prepare to run `jobs` on `devices`.
 
         `report_path` says where a job leaves its report, by its number. `owner` says whom a job's ticket and lease
-        belong to. `watch` says which devices not to use now, `telling` how jobs are told of theirs, `failures` what to
-        do about jobs that fail, `attempts` how many attempts each has made in earlier launches. `source` decides on
-        more jobs when there is room for them. `program` is the process for which they are run; None: this one.
-        `checkpoint` is called with the name of each point of a job's life, for tests that kill the launching program
-        there.
+        belong to. `watch` says which devices not to use now, `telling` how jobs are told of theirs, `by_uuid` that
+        there is no other name for them, `failures` what to do about jobs that fail, `attempts` how many attempts each
+        has made in earlier launches. `source` decides on more jobs when there is room for them. `program` is the
+        process for which they are run; None: this one. `checkpoint` is called with the name of each point of a job's
+        life, for tests that kill the launching program there.
         """
         self._jobs = {job.number: job for job in jobs}
         self._pool = PoolSide(devices, ledger, watch, owner, progress, clock, program)
@@ -112,6 +114,9 @@ class JobLoop:
         self._clock = clock
         self._report_path = report_path
         self._telling = telling
+        self._by_uuid = by_uuid
+        self._ignored: set[str] = set()
+        """Options of single jobs of which the user was told that they belong to the sweep."""
         self._failures = failures
         self._attempts = Attempts(failures, self._jobs, attempts)
         self._failed = 0
@@ -335,8 +340,11 @@ class JobLoop:
             self._selector.unregister(job.process.job)  # its supervisor will say more
             return
         match message:
-            case messages.Prepared(request, log):
+            case messages.Prepared(request, log, pid, options):
                 job.log = log
+                job.pid = pid
+                if options is not None:
+                    self._take_options(number, job, options)
                 request = self._attempts.request(number, request)
                 self._any_prepared = True
                 self._checkpoint("prepared")
@@ -349,6 +357,26 @@ class JobLoop:
                 job.final = True
             case _:
                 raise TypeError(f"a job says {message!r}")
+
+    def _take_options(self, number: int, job: Running, options: JobOptions) -> None:
+        """Note what a job has of its own, and say once of each option that it cannot have it."""
+        job.telling = options.telling
+        self._attempts.follow(number, options.failures)
+        names = {text: text.partition("=")[0] for text in options.ignored}
+        new = [text for text in options.ignored if names[text] not in self._ignored]
+        if not new:
+            return
+        self._ignored.update(names.values())
+        label = self._jobs[number].label
+        whose = f"job {number} ({label})" if label else f"job {number}"
+        belongs, it = ("belongs", "it") if len(new) == 1 else ("belong", "them")
+        self._progress.handle(
+            Notice(
+                self._clock(),
+                f"ignored: {', '.join(new)} of {whose} {belongs} to the sweep as a whole. "
+                f"Set {it} on the command line or in the main config",
+            )
+        )
 
     def _hear_the_last(self, number: int, job: Running) -> None:
         """Take what a job has said and nobody has read before its end was known."""
@@ -470,15 +498,18 @@ class JobLoop:
             self._source.tick()  # whoever wanted the job may be no more: perhaps that is why there are devices for it
         job = self._live[number]
         job.started = self._clock()
+        telling = job.telling or self._telling
+        if self._by_uuid:
+            telling = replace(telling, by_uuid=True)
         shares = {} if job.lease is None else job.lease.shares
         grant = messages.Grant(
-            self._telling.environment(job.devices, shares, os.environ),
-            self._telling.cpus(job.devices, frozenset(os.sched_getaffinity(0))),
+            telling.environment(job.devices, shares, os.environ),
+            telling.cpus(job.devices, frozenset(os.sched_getaffinity(0))),
         )
         lease = () if job.lease is None else (job.lease.fileno(),)
         self._tell(number, lambda process: process.grant(grant, lease))
         self._checkpoint("granted")
-        self._progress.handle(JobStarted(job.started, number, self._jobs[number].label, job.devices, job.log))
+        self._progress.handle(JobStarted(job.started, number, self._jobs[number].label, job.devices, job.log, job.pid))
         if self._source is not None:
             self._source.started(self._jobs[number], job.devices, job.log)
 

@@ -9,6 +9,7 @@ from signal import SIGKILL
 
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.explaining import labels
+from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.progress.text import duration
 from gpu_launcher.leases import Lease, Ticket
@@ -29,6 +30,10 @@ class Running:
     unsupervised: bool = False
     """Its supervisor is gone, and the fork server will say more, unless it is dead, too."""
     log: str | None = None
+    pid: int | None = None
+    """Of its main process, once it has prepared itself."""
+    telling: Telling | None = None
+    """How it is told of its devices; None: as the sweep's jobs are."""
     status: int | None = None
     """How its main process ended, as `os.waitpid` gives it; None if nobody could tell."""
     printed: str = ""

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
 
@@ -144,7 +144,8 @@ def run_jobs(
             report_path=report_path,
             owner=lambda job: Owner(os.getpid(), user, f"{command} #{job.number} {job.label}".rstrip()),
             watch=watch,
-            telling=replace(options.telling, by_uuid=options.telling.by_uuid or selection.by_uuid),
+            telling=options.telling,
+            by_uuid=selection.by_uuid,
             failures=options.failures,
             attempts=attempts,
             source=watched,

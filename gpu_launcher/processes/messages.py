@@ -211,6 +211,9 @@ class Prepared:
     request: Request
     log: str | None
     """Path of the file that gets its stdout and stderr."""
+    pid: int
+    options: Any = None
+    """Options of its own, as the program and the launching program have agreed; None for those of the sweep."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,12 +58,12 @@ class Gate:
         self._grant: Grant | None = None
         self._lease: tuple[int, ...] = ()
 
-    def prepared(self, request: Request, log: Path | None) -> None:
+    def prepared(self, request: Request, log: Path | None, options: Any = None) -> None:
         """Say what this job needs. From here on its stdout and stderr go to `log`, appended."""
         if log is not None:
             self._stdio.redirect(log)
         try:
-            send(self._channel, Prepared(request, None if log is None else str(log)))
+            send(self._channel, Prepared(request, None if log is None else str(log), os.getpid(), options))
         except ChannelClosedError:
             os._exit(1)
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from gpu_launcher import requests
 from gpu_launcher.devices import BUSY_MEMORY
@@ -15,17 +16,34 @@ from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.job import Cause
+from gpu_launcher.jobs.job_options import JobOptions
+from gpu_launcher.jobs.progress.text import one_line
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.model import Request
 from gpu_launcher.processes.starter import StartMethod
 from gpu_launcher.requests import read_number
 from gpu_launcher.sizes import read_memory
 
+MAX_SHOWN = 60
+"""Characters of a value in a message."""
 _START_METHODS = ("auto", "fork", "spawn")
 
 
-PER_JOB = ("gpus", "memory", "priority", "timeout", "stagger")
-"""Options that may be interpolations on each job's own config."""
+_REQUEST = ("gpus", "memory", "priority", "timeout", "stagger")
+PER_JOB = (*_REQUEST, "retries", "retry_on", "enforce_memory", "visible", "cpu_affinity")
+"""Options that each job's own config may set, also as interpolations on it."""
+OF_SWEEP = (
+    "devices",
+    "on_failure",
+    "max_failures",
+    "resume",
+    "busy_memory",
+    "max_parallel",
+    "start_method",
+    "grace",
+    "pool_dir",
+)
+"""Options of the sweep as a whole, of which a job cannot have its own."""
 
 
 def spell(option: str) -> str:
@@ -47,7 +65,8 @@ def read_options(options: dict[str, Any], config: DictConfig) -> Options:
 
     `options` is what Hydra instantiated the launcher with, `config` the sweep's own config. Raises OptionError.
     """
-    per_job = any(OmegaConf.is_interpolation(config.hydra.launcher, name) for name in PER_JOB)
+    per_job = any(OmegaConf.is_interpolation(config.hydra.launcher, name) for name in _REQUEST)
+    retries, retry_on = _retries(options)
     return Options(
         devices=_plain(options.get("devices", "auto")),
         request=None if per_job else requests.read_request(options),
@@ -55,24 +74,68 @@ def read_options(options: dict[str, Any], config: DictConfig) -> Options:
         grace=_grace(options.get("grace", 10.0)),
         pool_dir=_pool_dir(options.get("pool_dir")),
         busy_memory=_busy_memory(options.get("busy_memory", BUSY_MEMORY)),
-        telling=Telling(
-            by_uuid=_one_of("visible", options.get("visible", "index"), ("index", "uuid")) == "uuid",
-            enforce_memory=bool(options.get("enforce_memory", False)),
-            pin_cpus=_one_of("cpu_affinity", options.get("cpu_affinity"), (None, "auto")) == "auto",
-        ),
-        failures=_failures(options),
+        telling=_telling(options),
+        failures=FailurePolicy(retries, retry_on, _most_failures(options)),
         resume=bool(options.get("resume", False)),
         spell=spell,
     )
 
 
 @_as_written()
-def read_request(options: Mapping[str, Any]) -> Request:
-    """What one job needs, from the options of PER_JOB. Raises OptionError."""
-    return requests.read_request(options)
+def read_job_options(sweep: DictConfig, job: DictConfig) -> tuple[Request, JobOptions]:
+    """What one job needs, and its other options.
+
+    `sweep` is the sweep's config, `job` the job's own. Raises OptionError.
+    """
+    launcher, ignored = job.hydra.launcher, []
+    if launcher.get("_target_") != sweep.hydra.launcher.get("_target_"):
+        ignored.append(f"hydra/launcher={job.hydra.runtime.choices.get('hydra/launcher')}")
+        launcher = sweep.hydra.launcher
+    else:
+        ignored += _differing("hydra.launcher", sweep.hydra.launcher, launcher, OF_SWEEP)
+    if job.hydra.sweeper.get("_target_") != sweep.hydra.sweeper.get("_target_"):
+        ignored.append(f"hydra/sweeper={job.hydra.runtime.choices.get('hydra/sweeper')}")
+    else:
+        ignored += _differing("hydra.sweeper", sweep.hydra.sweeper, job.hydra.sweeper, map(str, job.hydra.sweeper))
+    options = {name: _plain(launcher[name]) for name in PER_JOB if name in launcher}
+    retries, retry_on = _retries(options)
+    return requests.read_request(options), JobOptions(
+        _telling(options), FailurePolicy(retries, retry_on), tuple(ignored)
+    )
 
 
-def _failures(options: Mapping[str, Any]) -> FailurePolicy:
+def _differing(node: str, sweep: DictConfig, job: DictConfig, names: Iterable[str]) -> Iterator[str]:
+    """The options of a job that are not the sweep's, as they are written on the command line."""
+    for name in names:
+        try:
+            here, there = (_plain(config.get(name)) for config in (job, sweep))
+        except OmegaConfBaseException:  # what the job cannot resolve, it does not use either
+            continue
+        if here != there:
+            yield f"{node}.{name}={_shown(here)}"
+
+
+def _shown(value: object) -> str:
+    """Roughly as the value is written on the command line, on one short line."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(_shown, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_shown(item)}" for key, item in value.items()) + "}"
+    text = one_line(str(value))
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+def _telling(options: Mapping[str, Any]) -> Telling:
+    return Telling(
+        by_uuid=_one_of("visible", options.get("visible", "index"), ("index", "uuid")) == "uuid",
+        enforce_memory=bool(options.get("enforce_memory", False)),
+        pin_cpus=_one_of("cpu_affinity", options.get("cpu_affinity"), (None, "auto")) == "auto",
+    )
+
+
+def _retries(options: Mapping[str, Any]) -> tuple[int, frozenset[Cause]]:
     default = FailurePolicy()
     known = tuple(cause.value for cause in Cause)
     named = _plain(options.get("retry_on", default.retry_on))
@@ -80,6 +143,13 @@ def _failures(options: Mapping[str, Any]) -> FailurePolicy:
     if not isinstance(named, Iterable):
         raise OptionError("retry_on", f"{named!r} is no list: give some of [{', '.join(known)}]")
     causes = frozenset(Cause(_one_of("retry_on", cause, known)) for cause in named)
+    retries = _whole_number(options.get("retries", 0))
+    if retries is None or retries < 0:
+        raise OptionError("retries", f"{options['retries']!r} is no number of times: give 0, 1, 2, ...")
+    return retries, causes
+
+
+def _most_failures(options: Mapping[str, Any]) -> int | None:
     most = options.get("max_failures")
     if most is not None and ((most := _whole_number(most)) is None or most < 1):
         raise OptionError(
@@ -90,10 +160,7 @@ def _failures(options: Mapping[str, Any]) -> FailurePolicy:
         if most is not None:
             raise OptionError("max_failures", "on_failure=stop is max_failures=1: leave one of them out")
         most = 1
-    retries = _whole_number(options.get("retries", 0))
-    if retries is None or retries < 0:
-        raise OptionError("retries", f"{options['retries']!r} is no number of times: give 0, 1, 2, ...")
-    return FailurePolicy(retries, causes, most)
+    return most
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> object:

@@ -22,7 +22,7 @@ from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.worker import Gate, print_exception
 
 from ._exceptions import user_frames
-from ._options import PER_JOB, read_request
+from ._options import read_job_options
 from ._results import is_pruned, pack
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class HydraProgram:
             sys.argv = [*self.command, *self._overrides_of_sweep(), *spec, *_as_single_run(number)]
             job_return.cfg = composed = _without_hydra_node(config)
             try:
-                job_return.working_dir = str(_prepare(number, config, gate))
+                job_return.working_dir = str(_prepare(number, self.config, config, gate))
             except (OmegaConfBaseException, OptionError) as error:
                 raise ConfigCompositionException(str(error)) from None  # of which Hydra shows no traceback
             job_return = self._run(config, gate)
@@ -150,15 +150,15 @@ class _GatedCallbacks:
         self._callbacks.on_job_start(*args, **kwargs)
 
 
-def _prepare(number: int, config: DictConfig, gate: Gate) -> Path:
+def _prepare(number: int, sweep: DictConfig, config: DictConfig, gate: Gate) -> Path:
     """Say what the job needs and where its log is; returns its output directory."""
-    request = read_request({name: config.hydra.launcher.get(name) for name in PER_JOB})
+    request, options = read_job_options(sweep, config)
     if _depends_on_devices(config.hydra.sweep):  # then the output directory is not known before the grant
-        gate.prepared(request, Path(str(config.hydra.sweep.dir), f"{number}.{LOG}").absolute())
+        gate.prepared(request, Path(str(config.hydra.sweep.dir), f"{number}.{LOG}").absolute(), options)
         gate.wait()
         return _choose_directory(config)
     directory = _choose_directory(config)
-    gate.prepared(request, directory / LOG)
+    gate.prepared(request, directory / LOG, options)
     return directory
 
 

@@ -94,7 +94,7 @@ class FakeJob:
 
     def prepare(self) -> None:
         self.state = "prepared"
-        send(self.channel, Prepared(Request(self.sweep.wants[self.number]), f"{self.number}.log"))
+        send(self.channel, Prepared(Request(self.sweep.wants[self.number]), f"{self.number}.log", self.number))
 
     def run(self, grant: Grant) -> None:
         assert self.state == "prepared"

@@ -167,7 +167,9 @@ def test_a_job_prepares_itself_waits_works_and_reports(launch, method):
         return Report(True, None, pickle.dumps((number, before, os.environ["CUDA_VISIBLE_DEVICES"])))
 
     job = launch.start(launch.server(program, method), 7)
-    assert job.prepared() == Prepared(Request(2), str(job.log))
+    prepared = job.prepared()
+    assert prepared == Prepared(Request(2), str(job.log), prepared.pid)
+    assert psutil.Process(prepared.pid).parent() in supervisors()
     assert not select.select([job.process.supervisor, job.process.job], [], [], 0.1)[0], "it waits"
     job.process.grant(Grant({"CUDA_VISIBLE_DEVICES": "1,3"}), ())
     assert job.exited() == Exited(0)
