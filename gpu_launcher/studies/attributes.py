@@ -1,4 +1,4 @@
-"""The user attributes that a trial gets from us, by name."""
+"""The user attributes that trials and studies get from us, by name."""
 
 from __future__ import annotations
 
@@ -16,3 +16,5 @@ RETRY_OF = f"{OURS}retry_of"
 """The numbers of the trials with these parameters that were lost or interrupted, in order."""
 LOST = f"{OURS}lost"
 """How many of these ran when their sweep, or a process that runs its jobs, died."""
+SEARCH = f"{OURS}search"
+"""A study's: what its sweeps search, how many there have been, and which may be at work."""

@@ -116,6 +116,8 @@ class Desk:
     sweep: Sweep
     combinations: int | None = None
     """How many there are in all, for a sampler that tries each once."""
+    in_turn: bool = False
+    """Whether sweeps on the study must sample one after another; see `ask`."""
     store: Callable[[BaseStorage, Mapping[int, Mapping[int, float]]], set[int]] = store_reports
     """Stores reports."""
     warm_up: Callable[[], object] = lambda: None
@@ -163,9 +165,16 @@ class Desk:
         """The next trial. Raises whatever `define` or the sampler raises, and StudyError; no trial is left untold.
 
         What `define` raises for a trial that was queued is taken for the fault of that one, and not raised.
+
+        A sampler of a sequence or a grid looks for what is taken, and then takes the next point. Two sweeps that look
+        at the same time would take the same one: with `in_turn` they sample one after another.
         """
         if (over := self._stopping.over(self._tally)) is not None:
             return over
+        with alone(self._storage) if self.in_turn else nullcontext():
+            return self._sample()
+
+    def _sample(self) -> Asked | Unusable:
         began = self.clock()
         try:
             with self.sampling():

@@ -50,6 +50,10 @@ class Sweep:
         claims = [value for name, value in trial.user_attrs.items() if name.startswith(CLAIM)]
         return bool(claims) and all(map(self._dead, claims))
 
+    def may_be_at_work(self, written: Any) -> bool:
+        """Whether another sweep, as `to_json` wrote it, may still run. Unknown means that it does."""
+        return not self._dead(written)
+
     def _dead(self, written: Any) -> bool:
         try:
             identity, sweep = ProcessIdentity.from_json(written), written["sweep"]

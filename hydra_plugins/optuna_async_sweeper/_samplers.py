@@ -7,6 +7,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,12 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler
+from optuna.samplers import BaseSampler, BruteForceSampler
 
 from gpu_launcher.errors import OptionError
 
 from ._classes import Family, own_options, plain
+from ._joining import derived_seed
 
 if TYPE_CHECKING:
     from ._search_space import SearchSpace
@@ -55,6 +57,27 @@ GP_PARAMETERS = 20
 """Above, distances between points say little, and Gaussian processes are known to do no better than TPE."""
 MOST_GRID_POINTS = 1_000_000
 
+_OF_THE_STUDY = (optuna.samplers.QMCSampler, optuna.samplers.GridSampler)
+"""Their sequence or grid is the study's, shuffled by the seed, and the study knows which points are taken. With another
+seed it would be another one, of which points may be the same."""
+
+
+@dataclass(frozen=True)
+class _Seeds:
+    given: int | None
+    """`hydra.sweeper.seed`."""
+    sweeps_before: int
+    """Of the study."""
+
+    def derived(self, seed: Any) -> Any:
+        """See `derived_seed`. Whatever is not a number is left to the sampler to refuse."""
+        return derived_seed(seed, self.sweeps_before) if isinstance(seed, int) else seed
+
+
+def takes_turns(sampler: BaseSampler) -> bool:
+    """Whether sweeps on one study must sample one after another, or two could take one point; see `Desk.ask`."""
+    return isinstance(sampler, (*_OF_THE_STUDY, BruteForceSampler))
+
 
 def make_sampler(
     node: object,
@@ -64,6 +87,7 @@ def make_sampler(
     directions: Sequence[str],
     n_trials: int | None,
     seed: int | None = None,
+    sweeps_before: int = 0,
     overrides: Sequence[str] = (),
 ) -> tuple[BaseSampler, str]:
     """The sampler, and one sentence for the log: which one, and why.
@@ -72,25 +96,29 @@ def make_sampler(
     sampler. `choice` is the chosen name of the config group hydra/sweeper/sampler: a node of the official plugin's is
     read as that name, with the options that are not the official defaults, or that the command line gives (`overrides`,
     from hydra.overrides.hydra). `n_trials` None means without end. `seed`
-    goes to samplers that take one, unless the node has its own. Raises OptionError.
+    goes to samplers that take one, unless the node has its own. A later sweep of a study (`sweeps_before`) gets another
+    seed from it, or its points would be those of the first. Raises OptionError.
     """
+    seeds = _Seeds(seed, sweeps_before)
     node = plain(node)
     if isinstance(node, functools.partial):  # Hydra 1.3 makes one of `_partial_: true` where it instantiates the node
         node = {"_target_": f"{node.func.__module__}.{getattr(node.func, '__name__', '')}", **node.keywords}
     if isinstance(node, BaseSampler):
+        if sweeps_before:
+            node.reseed_rng()  # its seed cannot be read
         return node, f"Sampler: {type(node).__name__}, as given"
     name, options = _read(node, choice, overrides)
     if name is None:
         assert isinstance(node, Mapping)
         cls = _SAMPLERS.class_of(str(node["_target_"]))
-        sampler = _made(cls, options, space, seed) if cls and "_args_" not in node else _from_target(node)
+        sampler = _made(cls, options, space, seeds) if cls and "_args_" not in node else _from_target(node, seeds)
         return sampler, f"Sampler: {type(sampler).__name__}, by its _target_"
     if name == "auto":
-        return _auto(options, space, directions, n_trials, seed)
+        return _auto(options, space, directions, n_trials, seeds)
     cls = _SAMPLERS.find(name)
     if cls is optuna.samplers.TPESampler:
         options = {**_TPE, **{option: value for option, value in options.items() if value is not None}}
-    sampler = _made(cls, options, space, seed)
+    sampler = _made(cls, options, space, seeds)
     return sampler, f"Sampler: {cls.__name__}{_kind(cls, options)}, as {OPTION} says"
 
 
@@ -141,12 +169,12 @@ def _official(choice: str | None) -> dict[str, Any] | None:
 
 
 def _auto(
-    options: Mapping[str, Any], space: SearchSpace, directions: Sequence[str], n_trials: int | None, seed: int | None
+    options: Mapping[str, Any], space: SearchSpace, directions: Sequence[str], n_trials: int | None, seeds: _Seeds
 ) -> tuple[BaseSampler, str]:
     for option, value in options.items():
         if option != "seed" and value is not None:
             raise OptionError(f"{OPTION}.{option}", "auto has no options but seed: name a sampler, such as name=tpe")
-    seed = options.get("seed") if options.get("seed") is not None else seed
+    own = {"seed": options.get("seed")}
     numeric = sum(not isinstance(found, CategoricalDistribution) for found in space.distributions.values())
     missing = [package for package in _PACKAGES["GPSampler"] if find_spec(package) is None]
     against = (
@@ -168,16 +196,18 @@ def _auto(
         warnings.simplefilter("ignore", ExperimentalWarning)  # the user has not asked for what is experimental
         if against is None:
             why = f"one objective, {n_trials} trials and {len(space.distributions)} parameters suit it"
-            return _made(optuna.samplers.GPSampler, {}, space, seed), f"Sampler: GPSampler, chosen by auto: {why}"
+            return _made(optuna.samplers.GPSampler, own, space, seeds), f"Sampler: GPSampler, chosen by auto: {why}"
         tpe = optuna.samplers.TPESampler
-        return _made(tpe, _TPE, space, seed), f"Sampler: TPESampler{_kind(tpe, _TPE)}, chosen by auto: {against}"
+        return _made(
+            tpe, {**_TPE, **own}, space, seeds
+        ), f"Sampler: TPESampler{_kind(tpe, _TPE)}, chosen by auto: {against}"
 
 
-def _made(cls: type[BaseSampler], options: Mapping[str, Any], space: SearchSpace, seed: int | None) -> BaseSampler:
+def _made(cls: type[BaseSampler], options: Mapping[str, Any], space: SearchSpace, seeds: _Seeds) -> BaseSampler:
     missing = [package for package in _PACKAGES.get(cls.__name__, ()) if find_spec(package) is None]
     if missing:
         raise OptionError(OPTION, f"{cls.__name__} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    options = _seeded(cls, options, seed)
+    options = _seeded(cls, options, seeds)
     if cls is optuna.samplers.GridSampler and options.get("search_space") is None:
         options["search_space"] = _grid(space)
     if cls is optuna.samplers.BruteForceSampler and (size := grid_size(space)) > MOST_GRID_POINTS:
@@ -188,7 +218,15 @@ def _made(cls: type[BaseSampler], options: Mapping[str, Any], space: SearchSpace
         options["reference_points"] = numpy.asarray(options["reference_points"], dtype=float)
 
     def nested(node: object) -> BaseSampler:
-        return make_sampler(node, choice=None, space=space, directions=("minimize",), n_trials=None, seed=seed)[0]
+        return make_sampler(
+            node,
+            choice=None,
+            space=space,
+            directions=("minimize",),
+            n_trials=None,
+            seed=seeds.given,
+            sweeps_before=seeds.sweeps_before,
+        )[0]
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Argument ``(multivariate|constant_liar)``", ExperimentalWarning)
@@ -196,12 +234,22 @@ def _made(cls: type[BaseSampler], options: Mapping[str, Any], space: SearchSpace
         return _SAMPLERS.build(cls, options, nested)
 
 
-def _seeded(cls: type[BaseSampler], options: Mapping[str, Any], seed: int | None) -> dict[str, Any]:
-    takes = "seed" in inspect.signature(cls).parameters
-    return {**({"seed": seed} if takes else {}), **{key: v for key, v in options.items() if v is not None}}
+def _seeded(cls: type[BaseSampler], options: Mapping[str, Any], seeds: _Seeds) -> dict[str, Any]:
+    given = {option: value for option, value in options.items() if value is not None}
+    if "seed" not in inspect.signature(cls).parameters:
+        return given
+    seed = given.get("seed", seeds.given)
+    if cls in _OF_THE_STUDY:
+        if cls is optuna.samplers.QMCSampler and seeds.sweeps_before:
+            given.setdefault("independent_sampler", {"name": "random", "seed": seed})
+        return {**given, "seed": seed}
+    return {**given, "seed": seeds.derived(seed)}
 
 
-def _from_target(node: Mapping[str, Any]) -> BaseSampler:
+def _from_target(node: Mapping[str, Any], seeds: _Seeds) -> BaseSampler:
+    if "seed" in node:
+        node = {**node, "seed": seeds.derived(node["seed"])}
+
     def nested(node: object) -> BaseSampler:
         raise AssertionError("only Optuna's own classes have options that are read as samplers")
 

@@ -11,11 +11,9 @@ from typing import Any
 import optuna
 from hydra.utils import get_method
 from omegaconf import DictConfig
-from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, BruteForceSampler, GPSampler
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
-from optuna.trial import TrialState
 
 from gpu_launcher.errors import OptionError
 from gpu_launcher.studies.desk import Desk, StudyError
@@ -24,9 +22,10 @@ from gpu_launcher.studies.places import without_password
 from gpu_launcher.studies.storage import storage as open_storage
 
 from ._classes import instantiate
+from ._joining import join
 from ._options import SweeperOptions, plain
 from ._pruners import make_pruner
-from ._samplers import grid_size, make_sampler
+from ._samplers import grid_size, make_sampler, takes_turns
 from ._search_space import SearchSpace, difference
 
 FILE = "study.db"
@@ -63,6 +62,14 @@ class StudyPlan:
                 f"study {self.name!r} has the direction {', '.join(had)}, and hydra.sweeper.direction is "
                 f"{', '.join(self.options.directions)}: use the same, or another hydra.sweeper.study_name"
             )
+        custom = self._custom is not None
+        sweeps_before = join(
+            study,
+            self.sweep,
+            self.space.distributions,
+            lambda others: difference(self.space, others, custom=custom),
+            custom=custom,
+        )
         trials = backend.get_all_trials(study._study_id, deepcopy=False)
         more = None if bounds.n_trials is None else len(trials) + bounds.n_trials
         study.sampler, why = make_sampler(
@@ -72,16 +79,19 @@ class StudyPlan:
             directions=self.options.directions,
             n_trials=bounds.total_trials or more,
             seed=self.options.seed,
+            sweeps_before=sweeps_before,
             overrides=list(self.config.hydra.overrides.hydra),
         )
-        searched = _searched(trials)
-        if searched and (differs := difference(self.space, searched, custom=self._custom is not None)):
-            raise StudyError(
-                f"study {self.name!r} has another search space ({differs}): use the same, or another "
-                "hydra.sweeper.study_name"
-            )
         warm_up = _import_torch if isinstance(study.sampler, GPSampler) else lambda: None
-        desk = Desk(study, self._define, bounds, self.sweep, self._combinations(study.sampler), warm_up=warm_up)
+        desk = Desk(
+            study,
+            self._define,
+            bounds,
+            self.sweep,
+            self._combinations(study.sampler),
+            in_turn=takes_turns(study.sampler),
+            warm_up=warm_up,
+        )
         remarks = [f"study {self.name!r} in {self.where}, with {len(trials)} trials" if trials else self._opened, why]
         if not self.space.distributions and self._custom is None:
             remarks.append(
@@ -161,11 +171,3 @@ class StudyPlan:
 def _import_torch() -> None:
     """What the GP sampler does when it first fits, for seconds."""
     import_module("torch")
-
-
-def _searched(trials: list[optuna.trial.FrozenTrial]) -> dict[str, BaseDistribution]:
-    """What the latest trials of a study were sampled from. Others than these may have been sampled in part only."""
-    for trial in reversed(trials):
-        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
-            return dict(trial.distributions)
-    return {}
