@@ -34,6 +34,7 @@ from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.job_options import JobOptions
 from gpu_launcher.jobs.pool import PoolSide
 from gpu_launcher.jobs.progress.text import count
+from gpu_launcher.jobs.reports import ReportError, read_report
 from gpu_launcher.jobs.running import Running, judge
 from gpu_launcher.jobs.signals import StopSignals
 from gpu_launcher.jobs.source import Exhausted, Facts, JobSource, Offer, Remark, Reply, Stop, Withdrawn
@@ -352,9 +353,8 @@ class JobLoop:
             case messages.Said(what):
                 if self._source is not None:
                     self._source.said(number, what)
-            case messages.ResultLost(problem):
-                job.problem = f"could not write its result: {problem}"
-                job.final = True
+            case messages.ResultWritten() | messages.ResultLost():
+                self._note_result(job, message)
             case _:
                 raise TypeError(f"a job says {message!r}")
 
@@ -388,9 +388,15 @@ class JobLoop:
                 message, _ = messages.receive(job.process.job)
                 if isinstance(message, messages.Said) and self._source is not None:
                     self._source.said(number, message.what)
-                elif isinstance(message, messages.ResultLost):
-                    job.problem = f"could not write its result: {message.problem}"
-                    job.final = True
+                elif isinstance(message, (messages.ResultWritten, messages.ResultLost)):
+                    self._note_result(job, message)
+
+    def _note_result(self, job: Running, message: messages.ResultWritten | messages.ResultLost) -> None:
+        if isinstance(message, messages.ResultWritten):
+            job.report_digest = message.digest
+        else:
+            job.problem = f"could not write its result: {message.problem}"
+            job.final = True
 
     def _ended(self, number: int) -> None:
         job = self._live.pop(number)
@@ -539,7 +545,7 @@ class JobLoop:
         result = judge(
             self._jobs[number],
             ran,
-            None if ran is None else self._read_report(number),
+            None if ran is None else self._read_report(number, ran),
             stopped=conclusion.stopped,
             problem=conclusion.problem,
             timed_out=conclusion.timed_out,
@@ -620,10 +626,13 @@ class JobLoop:
             self._progress.handle(stopping)
             self._handle(m.StopAsked())
 
-    def _read_report(self, number: int) -> Report | None:
+    def _read_report(self, number: int, ran: Running) -> Report | None:
         try:
-            return Report.load(self._report_path(number).read_bytes())
+            return read_report(self._report_path(number), ran.report_digest)
         except FileNotFoundError:
+            return None
+        except ReportError as error:
+            ran.problem = ran.problem or f"left a result that cannot be used: {error}"
             return None
 
 

@@ -40,6 +40,8 @@ class Running:
     """The end of what it printed before it had a log."""
     problem: str | None = None
     """What went wrong around it, as a sentence without a subject."""
+    report_digest: bytes | None = None
+    """SHA-256 of its report's file, once it has said so."""
     final: bool = False
     """Trying again would be no use, or would do finished work twice."""
     request: Request | None = None

@@ -8,6 +8,8 @@ where they are read in order. The environment says where the files are, because 
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import os
 import pickle
 import time
@@ -16,11 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from gpu_launcher.processes import ranks
+from gpu_launcher.safe_files import open_regular, read_regular
 
 WHERE = "GPU_LAUNCHER_TRIAL"
 """Path of the file that says what the job is about."""
+DIGEST = "GPU_LAUNCHER_TRIAL_DIGEST"
+"""SHA-256 of that file."""
 SO_FAR = "GPU_LAUNCHER_TRIAL_DECISIONS"
 """How many decisions there were when a process was started."""
+VARIABLES = (WHERE, DIGEST, SO_FAR)
+MAX_SIZE = 2**30
+"""Bytes of that file, at most."""
 POLL = 0.005
 """Seconds between two looks at whether a decision has been made: they are made once a step, and take milliseconds."""
 
@@ -40,26 +48,35 @@ class Bulletin:
         """In the job's main process, before the program's code. Raises OSError."""
         withdraw(path)  # of an earlier attempt
         bulletin = cls(path, about, ranks.in_environment())
-        path.write_bytes(pickle.dumps((bulletin.about, bulletin.inherited)))
+        data = pickle.dumps((bulletin.about, bulletin.inherited))
+        with open(open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+            file.write(data)
         os.environ[WHERE] = str(path)
+        os.environ[DIGEST] = hashlib.sha256(data).hexdigest()
         os.environ[SO_FAR] = "0"
         return bulletin
 
     @classmethod
     def find(cls) -> Bulletin | None:
-        """In any process: that of the job it belongs to, if it belongs to one that lives."""
+        """In any process: that of the job it belongs to, if it belongs to one that lives. Raises OSError.
+
+        The file is unpickled, so it must be what the environment says: others may be able to replace it.
+        """
         path = os.environ.get(WHERE)
         if path is None:
             return None
         try:
-            about, inherited = pickle.loads(Path(path).read_bytes())
+            data = read_regular(path, MAX_SIZE)
         except FileNotFoundError:
             return None
+        if hashlib.sha256(data).hexdigest() != os.environ.get(DIGEST):
+            raise PermissionError(errno.EPERM, "not what the job's main process wrote", path)
+        about, inherited = pickle.loads(data)
         return cls(Path(path), about, inherited)
 
     def decided(self, decision: bool) -> None:
         """Append a decision. Raises OSError: who follows would wait for ever."""
-        descriptor = os.open(_decisions(self.path), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        descriptor = open_regular(_decisions(self.path), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
             os.write(descriptor, b"1" if decision else b"0")
         finally:
@@ -70,7 +87,7 @@ class Bulletin:
     def take_the_lead(self) -> bool:
         """Whether nobody has made a decision yet, so that this process may."""
         try:
-            os.close(os.open(_decisions(self.path), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            os.close(open_regular(_decisions(self.path), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         except FileExistsError:
             return False
         return True
@@ -86,7 +103,10 @@ class Bulletin:
     def wait_for(self, index: int) -> bool:
         """The decision of that index, as soon as there is one; True, which is to leave, if the job is over."""
         while True:
-            with contextlib.suppress(FileNotFoundError), open(_decisions(self.path), "rb", buffering=0) as file:
+            with (
+                contextlib.suppress(FileNotFoundError),
+                open(open_regular(_decisions(self.path)), "rb", buffering=0) as file,
+            ):
                 file.seek(index)
                 if decision := file.read(1):
                     return decision == b"1"
@@ -108,7 +128,7 @@ def withdraw(path: Path) -> None:
 
 def forget() -> None:
     """In a job that has none: what its environment has is of another job, in which this sweep was started."""
-    for name in (WHERE, SO_FAR):
+    for name in VARIABLES:
         os.environ.pop(name, None)
 
 

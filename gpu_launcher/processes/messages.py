@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import array
 import errno
+import json
 import os
 import pickle
 import socket
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gpu_launcher.model import Request
@@ -24,6 +25,10 @@ _MOST_DESCRIPTORS = 64
 
 _QUICK = 256 * 1024
 """Bytes that are compressed in some milliseconds."""
+
+_REPORT_FORMAT = 1
+_MAX_MESSAGE = 64 * 1024
+"""Characters of a job's message that are kept."""
 
 
 class ChannelClosedError(ConnectionError):
@@ -224,6 +229,14 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True)
+class ResultWritten:
+    """The Report is in its file. Anybody may replace a file in a shared directory; nobody else has this channel."""
+
+    digest: bytes
+    """SHA-256 of the file's content."""
+
+
+@dataclass(frozen=True, slots=True)
 class ResultLost:
     """The Report could not be written to its file."""
 
@@ -232,31 +245,69 @@ class ResultLost:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a job leaves behind, in its result file."""
+    """What a job leaves behind, in its result file.
+
+    The file is a line of JSON, which anybody may read, and the compressed payload, which only the program that started
+    the job unpickles.
+    """
 
     ok: bool
     message: str | None
     """For a failed job: the cause in one line."""
     payload: bytes
-    """For whoever assembled the program to read; pickled and unpickled there."""
+    """For the program that started the job; pickled and unpickled there."""
     out_of_memory: bool = False
     """For a failed job: whether its GPU's memory was not enough."""
     pruned: bool = False
     """For a failed job: whether it is a trial that ended itself early, which is no failure."""
     origin: str = ""
     """For a failed job: the line of the user's code that raised, or the last line that a command printed to stderr."""
+    values: tuple[float, ...] = ()
+    """For a completed job: what it returned, if that is a number or a few of them."""
 
-    def dump(self) -> bytes:
-        """As it is kept in a file. Thousands of them may be, so it is made small where that is quick."""
-        return zlib.compress(pickle.dumps(self), 1 if len(self.payload) <= _QUICK else 0)
+    def dump(self, number: int) -> bytes:
+        """Content of the result file of job `number`. Thousands are kept, so it is made small where that is quick."""
+        header = {
+            "format": _REPORT_FORMAT,
+            "number": number,
+            "ok": self.ok,
+            "message": self.message and self.message[:_MAX_MESSAGE],
+            "out_of_memory": self.out_of_memory,
+            "pruned": self.pruned,
+            "origin": self.origin[:_MAX_MESSAGE],
+            "values": self.values,
+        }
+        payload = zlib.compress(self.payload, 1 if len(self.payload) <= _QUICK else 0)
+        return json.dumps(header).encode() + b"\n" + payload
 
     @classmethod
     def load(cls, data: bytes) -> Report:
         """Read what `dump` returned. Raises ValueError for anything else."""
+        report = cls.load_header(data)
         try:
-            report = pickle.loads(zlib.decompress(data))
-        except Exception as error:  # pickle may raise anything
-            raise ValueError(f"no report: {error}") from error
-        if not isinstance(report, cls):
-            raise ValueError(f"no report: {type(report).__qualname__}")
-        return report
+            return replace(report, payload=zlib.decompress(data[data.index(b"\n") + 1 :]))
+        except zlib.error as error:
+            raise ValueError(f"invalid report: {error}") from error
+
+    @classmethod
+    def load_header(cls, data: bytes) -> Report:
+        """Read what `dump` returned, or its first line, without the payload. Raises ValueError for anything else."""
+        line, newline, _ = data.partition(b"\n")
+        try:
+            header = json.loads(line) if newline else None
+        except RecursionError as error:
+            raise ValueError("invalid report: nested too deeply") from error
+        if not isinstance(header, dict) or header.get("format") != _REPORT_FORMAT:
+            raise ValueError("invalid report: no header of a known format")
+        ok, out_of_memory, pruned = (header.get(name) for name in ("ok", "out_of_memory", "pruned"))
+        message, origin, values = header.get("message"), header.get("origin"), header.get("values")
+        if not (isinstance(ok, bool) and isinstance(out_of_memory, bool) and isinstance(pruned, bool)):
+            raise ValueError("invalid report: no outcome")
+        if not (message is None or isinstance(message, str)) or not isinstance(origin, str):
+            raise ValueError("invalid report: its message is not text")
+        if not isinstance(values, list) or not all(isinstance(value, (int, float)) for value in values):
+            raise ValueError("invalid report: its values are not numbers")
+        try:
+            return cls(ok, message, b"", out_of_memory, pruned, origin, tuple(map(float, values)))
+        except OverflowError as error:
+            raise ValueError("invalid report: a value is out of range") from error

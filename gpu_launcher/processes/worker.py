@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import hashlib
 import io
 import logging
 import multiprocessing.process
@@ -33,10 +34,12 @@ from gpu_launcher.processes.messages import (
     Prepared,
     Report,
     ResultLost,
+    ResultWritten,
     Said,
     receive,
     send,
 )
+from gpu_launcher.safe_files import make_directories, open_regular
 
 ATTEMPT = "GPU_LAUNCHER_ATTEMPT"
 """Tells a job how many times it has been started, this time included."""
@@ -112,8 +115,8 @@ class CapturedStdio:
         """Append to `log`, beginning with what was captured so far."""
         _flush_stdio()
         flush_c_streams()
-        log.parent.mkdir(parents=True, exist_ok=True)
-        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        make_directories(log.parent)
+        target = open_regular(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.write(target, self.early_output())
         for descriptor in (1, 2):
             os.dup2(target, descriptor)
@@ -145,7 +148,7 @@ def work(channel: socket.socket, stdio: CapturedStdio, load_program: Callable[[]
         status = _exit_status(error)
         report = Report(ok=False, message=reason(error), payload=b"", origin=origin(error))
     # A child that the user's code forked comes here as well, and ends as it would in any program.
-    if os.getpid() == job and not _leave(report, Path(assignment.result), channel):
+    if os.getpid() == job and not _leave(report, assignment, channel):
         status = 1
     _finish()
     os._exit(status)
@@ -165,10 +168,15 @@ def _exit_status(error: BaseException) -> int:
     return (error.code or 0) & 0xFF
 
 
-def _leave(report: Report, result: Path, channel: socket.socket) -> bool:
+def _leave(report: Report, assignment: Assignment, channel: socket.socket) -> bool:
     """Write the report for the launching program; whether that worked."""
+    result = Path(assignment.result)
+    data = report.dump(assignment.number)
     try:
-        _write_whole(result, report.dump())
+        _write_whole(result, data)
+        send(channel, ResultWritten(hashlib.sha256(data).digest()))
+    except ChannelClosedError:
+        pass  # nobody waits for it any more; who resumes the sweep finds the file
     except OSError as error:
         try:
             send(channel, ResultLost(f"{result}: {error.strerror or error}"))
@@ -270,7 +278,8 @@ def _write_whole(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data)
+        with open(open_regular(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
+            file.write(data)
         temporary.replace(path)
     except OSError:
         with contextlib.suppress(OSError):

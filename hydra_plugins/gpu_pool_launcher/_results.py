@@ -24,6 +24,9 @@ from gpu_launcher.processes.messages import Report
 
 from ._exceptions import Link, dumps, pack_chain, unpack_chain
 
+MAX_VALUES = 16
+"""Numbers that are kept of what a job returned, for tables."""
+
 
 class JobFailedError(JobError, CompactHydraException):
     """A job that ended without an exception of its own. Hydra shows its message without a traceback."""
@@ -68,9 +71,21 @@ def pack(job_return: JobReturn, composed: DictConfig | None) -> Report:
             parcel = _Parcel(_shell(job_return, composed), None, pack_chain(value), outcome(value))
     finally:
         job_return._return_value = value
-    pruned = parcel.problem is not None and is_pruned(value)
-    failed_at = origin(value) if isinstance(value, BaseException) and parcel.problem is not None else ""
-    return Report(parcel.problem is None, parcel.problem, pickle.dumps(parcel), out_of_memory, pruned, failed_at)
+    ok = parcel.problem is None
+    pruned = not ok and is_pruned(value)
+    failed_at = origin(value) if isinstance(value, BaseException) and not ok else ""
+    values = _numbers(value) if ok else ()
+    return Report(ok, parcel.problem, pickle.dumps(parcel), out_of_memory, pruned, failed_at, values)
+
+
+def _numbers(value: object) -> tuple[float, ...]:
+    """What a job returned, if it is a number or a few of them; a zero-dimensional array or tensor counts as one."""
+    try:
+        if isinstance(value, (list, tuple)) and len(value) <= MAX_VALUES:
+            return tuple(float(one) for one in value if not isinstance(one, str))
+        return () if value is None or isinstance(value, (str, bytes)) else (float(value),)  # type: ignore[arg-type]
+    except Exception:  # whatever an object of the user's raises that is not a number
+        return ()
 
 
 def is_pruned(error: object) -> bool:

@@ -110,7 +110,7 @@ class FakeJob:
         assert self.sweep.ran[self.number] == 1, f"job {self.number} runs twice"
 
     def finish(self) -> None:
-        self.result.write_bytes(Report(True, None, b"%d" % self.number).dump())
+        self.result.write_bytes(Report(True, None, b"%d" % self.number).dump(self.number))
         self.sweep.finished.add(self.number)
         self.die(0)
 

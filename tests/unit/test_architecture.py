@@ -23,6 +23,7 @@ LAYERS = (
         "gpu_launcher.sizes",
         "gpu_launcher.durations",
         "gpu_launcher.requests",
+        "gpu_launcher.safe_files",
         "gpu_launcher.users",
     },
     {"gpu_launcher.devices", "gpu_launcher.leases", "gpu_launcher.processes"},

@@ -77,7 +77,7 @@ class Sweep:
 
 @pytest.fixture
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sweep]:
-    for name in (*ranks.VARIABLES, bulletin.WHERE, bulletin.SO_FAR):
+    for name in (*ranks.VARIABLES, *bulletin.VARIABLES):
         monkeypatch.setenv(name, "")  # so that it is put back, whatever the test does
         monkeypatch.delenv(name)
     monkeypatch.setattr(conversation, "_current", None)

@@ -1,0 +1,101 @@
+"""Files in directories that other users may write to.
+
+In such a directory a name of ours can be anything: a symbolic link to another file, a FIFO that blocks whoever opens
+it, a device, a hard link, or a file that somebody else wrote. Opened here, a name is a regular file or an error, and
+opening never blocks. What such a file says is data of its owner: `why_untrusted` says whether to believe that owner.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+PRIVATE_DIRECTORY = 0o755
+"""Mode of a directory that only its owner may change, whatever the umask."""
+PRIVATE_FILE = 0o644
+"""Mode of a file that only its owner may change, whatever the umask."""
+MAX_LINE = 16 * 2**20
+"""Bytes of a line that are kept in memory."""
+
+
+def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY, mode: int = PRIVATE_FILE) -> int:
+    """Open a regular file and return its descriptor, which is not inherited.
+
+    A file that can be written must have one name only: through a hard link, a line of ours would be appended to any
+    file of the user's that somebody chose. Raises OSError.
+    """
+    # O_NONBLOCK: opening a FIFO would wait for its other end, and opening a file under a lease (fcntl(2), F_SETLEASE)
+    # for the lease's holder. On a regular file that is open it has no effect. O_TRUNC has to wait for the checks.
+    wanted = flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    descriptor = os.open(path, wanted, mode)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+        if flags & os.O_ACCMODE != os.O_RDONLY and status.st_nlink > 1:
+            raise OSError(errno.EMLINK, "has other names (hard links)", os.fspath(path))
+        if flags & os.O_TRUNC:
+            os.ftruncate(descriptor, 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
+    """Read a whole regular file of at most `limit` bytes. Raises OSError."""
+    descriptor = open_regular(path)
+    try:
+        return read_all(descriptor, limit)
+    finally:
+        os.close(descriptor)
+
+
+def read_all(descriptor: int, limit: int) -> bytes:
+    """Read an open file of at most `limit` bytes. Raises OSError."""
+    parts = []
+    left = limit + 1
+    while left and (part := os.read(descriptor, min(left, 2**20))):
+        parts.append(part)
+        left -= len(part)
+    if not left:
+        raise OSError(errno.EFBIG, f"larger than {limit} bytes")
+    return b"".join(parts)
+
+
+def read_lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    """Yield the lines of a regular file, without those that are longer than MAX_LINE. Raises OSError."""
+    with open(open_regular(path), "rb") as file:
+        whole = True
+        while line := file.readline(MAX_LINE):
+            ended = line.endswith(b"\n")
+            if whole and (ended or len(line) < MAX_LINE):
+                yield line
+            whole = ended
+
+
+def why_untrusted(descriptor: int) -> str | None:
+    """Why somebody else may have written an open file, as a predicate; None if only this user or root can have."""
+    status = os.fstat(descriptor)
+    if status.st_uid not in (0, os.geteuid()):
+        return f"belongs to user {status.st_uid}"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"can be written by other users (mode {stat.S_IMODE(status.st_mode):o})"
+    return None
+
+
+def make_directories(path: Path) -> None:
+    """Make a directory, and those above it, that only their owner may change. Raises OSError."""
+    try:
+        path.mkdir(PRIVATE_DIRECTORY)
+    except FileExistsError:
+        if not path.is_dir():
+            raise
+    except FileNotFoundError:
+        if path.parent == path:
+            raise
+        make_directories(path.parent)
+        make_directories(path)
