@@ -30,7 +30,8 @@ HELP = {
     "enqueue": "Known good points to try first: a list of {parameter: value}, or a YAML file with one.",
     "kill_pruned": "Stop a job that is to be pruned and does not ask.",
     "plots": "Write plots of the study to the sweep directory at the end.",
-    "seed": "Seed of the sampler. Later sweeps on the same study derive other seeds from it, so that no point is repeated. "
+    "seed": "Seed of the sampler. Later sweeps on the same study derive other seeds from it, so that no point is "
+    "repeated. "
     "With jobs that run at the same time it does not make a sweep repeatable.",
 }
 """What each option means; `--cfg hydra` and shell completion show it under `hydra.sweeper.help`."""
