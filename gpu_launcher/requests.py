@@ -52,6 +52,12 @@ def _gpus(value: object, option: str) -> float | None:
     if value is None:
         return None
     number = read_number(value)
+    if number == -1 or (isinstance(value, str) and value.strip().lower() == "auto"):
+        raise OptionError(
+            option,
+            f"{value!r} does not say how many devices a job gets: give 0, 1, 2, ... or a fraction such as 0.5. "
+            "A job sees only its own devices, so inside it devices=auto (or -1) still means all of them",
+        )
     if number is None or number < 0 or (number > 1 and not number.is_integer()):
         raise OptionError(
             option,

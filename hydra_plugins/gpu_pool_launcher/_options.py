@@ -24,6 +24,8 @@ from gpu_launcher.processes.starter import StartMethod
 from gpu_launcher.requests import read_number
 from gpu_launcher.sizes import read_memory
 
+from ._interpolations import resolve
+
 MAX_SHOWN = 60
 """Characters of a value in a message."""
 _START_METHODS = ("auto", "fork", "spawn")
@@ -65,7 +67,11 @@ def read_options(options: dict[str, Any], config: DictConfig) -> Options:
 
     `options` is what Hydra instantiated the launcher with, `config` the sweep's own config. Raises OptionError.
     """
+    for name in map(str, options.get("unresolved") or ()):
+        resolve(config.hydra.launcher, name)
     per_job = any(OmegaConf.is_interpolation(config.hydra.launcher, name) for name in _REQUEST)
+    if not per_job:
+        options = {**options, "gpus": _count_of_gpus(_plain(options.get("gpus")), literal=True)}
     retries, retry_on = _retries(options)
     return Options(
         devices=_plain(options.get("devices", "auto")),
@@ -79,6 +85,26 @@ def read_options(options: dict[str, Any], config: DictConfig) -> Options:
         resume=bool(options.get("resume", False)),
         spell=spell,
     )
+
+
+def _count_of_gpus(value: object, *, literal: bool) -> object:
+    """The number that Lightning's `devices` means: a list, or text such as `0,2`, counts by its length.
+
+    One that is written in this option itself (`literal`) most probably means certain GPUs.
+    """
+    if isinstance(value, str) and "," in value:
+        value = [entry.strip() for entry in value.split(",") if entry.strip()]
+    if isinstance(value, list):
+        if not value:
+            raise OptionError("gpus", "the list is empty: name some devices in it, or give 0 for none")
+        if literal:
+            raise OptionError(
+                "gpus",
+                f"{_shown(value)} names GPUs, but this is how many each job gets: write {spell('gpus')}={len(value)}, "
+                f"and to choose GPUs {spell('devices')}={_shown(value)}",
+            )
+        return len(value)
+    return value
 
 
 @_as_written()
@@ -97,7 +123,9 @@ def read_job_options(sweep: DictConfig, job: DictConfig) -> tuple[Request, JobOp
         ignored.append(f"hydra/sweeper={job.hydra.runtime.choices.get('hydra/sweeper')}")
     else:
         ignored += _differing("hydra.sweeper", sweep.hydra.sweeper, job.hydra.sweeper, map(str, job.hydra.sweeper))
-    options = {name: _plain(launcher[name]) for name in PER_JOB if name in launcher}
+    options = {name: resolve(launcher, name) for name in PER_JOB if name in launcher.keys()}  # noqa: SIM118  (also ???)
+    literal = not OmegaConf.is_interpolation(launcher, "gpus")
+    options["gpus"] = _count_of_gpus(options.get("gpus"), literal=literal)
     retries, retry_on = _retries(options)
     return requests.read_request(options), JobOptions(
         _telling(options), FailurePolicy(retries, retry_on), tuple(ignored)

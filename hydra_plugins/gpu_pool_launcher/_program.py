@@ -98,6 +98,7 @@ class HydraProgram:
             config.hydra.job.id = str(number)
             config.hydra.job.num = number
             config.hydra.launcher.help = {}  # in each job's hydra.yaml it would only be in the way
+            config.hydra.launcher.unresolved = []
         # For `${hydra:...}`, until `run_job` does it properly: `set_config` copies it all.
         HydraConfig.instance().cfg = cast("HydraConf", config)
         return config

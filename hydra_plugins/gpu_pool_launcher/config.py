@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
 
 HELP = {
     "devices": "What to run on: auto (all GPUs, or CPU slots where there is none), a list of GPUs as [0,2] or by UUID, "
@@ -42,6 +43,7 @@ class GpuPoolLauncherConf:
     """The options, with their defaults; HELP has their documentation."""
 
     _target_: str = "hydra_plugins.gpu_pool_launcher.launcher.GpuPoolLauncher"
+    unresolved: Any = "${gpu_pool.unresolved:}"
     devices: Any = "auto"
     gpus: Any = None
     memory: Any = None
@@ -64,4 +66,21 @@ class GpuPoolLauncherConf:
     help: dict[str, str] = field(default_factory=lambda: dict(HELP))
 
 
+def find_unresolved(*, _parent_: DictConfig) -> list[str]:
+    """The options that cannot be resolved, which get their defaults in their place.
+
+    Hydra resolves all options before it makes the launcher, and shows 80 lines of traceback if one of them cannot be.
+    This one comes first, and so lets the launcher be made, which then says what is wrong.
+    """
+    from ._interpolations import unresolvable  # which is not for every start of a Hydra program
+
+    names = unresolvable(_parent_, besides=("unresolved", "help"))
+    if names and not OmegaConf.is_readonly(_parent_):  # such as a config that is only shown
+        defaults = OmegaConf.structured(GpuPoolLauncherConf)
+        for name in names:
+            _parent_[name] = defaults.get(name)
+    return names
+
+
+OmegaConf.register_new_resolver("gpu_pool.unresolved", find_unresolved, replace=True)
 ConfigStore.instance().store(group="hydra/launcher", name="gpu_pool", node=GpuPoolLauncherConf, provider="gpu_launcher")

@@ -126,4 +126,6 @@ def test_every_option_is_documented_and_nothing_else() -> None:
 
     from hydra_plugins.gpu_pool_launcher.config import HELP, GpuPoolLauncherConf
 
-    assert list(HELP) == [field.name for field in fields(GpuPoolLauncherConf) if field.name not in ("_target_", "help")]
+    assert list(HELP) == [
+        field.name for field in fields(GpuPoolLauncherConf) if field.name not in ("_target_", "unresolved", "help")
+    ]

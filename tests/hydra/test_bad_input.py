@@ -63,7 +63,7 @@ def complaint(run: Run, directory: Path, *arguments: str, **extra: Any) -> str:
         ),
         (
             ["gpus=-1"],
-            "hydra.launcher.gpus: -1 is neither a number of devices nor a part of one",
+            "hydra.launcher.gpus: -1 does not say how many devices a job gets",
         ),
         (
             ["gpus=true"],
@@ -71,7 +71,8 @@ def complaint(run: Run, directory: Path, *arguments: str, **extra: Any) -> str:
         ),
         (
             ["gpus=[1]"],
-            "hydra.launcher.gpus: [1] is neither a number of devices nor a part of one",
+            "hydra.launcher.gpus: [1] names GPUs, but this is how many each job gets: write hydra.launcher.gpus=1, and "
+            "to choose GPUs hydra.launcher.devices=[1]",
         ),
         (
             ["max_parallel=0"],
@@ -111,7 +112,7 @@ def test_an_unknown_option_is_refused_by_hydra(run: Run, tmp_path: Path) -> None
 
 
 def test_a_job_that_asks_for_what_it_cannot_get_fails_alone(run: Run, tmp_path: Path) -> None:
-    wishes = ["1", "5", "-1", "many", "1.5", "'${missing}'", "4", "0"]
+    wishes = ["1", "5", "-2", "many", "1.5", "'${missing}'", "4", "0"]
     ran = run(tmp_path, "plain.py", "-m", OF_THE_JOB, f"+x={','.join(wishes)}")
     assert ran.returncode == 1
     returns = json.loads((tmp_path / "returns.json").read_text())
@@ -119,11 +120,11 @@ def test_a_job_that_asks_for_what_it_cannot_get_fails_alone(run: Run, tmp_path: 
     too_many = "job 1 (+x=5) cannot be run: its request is for 5 devices, but the pool has 4 that this program may use"
     assert too_many in returns[1]["text"]
     assert too_many in ran.stderr
-    for number, wish in ((2, "-1"), (3, "'many'"), (4, "1.5")):
+    for number, wish in ((2, "-2"), (3, "'many'"), (4, "1.5")):
         message = f"hydra.launcher.gpus: {wish} {NO_NUMBER}"
         assert message in returns[number]["text"]
         assert f"job {number} (+x={wishes[number]}) FAILED: raised ConfigCompositionException: {message}" in ran.stderr
-    assert "Interpolation key 'missing' not found" in returns[5]["text"]
+    assert "hydra.launcher.gpus: the config has no missing, to which ${oc.select:x,1} leads" in returns[5]["text"]
     assert "Traceback" not in ran.stderr.replace("| Traceback", "")
 
 

@@ -67,7 +67,7 @@ def job_of(sweep: DictConfig, **options: Any) -> DictConfig:
 
 
 def test_every_option_is_the_jobs_or_the_sweeps() -> None:
-    options = {field.name for field in fields(GpuPoolLauncherConf)} - {"_target_", "help"}
+    options = {field.name for field in fields(GpuPoolLauncherConf)} - {"_target_", "unresolved", "help"}
     assert options == set(PER_JOB) | set(OF_SWEEP) == set(OTHER_VALUES)
     assert not set(PER_JOB) & set(OF_SWEEP)
 
@@ -152,6 +152,7 @@ def test_wrong_option_of_a_job_is_named(sweep: DictConfig, option: str, value: A
 EXPERIMENTS = {
     "again": {"retries": 2, "retry_on": "[exception]"},
     "tight": {"gpus": 0.5, "enforce_memory": "true"},
+    "lost": {"gpus": "${trainer.gpus}"},
     "sweepwide": {"busy_memory": "1GiB", "max_parallel": 1},
     "sweepwide_too": {"busy_memory": "2GiB", "grace": 1},
 }
@@ -175,14 +176,26 @@ def test_options_of_a_swept_group_work_per_job(
     swept: tuple[subprocess.CompletedProcess[str], list[Path]],
 ) -> None:
     done, directories = swept
-    assert done.returncode == 0, done.stderr
-    again, tight, *others = (json.loads((one / "seen.json").read_text()) for one in directories)
+    again, tight, *others = (
+        json.loads(seen.read_text()) for one in directories if (seen := one / "seen.json").exists()
+    )
+    assert len(others) == 2, done.stderr
     assert again["attempt"] == 2
     assert "attempt 2 of 3 follows" in done.stderr
     assert tight["environment"]["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
     for other in (again, *others):
         assert other["environment"]["CUDA_VISIBLE_DEVICES"].isdecimal()
         assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in other["environment"]
+
+
+def test_option_that_one_job_cannot_resolve_fails_that_job(
+    swept: tuple[subprocess.CompletedProcess[str], list[Path]],
+) -> None:
+    done, _ = swept
+    assert done.returncode == 1
+    assert "4 completed, 1 failed" in done.stderr
+    (line, _) = [line for line in done.stderr.splitlines() if "FAILED" in line]
+    assert "hydra.launcher.gpus: the config has no trainer.gpus (its top level has good)." in line
 
 
 def test_ignored_option_of_a_group_is_reported_once(
