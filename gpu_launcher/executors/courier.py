@@ -328,7 +328,7 @@ def _open(result: JobResult, name: str) -> tuple[Any, BaseException | None]:
     outcome = None if result.payload is None else pickle.loads(result.payload)
     if isinstance(outcome, Returned):
         try:
-            return outcome.value.unpack(), None
+            return outcome.value.unpack(on_cpu=True), None
         except BaseException as why:  # whatever the user's objects raise when they are unpickled
             problem = f"returned what cannot be unpickled in this process: {describe(why)}"
             return None, _caused(JobError(result.number, name, problem, None), why)
@@ -349,7 +349,7 @@ def _error(result: JobResult, name: str, outcome: Raised | None) -> BaseExceptio
     if outcome.error is None:
         return JobError(result.number, name, outcome.problem, None)
     try:
-        error = pickling.load(outcome.error)
+        error = pickling.load(outcome.error, on_cpu=True)
         assert isinstance(error, BaseException), error
     except Exception as why:  # whatever the user's exception raises when it is unpickled
         problem = f"{outcome.problem}. {uncarried('unpickled in this process', why)}"

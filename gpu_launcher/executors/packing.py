@@ -28,13 +28,16 @@ class Packed:
     path: str | None = None
     """The file that has it instead, as it was too large."""
 
-    def unpack(self) -> Any:
-        """The object. Raises whatever the user's objects raise when they are unpickled, and OSError."""
+    def unpack(self, *, on_cpu: bool = False) -> Any:
+        """The object; `on_cpu` is as in `pickling.load`.
+
+        Raises whatever the user's objects raise when they are unpickled, and OSError.
+        """
         if self.path is None:
-            return pickling.load(self.data)
+            return pickling.load(self.data, on_cpu=on_cpu)
         with open(self.path, "rb") as file:
             Path(self.path).unlink()  # nobody else will read it, and from here on it goes with us
-            return pickling.load_from(file)
+            return pickling.load_from(file, on_cpu=on_cpu)
 
 
 def pack(thing: object, path: Path, known: Mapping[str, object]) -> Packed:

@@ -284,7 +284,7 @@ class RecordEngine:
         self._died_idle = 0
         worker.quick, worker.heard = True, time.monotonic()
         try:
-            values = pickling.load(results.values)
+            values = pickling.load(results.values, on_cpu=True)
         except Exception as error:
             done = Chunk(chunk.first, chunk.records[: results.count])
             self._done(worker, results.count)

@@ -111,7 +111,7 @@ class Failure:
     def read(self) -> BaseException:
         """The exception, or if it cannot be had, one that says what it was."""
         try:
-            error = pickling.load(self.exception)
+            error = pickling.load(self.exception, on_cpu=True)
         except Exception as problem:  # whatever the user's class raises
             last = self.traceback.strip().rpartition("\n")[2]
             return UnreadableError(f"{last}. {uncarried('unpickled in this process', problem)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import sysconfig
 import traceback
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gpu_launcher.processes import pickling
+from gpu_launcher.processes import cpu_unpickler, pickling
 
 
 class RemoteTraceback(Exception):
@@ -52,7 +51,7 @@ class Carried:
         if self.pickled is None:
             raise LookupError(self.problem)
         try:
-            error = pickling.load(self.pickled)
+            error = pickling.load(self.pickled, on_cpu=True)
         except Exception as why:  # whatever the user's objects raise
             raise LookupError(f"it cannot be unpickled: {describe(why)}") from why
         if not isinstance(error, BaseException):
@@ -143,7 +142,7 @@ def _travels(thing: object, known: Mapping[str, object]) -> bool:
 
 def _first(pickled: bytes) -> Any:
     """What `pickling.load` returns, without defining anything in `__main__`: this process has it."""
-    return pickle.loads(pickled)
+    return cpu_unpickler.loads(pickled)
 
 
 def _look(thing: object) -> str:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from types import CodeType, FunctionType, MappingProxyType
 from typing import Any, BinaryIO, Protocol
 
+from gpu_launcher.processes.cpu_unpickler import CpuUnpickler
+
 NOTHING: Mapping[str, object] = MappingProxyType({})
 NO_OTHERS: Mapping[int, Callable[[], object]] = MappingProxyType({})
 
@@ -112,17 +114,18 @@ def _code_of_file(
     return make(*arguments).replace(co_filename=filename)
 
 
-def load(pickled: bytes) -> Any:
+def load(pickled: bytes, *, on_cpu: bool = False) -> Any:
     """Unpickle what `dump` returned, and define what it uses of `__main__` there, so that it is known by name.
 
-    Raises whatever the user's objects raise when they are unpickled.
+    A program that reads what its jobs made, and may use no GPU itself, has arrays made `on_cpu`. Raises whatever the
+    user's objects raise when they are unpickled.
     """
-    return load_from(io.BytesIO(pickled))
+    return load_from(io.BytesIO(pickled), on_cpu=on_cpu)
 
 
-def load_from(file: BinaryIO | io.BytesIO) -> Any:
+def load_from(file: BinaryIO | io.BytesIO, *, on_cpu: bool = False) -> Any:
     """The same from a file that `dump_to` wrote."""
-    unpickler = pickle.Unpickler(file)
+    unpickler = (CpuUnpickler if on_cpu else pickle.Unpickler)(file)
     thing = unpickler.load()
     main_namespace().update(unpickler.load())
     return thing

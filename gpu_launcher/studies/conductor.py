@@ -334,7 +334,7 @@ class Conductor:
         if number is None:
             return
         try:
-            positional, named = pickling.load(call.arguments)
+            positional, named = pickling.load(call.arguments, on_cpu=True)
             result = self._trials.call(number, call.target, call.name, positional, named)
             answer: bytes | Carried = pickling.dump(result, self._loop.known)
         except Exception as error:  # to be raised in the objective, whatever it is

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import FrameType, FunctionType, TracebackType
 from typing import Literal
 
+from gpu_launcher.processes import cpu_unpickler
 from gpu_launcher.processes.exceptions import RemoteTraceback, message_of
 
 MOST_FRAMES = 200
@@ -122,7 +123,7 @@ def _module(tb: TracebackType) -> str:
 def _pickled(error: BaseException) -> bytes | None:
     try:
         pickled = dumps(error)
-        restored = pickle.loads(pickled)
+        restored = cpu_unpickler.loads(pickled)
     except Exception:  # anything can be raised by an object that is asked to pickle itself
         return None
     # One whose constructor words the message gets its own words back as if they were the argument.
@@ -131,7 +132,7 @@ def _pickled(error: BaseException) -> bytes | None:
 
 def _unpickled(pickled: bytes) -> BaseException | None:
     try:
-        error = pickle.loads(pickled)
+        error = cpu_unpickler.loads(pickled)
     except Exception:  # as above; in a fresh interpreter (`spawn`) it may have worked
         return None
     return error if isinstance(error, BaseException) else None

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from gpu_launcher.errors import JobError
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import JobResult
+from gpu_launcher.processes import cpu_unpickler
 from gpu_launcher.processes.exceptions import describe, origin, reason
 from gpu_launcher.processes.memory_errors import is_out_of_gpu_memory
 from gpu_launcher.processes.messages import Report
@@ -58,7 +59,7 @@ def pack(job_return: JobReturn, composed: DictConfig | None) -> Report:
         if job_return.status is JobStatus.COMPLETED:
             try:
                 pickled = dumps(value)
-                pickle.loads(pickled)  # better to know now than to have the sweep find out
+                cpu_unpickler.loads(pickled)  # better to know now than to have the sweep find out
                 parcel = _Parcel(_shell(job_return, composed), pickled, None, None)
             except Exception as error:  # anything can be raised by an object that is asked to pickle itself
                 job_return.status = JobStatus.FAILED
@@ -112,7 +113,7 @@ def unpack(result: JobResult, overrides: list[str], directory: Path) -> JobRetur
     job_return = _unpack_shell(parcel, overrides, directory)
     if parcel.value is not None:
         try:
-            job_return.return_value = pickle.loads(parcel.value)
+            job_return.return_value = cpu_unpickler.loads(parcel.value)
         except Exception as error:  # as when pickling
             problem = f"returned a value that cannot be unpickled: {describe(error)}"
             job_return.status = JobStatus.FAILED
@@ -127,7 +128,7 @@ def unpack(result: JobResult, overrides: list[str], directory: Path) -> JobRetur
 
 def _unpack_shell(parcel: _Parcel, overrides: list[str], directory: Path) -> JobReturn:
     try:
-        job_return: JobReturn = pickle.loads(parcel.shell)
+        job_return: JobReturn = cpu_unpickler.loads(parcel.shell)
     except Exception:  # as when pickling
         status = JobStatus.FAILED if parcel.value is None else JobStatus.COMPLETED
         return JobReturn(overrides, working_dir=str(directory), status=status)

@@ -67,6 +67,7 @@ FINE = {
     "fork_return": "fork_return",
     "buffers": "buffers",
     "cfg": "cfg",
+    "gpu_array": "[1, 2]",
     "last": "last",
 }
 KINDS = ["fine", *(death.kind for death in DEATHS), *(kind for kind in FINE if kind != "fine")]

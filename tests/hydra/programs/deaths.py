@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import hydra
@@ -73,6 +74,17 @@ def daemon() -> None:
             os.execlp("sleep", "sleep", "300")
         Path("daemon.pid").write_text(str(pid))
         os._exit(0)
+
+
+class GpuArray:
+    """Pickled as CuPy's arrays are. There is no CuPy here, and the launching program is not to need it."""
+
+    def __reduce__(self) -> Any:
+        core = sys.modules["cupy._core.core"] = ModuleType("cupy._core.core")
+        sys.modules["cupy"] = sys.modules["cupy._core"] = ModuleType("cupy")
+        core.array = array = lambda numbers: numbers  # type: ignore[attr-defined]
+        array.__module__, array.__qualname__ = "cupy._core.core", "array"
+        return array, ([1, 2],)
 
 
 def recurse(n: int) -> int:
@@ -162,6 +174,10 @@ def fail(kind: str) -> Any:
             return "the child's"
     elif kind == "buffers":
         leave_buffers()
+    elif kind == "gpu_array":
+        return GpuArray()
+    elif kind == "gpu_exception":
+        raise RuntimeError("with", GpuArray())
     elif kind == "bytes":
         os.write(1, b"not UTF-8: \xff\xfe\x00\n")
         raise RuntimeError("after bytes")
