@@ -18,14 +18,15 @@ from gpu_launcher.cli.streams import tell
 from gpu_launcher.devices import Links, select_devices
 from gpu_launcher.devices.specification import read_specification
 from gpu_launcher.errors import GpuLauncherError, OptionError
+from gpu_launcher.jobs.explaining import describe_request
 from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.machine import ENDING
 from gpu_launcher.jobs.progress.text import duration, one_line
 from gpu_launcher.jobs.refusing import refuse
 from gpu_launcher.jobs.watch import links_among
 from gpu_launcher.leases import FileLedger, Lease, resolve_pool_directory
-from gpu_launcher.lending.room import WaitingRoom, describe_request
-from gpu_launcher.model import Device, Owner, Request
+from gpu_launcher.lending.room import WaitingRoom
+from gpu_launcher.model import Device, Owner, Request, device_list
 from gpu_launcher.processes.command import CommandError, Ended, InterruptedBySignal, check_command, run_command
 from gpu_launcher.processes.signals import HARMLESS, STOPS, CommandSignals
 from gpu_launcher.users import user_name
@@ -191,7 +192,7 @@ class _Announcements:
 
     def granted(self, devices: Sequence[Device]) -> None:
         if self._told:
-            _tell(f"got {', '.join(device.label for device in devices)}")
+            _tell(f"got {device_list(device.label for device in devices)}")
 
 
 def _wait_for_devices(command: Sequence[str], options: Options, room: WaitingRoom, signals: CommandSignals) -> Lease:

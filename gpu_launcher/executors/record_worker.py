@@ -22,7 +22,7 @@ from typing import Any
 from gpu_launcher.errors import OptionError, UnpicklableError
 from gpu_launcher.executors.packing import uncarried, unreturnable
 from gpu_launcher.executors.record_errors import UnreadableError
-from gpu_launcher.model import Request
+from gpu_launcher.model import Request, device_list
 from gpu_launcher.processes import exceptions, pickling
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.worker import Gate
@@ -318,4 +318,4 @@ def _portable(error: BaseException) -> bytes:
 
 def names(devices: Sequence[Any]) -> str:
     """What messages call the devices of a worker."""
-    return ", ".join(device.label for device in devices)
+    return device_list(device.label for device in devices)

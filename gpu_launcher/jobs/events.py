@@ -63,6 +63,8 @@ class JobWaiting:
     """Who holds them; empty to take back an earlier event once nobody else does, though the job still waits."""
     held_by_others: tuple[Device, ...] = ()
     """The devices of this sweep that others hold; empty where that is not known."""
+    wanted: str = ""
+    """What it waits for, such as `2 GPUs`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,8 @@ class JobEnded:
     message: str | None
     """For FAILED: the cause in one line."""
     log: str | None
+    left_behind: tuple[str, ...] = ()
+    """Processes that outlived the job and had to be ended."""
     origin: str = ""
     """For FAILED: what, besides the message, two jobs have in common that failed in the same way; see `Report`."""
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from gpu_launcher.jobs.labels import middle_cut
 from gpu_launcher.leases import PoolView, Ticket
-from gpu_launcher.model import Device, Owner
+from gpu_launcher.model import MILLIONTHS, Device, DeviceKind, Owner, Request, device_list
+from gpu_launcher.sizes import show_memory
 
 MOST_REASONS = 3
+MAX_COMMAND = 60
+"""Characters of the command of somebody who holds devices."""
 MINE = "this program: release the lease first"
 
 
@@ -36,13 +41,19 @@ def explain_wait(
     other work, and which it alone can give back. At the `most` so many reasons are named. Without a
     ticket everybody who waits counts as being ahead.
     """
+    others = [lease for lease in pool.leases if lease.id not in own]
+    jobs = Counter(_program(lease.owner) for lease in others)
     held: dict[str, list[Device]] = {}
-    for lease in pool.leases:
-        if lease.id not in own:
-            theirs = [device for device in devices if lease.uuids is None or device.uuid in lease.uuids]
-            who = MINE if lease.id in mine else _name(lease.owner)
-            held.setdefault(who, []).extend(theirs)
-    parts = [f"{labels(dict.fromkeys(theirs))} held by {who}" for who, theirs in held.items() if theirs]
+    for lease in others:
+        theirs = [device for device in devices if lease.uuids is None or device.uuid in lease.uuids]
+        several = jobs[_program(lease.owner)] > 1
+        who = MINE if lease.id in mine else _program(lease.owner) if several else _name(lease.owner)
+        held.setdefault(who, []).extend(theirs)
+    parts = [
+        f"{labels(device for device in devices if device in theirs)} held by {who}"
+        for who, theirs in held.items()
+        if theirs
+    ]
     parts += [f"{device.label} {unavailable[device.uuid]}" for device in devices if device.uuid in unavailable]
     uuids = {device.uuid for device in devices}
     for other in pool.tickets:  # in queue order
@@ -58,9 +69,29 @@ def explain_wait(
 
 
 def _name(owner: Owner | None) -> str:
-    return "somebody" if owner is None else f"{owner.user} ({owner.command})"
+    """Who it is, and with what: a long command by its beginning and its end."""
+    return "somebody" if owner is None else f"{owner.user} ({middle_cut(owner.command, MAX_COMMAND)})"
+
+
+def _program(owner: Owner | None) -> str:
+    """The same for all jobs of a sweep: what comes after a job's number is about that job."""
+    return _name(owner and replace(owner, command=owner.command.partition(" #")[0]))
 
 
 def labels(devices: Iterable[Device]) -> str:
-    """What to call devices: `GPU 0, GPU 1`."""
-    return ", ".join(device.label for device in devices)
+    """What to call devices: `GPU 0, GPU 1`, `GPU 0-3`."""
+    return device_list(device.label for device in devices)
+
+
+def describe_request(request: Request, devices: Iterable[Device]) -> str:
+    """What it is for, in words: `2 GPUs`, `0.5 of a GPU`, `20 GiB of a GPU`, `1 CPU slot`."""
+    kinds = {device.kind for device in devices}
+    noun = "CPU slot" if kinds == {DeviceKind.CPU} else "GPU"
+    memory = show_memory(request.share.memory) if request.share.memory else ""
+    if request.share.whole:
+        plain = f"{request.gpus} {noun}" + ("" if request.gpus == 1 else "s")
+        return f"{plain} with {memory}" if memory else plain
+    if not request.share.millionths:
+        return f"{memory} of a {noun}"
+    part = f"{request.share.millionths / MILLIONTHS:g} of a {noun}"
+    return f"{part} with {memory}" if memory else part

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from gpu_launcher.devices import combinable
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.jobs.events import JobWaiting, Notice, Progress
-from gpu_launcher.jobs.explaining import Wait, explain_wait
+from gpu_launcher.jobs.explaining import Wait, describe_request, explain_wait
 from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.refusing import refusal
 from gpu_launcher.jobs.running import Running
@@ -177,7 +177,8 @@ class PoolSide:
         mine = leases_of(self._program)
         wait = explain_wait(self._ledger.snapshot(), devices, own, job.ticket, self._watch.unavailable, mine=mine)
         if wait != self._explained:
-            self._progress.handle(JobWaiting(now, of.number, of.label, wait.reason, wait.held_by_others))
+            wanted = describe_request(job.request, devices) if job.request is not None else ""
+            self._progress.handle(JobWaiting(now, of.number, of.label, wait.reason, wait.held_by_others, wanted))
             self._explained = wait
 
     def refusal(self, request: Request) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gpu_launcher import leases
 from gpu_launcher.devices import combinable
 from gpu_launcher.errors import OptionError, RequestError
-from gpu_launcher.model import Device, Request
+from gpu_launcher.model import Device, Request, device_list
 
 
 def refusal(request: Request, devices: tuple[Device, ...]) -> str | None:
@@ -20,5 +20,5 @@ def refuse(request: Request, devices: tuple[Device, ...], option: str) -> None:
     """Raise OptionError, which names `option`, for a request that `devices` could never grant."""
     problem = refusal(request, devices)
     if problem is not None:
-        labels = ", ".join(device.label for device in devices)
+        labels = device_list(device.label for device in devices)
         raise OptionError(option, f"the request is {problem}. There are: {labels}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn, Protocol, SupportsIndex
 
 from gpu_launcher.errors import RequestError
 from gpu_launcher.leases.policy import INDIFFERENT, Candidate, Demand, Snapshot, Taste, Wait, waits
+from gpu_launcher.model import device_list
 
 if TYPE_CHECKING:
     from gpu_launcher.model import Device, Owner, Request, Share
@@ -135,11 +136,11 @@ def describe_wait(pool: PoolView, ticket: TicketView, label: Callable[[str], str
     numbers = {view.id: number for number, view in enumerate(pool.tickets, 1)}
     parts = []
     if wait.missing > 0:
-        parts.append(f"waits for {wait.missing} more of {_listed(map(label, ticket.candidates or ()))}")
+        parts.append(f"waits for {wait.missing} more of {device_list(map(label, ticket.candidates or ()))}")
     if wait.unavailable:
-        parts.append(f"{_listed(map(label, wait.unavailable))} in use outside the pool, or broken")
+        parts.append(f"{device_list(map(label, wait.unavailable))} in use outside the pool, or broken")
     if wait.staggered:
-        parts.append(f"a job has only just started on {_listed(map(label, wait.staggered))}")
+        parts.append(f"a job has only just started on {device_list(map(label, wait.staggered))}")
     if wait.behind:
         parts.append(f"behind {_listed(f'{_who(owners[id])} #{numbers[id]}' for id in wait.behind)}")
     if wait.leases:

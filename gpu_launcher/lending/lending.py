@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from gpu_launcher.errors import LeaseTimeout, PoolDirectoryError
+from gpu_launcher.jobs.explaining import describe_request
 from gpu_launcher.leases import Lease
 from gpu_launcher.lending import forks
 from gpu_launcher.lending.places import LoopDriver, Place, Sleeper, Task, wait_readable
-from gpu_launcher.lending.room import Waiter, WaitingRoom, closed_meanwhile, describe_request
+from gpu_launcher.lending.room import Waiter, WaitingRoom, closed_meanwhile
 from gpu_launcher.model import Owner, Request
 from gpu_launcher.processes.critical import uninterrupted
 from gpu_launcher.processes.forks import is_own_fork

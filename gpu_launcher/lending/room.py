@@ -17,12 +17,11 @@ from pathlib import Path
 
 from gpu_launcher.devices import ConditionMonitor, Links, combinable
 from gpu_launcher.errors import GpuLauncherError, PoolDirectoryError, RequestError
-from gpu_launcher.jobs.explaining import explain_wait
+from gpu_launcher.jobs.explaining import describe_request, explain_wait
 from gpu_launcher.jobs.refusing import refusal
 from gpu_launcher.jobs.watch import DeviceWatch
 from gpu_launcher.leases import Lease, Ledger, PoolView, Ticket
-from gpu_launcher.model import MILLIONTHS, Device, DeviceKind, Owner, Request
-from gpu_launcher.sizes import show_memory
+from gpu_launcher.model import Device, Owner, Request
 
 MOMENT = 1.0
 """Seconds after which it is said for whom somebody waits, and between two looks at that."""
@@ -351,20 +350,6 @@ class WaitingRoom:
 def closed_meanwhile() -> GpuLauncherError:
     """What those are told who wait when the room is closed."""
     return GpuLauncherError("the pool was closed while this waited for a lease of it")
-
-
-def describe_request(request: Request, devices: Iterable[Device]) -> str:
-    """What it is for, in words: `2 GPUs`, `0.5 of a GPU`, `20 GiB of a GPU`, `1 CPU slot`."""
-    kinds = {device.kind for device in devices}
-    noun = "CPU slot" if kinds == {DeviceKind.CPU} else "GPU"
-    memory = show_memory(request.share.memory) if request.share.memory else ""
-    if request.share.whole:
-        plain = f"{request.gpus} {noun}" + ("" if request.gpus == 1 else "s")
-        return f"{plain} with {memory}" if memory else plain
-    if not request.share.millionths:
-        return f"{memory} of a {noun}"
-    part = f"{request.share.millionths / MILLIONTHS:g} of a {noun}"
-    return f"{part} with {memory}" if memory else part
 
 
 def _check_descriptors(waiting: int) -> None:

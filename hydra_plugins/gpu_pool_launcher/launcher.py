@@ -30,6 +30,8 @@ class GpuPoolLauncher(Launcher):
         self.hydra_context: HydraContext | None = None
         self.server: Any = None
         """The fork server, kept for sweepers that launch several batches."""
+        self.labels: Any = None
+        """What jobs are called, by what differs between those of all batches."""
         self.failed = 0
         """Jobs that have failed, of all batches."""
 

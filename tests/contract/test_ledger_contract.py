@@ -301,7 +301,7 @@ def test_the_view_says_why_each_ticket_waits(process, devices, owner):
     process.now += 1
     view = ledger.snapshot()
     assert [describe_wait(view, ticket, lambda uuid: f"GPU {uuid[-1]}") for ticket in view.tickets] == [
-        "waits for 3 more of GPU 0, GPU 1, GPU 2, GPU 3; GPU 2 in use outside the pool, or broken; held by ada",
+        "waits for 3 more of GPU 0-3; GPU 2 in use outside the pool, or broken; held by ada",
         "waits for 1 more of GPU 0; held by ada",
         "waits for 1 more of GPU 3; GPU 3 in use outside the pool, or broken",
     ]

@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import pytest
 from hypothesis import given
@@ -25,11 +25,13 @@ from gpu_launcher.jobs.events import (
     SweepEnded,
     SweepStarted,
 )
+from gpu_launcher.jobs.explaining import explain_wait
 from gpu_launcher.jobs.progress import PlainProgress, open_progress
 from gpu_launcher.jobs.progress.alike import ranges
 from gpu_launcher.jobs.progress.estimate import time_left
 from gpu_launcher.jobs.progress.text import duration, log_end, one_line, rough_duration
-from gpu_launcher.model import Device, DeviceKind
+from gpu_launcher.leases import LeaseView, PoolView
+from gpu_launcher.model import WHOLE, Device, DeviceKind, Owner, device_list
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,13 +75,13 @@ def test_each_event_is_one_line_that_names_the_job() -> None:
         started(),
         Notice(100.0, "no GPU found"),
         JobStarted(100.0, 3, "lr=0.1 hidden=32", GPUS[1:2], "multirun/3/job.log"),
-        JobWaiting(100.0, 4, "lr=1", "GPU 0 is held by alice"),
+        JobWaiting(100.0, 4, "lr=1", "GPU 0 is held by alice", wanted="2 GPUs"),
         ended(3),
     )
     assert lines[1:5] == [
         "[gpu_pool] no GPU found",
         "[gpu_pool] job 3 (lr=0.1 hidden=32) started on GPU 1, log: multirun/3/job.log",
-        "[gpu_pool] job 4 (lr=1) waits: GPU 0 is held by alice",
+        "[gpu_pool] waits for 2 GPUs: GPU 0 is held by alice; job 4 (lr=1)",
         "[gpu_pool] job 3 (lr=3) completed in 12.3 s (1/8 done)",
     ]
 
@@ -484,3 +486,48 @@ def test_the_time_left_of_regular_jobs_is_exact(
     running: list[float], waiting: int, parallel: int, expected: float | None
 ) -> None:
     assert time_left([10.0, 10.0], running, waiting, parallel) == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ([], ""),
+        (["GPU 0"], "GPU 0"),
+        (["GPU 0", "GPU 1"], "GPU 0, GPU 1"),
+        (["GPU 0", "GPU 1", "GPU 2", "GPU 3"], "GPU 0-3"),
+        (["GPU 0", "GPU 2", "GPU 3", "GPU 4", "GPU 7"], "GPU 0, GPU 2-4, GPU 7"),
+        (["GPU 9", "GPU 10", "GPU 11"], "GPU 9-11"),
+        (["GPU 3", "GPU 2", "GPU 1"], "GPU 3, GPU 2, GPU 1"),
+        (["simulated GPU 0", "GPU 1", "CPU slot 2"], "simulated GPU 0, GPU 1, CPU slot 2"),
+        (["A", "A 1", "x y", "GPU 1:0", "GPU 1:1", "GPU 1:2"], "A, A 1, x y, GPU 1:0, GPU 1:1, GPU 1:2"),
+    ],
+)
+def test_devices_in_a_row_are_named_as_a_range(labels: list[str], names: str) -> None:
+    assert device_list(labels) == names
+
+
+def view_of(*leases: tuple[str, str, tuple[int, ...]]) -> PoolView:
+    views = [
+        LeaseView(str(i), dict.fromkeys((GPUS[n].uuid for n in held), WHOLE), Owner(i, user, command), None)
+        for i, (user, command, held) in enumerate(leases)
+    ]
+    return PoolView((), tuple(views), 0)
+
+
+@pytest.mark.parametrize(
+    ("leases", "reason"),
+    [
+        ([("anna", "train.py #7 lr=0.1", (0,))], "GPU 0 held by anna (train.py #7 lr=0.1)"),
+        (
+            [("anna", f"train.py #{n} model=big lr={n}", (n,)) for n in (2, 0, 1, 3)],
+            "GPU 0-3 held by anna (train.py)",
+        ),
+        (
+            [("anna", "a.py #1", (1,)), ("bert", "b.py #0 x=1", (0,)), ("bert", "b.py #1 x=2", (2,))],
+            "GPU 1 held by anna (a.py #1); GPU 0, GPU 2 held by bert (b.py)",
+        ),
+        ([("anna", "x" * 99, (0, 1, 2))], f"GPU 0-2 held by anna ({'x' * 30}…{'x' * 29})"),
+    ],
+)
+def test_a_wait_names_each_holder_once_with_its_devices(leases: list[Any], reason: str) -> None:
+    assert explain_wait(view_of(*leases), GPUS, (), None, {}).reason == reason

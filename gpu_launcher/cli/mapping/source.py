@@ -12,10 +12,11 @@ from gpu_launcher.cli.mapping.place import Place, shown
 from gpu_launcher.cli.mapping.records import Bad
 from gpu_launcher.cli.mapping.results import Completed, Results, result_line, write_outcome
 from gpu_launcher.cli.mapping.supply import Supply, changed
-from gpu_launcher.cli.mapping.values import Params, label
+from gpu_launcher.cli.mapping.values import Params, words
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.jobs.labels import Labels
 from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.jobs.source import Exhausted, Offer, Remark, Statement
 from gpu_launcher.model import Device
@@ -45,6 +46,7 @@ class MapSource:
         self._wanted = 0
         self._params: dict[int, Params] = {}
         """Of the runs that have not ended."""
+        self._labels = Labels(supply.fixed)
         self._over = False
         self._pending: list[Statement] = [Remark(f"results are in {shown(place.path)}")]
         self.bad = 0
@@ -100,7 +102,9 @@ class MapSource:
             self._wanted -= 1
             self._params[found.index] = found.params
             before = self._place.run(found.index).attempts() if self._resumes else 0
-            statements.append(Offer(Job(found.index, label(found.params), found.params, attempts_before=before)))
+            statements.append(
+                Offer(Job(found.index, self._labels.of(words(found.params)), found.params, attempts_before=before))
+            )
         elif not self._completed.agrees(found.index, found.params):
             self._give_up(changed(found.index), statements)
         return False

@@ -13,7 +13,7 @@ from gpu_launcher.cli.mapping.grid import Grid
 from gpu_launcher.cli.mapping.records import Bad, Record, RecordReader
 from gpu_launcher.cli.mapping.results import Completed
 from gpu_launcher.cli.mapping.template import Template
-from gpu_launcher.cli.mapping.values import Params
+from gpu_launcher.cli.mapping.values import Params, words
 from gpu_launcher.errors import OptionError
 
 CHUNK = 64 * 1024
@@ -127,6 +127,13 @@ class Supply:
     def total(self) -> int | None:
         """How many there are, if that is known without looking."""
         return len(self._grid) if self.source is None else None
+
+    @property
+    def fixed(self) -> list[str] | None:
+        """What all runs have in common, as texts; None if that is not known."""
+        if self.source is not None:
+            return None
+        return words({name: values[0] for name, values in self._grid.axes if len(values) == 1})
 
     @property
     def over(self) -> bool:

@@ -10,11 +10,6 @@ from typing import Any
 Params = Mapping[str, Any]
 """A combination: names of parameters, and values as JSON has them."""
 
-LONGEST_VALUE = 40
-LONGEST_LABEL = 120
-"""Characters of a value, and of a label, that people are shown: values may be whole documents."""
-
-
 _NEWLINES = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
 """Which JSON may have in text, and which end a line for many who read lines, `str.splitlines` among them."""
 
@@ -54,10 +49,6 @@ def digest(params: Params) -> int:
     return int.from_bytes(blake2b(json.dumps(params).encode(), digest_size=8).digest(), "big") or 1
 
 
-def label(params: Params) -> str:
-    """`learning_rate=0.001 batch_size=32`, for people."""
-    return _shortened(" ".join(f"{name}={_shortened(text(v), LONGEST_VALUE)}" for name, v in params.items()))
-
-
-def _shortened(long: str, most: int = LONGEST_LABEL) -> str:
-    return long if len(long) <= most else f"{long[: most - 1]}…"
+def words(params: Params) -> list[str]:
+    """`learning_rate=0.001`, `batch_size=32`, for people."""
+    return [f"{name}={text(value)}" for name, value in params.items()]

@@ -111,7 +111,9 @@ def opening(event: SweepStarted) -> str:
 
 
 def waits(event: JobWaiting) -> str:
-    return f"{job_name(event.number, event.label)} waits: {one_line(event.reason)}"
+    """`waits for 2 GPUs: GPU 0-3 held by anna (train.py); job 4 (lr=0.1)`: on a narrow terminal the end is cut off."""
+    wanted = f" for {event.wanted}" if event.wanted else ""
+    return f"waits{wanted}: {one_line(event.reason)}; {job_name(event.number, event.label)}"
 
 
 def stopping(event: Stopping, running: int, seconds: float) -> str:

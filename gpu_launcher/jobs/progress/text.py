@@ -8,7 +8,7 @@ import stat
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from gpu_launcher.model import Device, DeviceKind
+from gpu_launcher.model import Device, DeviceKind, device_list
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -77,7 +77,7 @@ def job_name(number: int, label: str) -> str:
 
 
 def device_names(devices: Iterable[Device]) -> str:
-    return ", ".join(device.label for device in devices)
+    return device_list(device.label for device in devices)
 
 
 def device_counts(devices: Sequence[Device]) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from rich.text import Text
 
+from gpu_launcher.jobs.labels import middle_cut
 from gpu_launcher.jobs.progress.plain import stopping, waits
 from gpu_launcher.jobs.progress.text import duration, one_line, rough_duration
 from gpu_launcher.model import Device
@@ -135,7 +137,9 @@ def _job_row(name: str, job: JobStarted, now: float, columns: tuple[int, int], w
     number = f"#{job.number}"
     row = Text(f"{name:<{columns[0]}}{_GAP}")
     row.append(f"{number:>{columns[1]}}", "cyan")
-    row.append(f"{_GAP}{one_line(job.label)}")
+    label = one_line(job.label)
+    room = width - row.cell_len - len(_GAP) - _TIME - 1
+    row.append(f"{_GAP}{middle_cut(label, room) if cell_len(label) > room else label}")
     return _spread(row, Text(f"{duration(now - job.time, tenths=False):>{_TIME}}"), width)
 
 

@@ -1,0 +1,125 @@
+"""Short names for the jobs of a sweep: what differs between them, with short numbers. Pure.
+
+A job's label is for people; its overrides as they are stay in the manifest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+
+LABEL_ROOM = 48
+"""Characters of a label up to which keys are written in full."""
+MAX_LABEL = 200
+"""Characters of a label."""
+MAX_REMEMBERED = 10_000
+"""Values of a key among which shortened ones are told apart."""
+
+_SHORTER = ((4, 32), (6, 48), (9, 80), (17, 400))
+"""Significant digits of a number and characters of a value, from short to long."""
+_NUMBER = re.compile(r"(?<![\w./+-])[+-]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][+-]?\d+)?(?![\w./])")
+
+
+class Labels:
+    """Labels of jobs, each of which is a list of texts such as `lr=0.1`."""
+
+    def __init__(self, common: Collection[str] | None = None) -> None:
+        """`common` are the texts that all jobs share; None: those that all jobs so far have had."""
+        self._known = common is not None
+        self._common: set[str] | None = None if common is None else set(common)
+        self._shown: dict[str, dict[str, str]] = {}
+        """By key, what stands for which value."""
+        self._level: dict[str, int] = {}
+        self._short_keys = False
+        """Whether a label was too long with whole keys, and so all later ones have short ones."""
+
+    def of(self, job: Sequence[str]) -> str:
+        """The label of one more job."""
+        (label,) = self.of_all([job])
+        return label
+
+    def of_all(self, jobs: Sequence[Sequence[str]]) -> list[str]:
+        """The labels of more jobs, which are known at the same time and so look alike."""
+        alone = self._common is None and len(jobs) == 1
+        common = self._learn(jobs)
+        varying = [[text for text in job if text not in common] for job in jobs]
+        if alone or not any(varying):
+            varying = [list(job) for job in jobs]
+        for job in varying:
+            for text in job:
+                self._tell_apart(*_split(text))
+        labels = [self._label(job) for job in varying]
+        if not self._short_keys and any(len(label) > LABEL_ROOM for label in labels):
+            self._short_keys = True
+            labels = [self._label(job) for job in varying]
+        return labels
+
+    def _learn(self, jobs: Sequence[Sequence[str]]) -> set[str]:
+        """What all jobs have in common, these included."""
+        if self._known:
+            assert self._common is not None
+            return self._common
+        for job in jobs:
+            self._common = set(job) if self._common is None else self._common.intersection(job)
+        return self._common or set()
+
+    def _tell_apart(self, key: str, value: str) -> None:
+        """Find the shortest form in which the values of a key differ as they do in full."""
+        shown = self._shown.setdefault(key, {})
+        level = self._level.setdefault(key, 0)
+        short = _shorten(value, level)
+        while shown.setdefault(short, value) != value and level < len(_SHORTER) - 1:
+            values = [*shown.values(), value]
+            level += 1
+            shown = {_shorten(one, level): one for one in values}
+            short = _shorten(value, level)
+        if len(shown) > MAX_REMEMBERED:
+            shown = {}
+        self._shown[key], self._level[key] = shown, level
+
+    def _label(self, job: Iterable[str]) -> str:
+        texts = []
+        for text in job:
+            key, value = _split(text)
+            shown = self._short_key(key) if self._short_keys else key
+            texts.append(f"{shown}={_shorten(value, self._level[key])}" if "=" in text else shown)
+        return middle_cut(" ".join(texts), MAX_LABEL)
+
+    def _short_key(self, key: str) -> str:
+        """The end of a dotted key, as much of it as no other key ends in."""
+        parts = key.split(".")
+        for begin in range(len(parts) - 1, 0, -1):
+            end = ".".join(parts[begin:])
+            if not any(other != key and f".{other}".endswith(f".{end}") for other in self._shown):
+                return end
+        return key
+
+
+def middle_cut(text: str, room: int) -> str:
+    """The text with as many characters left out of its middle as it is too long: what differs is often at its end."""
+    if len(text) <= room:
+        return text
+    end = max(0, room - 1) // 2
+    return f"{text[: max(0, room - 1 - end)]}…{text[len(text) - end :]}"[:room]
+
+
+def _split(text: str) -> tuple[str, str]:
+    key, _, value = text.partition("=")
+    return key, value
+
+
+def _shorten(value: str, level: int) -> str:
+    digits, room = _SHORTER[level]
+    return middle_cut(_NUMBER.sub(lambda match: short_number(match[0], digits), value), room)
+
+
+def short_number(text: str, digits: int = 4) -> str:
+    """A number with a point or an exponent, rounded to so many significant digits; as it is if it has no more."""
+    mantissa = re.split("[eE]", text.lstrip("+-"))[0]
+    if len(mantissa.replace(".", "").strip("0")) <= digits:
+        return text
+    number = float(text)
+    short = f"{number:.{digits}g}"
+    if "e+" in short and abs(number) < 1e15:
+        short = f"{number:.0f}"
+    return short if len(short) < len(text) else text
