@@ -12,8 +12,6 @@ import os
 import select
 import signal
 import sys
-import termios
-import tty
 from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
@@ -22,6 +20,7 @@ from rich.console import Console, ConsoleDimensions
 
 from gpu_launcher.cli.output import to_text
 from gpu_launcher.cli.table import Line
+from gpu_launcher.processes.keyboard import Keyboard
 
 _ENTER = "\x1b[?1049h\x1b[?25l"
 """The alternate screen, which leaves what was there in peace, without a cursor: xterm's control sequences."""
@@ -39,7 +38,7 @@ class Screen:
     def __init__(self) -> None:
         self._output = sys.stdout.fileno()
         self._input: int | None = sys.stdin.fileno() if sys.stdin is not None and sys.stdin.isatty() else None
-        self._before: list[Any] | None = None
+        self._keyboard = None if self._input is None else Keyboard(self._input, keys=True)
         self._shown = False
         self.changed = False
         """Whether the last `wait` ended because the size of the terminal did, or because it was given back."""
@@ -119,9 +118,8 @@ class Screen:
         return pressed.decode(errors="replace")
 
     def _show(self) -> None:
-        if self._input is not None:
-            self._before = termios.tcgetattr(self._input)
-            tty.setcbreak(self._input)
+        if self._keyboard is not None:
+            self._keyboard.take()
         self._shown = True
         self._write(_ENTER)
 
@@ -131,9 +129,8 @@ class Screen:
             try:
                 self._write(_LEAVE)
             finally:
-                if self._input is not None and self._before is not None:
-                    with contextlib.suppress(termios.error):
-                        termios.tcsetattr(self._input, termios.TCSAFLUSH, self._before)
+                if self._keyboard is not None:
+                    self._keyboard.give_back()
 
     def _end(self, signum: int, frame: FrameType | None) -> None:
         sys.exit(128 + signum)

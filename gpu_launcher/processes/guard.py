@@ -14,10 +14,14 @@ import traceback
 from collections.abc import Callable, Collection
 from typing import NoReturn
 
+from gpu_launcher.processes.keyboard import give_back_after_death, modes
 from gpu_launcher.processes.linux import become_child_subreaper, children, die_with_parent, kill
 
 PATIENCE = 1.0
 """Seconds that supervisors get to end their trees, before they are killed as well."""
+
+SHELL = 0.3
+"""Seconds that a shell gets to put its terminal back after the launching program was killed."""
 
 _WATCHED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP}
 
@@ -33,6 +37,7 @@ def guarded(launcher: int, serve: Callable[[int], NoReturn], close_in_guard: Cal
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # were it ignored, there would be nothing to wait for
     signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     lifeline, guards_end = os.pipe()
+    terminal = modes(2)
     server = os.fork()
     if server == 0:
         try:
@@ -52,6 +57,9 @@ def guarded(launcher: int, serve: Callable[[int], NoReturn], close_in_guard: Cal
             break  # else, on SIGTERM, only the thread that forked us has ended, or we were told what is not for us
     os.close(guards_end)
     end_descendants(1.5 * PATIENCE)
+    if os.getppid() != launcher:
+        time.sleep(SHELL)
+        give_back_after_death(2, terminal)
 
 
 def end_descendants(patience: float, spare: Collection[int] = ()) -> None:

@@ -88,7 +88,7 @@ def test_devices_that_others_hold_are_told_from_idle_ones() -> None:
         "GPU 1  idle",
         "GPU 2  idle",
         "GPU 3  held by others",
-        "job 3 (lr=3) waits: needs 2 GPUs, 1 is free",
+        "waits: needs 2 GPUs, 1 is free; job 3 (lr=3)",
     ]
 
 
@@ -97,7 +97,7 @@ def test_a_wait_ends_when_its_job_starts_or_nobody_else_holds_anything() -> None
     start = SweepStarted(0.0, 8, GPUS, None)
     assert view(start, wait)[2:] == [
         *(f"GPU {i}  held by others" for i in range(4)),
-        "job 0 (lr=3) waits: held by alice",
+        "waits: held by alice; job 0 (lr=3)",
     ]
     assert "others" not in "".join(view(start, wait, JobWaiting(2.0, 0, "lr=3", "")))
     assert "alice" not in "".join(view(start, wait, JobStarted(2.0, 0, "lr=3", GPUS[:1], None)))
@@ -270,7 +270,7 @@ progress.close()
     paintings = written.replace("\r\n", "\n").split("\r")
     notice = next(i for i, painting in enumerate(paintings) if "a notice" in painting)
     screen.feed("\r".join(paintings[:notice]).replace("\n", "\r\n"))
-    assert "simulated GPU 1  #1  x=[1,2] y=[red] z=longlong" in "\n".join(screen.text())
+    assert "simulated GPU 1  #1  x=[1,2] y=[red] z=longlo…longlong" in "\n".join(screen.text())
     screen.feed("\r" + "\r".join(paintings[notice:]).replace("\n", "\r\n"))
     assert screen.text() == [
         "[gpu_pool] 3 jobs on 4 simulated GPUs",
@@ -415,3 +415,97 @@ def test_colours_are_left_out_where_the_user_wants_none(monkeypatch: pytest.Monk
     assert "\x1b[31m" not in written
     assert "[bold]a notice[/bold] :smile:" in written
     progress.handle(SweepEnded(3.0))
+
+
+def echoes(terminal: int) -> bool:
+    return bool(termios.tcgetattr(terminal)[3] & termios.ECHO)
+
+
+TYPING = """
+progress.handle(SweepStarted(0.0, 3, gpus, None))
+for i in range(3):
+    progress.tick(1.0 + i)
+os.write(1, b"shown\\n")
+"""
+
+
+def shown(terminal: OnTerminal) -> None:
+    assert terminal.process.stdout is not None
+    assert terminal.process.stdout.readline() == b"shown\n"
+
+
+def test_what_is_typed_neither_shows_in_the_view_nor_stays_for_the_shell() -> None:
+    terminal = OnTerminal(
+        TYPING
+        + """
+while fcntl.ioctl(0, termios.FIONREAD, bytes(4)) == bytes(4):
+    progress.tick(4.0)
+progress.tick(5.0)
+progress.handle(SweepEnded(6.0))
+progress.close()
+os.set_blocking(0, False)
+try:
+    os.write(1, b"left: " + os.read(0, 100))
+except BlockingIOError:
+    os.write(1, b"nothing left")
+"""
+    )
+    shown(terminal)
+    assert not echoes(terminal.master)
+    os.write(terminal.master, b"\x13rm -rf x\nls\n")
+    written = terminal.read_until(None)
+    assert "rm" not in written
+    assert terminal.finish() == b"nothing left"
+
+
+def test_the_terminal_is_as_before_when_a_sweep_breaks_off() -> None:
+    terminal = OnTerminal(
+        "before = termios.tcgetattr(0)\n"
+        + TYPING
+        + "assert termios.tcgetattr(0) != before\nprogress.close()\nassert termios.tcgetattr(0) == before\n"
+    )
+    shown(terminal)
+    terminal.read_until(None)
+    terminal.finish()
+
+
+def test_a_stopped_sweep_gives_the_keyboard_back_and_takes_it_again() -> None:
+    # A shell has the sweep in its foreground, sees it stopped, and continues it.
+    terminal = OnTerminal("""
+import signal, time
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+def echo():
+    return bool(termios.tcgetattr(0)[3] & termios.ECHO)
+job = os.fork()
+if job == 0:
+    os.setpgid(0, 0)
+    os.tcsetpgrp(0, os.getpgrp())
+    signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+    progress = open_progress()
+    progress.handle(SweepStarted(0.0, 3, gpus, None))
+    for i in range(1, 100000):
+        progress.tick(float(i))
+        time.sleep(0.01)
+    os._exit(1)
+while echo():
+    time.sleep(0.01)
+os.write(1, b"shown\\n")
+_, status = os.waitpid(job, os.WUNTRACED)
+assert os.WIFSTOPPED(status) and os.WSTOPSIG(status) == signal.SIGTSTP
+assert echo()
+os.tcsetpgrp(0, os.getpgrp())
+os.kill(job, signal.SIGCONT)
+time.sleep(0.5)
+assert echo(), "in the background it is the shell's"
+assert os.waitpid(job, os.WNOHANG | os.WUNTRACED) == (0, 0), "and nothing stops it there"
+os.tcsetpgrp(0, job)
+while echo():
+    time.sleep(0.01)
+os.kill(job, signal.SIGTERM)
+os.waitpid(job, 0)
+os.write(1, b"taken again\\n")
+""")
+    shown(terminal)
+    os.write(terminal.master, b"\x1a")
+    terminal.read_until(None)
+    assert terminal.finish() == b"taken again\n"

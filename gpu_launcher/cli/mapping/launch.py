@@ -313,7 +313,7 @@ class _Launch:
         server = ForkServer(program, "fork")
         try:
             left = None if total is None else total - (before.completed.count if before else 0)
-            display = open_progress(name="gpu-launcher")
+            display = open_progress(name="gpu-launcher", reads=self.asked.source == STDIN and os.isatty(0))
             sweep = run_jobs([], server, self.options, place.path, COMMAND, source=source, total=left, display=display)
         except GpuLauncherError as error:
             if source.ran or isinstance(error, OptionError):

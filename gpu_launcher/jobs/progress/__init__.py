@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, TextIO
 
 from gpu_launcher.jobs.progress.plain import NAME, PlainProgress
+from gpu_launcher.processes.keyboard import Keyboard
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,13 +18,13 @@ __all__ = ["PlainProgress", "open_progress"]
 
 
 def open_progress(
-    stream: TextIO | None = None, environ: Mapping[str, str] = os.environ, *, name: str = NAME
+    stream: TextIO | None = None, environ: Mapping[str, str] = os.environ, *, name: str = NAME, reads: bool = False
 ) -> Progress:
     """The display that suits `stream` (default: `sys.stderr` as it is now), with `name` before each of its lines.
 
     A live view if the stream is a UTF-8 terminal that can move its cursor and this process has it in the foreground;
     plain lines otherwise, and wherever the environment says `TERM=dumb` or `CI`. rich is imported only for the former.
-    No display starts a thread, or leaves the terminal in a state that a killed process could not have left it in.
+    No display starts a thread. The live view takes the keyboard, unless the program `reads` what is typed.
     """
     if stream is None:
         stream = sys.stderr
@@ -31,7 +32,14 @@ def open_progress(
         return PlainProgress(stream, name)
     from gpu_launcher.jobs.progress.live import LiveProgress
 
-    return LiveProgress(stream, name=name)
+    return LiveProgress(stream, name=name, keyboard=None if reads else _keyboard(stream))
+
+
+def _keyboard(stream: TextIO) -> Keyboard | None:
+    try:
+        return Keyboard(stream.fileno())
+    except (OSError, ValueError):  # a stream of the program's own making
+        return None
 
 
 def _can_live(stream: TextIO | None, environ: Mapping[str, str]) -> bool:

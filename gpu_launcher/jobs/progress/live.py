@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import io
 import os
-from typing import TYPE_CHECKING, TextIO
+import signal
+import threading
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console, ConsoleDimensions
 from rich.text import Text
@@ -20,6 +22,7 @@ from gpu_launcher.jobs.progress.plain import NAME, log_quote, opening
 from gpu_launcher.jobs.progress.tally import Tally, failure, retry
 from gpu_launcher.jobs.progress.text import job_name, one_line
 from gpu_launcher.jobs.progress.view import frame
+from gpu_launcher.processes.keyboard import Keyboard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +45,15 @@ class LiveProgress:
     view above it.
     """
 
-    def __init__(self, stream: TextIO, size: Callable[[], Size] | None = None, name: str = NAME) -> None:
+    def __init__(
+        self,
+        stream: TextIO,
+        size: Callable[[], Size] | None = None,
+        name: str = NAME,
+        *,
+        keyboard: Keyboard | None = None,
+    ) -> None:
+        """`keyboard` is that of the terminal, where what is typed is not for this program to read."""
         self._prefix = Text(f"[{name}]", "dim")
         self._output = Output(stream)
         self._stream = stream
@@ -57,6 +68,9 @@ class LiveProgress:
         self._next_painting = 0.0
         self._summed_up = False
         self._closed = False
+        self._keyboard = keyboard
+        self._on_stop: Any = None
+        """The handler of SIGTSTP before."""
 
     def handle(self, event: Event) -> None:
         if event.time - self._tally.now > _SUSPENDED:
@@ -90,6 +104,7 @@ class LiveProgress:
         if not self._closed:
             self._closed = True
             self._sum_up()
+            self._give_keyboard_back()
 
     def _keep(self, line: Text, more: list[Text] | None = None) -> None:
         self._permanent += [Text.assemble(self._prefix, " ", line), *(more or [])]
@@ -115,6 +130,7 @@ class LiveProgress:
             if self._permanent:
                 self._paint([], size)
             return
+        self._take_keyboard()
         lines = frame(self._tally, *size)
         if self._permanent or lines != self._painted or size != self._painted_size:
             self._paint(lines, size)
@@ -133,6 +149,32 @@ class LiveProgress:
         self._permanent = []
         self._painted = lines
         self._painted_size = size
+
+    def _take_keyboard(self) -> None:
+        if self._keyboard is None:
+            return
+        self._keyboard.take()
+        if self._on_stop is None and threading.current_thread() is threading.main_thread():
+            self._on_stop = signal.getsignal(signal.SIGTSTP)
+            if self._on_stop is signal.SIG_DFL:
+                signal.signal(signal.SIGTSTP, self._stop)
+
+    def _give_keyboard_back(self) -> None:
+        if self._keyboard is None:
+            return
+        self._keyboard.give_back()
+        if self._on_stop is signal.SIG_DFL:
+            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+
+    def _stop(self, signum: int, frame: object) -> None:
+        """Ctrl-Z: the shell gets the terminal as it was. What follows the kill happens when the program goes on."""
+        assert self._keyboard is not None
+        self._keyboard.give_back()
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)
+        self._painted = []  # a shell has written since
+        if not self._closed:
+            signal.signal(signal.SIGTSTP, self._stop)
 
     def _render(self, line: Text, size: Size) -> str:
         self._console.size = ConsoleDimensions(*size)
