@@ -33,7 +33,7 @@ from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.job_options import JobOptions
 from gpu_launcher.jobs.pool import PoolSide
-from gpu_launcher.jobs.progress.text import count
+from gpu_launcher.jobs.progress.text import count, job_name
 from gpu_launcher.jobs.reports import ReportError, read_report
 from gpu_launcher.jobs.running import Running, judge
 from gpu_launcher.jobs.signals import StopSignals
@@ -48,6 +48,8 @@ from gpu_launcher.processes.starter import SUPERVISOR_DIED, JobProcess, Lost, Se
 
 TICK = 0.125
 """Seconds between two looks at the clock, for the live view."""
+MAX_NAMED = 3
+"""Processes that a job left behind that a message names."""
 MOST_SERVERS = 5
 """Fork servers that one sweep may lose. More than that is no accident, and starting another would not help."""
 
@@ -328,6 +330,7 @@ class JobLoop:
             job.status = message.status
             job.printed = message.printed.decode(errors="replace").strip()
             job.unsupervised = message.abandoned
+            job.left_behind = message.left_behind
         if job.unsupervised and job.server == self._servers_lost:
             self._selector.unregister(job.process.supervisor)
         else:
@@ -572,9 +575,13 @@ class JobLoop:
                 duration=result.duration,
                 message=result.message if failed else None,
                 log=result.log,
+                left_behind=ran.left_behind if ran is not None else (),
                 origin=result.origin,
             )
         )
+        if ran is not None and ran.left_behind and result.outcome is not Outcome.CANCELLED:
+            text = f"{job_name(number, result.label)} left processes behind, which were ended: {_some(ran.left_behind)}"
+            self._progress.handle(Notice(self._clock(), text))
         self._checkpoint("concluded")
         if self._source is None:
             self._results[number] = result
@@ -634,6 +641,11 @@ class JobLoop:
         except ReportError as error:
             ran.problem = ran.problem or f"left a result that cannot be used: {error}"
             return None
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f", and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more
 
 
 def _not_started(error: OSError) -> str:

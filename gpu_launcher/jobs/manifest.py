@@ -155,7 +155,8 @@ class Recorder:
         elif isinstance(event, JobEnded):
             outcome = event.outcome.value
             self._attempts.pop(event.number, None)
-            self._append(ended=event.number, outcome=outcome, message=event.message, log=event.log)
+            left = {"left_behind": event.left_behind} if event.left_behind else {}
+            self._append(ended=event.number, outcome=outcome, message=event.message, log=event.log, **left)
             old = self._old.pop(event.number, None)
             if old is not None and event.outcome is Outcome.COMPLETED:
                 with suppress(OSError):

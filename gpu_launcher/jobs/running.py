@@ -38,6 +38,8 @@ class Running:
     """How its main process ended, as `os.waitpid` gives it; None if nobody could tell."""
     printed: str = ""
     """The end of what it printed before it had a log."""
+    left_behind: tuple[str, ...] = ()
+    """Processes that outlived it and had to be ended."""
     problem: str | None = None
     """What went wrong around it, as a sentence without a subject."""
     report_digest: bytes | None = None

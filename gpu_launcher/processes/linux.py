@@ -7,7 +7,7 @@ import ctypes
 import os
 import signal
 import threading
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -85,6 +85,25 @@ def _parents() -> dict[int, int]:
             fields = stat[stat.rindex(")") + 2 :].split()
             found[int(entry.name)] = int(fields[1])
     return found
+
+
+def command_lines(pids: Iterable[int]) -> list[str]:
+    """`tensorboard --logdir runs (pid 4711)` for each of these processes that has not ended."""
+    found = []
+    for pid in pids:
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # it has just ended, or is hidden from us
+            continue
+        text = "".join(char if char.isprintable() else " " for char in " ".join(words)).strip()
+        if text:  # a process that has ended and that nobody has waited for has none
+            short = text if len(text) <= MAX_COMMAND_LINE else f"{text[: MAX_COMMAND_LINE - 1]}…"
+            found.append(f"{short} (pid {pid})")
+    return found
+
+
+MAX_COMMAND_LINE = 80
+"""Characters of a command line that are shown."""
 
 
 def kill(pid: int) -> None:

@@ -169,6 +169,8 @@ class Exited:
     """Whether they were ended because the fork server had been killed."""
     printed: bytes = b""
     """The end of what the job printed before it had a log."""
+    left_behind: tuple[str, ...] = ()
+    """What outlived the job's main process and had to be ended, such as `tensorboard --logdir runs (pid 4711)`."""
 
 
 # From the launching program to a job.

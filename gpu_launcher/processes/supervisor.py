@@ -32,6 +32,8 @@ from gpu_launcher.processes.tree import ProcessTree
 
 PRINTED = 4096
 """Bytes from the end of what a job printed before it had a log, for whoever has to find out why it got none."""
+MAX_LEFT_BEHIND = 100
+"""Processes that a job left behind of which the launching program is told."""
 COULD_NOT_FORK = 100
 """Exit code of a supervisor that could not fork its job, plus the error number."""
 
@@ -186,7 +188,7 @@ class _Supervision:
         for descriptor in lease:
             os.close(descriptor)
         assert self._tree.status is not None, "no children, so the job was reaped"
-        return Exited(self._tree.status, self._abandoned, printed)
+        return Exited(self._tree.status, self._abandoned, printed, tuple(self._tree.left_behind[:MAX_LEFT_BEHIND]))
 
     def abandon(self) -> None:
         """End it because the fork server is gone."""

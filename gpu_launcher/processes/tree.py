@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from gpu_launcher.processes.linux import children, kill
+from gpu_launcher.processes.linux import children, command_lines, descendants, kill
 
 LINGER = 0.5
 """Seconds that descendants may outlive the main process by themselves, as multiprocessing's helpers do."""
@@ -31,6 +31,8 @@ class ProcessTree:
         """How the main process ended, as `os.waitpid` gives it; None while it lives."""
         self.stopped: int | None = None
         """The signal that stopped the main process; None while it runs."""
+        self.left_behind: list[str] = []
+        """What outlived the main process for so long that it had to be ended."""
         self._terminated = False
         self._terminate_at: float | None = None
         self._kill_at: float | None = None
@@ -94,6 +96,7 @@ class ProcessTree:
             self.kill()
         elif now >= self._terminate_at and not self._terminated:
             self._terminated = True
+            self.left_behind = command_lines(descendants())
             for pid in children():
                 with contextlib.suppress(PermissionError):
                     os.kill(pid, signal.SIGTERM)

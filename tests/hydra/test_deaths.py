@@ -164,6 +164,15 @@ def test_nothing_that_a_job_left_behind_is_alive(sweep: Sweep) -> None:
             os.kill(pid, 0)
 
 
+def test_processes_that_a_job_left_behind_and_that_were_ended_are_named(sweep: Sweep) -> None:
+    said = [line for line in sweep.ran.stderr.splitlines() if "left processes behind, which were ended: " in line]
+    for kind in ("child", "daemon"):
+        pid = sweep.log(kind).with_name(f"{kind}.pid").read_text()
+        (line,) = (line for line in said if f"(kind={kind}) " in line)
+        assert f"sleep 300 (pid {pid})" in line
+    assert not any("(kind=fine)" in line for line in said)
+
+
 def test_a_jobs_failure_reaches_its_callbacks_and_its_death_does_not(sweep: Sweep) -> None:
     ends = {kind: sweep.log(kind).with_name("job_end") for kind in KINDS}
     for kind, status in {"fine": "COMPLETED", "exception": "FAILED", "lock": "COMPLETED", "last": "COMPLETED"}.items():

@@ -629,7 +629,9 @@ def test_a_lease_is_held_until_the_last_descendant_is_gone_and_that_is_ended(lau
     assert not select.select([held], [], [], 0)[0]
     assert alive(child)
     exited = job.exited()
-    assert exited == Exited(0)
+    assert exited == Exited(0, left_behind=exited.left_behind)
+    (left,) = exited.left_behind
+    assert left.endswith(f" (pid {child.pid})")
     assert not alive(child)
     assert select.select([held], [], [], 0)[0], "nobody has the lease any more"
     os.close(held)
