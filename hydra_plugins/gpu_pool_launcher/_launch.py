@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import weakref
@@ -11,20 +12,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-from hydra.core.utils import JobReturn, filter_overrides, setup_globals
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
 from hydra.errors import CompactHydraException
 
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job
+from gpu_launcher.jobs.labels import Labels
 from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.jobs.source import JobSource
 from gpu_launcher.jobs.sweep import Options, SweepResult, run_jobs
 from gpu_launcher.processes.starter import ForkServer
 
+from ._ending import final, is_for_basic_sweeper
 from ._options import read_options, read_start_method, spell
 from ._program import HydraProgram, job_command
-from ._results import unpack
+from ._results import JobFailedError, unpack
 from .launcher import GpuPoolLauncher
 
 
@@ -40,9 +43,21 @@ def launch(
     Raises LaunchError if no job can run, and KeyboardInterrupt or SystemExit when the user stopped the sweep.
     """
     try:
-        return _launch(launcher, [list(overrides) for overrides in job_overrides], initial_job_idx)
+        returns = _launch(launcher, [list(overrides) for overrides in job_overrides], initial_job_idx)
     except GpuLauncherError as error:
-        raise LaunchError(str(error)) from error
+        raise final(LaunchError(str(error))) from error
+    except LaunchError as error:
+        raise final(error) from error.__cause__
+    if is_for_basic_sweeper():
+        fail_with_first(returns)
+    return returns
+
+
+def fail_with_first(returns: Sequence[JobReturn]) -> None:
+    """If the first job that failed has died, end the program with that, as Hydra's sweeper is about to do."""
+    failed = next((one for one in returns if one.status is JobStatus.FAILED), None)
+    if failed is not None and isinstance(failed._return_value, JobFailedError):
+        raise final(failed._return_value, f"Error executing job with overrides: {failed.overrides}{os.linesep}")
 
 
 def _launch(launcher: GpuPoolLauncher, job_overrides: list[list[str]], first: int) -> list[JobReturn]:
@@ -52,9 +67,12 @@ def _launch(launcher: GpuPoolLauncher, job_overrides: list[list[str]], first: in
     options = _with_failures_so_far(options, launcher.failed)
     sweep_directory = Path(str(launcher.config.hydra.sweep.dir)).absolute()
     sweep_directory.mkdir(parents=True, exist_ok=True)
+    launcher.labels = launcher.labels or Labels()
+    several = len(job_overrides) > 1
+    labels = launcher.labels.of_all(job_overrides if several else [list(filter_overrides(job_overrides[0]))])
     jobs = [
-        Job(number, " ".join(filter_overrides(overrides)), overrides)
-        for number, overrides in enumerate(job_overrides, start=first)
+        Job(number, label, overrides)
+        for number, (label, overrides) in enumerate(zip(labels, job_overrides, strict=True), start=first)
     ]
     try:
         sweep = run_jobs(jobs, _server(launcher), options, sweep_directory, command=Path(sys.argv[0]).name)
@@ -68,7 +86,20 @@ def _launch(launcher: GpuPoolLauncher, job_overrides: list[list[str]], first: in
     for overrides, result in zip(job_overrides, sweep.results, strict=True):
         directory = Path(result.log).parent if result.log else sweep_directory
         returns.append(unpack(result, list(filter_overrides(overrides)), directory))
-    return returns
+    return _with_culprit(sweep, returns)
+
+
+def _with_culprit(sweep: SweepResult, returns: list[JobReturn]) -> list[JobReturn]:
+    """Where failures stopped the sweep: of a job that was ended for that, what the first of them returned.
+
+    Sweepers raise the first error that they come to, and that would name the victim.
+    """
+    outcomes = [result.outcome for result in sweep.results]
+    if not sweep.stopped or Outcome.FAILED not in outcomes:
+        return returns
+    culprit = returns[outcomes.index(Outcome.FAILED)]
+    victims = (outcome is Outcome.CANCELLED for outcome in outcomes)
+    return [culprit if victim else own for victim, own in zip(victims, returns, strict=True)]
 
 
 def stream(

@@ -10,6 +10,8 @@ from hydra._internal.core_plugins import basic_sweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from hydra_plugins.gpu_pool_launcher.launcher import GpuPoolLauncher
+
 from . import config as _config  # noqa: F401  (stores the config, also where Hydra finds this class by entry point)
 
 if TYPE_CHECKING:
@@ -45,6 +47,10 @@ class GridAsyncSweeper(basic_sweeper.BasicSweeper):
         returns: list[Sequence[JobReturn]] = []
         for batch in self.split_arguments(overrides, self.max_batch_size):
             returns.append(self.launcher.launch(batch, initial_job_idx=sum(map(len, returns))))
+        if isinstance(self.launcher, GpuPoolLauncher):
+            from hydra_plugins.gpu_pool_launcher._launch import fail_with_first
+
+            fail_with_first([job for batch in returns for job in batch])
         for job in itertools.chain.from_iterable(returns):
             _ = job.return_value  # raises if it failed, as Hydra's own sweeper does after each batch
         return returns

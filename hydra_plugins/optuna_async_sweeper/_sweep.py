@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn, JobStatus, filter_overrides
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 from optuna import TrialPruned
@@ -21,12 +21,14 @@ from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.jobs.labels import Labels
 from gpu_launcher.processes.exceptions import reason
 from gpu_launcher.processes.starter import ForkServer
 from gpu_launcher.studies.desk import Asked, Ending, How, Summary, Unusable
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.source import Opened, TrialSource, seen
 from gpu_launcher.studies.stopping import Exhausted
+from hydra_plugins.gpu_pool_launcher._ending import final
 from hydra_plugins.gpu_pool_launcher.launcher import GpuPoolLauncher
 
 from ._options import read_options
@@ -67,7 +69,9 @@ def sweep(sweeper: OptunaAsyncSweeper, arguments: list[str]) -> None:
         run = _stream if isinstance(sweeper.launcher, GpuPoolLauncher) else _batches
         run(sweeper, plan, directory)
     except GpuLauncherError as error:
-        raise SweepError(str(error)) from error
+        raise final(SweepError(str(error))) from error
+    except SweepError as error:
+        raise final(error) from error.__cause__
 
 
 def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> None:
@@ -81,13 +85,14 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
             "hydra.sweeper.total_trials runs what it lacks"
         )
     objectives = len(plan.options.directions)
+    labels = Labels(common=[entry for _, entry in plan.space.entries if isinstance(entry, str)])
     sources: list[TrialSource] = []
     opened: list[Opened] = []
 
     def open_source(server: ForkServer) -> tuple[TrialSource, int | None]:
         source = TrialSource(
             plan.open,
-            _job,
+            lambda asked: Job(asked.trial.number, labels.of(asked.spec), asked.spec, about=seen(asked)),
             lambda result: ending(result, objectives, directory),
             in_child=server.close_in_child,
             finish=lambda desk, summary: finish(desk, summary, plan, directory),
@@ -200,10 +205,6 @@ def _consecutive(batch: Sequence[Asked]) -> list[list[Asked]]:
         else:
             runs.append([asked])
     return runs
-
-
-def _job(asked: Asked) -> Job:
-    return Job(asked.trial.number, " ".join(filter_overrides(asked.spec)), asked.spec, about=seen(asked))
 
 
 def ending(result: JobResult, objectives: int, directory: Path) -> Ending:

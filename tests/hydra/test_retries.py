@@ -116,7 +116,9 @@ def test_a_stop_by_failures_says_so_and_hydra_names_the_job_that_failed(run: Run
     assert done.returncode == 1
     assert "stopping after 1 failure: waiting up to 20 s for 1 job" in done.stderr
     assert "2 jobs: 1 failed, 1 cancelled" in done.stderr
-    assert "was stopped because of 1 failure" in done.stderr
+    closing = done.stderr.partition("Error executing job with overrides: ")[2]
+    assert closing.startswith("['kind=after_hang']")
+    assert "RuntimeError" in closing
 
 
 def test_failures_of_all_batches_of_a_sweep_count() -> None:

@@ -1,0 +1,46 @@
+"""How an error of ours ends a Hydra program."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.errors import CompactHydraException
+
+
+def final(error: CompactHydraException, before: str = "") -> BaseException:
+    """What to raise so that the program ends with an error whose message says it all.
+
+    Hydra 1.3 prints the message and then advises to set HYDRA_FULL_ERROR=1, which would only show our own frames. So
+    where Hydra is about to do that the message, with what comes `before` it, is printed here, and what is raised ends
+    the program as Hydra does.
+    """
+    full = os.environ.get("HYDRA_FULL_ERROR", "0") != "0" or sys.gettrace() is not None
+    if full or not any(_is(frame, "hydra._internal.utils", "run_and_report") for frame in _stack()):
+        return error
+    sys.stderr.write(f"{before}{error}{os.linesep}")
+    return SystemExit(1)
+
+
+def is_for_basic_sweeper() -> bool:
+    """Whether Hydra's own sweeper has called the launcher: it raises the first error among the jobs' returns."""
+    caller = next(frame for frame in _stack() if not _module(frame).startswith(__package__))
+    return _is(caller, BasicSweeper.__module__, "sweep") and type(caller.f_locals.get("self")) is BasicSweeper
+
+
+def _is(frame: FrameType, module: str, function: str) -> bool:
+    return frame.f_code.co_name == function and _module(frame) == module
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
+
+
+def _stack() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
