@@ -95,10 +95,10 @@ class JobEnded:
     message: str | None
     """For FAILED: the cause in one line."""
     log: str | None
-    left_behind: tuple[str, ...] = ()
-    """Processes that outlived the job and had to be ended."""
     origin: str = ""
     """For FAILED: what, besides the message, two jobs have in common that failed in the same way; see `Report`."""
+    left_behind: tuple[str, ...] = ()
+    """Processes that outlived the job and had to be ended."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,7 @@ def test_a_stop_by_failures_says_so_and_hydra_names_the_job_that_failed(run: Run
     assert "2 jobs: 1 failed, 1 cancelled" in done.stderr
     closing = done.stderr.partition("Error executing job with overrides: ")[2]
     assert closing.startswith("['kind=after_hang']")
-    assert "RuntimeError" in closing
+    assert "ValueError: a late mistake" in closing
 
 
 def test_failures_of_all_batches_of_a_sweep_count() -> None:

@@ -509,3 +509,35 @@ os.write(1, b"taken again\\n")
     os.write(terminal.master, b"\x1a")
     terminal.read_until(None)
     assert terminal.finish() == b"taken again\n"
+
+
+def test_the_guard_gives_the_terminal_back_when_the_launcher_was_killed() -> None:
+    terminal = OnTerminal("""
+import signal, time
+from gpu_launcher.processes.guard import guarded
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+before = termios.tcgetattr(0)
+ready, write = os.pipe()
+def serve(lifeline):
+    os.write(write, b"!")
+    os.read(lifeline, 1)
+    os._exit(0)
+launcher = os.fork()
+if launcher == 0:
+    os.setpgid(0, 0)
+    os.tcsetpgrp(0, os.getpgrp())
+    launcher = os.getpid()
+    if os.fork() == 0:
+        guarded(launcher, serve, lambda: None)
+        os._exit(0)
+    os.read(ready, 1)
+    progress = open_progress()
+    progress.handle(SweepStarted(0.0, 3, gpus, None))
+    assert termios.tcgetattr(0) != before
+    os.kill(launcher, signal.SIGKILL)
+assert os.WTERMSIG(os.waitpid(launcher, 0)[1]) == signal.SIGKILL
+while termios.tcgetattr(0) != before:
+    time.sleep(0.05)
+""")
+    terminal.read_until(None)
+    terminal.finish()
