@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gpu_launcher.devices import Condition, FixedProbe, Inventory, NvmlProbe, select_devices
@@ -13,9 +13,10 @@ from gpu_launcher.devices.nvml import NoGpuError, open_nvml
 from gpu_launcher.devices.specification import Auto, CpuSlots, SimulatedDevices, read_specification
 from gpu_launcher.devices.visibility import VISIBLE, visible
 from gpu_launcher.errors import DeviceError, PoolDirectoryError
-from gpu_launcher.leases import FileLedger, PoolView, choose_pool_directory
+from gpu_launcher.leases import FileLedger, LeaseView, PoolView, choose_pool_directory, leases_of
 from gpu_launcher.leases.directory import QUEUE, explained
 from gpu_launcher.model import Device, DeviceKind
+from gpu_launcher.processes.linux import parents
 from gpu_launcher.sizes import read_memory
 from gpu_launcher.survey import Found, PoolSeen, Survey, take_survey
 
@@ -96,6 +97,35 @@ def measure(devices: Sequence[Device]) -> tuple[tuple[Condition, ...], tuple[str
     except DeviceError as error:
         return (), (str(error),)
     return (), ()
+
+
+def processes_of(leases: Iterable[LeaseView]) -> dict[str, list[int]]:
+    """Process ids of the jobs that have leases, by lease: the children of each job's supervisor, which holds the lease.
+
+    None for a lease that a program has for itself, and where /proc shows nothing of it. The kernel is asked, not the
+    lease's file, which is written before there is a process.
+    """
+    leases = list(leases)
+    parent = parents()
+    children: dict[int, list[int]] = {}
+    for pid, its_parent in parent.items():
+        children.setdefault(its_parent, []).append(pid)
+    holders: dict[str, set[int]] = {}
+    for owner in {lease.owner.pid for lease in leases if lease.owner is not None}:
+        for pid in _descendants(owner, children):
+            for lease_id in leases_of(pid):
+                holders.setdefault(lease_id, set()).add(pid)
+    return {
+        lease_id: sorted(job for pid in pids if parent[pid] not in pids for job in children.get(pid, ()))
+        for lease_id, pids in holders.items()
+    }
+
+
+def _descendants(pid: int, children: Mapping[int, Sequence[int]]) -> list[int]:
+    found = list(children.get(pid, ()))
+    for child in found:
+        found += children.get(child, ())
+    return found
 
 
 class PoolWindow:

@@ -24,7 +24,7 @@ def status(
       gpu-launcher status | grep anna
       gpu-launcher status --json | jq '.devices[] | select(.state == "free") | .index'
     """
-    from gpu_launcher.cli.look import look
+    from gpu_launcher.cli.look import look, processes_of
     from gpu_launcher.cli.output import print_json, print_lines, terminal_width
     from gpu_launcher.cli.report import report
 
@@ -32,6 +32,6 @@ def status(
     if as_json:
         from gpu_launcher.cli.survey_json import to_json
 
-        print_json(to_json(survey))
+        print_json(to_json(survey, processes_of(survey.view.leases)))
     else:
         print_lines(report(survey, terminal_width()).lines())

@@ -9,6 +9,8 @@ from gpu_launcher.model import MILLIONTHS
 from gpu_launcher.survey import label
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from gpu_launcher.devices import GpuProcess
     from gpu_launcher.leases import LeaseView, TicketView
     from gpu_launcher.model import Owner, Share
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 
 
-def to_json(survey: Survey) -> dict[str, Any]:
+def to_json(survey: Survey, processes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """`processes` are those of the jobs that have leases, by lease."""
     view = survey.view
     return {
         "schema": SCHEMA,
@@ -30,7 +33,7 @@ def to_json(survey: Survey) -> dict[str, Any]:
             "other_machines": list(view.elsewhere),
         },
         "devices": [_device(seen) for seen in survey.devices],
-        "leases": [_lease(lease, survey.time) for lease in view.leases],
+        "leases": [_lease(lease, processes.get(lease.id, ()), survey.time) for lease in view.leases],
         "queue": [
             _ticket(position, ticket, why, survey.time)
             for position, (ticket, why) in enumerate(zip(view.tickets, survey.reasons, strict=True), 1)
@@ -76,13 +79,14 @@ def _process(process: GpuProcess, foreign: bool) -> dict[str, Any]:
     }
 
 
-def _lease(lease: LeaseView, now: float) -> dict[str, Any]:
+def _lease(lease: LeaseView, processes: Sequence[int], now: float) -> dict[str, Any]:
     shares = None if lease.shares is None else [_share(uuid, share) for uuid, share in lease.shares.items()]
     return {
         "id": lease.id,
         **_owner(lease.owner),
         **_since(lease.since, now),
         "seconds_left": lease.left,
+        "processes": list(processes),
         "shares": shares,
     }
 

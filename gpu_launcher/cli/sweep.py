@@ -62,6 +62,7 @@ def _job(entry: Entry) -> dict[str, Any]:
         "overrides": entry.spec,
         "attempts": entry.attempts,
         "devices": list(entry.devices),
+        "pid": entry.pid,
         "started": entry.started,
         "ended": entry.ended,
         "message": entry.message,

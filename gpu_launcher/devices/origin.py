@@ -59,7 +59,10 @@ def _parent(process: Path) -> int:
 
 def _command(process: Path) -> str:
     arguments = (process / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
-    text = " ".join([Path(arguments[0]).name, *arguments[1:]]).strip()
+    program = arguments[0]
+    if " " not in program:  # else it is a title, as jobs have one, which may hold paths
+        program = Path(program).name
+    text = " ".join([program, *arguments[1:]]).strip()
     if not text:
         text = (process / "comm").read_text(errors="replace").strip()
     text = "".join(character if character.isprintable() else "?" for character in text)

@@ -63,7 +63,7 @@ class Server(Protocol):
     def receive(self) -> Lost | None:
         """The job that only it knows to have ended, if any. Raises ServerDiedError."""
 
-    def start(self, number: int, spec: Any, result: Path, attempt: int, about: Any) -> JobProcess:
+    def start(self, number: int, spec: Any, result: Path, attempt: int, about: Any, title: str) -> JobProcess:
         """Start a job's process for the `attempt`-th time. Raises ServerDiedError, and `fileno()` is readable then."""
 
     def finished(self, process: JobProcess) -> None:
@@ -91,6 +91,7 @@ class JobLoop:
         clock: Callable[[], float],
         report_path: Callable[[int], Path],
         owner: Callable[[Job], Owner],
+        title: Callable[[Job], str] = lambda job: "",
         watch: DeviceWatch,
         telling: Telling = Telling(),  # noqa: B008  (frozen)
         by_uuid: bool = False,
@@ -103,11 +104,11 @@ class JobLoop:
         """Prepare to run `jobs` on `devices`.
 
         `report_path` says where a job leaves its report, by its number. `owner` says whom a job's ticket and lease
-        belong to. `watch` says which devices not to use now, `telling` how jobs are told of theirs, `by_uuid` that
-        there is no other name for them, `failures` what to do about jobs that fail, `attempts` how many attempts each
-        has made in earlier launches. `source` decides on more jobs when there is room for them. `program` is the
-        process for which they are run; None: this one. `checkpoint` is called with the name of each point of a job's
-        life, for tests that kill the launching program there.
+        belong to, `title` what `ps` is to call its process. `watch` says which devices not to use now, `telling` how
+        jobs are told of theirs, `by_uuid` that there is no other name for them, `failures` what to do about jobs that
+        fail, `attempts` how many attempts each has made in earlier launches. `source` decides on more jobs when there
+        is room for them. `program` is the process for which they are run; None: this one. `checkpoint` is called with
+        the name of each point of a job's life, for tests that kill the launching program there.
         """
         self._jobs = {job.number: job for job in jobs}
         self._pool = PoolSide(devices, ledger, watch, owner, progress, clock, program)
@@ -116,6 +117,7 @@ class JobLoop:
         self._progress = progress
         self._clock = clock
         self._report_path = report_path
+        self._title = title
         self._telling = telling
         self._by_uuid = by_uuid
         self._ignored: set[str] = set()
@@ -448,7 +450,8 @@ class JobLoop:
     def _start(self, number: int) -> None:
         try:
             job, attempt = self._jobs[number], self._attempts[number]
-            process = self._server.start(number, job.spec, self._report_path(number), attempt, job.about)
+            report, title = self._report_path(number), self._title(job)
+            process = self._server.start(number, job.spec, report, attempt, job.about, title)
         except ServerDiedError:
             self._unstarted.append(number)  # its descriptor says so, too, and then it is replaced
             return

@@ -73,6 +73,8 @@ class Entry:
     log: str | None = None
     report: Path | None = None
     """What it left behind, if it did."""
+    pid: int | None = None
+    """Of its main process, while it runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,8 @@ class Recorder:
         if isinstance(event, JobStarted):
             self._attempts[event.number] += 1
             devices = [device.label for device in event.devices]
-            self._append(started=event.number, attempts=self._attempts[event.number], devices=devices, log=event.log)
+            attempts = self._attempts[event.number]
+            self._append(started=event.number, attempts=attempts, devices=devices, log=event.log, pid=event.pid)
         elif isinstance(event, JobRetried):
             self._attempts[event.number] = event.attempt - 1  # one that never ran counts, too
             self._append(ended=event.number, outcome="failed", message=event.message, log=event.log)
@@ -251,7 +254,7 @@ def read(directory: Path) -> dict[int, Entry]:
         entry = replace(entry, report=report if report.exists() else None)
         over = entry.launch not in launches or launches[entry.launch].lives is False
         if over and entry.state in (State.WAITING, State.RUNNING):
-            entry = replace(entry, state=State.LOST)
+            entry = replace(entry, state=State.LOST, pid=None)
             if entry.report is not None and (found := read_report(entry.report)) is not None:
                 entry = replace(entry, state=State.COMPLETED if found.ok else State.FAILED, message=found.message)
         entries[number] = entry
@@ -348,8 +351,8 @@ def _take(event: dict[str, Any], entries: dict[int, Entry]) -> None:
         return  # of a launch that another has superseded
     if "started" in event:
         changes = {"attempts": event["attempts"], "devices": tuple(event["devices"]), "started": time, "ended": None}
-        entry = replace(entry, state=State.RUNNING, message=None, log=event["log"], **changes)
+        entry = replace(entry, state=State.RUNNING, message=None, log=event["log"], pid=event.get("pid"), **changes)
     else:
         ended = {"ended": time, "message": event["message"], "log": event["log"] or entry.log}
-        entry = replace(entry, state=State(event["outcome"]), **ended)
+        entry = replace(entry, state=State(event["outcome"]), pid=None, **ended)
     entries[number] = entry

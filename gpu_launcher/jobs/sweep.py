@@ -19,7 +19,7 @@ from gpu_launcher.jobs.loop import JobLoop
 from gpu_launcher.jobs.machine import Limits
 from gpu_launcher.jobs.manifest import Entry, Planned, Recorded, Recorder, finished_before, read, refuse_if_running
 from gpu_launcher.jobs.progress import open_progress
-from gpu_launcher.jobs.progress.text import count
+from gpu_launcher.jobs.progress.text import count, one_line
 from gpu_launcher.jobs.refusing import refuse
 from gpu_launcher.jobs.source import JobSource
 from gpu_launcher.jobs.watch import DeviceWatch, links_among
@@ -143,6 +143,7 @@ def run_jobs(
             clock=time.monotonic,
             report_path=report_path,
             owner=lambda job: Owner(os.getpid(), user, f"{command} #{job.number} {job.label}".rstrip()),
+            title=lambda job: one_line(f"#{job.number} {command} {job.label}".rstrip()),
             watch=watch,
             telling=options.telling,
             by_uuid=selection.by_uuid,

@@ -1,4 +1,4 @@
-"""The two kernel features that keep a job's process tree together. Linux only; see prctl(2)."""
+"""The kernel features that keep a job's process tree together and show it to people. Linux only; see prctl(2)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import os
 import signal
 import threading
 from collections.abc import Container, Iterable
+from importlib import import_module
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NAME = 15
+_ARG_START, _ARG_END = 45, 46
+"""Fields of /proc/self/stat behind the name: proc_pid_stat(5) counts them as 48 and 49."""
 _PF_EXITING = 0x4
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -56,7 +60,7 @@ def children() -> list[int]:
 
 
 def _children_by_scan(parent: int) -> list[int]:
-    return [pid for pid, its_parent in _parents().items() if its_parent == parent]
+    return [pid for pid, its_parent in parents().items() if its_parent == parent]
 
 
 def descendants() -> list[int]:
@@ -65,7 +69,7 @@ def descendants() -> list[int]:
     One that appears meanwhile may be missed.
     """
     below: dict[int, list[int]] = {}
-    for pid, parent in _parents().items():
+    for pid, parent in parents().items():
         below.setdefault(parent, []).append(pid)
     found = below.get(os.getpid(), []).copy()
     for pid in found:
@@ -73,7 +77,8 @@ def descendants() -> list[int]:
     return found
 
 
-def _parents() -> dict[int, int]:
+def parents() -> dict[int, int]:
+    """The parent's id of every process that /proc shows."""
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -166,6 +171,30 @@ class Ending:
         if self._stat is not None:
             os.close(self._stat)
             self._stat = None
+
+
+def set_process_title(title: str) -> None:
+    """Have ps, top and nvidia-smi call this process `title`, as far as its first command line was that long.
+
+    `sys.argv`, and what this process executes later, stay as they are.
+    """
+    encoded = title.encode(errors="replace").replace(b"\0", b" ")
+    _libc.prctl(_PR_SET_NAME, encoded, 0, 0, 0)  # the kernel keeps 15 bytes of it
+    try:
+        # Where the program has this library, it must find the command line as it was, or it cannot work later.
+        import_module("setproctitle").setproctitle(title)
+    except (ImportError, AttributeError):
+        _overwrite_command_line(encoded)
+
+
+def _overwrite_command_line(title: bytes) -> None:
+    fields = Path("/proc/self/stat").read_text(errors="replace").rpartition(")")[2].split()
+    start, size = int(fields[_ARG_START]), int(fields[_ARG_END]) - int(fields[_ARG_START])
+    if start == 0 or size < 2:  # the kernel does not say where it is
+        return
+    # If the last byte is not 0, the kernel shows the text up to the first 0 instead of everything up to that byte
+    # (`get_mm_cmdline` in fs/proc/base.c).
+    ctypes.memmove(start, title[: size - 2].ljust(size - 1, b"\0") + b" ", size)
 
 
 def flush_c_streams() -> None:

@@ -189,6 +189,8 @@ class Assignment:
     """How many times it has been started, this time included."""
     about: Any = None
     """What the program's code may want to know, such as which trial it is."""
+    title: str = ""
+    """What `ps` is to call its process."""
 
 
 @dataclass(frozen=True, slots=True)

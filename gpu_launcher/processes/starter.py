@@ -175,15 +175,18 @@ class ForkServer:
             return Lost(number, f"could not be started: {message.problem}", started=False)
         return Lost(number, SUPERVISOR_DIED)
 
-    def start(self, number: int, spec: Any, result: Path, attempt: int = 1, about: Any = None) -> JobProcess:
+    def start(
+        self, number: int, spec: Any, result: Path, attempt: int = 1, about: Any = None, title: str = ""
+    ) -> JobProcess:
         """Start the process of job `number`, for the `attempt`-th time, which begins to prepare itself.
 
-        Its code may ask for what the job is `about` (`processes.conversation`). Raises ServerDiedError.
+        Its code may ask for what the job is `about` (`processes.conversation`). `ps` calls the process by its `title`.
+        Raises ServerDiedError.
         """
         job, job_end = channel()
         with job_end:
             # First: while this process has the other end, it cannot be closed.
-            send(job, Assignment(number, spec, str(result), attempt, about))
+            send(job, Assignment(number, spec, str(result), attempt, about, title))
             try:
                 seat, supervisor = self._seat_with(job_end)
             except BaseException:

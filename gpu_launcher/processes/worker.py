@@ -25,7 +25,7 @@ from typing import Any, NoReturn, Protocol
 from gpu_launcher.model import Request
 from gpu_launcher.processes import bulletin, conversation
 from gpu_launcher.processes.exceptions import origin, reason
-from gpu_launcher.processes.linux import flush_c_streams
+from gpu_launcher.processes.linux import flush_c_streams, set_process_title
 from gpu_launcher.processes.messages import (
     Answer,
     Assignment,
@@ -135,6 +135,8 @@ def work(channel: socket.socket, stdio: CapturedStdio, load_program: Callable[[]
     except ChannelClosedError:
         os._exit(1)
     assert isinstance(assignment, Assignment), assignment
+    if assignment.title:
+        set_process_title(assignment.title)
     _be_interruptible()
     os.environ[ATTEMPT] = str(assignment.attempt)
     bulletin.forget()

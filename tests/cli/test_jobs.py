@@ -66,6 +66,7 @@ def test_it_lists_only_those_that_failed_as_json(sweep: Path) -> None:
                 "overrides": ["lr=1"],
                 "attempts": 1,
                 "devices": ["GPU 1"],
+                "pid": None,
                 "started": 1050.0,
                 "ended": 1052.5,
                 "message": "raised ValueError: no\nway",

@@ -158,7 +158,7 @@ class FakeServer:
     def finished(self, process: JobProcess) -> None:
         process.close()
 
-    def start(self, number: int, spec: object, result: Path, attempt: int, about: object) -> JobProcess:
+    def start(self, number: int, spec: object, result: Path, attempt: int, about: object, title: str) -> JobProcess:
         accident = self._world.accident()
         if self.alive and accident < 0.15 and self._sweep.servers_lost < MOST_SERVERS - 1:
             self.die()

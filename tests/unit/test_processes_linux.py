@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -222,3 +223,42 @@ def test_a_process_is_ending_as_soon_as_it_cannot_be_kept_from_it():
     for closed in (told, tell):
         os.close(closed)
     ending.close()
+
+
+TITLES = """
+import json, os, sys, types
+from pathlib import Path
+from gpu_launcher.processes.linux import set_process_title
+
+before = Path("/proc/self/environ").read_bytes()
+for title in json.load(sys.stdin):
+    set_process_title(title)
+    shown = Path("/proc/self/cmdline").read_bytes().decode(errors="replace")
+    name = Path("/proc/self/comm").read_bytes().decode(errors="replace")
+    print(json.dumps([shown, name.rstrip("\\n")]))
+assert Path("/proc/self/environ").read_bytes() == before
+assert os.environ["SECRET"] == "not shown"
+assert sys.argv == ["-c", "an", "argument"]
+sys.modules["setproctitle"] = types.SimpleNamespace(setproctitle=lambda title: print(json.dumps(["library", title])))
+set_process_title("#8 of the library")
+"""
+
+
+def test_process_title_is_bounded_and_changes_nothing_else() -> None:
+    titles = ["#7 train.py lr=0.1", "#8 a", "", "x" * 100_000, "#9 学習率=0.1 \udce9 \0 b", "#10 train.py"]
+    ran = subprocess.run(
+        [sys.executable, "-c", TITLES, "an", "argument"],
+        input=json.dumps(titles),
+        env={**os.environ, "SECRET": "not shown"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    shown = [json.loads(line) for line in ran.stdout.splitlines()]
+    texts = [text.rstrip("\0") for text, _ in shown]
+    assert texts[:3] == ["#7 train.py lr=0.1", "#8 a", ""]
+    assert set(texts[3]) == {"x"}
+    assert 500 < len(texts[3]) < 100_000
+    assert texts[4] == "#9 学習率=0.1 ?   b"
+    assert [name for _, name in shown[:2]] == ["#7 train.py lr=", "#8 a"]
+    assert shown[-1] == ["library", "#8 of the library"]
