@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from types import FrameType, FunctionType, TracebackType
 from typing import Literal
 
+from omegaconf.errors import OmegaConfBaseException
+
 from gpu_launcher.processes import cpu_unpickler
 from gpu_launcher.processes.exceptions import RemoteTraceback, message_of
 
@@ -77,6 +79,14 @@ def unpack_chain(links: Sequence[Link], replacement: Exception) -> Exception:
             error.__context__ = earlier
     assert isinstance(error, Exception)
     return error
+
+
+def whole_message(error: BaseException) -> str:
+    """All that Hydra would show of an error of its own or OmegaConf's: its message and, as lines below, its cause's."""
+    parts = [message_of(error).strip()]
+    if isinstance(cause := error.__cause__, OmegaConfBaseException) and message_of(cause) not in parts[0]:
+        parts.append(message_of(cause).strip())
+    return "\n".join(parts)
 
 
 def dumps(value: object) -> bytes:

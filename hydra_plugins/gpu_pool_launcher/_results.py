@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, HydraException
 from omegaconf import DictConfig
 
 from gpu_launcher.errors import JobError
@@ -23,7 +23,7 @@ from gpu_launcher.processes.exceptions import describe, origin, reason
 from gpu_launcher.processes.memory_errors import is_out_of_gpu_memory
 from gpu_launcher.processes.messages import Report
 
-from ._exceptions import Link, dumps, pack_chain, unpack_chain
+from ._exceptions import Link, dumps, pack_chain, unpack_chain, whole_message
 
 MAX_VALUES = 16
 """Numbers that are kept of what a job returned, for tables."""
@@ -141,6 +141,9 @@ def outcome(error: BaseException) -> str:
         return f"called sys.exit({error.code!r}) before it returned a value"
     if isinstance(error, KeyboardInterrupt):
         return "was interrupted"
+    if isinstance(error, HydraException):  # its later lines say where, and what to do
+        lines = [line.strip().rstrip(".") for line in whole_message(error).splitlines() if line.strip()]
+        return f"raised {type(error).__qualname__}: {'. '.join(lines)}"
     return reason(error)
 
 

@@ -46,7 +46,7 @@ def searched(override: Override, options: Sequence[str] | None = None) -> Search
     assert isinstance(sweep, Sweep)
     _check_tags(sweep)
     if isinstance(sweep, ChoiceSweep):
-        return _choices([_unquoted(item) for item in sweep.list])
+        return _choices([unquoted(item) for item in sweep.list])
     if isinstance(sweep, RangeSweep):
         return _range(sweep)
     if isinstance(sweep, IntervalSweep):
@@ -100,13 +100,14 @@ def _choices(values: Sequence[Any]) -> Searched:
     return Searched(CategoricalDistribution(held), tuple(by_text), tuple(by_text.values()))
 
 
-def _unquoted(value: Any) -> Any:
+def unquoted(value: Any) -> Any:
+    """A value of Hydra's parser without its quotes."""
     if isinstance(value, QuotedString):
         return value.text
     if isinstance(value, list):
-        return [_unquoted(item) for item in value]
+        return [unquoted(item) for item in value]
     if isinstance(value, dict):
-        return {key: _unquoted(item) for key, item in value.items()}
+        return {key: unquoted(item) for key, item in value.items()}
     return value
 
 
@@ -144,6 +145,12 @@ def _range(sweep: RangeSweep) -> Searched:
     count = math.ceil((Fraction(stop) - Fraction(start)) / Fraction(step))
     if count <= 0:
         raise ValueError(f"the range from {start} to {stop} by {step} is empty: turn the bounds around, or the step")
+    if count == 1 and not (isinstance(sweep.start, int) and isinstance(sweep.stop, int) and sweep.step == 1):
+        floats = f"interval({float(start)}, {float(stop)})"
+        raise ValueError(
+            f"the range from {start} to {stop} by {step} has one value, {start}, since its end is not part of it: "
+            f"write {floats}, give a smaller step, or fix the value"
+        )
     last = start + (count - 1) * step
     low, high, step = min(start, last), max(start, last), abs(step)
     whole = all(isinstance(number, int) for number in (sweep.start, sweep.stop, sweep.step))

@@ -14,7 +14,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from gpu_launcher.errors import GpuLauncherError
 
-from ._distributions import Searched, on_grid, searched
+from ._distributions import Searched, on_grid, searched, unquoted
+from ._mistakes import FORMS, instead_of_call, instead_of_words, is_call, nested_searches
 from ._override_text import override_text
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def read_search_space(
     """
     parser = OverridesParser.create(config_loader=config_loader)
     entries: dict[str, str | Searched] = {}
-    from_params = [f"{key}={v if isinstance(v, str) else _param_text(key, v)}" for key, v in (params or {}).items()]
+    from_params = [_param(str(key), value) for key, value in (params or {}).items()]
     for source in (from_params, arguments):
         for key, entry in _read_source(source, parser).items():
             for other in [other for other, known in entries.items() if _collide(other, known, key, entry)]:
@@ -158,8 +159,10 @@ def _read(text: str, parser: OverridesParser) -> tuple[str, str | Searched]:
     try:
         (override,) = parser.parse_overrides([text])
     except HydraException as error:
-        raise SearchSpaceError(text, _one_line(error)) from error
+        raise SearchSpaceError(text, f"{_one_line(error)}{_remedy(text)}") from error
     key = override.get_key_element()
+    if not _bare(key):
+        raise SearchSpaceError(text, "there is no key before the =: write key=value")
     if override.is_delete():
         return key, text
     if not override.is_sweep_override():
@@ -167,11 +170,34 @@ def _read(text: str, parser: OverridesParser) -> tuple[str, str | Searched]:
             raise SearchSpaceError(
                 text, "a sweep inside of a list or a dictionary is none: sweep over whole ones, as in choice([1],[2])"
             )
+        _check_fixed(text, key, unquoted(override.value()))
         return key, text
     try:
         return key, searched(override, _options(override))
     except (ValueError, HydraException) as error:
         raise SearchSpaceError(text, str(error)) from error
+
+
+def _check_fixed(text: str, key: str, value: Any) -> None:
+    """Refuse what is fixed and only looks like a search."""
+    if isinstance(value, str) and (instead := instead_of_words(value)):
+        raise SearchSpaceError(text, f"{value!r} is a text, and no search: write {key}={instead}")
+    if isinstance(value, str) and is_call(value):
+        raise SearchSpaceError(text, f"{value!r} is quoted, and so is a text: write {key}={value.strip()}")
+    if found := list(nested_searches(value, key)):
+        instead = " ".join(f"{name}={shown}" if " " not in shown else f"'{name}={shown}'" for name, shown in found)
+        raise SearchSpaceError(text, f"a {_kind(value)} is a fixed value, and no search: write {instead}")
+
+
+def _kind(value: Any) -> str:
+    return "dictionary" if isinstance(value, Mapping) else "list"
+
+
+def _remedy(text: str) -> str:
+    """What to write instead of an override that Hydra cannot read, as the end of a sentence."""
+    key, _, value = text.partition("=")
+    instead = instead_of_call(value)
+    return f": write {key}={instead}" if instead else f". Write key=value; {FORMS}"
 
 
 def _options(override: Override) -> list[str] | None:
@@ -181,11 +207,27 @@ def _options(override: Override) -> list[str] | None:
     return [str(name) for name in override.sweep_iterator()]
 
 
-def _param_text(key: str, value: Any) -> str:
+def _param(key: str, value: Any) -> str:
+    """An entry of hydra.sweeper.params as an override."""
+    name = f"hydra.sweeper.params.{key}"
+    if key.lstrip("+~").startswith("hydra.sweeper."):
+        option = key.lstrip("+~").removeprefix("hydra.sweeper.")
+        raise SearchSpaceError(name, f"is an option of the sweep, and no parameter: write {option}: beside params:")
+    if isinstance(value, str):
+        return f"{key}={value.strip()}"
+    if not isinstance(value, (Mapping, Sequence)):
+        return f"{key}={_fixed_text(name, value)}"
+    if found := list(nested_searches(value, key)):
+        lines = "; ".join(f"{name}: {shown}" for name, shown in found)
+        raise SearchSpaceError(name, f"a {_kind(value)} is a fixed value, and no search: write {lines}")
+    return f"{key}={_fixed_text(name, value)}"
+
+
+def _fixed_text(name: str, value: Any) -> str:
     try:
         return override_text(value)
     except TypeError as error:
-        raise SearchSpaceError(f"hydra.sweeper.params.{key}", str(error)) from None
+        raise SearchSpaceError(name, str(error)) from None
 
 
 def _one_line(error: HydraException) -> str:

@@ -31,6 +31,7 @@ from gpu_launcher.studies.stopping import Exhausted
 from hydra_plugins.gpu_pool_launcher._ending import final
 from hydra_plugins.gpu_pool_launcher.launcher import GpuPoolLauncher
 
+from ._composition import check_composition
 from ._options import read_options
 from ._override_text import override_text
 from ._report import finish
@@ -62,6 +63,8 @@ def sweep(sweeper: OptunaAsyncSweeper, arguments: list[str]) -> None:
     try:
         options = read_options(sweeper.options)
         space = read_search_space(arguments, sweeper.hydra_context.config_loader, params=options.params)
+        if sweeper.options.get("custom_search_space") is None:  # whose parameters a config may need
+            check_composition(sweeper.hydra_context.config_loader, sweeper.config, space)
         directory = Path(str(sweeper.config.hydra.sweep.dir)).absolute()
         directory.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(sweeper.config, directory / "multirun.yaml")

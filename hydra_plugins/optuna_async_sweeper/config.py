@@ -44,7 +44,9 @@ class OptunaAsyncSweeperConf:
     _target_: str = "hydra_plugins.optuna_async_sweeper.sweeper.OptunaAsyncSweeper"
     # Hydra 1.4 leaves sampler and pruner to the sweeper anyway; 1.3 would make objects of them.
     _recursive_: bool = False
-    defaults: list[Any] = field(default_factory=lambda: ["_self_", {"sampler": "auto"}])
+    defaults: list[Any] = field(
+        default_factory=lambda: ["_self_", {"sampler": "auto"}, "/hydra/gpu_launcher/choose_sweeper"]
+    )
     sampler: Any = MISSING
     pruner: Any = None
     direction: Any = "minimize"
@@ -66,6 +68,7 @@ class OptunaAsyncSweeperConf:
     help: dict[str, str] = field(default_factory=lambda: dict(HELP))
 
 
+CALLBACK = "hydra_plugins.optuna_async_sweeper.callback.ChooseSweeper"
 _EVOLUTION = "population_size mutation mutation_prob crossover crossover_prob swapping_prob constraints_func"
 
 SAMPLERS = {
@@ -104,6 +107,14 @@ def _store_samplers() -> None:
 
 
 _store_samplers()
+# In `_global_`, since it would otherwise be placed within hydra.sweeper.
+ConfigStore.instance().store(
+    group="hydra/gpu_launcher",
+    name="choose_sweeper",
+    node={"hydra": {"callbacks": {"gpu_launcher": {"_target_": CALLBACK}}}},
+    package="_global_",
+    provider="gpu_launcher",
+)
 ConfigStore.instance().store(
     group="hydra/sweeper", name="optuna_async", node=OptunaAsyncSweeperConf, provider="gpu_launcher"
 )

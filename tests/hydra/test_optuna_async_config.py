@@ -187,3 +187,28 @@ def test_the_official_sweeper_is_left_as_it_is(run: Run, tmp_path: Path, beside:
     options = shown(run, tmp_path, beside, "hydra/sweeper=optuna")
     assert options["sampler"]["_target_"] == "optuna.samplers.TPESampler"
     assert options["sampler"]["multivariate"] is False
+
+
+TEMPLATE = ("template/train.py", "-m", "hydra/launcher=gpu_pool", "hydra.launcher.devices=simulated:4", SWEEPER)
+
+
+def test_a_config_with_the_official_target_runs_as_it_is(run: Run, tmp_path: Path, beside: dict[str, str]) -> None:
+    done = run(tmp_path, *TEMPLATE, "hparams_search=optuna", "hydra.sweep.dir=sweep", **beside)
+    assert done.returncode == 0, done.stderr
+    assert "6 jobs: 6 completed" in done.stderr
+    assert "belongs to the sweep" not in done.stderr, "of a job, whose config states the official target again"
+    results = yaml.safe_load((tmp_path / "sweep" / "optimization_results.yaml").read_text())
+    assert set(results["best_params"]) == {"model.optimizer.lr", "data.batch_size"}
+
+
+def test_another_sweepers_target_is_left_as_the_config_says(run: Run, tmp_path: Path) -> None:
+    basic = "hydra.sweeper._target_=hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+    done = run(tmp_path, *TEMPLATE, basic, "data.batch_size=1")
+    assert done.returncode != 0, "its options are others"
+
+
+def test_a_dictionary_in_the_config_is_refused_with_the_line_to_write(run: Run, tmp_path: Path) -> None:
+    done = run(tmp_path, *TEMPLATE, "hparams_search=dictionary", "hydra.sweep.dir=sweep")
+    assert done.returncode == 1
+    assert "write model.optimizer.lr: tag(log, interval(0.0001, 0.1))" in done.stderr
+    assert not (tmp_path / "sweep").exists()

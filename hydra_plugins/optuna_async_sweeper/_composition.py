@@ -1,0 +1,157 @@
+"""Composing some of the trials' configs before the first trial, to find what fits no config or changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from gpu_launcher.errors import GpuLauncherError
+from hydra_plugins.gpu_pool_launcher._exceptions import whole_message
+
+from ._mistakes import instead_of_list, instead_of_text
+from ._search_space import SearchSpace, SearchSpaceError
+
+MAX_COMPOSED = 24
+"""Configs that are composed, which takes 50 to 100 ms each. Of a group with more options the first are tried."""
+MAX_ASSIGNED = 200
+"""Values of one parameter that are tried in a composed config."""
+
+_UNKNOWN = object()
+
+
+class CompositionError(GpuLauncherError):
+    """A trial's config that Hydra cannot compose. The message has all of Hydra's."""
+
+
+def check_composition(loader: ConfigLoader, config: DictConfig, space: SearchSpace) -> None:
+    """Compose what the trials will: each option of a searched group once, and both ends of each number.
+
+    Raises CompositionError and SearchSpaceError. `config` is the sweep's own.
+    """
+    entries = {key: entry for key, entry in space.entries if not isinstance(entry, str)}
+    points = [{key: _value(entry.distribution, turn) for key, entry in entries.items()} for turn in (0, 1)]
+    composed = [_compose(loader, config, space, point) for point in points]
+    groups = _groups(composed[0])
+    options = [_choices(entry.distribution) for key, entry in entries.items() if _bare(key) in groups]
+    for turn in range(2, min(max(options, default=0), MAX_COMPOSED)):
+        points.append({key: _value(entry.distribution, turn) for key, entry in entries.items()})
+        composed.append(_compose(loader, config, space, points[-1]))
+    values = [key for key in entries if _bare(key) not in groups]
+    for key in values:
+        first, second = (space.overrides({key: point[key]}) for point in points[:2])
+        before = _node(composed[0], key)
+        if first != second and before is not _UNKNOWN and before == _node(composed[1], key):
+            raise SearchSpaceError(
+                _override(space, key, points[0]), "it changes nothing, because another override sets it: leave out one"
+            )
+        _assign_all(composed[0], key, entries[key].values)
+    _check_fixed(loader, config, space, composed[0], points[0])
+
+
+def _compose(loader: ConfigLoader, config: DictConfig, space: SearchSpace, point: Mapping[str, Any]) -> DictConfig:
+    overrides = space.overrides(point)
+    try:
+        return loader.load_sweep_config(config, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        said = whole_message(error)
+        whole = any(isinstance(found, FloatDistribution) for found in space.distributions.values())
+        hint = "\nFor whole numbers write int(interval(1, 9)) or range(1, 9)" if whole and "to Integer" in said else ""
+        raise CompositionError(
+            f"the trials' configs do not compose, as with {' '.join(overrides)}:\n{said}{hint}"
+        ) from error
+
+
+def _assign_all(composed: DictConfig, key: str, values: tuple[Any, ...]) -> None:
+    """Try each choice where the config says of what type it is to be."""
+    with open_dict(composed):
+        for value in values[:MAX_ASSIGNED]:
+            try:
+                OmegaConf.update(composed, _bare(key), value, force_add=True)
+            except OmegaConfBaseException as error:
+                raise CompositionError(f"{key}={value} does not compose:\n{whole_message(error)}") from error
+
+
+def _check_fixed(
+    loader: ConfigLoader, config: DictConfig, space: SearchSpace, composed: DictConfig, point: Mapping[str, Any]
+) -> None:
+    """Refuse lists and texts for what is a single value in the config without them: choices or bounds were meant."""
+    suspect = dict(_suspects(space, composed))
+    if not suspect:
+        return
+    entries = tuple((key, entry) for key, entry in space.entries if key not in suspect)
+    try:
+        without = _compose(
+            loader, config, SearchSpace(entries), {key: point[key] for key in point if key not in suspect}
+        )
+    except CompositionError:
+        return  # it takes these to compose
+    for key, text in suspect.items():
+        before, now = _node(without, key), _node(composed, key)
+        if isinstance(now, list) and isinstance(before, (str, int, float)):
+            raise SearchSpaceError(
+                text, f"a list is a fixed value, where the config has {before!r}: write {key}: {instead_of_list(now)}"
+            )
+        if isinstance(now, dict) and isinstance(before, (str, int, float)):
+            raise SearchSpaceError(
+                text, f"a dictionary is a fixed value, where the config has {before!r}: write {key}: choice(...)"
+            )
+        if isinstance(now, str) and isinstance(before, (int, float)) and (instead := instead_of_text(now)):
+            raise SearchSpaceError(
+                text, f"a text is a fixed value, where the config has {before!r}: write {key}: {instead}"
+            )
+
+
+def _suspects(space: SearchSpace, composed: DictConfig) -> Iterator[tuple[str, str]]:
+    groups = _groups(composed)
+    for key, entry in space.entries:
+        if key.startswith(("+", "~")) or key in groups:
+            continue
+        if isinstance(entry, str):
+            now = _node(composed, key)
+            if isinstance(now, (list, dict)) or (isinstance(now, str) and instead_of_text(now)):
+                yield key, entry
+        elif len(entry.values) == 1 and isinstance(entry.values[0], list) and entry.texts:
+            yield key, f"{key}=choice({entry.texts[0]})"
+
+
+def _groups(composed: DictConfig) -> set[str]:
+    return {str(group) for group in composed.hydra.runtime.choices}
+
+
+def _node(composed: DictConfig, key: str) -> Any:
+    """A value as it is in a config, interpolations as they are written; _UNKNOWN where that is not to be found."""
+    parent, _, name = _bare(key).rpartition(".")
+    try:
+        node = OmegaConf.select(composed, parent) if parent else composed
+        found = node._get_node(name) if isinstance(node, DictConfig) else None
+    except OmegaConfBaseException:
+        return _UNKNOWN  # a part of the way is an interpolation, or missing
+    if isinstance(found, (DictConfig, ListConfig)):
+        return OmegaConf.to_container(found, resolve=False)
+    return found._value() if isinstance(found, Node) else _UNKNOWN
+
+
+def _override(space: SearchSpace, key: str, point: Mapping[str, Any]) -> str:
+    (text,) = (text for text in space.overrides(point) if text.startswith(f"{key}="))
+    return text
+
+
+def _value(distribution: BaseDistribution, turn: int) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[turn % len(distribution.choices)]
+    assert isinstance(distribution, (FloatDistribution, IntDistribution))
+    return distribution.high if turn % 2 else distribution.low
+
+
+def _choices(distribution: BaseDistribution) -> int:
+    return len(distribution.choices) if isinstance(distribution, CategoricalDistribution) else 0
+
+
+def _bare(key: str) -> str:
+    return key.lstrip("+~")
