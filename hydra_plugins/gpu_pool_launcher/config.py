@@ -6,6 +6,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from .resolvers import register_resolver
+
 HELP = {
     "devices": "What to run on: auto (all GPUs, or CPU slots where there is none), a list of GPUs as [0,2] or by UUID, "
     "cpu:4, simulated:8. An inherited CUDA_VISIBLE_DEVICES restricts auto and lists.",
@@ -82,5 +84,5 @@ def find_unresolved(*, _parent_: DictConfig) -> list[str]:
     return names
 
 
-OmegaConf.register_new_resolver("gpu_pool.unresolved", find_unresolved, replace=True)
+register_resolver("gpu_pool.unresolved", find_unresolved)
 ConfigStore.instance().store(group="hydra/launcher", name="gpu_pool", node=GpuPoolLauncherConf, provider="gpu_launcher")

@@ -1,5 +1,7 @@
 """The options of `hydra/sweeper=optuna_async`. Imported at the start of every Hydra program: keep it light."""
 
+import re
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -7,6 +9,8 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
+
+from hydra_plugins.gpu_pool_launcher.resolvers import register_resolver
 
 HELP = {
     "sampler": "auto (the GP sampler where it suits, else TPE), tpe, gp, random, cmaes, nsgaii, nsgaiii, qmc, grid, "
@@ -107,11 +111,20 @@ def _store_samplers() -> None:
 
 
 _store_samplers()
+
+
+def _callback() -> dict[str, str]:
+    """The callback's config. Hydra 1.4 warns of every callback, unless the program itself allows it."""
+    warnings.filterwarnings("ignore", rf"hydra\.utils\.instantiate\(\) resolved _target_='{re.escape(CALLBACK)}'")
+    return {"_target_": CALLBACK}
+
+
+register_resolver("gpu_pool.choose_sweeper", _callback)
 # In `_global_`, since it would otherwise be placed within hydra.sweeper.
 ConfigStore.instance().store(
     group="hydra/gpu_launcher",
     name="choose_sweeper",
-    node={"hydra": {"callbacks": {"gpu_launcher": {"_target_": CALLBACK}}}},
+    node={"hydra": {"callbacks": {"gpu_launcher": "${gpu_pool.choose_sweeper:}"}}},
     package="_global_",
     provider="gpu_launcher",
 )
