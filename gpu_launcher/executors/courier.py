@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor, Future
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from gpu_launcher.jobs.manager_messages import Closed, Ended, Heard, Remarked, W
 from gpu_launcher.jobs.remote import RemoteLoop, busy, calling_back, harmless_thread
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import RemoteTraceback, describe
+from gpu_launcher.processes.unpicklable import found_at
 
 AT_ONCE = 5.0
 """Seconds after which a call, the first of its executor, which has not begun could not begin at once."""
@@ -267,7 +268,7 @@ class Courier:
         except BaseException as error:  # whatever the user's objects raise, to whoever waits for it
             if call.future.set_running_or_notify_cancel():
                 with calling_back():
-                    call.future.set_exception(_not_handed_over(name, error))
+                    call.future.set_exception(_not_handed_over(name, call, self._loop.known, error))
             return None
         return Job(number, name, Call(packed, str(directory / f"{number}.value")))
 
@@ -357,15 +358,16 @@ def _error(result: JobResult, name: str, outcome: Raised | None) -> BaseExceptio
     return error
 
 
-def _not_handed_over(name: str, error: BaseException) -> BaseException:
+def _not_handed_over(name: str, call: Submitted, known: Mapping[str, object], error: BaseException) -> BaseException:
     """What to raise for a call whose function and arguments could not be packed."""
     if isinstance(error, OSError):
         problem = f"{name}() was not called: its arguments could not be handed over: {describe(error)}"
         return _caused(GpuLauncherError(problem), error)
+    parts = {name: call.function, "args": call.args, "kwargs": call.kwargs}
     problem = (
-        f"{name}() cannot be called in another process: {describe(error)}. Remedy: pass what the argument can be made "
-        "from (a path, a configuration), and make it in the call; let the function itself use no lock, no open file "
-        "and no generator of this process."
+        f"{name}() cannot be called in another process: {describe(error)}{found_at(parts, known)}. Remedy: pass what "
+        "the argument can be made from (a path, a configuration), and make it in the call; let the function itself use "
+        "no lock, no open file and no generator of this process."
     )
     return _caused(UnpicklableError(problem), error)
 

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from gpu_launcher.processes import exceptions, pickling
 from gpu_launcher.processes.exceptions import describe, reason, traceback_of
+from gpu_launcher.processes.unpicklable import found_at
 
 LARGE = 1024 * 1024
 """Bytes that fit into a message."""
@@ -142,4 +143,4 @@ def unreturnable(value: object, why: BaseException) -> str:
             "return what the value can be made from, such as plain numbers, arrays on the CPU, or the path of a file "
             "that was written there"
         )
-    return f"{describe(why)}. Remedy: {remedy}"
+    return f"{describe(why)}{found_at({'the value': value}, pickling.main_namespace())}. Remedy: {remedy}"

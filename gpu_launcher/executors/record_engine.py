@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
@@ -25,6 +25,7 @@ from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.jobs.remarks import log
 from gpu_launcher.jobs.remote import ManagerDiedError, RemoteLoop
 from gpu_launcher.processes import pickling
+from gpu_launcher.processes.unpicklable import found_at
 
 ENDING = 10.0
 """Seconds that workers get to end by themselves when there is nothing left to do."""
@@ -164,7 +165,7 @@ class RecordEngine:
             if len(chunk.records) > 1:
                 self._dealer.separate(chunk)
             else:
-                self._fail(chunk, _unpicklable(chunk, error), w.Failure.of(error).traceback, "")
+                self._fail(chunk, _unpicklable(chunk, self._loop.known, error), w.Failure.of(error).traceback, "")
             return True
         self._dealer.weighed(len(chunk.records), len(records))
         worker = self._workers[number]
@@ -388,11 +389,12 @@ def _raisable(error: BaseException, instead: BaseException) -> BaseException:
     return error if isinstance(error, Exception) and not isinstance(error, StopIteration) else instead
 
 
-def _unpicklable(chunk: Chunk, error: Exception) -> Exception:
+def _unpicklable(chunk: Chunk, known: Mapping[str, object], error: Exception) -> Exception:
+    where = found_at({"the record": chunk.records[0]}, known)
     return OptionError(
         f"records[{chunk.first}]",
-        f"cannot be sent to a worker: {type(error).__name__}: {error}. Remedy: give what it is made from, such as a "
-        "path, and make it in the function",
+        f"cannot be sent to a worker: {type(error).__name__}: {error}{where}. Remedy: give what it is made from, "
+        "such as a path, and make it in the function",
     )
 
 

@@ -25,6 +25,7 @@ from gpu_launcher.executors.record_errors import UnreadableError
 from gpu_launcher.model import Request, device_list
 from gpu_launcher.processes import exceptions, pickling
 from gpu_launcher.processes.messages import Report
+from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.processes.worker import Gate
 
 FLUSH = 0.05
@@ -205,8 +206,8 @@ def _dump_for_spawn(name: str, thing: object) -> bytes:
         raise OptionError(
             name,
             f"workers start in fresh interpreters (spawn), to which {thing!r} cannot be sent: "
-            f"{type(error).__name__}: {error}. Remedy: build in `setup` what cannot be pickled instead of referring to "
-            'it, or use start_method="fork".',
+            f"{type(error).__name__}: {error}{found_at({name: thing})}. Remedy: build in `setup` what cannot "
+            'be pickled instead of referring to it, or use start_method="fork".',
         ) from error
 
 

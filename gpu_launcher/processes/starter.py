@@ -40,6 +40,7 @@ from gpu_launcher.processes.messages import (
     send,
 )
 from gpu_launcher.processes.server import serve
+from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.processes.worker import CapturedStdio, Program, forget_the_parent, work
 
 StartMethod = Literal["auto", "fork", "spawn"]
@@ -286,8 +287,9 @@ class ForkServer:
         except Exception as error:  # whatever the user's objects raise when they are pickled
             raise OptionError(
                 self._option,
-                f"with spawn the task function and its config must be picklable: {type(error).__name__}: {error}. "
-                f"(spawn was chosen because of {self.reason}.) Remedy: make it picklable, or use fork.",
+                f"jobs start in fresh interpreters (spawn: {self.reason}), to which the program cannot be sent: "
+                f"{type(error).__name__}: {error}{found_at({'': self._program})}. Remedy: make it inside the function "
+                f"that the jobs run, or set {self._option}=fork",
             ) from error
         self._control, server_end = channel()
         payload = os.memfd_create("gpu-launcher-program")

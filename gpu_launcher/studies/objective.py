@@ -11,10 +11,12 @@ from typing import Any
 import optuna
 from optuna import TrialPruned
 
+from gpu_launcher.errors import OptionError
 from gpu_launcher.model import Request
 from gpu_launcher.processes import pickling
-from gpu_launcher.processes.exceptions import Carried, reason, without_frames
+from gpu_launcher.processes.exceptions import Carried, describe, reason, without_frames
 from gpu_launcher.processes.messages import Report
+from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.processes.worker import Gate, print_exception
 from gpu_launcher.studies import reporting, trial
 from gpu_launcher.studies.dialogue import Ending, Pruned, Raised, Returned, TrialToRun, Unusable
@@ -42,7 +44,16 @@ class Objective:
 
     def __reduce__(self) -> Any:
         # Together, so that the function's own study is that study, which itself is not sent.
-        dumped = pickling.dump((self.function, self.catch, self.study), instead={id(self.study): unpickled})
+        instead = {id(self.study): unpickled}
+        try:
+            dumped = pickling.dump((self.function, self.catch, self.study), instead=instead)
+        except Exception as error:  # whatever the user's objects raise when they are pickled
+            where = found_at({"objective": self.function, "catch": self.catch}, instead=instead)
+            raise OptionError(
+                "objective",
+                f"trials start in fresh interpreters (spawn), to which it cannot be sent: {describe(error)}{where}. "
+                'Remedy: make it inside the objective, or use start_method="fork"',
+            ) from error
         return _load, (dumped, self.request)
 
     def __call__(self, number: int, spec: Any, gate: Gate) -> Report:

@@ -22,6 +22,7 @@ from gpu_launcher.processes import cpu_unpickler
 from gpu_launcher.processes.exceptions import describe, origin, reason
 from gpu_launcher.processes.memory_errors import is_out_of_gpu_memory
 from gpu_launcher.processes.messages import Report
+from gpu_launcher.processes.unpicklable import found_at
 
 from ._exceptions import Link, dumps, pack_chain, unpack_chain, whole_message
 
@@ -65,6 +66,7 @@ def pack(job_return: JobReturn, composed: DictConfig | None) -> Report:
                 job_return.status = JobStatus.FAILED
                 problem = (
                     f"returned a value of type {type(value).__qualname__} that cannot be pickled: {describe(error)}"
+                    f"{found_at({'the value': value})}"
                 )
                 parcel = _Parcel(_shell(job_return, composed), None, None, problem)
         else:

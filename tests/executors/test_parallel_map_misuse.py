@@ -102,7 +102,7 @@ def unawaited(record: int) -> Any:
 @pytest.mark.parametrize(
     ("function", "index", "reason"),
     [
-        (some_locks, 2, r"TypeError: cannot pickle '_thread\.lock' object\. Remedy: return what the value can be made"),
+        (some_locks, 2, r"TypeError: cannot pickle '_thread\.lock' object \(found at the value\[0\]\)\. Remedy"),
         (lazily, 0, r"TypeError: cannot pickle 'generator' object\. Remedy: return a list"),
         (unawaited, 0, r"TypeError: cannot pickle 'coroutine' object\. Remedy: .*asyncio\.run"),
     ],
