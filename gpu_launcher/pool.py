@@ -29,11 +29,11 @@ from gpu_launcher.lending.lease import Lease
 from gpu_launcher.lending.lending import Lending
 from gpu_launcher.lending.room import WaitingRoom
 from gpu_launcher.lending.snapshot import PoolSnapshot, snapshot_of
-from gpu_launcher.model import Device, Owner, Request
+from gpu_launcher.model import Device, Request
 from gpu_launcher.requests import read_request
 from gpu_launcher.sizes import read_memory
 from gpu_launcher.survey import Found, PoolSeen, take_survey
-from gpu_launcher.users import user_name
+from gpu_launcher.users import this_process
 
 LOG = logging.getLogger("gpu_launcher")
 ANSWER = 3.0
@@ -144,7 +144,7 @@ class Pool:
         if request.gpus == 0:
             return self._nothing()
         make = self._maker(request)
-        return self._lending.wait(request, _owner(), limit, make)
+        return self._lending.wait(request, this_process(this_program()), limit, make)
 
     def alease(
         self,
@@ -202,7 +202,7 @@ class Pool:
         if request.gpus == 0:
             return self._nothing()
         make = self._maker(request)
-        return await self._lending.wait_in_loop(request, _owner(), limit, make)
+        return await self._lending.wait_in_loop(request, this_process(this_program()), limit, make)
 
     def _nothing(self) -> Lease:
         if self.closed:
@@ -291,7 +291,3 @@ class Asking:
 def _read(gpus: object, memory: object, priority: object, timeout: object) -> tuple[Request, float]:
     request = read_request({"gpus": gpus, "memory": memory, "priority": priority})
     return request, math.inf if timeout is None else read_duration(timeout, "timeout")
-
-
-def _owner() -> Owner:
-    return Owner(os.getpid(), user_name(os.getuid()), this_program())

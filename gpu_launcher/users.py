@@ -1,6 +1,14 @@
-"""Names of users."""
+"""Users, and this process as other users see it."""
 
 from __future__ import annotations
+
+import os
+
+from gpu_launcher.model import Owner
+from gpu_launcher.text import one_line
+
+MAX_COMMAND = 1000
+"""Characters of a command that others see."""
 
 
 def user_name(uid: int) -> str:
@@ -11,3 +19,8 @@ def user_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return f"uid {uid}"
+
+
+def this_process(command: str) -> Owner:
+    """Return what others are told of this process, which runs `command`; secrets in it are hidden."""
+    return Owner(os.getpid(), user_name(os.getuid()), one_line(command, MAX_COMMAND))

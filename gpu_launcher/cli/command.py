@@ -21,15 +21,16 @@ from gpu_launcher.errors import GpuLauncherError, OptionError
 from gpu_launcher.jobs.explaining import describe_request
 from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.machine import ENDING
-from gpu_launcher.jobs.progress.text import duration, one_line
+from gpu_launcher.jobs.progress.text import duration
 from gpu_launcher.jobs.refusing import refuse
 from gpu_launcher.jobs.watch import links_among
 from gpu_launcher.leases import FileLedger, Lease, resolve_pool_directory
 from gpu_launcher.lending.room import WaitingRoom
-from gpu_launcher.model import Device, Owner, Request, device_list
+from gpu_launcher.model import Device, Request, device_list
 from gpu_launcher.processes.command import CommandError, Ended, InterruptedBySignal, check_command, run_command
 from gpu_launcher.processes.signals import HARMLESS, STOPS, CommandSignals
-from gpu_launcher.users import user_name
+from gpu_launcher.text import one_line
+from gpu_launcher.users import this_process
 
 TIMED_OUT = 124
 """As timeout(1)."""
@@ -39,7 +40,6 @@ NO_DEVICES = 75
 """EX_TEMPFAIL of sysexits.h: another time it may work."""
 UNANSWERED = 30.0
 """Seconds that the driver gets to say how the devices are, when there would be no time left to wait."""
-_MOST_TEXT = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,10 +200,8 @@ def _wait_for_devices(command: Sequence[str], options: Options, room: WaitingRoo
     request = options.request
     if request.timeout is not None:  # what others may rely on
         request = replace(request, timeout=request.timeout + options.grace + ENDING)
-    text = shlex.join(command)
-    text = text if len(text) <= _MOST_TEXT else f"{text[: _MOST_TEXT - 3]}..."
     longest = math.inf if options.wait is None else options.wait
-    waiter = room.enter(request, Owner(os.getpid(), user_name(os.getuid()), text), lambda: None)
+    waiter = room.enter(request, this_process(shlex.join(command)), lambda: None)
     poll = select.poll()
     for descriptor in (signals.fileno(), *room.descriptors):
         poll.register(descriptor, select.POLLIN)

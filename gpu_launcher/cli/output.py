@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from gpu_launcher.cli.table import Line, plain
+from gpu_launcher.text import CONTROL
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -42,7 +43,7 @@ def print_lines(lines: Iterable[Line]) -> None:
 def to_text(line: Line) -> Text:
     from rich.text import Text
 
-    text = Text.assemble(*line)
+    text = Text.assemble(*((CONTROL.sub("?", piece), style) for piece, style in line))
     text.rstrip()
     return text
 

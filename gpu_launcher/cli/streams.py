@@ -7,12 +7,17 @@ import os
 import sys
 from typing import TextIO
 
+from gpu_launcher.text import one_line
+
 
 def tell(text: str) -> None:
     """Print a line for people on stderr. Where that cannot be written to, the exit code has to do."""
     if sys.stderr is not None:  # it was closed; print would take stdout
         with contextlib.suppress(OSError):
-            print(printable(f"gpu-launcher: {text}", sys.stderr), file=sys.stderr, flush=True)
+            lines = [one_line(line) for line in text.split("\n")]
+            print(
+                printable("\n".join(["gpu-launcher: " + lines[0], *lines[1:]]), sys.stderr), file=sys.stderr, flush=True
+            )
 
 
 def printable(text: str, stream: TextIO | None) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from rich.cells import cell_len, chop_cells, set_cell_size
 
+from gpu_launcher.text import CONTROL
+
 GAP = "  "
 ROOM = 16
 """Columns of text that the last column of a table should have at least."""
@@ -137,4 +139,4 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 def plain(line: Line) -> str:
-    return "".join(text for text, _ in line).rstrip()
+    return CONTROL.sub("?", "".join(text for text, _ in line)).rstrip()

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpu_launcher.text import one_line
 from gpu_launcher.users import user_name
 
 _FIRST_NAMESPACE = "pid:[4026531836]"
@@ -65,5 +66,4 @@ def _command(process: Path) -> str:
     text = " ".join([program, *arguments[1:]]).strip()
     if not text:
         text = (process / "comm").read_text(errors="replace").strip()
-    text = "".join(character if character.isprintable() else "?" for character in text)
-    return text if len(text) <= _LENGTH else f"{text[: _LENGTH - 3]}..."
+    return one_line(text, _LENGTH)

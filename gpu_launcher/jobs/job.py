@@ -8,6 +8,7 @@ from typing import Any
 
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.model import Device
+from gpu_launcher.text import one_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,13 +17,16 @@ class Job:
 
     number: int
     label: str
-    """For people, such as `lr=0.1 hidden=32`; may be empty."""
+    """For people, such as `lr=0.1 hidden=32`; may be empty. Others see it, so secrets in it are hidden."""
     spec: Any
     """For the program: what it is called with. Picklable."""
     about: Any = None
     """For the program's code to ask for, such as which trial it is. Picklable."""
     attempts_before: int = 0
     """How many times earlier launches started it, as far as its source knows."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "label", one_line(self.label))
 
 
 class Cause(str, Enum):

@@ -19,14 +19,15 @@ from gpu_launcher.jobs.loop import JobLoop
 from gpu_launcher.jobs.machine import Limits
 from gpu_launcher.jobs.manifest import Entry, Planned, Recorded, Recorder, finished_before, read, refuse_if_running
 from gpu_launcher.jobs.progress import open_progress
-from gpu_launcher.jobs.progress.text import count, one_line
+from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.jobs.refusing import refuse
 from gpu_launcher.jobs.source import JobSource
 from gpu_launcher.jobs.watch import DeviceWatch, links_among
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
-from gpu_launcher.model import MILLIONTHS, Device, Owner, Request
+from gpu_launcher.model import MILLIONTHS, Device, Request
 from gpu_launcher.processes.starter import ForkServer
-from gpu_launcher.users import user_name
+from gpu_launcher.text import one_line
+from gpu_launcher.users import this_process
 
 MOST_AHEAD = 8
 """Jobs that wait, prepared, for devices. More would cost memory and save nothing."""
@@ -95,7 +96,6 @@ def run_jobs(
     devices = selection.devices
     if options.request is not None:
         refuse(options.request, devices, options.spell("gpus"))
-    user = user_name(os.getuid())
     before: dict[int, Entry] = {}
     finished: dict[int, JobResult] = {}
     if options.resume:
@@ -142,7 +142,7 @@ def run_jobs(
             progress=shown,
             clock=time.monotonic,
             report_path=report_path,
-            owner=lambda job: Owner(os.getpid(), user, f"{command} #{job.number} {job.label}".rstrip()),
+            owner=lambda job: this_process(f"{command} #{job.number} {job.label}".rstrip()),
             title=lambda job: one_line(f"#{job.number} {command} {job.label}".rstrip()),
             watch=watch,
             telling=options.telling,

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from gpu_launcher.errors import StorageError
+from gpu_launcher.redaction import HIDDEN, redact
 
 SQLITE = ("sqlite", "sqlite+pysqlite")
 SUFFIXES = (".db", ".sqlite", ".sqlite3")
@@ -90,7 +91,7 @@ def _path(text: str, scheme: str, rest: str) -> Path:
 
 
 def without_password(url: str) -> str:
-    return re.sub(r"(?<=://)([^:/@]*):.*@", r"\1:***@", url)
+    return redact(re.sub(r"(?<=://)([^:/@]*):.*@", rf"\1:{HIDDEN}@", url))
 
 
 def unknown_scheme(url: str) -> str:

@@ -17,12 +17,12 @@ from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.job import Cause
 from gpu_launcher.jobs.job_options import JobOptions
-from gpu_launcher.jobs.progress.text import one_line
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.model import Request
 from gpu_launcher.processes.starter import StartMethod
 from gpu_launcher.requests import read_number
 from gpu_launcher.sizes import read_memory
+from gpu_launcher.text import one_line
 
 from ._interpolations import resolve
 

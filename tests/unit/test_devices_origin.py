@@ -47,9 +47,10 @@ def test_a_process_has_a_user_a_command_and_ancestors(tmp_path: Path) -> None:
     ("command", "name", "shown"),
     [
         (b"", "odd) name (x", "odd) name (x"),
-        (b"a\0b\n\x1b[31m\0", "a", "a b??[31m"),
+        (b"a\0b\n\x1b[31m\0", "a", "a b"),
+        (b"python\0t.py\0--password\0hush", "a", "python t.py --password ***"),
         (b"\xff\0", "a", "\ufffd"),
-        (b"python\0" + b"x" * 500, "a", "python " + "x" * 70 + "..."),
+        (b"python\0" + b"x" * 500, "a", "python " + "x" * 72 + "…"),
     ],
 )
 def test_odd_commands_are_shown_on_one_short_line(tmp_path: Path, command: bytes, name: str, shown: str) -> None:

@@ -29,9 +29,10 @@ from gpu_launcher.jobs.explaining import explain_wait
 from gpu_launcher.jobs.progress import PlainProgress, open_progress
 from gpu_launcher.jobs.progress.alike import ranges
 from gpu_launcher.jobs.progress.estimate import time_left
-from gpu_launcher.jobs.progress.text import duration, log_end, one_line, rough_duration
+from gpu_launcher.jobs.progress.text import duration, log_end, rough_duration
 from gpu_launcher.leases import LeaseView, PoolView
 from gpu_launcher.model import WHOLE, Device, DeviceKind, Owner, device_list
+from gpu_launcher.text import one_line
 
 if TYPE_CHECKING:
     from pathlib import Path

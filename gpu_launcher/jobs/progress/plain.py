@@ -18,8 +18,9 @@ from gpu_launcher.jobs.events import (
 )
 from gpu_launcher.jobs.progress.output import Output
 from gpu_launcher.jobs.progress.tally import Tally, failure, retry
-from gpu_launcher.jobs.progress.text import count, device_counts, device_names, duration, job_name, log_end, one_line
+from gpu_launcher.jobs.progress.text import count, device_counts, device_names, duration, job_name, log_end
 from gpu_launcher.model import DeviceKind
+from gpu_launcher.text import one_line
 
 NAME = "gpu_pool"
 """What begins the lines of a sweep: the launcher, as one names it to Hydra."""

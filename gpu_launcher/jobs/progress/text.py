@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from gpu_launcher.model import Device, DeviceKind, device_list
+from gpu_launcher.text import CONTROL, ESCAPE_SEQUENCE, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-_ESCAPE_SEQUENCE = re.compile(
-    r"""\x1b\[ [0-?]* [ -/]* [@-~]                       # CSI: colours, cursor movement
-      | \x1b[\]PX^_] [^\x07\x1b]* (?: \x07 | \x1b\\ )?   # OSC, DCS and other strings: window titles, links
-      | \x1b [ -/]* [0-~]                                # two-character sequences
-    """,
-    re.VERBOSE,
-)
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def duration(seconds: float, *, tenths: bool = True) -> str:
@@ -62,13 +53,6 @@ def _up_to(value: float, step: int) -> int:
 
 def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def one_line(text: str) -> str:
-    """The text without escape sequences, control characters and line breaks: safe to print, whoever wrote it."""
-    text = _CONTROL.sub(" ", _ESCAPE_SEQUENCE.sub("", text)).strip()
-    # Undecodable bytes of a command line arrive as lone surrogates, which no stream accepts.
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def job_name(number: int, label: str) -> str:
@@ -131,6 +115,6 @@ def log_end(path: str | None, *, lines: int = 10, width: int = 300, window: int 
 
 
 def _as_it_looked(line: str) -> str:
-    line = _ESCAPE_SEQUENCE.sub("", line).expandtabs(4)
+    line = ESCAPE_SEQUENCE.sub("", line).expandtabs(4)
     last = next((part for part in reversed(line.split("\r")) if part.strip()), "")
-    return _CONTROL.sub("", last).rstrip()
+    return CONTROL.sub("", last).rstrip()

@@ -9,8 +9,9 @@ from rich.text import Text
 
 from gpu_launcher.jobs.labels import middle_cut
 from gpu_launcher.jobs.progress.plain import stopping, waits
-from gpu_launcher.jobs.progress.text import duration, one_line, rough_duration
+from gpu_launcher.jobs.progress.text import duration, rough_duration
 from gpu_launcher.model import Device
+from gpu_launcher.text import one_line
 
 if TYPE_CHECKING:
     from gpu_launcher.jobs.events import JobStarted

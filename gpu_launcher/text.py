@@ -1,0 +1,35 @@
+"""Making text from elsewhere safe to show: in a terminal, a log, an error, a table.
+
+Names, command lines, messages and labels come from other users' files, from programs and from the kernel. They may hold
+escape sequences that move the cursor or set the terminal up, characters that reverse the direction of the text around
+them, line breaks that imitate lines of ours, passwords, and megabytes.
+"""
+
+from __future__ import annotations
+
+import re
+
+from gpu_launcher.redaction import redact
+
+MAX_SHOWN = 4096
+"""Characters of a text from elsewhere that are shown."""
+
+ESCAPE_SEQUENCE = re.compile(
+    r"""\x1b\[ [0-?]* [ -/]* [@-~]                       # CSI: colours, cursor movement
+      | \x1b[\]PX^_] [^\x07\x1b]* (?: \x07 | \x1b\\ )?   # OSC, DCS and other strings: window titles, links
+      | \x1b [ -/]* [0-~]                                # two-character sequences
+    """,
+    re.VERBOSE,
+)
+# C0 and C1, line and paragraph separators, and the marks that change the direction of text (CVE-2021-42574).
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def one_line(text: str, limit: int = MAX_SHOWN) -> str:
+    """Return the text as one line without control characters and secrets, cut to `limit` characters."""
+    # First of all shorter: what follows takes longer than a glance on a megabyte. Escapes may go from what is left.
+    text = text[: 4 * limit]
+    text = redact(CONTROL.sub(" ", ESCAPE_SEQUENCE.sub("", text)).strip())
+    # Undecodable bytes of a command line arrive as lone surrogates, which no stream accepts.
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
