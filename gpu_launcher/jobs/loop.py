@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.jobs import machine as m
+from gpu_launcher.jobs.directory import as_proposed
 from gpu_launcher.jobs.events import (
     JobEnded,
     JobRetried,
@@ -93,6 +94,7 @@ class JobLoop:
         owner: Callable[[Job], Owner],
         title: Callable[[Job], str] = lambda job: "",
         watch: DeviceWatch,
+        log_file: Callable[[int, messages.Prepared], tuple[str, list[str]]] = as_proposed,
         telling: Telling = Telling(),  # noqa: B008  (frozen)
         by_uuid: bool = False,
         failures: FailurePolicy = FailurePolicy(),  # noqa: B008  (frozen)
@@ -104,11 +106,12 @@ class JobLoop:
         """Prepare to run `jobs` on `devices`.
 
         `report_path` says where a job leaves its report, by its number. `owner` says whom a job's ticket and lease
-        belong to, `title` what `ps` is to call its process. `watch` says which devices not to use now, `telling` how
-        jobs are told of theirs, `by_uuid` that there is no other name for them, `failures` what to do about jobs that
-        fail, `attempts` how many attempts each has made in earlier launches. `source` decides on more jobs when there
-        is room for them. `program` is the process for which they are run; None: this one. `checkpoint` is called with
-        the name of each point of a job's life, for tests that kill the launching program there.
+        belong to, `title` what `ps` is to call its process. `watch` says which devices not to use now, `log_file` where
+        a job that is prepared logs and what is to be told about it, `telling` how jobs are told of their devices,
+        `by_uuid` that there is no other name for them, `failures` what to do about jobs that fail, `attempts` how many
+        attempts each has made in earlier launches. `source` decides on more jobs when there is room for them. `program`
+        is the process for which they are run; None: this one. `checkpoint` is called with the name of each point of a
+        job's life, for tests that kill the launching program there.
         """
         self._jobs = {job.number: job for job in jobs}
         self._pool = PoolSide(devices, ledger, watch, owner, progress, clock, program)
@@ -118,6 +121,7 @@ class JobLoop:
         self._clock = clock
         self._report_path = report_path
         self._title = title
+        self._log_file = log_file
         self._telling = telling
         self._by_uuid = by_uuid
         self._ignored: set[str] = set()
@@ -347,8 +351,9 @@ class JobLoop:
             return
         match message:
             case messages.Prepared(request, log, pid, options):
-                job.log = log
                 job.pid = pid
+                if log is not None:
+                    self._choose_log(job, number, message)
                 if options is not None:
                     self._take_options(number, job, options)
                 request = self._attempts.request(number, request)
@@ -362,6 +367,13 @@ class JobLoop:
                 self._note_result(job, message)
             case _:
                 raise TypeError(f"a job says {message!r}")
+
+    def _choose_log(self, job: Running, number: int, prepared: messages.Prepared) -> None:
+        job.log, notices = self._log_file(number, prepared)
+        for text in notices:
+            self._progress.handle(Notice(self._clock(), text))
+        with contextlib.suppress(ChannelClosedError):  # its supervisor will say more
+            messages.send(job.process.job, messages.LogFile(job.log))
 
     def _take_options(self, number: int, job: Running, options: JobOptions) -> None:
         """Note what a job has of its own, and say once of each option that it cannot have it."""

@@ -1,6 +1,7 @@
 """What a sweep's directory knows of its jobs, so that the sweep can be resumed and looked at.
 
     <sweep directory>/.gpu_launcher/
+        lock                  locked by all processes of the launch that runs jobs here (`jobs.directory`)
         manifest.jsonl        one line per event, appended in one write each; a line that was cut off counts for nothing
         launch-<id>.json      who runs jobs here; removed at the end
         <number>.<id>.report  what the job of that launch left behind
@@ -310,12 +311,12 @@ def devices_of(directory: Path, numbers: Container[int]) -> dict[int, tuple[str,
     return found
 
 
-def refuse_if_running(directory: Path) -> None:
-    """Raise ManifestError if another program runs the jobs of this sweep, or may do so."""
+def refuse_if_running(directory: Path, remedy: str) -> None:
+    """Raise ManifestError if another program runs jobs in this directory, or may do so; `remedy` says what to do."""
     for launch in launches_in(directory):
         who = f"process {launch.pid} ({launch.command})"
         if launch.lives:
-            raise ManifestError(f"{directory} is being run by {who}: wait for it, or stop it, before you resume")
+            raise ManifestError(f"{directory} is being run by {who}: {remedy}")
         if launch.lives is None:
             raise ManifestError(
                 f"{directory} may still be run by {who} of {launch.host}, which cannot be seen from here: "

@@ -11,13 +11,14 @@ from pathlib import Path
 from signal import Signals
 
 from gpu_launcher.devices import ConditionMonitor, Links, select_devices, usable_cpus
+from gpu_launcher.jobs.directory import LogFiles, as_proposed
 from gpu_launcher.jobs.events import Notice, Progress, SweepEnded, SweepStarted
-from gpu_launcher.jobs.failures import FailurePolicy, set_aside
+from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.loop import JobLoop
 from gpu_launcher.jobs.machine import Limits
-from gpu_launcher.jobs.manifest import Entry, Planned, Recorded, Recorder, finished_before, read, refuse_if_running
+from gpu_launcher.jobs.manifest import Entry, Planned, Recorded, Recorder, finished_before, read
 from gpu_launcher.jobs.progress import open_progress
 from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.jobs.refusing import refuse
@@ -83,12 +84,15 @@ def run_jobs(
     display: Progress | None = None,
     recorded: bool = True,
     program: int | None = None,
+    logs: LogFiles | None = None,
+    notices: Sequence[str] = (),
 ) -> SweepResult:
     """Run `jobs` on the machine's pool and show how it goes, on stderr if there is no `display`, which is closed.
 
     `directory` is the sweep's, and keeps what is known of its jobs; `command` names this program to others who wait for
     devices. With a `source` its jobs are run, too, `total` in all if that is known, and it alone gets what became of
-    them; `program` is the process for which they are run if that is not this one. If they are not to be `recorded`,
+    them; `program` is the process for which they are run if that is not this one; `logs` has a say in where jobs
+    log, and `notices` are told first. If they are not to be `recorded`,
     there is nothing to resume, and `directory` gets no more than their reports. Raises OptionError, PoolDirectoryError
     and ManifestError before any job is started.
     """
@@ -99,11 +103,10 @@ def run_jobs(
     before: dict[int, Entry] = {}
     finished: dict[int, JobResult] = {}
     if options.resume:
-        refuse_if_running(directory)
         before = read(directory)
         finished = finished_before(jobs, before)
     left = [job for job in jobs if job.number not in finished]
-    attempts = _put_logs_aside(left, before)
+    attempts = {job.number: entry.attempts for job in left if (entry := before.get(job.number)) and entry.attempts}
     with contextlib.ExitStack() as cleanup:
         progress = display or open_progress()
         cleanup.callback(progress.close)
@@ -120,9 +123,9 @@ def run_jobs(
             watched = source if source is None else Planned(source, recorder)
         expected = len(left) if source is None else total
         progress.handle(SweepStarted(time.monotonic(), expected, devices, options.max_parallel))
-        if options.resume:
+        if before:
             notice(f"resumed: {len(finished)} of {count(len(jobs), 'job')} completed before, and not run again")
-        for text in _notices(selection.notices, server):
+        for text in [*notices, *_notices(selection.notices, server)]:
             notice(text)
         watch = DeviceWatch(
             devices,
@@ -142,6 +145,7 @@ def run_jobs(
             progress=shown,
             clock=time.monotonic,
             report_path=report_path,
+            log_file=as_proposed if logs is None else logs.claim,
             owner=lambda job: this_process(f"{command} #{job.number} {job.label}".rstrip()),
             title=lambda job: one_line(f"#{job.number} {command} {job.label}".rstrip()),
             watch=watch,
@@ -170,18 +174,6 @@ def _order(jobs: Sequence[Job], results: Mapping[int, JobResult]) -> list[int]:
     """As given, and then as they arrived."""
     given = dict.fromkeys(job.number for job in jobs)
     return list({**given, **dict.fromkeys(results)})
-
-
-def _put_logs_aside(jobs: Sequence[Job], before: Mapping[int, Entry]) -> dict[int, int]:
-    """Keep what earlier launches logged of the jobs that run again; returns how many attempts each has made."""
-    attempts = {}
-    for job in jobs:
-        entry = before.get(job.number)
-        if entry is not None and entry.attempts:
-            attempts[job.number] = entry.attempts
-            if entry.log is not None:
-                set_aside(entry.log, entry.attempts)
-    return attempts
 
 
 def limits(options: Options, devices: int, cpus: int) -> Limits:

@@ -210,6 +210,13 @@ class Answer:
     what: Any
 
 
+@dataclass(frozen=True, slots=True)
+class LogFile:
+    """Where the job is to log, which may be elsewhere than it proposed."""
+
+    path: str
+
+
 # From a job to the launching program.
 
 
@@ -219,10 +226,12 @@ class Prepared:
 
     request: Request
     log: str | None
-    """Path of the file that gets its stdout and stderr."""
+    """Path of the file that is to get its stdout and stderr. The job waits for a LogFile before it opens it."""
     pid: int
     options: Any = None
     """Options of its own, as the program and the launching program have agreed; None for those of the sweep."""
+    place: tuple[int, int] | None = None
+    """Which directory that is in, by device and inode: it may have several names."""
 
 
 @dataclass(frozen=True, slots=True)

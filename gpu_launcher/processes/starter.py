@@ -107,12 +107,14 @@ class ForkServer:
         unsafe: str | None = None,
         in_child: Callable[[], None] = lambda: None,
         captured: bool = True,
+        keep: tuple[int, ...] = (),
     ) -> None:
         """Start it. `method` and `reason` then say how jobs are started, and for `spawn` why.
 
         `option` is what the user writes for the choice of the method; `unsafe` says why it is known not to be safe to
         fork from here. `in_child` drops, in a server forked from here, what belongs to this process alone. Unless the
-        jobs' output is `captured` until they have a log, it goes where this process's does.
+        jobs' output is `captured` until they have a log, it goes where this process's does. The server keeps the
+        descriptors `keep` open as long as it or a job's supervisor lives, also where it is no fork of this process.
 
         Raises OptionError if the program cannot be pickled where it has to be.
         """
@@ -121,6 +123,7 @@ class ForkServer:
         self._option = option
         self._unsafe = unsafe
         self._captured = captured
+        self._keep = keep
         self._handlers = {signum: signal.getsignal(signum) for signum in _OUR_SIGNALS}
         self._seats = itertools.count()
         self._jobs: dict[int, int] = {}
@@ -296,7 +299,9 @@ class ForkServer:
         try:
             os.write(payload, spawn.describe_interpreter(pickled))
             line = spawn.command("serve_spawning", server_end.fileno(), os.getpid(), payload, int(self._captured))
-            server = subprocess.Popen(line, pass_fds=(server_end.fileno(), payload), stdin=subprocess.DEVNULL)
+            server = subprocess.Popen(
+                line, pass_fds=(server_end.fileno(), payload, *self._keep), stdin=subprocess.DEVNULL
+            )
         finally:
             os.close(payload)
             server_end.close()

@@ -31,6 +31,7 @@ from gpu_launcher.processes.messages import (
     Assignment,
     ChannelClosedError,
     Grant,
+    LogFile,
     Prepared,
     Report,
     ResultLost,
@@ -62,13 +63,24 @@ class Gate:
         self._lease: tuple[int, ...] = ()
 
     def prepared(self, request: Request, log: Path | None, options: Any = None) -> None:
-        """Say what this job needs. From here on its stdout and stderr go to `log`, appended."""
+        """Say what this job needs. From here on its stdout and stderr go to `log`, appended, whose directory is made.
+
+        If another job has that file, they go to one beside it. Raises OSError if there can be no such file.
+        """
+        place = None
         if log is not None:
-            self._stdio.redirect(log)
+            make_directories(log.parent)
+            status = log.parent.stat()
+            place = (status.st_dev, status.st_ino)
         try:
-            send(self._channel, Prepared(request, None if log is None else str(log), os.getpid(), options))
+            send(self._channel, Prepared(request, None if log is None else str(log), os.getpid(), options, place))
+            if log is not None:
+                message, _ = receive(self._channel)
         except ChannelClosedError:
             os._exit(1)
+        if log is not None:
+            assert isinstance(message, LogFile), message
+            self._stdio.redirect(Path(message.path))
 
     def wait(self) -> None:
         """Wait for the devices, and point this process at them. The lease lives as long as this process.
@@ -115,7 +127,6 @@ class CapturedStdio:
         """Append to `log`, beginning with what was captured so far."""
         _flush_stdio()
         flush_c_streams()
-        make_directories(log.parent)
         target = open_regular(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.write(target, self.early_output())
         for descriptor in (1, 2):

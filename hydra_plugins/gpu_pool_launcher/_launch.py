@@ -12,8 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
-from hydra.errors import CompactHydraException
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs.events import Outcome
@@ -24,15 +23,12 @@ from gpu_launcher.jobs.source import JobSource
 from gpu_launcher.jobs.sweep import Options, SweepResult, run_jobs
 from gpu_launcher.processes.starter import ForkServer
 
+from ._directory import LaunchError, open_logs, sweep_directory
 from ._ending import final, is_for_basic_sweeper
 from ._options import read_options, read_start_method, spell
 from ._program import HydraProgram, job_command
 from ._results import JobFailedError, unpack
 from .launcher import GpuPoolLauncher
-
-
-class LaunchError(CompactHydraException):
-    """The sweep cannot be run at all. Hydra shows its message without a traceback."""
 
 
 def launch(
@@ -62,11 +58,10 @@ def fail_with_first(returns: Sequence[JobReturn]) -> None:
 
 def _launch(launcher: GpuPoolLauncher, job_overrides: list[list[str]], first: int) -> list[JobReturn]:
     assert launcher.config is not None
-    setup_globals()
     options = read_options(launcher.options, launcher.config)
     options = _with_failures_so_far(options, launcher.failed)
-    sweep_directory = Path(str(launcher.config.hydra.sweep.dir)).absolute()
-    sweep_directory.mkdir(parents=True, exist_ok=True)
+    directory = sweep_directory(launcher.config)
+    logs, notices = open_logs(launcher, directory, resume=options.resume, continued=False)
     launcher.labels = launcher.labels or Labels()
     several = len(job_overrides) > 1
     labels = launcher.labels.of_all(job_overrides if several else [list(filter_overrides(job_overrides[0]))])
@@ -75,7 +70,8 @@ def _launch(launcher: GpuPoolLauncher, job_overrides: list[list[str]], first: in
         for number, (label, overrides) in enumerate(zip(labels, job_overrides, strict=True), start=first)
     ]
     try:
-        sweep = run_jobs(jobs, _server(launcher), options, sweep_directory, command=Path(sys.argv[0]).name)
+        command = Path(sys.argv[0]).name
+        sweep = run_jobs(jobs, _server(launcher), options, directory, command, logs=logs, notices=notices)
     except BaseException:
         launcher.server = None  # it may have been closed; a further launch gets a new one
         raise
@@ -84,8 +80,8 @@ def _launch(launcher: GpuPoolLauncher, job_overrides: list[list[str]], first: in
         stop(sweep.stopped_by)
     returns = []
     for overrides, result in zip(job_overrides, sweep.results, strict=True):
-        directory = Path(result.log).parent if result.log else sweep_directory
-        returns.append(unpack(result, list(filter_overrides(overrides)), directory))
+        ran_in = Path(result.log).parent if result.log else directory
+        returns.append(unpack(result, list(filter_overrides(overrides)), ran_in))
     return _with_culprit(sweep, returns)
 
 
@@ -113,16 +109,16 @@ def stream(
     Raises GpuLauncherError if no job can run.
     """
     assert launcher.config is not None
-    setup_globals()
     options = read_options(launcher.options, launcher.config)
     caps = [cap for cap in (options.max_parallel, max_parallel) if cap is not None]
     options = replace(options, max_parallel=min(caps, default=None), resume=False)
-    directory = Path(str(launcher.config.hydra.sweep.dir)).absolute()
+    directory = sweep_directory(launcher.config)
+    logs, _ = open_logs(launcher, directory, resume=False, continued=True)
     try:
         server = _server(launcher)
         source, total = open_source(server)
         command = Path(sys.argv[0]).name
-        return run_jobs([], server, options, directory, command, source=source, total=total)
+        return run_jobs([], server, options, directory, command, source=source, total=total, logs=logs)
     finally:
         if launcher.server is not None:
             launcher.server.close()
@@ -147,7 +143,8 @@ def _server(launcher: GpuPoolLauncher) -> ForkServer:
         assert launcher.task_function is not None
         program = HydraProgram(launcher.config, launcher.hydra_context, launcher.task_function, job_command(sys.argv))
         method = read_start_method(launcher.options.get("start_method", "auto"))
-        server = ForkServer(program, method, option=spell("start_method"))
+        keep = (launcher.lock.descriptor,)
+        server = ForkServer(program, method, option=spell("start_method"), keep=keep)
         weakref.finalize(launcher, server.close)
         launcher.server = server
     server = launcher.server

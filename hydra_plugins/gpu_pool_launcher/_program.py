@@ -71,6 +71,9 @@ class HydraProgram:
                 job_return.working_dir = str(_prepare(number, self.config, config, gate))
             except (OmegaConfBaseException, OptionError) as error:
                 raise ConfigCompositionException(str(error)) from None  # of which Hydra shows no traceback
+            except OSError as error:
+                problem = f"cannot write to the output directory ({error.strerror}): {os.fsdecode(error.filename)}"
+                raise ConfigCompositionException(problem) from None
             job_return = self._run(config, gate)
         except BaseException as error:  # whatever ends the task ends this job, and this job only
             if os.getpid() != job:

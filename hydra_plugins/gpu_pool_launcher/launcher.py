@@ -32,14 +32,22 @@ class GpuPoolLauncher(Launcher):
         """The fork server, kept for sweepers that launch several batches."""
         self.labels: Any = None
         """What jobs are called, by what differs between those of all batches."""
+        self.lock: Any = None
+        """That of the sweep's directory, held as long as this launcher or its fork server lives."""
+        self.logs: Any = None
+        """Which log is whose, kept for sweepers that launch several batches."""
         self.failed = 0
         """Jobs that have failed, of all batches."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """See `hydra.plugins.launcher.Launcher`."""
+        """See `hydra.plugins.launcher.Launcher`. Takes the sweep's directory, before Hydra writes into it."""
         self.config = config
         self.hydra_context = hydra_context
         self.task_function = task_function
+        if sys.platform == "linux":  # elsewhere `launch` says what is wrong
+            from ._directory import take_directory
+
+            take_directory(self)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; see `hydra.plugins.launcher.Launcher`. A job's failure is in its JobReturn, never raised."""

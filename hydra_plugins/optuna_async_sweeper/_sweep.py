@@ -28,6 +28,7 @@ from gpu_launcher.studies.desk import Asked, Ending, How, Summary, Unusable
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.source import Opened, TrialSource, seen
 from gpu_launcher.studies.stopping import Exhausted
+from hydra_plugins.gpu_pool_launcher._directory import make_directory
 from hydra_plugins.gpu_pool_launcher._ending import final
 from hydra_plugins.gpu_pool_launcher.launcher import GpuPoolLauncher
 
@@ -65,9 +66,7 @@ def sweep(sweeper: OptunaAsyncSweeper, arguments: list[str]) -> None:
         space = read_search_space(arguments, sweeper.hydra_context.config_loader, params=options.params)
         if sweeper.options.get("custom_search_space") is None:  # whose parameters a config may need
             check_composition(sweeper.hydra_context.config_loader, sweeper.config, space)
-        directory = Path(str(sweeper.config.hydra.sweep.dir)).absolute()
-        directory.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(sweeper.config, directory / "multirun.yaml")
+        directory = make_directory(sweeper.config)
         plan = StudyPlan(sweeper.config, sweeper.options, options, space, Sweep(ProcessIdentity.here()))
         run = _stream if isinstance(sweeper.launcher, GpuPoolLauncher) else _batches
         run(sweeper, plan, directory)

@@ -39,6 +39,7 @@ from gpu_launcher.processes.messages import (
     Grant,
     HoldLease,
     Kill,
+    LogFile,
     Prepared,
     Report,
     Signal,
@@ -88,6 +89,8 @@ class FakeJob:
             self.lease += descriptors
             if isinstance(message, Grant):
                 self.run(message)
+            elif isinstance(message, LogFile):
+                assert self.state == "prepared", "it opens its log before it runs"
             else:
                 assert isinstance(message, Assignment)
                 assert message.number == self.number

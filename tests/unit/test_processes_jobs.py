@@ -33,10 +33,12 @@ from gpu_launcher.processes.messages import (
     ChannelClosedError,
     Exited,
     Grant,
+    LogFile,
     Prepared,
     Report,
     ResultLost,
     receive,
+    send,
 )
 from gpu_launcher.processes.starter import SUPERVISOR_DIED, ForkServer, JobProcess, Lost, ServerDiedError
 
@@ -65,6 +67,8 @@ class Started:
     def prepared(self) -> Prepared:
         message = self.say("job")
         assert isinstance(message, Prepared), message
+        if message.log is not None:
+            send(self.process.job, LogFile(message.log))
         return message
 
     def exited(self) -> Exited:
@@ -168,7 +172,8 @@ def test_a_job_prepares_itself_waits_works_and_reports(launch, method):
 
     job = launch.start(launch.server(program, method), 7)
     prepared = job.prepared()
-    assert prepared == Prepared(Request(2), str(job.log), prepared.pid)
+    place = job.log.parent.stat()
+    assert prepared == Prepared(Request(2), str(job.log), prepared.pid, None, (place.st_dev, place.st_ino))
     assert psutil.Process(prepared.pid).parent() in supervisors()
     assert not select.select([job.process.supervisor, job.process.job], [], [], 0.1)[0], "it waits"
     job.process.grant(Grant({"CUDA_VISIBLE_DEVICES": "1,3"}), ())

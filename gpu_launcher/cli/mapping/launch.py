@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_launcher.cli.mapping.grid import Grid, read_grid
-from gpu_launcher.cli.mapping.place import MapError, Place, RefusedError, new_directory, quoted, shown
+from gpu_launcher.cli.mapping.place import COMMAND, MapError, Place, RefusedError, new_directory, quoted, shown
 from gpu_launcher.cli.mapping.program import CommandProgram
 from gpu_launcher.cli.mapping.records import Bad
 from gpu_launcher.cli.mapping.results import Completed, Results, completed_before, write_table
@@ -33,8 +33,6 @@ from gpu_launcher.jobs.sweep import Options, SweepResult, run_jobs
 from gpu_launcher.processes.starter import ForkServer
 from gpu_launcher.requests import read_request
 
-COMMAND = "gpu-launcher map"
-"""What others who wait for devices are told."""
 DEFAULT = "map"
 """Under which maps are kept whose directory nobody names."""
 DRY = 20

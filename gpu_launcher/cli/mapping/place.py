@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shlex
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -29,11 +27,12 @@ from typing import Any
 
 from gpu_launcher.cli.mapping.values import Params, to_json
 from gpu_launcher.errors import GpuLauncherError, OptionError
+from gpu_launcher.jobs.directory import LOCK, DirectoryLock
 from gpu_launcher.jobs.failures import set_aside
-from gpu_launcher.jobs.manifest import DIRECTORY, ManifestError, refuse_if_running
+from gpu_launcher.jobs.manifest import DIRECTORY, ManifestError
 
-PATIENCE = 15.0
-"""Seconds in which what a killed launch leaves has ended."""
+COMMAND = "gpu-launcher map"
+"""What others who wait for devices, or for the directory, are told."""
 FORMAT = 1
 
 _KEPT: dict[str, Any] = {
@@ -142,7 +141,7 @@ class Place:
 
     @property
     def lock(self) -> Path:
-        return self.path / DIRECTORY / "lock"
+        return self.path / DIRECTORY / LOCK
 
     def run(self, index: int) -> RunPlace:
         """Where that run is."""
@@ -256,41 +255,16 @@ class Place:
         another program runs this map, or its processes do not end, and OptionError about the `option` that named the
         directory.
         """
-        self._refuse_if_running()
         try:
-            lock = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o666)
+            lock = DirectoryLock.take(self.path, COMMAND, "wait for it, or stop it, before you resume", notice)
+        except ManifestError as error:
+            raise RefusedError(str(error)) from error
         except OSError as error:
             raise OptionError(option, f"{shown(self.path)} cannot be written to ({error.strerror})") from error
         try:
-            deadline = time.monotonic() + PATIENCE
-            told = False
-            while not _lock(lock):
-                self._refuse_if_running()
-                if time.monotonic() > deadline:
-                    raise RefusedError(f"processes of an earlier launch in {self.path} do not end: see `ps`")
-                if not told:
-                    notice("waiting for the processes of the earlier launch to end")
-                    told = True
-                time.sleep(0.05)
             yield
         finally:
-            os.close(lock)
-
-    def _refuse_if_running(self) -> None:
-        try:
-            refuse_if_running(self.path)
-        except ManifestError as error:
-            raise RefusedError(str(error)) from error
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # a file system without locks; `refuse_if_running` has to be enough
-    return True
+            lock.close()
 
 
 def shown(path: Path) -> str:

@@ -1,0 +1,123 @@
+"""The directory of a Hydra sweep: taken before Hydra writes into it, and what to tell about what is there."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from hydra.core.utils import setup_globals
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig, OmegaConf
+
+from gpu_launcher.jobs.directory import DirectoryLock, LogFiles, newest_sweep
+from gpu_launcher.jobs.manifest import ManifestError, read
+
+from ._ending import final
+from ._options import spell
+from .launcher import GpuPoolLauncher
+
+log = logging.getLogger(__name__)
+
+ANOTHER = "name another directory with hydra.sweep.dir=..."
+
+
+class LaunchError(CompactHydraException):
+    """The sweep cannot be run at all. Hydra shows its message without a traceback."""
+
+
+def sweep_directory(config: DictConfig) -> Path:
+    """Where the sweep is, by the sweep's own config."""
+    setup_globals()
+    return Path(str(config.hydra.sweep.dir)).absolute()
+
+
+def take_directory(launcher: GpuPoolLauncher) -> None:
+    """Make the sweep's directory, and lock it for this launcher. Raises LaunchError."""
+    assert launcher.config is not None
+    directory = sweep_directory(launcher.config)
+    dated = _is_dated(launcher.config)
+    resume = bool(launcher.options.get("resume"))
+    try:
+        if resume and dated and not read(directory):
+            raise ManifestError(_nothing_to_resume(directory, launcher.config))
+        launcher.lock = DirectoryLock.take(directory, Path(sys.argv[0]).name, _remedy(resume, dated), log.info)
+    except ManifestError as error:
+        raise final(LaunchError(str(error))) from error
+    except OSError as error:
+        raise final(LaunchError(unwritable(directory, error))) from error
+
+
+def make_directory(config: DictConfig) -> Path:
+    """Make the sweep's directory, and save its config there as Hydra's own sweeper does. Raises LaunchError."""
+    directory = sweep_directory(config)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, directory / "multirun.yaml")
+    except OSError as error:
+        raise final(LaunchError(unwritable(directory, error))) from error
+    return directory
+
+
+def unwritable(directory: Path, error: OSError) -> str:
+    """One line about a sweep's directory that cannot be used."""
+    return f"cannot write to the sweep directory ({error.strerror}): {shown(directory)}; {ANOTHER}"
+
+
+def shown(path: Path) -> str:
+    """As short as its user can write it here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (OSError, ValueError):
+        return str(path)
+
+
+def open_logs(
+    launcher: GpuPoolLauncher, directory: Path, *, resume: bool, continued: bool
+) -> tuple[LogFiles, list[str]]:
+    """The launcher's LogFiles, and what there is to tell when it launches for the first time.
+
+    `continued`: the sweeper continues by itself what is there, as a study.
+    """
+    if launcher.logs is not None:
+        return launcher.logs, []
+    assert launcher.config is not None
+    earlier = read(directory)
+    notices = []
+    if resume and not earlier:
+        notices.append(f"{_nothing_to_resume(directory, launcher.config)}; all jobs are run")
+    used = None
+    if not resume:
+        used = "files of jobs with the same numbers are overwritten, their logs are kept"
+        used += f"; {ANOTHER}" if continued else f"; {spell('resume')}=true runs only what did not complete"
+    shared = (
+        "each logs to a file of its own, but other files of the same name, such as .hydra/config.yaml and Hydra's log, "
+        "are overwritten. hydra.sweep.subdir='${hydra.job.num}' gives each job a directory"
+    )
+    launcher.logs = LogFiles(directory, earlier, shared=shared, used=used)
+    return launcher.logs, notices
+
+
+def _is_dated(config: DictConfig) -> bool:
+    """Whether the directory is named after the time, as by default: then no later sweep has it."""
+    raw = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+    return isinstance(raw, dict) and "${now:" in str(raw.get("dir"))
+
+
+def _remedy(resume: bool, dated: bool) -> str:
+    if resume:
+        return "wait for it, or stop it, before you resume"
+    if dated:
+        return f"both were started in the same second. Start this one again, or {ANOTHER}"
+    return f"wait for it, or {ANOTHER}"
+
+
+def _nothing_to_resume(directory: Path, config: DictConfig) -> str:
+    """Where the user may have meant: a sweep beside this directory, or where Hydra puts sweeps by default."""
+    raw = str(OmegaConf.to_container(config.hydra.sweep, resolve=False)["dir"])  # type: ignore[index,call-overload]
+    beside = Path(raw.partition("${")[0]).absolute() if _is_dated(config) else directory.parent
+    newest = newest_sweep(beside, Path("multirun").absolute())
+    what = f"{spell('resume')}=true: there is nothing to resume in {shown(directory)}"
+    if newest is None or newest == directory:
+        return f"{what}: name a sweep's directory with hydra.sweep.dir=..."
+    return f"{what}. The newest sweep is {shown(newest)}: hydra.sweep.dir={shown(newest)} resumes that"
