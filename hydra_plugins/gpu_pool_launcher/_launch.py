@@ -27,7 +27,7 @@ from ._directory import LaunchError, open_logs, sweep_directory
 from ._ending import final, is_for_basic_sweeper
 from ._options import read_options, read_start_method, spell
 from ._program import HydraProgram, job_command
-from ._results import JobFailedError, unpack
+from ._results import JobFailedError, JobOptionError, unpack
 from .launcher import GpuPoolLauncher
 
 
@@ -50,9 +50,9 @@ def launch(
 
 
 def fail_with_first(returns: Sequence[JobReturn]) -> None:
-    """If the first job that failed has died, end the program with that, as Hydra's sweeper is about to do."""
+    """If there is a message of ours for the first job that failed, end the program with it, as Hydra would."""
     failed = next((one for one in returns if one.status is JobStatus.FAILED), None)
-    if failed is not None and isinstance(failed._return_value, JobFailedError):
+    if failed is not None and isinstance(failed._return_value, (JobFailedError, JobOptionError)):
         raise final(failed._return_value, f"Error executing job with overrides: {failed.overrides}{os.linesep}")
 
 

@@ -23,7 +23,7 @@ from gpu_launcher.processes.worker import Gate, print_exception
 
 from ._exceptions import user_frames
 from ._options import read_job_options
-from ._results import is_pruned, pack
+from ._results import JobOptionError, is_pruned, pack
 
 if TYPE_CHECKING:
     from hydra._internal.callbacks import Callbacks
@@ -69,7 +69,9 @@ class HydraProgram:
             job_return.cfg = composed = _without_hydra_node(config)
             try:
                 job_return.working_dir = str(_prepare(number, self.config, config, gate))
-            except (OmegaConfBaseException, OptionError) as error:
+            except OptionError as error:
+                raise JobOptionError(str(error)) from None
+            except OmegaConfBaseException as error:
                 raise ConfigCompositionException(str(error)) from None  # of which Hydra shows no traceback
             except OSError as error:
                 problem = f"cannot write to the output directory ({error.strerror}): {os.fsdecode(error.filename)}"

@@ -12,7 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import CompactHydraException, HydraException
+from hydra.errors import (
+    CompactHydraException,
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+)
 from omegaconf import DictConfig
 
 from gpu_launcher.errors import JobError
@@ -32,6 +37,10 @@ MAX_VALUES = 16
 
 class JobFailedError(JobError, CompactHydraException):
     """A job that ended without an exception of its own. Hydra shows its message without a traceback."""
+
+
+class JobOptionError(ConfigCompositionException):
+    """An option of the launcher that a job's own config makes unusable. Hydra shows its message without a traceback."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +152,9 @@ def outcome(error: BaseException) -> str:
         return f"called sys.exit({error.code!r}) before it returned a value"
     if isinstance(error, KeyboardInterrupt):
         return "was interrupted"
-    if isinstance(error, HydraException):  # its later lines say where, and what to do
+    if isinstance(error, JobOptionError):
+        return f"cannot be run: {error}"
+    if isinstance(error, HydraException) and not isinstance(error, InstantiationException):  # its later lines say where, and what to do
         lines = [line.strip().rstrip(".") for line in whole_message(error).splitlines() if line.strip()]
         return f"raised {type(error).__qualname__}: {'. '.join(lines)}"
     return reason(error)

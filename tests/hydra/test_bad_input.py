@@ -122,7 +122,7 @@ def test_a_job_that_asks_for_what_it_cannot_get_fails_alone(run: Run, tmp_path: 
     for number, wish in ((2, "-2"), (3, "'many'"), (4, "1.5")):
         message = f"hydra.launcher.gpus: {wish} {NO_NUMBER}"
         assert message in returns[number]["text"]
-        assert f"job {number} (+x={wishes[number]}) FAILED: raised ConfigCompositionException: {message}" in ran.stderr
+        assert f"job {number} (+x={wishes[number]}) FAILED: cannot be run: {message}" in ran.stderr
     assert "hydra.launcher.gpus: the config has no missing, to which ${oc.select:x,1} leads" in returns[5]["text"]
     assert "Traceback" not in ran.stderr.replace("| Traceback", "")
 

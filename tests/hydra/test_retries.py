@@ -121,6 +121,16 @@ def test_a_stop_by_failures_says_so_and_hydra_names_the_job_that_failed(run: Run
     assert "ValueError: a late mistake" in closing
 
 
+@pytest.mark.parametrize("sweeper", ["basic", "grid_async"])
+def test_hydra_does_not_advise_a_stack_trace_after_a_message_of_ours(run: Run, tmp_path: Path, sweeper: str) -> None:
+    done = sweep(run, tmp_path, "kind=signal,exit", f"hydra/sweeper={sweeper}")
+    assert done.returncode == 1
+    closing = done.stderr.partition("Error executing job with overrides: ")[2].splitlines()
+    assert closing[0] == "['kind=signal']"
+    assert closing[1].startswith("job 0 (kind=signal) was killed by SIGKILL")
+    assert len(closing) == 2
+
+
 def test_failures_of_all_batches_of_a_sweep_count() -> None:
     def options(most: int | None) -> Options:
         policy = FailurePolicy(most=most)
