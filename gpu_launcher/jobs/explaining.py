@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 from gpu_launcher.jobs.labels import middle_cut
 from gpu_launcher.leases import PoolView, Ticket
@@ -44,13 +45,16 @@ def explain_wait(
     others = [lease for lease in pool.leases if lease.id not in own]
     jobs = Counter(_program(lease.owner) for lease in others)
     held: dict[str, list[Device]] = {}
+    since: dict[str, float] = {}
     for lease in others:
         theirs = [device for device in devices if lease.uuids is None or device.uuid in lease.uuids]
         several = jobs[_program(lease.owner)] > 1
         who = MINE if lease.id in mine else _program(lease.owner) if several else _name(lease.owner)
         held.setdefault(who, []).extend(theirs)
+        if lease.since is not None and who != MINE:
+            since[who] = min(lease.since, since.get(who, lease.since))
     parts = [
-        f"{labels(device for device in devices if device in theirs)} held by {who}"
+        f"{labels(device for device in devices if device in theirs)} held by {who}{_since(since.get(who))}"
         for who, theirs in held.items()
         if theirs
     ]
@@ -71,6 +75,18 @@ def explain_wait(
 def _name(owner: Owner | None) -> str:
     """Who it is, and with what: a long command by its beginning and its end."""
     return "somebody" if owner is None else f"{owner.user} ({middle_cut(owner.command, MAX_COMMAND)})"
+
+
+def _since(when: float | None) -> str:
+    """The time of the clock: how long it has been would be another text every minute."""
+    if when is None:
+        return ""
+    try:
+        then = datetime.fromtimestamp(when)
+    except (OverflowError, ValueError, OSError):  # whoever wrote the lease may have written anything
+        return ""
+    today = then.date() == datetime.now().date()
+    return f" since {then:%H:%M}" if today else f" since {then:%b %d %H:%M}"
 
 
 def _program(owner: Owner | None) -> str:

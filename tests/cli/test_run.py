@@ -324,9 +324,8 @@ def test_two_runs_on_one_device_are_one_after_the_other_and_the_second_says_for_
     second = start(*ONE, "echo", "second")
     assert second.complaint() == NOTICE.rstrip("\n")
     message = second.complaint()
-    assert re.fullmatch(
-        r"gpu-launcher: waiting for 1 GPU: simulated GPU 0 held by \w+ \(.*" + f"{gate}"[-20:] + r"\)", message
-    )
+    holder = r"\w+ \(.*" + re.escape(str(gate)[-20:]) + r"\) since \d\d:\d\d"
+    assert re.fullmatch(rf"gpu-launcher: waiting for 1 GPU: simulated GPU 0 held by {holder}", message)
     time.sleep(2.5)
     gate.touch()
     assert second.line() == "second"
@@ -353,9 +352,8 @@ def test_when_there_is_no_time_left_to_wait_it_says_who_holds_what(cli: Cli, wai
     assert (done.returncode, done.stdout) == (75, "")
     last = done.stderr.splitlines()[-1]
     shown = "0.0 s" if wait == "0" else "0.5 s"
-    assert last == (
-        f"gpu-launcher: gave up after {shown} of waiting for 1 GPU: simulated GPU 0 held by anna (train.py #7)"
-    )
+    said = f"gpu-launcher: gave up after {shown} of waiting for 1 GPU: simulated GPU 0 held by anna (train.py #7)"
+    assert re.fullmatch(re.escape(said) + r" since \d\d:\d\d", last)
     assert tickets(cli) == before
 
 

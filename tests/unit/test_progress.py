@@ -8,6 +8,8 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
 import pytest
@@ -151,9 +153,9 @@ def test_the_summary_counts_and_names_the_failed_jobs_once() -> None:
 
 
 def test_the_summary_names_twenty_failed_jobs_and_counts_the_rest() -> None:
-    failures = [ended(i, Outcome.FAILED, 1.0, message=f"no {'x' * (i // 2)}") for i in range(64)]
-    lines = lines_of(started(64), *failures, SweepEnded(200.0))
-    assert lines[-1] == "  ... and 24 more"
+    failures = [ended(i, Outcome.FAILED, 1.0, message=f"no {'x' * (i // 4)}") for i in range(100)]
+    lines = lines_of(started(100), *failures, SweepEnded(200.0))
+    assert lines[-1] == "  ... and 20 more"
     assert len([line for line in lines if line.startswith("  job")]) == 20
 
 
@@ -513,6 +515,19 @@ def view_of(*leases: tuple[str, str, tuple[int, ...]]) -> PoolView:
         for i, (user, command, held) in enumerate(leases)
     ]
     return PoolView((), tuple(views), 0)
+
+
+def test_a_wait_says_since_when_devices_are_held() -> None:
+    now = datetime.now().replace(second=0, microsecond=0)
+    long_ago = datetime(2026, 3, 4, 5, 6)
+    holders = [("anna", "a.py #0", (0,)), ("anna", "a.py #1", (1,)), ("bert", "b.py", (2,)), ("odd", "c.py", (3,))]
+    leases = view_of(*holders).leases
+    times = (now.timestamp(), now.timestamp() + 9, long_ago.timestamp(), 1e300)
+    pool = PoolView((), tuple(replace(lease, since=time) for lease, time in zip(leases, times, strict=True)), 0)
+    assert explain_wait(pool, GPUS, (), None, {}).reason == (
+        f"GPU 0, GPU 1 held by anna (a.py) since {now:%H:%M}; GPU 2 held by bert (b.py) since Mar 04 05:06; "
+        "GPU 3 held by odd (c.py)"
+    )
 
 
 @pytest.mark.parametrize(

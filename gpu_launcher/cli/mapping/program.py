@@ -17,12 +17,17 @@ from gpu_launcher.cli.mapping.values import Params
 from gpu_launcher.jobs.progress.text import duration
 from gpu_launcher.model import Request
 from gpu_launcher.processes.death import describe_exit
+from gpu_launcher.processes.exceptions import NO_TERMINAL
 from gpu_launcher.processes.memory_errors import tells_of_gpu_memory
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.worker import ATTEMPT, Gate
 
 LOOKED_AT = 2**20
 """Bytes from the end of what a run printed in which its last JSON object is looked for."""
+
+
+WANTED_TERMINAL = ("EOFError: EOF when reading a line", "bdb.BdbQuit")
+"""How the last line begins that a Python program prints which asked at a terminal and had none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +62,13 @@ class CommandProgram:
             problem = f"could not write its outcome, to be found to have ended: {_why(error)}"
             return Report(False, problem, json.dumps(outcome).encode())
         printed = "" if outcome["outcome"] == "completed" else _end(run.stderr).decode(errors="replace")
+        last = next((line for line in reversed(printed.splitlines()) if line.strip()), "")
         return Report(
             outcome["outcome"] == "completed",
-            outcome["message"],
+            f"{outcome['message']}; {NO_TERMINAL}" if last.startswith(WANTED_TERMINAL) else outcome["message"],
             json.dumps(outcome).encode(),
             out_of_memory=outcome["outcome"] == "failed" and tells_of_gpu_memory(printed),
-            origin=next((line for line in reversed(printed.splitlines()) if line.strip()), ""),
+            origin=last,
         )
 
     def _run(self, words: list[str], run: RunPlace, arrived: list[int]) -> dict[str, Any]:

@@ -161,8 +161,10 @@ class Tally:
             named += 1 + len(group.others)
             lines.append(f"  {failure(group.first)}")
             if group.others:
-                jobs = count(len(group.others), "job")
-                lines.append(f"  {jobs} FAILED as job {group.first.number} did: {ranges(group.others)}")
+                some = len(group.others) > 1
+                jobs = f"{len(group.others)} jobs" if some else f"job {group.others[0]}"
+                which = f": {ranges(group.others)}" if some else ""
+                lines.append(f"  {jobs} FAILED as job {group.first.number} did{which}")
         if self.failed > named:
             lines.append(f"  ... and {self.failed - named} more")
         return lines
