@@ -154,9 +154,10 @@ def outcome(error: BaseException) -> str:
         return "was interrupted"
     if isinstance(error, JobOptionError):
         return f"cannot be run: {error}"
-    if isinstance(error, HydraException) and not isinstance(error, InstantiationException):  # its later lines say where, and what to do
+    # Their later lines say where, and what to do; but what could not be instantiated has a cause of its own.
+    if isinstance(error, HydraException) and not isinstance(error, InstantiationException):
         lines = [line.strip().rstrip(".") for line in whole_message(error).splitlines() if line.strip()]
-        return f"raised {type(error).__qualname__}: {'. '.join(lines)}"
+        return f"raised {type(error).__qualname__}: {'. '.join(lines)}".replace(":. ", ": ")
     return reason(error)
 
 

@@ -14,6 +14,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from gpu_launcher.processes.exceptions import NO_TERMINAL, RemoteTraceback, describe, reason
+from hydra_plugins.gpu_pool_launcher._results import outcome
 
 
 def raised(message: str, cause: BaseException | None = None, *, explicit: bool = True) -> BaseException:
@@ -83,9 +84,9 @@ def test_an_exception_is_described_in_one_line_that_tells_its_cause(error: BaseE
 def test_an_instantiation_error_of_hydra_names_its_cause_and_its_key() -> None:
     with pytest.raises(InstantiationException) as caught:
         instantiate({"model": {"_target_": "builtins.int", "_args_": ["x"]}})
-    assert describe(caught.value) == (
-        "InstantiationException: Error in call to target 'builtins.int': ValueError: invalid literal for int() with "
-        "base 10: 'x' (full_key: model)"
+    assert outcome(caught.value) == (
+        "raised InstantiationException: Error in call to target 'builtins.int': ValueError: invalid literal for int() "
+        "with base 10: 'x' (full_key: model)"
     )
 
 
