@@ -264,7 +264,8 @@ class Courier:
         directory = self._loop.directory
         try:
             with busy():
-                packed = pack((call.function, call.args, call.kwargs), directory / f"{number}.call", self._loop.known)
+                made = (pickling.Afresh(call.function), call.args, call.kwargs)
+                packed = pack(made, directory / f"{number}.call", self._loop.known)
         except BaseException as error:  # whatever the user's objects raise, to whoever waits for it
             if call.future.set_running_or_notify_cancel():
                 with calling_back():

@@ -201,7 +201,7 @@ class _SpawnedRecordWorker(RecordWorker):
 
 def _dump_for_spawn(name: str, thing: object) -> bytes:
     try:
-        return pickling.dump(thing)
+        return pickling.dump(pickling.Afresh(thing))
     except Exception as error:  # whatever the user's objects raise when they are pickled
         raise OptionError(
             name,

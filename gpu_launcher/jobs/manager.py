@@ -36,6 +36,7 @@ from gpu_launcher.jobs.sweep import Options, limits, run_jobs
 from gpu_launcher.model import Device
 from gpu_launcher.processes.linux import Ending
 from gpu_launcher.processes.messages import ChannelClosedError, receive, send
+from gpu_launcher.processes.random_generators import Generators
 from gpu_launcher.processes.starter import ForkServer, StartMethod
 from gpu_launcher.processes.worker import Program
 
@@ -56,6 +57,7 @@ class Manager:
     command: str
     method: StartMethod
     captured: bool
+    generators: Generators
 
     def be(self, other_end: socket.socket) -> NoReturn:
         """Be the process."""
@@ -87,6 +89,7 @@ class Manager:
                 unsafe=begin.unsafe,
                 in_child=link.close_in_child,
                 captured=self.captured,
+                generators=self.generators,
             )
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # only now: the jobs get the handlers of the program
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -31,6 +31,7 @@ from gpu_launcher.processes.helpers import helpers_paused
 from gpu_launcher.processes.linux import flush_c_streams, other_threads
 from gpu_launcher.processes.messages import ChannelClosedError, channel, receive, send
 from gpu_launcher.processes.pickling import NOTHING, main_namespace, prepare
+from gpu_launcher.processes.random_generators import Generators
 from gpu_launcher.processes.starter import StartMethod
 from gpu_launcher.processes.worker import Program
 
@@ -91,7 +92,9 @@ class RemoteLoop:
         self._scratch = Scratch()
         self.directory = self._scratch.path
         """For files of the jobs. It goes with the manager."""
-        manager = Manager(theirs, self._process, self.directory, program, options, command, method, captured)
+        manager = Manager(
+            theirs, self._process, self.directory, program, options, command, method, captured, Generators()
+        )
         prepare()
         _flush()
         with helpers_paused():

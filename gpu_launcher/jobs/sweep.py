@@ -125,7 +125,7 @@ def run_jobs(
         progress.handle(SweepStarted(time.monotonic(), expected, devices, options.max_parallel))
         if before:
             notice(f"resumed: {len(finished)} of {count(len(jobs), 'job')} completed before, and not run again")
-        for text in [*notices, *_notices(selection.notices, server)]:
+        for text in [*notices, *selection.notices, *server.notices]:
             notice(text)
         watch = DeviceWatch(
             devices,
@@ -202,10 +202,3 @@ def _at_once(request: Request | None, devices: int, without_devices: int) -> int
 def _links(request: Request | None, devices: tuple[Device, ...]) -> Links | None:
     """How GPUs are connected, where a job may get several."""
     return None if request is not None and request.gpus < 2 else links_among(devices)
-
-
-def _notices(from_selection: Sequence[str], server: ForkServer) -> list[str]:
-    notices = list(from_selection)
-    if server.method == "spawn":
-        notices.append(f"jobs start in fresh interpreters (spawn): {server.reason}")
-    return notices

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from random import SystemRandom
 
 from gpu_launcher.users import user_name
 
@@ -63,8 +63,9 @@ class Patience:
                 if now >= deadline:
                     self._suspect(now, holder_of(descriptor))
                     return False
-                # Random, lest those who came at the same moment go on trying at the same moments.
-                time.sleep(min(pause * (0.5 + random.random()), deadline - now))
+                # Random, lest those who came at the same moment go on trying at the same moments. Not with the
+                # `random` module's generator: the program may have seeded that, and count on what it draws.
+                time.sleep(min(pause * (0.5 + SystemRandom().random()), deadline - now))
                 pause = min(2 * pause, LONGEST_PAUSE)
             else:
                 self._seen = None

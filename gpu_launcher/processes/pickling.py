@@ -13,13 +13,32 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import CodeType, FunctionType, MappingProxyType
 from typing import Any, BinaryIO, Protocol
 
+from gpu_launcher.processes import random_generators
 from gpu_launcher.processes.cpu_unpickler import CpuUnpickler
 
 NOTHING: Mapping[str, object] = MappingProxyType({})
 NO_OTHERS: Mapping[int, Callable[[], object]] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Afresh:
+    """The user's code, in a pickle; unpickled, it is that itself. Random number generators in it are not copied.
+
+    Each process that unpickles it gets numbers of its own from those that were not seeded.
+    """
+
+    code: object
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """Where in a pickle an Afresh begins or ends."""
+
+    begins: bool
 
 
 class Writable(Protocol):
@@ -76,12 +95,21 @@ def _pickler_class() -> Any:
             self.known = known
             self.instead = instead
             self.main = main_namespace()
+            self.afresh: random_generators.Reducer | None = None
+            """While what is pickled is in an Afresh."""
             self.used: dict[str, Any] = {}
             """What of this process's `__main__` the reader lacks, by name."""
             self.sources: dict[str, list[str] | None] = {}
             """Source lines by file name; None for files that the reader can open itself."""
 
         def reducer_override(self, thing: Any) -> Any:
+            if isinstance(thing, Afresh):
+                return _code, (_Mark(True), thing.code, _Mark(False))
+            if isinstance(thing, _Mark):
+                self.afresh = random_generators.Reducer() if thing.begins else None
+                return bool, ()
+            if self.afresh is not None and (reduced := self.afresh.reduce(thing)) is not None:
+                return reduced
             if (other := self.instead.get(id(thing))) is not None:
                 return other, ()
             if type(thing) is CodeType:
@@ -129,6 +157,11 @@ def load_from(file: BinaryIO | io.BytesIO, *, on_cpu: bool = False) -> Any:
     thing = unpickler.load()
     main_namespace().update(unpickler.load())
     return thing
+
+
+def _code(begin: object, code: object, end: object) -> object:
+    random_generators.restore_globals()
+    return code
 
 
 def _lookup(names: Mapping[str, object], qualified: str) -> object:

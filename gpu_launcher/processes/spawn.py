@@ -54,24 +54,25 @@ def serve_spawning(control: int, launcher: int, payload: int, captured: int, /) 
 
 def work_spawned(channel: int, payload: int, /) -> NoReturn:
     """A job's process."""
-    from gpu_launcher.processes import pickling
+    from gpu_launcher.processes import pickling, random_generators
     from gpu_launcher.processes.worker import CapturedStdio, work
 
     stdio = CapturedStdio()
     for descriptor in (channel, payload):
         os.set_inheritable(descriptor, False)
-    path, main, program = pickle.loads(os.pread(payload, os.fstat(payload).st_size, 0))
+    path, main, program, generators = pickle.loads(os.pread(payload, os.fstat(payload).st_size, 0))
     os.close(payload)
     sys.path[:] = path
     vars(sys.modules["__main__"]).update(main)
+    random_generators.expect_globals(generators)
     work(socket.socket(fileno=channel), stdio, lambda: pickling.load(program))
 
 
-def describe_interpreter(program: bytes) -> bytes:
-    """What `work_spawned` needs: module search path, identity of `__main__`, and the program, dumped."""
+def describe_interpreter(program: bytes, generators: bytes) -> bytes:
+    """What `work_spawned` needs: module search path, identity of `__main__`, the program and its generators, dumped."""
     main = sys.modules["__main__"]
     # Which script or module it is, as libraries ask that start it again.
     attributes: dict[str, object] = {"__file__": getattr(main, "__file__", None)}
     spec = getattr(main, "__spec__", None)
     attributes["__spec__"] = spec and ModuleSpec(spec.name, loader=None, origin=spec.origin)
-    return pickle.dumps((sys.path, attributes, program))
+    return pickle.dumps((sys.path, attributes, program, generators))

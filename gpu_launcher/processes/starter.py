@@ -39,6 +39,7 @@ from gpu_launcher.processes.messages import (
     receive,
     send,
 )
+from gpu_launcher.processes.random_generators import Generators
 from gpu_launcher.processes.server import serve
 from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.processes.worker import CapturedStdio, Program, forget_the_parent, work
@@ -108,6 +109,7 @@ class ForkServer:
         in_child: Callable[[], None] = lambda: None,
         captured: bool = True,
         keep: tuple[int, ...] = (),
+        generators: Generators | None = None,
     ) -> None:
         """Start it. `method` and `reason` then say how jobs are started, and for `spawn` why.
 
@@ -115,6 +117,7 @@ class ForkServer:
         fork from here. `in_child` drops, in a server forked from here, what belongs to this process alone. Unless the
         jobs' output is `captured` until they have a log, it goes where this process's does. The server keeps the
         descriptors `keep` open as long as it or a job's supervisor lives, also where it is no fork of this process.
+        `generators` are the program's, if that is not this process.
 
         Raises OptionError if the program cannot be pickled where it has to be.
         """
@@ -124,6 +127,7 @@ class ForkServer:
         self._unsafe = unsafe
         self._captured = captured
         self._keep = keep
+        self._generators = generators or Generators()
         self._handlers = {signum: signal.getsignal(signum) for signum in _OUR_SIGNALS}
         self._seats = itertools.count()
         self._jobs: dict[int, int] = {}
@@ -157,6 +161,12 @@ class ForkServer:
         self.method: Literal["fork", "spawn"] = "fork" if self.reason is None else "spawn"
         if self.method == "spawn":
             self._spawn()
+
+    @property
+    def notices(self) -> list[str]:
+        """What the user should know of how jobs are started."""
+        by_spawn = [f"jobs start in fresh interpreters (spawn): {self.reason}"] if self.method == "spawn" else []
+        return by_spawn + self._generators.notices(self.method)
 
     def fileno(self) -> int:
         """Readable when the server has something to say, or died."""
@@ -255,11 +265,12 @@ class ForkServer:
         program = self._program
         self._control, server_end = channel()
         launcher = os.getpid()
-        handlers, captured = self._handlers, self._captured
+        handlers, captured, generators = self._handlers, self._captured, self._generators
         _flush()
 
         def run_job(job: socket.socket) -> NoReturn:
             forget_the_parent(handlers)
+            generators.renew()
             work(job, CapturedStdio(), lambda: program)
 
         with warnings.catch_warnings():
@@ -284,7 +295,7 @@ class ForkServer:
 
     def _spawn(self) -> None:
         try:
-            pickled = pickling.dump(self._program)  # the script is not run again in the jobs
+            pickled = pickling.dump(pickling.Afresh(self._program))  # the script is not run again in the jobs
         except OptionError:  # of a program that knows better what is wrong with it
             raise
         except Exception as error:  # whatever the user's objects raise when they are pickled
@@ -297,7 +308,7 @@ class ForkServer:
         self._control, server_end = channel()
         payload = os.memfd_create("gpu-launcher-program")
         try:
-            os.write(payload, spawn.describe_interpreter(pickled))
+            os.write(payload, spawn.describe_interpreter(pickled, self._generators.pickled_globals()))
             line = spawn.command("serve_spawning", server_end.fileno(), os.getpid(), payload, int(self._captured))
             server = subprocess.Popen(
                 line, pass_fds=(server_end.fileno(), payload, *self._keep), stdin=subprocess.DEVNULL

@@ -221,7 +221,6 @@ def forget_the_parent(handlers: dict[signal.Signals, Any]) -> None:
     # What every program has from its imports; the last registered runs first.
     atexit.register(logging.shutdown)
     atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]
-    _reseed_numpy()
 
 
 def _forget_executors() -> None:
@@ -230,20 +229,6 @@ def _forget_executors() -> None:
         module = sys.modules.get(f"concurrent.futures.{name}")
         if module is not None:
             getattr(module, registry).clear()
-
-
-def _reseed_numpy() -> None:
-    """Give the job its own stream of NumPy's global generator, unless the program seeded it before the launch.
-
-    Python reseeds `random` after a fork; NumPy does not, and all jobs would draw the same numbers.
-    """
-    numpy_random = sys.modules.get("numpy.random")
-    if numpy_random is None:
-        return
-    # `numpy.random.seed` replaces the seed sequence, so that one of these is left only in an unseeded generator.
-    state = numpy_random.mtrand._rand._bit_generator
-    if isinstance(getattr(state, "_seed_seq", None), numpy_random.SeedSequence):
-        numpy_random.seed()
 
 
 def _be_interruptible() -> None:

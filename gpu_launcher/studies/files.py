@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-import random
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from random import SystemRandom
 from typing import TypeVar
 
 from gpu_launcher.errors import StorageError
@@ -138,8 +138,9 @@ def _patiently(
         except busy as error:
             if not is_busy(error) or time.monotonic() >= deadline:
                 raise
-        # Random, lest those who came at the same moment go on trying at the same moments.
-        time.sleep(random.uniform(0.005, 0.02))
+        # Random, lest those who came at the same moment go on trying at the same moments. Not with the generator of the
+        # `random` module: the program may have seeded that, and count on what it draws.
+        time.sleep(SystemRandom().uniform(0.005, 0.02))
 
 
 def explained(file: Path, error: Exception) -> StorageError:

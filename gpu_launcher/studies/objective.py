@@ -46,7 +46,7 @@ class Objective:
         # Together, so that the function's own study is that study, which itself is not sent.
         instead = {id(self.study): unpickled}
         try:
-            dumped = pickling.dump((self.function, self.catch, self.study), instead=instead)
+            dumped = pickling.dump((pickling.Afresh(self.function), self.catch, self.study), instead=instead)
         except Exception as error:  # whatever the user's objects raise when they are pickled
             where = found_at({"objective": self.function, "catch": self.catch}, instead=instead)
             raise OptionError(

@@ -1,0 +1,442 @@
+"""Gives each job random numbers of its own, unless the program seeded the generator: what a fresh run of it would see.
+
+A forked job has a copy of every generator that the program made, a job in a fresh interpreter of those that were
+pickled. Unseeded ones are initialized anew in the job, in place; seeded ones continue where the program left off. This
+package is imported too late to see how generators are made, so their state has to tell:
+
+- NumPy's keep a SeedSequence. Without a seed, its entropy is a random integer as long as its pool. NumPy recommends
+  such integers as seeds, too. Then something else refers to the integer, or it is in the program's text.
+- For a Mersenne Twister without one, such as `random.Random`, see `mersenne_twister`.
+- torch's tell their seed. The default generator's has 53 random bits if the program set none; `seed()` sets 64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import linecache
+import os
+import pickle
+import random
+import sys
+import sysconfig
+from collections.abc import Iterator
+from enum import Enum, auto
+from itertools import compress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from gpu_launcher.processes.mersenne_twister import MAX_BLOCKS, mark, was_seeded
+
+MAX_DEPTH = 4
+"""References from a global variable of the program to a generator that can be named."""
+MAX_REFERENTS = 10_000
+"""Objects in which generators are looked for at each depth."""
+MAX_LEGACY_BLOCKS = 10_000
+"""As MAX_BLOCKS, where a seed is likely: of `numpy.random.seed(0)`, before data is generated."""
+TORCH_DEFAULT_SEED = 67280421310721
+"""What `torch.Generator()` begins with in every run."""
+
+_inherited: list[Any] | None = None
+"""In a forked job: the unseeded generators of its program, which `gc.freeze` hides."""
+_new_entropy: dict[int, str] = {}
+"""By the entropy in the program: seed sequences that belong together also do in the job. As text, since references to
+such an integer count."""
+_answers: dict[int, tuple[int, bool | None]] = {}
+"""By the id of a Mersenne Twister: the mark of its state when it was last looked at, and whether it was seeded."""
+_seeded_in_program = b""
+"""In a fresh interpreter: what `restore_globals` restores."""
+
+
+class Verdict(Enum):
+    """What can be told of a generator."""
+
+    SEEDED = auto()
+    UNSEEDED = auto()
+    PERHAPS_UNSEEDED = auto()
+    """Each job gets numbers of its own, and the user a notice."""
+    PERHAPS_SEEDED = auto()
+    """All jobs get the same numbers, and the user a notice."""
+
+
+class Kind(Enum):
+    """What there is."""
+
+    PYTHON = auto()
+    """A random.Random."""
+    SEED = auto()
+    """NumPy's SeedSequence."""
+    BITS = auto()
+    """NumPy's BitGenerator."""
+    NUMPY = auto()
+    """A Generator or RandomState, which has one of these."""
+    TORCH = auto()
+
+
+class Generators:
+    """The random number generators of a program."""
+
+    def __init__(self) -> None:
+        """Look for them. Must be called in the program itself: each fork reseeds the `random` module."""
+        judge = Judge()
+        verdicts = [(thing, judge.verdict(thing)) for thing in _find()]
+        self._unseeded = [thing for thing, verdict in verdicts if _is_renewed(verdict)]
+        self._seeded_globals = _seeded_globals(judge)
+        self._notices = _notices(verdicts)
+
+    def notices(self, method: str) -> list[str]:
+        """What to tell the user. With spawn, imported modules make their generators as in any run."""
+        return [text for text, of_module in self._notices if method == "fork" or not of_module]
+
+    def renew(self) -> None:
+        """In a forked job: initialize the unseeded ones anew."""
+        global _inherited
+        _new_entropy.clear()
+        _inherited = self._unseeded
+        for thing in self._unseeded:
+            renew(thing)
+        for module, function, argument in self._seeded_globals:
+            if module == "random":  # which Python reseeds after each fork
+                _call(module, function, argument)
+
+    def pickled_globals(self) -> bytes:
+        """For `expect_globals`."""
+        return pickle.dumps(self._seeded_globals, pickle.HIGHEST_PROTOCOL)
+
+
+def expect_globals(pickled: bytes) -> None:
+    """In a fresh interpreter: take what `restore_globals` needs."""
+    global _seeded_in_program
+    _seeded_in_program = pickled
+
+
+def restore_globals() -> None:
+    """In a fresh interpreter, after the user's modules were imported: seed the global generators that were seeded."""
+    if _seeded_in_program:
+        for module, function, argument in pickle.loads(_seeded_in_program):
+            _call(module, function, argument)
+
+
+class Reducer:
+    """Pickles unseeded generators so that each process that unpickles them gets numbers of its own."""
+
+    def __init__(self) -> None:
+        self._judge = Judge()
+
+    def reduce(self, thing: Any) -> Any:
+        """What `__reduce_ex__` is to return, or None for an object that is pickled as usual."""
+        if _kind(type(thing)) is None or not _is_renewed(self._judge.verdict(thing)):
+            return None
+        usual = list(thing.__reduce_ex__(pickle.HIGHEST_PROTOCOL))
+        function, arguments, state, items, pairs, setter = usual + [None] * (6 - len(usual))
+        return function, arguments, (state, setter), items, pairs, _set_state_and_renew
+
+
+def _set_state_and_renew(thing: Any, how: tuple[Any, Any]) -> None:
+    state, setter = how
+    if setter is not None:
+        setter(thing, state)
+    elif state is not None:
+        thing.__setstate__(state)
+    renew(thing)
+
+
+def renew(thing: Any) -> None:
+    """Initialize a generator as if it had just been made without a seed. All references to it remain valid."""
+    numpy = _numpy()
+    match _kind(type(thing)):
+        case Kind.PYTHON:
+            random.Random.seed(thing)
+        case Kind.TORCH:
+            thing.seed()
+        case Kind.SEED:
+            entropy = int(
+                _new_entropy.setdefault(thing.entropy, str(numpy.SeedSequence(None, pool_size=thing.pool_size).entropy))
+            )
+            names = ("spawn_key", "pool_size", "n_children_spawned")
+            thing.__init__(entropy, **{name: getattr(thing, name) for name in names})
+        case Kind.BITS:
+            seed = thing._seed_seq
+            thing.state = (type(thing)() if seed is None else type(thing)(seed)).state
+        case Kind.NUMPY:
+            renew(thing._bit_generator)
+            if isinstance(thing, numpy.RandomState):  # it has the second of two normal numbers in store
+                thing.set_state({**thing.get_state(legacy=False), "has_gauss": 0, "gauss": 0.0})
+
+
+class Judge:
+    """Tells which generators were seeded."""
+
+    def __init__(self) -> None:
+        self._text: str | None = None
+        self._random: dict[int, bool] = {}
+        """By the id of an entropy: whether it is random. To be told once, since pickling adds references to it."""
+
+    def verdict(self, thing: Any) -> Verdict:
+        """What the state of a generator tells."""
+        match _kind(type(thing)):
+            case Kind.PYTHON:
+                return _of_python(thing)
+            case Kind.TORCH:
+                return self._of_torch(thing)
+            case Kind.SEED:
+                return Verdict.UNSEEDED if self._is_random(thing) else Verdict.SEEDED
+            case Kind.BITS:
+                return self._of_bits(thing)
+            case _:
+                return self.verdict(thing._bit_generator)
+
+    def _of_bits(self, thing: Any) -> Verdict:
+        seed, twister = thing._seed_seq, isinstance(thing, _numpy().MT19937)
+        if seed is None and twister:  # RandomState(5), numpy.random.seed(5), or either of them without a seed
+            verdict = _of_twister(thing, _words(thing), blocks=MAX_LEGACY_BLOCKS)
+            return Verdict.PERHAPS_SEEDED if verdict is Verdict.PERHAPS_UNSEEDED else verdict
+        if _kind(type(seed)) is not Kind.SEED or not self._is_random(seed):
+            return Verdict.SEEDED
+        if not type(thing).__module__.startswith("numpy."):
+            return Verdict.PERHAPS_SEEDED  # nothing is known of its class
+        origin = type(thing)(seed)
+        if twister:
+            return _of_twister(thing, _words(thing), origin=_words(origin))
+        # Drawing numbers leaves these as they are. If they differ, the state was set, or is that of `jumped()`.
+        now, first = thing.state["state"], origin.state["state"]
+        same = all(str(now[name]) == str(first[name]) for name in ("inc", "key") if name in first)
+        return Verdict.UNSEEDED if same else Verdict.PERHAPS_SEEDED
+
+    def _of_torch(self, thing: Any) -> Verdict:
+        seed = thing.initial_seed()
+        seeded = thing.device.type != "cpu" or seed < 2**32 or seed == TORCH_DEFAULT_SEED or self._is_in_text(seed)
+        return Verdict.SEEDED if seeded else Verdict.UNSEEDED
+
+    def _is_random(self, seed: Any) -> bool:
+        """Whether the entropy of a SeedSequence came from the operating system."""
+        key, bits = id(seed.entropy), 32 * seed.pool_size
+        if key not in self._random:
+            self._random[key] = (
+                isinstance(seed.entropy, int)
+                and bits - 32 < seed.entropy.bit_length() <= bits
+                and not _has_other_references(seed)
+                and not self._is_in_text(seed.entropy)
+            )
+        return self._random[key]
+
+    def _is_in_text(self, number: int) -> bool:
+        if self._text is None:
+            self._text = _text()
+        return str(number) in self._text or f"{number:x}" in self._text
+
+
+def _is_renewed(verdict: Verdict) -> bool:
+    return verdict in (Verdict.UNSEEDED, Verdict.PERHAPS_UNSEEDED)
+
+
+def _of_python(thing: random.Random) -> Verdict:
+    if isinstance(thing, random.SystemRandom):
+        return Verdict.SEEDED  # it has no state
+    kind = type(thing)
+    if any(getattr(kind, name) is not getattr(random.Random, name) for name in ("random", "getrandbits", "getstate")):
+        return Verdict.PERHAPS_SEEDED  # its state is elsewhere
+    return _of_twister(thing, thing.getstate()[1][:-1])
+
+
+def _of_twister(thing: Any, words: Any, *, origin: Any = None, blocks: int = MAX_BLOCKS) -> Verdict:
+    """What the words of a Mersenne Twister tell. `origin` are those that it began with unless its state was set."""
+    known = dict([_answers[id(thing)]] if id(thing) in _answers else [])
+    if origin is not None:
+        known[mark(origin)] = False
+    answer = was_seeded(words, blocks=blocks, known=known)
+    _answers[id(thing)] = (mark(words), answer)
+    return {True: Verdict.SEEDED, False: Verdict.UNSEEDED, None: Verdict.PERHAPS_UNSEEDED}[answer]
+
+
+def _words(twister: Any) -> list[int]:
+    words: list[int] = twister.state["state"]["key"].tolist()
+    return words
+
+
+def _has_other_references(seed: Any) -> bool:
+    """Whether this very integer is anywhere but in seed sequences that were spawned from each other."""
+    others = _references(seed) - _references(type(seed)())
+    return others > 0 and others >= sum(
+        1 for thing in _objects() if type(thing) is type(seed) and thing.entropy is seed.entropy
+    )
+
+
+def _references(seed: Any) -> int:
+    return sys.getrefcount(seed.entropy)
+
+
+def _find() -> list[Any]:
+    """All generators of this process; before them the seed sequences, which are to be renewed first."""
+    objects, numpy = _objects(), _numpy()
+    bases = [random.Random]
+    if numpy is not None:
+        bases += [numpy.SeedSequence, numpy.BitGenerator, numpy.RandomState]
+    kinds = {id(kind) for base in bases for kind in _with_subclasses(base)}
+    found = [*compress(objects, map(kinds.__contains__, map(id, map(type, objects)))), *_torch_generators()]
+    return sorted(found, key=lambda thing: _kind(type(thing)) is not Kind.SEED)
+
+
+def _with_subclasses(kind: type) -> Iterator[type]:
+    yield kind
+    subclasses: list[type] = kind.__subclasses__()
+    for subclass in subclasses:
+        yield from _with_subclasses(subclass)
+
+
+def _objects() -> list[Any]:
+    """All objects that the garbage collector tracks."""
+    objects = gc.get_objects()
+    if _inherited is not None:
+        return objects + _inherited
+    if gc.get_freeze_count():  # the program called `gc.freeze`, and the collector does not tell what it has frozen
+        seen = set(map(id, objects))
+        found: list[Any] = [sys.modules, *objects]
+        while found:
+            referents = {id(thing): thing for thing in gc.get_referents(*found) if gc.is_tracked(thing)}
+            found = [referents[number] for number in referents.keys() - seen]
+            seen |= referents.keys()
+            objects += found
+    return objects
+
+
+def _kind(of: type) -> Kind | None:
+    if issubclass(of, random.Random):
+        return Kind.PYTHON
+    numpy, torch = _numpy(), _torch()
+    if numpy is not None:
+        if of is numpy.SeedSequence:
+            return Kind.SEED
+        if issubclass(of, numpy.BitGenerator):
+            return Kind.BITS
+        if issubclass(of, (numpy.RandomState, numpy.Generator)):
+            return Kind.NUMPY
+    return Kind.TORCH if torch is not None and of is torch.Generator else None
+
+
+def _numpy() -> Any:
+    """numpy.random, if it is imported."""
+    module = sys.modules.get("numpy.random")
+    return module if hasattr(module, "RandomState") else None
+
+
+def _torch() -> Any:
+    module = sys.modules.get("torch")
+    return module if hasattr(module, "default_generator") else None
+
+
+def _torch_generators() -> list[Any]:
+    """They are not known to the garbage collector: the default one, and those that the program has."""
+    if (torch := _torch()) is None:
+        return []
+    found = {id(thing): thing for _, _, thing in _of_program() if type(thing) is torch.Generator}
+    found[id(torch.default_generator)] = torch.default_generator
+    return list(found.values())
+
+
+def _seeded_globals(judge: Judge) -> list[tuple[str, str, Any]]:
+    """Module, function and argument of the calls that give global generators the state they have here."""
+    calls: list[tuple[str, str, Any]] = []
+    if judge.verdict(_python()) is Verdict.SEEDED:
+        calls.append(("random", "setstate", random.getstate()))
+    if (numpy := _numpy()) is not None and not _is_renewed(judge.verdict(numpy.mtrand._rand)):
+        calls.append(("numpy.random", "set_state", numpy.get_state(legacy=False)))
+    if (torch := _torch()) is not None and not _is_renewed(judge.verdict(torch.default_generator)):
+        # Of GPUs, too, once they are used.
+        calls.append(("torch", "manual_seed", torch.initial_seed()))
+        calls.append(("torch", "set_rng_state", torch.get_rng_state()))
+    return calls
+
+
+def _python() -> random.Random:
+    """That of the `random` module."""
+    return random._inst
+
+
+def _call(module: str, function: str, argument: Any) -> None:
+    getattr(importlib.import_module(module), function)(argument)
+
+
+def _notices(verdicts: list[tuple[Any, Verdict]]) -> list[tuple[str, bool]]:
+    """Texts that name the generators in doubt, as far as they are the program's, and whether an imported module's."""
+    doubtful = {
+        id(thing): verdict
+        for thing, verdict in verdicts
+        if verdict in (Verdict.PERHAPS_SEEDED, Verdict.PERHAPS_UNSEEDED) and thing is not _python()
+    }
+    texts: dict[str, bool] = {}
+    if (numpy := _numpy()) is not None:
+        legacy = numpy.mtrand._rand
+        doubtful.pop(id(legacy._bit_generator), None)
+        if doubtful.pop(id(legacy), None) is Verdict.PERHAPS_SEEDED:
+            texts[_notice("numpy.random", Verdict.PERHAPS_SEEDED)] = False
+    if doubtful:
+        for module, name, thing in _of_program():
+            if (verdict := doubtful.get(id(thing))) is not None:
+                texts[_notice(f"{module}.{name}", verdict)] = module != "__main__"
+    return list(texts.items())
+
+
+def _notice(name: str, verdict: Verdict) -> str:
+    if verdict is Verdict.PERHAPS_SEEDED:
+        return (
+            f"cannot tell whether {name} was seeded: all jobs get the same random numbers from it. "
+            "For others, seed it in the job"
+        )
+    return (
+        f"cannot tell whether {name} was seeded, as it has been used since: each job gets random numbers of its own "
+        "from it. To repeat them, seed it in the job"
+    )
+
+
+def _of_program() -> Iterator[tuple[str, str, Any]]:
+    """Module and name of the global variables of the user's modules, with each object that they refer to."""
+    modules = _modules_of_program()
+    names = {id(vars(module)) for module in list(sys.modules.values()) if type(module) is ModuleType}
+    seen: set[int] = set()
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            found = [value]
+            for _ in range(MAX_DEPTH):
+                new = [
+                    thing
+                    for thing in found[:MAX_REFERENTS]
+                    if id(thing) not in seen
+                    and id(thing) not in names
+                    and not isinstance(thing, ModuleType)
+                    and not (isinstance(thing, type) and thing.__module__ != module.__name__)
+                ]
+                for thing in new:
+                    yield module.__name__, name, thing
+                seen.update(map(id, new))
+                found = gc.get_referents(*new)
+
+
+def _modules_of_program() -> list[ModuleType]:
+    """The modules that are neither Python's nor installed."""
+    main = sys.modules["__main__"]
+    package = str(getattr(main, "__package__", None) or "__main__").partition(".")[0]
+    python = tuple(f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "platstdlib"))
+    found = []
+    for name, module in list(sys.modules.items()):
+        if type(module) is not ModuleType:  # some load what they stand for when they are looked into
+            continue
+        file = vars(module).get("__file__")
+        installed = not isinstance(file, str) or file.startswith(python) or "-packages" in file
+        if module is main or name.partition(".")[0] == package or not installed:
+            found.append(module)
+    return found
+
+
+def _text() -> str:
+    """What the user has written, where a seed may be."""
+    parts = [*sys.argv, *os.environ.values()]
+    parts += ["".join(entry[2]) for entry in list(linecache.cache.values()) if len(entry) > 2]  # cells of a notebook
+    for module in _modules_of_program():
+        file = str(vars(module).get("__file__"))
+        if file.endswith(".py"):
+            with contextlib.suppress(OSError):  # the file has gone since
+                parts.append(Path(file).read_text("utf-8", "replace"))
+    return "\n".join(parts).replace("_", "").lower()

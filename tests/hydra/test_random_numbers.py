@@ -1,0 +1,67 @@
+"""Each job draws random numbers of its own from what was not seeded, and what a fresh run draws from the rest."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("numpy")
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+PROGRAM = "generators.py"
+
+
+@pytest.fixture(scope="module")
+def alone(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What the program draws by itself, seeded."""
+    directory = tmp_path_factory.mktemp("alone")
+    ran = run(directory, PROGRAM, "hydra.run.dir=.", "hydra.job.chdir=true", SEED="5")
+    assert ran.returncode == 0, ran.stderr
+    return json.loads((directory / "found.json").read_text())
+
+
+@pytest.fixture(scope="module", params=["fork", "spawn"])
+def jobs(run: Run, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What three jobs of the seeded program draw, and the second attempt of one of them."""
+    return drawn(run, tmp_path_factory.mktemp("seeded"), request.param, SEED="5")
+
+
+def drawn(run: Run, directory: Path, method: str, **environment: str) -> list[Any]:
+    ran = run(
+        directory,
+        PROGRAM,
+        "-m",
+        "hydra.sweep.dir=sweep",
+        "hydra.job.chdir=true",
+        f"hydra.launcher.start_method={method}",
+        "hydra.launcher.retries=1",
+        "+again=true,false,0",
+        **environment,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "cannot tell" not in ran.stderr
+    files = ["0/found.json", "0/first.json", "1/found.json", "2/found.json"]
+    return [json.loads((directory / "sweep" / file).read_text()) for file in files]
+
+
+def test_unseeded_generators_differ_between_jobs_and_attempts(jobs: list[Any]) -> None:
+    numbers = [number for found in jobs for number in found["unseeded"]]
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_seeded_generators_draw_in_every_job_what_a_fresh_run_draws(alone: Any, jobs: list[Any]) -> None:
+    for found in jobs:
+        assert found["seeded"] == alone["seeded"]
+        assert found["global"] == alone["global"]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_global_generators_that_were_not_seeded_differ(run: Run, tmp_path: Path, method: str) -> None:
+    jobs = drawn(run, tmp_path, method)
+    numbers = [number for found in jobs for number in found["global"]]
+    assert len(set(numbers)) == len(numbers)
