@@ -33,6 +33,7 @@ demo: $(INSTALLED) ## sweep over the example, on this machine's GPUs or else on 
 	  lr=1e-3,1e-4 hidden=32,64
 
 test: $(INSTALLED) ## lint, types and all tests but the slow ones
+	@$(PIP) list --format=freeze 2>/dev/null | paste -sd ' '
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -42,7 +43,7 @@ test: $(INSTALLED) ## lint, types and all tests but the slow ones
 tests-one-half tests-other-half: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'not slow' $(if $(filter tests-one-half,$@),$(HALF),tests $(HALF:%=--ignore=%))
 
-matrix: $(INSTALLED) ## the tests against installed packages, on several Pythons, Hydras and Optunas
+matrix: $(INSTALLED) ## the tests against installed packages, on several Pythons, with the newest and the lowest dependencies
 	$(BIN)/python tools/matrix.py $(MATRIX)
 
 soak: $(INSTALLED) ## 5000 jobs that die in every way: ten minutes, then nothing may be left or have grown

@@ -1,5 +1,8 @@
 """Run the tests against the installed package in several environments. `make matrix` calls this.
 
+The dependencies are the newest, the lowest that pyproject.toml allows, or in between; what was installed is printed.
+The tests run in a shuffled order; `--seed` repeats one.
+
 Each environment lives in `.matrix/<name>/` and is kept: a second run reinstalls only gpu-launcher itself,
 unless what it depends on has changed. The tests run in a copy of the tree that lacks the packages, so that what
 is tested is what was installed. A Python that this machine lacks is reported and skipped; in CI that is a failure.
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -31,10 +35,12 @@ DIST = MATRIX / "dist"
 @dataclass(frozen=True)
 class Environment:
     python: str
-    hydra: str
-    optuna: str
+    dependencies: Literal["newest", "lowest"]
+    """Which release of each dependency in pyproject.toml the installer chooses, unless it is pinned below."""
     artifact: Literal["tree", "sdist", "wheel"]
     """What is installed: the tree itself (not editable), or what `python -m build` made of it."""
+    hydra: str | None = None
+    optuna: str | None = None
     tests: tuple[str, ...] = ()
     """What is run: all tests if empty."""
     slow: tuple[str, ...] = ()
@@ -48,10 +54,14 @@ class Environment:
 
     @property
     def name(self) -> str:
-        return f"py{self.python}-hydra{self.hydra}-optuna{self.optuna}-{self.artifact}"
+        return "-".join([f"py{self.python}", self.dependencies, *("".join(pin) for pin in self.pins), self.artifact])
+
+    @property
+    def pins(self) -> list[tuple[str, str]]:
+        return [(name, version) for name, version in (("hydra", self.hydra), ("optuna", self.optuna)) if version]
 
 
-# `make test` has run everything once, on this machine's Python and the newest Hydra 1.3.
+# `make test` has run everything once, on this machine's Python.
 DEPENDENT = ("tests/hydra", "tests/unit", "tests/contract", "tests/nvml_double", "tests/docs")
 """What depends on the versions of Python, Hydra or Optuna."""
 PACKAGED = (
@@ -73,11 +83,11 @@ SWEEPERS = ("hydra-optuna-sweeper==1.4.0rc3", "hydra-nevergrad-sweeper==1.4.0rc3
 """Other people's that run on this Hydra."""
 
 # The oldest and the newest of everything we support, each at least once; ordered so that two CPUs are busy to the end.
+# `make test` has the newest release of each dependency, too. The release candidate of Hydra has to be named.
 ENVIRONMENTS = (
     Environment(
         "3.11",
-        hydra="1.3.8",
-        optuna="5.0.0",
+        dependencies="newest",
         artifact="wheel",
         tests=DISTRIBUTED,
         slow=("tests/unit", "tests/crash/test_stress.py"),
@@ -86,6 +96,7 @@ ENVIRONMENTS = (
     ),
     Environment(
         "3.12",
+        dependencies="newest",
         hydra="1.4.0rc3",
         optuna="4.9.0",
         artifact="sdist",
@@ -93,11 +104,11 @@ ENVIRONMENTS = (
         slow=("tests/crash/test_study_kills.py",),
         histories=100_000,
     ),
-    Environment("3.10", hydra="1.3.2", optuna="4.8.0", artifact="tree", tests=(*DEPENDENT, "tests/studies")),
+    Environment("3.10", dependencies="lowest", artifact="tree"),
     Environment(
         "3.13",
+        dependencies="newest",
         hydra="1.4.0rc3",
-        optuna="5.0.0",
         artifact="tree",
         tests=(*DEPENDENT, "tests/studies", "tests/executors/test_cpython_suite.py"),
         beside=SWEEPERS,
@@ -115,10 +126,13 @@ LIMIT = 40 * 60  # seconds for each step; more than it needs on a busy machine
 CHECK_INSTALLED = """
 import importlib.metadata as metadata, pathlib, sys
 import gpu_launcher, hydra_plugins.gpu_pool_launcher as plugin
-prefix, hydra, optuna = sys.argv[1:]
+prefix, *pins = sys.argv[1:]
 for module in (gpu_launcher, plugin):
     assert pathlib.Path(module.__file__).is_relative_to(prefix), f"{module.__file__} is not in {prefix}"
-assert metadata.version("hydra-core") == hydra and metadata.version("optuna") == optuna
+for pin in pins:
+    name, version = pin.split("==")
+    assert metadata.version(name) == version, f"{name} is {metadata.version(name)}, not {version}"
+print("installed:", *sorted(f"{one.name}=={one.version}" for one in metadata.distributions()))
 """
 
 
@@ -147,6 +161,7 @@ def main() -> int:
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="environments at a time (default: one per CPU)"
     )
+    parser.add_argument("--seed", type=int, default=random.randrange(100_000), help="for the order of the tests")
     parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")
     options = parser.parse_args()
 
@@ -157,7 +172,8 @@ def main() -> int:
     build()
     with ThreadPoolExecutor(options.jobs) as pool:
         try:
-            reports = list(pool.map(lambda environment: run(environment, options.fresh, options.pytest), chosen))
+            print(f"the tests run in the order of --seed {options.seed}", flush=True)
+            reports = list(pool.map(lambda one: run(one, options), chosen))
         except KeyboardInterrupt:  # which the others do not see
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(RUNNING):
@@ -178,7 +194,7 @@ def build() -> None:
             sys.exit(f"{tail(log)}\nthe package cannot be built; see {log}")
 
 
-def run(environment: Environment, fresh: bool, pytest_arguments: Sequence[str]) -> Report:
+def run(environment: Environment, options: argparse.Namespace) -> Report:
     python = find_python(environment.python)
     if python is None:
         outcome: Literal["FAILED", "skipped"] = "FAILED" if os.environ.get("CI") else "skipped"
@@ -191,9 +207,9 @@ def run(environment: Environment, fresh: bool, pytest_arguments: Sequence[str]) 
     start = time.monotonic()
     with log.open("w") as output:
         try:
-            install(environment, home, python, fresh, output)
+            install(environment, home, python, options.fresh, output)
             report.setup = time.monotonic() - start
-            test(environment, home, pytest_arguments, output)
+            test(environment, home, options.seed, options.pytest, output)
             report.outcome = "passed"
             report.detail = last_line(log)
         except StepFailed as failure:
@@ -230,21 +246,26 @@ def python_candidates(version: str) -> Iterator[str]:
 
 
 def install(environment: Environment, home: Path, python: str, fresh: bool, output: IO[str]) -> None:
-    pins = [f"hydra-core=={environment.hydra}", f"optuna=={environment.optuna}"]
+    pins = pinned(environment)
     artifact = {
         "tree": lambda: TREE,
         "sdist": lambda: only(DIST, "*.tar.gz"),
         "wheel": lambda: only(DIST, "*.whl"),
     }[environment.artifact]()
     stamp = home / ".dependencies"
-    wanted = f"{python}\n{home}\n{pins} {environment.beside} {environment.ddp}\n{(TREE / 'pyproject.toml').read_text()}"
+    chosen = f"{environment.dependencies} {pins} {environment.beside} {environment.ddp}"
+    wanted = f"{python}\n{home}\n{chosen}\n{(TREE / 'pyproject.toml').read_text()}"
     pip = [str(home / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
 
     if not fresh and stamp.is_file() and stamp.read_text() == wanted:
         step("install", [*pip, "--no-deps", "--force-reinstall", str(artifact)], output)
     else:
         step("venv", [python, "-m", "venv", "--clear", str(home)], output)
-        step("install", [*pip, f"{artifact}[test]", *pins], output)
+        installer = pip
+        if environment.dependencies == "lowest":  # of which pip has no notion
+            uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", str(home / "bin" / "python")]
+            installer = [*uv, "--resolution", "lowest-direct"]
+        step("install", [*installer, f"{artifact}[test]", *pins], output)
         beside = [*([f"{artifact}[ddp]"] if environment.ddp else []), *environment.beside]
         if beside:
             try:
@@ -255,7 +276,11 @@ def install(environment: Environment, home: Path, python: str, fresh: bool, outp
         stamp.write_text(wanted)
 
 
-def test(environment: Environment, home: Path, pytest_arguments: Sequence[str], output: IO[str]) -> None:
+def pinned(environment: Environment) -> list[str]:
+    return [f"{'hydra-core' if name == 'hydra' else name}=={version}" for name, version in environment.pins]
+
+
+def test(environment: Environment, home: Path, seed: int, pytest_arguments: Sequence[str], output: IO[str]) -> None:
     copy = home / "tree"
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir()
@@ -266,9 +291,11 @@ def test(environment: Environment, home: Path, pytest_arguments: Sequence[str], 
             shutil.copy(TREE / name, copy / name)
 
     binaries = home / "bin"
-    check = [str(binaries / "python"), "-c", CHECK_INSTALLED]
-    step("installed", [*check, str(home), environment.hydra, environment.optuna], output, cwd=copy)
-    pytest = [str(binaries / "python"), "-m", "pytest", "-m"]
+    check = [str(binaries / "python"), "-c", CHECK_INSTALLED, str(home), *pinned(environment)]
+    step("installed", check, output, cwd=copy)
+    print(f"{environment.name}: {last_line(Path(output.name))}", flush=True)
+    order = ["--random-order", f"--random-order-seed={seed}"]
+    pytest = [str(binaries / "python"), "-m", "pytest", *order, "-m"]
     paths = [path for path in environment.tests if (copy / path).exists()]
     histories = {} if environment.histories is None else {"GPU_LAUNCHER_HISTORIES": str(environment.histories)}
     step("tests", [*pytest, "not slow", *(pytest_arguments or paths)], output, cwd=copy, **histories)
