@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         PoolDirectoryError,
         RequestError,
         UnpicklableError,
+        UnsupportedVersionError,
     )
     from gpu_launcher.executors.courier import BrokenPoolExecutor
     from gpu_launcher.executors.parallel_map import ParallelMap, parallel_map
@@ -46,6 +47,7 @@ else:
         "RecordError": "gpu_launcher.executors.record_errors",
         "RequestError": "gpu_launcher.errors",
         "UnpicklableError": "gpu_launcher.errors",
+        "UnsupportedVersionError": "gpu_launcher.errors",
         "WorkerDiedError": "gpu_launcher.executors.record_errors",
         "current_trial": "gpu_launcher.studies.trial",
         "optimize": "gpu_launcher.studies.optimize",
@@ -56,6 +58,10 @@ else:
     def __getattr__(name: str) -> object:
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if _HOMES[name].startswith("gpu_launcher.studies"):
+            from gpu_launcher.requirements import check_version
+
+            check_version("optuna")
         return getattr(import_module(_HOMES[name]), name)
 
 
@@ -75,6 +81,7 @@ __all__ = [
     "RecordError",
     "RequestError",
     "UnpicklableError",
+    "UnsupportedVersionError",
     "WorkerDiedError",
     "current_trial",
     "optimize",

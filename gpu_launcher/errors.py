@@ -122,3 +122,17 @@ class JobTimeoutError(JobError, TimeoutError):
 
 class UnpicklableError(GpuLauncherError, PicklingError):
     """A function, an argument or a value that cannot be sent to another process. The message says what to do."""
+
+
+class UnsupportedVersionError(GpuLauncherError, ImportError):
+    """A distribution that is missing, or installed in a version that does not work. The message says what to do."""
+
+    def __init__(self, distribution: str, version: str | None, supported: str) -> None:
+        super().__init__(distribution, version, supported)
+        self.distribution = distribution
+        self.version = version
+        self.supported = supported
+
+    def __str__(self) -> str:
+        found = f"{self.version} is not supported" if self.version else "is not installed"
+        return f"{self.distribution} {found}: `pip install '{self.distribution}{self.supported}'`"

@@ -26,7 +26,7 @@ def doctor(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Examine driver, GPUs, pool directory, Python environment, and a study.
+    """Examine driver, GPUs, pool directory, Python environment, the configs in the current directory, and a study.
 
     Each finding is ok, a warning or a problem, with its remedy. Nothing is changed. The exit code is 1 if there is a
     problem, else 0.
@@ -53,14 +53,17 @@ def doctor(
 
 def _examine(pool_dir: str | None, study: str | None) -> Iterator[Finding]:
     import os
+    from pathlib import Path
 
     from gpu_launcher.cli.checks.gpus import examine_gpus
     from gpu_launcher.cli.checks.pool import examine_pool
     from gpu_launcher.cli.checks.program import examine_program
+    from gpu_launcher.cli.checks.project import examine_project
 
     yield from _safely("gpus", lambda: examine_gpus(os.environ))
     yield from _safely("pool", lambda: examine_pool(pool_dir))
     yield from _safely("program", examine_program)
+    yield from _safely("project", lambda: examine_project(Path.cwd()))
     if study is not None:
         from gpu_launcher.cli.checks.study import examine_study
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.plugins import Plugins
+from hydra.errors import CompactHydraException
 from hydra.plugins.sweeper import Sweeper
 
 from . import config as _config  # noqa: F401  (stores the configs, also where Hydra finds this class by entry point)
@@ -37,6 +38,13 @@ class OptunaAsyncSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run the trials; see `_sweep.sweep`."""
+        from gpu_launcher.errors import UnsupportedVersionError
+        from gpu_launcher.requirements import check_version
+
+        try:
+            check_version("optuna")
+        except UnsupportedVersionError as error:  # or what is imported next fails in the middle
+            raise CompactHydraException(f"hydra/sweeper=optuna_async: {error}") from None
         from ._sweep import sweep
 
         return sweep(self, arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import pickle
 import re
 import sqlite3
 import subprocess
@@ -15,8 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hydra.errors import CompactHydraException
 
-from gpu_launcher.cli.checks.program import satisfies
+import gpu_launcher
+from gpu_launcher.cli.checks.program import examine_program
+from gpu_launcher.cli.checks.project import examine_project
+from gpu_launcher.errors import UnsupportedVersionError
+from gpu_launcher.requirements import check_version, satisfies
+from hydra_plugins.optuna_async_sweeper.sweeper import OptunaAsyncSweeper
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -422,3 +429,60 @@ def test_the_document_shows_the_findings_of_a_healthy_machine(lab: Lab) -> None:
     checks = re.compile(r"^ok {7}(\S+(?: \S+)*) {2}", re.MULTILINE)
     # Whether there is systemd, and a driver's namespace, is this machine's affair.
     assert set(checks.findall("\n".join(lab.cli.lines("doctor")))) == set(checks.findall(documented))
+
+
+def test_lines_of_the_official_sweeper_are_found_in_a_project(tmp_path: Path) -> None:
+    configs = tmp_path / "configs" / "hparams_search"
+    configs.mkdir(parents=True)
+    template = Path(__file__).parents[1] / "hydra" / "programs" / "template" / "configs" / "hparams_search"
+    (configs / "mnist.yaml").write_text((template / "optuna.yaml").read_text())
+    for others in ("outputs/.hydra", ".venv", "multirun"):
+        (tmp_path / others).mkdir(parents=True)
+        (tmp_path / others / "hydra.yaml").write_text((template / "optuna.yaml").read_text())
+    (tmp_path / "configs" / "model.yaml").write_text("loader:\n  n_jobs: 1\n")
+    (tmp_path / "configs" / "picture.yaml").write_bytes(b"\xff\xfe\0")
+    found = [(one.text, one.remedy or "") for one in examine_project(tmp_path)]
+    (target, delete), (cap, add) = found
+    assert target.startswith("configs/hparams_search/mnist.yaml:10 states the official sweeper's _target_")
+    assert delete.startswith("delete the line")
+    assert cap.startswith("configs/hparams_search/mnist.yaml:13 caps a search at n_jobs: 1")
+    assert "hydra.sweeper.n_jobs=null" in add
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "findings"),
+    [
+        ("conf/hydra/sweeper/mine.yaml", "n_jobs: 2\n", 1),
+        ("conf/other/mine.yaml", "n_jobs: 2\n", 0),
+        ("train.yml", "hydra:\n  sweeper:\n\n    # parallel\n    n_jobs: 4  # of two\n    n_trials: 3\n", 1),
+        ("train.yaml", "hydra:\n  sweeper:\n    n_jobs: null\n  launcher:\n    n_jobs: 3\n", 0),
+        (
+            "a.yaml",
+            "hydra:\n  sweeper:\n    '_target_': x\n    _target_ : 'hydra_plugins.hydra_optuna_sweeper.a.B'\n",
+            1,
+        ),
+        ("a.yaml", "# _target_: hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper\n", 0),
+        ("empty.yaml", "", 0),
+    ],
+)
+def test_only_such_lines_are_found(tmp_path: Path, path: str, text: str, findings: int) -> None:
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_text(text)
+    assert len(list(examine_project(tmp_path))) == findings
+
+
+def test_an_unsupported_optuna_is_answered_as_the_doctor_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "optuna-4.5.0.dist-info").mkdir()
+    (tmp_path / "optuna-4.5.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: optuna\nVersion: 4.5.0\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (finding,) = (one for one in examine_program() if "optuna 4.5.0" in one.text and one.level.value == "problem")
+    with pytest.raises(UnsupportedVersionError) as error:
+        check_version("optuna")
+    assert str(error.value) == f"{finding.text}: {finding.remedy}"
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
+    with pytest.raises(UnsupportedVersionError):
+        _ = gpu_launcher.optimize
+    with pytest.raises(CompactHydraException, match=r"hydra/sweeper=optuna_async: optuna 4\.5\.0 is not supported"):
+        OptunaAsyncSweeper().sweep([])

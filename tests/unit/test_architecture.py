@@ -25,6 +25,7 @@ LAYERS = (
         "gpu_launcher.durations",
         "gpu_launcher.redaction",
         "gpu_launcher.requests",
+        "gpu_launcher.requirements",
         "gpu_launcher.safe_files",
         "gpu_launcher.users",
     },

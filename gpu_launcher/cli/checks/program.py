@@ -11,15 +11,13 @@ from importlib import metadata
 from pathlib import Path
 
 from gpu_launcher.cli.checks.finding import Finding, ok, problem, warning
+from gpu_launcher.requirements import DISTRIBUTION, parsed, satisfies
 
-DISTRIBUTION = "gpu-launcher"
 SHOWN = ("hydra-core", "optuna", "nvidia-ml-py")
 """Dependencies whose versions matter most; others are looked at and named only where they do not fit."""
 PLUGIN = "hydra_plugins.gpu_pool_launcher"
 FEW_FILES = 512
 """A launching program has about five files open for each job, and its own besides."""
-
-_CLAUSE = re.compile(r"(<=|>=|==|!=|<|>)\s*([0-9]+(?:\.[0-9]+)*)")
 
 
 def examine_program() -> Iterator[Finding]:
@@ -82,7 +80,7 @@ def _packages() -> Iterator[Finding]:
         return
     shown = [f"{DISTRIBUTION} {own}"]
     for requirement in requirements:
-        name, wanted = _parsed(requirement)
+        name, wanted = parsed(requirement)
         if "extra ==" in requirement:
             continue
         try:
@@ -101,35 +99,6 @@ def _packages() -> Iterator[Finding]:
             "the deprecated distribution pynvml is installed beside nvidia-ml-py, whose module it may replace",
             "`pip uninstall pynvml && pip install --force-reinstall nvidia-ml-py`",
         )
-
-
-def _parsed(requirement: str) -> tuple[str, str]:
-    match = re.match(r"([A-Za-z0-9._-]+)\s*\(?([^;)]*)", requirement)
-    assert match is not None, requirement
-    clauses = sorted(match[2].replace(" ", "").split(","), key=lambda clause: clause.startswith("<"))
-    return match[1], ",".join(clauses)
-
-
-def satisfies(version: str, wanted: str) -> bool:
-    """Whether a version is in a range such as `>=1.3.2,<1.5`. A pre-release counts as what it comes before."""
-    release = _release(version)
-    compare = {
-        ">=": lambda limit: release >= limit,
-        "<=": lambda limit: release <= limit,
-        ">": lambda limit: release > limit,
-        "<": lambda limit: release < limit,
-        "==": lambda limit: release == limit,
-        "!=": lambda limit: release != limit,
-    }
-    return all(compare[how](_release(limit)) for how, limit in _CLAUSE.findall(wanted))
-
-
-def _release(version: str) -> tuple[int, ...]:
-    match = re.match(r"v?(?:\d+!)?(\d+(?:\.\d+)*)", version)
-    numbers = [int(number) for number in match[1].split(".")] if match else []
-    while numbers and numbers[-1] == 0:
-        numbers.pop()
-    return tuple(numbers)
 
 
 def _installed(distribution: str) -> bool:
