@@ -88,7 +88,7 @@ def _run_without_devices(command: Sequence[str], options: Options) -> NoReturn:
 
 def _run(command: Sequence[str], options: Options) -> NoReturn:
     selection = select_devices(options.devices, os.environ, option="--devices")
-    refuse(options.request, selection.devices, "gpus")
+    refuse(options.request, selection.devices)
     links = _links(options.request, selection.devices)
     for notice in selection.notices:
         _tell(notice)

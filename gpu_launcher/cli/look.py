@@ -80,7 +80,8 @@ def find(spec: str, environ: Mapping[str, str]) -> Found:
         return Found((), notices=(str(error),))
     known = _by_uuid(inventory.devices)
     if not isinstance(specification, Auto):
-        selection = select_devices(spec, environ, FixedProbe(inventory), option=OPTION)
+        names = list(specification.names)  # here nobody means a number of GPUs
+        selection = select_devices(names, environ, FixedProbe(inventory), option=OPTION)
         return Found(selection.devices, known=known, notices=selection.notices, only=True)
     seen = visible(inventory, environ)
     if not seen.devices and not seen.unusable:

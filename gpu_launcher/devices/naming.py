@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from gpu_launcher.devices.probe import Inventory
     from gpu_launcher.model import Device
 
+MAX_LISTED = 16
+"""GPUs that a message lists one by one."""
+
 Name = int | str
 """An NVML index, or a UUID or a prefix of one."""
 
@@ -26,6 +29,8 @@ class Chooser:
     inventory: Inventory
     seen: Visible
     option: str
+    number: int | None = None
+    """The only name, where that is a bare number."""
 
     def choose(self, names: Sequence[Name]) -> tuple[Device, ...]:
         """The devices of these names, in this order; each may be named once.
@@ -59,7 +64,8 @@ class Chooser:
         if not devices:
             hint = ""
             if isinstance(name, int):
-                hint = "; a number is a GPU's index, how many GPUs a job gets is another option"
+                hint = f"; {about_number(name, self.option)}" if self.number == name else ""
+                hint = hint or "; a number is a GPU's index, how many GPUs a job gets is another option"
             raise OptionError(self.option, f"{called} is not in this machine; {self._available()}{hint}")
         if seen := [device for device in devices if device in self.seen.devices]:
             return seen
@@ -73,6 +79,16 @@ class Chooser:
         if not self.seen.devices:
             return "no GPU is available (auto, cpu:4 and simulated:8 would work)"
         return "available: " + ", ".join(f"{gpu.label} ({gpu.name}, {gpu.uuid[:12]})" for gpu in self.seen.devices)
+
+
+def about_number(number: int, option: str) -> str:
+    """What a bare number means as a choice of devices, for users who may have meant how many."""
+    listed = ",".join(map(str, range(number))) if number <= MAX_LISTED else f"0,1,...,{number - 1}"
+    flag = option.startswith("--")
+    meaning = f"{option}{' ' if flag else '='}{number} means GPU number {number}"
+    if number < 2:
+        return f"{meaning}, not how many GPUs to use"
+    return f"{meaning}; for {number} GPUs write {option}{f' {listed}' if flag else f'=[{listed}]'}"
 
 
 def _fits(name: Name, device: Device) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gpu_launcher.devices.cpu import cpu_slots, usable_cpus
-from gpu_launcher.devices.naming import Chooser
+from gpu_launcher.devices.naming import Chooser, about_number
 from gpu_launcher.devices.nvml import NvmlProbe
 from gpu_launcher.devices.simulated import simulated_devices
 from gpu_launcher.devices.specification import CpuSlots, Named, SimulatedDevices, read_specification
@@ -63,8 +63,9 @@ def select_devices(
     seen = visible(inventory, environ)
     by_uuid = bool(inventory.unusable) or any(device.kind is DeviceKind.MIG for device in inventory.devices)
     if isinstance(specification, Named):
-        devices = Chooser(inventory, seen, option).choose(specification.names)
-        return Selection(devices, seen.notices, by_uuid)
+        devices = Chooser(inventory, seen, option, specification.number).choose(specification.names)
+        meant = () if not specification.number else (about_number(specification.number, option),)
+        return Selection(devices, seen.notices + meant, by_uuid)
     if seen.devices:
         skipped = tuple(f"GPU {gpu.index} is left out: it {gpu.reason}" for gpu in seen.unusable)
         return Selection(seen.devices, seen.notices + skipped, by_uuid)

@@ -36,6 +36,9 @@ class Named:
 
     names: tuple[int | str, ...]
 
+    number: int | None = None
+    """The only name, where it is a bare number: users may have meant how many."""
+
 
 Specification = Auto | CpuSlots | SimulatedDevices | Named
 
@@ -48,12 +51,14 @@ def read_specification(spec: object, option: str) -> Specification:
             return Auto()
         if kind in ("cpu", "simulated") and "," not in count:
             return _counted(spec, kind, count, option)
-        return Named(tuple(_name(entry, option) for entry in spec.split(",")))
+        names = tuple(_name(entry, option) for entry in spec.split(","))
+        return Named(names, names[0] if len(names) == 1 and isinstance(names[0], int) else None)
     if isinstance(spec, (list, tuple)):
         if not spec:
             raise OptionError(option, f"the list is empty; use {FORMS}")
         return Named(tuple(_name(entry, option) for entry in spec))
-    return Named((_name(spec, option),))
+    name = _name(spec, option)
+    return Named((name,), name if isinstance(name, int) else None)
 
 
 def _counted(spec: str, kind: str, count: str, option: str) -> Specification:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from gpu_launcher import leases
 from gpu_launcher.devices import combinable
 from gpu_launcher.errors import OptionError, RequestError
-from gpu_launcher.model import Device, Request, device_list
+from gpu_launcher.model import MILLIONTHS, Device, Request, Share, device_list
 
 
 def refusal(request: Request, devices: tuple[Device, ...]) -> str | None:
@@ -16,9 +19,19 @@ def refusal(request: Request, devices: tuple[Device, ...]) -> str | None:
         return str(error).removeprefix("the request is ")
 
 
-def refuse(request: Request, devices: tuple[Device, ...], option: str) -> None:
-    """Raise OptionError, which names `option`, for a request that `devices` could never grant."""
+def refuse(request: Request, devices: tuple[Device, ...], spell: Callable[[str], str] = str) -> None:
+    """Raise OptionError for a request that `devices` could never grant. The user writes options as `spell` says."""
     problem = refusal(request, devices)
     if problem is not None:
         labels = device_list(device.label for device in devices)
-        raise OptionError(option, f"the request is {problem}. There are: {labels}")
+        raise OptionError(spell(_blamed(request, devices)), f"the request is {problem}. There are: {labels}")
+
+
+def _blamed(request: Request, devices: tuple[Device, ...]) -> str:
+    """The option to change: memory if that alone, or in any case, is too much, else the number of devices."""
+    memory = request.share.memory
+    if not memory or request.gpus > len(devices):
+        return "gpus"
+    without_memory = replace(request, share=Share(request.share.millionths or MILLIONTHS))
+    too_much = all(device.memory is not None and device.memory < memory for device in devices)
+    return "memory" if too_much or refusal(without_memory, devices) is None else "gpus"

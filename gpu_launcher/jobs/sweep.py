@@ -99,7 +99,7 @@ def run_jobs(
     selection = select_devices(options.devices, _environ(options), option=options.spell("devices"))
     devices = selection.devices
     if options.request is not None:
-        refuse(options.request, devices, options.spell("gpus"))
+        refuse(options.request, devices, options.spell)
     before: dict[int, Entry] = {}
     finished: dict[int, JobResult] = {}
     if options.resume:

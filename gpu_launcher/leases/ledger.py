@@ -251,16 +251,21 @@ def refusal(request: Request, devices: Sequence[Device]) -> str | None:
     if request.gpus > len(candidates):
         has = f"has {len(candidates)}" if candidates else "has none"
         return f"for {wanted}, but the pool {has} that this program may use: ask for fewer or allow more devices"
-    largest = max(candidate.memory or 0 for candidate in candidates)
-    if request.share.memory > largest:
-        return f"for {_gib(request.share.memory)} of memory, but the largest device has {_gib(largest)}: ask for less"
-    exclusive = [device.label for device in devices if device.exclusive]
-    reason = "others are too small"
-    if exclusive:
-        reason = f"{_listed(exclusive)} in compute mode EXCLUSIVE_PROCESS, which only one process may use"
+    memory = request.share.memory
+    small = [device for device in devices if device.memory is not None and device.memory < memory]
+    if len(small) == len(devices):
+        largest = max(device.memory or 0 for device in devices)
+        return f"for {_gib(memory)} of memory, but the largest device has {_gib(largest)}: ask for less"
+    reasons, remedies = [], ["ask for fewer devices"] if request.gpus > 1 else []
+    if small:
+        reasons.append(f"{device_list(device.label for device in small)} with less than {_gib(memory)} of memory")
+        remedies.append("ask for less memory")
+    if exclusive := [device.label for device in devices if device.exclusive and device not in small]:
+        reasons.append(f"{device_list(exclusive)} in compute mode EXCLUSIVE_PROCESS, which only one process may use")
+        remedies.append("ask for whole devices")
     return (
-        f"for {wanted}, but only {len(able)} of {len(candidates)} could give what it needs ({reason}): "
-        "ask for fewer devices, for less memory, or allow more devices"
+        f"for {wanted}, but only {len(able)} of {len(candidates)} could give what it needs ({'; '.join(reasons)}): "
+        f"{', '.join(remedies)}, or allow more devices"
     )
 
 

@@ -288,7 +288,7 @@ def test_what_turns_out_to_be_no_program_frees_its_devices(cli: Cli, tmp_path: P
     ("arguments", "problem"),
     [
         (("--gpus", "2"), "gpus: the request is for 2 devices, but the pool has 1"),
-        (("--memory", "1TiB"), "1024 GiB of memory, but the largest device has 80 GiB"),
+        (("--memory", "1TiB"), "memory: the request is for 1024 GiB of memory, but the largest device has 80 GiB"),
         (("--gpus", "1.5"), "gpus: '1.5' is neither a number"),
         (("--memory", "much"), "memory: 'much' is no amount"),
         (("--timeout", "soon"), "timeout: 'soon' is no span of time"),

@@ -70,8 +70,8 @@ def _ps(pid: int) -> tuple[str, str]:
 
 def test_ps_calls_a_job_by_its_number_and_overrides(seen: Seen) -> None:
     assert seen.named == [
-        ("#0 options.py +", "#0 options.py +x=1 +until=go"),
-        ("#1 options.py +", "#1 options.py +x=2 +until=go"),
+        ("#0 options.py +", "#0 options.py +x=1"),
+        ("#1 options.py +", "#1 options.py +x=2"),
     ]
 
 

@@ -383,7 +383,10 @@ def test_mig_instances_are_devices_of_their_own_and_their_gpu_is_none(gpus, mach
     [
         ("gpus=1.5", "neither a number of devices nor a part of one"),
         ("gpus=0", "a job without a GPU has no GPU memory"),
-        ("memory=100GiB", "largest device has 80 GiB"),
+        (
+            "memory=100GiB",
+            "hydra.launcher.memory: the request is for 100 GiB of memory, but the largest device has",
+        ),
         ("priority=1.5", "not a whole number"),
         ("timeout=soon", "no span of time"),
         ("visible=name", "give one of index, uuid"),

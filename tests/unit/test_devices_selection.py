@@ -41,7 +41,8 @@ class ForbiddenProbe(FixedProbe):
 def indices(spec: object, environ: dict[str, str] | None = None) -> list[int]:
     selection = select_devices(spec, environ or {}, THREE)
     assert all(device.kind is DeviceKind.GPU for device in selection.devices)
-    assert selection.notices == ()
+    meant = ("devices=1 means GPU number 1, not how many GPUs to use",) if spec in (1, "1") else ()
+    assert selection.notices == meant
     return [device.index for device in selection.devices]
 
 
@@ -193,7 +194,7 @@ def test_mig_instances_are_devices_and_their_gpu_means_all_of_them(
     selection = select_devices(spec, {} if mask is None else {"CUDA_VISIBLE_DEVICES": mask}, SPLIT)
     assert selection.devices == tuple(MIGS[position] for position in expected)
     assert selection.by_uuid
-    assert selection.notices == ()
+    assert len(selection.notices) == (spec == 1)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +218,7 @@ def test_a_mig_instance_outside_the_mask_is_refused() -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        (3, f"GPU 3 is not in this machine; {AVAILABLE}; a number is a GPU's index"),
+        (3, f"GPU 3 is not in this machine; {AVAILABLE}; devices=3 means GPU number 3; for 3 GPUs"),
         ([0, 7], f"GPU 7 is not in this machine; {AVAILABLE}"),
         ("GPU-ffff", f"'GPU-ffff' is not in this machine; {AVAILABLE}"),
         ("GPU-8932", "'GPU-8932' fits GPU 0 (GPU-8932f937-d72c) and GPU 1 (GPU-8932aaaa-0000); write more"),
@@ -272,6 +273,39 @@ def test_messages_name_the_option_that_the_caller_offers() -> None:
         select_devices(9, {}, THREE, option="--devices")
     (notice,) = select_devices("auto", {}, NONE, 2, "--devices").notices
     assert "(--devices=cpu:N for another number)" in notice
+
+
+@pytest.mark.parametrize(
+    ("spec", "option", "says"),
+    [
+        (2, "devices", "devices=2 means GPU number 2; for 2 GPUs write devices=[0,1]"),
+        ("2", "hydra.launcher.devices", "for 2 GPUs write hydra.launcher.devices=[0,1]"),
+        (" 02 ", "--devices", "--devices 2 means GPU number 2; for 2 GPUs write --devices 0,1"),
+        (1, "--devices", "--devices 1 means GPU number 1, not how many GPUs to use"),
+    ],
+)
+def test_bare_number_gets_a_notice_of_what_it_means(spec: object, option: str, says: str) -> None:
+    (notice,) = select_devices(spec, {}, THREE, option=option).notices
+    assert says in notice
+
+
+@pytest.mark.parametrize("spec", [0, "0", [2], "0,2", ["2"], UUIDS[2]])
+def test_what_cannot_be_a_number_of_gpus_gets_no_notice(spec: object) -> None:
+    assert select_devices(spec, {}, THREE).notices == ()
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        (4, "GPU 4 is not in this machine; available: GPU 0"),
+        (4, "; devices=4 means GPU number 4; for 4 GPUs write devices=[0,1,2,3]"),
+        ("8", "for 8 GPUs write devices=[0,1,2,3,4,5,6,7]"),
+        (99, "for 99 GPUs write devices=[0,1,...,98]"),
+        ([4], "; a number is a GPU's index, how many GPUs a job gets is another option"),
+    ],
+)
+def test_number_of_a_gpu_that_does_not_exist_is_explained(spec: object, says: str) -> None:
+    assert says in problem(spec)
 
 
 PLAIN = st.recursive(
