@@ -34,6 +34,7 @@ from gpu_launcher.jobs.manager_messages import (
 )
 from gpu_launcher.jobs.sweep import Options, limits, run_jobs
 from gpu_launcher.model import Device
+from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.processes.linux import Ending
 from gpu_launcher.processes.messages import ChannelClosedError, receive, send
 from gpu_launcher.processes.random_generators import Generators
@@ -58,6 +59,8 @@ class Manager:
     method: StartMethod
     captured: bool
     generators: Generators
+    open_files: OpenFiles
+    """Of the program."""
 
     def be(self, other_end: socket.socket) -> NoReturn:
         """Be the process."""
@@ -90,6 +93,7 @@ class Manager:
                 in_child=link.close_in_child,
                 captured=self.captured,
                 generators=self.generators,
+                open_files=self.open_files,
             )
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # only now: the jobs get the handlers of the program
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

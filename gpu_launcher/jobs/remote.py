@@ -28,6 +28,7 @@ from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.processes.critical import uninterrupted
 from gpu_launcher.processes.forks import own_fork
 from gpu_launcher.processes.helpers import helpers_paused
+from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.processes.linux import flush_c_streams, other_threads
 from gpu_launcher.processes.messages import ChannelClosedError, channel, receive, send
 from gpu_launcher.processes.pickling import NOTHING, main_namespace, prepare
@@ -92,11 +93,12 @@ class RemoteLoop:
         self._scratch = Scratch()
         self.directory = self._scratch.path
         """For files of the jobs. It goes with the manager."""
-        manager = Manager(
-            theirs, self._process, self.directory, program, options, command, method, captured, Generators()
-        )
         prepare()
         _flush()
+        files = OpenFiles.of_this_process()
+        manager = Manager(
+            theirs, self._process, self.directory, program, options, command, method, captured, Generators(), files
+        )
         with helpers_paused():
             harmless, calling = self._fork(manager)
             theirs.close()

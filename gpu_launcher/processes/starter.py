@@ -23,6 +23,7 @@ from gpu_launcher.errors import GpuLauncherError, OptionError
 from gpu_launcher.processes import pickling, spawn
 from gpu_launcher.processes.forks import own_fork
 from gpu_launcher.processes.helpers import helpers_paused
+from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.processes.linux import cuda_in_use, flush_c_streams, other_threads
 from gpu_launcher.processes.messages import (
     Assignment,
@@ -42,7 +43,7 @@ from gpu_launcher.processes.messages import (
 from gpu_launcher.processes.random_generators import Generators
 from gpu_launcher.processes.server import serve
 from gpu_launcher.processes.unpicklable import found_at
-from gpu_launcher.processes.worker import CapturedStdio, Program, forget_the_parent, work
+from gpu_launcher.processes.worker import CapturedStdio, Program, forget_the_parent, use_own_positions, work
 
 StartMethod = Literal["auto", "fork", "spawn"]
 
@@ -110,6 +111,7 @@ class ForkServer:
         captured: bool = True,
         keep: tuple[int, ...] = (),
         generators: Generators | None = None,
+        open_files: OpenFiles | None = None,
     ) -> None:
         """Start it. `method` and `reason` then say how jobs are started, and for `spawn` why.
 
@@ -117,7 +119,8 @@ class ForkServer:
         fork from here. `in_child` drops, in a server forked from here, what belongs to this process alone. Unless the
         jobs' output is `captured` until they have a log, it goes where this process's does. The server keeps the
         descriptors `keep` open as long as it or a job's supervisor lives, also where it is no fork of this process.
-        `generators` are the program's, if that is not this process.
+        `generators` and `open_files` are those of the user's program if that is another process, from which this one
+        was forked.
 
         Raises OptionError if the program cannot be pickled where it has to be.
         """
@@ -128,6 +131,8 @@ class ForkServer:
         self._captured = captured
         self._keep = keep
         self._generators = generators or Generators()
+        self._open_files = open_files
+        self._files_notice: str | None = None
         self._handlers = {signum: signal.getsignal(signum) for signum in _OUR_SIGNALS}
         self._seats = itertools.count()
         self._jobs: dict[int, int] = {}
@@ -165,8 +170,11 @@ class ForkServer:
     @property
     def notices(self) -> list[str]:
         """What the user should know of how jobs are started."""
-        by_spawn = [f"jobs start in fresh interpreters (spawn): {self.reason}"] if self.method == "spawn" else []
-        return by_spawn + self._generators.notices(self.method)
+        if self.method == "spawn":
+            of_method = [f"jobs start in fresh interpreters (spawn): {self.reason}"]
+        else:
+            of_method = [self._files_notice] if self._files_notice else []
+        return of_method + self._generators.notices(self.method)
 
     def fileno(self) -> int:
         """Readable when the server has something to say, or died."""
@@ -267,10 +275,12 @@ class ForkServer:
         launcher = os.getpid()
         handlers, captured, generators = self._handlers, self._captured, self._generators
         _flush()
+        open_files = self._open_files or OpenFiles.of_this_process(besides=self._keep)
 
         def run_job(job: socket.socket) -> NoReturn:
             forget_the_parent(handlers)
             generators.renew()
+            use_own_positions(open_files)
             work(job, CapturedStdio(), lambda: program)
 
         with warnings.catch_warnings():
@@ -292,6 +302,7 @@ class ForkServer:
                 os._exit(status)
         server_end.close()
         self._pid = pid
+        self._files_notice = open_files.notice()
 
     def _spawn(self) -> None:
         try:

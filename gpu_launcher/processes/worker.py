@@ -25,6 +25,7 @@ from typing import Any, NoReturn, Protocol
 from gpu_launcher.model import Request
 from gpu_launcher.processes import bulletin, conversation
 from gpu_launcher.processes.exceptions import origin, reason
+from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.processes.linux import flush_c_streams, set_process_title
 from gpu_launcher.processes.messages import (
     Answer,
@@ -221,6 +222,13 @@ def forget_the_parent(handlers: dict[signal.Signals, Any]) -> None:
     # What every program has from its imports; the last registered runs first.
     atexit.register(logging.shutdown)
     atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]
+
+
+def use_own_positions(open_files: OpenFiles) -> None:
+    """In a process forked from the user's program: share no position in the program's files with other jobs."""
+    for problem in open_files.open_again():
+        os.write(2, os.fsencode(f"gpu-launcher: {problem}\n"))  # sys.stderr may still be the program's own object
+    atexit.register(open_files.flush)
 
 
 def _forget_executors() -> None:

@@ -30,6 +30,7 @@ from gpu_launcher.jobs.job import Cause
 from gpu_launcher.jobs.progress import open_progress
 from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.jobs.sweep import Options, SweepResult, run_jobs
+from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.processes.starter import ForkServer
 from gpu_launcher.requests import read_request
 
@@ -307,8 +308,8 @@ class _Launch:
         source = ResumableSource(self.supply, place, results, before, keep_going=keep_going)
         assert self.options.request is not None
         program = CommandProgram(self.template, place, self.options.request, self.asked.directory)
-        # No thread of ours exists, and nothing of CUDA's.
-        server = ForkServer(program, "fork")
+        # No thread of ours exists, and nothing of CUDA's. The open files are ours, and the commands get none of them.
+        server = ForkServer(program, "fork", open_files=OpenFiles())
         try:
             left = None if total is None else total - (before.completed.count if before else 0)
             display = open_progress(name="gpu-launcher", reads=self.asked.source == STDIN and os.isatty(0))
