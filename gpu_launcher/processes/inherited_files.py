@@ -47,8 +47,12 @@ _FORMATS = (
     ("HDF5", 0, b"\x89HDF\r\n\x1a\n"),
     ("LMDB", 16, _LMDB),
     ("LMDB", 0, _LMDB),  # its lock file
+    ("GDBM", 0, (0x13579ACF).to_bytes(4, "little")),
 )
 """Formats whose libraries keep state in memory that is wrong after a fork, and where their files say what they are."""
+
+_MAX_LOCK_FILE = 1024
+"""Bytes up to which a locked file is taken for one that is only there to be locked. It may say who has the lock."""
 
 _MAX_NAMES = 3
 """Files of one kind that a notice names."""
@@ -267,11 +271,12 @@ def _format(file: _File) -> str | None:
 def _may_be_overwritten(file: _File, mapped: set[str]) -> bool:
     """Whether jobs would write to it at positions of their own.
 
-    Not to what is there to be shared (mapped memory), to be locked, or is appended to.
+    Not to what is shared on purpose (mapped memory), to a lock file, or to what is only appended to.
     """
     if file.flags & os.O_APPEND or file.name in mapped or file.name.startswith(_SHARED_MEMORY):
         return False
-    return "\nlock:" not in Path(f"/proc/self/fdinfo/{file.descriptor}").read_text()
+    locked = "\nlock:" in Path(f"/proc/self/fdinfo/{file.descriptor}").read_text()
+    return not locked or os.fstat(file.descriptor).st_size > _MAX_LOCK_FILE
 
 
 def _shared_mappings() -> set[str]:
@@ -281,5 +286,6 @@ def _shared_mappings() -> set[str]:
 
 
 def _listed(names: list[str]) -> str:
+    names = list(dict.fromkeys(names))  # a library may open a file several times
     more = len(names) - _MAX_NAMES
     return ", ".join(names[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")

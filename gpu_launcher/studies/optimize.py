@@ -25,7 +25,7 @@ from gpu_launcher.studies.conductor import Bounds, Callback, Conductor, log
 from gpu_launcher.studies.objective import Objective
 from gpu_launcher.studies.ownership import Sweep, working
 from gpu_launcher.studies.settling import NEVER, settle
-from gpu_launcher.studies.storage import alone
+from gpu_launcher.studies.storage import alone, keep_connections_from_jobs
 
 
 def optimize(
@@ -91,6 +91,7 @@ def optimize(
     )
     retries = _whole("retry_stale", retry_stale) or NEVER
     sweep = Sweep(ProcessIdentity.here())
+    keep_connections_from_jobs(study._storage)
     # Before the progress bar, which starts a thread.
     loop = RemoteLoop(Objective(objective, request, caught, study), options, this_program(), method=start_method)
     study._stop_flag = False

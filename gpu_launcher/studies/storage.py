@@ -161,6 +161,16 @@ def _elsewhere(url: str) -> RDBStorage:
     return made
 
 
+def keep_connections_from_jobs(storage: BaseStorage) -> None:
+    """Close a storage's idle connections whenever this process is about to be forked.
+
+    For storages that were made by others. Those of `storage` do so anyway. One in memory lives in its connections.
+    """
+    backend = storage._backend if isinstance(storage, _CachedStorage) else storage
+    if isinstance(backend, RDBStorage) and isinstance(backend.engine.pool, sa.pool.QueuePool):
+        close_before_forks(backend.engine)
+
+
 @contextmanager
 def alone(storage: BaseStorage) -> Iterator[None]:
     """Be the only one, of all programs that ask for it, who looks for something in a storage and then adds it.

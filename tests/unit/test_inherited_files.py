@@ -354,7 +354,7 @@ def test_lines_of_jobs_in_a_file_for_writing_are_all_kept(tmp_path):
 
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become a user who may not open a file")
-def test_a_job_that_may_not_open_a_file_again_says_so(data, capfd):
+def test_a_job_that_may_not_open_a_file_again_says_so(data, capfd, notice):
     data.chmod(0o600)
     with open(data, "rb", buffering=0) as file:
         os.seteuid(65534)
@@ -372,19 +372,19 @@ def test_a_job_that_may_not_open_a_file_again_says_so(data, capfd):
 # What the user is told
 
 
-def notice() -> str | None:
-    return OpenFiles.of_this_process().notice()
-
-
 @pytest.fixture
-def nothing_else_is_open() -> None:
-    assert notice() is None
+def notice(tmp_path: Path) -> Callable[[], str | None]:
+    """The notice about files of the test, and not those that an earlier one has left to the garbage collector."""
+
+    def notice() -> str | None:
+        noted = OpenFiles.of_this_process()
+        noted._files = [file for file in noted._files if file.name.startswith((str(tmp_path), "/memfd:data"))]
+        return noted.notice()
+
+    return notice
 
 
-pytestmark = pytest.mark.usefixtures("nothing_else_is_open")
-
-
-def test_files_for_reading_or_writing_only_cause_no_notice(data, tmp_path):
+def test_files_for_reading_or_writing_only_cause_no_notice(data, tmp_path, notice):
     with (
         open(data, "rb"),
         open(tmp_path / "log", "w"),
@@ -400,7 +400,7 @@ def test_files_for_reading_or_writing_only_cause_no_notice(data, tmp_path):
         del memory
 
 
-def test_files_that_jobs_may_overwrite_are_named(tmp_path):
+def test_files_that_jobs_may_overwrite_are_named(tmp_path, notice):
     with contextlib.ExitStack() as cleanup:
         for number in range(5):
             cleanup.enter_context(open(tmp_path / f"{number}.bin", "w+b"))
@@ -411,18 +411,35 @@ def test_files_that_jobs_may_overwrite_are_named(tmp_path):
         )
 
 
-def test_databases_are_named_with_their_kind(tmp_path):
-    database = sqlite3.connect(tmp_path / "runs.db")
-    database.execute("CREATE TABLE runs (x)")
-    (tmp_path / "model.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
-    (tmp_path / "data.mdb").write_bytes(bytes(16) + b"\xde\xc0\xef\xbe" + bytes(100))
-    with open(tmp_path / "model.h5", "r+b") as hdf5, open(tmp_path / "data.mdb", "r+b"):
-        fcntl.flock(hdf5, fcntl.LOCK_EX)  # as the library does
-        said = notice()
-    database.close()
-    assert said == (
-        "files that are open when the jobs start: jobs must not use the program's connection to "
-        f"{tmp_path / 'runs.db'} (SQLite), {tmp_path / 'model.h5'} (HDF5), {tmp_path / 'data.mdb'} (LMDB). Remedy: "
+def named(database: str) -> str:
+    return (
+        f"files that are open when the jobs start: jobs must not use the program's connection to {database}. Remedy: "
         "close such files before the jobs start, and open them inside each job"
     )
-    assert notice() is None
+
+
+def test_a_connection_to_sqlite_is_named(tmp_path, notice):
+    database = sqlite3.connect(tmp_path / "runs.db")
+    database.execute("CREATE TABLE runs (x)")
+    said = notice()
+    database.close()
+    assert said == named(f"{tmp_path / 'runs.db'} (SQLite)")
+
+
+@pytest.mark.parametrize(
+    ("kind", "start"),
+    [
+        ("HDF5", b"\x89HDF\r\n\x1a\n"),
+        ("LMDB", bytes(16) + b"\xde\xc0\xef\xbe"),
+        ("LMDB", b"\xde\xc0\xef\xbe"),
+        ("GDBM", b"\xcf\x9a\x57\x13"),
+    ],
+)
+def test_an_open_database_is_named_with_its_kind(tmp_path, kind, start, notice):
+    path = tmp_path / "data"
+    path.write_bytes(start + bytes(100))
+    with open(path, "r+b") as file, open(path, "r+b"), mmap.mmap(file.fileno(), 0):
+        fcntl.flock(file, fcntl.LOCK_EX)  # as libraries do
+        assert notice() == named(f"{path} ({kind})")
+    with open(path, "rb"):
+        assert notice() is None
