@@ -53,7 +53,7 @@ class Keyboard:
     def take(self) -> None:
         """Take it, if it is a terminal with this process in the foreground. Again, it takes what a shell put back."""
         now = modes(self._descriptor)
-        if now is None or not self._in_foreground():
+        if now is None or not self._in_foreground() or self._is_anothers(now):
             return
         wanted = silent(now, keys=self._keys)
         if now != wanted:
@@ -65,9 +65,16 @@ class Keyboard:
         before, self._before = self._before, None
         if before is None or os.getpid() != self._process or not self._in_foreground():
             return
+        now = modes(self._descriptor)
+        if now is None or self._is_anothers(now):
+            return
         with _not_stopped(), contextlib.suppress(termios.error):  # there is no terminal any more
             termios.tcflush(self._descriptor, termios.TCIFLUSH)
         self._set(before)
+
+    def _is_anothers(self, now: Modes) -> bool:
+        """Whether a program such as a pager, which reads what we print to stdout, gets each key by itself."""
+        return not self._keys and not now[_LOCAL] & termios.ICANON
 
     def _set(self, wanted: Modes) -> None:
         with _not_stopped(), contextlib.suppress(termios.error):

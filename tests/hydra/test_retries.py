@@ -123,10 +123,10 @@ def test_a_stop_by_failures_says_so_and_hydra_names_the_job_that_failed(run: Run
 
 @pytest.mark.parametrize("sweeper", ["basic", "grid_async"])
 def test_hydra_does_not_advise_a_stack_trace_after_a_message_of_ours(run: Run, tmp_path: Path, sweeper: str) -> None:
-    done = sweep(run, tmp_path, "kind=signal,exit", f"hydra/sweeper={sweeper}")
+    done = sweep(run, tmp_path, "kind=signal,exit", "+same=1", f"hydra/sweeper={sweeper}")
     assert done.returncode == 1
     closing = done.stderr.partition("Error executing job with overrides: ")[2].splitlines()
-    assert closing[0] == "['kind=signal']"
+    assert closing[0] == "['kind=signal', '+same=1']"
     assert closing[1].startswith("job 0 (kind=signal) was killed by SIGKILL")
     assert len(closing) == 2
 

@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import select
+import socket
 import struct
 import subprocess
 import sys
@@ -205,7 +206,7 @@ progress = open_progress()
 
 
 class OnTerminal:
-    """A driver script whose stderr is a terminal of its own and whose stdout is a pipe."""
+    """A driver script whose stderr is a terminal of its own and whose stdout is a socket."""
 
     def __init__(self, script: str) -> None:
         self.master, slave = os.openpty()
@@ -213,15 +214,20 @@ class OnTerminal:
         environ = {**os.environ, "TERM": "xterm-256color", "PYTHONUTF8": "1"}
         for name in ("CI", "COLUMNS", "LINES", "NO_COLOR"):
             environ.pop(name, None)
+        stdout, ours = socket.socketpair()
         self.process = subprocess.Popen(
             [sys.executable, "-c", DRIVER + script],
             stdin=slave,
-            stdout=subprocess.PIPE,
+            stdout=stdout,
             stderr=slave,
             start_new_session=True,
             env=environ,
         )
         os.close(slave)
+        stdout.close()
+        ours.settimeout(60)
+        self.out = ours.makefile("rb")
+        ours.close()
 
     def read_until(self, wanted: str | None, seconds: float = 60.0) -> str:
         """What the terminal gets until `wanted` is in it, or until its other side is closed."""
@@ -240,8 +246,9 @@ class OnTerminal:
         return data.decode()
 
     def finish(self) -> bytes:
-        out, _ = self.process.communicate(timeout=60)
-        assert self.process.returncode == 0
+        out = self.out.read()
+        self.out.close()
+        assert self.process.wait(timeout=60) == 0
         return out
 
 
@@ -430,8 +437,7 @@ os.write(1, b"shown\\n")
 
 
 def shown(terminal: OnTerminal) -> None:
-    assert terminal.process.stdout is not None
-    assert terminal.process.stdout.readline() == b"shown\n"
+    assert terminal.out.readline() == b"shown\n"
 
 
 def test_what_is_typed_neither_shows_in_the_view_nor_stays_for_the_shell() -> None:
@@ -456,6 +462,16 @@ except BlockingIOError:
     written = terminal.read_until(None)
     assert "rm" not in written
     assert terminal.finish() == b"nothing left"
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_the_keyboard_is_left_to_a_pager_that_has_taken_it(when: str) -> None:
+    take = "import tty; tty.setcbreak(0); pagers = termios.tcgetattr(0)\n"
+    parts = [take, TYPING] if when == "before" else [TYPING, take, "progress.tick(5.0)\n"]
+    check = "assert termios.tcgetattr(0) == pagers\n"
+    terminal = OnTerminal("".join([*parts, check, "progress.close()\n", check]))
+    terminal.read_until(None)
+    terminal.finish()
 
 
 def test_the_terminal_is_as_before_when_a_sweep_breaks_off() -> None:
