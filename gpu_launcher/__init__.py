@@ -10,6 +10,7 @@ from gpu_launcher.studies.reporting import report
 if TYPE_CHECKING:
     from gpu_launcher.errors import (
         ApplyError,
+        DeviceError,
         GpuLauncherError,
         JobError,
         JobTimeoutError,
@@ -17,28 +18,34 @@ if TYPE_CHECKING:
         OptionError,
         PoolDirectoryError,
         RequestError,
+        StorageError,
         UnpicklableError,
         UnsupportedVersionError,
     )
     from gpu_launcher.executors.courier import BrokenPoolExecutor
     from gpu_launcher.executors.parallel_map import ParallelMap, parallel_map
     from gpu_launcher.executors.pool_executor import PoolExecutor
-    from gpu_launcher.executors.record_errors import RecordError, WorkerDiedError
+    from gpu_launcher.executors.record_errors import RecordError, UnreadableError, WorkerDiedError
+    from gpu_launcher.jobs.remote import ManagerDiedError
     from gpu_launcher.lending.lease import Lease
     from gpu_launcher.pool import Pool
     from gpu_launcher.studies.optimize import optimize
     from gpu_launcher.studies.storage import storage
     from gpu_launcher.studies.trial import current_trial
+
+    __version__: str
 else:
     # Imported when first used: a program that only runs jobs does not pay for Optuna.
     _HOMES = {
         "ApplyError": "gpu_launcher.errors",
         "BrokenPoolExecutor": "gpu_launcher.executors.courier",
+        "DeviceError": "gpu_launcher.errors",
         "GpuLauncherError": "gpu_launcher.errors",
         "JobError": "gpu_launcher.errors",
         "JobTimeoutError": "gpu_launcher.errors",
         "Lease": "gpu_launcher.lending.lease",
         "LeaseTimeout": "gpu_launcher.errors",
+        "ManagerDiedError": "gpu_launcher.jobs.remote",
         "OptionError": "gpu_launcher.errors",
         "ParallelMap": "gpu_launcher.executors.parallel_map",
         "Pool": "gpu_launcher.pool",
@@ -46,7 +53,9 @@ else:
         "PoolExecutor": "gpu_launcher.executors.pool_executor",
         "RecordError": "gpu_launcher.executors.record_errors",
         "RequestError": "gpu_launcher.errors",
+        "StorageError": "gpu_launcher.errors",
         "UnpicklableError": "gpu_launcher.errors",
+        "UnreadableError": "gpu_launcher.executors.record_errors",
         "UnsupportedVersionError": "gpu_launcher.errors",
         "WorkerDiedError": "gpu_launcher.executors.record_errors",
         "current_trial": "gpu_launcher.studies.trial",
@@ -55,7 +64,13 @@ else:
         "storage": "gpu_launcher.studies.storage",
     }
 
+    def __dir__() -> list[str]:
+        names = {name for name in globals() if name not in ("TYPE_CHECKING", "annotations", "import_module", "_HOMES")}
+        return sorted({*names, *_HOMES, "__version__"})
+
     def __getattr__(name: str) -> object:
+        if name == "__version__":
+            return import_module("gpu_launcher.version").find_version()
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         if _HOMES[name].startswith("gpu_launcher.studies"):
@@ -68,11 +83,13 @@ else:
 __all__ = [
     "ApplyError",
     "BrokenPoolExecutor",
+    "DeviceError",
     "GpuLauncherError",
     "JobError",
     "JobTimeoutError",
     "Lease",
     "LeaseTimeout",
+    "ManagerDiedError",
     "OptionError",
     "ParallelMap",
     "Pool",
@@ -80,7 +97,9 @@ __all__ = [
     "PoolExecutor",
     "RecordError",
     "RequestError",
+    "StorageError",
     "UnpicklableError",
+    "UnreadableError",
     "UnsupportedVersionError",
     "WorkerDiedError",
     "current_trial",

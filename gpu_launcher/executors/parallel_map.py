@@ -72,9 +72,9 @@ def parallel_map(
     is not known which it was, and each of them is first dealt alone to find it.) Not promised: that a record is worked
     on once. Results are sent every 50 ms or so, and what a worker that dies had done since then is done again.
 
-    Raises OptionError for what cannot be used and PoolDirectoryError, both before any worker is started; and from the
-    iteration what `setup` raises, what `records` raises after the results of the records before that, WorkerDiedError
-    if workers cannot set themselves up without dying, and ManagerDiedError.
+    Raises OptionError for what cannot be used, DeviceError and PoolDirectoryError, before any worker is started; and
+    from the iteration what `setup` raises, what `records` raises after the results of the records before that,
+    WorkerDiedError if workers cannot set themselves up without dying, and ManagerDiedError.
     """
     iterator = _iterate(records)
     function = _checked(setup, function)

@@ -97,7 +97,7 @@ class PoolExecutor(Executor):
 
         It runs as soon as it has its devices, and cannot be cancelled from then on. The first call starts
         the processes, and raises what keeps them from it: OptionError, such as for devices that do not exist, or
-        PoolDirectoryError. Raises RuntimeError after `shutdown`, and BrokenPoolExecutor, which is one.
+        PoolDirectoryError, DeviceError. Raises RuntimeError after `shutdown`, and BrokenPoolExecutor, which is one.
         """
         with self._lock:
             if self._process != os.getpid():

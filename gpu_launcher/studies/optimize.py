@@ -59,7 +59,7 @@ def optimize(
     - `n_jobs`: most trials at the same time. None or -1: as many as get devices.
     - `catch`: exceptions of the objective after which other trials are run. Any other one is raised, with its traceback
       in the process as its cause, when the trials that run have ended. A process that dies is as if the objective had
-      raised gpu_launcher.errors.JobError.
+      raised gpu_launcher.JobError.
     - `retry_stale`: how often a trial is queued again that was lost: it ran when its program was killed (as the next
       call on the study finds out), or a process that runs the trials, or when the search ended for an error. One that
       Ctrl-C interrupted is queued again, too, which does not count. 0: it fails, and that is all.
@@ -68,8 +68,8 @@ def optimize(
 
     Ctrl-C interrupts the trials that run; they fail, and KeyboardInterrupt is raised.
 
-    Raises OptionError and PoolDirectoryError before any trial is run, what the objective, the sampler or a callback
-    raises, and ManagerDiedError if the process that starts the others is killed.
+    Raises OptionError, DeviceError and PoolDirectoryError before any trial is run, what the objective, the sampler or a
+    callback raises, and ManagerDiedError if the process that starts the others is killed.
     """
     if not isinstance(study, optuna.Study):
         raise OptionError("study", f"{study!r} is no optuna.Study: give the study, and then the objective")

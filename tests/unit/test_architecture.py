@@ -26,6 +26,7 @@ LAYERS = (
         "gpu_launcher.redaction",
         "gpu_launcher.requests",
         "gpu_launcher.requirements",
+        "gpu_launcher.version",
         "gpu_launcher.safe_files",
         "gpu_launcher.users",
     },

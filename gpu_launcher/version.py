@@ -1,0 +1,22 @@
+"""Which version of gpu-launcher this is."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+_PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
+
+
+def find_version() -> str:
+    """The installed version; in a source tree that is not installed, what `pyproject.toml` says; else `unknown`."""
+    try:
+        return version("gpu-launcher")
+    except PackageNotFoundError:
+        pass
+    try:
+        found = re.search(r'^name = "gpu-launcher"\nversion = "(.+)"$', _PYPROJECT.read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else "unknown"
