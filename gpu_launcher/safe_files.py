@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 PRIVATE_DIRECTORY = 0o755
@@ -75,6 +76,23 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
             if whole and (ended or len(line) < MAX_LINE):
                 yield line
             whole = ended
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is complete as soon as it is there, whatever kills this process. Raises OSError.
+
+    No fsync: who reads it dies with the machine, and on a disk that is writing checkpoints it may take seconds, in
+    which a job's devices would stand idle.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(open_regular(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
+            file.write(data)
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def why_untrusted(descriptor: int) -> str | None:

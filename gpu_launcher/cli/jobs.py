@@ -32,12 +32,15 @@ def jobs(
     from gpu_launcher.cli.output import print_json, print_lines, terminal_width
     from gpu_launcher.cli.sweep import lines, to_json, unfinished
     from gpu_launcher.jobs.manifest import ManifestError, read
+    from gpu_launcher.jobs.reports import read_header
 
     entries = list(read(directory).values())
     if not entries:
         raise ManifestError(f"{directory} is no sweep of gpu_pool: give the directory that hydra.sweep.dir named")
     shown = [entry for entry in entries if unfinished(entry)] if failed else entries
     if as_json:
-        print_json(to_json(directory, shown))
+        reports = {entry.number: read_header(entry.report) for entry in shown if entry.report is not None}
+        values = {number: report.values for number, report in reports.items() if report is not None}
+        print_json(to_json(directory, shown, values))
     else:
         print_lines(lines(directory, entries, shown, terminal_width()))

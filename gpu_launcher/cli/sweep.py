@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def lines(directory: Path, entries: Sequence[Entry], shown: Sequence[Entry], wid
     """A line of counts, and a table of the jobs `shown`."""
     counts = Counter(entry.state for entry in entries)
     said = ", ".join(f"{counts[state]} {state.value}" for state in State if counts[state])
-    head: Line = [(f"{directory}: {count(len(entries), 'job')}: {said}", "bold")]
+    head: Line = [(f"{one_line(str(directory))}: {count(len(entries), 'job')}: {said}", "bold")]
     rows = [
         Row(
             [
@@ -41,7 +41,7 @@ def lines(directory: Path, entries: Sequence[Entry], shown: Sequence[Entry], wid
                 entry.state.value,
                 str(entry.attempts or ""),
                 duration(time) if (time := seconds(entry)) is not None else "",
-                ", ".join(entry.devices),
+                one_line(", ".join(entry.devices)),
                 one_line(entry.label),
                 one_line(entry.message or ""),
             ]
@@ -51,9 +51,10 @@ def lines(directory: Path, entries: Sequence[Entry], shown: Sequence[Entry], wid
     return [head, *(lay_out(COLUMNS, rows, width) if rows else [])]
 
 
-def to_json(directory: Path, shown: Sequence[Entry]) -> dict[str, Any]:
-    """As docs/resume.md documents it."""
-    return {"schema": SCHEMA, "directory": str(directory.absolute()), "jobs": [_job(entry) for entry in shown]}
+def to_json(directory: Path, shown: Sequence[Entry], values: Mapping[int, Sequence[float]]) -> dict[str, Any]:
+    """As docs/resume.md documents it. `values` are the numbers that jobs returned, by the job's number."""
+    jobs = [{**_job(entry), "values": list(values.get(entry.number, ()))} for entry in shown]
+    return {"schema": SCHEMA, "directory": str(directory.absolute()), "jobs": jobs}
 
 
 def _job(entry: Entry) -> dict[str, Any]:

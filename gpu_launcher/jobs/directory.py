@@ -22,8 +22,10 @@ from gpu_launcher.jobs.failures import set_aside
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.manifest import DIRECTORY, MANIFEST, Entry, ManifestError, State, refuse_if_running
 from gpu_launcher.jobs.progress.text import count
+from gpu_launcher.json_data import Fields, load_object
 from gpu_launcher.processes.messages import Prepared
 from gpu_launcher.safe_files import make_directories, open_regular
+from gpu_launcher.text import one_line
 
 LOCK = "lock"
 WAIT_SECONDS = 15.0
@@ -107,13 +109,14 @@ def _lock(descriptor: int) -> bool:
 def _refuse_holder(descriptor: int, directory: Path, remedy: str) -> None:
     """Raise ManifestError if the program that the lock names may live. The lock is held, or this would not be asked."""
     try:
-        content = json.loads(os.pread(descriptor, 64 * 1024, 0))
-        holder, command = ProcessIdentity.from_json(content), str(content["command"])
-    except (ValueError, KeyError, TypeError):
+        content = load_object(os.pread(descriptor, 64 * 1024, 0))
+        holder, command = ProcessIdentity.from_json(content), one_line(Fields(content).text("command"))
+    except ValueError:
         return  # it has just been taken, or is being released
-    if holder.lives() is False:
+    lives = holder.lives(os.fstat(descriptor).st_uid)
+    if lives is False:
         return  # what it left behind has the lock
-    where = "" if holder.lives() else f" on {holder.host}"
+    where = "" if lives else f" on {holder.host}"
     raise ManifestError(f"{directory} is being run by process {holder.pid} ({command}){where}: {remedy}")
 
 

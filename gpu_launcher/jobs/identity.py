@@ -9,8 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gpu_launcher.json_data import Fields
 from gpu_launcher.leases import Origin
 from gpu_launcher.processes.linux import start_time
+from gpu_launcher.text import one_line
+
+MAX_PID = 2**22
+"""PID_MAX_LIMIT in the kernel's include/linux/threads.h."""
+MAX_NAME = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +39,21 @@ class ProcessIdentity:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> ProcessIdentity:
-        """Of what `to_json` returned. Raises KeyError, TypeError or ValueError for anything else."""
-        start = content["start"]
-        return cls(int(content["pid"]), start, str(content["namespace"]), str(content["boot"]), str(content["host"]))
+        """Of what `to_json` returned. Raises ValueError for anything else."""
+        fields = Fields(content)
+        start = None if content.get("start") is None else fields.integer("start", most=2**63)
+        namespace, boot, host = (one_line(fields.text(name, MAX_NAME)) for name in ("namespace", "boot", "host"))
+        return cls(fields.integer("pid", least=1, most=MAX_PID), start, namespace, boot, host)
 
     def to_json(self) -> dict[str, Any]:
         """Names and values that JSON has."""
         return asdict(self)
 
-    def lives(self) -> bool | None:
-        """Whether it does; None if that cannot be known from here."""
+    def lives(self, owner: int | None = None) -> bool | None:
+        """Whether it does; None if that cannot be known from here.
+
+        A file that names a process is believed only if that process belongs to the `owner` of the file.
+        """
         here = Origin.here()
         if self.boot != here.boot:
             return False if self.host == here.machine else None  # before the last restart, or on another machine
@@ -50,7 +61,7 @@ class ProcessIdentity:
             return None
         start = start_time(self.pid)
         if start is not None:
-            return start == self.start
+            return start == self.start and (owner is None or _belongs_to(self.pid, owner))
         try:
             os.kill(self.pid, 0)
         except PermissionError:
@@ -64,3 +75,9 @@ def _namespace() -> str:
     with suppress(OSError):
         return str(Path("/proc/self/ns/pid").readlink())
     return ""
+
+
+def _belongs_to(pid: int, owner: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}").stat().st_uid == owner
+    return False  # it has just ended

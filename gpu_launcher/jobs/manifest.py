@@ -27,11 +27,16 @@ from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs.events import Event, JobEnded, JobRetried, JobStarted, Outcome, Progress
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.jobs.reports import ReportError, read_header, read_report
 from gpu_launcher.jobs.source import JobSource, Offer, Statement
+from gpu_launcher.json_data import Fields, load_object
 from gpu_launcher.processes import bulletin
-from gpu_launcher.processes.messages import Report
+from gpu_launcher.safe_files import make_directories, open_regular, read_lines, write_whole
+from gpu_launcher.text import one_line
 
 FORMAT = 1
+MAX_LAUNCH = 2**20
+"""Bytes of a file that says who runs jobs."""
 DIRECTORY = ".gpu_launcher"
 MANIFEST = "manifest.jsonl"
 
@@ -115,7 +120,7 @@ class Recorder:
         self._attempts = {job.number: (attempts or {}).get(job.number, 0) for job in jobs}
         self._file = self.directory / f"launch-{self._id}.json"
         self._process = os.getpid()
-        self.directory.mkdir(exist_ok=True)
+        make_directories(self.directory)
         # Those of a source's jobs are not kept: see `Planned.ended`.
         self._old = {number: entry.report for number, entry in read(directory).items() if entry.report} if jobs else {}
         for launch in launches_in(directory):
@@ -124,7 +129,11 @@ class Recorder:
                     for left in self.directory.glob(f"*.{launch.id}.trial"):
                         bulletin.withdraw(left)
                     launch.file.unlink()
-        self._write_whole({**ProcessIdentity.here().to_json(), "command": command})
+        identity = json.dumps({**ProcessIdentity.here().to_json(), "command": command})
+        try:
+            write_whole(self._file, identity.encode())
+        except OSError as error:
+            self._complain(error)
         self._plan(jobs)
 
     def add(self, job: Job) -> None:
@@ -175,7 +184,7 @@ class Recorder:
     def _append(self, **event: Any) -> None:
         line = json.dumps({"format": FORMAT, "launch": self._id, "time": self._wall_clock(), **event})
         try:
-            descriptor = os.open(self.directory / MANIFEST, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            descriptor = open_regular(self.directory / MANIFEST, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             try:
                 # The line before may have been cut off. An empty one counts for nothing.
                 data = f"\n{line}\n".encode()
@@ -183,12 +192,6 @@ class Recorder:
                     raise OSError("no space left")
             finally:
                 os.close(descriptor)
-        except OSError as error:
-            self._complain(error)
-
-    def _write_whole(self, identity: dict[str, Any]) -> None:
-        try:
-            self._file.write_text(json.dumps(identity))
         except OSError as error:
             self._complain(error)
 
@@ -249,25 +252,18 @@ def read(directory: Path) -> dict[int, Entry]:
     launches = {launch.id: launch for launch in launches_in(directory)}
     entries: dict[int, Entry] = {}
     for event in _events(home / MANIFEST):
-        _take(event, entries)
+        with suppress(ValueError):
+            _take(event, entries)
     for number, entry in entries.items():
         report = home / f"{number}.{entry.launch}.report"
-        entry = replace(entry, report=report if report.exists() else None)
+        entry = replace(entry, report=report if os.path.lexists(report) else None)
         over = entry.launch not in launches or launches[entry.launch].lives is False
         if over and entry.state in (State.WAITING, State.RUNNING):
             entry = replace(entry, state=State.LOST, pid=None)
-            if entry.report is not None and (found := read_report(entry.report)) is not None:
+            if entry.report is not None and (found := read_header(entry.report)) is not None:
                 entry = replace(entry, state=State.COMPLETED if found.ok else State.FAILED, message=found.message)
         entries[number] = entry
     return dict(sorted(entries.items()))
-
-
-def read_report(path: Path) -> Report | None:
-    """What a job left behind; None if it cannot be read any more."""
-    try:
-        return Report.load(path.read_bytes())
-    except (OSError, ValueError):
-        return None
 
 
 def launches_in(directory: Path) -> list[Launch]:
@@ -275,40 +271,47 @@ def launches_in(directory: Path) -> list[Launch]:
     found = []
     for file in sorted((directory / DIRECTORY).glob("launch-*.json")):
         try:
-            content = json.loads(file.read_text())
+            with open(open_regular(file), "rb") as opened:
+                owner = os.fstat(opened.fileno()).st_uid
+                content = load_object(opened.read(MAX_LAUNCH))
             identity = ProcessIdentity.from_json(content)
-            command = str(content["command"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # it died while it wrote this, before any job
+            command = one_line(Fields(content).text("command"))
+        except (OSError, ValueError):
+            continue  # not written by any launch
         id = file.stem.removeprefix("launch-")
-        found.append(Launch(id, file, identity.pid, identity.host, command, identity.lives()))
+        found.append(Launch(id, file, identity.pid, identity.host, command, identity.lives(owner)))
     return found
 
 
-def finished_before(jobs: Sequence[Job], entries: Mapping[int, Entry]) -> dict[int, JobResult]:
-    """The results of those `jobs` that completed in an earlier launch with the same overrides."""
-    found = {}
+def finished_before(jobs: Sequence[Job], entries: Mapping[int, Entry]) -> tuple[dict[int, JobResult], dict[int, str]]:
+    """The results of those `jobs` that completed in an earlier launch with the same overrides.
+
+    And why results that are there are not used, by the job's number.
+    """
+    found, skipped = {}, {}
     for job in jobs:
         entry = entries.get(job.number)
         if entry is None or entry.spec != job.spec or entry.state is not State.COMPLETED or entry.report is None:
             continue
-        report = read_report(entry.report)
-        if report is None or not report.ok:
+        try:
+            report = read_report(entry.report)
+        except FileNotFoundError:
+            continue
+        except ReportError as error:
+            skipped[job.number] = str(error)
+            continue
+        if not report.ok:
             continue
         ran = entry.ended - entry.started if entry.ended and entry.started else None
         found[job.number] = JobResult(
             job.number, job.label, Outcome.COMPLETED, report.payload, None, (), ran, entry.log, attempts=entry.attempts
         )
-    return found
+    return found, skipped
 
 
 def devices_of(directory: Path, numbers: Container[int]) -> dict[int, tuple[str, ...]]:
     """Labels of the devices that these jobs had last, of those that had any."""
-    found = {}
-    for event in _events(directory / DIRECTORY / MANIFEST):
-        if event.get("started") in numbers:
-            found[event["started"]] = tuple(event["devices"])
-    return found
+    return {number: entry.devices for number, entry in read(directory).items() if number in numbers and entry.devices}
 
 
 def refuse_if_running(directory: Path, remedy: str) -> None:
@@ -326,34 +329,66 @@ def refuse_if_running(directory: Path, remedy: str) -> None:
 
 def _events(manifest: Path) -> Iterator[dict[str, Any]]:
     try:
-        lines = open(manifest, "rb")
-    except FileNotFoundError:
-        return
-    with lines:
-        for line in lines:
+        for line in read_lines(manifest):
             try:
-                event = json.loads(line)
+                event = load_object(line)
+                version = Fields(event).integer("format")
             except ValueError:
                 continue  # empty, or cut off
-            if event.get("format", 0) > FORMAT:
+            if version > FORMAT:
                 raise ManifestError(f"{manifest} was written by a newer version of gpu-launcher: use that")
             yield event
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ManifestError(f"{manifest} cannot be read: {error.strerror}") from error
 
 
 def _take(event: dict[str, Any], entries: dict[int, Entry]) -> None:
-    launch, time = event["launch"], event["time"]
-    for planned, label, spec, attempts in event.get("planned", ()):
-        before = entries.get(planned)
-        log = before.log if before else None
-        entries[planned] = Entry(planned, label, spec, launch, attempts=attempts, log=log)
-    number: int = event.get("started", event.get("ended", -1))
+    """Change `entries` as an event says. Raises ValueError for one that no version has written."""
+    fields = Fields(event)
+    launch, time = fields.text("launch", limit=64), fields.time("time")
+    if not launch.isalnum():  # it is part of a file's name
+        raise ValueError("launch is not an id")
+    if "planned" in fields:
+        for job in event["planned"] if isinstance(event["planned"], list) else ():
+            _plan(job, launch, entries)
+        return
+    started = "started" in fields
+    number = fields.integer("started" if started else "ended")
     entry = entries.get(number)
     if entry is None or entry.launch != launch:
         return  # of a launch that another has superseded
-    if "started" in event:
-        changes = {"attempts": event["attempts"], "devices": tuple(event["devices"]), "started": time, "ended": None}
-        entry = replace(entry, state=State.RUNNING, message=None, log=event["log"], pid=event.get("pid"), **changes)
+    log = fields.text_or_none("log")
+    if started:
+        entries[number] = replace(
+            entry,
+            state=State.RUNNING,
+            attempts=fields.integer("attempts"),
+            devices=fields.texts("devices"),
+            started=time,
+            ended=None,
+            message=None,
+            log=log,
+            pid=fields.integer("pid") if event.get("pid") is not None else None,
+        )
     else:
-        ended = {"ended": time, "message": event["message"], "log": event["log"] or entry.log}
-        entry = replace(entry, state=State(event["outcome"]), pid=None, **ended)
-    entries[number] = entry
+        state = State(fields.text("outcome"))
+        message = fields.text_or_none("message")
+        entries[number] = replace(entry, state=state, ended=time, message=message, log=log or entry.log, pid=None)
+
+
+def _plan(job: object, launch: str, entries: dict[int, Entry]) -> None:
+    if not isinstance(job, list) or len(job) != 4:
+        raise ValueError("a planned job is not a list of four")
+    fields = Fields({"number": job[0], "label": job[1], "attempts": job[3]})
+    number = fields.integer("number")
+    before = entries.get(number)
+    entries[number] = Entry(
+        number,
+        one_line(fields.text("label")),
+        job[2],
+        launch,
+        attempts=fields.integer("attempts"),
+        log=before.log if before else None,
+    )

@@ -30,6 +30,8 @@ from gpu_launcher.processes.starter import ForkServer
 from gpu_launcher.text import one_line
 from gpu_launcher.users import this_process
 
+MAX_SKIPPED = 5
+"""Results of earlier launches that are not used, of which the reason is told."""
 MOST_AHEAD = 8
 """Jobs that wait, prepared, for devices. More would cost memory and save nothing."""
 
@@ -102,9 +104,10 @@ def run_jobs(
         refuse(options.request, devices, options.spell)
     before: dict[int, Entry] = {}
     finished: dict[int, JobResult] = {}
+    skipped: dict[int, str] = {}
     if options.resume:
         before = read(directory)
-        finished = finished_before(jobs, before)
+        finished, skipped = finished_before(jobs, before)
     left = [job for job in jobs if job.number not in finished]
     attempts = {job.number: entry.attempts for job in left if (entry := before.get(job.number)) and entry.attempts}
     with contextlib.ExitStack() as cleanup:
@@ -125,6 +128,10 @@ def run_jobs(
         progress.handle(SweepStarted(time.monotonic(), expected, devices, options.max_parallel))
         if before:
             notice(f"resumed: {len(finished)} of {count(len(jobs), 'job')} completed before, and not run again")
+        for number, why in list(skipped.items())[:MAX_SKIPPED]:
+            notice(f"job {number} is run again, because its earlier result is not used: {why}")
+        if len(skipped) > MAX_SKIPPED:
+            notice(f"{count(len(skipped) - MAX_SKIPPED, 'more job')} are run again for such reasons")
         for text in [*notices, *selection.notices, *server.notices]:
             notice(text)
         watch = DeviceWatch(

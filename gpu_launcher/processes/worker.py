@@ -41,7 +41,7 @@ from gpu_launcher.processes.messages import (
     receive,
     send,
 )
-from gpu_launcher.safe_files import make_directories, open_regular
+from gpu_launcher.safe_files import make_directories, open_regular, write_whole
 
 ATTEMPT = "GPU_LAUNCHER_ATTEMPT"
 """Tells a job how many times it has been started, this time included."""
@@ -187,7 +187,7 @@ def _leave(report: Report, assignment: Assignment, channel: socket.socket) -> bo
     result = Path(assignment.result)
     data = report.dump(assignment.number)
     try:
-        _write_whole(result, data)
+        write_whole(result, data)
         send(channel, ResultWritten(hashlib.sha256(data).digest()))
     except ChannelClosedError:
         pass  # nobody waits for it any more; who resumes the sweep finds the file
@@ -274,23 +274,6 @@ def _descriptor(stream: io.TextIOWrapper) -> int | None:
         return stream.fileno()
     except (OSError, ValueError):  # closed, or not backed by a descriptor
         return None
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is complete as soon as it is there, whatever kills this process.
-
-    No fsync: who reads it dies with the machine, and on a disk that is writing checkpoints it may take seconds, in
-    which the job's devices would stand idle.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(open_regular(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
-            file.write(data)
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def _finish() -> None:

@@ -71,6 +71,7 @@ def test_it_lists_only_those_that_failed_as_json(sweep: Path) -> None:
                 "ended": 1052.5,
                 "message": "raised ValueError: no\nway",
                 "log": None,
+                "values": [],
             }
         ],
     }

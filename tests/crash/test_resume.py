@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gpu_launcher.jobs.manifest import State, read, read_report
+from gpu_launcher.jobs.manifest import State, read
+from gpu_launcher.jobs.reports import read_report
 
 POINTS = ("started", "prepared", "queued", "claimed", "granted", "exited", "released", "concluded", "retried")
 JOBS = 4

@@ -19,6 +19,7 @@ if not (TREE / "gpu_launcher").is_dir():
 LAYERS = (
     {
         "gpu_launcher.errors",
+        "gpu_launcher.json_data",
         "gpu_launcher.model",
         "gpu_launcher.sizes",
         "gpu_launcher.text",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ from gpu_launcher.jobs.sweep import Options, SweepResult, run_jobs
 from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.processes.starter import ForkServer
 from gpu_launcher.requests import read_request
+from gpu_launcher.text import one_line
 
 DEFAULT = "map"
 """Under which maps are kept whose directory nobody names."""
@@ -59,6 +61,8 @@ class Asked:
     @classmethod
     def of_settings(cls, settings: Mapping[str, Any]) -> Asked:
         """What an earlier launch has kept. Raises TypeError and ValueError if that makes no sense."""
+        if not all(isinstance(word, str) for word in (*settings["command"], *settings["param"])):
+            raise TypeError("a word is not text")
         return cls(
             command=settings["command"],
             param=settings["param"],
@@ -138,6 +142,8 @@ def _resumed(place: Place, later: Asked) -> Asked:
         before = Asked.of_settings(settings)
     except (TypeError, ValueError) as error:
         raise place.damaged() from error
+    if later.command != before.command and (why := place.whose()) is not None:
+        _ask_before_running(place, before, why)
     if before.source == STDIN and later.source is None and os.isatty(0):
         raise OptionError(
             "resume",
@@ -145,6 +151,23 @@ def _resumed(place: Place, later: Asked) -> Asked:
             f"{_go_on(place, STDIN)}",
         )
     return before.resumed_by(later)
+
+
+def _ask_before_running(place: Place, before: Asked, why: str) -> None:
+    """Have the user confirm a command that somebody else may have written. Raises OptionError if that is refused."""
+    command = one_line(shlex.join(before.command))
+    where = one_line(str(before.directory))
+    tell(f"{shown(place.settings)} {why}. It runs, as you, in {where}:")
+    tell(f"    {command}")
+    if os.isatty(0):
+        print("Run it? [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() in ("y", "yes"):
+            return
+    raise OptionError(
+        "resume",
+        f"{shown(place.path)} may be another user's map, and its command was not confirmed: answer y on a terminal, or "
+        "give the command itself after --",
+    )
 
 
 def _go_on(place: Place, source: str | None) -> str:

@@ -30,10 +30,23 @@ from gpu_launcher.errors import GpuLauncherError, OptionError
 from gpu_launcher.jobs.directory import LOCK, DirectoryLock
 from gpu_launcher.jobs.failures import set_aside
 from gpu_launcher.jobs.manifest import DIRECTORY, ManifestError
+from gpu_launcher.json_data import load_object
+from gpu_launcher.safe_files import (
+    PRIVATE_DIRECTORY,
+    make_directories,
+    open_regular,
+    read_regular,
+    why_untrusted,
+    write_whole,
+)
 
 COMMAND = "gpu-launcher map"
 """What others who wait for devices, or for the directory, are told."""
 FORMAT = 1
+MAX_DIGITS = 8
+"""Of the index of a run."""
+MAX_SIZE = 2**30
+"""Bytes of a file of ours, such as a map's settings with its grid."""
 
 _KEPT: dict[str, Any] = {
     "command": list,
@@ -94,12 +107,14 @@ class RunPlace:
 
     def prepare(self, params: Params, attempt: int) -> None:
         """Make room for one more attempt, and keep what the one before has printed. Raises OSError."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_directories(self.path)
+        if self.path.is_symlink():  # to a directory that somebody else chose
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(self.path))
         if self.stdout.exists():  # else nothing has run
             for file in (self.stdout, self.stderr):
                 if file.exists():
                     set_aside(str(file), attempt - 1)
-        write_whole(self.params, to_json(params) + "\n")
+        write_whole(self.params, f"{to_json(params)}\n".encode())
 
     def begin(self) -> None:
         """From now on there is an attempt, and no outcome. Raises OSError."""
@@ -151,7 +166,7 @@ class Place:
         """Of the runs that have a directory, in no order."""
         with os.scandir(self.path) as entries:
             for entry in entries:
-                if entry.name.isascii() and entry.name.isdigit():
+                if entry.name.isascii() and entry.name.isdigit() and len(entry.name) <= MAX_DIGITS:
                     yield int(entry.name)
 
     def create(self, settings: dict[str, Any], above: Path) -> None:
@@ -162,7 +177,7 @@ class Place:
         name = shown(self.path)
         try:
             self._refuse_what_is_there()
-            self.settings.parent.mkdir(parents=True, exist_ok=True)
+            make_directories(self.settings.parent)
             _write_new(self.settings, json.dumps({"format": FORMAT, **settings}))
         except FileExistsError:
             if not self.path.is_dir():
@@ -205,7 +220,7 @@ class Place:
         """Of a map that is to be resumed. Raises OptionError."""
         name = shown(self.path)
         try:
-            settings = json.loads(self.settings.read_text(encoding="utf-8"))
+            settings = load_object(read_regular(self.settings, MAX_SIZE))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise OptionError("resume", f"{name} is no map's directory: give what --dir named") from error
         except OSError as error:
@@ -213,7 +228,7 @@ class Place:
             raise OptionError("resume", problem) from error
         except ValueError as error:
             raise self.damaged() from error
-        version = settings.get("format") if isinstance(settings, dict) else None
+        version = settings.get("format")
         if not isinstance(version, int):
             raise self.damaged()
         if version != FORMAT:
@@ -221,6 +236,17 @@ class Place:
         if not all(name in settings and isinstance(settings[name], kind) for name, kind in _KEPT.items()):
             raise self.damaged()
         return dict(settings)
+
+    def whose(self) -> str | None:
+        """Why the settings may be another user's, as a predicate; None if only this user or root can have written them.
+
+        Raises OSError.
+        """
+        descriptor = open_regular(self.settings)
+        try:
+            return why_untrusted(descriptor)
+        finally:
+            os.close(descriptor)
 
     def damaged(self) -> OptionError:
         """What to say if the settings cannot have been written so."""
@@ -288,7 +314,8 @@ def new_directory() -> Path:
         for number in range(1, 1000):
             path = name if number == 1 else name.with_name(f"{name.name}-{number}")
             with contextlib.suppress(FileExistsError):
-                path.mkdir(parents=True)
+                make_directories(path.parent)
+                path.mkdir(PRIVATE_DIRECTORY)
                 return path
     except OSError as error:
         raise OptionError(
@@ -297,23 +324,11 @@ def new_directory() -> Path:
     raise OptionError("dir", f"{name} and many after it exist: name another directory")
 
 
-def write_whole(path: Path, content: str) -> None:
-    """Write a file that is complete as soon as it is there, whatever kills this process. Raises OSError."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
 def _write_new(path: Path, content: str) -> None:
     """As `write_whole`, but raises FileExistsError if there is one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
-        temporary.write_text(content, encoding="utf-8")
+        write_whole(temporary, content.encode())
         try:
             os.link(temporary, path)
         except OSError as error:
@@ -329,7 +344,6 @@ def _write_new(path: Path, content: str) -> None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return load_object(read_regular(path, MAX_SIZE))
     except (OSError, ValueError):
         return None
-    return content if isinstance(content, dict) else None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_launcher.cli.mapping.place import Place, RunPlace, write_whole
+from gpu_launcher.cli.mapping.place import Place, RunPlace
 from gpu_launcher.cli.mapping.template import Template
 from gpu_launcher.cli.mapping.values import Params
 from gpu_launcher.jobs.progress.text import duration
@@ -21,6 +21,7 @@ from gpu_launcher.processes.exceptions import NO_TERMINAL
 from gpu_launcher.processes.memory_errors import tells_of_gpu_memory
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.worker import ATTEMPT, Gate
+from gpu_launcher.safe_files import open_regular, write_whole
 
 LOOKED_AT = 2**20
 """Bytes from the end of what a run printed in which its last JSON object is looked for."""
@@ -57,7 +58,7 @@ class CommandProgram:
         except (OSError, ValueError) as error:
             return _not_started(f"could not be started: {_why(error)}")
         try:
-            write_whole(run.outcome, json.dumps(outcome) + "\n")
+            write_whole(run.outcome, f"{json.dumps(outcome)}\n".encode())
         except OSError as error:
             problem = f"could not write its outcome, to be found to have ended: {_why(error)}"
             return Report(False, problem, json.dumps(outcome).encode())
@@ -73,7 +74,7 @@ class CommandProgram:
 
     def _run(self, words: list[str], run: RunPlace, arrived: list[int]) -> dict[str, Any]:
         """Raises OSError if it cannot be started."""
-        with open(run.stdout, "ab") as stdout:
+        with open(open_regular(run.stdout, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as stdout:
             began = time.monotonic()
             if arrived:
                 raise InterruptedError("it was interrupted before")
@@ -125,7 +126,7 @@ def _why(error: OSError | ValueError) -> str:
 def _end(path: Path) -> bytes:
     """The end of a file; nothing of one that is not there."""
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(path), "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - LOOKED_AT))
             return file.read(LOOKED_AT)
     except OSError:

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpu_launcher.cli.mapping.place import Place, write_whole
+from gpu_launcher.cli.mapping.place import MAX_DIGITS, Place
 from gpu_launcher.cli.mapping.values import Params, digest, to_json
 from gpu_launcher.jobs.manifest import devices_of
+from gpu_launcher.json_data import load_object
+from gpu_launcher.safe_files import open_regular, read_lines, write_whole
 
 COLUMNS = ("index", "outcome", "exit_code", "duration", "devices", "attempts", "message")
 """Of the table, before parameters and what the script said."""
@@ -25,7 +27,7 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         """Begin the file, or go on with it. Raises OSError."""
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._descriptor = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         self._unwritten: list[bytes] = []
         """Lines for which there was no room on the disk."""
 
@@ -91,7 +93,7 @@ def settle(place: Place) -> Completed:
     """
     completed = Completed()
     kept = place.results.with_name("results.jsonl.tmp")
-    with open(kept, "w", encoding="utf-8") as file:
+    with open(open_regular(kept, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w", encoding="utf-8") as file:
         for line in lines(place.results):
             if _counts(line, completed):
                 completed.add(line["index"], line["params"])
@@ -156,10 +158,10 @@ def result_line(
 def write_outcome(place: Place, line: Mapping[str, Any]) -> None:
     """Leave in a run's directory what became of it, as far as that is not there. Raises OSError."""
     run = place.run(line["index"])
-    if run.path.is_dir():
+    if run.path.is_dir() and not run.path.is_symlink():
         left_out = ("index", "params", *PATHS)
         content = {name: value for name, value in line.items() if name not in left_out}
-        write_whole(run.outcome, json.dumps(content) + "\n")
+        write_whole(run.outcome, f"{json.dumps(content)}\n".encode())
 
 
 def write_table(place: Place) -> None:
@@ -171,7 +173,8 @@ def write_table(place: Place) -> None:
     for line in lines(place.results):
         said.update(dict.fromkeys(f"output.{name}" for name in line["output"] or ()))
     temporary = place.table.with_name("results.csv.tmp")
-    with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+    descriptor = open_regular(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    with open(descriptor, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         table = csv.DictWriter(file, [*COLUMNS, *names, *said, *PATHS], restval="")
         table.writeheader()
         for line in lines(place.results):
@@ -192,13 +195,25 @@ def _cell(value: object) -> object:
 def lines(path: Path) -> Iterator[dict[str, Any]]:
     """Those that are whole."""
     try:
-        with open(path, "rb") as file:
-            for data in file:
-                try:
-                    line = json.loads(data)
-                except ValueError:
-                    continue
-                if isinstance(line, dict) and line.keys() >= _FIELDS and isinstance(line["index"], int):
-                    yield line
+        for data in read_lines(path):
+            try:
+                line = load_object(data)
+            except ValueError:
+                continue
+            if _is_row(line):
+                yield line
     except FileNotFoundError:
         return
+
+
+def _is_row(line: dict[str, Any]) -> bool:
+    """Whether each of its values is what `result_line` makes, so that nothing trips over it later."""
+    return (
+        line.keys() >= _FIELDS
+        and type(line["index"]) is int
+        and 0 <= line["index"] < 10**MAX_DIGITS
+        and isinstance(line["params"], dict)
+        and isinstance(line["output"], dict | None)
+        and isinstance(line["devices"], list)
+        and all(isinstance(device, str) for device in line["devices"])
+    )
