@@ -54,7 +54,7 @@ def test_a_healthy_machine_has_nothing_but_ok(lab: Lab) -> None:
     assert code == 0
     assert {level for _, level, _, _ in findings} == {"ok"}
     assert ("NVIDIA driver 570.86.15, NVML 12.570.86.15, CUDA up to 12.8", "") in of(findings, "driver", "ok")
-    assert ("GPU 0, GPU 1, GPU 2, GPU 3: NVIDIA H100 80GB HBM3, 80 GiB", "") in of(findings, "gpus", "ok")
+    assert ("GPU 0-3: NVIDIA H100 80GB HBM3, 80 GiB", "") in of(findings, "gpus", "ok")
     assert ("3 leases and 2 tickets live in it", "") in of(findings, "pool", "ok")
 
 

@@ -82,7 +82,7 @@ def _present(inventory: Inventory) -> Iterator[Finding]:
     for device in inventory.devices:
         kinds.setdefault(_kind(device), []).append(device.label)
     for kind, labels in kinds.items():
-        yield ok("gpus", f"{', '.join(labels)}: {kind}")
+        yield ok("gpus", f"{device_list(labels)}: {kind}")
     for device in inventory.devices:
         if device.exclusive:
             yield warning(
