@@ -27,6 +27,8 @@ from gpu_launcher.studies.stopping import ENDED, Bounds, Exhausted, Stopping, Ta
 from gpu_launcher.studies.storage import alone, store_reports
 
 STOPPED = "the sweep was stopped"
+MAX_HOPELESS = 3
+"""Trials that may end so, if no other trial has ended, before the sweep does."""
 
 
 class StudyError(GpuLauncherError):
@@ -53,6 +55,8 @@ class Ending:
     """Why it did not complete."""
     remarkable: bool = False
     """Nobody else tells the user."""
+    hopeless: bool = False
+    """The job did its work and returned what is not a value, as every other will."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,7 @@ class Desk:
         self._opened = self.clock()
         self._asked = 0
         self._ended: Counter[How] = Counter()
+        self._hopeless = 0
         self._exhausted = False
         """The sampler has said so."""
         self._sampling = _Sampling()
@@ -171,6 +176,9 @@ class Desk:
         """
         if (over := self._stopping.over(self._tally)) is not None:
             return over
+        if self._hopeless >= MAX_HOPELESS and self._hopeless == self._ended.total():
+            reason = f"no more trials are asked for: none of the first {self._hopeless} returned a value to search by"
+            return Exhausted(f"{reason}; the task function must return a number for each direction", failed=True)
         with alone(self._storage) if self.in_turn else nullcontext():
             return self._sample()
 
@@ -239,6 +247,7 @@ class Desk:
             self._note_by_id(number, id)
             del self._jobs[number]
         self._ended[ending.how] += 1
+        self._hopeless += ending.hopeless
         if ending.how is How.FAILED and self._first_failure is None:
             self._first_failure = f"trial {number} {ending.message or 'failed'}"
         if ending.how in (How.FAILED, How.INTERRUPTED):

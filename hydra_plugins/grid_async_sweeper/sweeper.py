@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins import basic_sweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import CompactHydraException
 
 from hydra_plugins.gpu_pool_launcher.launcher import GpuPoolLauncher
 
@@ -41,6 +42,14 @@ class GridAsyncSweeper(basic_sweeper.BasicSweeper):
 
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        for override in overrides:
+            if override.is_interval_sweep():
+                key = override.get_key_element()
+                raise CompactHydraException(
+                    f"{override.input_line}: hydra/sweeper=grid_async runs every value, and an interval cannot be "
+                    "counted: use hydra/sweeper=optuna_async to search it, or give values, as in "
+                    f"{key}=0.1,0.2 or {key}=range(0.1,1.0,0.1)"
+                )
         make_directory(self.config)
         returns: list[Sequence[JobReturn]] = []
         for batch in self.split_arguments(overrides, self.max_batch_size):

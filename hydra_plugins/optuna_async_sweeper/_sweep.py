@@ -231,7 +231,11 @@ def _ending_of(job_return: JobReturn, objectives: int) -> Ending:
     try:
         return Ending(How.COMPLETE, values_of(returned, objectives))
     except ValueError as error:
-        return Ending(How.FAILED, message=str(error), remarkable=True)
+        return Ending(How.FAILED, message=str(error), remarkable=True, hopeless=isinstance(error, _NotANumberError))
+
+
+class _NotANumberError(ValueError):
+    """What the task function returned is not a number, or not as many as there are directions."""
 
 
 def values_of(returned: Any, objectives: int) -> tuple[float, ...]:
@@ -244,15 +248,15 @@ def values_of(returned: Any, objectives: int) -> tuple[float, ...]:
         except Exception:  # of a class of the user's
             given = []
         if not given:
-            raise ValueError(f"returned {_shown(returned)} instead of {objectives} numbers")
+            raise _NotANumberError(f"returned {_shown(returned)} instead of {objectives} numbers")
     if len(given) != objectives:
-        raise ValueError(f"returned {len(given)} values, and the sweep has {objectives} directions")
+        raise _NotANumberError(f"returned {len(given)} values, and the sweep has {objectives} directions")
     values = []
     for one in given:
         try:
             value = float(one)
         except Exception:  # of a class of the user's; a number too large for a float; a tensor of several elements
-            raise ValueError(f"returned {_shown(one)}, which is no number") from None
+            raise _NotANumberError(f"returned {_shown(one)}, which is no number") from None
         if not math.isfinite(value):
             raise ValueError(f"returned {value}, which no search can use")
         values.append(value)

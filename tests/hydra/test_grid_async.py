@@ -87,6 +87,14 @@ def test_batches_are_given_to_any_launcher_one_after_another(
     assert len(re.findall(line, out + err)) == 3
 
 
+def test_an_interval_is_answered_with_the_sweeper_that_searches_it(run: Run, tmp_path: Path) -> None:
+    done = run(tmp_path, PROGRAM, "-m", "n=tag(log,interval(1,9))", GRID_ASYNC, *GPU_POOL, "hydra.sweep.dir=sweep")
+    assert done.returncode == 1
+    assert "use hydra/sweeper=optuna_async to search it" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "sweep" / "0").exists()
+
+
 @pytest.mark.parametrize("launcher", [GPU_POOL, ()])
 def test_a_failure_does_not_keep_later_batches_from_running(
     run: Run, tmp_path: Path, launcher: tuple[str, ...]

@@ -334,6 +334,15 @@ def test_a_sweep_whose_trials_all_failed_says_why(run: Run, tmp_path: Path, does
     assert "Traceback" not in done.stderr.split("2 jobs: ")[1]
 
 
+def test_a_sweep_whose_function_returns_nothing_ends_after_a_few_trials(run: Run, tmp_path: Path) -> None:
+    done = sweep(run, tmp_path, SPACE, "does=none", "hydra.sweeper.n_trials=40", ok=False)
+    found = states(study(tmp_path))
+    assert set(found) == {"FAIL"}
+    assert 3 <= len(found) < 20
+    assert "the task function must return a number for each direction" in done.stderr
+    assert "returned None (does the task function return its value?)" in done.stderr
+
+
 def test_the_wrong_number_of_objectives_fails_the_trial(run: Run, tmp_path: Path) -> None:
     directions = "hydra.sweeper.direction=[minimize,maximize]"
     done = sweep(run, tmp_path, SPACE, "does=three", directions, "hydra.sweeper.n_trials=1", ok=False)

@@ -318,3 +318,27 @@ def test_a_trial_that_ends_while_it_is_queued_again_is_not_repeated(storage, mon
     monkeypatch.setattr(storage, "create_new_trial", ends_now)
     assert not settling.queue_again(dead.study, trial, 0, "lost")
     assert [trial.state.name for trial in dead.study.trials] == ["COMPLETE", "FAIL"]
+
+
+def test_a_search_ends_when_none_of_the_first_returns_a_value(storage):
+    one = desk(storage, Bounds(n_trials=20))
+    for _ in range(3):
+        asked = one.ask()
+        assert isinstance(asked, Asked)
+        one.tell(asked.trial.number, Ending(How.FAILED, message="returned None", hopeless=True))
+    over = one.ask()
+    assert isinstance(over, Exhausted)
+    assert over.failed
+    assert "none of the first 3 returned a value" in (over.reason or "")
+
+
+@pytest.mark.parametrize(
+    "other", [Ending(How.COMPLETE, (1.0,)), Ending(How.FAILED, message="raised"), Ending(How.PRUNED)]
+)
+def test_a_search_goes_on_if_another_trial_ended_otherwise(storage, other):
+    one = desk(storage, Bounds(n_trials=20))
+    for ending in [other, *[Ending(How.FAILED, message="returned None", hopeless=True)] * 5]:
+        asked = one.ask()
+        assert isinstance(asked, Asked)
+        one.tell(asked.trial.number, ending)
+    assert isinstance(one.ask(), Asked)
