@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import selectors
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +48,8 @@ from gpu_launcher.processes.host_memory import oom_kills
 from gpu_launcher.processes.messages import ChannelClosedError, Report
 from gpu_launcher.processes.starter import SUPERVISOR_DIED, JobProcess, Lost, ServerDiedError
 
+LOOK_AT_CAP = 1.0
+"""Seconds between two looks at whether the cap leaves devices idle."""
 TICK = 0.125
 """Seconds between two looks at the clock, for the live view."""
 MAX_NAMED = 3
@@ -101,6 +104,7 @@ class JobLoop:
         attempts: Mapping[int, int] = MappingProxyType({}),
         source: JobSource | None = None,
         program: int | None = None,
+        cap: str | None = None,
         checkpoint: Callable[[str], None] = lambda name: None,
     ) -> None:
         """Prepare to run `jobs` on `devices`.
@@ -110,10 +114,13 @@ class JobLoop:
         a job that is prepared logs and what is to be told about it, `telling` how jobs are told of their devices,
         `by_uuid` that there is no other name for them, `failures` what to do about jobs that fail, `attempts` how many
         attempts each has made in earlier launches. `source` decides on more jobs when there is room for them. `program`
-        is the process for which they are run; None: this one. `checkpoint` is called with the name of each point of a
-        job's life, for tests that kill the launching program there.
+        is the process for which they are run; None: this one. `cap` names the option that
+        is `limits.parallel`, for the user to be told if it leaves devices idle. `checkpoint` is called with the name of
+        each point of a job's life, for tests that kill the launching program there.
         """
         self._jobs = {job.number: job for job in jobs}
+        self._cap = cap
+        self._look_at_cap = -math.inf
         self._pool = PoolSide(devices, ledger, watch, owner, progress, clock, program)
         self._limits = limits
         self._server = server
@@ -204,6 +211,7 @@ class JobLoop:
         while self._not_startable:
             self._handle(m.Exited(*self._not_startable.popitem()))
         self._claim()
+        self._mention_cap()
         self._handle(m.Tick())
         self._ask_source()
         self._progress.tick(self._clock())
@@ -216,6 +224,24 @@ class JobLoop:
         if self._machine.deadline is not None:
             patience = min(patience, max(0.0, self._machine.deadline - self._clock()))
         return patience
+
+    def _mention_cap(self) -> None:
+        """Say once that the user's cap, and nothing else, leaves devices idle."""
+        if self._cap is None or not self._pool.ready or self._clock() < self._look_at_cap:
+            return
+        if (request := self._machine.capped) is None:
+            return
+        self._look_at_cap = self._clock() + LOOK_AT_CAP
+        idle = self._pool.idle()
+        if len(idle) >= request.gpus:
+            self._progress.handle(
+                Notice(
+                    self._clock(),
+                    f"{self._cap}={self._limits.parallel} leaves {len(idle)} of "
+                    f"{count(len(self._pool.devices), 'device')} idle: raise or remove it to use them",
+                )
+            )
+            self._cap = None
 
     # What happens
 

@@ -294,6 +294,17 @@ class Machine:
         return not self.stopping and self._given_up is None
 
     @property
+    def capped(self) -> Request | None:
+        """What a job needs that is prepared, and waits only because as many run as may."""
+        if not self.takes_more or self._ticket is not None or not self._parallel_full():
+            return None
+        for number in sorted(self._in(Phase.PREPARED)):
+            job = self._jobs[number]
+            if job.problem is None and not job.lost and job.request is not None and job.request.gpus > 0:
+                return job.request
+        return None
+
+    @property
     def deadline(self) -> float | None:
         """When a Tick is needed, if nothing else happens; on the clock of `now`."""
         ends = (self._jobs[number].ends for number in self._live)

@@ -83,6 +83,14 @@ class PoolSide:
         """What is wrong with devices, by UUID."""
         return {uuid: self._watch.faults.get(uuid) for uuid in self.devices}
 
+    def idle(self) -> list[Device]:
+        """The devices that could be granted now, and of which nobody has a share."""
+        leases = self._ledger.snapshot().leases
+        if any(lease.uuids is None for lease in leases):
+            return []
+        held = {uuid for lease in leases for uuid in lease.uuids or ()} | set(self._watch.unavailable)
+        return [device for uuid, device in self.devices.items() if uuid not in held]
+
     def _hear_of_leases(self) -> None:
         self._ledger.drain()
         if self._watch.unavailable:

@@ -58,6 +58,8 @@ class Options:
     """Leave out the jobs that completed in an earlier launch."""
     spell: Callable[[str], str] = str
     """What the user writes for an option of that name, such as `--devices` for `devices`."""
+    cap: str | None = None
+    """What the user writes for `max_parallel`, to be named where it leaves devices idle; None: nobody is told."""
     environ: Mapping[str, str] | None = None
     """By whose mask GPUs are visible; None: by that of this process when the jobs are run."""
 
@@ -162,6 +164,7 @@ def run_jobs(
             attempts=attempts,
             source=watched,
             program=program,
+            cap=options.cap,
         )
         results = {**finished, **{result.number: result for result in loop.run()}}
         progress.handle(SweepEnded(time.monotonic()))

@@ -102,16 +102,18 @@ def stream(
     launcher: GpuPoolLauncher,
     open_source: Callable[[ForkServer], tuple[JobSource, int | None]],
     max_parallel: int | None,
+    cap: str,
 ) -> SweepResult:
-    """Run the jobs of a source, at most so many at a time.
+    """Run the jobs of a source, at most so many at a time, as the option says that the user calls `cap`.
 
     `open_source` is called when the fork server runs, and also says how many jobs there will be, if that is known.
     Raises GpuLauncherError if no job can run.
     """
     assert launcher.config is not None
     options = read_options(launcher.options, launcher.config)
-    caps = [cap for cap in (options.max_parallel, max_parallel) if cap is not None]
-    options = replace(options, max_parallel=min(caps, default=None), resume=False)
+    options = replace(options, resume=False)
+    if max_parallel is not None and (options.max_parallel is None or max_parallel < options.max_parallel):
+        options = replace(options, max_parallel=max_parallel, cap=cap)
     directory = sweep_directory(launcher.config)
     logs, _ = open_logs(launcher, directory, resume=False, continued=True)
     try:

@@ -77,6 +77,7 @@ def read_options(options: dict[str, Any], config: DictConfig) -> Options:
         devices=_plain(options.get("devices", "auto")),
         request=None if per_job else requests.read_request(options),
         max_parallel=_max_parallel(options.get("max_parallel")),
+        cap=spell("max_parallel"),
         grace=_grace(options.get("grace", 10.0)),
         pool_dir=_pool_dir(options.get("pool_dir")),
         busy_memory=_busy_memory(options.get("busy_memory", BUSY_MEMORY)),

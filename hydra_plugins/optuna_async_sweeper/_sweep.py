@@ -108,7 +108,7 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
         return source, study.expected
 
     try:
-        result = stream(launcher, open_source, plan.options.n_jobs)
+        result = stream(launcher, open_source, plan.options.n_jobs, "hydra.sweeper.n_jobs")
     except BaseException:
         for source in sources:
             with contextlib.suppress(GpuLauncherError):  # there is another error to show

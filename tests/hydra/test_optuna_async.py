@@ -204,9 +204,10 @@ def test_sampling_does_not_keep_jobs_from_starting(run: Run, tmp_path: Path) -> 
 
 
 def test_at_most_n_jobs_run_at_the_same_time(run: Run, tmp_path: Path) -> None:
-    sweep(run, tmp_path, SPACE, "seconds=0.1", "hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=1")
+    done = sweep(run, tmp_path, SPACE, "seconds=0.5", "hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=1")
     kinds = ["began" if "began" in entry else "ended" for entry in witness(tmp_path)]
     assert kinds == ["began", "ended"] * 5
+    assert done.stderr.count("hydra.sweeper.n_jobs=1 leaves 1 of 2 devices idle: raise or remove it") == 1
 
 
 JOBLIB = importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is not None

@@ -344,3 +344,28 @@ def test_a_job_that_is_cancelled_before_it_runs_never_does():
     assert machine.handle(m.Cancel(1, "x"), 0.0) == [m.Kill(1)]
     assert machine.handle(m.Prepared(1, ONE), 0.0) == [], "it was on the way"
     assert machine.handle(m.Cancel(2, "x"), 0.0) == [m.Conclude(2, stopped=False, problem="x", cancelled=True)]
+
+
+def test_a_job_that_only_the_cap_keeps_waiting_is_known():
+    machine = running(2, parallel=2)
+    assert machine.capped is None, "no other job waits"
+    machine = Machine([0, 1], limits(parallel=1))
+    machine.handle(m.Begin(), 0.0)
+    machine.handle(m.Prepared(0, ONE), 0.0)
+    assert machine.capped is None, "the first one's ticket is out"
+    machine.handle(m.Granted(0), 0.0)
+    assert machine.capped is None, "the second one is not prepared"
+    machine.handle(m.Prepared(1, Request(2)), 0.0)
+    assert machine.capped == Request(2)
+    machine.handle(m.StopAsked(), 0.0)
+    assert machine.capped is None
+
+
+def test_without_a_cap_no_job_is_capped():
+    machine = running(1)
+    assert machine.capped is None
+    machine = Machine([0, 1], limits(without_devices=1))
+    machine.handle(m.Begin(), 0.0)
+    for number in (0, 1):
+        machine.handle(m.Prepared(number, Request(0)), 0.0)
+    assert machine.capped is None

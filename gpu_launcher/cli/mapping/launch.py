@@ -231,6 +231,7 @@ def _options(given: Mapping[str, Any]) -> Options:
         devices=given.get("devices", "auto"),
         request=read_request(given),
         max_parallel=given.get("max_parallel"),
+        cap="--max-parallel",
         grace=grace,
         pool_dir=given.get("pool_dir"),
         busy_memory=BUSY_MEMORY,
