@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,6 +57,6 @@ class Fields:
 
     def time(self, name: str) -> float:
         value = self._content.get(name)
-        if not isinstance(value, (int, float)) or not math.isfinite(value) or not 0 <= value <= MAX_TIME:
+        if not isinstance(value, (int, float)) or not 0 <= value <= MAX_TIME:
             raise ValueError(f"{name} is not a time")
         return float(value)
