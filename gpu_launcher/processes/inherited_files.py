@@ -72,6 +72,8 @@ class _File:
     device: int
     inode: int
     inheritable: bool
+    locked: bool
+    """Whether it is open for reading and writing, and locked. Asked early: fcntl(2) locks are the program's alone."""
     duplicate_of: int | None = None
     """Another descriptor of the same description, which is opened again before this one."""
 
@@ -193,6 +195,7 @@ def _look(descriptor: int) -> _File | None:
             status.st_dev,
             status.st_ino,
             os.get_inheritable(descriptor),
+            flags & os.O_ACCMODE == os.O_RDWR and _is_locked(descriptor),
         )
     except OSError:  # a descriptor that listed the others and is closed, or a file that cannot seek
         return None
@@ -275,8 +278,11 @@ def _may_be_overwritten(file: _File, mapped: set[str]) -> bool:
     """
     if file.flags & os.O_APPEND or file.name in mapped or file.name.startswith(_SHARED_MEMORY):
         return False
-    locked = "\nlock:" in Path(f"/proc/self/fdinfo/{file.descriptor}").read_text()
-    return not locked or os.fstat(file.descriptor).st_size > _MAX_LOCK_FILE
+    return not file.locked or os.fstat(file.descriptor).st_size > _MAX_LOCK_FILE
+
+
+def _is_locked(descriptor: int) -> bool:
+    return "\nlock:" in Path(f"/proc/self/fdinfo/{descriptor}").read_text()
 
 
 def _shared_mappings() -> set[str]:

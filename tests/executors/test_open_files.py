@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import random
 import time
@@ -94,6 +95,17 @@ def test_files_that_calls_may_overwrite_are_named_in_a_warning(
         assert executor.submit(int).result() == 0
     (warning,) = said.messages
     assert f"jobs that write to {tmp_path / 'cache.bin'} may overwrite each other's data" in warning
+
+
+def test_lock_files_of_the_program_cause_no_warning(
+    pool: Where, tmp_path: Path, said: pytest.LogCaptureFixture
+) -> None:
+    with open(tmp_path / "one.lock", "w+") as one, open(tmp_path / "two.lock", "w+") as two:
+        fcntl.lockf(one, fcntl.LOCK_EX)
+        fcntl.flock(two, fcntl.LOCK_EX)
+        with PoolExecutor(pool=pool) as executor:
+            assert executor.submit(int).result() == 0
+    assert said.messages == []
 
 
 def test_the_database_of_the_study_that_is_optimized_causes_no_warning(
