@@ -31,12 +31,20 @@ def jobs(
     """
     from gpu_launcher.cli.output import print_json, print_lines, terminal_width
     from gpu_launcher.cli.sweep import lines, to_json, unfinished
+    from gpu_launcher.jobs.directory import newest_sweep
     from gpu_launcher.jobs.manifest import ManifestError, read
     from gpu_launcher.jobs.reports import read_header
 
-    entries = list(read(directory).values())
+    try:
+        entries = list(read(directory).values())
+    except OSError as error:
+        raise ManifestError(f"cannot read {directory} ({error.strerror}): give a sweep's directory") from error
     if not entries:
-        raise ManifestError(f"{directory} is no sweep of gpu_pool: give the directory that hydra.sweep.dir named")
+        newest = newest_sweep(directory)
+        instead = "give the directory that hydra.sweep.dir named"
+        instead = instead if newest is None else f"the newest sweep in it is {newest}"
+        what = "is not the directory of a sweep" if directory.exists() else "does not exist"
+        raise ManifestError(f"{directory} {what}: {instead}")
     shown = [entry for entry in entries if unfinished(entry)] if failed else entries
     if as_json:
         reports = {entry.number: read_header(entry.report) for entry in shown if entry.report is not None}

@@ -138,6 +138,8 @@ class SweepEnded:
     """The last event: nothing runs any more."""
 
     time: float
+    closing: tuple[str, ...] = ()
+    """What to tell below the summary, such as where the results are."""
 
 
 Event = SweepStarted | Notice | Standing | JobWaiting | JobStarted | JobEnded | JobRetried | Stopping | SweepEnded

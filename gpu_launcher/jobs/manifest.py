@@ -27,6 +27,7 @@ from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs.events import Event, JobEnded, JobRetried, JobStarted, Outcome, Progress
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.jobs.progress.alike import Failures
 from gpu_launcher.jobs.reports import ReportError, read_header, read_report
 from gpu_launcher.jobs.source import JobSource, Offer, Statement
 from gpu_launcher.json_data import Fields, load_object
@@ -39,6 +40,8 @@ MAX_LAUNCH = 2**20
 """Bytes of a file that says who runs jobs."""
 DIRECTORY = ".gpu_launcher"
 MANIFEST = "manifest.jsonl"
+MAX_FAILED = 10
+"""Jobs that are kept, each of which failed in another way."""
 
 
 class ManifestError(GpuLauncherError):
@@ -118,6 +121,12 @@ class Recorder:
         self._warn: Callable[[str], None] | None = warn
         self._wall_clock = wall_clock
         self._attempts = {job.number: (attempts or {}).get(job.number, 0) for job in jobs}
+        self._jobs = {job.number: job for job in jobs}
+        self._failures = Failures()
+        self.failed: list[Job] = []
+        """Jobs that failed, one for each way of failing."""
+        self.incomplete = 0
+        """How many jobs failed or were cancelled."""
         self._file = self.directory / f"launch-{self._id}.json"
         self._process = os.getpid()
         make_directories(self.directory)
@@ -139,6 +148,7 @@ class Recorder:
     def add(self, job: Job) -> None:
         """Note one more job that is to be run."""
         self._attempts[job.number] = job.attempts_before
+        self._jobs[job.number] = job
         self._plan([job])
 
     def _plan(self, jobs: Sequence[Job]) -> None:
@@ -168,6 +178,11 @@ class Recorder:
         elif isinstance(event, JobEnded):
             outcome = event.outcome.value
             self._attempts.pop(event.number, None)
+            job = self._jobs.pop(event.number, None)
+            self.incomplete += event.outcome in (Outcome.FAILED, Outcome.CANCELLED)
+            new = event.outcome is Outcome.FAILED and self._failures.add(event) is None
+            if new and job is not None and len(self.failed) < MAX_FAILED:
+                self.failed.append(job)
             left = {"left_behind": event.left_behind} if event.left_behind else {}
             self._append(ended=event.number, outcome=outcome, message=event.message, log=event.log, **left)
             old = self._old.pop(event.number, None)

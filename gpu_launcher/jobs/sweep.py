@@ -90,15 +90,17 @@ def run_jobs(
     program: int | None = None,
     logs: LogFiles | None = None,
     notices: Sequence[str] = (),
+    closing: Callable[[Sequence[Job], int], Sequence[str]] = lambda failed, incomplete: (),
 ) -> SweepResult:
     """Run `jobs` on the machine's pool and show how it goes, on stderr if there is no `display`, which is closed.
 
     `directory` is the sweep's, and keeps what is known of its jobs; `command` names this program to others who wait for
     devices. With a `source` its jobs are run, too, `total` in all if that is known, and it alone gets what became of
     them; `program` is the process for which they are run if that is not this one; `logs` has a say in where jobs
-    log, and `notices` are told first. If they are not to be `recorded`,
-    there is nothing to resume, and `directory` gets no more than their reports. Raises OptionError, PoolDirectoryError
-    and ManifestError before any job is started.
+    log, `notices` are told first, and what is `closing` last, which is given a job for each way in which jobs failed
+    and the number of those that did not complete. If they are not to be `recorded`, there is nothing to resume, and
+    `directory` gets no more than their reports. Raises OptionError, PoolDirectoryError and ManifestError before any job
+    is started.
     """
     selection = select_devices(options.devices, _environ(options), option=options.spell("devices"))
     devices = selection.devices
@@ -167,7 +169,8 @@ def run_jobs(
             cap=options.cap,
         )
         results = {**finished, **{result.number: result for result in loop.run()}}
-        progress.handle(SweepEnded(time.monotonic()))
+        last = closing(recorder.failed, recorder.incomplete) if recorded else ()
+        progress.handle(SweepEnded(time.monotonic(), tuple(last)))
         in_order = [results[number] for number in _order(jobs, results)]
         return SweepResult(in_order, loop.signals.last if loop.stopped else None, loop.stopped)
 

@@ -8,6 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -23,6 +24,7 @@ from gpu_launcher.jobs.source import JobSource
 from gpu_launcher.jobs.sweep import Options, SweepResult, run_jobs
 from gpu_launcher.processes.starter import ForkServer
 
+from ._commands import closing_lines
 from ._directory import LaunchError, open_logs, sweep_directory
 from ._ending import final, is_for_basic_sweeper
 from ._options import read_options, read_start_method, spell
@@ -71,7 +73,10 @@ def _launch(launcher: GpuPoolLauncher, job_overrides: list[list[str]], first: in
     ]
     try:
         command = Path(sys.argv[0]).name
-        sweep = run_jobs(jobs, _server(launcher), options, directory, command, logs=logs, notices=notices)
+        closing = partial(closing_lines, launcher.config, directory)
+        sweep = run_jobs(
+            jobs, _server(launcher), options, directory, command, logs=logs, notices=notices, closing=closing
+        )
     except BaseException:
         launcher.server = None  # it may have been closed; a further launch gets a new one
         raise
@@ -120,7 +125,8 @@ def stream(
         server = _server(launcher)
         source, total = open_source(server)
         command = Path(sys.argv[0]).name
-        return run_jobs([], server, options, directory, command, source=source, total=total, logs=logs)
+        closing = partial(closing_lines, launcher.config, directory)
+        return run_jobs([], server, options, directory, command, source=source, total=total, logs=logs, closing=closing)
     finally:
         if launcher.server is not None:
             launcher.server.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -200,16 +201,22 @@ def job_command(argv: list[str]) -> list[str]:
     Options that choose the config (`--config-name` and the like) stay, `--multirun` goes. A job may have another
     working directory, so that paths are made absolute.
     """
-    script, *options = argv
-    kept = [str(Path(script).absolute()) if Path(script).exists() else script]
-    arguments = iter(options)
-    for argument in arguments:
+    script, *arguments = argv
+    program = str(Path(script).absolute()) if Path(script).exists() else script
+    return [program, *config_options(arguments, lambda path: str(Path(path).absolute()))]
+
+
+def config_options(arguments: Sequence[str], path: Callable[[str], str] = str) -> list[str]:
+    """Those of a command line's arguments that choose the config; `path` changes those that are paths."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
         name, assigned, value = argument.partition("=")
         if name in _WITH_VALUE:
             if not assigned:
-                value = next(arguments, "")
+                value = next(rest, "")
             if name in _RELATIVE_TO_HERE:
-                value = str(Path(value).absolute())
+                value = path(value)
             kept += [f"{name}={value}"] if assigned else [name, value]
     return kept
 

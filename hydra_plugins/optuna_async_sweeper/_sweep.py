@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import re
 import shlex
 import signal
 from collections.abc import Sequence
@@ -28,13 +27,13 @@ from gpu_launcher.studies.desk import Asked, Ending, How, Summary, Unusable
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.source import Opened, TrialSource, seen
 from gpu_launcher.studies.stopping import Exhausted
+from hydra_plugins.gpu_pool_launcher._commands import override
 from hydra_plugins.gpu_pool_launcher._directory import make_directory
 from hydra_plugins.gpu_pool_launcher._ending import final
 from hydra_plugins.gpu_pool_launcher.launcher import GpuPoolLauncher
 
 from ._composition import check_composition
 from ._options import read_options
-from ._override_text import override_text
 from ._report import finish
 from ._search_space import SearchSpace, read_search_space
 from ._study import StudyPlan
@@ -132,6 +131,7 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
     failed = source.failed
     if result.stopped and stopped_by is None:
         failed = "the sweep was stopped because hydra.launcher.on_failure or max_failures says so"
+        log.info(_how_to_go_on(plan, directory, summary.left))
     _conclude(plan, directory, summary, lines, failed, interrupted=stopped_by is not None)
     if stopped_by is not None:
         stop(stopped_by)
@@ -296,12 +296,8 @@ def _how_to_go_on(plan: StudyPlan, directory: Path, left: int | None) -> str:
         overrides["hydra.sweeper.study_name"] = plan.name
     if left:
         overrides["hydra.sweeper.n_trials"] = left
-    texts = {
-        name: str(value) if re.fullmatch(r"[\w./:-]+", str(value)) else override_text(value)
-        for name, value in overrides.items()
-    }
-    words = [shlex.quote(f"{name}={text}") for name, text in texts.items()]
-    return f"to go on with the study, run the same command with {' '.join(words)}"
+    words = shlex.join(override(name, value) for name, value in overrides.items())
+    return f"to go on with the study, run the same command with {words}"
 
 
 def _save(space: SearchSpace, summary: Summary, directory: Path, *, several: bool) -> None:

@@ -80,4 +80,20 @@ def test_it_lists_only_those_that_failed_as_json(sweep: Path) -> None:
 def test_a_directory_that_is_no_sweep_is_an_error_with_the_remedy(tmp_path: Path) -> None:
     done = jobs(str(tmp_path))
     assert done.returncode == 1
-    assert "is no sweep of gpu_pool: give the directory that hydra.sweep.dir named" in done.stderr
+    assert "is not the directory of a sweep: give the directory that hydra.sweep.dir named" in done.stderr
+
+
+def test_above_a_sweep_the_newest_one_is_named(sweep: Path) -> None:
+    done = jobs(str(sweep.parent))
+    assert done.returncode == 1
+    assert f"{sweep.parent} is not the directory of a sweep: the newest sweep in it is {sweep}" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "n" * 300, "missing"])
+def test_what_is_no_directory_is_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("x")
+    done = jobs(str(tmp_path / name))
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    reasons = {"missing": "does not exist", "n" * 300: "(File name too long)"}
+    assert reasons.get(name, "(Not a directory)") in line

@@ -228,7 +228,7 @@ def test_failures_are_results_and_stop_nobody(run_map: Map, tmp_path: Path) -> N
     words = ("--param", "n=0,1,2,3", "--retries", "1", *SIMULATED)
     done = run_map(*words, "--", sys.executable, "fail.py", "{n}")
     assert done.returncode == 1
-    assert "run what did not complete by: gpu-launcher map --resume out" in done.stderr
+    assert "to run the rest: gpu-launcher map --resume out" in done.stderr
     results = run_map.results()
     assert [line["outcome"] for line in results] == ["completed", "failed", "failed", "completed"]
     assert [line["exit_code"] for line in results] == [0, 7, -11, 0]

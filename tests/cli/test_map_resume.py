@@ -248,7 +248,7 @@ def test_what_was_made_for_a_map_that_is_refused_is_removed_again(
 def test_the_way_to_go_on_can_be_given_to_a_shell(run_map: Map) -> None:
     words = ("--param", "n=1,2", *SIMULATED, "--dir", "my results; touch evil")
     failed = run_map(*words, "--", *FAIL_AT_2)
-    (command,) = re.findall(r"run what did not complete by: gpu-launcher (map .*)", failed.stderr)
+    (command,) = re.findall(r"to run the rest: gpu-launcher (map .*)", failed.stderr)
     again = run_map(*words, "--", *FAIL_AT_2)
     assert again.returncode == 2
     assert f"go on with that by {command.removeprefix('map ')}, or name another directory" in again.stderr
@@ -260,7 +260,7 @@ def test_the_way_to_go_on_can_be_given_to_a_shell(run_map: Map) -> None:
 
 def test_a_stream_is_to_be_fed_again(run_map: Map) -> None:
     failed = run_map("--from", "-", *SIMULATED, "--dir", "out", "--", *FAIL_AT_2, input=ONE_TO_THREE)
-    assert "run what did not complete by: <the same stream> | gpu-launcher map --resume out\n" in failed.stderr
+    assert "to run the rest: <the same stream> | gpu-launcher map --resume out\n" in failed.stderr
 
 
 @pytest.mark.parametrize("more", [(), ("--dry-run",)])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from gpu_launcher.jobs.manifest import State, read
+from hydra_plugins.gpu_pool_launcher._commands import override
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -104,3 +107,70 @@ def test_a_launch_on_another_machine_may_still_run(tmp_path: Path, run: Run) -> 
     assert "may still be run by process 1 (train.py) of elsewhere" in refused.stderr
     assert f"remove {launch}" in refused.stderr
     assert not (tmp_path / "s" / "multirun.yaml").exists()
+
+
+@pytest.mark.parametrize("directory", ["s", "a (dir), it's"])
+def test_the_end_of_a_sweep_says_how_to_continue_and_to_run_one_job(tmp_path: Path, run: Run, directory: str) -> None:
+    where = override("hydra.sweep.dir", directory)
+    first = run(tmp_path, PROGRAM, "-m", "x=1,2,3", "fails=2", where)
+    assert first.returncode == 1
+    end = first.stderr.partition("[gpu_pool] 3 jobs: 2 completed, 1 failed")[2]
+    assert f"  results: {directory}\n" in end
+    commands = dict(re.findall(r"^  (to run [\w ]+): (.*)$", end, re.MULTILINE))
+    environ = {**os.environ, "GPU_LAUNCHER_POOL_DIR": str(tmp_path / "pool")}
+
+    def typed(command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, shell=True, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=100
+        )
+
+    alone = typed(commands["to run job 1 alone"])
+    assert alone.returncode == 1
+    assert alone.stdout == "this is job 2\n"
+    assert "ValueError: 2 fails" in alone.stderr
+    rest = typed(commands["to run the rest"])
+    assert rest.returncode == 1
+    assert "resumed: 2 of 3 jobs completed before" in rest.stderr
+
+
+def test_jobs_in_one_directory_show_their_own_lines_only(tmp_path: Path, run: Run) -> None:
+    sweep = ["x=1,2,3,4", "fails=3", "hydra.sweep.subdir=.", "hydra.sweep.dir=s", "hydra.launcher.max_parallel=1"]
+    done = run(tmp_path, PROGRAM, "-m", *sweep, "hydra.launcher.retries=1", "hydra.launcher.retry_on=exception")
+    assert done.returncode == 1
+    assert done.stderr.count(" share the output directory ") == 1
+    assert set(re.findall(r"^    \| this is job (\d)", done.stderr, re.MULTILINE)) == {"3"}
+    logs = {entry.number: Path(entry.log or "") for entry in read(tmp_path / "s").values()}
+    for number, path in logs.items():
+        assert re.findall(r"this is job (\d)", path.read_text()) == [str(number + 1)]
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("hydra.sweep.dir=file/s", "cannot write to the sweep directory (Not a directory): file/s; name another"),
+        (f"hydra.sweep.dir={'n' * 300}", "cannot write to the sweep directory (File name too long): nnn"),
+        ("hydra.launcher.resume=true", "hydra.launcher.resume=true: there is nothing to resume in multirun/"),
+        (f"hydra.sweep.subdir={'n' * 300}", "cannot write to the output directory (File name too long): "),
+    ],
+)
+def test_a_directory_that_cannot_be_used_is_said_without_frames(
+    tmp_path: Path, run: Run, option: str, said: str
+) -> None:
+    (tmp_path / "file").touch()
+    done = run(tmp_path, PROGRAM, "-m", "x=1", option)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_resume_in_a_new_directory_names_the_newest_sweep(tmp_path: Path, run: Run) -> None:
+    assert run(tmp_path, PROGRAM, "-m", "x=1").returncode == 0
+    (newest,) = tmp_path.glob("multirun/*/*")
+    name = newest.relative_to(tmp_path)
+    refused = run(tmp_path, PROGRAM, "-m", "x=1", "hydra.launcher.resume=true")
+    assert refused.returncode == 1
+    assert f"The newest sweep is {name}: hydra.sweep.dir={name} resumes that\n" in refused.stderr
+    assert list(tmp_path.glob("multirun/*/*")) == [newest], "no directory is made for it"
+    named = run(tmp_path, PROGRAM, "-m", "x=1", "hydra.launcher.resume=true", "hydra.sweep.dir=other")
+    assert named.returncode == 0
+    assert f"there is nothing to resume in other. The newest sweep is {name}" in named.stderr

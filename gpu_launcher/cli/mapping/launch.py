@@ -366,7 +366,7 @@ class _Launch:
                 "not come in again: the input is not what it was"
             )
         if incomplete or sweep.stopped:
-            tell(f"run what did not complete by: {self._how(place)}")
+            tell(f"to run the rest: {self._how(place)}")
         print_if_possible(shown(place.results))
         if sweep.stopped_by is not None:
             return 128 + sweep.stopped_by

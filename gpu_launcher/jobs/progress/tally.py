@@ -41,6 +41,7 @@ class Tally:
     waits: JobWaiting | None = None
     stopping: Stopping | None = None
     over: bool = False
+    closing: tuple[str, ...] = ()
     completed: int = 0
     cancelled: int = 0
     """Stopped by the user while they ran."""
@@ -103,6 +104,7 @@ class Tally:
                 self.waits = None
             case SweepEnded():
                 self.over = True
+                self.closing = event.closing
 
     def _settle(self, number: int) -> None:
         if self.waits is not None and self.waits.number == number:
@@ -167,6 +169,7 @@ class Tally:
                 lines.append(f"  {jobs} FAILED as job {group.first.number} did{which}")
         if self.failed > named:
             lines.append(f"  ... and {self.failed - named} more")
+        lines += [f"  {one_line(text)}" for text in self.closing]
         return lines
 
     def all_alike(self) -> str | None:

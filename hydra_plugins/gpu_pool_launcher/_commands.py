@@ -1,0 +1,97 @@
+"""Commands for the user to type: what runs one job alone, and what continues a sweep."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.utils import filter_overrides
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+
+from gpu_launcher.jobs.job import Job
+from hydra_plugins.optuna_async_sweeper._override_text import override_text
+
+from ._directory import shown
+from ._program import config_options
+
+MAX_ALONE = 3
+"""Failed jobs of which the command is shown that runs them alone."""
+
+_OF_THE_SWEEP = re.compile(r"[+~]*hydra[./](?:launcher|sweeper|sweep|mode)\b")
+"""Overrides that say nothing to a single job."""
+_SET_ANEW = re.compile(r"\+*hydra\.(?:sweep\.dir|launcher\.resume)=")
+_PATH = re.compile(r"(?:/|[A-Za-z_]\w*[./:-])[\w./:-]*", re.ASCII)
+"""Text that Hydra reads as it is, though `override_text` would quote it; no number and no word of Hydra's."""
+
+
+def closing_lines(config: DictConfig, directory: Path, failed: Sequence[Job], incomplete: int) -> list[str]:
+    """What to tell at the end of a sweep of which so many jobs are `incomplete`.
+
+    `failed` are jobs that failed, one for each way of failing.
+    """
+    program = typed_program(sys.argv, sys.orig_argv)
+    lines = [f"results: {shown(directory)}"]
+    if incomplete and _is_grid(config):
+        lines += _line("to run the rest", continue_command(program, sys.argv[1:], directory))
+    for job in failed[:MAX_ALONE]:
+        lines += _line(f"to run job {job.number} alone", alone_command(program, sys.argv[1:], config, job))
+    return lines
+
+
+def _line(what: str, command: list[str]) -> list[str]:
+    text = shlex.join(command)
+    return [f"{what}: {text}"] if text.isprintable() else []  # another text would run something else
+
+
+def typed_program(argv: Sequence[str], original: Sequence[str]) -> list[str]:
+    """What the user typed before the arguments: `python train.py`, `python -m package.train`, a console script.
+
+    `argv` is `sys.argv`, which the program may have changed, `original` is `sys.orig_argv`.
+    """
+    arguments = list(argv[1:])
+    head = list(original[: len(original) - len(arguments)])
+    if list(original[len(head) :]) != arguments or not head:
+        spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+        module = spec.name.removesuffix(".__main__") if spec is not None else None
+        return [original[0] if original else "python", *(["-m", module] if module else [argv[0]])]
+    script = head[-1]
+    if len(head) == 2 and shutil.which(Path(script).name) == script:
+        return [Path(script).name]
+    return head
+
+
+def alone_command(program: Sequence[str], arguments: Sequence[str], config: DictConfig, job: Job) -> list[str]:
+    """The command that runs one job of a sweep as a program of its own."""
+    of_all = cast("list[str]", OmegaConf.to_container(config.hydra.overrides.hydra))
+    overrides = [text for text in (*of_all, *filter_overrides(job.spec)) if not _OF_THE_SWEEP.match(text)]
+    if not {"-m", "--multirun"} & set(arguments):
+        overrides.append("hydra.mode=RUN")  # the config, or an override, says that it is a sweep
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    if re.search(r"hydra[:.]job\.num", f"{OmegaConf.to_yaml(own)}{overrides}"):
+        overrides.append(f"hydra.job.num={job.number}")
+    return [*program, *config_options(arguments), *dict.fromkeys(overrides)]
+
+
+def continue_command(program: Sequence[str], arguments: Sequence[str], directory: Path) -> list[str]:
+    """The command that runs what did not complete of a sweep in `directory`."""
+    kept = [argument for argument in arguments if not _SET_ANEW.match(argument)]
+    return [*program, *kept, override("hydra.sweep.dir", shown(directory)), "hydra.launcher.resume=true"]
+
+
+def override(name: str, value: object) -> str:
+    """The text of an override, with quotes for Hydra where it needs them."""
+    plain = isinstance(value, str) and _PATH.fullmatch(value)
+    return f"{name}={value if plain else override_text(value)}"
+
+
+def _is_grid(config: DictConfig) -> bool:
+    """Whether the sweeper asks for the same jobs each time, so that `resume` knows them by their numbers."""
+    sweeper = get_class(config.hydra.sweeper._target_)
+    return issubclass(sweeper, BasicSweeper)
