@@ -12,7 +12,8 @@ HELP = {
     "devices": "What to run on: auto (all GPUs, or CPU slots where there is none), a list of GPUs as [0,2] or by UUID, "
     "cpu:4, simulated:8. An inherited CUDA_VISIBLE_DEVICES restricts auto and lists.",
     "gpus": "Devices for each job: 0, 1, 2, ..., or a part of one such as 0.5, also as an interpolation on the job's "
-    "own config, of a key that the sweep's config has, too. null: one, or with memory as much of one as that says.",
+    "own config, of a key that the sweep's config has, too; a list then counts by its length, as Lightning's devices. "
+    "null: one, or with memory as much of one as that says.",
     "memory": "Memory on each device that a job declares, such as 20GiB. Jobs share a device as long as it has enough.",
     "priority": "Higher goes first among those that wait, machine-wide; below 0 after others. "
     "Above 0 is for root and the owner of the pool directory.",

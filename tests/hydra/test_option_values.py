@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hydra.core.plugins import Plugins
@@ -29,7 +29,8 @@ def config_of(**options: Any) -> DictConfig:
     """The config of a program, as Hydra composes it."""
     launcher = OmegaConf.structured(GpuPoolLauncherConf)
     runtime = {"choices": {"hydra/launcher": "gpu_pool"}}
-    config = OmegaConf.create({**PROGRAM, "hydra": {"launcher": launcher, "sweeper": {}, "runtime": runtime}})
+    hydra = {"launcher": launcher, "sweeper": {}, "runtime": runtime}
+    config = OmegaConf.create({**PROGRAM, "hydra": hydra})
     OmegaConf.set_struct(config, True)
     for name, value in options.items():
         config.hydra.launcher[name] = value
@@ -39,7 +40,7 @@ def config_of(**options: Any) -> DictConfig:
 
 def options_of(config: DictConfig) -> Options:
     """What the launcher makes of them."""
-    launcher: Any = Plugins.instance().instantiate_launcher(cast("Any", None), cast("Any", None), config)
+    launcher: Any = Plugins.instance()._instantiate(config.hydra.launcher)  # without a sweep's directory
     return read_options(launcher.options, config)
 
 
