@@ -103,9 +103,9 @@ def _pickler_class() -> Any:
             """Source lines by file name; None for files that the reader can open itself."""
 
         def reducer_override(self, thing: Any) -> Any:
-            if isinstance(thing, Afresh):
+            if type(thing) is Afresh:
                 return _code, (_Mark(True), thing.code, _Mark(False))
-            if isinstance(thing, _Mark):
+            if type(thing) is _Mark:
                 self.afresh = random_generators.Reducer() if thing.begins else None
                 return bool, ()
             if self.afresh is not None and (reduced := self.afresh.reduce(thing)) is not None:

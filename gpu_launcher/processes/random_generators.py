@@ -185,8 +185,10 @@ class Judge:
                 return Verdict.UNSEEDED if self._is_random(thing) else Verdict.SEEDED
             case Kind.BITS:
                 return self._of_bits(thing)
-            case _:
+            case Kind.NUMPY if thing._bit_generator is not None:
                 return self.verdict(thing._bit_generator)
+            case _:
+                return Verdict.SEEDED  # it has not been initialized yet
 
     def _of_bits(self, thing: Any) -> Verdict:
         seed, twister = thing._seed_seq, isinstance(thing, _numpy().MT19937)
@@ -375,7 +377,8 @@ def _notices(verdicts: list[tuple[Any, Verdict]]) -> list[tuple[str, bool]]:
     if doubtful:
         for module, name, thing in _of_program():
             if (verdict := doubtful.get(id(thing))) is not None:
-                texts[_notice(f"{module}.{name}", verdict)] = module != "__main__"
+                whole = name if module == "__main__" else f"{module}.{name}"
+                texts[_notice(whole, verdict)] = module != "__main__"
     return list(texts.items())
 
 
@@ -405,8 +408,9 @@ def _of_program() -> Iterator[tuple[str, str, Any]]:
                     for thing in found[:MAX_REFERENTS]
                     if id(thing) not in seen
                     and id(thing) not in names
-                    and not isinstance(thing, ModuleType)
-                    and not (isinstance(thing, type) and thing.__module__ != module.__name__)
+                    # Not isinstance: it asks the object, and a proxy may raise.
+                    and not issubclass(type(thing), ModuleType)
+                    and not (issubclass(type(thing), type) and vars(thing).get("__module__") != module.__name__)
                 ]
                 for thing in new:
                     yield module.__name__, name, thing

@@ -28,10 +28,13 @@ def alone(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module", params=["fork", "spawn"])
 def jobs(run: Run, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What three jobs of the seeded program draw, and the second attempt of one of them."""
-    return drawn(run, tmp_path_factory.mktemp("seeded"), request.param, SEED="5")
+    jobs, screen = drawn(run, tmp_path_factory.mktemp("seeded"), request.param, SEED="5")
+    assert "cannot tell" not in screen
+    return jobs
 
 
-def drawn(run: Run, directory: Path, method: str, **environment: str) -> list[Any]:
+def drawn(run: Run, directory: Path, method: str, **environment: str) -> tuple[list[Any], str]:
+    """What the jobs draw, and what is on the screen."""
     ran = run(
         directory,
         PROGRAM,
@@ -44,9 +47,8 @@ def drawn(run: Run, directory: Path, method: str, **environment: str) -> list[An
         **environment,
     )
     assert ran.returncode == 0, ran.stderr
-    assert "cannot tell" not in ran.stderr
     files = ["0/found.json", "0/first.json", "1/found.json", "2/found.json"]
-    return [json.loads((directory / "sweep" / file).read_text()) for file in files]
+    return [json.loads((directory / "sweep" / file).read_text()) for file in files], ran.stderr
 
 
 def test_unseeded_generators_differ_between_jobs_and_attempts(jobs: list[Any]) -> None:
@@ -61,7 +63,10 @@ def test_seeded_generators_draw_in_every_job_what_a_fresh_run_draws(alone: Any, 
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_global_generators_that_were_not_seeded_differ(run: Run, tmp_path: Path, method: str) -> None:
-    jobs = drawn(run, tmp_path, method)
-    numbers = [number for found in jobs for number in found["global"]]
+def test_global_generators_and_those_in_doubt_differ_with_a_notice(run: Run, tmp_path: Path, method: str) -> None:
+    jobs, screen = drawn(run, tmp_path, method, DOUBT="1")
+    numbers = [number for found in jobs for number in (*found["global"], *found["in doubt"])]
+    assert len(numbers) == 3 * len(jobs)
     assert len(set(numbers)) == len(numbers)
+    (notice,) = [line for line in screen.splitlines() if "cannot tell" in line]
+    assert notice.startswith("[gpu_pool] cannot tell whether IN_DOUBT was seeded, as it has been used since: each job")

@@ -355,6 +355,18 @@ def test_notices_name_the_generators_in_doubt(module: Callable[..., Any]) -> Non
     assert [text for text in Generators().notices("spawn") if name in text] == []
 
 
+def test_objects_of_the_program_are_not_asked_anything(module: Callable[..., Any]) -> None:
+    made = module(
+        "import random, numpy as np\n"
+        "class Proxy:\n"
+        "    def __getattribute__(self, name): raise RuntimeError(name)\n"
+        "    __class__ = property(lambda self: 1 / 0)\n"
+        "HELD = Proxy(), [Proxy()], np.random.Generator.__new__(np.random.Generator)\n"
+        "USED = random.Random(); USED.random()\n"
+    )
+    assert any(f"{made.__name__}.USED" in text for text in Generators().notices("fork"))
+
+
 def test_generators_of_installed_packages_cause_no_notice() -> None:
     import tempfile
 

@@ -48,6 +48,11 @@ SEEDED_LIST["b"].shuffle(list(range(100)))
 SEEDED.random(10)
 
 
+if "DOUBT" in os.environ:
+    IN_DOUBT = random.Random()
+    IN_DOUBT.random()
+
+
 @hydra.main(version_base="1.3", config_path=None)
 def main(cfg):
     big = 2**60
@@ -64,6 +69,7 @@ def main(cfg):
             *[int(generator.integers(big)) for generator in ONES],
             int(generators_module.UNSEEDED.integers(big)),
         ],
+        "in doubt": [IN_DOUBT.getrandbits(60)] if "DOUBT" in os.environ else [],
         "global": [random.getrandbits(60), int(np.random.randint(big))],
         "seeded": [
             int(SEEDED.integers(big)),
