@@ -609,7 +609,8 @@ def test_trials_of_a_killed_sweep_fail_and_are_queued_again_once(run: Run, start
 def test_two_sweeps_work_on_one_study(start: Start, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     shared = (f"hydra.sweeper.storage={url}", "hydra.sweeper.study_name=shared", "hydra.sweeper.n_trials=8")
-    programs = [start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, *shared) for _ in range(2)]
+    directories = [f"hydra.sweep.dir=sweep{number}" for number in range(2)]
+    programs = [start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, *shared, one) for one in directories]
     for program in programs:
         out, err = program.communicate(timeout=100)
         assert program.returncode == 0, out + err

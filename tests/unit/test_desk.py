@@ -17,7 +17,7 @@ from gpu_launcher.studies.ownership import Sweep, own
 from gpu_launcher.studies.stopping import Bounds, Exhausted
 
 HERE = ProcessIdentity.here()
-DEAD = replace(HERE, pid=2**22 + 1)
+DEAD = replace(HERE, pid=2**22)
 """No process has such an id."""
 
 

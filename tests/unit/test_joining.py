@@ -23,7 +23,7 @@ from hydra_plugins.optuna_async_sweeper._search_space import read_search_space
 from hydra_plugins.optuna_async_sweeper._study import StudyPlan
 
 HERE = ProcessIdentity.here()
-DEAD = replace(HERE, pid=2**22 + 1)
+DEAD = replace(HERE, pid=2**22)
 """No process has such an id."""
 RANDOM = {"name": "random", "seed": 7}
 
