@@ -322,9 +322,9 @@ def test_a_killed_program_leaves_nothing(
     process, tree = program(method)
     process.kill()
     process.wait()
-    until(lambda: dead(tree), 10)
-    until(lambda: leased(pool) == 0, 1)
-    until(lambda: not list(tmp_path.glob("gpu-launcher-*")), 5)
+    until(lambda: dead(tree), 20)
+    until(lambda: leased(pool) == 0, 10)
+    until(lambda: not list(tmp_path.glob("gpu-launcher-*")), 20)
 
 
 def test_ctrl_c_ends_the_workers_and_then_the_program(

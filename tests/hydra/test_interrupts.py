@@ -65,7 +65,7 @@ def test_jobs_may_clean_up_and_are_killed_when_the_grace_is_over(
     process.send_signal(signum)
     out, err = process.communicate(timeout=30)
     took = time.monotonic() - asked
-    assert 1.5 <= took < 5
+    assert 1.5 <= took < 20
     assert process.returncode == status
     assert out == ""
     assert "Traceback" not in err.replace("| Traceback", ""), "of the launching program"
@@ -87,7 +87,7 @@ def test_a_second_ctrl_c_kills_at_once(start: Start, tmp_path: Path) -> None:
     asked = time.monotonic()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
-    assert time.monotonic() - asked < 3
+    assert time.monotonic() - asked < 20, "the grace is 300 s"
     assert process.returncode == -signal.SIGINT
     assert alive(tmp_path) == []
 

@@ -241,9 +241,9 @@ def test_why_a_ticket_waits():
 def test_a_thousand_tickets_are_decided_quickly():
     """A guard against quadratic growth, not a benchmark."""
     parts = snapshot(lease("A"), *(ticket(n, "ABCDEFGH", 8) for n in range(1000)))
-    start = time.perf_counter()
+    start = time.process_time()
     assert decide(parts) == {}
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ def test_closing_ends_jobs_that_run(start: Start) -> None:
     offer(loop, 0, stubborn)
     job = hear(loop, Heard).what
     loop.close()
-    wait_until(lambda: gone(job), 5)
+    wait_until(lambda: gone(job))
     assert not loop.directory.exists()
 
 
@@ -183,7 +183,7 @@ def test_when_the_manager_is_killed_that_is_raised_and_its_jobs_end(start: Start
         hear(loop, Closed)
     with pytest.raises(ManagerDiedError):
         loop.say(s.Exhausted())
-    wait_until(lambda: gone(job), 5)
+    wait_until(lambda: gone(job))
 
 
 def test_to_be_interrupted_while_it_closes_leaves_nothing(start: Start, alarm: type[BaseException]) -> None:
@@ -200,7 +200,7 @@ def test_to_be_interrupted_while_it_closes_leaves_nothing(start: Start, alarm: t
         loop.close()
     assert not manager.is_running(), "it was not waited for"
     assert not loop.directory.exists()
-    wait_until(lambda: gone(job), 5)
+    wait_until(lambda: gone(job))
     loop.close()
 
 
