@@ -318,7 +318,9 @@ def test_what_the_program_raises_is_reported_and_printed(launch, method):
     job = launch.start(launch.server(program, method))
     job.prepared()
     assert os.waitstatus_to_exitcode(job.exited().status) == 1
-    assert job.report() == Report(False, "raised ValueError: too large", b"")
+    report = job.report()
+    assert (report.ok, report.message, report.payload) == (False, "raised ValueError: too large", b"")
+    assert report.origin.startswith(f"{__file__}:")
     assert "Traceback" in job.log.read_text()
 
 
