@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 from gpu_launcher.model import Owner
@@ -11,6 +12,8 @@ MAX_COMMAND = 1000
 """Characters of a command that others see."""
 
 
+
+@functools.lru_cache(maxsize=1024)
 def user_name(uid: int) -> str:
     """What people call the user with this id; `uid 1234` for one without an entry in the user database."""
     import pwd  # not on Windows

@@ -48,7 +48,7 @@ from gpu_launcher.leases.ledger import Lease, PoolView, Ticket, demanded
 from gpu_launcher.leases.mutex import Patience
 from gpu_launcher.leases.policy import INDIFFERENT, Grant, Taste, TicketState, grant
 from gpu_launcher.leases.records import (
-    MOST_SEQUENCE,
+    MAX_SEQUENCE,
     LeaseRecord,
     Origin,
     Record,
@@ -57,7 +57,7 @@ from gpu_launcher.leases.records import (
     lease_names,
     unpublished_name,
 )
-from gpu_launcher.leases.scan import Pool, probe, scan
+from gpu_launcher.leases.scan import Index, Pool, remove_if_dead, scan
 from gpu_launcher.users import user_name
 
 if TYPE_CHECKING:
@@ -125,7 +125,6 @@ class FileLedger:
         self._patience = Patience(directory, warn)
         self._tickets: dict[str, _Waiting] = {}
         self._leases: dict[str, tuple[Lease, LeaseRecord]] = {}
-        self._known: dict[str, Record] = {}
         self._closed = False
         self._claims_in_vain = 0
         self._may_go_first = False
@@ -150,6 +149,7 @@ class FileLedger:
                 fcntl.flock(self._guard, fcntl.LOCK_SH | fcntl.LOCK_NB)
             with contextlib.suppress(OSError):
                 self._inotify = inotify.Inotify(self._queue, _WATCHED)
+            self._index = Index({0, owner}, os.fstat(self._guard))
             undo.pop_all()
 
     @property
@@ -161,7 +161,7 @@ class FileLedger:
         self._check_process()
         request = self._in_its_place(request)
         demand = demanded(request, candidates)
-        record = TicketRecord(demand, owner, since=self._wall_clock(), origin=self._origin)
+        record = TicketRecord(demand, owner.pid, owner.command, since=self._wall_clock(), origin=self._origin)
         ticket = Ticket(uuid.uuid4().hex, request, tuple(candidate.uuid for candidate in demand.candidates))
         waiting = _Waiting(ticket, record)
         with self._mutex() as queue:
@@ -206,7 +206,8 @@ class FileLedger:
             shares=shares,
             started=self._clock(),
             timeout=waiting.ticket.request.timeout,
-            owner=waiting.record.owner,
+            pid=waiting.record.pid,
+            command=waiting.record.command,
             since=self._wall_clock(),
             origin=self._origin,
         )
@@ -349,7 +350,7 @@ class FileLedger:
         """Write the ticket's file, or its next edition in place of it."""
         ticket, old = waiting.ticket, waiting.name
         if old is None:
-            sequence = min(pool.last_sequence() + 1, MOST_SEQUENCE)
+            sequence = min(pool.last_sequence() + 1, MAX_SEQUENCE)
             new = TicketName(ticket.request.priority, sequence, ticket.id, edition=0)
         else:
             new = old._replace(edition=(old.edition + 1) % 10**6)
@@ -361,8 +362,8 @@ class FileLedger:
             pool.own.pop(str(old), None)
         waiting.close()
         waiting.descriptor, waiting.name = descriptor, new
-        pool.names.discard(str(old))
-        pool.names.add(str(new))
+        pool.index.pass_by(str(old))
+        pool.index.add(str(new))
         pool.own[str(new)] = waiting.record
 
     def _publish(self, queue: int, id: str, names: tuple[str, ...], record: Record, operation: str) -> int:
@@ -374,7 +375,7 @@ class FileLedger:
             os.fchmod(descriptor, 0o644)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._checkpoint(f"{operation}: locked")
-            _write(descriptor, record.encode())
+            _write(descriptor, record.encode(id))
             self._checkpoint(f"{operation}: written")
             for name in names[1:]:
                 os.link(hidden, name, src_dir_fd=queue, dst_dir_fd=queue)
@@ -406,12 +407,12 @@ class FileLedger:
         with contextlib.suppress(PoolDirectoryError), self._directory() as queue:
             for lease in leases:
                 for name in lease_names(lease.id):
-                    probe(queue, name, self._origin)
+                    remove_if_dead(queue, name)
                     self._checkpoint("release: name removed")
 
     def _scan(self, queue: int, *, mutex: bool) -> Pool:
         """Read the pool; what this ledger has itself, it knows better than the files."""
-        pool = scan(queue, self._origin, self._known, mutex=mutex)
+        pool = scan(queue, self._origin, self._index, self._clock(), mutex=mutex)
         pool.own = {str(own.name): own.record for own in self._tickets.values() if own.name is not None}
         pool.leases.update({id: record for id, (_, record) in self._leases.items()})
         return pool

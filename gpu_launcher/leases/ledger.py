@@ -112,6 +112,19 @@ class LeaseView:
 
 
 @dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A live file of the pool that cannot be read."""
+
+    name: str
+    """In the queue directory."""
+    user: str
+    """Whose file it is."""
+    problem: str
+    lease: bool
+    """Whether it may be a lease, and so counts as holding everything; a ticket is passed by."""
+
+
+@dataclass(frozen=True, slots=True)
 class PoolView:
     """All that lives in a pool, for display."""
 
@@ -123,6 +136,9 @@ class PoolView:
     """How many tickets and leases of dead processes were found and ignored."""
     elsewhere: tuple[str, ...] = ()
     """Names of other machines whose files lie in the pool directory; whether they live cannot be seen from here."""
+    unreadable: tuple[Unreadable, ...] = ()
+    excessive: tuple[str, ...] = ()
+    """Users with so many files in the pool that some of them do not count."""
 
 
 def describe_wait(pool: PoolView, ticket: TicketView, label: Callable[[str], str]) -> str:

@@ -5,6 +5,11 @@ lease-<id>, twin-<id>                     one granted lease: two names of one fi
 .new-<id>                                 not yet published
 
 What a file says never changes: a ticket that has something new to say is published again, as its next edition.
+
+Every user of the machine can write such a file, so `decode` accepts nothing that this version could not have written:
+known types, finite numbers within bounds, texts and lists of bounded length. A file repeats the id of its name, and a
+ticket its priority, so that a second name (a hard link) never makes a second entry. A file does not say whose it is:
+that is what the kernel says of it.
 """
 
 from __future__ import annotations
@@ -20,21 +25,33 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpu_launcher.leases.policy import Candidate, Demand
-from gpu_launcher.model import MOST_PRIORITY, Owner, Request, Share
+from gpu_launcher.model import MILLIONTHS, MOST_PRIORITY, Request, Share
 
-FORMAT = 2
-"""Files of another format belong to another version of gpu-launcher, and are respected unread."""
-SIZE_LIMIT = 1 << 22
-"""Bytes; a longer file is not ours."""
-MOST_SEQUENCE = 10**12 - 1
+FORMAT = 3
+"""Files of another format belong to another version of gpu-launcher. A lease of it counts as holding everything."""
+MAX_ENTRY_BYTES = 512 << 10
+"""A longer file is not ours."""
+MAX_CANDIDATES = 4096
+MAX_NAME = 200
+"""Characters of a device's UUID, a boot's or a machine's name."""
+MAX_COMMAND = 300
+"""Characters of a command; longer ones are cut before they are written."""
+MAX_SECONDS = 1e10
+MAX_BYTES_OF_DEVICE = 1 << 60
+MAX_PID = 1 << 22
+"""The kernel's own limit (PID_MAX_LIMIT)."""
+MAX_DIGITS = 20
+MAX_SEQUENCE = 10**12 - 1
 
 LEASE_NAME = re.compile(r"(?:lease|twin)-([0-9a-f]{32})")
 TICKET_NAME = re.compile(r"ticket-([0-9]{6})-([0-9]{12})-([0-9a-f]{32})-([0-9]{6})")
 SEQUENCE = operator.itemgetter(slice(14, 26))
 """Of a ticket's name, as text."""
-UNPUBLISHED_NAME = re.compile(r"\.new-[0-9a-f]{32}")
+OUR_NAME = re.compile(r"(?:lease|twin|\.new)-[0-9a-f]{32}|ticket-(?!0{6})[0-9]{6}-[0-9]{12}-[0-9a-f]{32}-[0-9]{6}")
 
 _LOWEST_RANK = MOST_PRIORITY + 1
+NORMAL = f"ticket-{_LOWEST_RANK:06}"
+"""How the names of tickets of priority 0 begin: smaller names are of those that go before others."""
 
 
 class TicketName(NamedTuple):
@@ -52,7 +69,9 @@ class TicketName(NamedTuple):
     def parse(cls, name: str) -> TicketName | None:
         """Return None if it is not a ticket's name."""
         match = TICKET_NAME.fullmatch(name)
-        return match and cls(_LOWEST_RANK - int(match[1]), int(match[2]), match[3], int(match[4]))
+        if match is None or not int(match[1]):  # a rank of 0 would be above the highest
+            return None
+        return cls(_LOWEST_RANK - int(match[1]), int(match[2]), match[3], int(match[4]))
 
 
 def lease_names(id: str) -> tuple[str, str]:
@@ -91,37 +110,45 @@ class TicketRecord:
     """The content of a ticket's file."""
 
     demand: Demand
-    owner: Owner
+    pid: int
+    """The process that it belongs to, as that says itself."""
+    command: str
     since: float
     """Wall-clock seconds since the epoch."""
     origin: Origin
 
-    def encode(self) -> bytes:
+    def encode(self, id: str) -> bytes:
         request = self.demand.request
         return _encoded(
             self,
+            id,
             candidates=[[one.uuid, one.memory, one.exclusive] for one in self.demand.candidates],
             unavailable=sorted(self.demand.unavailable),
             count=request.gpus,
-            share=[request.share.millionths, request.share.memory],
+            share=[request.share.millionths, min(request.share.memory, MAX_BYTES_OF_DEVICE)],
             priority=request.priority,
-            timeout=request.timeout,
-            stagger=request.stagger,
+            timeout=_writable(request.timeout),
+            stagger=min(request.stagger, MAX_SECONDS / 2),
         )
 
     @classmethod
-    def checked(cls, content: Any) -> TicketRecord:
-        candidates = tuple(Candidate(_text(u), _none_or_count(m), bool(e)) for u, m, e in content["candidates"])
-        request = Request(
-            gpus=_count(content["count"]),
-            share=_share(content["share"]),
-            priority=int(content["priority"]),
-            timeout=_none_or_number(content["timeout"]),
-            stagger=float(content["stagger"]),
+    def checked(cls, content: dict[str, Any]) -> TicketRecord:
+        """Raises one of `_INVALID` for what is not a ticket's content."""
+        candidates = tuple(
+            Candidate(_name(uuid), _none_or_bytes(memory), _flag(exclusive))
+            for uuid, memory, exclusive in _list(content["candidates"], MAX_CANDIDATES)
         )
-        unavailable = frozenset(_text(uuid) for uuid in content["unavailable"])
-        if request.gpus < 1 or not candidates:
-            raise ValueError
+        request = Request(
+            gpus=_whole(content["count"], 1, len(candidates)),
+            share=_share(content["share"], 0),
+            priority=_whole(content["priority"], -MOST_PRIORITY, MOST_PRIORITY),
+            timeout=_none_or_seconds(content["timeout"]),
+            stagger=_seconds(content["stagger"]),
+        )
+        uuids = {candidate.uuid for candidate in candidates}
+        unavailable = frozenset(_name(uuid) for uuid in _list(content["unavailable"], MAX_CANDIDATES))
+        if len(uuids) != len(candidates) or not unavailable <= uuids:
+            raise ValueError("candidates")
         return cls(Demand(request, candidates, unavailable), *_common(content))
 
 
@@ -135,21 +162,25 @@ class LeaseRecord:
     """CLOCK_BOOTTIME at the grant, which all processes of a boot share and nobody sets."""
     timeout: float | None
     """Seconds after that at which the devices are free at the latest; None where not declared."""
-    owner: Owner
+    pid: int
+    """The process that it belongs to, as that says itself."""
+    command: str
     since: float
     """Wall-clock seconds since the epoch, for display."""
     origin: Origin
 
-    def encode(self) -> bytes:
+    def encode(self, id: str) -> bytes:
         shares = [[uuid, share.millionths, share.memory] for uuid, share in self.shares.items()]
-        return _encoded(self, shares=shares, started=self.started, timeout=self.timeout)
+        return _encoded(self, id, shares=shares, started=self.started, timeout=_writable(self.timeout))
 
     @classmethod
-    def checked(cls, content: Any) -> LeaseRecord:
-        shares = {_text(uuid): _share(share) for uuid, *share in content["shares"]}
-        if not shares or len(shares) != len(content["shares"]) or not all(one.millionths for one in shares.values()):
-            raise ValueError
-        started, timeout = float(content["started"]), _none_or_number(content["timeout"])
+    def checked(cls, content: dict[str, Any]) -> LeaseRecord:
+        """Raises one of `_INVALID` for what is not a lease's content."""
+        listed = _list(content["shares"], MAX_CANDIDATES)
+        shares = {_name(uuid): _share(share, 1) for uuid, *share in listed}
+        if not shares or len(shares) != len(listed):
+            raise ValueError("shares")
+        started, timeout = _seconds(content["started"]), _none_or_seconds(content["timeout"])
         return cls(shares, started, timeout, *_common(content))
 
     def started_here(self, origin: Origin) -> float | None:
@@ -164,50 +195,112 @@ class LeaseRecord:
 
 Record = TicketRecord | LeaseRecord
 
+_INVALID = (ValueError, TypeError, KeyError, OverflowError, RecursionError)
 
-def decode(content: bytes) -> Record | None:
-    """Return None for anything that this version did not write as it stands."""
+
+def decode(name: str, content: bytes) -> Record | None:
+    """Return what the file of this name says; None if it is not what this version writes into a file of that name."""
     try:
-        fields = json.loads(content)
-        if fields["format"] != FORMAT:
-            return None
-        return TicketRecord.checked(fields) if "candidates" in fields else LeaseRecord.checked(fields)
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        if len(content) > MAX_ENTRY_BYTES:
+            raise ValueError("size")
+        fields = _DECODER.decode(content.decode())
+        if type(fields) is not dict or fields["format"] != FORMAT or type(fields["id"]) is not str:
+            raise ValueError("format")
+        ticket = TicketName.parse(name)
+        if ticket is None:
+            match = LEASE_NAME.fullmatch(name)
+            return LeaseRecord.checked(fields) if match and match[1] == fields["id"] else None
+        record = TicketRecord.checked(fields)
+        return record if (ticket.id, ticket.priority) == (fields["id"], record.demand.request.priority) else None
+    except _INVALID:
         return None
 
 
-def _encoded(record: Record, **fields: object) -> bytes:
-    owner = {"pid": record.owner.pid, "user": record.owner.user, "command": record.owner.command}
-    origin = {"boot": record.origin.boot, "machine": record.origin.machine}
-    return json.dumps({"format": FORMAT, **fields, "owner": owner, "since": record.since, **origin}).encode() + b"\n"
+def _digits(text: str) -> int:
+    """Converting a long text takes time that is quadratic in its length."""
+    if len(text) > MAX_DIGITS:
+        raise ValueError(text[:MAX_DIGITS])
+    return int(text)
 
 
-def _common(content: Any) -> tuple[Owner, float, Origin]:
-    owner = content["owner"]
-    known = Owner(pid=int(owner["pid"]), user=str(owner["user"]), command=str(owner["command"]))
-    return known, float(content["since"]), Origin(_text(content["boot"]), _text(content["machine"]))
+def _no_constant(text: str) -> float:
+    raise ValueError(text)
 
 
-def _share(content: Any) -> Share:
+_DECODER = json.JSONDecoder(parse_int=_digits, parse_constant=_no_constant)
+
+
+def _encoded(record: Record, id: str, **fields: object) -> bytes:
+    common = {
+        "pid": record.pid,
+        "command": record.command[:MAX_COMMAND],
+        "since": record.since,
+        "boot": record.origin.boot,
+        "machine": record.origin.machine,
+    }
+    return json.dumps({"format": FORMAT, "id": id, **fields, **common}).encode() + b"\n"
+
+
+def _writable(timeout: float | None) -> float | None:
+    """One that is longer than `decode` believes counts as none."""
+    return timeout if timeout is not None and timeout < MAX_SECONDS else None
+
+
+def _common(content: dict[str, Any]) -> tuple[int, str, float, Origin]:
+    origin = Origin(_text(content["boot"], MAX_NAME), _text(content["machine"], MAX_NAME))
+    pid, command = _whole(content["pid"], 0, MAX_PID), _text(content["command"], MAX_COMMAND)
+    return pid, command, _seconds(content["since"]), origin
+
+
+def _share(content: Any, least: int) -> Share:
     millionths, memory = content
-    return Share(_count(millionths), _count(memory))
+    return Share(_whole(millionths, least, MILLIONTHS), _whole(memory, 0, MAX_BYTES_OF_DEVICE))
 
 
-def _text(value: Any) -> str:
-    if type(value) is not str:
-        raise ValueError
+def _list(value: Any, longest: int) -> list[Any]:
+    if type(value) is not list or len(value) > longest:
+        raise ValueError("list")
     return value
 
 
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError
+def _text(value: Any, longest: int) -> str:
+    if type(value) is not str or len(value) > longest:
+        raise ValueError("text")
     return value
 
 
-def _none_or_count(value: Any) -> int | None:
-    return None if value is None else _count(value)
+def _name(value: Any) -> str:
+    """A device's UUID: something to print, and not nothing."""
+    if not _text(value, MAX_NAME) or not value.isprintable():
+        raise ValueError("name")
+    return str(value)
 
 
-def _none_or_number(value: Any) -> float | None:
-    return None if value is None else float(value)
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError("flag")
+    return value
+
+
+def _whole(value: Any, least: int, most: int) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError("number")
+    return value
+
+
+def _none_or_bytes(value: Any) -> int | None:
+    return None if value is None else _whole(value, 0, MAX_BYTES_OF_DEVICE)
+
+
+def _seconds(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value < MAX_SECONDS:
+        raise ValueError("seconds")
+    return float(value)
+
+
+def _none_or_seconds(value: Any) -> float | None:
+    if value is None:
+        return None
+    if not _seconds(value):
+        raise ValueError("seconds")
+    return float(value)

@@ -4,6 +4,22 @@ Reading needs no mutex. A file is locked before it gets its published name and n
 is not locked is dead for ever; only unpublished ones must be judged under the mutex, by whoever would remove them. Read
 without it, a pool may lack what was published meanwhile, or still have what was withdrawn: good for display, and for
 seeing that a claim would be in vain, but not for a grant.
+
+Every user of the machine can put anything there. What is made of it:
+
+- A file is its owner's, as the kernel says (fstat(2)); only `decode` says what may be believed of its content.
+- A lease that is locked and cannot be read may hold anything, so nothing is granted until it ends. A ticket only says
+  who goes first, so one that cannot be read is passed by. Both are named, with their owner, in `PoolView.unreadable`.
+- A lease's file that cannot even be opened (no permission, an fcntl file lease) lives if the kernel's table of locks
+  has a lock on it. Where that cannot be seen, as in a container, it lives for `BLIND_SECONDS` after its last change:
+  its time of change is the kernel's, and no program of ours ever leaves such a file.
+- Of one owner only the first `MAX_ENTRIES` files count, and `MAX_BYTES` in them. No program of ours exceeds that:
+  beyond it there is nothing to be protected. Exempt are root, the pool's administrator, and this user.
+- A lease's file has at most two names, both here. Where it has more, somebody has made hard links: then it counts only
+  if it can be read.
+- A name that was found to mean nothing is not looked at again: names are random, so no other file gets it.
+- Priority above 0 is for root and the pool's administrator; the tickets of others that claim it have priority 0. A
+  sequence beyond what the pool can have reached is nobody's.
 """
 
 from __future__ import annotations
@@ -13,18 +29,22 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator, Mapping
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
-from gpu_launcher.leases.ledger import LeaseView, PoolView, TicketView, with_waits
+from gpu_launcher.leases.kernel import LockTable, Process, sees_all_locks, user_of
+from gpu_launcher.leases.ledger import LeaseView, PoolView, TicketView, Unreadable, with_waits
 from gpu_launcher.leases.policy import LeaseState, Snapshot, TicketState
 from gpu_launcher.leases.records import (
     LEASE_NAME,
+    MAX_ENTRY_BYTES,
+    NORMAL,
+    OUR_NAME,
     SEQUENCE,
-    SIZE_LIMIT,
-    TICKET_NAME,
-    UNPUBLISHED_NAME,
     LeaseRecord,
     Origin,
     Record,
@@ -32,6 +52,25 @@ from gpu_launcher.leases.records import (
     TicketRecord,
     decode,
 )
+from gpu_launcher.model import Owner
+from gpu_launcher.users import user_name
+
+MAX_ENTRIES = 4096
+"""Files of one owner that count."""
+MAX_BYTES = 8 << 20
+"""Bytes in them."""
+MAX_UNREADABLE = 16
+"""Entries that cannot be read of which one scan takes note."""
+MAX_UNPUBLISHED = 256
+"""Unpublished files that one scan looks at."""
+BLIND_SECONDS = 600.0
+TICKETS_PER_SECOND = 10_000
+"""More than any pool hands out."""
+HEADSTART = 10**6
+
+_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
+_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR)
+_NOT_A_FILE = (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENOTDIR)
 
 
 class Liveness(Enum):
@@ -41,17 +80,162 @@ class Liveness(Enum):
     """Somebody holds the lock."""
     STALE = "stale"
     """Nobody does; the file was removed, if this user may do that."""
-    UNKNOWN = "unknown"
-    """This user may not even open it."""
     ELSEWHERE = "elsewhere"
     """Another machine wrote it, whose locks cannot be seen here."""
     FOREIGN = "foreign"
-    """It is gone, or was never ours: a directory, a FIFO, a link."""
+    """It is gone, or was never ours: a directory, a FIFO, a link, somebody's file beyond the limits."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """A file of the queue, as the kernel describes it, and what it says."""
+
+    uid: int
+    inode: int
+    links: int
+    changed: int
+    """Its ctime, in nanoseconds."""
+    size: int
+    record: Record | None
+    """None: it cannot be read."""
+    problem: str = "its content is not what this version of gpu-launcher writes"
+    """What is wrong if there is no record."""
+
+    def same(self, status: os.stat_result) -> bool:
+        """Whether this is still what is known of the file."""
+        return (self.inode, self.changed, self.size) == (status.st_ino, status.st_ctime_ns, status.st_size)
+
+
+class Index:
+    """What one ledger knows of the names in the queue directory. All of it can be found out again."""
+
+    def __init__(self, administrators: Collection[int] = (0,), guard: os.stat_result | None = None) -> None:
+        """Of `administrators` everything counts, and may go first. `guard` is of a file that is locked now."""
+        self.administrators = frozenset(administrators)
+        self.guard = guard
+        self._trusted = self.administrators | {os.geteuid()}
+        self.names: set[str] = set()
+        self.tickets: set[str] = set()
+        self.leases: dict[str, list[str]] = {}
+        """Names, by id."""
+        self.unpublished: set[str] = set()
+        self.passed_by: set[str] = set()
+        """Names that mean nothing."""
+        self.entries: dict[str, Entry] = {}
+        """What was looked at, by name."""
+        self.stale: dict[str, str] = {}
+        """Those among them that dead processes left and this user may not remove, and the ids in them."""
+        self.excessive: set[int] = set()
+        """Owners of more files than count."""
+        self._ordered: list[str] | None = None
+        self._counted: dict[str, tuple[tuple[int, bool], int]] = {}
+        """Of the names that were looked at, on whose account, and their size."""
+        self._full: set[tuple[int, bool]] = set()
+        """Accounts on which no more may be put."""
+        self._files: Counter[tuple[int, bool]] = Counter()
+        self._bytes: Counter[tuple[int, bool]] = Counter()
+
+    def update(self, names: set[str], directory: int) -> None:
+        """Take note of the names that are now in the directory, open as `directory`."""
+        if names == self.names:
+            return
+        self._ordered = None
+        for name in self.names - names:
+            self._forget(name)
+        new = [name for name in names - self.names if OUR_NAME.fullmatch(name)]
+        if len(names) > MAX_ENTRIES:
+            new = self._within_limits(new, names, directory)
+        for name in new:
+            if name.startswith("ticket-"):
+                self.tickets.add(name)
+            elif name.startswith("."):
+                self.unpublished.add(name)
+            else:
+                self.leases.setdefault(name[-32:], []).append(name)
+        self.names = names
+
+    def _within_limits(self, new: list[str], names: set[str], directory: int) -> list[str]:
+        """Return which of very many new names may count. Opening each of their files would take seconds."""
+        found = []
+        for name in new:
+            try:
+                status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            except OSError:
+                continue
+            other = {"l": "twin", "t": "lease"}[name[0]] if name[1] in "ew" else ""
+            twins = f"{other}-{name[-32:]}" in names
+            if (status.st_uid, status.st_nlink > 1 + twins) in self._full:
+                self.passed_by.add(name)
+            elif self.admits(name, status, 1 + twins):
+                found.append(name)
+        return found
+
+    def add(self, name: str) -> None:
+        """Take note of a ticket that this process has just published."""
+        self._ordered = None
+        self.names.add(name)
+        self.tickets.add(name)
+
+    def ordered(self) -> list[str]:
+        """Return the names of tickets, sorted."""
+        if self._ordered is None:
+            self._ordered = sorted(self.tickets)
+        return self._ordered
+
+    def pass_by(self, name: str) -> None:
+        """Never look at this name again."""
+        self._ordered = None
+        self.passed_by.add(name)
+        self.entries.pop(name, None)
+        self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        self.tickets.discard(name)
+        self.unpublished.discard(name)
+        siblings = self.leases.get(name[-32:])
+        if siblings and name in siblings:
+            siblings.remove(name)
+            if not siblings:
+                del self.leases[name[-32:]]
+
+    def admits(self, name: str, status: os.stat_result, names: int) -> bool:
+        """Whether a file is within what counts of its owner's, and count it as such.
+
+        Those with more names than the `names` here are counted apart: anybody may have made links to the owner's files.
+        """
+        self._discount(name)
+        account = status.st_uid, status.st_nlink > names
+        size = 0 if status.st_size > MAX_ENTRY_BYTES else status.st_size
+        if account[0] not in self._trusted and (
+            self._files[account] >= MAX_ENTRIES or self._bytes[account] + size > MAX_BYTES
+        ):
+            self.excessive.add(account[0])
+            self._full.add(account)
+            self.pass_by(name)
+            return False
+        self._counted[name] = account, size
+        self._files[account] += 1
+        self._bytes[account] += size
+        return True
+
+    def _forget(self, name: str) -> None:
+        self._drop(name)
+        self.passed_by.discard(name)
+        self.stale.pop(name, None)
+        self.entries.pop(name, None)
+        self._discount(name)
+
+    def _discount(self, name: str) -> None:
+        if name in self._counted:
+            account, size = self._counted.pop(name)
+            self._files[account] -= 1
+            self._bytes[account] -= size
+            self._full.discard(account)
 
 
 @dataclass
 class Pool:
-    """What was found in the queue directory. A record is None where it cannot be read.
+    """What was found in the queue directory.
 
     All leases have been looked at. Tickets can be many, so they are looked at only when `queue` comes to them.
     """
@@ -59,16 +243,30 @@ class Pool:
     directory: int
     """Descriptor of the queue directory."""
     origin: Origin
+    index: Index
+    last_possible: int
+    """The highest sequence that a ticket can have."""
     leases: dict[str, LeaseRecord | None] = field(default_factory=dict)
-    """The live ones, by id."""
-    names: set[str] = field(default_factory=set)
-    """Of all tickets' files found."""
-    known: dict[str, Record] = field(default_factory=dict)
-    """What files say, by ticket's name or lease's id."""
+    """The live ones, by id. None: it cannot be read."""
+    holders: dict[str, Entry] = field(default_factory=dict)
+    """The files of the live ones, by id."""
     own: dict[str, TicketRecord] = field(default_factory=dict)
     """Tickets that are alive because this process has them, by name."""
     stale: set[str] = field(default_factory=set)
     elsewhere: set[str] = field(default_factory=set)
+    unreadable: dict[str, Entry] = field(default_factory=dict)
+    """Live entries that cannot be read, by name."""
+    _locks: tuple[LockTable | None, ...] = ()
+    _exclusive: dict[int, int] | None = None
+    """Who took the exclusive lock on a file, by its inode number."""
+    _owners: dict[tuple[int, int, str], Owner] = field(default_factory=dict)
+    _users: dict[int, int | None] = field(default_factory=dict)
+    """Of processes."""
+
+    @property
+    def names(self) -> set[str]:
+        """Of all tickets' files found."""
+        return self.index.tickets
 
     def lease_states(self) -> list[LeaseState]:
         """Return what the policy wants to know of the leases."""
@@ -81,56 +279,67 @@ class Pool:
 
     def queue(self) -> Iterator[TicketState]:
         """Go through the live tickets in queue order, looking at each only when its turn comes."""
-        return (
-            TicketState(name.sequence, name.id, record.demand if record else None, name.priority)
-            for name, record in self.tickets()
-        )
+        return (TicketState(name.sequence, name.id, record.demand, name.priority) for name, record, _ in self.tickets())
 
-    def tickets(self) -> Iterator[tuple[TicketName, TicketRecord | None]]:
-        """Go through the live tickets in queue order. Sorted by name, they are in queue order."""
+    def tickets(self) -> Iterator[tuple[TicketName, TicketRecord, Entry | None]]:
+        """Go through the live tickets in queue order, with their real priority; those of this process without entry."""
         last = ""
-        for text in sorted(self.names | self.own.keys()):
+        texts, demoted = self._ordered()
+        for text in texts:
             name = TicketName.parse(text)
             # Two editions of one ticket are there for a moment, while it is published again.
             if name is None or name.id == last:
+                if name is None:
+                    self.index.pass_by(text)
                 continue
-            if text in self.own:
+            record, entry = self.own.get(text), None
+            if record is None:
+                record, entry = self._ticket(text, name)
+            if record is not None:
                 last = name.id
-                yield name, self.own[text]
-                continue
-            liveness, record = self._look(text, name.id, self.known.get(text))
-            if liveness is Liveness.LIVE:
-                last = name.id
-                if record is not None:
-                    self.known[text] = record
-                yield name, record if isinstance(record, TicketRecord) else None
+                yield (name._replace(priority=0) if text in demoted else name), record, entry
 
     def last_sequence(self) -> int:
         """Return the highest sequence of all live tickets, 0 if there are none."""
-        for text in sorted(filter(TICKET_NAME.fullmatch, self.names | self.own.keys()), key=SEQUENCE, reverse=True):
-            if text in self.own or self._look(text, text, self.known.get(text))[0] is Liveness.LIVE:
-                return int(SEQUENCE(text))
+        for text in sorted(self.names | self.own.keys(), key=SEQUENCE, reverse=True):
+            name = TicketName.parse(text)
+            if name is not None and (text in self.own or self._ticket(text, name)[0] is not None):
+                return name.sequence
         return 0
 
     def ahead_of(self, name: TicketName) -> int:
         """Return how many tickets have a better place, whether they live or not."""
-        text = str(name)
-        return sum(other < text for other in self.names)
+        return bisect_left(self.index.ordered(), str(name))
 
-    def look_at_leases(self, names: Mapping[str, int]) -> None:
-        """Tell which of the leases with these names and inode numbers live."""
-        live: set[tuple[str, int]] = set()
-        for name, inode in names.items():
-            match = LEASE_NAME.fullmatch(name)
-            if match is None or (match[1], inode) in live:
-                continue
-            id = match[1]
-            liveness, found = self._look(name, id, self.known.get(id))
-            if liveness in (Liveness.LIVE, Liveness.UNKNOWN):
-                live.add((id, inode))
-                record = found if isinstance(found, LeaseRecord) else None
+    def look_at_leases(self) -> None:
+        """Tell which leases live."""
+        for id, names in list(self.index.leases.items()):
+            seen = None
+            for name in list(names):
+                known = self.index.entries.get(name)
+                if seen is not None and known is not None and known.inode == seen:
+                    continue
+                if known is not None and known.record is None and len(self.unreadable) >= MAX_UNREADABLE:
+                    continue  # as many as that hold everything
+                liveness, entry = self._look(name)
+                if liveness is not Liveness.LIVE or entry is None:
+                    continue
+                record = entry.record if isinstance(entry.record, LeaseRecord) else None
+                if record is None and entry.links > len(names):
+                    self.index.pass_by(name)  # a link to some other file
+                    continue
+                if record is None:
+                    self.unreadable[name] = entry
+                seen = entry.inode
                 self.leases[id] = record if self.leases.get(id, record) == record else None
-        self.known.update({id: record for id, record in self.leases.items() if record is not None})
+                self.holders[id] = entry
+
+    def sweep_up(self) -> None:
+        """Under the mutex: remove what was never published and never will be."""
+        for number, name in enumerate(list(self.index.unpublished)):
+            if number >= MAX_UNPUBLISHED:
+                break
+            self._look(name)
 
     def view(self, now: float) -> PoolView:
         """Return what a person wants to know."""
@@ -139,98 +348,228 @@ class Pool:
         for state in leases:
             record = self.leases[state.id]
             left = None if state.ends is None else state.ends - now
-            shown.append(
-                LeaseView(state.id, record.shares, record.owner, record.since, left)
-                if record
-                else LeaseView(state.id, shares=None, owner=None, since=None)
-            )
+            owner, since = self._owner(self.holders.get(state.id), record), record.since if record else None
+            shown.append(LeaseView(state.id, state.shares, owner, since, left))
         tickets = [
-            TicketView(name.id, name.sequence, name.priority, record.demand, record.owner, record.since)
-            if record
-            else TicketView(name.id, name.sequence, name.priority, demand=None, owner=None, since=None)
-            for name, record in self.tickets()
+            TicketView(
+                name.id,
+                name.sequence,
+                name.priority,
+                record.demand,
+                self._owner(entry, record),
+                record.since,
+            )
+            for name, record, entry in self.tickets()
         ]
         states = tuple(TicketState(view.sequence, view.id, view.demand, view.priority) for view in tickets)
         return PoolView(
             tickets=with_waits(Snapshot(tuple(leases), states, now), tickets),
             leases=tuple(sorted(shown, key=lambda lease: (lease.since or 0.0, lease.id))),
-            stale=len(self.stale),
+            stale=len(self.stale.union(self.index.stale.values())),
             elsewhere=tuple(sorted(self.elsewhere)),
+            unreadable=tuple(
+                Unreadable(name, user_name(entry.uid), entry.problem, lease=LEASE_NAME.fullmatch(name) is not None)
+                for name, entry in sorted(self.unreadable.items())
+            ),
+            excessive=tuple(user_name(uid) for uid in sorted(self.index.excessive)),
         )
 
-    def _look(self, name: str, id: str, known: Record | None) -> tuple[Liveness, Record | None]:
-        liveness, record = probe(self.directory, name, self.origin, known)
-        if liveness is Liveness.STALE:
-            self.stale.add(id)
-        elif liveness is Liveness.ELSEWHERE and record is not None:
-            self.elsewhere.add(record.origin.machine)
-        return liveness, record
+    def _owner(self, entry: Entry | None, record: Record | None) -> Owner:
+        """Return whose a lease or ticket is. Without an `entry` it is this process's, and only now lost its name.
+
+        The process that the file names is believed to be its owner's if it is a process of the file's owner.
+        """
+        uid = os.geteuid() if entry is None else entry.uid
+        if record is not None and self._user(record.pid) == uid:
+            known = self._owners.get((uid, record.pid, record.command))
+            if known is None:
+                known = Owner(record.pid, user_name(uid), record.command)
+                self._owners[uid, record.pid, record.command] = known
+            return known
+        stranger = None if entry is None else self._stranger(entry)
+        if stranger is not None:
+            process = Process.of(stranger)
+            text = f"keeps a file of {user_name(uid)} locked: {process.command or 'unknown command'}"
+            return Owner(stranger, process.user or "unknown", text)
+        return Owner(0, user_name(uid), "a file that cannot be read" if record is None else record.command)
+
+    def _stranger(self, entry: Entry) -> int | None:
+        """Return the process of another user than the file's that has locked it, as after the death of its own."""
+        if self._exclusive is None:
+            locks = self.locks()
+            self._exclusive = {} if locks is None else locks.holders(os.fstat(self.directory))
+        pid = self._exclusive.get(entry.inode)
+        if pid is None or self._user(pid) in (None, entry.uid):
+            return None
+        return pid
+
+    def _user(self, pid: int) -> int | None:
+        if pid not in self._users:
+            self._users[pid] = user_of(pid)
+        return self._users[pid]
+
+    def locks(self) -> LockTable | None:
+        """Return the kernel's table of locks as it was when first asked for; None where it cannot be read."""
+        if not self._locks:
+            self._locks = (LockTable.read(),)
+        return self._locks[0]
+
+    def _ordered(self) -> tuple[list[str], set[str]]:
+        """Return the tickets' names in queue order, and which of them claim a priority that they do not have."""
+        texts = self.index.ordered()
+        if not self.own.keys() <= self.names:
+            texts = sorted(self.names | self.own.keys())
+        urgent = [text for text in texts[: bisect_left(texts, NORMAL)] if text not in self.own]
+        demoted = {text for text in urgent if not self._may_go_first(text)}
+        if demoted:
+            texts = sorted(texts, key=lambda text: NORMAL + text[len(NORMAL) :] if text in demoted else text)
+        return texts, demoted
+
+    def _may_go_first(self, text: str) -> bool:
+        if text not in self.index.entries:
+            self._look(text)
+        entry = self.index.entries.get(text)
+        return entry is not None and entry.uid in self.index.administrators
+
+    def _ticket(self, text: str, name: TicketName) -> tuple[TicketRecord | None, Entry | None]:
+        """Return what a ticket says, and its file; None if it does not live, or has no place."""
+        liveness, entry = self._look(text)
+        if liveness is not Liveness.LIVE or entry is None or name.sequence > self.last_possible:
+            return None, None
+        if isinstance(entry.record, TicketRecord):
+            return entry.record, entry
+        if len(self.unreadable) < MAX_UNREADABLE:
+            self.unreadable[text] = entry
+        return None, None
+
+    def _look(self, name: str) -> tuple[Liveness, Entry | None]:
+        """Look at the file of this name again."""
+        index = self.index
+        if name in index.passed_by:
+            return Liveness.FOREIGN, None
+        liveness, entry = self._probe(name)
+        if liveness is Liveness.LIVE and entry is not None:
+            index.entries[name] = entry
+        elif liveness is Liveness.ELSEWHERE and entry is not None and entry.record is not None:
+            index.entries[name] = entry
+            self.elsewhere.add(entry.record.origin.machine)
+        elif liveness is Liveness.STALE:
+            self.stale.add(id_in(name))
+        elif entry is None:
+            index.pass_by(name)
+        return liveness, entry
+
+    def _probe(self, name: str) -> tuple[Liveness, Entry | None]:
+        """Tell whether somebody holds the lock of the file, and what it says. Removes it if nobody does.
+
+        Opened for reading only, so that closing it again wakes no watcher (see `FileLedger`), and locked in shared
+        mode, so that two that probe are not taken for holders by each other.
+        """
+        try:
+            descriptor = os.open(name, _FLAGS, dir_fd=self.directory)
+        except OSError as error:
+            if error.errno in _OURS:
+                raise
+            return (Liveness.FOREIGN, None) if error.errno in _NOT_A_FILE else self._unopenable(name, error)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                return Liveness.FOREIGN, None
+            live = not _lock_shared(descriptor)
+            known = self.index.entries.get(name)
+            if known is not None and known.same(status):
+                known.links = status.st_nlink
+                entry = known
+            elif not self._admits(name, status):
+                return Liveness.FOREIGN, None
+            else:
+                entry = _entry(status, decode(name, _content(descriptor)))
+            if live:
+                return Liveness.LIVE, entry
+            if entry.record is not None and _of_another_machine(entry.record.origin, self.origin):
+                return Liveness.ELSEWHERE, entry
+            # In a sticky directory only the file's owner and the directory's may remove it; others pass it by.
+            try:
+                os.unlink(name, dir_fd=self.directory)
+            except OSError:
+                self.index.pass_by(name)
+                self.index.stale[name] = id_in(name)
+            return Liveness.STALE, None
+        finally:
+            os.close(descriptor)
+
+    def _unopenable(self, name: str, error: OSError) -> tuple[Liveness, Entry | None]:
+        """Judge a file that this user may not open, or that nobody can open now, without removing it."""
+        try:
+            status = os.stat(name, dir_fd=self.directory, follow_symlinks=False)
+        except OSError:
+            return Liveness.FOREIGN, None
+        if not stat.S_ISREG(status.st_mode) or not self._admits(name, status):
+            return Liveness.FOREIGN, None
+        known = self.index.entries.get(name)
+        if known is not None and known.same(status):
+            entry = known
+        else:
+            problem = "this user may not open it" if error.errno in (errno.EACCES, errno.EPERM) else error.strerror
+            entry = _entry(status, None, f"it cannot be opened ({problem})")
+        return (Liveness.LIVE if self._locked(status) else Liveness.STALE), entry
+
+    def _admits(self, name: str, status: os.stat_result) -> bool:
+        return self.index.admits(name, status, len(self.index.leases.get(name[-32:], ())) or 1)
+
+    def _locked(self, status: os.stat_result) -> bool:
+        """Whether the kernel knows a lock on a file; if that cannot be seen from here, whether it may have one."""
+        locks, guard = self.locks(), self.index.guard
+        if locks is None or guard is None or not sees_all_locks() or not locks.on(guard):
+            return abs(time.time() - status.st_ctime) < BLIND_SECONDS
+        return bool(locks.on(status))
 
 
-def scan(directory: int, origin: Origin, known: dict[str, Record], *, mutex: bool) -> Pool:
-    """Read the queue directory, open as `directory`, and remove stale leases.
+def scan(directory: int, origin: Origin, index: Index, now: float, *, mutex: bool) -> Pool:
+    """Read the queue directory, open as `directory`, and remove stale leases. `now` is on the clock of the policy.
 
-    Contents never change once published, so those in `known`, by ticket's name or lease's id, are not read again. What
-    is read is added there, also when the pool that is returned reads it later, and what is gone is removed.
     With the `mutex`, what was never published and never will be is removed as well.
     """
-    pool = Pool(directory, origin, known=known)
-    leases: dict[str, int] = {}
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            name = entry.name
-            if name.startswith("ticket-"):
-                pool.names.add(name)
-            elif name.startswith(("lease-", "twin-")):
-                leases[name] = entry.inode()
-            elif mutex and UNPUBLISHED_NAME.fullmatch(name):
-                probe(directory, name, origin)
-    pool.look_at_leases(leases)
-    for gone in known.keys() - pool.names - pool.leases.keys():
-        del known[gone]
+    index.update(set(os.listdir(directory)), directory)
+    pool = Pool(directory, origin, index, last_possible=int(max(now, 0.0) * TICKETS_PER_SECOND) + HEADSTART)
+    pool.look_at_leases()
+    if mutex:
+        pool.sweep_up()
     return pool
 
 
-def probe(directory: int, name: str, origin: Origin, known: Record | None = None) -> tuple[Liveness, Record | None]:
-    """Tell whether somebody holds the lock of the file, and what it says. Removes it if nobody does.
+def remove_if_dead(directory: int, name: str) -> None:
+    """Remove a lease's name if nobody has a descriptor of it any more."""
+    Pool(directory, Origin("", ""), Index(), 0)._probe(name)
 
-    Opened for reading only, so that closing it again wakes no watcher (see `FileLedger`), and locked in shared mode,
-    so that two that probe are not taken for holders by each other.
-    """
+
+def id_in(name: str) -> str:
+    """Return the id in a name of ours."""
+    ticket = TicketName.parse(name)
+    return ticket.id if ticket else name[-32:]
+
+
+def _entry(status: os.stat_result, record: Record | None, *problem: str) -> Entry:
+    return Entry(status.st_uid, status.st_ino, status.st_nlink, status.st_ctime_ns, status.st_size, record, *problem)
+
+
+def _content(descriptor: int) -> bytes:
+    """Return the whole content, or nothing where it cannot be one of ours."""
+    with contextlib.suppress(OSError):
+        content = os.read(descriptor, MAX_ENTRY_BYTES + 1)
+        return content if len(content) <= MAX_ENTRY_BYTES else b""
+    return b""
+
+
+def _lock_shared(descriptor: int) -> bool:
+    """Whether nobody else holds an exclusive lock."""
     try:
-        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY
-        descriptor = os.open(name, flags, dir_fd=directory)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM):
-            return (Liveness.UNKNOWN if _is_file(directory, name) else Liveness.FOREIGN), None
-        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO):
-            return Liveness.FOREIGN, None
-        raise
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return Liveness.FOREIGN, None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return Liveness.LIVE, known or decode(os.read(descriptor, SIZE_LIMIT))
-        record = known or decode(os.read(descriptor, SIZE_LIMIT))
-        if record is not None and _of_another_machine(record.origin, origin):
-            return Liveness.ELSEWHERE, record
-        # In a sticky directory only the file's owner and the directory's may remove it; others pass it by.
-        with contextlib.suppress(OSError):
-            os.unlink(name, dir_fd=directory)
-        return Liveness.STALE, None
-    finally:
-        os.close(descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _of_another_machine(its: Origin, ours: Origin) -> bool:
     """Containers have host names of their own but one boot id, and after a restart the host name is the same."""
     return bool(its.boot and ours.boot) and its.boot != ours.boot and its.machine != ours.machine
-
-
-def _is_file(directory: int, name: str) -> bool:
-    try:
-        return stat.S_ISREG(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
-    except OSError:
-        return False

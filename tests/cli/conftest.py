@@ -125,8 +125,8 @@ def lab(cli: Cli, machine: Any) -> Lab:
     cli.hold(
         ["gpus:0", 1, None, 0, "train.py #0 lr=0.1"],
         ["gpus:1", 0.5, None, 0, "train.py #1 lr=0.2"],
-        ["gpus:1", 0.25, 20 * GIB, 0, "eval.py #3 fold=5", {"user": "bert", "timeout": 7200}],
-        ["gpus", 4, None, 0, "big.py #0 nodes=4", {"user": "carla"}],
+        ["gpus:1", 0.25, 20 * GIB, 0, "eval.py #3 fold=5", {"timeout": 7200}],
+        ["gpus", 4, None, 0, "big.py #0 nodes=4"],
         ["gpus:0,1", 1, None, 0, "train.py #2 lr=0.3"],
     )
     return Lab(cli, machine, stranger.pid)

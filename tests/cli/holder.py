@@ -2,8 +2,8 @@
 
     python holder.py POOL REQUESTS
 
-REQUESTS is a JSON list of `[devices, gpus, memory, priority, command]` with, if need be, `{"timeout": 60}`, `user`,
-or `pid` after that. Prints a line when all of them are enqueued and those that can be are granted. Ends with its stdin.
+REQUESTS is a JSON list of `[devices, gpus, memory, priority, command]` with, if need be, `{"timeout": 60}` or `pid`
+after that. Prints a line when all of them are enqueued and those that can be are granted. Ends with its stdin.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(pool: str, requests: str) -> None:
         tickets = []
         for spec, gpus, memory, priority, command, *more in json.loads(requests):
             extra = more[0] if more else {}
-            owner = Owner(extra.get("pid", os.getpid()), extra.get("user", "anna"), command)
+            owner = Owner(extra.get("pid", os.getpid()), "nobody believes this", command)
             request = Request.of(gpus, memory, priority=priority, timeout=extra.get("timeout"))
             tickets.append(ledger.enqueue(request, devices_of(spec), owner))
         for ticket in tickets:

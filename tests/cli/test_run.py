@@ -21,6 +21,7 @@ import pytest
 from gpu_launcher.devices import simulated_devices
 from gpu_launcher.leases import FileLedger
 from gpu_launcher.model import Owner, Request
+from gpu_launcher.users import user_name
 
 if TYPE_CHECKING:
     from conftest import Cli, Lab, Terminal  # type: ignore[import-not-found]
@@ -352,7 +353,8 @@ def test_when_there_is_no_time_left_to_wait_it_says_who_holds_what(cli: Cli, wai
     assert (done.returncode, done.stdout) == (75, "")
     last = done.stderr.splitlines()[-1]
     shown = "0.0 s" if wait == "0" else "0.5 s"
-    said = f"gpu-launcher: gave up after {shown} of waiting for 1 GPU: simulated GPU 0 held by anna (train.py #7)"
+    who = user_name(os.geteuid())
+    said = f"gpu-launcher: gave up after {shown} of waiting for 1 GPU: simulated GPU 0 held by {who} (train.py #7)"
     assert re.fullmatch(re.escape(said) + r" since \d\d:\d\d", last)
     assert tickets(cli) == before
 

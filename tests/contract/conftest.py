@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from gpu_launcher.leases import FileLedger, Ledger, MemoryLedger, MemoryPool, resolve_pool_directory
 from gpu_launcher.model import Device, DeviceKind, Owner
+from gpu_launcher.users import user_name
 
 
 class Processes:
@@ -58,7 +60,8 @@ def devices() -> list[Device]:
 
 @pytest.fixture
 def owner() -> Owner:
-    return Owner(pid=7, user="ada", command="train.py #7 lr=0.1")
+    """This process: of others, the ledger on files does not believe that they are it."""
+    return Owner(pid=os.getpid(), user=user_name(os.geteuid()), command="train.py #7 lr=0.1")
 
 
 class Readable(Protocol):

@@ -10,7 +10,7 @@ import pytest
 
 from gpu_launcher.errors import RequestError
 from gpu_launcher.leases import Taste, describe_wait, refusal
-from gpu_launcher.model import WHOLE, Owner, Request, Share
+from gpu_launcher.model import WHOLE, Request, Share
 
 
 def test_a_lone_ticket_gets_its_first_candidates_in_its_order(process, devices, owner):
@@ -290,9 +290,8 @@ def test_the_claimant_says_which_of_the_free_devices_it_likes(process, devices, 
 def test_the_view_says_why_each_ticket_waits(process, devices, owner):
     ledger, other = process(), process()
     ledger.claim(ledger.enqueue(Request(2), devices, owner))
-    grace = Owner(pid=8, user="grace", command="eval.py")
     tickets = [
-        other.enqueue(Request(4), devices, grace),
+        other.enqueue(Request(4), devices, owner),
         other.enqueue(Request(1), devices[:1], owner),
         other.enqueue(Request(1), devices[3:], owner),
     ]
@@ -301,13 +300,15 @@ def test_the_view_says_why_each_ticket_waits(process, devices, owner):
     process.now += 1
     view = ledger.snapshot()
     assert [describe_wait(view, ticket, lambda uuid: f"GPU {uuid[-1]}") for ticket in view.tickets] == [
-        "waits for 3 more of GPU 0-3; GPU 2 in use outside the pool, or broken; held by ada",
-        "waits for 1 more of GPU 0; held by ada",
+        f"waits for 3 more of GPU 0-3; GPU 2 in use outside the pool, or broken; held by {owner.user}",
+        f"waits for 1 more of GPU 0; held by {owner.user}",
         "waits for 1 more of GPU 3; GPU 3 in use outside the pool, or broken",
     ]
     other.claim(tickets[0])
     view = ledger.snapshot()
-    assert describe_wait(view, view.tickets[1], str) == "waits for 1 more of SIMULATED-0; behind grace #1; held by ada"
+    assert describe_wait(view, view.tickets[1], str) == (
+        f"waits for 1 more of SIMULATED-0; behind {owner.user} #1; held by {owner.user}"
+    )
 
 
 def test_a_request_that_could_never_be_granted_is_refused_and_says_why(process, devices, owner):

@@ -23,6 +23,7 @@ from gpu_launcher.leases import FileLedger, mutex, resolve_pool_directory
 from gpu_launcher.leases.policy import Candidate, Demand
 from gpu_launcher.leases.records import LeaseRecord, Origin, TicketName, TicketRecord, decode
 from gpu_launcher.model import WHOLE, Device, DeviceKind, Owner, Request, Share
+from gpu_launcher.users import user_name
 
 # One process with a ledger, told what to do line by line. `die` is the step at which it kills itself.
 PROGRAM = """
@@ -476,18 +477,18 @@ def locked(path: Path, content: bytes) -> int:
 
 
 HERE = Origin.here()
-OWNER_9 = Owner(9, "grace", "train.py")
-LEASE = LeaseRecord({"A": WHOLE}, 0.0, None, OWNER_9, 0.0, HERE)
-TICKET = TicketRecord(Demand(Request(1), (Candidate("A"),)), OWNER_9, 0.0, HERE)
+LEASE = LeaseRecord({"A": WHOLE}, 0.0, None, os.getpid(), "train.py", 0.0, HERE)
+TICKET = TicketRecord(Demand(Request(1), (Candidate("A"),)), os.getpid(), "train.py", 0.0, HERE)
+ID = "0" * 32
 
 
 def changed(record: LeaseRecord | TicketRecord, **fields: object) -> bytes:
-    return json.dumps({**json.loads(record.encode()), **fields}).encode()
+    return json.dumps({**json.loads(record.encode(ID)), **fields}).encode()
 
 
-UNREADABLE = [b"", b"\xff\x00", b"[]", b"{}", b"[" * 100_000, b'{"format": 2}', changed(LEASE, format=3)]
+UNREADABLE = [b"", b"\xff\x00", b"[]", b"{}", b"[" * 100_000, b'{"format": 2}', changed(LEASE, format=4)]
 UNREADABLE += [changed(LEASE, shares=value) for value in ([], [["A", 0, 7]], [["A", 2_000_000, 0]], [["A", 1]], None)]
-UNREADABLE += [changed(LEASE, **{name: None}) for name in ("owner", "started", "boot", "since")]
+UNREADABLE += [changed(LEASE, **{name: None}) for name in ("pid", "started", "boot", "since", "id")]
 UNREADABLE += [changed(TICKET, count=0), changed(TICKET, candidates=[["A", -1, False]]), changed(TICKET, share=[0, 0])]
 
 
@@ -502,15 +503,17 @@ def test_a_locked_lease_that_cannot_be_read_holds_everything_until_it_ends(ledge
 
 
 @pytest.mark.parametrize("content", UNREADABLE, ids=lambda content: repr(content[:60]))
-def test_a_locked_ticket_that_cannot_be_read_holds_up_those_behind_it(ledger, directory, content):
+def test_a_locked_ticket_that_cannot_be_read_holds_nobody_up_and_is_named(ledger, directory, content):
     before = ledger.enqueue(Request(1), devices("A"), OWNER)
-    waiting = locked(directory / "queue" / str(TicketName(0, 2, "0" * 32, 0)), content)
-    behind = ledger.enqueue(Request(1), devices("B"), OWNER)
-    assert [view.id for view in ledger.snapshot().tickets] == [before.id, "0" * 32, behind.id]
-    assert ledger.claim(behind) is None
-    assert ledger.claim(before) is not None
-    os.close(waiting)
+    name = str(TicketName(0, 2, ID, 0))
+    waiting = locked(directory / "queue" / name, content)
+    behind = ledger.enqueue(Request(1), devices("A"), OWNER)
+    view = ledger.snapshot()
+    assert [view.id for view in view.tickets] == [before.id, behind.id]
+    assert [(one.name, one.user, one.lease) for one in view.unreadable] == [(name, user_name(os.geteuid()), False)]
+    ledger.release(ledger.claim(before))
     assert ledger.claim(behind) is not None
+    os.close(waiting)
 
 
 def test_whatever_else_lies_in_the_queue_directory_is_passed_by(ledger, directory):
@@ -538,12 +541,12 @@ def test_whatever_else_lies_in_the_queue_directory_is_passed_by(ledger, director
     assert files(directory) == foreign
 
 
-ODD_OWNER = Owner(1, "ä\udcff", 'x="{\\n')
+ODD = (1, 'ä\udcff x="{\\n', 1.5)
 FULL = Request(2, Share(250_000, 20 << 30), priority=-3, timeout=90.5, stagger=5.0)
 CANDIDATES = (Candidate("GPU-1", 80 << 30, exclusive=True), Candidate("MIG-GPU-2/1/0", None))
 RECORDS = [
-    TicketRecord(Demand(FULL, CANDIDATES, frozenset({"GPU-1"})), ODD_OWNER, 1.5, HERE),
-    LeaseRecord({"GPU-1": Share(1, 5), "MIG-GPU-2/1/0": WHOLE}, 12.5, 90.5, ODD_OWNER, 1.5, Origin("", "elsewhere")),
+    TicketRecord(Demand(FULL, CANDIDATES, frozenset({"GPU-1"})), *ODD, HERE),
+    LeaseRecord({"GPU-1": Share(1, 5), "MIG-GPU-2/1/0": WHOLE}, 12.5, 90.5, *ODD, Origin("", "elsewhere")),
     LEASE,
     TICKET,
 ]
@@ -551,7 +554,10 @@ RECORDS = [
 
 @pytest.mark.parametrize("record", RECORDS)
 def test_a_record_is_read_back_as_it_was_written(record):
-    assert decode(record.encode()) == record
+    priority = record.demand.request.priority if isinstance(record, TicketRecord) else 0
+    name = str(TicketName(priority, 5, ID, 0)) if isinstance(record, TicketRecord) else f"twin-{ID}"
+    assert decode(name, record.encode(ID)) == record
+    assert decode(name, record.encode("1" * 32)) is None
 
 
 def test_tickets_sorted_by_name_are_in_queue_order():
@@ -570,7 +576,7 @@ OTHER = Origin("another machine's boot", "another machine")
 def test_what_a_restart_left_behind_is_removed(ledger, directory):
     left = [f"lease-{'1' * 32}", f"twin-{'1' * 32}", str(TicketName(0, 1, "2" * 32, 0))]
     for name in left:
-        (directory / "queue" / name).write_bytes(replace(LEASE, origin=EARLIER).encode())
+        (directory / "queue" / name).write_bytes(replace(LEASE, origin=EARLIER).encode("1" * 32))
     ledger.release(ledger.claim(ledger.enqueue(Request(1), devices("A"), OWNER)))
     assert files(directory) == []
 
@@ -578,7 +584,8 @@ def test_what_a_restart_left_behind_is_removed(ledger, directory):
 def test_what_another_machine_writes_into_the_directory_is_left_alone_and_named(ledger, directory):
     theirs = {f"lease-{'1' * 32}": LEASE, str(TicketName(0, 1, "2" * 32, 0)): TICKET}
     for name, record in theirs.items():
-        (directory / "queue" / name).write_bytes(replace(record, origin=OTHER).encode())
+        id = "1" * 32 if record is LEASE else "2" * 32
+        (directory / "queue" / name).write_bytes(replace(record, origin=OTHER).encode(id))
     ticket = ledger.enqueue(Request(1), devices("A"), OWNER)
     view = ledger.snapshot()
     assert (view.leases, [one.id for one in view.tickets]) == ((), [ticket.id])
@@ -589,7 +596,7 @@ def test_what_another_machine_writes_into_the_directory_is_left_alone_and_named(
 
 def test_a_container_with_a_host_name_of_its_own_is_no_other_machine(ledger, directory):
     (directory / "queue" / f"lease-{'1' * 32}").write_bytes(
-        replace(LEASE, origin=Origin(HERE.boot, "container")).encode()
+        replace(LEASE, origin=Origin(HERE.boot, "container")).encode("1" * 32)
     )
     assert ledger.snapshot().elsewhere == ()
     assert files(directory) == []
@@ -599,12 +606,12 @@ def test_a_declared_end_of_another_boot_lets_nobody_pass(directory):
     """The clocks of two boots cannot be compared, so a job that lives through it all may end at any moment."""
     for origin, passes in ((HERE, True), (EARLIER, False)):
         name = directory / "queue" / f"lease-{'1' * 32}"
-        holder = locked(name, replace(LEASE, started=100.0, timeout=50.0, origin=origin).encode())
+        holder = locked(name, replace(LEASE, started=100.0, timeout=50.0, origin=origin).encode("1" * 32))
         with FileLedger(directory, clock=lambda: 110.0) as ledger:
             ledger.enqueue(Request(2), devices("AB"), OWNER)
             short = ledger.enqueue(Request(1, timeout=40.0), devices("B"), OWNER)
             assert (ledger.claim(short) is not None) is passes
-            assert [view.left for view in ledger.snapshot().leases if view.owner == OWNER_9] == (
+            assert [view.left for view in ledger.snapshot().leases if view.id == "1" * 32] == (
                 [40.0] if passes else [None]
             )
         os.close(holder)
