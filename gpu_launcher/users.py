@@ -12,7 +12,6 @@ MAX_COMMAND = 1000
 """Characters of a command that others see."""
 
 
-
 @functools.lru_cache(maxsize=1024)
 def user_name(uid: int) -> str:
     """What people call the user with this id; `uid 1234` for one without an entry in the user database."""

@@ -157,7 +157,7 @@ class PoolWindow:
                 raise explained(self.directory, error) from error
             self._ledger = FileLedger(self.directory)
         self._ledger.drain()
-        return self._ledger.snapshot()
+        return self._ledger.snapshot(thorough=True)
 
     def close(self) -> None:
         if self._ledger is not None:

@@ -1,14 +1,27 @@
-"""Where the pool is: choosing and checking the pool directory.
+"""Where the pool is: choosing, opening and checking the pool directory.
 
 All processes that share devices must agree on it, so a directory that cannot be used is an error, never a reason to
-take another one: two pools on one machine would grant every device twice.
+take another one: two pools on one machine would grant every device twice. No message advises that, unless no program
+at all can use the directory.
 
-    <pool directory>/         made by an administrator, or with mode 1777
+    <pool directory>/         made by an administrator, or by the first program that needs it, with mode 1777
     <pool directory>/queue/   all files, and the mutex; same mode
+
+Whose directory it is matters. Its owner, and that of the queue in it, can remove and rename what others put there, and
+move the whole queue away. What that can do:
+
+- Grant a device twice: no, see `gpu_launcher.leases.witness`.
+- Send others elsewhere: no. The queue is opened relative to the pool directory, and neither through a symbolic link,
+  but for a pool directory that root or this very user has linked.
+- Stop the pool: yes. So root does not use a directory of another user that it finds at the default place; it does where
+  it is told to by name.
+- Go before others with `priority`: only if root made the owner the pool's administrator. That is where the directory
+  lies in one that only root can write to, such as /var/lib: then a program cannot have made it for its user.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -19,12 +32,14 @@ from pathlib import Path
 
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.leases.records import unpublished_name
+from gpu_launcher.users import user_name
 
 ENVIRONMENT_VARIABLE = "GPU_LAUNCHER_POOL_DIR"
 ADMINISTRATORS = Path("/var/lib/gpu-launcher")
 EVERYBODYS = Path("/var/tmp/gpu-launcher")
 MOUNTINFO = Path("/proc/self/mountinfo")
 QUEUE = "queue"
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 ANOTHER = (
     f"choose another with the option `pool_dir` (`--pool-dir`) or {ENVIRONMENT_VARIABLE}, the same for every program"
 )
@@ -51,11 +66,18 @@ def resolve_pool_directory(
     """
     directory, _ = choose_pool_directory(explicit, administrators=administrators, everybodys=everybodys)
     check_file_system(directory, mountinfo)
-    try:
-        make_directory(directory, 0o1777)
-        check_usable(make_queue(directory))
-    except OSError as error:
-        raise explained(directory, error) from error
+    with contextlib.ExitStack() as opened:
+        try:
+            make_directory(directory)
+            pool = open_directory(directory)
+            opened.callback(os.close, pool)
+            queue = open_queue(pool, directory, make=True)
+            opened.callback(os.close, queue)
+            if os.geteuid() == 0 == os.fstat(pool).st_uid != os.fstat(queue).st_uid:
+                os.fchown(queue, 0, -1)  # whoever was the first in root's directory is not to own the queue for that
+            check_usable(queue, directory)
+        except OSError as error:
+            raise explained(directory, error) from error
     return directory
 
 
@@ -75,43 +97,101 @@ def choose_pool_directory(
         return Path(named).expanduser().absolute(), f"named by {ENVIRONMENT_VARIABLE}"
     if administrators.exists():
         return administrators, "made by an administrator"
-    if everybodys.is_symlink():
-        raise PoolDirectoryError(str(everybodys), f"is a symbolic link that somebody made: remove it, or {ANOTHER}")
+    with contextlib.suppress(OSError):
+        status = everybodys.lstat()
+        user = user_name(status.st_uid)
+        if stat.S_ISLNK(status.st_mode):
+            raise PoolDirectoryError(
+                str(everybodys), f"is a symbolic link that {user} made: {user} or root must remove it"
+            )
+        if os.geteuid() == 0 != status.st_uid:
+            raise PoolDirectoryError(
+                str(everybodys),
+                f"belongs to {user}, who could stop what root runs, so root does not use it unasked: "
+                f"{make_roots(everybodys)}, or name it: --pool-dir {everybodys}",
+            )
     return everybodys, "the default"
 
 
-def make_directory(directory: Path, mode: int) -> None:
-    """Make the directory with exactly this mode, in one step; one that exists is left as it is.
+def make_roots(directory: Path) -> str:
+    """Say how root makes the directory its own; from the outside to the inside, so that nobody can swap the inside."""
+    return f"`chown -h root: {directory} && chown -h root: {directory / QUEUE}`"
+
+
+def make_directory(directory: Path) -> None:
+    """Make the pool directory, open to all, in one step; one that exists is left as it is.
 
     Made with less at first and widened afterwards, another user's program would find it closed in between.
     """
+    _make(directory, 0o1777)
+
+
+def _make(name: Path | str, mode: int, within: int | None = None) -> None:
     umask = os.umask(0)
     try:
-        directory.mkdir(mode)
+        os.mkdir(name, mode, dir_fd=within)
     except FileExistsError:
-        if not directory.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory)) from None
+        pass
     finally:
         os.umask(umask)
 
 
-def make_queue(directory: Path) -> Path:
-    """Return the directory inside the pool directory that holds its files, made if need be.
+def open_directory(directory: Path) -> int:
+    """Open the pool directory. A symbolic link to it is followed only if root or this user made that."""
+    try:
+        return os.open(directory, _DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+            raise
+    status = directory.lstat()
+    if stat.S_ISLNK(status.st_mode) and status.st_uid not in (0, os.geteuid()):
+        raise PoolDirectoryError(
+            str(directory), f"is a symbolic link that {user_name(status.st_uid)} made: name the directory itself"
+        )
+    return os.open(directory, _DIRECTORY)
+
+
+def open_queue(pool: int, directory: Path, *, make: bool) -> int:
+    """Open the directory that holds all files, inside the pool directory that is open as `pool`. Follows no link.
 
     mkdir(2) hands on the group and the setgid bit of an administrator's directory.
     """
-    queue = directory / QUEUE
-    make_directory(queue, stat.S_IMODE(directory.stat().st_mode) & 0o1777)
-    return queue
+    try:
+        return os.open(QUEUE, _DIRECTORY | os.O_NOFOLLOW, dir_fd=pool)
+    except FileNotFoundError:
+        if not make:
+            raise
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise _not_a_queue(pool, directory) from error
+        raise
+    _make(QUEUE, stat.S_IMODE(os.fstat(pool).st_mode) & 0o1777, within=pool)
+    return open_queue(pool, directory, make=False)
 
 
-def check_usable(queue: Path) -> None:
+def _not_a_queue(pool: int, directory: Path) -> PoolDirectoryError:
+    status = os.stat(QUEUE, dir_fd=pool, follow_symlinks=False)
+    what = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "not a directory"
+    user = user_name(status.st_uid)
+    return PoolDirectoryError(
+        str(directory), f"{directory / QUEUE} is {what}, which {user} put there: {user} or root must remove it"
+    )
+
+
+def administrators(pool: int) -> frozenset[int]:
+    """Return the users that may go before others in the pool directory, open as `pool`: root, and whom root gave it."""
+    status, parent = os.fstat(pool), os.stat("..", dir_fd=pool)
+    given = parent.st_uid == 0 and not parent.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return frozenset({0, status.st_uid} if given else {0})
+
+
+def check_usable(queue: int, directory: Path) -> None:
     """Try everything a ledger needs. Raises OSError, or PoolDirectoryError where locks have no effect."""
-    mutex = os.open(queue, os.O_RDONLY | os.O_DIRECTORY)
+    mutex = os.open(".", _DIRECTORY, dir_fd=queue)
     try:
         # Others remove, under the mutex, what they find unpublished and unlocked: at first these files are both.
         if _locked_soon(mutex):
-            _try_locks_and_links(queue)
+            _try_locks_and_links(queue, directory)
     finally:
         os.close(mutex)
 
@@ -130,28 +210,25 @@ def _locked_soon(mutex: int) -> bool:
             return True
 
 
-def _try_locks_and_links(queue: Path) -> None:
-    name = queue / unpublished_name(uuid.uuid4().hex)
-    twin = queue / unpublished_name(uuid.uuid4().hex)
-    first = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+def _try_locks_and_links(queue: int, directory: Path) -> None:
+    name, twin = unpublished_name(uuid.uuid4().hex), unpublished_name(uuid.uuid4().hex)
+    first = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600, dir_fd=queue)
     second = -1
     try:
         os.fchmod(first, 0o644)
         os.write(first, b"x" * 4096)
         fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        second = os.open(name, os.O_RDONLY)
+        second = os.open(name, os.O_RDONLY, dir_fd=queue)
         try:
             fcntl.flock(second, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             pass
         else:
-            raise PoolDirectoryError(
-                str(queue.parent), f"file locks (flock) have no effect on its file system: {ANOTHER}"
-            )
-        twin.hardlink_to(name)
-        twin.unlink()
+            raise PoolDirectoryError(str(directory), f"file locks (flock) have no effect on its file system: {ANOTHER}")
+        os.link(name, twin, src_dir_fd=queue, dst_dir_fd=queue)
+        os.unlink(twin, dir_fd=queue)
     finally:
-        name.unlink()
+        os.unlink(name, dir_fd=queue)
         os.close(first)
         if second >= 0:
             os.close(second)
@@ -202,12 +279,12 @@ def explained(directory: Path, error: OSError) -> PoolDirectoryError:
     """Return what the error means for the person who chose the directory."""
     user = f"user {os.geteuid()}"
     problems = {
-        errno.EROFS: f"is on a read-only file system: {ANOTHER}",
-        errno.ENOSPC: f"the disk is full (space or inodes): free some, or {ANOTHER}",
-        errno.EDQUOT: f"your disk quota is used up: free some space, or {ANOTHER}",
-        errno.ENOTDIR: f"is not a directory: remove what is there, or {ANOTHER}",
-        errno.ENOENT: f"does not exist, and neither does its parent: make it, or {ANOTHER}",
-        errno.EACCES: f"cannot be written by {user}: ask its owner to `chmod 1777` it and its {QUEUE}/, or {ANOTHER}",
+        errno.EROFS: "is on a read-only file system: mount it so that programs can write to it",
+        errno.ENOSPC: "the disk is full (space or inodes): free some",
+        errno.EDQUOT: "your disk quota is used up: free some space",
+        errno.ENOTDIR: "is not a directory: remove what is there",
+        errno.ENOENT: "does not exist, and neither does its parent: make it",
+        errno.EACCES: f"cannot be written by {user}: ask its owner to `chmod 1777` it and its {QUEUE}/",
         errno.ENOLCK: f"its file system has no file locks (flock): {ANOTHER}",
         errno.EOPNOTSUPP: f"its file system has no file locks (flock) or hard links: {ANOTHER}",
         errno.EMFILE: "this process has too many open files: raise `ulimit -n`",
@@ -215,5 +292,9 @@ def explained(directory: Path, error: OSError) -> PoolDirectoryError:
     }
     problems[errno.EPERM] = problems[errno.EACCES]
     problems[errno.ENOSYS] = problems[errno.EOPNOTSUPP]
-    problem = problems.get(error.errno or 0, f"cannot be used ({error.strerror or error}): {ANOTHER}")
+    problem = problems.get(
+        error.errno or 0,
+        f"cannot be used ({error.strerror or error}): `gpu-launcher doctor` may say more; with another directory, "
+        "devices that are in use here would be given away again",
+    )
     return PoolDirectoryError(str(directory), problem)

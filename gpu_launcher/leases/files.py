@@ -39,11 +39,12 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.leases import inotify
-from gpu_launcher.leases.directory import explained, make_queue
+from gpu_launcher.leases.directory import administrators, explained, open_directory, open_queue
 from gpu_launcher.leases.ledger import Lease, PoolView, Ticket, demanded
 from gpu_launcher.leases.mutex import Patience
 from gpu_launcher.leases.policy import INDIFFERENT, Grant, Taste, TicketState, grant
@@ -58,11 +59,10 @@ from gpu_launcher.leases.records import (
     unpublished_name,
 )
 from gpu_launcher.leases.scan import Index, Pool, remove_if_dead, scan
+from gpu_launcher.leases.witness import Marks
 from gpu_launcher.users import user_name
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from gpu_launcher.model import Device, Owner, Request
 
 FIRST_POLL = 0.002
@@ -127,29 +127,32 @@ class FileLedger:
         self._leases: dict[str, tuple[Lease, LeaseRecord]] = {}
         self._closed = False
         self._claims_in_vain = 0
-        self._may_go_first = False
-        self._warn: Callable[[str], None] | None = warn
-        """Until it has been told of priorities."""
+        self._warn = warn
+        self._warn_of_priority = True
+        self._lost: frozenset[str] = frozenset()
+        """UUIDs of devices that were last found held by leases without a name in the queue."""
+        self._nameless: set[str] = set()
+        """Ids of leases of this ledger of which that was said."""
         self._inotify: inotify.Inotify | None = None
         with contextlib.ExitStack() as undo:
             try:
-                self._queue = make_queue(directory)
-                self._guard = _open_directory(directory)
+                # Both are kept open so that no later directory can have the same inode number.
+                self._guard = open_directory(directory)
                 undo.callback(os.close, self._guard)
-                # Kept open so that no later directory can have the same inode number.
-                self._pinned = _open_directory(self._queue)
+                self._pinned = open_queue(self._guard, directory, make=True)
                 undo.callback(os.close, self._pinned)
+                self._administrators = administrators(self._guard)
             except OSError as error:
                 raise explained(directory, error) from error
-            owner = os.fstat(self._guard).st_uid
-            self._may_go_first = os.geteuid() in (0, owner)
+            self._identity = _identity(os.fstat(self._guard)), _identity(os.fstat(self._pinned))
+            self._marks = Marks(str(directory), os.fstat(self._guard))
             # systemd-tmpfiles removes old files from /var/tmp, unless it finds a directory above them locked
             # (tmpfiles.d(5), since systemd 242).
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(self._guard, fcntl.LOCK_SH | fcntl.LOCK_NB)
             with contextlib.suppress(OSError):
-                self._inotify = inotify.Inotify(self._queue, _WATCHED)
-            self._index = Index({0, owner}, os.fstat(self._guard))
+                self._inotify = inotify.Inotify(Path(f"/proc/self/fd/{self._pinned}"), _WATCHED)
+            self._index = Index(self._administrators, os.fstat(self._guard))
             undo.pop_all()
 
     @property
@@ -176,10 +179,19 @@ class FileLedger:
         if waiting is None:
             raise ValueError(f"ticket {ticket.id} is not waiting in this ledger")
         seen = frozenset(unavailable).intersection(ticket.candidates)
+        if waiting.untried:
+            # It may well be granted, so this one reading is done under the mutex if nobody has that just now.
+            waiting.untried = False
+            with self._mutex(wait=False) as locked:
+                if locked is not None:
+                    lease = self._claim(locked, waiting, seen, taste)
+                    self._claims_in_vain = 0 if lease else self._claims_in_vain + 1
+                    return lease
         changed = seen != waiting.record.demand.unavailable
         with self._directory() as queue:
             # Waiting is what a ticket does most of the time, and needs no mutex.
             pool = self._scan(queue, mutex=False)
+            self._find_lost(pool, self._lost)
             in_vain = not changed and str(waiting.name) in pool.names and not self._decide(pool, waiting, taste)
         if in_vain:
             assert waiting.name is not None
@@ -200,6 +212,10 @@ class FileLedger:
         elif str(waiting.name) not in pool.names:
             self._publish_ticket(waiting, pool)
         shares = self._decide(pool, waiting, taste)
+        self._lost = frozenset()
+        while shares is not None and (lost := self._find_lost(pool, shares)):
+            self._lost |= lost
+            shares = self._decide(pool, waiting, taste)
         if shares is None:
             return None
         record = LeaseRecord(
@@ -234,10 +250,13 @@ class FileLedger:
         if self._leases.pop(lease.id, None) is not None:
             self._close_leases([lease])
 
-    def snapshot(self) -> PoolView:
+    def snapshot(self, *, thorough: bool = False) -> PoolView:
+        """As `Ledger.snapshot` says. `thorough`: look for leases without a name in the queue, too."""
         self._check_process()
         with self._directory() as queue:
-            return self._scan(queue, mutex=False).view(self._clock())
+            pool = self._scan(queue, mutex=False)
+            self._find_lost(pool, pool.wanted() if thorough else self._lost)
+            return pool.view(self._clock())
 
     def fileno(self) -> int | None:
         return self._inotify.fileno() if self._inotify else None
@@ -246,6 +265,12 @@ class FileLedger:
         self._check_process()
         if self._inotify and self._inotify.drain():
             self._claims_in_vain = 0
+            if self._leases:
+                try:
+                    with self._directory() as queue:
+                        self._keep_names(queue)
+                except PoolDirectoryError as error:
+                    self._mourn(self._leases, f" ({error.problem.partition(':')[0]})")
 
     def close(self) -> None:
         if self._closed:
@@ -297,9 +322,8 @@ class FileLedger:
         """Yield the queue directory's descriptor, opened anew and proven to be the one it was."""
         descriptor = -1
         try:
-            descriptor = _open_directory(self._queue)
-            same = [os.fstat(descriptor), self._queue.stat(), os.fstat(self._pinned)]
-            if len({(status.st_dev, status.st_ino) for status in same}) > 1:
+            descriptor = open_queue(self._guard, self.directory, make=False)
+            if (_identity(self.directory.stat()), _identity(os.fstat(descriptor))) != self._identity:
                 raise OSError(errno.ESTALE, "replaced")
             yield descriptor
         except FileNotFoundError as error:
@@ -311,14 +335,16 @@ class FileLedger:
                 os.close(descriptor)
 
     @contextlib.contextmanager
-    def _mutex(self) -> Iterator[int | None]:
+    def _mutex(self, *, wait: bool = True) -> Iterator[int | None]:
         """Hold the pool's mutex; yield the queue directory's descriptor, or None if somebody else keeps it too long.
+
+        Without `wait`, None if somebody has it now.
 
         The descriptor is a new one each time, so that a forked child that misuses the ledger would still exclude its
         parent.
         """
         with self._directory() as descriptor:
-            if not self._patience.lock(descriptor):
+            if not self._patience.lock(descriptor, wait=wait):
                 yield None
                 return
             try:
@@ -331,13 +357,15 @@ class FileLedger:
 
     def _in_its_place(self, request: Request) -> Request:
         """Leave a priority above 0 only to those who may go before others."""
-        if request.priority <= 0 or self._may_go_first:
+        if request.priority <= 0 or os.geteuid() in self._administrators:
             return request
-        if self._warn is not None:
-            owner = user_name(os.fstat(self._guard).st_uid)
-            who = "root" if owner == "root" else f"root and for {owner}"
-            self._warn(f"priority {request.priority} counts as 0: above 0 is for {who}, the owner of {self.directory}")
-            self._warn = None
+        if self._warn_of_priority:
+            owner = os.fstat(self._guard).st_uid
+            who = f"root and for {user_name(owner)}, the owner of {self.directory}"
+            if owner == 0 or owner not in self._administrators:
+                who = f"root: {self.directory} has no other administrator"
+            self._warn(f"priority {request.priority} counts as 0: above 0 is for {who}")
+            self._warn_of_priority = False
         return replace(request, priority=0)
 
     def _decide(self, pool: Pool, waiting: _Waiting, taste: Taste) -> Grant | None:
@@ -375,6 +403,8 @@ class FileLedger:
             os.fchmod(descriptor, 0o644)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._checkpoint(f"{operation}: locked")
+            if isinstance(record, LeaseRecord):
+                self._marks.make(descriptor, record.shares)
             _write(descriptor, record.encode(id))
             self._checkpoint(f"{operation}: written")
             for name in names[1:]:
@@ -410,8 +440,46 @@ class FileLedger:
                     remove_if_dead(queue, name)
                     self._checkpoint("release: name removed")
 
+    def _find_lost(self, pool: Pool, uuids: Iterable[str]) -> frozenset[str]:
+        """Look for devices among `uuids` held by leases without a name in the queue, and note them in the pool."""
+        uuids = [uuid for uuid in uuids if uuid not in pool.lost]
+        locks = pool.locks() if uuids else None
+        if locks is None:
+            return frozenset()
+        known = {entry.inode for entry in pool.holders.values()}
+        known.update(os.fstat(lease.fileno()).st_ino for lease, _ in self._leases.values())
+        lost = self._marks.found(locks, uuids, known)
+        pool.lost.update(lost)
+        return frozenset(lost)
+
+    def _keep_names(self, queue: int) -> None:
+        """Give back to the files of this ledger's leases the names that somebody has taken from them."""
+        nameless = []
+        for id, (lease, _) in self._leases.items():
+            status = os.fstat(lease.fileno())
+            if status.st_nlink == 1:
+                for name, other in zip(lease_names(id), reversed(lease_names(id)), strict=True):
+                    with contextlib.suppress(OSError):
+                        if os.stat(name, dir_fd=queue, follow_symlinks=False).st_ino == status.st_ino:
+                            os.link(name, other, src_dir_fd=queue, dst_dir_fd=queue, follow_symlinks=False)
+            elif not status.st_nlink:
+                nameless.append(id)
+        self._mourn(nameless)
+
+    def _mourn(self, ids: Iterable[str], why: str = "") -> None:
+        """Say, once of each, that others can see leases of this ledger only in the kernel's table of locks."""
+        new = [id for id in ids if id not in self._nameless]
+        self._nameless.update(new)
+        if new:
+            uuids = dict.fromkeys(uuid for id in new for uuid in self._leases[id][0].uuids)
+            self._warn(
+                f"pool directory {self.directory}: the files of leases that this program has were removed or moved away"
+                f"{why}: {', '.join(uuids)}. Only programs that can read /proc/locks still keep off these devices"
+            )
+
     def _scan(self, queue: int, *, mutex: bool) -> Pool:
         """Read the pool; what this ledger has itself, it knows better than the files."""
+        self._keep_names(queue)
         pool = scan(queue, self._origin, self._index, self._clock(), mutex=mutex)
         pool.own = {str(own.name): own.record for own in self._tickets.values() if own.name is not None}
         pool.leases.update({id: record for id, (_, record) in self._leases.items()})
@@ -427,6 +495,8 @@ class _Waiting:
     name: TicketName | None = None
     """None as long as it could not be published."""
     descriptor: int = -1
+    untried: bool = True
+    """Whether it has not been claimed yet."""
 
     def close(self) -> None:
         if self.descriptor >= 0:
@@ -434,8 +504,8 @@ class _Waiting:
             self.descriptor = -1
 
 
-def _open_directory(directory: Path) -> int:
-    return os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _write(descriptor: int, content: bytes) -> None:

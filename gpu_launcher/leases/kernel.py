@@ -42,9 +42,12 @@ class LockTable:
     def read(cls, table: Path = LOCKS) -> LockTable | None:
         """None where it cannot be read."""
         content = _read(table)
-        if content is not None and len(content) >= _PAGE:  # what one reading misses, another one has
-            content += _read(table) or b""
         return None if content is None else cls(content)
+
+    def read_again(self) -> None:
+        """Add what another reading has and one of several pages may have missed."""
+        if len(self._content) >= _PAGE:
+            self._content += _read(LOCKS) or b""
 
     def on(self, status: os.stat_result) -> list[Flock]:
         """Return the flock locks on a file. Those of its number on another file system count if there are none on its
@@ -95,7 +98,8 @@ def _read(table: Path) -> bytes | None:
     finally:
         os.close(descriptor)
     # An arrow is before somebody who waits for the lock of the line above.
-    return re.sub(rb"(?m)^\d+: +-> .*$", b"", b"".join(parts))
+    content = b"".join(parts)
+    return re.sub(rb"(?m)^\d+: +-> .*$", b"", content) if b" -> " in content else content
 
 
 def sees_all_locks() -> bool:
@@ -162,6 +166,14 @@ def holders_of(status: os.stat_result) -> list[int]:
                 if any(_holds(process, name, status) for name in os.listdir(process / "fd")):  # noqa: PTH208
                     found.append(int(process.name))
     return sorted(found)
+
+
+def shows_files(pid: int) -> bool:
+    """Whether this user may see which files a process has open."""
+    try:
+        return bool(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208
+    except OSError:
+        return False
 
 
 def _holds(process: Path, descriptor: str, status: os.stat_result) -> bool:

@@ -2,6 +2,11 @@
 
 flock(2) knows no time limit, and a signal does not get out of it (PEP 475), so it is tried at short intervals: a
 program whose user presses Ctrl-C must not hang because another one does.
+
+Every user can lock the directory, also in shared mode, and keep it. Then nothing is granted while that process lives,
+and the others say who it is. That is certain of processes whose open files can be looked at (one's own; for root, all).
+Of others the table of locks names only who took the lock: that may have ended since, and a child of it may be what
+holds it, or its number may be another process's. Nobody is told to signal a process that is not certain to hold it.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import SystemRandom
 
-from gpu_launcher.users import user_name
+from gpu_launcher.leases.kernel import LOCKS, LockTable, Process, holders_of, shows_files
 
 PATIENCE = 0.25
 """Seconds for which one call waits."""
@@ -23,22 +28,41 @@ SUSPICIOUS = 3.0
 FIRST_PAUSE = 0.0002
 LONGEST_PAUSE = 0.005
 
-LOCKS = Path("/proc/locks")
-
 
 @dataclass(frozen=True, slots=True)
-class Holder:
-    """A process that holds the mutex, as far as it can be seen from here."""
+class Blame:
+    """Who keeps the pool locked, as far as that can be known."""
 
-    pid: int
-    user: str | None
-    command: str | None
-    stopped: bool
-    """By SIGSTOP, Ctrl-Z or a debugger."""
+    holders: tuple[Process, ...] = ()
+    """Certain to hold the lock."""
+    takers: tuple[Process, ...] = ()
+    """Have taken it, if no holder can be seen. They may still hold it, or what they have started does."""
 
     def __str__(self) -> str:
-        names = ", ".join(name for name in (self.user, self.command) if name)
-        return f"process {self.pid}" + (f" ({names})" if names else "") + (", which is stopped" if self.stopped else "")
+        if self.holders:
+            return ", ".join(map(str, self.holders[:3])) + (
+                f" and {len(self.holders) - 3} more" * (len(self.holders) > 3)
+            )
+        if not self.takers:
+            return "a process that cannot be seen from here (in another container?)"
+        taker = self.takers[0]
+        if taker.user is None:
+            return f"a process that this user may not look at: process {taker.pid}, which took the lock, has ended"
+        if shows_files(taker.pid):
+            return (
+                f"a process that this user may not look at: process {taker.pid}, which took the lock, has let go of it"
+            )
+        return f"{taker}, or by a process that it has started"
+
+    @property
+    def remedy(self) -> str:
+        """What to do."""
+        if not self.holders:
+            return "`gpu-launcher doctor`, run by root outside of containers, names it with certainty"
+        stopped = [str(holder.pid) for holder in self.holders if holder.stopped]
+        if stopped:
+            return f"continue it (kill -CONT {' '.join(stopped)}) or end it"
+        return f"end it (kill {' '.join(str(holder.pid) for holder in self.holders)})"
 
 
 class Patience:
@@ -47,21 +71,26 @@ class Patience:
     def __init__(self, directory: Path, warn: Callable[[str], None]) -> None:
         self._directory = directory
         self._warn = warn
-        self._seen: tuple[int, float] | None = None
-        """The pid of the holder, and since when it has been seen."""
+        self._seen: tuple[tuple[int, ...], float] | None = None
+        """Who took the lock, and since when that has been seen."""
         self._named = False
 
-    def lock(self, descriptor: int) -> bool:
-        """Lock the queue directory, open as `descriptor`. False if somebody else has it for `PATIENCE` seconds."""
+    def lock(self, descriptor: int, *, wait: bool = True) -> bool:
+        """Lock the queue directory, open as `descriptor`. False if somebody else has it for `PATIENCE` seconds, or now.
+
+        With `wait` it is tried for that long.
+        """
         deadline = time.monotonic() + PATIENCE
         pause = FIRST_PAUSE
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if not wait:
+                    return False
                 now = time.monotonic()
                 if now >= deadline:
-                    self._suspect(now, holder_of(descriptor))
+                    self._suspect(now, descriptor)
                     return False
                 # Random, lest those who came at the same moment go on trying at the same moments. Not with the
                 # `random` module's generator: the program may have seeded that, and count on what it draws.
@@ -71,53 +100,32 @@ class Patience:
                 self._seen = None
                 return True
 
-    def _suspect(self, now: float, holder: Holder | None) -> None:
-        pid = holder.pid if holder else 0
-        if self._seen is None or self._seen[0] != pid:
-            self._seen, self._named = (pid, now - PATIENCE), False
+    def _suspect(self, now: float, descriptor: int) -> None:
+        takers = _takers(descriptor)
+        if self._seen is None or self._seen[0] != takers:
+            self._seen, self._named = (takers, now - PATIENCE), False
         seconds = now - self._seen[1]
         if self._named or seconds < SUSPICIOUS:
             return
         self._named = True
-        who = str(holder) if holder else "a process that cannot be seen from here (another container's?)"
-        remedy = f"continue it (kill -CONT {pid}) or end it" if holder else "find it on the host, and end it"
+        found = blame(descriptor)
         self._warn(
             f"pool directory {self._directory}: nothing is granted, because it has been locked for {seconds:.0f} s by "
-            f"{who}: {remedy}"
+            f"{found}: {found.remedy}"
         )
 
 
-def holder_of(descriptor: int, locks: Path = LOCKS) -> Holder | None:
-    """Return who holds an exclusive flock on the open file; None if that cannot be told. See proc_locks(5)."""
-    status = os.fstat(descriptor)
-    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    exact, inode_only = [], []
-    try:
-        lines = locks.read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        fields = line.split()
-        if len(fields) < 6 or fields[1] != "FLOCK" or fields[3] != "WRITE" or int(fields[4]) <= 0:
-            continue
-        if fields[5] == device:
-            exact.append(int(fields[4]))
-        elif fields[5].endswith(f":{status.st_ino}"):
-            # Some file systems (btrfs, overlay) tell stat(2) another device number.
-            inode_only.append(int(fields[4]))
-    found = exact or inode_only
-    return _described(found[0]) if len(found) == 1 else None
+def blame(descriptor: int, table: Path = LOCKS) -> Blame:
+    """Return who keeps the open file locked. Looks at every process, so it takes a while."""
+    holders = [pid for pid in holders_of(os.fstat(descriptor)) if pid != os.getpid()]
+    if holders:
+        return Blame(holders=tuple(map(Process.of, holders)))
+    return Blame(takers=tuple(map(Process.of, _takers(descriptor, table))))
 
 
-def _described(pid: int) -> Holder:
-    process = Path(f"/proc/{pid}")
-    user = command = None
-    stopped = False
-    try:
-        user = user_name(process.stat().st_uid)
-        words = os.fsdecode(process.joinpath("cmdline").read_bytes()).replace("\0", " ").split()
-        command = " ".join(words)[:100] or None
-        stopped = process.joinpath("stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "Tt"
-    except OSError:
-        pass
-    return Holder(pid, user, command, stopped)
+def _takers(descriptor: int, table: Path = LOCKS) -> tuple[int, ...]:
+    """Return the processes that took a lock on the open file, in either mode."""
+    locks = LockTable.read(table)
+    if locks is None:
+        return ()
+    return tuple(sorted({lock.pid for lock in locks.on(os.fstat(descriptor)) if lock.pid > 0}))

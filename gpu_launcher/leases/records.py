@@ -34,7 +34,7 @@ MAX_ENTRY_BYTES = 512 << 10
 MAX_CANDIDATES = 4096
 MAX_NAME = 200
 """Characters of a device's UUID, a boot's or a machine's name."""
-MAX_COMMAND = 300
+MAX_COMMAND = 2000
 """Characters of a command; longer ones are cut before they are written."""
 MAX_SECONDS = 1e10
 MAX_BYTES_OF_DEVICE = 1 << 60

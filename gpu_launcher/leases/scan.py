@@ -52,7 +52,7 @@ from gpu_launcher.leases.records import (
     TicketRecord,
     decode,
 )
-from gpu_launcher.model import Owner
+from gpu_launcher.model import WHOLE, Owner
 from gpu_launcher.users import user_name
 
 MAX_ENTRIES = 4096
@@ -64,6 +64,8 @@ MAX_UNREADABLE = 16
 MAX_UNPUBLISHED = 256
 """Unpublished files that one scan looks at."""
 BLIND_SECONDS = 600.0
+LOST = "lost-"
+"""How the ids of leases begin whose files have no name in the queue."""
 TICKETS_PER_SECOND = 10_000
 """More than any pool hands out."""
 HEADSTART = 10**6
@@ -256,6 +258,8 @@ class Pool:
     elsewhere: set[str] = field(default_factory=set)
     unreadable: dict[str, Entry] = field(default_factory=dict)
     """Live entries that cannot be read, by name."""
+    lost: dict[str, int] = field(default_factory=dict)
+    """UUIDs of devices that leases without a name in the queue hold, and the inode numbers of their files."""
     _locks: tuple[LockTable | None, ...] = ()
     _exclusive: dict[int, int] | None = None
     """Who took the exclusive lock on a file, by its inode number."""
@@ -270,12 +274,19 @@ class Pool:
 
     def lease_states(self) -> list[LeaseState]:
         """Return what the policy wants to know of the leases."""
-        return [
+        states = [
             LeaseState(id, record.shares, record.started_here(self.origin), record.ends_here(self.origin))
             if record
             else LeaseState(id, shares=None)
             for id, record in self.leases.items()
         ]
+        # What part of the device it is, nobody knows any more.
+        return states + [LeaseState(f"{LOST}{inode}-{uuid}", {uuid: WHOLE}) for uuid, inode in self.lost.items()]
+
+    def wanted(self) -> set[str]:
+        """Return the UUIDs of all devices that are held or waited for."""
+        held = {uuid for record in self.leases.values() if record for uuid in record.shares}
+        return held.union(*(record.demand.able for _, record, _ in self.tickets()))
 
     def queue(self) -> Iterator[TicketState]:
         """Go through the live tickets in queue order, looking at each only when its turn comes."""
@@ -346,9 +357,11 @@ class Pool:
         leases = self.lease_states()
         shown = []
         for state in leases:
-            record = self.leases[state.id]
+            record = self.leases.get(state.id)
             left = None if state.ends is None else state.ends - now
             owner, since = self._owner(self.holders.get(state.id), record), record.since if record else None
+            if state.id.startswith(LOST):
+                owner = self._owner_of_lost(int(state.id.split("-")[1]))
             shown.append(LeaseView(state.id, state.shares, owner, since, left))
         tickets = [
             TicketView(
@@ -395,13 +408,22 @@ class Pool:
 
     def _stranger(self, entry: Entry) -> int | None:
         """Return the process of another user than the file's that has locked it, as after the death of its own."""
-        if self._exclusive is None:
-            locks = self.locks()
-            self._exclusive = {} if locks is None else locks.holders(os.fstat(self.directory))
-        pid = self._exclusive.get(entry.inode)
+        pid = self._who_locked().get(entry.inode)
         if pid is None or self._user(pid) in (None, entry.uid):
             return None
         return pid
+
+    def _owner_of_lost(self, inode: int) -> Owner:
+        """Return who took the lock on a file that has no name here."""
+        pid = self._who_locked().get(inode, 0)
+        process = Process.of(pid)
+        return Owner(pid if process.user else 0, process.user or "unknown", "a lease whose file was removed")
+
+    def _who_locked(self) -> dict[int, int]:
+        if self._exclusive is None:
+            locks = self.locks()
+            self._exclusive = {} if locks is None else locks.holders(os.fstat(self.directory))
+        return self._exclusive
 
     def _user(self, pid: int) -> int | None:
         if pid not in self._users:
@@ -522,6 +544,8 @@ class Pool:
         locks, guard = self.locks(), self.index.guard
         if locks is None or guard is None or not sees_all_locks() or not locks.on(guard):
             return abs(time.time() - status.st_ctime) < BLIND_SECONDS
+        if not locks.on(status):
+            locks.read_again()
         return bool(locks.on(status))
 
 

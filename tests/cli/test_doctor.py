@@ -238,8 +238,8 @@ def test_who_keeps_the_pool_locked_is_named(cli: Cli) -> None:
         os.close(descriptor)
     assert code == 1
     ((text, remedy),) = of(findings, "pool", "problem")
-    assert re.match(rf"nothing is granted, because process {os.getpid()} \(.*\) keeps it locked", text)
-    assert remedy == f"continue it (`kill -CONT {os.getpid()}`) or end it"
+    assert re.match(rf"nothing is granted, because it is kept locked by process {os.getpid()} \(.*\)$", text)
+    assert remedy == f"end it (kill {os.getpid()})"
 
 
 def test_a_lease_of_another_version_is_a_problem(cli: Cli) -> None:

@@ -154,7 +154,7 @@ def test_two_users_can_use_the_common_directory_whoever_made_it(reachable):
 
 def test_a_file_in_its_place_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(PoolDirectoryError, match=r"file: is not a directory: remove what is there, or choose another"):
+    with pytest.raises(PoolDirectoryError, match=r"file: is not a directory: remove what is there$"):
         resolve_pool_directory(str(tmp_path / "file"))
 
 

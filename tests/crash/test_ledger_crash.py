@@ -693,18 +693,21 @@ LOCKS = """\
 
 @pytest.mark.parametrize(
     ("device", "pid", "found"),
-    [("{major:02x}:{minor:02x}:{inode}", 999_999_999, 999_999_999), ("fe:dc:1", 0, 13), ("fe:dc:{inode}", 15, None)],
-    ids=["by device and inode", "by inode alone", "not if two match"],
+    [
+        ("{major:02x}:{minor:02x}:{inode}", 999_999_999, [12, 999_999_999]),
+        ("fe:dc:1", 0, [13]),
+        ("fe:dc:{inode}", 15, [12, 13, 15]),
+    ],
+    ids=["by device and inode", "by inode alone", "all that match"],
 )
-def test_the_holder_is_found_in_proc_locks(tmp_path, device, pid, found):
+def test_who_took_the_mutex_is_found_in_proc_locks(tmp_path, device, pid, found):
     descriptor = os.open(tmp_path, os.O_RDONLY)
     status = os.fstat(descriptor)
     numbers = {"major": os.major(status.st_dev), "minor": os.minor(status.st_dev), "inode": status.st_ino}
     text = LOCKS.format(device=device.format(**numbers), pid=pid, inode=status.st_ino)
     (tmp_path / "locks").write_text(text)
-    holder = mutex.holder_of(descriptor, tmp_path / "locks")
-    assert (holder and holder.pid) == found
-    assert mutex.holder_of(descriptor, tmp_path / "none") is None
+    assert [process.pid for process in mutex.blame(descriptor, tmp_path / "locks").takers] == found
+    assert mutex.blame(descriptor, tmp_path / "none").takers == ()
     os.close(descriptor)
 
 

@@ -20,12 +20,16 @@ from gpu_launcher.leases.directory import (
     EVERYBODYS,
     NETWORK_FILE_SYSTEMS,
     QUEUE,
+    administrators,
     check_file_system,
     check_usable,
     explained,
     file_system_of,
+    make_roots,
+    open_directory,
+    open_queue,
 )
-from gpu_launcher.leases.mutex import holder_of
+from gpu_launcher.leases.mutex import blame
 from gpu_launcher.users import user_name
 
 CHECK = "pool"
@@ -43,7 +47,7 @@ def examine_pool(pool_dir: str | None) -> Iterator[Finding]:
         return
     yield from _place(directory, why)
     try:
-        status = (directory / QUEUE).stat()
+        status = (directory / QUEUE).lstat()
     except FileNotFoundError:
         yield _not_there(directory)
         return
@@ -51,7 +55,7 @@ def examine_pool(pool_dir: str | None) -> Iterator[Finding]:
         yield _failed(explained(directory, error))
         return
     yield from _access(directory, status)
-    mutex = _mutex(directory / QUEUE)
+    mutex = _mutex(directory)
     yield mutex
     if mutex.level is Level.OK:  # trying it out takes the mutex, and would wait for it
         yield _tried(directory)
@@ -60,12 +64,27 @@ def examine_pool(pool_dir: str | None) -> Iterator[Finding]:
 
 def _tried(directory: Path) -> Finding:
     try:
-        check_usable(directory / QUEUE)
+        with _opened(directory) as (_, queue):
+            check_usable(queue, directory)
     except OSError as error:
         return _failed(explained(directory, error))
     except PoolDirectoryError as error:
         return _failed(error)
     return ok(CHECK, "files can be made, locked and removed in it")
+
+
+@contextlib.contextmanager
+def _opened(directory: Path) -> Iterator[tuple[int, int]]:
+    """The pool directory and its queue, open."""
+    pool = open_directory(directory)
+    try:
+        queue = open_queue(pool, directory, make=False)
+        try:
+            yield pool, queue
+        finally:
+            os.close(queue)
+    finally:
+        os.close(pool)
 
 
 def _failed(error: PoolDirectoryError) -> Finding:
@@ -120,34 +139,66 @@ def _access(directory: Path, queue: os.stat_result) -> Iterator[Finding]:
             f"{directory / QUEUE} has mode {stat.S_IMODE(queue.st_mode):04o}, unlike the directory it is in",
             f"`chmod {mode & _STICKY_AND_OPEN:04o} {directory / QUEUE}`",
         )
+    yield from _owners(
+        directory, status.st_uid, queue.st_uid, open_to_others=bool(mode & (stat.S_IWOTH | stat.S_IWGRP))
+    )
 
 
-def _mutex(queue: Path) -> Finding:
+def _owners(directory: Path, owner: int, of_queue: int, *, open_to_others: bool) -> Iterator[Finding]:
+    """Who could stop the pool, and who may go before others in it."""
+    if open_to_others and of_queue not in (0, owner):
+        yield warning(
+            CHECK,
+            f"{directory / QUEUE} belongs to {user_name(of_queue)}, who can remove what others put there",
+            f"as root: {make_roots(directory)}",
+        )
+    with _opened(directory) as (pool, _):
+        first = administrators(pool)
+    if owner in first:
+        others = "" if owner == 0 else f" and {user_name(owner)}, whom root gave it"
+        yield ok(CHECK, f"priority above 0 is for root{others}")
+    elif open_to_others:
+        yield warning(
+            CHECK,
+            f"no administrator made it, but {user_name(owner)}, who can remove what others put there; priority above 0 "
+            "is for root alone",
+            f"as root: {make_roots(directory)}",
+        )
+    else:
+        yield ok(CHECK, "no administrator made it: priority above 0 is for root alone")
+
+
+def _mutex(directory: Path) -> Finding:
     try:
-        descriptor = os.open(queue, os.O_RDONLY | os.O_DIRECTORY)
+        with _opened(directory) as (_, queue):
+            return _lock(queue)
     except OSError as error:
-        return _failed(explained(queue.parent, error))
+        return _failed(explained(directory, error))
+    except PoolDirectoryError as error:
+        return _failed(error)
+
+
+def _lock(queue: int) -> Finding:
+    descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=queue)
     try:
         until = time.monotonic() + MUTEX_PATIENCE
         while True:
             with contextlib.suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return ok(CHECK, "nobody keeps it locked")
             if time.monotonic() >= until:
-                holder = holder_of(descriptor)
+                found = blame(descriptor)
                 break
             time.sleep(0.01)
     finally:
         os.close(descriptor)
-    who = str(holder) if holder else "a process that cannot be seen from here (another container's?)"
-    remedy = f"continue it (`kill -CONT {holder.pid}`) or end it" if holder else "find it on the host, and end it"
-    return problem(CHECK, f"nothing is granted, because {who} keeps it locked", remedy)
+    return problem(CHECK, f"nothing is granted, because it is kept locked by {found}", found.remedy)
 
 
 def _content(directory: Path) -> Iterator[Finding]:
     try:
         with FileLedger(directory) as ledger:
-            view = ledger.snapshot()
+            view = ledger.snapshot(thorough=True)
             hears = ledger.fileno() is not None
     except PoolDirectoryError as error:
         yield _failed(error)
@@ -156,11 +207,24 @@ def _content(directory: Path) -> Iterator[Finding]:
     if view.stale:
         facts.append(f"{view.stale} left by programs that died do no harm, and are removed")
     yield ok(CHECK, "; ".join(facts))
-    if any(lease.shares is None for lease in view.leases):
-        yield problem(
+    for entry in view.unreadable:
+        what = f"{directory / QUEUE / entry.name}, which {entry.user} keeps locked, cannot be read"
+        if entry.lease:
+            yield problem(
+                CHECK,
+                f"{what}, so that every device counts as held until the program ends that locks it: {entry.problem}",
+                f"ask {entry.user}; if another version of gpu-launcher wrote it, use one version for all",
+            )
+        else:
+            yield warning(CHECK, f"{what} and has no place in the queue: {entry.problem}", f"ask {entry.user}")
+    for user in view.excessive:
+        yield warning(CHECK, f"{user} has more files in it than count", f"ask {user}, or as root remove them")
+    lost = [lease for lease in view.leases if lease.id.startswith("lost-")]
+    if lost:
+        yield warning(
             CHECK,
-            "a lease in it cannot be read, so that every device counts as held",
-            "let the other version of gpu-launcher that wrote it finish, or use one version for all",
+            f"{len(lost)} devices are held by leases whose files were removed or moved away",
+            "nothing: they are free when the programs that hold them end",
         )
     if view.elsewhere:
         yield warning(
