@@ -404,7 +404,10 @@ class Pool:
             process = Process.of(stranger)
             text = f"keeps a file of {user_name(uid)} locked: {process.command or 'unknown command'}"
             return Owner(stranger, process.user or "unknown", text)
-        return Owner(0, user_name(uid), "a file that cannot be read" if record is None else record.command)
+        if record is not None:
+            return Owner(0, user_name(uid), record.command)
+        pid = self._who_locked().get(entry.inode, 0) if entry else 0
+        return Owner(pid if self._user(pid) == uid else 0, user_name(uid), "a file that cannot be read")
 
     def _stranger(self, entry: Entry) -> int | None:
         """Return the process of another user than the file's that has locked it, as after the death of its own."""
