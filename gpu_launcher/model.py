@@ -181,6 +181,7 @@ class Owner:
     """Who asks for or holds devices, for display only: liveness is never judged by it."""
 
     pid: int
+    """0 where it is not known."""
     user: str
     command: str
     """A short description, such as `train.py #7 lr=0.1`."""

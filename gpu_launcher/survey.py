@@ -200,13 +200,14 @@ def _device_of(gpu: Unusable) -> Device:
 
 
 def _about(view: PoolView, not_shown: Sequence[str]) -> Iterator[str]:
-    unread = sum(lease.shares is None for lease in view.leases)
-    if unread:
-        leases = "a lease" if unread == 1 else f"{unread} leases"
+    for entry in view.unreadable:
+        effect = "every device counts as held until it ends" if entry.lease else "it has no place in the queue"
         yield (
-            f"{leases} in the pool cannot be read (another version of gpu-launcher, or another user's closed file): "
-            "every device counts as held until it ends"
+            f"a {'lease' if entry.lease else 'ticket'} in the pool cannot be read: {effect} "
+            f"({entry.name}, a file of {entry.user}: {entry.problem})"
         )
+    for user in view.excessive:
+        yield f"{user} has so many files in the pool that some of them do not count"
     if view.elsewhere:
         yield (
             f"files of other machines lie in the pool directory ({', '.join(view.elsewhere)}): whether their jobs "

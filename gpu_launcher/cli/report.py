@@ -197,7 +197,9 @@ def _ticket_cells(number: int, ticket: TicketView, now: float) -> tuple[str, ...
 
 
 def _owner(owner: Owner | None) -> tuple[str, str, str]:
-    return ("?", "?", "?") if owner is None else (one_line(owner.user), str(owner.pid), one_line(owner.command))
+    if owner is None:
+        return "?", "?", "?"
+    return one_line(owner.user), str(owner.pid or "?"), one_line(owner.command)
 
 
 def _since(since: float | None, now: float) -> str:

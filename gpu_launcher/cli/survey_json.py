@@ -118,7 +118,7 @@ def _ticket(position: int, ticket: TicketView, why: str, now: float) -> dict[str
 def _owner(owner: Owner | None) -> dict[str, Any]:
     if owner is None:
         return {"user": None, "pid": None, "command": None}
-    return {"user": owner.user, "pid": owner.pid, "command": owner.command}
+    return {"user": owner.user, "pid": owner.pid or None, "command": owner.command}
 
 
 def _since(since: float | None, now: float) -> dict[str, Any]:

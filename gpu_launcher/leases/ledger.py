@@ -147,7 +147,8 @@ def describe_wait(pool: PoolView, ticket: TicketView, label: Callable[[str], str
     if wait is None:
         return "its turn has come"
     if wait.unreadable:
-        return "something in the pool directory cannot be read, by which everything may be held"
+        named = [f"{entry.name}, a file of {entry.user}" for entry in pool.unreadable if entry.lease]
+        return f"a lease that cannot be read may hold everything: {_listed(named)}"
     owners = {lease.id: lease.owner for lease in pool.leases} | {other.id: other.owner for other in pool.tickets}
     numbers = {view.id: number for number, view in enumerate(pool.tickets, 1)}
     parts = []
