@@ -333,7 +333,7 @@ class Pool:
                 if known is not None and known.record is None and len(self.unreadable) >= MAX_UNREADABLE:
                     continue  # as many as that hold everything
                 liveness, entry = self._look(name)
-                if liveness is not Liveness.LIVE or entry is None:
+                if liveness is not Liveness.LIVE or entry is None or entry.inode == seen:
                     continue
                 record = entry.record if isinstance(entry.record, LeaseRecord) else None
                 if record is None and entry.links > len(names):
