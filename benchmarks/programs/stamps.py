@@ -28,7 +28,7 @@ def install(path: str) -> None:
     _wrap(worker.Gate, "wait", before="waits", after="woken")
     _wrap(hydra_utils, "_flush_loggers", before="returned")
     _wrap(_program, "pack", before="hydra done", after="packed")
-    _wrap(worker, "_write_whole", before="pickled", after="written")
+    _wrap(worker, "write_whole", before="pickled", after="written")
     _wrap(worker, "_finish", after="finished")
     # In its supervisor: `_note(self, pid, status)`
     _wrap(tree.ProcessTree, "_note", before="reaped", pid=lambda _, pid, status: pid)

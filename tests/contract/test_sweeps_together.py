@@ -23,7 +23,7 @@ from gpu_launcher.studies.stopping import Bounds
 FORK = multiprocessing.get_context("fork")
 SWEEPS = 6
 TRIALS = 10
-DEAD = replace(ProcessIdentity.here(), pid=2**22 + 1)
+DEAD = replace(ProcessIdentity.here(), pid=2**22)
 
 
 @pytest.fixture(params=["sqlite", "journal", "elsewhere"])

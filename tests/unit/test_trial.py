@@ -516,7 +516,7 @@ def test_what_a_killed_launch_left_of_its_trials_is_removed_by_the_next(tmp_path
         path.touch()
         path.with_suffix(".decisions").touch()
     identity = json.loads(dead._file.read_text())
-    dead._file.write_text(json.dumps({**identity, "pid": 2**22 + 1}))
+    dead._file.write_text(json.dumps({**identity, "pid": 2**22}))
     Recorder(tmp_path, [], "train.py")
     assert [path.exists() for path in left] == [False, True]
     assert [path.with_suffix(".decisions").exists() for path in left] == [False, True]
