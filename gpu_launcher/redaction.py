@@ -40,9 +40,17 @@ _ISSUED = re.compile(
     r"|\beyJ[\w-]{8,200}\.[\w-]{8,500}\.[\w-]{0,500}"
 )
 
+# Nothing else matches text without one of these, and most text has none: what comes after takes fifty times as long.
+_HINT = re.compile(
+    r"(?i:pass|pwd|secret|credential|key|token|auth|dsn|bearer|basic|://)"
+    r"|hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[abeprs]-|AKIA|ASIA|AIza|npm_|pypi-|eyJ"
+)
+
 
 def redact(text: str) -> str:
     """Return the text with what looks like a secret replaced by `***`. Idempotent."""
+    if _HINT.search(text) is None:
+        return text
     text = _USERINFO.sub(rf"\g<before>{HIDDEN}", text)
     text = _SCHEME.sub(rf"\g<before>{HIDDEN}", text)
     text = _assignments(text)

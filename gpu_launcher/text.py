@@ -7,6 +7,7 @@ them, line breaks that imitate lines of ours, passwords, and megabytes.
 
 from __future__ import annotations
 
+import functools
 import re
 
 from gpu_launcher.redaction import redact
@@ -27,8 +28,12 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-
 
 def one_line(text: str, limit: int = MAX_SHOWN) -> str:
     """Return the text as one line without control characters and secrets, cut to `limit` characters."""
-    # First of all shorter: what follows takes longer than a glance on a megabyte. Escapes may go from what is left.
-    text = text[: 4 * limit]
+    # First shorter: the rest takes long for a megabyte. What is left has room for escape sequences.
+    return _one_line(text[: 4 * limit], limit)
+
+
+@functools.lru_cache(maxsize=512)  # a live view shows the same labels ten times a second
+def _one_line(text: str, limit: int) -> str:
     text = redact(CONTROL.sub(" ", ESCAPE_SEQUENCE.sub("", text)).strip())
     # Undecodable bytes of a command line arrive as lone surrogates, which no stream accepts.
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")

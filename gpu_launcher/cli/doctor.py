@@ -108,6 +108,7 @@ def _lines(findings: Sequence[Finding], width: int | None) -> Iterator[Line]:
 
 def _to_json(findings: Sequence[Finding]) -> dict[str, Any]:
     from gpu_launcher.cli.survey_json import installed_version
+    from gpu_launcher.text import one_line
 
     levels = [finding.level.value for finding in findings]
     return {
@@ -116,7 +117,12 @@ def _to_json(findings: Sequence[Finding]) -> dict[str, Any]:
         "problems": levels.count("problem"),
         "warnings": levels.count("warning"),
         "findings": [
-            {"check": finding.check, "level": finding.level.value, "text": finding.text, "remedy": finding.remedy}
+            {
+                "check": finding.check,
+                "level": finding.level.value,
+                "text": one_line(finding.text),
+                "remedy": finding.remedy and one_line(finding.remedy),
+            }
             for finding in findings
         ],
     }

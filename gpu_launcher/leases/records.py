@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from gpu_launcher.leases.policy import Candidate, Demand
 from gpu_launcher.model import MILLIONTHS, MOST_PRIORITY, Request, Share
+from gpu_launcher.text import one_line
 
 FORMAT = 3
 """Files of another format belong to another version of gpu-launcher. A lease of it counts as holding everything."""
@@ -247,8 +248,8 @@ def _writable(timeout: float | None) -> float | None:
 
 
 def _common(content: dict[str, Any]) -> tuple[int, str, float, Origin]:
-    origin = Origin(_text(content["boot"], MAX_NAME), _text(content["machine"], MAX_NAME))
-    pid, command = _whole(content["pid"], 0, MAX_PID), _text(content["command"], MAX_COMMAND)
+    origin = Origin(_text(content["boot"], MAX_NAME), one_line(_text(content["machine"], MAX_NAME)))
+    pid, command = _whole(content["pid"], 0, MAX_PID), one_line(_text(content["command"], MAX_COMMAND))
     return pid, command, _seconds(content["since"]), origin
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,9 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpu_launcher.cli.checks.finding import problem
+from gpu_launcher.cli.doctor import _to_json as doctor_json
 from gpu_launcher.cli.output import to_text
 from gpu_launcher.cli.table import plain
 from gpu_launcher.jobs.job import Job
+from gpu_launcher.leases.records import LeaseRecord, Origin, decode
+from gpu_launcher.model import WHOLE
 from gpu_launcher.redaction import redact
 from gpu_launcher.text import MAX_SHOWN, one_line
 from gpu_launcher.users import this_process
@@ -145,3 +150,15 @@ def test_secrets_are_not_in_the_pool_nor_on_the_screen(tmp_path: Path) -> None:
     assert ran.stdout.count("--db-password=***") == 2
     assert ran.stdout.endswith("done\n")
     assert "hunter" not in ran.stdout
+
+
+def test_text_of_a_lease_and_of_findings_is_safe() -> None:
+    record = LeaseRecord(
+        {"GPU-1": WHOLE}, 1.0, None, 7, f"a{CLEAR}\nb password=hush", 2.0, Origin("boot", f"host{TITLE}")
+    )
+    read = decode(f"lease-{'0' * 32}", record.encode("0" * 32))
+    assert isinstance(read, LeaseRecord)
+    assert (read.command, read.origin.machine) == ("a b password=***", "host")
+    shown = json.dumps(doctor_json([problem("program", f"x{CLEAR} storage=postgresql://u:hush@h/db", "rm\x1b[1m")]))
+    assert "hush" not in shown
+    assert "\\u001b" not in shown
