@@ -16,6 +16,7 @@ MOST_REASONS = 3
 MAX_COMMAND = 60
 """Characters of the command of somebody who holds devices."""
 MINE = "this program: release the lease first"
+OUTER = "this job itself until it ends: leave devices for the jobs that it starts, or start them with gpus=0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,13 @@ def explain_wait(
     unavailable: Mapping[str, str],
     most: int = MOST_REASONS,
     mine: Collection[str] = (),
+    program: int | None = None,
 ) -> Wait:
     """Who else holds, or is in line for, the devices that `ticket` waits for, or why they are `unavailable`.
 
     `own` are the ids of leases and tickets that are nobody else's; `mine` those of leases that the program has for
-    other work, and which it alone can give back. At the `most` so many reasons are named. Without a
-    ticket everybody who waits counts as being ahead.
+    other work. A `program` that is itself a job was given its lease by another process, and cannot give it back. At the
+    `most` so many reasons are named. Without a ticket everybody who waits counts as being ahead.
     """
     others = [lease for lease in pool.leases if lease.id not in own]
     jobs = Counter(_program(lease.owner) for lease in others)
@@ -49,9 +51,12 @@ def explain_wait(
     for lease in others:
         theirs = [device for device in devices if lease.uuids is None or device.uuid in lease.uuids]
         several = jobs[_program(lease.owner)] > 1
-        who = MINE if lease.id in mine else _program(lease.owner) if several else _name(lease.owner)
+        who = _program(lease.owner) if several else _name(lease.owner)
+        if lease.id in mine:
+            given = program is not None and lease.owner is not None and lease.owner.pid != program
+            who = OUTER if given else MINE
         held.setdefault(who, []).extend(theirs)
-        if lease.since is not None and who != MINE:
+        if lease.since is not None and who not in (MINE, OUTER):
             since[who] = min(lease.since, since.get(who, lease.since))
     parts = [
         f"{labels(device for device in devices if device in theirs)} held by {who}{_since(since.get(who))}"

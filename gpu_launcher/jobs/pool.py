@@ -182,8 +182,15 @@ class PoolSide:
         assert job.ticket is not None
         own = {one.lease.id for one in running if one.lease is not None}
         devices = tuple(self.devices.values())
-        mine = leases_of(self._program)
-        wait = explain_wait(self._ledger.snapshot(), devices, own, job.ticket, self._watch.unavailable, mine=mine)
+        wait = explain_wait(
+            self._ledger.snapshot(),
+            devices,
+            own,
+            job.ticket,
+            self._watch.unavailable,
+            mine=leases_of(self._program),
+            program=self._program,
+        )
         if wait != self._explained:
             wanted = describe_request(job.request, devices) if job.request is not None else ""
             self._progress.handle(JobWaiting(now, of.number, of.label, wait.reason, wait.held_by_others, wanted))

@@ -36,6 +36,10 @@ MAX_REFERENTS = 10_000
 """Objects in which generators are looked for at each depth."""
 MAX_LEGACY_BLOCKS = 10_000
 """As MAX_BLOCKS, where a seed is likely: of `numpy.random.seed(0)`, before data is generated."""
+MAX_BLOCKS_IN_VAIN = 50_000
+"""Blocks that are searched without finding a seed, over all generators. After that, MIN_BLOCKS of each are."""
+MIN_BLOCKS = 2
+"""Enough for a generator that has hardly been used: the block that it draws from, and the one that the seed made."""
 TORCH_DEFAULT_SEED = 67280421310721
 """What `torch.Generator()` begins with in every run."""
 
@@ -173,12 +177,14 @@ class Judge:
         self._text: str | None = None
         self._random: dict[int, bool] = {}
         """By the id of an entropy: whether it is random. To be told once, since pickling adds references to it."""
+        self._blocks_left = MAX_BLOCKS_IN_VAIN
+        """A program may have thousands of generators, and each search that finds nothing takes about 30 ms."""
 
     def verdict(self, thing: Any) -> Verdict:
         """What the state of a generator tells."""
         match _kind(type(thing)):
             case Kind.PYTHON:
-                return _of_python(thing)
+                return self._of_python(thing)
             case Kind.TORCH:
                 return self._of_torch(thing)
             case Kind.SEED:
@@ -193,7 +199,7 @@ class Judge:
     def _of_bits(self, thing: Any) -> Verdict:
         seed, twister = thing._seed_seq, isinstance(thing, _numpy().MT19937)
         if seed is None and twister:  # RandomState(5), numpy.random.seed(5), or either of them without a seed
-            verdict = _of_twister(thing, _words(thing), blocks=MAX_LEGACY_BLOCKS)
+            verdict = self._of_twister(thing, _words(thing), most=MAX_LEGACY_BLOCKS)
             return Verdict.PERHAPS_SEEDED if verdict is Verdict.PERHAPS_UNSEEDED else verdict
         if _kind(type(seed)) is not Kind.SEED or not self._is_random(seed):
             return Verdict.SEEDED
@@ -201,11 +207,33 @@ class Judge:
             return Verdict.PERHAPS_SEEDED  # nothing is known of its class
         origin = type(thing)(seed)
         if twister:
-            return _of_twister(thing, _words(thing), origin=_words(origin))
+            return self._of_twister(thing, _words(thing), origin=_words(origin))
         # Drawing numbers leaves these as they are. If they differ, the state was set, or is that of `jumped()`.
         now, first = thing.state["state"], origin.state["state"]
         same = all(str(now[name]) == str(first[name]) for name in ("inc", "key") if name in first)
         return Verdict.UNSEEDED if same else Verdict.PERHAPS_SEEDED
+
+    def _of_python(self, thing: random.Random) -> Verdict:
+        if isinstance(thing, random.SystemRandom):
+            return Verdict.SEEDED  # it has no state
+        kind = type(thing)
+        if any(
+            getattr(kind, name) is not getattr(random.Random, name) for name in ("random", "getrandbits", "getstate")
+        ):
+            return Verdict.PERHAPS_SEEDED  # its state is elsewhere
+        return self._of_twister(thing, thing.getstate()[1][:-1])
+
+    def _of_twister(self, thing: Any, words: Any, *, origin: Any = None, most: int = MAX_BLOCKS) -> Verdict:
+        """What the words of a Mersenne Twister tell. `origin` are those that it began with unless its state was set."""
+        known = dict([_answers[id(thing)]] if id(thing) in _answers else [])
+        if origin is not None:
+            known[mark(origin)] = False
+        blocks = max(MIN_BLOCKS, min(most, self._blocks_left))
+        answer = was_seeded(words, blocks=blocks, known=known)
+        if answer is None:
+            self._blocks_left -= blocks
+        _answers[id(thing)] = (mark(words), answer)
+        return {True: Verdict.SEEDED, False: Verdict.UNSEEDED, None: Verdict.PERHAPS_UNSEEDED}[answer]
 
     def _of_torch(self, thing: Any) -> Verdict:
         seed = thing.initial_seed()
@@ -232,25 +260,6 @@ class Judge:
 
 def _is_renewed(verdict: Verdict) -> bool:
     return verdict in (Verdict.UNSEEDED, Verdict.PERHAPS_UNSEEDED)
-
-
-def _of_python(thing: random.Random) -> Verdict:
-    if isinstance(thing, random.SystemRandom):
-        return Verdict.SEEDED  # it has no state
-    kind = type(thing)
-    if any(getattr(kind, name) is not getattr(random.Random, name) for name in ("random", "getrandbits", "getstate")):
-        return Verdict.PERHAPS_SEEDED  # its state is elsewhere
-    return _of_twister(thing, thing.getstate()[1][:-1])
-
-
-def _of_twister(thing: Any, words: Any, *, origin: Any = None, blocks: int = MAX_BLOCKS) -> Verdict:
-    """What the words of a Mersenne Twister tell. `origin` are those that it began with unless its state was set."""
-    known = dict([_answers[id(thing)]] if id(thing) in _answers else [])
-    if origin is not None:
-        known[mark(origin)] = False
-    answer = was_seeded(words, blocks=blocks, known=known)
-    _answers[id(thing)] = (mark(words), answer)
-    return {True: Verdict.SEEDED, False: Verdict.UNSEEDED, None: Verdict.PERHAPS_UNSEEDED}[answer]
 
 
 def _words(twister: Any) -> list[int]:

@@ -110,6 +110,15 @@ def test_every_record_has_exactly_one_result(pool: Where, count: int, ordered: b
     assert results == [n * n for n in range(count)]
 
 
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_workers_can_run_maps_of_their_own(pool: Where, start_method: Any) -> None:
+    def squares(record: int) -> list[int]:
+        return list(parallel_map(range(record), function=square, pool=pool, start_method=start_method))  # type: ignore[arg-type]
+
+    outer = parallel_map([2, 3], function=squares, gpus=0, num_workers=2, start_method=start_method)
+    assert list(outer) == [[0, 1], [0, 1, 4]]
+
+
 def test_unordered_results_come_as_they_are_ready(pool: Where, tmp_path: Path) -> None:
     def work(record: int) -> int:
         while record == 0 and not (tmp_path / "go").exists():

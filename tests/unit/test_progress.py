@@ -27,7 +27,7 @@ from gpu_launcher.jobs.events import (
     SweepEnded,
     SweepStarted,
 )
-from gpu_launcher.jobs.explaining import explain_wait
+from gpu_launcher.jobs.explaining import MINE, OUTER, explain_wait
 from gpu_launcher.jobs.progress import PlainProgress, open_progress
 from gpu_launcher.jobs.progress.alike import ranges
 from gpu_launcher.jobs.progress.estimate import time_left
@@ -528,6 +528,13 @@ def test_a_wait_says_since_when_devices_are_held() -> None:
         f"GPU 0, GPU 1 held by anna (a.py) since {now:%H:%M}; GPU 2 held by bert (b.py) since Mar 04 05:06; "
         "GPU 3 held by odd (c.py)"
     )
+
+
+@pytest.mark.parametrize(("program", "holder"), [(0, MINE), (7, OUTER)])
+def test_a_wait_tells_a_lease_that_a_job_was_given_from_its_own(program: int, holder: str) -> None:
+    pool = view_of(("anna", "a.py #0", (0,)), ("anna", "b.py", (1,)))  # by process 0
+    wait = explain_wait(pool, GPUS, (), None, {}, mine={"0"}, program=program)
+    assert wait.reason == f"GPU 0 held by {holder}; GPU 1 held by anna (b.py)"
 
 
 @pytest.mark.parametrize(

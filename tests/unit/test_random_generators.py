@@ -77,6 +77,17 @@ def test_a_seed_is_found_until_the_bound_and_then_in_doubt() -> None:
     assert was_seeded(words(generator)) is None
 
 
+def test_many_generators_in_doubt_are_not_all_searched_to_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_generators, "MAX_BLOCKS_IN_VAIN", MAX_BLOCKS)
+    doubtful, used_little, used_much = random.Random(), random.Random(1), random.Random(2)
+    for generator, words_drawn in ((doubtful, 1), (used_little, 1), (used_much, 2000)):
+        generator.getrandbits(32 * words_drawn)
+    judge = Judge()
+    assert judge.verdict(doubtful) is Verdict.PERHAPS_UNSEEDED
+    assert judge.verdict(used_little) is SEEDED
+    assert judge.verdict(used_much) is Verdict.PERHAPS_UNSEEDED
+
+
 def test_a_generator_in_doubt_stays_so_and_is_recognised_once_seeded() -> None:
     generator = random.Random()
     generator.random()
