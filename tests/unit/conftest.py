@@ -6,6 +6,11 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hydra.core.plugins import Plugins
+
+# Hydra's search for plugins executes modules again that are imported already. Later than this, it would replace the
+# classes that tests have imported from them.
+Plugins.instance()
 
 
 class LateError(BaseException):

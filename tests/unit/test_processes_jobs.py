@@ -588,14 +588,16 @@ def test_jobs_draw_different_random_numbers_from_numpy_unless_the_program_seeded
         server.close()
         return [job.value() for job in jobs]
 
-    state = numpy.random.get_state()
+    state, state_of_random = numpy.random.get_state(), random.getstate()
     try:
         numpy.random.mtrand._rand._bit_generator.__init__()  # as if nobody had seeded it
+        random.seed()  # pytest's plugin for a random order has seeded it
         unseeded = draw()
         numpy.random.seed(1)
         seeded = draw()
     finally:
         numpy.random.set_state(state)
+        random.setstate(state_of_random)
     assert len({first for first, _ in unseeded}) == 3
     assert len({first for first, _ in seeded}) == 1
     assert len({second for _, second in unseeded + seeded}) == 6
