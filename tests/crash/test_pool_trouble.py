@@ -59,7 +59,8 @@ def test_jobs_that_run_go_on_when_the_pool_directory_is_gone_and_the_others_fail
         path.unlink()
     (tmp_path / "pool" / "queue").rmdir()
 
-    assert "Jobs that run go on" in until_announced(sweep, "pool directory")
+    assert "were removed or moved away" in until_announced(sweep, "pool directory")
+    assert "pool directory" in until_announced(sweep, "Jobs that run go on")
     (tmp_path / f"end-{running}").touch()
     until_announced(sweep, f"job {running} (")
     _, rest = sweep.communicate(timeout=60)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gpu_launcher.processes.linux import die_with_parent
+
 MALLORY, ADA, GRACE = 60001, 60002, 60003
 """Users without names."""
 
@@ -17,6 +19,7 @@ class Account:
 
     def __init__(self, user: int, do: Callable[[], object]) -> None:
         heard, said = os.pipe()
+        parent = os.getpid()
         self.pid = os.fork()
         if not self.pid:
             status = 1
@@ -26,6 +29,7 @@ class Account:
                 os.setgroups([])
                 os.setresgid(user, user, user)
                 os.setresuid(user, user, user)
+                die_with_parent(parent)  # after the change of users, which clears that
                 kept = do()
                 os.write(said, b"done")
                 status = 0

@@ -190,7 +190,7 @@ HOLDING = {
 
 @pytest.mark.root
 @pytest.mark.parametrize("how", HOLDING)
-def test_a_lease_that_cannot_be_read_holds_no_longer_than_its_process_lives(queue, start, how):
+def test_a_forged_lease_holds_no_longer_than_its_process_lives(queue, start, how):
     mallory = start(MALLORY, lambda: HOLDING[how](queue))
     assert not gets(queue)
     with acting_as(ADA), FileLedger(queue.parent) as ledger:
@@ -335,8 +335,10 @@ def test_beyond_a_limit_a_users_entries_do_not_count_and_others_do(queue, start,
 @pytest.mark.parametrize("form", ["lease-{0}", "ticket-500000-{1:012}-{0}-000000", ".new-{0}", "junk-{0}"])
 def test_100000_entries_of_one_user_delay_others_by_less_than_a_second(queue, start, form):
     def attack() -> None:
+        directory = os.open(queue, os.O_RDONLY)
         for number in range(100_000):
-            os.close(os.open(queue / form.format(uuid.uuid4().hex, number), os.O_CREAT | os.O_WRONLY, 0o644))
+            name = form.format(f"{number:032x}", number)
+            os.close(os.open(name, os.O_CREAT | os.O_WRONLY, 0o644, dir_fd=directory))
 
     start(MALLORY, attack)
     with acting_as(ADA), FileLedger(queue.parent) as ledger:
