@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+from pathlib import Path
 
 from gpu_launcher.redaction import redact
 
@@ -38,3 +39,11 @@ def _one_line(text: str, limit: int) -> str:
     # Undecodable bytes of a command line arrive as lone surrogates, which no stream accepts.
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def short_path(path: Path) -> str:
+    """As short as its user can write it in the working directory."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (OSError, ValueError):
+        return str(path)

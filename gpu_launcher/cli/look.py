@@ -16,7 +16,7 @@ from gpu_launcher.errors import DeviceError, PoolDirectoryError
 from gpu_launcher.leases import FileLedger, LeaseView, PoolView, choose_pool_directory, leases_of
 from gpu_launcher.leases.directory import QUEUE, explained
 from gpu_launcher.model import Device, DeviceKind
-from gpu_launcher.processes.linux import parents
+from gpu_launcher.processes.linux import children_of_all, descendants
 from gpu_launcher.sizes import read_memory
 from gpu_launcher.survey import Found, PoolSeen, Survey, take_survey
 
@@ -107,26 +107,17 @@ def processes_of(leases: Iterable[LeaseView]) -> dict[str, list[int]]:
     lease's file, which is written before there is a process.
     """
     leases = list(leases)
-    parent = parents()
-    children: dict[int, list[int]] = {}
-    for pid, its_parent in parent.items():
-        children.setdefault(its_parent, []).append(pid)
+    children = children_of_all()
+    parent = {child: pid for pid, its_children in children.items() for child in its_children}
     holders: dict[str, set[int]] = {}
     for owner in {lease.owner.pid for lease in leases if lease.owner is not None}:
-        for pid in _descendants(owner, children):
+        for pid in descendants(owner, children):
             for lease_id in leases_of(pid):
                 holders.setdefault(lease_id, set()).add(pid)
     return {
         lease_id: sorted(job for pid in pids if parent[pid] not in pids for job in children.get(pid, ()))
         for lease_id, pids in holders.items()
     }
-
-
-def _descendants(pid: int, children: Mapping[int, Sequence[int]]) -> list[int]:
-    found = list(children.get(pid, ()))
-    for child in found:
-        found += children.get(child, ())
-    return found
 
 
 class PoolWindow:

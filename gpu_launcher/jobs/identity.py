@@ -11,11 +11,11 @@ from typing import Any
 
 from gpu_launcher.json_data import Fields
 from gpu_launcher.leases import Origin
+from gpu_launcher.leases.kernel import user_of
+from gpu_launcher.leases.records import MAX_PID
 from gpu_launcher.processes.linux import start_time
 from gpu_launcher.text import one_line
 
-MAX_PID = 2**22
-"""PID_MAX_LIMIT in the kernel's include/linux/threads.h."""
 MAX_NAME = 256
 
 
@@ -61,7 +61,7 @@ class ProcessIdentity:
             return None
         start = start_time(self.pid)
         if start is not None:
-            return start == self.start and (owner is None or _belongs_to(self.pid, owner))
+            return start == self.start and (owner is None or user_of(self.pid) == owner)
         try:
             os.kill(self.pid, 0)
         except PermissionError:
@@ -75,9 +75,3 @@ def _namespace() -> str:
     with suppress(OSError):
         return str(Path("/proc/self/ns/pid").readlink())
     return ""
-
-
-def _belongs_to(pid: int, owner: int) -> bool:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}").stat().st_uid == owner
-    return False  # it has just ended

@@ -20,10 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from gpu_launcher.text import one_line
 from gpu_launcher.users import user_name
 
 LOCKS = Path("/proc/locks")
 MAX_TABLE_BYTES = 32 << 20
+MAX_COMMAND = 100
+"""Characters of a process's command that are shown."""
 FIRST_NAMESPACE = 0xEFFFFFFC
 """Inode number of the machine's first namespace of process ids (PROC_PID_INIT_INO)."""
 
@@ -145,7 +148,7 @@ class Process:
             user = user_name(process.stat().st_uid)
             with process.joinpath("cmdline").open("rb") as file:
                 words = os.fsdecode(file.read(4096)).replace("\0", " ").split()
-            command = " ".join(words)[:100] or None
+            command = one_line(" ".join(words), MAX_COMMAND) or None
             stopped = process.joinpath("stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "Tt"
         return cls(pid, user, command, stopped)
 

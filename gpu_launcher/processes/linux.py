@@ -7,9 +7,11 @@ import ctypes
 import os
 import signal
 import threading
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+
+from gpu_launcher.text import one_line
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -60,26 +62,24 @@ def children() -> list[int]:
 
 
 def _children_by_scan(parent: int) -> list[int]:
-    return [pid for pid, its_parent in parents().items() if its_parent == parent]
+    return children_of_all().get(parent, [])
 
 
-def descendants() -> list[int]:
-    """Process ids of this process's children, of theirs, and so on, as far as /proc shows them.
+def descendants(pid: int | None = None, below: Mapping[int, Sequence[int]] | None = None) -> list[int]:
+    """Process ids of a process's children, of theirs, and so on; without `pid` of this process.
 
-    One that appears meanwhile may be missed.
+    `below` is what `children_of_all` returned, for several calls.
     """
-    below: dict[int, list[int]] = {}
-    for pid, parent in parents().items():
-        below.setdefault(parent, []).append(pid)
-    found = below.get(os.getpid(), []).copy()
-    for pid in found:
-        found += below.get(pid, ())
+    below = children_of_all() if below is None else below
+    found = list(below.get(os.getpid() if pid is None else pid, ()))
+    for child in found:
+        found += below.get(child, ())
     return found
 
 
-def parents() -> dict[int, int]:
-    """The parent's id of every process that /proc shows."""
-    found = {}
+def children_of_all() -> dict[int, list[int]]:
+    """Process ids of the children of every process, as far as /proc shows them. New ones may be missed."""
+    found: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -88,7 +88,7 @@ def parents() -> dict[int, int]:
                 continue
             # The command name is in parentheses and may hold anything, parentheses included.
             fields = stat[stat.rindex(")") + 2 :].split()
-            found[int(entry.name)] = int(fields[1])
+            found.setdefault(int(fields[1]), []).append(int(entry.name))
     return found
 
 
@@ -100,10 +100,9 @@ def command_lines(pids: Iterable[int]) -> list[str]:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
         except OSError:  # it has just ended, or is hidden from us
             continue
-        text = "".join(char if char.isprintable() else " " for char in " ".join(words)).strip()
+        text = one_line(" ".join(words), MAX_COMMAND_LINE)
         if text:  # a process that has ended and that nobody has waited for has none
-            short = text if len(text) <= MAX_COMMAND_LINE else f"{text[: MAX_COMMAND_LINE - 1]}…"
-            found.append(f"{short} (pid {pid})")
+            found.append(f"{text} (pid {pid})")
     return found
 
 

@@ -16,9 +16,9 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from gpu_launcher.jobs.job import Job
+from gpu_launcher.text import short_path
 from hydra_plugins.optuna_async_sweeper._override_text import override_text
 
-from ._directory import shown
 from ._program import config_options
 
 MAX_ALONE = 3
@@ -37,7 +37,7 @@ def closing_lines(config: DictConfig, directory: Path, failed: Sequence[Job], in
     `failed` are jobs that failed, one for each way of failing.
     """
     program = typed_program(sys.argv, sys.orig_argv)
-    lines = [f"results: {shown(directory)}"]
+    lines = [f"results: {short_path(directory)}"]
     if incomplete and _is_grid(config):
         lines += _line("to run the rest", continue_command(program, sys.argv[1:], directory))
     for job in failed[:MAX_ALONE]:
@@ -82,7 +82,7 @@ def alone_command(program: Sequence[str], arguments: Sequence[str], config: Dict
 def continue_command(program: Sequence[str], arguments: Sequence[str], directory: Path) -> list[str]:
     """The command that runs what did not complete of a sweep in `directory`."""
     kept = [argument for argument in arguments if not _SET_ANEW.match(argument)]
-    return [*program, *kept, override("hydra.sweep.dir", shown(directory)), "hydra.launcher.resume=true"]
+    return [*program, *kept, override("hydra.sweep.dir", short_path(directory)), "hydra.launcher.resume=true"]
 
 
 def override(name: str, value: object) -> str:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gpu_launcher.jobs.directory import DirectoryLock, LogFiles, newest_sweep
 from gpu_launcher.jobs.manifest import ManifestError, read
+from gpu_launcher.text import short_path
 
 from ._ending import final
 from ._options import spell
@@ -61,15 +62,7 @@ def make_directory(config: DictConfig) -> Path:
 
 def unwritable(directory: Path, error: OSError) -> str:
     """One line about a sweep's directory that cannot be used."""
-    return f"cannot write to the sweep directory ({error.strerror}): {shown(directory)}; {ANOTHER}"
-
-
-def shown(path: Path) -> str:
-    """As short as its user can write it here."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except (OSError, ValueError):
-        return str(path)
+    return f"cannot write to the sweep directory ({error.strerror}): {short_path(directory)}; {ANOTHER}"
 
 
 def open_logs(
@@ -117,7 +110,7 @@ def _nothing_to_resume(directory: Path, config: DictConfig) -> str:
     raw = str(OmegaConf.to_container(config.hydra.sweep, resolve=False)["dir"])  # type: ignore[index,call-overload]
     beside = Path(raw.partition("${")[0]).absolute() if _is_dated(config) else directory.parent
     newest = newest_sweep(beside, Path("multirun").absolute())
-    what = f"{spell('resume')}=true: there is nothing to resume in {shown(directory)}"
+    what = f"{spell('resume')}=true: there is nothing to resume in {short_path(directory)}"
     if newest is None or newest == directory:
         return f"{what}: name a sweep's directory with hydra.sweep.dir=..."
-    return f"{what}. The newest sweep is {shown(newest)}: hydra.sweep.dir={shown(newest)} resumes that"
+    return f"{what}. The newest sweep is {short_path(newest)}: hydra.sweep.dir={short_path(newest)} resumes that"

@@ -18,8 +18,10 @@ from gpu_launcher.cli.doctor import _to_json as doctor_json
 from gpu_launcher.cli.output import to_text
 from gpu_launcher.cli.table import plain
 from gpu_launcher.jobs.job import Job
+from gpu_launcher.leases.kernel import Process
 from gpu_launcher.leases.records import LeaseRecord, Origin, decode
 from gpu_launcher.model import WHOLE
+from gpu_launcher.processes.linux import command_lines
 from gpu_launcher.redaction import redact
 from gpu_launcher.text import MAX_SHOWN, one_line
 from gpu_launcher.users import this_process
@@ -60,6 +62,16 @@ def test_lines_of_tables_are_safe_whatever_is_in_them() -> None:
     line = [(f"a{CLEAR}", "bold"), (f"b{TITLE}\n{REVERSED}", "")]
     assert is_safe(plain(line))
     assert is_safe(to_text(line).plain)
+
+
+def test_commands_of_other_processes_are_safe_and_hide_secrets() -> None:
+    words = ["sh", "-c", "echo; read line", f"x{CLEAR}{TITLE}{REVERSED}\ny", "--password", "hunter2"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # it has a command line by now
+        shown = [Process.of(process.pid).command or "", *command_lines([process.pid])]
+    assert all(is_safe(text) and "hunter2" not in text for text in shown)
+    assert all("read line" in text for text in shown)
 
 
 def test_label_and_owner_of_a_job_are_one_safe_line() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_launcher.cli.mapping.grid import Grid, read_grid
-from gpu_launcher.cli.mapping.place import COMMAND, MapError, Place, RefusedError, new_directory, quoted, shown
+from gpu_launcher.cli.mapping.place import COMMAND, MapError, Place, RefusedError, new_directory, quoted
 from gpu_launcher.cli.mapping.program import CommandProgram
 from gpu_launcher.cli.mapping.records import Bad
 from gpu_launcher.cli.mapping.results import Completed, Results, completed_before, write_table
@@ -34,7 +34,7 @@ from gpu_launcher.jobs.sweep import Options, SweepResult, run_jobs
 from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.processes.starter import ForkServer
 from gpu_launcher.requests import read_request
-from gpu_launcher.text import one_line
+from gpu_launcher.text import one_line, short_path
 
 DEFAULT = "map"
 """Under which maps are kept whose directory nobody names."""
@@ -157,7 +157,7 @@ def _ask_before_running(place: Place, before: Asked, why: str) -> None:
     """Have the user confirm a command that somebody else may have written. Raises OptionError if that is refused."""
     command = one_line(shlex.join(before.command))
     where = one_line(str(before.directory))
-    tell(f"{shown(place.settings)} {why}. It runs, as you, in {where}:")
+    tell(f"{short_path(place.settings)} {why}. It runs, as you, in {where}:")
     tell(f"    {command}")
     if os.isatty(0):
         print("Run it? [y/N] ", end="", file=sys.stderr, flush=True)
@@ -165,8 +165,8 @@ def _ask_before_running(place: Place, before: Asked, why: str) -> None:
             return
     raise OptionError(
         "resume",
-        f"{shown(place.path)} may be another user's map, and its command was not confirmed: answer y on a terminal, or "
-        "give the command itself after --",
+        f"{short_path(place.path)} may be another user's map, and its command was not confirmed: answer y on a "
+        "terminal, or give the command itself after --",
     )
 
 
@@ -299,7 +299,9 @@ class _Launch:
             try:
                 before = Before.of(place)
             except OSError as error:
-                problem = f"{shown(place.path)} cannot be read ({error.strerror}): {shown(Path(error.filename))}"
+                problem = (
+                    f"{short_path(place.path)} cannot be read ({error.strerror}): {short_path(Path(error.filename))}"
+                )
                 raise OptionError("resume", problem) from error
             total = self._survey(before)
             of = "" if total is None else f" of {total}"
@@ -355,8 +357,8 @@ class _Launch:
                 write_table(place)
         except OSError as error:
             raise MapError(
-                f"results cannot be written to {shown(place.path)}: {error.strerror}. What completed is kept in the "
-                f"directories of its runs: make room, and go on by: {self._how(place)}"
+                f"results cannot be written to {short_path(place.path)}: {error.strerror}. What completed is kept in "
+                f"the directories of its runs: make room, and go on by: {self._how(place)}"
             ) from error
         incomplete = bool(source.failed or source.bad or source.problem)
         if source.missing and not (sweep.stopped or source.problem):
@@ -367,7 +369,7 @@ class _Launch:
             )
         if incomplete or sweep.stopped:
             tell(f"to run the rest: {self._how(place)}")
-        print_if_possible(shown(place.results))
+        print_if_possible(short_path(place.results))
         if sweep.stopped_by is not None:
             return 128 + sweep.stopped_by
         return 1 if incomplete or sweep.stopped else 0

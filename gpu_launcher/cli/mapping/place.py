@@ -39,6 +39,7 @@ from gpu_launcher.safe_files import (
     why_untrusted,
     write_whole,
 )
+from gpu_launcher.text import short_path
 
 COMMAND = "gpu-launcher map"
 """What others who wait for devices, or for the directory, are told."""
@@ -174,7 +175,7 @@ class Place:
 
         What it has made by then below `above` it removes.
         """
-        name = shown(self.path)
+        name = short_path(self.path)
         try:
             self._refuse_what_is_there()
             make_directories(self.settings.parent)
@@ -204,27 +205,29 @@ class Place:
             raise self._is_anothers()
         for file in (self.results, self.table):
             if file.exists():
-                raise OptionError("dir", f"{shown(file)} exists already: name another directory")
+                raise OptionError("dir", f"{short_path(file)} exists already: name another directory")
         index = next(self.indices(), None) if self.path.is_dir() else None
         if index is not None:
-            there = shown(self.path / str(index))
+            there = short_path(self.path / str(index))
             raise OptionError("dir", f"{there} exists already, as a run's directory would: name another directory")
         if damaged:  # by what ended its launch before anything was run
             self.settings.unlink()
 
     def _is_anothers(self) -> OptionError:
-        problem = f"{shown(self.path)} is another map's: go on with that by --resume {quoted(self.path)}"
+        problem = f"{short_path(self.path)} is another map's: go on with that by --resume {quoted(self.path)}"
         return OptionError("dir", f"{problem}, or name another directory")
 
     def read_settings(self) -> dict[str, Any]:
         """Of a map that is to be resumed. Raises OptionError."""
-        name = shown(self.path)
+        name = short_path(self.path)
         try:
             settings = load_object(read_regular(self.settings, MAX_SIZE))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise OptionError("resume", f"{name} is no map's directory: give what --dir named") from error
         except OSError as error:
-            problem = f"{shown(self.settings)} cannot be read ({error.strerror}): resume it as the user whose map it is"
+            problem = (
+                f"{short_path(self.settings)} cannot be read ({error.strerror}): resume it as the user whose map it is"
+            )
             raise OptionError("resume", problem) from error
         except ValueError as error:
             raise self.damaged() from error
@@ -250,7 +253,7 @@ class Place:
 
     def damaged(self) -> OptionError:
         """What to say if the settings cannot have been written so."""
-        problem = f"{shown(self.settings)} is damaged, so that nobody knows what was to be run"
+        problem = f"{short_path(self.settings)} is damaged, so that nobody knows what was to be run"
         return OptionError("resume", f"{problem}: give the command again, with another --dir")
 
     def withdraw(self, above: Path) -> None:
@@ -286,24 +289,16 @@ class Place:
         except ManifestError as error:
             raise RefusedError(str(error)) from error
         except OSError as error:
-            raise OptionError(option, f"{shown(self.path)} cannot be written to ({error.strerror})") from error
+            raise OptionError(option, f"{short_path(self.path)} cannot be written to ({error.strerror})") from error
         try:
             yield
         finally:
             lock.close()
 
 
-def shown(path: Path) -> str:
-    """As its user would write it."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except (OSError, ValueError):
-        return str(path)
-
-
 def quoted(path: Path) -> str:
     """As its user would write it in a command."""
-    return shlex.quote(shown(path))
+    return shlex.quote(short_path(path))
 
 
 def new_directory() -> Path:

@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass, field
 from itertools import chain
 
-from gpu_launcher.cli.mapping.place import Place, RefusedError, shown
+from gpu_launcher.cli.mapping.place import Place, RefusedError
 from gpu_launcher.cli.mapping.results import Completed, Results, completed_before, lines, result_line, settle
 from gpu_launcher.cli.mapping.source import MapSource
 from gpu_launcher.cli.mapping.supply import Supply
@@ -14,6 +14,7 @@ from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.source import Offer, Statement
 from gpu_launcher.model import Device
+from gpu_launcher.text import short_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,6 @@ class ResumableSource(MapSource):
 
 def unwritable(place: Place, error: OSError) -> RefusedError:
     return RefusedError(
-        f"results cannot be written to {shown(place.path)} ({error.strerror}), so that nothing was run: mend that, as "
-        "by making room, and give the command again"
+        f"results cannot be written to {short_path(place.path)} ({error.strerror}), so that nothing was run: mend "
+        "that, as by making room, and give the command again"
     )

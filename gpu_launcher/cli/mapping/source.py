@@ -8,7 +8,7 @@ import select
 import time
 from typing import Any
 
-from gpu_launcher.cli.mapping.place import Place, shown
+from gpu_launcher.cli.mapping.place import Place
 from gpu_launcher.cli.mapping.records import Bad
 from gpu_launcher.cli.mapping.results import Completed, Results, result_line, write_outcome
 from gpu_launcher.cli.mapping.supply import Supply, changed
@@ -20,6 +20,7 @@ from gpu_launcher.jobs.labels import Labels
 from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.jobs.source import Exhausted, Offer, Remark, Statement
 from gpu_launcher.model import Device
+from gpu_launcher.text import short_path
 
 TURN = 0.02
 """Seconds to look for the next run before the loop has its turn."""
@@ -48,7 +49,7 @@ class MapSource:
         """Of the runs that have not ended."""
         self._labels = Labels(supply.fixed)
         self._over = False
-        self._pending: list[Statement] = [Remark(f"results are in {shown(place.path)}")]
+        self._pending: list[Statement] = [Remark(f"results are in {short_path(place.path)}")]
         self.bad = 0
         """How many records could not be used."""
         self.failed = 0
@@ -162,7 +163,9 @@ class MapSource:
     def _cannot_write(self, error: OSError) -> None:
         """The results of the runs that run now are kept, and written if there is room again."""
         if self.problem is None:
-            self._give_up(f"results cannot be written to {shown(self._place.path)}: {error.strerror}", self._pending)
+            self._give_up(
+                f"results cannot be written to {short_path(self._place.path)}: {error.strerror}", self._pending
+            )
             self._wake()
 
     def tick(self) -> None:
