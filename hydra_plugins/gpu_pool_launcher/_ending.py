@@ -10,8 +10,10 @@ from types import FrameType
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.errors import CompactHydraException
 
+from gpu_launcher.errors import JobError
 
-def final(error: CompactHydraException, before: str = "") -> BaseException:
+
+def final(error: CompactHydraException | JobError, before: str = "") -> BaseException:
     """What to raise so that the program ends with an error whose message says it all.
 
     Hydra 1.3 prints the message and then advises to set HYDRA_FULL_ERROR=1, which would only show our own frames. So

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 
-from gpu_launcher.errors import GpuLauncherError
+from gpu_launcher.errors import GpuLauncherError, JobError
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.labels import Labels
@@ -29,7 +29,7 @@ from ._directory import LaunchError, open_logs, sweep_directory
 from ._ending import final, is_for_basic_sweeper
 from ._options import read_options, read_start_method, spell
 from ._program import HydraProgram, job_command
-from ._results import JobFailedError, JobOptionError, unpack
+from ._results import JobOptionError, unpack
 from .launcher import GpuPoolLauncher
 
 
@@ -54,7 +54,7 @@ def launch(
 def fail_with_first(returns: Sequence[JobReturn]) -> None:
     """If there is a message of ours for the first job that failed, end the program with it, as Hydra would."""
     failed = next((one for one in returns if one.status is JobStatus.FAILED), None)
-    if failed is not None and isinstance(failed._return_value, (JobFailedError, JobOptionError)):
+    if failed is not None and isinstance(failed._return_value, (JobError, JobOptionError)):
         raise final(failed._return_value, f"Error executing job with overrides: {failed.overrides}{os.linesep}")
 
 

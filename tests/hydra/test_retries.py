@@ -121,13 +121,22 @@ def test_a_stop_by_failures_says_so_and_hydra_names_the_job_that_failed(run: Run
     assert "ValueError: a late mistake" in closing
 
 
-@pytest.mark.parametrize("sweeper", ["basic", "grid_async"])
-def test_hydra_does_not_advise_a_stack_trace_after_a_message_of_ours(run: Run, tmp_path: Path, sweeper: str) -> None:
-    done = sweep(run, tmp_path, "kind=signal,exit", "+same=1", f"hydra/sweeper={sweeper}")
+@pytest.mark.parametrize(
+    ("sweeper", "kind", "death"),
+    [
+        ("basic", "signal", "was killed by SIGKILL"),
+        ("grid_async", "signal", "was killed by SIGKILL"),
+        ("basic", "sys_exit", "called sys.exit(3)"),
+    ],
+)
+def test_hydra_does_not_advise_a_stack_trace_after_a_message_of_ours(
+    run: Run, tmp_path: Path, sweeper: str, kind: str, death: str
+) -> None:
+    done = sweep(run, tmp_path, f"kind={kind},exit", "+same=1", f"hydra/sweeper={sweeper}")
     assert done.returncode == 1
     closing = done.stderr.partition("Error executing job with overrides: ")[2].splitlines()
-    assert closing[0] == "['kind=signal', '+same=1']"
-    assert closing[1].startswith("job 0 (kind=signal) was killed by SIGKILL")
+    assert closing[0] == f"['kind={kind}', '+same=1']"
+    assert closing[1].startswith(f"job 0 (kind={kind}) {death}")
     assert len(closing) == 2
 
 

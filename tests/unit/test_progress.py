@@ -232,6 +232,13 @@ def test_first_jobs_that_all_fail_alike_are_remarked_upon_once() -> None:
     assert hint not in lines_of(started(4), *(alike(i) for i in range(4)))
 
 
+def test_first_jobs_whose_messages_differ_by_a_number_fail_alike() -> None:
+    hint = "[gpu_pool] the first 4 jobs all failed, in the same way as job 0; Ctrl-C stops the sweep"
+    assert hint in lines_of(started(), *(alike(i, f"raised ValueError: nan at step {i}") for i in range(8)))
+    jobs = (alike(i, f"raised ValueError: nan at step {i}", origin=f"a.py:{i}") for i in range(8))
+    assert hint not in lines_of(started(), *jobs)
+
+
 @given(st.sets(st.integers(0, 60)))
 def test_ranges_name_every_number(numbers: set[int]) -> None:
     text = ranges(numbers)

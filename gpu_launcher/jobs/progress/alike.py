@@ -60,11 +60,20 @@ class Failures:
 
     def tells_more(self, ended: JobEnded) -> bool:
         """Whether the end of its log may tell what the log of no job before did: it failed elsewhere or otherwise."""
-        place = (what_failed(ended).partition(":")[0] if ended.origin else what_failed(ended), ended.origin)
+        place = _place(ended)
         new = place not in self._quoted
         if len(self._quoted) < MAX_GROUPS:
             self._quoted.add(place)
         return new
+
+    def in_one_place(self) -> bool:
+        """Whether all failed at the same line with the same kind of error, even if their messages differ."""
+        return len({_place(group.first) for group in self.groups.values()}) == 1
+
+
+def _place(ended: JobEnded) -> tuple[str, str]:
+    what = what_failed(ended)
+    return (what.partition(":")[0] if ended.origin else what, ended.origin)
 
 
 def what_failed(ended: JobEnded) -> str:

@@ -174,11 +174,11 @@ class Tally:
 
     def all_alike(self) -> str | None:
         """What to say when the first jobs have all failed in the same way, and others are still to come."""
-        if self.done != FIRST_JOBS or self.failed != FIRST_JOBS or len(self.failures.groups) > 1:
+        if self.done != FIRST_JOBS or self.failed != FIRST_JOBS or not self.failures.in_one_place():
             return None
-        if self.stopping is not None or self.same is None or self.total == self.done:
+        if self.stopping is not None or self.total == self.done:
             return None
-        first = self.same.first.number
+        first = next(iter(self.failures.groups.values())).first.number
         return f"the first {FIRST_JOBS} jobs all failed, in the same way as job {first}; Ctrl-C stops the sweep"
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ WAYS = {
     "exception": unheard_of,
     "signal": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "exit": lambda: os._exit(3),
+    "sys_exit": lambda: sys.exit(3),
     "oom": torch_oom,
     "timeout": lambda: time.sleep(60),
 }
