@@ -136,7 +136,8 @@ def run_jobs(
             notice(f"job {number} is run again, because its earlier result is not used: {why}")
         if len(skipped) > MAX_SKIPPED:
             notice(f"{count(len(skipped) - MAX_SKIPPED, 'more job')} are run again for such reasons")
-        for text in [*notices, *selection.notices, *server.notices]:
+        needs_none = options.request is not None and options.request.gpus == 0
+        for text in [*notices, *(() if needs_none else selection.notices), *server.notices]:
             notice(text)
         watch = DeviceWatch(
             devices,

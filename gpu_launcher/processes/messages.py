@@ -254,6 +254,7 @@ class ResultLost:
     """The Report could not be written to its file."""
 
     problem: str
+    """Names the directory, so that jobs which fail together on a full disk fail in the same way."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,7 +193,7 @@ def _leave(report: Report, assignment: Assignment, channel: socket.socket) -> bo
         pass  # nobody waits for it any more; who resumes the sweep finds the file
     except OSError as error:
         try:
-            send(channel, ResultLost(f"{result}: {error.strerror or error}"))
+            send(channel, ResultLost(f"{result.parent}: {error.strerror or error}"))
         except ChannelClosedError:
             return False  # nobody waits for it any more, and its directory may be gone for that
         print_exception(error, error.__traceback__)

@@ -660,8 +660,7 @@ def test_nothing_is_shown_in_a_pipe(tmp_path: Path) -> None:
     process = script(tmp_path, stderr=subprocess.PIPE)
     out, err = process.communicate(timeout=60)
     assert out == b"300 results\n"
-    assert b"300/300" not in err
-    assert [line for line in err.splitlines() if b"CPU slot" not in line] == []
+    assert err == b""  # nor which devices there are: it needs none
 
 
 def test_functions_of_the_standard_library_do_in_fresh_interpreters(pool: Where) -> None:

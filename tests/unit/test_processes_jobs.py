@@ -372,7 +372,7 @@ def test_a_result_that_cannot_be_written_is_told_by_word(launch, tmp_path):
     process.grant(Grant({}), ())
     lost = job.say("job")
     assert isinstance(lost, ResultLost)
-    assert f"{directory / 'result'}: No such file or directory" in lost.problem
+    assert lost.problem == f"{directory}: No such file or directory"
     assert os.waitstatus_to_exitcode(job.exited().status) == 1
     process.close()
 
@@ -390,7 +390,7 @@ def test_a_full_disk_is_told_though_the_log_is_on_it_and_no_part_of_the_result_s
     job.prepared()
     job.process.grant(Grant({}), ())
     lost = job.say("job")
-    assert lost == ResultLost(f"{job.result}: {os.strerror(errno.EFBIG)}")
+    assert lost == ResultLost(f"{job.result.parent}: {os.strerror(errno.EFBIG)}")
     assert os.waitstatus_to_exitcode(job.exited().status) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["0.log"]
 
