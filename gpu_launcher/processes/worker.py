@@ -24,6 +24,7 @@ from typing import Any, NoReturn, Protocol
 
 from gpu_launcher.model import Request
 from gpu_launcher.processes import bulletin, conversation
+from gpu_launcher.processes.critical import uninterrupted
 from gpu_launcher.processes.exceptions import origin, reason
 from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.processes.linux import flush_c_streams, set_process_title
@@ -162,8 +163,12 @@ def work(channel: socket.socket, stdio: CapturedStdio, load_program: Callable[[]
         status = _exit_status(error)
         report = Report(ok=False, message=reason(error), payload=b"", origin=origin(error))
     # A child that the user's code forked comes here as well, and ends as it would in any program.
-    if os.getpid() == job and not _leave(report, assignment, channel):
-        status = 1
+    try:
+        with uninterrupted():  # stopped half-way, a job that has ended would have left no result
+            if os.getpid() == job and not _leave(report, assignment, channel):
+                status = 1
+    except BaseException as error:  # such as KeyboardInterrupt, when the user stops the sweep meanwhile
+        print_exception(error, error.__traceback__)
     _finish()
     os._exit(status)
 

@@ -429,6 +429,31 @@ def test_a_job_that_is_interrupted_while_it_waits_for_its_threads_still_runs_its
     assert job.log.read_text().endswith("exit handler\n")
 
 
+def test_a_job_that_is_interrupted_while_it_writes_its_report_leaves_it(launch):
+    def program(number, spec, gate):
+        import atexit
+
+        from gpu_launcher.processes import worker
+
+        write = worker.write_whole
+
+        def write_interrupted(path, data):
+            os.kill(os.getpid(), signal.SIGINT)
+            write(path, data)
+
+        gate.prepared(Request(1), Path(spec))
+        gate.wait()
+        atexit.register(print, "exit handler")
+        worker.write_whole = write_interrupted  # in the job's process only
+        return report()
+
+    job, exited = launch.one(program)
+    assert exited == Exited(0)
+    assert job.result.exists()
+    assert "KeyboardInterrupt" in job.log.read_text()
+    assert job.log.read_text().endswith("exit handler\n")
+
+
 def test_threads_that_are_not_daemons_are_waited_for_and_exit_handlers_are_run(launch):
     def program(number, spec, gate):
         import atexit
