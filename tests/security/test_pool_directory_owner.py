@@ -66,7 +66,7 @@ def test_a_link_in_place_of_the_queue_is_not_followed_even_by_root(parent, mallo
 
 @pytest.mark.root
 @pytest.mark.usefixtures("protected")
-def test_a_link_to_a_pool_directory_is_followed_if_its_user_or_root_made_it(parent):
+def test_a_link_to_a_pool_is_followed_if_its_user_or_root_made_it(parent):
     directory = resolve_pool_directory(str(parent / "pool"))
     parent.chmod(0o1777)
     for maker, user, followed in ((0, ADA, True), (ADA, ADA, True), (MALLORY, ADA, False), (MALLORY, 0, False)):

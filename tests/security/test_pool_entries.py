@@ -202,7 +202,7 @@ def test_a_forged_lease_holds_no_longer_than_its_process_lives(queue, start, how
 
 
 @pytest.mark.root
-def test_an_unopenable_file_counts_for_minutes_where_locks_are_out_of_sight(queue, start, monkeypatch):
+def test_an_unopenable_file_counts_for_minutes_where_locks_are_unseen(queue, start, monkeypatch):
     start(MALLORY, lambda: write(queue / f"lease-{ID}", mode=0)).kill()
     monkeypatch.setattr(scan, "sees_all_locks", lambda: False)
     assert not gets(queue)
