@@ -69,15 +69,15 @@ class RequestError(GpuLauncherError):
 
 
 class LeaseTimeout(GpuLauncherError, TimeoutError):
-    """A lease was not to be had in the time that its caller would wait; the place in the queue is given up.
+    """A lease was not granted in the time that its caller would wait. The place in the queue is given up.
 
-    `wanted` is what was asked for, such as `2 GPUs`, `seconds` how long it was waited for, and `reason` says who holds
-    what, or is in line for it.
+    `wanted` is what was requested, such as `2 GPUs`; `seconds` is how long the caller waited; `reason` says who holds
+    the devices, or waits in front.
     """
 
     def __init__(self, wanted: str, seconds: float, reason: str) -> None:
-        within = f"within {seconds:g} s" if seconds else "at once"
-        super().__init__(f"{wanted} not to be had {within}: {reason}")
+        problem = f"timed out after {seconds:g} s waiting for {wanted}" if seconds else f"{wanted} not available now"
+        super().__init__(f"{problem}: {reason}")
         self.wanted = wanted
         self.seconds = seconds
         self.reason = reason

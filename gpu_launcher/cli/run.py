@@ -77,7 +77,7 @@ def run(
     gpu-launcher ends as the command did.
 
     Exit codes: the command's own, or 75 if --wait was over, 124 if --timeout was, 125 if the pool cannot be used,
-    126 or 127 if the command cannot be run or is not found, 2 if the options cannot be meant.
+    126 or 127 if the command cannot be run or is not found, 2 if the options are invalid.
 
     Examples:
 

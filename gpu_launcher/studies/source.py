@@ -267,7 +267,7 @@ class TrialSource:
     def _died(self) -> StudyError:
         return StudyError(
             "the process that asks for trials has ended, for the reason it printed, or was killed (`dmesg` may know "
-            "why): run the same command again to go on with the study"
+            "why): run the same command again to continue the study"
         )
 
 

@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from gpu_launcher.jobs.job import Job
 from gpu_launcher.text import short_path
-from hydra_plugins.optuna_async_sweeper._override_text import override_text
 
+from ._override_text import override_text
 from ._program import config_options
 
 MAX_ALONE = 3

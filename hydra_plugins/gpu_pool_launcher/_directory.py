@@ -101,7 +101,7 @@ def _remedy(resume: bool, dated: bool) -> str:
     if resume:
         return "wait for it, or stop it, before you resume"
     if dated:
-        return f"both were started in the same second. Start this one again, or {ANOTHER}"
+        return f"both started in the same second. Start this one again, or {ANOTHER}"
     return f"wait for it, or {ANOTHER}"
 
 
@@ -113,4 +113,4 @@ def _nothing_to_resume(directory: Path, config: DictConfig) -> str:
     what = f"{spell('resume')}=true: there is nothing to resume in {short_path(directory)}"
     if newest is None or newest == directory:
         return f"{what}: name a sweep's directory with hydra.sweep.dir=..."
-    return f"{what}. The newest sweep is {short_path(newest)}: hydra.sweep.dir={short_path(newest)} resumes that"
+    return f"{what}. The newest sweep is {short_path(newest)}: to resume it, give hydra.sweep.dir={short_path(newest)}"

@@ -50,9 +50,9 @@ def _explain(launcher: DictConfig, option: str, error: str) -> str:
     if found := _MISSING_KEY.search(error):
         return _explain_missing_key(launcher, option, written, found[1])
     if written == "???":
-        return "it has no value (???): give it one, or leave it out"
+        return "it has no value (???): set it, or leave it out"
     if found := _MISSING_VALUE.search(error):
-        return f"{written} has no value, because {found[1]} is missing (???): give it one, as in {found[1]}=1"
+        return f"{written} has no value, because {found[1]} is not set (???): set it, as in {found[1]}=1"
     return f"{written} cannot be resolved: {error.splitlines()[0]}"
 
 
@@ -70,9 +70,9 @@ def _explain_missing_key(launcher: DictConfig, option: str, written: str, key: s
         parent, known = inner, known + 1
     neighbours = [str(name) for name in parent if known or name != "hydra"]
     place = ".".join(names[:known]) or "its top level"
-    problem = f"the config has no {full}"
+    problem = f"the config has no key {full}"
     if key not in written:
-        problem += f", to which {written} leads"
+        problem += f", which {written} refers to"
     listed = ", ".join(neighbours[:MAX_NEIGHBOURS]) + (", ..." if len(neighbours) > MAX_NEIGHBOURS else "")
     problem += f" ({place} has {listed or 'no keys'})"
     guess = [*names[:known], _similar(names[known], neighbours), *names[known + 1 :]]

@@ -139,7 +139,9 @@ def _with_failures_so_far(options: Options, failed: int) -> Options:
     if policy.most is None or not failed:
         return options
     if failed >= policy.most:
-        raise LaunchError(f"{count(failed, 'job')} of this sweep failed, and hydra.launcher lets {policy.most} end it")
+        raise LaunchError(
+            f"{count(failed, 'job')} of this sweep failed: hydra.launcher.max_failures={policy.most} ends it"
+        )
     return replace(options, failures=replace(policy, most=policy.most - failed))
 
 

@@ -97,12 +97,12 @@ def _count_of_gpus(value: object, *, literal: bool) -> object:
         value = [entry.strip() for entry in value.split(",") if entry.strip()]
     if isinstance(value, list):
         if not value:
-            raise OptionError("gpus", "the list is empty: name some devices in it, or give 0 for none")
+            raise OptionError("gpus", "the list is empty: give at least one device, or 0 for none")
         if literal:
             raise OptionError(
                 "gpus",
-                f"{_shown(value)} names GPUs, but this is how many each job gets: write {spell('gpus')}={len(value)}, "
-                f"and to choose GPUs {spell('devices')}={_shown(value)}",
+                f"{_shown(value)} names GPUs, but this option is the number of GPUs per job: write "
+                f"{spell('gpus')}={len(value)}; to choose GPUs, write {spell('devices')}={_shown(value)}",
             )
         return len(value)
     return value
@@ -170,11 +170,11 @@ def _retries(options: Mapping[str, Any]) -> tuple[int, frozenset[Cause]]:
     named = _plain(options.get("retry_on", default.retry_on))
     named = [word.strip() for word in named.split(",")] if isinstance(named, str) else named
     if not isinstance(named, Iterable):
-        raise OptionError("retry_on", f"{named!r} is no list: give some of [{', '.join(known)}]")
+        raise OptionError("retry_on", f"{named!r} is not a list: give some of [{', '.join(known)}]")
     causes = frozenset(Cause(_one_of("retry_on", cause, known)) for cause in named)
     retries = _whole_number(options.get("retries", 0))
     if retries is None or retries < 0:
-        raise OptionError("retries", f"{options['retries']!r} is no number of times: give 0, 1, 2, ...")
+        raise OptionError("retries", f"must be an integer >= 0, got {options['retries']!r}")
     return retries, causes
 
 
@@ -183,7 +183,7 @@ def _most_failures(options: Mapping[str, Any]) -> int | None:
     if most is not None and ((most := _whole_number(most)) is None or most < 1):
         raise OptionError(
             "max_failures",
-            f"{options['max_failures']!r} is no number of failures: give a whole number from 1, or null for any number",
+            f"must be an integer >= 1, or null for no limit, got {options['max_failures']!r}",
         )
     if _one_of("on_failure", options.get("on_failure", "continue"), ("continue", "stop")) == "stop":
         if most is not None:
@@ -214,7 +214,7 @@ def _max_parallel(value: object) -> int | None:
     if number is None or number < 1:
         raise OptionError(
             "max_parallel",
-            f"{value!r} would never run a job: give a whole number from 1, or null for as many as get devices",
+            f"must be an integer >= 1, or null for as many jobs as get devices, got {value!r}",
         )
     return number
 

@@ -9,34 +9,39 @@ from omegaconf import DictConfig, OmegaConf
 from .resolvers import register_resolver
 
 HELP = {
-    "devices": "What to run on: auto (all GPUs, or CPU slots where there is none), a list of GPUs as [0,2] or by UUID, "
-    "cpu:4, simulated:8. An inherited CUDA_VISIBLE_DEVICES restricts auto and lists.",
-    "gpus": "Devices for each job: 0, 1, 2, ..., or a part of one such as 0.5, also as an interpolation on the job's "
-    "own config, of a key that the sweep's config has, too; a list then counts by its length, as Lightning's devices. "
-    "null: one, or with memory as much of one as that says.",
-    "memory": "Memory on each device that a job declares, such as 20GiB. Jobs share a device as long as it has enough.",
-    "priority": "Higher goes first among those that wait, machine-wide; below 0 after others. "
-    "Above 0 is for root and the owner of the pool directory.",
-    "timeout": "Longest time for a job, such as 90, 30m or 2h. Then it gets SIGTERM, and after grace it is killed. "
-    "Short jobs that declare it may start while a large one waits.",
-    "retries": "How many times a failed job is run again, in the same directory. The log of each attempt is kept; "
-    "GPU_LAUNCHER_ATTEMPT tells a job which it is.",
-    "retry_on": "After what: crash, oom (then alone on a whole GPU, or a larger one), timeout, device_lost, exception.",
-    "on_failure": "continue: the other jobs go on. stop: the first failure ends the sweep.",
-    "max_failures": "How many failed jobs end the sweep; null: none do.",
-    "resume": "Run only what did not complete in an earlier launch with the same hydra.sweep.dir and overrides.",
+    "devices": "Devices to run on: auto (all GPUs, or CPU slots if there is no GPU), a list of GPUs such as [0,2] or "
+    "UUIDs, cpu:4, or simulated:8. CUDA_VISIBLE_DEVICES restricts auto and lists.",
+    "gpus": "GPUs per job: a whole number, or a fraction such as 0.5. Can be an interpolation on the job's own "
+    "config, if the sweep's config has that key too; a list, such as Lightning's devices, then counts by its length. "
+    "null: one, or with memory the share that it needs.",
+    "memory": "Memory that a job declares on each of its devices, such as 20GiB. Jobs share a device as long as its "
+    "memory suffices.",
+    "priority": "Rank among waiting jobs on this machine: higher goes first, below 0 goes after others. Above 0 is "
+    "for root, and for the owner of a pool directory that root made for them.",
+    "timeout": "Time limit for a job, such as 90, 30m or 2h. At the limit, it gets SIGTERM, and after grace it is "
+    "killed. A short job that declares a timeout may start while a large one waits.",
+    "retries": "How many times to run a failed job again, in the same directory. The log of each attempt is kept. "
+    "GPU_LAUNCHER_ATTEMPT tells a job the number of its attempt.",
+    "retry_on": "Failures to retry after: crash, oom (then alone on a whole GPU, or on a larger one), timeout, "
+    "device_lost, exception.",
+    "on_failure": "What a failure does: continue (the other jobs keep running) or stop (the first failure ends the "
+    "sweep).",
+    "max_failures": "Number of failed jobs that ends the sweep. null: no limit.",
+    "resume": "Run only the jobs that did not complete in an earlier launch with the same hydra.sweep.dir and "
+    "overrides.",
     "stagger": "Time between the starts of two jobs on one device, such as 5 or 1m.",
-    "busy_memory": "A device on which more than this is in use beyond what is leased is left alone. null: do not look "
-    "at what others do.",
-    "enforce_memory": "Make PyTorch and JAX keep to the job's part of the memory.",
-    "visible": "How jobs see their devices in CUDA_VISIBLE_DEVICES: index or uuid.",
-    "cpu_affinity": "auto: pin each job to the CPUs near its devices. null: do not.",
-    "max_parallel": "Most jobs at the same time. null: as many as get devices; with gpus=0 as many as there are CPUs.",
-    "start_method": "How jobs start: fork (from the imported program), spawn (a fresh interpreter each), "
-    "auto (fork where it is safe, else spawn, with the reason on the screen).",
-    "grace": "Seconds that jobs get to end by themselves after Ctrl-C, SIGTERM or SIGHUP. Then they are killed.",
-    "pool_dir": "Directory of the pool. null: $GPU_LAUNCHER_POOL_DIR, else the machine's own. "
-    "Sweeps share devices only within one pool.",
+    "busy_memory": "Memory in use on a device, beyond what is leased, above which jobs do not start on it. null: "
+    "ignore programs outside the pool.",
+    "enforce_memory": "Make PyTorch and JAX keep to the job's share of the memory.",
+    "visible": "How CUDA_VISIBLE_DEVICES names a job's devices: index or uuid.",
+    "cpu_affinity": "auto: pin each job to the CPUs near its devices. null: do not pin.",
+    "max_parallel": "Maximum number of jobs at the same time. null: as many as get devices; with gpus=0, as many as "
+    "there are CPUs.",
+    "start_method": "How jobs start: fork (from the imported program), spawn (each in a fresh interpreter), or auto "
+    "(fork where it is safe, else spawn, and say why).",
+    "grace": "Seconds that jobs get to end by themselves after Ctrl-C, SIGTERM or SIGHUP, before they are killed.",
+    "pool_dir": "Directory of the pool. Sweeps share devices only within one pool. null: $GPU_LAUNCHER_POOL_DIR, "
+    "else the machine's own.",
 }
 """What each option means; `--cfg hydra` and shell completion show it under `hydra.launcher.help`."""
 

@@ -46,8 +46,8 @@ class GridAsyncSweeper(basic_sweeper.BasicSweeper):
             if override.is_interval_sweep():
                 key = override.get_key_element()
                 raise CompactHydraException(
-                    f"{override.input_line}: hydra/sweeper=grid_async runs every value, and an interval cannot be "
-                    "counted: use hydra/sweeper=optuna_async to search it, or give values, as in "
+                    f"{override.input_line}: hydra/sweeper=grid_async runs every value, and an interval has "
+                    "infinitely many: use hydra/sweeper=optuna_async to search it, or give values, as in "
                     f"{key}=0.1,0.2 or {key}=range(0.1,1.0,0.1)"
                 )
         make_directory(self.config)

@@ -98,7 +98,8 @@ class Family(Generic[T]):
     def checked(self, made: object) -> T:
         if not isinstance(made, self.base):
             raise OptionError(
-                self.option, f"a {type(made).__name__} is no {self.base.__name__}: name one, or give a _target_ of one"
+                self.option,
+                f"a {type(made).__name__} is not a {self.base.__name__}: name one, or give a _target_ of one",
             )
         return cast("T", made)
 

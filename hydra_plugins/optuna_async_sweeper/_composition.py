@@ -48,7 +48,8 @@ def check_composition(loader: ConfigLoader, config: DictConfig, space: SearchSpa
         before = _node(composed[0], key)
         if first != second and before is not _UNKNOWN and before == _node(composed[1], key):
             raise SearchSpaceError(
-                _override(space, key, points[0]), "it changes nothing, because another override sets it: leave out one"
+                _override(space, key, points[0]),
+                "it has no effect, because another override sets the same key: remove one of them",
             )
         _assign_all(composed[0], key, entries[key].values)
     _check_fixed(loader, config, space, composed[0], points[0])
@@ -61,9 +62,9 @@ def _compose(loader: ConfigLoader, config: DictConfig, space: SearchSpace, point
     except (HydraException, OmegaConfBaseException) as error:
         said = whole_message(error)
         whole = any(isinstance(found, FloatDistribution) for found in space.distributions.values())
-        hint = "\nFor whole numbers write int(interval(1, 9)) or range(1, 9)" if whole and "to Integer" in said else ""
+        hint = "\nFor integers, write int(interval(1, 9)) or range(1, 9)" if whole and "to Integer" in said else ""
         raise CompositionError(
-            f"the trials' configs do not compose, as with {' '.join(overrides)}:\n{said}{hint}"
+            f"cannot compose the trials' configs, for example with {' '.join(overrides)}:\n{said}{hint}"
         ) from error
 
 
@@ -74,7 +75,7 @@ def _assign_all(composed: DictConfig, key: str, values: tuple[Any, ...]) -> None
             try:
                 OmegaConf.update(composed, _bare(key), value, force_add=True)
             except OmegaConfBaseException as error:
-                raise CompositionError(f"{key}={value} does not compose:\n{whole_message(error)}") from error
+                raise CompositionError(f"cannot compose {key}={value}:\n{whole_message(error)}") from error
 
 
 def _check_fixed(
@@ -95,15 +96,16 @@ def _check_fixed(
         before, now = _node(without, key), _node(composed, key)
         if isinstance(now, list) and isinstance(before, (str, int, float)):
             raise SearchSpaceError(
-                text, f"a list is a fixed value, where the config has {before!r}: write {key}: {instead_of_list(now)}"
+                text,
+                f"a list is a fixed value, but the config has {before!r} there: write {key}: {instead_of_list(now)}",
             )
         if isinstance(now, dict) and isinstance(before, (str, int, float)):
             raise SearchSpaceError(
-                text, f"a dictionary is a fixed value, where the config has {before!r}: write {key}: choice(...)"
+                text, f"a dictionary is a fixed value, but the config has {before!r} there: write {key}: choice(...)"
             )
         if isinstance(now, str) and isinstance(before, (int, float)) and (instead := instead_of_text(now)):
             raise SearchSpaceError(
-                text, f"a text is a fixed value, where the config has {before!r}: write {key}: {instead}"
+                text, f"text is a fixed value, but the config has {before!r} there: write {key}: {instead}"
             )
 
 

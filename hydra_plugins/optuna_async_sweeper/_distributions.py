@@ -21,7 +21,7 @@ from hydra.core.override_parser.types import (
 )
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from ._override_text import override_text
+from hydra_plugins.gpu_pool_launcher._override_text import override_text
 
 _MOST_ENUMERATED = 100_000
 
@@ -93,7 +93,7 @@ def _choices(values: Sequence[Any]) -> Searched:
     try:
         by_text = {override_text(value): value for value in values}  # each once, however often it is named
     except TypeError:
-        raise ValueError("a sweep among the choices is none: name single values, as in choice(a,b)") from None
+        raise ValueError("choices cannot contain a sweep: give single values, as in choice(a,b)") from None
     held = [value if _plain(value) else text for text, value in by_text.items()]
     if len(set(held)) < len(held):
         held = list(by_text)
@@ -120,7 +120,7 @@ def _interval(sweep: IntervalSweep) -> Searched:
     assert low is not None
     assert high is not None
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"from {low} to {high} is no interval: give two finite numbers")
+        raise ValueError(f"from {low} to {high} is not an interval: give two finite numbers")
     if low == high:
         raise ValueError(f"the interval from {low} to {high} has no size: give two bounds, or fix the value")
     if low > high:
@@ -148,7 +148,7 @@ def _range(sweep: RangeSweep) -> Searched:
     if count == 1 and not (isinstance(sweep.start, int) and isinstance(sweep.stop, int) and sweep.step == 1):
         floats = f"interval({float(start)}, {float(stop)})"
         raise ValueError(
-            f"the range from {start} to {stop} by {step} has one value, {start}, since its end is not part of it: "
+            f"the range from {start} to {stop} by {step} has one value, {start}, because its end is excluded: "
             f"write {floats}, give a smaller step, or fix the value"
         )
     last = start + (count - 1) * step

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ._override_text import override_text
+from hydra_plugins.gpu_pool_launcher._override_text import override_text
 
 FORMS = "a search is written as interval(0.0,1.0), tag(log, interval(1e-4,1.0)), range(1,9) or choice(a,b)"
 _SWEEPS = ("choice", "range", "interval", "glob", "shuffle", "sort", "tag")

@@ -86,7 +86,7 @@ def _count(name: str, value: object, *, least: int) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise OptionError(f"hydra.sweeper.{name}", f"{value!r} is no whole number from {least}, or null")
+        raise OptionError(f"hydra.sweeper.{name}", f"must be an integer >= {least}, or null, got {value!r}")
     return value
 
 
@@ -94,7 +94,7 @@ def _rate(value: object) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise OptionError("hydra.sweeper.max_failure_rate", f"{value!r} is no part: give a number from 0 to 1, or null")
+        raise OptionError("hydra.sweeper.max_failure_rate", f"must be a number from 0 to 1, or null, got {value!r}")
     return float(value)
 
 
@@ -103,7 +103,7 @@ def _params(value: object) -> Mapping[str, Any]:
     if params is None:
         return {}
     if not isinstance(params, dict):
-        raise OptionError("hydra.sweeper.params", f"{params!r} is no mapping: write lr: interval(0, 1)")
+        raise OptionError("hydra.sweeper.params", f"{params!r} is not a mapping: write lr: interval(0, 1)")
     return {str(key): one for key, one in params.items()}
 
 
@@ -117,7 +117,7 @@ def _enqueue(value: object) -> Sequence[Mapping[str, Any]]:
         except OSError as error:
             raise OptionError(name, f"{file.absolute()} cannot be read: {error.strerror or error}") from error
         except (YAMLError, UnicodeDecodeError) as error:
-            raise OptionError(name, f"{file.absolute()} is no YAML: {error}") from error
+            raise OptionError(name, f"{file.absolute()} is not YAML: {error}") from error
     if points is None:
         return []
     points = [points] if isinstance(points, dict) else points

@@ -42,7 +42,7 @@ def make_pruner(node: object) -> BasePruner:
     if "_target_" in node:
         return _PRUNERS.from_target(node, make_pruner)
     if not isinstance(node.get("name"), str):
-        raise OptionError(OPTION, "there is no name in it: give name, such as {name: median, n_startup_trials: 5}")
+        raise OptionError(OPTION, "the name is missing: give one, such as {name: median, n_startup_trials: 5}")
     cls, options = _PRUNERS.find(node["name"]), own_options(node)
     if cls is PatientPruner and "wrapped" in options:
         options["wrapped_pruner"] = options.pop("wrapped")

@@ -135,7 +135,7 @@ def _read(node: object, choice: str | None, overrides: Sequence[str]) -> tuple[s
         return node, {}
     if not isinstance(node, Mapping):
         raise OptionError(
-            OPTION, f"{node!r} is no sampler: give a name such as tpe, or a mapping with name or _target_"
+            OPTION, f"{node!r} is not a sampler: give a name such as tpe, or a mapping with name or _target_"
         )
     official = _official(choice)
     target = node.get("_target_")
@@ -150,7 +150,7 @@ def _read(node: object, choice: str | None, overrides: Sequence[str]) -> tuple[s
     if target is not None:
         return None, own_options(node)
     if not isinstance(node.get("name"), str):
-        raise OptionError(OPTION, "there is no name in it: give name, such as {name: tpe, n_startup_trials: 5}")
+        raise OptionError(OPTION, "the name is missing: give one, such as {name: tpe, n_startup_trials: 5}")
     return node["name"], own_options(node)
 
 

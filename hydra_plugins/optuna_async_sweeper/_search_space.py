@@ -13,10 +13,10 @@ from hydra.errors import HydraException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from gpu_launcher.errors import GpuLauncherError
+from hydra_plugins.gpu_pool_launcher._override_text import override_text
 
 from ._distributions import Searched, on_grid, searched, unquoted
 from ._mistakes import FORMS, instead_of_call, instead_of_words, is_call, nested_searches
-from ._override_text import override_text
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader
@@ -168,7 +168,7 @@ def _read(text: str, parser: OverridesParser) -> tuple[str, str | Searched]:
     if not override.is_sweep_override():
         if _holds_sweep(override.value()):
             raise SearchSpaceError(
-                text, "a sweep inside of a list or a dictionary is none: sweep over whole ones, as in choice([1],[2])"
+                text, "a list or a dictionary cannot contain a sweep: sweep over whole ones, as in choice([1],[2])"
             )
         _check_fixed(text, key, unquoted(override.value()))
         return key, text
@@ -181,12 +181,12 @@ def _read(text: str, parser: OverridesParser) -> tuple[str, str | Searched]:
 def _check_fixed(text: str, key: str, value: Any) -> None:
     """Refuse what is fixed and only looks like a search."""
     if isinstance(value, str) and (instead := instead_of_words(value)):
-        raise SearchSpaceError(text, f"{value!r} is a text, and no search: write {key}={instead}")
+        raise SearchSpaceError(text, f"{value!r} is text, not a search: write {key}={instead}")
     if isinstance(value, str) and is_call(value):
-        raise SearchSpaceError(text, f"{value!r} is quoted, and so is a text: write {key}={value.strip()}")
+        raise SearchSpaceError(text, f"{value!r} is quoted, so it is text: write {key}={value.strip()}")
     if found := list(nested_searches(value, key)):
         instead = " ".join(f"{name}={shown}" if " " not in shown else f"'{name}={shown}'" for name, shown in found)
-        raise SearchSpaceError(text, f"a {_kind(value)} is a fixed value, and no search: write {instead}")
+        raise SearchSpaceError(text, f"a {_kind(value)} is a fixed value, not a search: write {instead}")
 
 
 def _kind(value: Any) -> str:
@@ -212,14 +212,16 @@ def _param(key: str, value: Any) -> str:
     name = f"hydra.sweeper.params.{key}"
     if key.lstrip("+~").startswith("hydra.sweeper."):
         option = key.lstrip("+~").removeprefix("hydra.sweeper.")
-        raise SearchSpaceError(name, f"is an option of the sweep, and no parameter: write {option}: beside params:")
+        raise SearchSpaceError(
+            name, f"is an option of the sweeper, not a parameter: write {option}: next to params:, not in it"
+        )
     if isinstance(value, str):
         return f"{key}={value.strip()}"
     if not isinstance(value, (Mapping, Sequence)):
         return f"{key}={_fixed_text(name, value)}"
     if found := list(nested_searches(value, key)):
         lines = "; ".join(f"{name}: {shown}" for name, shown in found)
-        raise SearchSpaceError(name, f"a {_kind(value)} is a fixed value, and no search: write {lines}")
+        raise SearchSpaceError(name, f"a {_kind(value)} is a fixed value, not a search: write {lines}")
     return f"{key}={_fixed_text(name, value)}"
 
 

@@ -157,7 +157,9 @@ class StudyPlan:
         unknown = [name for name in encoded if name not in self.space.distributions]
         if unknown and self._custom is None:
             known = ", ".join(self.space.distributions) or "none"
-            raise OptionError("hydra.sweeper.enqueue", f"{unknown[0]} is no parameter of this search: it has {known}")
+            raise OptionError(
+                "hydra.sweeper.enqueue", f"{unknown[0]} is not a parameter of this search: it has {known}"
+            )
         return encoded
 
     def _define(self, trial: optuna.Trial) -> list[str]:

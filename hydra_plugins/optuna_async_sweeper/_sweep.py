@@ -256,7 +256,7 @@ def values_of(returned: Any, objectives: int) -> tuple[float, ...]:
         try:
             value = float(one)
         except Exception:  # of a class of the user's; a number too large for a float; a tensor of several elements
-            raise _NotANumberError(f"returned {_shown(one)}, which is no number") from None
+            raise _NotANumberError(f"returned {_shown(one)}, which is not a number") from None
         if not math.isfinite(value):
             raise ValueError(f"returned {value}, which no search can use")
         values.append(value)
@@ -287,7 +287,7 @@ def _conclude(
         raise SweepError(f"{failed}. The first: {summary.first_failure}")
     elif not summary.best:
         what = f"; the first: {summary.first_failure}" if summary.first_failure else ""
-        raise SweepError(f"no trial of study {plan.name!r} completed, so that there is no best one{what}")
+        raise SweepError(f"no trial of study {plan.name!r} completed, so there is no best trial{what}")
 
 
 def _how_to_go_on(plan: StudyPlan, directory: Path, left: int | None) -> str:
@@ -297,7 +297,7 @@ def _how_to_go_on(plan: StudyPlan, directory: Path, left: int | None) -> str:
     if left:
         overrides["hydra.sweeper.n_trials"] = left
     words = shlex.join(override(name, value) for name, value in overrides.items())
-    return f"to go on with the study, run the same command with {words}"
+    return f"to continue the study, run the same command with {words}"
 
 
 def _save(space: SearchSpace, summary: Summary, directory: Path, *, several: bool) -> None:

@@ -13,30 +13,29 @@ from omegaconf import MISSING, OmegaConf
 from hydra_plugins.gpu_pool_launcher.resolvers import register_resolver
 
 HELP = {
-    "sampler": "auto (the GP sampler where it suits, else TPE), tpe, gp, random, cmaes, nsgaii, nsgaiii, qmc, grid, "
-    "bruteforce, a class of optuna.samplers, {name: tpe, n_startup_trials: 5}, or a node with _target_.",
-    "pruner": "null: none. Else median, hyperband, asha, percentile, threshold, wilcoxon, a class of optuna.pruners, "
-    "{name: patient, patience: 3, wrapped: median}, or a node with _target_.",
-    "direction": "minimize or maximize; for several objectives a list of these.",
+    "sampler": "Sampler: auto (the GP sampler where it suits, else TPE), tpe, gp, random, cmaes, nsgaii, nsgaiii, "
+    "qmc, grid, bruteforce, a class of optuna.samplers, {name: tpe, n_startup_trials: 5}, or a node with _target_.",
+    "pruner": "Pruner: median, hyperband, asha, percentile, threshold, wilcoxon, a class of optuna.pruners, {name: "
+    "patient, patience: 3, wrapped: median}, or a node with _target_. null: no pruning.",
+    "direction": "minimize or maximize; for several objectives, a list of these.",
     "storage": "Where the study is kept: a URL such as sqlite:///study.db. null: a SQLite file in the sweep directory.",
-    "study_name": "Name of the study in the storage. null: one for the sweep.",
-    "n_trials": "How many trials this sweep runs.",
-    "total_trials": "How many trials of the study are to complete or be pruned, those of earlier sweeps included (and "
-    "those of this one that fail); then n_trials is not used. null: n_trials holds.",
-    "n_jobs": "Most trials at the same time. null: as many as the pool grants.",
-    "max_failure_rate": "Part of the finished trials, from 0 to 1, that may fail before the sweep ends. null: one "
-    "failure, or many, end nothing.",
-    "params": "What to search or fix, as on the command line: lr: interval(0, 1). The command line goes before it.",
-    "custom_search_space": "Function of the config and the trial, by its dotted name, that suggests more parameters.",
-    "timeout": "How long new trials are asked for, such as 90, 30m or 2h. null: no limit.",
-    "patience": "After this many completed trials without a better value no new one is asked for. null: no limit.",
-    "retry_stale": "How many times a trial that a dead sweep left running is queued again.",
+    "study_name": "Name of the study in the storage. null: a name made for this sweep.",
+    "n_trials": "Number of trials that this sweep runs.",
+    "total_trials": "Number of trials of the study that should complete or be pruned, including those of earlier "
+    "sweeps and the failed trials of this one. n_trials is then ignored. null: n_trials applies.",
+    "n_jobs": "Maximum number of trials at the same time. null: as many as get devices.",
+    "max_failure_rate": "Fraction of the finished trials, from 0 to 1, that may fail before the sweep ends. null: "
+    "failures do not end the sweep.",
+    "params": "What to search or fix, as on the command line: lr: interval(0, 1). The command line takes precedence.",
+    "custom_search_space": "Dotted name of a function of the config and the trial that suggests more parameters.",
+    "timeout": "Time after which no new trial starts, such as 90, 30m or 2h. null: no limit.",
+    "patience": "Number of completed trials without a better value after which no new trial starts. null: no limit.",
+    "retry_stale": "How many times to queue a trial again that a dead sweep left running.",
     "enqueue": "Known good points to try first: a list of {parameter: value}, or a YAML file with one.",
-    "kill_pruned": "Stop a job that is to be pruned and does not ask.",
+    "kill_pruned": "Stop a job that should be pruned but does not ask.",
     "plots": "Write plots of the study to the sweep directory at the end.",
-    "seed": "Seed of the sampler. Later sweeps on the same study derive other seeds from it, so that no point is "
-    "repeated. "
-    "With jobs that run at the same time it does not make a sweep repeatable.",
+    "seed": "Seed of the sampler. Later sweeps on the same study derive their own seeds from it, so that they do not "
+    "propose the same points again. A sweep whose jobs run at the same time is not repeatable, even with a seed.",
 }
 """What each option means; `--cfg hydra` and shell completion show it under `hydra.sweeper.help`."""
 

@@ -443,9 +443,9 @@ def test_lines_of_the_official_sweeper_are_found_in_a_project(tmp_path: Path) ->
     (tmp_path / "configs" / "picture.yaml").write_bytes(b"\xff\xfe\0")
     found = [(one.text, one.remedy or "") for one in examine_project(tmp_path)]
     (target, delete), (cap, add) = found
-    assert target.startswith("configs/hparams_search/mnist.yaml:10 states the official sweeper's _target_")
+    assert target.startswith("configs/hparams_search/mnist.yaml:10 sets the official sweeper's _target_")
     assert delete.startswith("delete the line")
-    assert cap.startswith("configs/hparams_search/mnist.yaml:13 caps a search at n_jobs: 1")
+    assert cap.startswith("configs/hparams_search/mnist.yaml:13 limits a search to n_jobs: 1")
     assert "hydra.sweeper.n_jobs=null" in add
 
 

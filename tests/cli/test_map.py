@@ -355,9 +355,9 @@ def test_a_half_written_file_is_refused_with_its_lines_before_anything_runs(run_
     (tmp_path / "p.jsonl").write_text(HALF)
     done = run_map("--from", "p.jsonl", *SIMULATED, "--", "echo", "{n}")
     assert done.returncode == 2
-    assert "p.jsonl, line 2, is no JSON" in done.stderr
+    assert "p.jsonl, line 2, is not JSON" in done.stderr
     assert "line 3, does not fit: {n} in the command names no parameter; there are m" in done.stderr
-    assert "line 5, is no JSON" in done.stderr
+    assert "line 5, is not JSON" in done.stderr
     assert "--keep-going" in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -370,8 +370,8 @@ def test_the_good_lines_run_with_keep_going(run_map: Map, tmp_path: Path, piped:
     assert done.returncode == 1, "not everything was run"
     assert run_map.argv() == [["0"], ["3"]]
     assert [line["index"] for line in run_map.results()] == [0, 3], "so that a mended file can be resumed"
-    assert "line 2, is no JSON" in done.stderr
-    assert "line 5, is no JSON: Expecting ',' delimiter" in done.stderr
+    assert "line 2, is not JSON" in done.stderr
+    assert "line 5, is not JSON: Expecting ',' delimiter" in done.stderr
 
 
 def test_of_a_pipe_nothing_more_is_started_after_a_bad_line(run_map: Map) -> None:
@@ -379,7 +379,7 @@ def test_of_a_pipe_nothing_more_is_started_after_a_bad_line(run_map: Map) -> Non
     done = run_map(*words, input='{"n": 0}\n{"n": 1}\nbad\n{"n": 2}\n')
     assert done.returncode == 1
     assert run_map.argv() == [["0"], ["1"]]
-    assert "stdin, line 3, is no JSON: Expecting value at column 1. No more runs are started" in done.stderr
+    assert "stdin, line 3, is not JSON: Expecting value at column 1. No more runs are started" in done.stderr
 
 
 def test_values_that_are_too_long_for_a_command_line_fail_alone(run_map: Map, tmp_path: Path) -> None:
@@ -459,7 +459,7 @@ def test_what_is_resumed_must_be_the_same_map(run_map: Map, tmp_path: Path) -> N
     assert "--resume: command is not that of the map to be resumed" in other.stderr
     again = run_map(*words, "--", sys.executable, "echo.py", "{n}")
     assert again.returncode == 2
-    assert "is another map's: go on with that by --resume" in again.stderr
+    assert "holds another map: to continue it, give --resume" in again.stderr
     (tmp_path / "p.jsonl").write_text('{"n": 5}\n{"n": 1}\n')
     changed = run_map("--resume", "out")
     assert changed.returncode == 2

@@ -336,7 +336,7 @@ GOOD = {"format": 1, "command": ["echo", "{n}"], "param": [], "from": None, "she
         (json.dumps({**GOOD, "directory": "/", "grid": ["n"]}), "is damaged"),
         ("\udcff", "is damaged"),
         ('{"format": 2}', "is of a newer version of gpu-launcher"),
-        (None, "is no map's directory: give what --dir named"),
+        (None, "is not a map's directory: give what --dir named"),
     ],
 )
 def test_a_map_whose_settings_make_no_sense_is_told_from_what_is_no_map(

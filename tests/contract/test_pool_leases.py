@@ -215,7 +215,7 @@ def test_who_waits_in_vain_is_told_who_holds_what(pool: Pool, program: Callable[
         pool.lease(gpus=2, timeout=0.3)
     assert 0.3 <= time.monotonic() - began < SOON
     message = str(raised.value)
-    assert message.startswith("2 GPUs not to be had within 0.3 s: ")
+    assert message.startswith("timed out after 0.3 s waiting for 2 GPUs: ")
     assert "simulated GPU 0-2 held by " in message
     assert "(train.py)" in message
     assert "simulated GPU 3 held by" in message
@@ -226,16 +226,16 @@ def test_who_waits_in_vain_is_told_who_holds_what(pool: Pool, program: Callable[
 def test_a_timeout_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(LeaseTimeout("2 GPUs", 3.0, "GPU 0 held by anna (train.py #3)")))
     assert (error.wanted, error.seconds, error.reason) == ("2 GPUs", 3.0, "GPU 0 held by anna (train.py #3)")
-    assert str(error) == "2 GPUs not to be had within 3 s: GPU 0 held by anna (train.py #3)"
+    assert str(error) == "timed out after 3 s waiting for 2 GPUs: GPU 0 held by anna (train.py #3)"
     assert isinstance(error, TimeoutError)
     assert error.errno is None
 
 
 def test_a_timeout_of_nothing_tries_once(pool: Pool) -> None:
     with pool.lease(gpus=4):
-        with pytest.raises(LeaseTimeout, match="1 GPU not to be had at once"):
+        with pytest.raises(LeaseTimeout, match="1 GPU not available now"):
             pool.lease(timeout=0)
-        with pytest.raises(LeaseTimeout, match="1 GPU not to be had at once"):
+        with pytest.raises(LeaseTimeout, match="1 GPU not available now"):
             asyncio.run(asyncio.wait_for(pool.alease(timeout=0), SOON))
     pool.lease(timeout=0).release()
     asyncio.run(asyncio.wait_for(pool.alease(timeout="0s"), SOON)).release()

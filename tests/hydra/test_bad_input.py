@@ -70,12 +70,12 @@ def complaint(run: Run, directory: Path, *arguments: str, **extra: Any) -> str:
         ),
         (
             ["gpus=[1]"],
-            "hydra.launcher.gpus: [1] names GPUs, but this is how many each job gets: write hydra.launcher.gpus=1, and "
-            "to choose GPUs hydra.launcher.devices=[1]",
+            "hydra.launcher.gpus: [1] names GPUs, but this option is the number of GPUs per job: write "
+            "hydra.launcher.gpus=1; to choose GPUs, write hydra.launcher.devices=[1]",
         ),
         (
             ["max_parallel=0"],
-            "max_parallel: 0 would never run a job: give a whole number from 1, or null",
+            "max_parallel: must be an integer >= 1, or null for as many jobs as get devices, got 0",
         ),
         (["start_method=forkserver"], "'forkserver' is unknown: give one of auto, fork, spawn"),
         (["grace=-1"], "hydra.launcher.grace: -1.0 is not a number of seconds: give 0 or more"),
@@ -123,7 +123,7 @@ def test_a_job_that_asks_for_what_it_cannot_get_fails_alone(run: Run, tmp_path: 
         message = f"hydra.launcher.gpus: {wish} {NO_NUMBER}"
         assert message in returns[number]["text"]
         assert f"job {number} (+x={wishes[number]}) FAILED: cannot be run: {message}" in ran.stderr
-    assert "hydra.launcher.gpus: the config has no missing, to which ${oc.select:x,1} leads" in returns[5]["text"]
+    assert "hydra.launcher.gpus: the config has no key missing, which ${oc.select:x,1} refers to" in returns[5]["text"]
     assert "Traceback" not in ran.stderr.replace("| Traceback", "")
 
 

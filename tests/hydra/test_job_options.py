@@ -195,7 +195,7 @@ def test_option_that_one_job_cannot_resolve_fails_that_job(
     assert done.returncode == 1
     assert "4 completed, 1 failed" in done.stderr
     (line, _) = [line for line in done.stderr.splitlines() if "FAILED" in line]
-    assert "hydra.launcher.gpus: the config has no trainer.gpus (its top level has good)." in line
+    assert "hydra.launcher.gpus: the config has no key trainer.gpus (its top level has good)." in line
 
 
 def test_ignored_option_of_a_group_is_reported_once(

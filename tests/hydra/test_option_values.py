@@ -53,27 +53,33 @@ def problem(read: Callable[[], object]) -> str:
 
 
 UNRESOLVABLE = [
-    ("${trainer.gpus}", "the config has no trainer.gpus (trainer has devices, gpu, must, nothing, ref, text). "),
+    ("${trainer.gpus}", "the config has no key trainer.gpus (trainer has devices, gpu, must, nothing, ref, text). "),
     ("${trainer.gpus}", "Did you mean ${trainer.devices}? "),
     ("${trainer.gpus}", "write ${oc.select:trainer.gpus,1}"),
     ("${trainer.gpuss}", "Did you mean ${trainer.gpu}? "),
-    ("${Trainer.Devices}", "the config has no Trainer.Devices (its top level has trainer, model). For "),
+    ("${Trainer.Devices}", "the config has no key Trainer.Devices (its top level has trainer, model). For "),
     ("${Trainer.devices}", "Did you mean ${trainer.devices}? "),
-    ("${trainr.devices}", "the config has no trainr.devices (its top level has trainer, model). Did you mean "),
+    ("${trainr.devices}", "the config has no key trainr.devices (its top level has trainer, model). Did you mean "),
     ("${trainer.Devices}", "Did you mean ${trainer.devices}? "),
-    ("${model.optimizer.gpus}", "the config has no model.optimizer.gpus (model.optimizer has lr). For "),
-    ("${model.opt.lr}", "the config has no model.opt.lr (model has optimizer). Did you mean ${model.optimizer.lr}? "),
-    ("${trainer[gpus]}", "the config has no trainer.gpus (trainer has "),
-    ("${...trainer.gpuss}", "the config has no trainer.gpuss (trainer has "),
-    ("${trainer.ref}", "the config has no machine.count, to which ${trainer.ref} leads (its top level has trainer"),
-    ("${trainer.must}", "${trainer.must} has no value, because trainer.must is missing (???): give it one, as in"),
-    ("???", "it has no value (???): give it one, or leave it out"),
+    ("${model.optimizer.gpus}", "the config has no key model.optimizer.gpus (model.optimizer has lr). For "),
+    (
+        "${model.opt.lr}",
+        "the config has no key model.opt.lr (model has optimizer). Did you mean ${model.optimizer.lr}? ",
+    ),
+    ("${trainer[gpus]}", "the config has no key trainer.gpus (trainer has "),
+    ("${...trainer.gpuss}", "the config has no key trainer.gpuss (trainer has "),
+    (
+        "${trainer.ref}",
+        "the config has no key machine.count, which ${trainer.ref} refers to (its top level has trainer",
+    ),
+    ("${trainer.must}", "${trainer.must} has no value, because trainer.must is not set (???): set it, as in"),
+    ("???", "it has no value (???): set it, or leave it out"),
     ("${oc.env:NO_SUCH_VARIABLE}", "${oc.env:NO_SUCH_VARIABLE} cannot be resolved: KeyError raised"),
     ("${hydra.launcher.gpus}", "cannot be resolved: Recursive interpolation detected"),
-    ("${trainer.devices.7}", "the config has no trainer.devices.7"),
+    ("${trainer.devices.7}", "the config has no key trainer.devices.7"),
     ("${no.such:1}", "cannot be resolved: Unsupported interpolation type no.such"),
     ("${raises:}", "cannot be resolved: ZeroDivisionError raised while resolving interpolation: "),
-    ("${oc.decode:'${trainer.gpus}'}", "the config has no trainer.gpus (trainer has devices,"),
+    ("${oc.decode:'${trainer.gpus}'}", "the config has no key trainer.gpus (trainer has devices,"),
     ("${model.optimizer.lr.x}", "cannot be resolved: ConfigTypeError raised"),
 ]
 
@@ -96,7 +102,7 @@ def test_option_that_cannot_be_resolved_is_explained(value: str, says: str) -> N
 def test_every_option_names_the_key_that_is_missing(option: str) -> None:
     value: Any = ["${trainer.no}"] if option == "retry_on" else "${trainer.no}"
     text = problem(lambda: options_of(config_of(**{option: value})))
-    assert text.startswith(f"hydra.launcher.{option}: the config has no trainer.no (trainer has devices, ")
+    assert text.startswith(f"hydra.launcher.{option}: the config has no key trainer.no (trainer has devices, ")
 
 
 def test_long_list_of_neighbours_is_cut() -> None:
@@ -140,9 +146,12 @@ def test_number_of_gpus_is_read_as_lightning_reads_devices(value: Any, count: fl
         ("-1", "'-1' does not say how many devices a job gets"),
         ([], "the list is empty"),
         ("${oc.decode:'[]'}", "the list is empty"),
-        ([1], "[1] names GPUs, but this is how many each job gets: write hydra.launcher.gpus=1, and to choose GPUs"),
-        ([0, "GPU-1"], "write hydra.launcher.gpus=2, and to choose GPUs hydra.launcher.devices=[0,GPU-1]"),
-        ("0,2", "[0,2] names GPUs, but this is how many"),
+        (
+            [1],
+            "[1] names GPUs, but this option is the number of GPUs per job: write hydra.launcher.gpus=1; to choose",
+        ),
+        ([0, "GPU-1"], "write hydra.launcher.gpus=2; to choose GPUs, write hydra.launcher.devices=[0,GPU-1]"),
+        ("0,2", "[0,2] names GPUs, but this option is the number"),
         ("${trainer}", "it is a mapping (devices, gpu, must, nothing, ref, text), not a value"),
         (",", "the list is empty"),
         ({"a": 1, "b": 2}, "it is a mapping (a, b), not a value: name one of its keys"),
@@ -163,7 +172,7 @@ def test_missing_key_is_explained_in_one_line(run: Run, tmp_path: Path) -> None:
     ran = run(tmp_path, "plain.py", "-m", "+trainer.devices=1,2", "+trainer.gpuz=1", option)
     assert ran.returncode == 1
     assert ran.stderr.splitlines()[0].startswith(
-        "hydra.launcher.gpus: the config has no trainer.gpus (trainer has gpuz). Did you mean ${trainer.gpuz}?"
+        "hydra.launcher.gpus: the config has no key trainer.gpus (trainer has gpuz). Did you mean ${trainer.gpuz}?"
     )
     assert "Traceback" not in ran.stderr
     assert not (tmp_path / "a_job_ran").exists()

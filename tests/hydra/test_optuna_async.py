@@ -314,11 +314,11 @@ def test_what_a_job_does_wrong_fails_its_trial_alone(run: Run, tmp_path: Path) -
     [
         ("nan", "returned nan, which no search can use"),
         ("inf", "returned inf, which no search can use"),
-        ("none", "returned None (does the task function return its value?), which is no number"),
-        ("text", "returned 'good', which is no number"),
-        ("two", "which is no number"),
-        ("huge", "which is no number"),
-        ("odd_float", "returned an OddFloat, which is no number"),
+        ("none", "returned None (does the task function return its value?), which is not a number"),
+        ("text", "returned 'good', which is not a number"),
+        ("two", "which is not a number"),
+        ("huge", "which is not a number"),
+        ("odd_float", "returned an OddFloat, which is not a number"),
         ("annotates_oddly", "raised TypeError: Object of type complex is not JSON serializable"),
         ("reports_oddly", "raised ValueError: The `step` argument is"),
         ("kills_itself", "was killed by SIGKILL after"),
@@ -329,7 +329,7 @@ def test_a_sweep_whose_trials_all_failed_says_why(run: Run, tmp_path: Path, does
     done = sweep(run, tmp_path, SPACE, f"does={does}", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1", ok=False)
     assert states(study(tmp_path)) == ["FAIL", "FAIL"]
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("no trial of study"))
-    assert f"no trial of study 'trials' completed, so that there is no best one; the first: trial 0 {says}" in line or (
+    assert f"no trial of study 'trials' completed, so there is no best trial; the first: trial 0 {says}" in line or (
         says in line
     )
     assert "Traceback" not in done.stderr.split("2 jobs: ")[1]
@@ -355,7 +355,7 @@ def test_an_error_of_the_search_space_leaves_no_trial_untold(run: Run, tmp_path:
     done = sweep(run, tmp_path, SPACE, *broken, "hydra.sweeper.n_trials=5", ok=False)
     assert "the search ended: ZeroDivisionError" in done.stderr
     assert "RUNNING" not in states(study(tmp_path))
-    assert "to go on with the study" in done.stdout
+    assert "to continue the study" in done.stdout
 
 
 def test_too_many_failures_end_the_sweep(run: Run, tmp_path: Path) -> None:
@@ -487,7 +487,7 @@ def test_ctrl_c_leaves_no_trial_running_and_the_next_sweep_runs_those_again(
     program.send_signal(signal.SIGINT)
     out, _ = program.communicate(timeout=60)
     assert program.returncode == 130 or program.returncode == -signal.SIGINT
-    assert f"to go on with the study, run the same command with hydra.sweep.dir={tmp_path / 'sweep'}" in out
+    assert f"to continue the study, run the same command with hydra.sweep.dir={tmp_path / 'sweep'}" in out
     interrupted = stopped(study(tmp_path))
     sweep(run, tmp_path, SPACE, f"hydra.sweeper.n_trials={len(interrupted)}")
     again = [trial for trial in study(tmp_path).trials if trial.state is TrialState.COMPLETE]
@@ -511,7 +511,7 @@ def test_sigterm_leaves_no_trial_running_and_the_next_sweep_runs_those_again(
     program.send_signal(signal.SIGTERM)
     out, err = program.communicate(timeout=60)
     assert program.returncode == 128 + signal.SIGTERM
-    assert "to go on with the study" in out
+    assert "to continue the study" in out
     assert "Traceback" not in err
     interrupted = stopped(study(tmp_path))
     sweep(run, tmp_path, SPACE, f"hydra.sweeper.n_trials={len(interrupted)}", "hydra.sweeper.retry_stale=0")
@@ -530,7 +530,7 @@ def test_a_second_ctrl_c_kills_jobs_that_do_not_end_and_their_trials_are_told(
     program.send_signal(signal.SIGINT)
     out, err = program.communicate(timeout=60)
     assert program.returncode in (130, -signal.SIGINT)
-    assert "to go on with the study" in out
+    assert "to continue the study" in out
     assert "Traceback" not in err
     assert stopped(study(tmp_path))
     sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=2")
@@ -550,7 +550,7 @@ def test_ctrl_c_while_the_sampler_samples_does_not_wait_for_it(run: Run, start: 
     out, err = program.communicate(timeout=60)
     assert time.monotonic() - began < 15, "less than a sampling process that does not answer is given"
     assert program.returncode in (130, -signal.SIGINT)
-    assert "to go on with the study" in out
+    assert "to continue the study" in out
     assert "Traceback" not in err
     assert states(study(tmp_path)) == ["FAIL", "FAIL", "WAITING"]
     again = ("y=interval(0.0,2.0)", "hydra.sweeper.n_trials=1", "hydra.sweeper.retry_stale=0")
@@ -572,7 +572,7 @@ def test_a_second_ctrl_c_does_not_wait_for_a_sampler_that_nothing_ends(run: Run,
     out, err = program.communicate(timeout=60)
     assert time.monotonic() - began < 15
     assert program.returncode in (130, -signal.SIGINT)
-    assert "to go on with the study" in out
+    assert "to continue the study" in out
     assert "Traceback" not in err
     sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=1")
     assert "RUNNING" not in states(study(tmp_path))
@@ -691,7 +691,7 @@ def test_a_sweep_that_was_killed_while_it_defined_a_trial_goes_on(run: Run, star
 
 def test_a_point_with_an_unknown_parameter_is_refused(run: Run, tmp_path: Path) -> None:
     done = sweep(run, tmp_path, SPACE, "hydra.sweeper.enqueue=[{xx: 0.5}]", ok=False)
-    assert "hydra.sweeper.enqueue: xx is no parameter of this search: it has x" in done.stderr
+    assert "hydra.sweeper.enqueue: xx is not a parameter of this search: it has x" in done.stderr
 
 
 def test_the_gp_sampler_works_beside_a_program_that_has_used_torch(run: Run, tmp_path: Path) -> None:
@@ -751,7 +751,7 @@ BAD = [
     ((SPACE, "hydra.sweeper.direction=up"), "hydra.sweeper.direction: 'up' is none of minimize, maximize"),
     ((SPACE, "hydra.sweeper.pruner=medain"), "hydra.sweeper.pruner: 'medain' is unknown: did you mean median?"),
     ((SPACE, "hydra.sweeper.sampler={name: tpu}"), "hydra.sweeper.sampler: 'tpu' is unknown: did you mean tpe?"),
-    ((SPACE, "hydra.sweeper.n_trials=0"), "hydra.sweeper.n_trials: 0 is no whole number from 1"),
+    ((SPACE, "hydra.sweeper.n_trials=0"), "hydra.sweeper.n_trials: must be an integer >= 1, or null, got 0"),
     ((SPACE, "hydra.sweeper.storage=sqlit:///study.db"), "there is no database 'sqlit': is it sqlite://?"),
     (
         (SPACE, "hydra.sweeper.storage=sqlite:///no/such/directory/study.db"),

@@ -169,7 +169,7 @@ def test_resume_in_a_new_directory_names_the_newest_sweep(tmp_path: Path, run: R
     name = newest.relative_to(tmp_path)
     refused = run(tmp_path, PROGRAM, "-m", "x=1", "hydra.launcher.resume=true")
     assert refused.returncode == 1
-    assert f"The newest sweep is {name}: hydra.sweep.dir={name} resumes that\n" in refused.stderr
+    assert f"The newest sweep is {name}: to resume it, give hydra.sweep.dir={name}\n" in refused.stderr
     assert list(tmp_path.glob("multirun/*/*")) == [newest], "no directory is made for it"
     named = run(tmp_path, PROGRAM, "-m", "x=1", "hydra.launcher.resume=true", "hydra.sweep.dir=other")
     assert named.returncode == 0

@@ -37,7 +37,7 @@ with gpu_launcher.Pool(pool_dir={str(tmp_path / "pool")!r}) as pool:
         "GPU 1 1",
         "GPU 1",
         "('GPU 0', 'busy', 'has 3 GiB in use by processes that cannot be told from here'); ('GPU 1', 'free', None)",
-        "2 GPUs not to be had within 0.1 s: GPU 0 has 3 GiB in use by processes that cannot be told from here",
+        "timed out after 0.1 s waiting for 2 GPUs: GPU 0 has 3 GiB in use by processes that cannot be told from here",
     ]
 
 

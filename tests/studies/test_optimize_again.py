@@ -105,7 +105,7 @@ CALLS = {
 @pytest.mark.parametrize("entry", CALLS)
 def test_who_waits_for_what_the_program_itself_has_is_told_so(tmp_path: Path, entry: str) -> None:
     done = run(tmp_path, HELD.format(call=CALLS[entry]))
-    assert f"1 GPU not to be had at once: {OWN}\n" in done.stdout
+    assert f"1 GPU not available now: {OWN}\n" in done.stdout
     assert f"waiting for devices: {OWN}\n" in done.stderr
 
 

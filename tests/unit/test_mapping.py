@@ -188,11 +188,11 @@ def test_json_lines_are_read_and_bad_ones_named() -> None:
     for pieces in (1, 3, 1000):
         assert read(data, pieces=pieces) == [
             Record(1, {"a": 1}),
-            Bad(3, "is no JSON: Expecting value at column 7"),
-            Bad(4, 'is no JSON object, such as {"lr": 0.1}, but [1]'),
+            Bad(3, "is not JSON: Expecting value at column 7"),
+            Bad(4, 'is not a JSON object, such as {"lr": 0.1}, but [1]'),
             Bad(5, "is not UTF-8"),
             Record(6, {"b": "é"}),
-            Bad(7, "is no JSON: Expecting ',' delimiter at column 8; the input ends in the middle of it"),
+            Bad(7, "is not JSON: Expecting ',' delimiter at column 8; the input ends in the middle of it"),
         ]
     assert read(b'{"a": 1}') == [Record(1, {"a": 1})], "the last line needs no end"
     assert read(b"") == []
@@ -221,7 +221,7 @@ def test_bad_csv_is_named() -> None:
         Record(4, {"a": 1, "b": 2}),
     ]
     assert read(b'a,b\n1,"2\n3,4\n', of_csv=True) == [Bad(2, "has a quote that is never closed")]
-    assert read(b'a\n"x"y\n1\n', of_csv=True) == [Bad(2, "is no CSV: ',' expected after '\"'"), Record(3, {"a": 1})]
+    assert read(b'a\n"x"y\n1\n', of_csv=True) == [Bad(2, "is not CSV: ',' expected after '\"'"), Record(3, {"a": 1})]
     for names in (b"a,a\n1,2\n", b"a,\n1,2\n", b"\xff,b\n1,2\n"):
         (bad,) = read(names, of_csv=True)
         assert isinstance(bad, Bad)

@@ -333,7 +333,7 @@ def test_another_target_over_an_official_config_is_that_target(official: None) -
         ({"name": "tpe", "group": True, "multivariate": False}, "TPESampler does not take its options"),
         ({"name": "partial_fixed"}, "hydra.sweeper.sampler.fixed_params: PartialFixedSampler needs it"),
         ({"n_startup_trials": 3}, "there is no name in it"),
-        (7, "7 is no sampler"),
+        (7, "7 is not a sampler"),
         ({"_target_": "optuna.samplers.Nope"}, "optuna.samplers.Nope cannot be made"),
         ({"_target_": "optuna.samplers.TPESampler", "nope": 1}, "hydra.sweeper.sampler.nope: TPESampler has no such"),
         ({"_target_": "optuna.pruners.MedianPruner"}, "a MedianPruner is no BaseSampler"),

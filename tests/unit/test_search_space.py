@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from optuna import create_study
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from hydra_plugins.optuna_async_sweeper._override_text import override_text
+from hydra_plugins.gpu_pool_launcher._override_text import override_text
 from hydra_plugins.optuna_async_sweeper._search_space import SearchSpaceError, difference, read_search_space
 
 PARSER = OverridesParser.create()
@@ -353,7 +353,7 @@ def test_params_can_be_hydras_config() -> None:
         (["x=tag(log,interval(0,1))"], "a logarithmic interval cannot start at 0.0"),
         (["x=tag(log,interval(-1,1))"], "cannot start at -1.0"),
         (["x=tag(log,int(interval(0.5,9)))"], "cannot start at 0"),
-        (["x=interval(0,inf)"], "is no interval: give two finite numbers"),
+        (["x=interval(0,inf)"], "is not an interval: give two finite numbers"),
         (["x=range(1,4,0)"], "step 0"),
         (["x=range(0.1,4,0.0)"], "step 0"),
         (["x=range(4,1)"], "is empty"),

@@ -235,7 +235,7 @@ def _content(directory: Path) -> Iterator[Finding]:
     if not hears:
         yield warning(
             CHECK,
-            "no inotify instance is to be had, so that waiting programs look every 20 ms instead of being told",
+            "no inotify instance is available, so waiting programs check every 20 ms",
             "raise `sysctl fs.inotify.max_user_instances`",
         )
 

@@ -30,14 +30,14 @@ def examine_project(root: Path) -> Iterator[Finding]:
             if found := _OFFICIAL.match(line):
                 yield warning(
                     CHECK,
-                    f"{shown}:{number + 1} states the official sweeper's _target_ ({found[1]})",
-                    "delete the line if the config is to choose hydra/sweeper=optuna_async; on the command line that "
-                    "holds in spite of it",
+                    f"{shown}:{number + 1} sets the official sweeper's _target_ ({found[1]})",
+                    "delete the line if this config should choose hydra/sweeper=optuna_async; on the command line, "
+                    "that choice takes precedence",
                 )
             elif (found := _N_JOBS.match(line)) and _in_sweeper(file, lines, number, len(found[1])):
                 yield warning(
                     CHECK,
-                    f"{shown}:{number + 1} caps a search at n_jobs: {found[2]}, whatever number of devices is free",
+                    f"{shown}:{number + 1} limits a search to n_jobs: {found[2]}, however many devices are free",
                     "delete the line, or add hydra.sweeper.n_jobs=null on the command line",
                 )
 

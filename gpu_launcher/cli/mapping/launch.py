@@ -157,7 +157,7 @@ def _ask_before_running(place: Place, before: Asked, why: str) -> None:
     """Have the user confirm a command that somebody else may have written. Raises OptionError if that is refused."""
     command = one_line(shlex.join(before.command))
     where = one_line(str(before.directory))
-    tell(f"{short_path(place.settings)} {why}. It runs, as you, in {where}:")
+    tell(f"{short_path(place.settings)} {why}. The map would run this command as you, in {where}:")
     tell(f"    {command}")
     if os.isatty(0):
         print("Run it? [y/N] ", end="", file=sys.stderr, flush=True)
@@ -268,7 +268,7 @@ def _refused(problems: Sequence[str], lines: int) -> OptionError:
     more = f"; and {count(lines - len(problems), 'line')} more" if lines > len(problems) else ""
     return OptionError(
         "from",
-        f"{'; '.join(problems)}{more}. Nothing was run: mend {'it' if lines == 1 else 'them'}, or run the other lines "
+        f"{'; '.join(problems)}{more}. Nothing was run: fix {'it' if lines == 1 else 'them'}, or run the other lines "
         "with --keep-going",
     )
 
@@ -357,8 +357,8 @@ class _Launch:
                 write_table(place)
         except OSError as error:
             raise MapError(
-                f"results cannot be written to {short_path(place.path)}: {error.strerror}. What completed is kept in "
-                f"the directories of its runs: make room, and go on by: {self._how(place)}"
+                f"results cannot be written to {short_path(place.path)}: {error.strerror}. What completed is kept in the "
+                f"directories of its runs: make room, and to run the rest: {self._how(place)}"
             ) from error
         incomplete = bool(source.failed or source.bad or source.problem)
         if source.missing and not (sweep.stopped or source.problem):

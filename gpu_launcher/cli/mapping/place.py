@@ -182,7 +182,7 @@ class Place:
             _write_new(self.settings, json.dumps({"format": FORMAT, **settings}))
         except FileExistsError:
             if not self.path.is_dir():
-                raise OptionError("dir", f"{name} is no directory: name one, or what can become one") from None
+                raise OptionError("dir", f"{name} is not a directory: name another") from None
             raise self._is_anothers() from None
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -214,7 +214,7 @@ class Place:
             self.settings.unlink()
 
     def _is_anothers(self) -> OptionError:
-        problem = f"{short_path(self.path)} is another map's: go on with that by --resume {quoted(self.path)}"
+        problem = f"{short_path(self.path)} holds another map: to continue it, give --resume {quoted(self.path)}"
         return OptionError("dir", f"{problem}, or name another directory")
 
     def read_settings(self) -> dict[str, Any]:
@@ -223,7 +223,7 @@ class Place:
         try:
             settings = load_object(read_regular(self.settings, MAX_SIZE))
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise OptionError("resume", f"{name} is no map's directory: give what --dir named") from error
+            raise OptionError("resume", f"{name} is not a map's directory: give what --dir named") from error
         except OSError as error:
             problem = (
                 f"{short_path(self.settings)} cannot be read ({error.strerror}): resume it as the user whose map it is"
@@ -253,7 +253,7 @@ class Place:
 
     def damaged(self) -> OptionError:
         """What to say if the settings cannot have been written so."""
-        problem = f"{short_path(self.settings)} is damaged, so that nobody knows what was to be run"
+        problem = f"{short_path(self.settings)} is damaged, so the command to run is unknown"
         return OptionError("resume", f"{problem}: give the command again, with another --dir")
 
     def withdraw(self, above: Path) -> None:

@@ -98,11 +98,11 @@ class _JsonLines:
         except UnicodeDecodeError:
             return Bad(line, "is not UTF-8")
         except json.JSONDecodeError as error:
-            return Bad(line, f"is no JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
+            return Bad(line, f"is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
         except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
-            return Bad(line, f"is no JSON that can be read: {error}")
+            return Bad(line, f"is not JSON that can be read: {error}")
         if not isinstance(found, dict):
-            return Bad(line, f'is no JSON object, such as {{"lr": 0.1}}, but {_shown(data)}')
+            return Bad(line, f'is not a JSON object, such as {{"lr": 0.1}}, but {_shown(data)}')
         if "" in found:
             return Bad(line, "has a parameter without a name")
         return Record(line, found)
@@ -153,7 +153,7 @@ class _Csv:
         try:
             (fields,) = csv.reader([text], strict=True)
         except (csv.Error, ValueError) as error:
-            return self._bad(self._begins, f"is no CSV: {error}")
+            return self._bad(self._begins, f"is not CSV: {error}")
         if self._names is None:
             if "" in fields or len(set(fields)) < len(fields):
                 return self._bad(self._begins, "should give each column a name of its own")

@@ -112,6 +112,6 @@ class ResumableSource(MapSource):
 
 def unwritable(place: Place, error: OSError) -> RefusedError:
     return RefusedError(
-        f"results cannot be written to {short_path(place.path)} ({error.strerror}), so that nothing was run: mend "
-        "that, as by making room, and give the command again"
+        f"results cannot be written to {short_path(place.path)} ({error.strerror}), so nothing was run: fix this, for "
+        "example by making room, and run the command again"
     )
