@@ -25,4 +25,4 @@ def read_duration(value: object, option: str) -> float:
             units = [unit for _, unit in parts]
             if len(parts) == 1 or all(units):
                 return sum(float(number) * _UNITS[unit] for number, unit in parts)
-    raise OptionError(option, f"{value!r} is no span of time; write seconds, or one like 90s, 30m, 2h or 1h30m")
+    raise OptionError(option, f"{value!r} is not a time span: write seconds, or one like 90s, 30m, 2h or 1h30m")

@@ -254,7 +254,7 @@ def read_pool(pool: object) -> Pool | Where:
     if pool is None:
         return Where()
     if not isinstance(pool, (Pool, Where)):
-        raise OptionError("pool", f"{pool!r} is no pool: give a gpu_launcher.Pool, such as Pool({_example(pool)!r})")
+        raise OptionError("pool", f"{pool!r} is not a pool: give a gpu_launcher.Pool, such as Pool({_example(pool)!r})")
     return pool
 
 

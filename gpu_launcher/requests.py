@@ -75,7 +75,7 @@ def _memory(value: object, option: str) -> int | None:
         return None
     size = read_memory(value, option)
     if size == 0:
-        raise OptionError(option, "0 is no amount of memory: give some, or leave it out")
+        raise OptionError(option, "must be more than 0 bytes, got 0: give an amount such as 20GiB, or leave it out")
     return size
 
 

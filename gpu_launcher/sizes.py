@@ -26,10 +26,10 @@ def read_memory(value: object, option: str) -> int:
     its unit was forgotten.
     """
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise OptionError(option, f"{_shown(value)} is no amount of memory; write one like 20GiB")
+        raise OptionError(option, f"{_shown(value)} is not an amount of memory: write one like 20GiB")
     match = _SIZE.fullmatch(str(value).strip().lower())
     if match is None or match[2] not in _UNITS:
-        raise OptionError(option, f"{_shown(value)} is no amount of memory; write one like 20GiB, 500MB or 10G")
+        raise OptionError(option, f"{_shown(value)} is not an amount of memory: write one like 20GiB, 500MB or 10G")
     size = int(Decimal(match[1]) * _UNITS[match[2]])
     if size < MIB and Decimal(match[1]) != 0:
         unit = "" if match[2] else f"; write {match[1]}GiB if gibibytes are meant"

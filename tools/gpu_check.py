@@ -346,7 +346,7 @@ def main() -> int:
         return NO_GPU
     chosen = [one for one in (*ON_NVML, *WITH_TORCH) if options.only in one.__name__.replace("_", " ")]
     if not chosen:
-        parser.error(f"no check is called so: {options.only}")
+        parser.error(f"no check has this word in its name: {options.only}")
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as directory:
         machine = Machine(gpu, Path(directory), time.monotonic() + MAX_SECONDS)
         outcomes = [check(one, machine) for one in chosen]

@@ -34,7 +34,7 @@ def top(devices: Devices = "auto", busy_memory: BusyMemory = "512MiB", pool_dir:
         from gpu_launcher.cli.status import status
 
         status(devices, busy_memory, pool_dir)
-        print("gpu-launcher top: this is no terminal that can be painted on, so this was one look", file=sys.stderr)
+        print("gpu-launcher top: this terminal cannot show a live view, so this is a single status", file=sys.stderr)
         return
 
     from gpu_launcher.cli.look import PoolWindow, find, nvml_kept_open, read_busy_memory

@@ -339,7 +339,7 @@ def _why_not(name: str, error: int) -> CommandError:
             return CommandError(name, "the interpreter that its first line names is not there", NOT_EXECUTABLE)
         return CommandError(name, "there is no such program any more", NOT_FOUND)
     if error == errno.ENOEXEC:
-        return CommandError(name, "is no program: if it is a script, name its interpreter before it", NOT_EXECUTABLE)
+        return CommandError(name, "is not a program: if it is a script, name its interpreter before it", NOT_EXECUTABLE)
     return CommandError(name, f"cannot be run: {os.strerror(error)}", NOT_EXECUTABLE)
 
 

@@ -320,7 +320,7 @@ def test_a_dry_run_prints_command_lines_and_runs_nothing(run_map: Map, tmp_path:
         (["--param", "n=1", "--gpus", "x", "--", "echo", "{n}"], "--gpus: 'x' is neither"),
         (["--param", "n=1", "--gpus", "3", *SIMULATED[:2], "--", "echo", "{n}"], "--gpus: the request"),
         (["--param", "n=1", "--devices", "x", "--", "echo", "{n}"], "--devices: "),
-        (["--param", "n=1", "--timeout", "x", "--", "echo", "{n}"], "--timeout: 'x' is no span of time"),
+        (["--param", "n=1", "--timeout", "x", "--", "echo", "{n}"], "--timeout: 'x' is not a time span"),
         (["--param", "n=1", "--max-parallel", "0", "--", "echo", "{n}"], "--max-parallel: 0 is too few"),
         (["--param", "n=1", "--retries", "-1", "--", "echo", "{n}"], "--retries: -1 is too few"),
         (["--param", "n=1", "--dir", "/proc/x", "--", "echo", "{n}"], "--dir: /proc/x cannot be written to"),

@@ -182,7 +182,10 @@ def test_on_a_full_disk_no_map_is_begun_and_when_there_is_room_it_is(run_map: Ma
     filler = fill(small_disk)
     refused = run_map(*words, "--", "echo", "{n}")
     assert refused.returncode == 2
-    assert "--dir: disk/m cannot be made, for there is no room (No space left on device): make some" in refused.stderr
+    assert (
+        "--dir: disk/m cannot be created, because there is no room (No space left on device): make room"
+        in refused.stderr
+    )
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
     filler.unlink()
     assert run_map(*words, "--", "echo", "{n}").returncode == 0

@@ -211,7 +211,7 @@ def test_a_lease_that_cannot_be_read_holds_everything_and_says_so(cli: Cli) -> N
     [
         (("--devices", "simulated:0"), 2, "gpu-launcher: --devices: 'simulated:0' needs a number from 1 to 4096"),
         (("--devices", "7"), 2, "gpu-launcher: --devices: there is no GPU to choose"),
-        (("--busy-memory", "much"), 2, "gpu-launcher: --busy-memory: 'much' is no amount of memory"),
+        (("--busy-memory", "much"), 2, "gpu-launcher: --busy-memory: 'much' is not an amount of memory"),
         (("--pool-dir", ""), 1, "gpu-launcher: pool directory '': the name is empty"),
         (("--pool-dir", "/dev/null"), 1, "gpu-launcher: pool directory /dev/null: is not a directory"),
         (("--nonsense",), 2, "No such option: --nonsense"),

@@ -170,7 +170,7 @@ def test_without_a_terminal_it_shows_one_status_and_says_so(cli: Cli, environ: d
     assert done.returncode == 0
     assert "train.py #0" in done.stdout
     assert "\x1b" not in done.stdout
-    assert done.stderr == "gpu-launcher top: this is no terminal that can be painted on, so this was one look\n"
+    assert done.stderr == "gpu-launcher top: this terminal cannot show a live view, so this is a single status\n"
 
 
 def test_no_process_is_left_that_watched_the_gpus(lab: Lab, terminal: Callable[..., Terminal]) -> None:

@@ -367,7 +367,7 @@ def test_what_a_trial_here_has_not_is_said(pool: Where) -> None:
     ("options", "said"),
     [
         ({"pool": "simulated:2"}, r"^pool: .* Pool\('simulated:2'\)"),
-        ({"pool": 3}, "^pool: 3 is no pool"),
+        ({"pool": 3}, "^pool: 3 is not a pool"),
         ({"callbacks": lambda study, trial: None}, r"^callbacks: .* give \[callback\]"),
         ({"callbacks": [3]}, "^callbacks: 3 cannot be called"),
         ({"catch": "ValueError"}, "^catch: 'V' is no class of exceptions"),

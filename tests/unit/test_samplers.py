@@ -332,11 +332,11 @@ def test_another_target_over_an_official_config_is_that_target(official: None) -
         ({"name": "random", "x": 3}, "hydra.sweeper.sampler.x: RandomSampler has no such option: it has seed"),
         ({"name": "tpe", "group": True, "multivariate": False}, "TPESampler does not take its options"),
         ({"name": "partial_fixed"}, "hydra.sweeper.sampler.fixed_params: PartialFixedSampler needs it"),
-        ({"n_startup_trials": 3}, "there is no name in it"),
+        ({"n_startup_trials": 3}, "the name is missing"),
         (7, "7 is not a sampler"),
         ({"_target_": "optuna.samplers.Nope"}, "optuna.samplers.Nope cannot be made"),
         ({"_target_": "optuna.samplers.TPESampler", "nope": 1}, "hydra.sweeper.sampler.nope: TPESampler has no such"),
-        ({"_target_": "optuna.pruners.MedianPruner"}, "a MedianPruner is no BaseSampler"),
+        ({"_target_": "optuna.pruners.MedianPruner"}, "a MedianPruner is not a BaseSampler"),
         ({"_target_": "fractions.Fraction", "_args_": ["a"]}, "fractions.Fraction cannot be made"),
     ],
 )
@@ -413,8 +413,8 @@ def test_patience_wraps_another_pruner(node: dict[str, Any], wrapped: str) -> No
         ({"name": "median", "n": 1}, "hydra.sweeper.pruner.n: MedianPruner has no such option: it has"),
         ("threshold", "ThresholdPruner does not take its options"),
         ({"name": "asha", "min_resource": 0}, "SuccessiveHalvingPruner does not take its options"),
-        ({"patience": 1}, "there is no name in it"),
-        (True, "a bool is no BasePruner"),
+        ({"patience": 1}, "the name is missing"),
+        (True, "a bool is not a BasePruner"),
     ],
 )
 def test_a_pruner_that_cannot_be_made_gets_one_line(node: Any, message: str) -> None:

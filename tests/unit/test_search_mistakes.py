@@ -59,7 +59,7 @@ WRITE = [
     ({"x": "f(0,1)"}, "a search is written as interval(0.0,1.0)"),
     ({"x": "(0,1)"}, "a search is written as interval(0.0,1.0)"),
     ({"": "1,2"}, "there is no key before the ="),
-    ({"hydra.sweeper.n_trials": 5}, "write n_trials: beside params:"),
+    ({"hydra.sweeper.n_trials": 5}, "write n_trials: next to params:"),
 ]  # fmt: skip
 
 
@@ -157,16 +157,19 @@ def check() -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["lrr=interval(0.0,1.0)"], ["as with lrr=0.0", "Could not override 'lrr'.", "+lrr=0.0", "full_key: lrr"]),
+        (
+            ["lrr=interval(0.0,1.0)"],
+            ["for example with lrr=0.0", "Could not override 'lrr'.", "+lrr=0.0", "full_key: lrr"],
+        ),
         (["optimizer.rate=1,2"], ["'optimizer.rate'", "full_key: optimizer.rate"]),
         (["lr=1,2", "lrr=3"], ["'lrr'"]),
         (["model=small,tiny"], ["model/tiny", "large"]),
         (["model=small,large,huge", "model.depth=1,2"], ["model.depth"]),
         (["typed.n=interval(0.0,9.0)"], ["could not be converted to Integer", "write int(interval(1, 9))"]),
-        (["typed.n=1,2,3,many"], ["typed.n=many does not compose", "'many'", "full_key: typed.n"]),
-        (["lr=[0.1,0.2]", "name=a,b"], ["where the config has 0.1: write lr: choice(0.1, 0.2)"]),
-        (["lr=choice([0.1,0.2])", "name=a,b"], ["where the config has 0.1: write lr: choice(0.1, 0.2)"]),
-        (["name=[a,b]", "lr=1,2"], ["where the config has 'none': write name: choice(a, b)"]),
+        (["typed.n=1,2,3,many"], ["cannot compose typed.n=many", "'many'", "full_key: typed.n"]),
+        (["lr=[0.1,0.2]", "name=a,b"], ["but the config has 0.1 there: write lr: choice(0.1, 0.2)"]),
+        (["lr=choice([0.1,0.2])", "name=a,b"], ["but the config has 0.1 there: write lr: choice(0.1, 0.2)"]),
+        (["name=[a,b]", "lr=1,2"], ["but the config has 'none' there: write name: choice(a, b)"]),
         (["lr={a:1}", "name=a,b"], ["a dictionary is a fixed value, but the config has 0.1"]),
         (["lr=1e-4..1e-1", "name=a,b"], ["write lr: interval(1e-4, 1e-1)"]),
         (["lr=1e-4:1e-1", "name=a,b"], ["write lr: interval(1e-4, 1e-1)"]),

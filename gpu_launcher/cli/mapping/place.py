@@ -188,7 +188,9 @@ class Place:
             with contextlib.suppress(OSError):
                 self._remove(above)
             if error.errno in _FULL:
-                problem = f"{name} cannot be made, for there is no room ({error.strerror}): make some, or name a place"
+                problem = (
+                    f"{name} cannot be created, because there is no room ({error.strerror}): make room, or name a place"
+                )
                 raise OptionError("dir", f"{problem} elsewhere") from error
             raise OptionError(
                 "dir", f"{name} cannot be written to ({error.strerror}): name a directory of yours"
