@@ -159,7 +159,7 @@ def check() -> Iterator[Any]:
     [
         (
             ["lrr=interval(0.0,1.0)"],
-            ["for example with lrr=0.0", "Could not override 'lrr'.", "+lrr=0.0", "full_key: lrr"],
+            ["example with lrr=0.0", "Could not override 'lrr'.", "+lrr=0.0", "full_key: lrr"],
         ),
         (["optimizer.rate=1,2"], ["'optimizer.rate'", "full_key: optimizer.rate"]),
         (["lr=1,2", "lrr=3"], ["'lrr'"]),
