@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -329,8 +330,8 @@ def test_it_is_said_once_for_whom_somebody_waits(
         with pytest.raises(LeaseTimeout):
             pool.lease(timeout=3.5)
     (message,) = caplog.messages
-    assert message.startswith("waiting for 1 GPU: simulated GPU 0-3 ")
-    assert message.endswith("(train.py)")
+    assert message.startswith("waiting for 1 GPU: simulated GPU 0-3 held by ")
+    assert re.search(r"\(train\.py\) since \d\d:\d\d$", message)
 
 
 def test_who_waits_for_this_program_alone_is_not_told(pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
