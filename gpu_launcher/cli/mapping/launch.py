@@ -357,8 +357,8 @@ class _Launch:
                 write_table(place)
         except OSError as error:
             raise MapError(
-                f"results cannot be written to {short_path(place.path)}: {error.strerror}. What completed is kept in the "
-                f"directories of its runs: make room, and to run the rest: {self._how(place)}"
+                f"results cannot be written to {short_path(place.path)}: {error.strerror}. What completed is kept in "
+                f"the directories of its runs: make room, and to run the rest: {self._how(place)}"
             ) from error
         incomplete = bool(source.failed or source.bad or source.problem)
         if source.missing and not (sweep.stopped or source.problem):
