@@ -99,7 +99,7 @@ WHOLE = Share(MILLIONTHS)
 
 
 def device_list(labels: Iterable[str]) -> str:
-    """What to call several devices: `GPU 0-3, GPU 6`. Three or more that follow each other are one range."""
+    """Join the names of devices: `GPU 0-3, GPU 6`. Three or more that follow each other are one range."""
     runs: list[list[str]] = []
     before = ("", -1)
     for label in labels:

@@ -1,4 +1,4 @@
-"""Which versions of other distributions gpu-launcher supports, as its own metadata says."""
+"""Checks of installed distributions against the versions that gpu-launcher's metadata requires."""
 
 from __future__ import annotations
 

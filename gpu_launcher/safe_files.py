@@ -96,7 +96,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def why_untrusted(descriptor: int) -> str | None:
-    """Why somebody else may have written an open file, as a predicate; None if only this user or root can have."""
+    """The reason not to trust an open file, as a predicate; None if only this user or root can have written it."""
     status = os.fstat(descriptor)
     if status.st_uid not in (0, os.geteuid()):
         return f"belongs to user {status.st_uid}"

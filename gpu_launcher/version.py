@@ -1,4 +1,4 @@
-"""Which version of gpu-launcher this is."""
+"""The version of gpu-launcher."""
 
 from __future__ import annotations
 

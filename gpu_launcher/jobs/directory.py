@@ -29,12 +29,12 @@ from gpu_launcher.text import one_line
 
 LOCK = "lock"
 WAIT_SECONDS = 15.0
-"""How long to wait until the processes that a killed launch left behind have ended."""
+"""Seconds to wait for the processes of a killed launch to end."""
 MAX_DIRECTORIES = 5000
-"""How many directories the search for the newest sweep looks into."""
+"""Directories that the search for the newest sweep looks into, at most."""
 
 _held: weakref.WeakValueDictionary[tuple[int, int, int], DirectoryLock] = weakref.WeakValueDictionary()
-"""What this process holds, by its id and the lock's file: `flock` would keep it out of its own directory."""
+"""Locks that this process holds, by process id, device and inode. `flock` would keep it out of its own directory."""
 
 
 class DirectoryLock:
@@ -135,7 +135,7 @@ def _release(descriptor: int, process: int) -> None:
 
 
 class LogFiles:
-    """Which log file each job of a sweep gets, and what there is to tell about directories that are used twice.
+    """Gives each job of a sweep a log file, and notices directories that are used twice.
 
     A job that finds its log taken by another job gets `<number>.<name>` beside it. What an earlier launch left in a
     job's log is kept under another name. Used for all launches of one launcher.
@@ -156,7 +156,7 @@ class LogFiles:
         self._earlier_owners = {entry.log: number for number, entry in earlier.items() if entry.log is not None}
 
     def claim(self, number: int, prepared: Prepared) -> tuple[str, list[str]]:
-        """Where the job is to log, which opens that file next, and what to tell the user."""
+        """Return the log file of a prepared job, which opens it next, and the notices for the user."""
         assert prepared.log is not None
         notices = []
         if self._used is not None and number in self._earlier:
@@ -203,7 +203,7 @@ def newest_sweep(*roots: Path) -> Path | None:
 
 
 def _directories(root: Path, depth: int = 3) -> Iterator[Path]:
-    """Those that may be a sweep's, the upper ones first. What is within a sweep's is its jobs'."""
+    """Yield the directories that may be a sweep's, breadth first. Directories within a sweep's belong to its jobs."""
     waiting = deque([(root, 0)])
     while waiting:
         directory, level = waiting.popleft()

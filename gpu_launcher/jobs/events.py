@@ -64,7 +64,7 @@ class JobWaiting:
     held_by_others: tuple[Device, ...] = ()
     """The devices of this sweep that others hold; empty where that is not known."""
     wanted: str = ""
-    """What it waits for, such as `2 GPUs`."""
+    """The devices that it waits for, such as `2 GPUs`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ class SweepEnded:
 
     time: float
     closing: tuple[str, ...] = ()
-    """What to tell below the summary, such as where the results are."""
+    """Lines to show below the summary, such as where the results are."""
 
 
 Event = SweepStarted | Notice | Standing | JobWaiting | JobStarted | JobEnded | JobRetried | Stopping | SweepEnded

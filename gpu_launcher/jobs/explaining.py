@@ -78,7 +78,7 @@ def explain_wait(
 
 
 def _name(owner: Owner | None) -> str:
-    """Who it is, and with what: a long command by its beginning and its end."""
+    """`anna (train.py)`: a user and a command, of which the middle is cut out if it is long."""
     return "somebody" if owner is None else f"{owner.user} ({middle_cut(owner.command, MAX_COMMAND)})"
 
 
@@ -95,17 +95,17 @@ def _since(when: float | None) -> str:
 
 
 def _program(owner: Owner | None) -> str:
-    """The same for all jobs of a sweep: what comes after a job's number is about that job."""
+    """The name of a program, without the number and overrides of the job: the same for all jobs of a sweep."""
     return _name(owner and replace(owner, command=owner.command.partition(" #")[0]))
 
 
 def labels(devices: Iterable[Device]) -> str:
-    """What to call devices: `GPU 0, GPU 1`, `GPU 0-3`."""
+    """The names of devices: `GPU 0, GPU 1`, `GPU 0-3`."""
     return device_list(device.label for device in devices)
 
 
 def describe_request(request: Request, devices: Iterable[Device]) -> str:
-    """What it is for, in words: `2 GPUs`, `0.5 of a GPU`, `20 GiB of a GPU`, `1 CPU slot`."""
+    """A request in words: `2 GPUs`, `0.5 of a GPU`, `20 GiB of a GPU`, `1 CPU slot`."""
     kinds = {device.kind for device in devices}
     noun = "CPU slot" if kinds == {DeviceKind.CPU} else "GPU"
     memory = show_memory(request.share.memory) if request.share.memory else ""

@@ -16,7 +16,8 @@ from gpu_launcher.leases.records import MAX_PID
 from gpu_launcher.processes.linux import start_time
 from gpu_launcher.text import one_line
 
-MAX_NAME = 256
+MAX_NAME_LENGTH = 256
+"""Characters of a namespace, boot or host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +40,10 @@ class ProcessIdentity:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> ProcessIdentity:
-        """Of what `to_json` returned. Raises ValueError for anything else."""
+        """Read what `to_json` returned. Raises ValueError for anything else."""
         fields = Fields(content)
         start = None if content.get("start") is None else fields.integer("start", most=2**63)
-        namespace, boot, host = (one_line(fields.text(name, MAX_NAME)) for name in ("namespace", "boot", "host"))
+        namespace, boot, host = (one_line(fields.text(name, MAX_NAME_LENGTH)) for name in ("namespace", "boot", "host"))
         return cls(fields.integer("pid", least=1, most=MAX_PID), start, namespace, boot, host)
 
     def to_json(self) -> dict[str, Any]:
@@ -50,7 +51,7 @@ class ProcessIdentity:
         return asdict(self)
 
     def lives(self, owner: int | None = None) -> bool | None:
-        """Whether it does; None if that cannot be known from here.
+        """Whether the process is alive; None if that cannot be known from here.
 
         A file that names a process is believed only if that process belongs to the `owner` of the file.
         """

@@ -10,10 +10,10 @@ from gpu_launcher.jobs.grants import Telling
 
 @dataclass(frozen=True, slots=True)
 class JobOptions:
-    """What a job's own config says, apart from its request."""
+    """Options from a job's own config, apart from its request."""
 
     telling: Telling
     failures: FailurePolicy
-    """How often, and after what, the job is retried. How many failures end the sweep is not up to a job."""
+    """When the job is retried. The number of failures that ends a sweep is an option of the sweep."""
     ignored: tuple[str, ...] = ()
     """Options that only a sweep can have, as the job's config sets them: `hydra.launcher.devices=cpu:2`."""

@@ -28,7 +28,7 @@ class Labels:
         self._known = common is not None
         self._common: set[str] | None = None if common is None else set(common)
         self._shown: dict[str, dict[str, str]] = {}
-        """By key, what stands for which value."""
+        """By key: full values by their shortened forms."""
         self._level: dict[str, int] = {}
         self._short_keys = False
         """Whether a label was too long with whole keys, and so all later ones have short ones."""

@@ -48,7 +48,7 @@ from gpu_launcher.processes.host_memory import oom_kills
 from gpu_launcher.processes.messages import ChannelClosedError, Report
 from gpu_launcher.processes.starter import SUPERVISOR_DIED, JobProcess, Lost, ServerDiedError
 
-LOOK_AT_CAP = 1.0
+CAP_CHECK_SECONDS = 1.0
 """Seconds between two looks at whether the cap leaves devices idle."""
 TICK = 0.125
 """Seconds between two looks at the clock, for the live view."""
@@ -231,7 +231,7 @@ class JobLoop:
             return
         if (request := self._machine.capped) is None:
             return
-        self._look_at_cap = self._clock() + LOOK_AT_CAP
+        self._look_at_cap = self._clock() + CAP_CHECK_SECONDS
         idle = self._pool.idle()
         if len(idle) >= request.gpus:
             self._progress.handle(

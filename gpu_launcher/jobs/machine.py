@@ -295,7 +295,7 @@ class Machine:
 
     @property
     def capped(self) -> Request | None:
-        """What a job needs that is prepared, and waits only because as many run as may."""
+        """The request of a prepared job that waits only because the maximum number of jobs is running."""
         if not self.takes_more or self._ticket is not None or not self._parallel_full():
             return None
         for number in sorted(self._in(Phase.PREPARED)):

@@ -36,7 +36,7 @@ from gpu_launcher.safe_files import make_directories, open_regular, read_lines, 
 from gpu_launcher.text import one_line
 
 FORMAT = 1
-MAX_LAUNCH = 2**20
+MAX_LAUNCH_BYTES = 2**20
 """Bytes of a file that says who runs jobs."""
 DIRECTORY = ".gpu_launcher"
 MANIFEST = "manifest.jsonl"
@@ -288,7 +288,7 @@ def launches_in(directory: Path) -> list[Launch]:
         try:
             with open(open_regular(file), "rb") as opened:
                 owner = os.fstat(opened.fileno()).st_uid
-                content = load_object(opened.read(MAX_LAUNCH))
+                content = load_object(opened.read(MAX_LAUNCH_BYTES))
             identity = ProcessIdentity.from_json(content)
             command = one_line(Fields(content).text("command"))
         except (OSError, ValueError):

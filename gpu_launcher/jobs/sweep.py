@@ -59,7 +59,7 @@ class Options:
     spell: Callable[[str], str] = str
     """What the user writes for an option of that name, such as `--devices` for `devices`."""
     cap: str | None = None
-    """What the user writes for `max_parallel`, to be named where it leaves devices idle; None: nobody is told."""
+    """The name of `max_parallel` in a notice that it leaves devices idle; None: no notice."""
     environ: Mapping[str, str] | None = None
     """By whose mask GPUs are visible; None: by that of this process when the jobs are run."""
 

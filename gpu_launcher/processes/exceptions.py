@@ -227,7 +227,7 @@ def _repeats(said: str, cause: BaseException) -> bool:
 
 
 def message_of(error: BaseException) -> str:
-    """What an exception says, whatever its class makes of that."""
+    """The message of an exception, also if its class fails to give one."""
     try:
         return str(error)
     except Exception:  # of a class of the user's
@@ -235,7 +235,7 @@ def message_of(error: BaseException) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What a job did that raised `error`, in one line without a subject."""
+    """`raised ValueError: ...`: the outcome of a job that raised `error`, in one line."""
     said = f"raised {describe(error)}"
     return f"{said}; {NO_TERMINAL}" if _wanted_terminal(error) else said
 
@@ -252,7 +252,7 @@ _LIBRARIES = (
     *(f"{path}{os.sep}" for name, path in sysconfig.get_paths().items() if name in ("stdlib", "purelib", "platlib")),
     *(f"{Path(__file__).parents[2] / name}{os.sep}" for name in ("gpu_launcher", "hydra_plugins")),
 )
-"""Where code is that is not the user's."""
+"""Beginnings of the paths of code that is not the user's."""
 
 NO_TERMINAL = "jobs have no terminal, so breakpoint() and input() do not work in them: run this job alone"
 

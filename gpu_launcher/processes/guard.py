@@ -20,7 +20,7 @@ from gpu_launcher.processes.linux import become_child_subreaper, children, die_w
 PATIENCE = 1.0
 """Seconds that supervisors get to end their trees, before they are killed as well."""
 
-SHELL = 0.3
+SHELL_SECONDS = 0.3
 """Seconds that a shell gets to put its terminal back after the launching program was killed."""
 
 _WATCHED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP}
@@ -58,7 +58,7 @@ def guarded(launcher: int, serve: Callable[[int], NoReturn], close_in_guard: Cal
     os.close(guards_end)
     end_descendants(1.5 * PATIENCE)
     if os.getppid() != launcher:
-        time.sleep(SHELL)
+        time.sleep(SHELL_SECONDS)
         give_back_after_death(2, terminal)
 
 

@@ -115,7 +115,7 @@ class OpenFiles:
         return noted
 
     def open_again(self) -> list[str]:
-        """In a job, before any of the user's code runs: give it positions of its own. Returns what went wrong."""
+        """Give a job positions of its own, before any of the user's code runs. Returns error messages."""
         problems = []
         shared = set()
         for file in self._files:
@@ -141,9 +141,9 @@ class OpenFiles:
                 traceback.print_exception(error)
 
     def notice(self) -> str | None:
-        """What the user should know about them, in one line.
+        """A notice for the user about files that jobs may damage, in one line.
 
-        To be asked in the process that noted them, after the fork: some libraries close files before it.
+        Call it in the process that noted them, after the fork: some libraries close files before it.
         """
         files = [file for file in self._files if file.duplicate_of is None and file.is_there()]
         read_write = [file for file in files if file.access == os.O_RDWR]

@@ -1,4 +1,4 @@
-"""What is typed at a terminal while a view is shown on it: not echoed into the view, nor left to the shell.
+"""Keeping typed characters out of a live view: they are neither echoed into it nor left for the shell.
 
 Whoever takes a terminal gives it back; after SIGKILL the guard does that (`processes/guard.py`). Shells such as bash
 and zsh do so as well when they see that a program was killed or stopped.
@@ -20,7 +20,7 @@ _INPUT, _LOCAL = 0, 3
 
 
 def modes(descriptor: int) -> Modes | None:
-    """Those of a terminal; None for anything else."""
+    """The modes of a terminal; None for anything else."""
     try:
         return termios.tcgetattr(descriptor)
     except (termios.error, ValueError):  # ValueError: a negative descriptor
@@ -89,7 +89,7 @@ class Keyboard:
 
 @contextlib.contextmanager
 def _not_stopped() -> Iterator[None]:
-    """Who changes a terminal from the background is stopped, and it may be there since a moment ago."""
+    """Block SIGTTOU, which stops a background process that changes its terminal. This one may just have become one."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
     try:
         yield

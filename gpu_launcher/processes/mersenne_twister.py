@@ -22,8 +22,8 @@ N, M = 624, 397
 WORD, UPPER, LOWER = 0xFFFFFFFF, 0x80000000, 0x7FFFFFFF
 MATRIX = 0x9908B0DF
 
-FEW = 160
-"""Words that are looked at in each block. Keys of up to half as many are recognised: of texts of 250 characters."""
+SEARCHED_WORDS = 160
+"""Words of each block in which a seed is looked for. Keys of up to half as many are found: of texts of 250 letters."""
 MAX_KEY = 600
 """Words of a key that are recognised as long as nothing has been drawn."""
 
@@ -41,8 +41,8 @@ def was_seeded(
     for _ in range(blocks):
         if state >> 31 in known:
             return known[state >> 31]
-        few = struct.unpack(f"<{FEW}I", (state & _FEW).to_bytes(4 * FEW, "little"))
-        if _is_from_one_word(few) or (few[0] & UPPER and _has_repeated_key(few, FEW // 2)):
+        few = struct.unpack(f"<{SEARCHED_WORDS}I", (state & _SEARCHED).to_bytes(4 * SEARCHED_WORDS, "little"))
+        if _is_from_one_word(few) or (few[0] & UPPER and _has_repeated_key(few, SEARCHED_WORDS // 2)):
             return True
         state = _previous(state)
     return None
@@ -66,7 +66,7 @@ _UPPER = _lanes(UPPER)
 _LOWER = _lanes(LOWER)
 _TWICE = _lanes(WORD - 1)
 _ALL = _lanes(WORD)
-_FEW = _lanes(WORD, count=FEW)
+_SEARCHED = _lanes(WORD, count=SEARCHED_WORDS)
 _START = _lanes(WORD, count=N - M)
 """The words of a block which depend on others of the block before; the rest depends on these."""
 

@@ -23,8 +23,8 @@ _LARGE = 64 * 1024
 
 _MOST_DESCRIPTORS = 64
 
-_QUICK = 256 * 1024
-"""Bytes that are compressed in some milliseconds."""
+_MAX_COMPRESSED = 256 * 1024
+"""Bytes up to which a payload is compressed, which takes some milliseconds."""
 
 _REPORT_FORMAT = 1
 _MAX_MESSAGE = 64 * 1024
@@ -170,7 +170,7 @@ class Exited:
     printed: bytes = b""
     """The end of what the job printed before it had a log."""
     left_behind: tuple[str, ...] = ()
-    """What outlived the job's main process and had to be ended, such as `tensorboard --logdir runs (pid 4711)`."""
+    """Processes that outlived the job's main process and had to be ended: `tensorboard --logdir runs (pid 4711)`."""
 
 
 # From the launching program to a job.
@@ -190,7 +190,7 @@ class Assignment:
     about: Any = None
     """What the program's code may want to know, such as which trial it is."""
     title: str = ""
-    """What `ps` is to call its process."""
+    """The name of its process in `ps`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +212,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class LogFile:
-    """Where the job is to log, which may be elsewhere than it proposed."""
+    """The job's log file, which may be another one than it proposed."""
 
     path: str
 
@@ -231,7 +231,7 @@ class Prepared:
     options: Any = None
     """Options of its own, as the program and the launching program have agreed; None for those of the sweep."""
     place: tuple[int, int] | None = None
-    """Which directory that is in, by device and inode: it may have several names."""
+    """Device and inode of the log's directory, which may have several names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +259,7 @@ class ResultLost:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a job leaves behind, in its result file.
+    """The result of a job, as it is in its result file.
 
     The file is a line of JSON, which anybody may read, and the compressed payload, which only the program that started
     the job unpickles.
@@ -291,7 +291,7 @@ class Report:
             "origin": self.origin[:_MAX_MESSAGE],
             "values": self.values,
         }
-        payload = zlib.compress(self.payload, 1 if len(self.payload) <= _QUICK else 0)
+        payload = zlib.compress(self.payload, 1 if len(self.payload) <= _MAX_COMPRESSED else 0)
         return json.dumps(header).encode() + b"\n" + payload
 
     @classmethod

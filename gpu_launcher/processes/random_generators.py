@@ -35,16 +35,16 @@ MAX_DEPTH = 4
 MAX_REFERENTS = 10_000
 """Objects in which generators are looked for at each depth."""
 MAX_LEGACY_BLOCKS = 10_000
-"""As MAX_BLOCKS, where a seed is likely: of `numpy.random.seed(0)`, before data is generated."""
-MAX_BLOCKS_IN_VAIN = 50_000
+"""The same for `numpy.random`, where a seed is likely, and much may have been drawn since: to generate data."""
+MAX_FRUITLESS_BLOCKS = 50_000
 """Blocks that are searched without finding a seed, over all generators. After that, MIN_BLOCKS of each are."""
 MIN_BLOCKS = 2
 """Enough for a generator that has hardly been used: the block that it draws from, and the one that the seed made."""
 TORCH_DEFAULT_SEED = 67280421310721
-"""What `torch.Generator()` begins with in every run."""
+"""The seed of a new `torch.Generator()`, in every run."""
 
 _inherited: list[Any] | None = None
-"""In a forked job: the unseeded generators of its program, which `gc.freeze` hides."""
+"""The unseeded generators of the program that this job was forked from, which `gc.freeze` hides."""
 _new_entropy: dict[int, str] = {}
 """By the entropy in the program: seed sequences that belong together also do in the job. As text, since references to
 such an integer count."""
@@ -55,7 +55,7 @@ _seeded_in_program = b""
 
 
 class Verdict(Enum):
-    """What can be told of a generator."""
+    """The answer to whether a generator was seeded."""
 
     SEEDED = auto()
     UNSEEDED = auto()
@@ -66,7 +66,7 @@ class Verdict(Enum):
 
 
 class Kind(Enum):
-    """What there is."""
+    """Kinds of generators."""
 
     PYTHON = auto()
     """A random.Random."""
@@ -91,11 +91,11 @@ class Generators:
         self._notices = _notices(verdicts)
 
     def notices(self, method: str) -> list[str]:
-        """What to tell the user. With spawn, imported modules make their generators as in any run."""
+        """Notices for the user. With spawn, imported modules make their generators as in any run."""
         return [text for text, of_module in self._notices if method == "fork" or not of_module]
 
     def renew(self) -> None:
-        """In a forked job: initialize the unseeded ones anew."""
+        """Initialize the unseeded ones anew. Call it in a forked job."""
         global _inherited
         _new_entropy.clear()
         _inherited = self._unseeded
@@ -111,13 +111,13 @@ class Generators:
 
 
 def expect_globals(pickled: bytes) -> None:
-    """In a fresh interpreter: take what `restore_globals` needs."""
+    """Keep the state of seeded generators for `restore_globals`, in a fresh interpreter."""
     global _seeded_in_program
     _seeded_in_program = pickled
 
 
 def restore_globals() -> None:
-    """In a fresh interpreter, after the user's modules were imported: seed the global generators that were seeded."""
+    """Seed the global generators that the program had seeded, in a fresh interpreter that has the user's modules."""
     if _seeded_in_program:
         for module, function, argument in pickle.loads(_seeded_in_program):
             _call(module, function, argument)
@@ -130,7 +130,7 @@ class Reducer:
         self._judge = Judge()
 
     def reduce(self, thing: Any) -> Any:
-        """What `__reduce_ex__` is to return, or None for an object that is pickled as usual."""
+        """Return a value for `__reduce_ex__`, or None for an object that is pickled as usual."""
         if _kind(type(thing)) is None or not _is_renewed(self._judge.verdict(thing)):
             return None
         usual = list(thing.__reduce_ex__(pickle.HIGHEST_PROTOCOL))
@@ -177,11 +177,11 @@ class Judge:
         self._text: str | None = None
         self._random: dict[int, bool] = {}
         """By the id of an entropy: whether it is random. To be told once, since pickling adds references to it."""
-        self._blocks_left = MAX_BLOCKS_IN_VAIN
+        self._blocks_left = MAX_FRUITLESS_BLOCKS
         """A program may have thousands of generators, and each search that finds nothing takes about 30 ms."""
 
     def verdict(self, thing: Any) -> Verdict:
-        """What the state of a generator tells."""
+        """Tell from its state whether a generator was seeded."""
         match _kind(type(thing)):
             case Kind.PYTHON:
                 return self._of_python(thing)
@@ -224,7 +224,7 @@ class Judge:
         return self._of_twister(thing, thing.getstate()[1][:-1])
 
     def _of_twister(self, thing: Any, words: Any, *, origin: Any = None, most: int = MAX_BLOCKS) -> Verdict:
-        """What the words of a Mersenne Twister tell. `origin` are those that it began with unless its state was set."""
+        """Judge a Mersenne Twister by its words. `origin` are those that it began with unless its state was set."""
         known = dict([_answers[id(thing)]] if id(thing) in _answers else [])
         if origin is not None:
             known[mark(origin)] = False
@@ -362,7 +362,7 @@ def _seeded_globals(judge: Judge) -> list[tuple[str, str, Any]]:
 
 
 def _python() -> random.Random:
-    """That of the `random` module."""
+    """The generator of the `random` module."""
     return random._inst
 
 
@@ -444,7 +444,7 @@ def _modules_of_program() -> list[ModuleType]:
 
 
 def _text() -> str:
-    """What the user has written, where a seed may be."""
+    """Text in which a seed may be written: source files, command line, environment."""
     parts = [*sys.argv, *os.environ.values()]
     parts += ["".join(entry[2]) for entry in list(linecache.cache.values()) if len(entry) > 2]  # cells of a notebook
     for module in _modules_of_program():

@@ -169,7 +169,7 @@ class ForkServer:
 
     @property
     def notices(self) -> list[str]:
-        """What the user should know of how jobs are started."""
+        """Notices for the user about how jobs are started."""
         if self.method == "spawn":
             of_method = [f"jobs start in fresh interpreters (spawn): {self.reason}"]
         else:

@@ -32,7 +32,7 @@ class ProcessTree:
         self.stopped: int | None = None
         """The signal that stopped the main process; None while it runs."""
         self.left_behind: list[str] = []
-        """What outlived the main process for so long that it had to be ended."""
+        """Command lines of processes that outlived the main process and had to be ended."""
         self._terminated = False
         self._terminate_at: float | None = None
         self._kill_at: float | None = None

@@ -17,7 +17,7 @@ MAX_SECONDS = 3.0
 """Time for the search, which pickles the parts one by one. After that the part found so far is named."""
 
 _Part = tuple[str, str, Any]
-"""What to append to the name of the whole, or, if the second is not empty, the name itself and what it is; the part."""
+"""A suffix for the name of the whole, or a new name with a description; then the part itself."""
 
 
 def found_at(
@@ -25,7 +25,7 @@ def found_at(
     known: Mapping[str, object] = pickling.NOTHING,
     instead: Mapping[int, Callable[[], object]] = pickling.NO_OTHERS,
 ) -> str:
-    """Which part of `roots`, named objects, cannot be pickled, in parentheses; empty if it is a whole one, or none.
+    """Name the part of `roots` that cannot be pickled, in parentheses; empty if it is a whole object, or none.
 
     Such as ` (found at cfg.model.lock)` or ` (found at net.lock, where net is a global that train() uses)`.
     `known` and `instead` are as `pickling.dump` takes them.
@@ -73,7 +73,7 @@ class _Nowhere:
 
 
 def _parts(thing: Any) -> Iterator[_Part]:
-    """What pickle would go on to from here."""
+    """The objects that pickle would pickle next."""
     if isinstance(thing, dict):
         yield from ((f"[{key!r}]", "", value) for key, value in thing.items())
     elif isinstance(thing, (list, tuple, set, frozenset)):
@@ -133,7 +133,7 @@ def _in_config(node: Any, key: str = "") -> Iterator[_Part]:
 
 
 def _reduced(thing: Any) -> Iterator[_Part]:
-    """What the object itself gives pickle: usually its attributes."""
+    """The parts that an object gives to pickle: usually its attributes."""
     try:
         reduced = thing.__reduce_ex__(4)
     except Exception:  # it is what cannot be pickled

@@ -230,7 +230,7 @@ def forget_the_parent(handlers: dict[signal.Signals, Any]) -> None:
 
 
 def use_own_positions(open_files: OpenFiles) -> None:
-    """In a process forked from the user's program: share no position in the program's files with other jobs."""
+    """Share no position in the program's files with other jobs. Call it in a process forked from the program."""
     for problem in open_files.open_again():
         os.write(2, os.fsencode(f"gpu-launcher: {problem}\n"))  # sys.stderr may still be the program's own object
     atexit.register(open_files.flush)

@@ -28,7 +28,7 @@ from gpu_launcher.studies.storage import alone, store_reports
 
 STOPPED = "the sweep was stopped"
 MAX_HOPELESS = 3
-"""Trials that may end so, if no other trial has ended, before the sweep does."""
+"""Trials without a usable value after which the sweep ends, if no other trial has ended."""
 
 
 class StudyError(GpuLauncherError):

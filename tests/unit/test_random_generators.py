@@ -78,7 +78,7 @@ def test_a_seed_is_found_until_the_bound_and_then_in_doubt() -> None:
 
 
 def test_many_generators_in_doubt_are_not_all_searched_to_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(random_generators, "MAX_BLOCKS_IN_VAIN", MAX_BLOCKS)
+    monkeypatch.setattr(random_generators, "MAX_FRUITLESS_BLOCKS", MAX_BLOCKS)
     doubtful, used_little, used_much = random.Random(), random.Random(1), random.Random(2)
     for generator, words_drawn in ((doubtful, 1), (used_little, 1), (used_much, 2000)):
         generator.getrandbits(32 * words_drawn)

@@ -1,4 +1,4 @@
-"""Which failures are the same, so that each is told once. Pure."""
+"""Grouping of failures that are the same, so that each is shown once. Pure."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from gpu_launcher.text import one_line
 FAILURES_NAMED = 20
 """How many distinct failures the closing summary names before it only counts."""
 FIRST_JOBS = 4
-"""If as many jobs as this have ended, and all have failed in the same way, that is worth a word."""
+"""Number of jobs after which the user is told if all of them failed in the same way."""
 
 
 @dataclass
