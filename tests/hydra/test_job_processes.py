@@ -43,23 +43,25 @@ def seen(start: Start, tmp_path_factory: pytest.TempPathFactory, request: pytest
     options = ("hydra/launcher=gpu_pool", "hydra.launcher.devices=simulated:2", "hydra.sweep.dir=sweep")
     method = f"hydra.launcher.start_method={request.param}"
     with start(directory, "options.py", "-m", "+x=1,2", "+until=go", *options, method) as sweep:
-        files = [directory / "sweep" / number / "seen.json" for number in ("0", "1")]
-        deadline = time.monotonic() + DEADLINE
-        while not all(file.exists() and file.read_text().endswith("}") for file in files):
-            assert time.monotonic() < deadline
-            assert sweep.poll() is None, sweep.communicate()
-            time.sleep(0.05)
-        said = [json.loads(file.read_text()) for file in files]
-        pids = [one["pid"] for one in said]
-        ps = [_ps(pid) for pid in pids]
-        children = [_ps(child.pid)[1] for pid in pids for child in psutil.Process(pid).children()]
-        running = to_json(directory, list(read(directory / "sweep").values()))
-        survey = look("simulated:2", "null", str(directory / "pool"))
-        leases = survey_to_json(survey, processes_of(survey.view.leases))["leases"]
-        (directory / "go").touch()
+        try:
+            files = [directory / "sweep" / number / "seen.json" for number in ("0", "1")]
+            deadline = time.monotonic() + DEADLINE
+            while not all(file.exists() and file.read_text().endswith("}") for file in files):
+                assert time.monotonic() < deadline
+                assert sweep.poll() is None, sweep.communicate()
+                time.sleep(0.05)
+            said = [json.loads(file.read_text()) for file in files]
+            pids = [one["pid"] for one in said]
+            ps = [_ps(pid) for pid in pids]
+            children = [_ps(child.pid)[1] for pid in pids for child in psutil.Process(pid).children()]
+            running = to_json(directory, list(read(directory / "sweep").values()), {})
+            survey = look("simulated:2", "null", str(directory / "pool"))
+            leases = survey_to_json(survey, processes_of(survey.view.leases))["leases"]
+        finally:
+            (directory / "go").touch()
         _, err = sweep.communicate(timeout=DEADLINE)
     assert sweep.returncode == 0, err
-    ended = to_json(directory, list(read(directory / "sweep").values()))
+    ended = to_json(directory, list(read(directory / "sweep").values()), {})
     return Seen(pids, ps, children, running, leases, ended, [one["argv"] for one in said])
 
 

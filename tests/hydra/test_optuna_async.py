@@ -670,7 +670,8 @@ def test_sweeps_that_begin_together_try_each_known_point_once(start: Start, tmp_
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     points = "hydra.sweeper.enqueue=[{x: 0.25},{x: 0.5},{x: 0.75},{x: 1.0}]"
     shared = (f"hydra.sweeper.storage={url}", "hydra.sweeper.study_name=shared", "hydra.sweeper.n_trials=4", points)
-    programs = [start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, *shared) for _ in range(3)]
+    options = (*SWEEPER, *POOL, RANDOM, SPACE, *shared)
+    programs = [start(tmp_path, PROGRAM, "-m", *options, f"hydra.sweep.dir=sweep{n}") for n in range(3)]
     for program in programs:
         out, err = program.communicate(timeout=100)
         assert program.returncode == 0, out + err
