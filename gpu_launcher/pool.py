@@ -119,11 +119,11 @@ class Pool:
         """
         return self._prepare().devices
 
-    def options(self, request: Request, max_parallel: int | None = None) -> Options:
+    def options(self, request: Request, max_parallel: int | None = None, cap: str | None = None) -> Options:
         """How to run jobs there, as `gpu_launcher.jobs.where.Where` says it. Raises OptionError."""
         if self.closed:
             raise OptionError("pool", f"{self!r} is closed: make another one, or call this before its block ends")
-        return Where(*self._made_of, environ=self._entrance.environ).options(request, max_parallel)
+        return Where(*self._made_of, environ=self._entrance.environ).options(request, max_parallel, cap)
 
     def lease(
         self,

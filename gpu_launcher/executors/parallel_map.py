@@ -99,7 +99,8 @@ def parallel_map(
             log(remark)
         most = _most_workers(num_workers, request, opened)
         seats = w.Positions(loop.directory / "positions", most, new=True)
-        engine = RecordEngine(loop, dealer, seats, most, returning=on_error == "return")
+        capped = _cap_remark(num_workers, request, opened)
+        engine = RecordEngine(loop, dealer, seats, most, returning=on_error == "return", capped=capped)
     except BaseException:
         loop.close()
         raise
@@ -205,6 +206,18 @@ def _most_workers(wanted: int | None, request: Request, opened: Opened) -> int:
     text = f"num_workers={wanted}, but all devices of the pool ({device_counts(opened.devices)}) are enough for "
     log(Remarked(text + f"{count(most, 'such worker')}: there will be no more"))
     return most
+
+
+def _cap_remark(wanted: int | None, request: Request, opened: Opened) -> Remarked | None:
+    """What to say of the user's number of workers if the pool has devices for more; None if it does not."""
+    possible = min(MOST_WORKERS, _grantable(request, opened.devices)) if request.gpus else 0
+    if wanted is None or wanted >= possible:
+        return None
+    devices = device_counts(opened.devices)
+    return Remarked(
+        f"num_workers={wanted}, but all devices of the pool ({devices}) are enough for {possible} such workers: "
+        "raise or remove it to use them"
+    )
 
 
 def _grantable(request: Request, devices: Sequence[Device]) -> int:

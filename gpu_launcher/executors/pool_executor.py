@@ -86,7 +86,7 @@ class PoolExecutor(Executor):
         if start_method not in get_args(StartMethod):
             raise OptionError("start_method", f"{start_method!r} is none of {', '.join(get_args(StartMethod))}")
         self._start_method = start_method
-        self._options = read_pool(pool).options(self._request, max_workers)
+        self._options = read_pool(pool).options(self._request, max_workers, "max_workers")
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._shut = False

@@ -62,8 +62,17 @@ class RecordEngine:
 
     bar: Bar
 
-    def __init__(self, loop: RemoteLoop, dealer: Dealer, positions: w.Positions, most: int, *, returning: bool) -> None:
-        """`returning`: whether errors are results."""
+    def __init__(
+        self,
+        loop: RemoteLoop,
+        dealer: Dealer,
+        positions: w.Positions,
+        most: int,
+        *,
+        returning: bool,
+        capped: Remarked | None = None,
+    ) -> None:
+        """`returning`: whether errors are results; `capped`: what to say once there are more than `most` records."""
         self._loop = loop
         self._dealer = dealer
         self._positions = positions
@@ -71,6 +80,7 @@ class RecordEngine:
         """Those that are free."""
         self._most = most
         self._returning = returning
+        self._capped = capped
         self._poll = select.poll()
         self._poll.register(loop.fileno(), select.POLLIN)
         self._workers: dict[int, _Worker] = {}
@@ -182,6 +192,9 @@ class RecordEngine:
 
     def _offer(self) -> bool:
         """Have one more worker started, if there is work for it."""
+        if self._capped is not None and self._dealer.read > self._most:
+            log(self._capped)
+            self._capped = None
         if not self._wanted or len(self._workers) >= self._most:
             return False
         starting = sum(worker.state is _State.STARTING for worker in self._workers.values())

@@ -31,12 +31,16 @@ class Where:
     environ: Mapping[str, str] | None = None
     """By whose mask GPUs are visible; None: by that of this process when the jobs are run."""
 
-    def options(self, request: Request, max_parallel: int | None = None) -> Options:
-        """How to run jobs there, each of which has this request. Raises OptionError."""
+    def options(self, request: Request, max_parallel: int | None = None, cap: str | None = None) -> Options:
+        """How to run jobs there, each of which has this request; `cap` is what the user calls `max_parallel`.
+
+        Raises OptionError.
+        """
         return Options(
             devices=self.devices,
             request=request,
             max_parallel=max_parallel,
+            cap=None if max_parallel is None else cap,
             grace=GRACE,
             pool_dir=None if self.pool_dir is None else os.fspath(self.pool_dir),
             busy_memory=None if self.busy_memory is None else read_memory(self.busy_memory, "busy_memory"),

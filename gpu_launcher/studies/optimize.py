@@ -84,7 +84,8 @@ def optimize(
         request = read_request({"gpus": gpus, "memory": memory, "priority": priority, "timeout": trial_timeout})
     except OptionError as error:
         raise error.written(lambda option: "trial_timeout" if option == "timeout" else option) from None
-    options = read_pool(pool).options(request, None if n_jobs in (None, -1) else _whole("n_jobs", n_jobs, least=1))
+    most = None if n_jobs in (None, -1) else _whole("n_jobs", n_jobs, least=1)
+    options = read_pool(pool).options(request, most, "n_jobs")
     bounds = Bounds(
         None if n_trials is None else _whole("n_trials", n_trials),
         None if timeout is None else read_duration(timeout, "timeout"),

@@ -550,6 +550,16 @@ def test_more_workers_than_the_pool_has_devices_for_are_not_promised(
     ]
 
 
+@pytest.mark.parametrize(("records", "said"), [(4, ["num_workers=1"]), (1, [])])
+def test_a_cap_is_named_where_devices_and_records_are_enough_for_more_workers(
+    pool: Where, caplog: pytest.LogCaptureFixture, records: int, said: list[str]
+) -> None:
+    assert list(parallel_map(iter(range(records)), function=abs, num_workers=1, pool=pool)) == list(range(records))
+    texts = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    rest = ", but all devices of the pool (2 simulated GPUs) are enough for 2 such workers: "
+    assert texts == [f"{cap}{rest}raise or remove it to use them" for cap in said]
+
+
 HOLDER = """
 import os, sys
 from gpu_launcher.devices.simulated import simulated_devices

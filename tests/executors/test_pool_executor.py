@@ -350,6 +350,23 @@ def test_a_call_that_takes_too_long_is_ended(pool: Where) -> None:
 # Futures, and the life of an executor.
 
 
+def test_max_workers_that_leave_devices_idle_are_named(
+    pool: Where, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = "max_workers=1 leaves 1 of 2 devices idle: raise or remove it to use them"
+
+    def is_said() -> bool:
+        return said in [record.getMessage() for record in caplog.records]
+
+    with PoolExecutor(max_workers=1, pool=pool) as executor:
+        executor.submit(touch_and_wait, tmp_path)
+        wait_until((tmp_path / "begun").exists)
+        assert not is_said(), "there is no work for the other device"
+        executor.submit(abs, -1)
+        wait_until(is_said)
+        (tmp_path / "go on").touch()
+
+
 def test_a_call_that_runs_cannot_be_cancelled_and_one_that_was_cancelled_never_runs(
     pool: Where, tmp_path: Path
 ) -> None:

@@ -156,6 +156,29 @@ def test_trials_run_at_the_same_time_each_with_devices_of_its_own(study: optuna.
     }
 
 
+def test_n_jobs_that_leaves_devices_idle_is_named(pool: Where, tmp_path: Path) -> None:
+    texts: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            texts.append(record.getMessage())
+            (tmp_path / "said").touch()
+
+    def objective(trial: optuna.Trial) -> float:
+        end = time.monotonic() + 30
+        while not (tmp_path / "said").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        return 0.0
+
+    handler = Handler(logging.WARNING)
+    logging.getLogger("gpu_launcher").addHandler(handler)
+    try:
+        gpu_launcher.optimize(optuna.create_study(), objective, n_trials=2, n_jobs=1, pool=pool)
+    finally:
+        logging.getLogger("gpu_launcher").removeHandler(handler)
+    assert texts == ["n_jobs=1 leaves 1 of 2 devices idle: raise or remove it to use them"]
+
+
 def test_n_jobs_is_a_cap(pool: Where) -> None:
     study = optuna.create_study(sampler=random_sampler())
 
