@@ -316,7 +316,9 @@ def test_no_run_is_told_that_none_of_the_memory_is_its_own(run_cli: RunCli) -> N
 def test_messages_name_what_was_written(run_cli: RunCli, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     words = ("--devices", "simulated:2", "--", "echo")
-    assert "(`--pool-dir`)" in run_cli("run", "--pool-dir", "file", *words).stderr
+    no_directory = run_cli("run", "--pool-dir", "file", *words).stderr
+    assert f"{tmp_path / 'file'}: is not a directory: remove what is there\n" in no_directory
+    assert "pool_dir" not in no_directory, "a second pool would give the devices away again"
     for command in (("run",), ("map", "--param", "n=1")):
         many = run_cli(*command, "--gpus", "5", *words, "{n}")
         assert many.returncode == 2
