@@ -12,8 +12,18 @@ import re
 HIDDEN = "***"
 
 _SECRETS = frozenset(
-    {"apikey", "authorization", "credential", "credentials", "dsn", "passcode", "passphrase", "passwd", "password"}
-    | {"pwd", "secret", "secrets"}
+    {
+        "apikey",
+        "authorization",
+        "credential",
+        "credentials",
+        "dsn",
+        "passcode",
+        "passphrase",
+        "pwd",
+        "secret",
+        "secrets",
+    }
 )
 """Last word of a name whose value is secret."""
 _KEYS = frozenset(["access", "account", "api", "auth", "encryption", "private", "secret", "signing"])
@@ -84,4 +94,6 @@ def _is_secret(name: str, sign: str, value: str, *, option: bool) -> bool:
     last = words[-1]
     if last == "token":
         return name.isupper() or (len(bare) >= _LONG and re.fullmatch(r"[\w.~+/=-]+", bare) is not None)
-    return last in _SECRETS or (last == "key" and words[-2:-1] != [] and words[-2] in _KEYS) or words == ["pass"]
+    if last in _SECRETS or last.endswith(("password", "passwd")):  # one word, as in PGPASSWORD
+        return True
+    return (last == "key" and len(words) > 1 and words[-2] in _KEYS) or words == ["pass"]

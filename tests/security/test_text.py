@@ -89,6 +89,7 @@ def test_label_and_owner_of_a_job_are_one_safe_line() -> None:
         ("--password hunter2 run", "--password *** run"),
         ("--verbose --password hunter2", "--verbose --password ***"),
         ("--api-key=abc --lr 0.1", "--api-key=*** --lr 0.1"),
+        ("PGPASSWORD=abc psql dbpasswd=abc", "PGPASSWORD=*** psql dbpasswd=***"),
         ("AWS_SECRET_ACCESS_KEY=abc HF_TOKEN=g9 python", "AWS_SECRET_ACCESS_KEY=*** HF_TOKEN=*** python"),
         ("wandbApiKey=xyz", "wandbApiKey=***"),
         ("db.password='a b c' next=1", "db.password=*** next=1"),
