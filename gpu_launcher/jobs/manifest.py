@@ -261,7 +261,7 @@ class Recorded:
 def read(directory: Path) -> dict[int, Entry]:
     """The jobs of the sweep in `directory`, by number; none if it knows of none.
 
-    Raises ManifestError for one that a newer version wrote.
+    Raises ManifestError for one that a newer version wrote or that cannot be read, and NotADirectoryError.
     """
     home = directory / DIRECTORY
     launches = {launch.id: launch for launch in launches_in(directory)}
@@ -355,6 +355,8 @@ def _events(manifest: Path) -> Iterator[dict[str, Any]]:
             yield event
     except FileNotFoundError:
         return
+    except NotADirectoryError:
+        raise
     except OSError as error:
         raise ManifestError(f"{manifest} cannot be read: {error.strerror}") from error
 
