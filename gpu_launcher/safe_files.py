@@ -116,4 +116,4 @@ def make_directories(path: Path) -> None:
         if path.parent == path:
             raise
         make_directories(path.parent)
-        make_directories(path)
+        path.mkdir(PRIVATE_DIRECTORY, exist_ok=True)  # in /proc it is still "not found", however often one tries

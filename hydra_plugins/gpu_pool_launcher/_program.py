@@ -75,8 +75,9 @@ class HydraProgram:
             except OmegaConfBaseException as error:
                 raise ConfigCompositionException(str(error)) from None  # of which Hydra shows no traceback
             except OSError as error:
-                problem = f"cannot write to the output directory ({error.strerror}): {os.fsdecode(error.filename)}"
-                raise ConfigCompositionException(problem) from None
+                directory = os.fsdecode(error.filename)
+                problem = f"cannot write to the output directory ({error.strerror}): {directory}"
+                raise JobOptionError(f"{problem}; name another with hydra.sweep.subdir=...") from None
             job_return = self._run(config, gate)
         except BaseException as error:  # whatever ends the task ends this job, and this job only
             if os.getpid() != job:

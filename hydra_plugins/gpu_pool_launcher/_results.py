@@ -40,7 +40,7 @@ class JobFailedError(JobError, CompactHydraException):
 
 
 class JobOptionError(ConfigCompositionException):
-    """An option of the launcher that a job's own config makes unusable. Hydra shows its message without a traceback."""
+    """An option that a job cannot run with, as its own config has it. Hydra shows its message without a traceback."""
 
 
 @dataclass(frozen=True, slots=True)

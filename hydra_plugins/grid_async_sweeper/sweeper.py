@@ -39,16 +39,19 @@ class GridAsyncSweeper(basic_sweeper.BasicSweeper):
         assert self.launcher is not None
         assert self.hydra_context is not None
         from hydra_plugins.gpu_pool_launcher._directory import make_directory
+        from hydra_plugins.gpu_pool_launcher._ending import final
 
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
         for override in overrides:
             if override.is_interval_sweep():
                 key = override.get_key_element()
-                raise CompactHydraException(
-                    f"{override.input_line}: hydra/sweeper=grid_async runs every value, and an interval has "
-                    "infinitely many: use hydra/sweeper=optuna_async to search it, or give values, as in "
-                    f"{key}=0.1,0.2 or {key}=range(0.1,1.0,0.1)"
+                raise final(
+                    CompactHydraException(
+                        f"{override.input_line}: hydra/sweeper=grid_async runs every value, and an interval has "
+                        "infinitely many: use hydra/sweeper=optuna_async to search it, or give values, as in "
+                        f"{key}=0.1,0.2 or {key}=range(0.1,1.0,0.1)"
+                    )
                 )
         make_directory(self.config)
         returns: list[Sequence[JobReturn]] = []

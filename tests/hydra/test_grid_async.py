@@ -91,6 +91,7 @@ def test_an_interval_is_answered_with_the_sweeper_that_searches_it(run: Run, tmp
     done = run(tmp_path, PROGRAM, "-m", "n=tag(log,interval(1,9))", GRID_ASYNC, *GPU_POOL, "hydra.sweep.dir=sweep")
     assert done.returncode == 1
     assert "use hydra/sweeper=optuna_async to search it" in done.stderr
+    assert "HYDRA_FULL_ERROR" not in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "sweep" / "0").exists()
 

@@ -149,6 +149,7 @@ def test_jobs_in_one_directory_show_their_own_lines_only(tmp_path: Path, run: Ru
     [
         ("hydra.sweep.dir=file/s", "cannot write to the sweep directory (Not a directory): file/s; name another"),
         (f"hydra.sweep.dir={'n' * 300}", "cannot write to the sweep directory (File name too long): nnn"),
+        ("hydra.sweep.dir=/proc/s", "cannot write to the sweep directory (No such file or directory): /proc/s; name"),
         ("hydra.launcher.resume=true", "hydra.launcher.resume=true: there is nothing to resume in multirun/"),
         (f"hydra.sweep.subdir={'n' * 300}", "cannot write to the output directory (File name too long): "),
     ],
@@ -161,6 +162,7 @@ def test_a_directory_that_cannot_be_used_is_said_without_frames(
     assert done.returncode == 1
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+    assert "HYDRA_FULL_ERROR" not in done.stderr
 
 
 def test_resume_in_a_new_directory_names_the_newest_sweep(tmp_path: Path, run: Run) -> None:
