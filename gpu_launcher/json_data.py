@@ -55,6 +55,21 @@ class Fields:
             raise ValueError(f"{name} is not an integer from {least} to {most}")
         return value
 
+    def boolean(self, name: str) -> bool:
+        value = self._content.get(name)
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is not true or false")
+        return value
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        values = self._content.get(name)
+        if not isinstance(values, list) or not all(isinstance(value, (int, float)) for value in values):
+            raise ValueError(f"{name} is not a list of numbers")
+        try:
+            return tuple(map(float, values))
+        except OverflowError as error:
+            raise ValueError(f"{name} has a number out of range") from error
+
     def time(self, name: str) -> float:
         value = self._content.get(name)
         if not isinstance(value, (int, float)) or not 0 <= value <= MAX_TIME:

@@ -16,6 +16,7 @@ import zlib
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gpu_launcher.json_data import Fields, load_object
 from gpu_launcher.model import Request
 
 _LARGE = 64 * 1024
@@ -307,21 +308,13 @@ class Report:
     def load_header(cls, data: bytes) -> Report:
         """Read what `dump` returned, or its first line, without the payload. Raises ValueError for anything else."""
         line, newline, _ = data.partition(b"\n")
+        if not newline:
+            raise ValueError("invalid report: no header")
         try:
-            header = json.loads(line) if newline else None
-        except RecursionError as error:
-            raise ValueError("invalid report: nested too deeply") from error
-        if not isinstance(header, dict) or header.get("format") != _REPORT_FORMAT:
-            raise ValueError("invalid report: no header of a known format")
-        ok, out_of_memory, pruned = (header.get(name) for name in ("ok", "out_of_memory", "pruned"))
-        message, origin, values = header.get("message"), header.get("origin"), header.get("values")
-        if not (isinstance(ok, bool) and isinstance(out_of_memory, bool) and isinstance(pruned, bool)):
-            raise ValueError("invalid report: no outcome")
-        if not (message is None or isinstance(message, str)) or not isinstance(origin, str):
-            raise ValueError("invalid report: its message is not text")
-        if not isinstance(values, list) or not all(isinstance(value, (int, float)) for value in values):
-            raise ValueError("invalid report: its values are not numbers")
-        try:
-            return cls(ok, message, b"", out_of_memory, pruned, origin, tuple(map(float, values)))
-        except OverflowError as error:
-            raise ValueError("invalid report: a value is out of range") from error
+            fields = Fields(load_object(line))
+            fields.integer("format", _REPORT_FORMAT, _REPORT_FORMAT)
+            ok, out_of_memory, pruned = (fields.boolean(name) for name in ("ok", "out_of_memory", "pruned"))
+            message, origin = fields.text_or_none("message"), fields.text("origin")
+            return cls(ok, message, b"", out_of_memory, pruned, origin, fields.numbers("values"))
+        except ValueError as error:
+            raise ValueError(f"invalid report: {error}") from error
