@@ -17,7 +17,7 @@ _RANGE_IN_WORDS = re.compile(
     r"\s*(?P<a>[-+]?[\d.]+(e[-+]?\d+)?)\s*(\.\.+|:|-|to|\s)\s*(?P<b>[-+]?[\d.]+(e[-+]?\d+)?)\s*", re.I
 )
 
-_KIND = ("type", "distribution", "kind", "dist")
+_KIND = ("type", "distribution", "kind", "dist", "_target_")
 _LOW = ("low", "min", "lower", "start", "min_value")
 _HIGH = ("high", "max", "upper", "end", "stop", "max_value")
 _BOTH = ("bounds", "range", "interval")

@@ -34,6 +34,10 @@ WRITE = [
     ({"x": {"type": "range", "bounds": [1e-3, 0.1], "log_scale": True}}, "x: tag(log, interval(0.001, 0.1))"),
     ({"x": {"distribution": "log_uniform_values", "min": 1e-5, "max": 1.0}}, "x: tag(log, interval(1e-05, 1.0))"),
     ({"x": {"distribution": "int_uniform", "min": 1, "max": 4}}, "x: int(interval(1, 4))"),
+    ({"x": {"_target_": "optuna.distributions.FloatDistribution", "low": 0.1, "high": 1}}, "x: interval(0.1, 1.0)"),
+    ({"x": {"_target_": "optuna.distributions.IntDistribution", "low": 1, "high": 9}}, "x: int(interval(1, 9))"),
+    ({"x": {"_target_": "a.b.LogUniformDistribution", "low": 1, "high": 9}}, "x: tag(log, interval(1.0, 9.0))"),
+    ({"x": {"_target_": "a.b.CategoricalDistribution", "choices": [1, 2]}}, "x: choice(1, 2)"),
     ({"x": {"values": [1, 2]}}, "x: choice(1, 2)"),
     (
         {"model": {"lr": "interval(0,1)", "n": {"min": 1, "max": 2.5}}},
