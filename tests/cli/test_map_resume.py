@@ -312,7 +312,7 @@ def test_a_resumption_on_a_full_disk_runs_nothing_says_what_to_do_and_keeps_all(
     before = run_map.everything("disk/m")
     refused = run_map("--resume", "disk/m")
     assert refused.returncode == 2, refused.stderr
-    assert "results cannot be written to disk/m (No space left on device), so that nothing was run" in refused.stderr
+    assert "results cannot be written to disk/m (No space left on device), so nothing was run" in refused.stderr
     assert "making room, and give the command again" in refused.stderr
     assert run_map.everything("disk/m").items() >= before.items()
     assert not list((small_disk / "m").glob("*.tmp"))
@@ -367,7 +367,7 @@ CONFINED = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", *CLI, "m
         (".gpu_launcher/map.json", 0o600, "--resume: out/.gpu_launcher/map.json cannot be read (Permission denied)"),
         (".gpu_launcher/lock", 0o600, "--resume: out cannot be written to (Permission denied)"),
         ("results.jsonl", 0o600, "--resume: out cannot be read (Permission denied): out/results.jsonl"),
-        ("results.jsonl", 0o644, "results cannot be written to out (Permission denied), so that nothing was run"),
+        ("results.jsonl", 0o644, "results cannot be written to out (Permission denied), so nothing was run"),
     ],
 )
 def test_the_map_of_another_user_is_refused_by_what_was_asked_for(
