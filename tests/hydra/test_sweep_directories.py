@@ -69,7 +69,7 @@ def test_of_two_sweeps_started_in_the_same_second_one_is_refused(tmp_path: Path,
     said = [process.communicate(timeout=DEADLINE)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 1], said
     won, lost = sorted(range(2), key=lambda number: both[number].returncode)
-    assert f"is being run by process {both[won].pid} ({PROGRAM}): both were started in the same second" in said[lost]
+    assert f"is being run by process {both[won].pid} ({PROGRAM}): both started in the same second" in said[lost]
     (directory,) = tmp_path.glob("2*")
     assert [entry.spec[0] for entry in read(directory).values()] == [f"x={won + 1}"]
     assert f"x={won + 1}" in (directory / "multirun.yaml").read_text(), "the loser has written nothing"
