@@ -313,7 +313,7 @@ def test_a_resumption_on_a_full_disk_runs_nothing_says_what_to_do_and_keeps_all(
     refused = run_map("--resume", "disk/m")
     assert refused.returncode == 2, refused.stderr
     assert "results cannot be written to disk/m (No space left on device), so nothing was run" in refused.stderr
-    assert "making room, and give the command again" in refused.stderr
+    assert "making room, and run the command again" in refused.stderr
     assert run_map.everything("disk/m").items() >= before.items()
     assert not list((small_disk / "m").glob("*.tmp"))
     filler.unlink()
