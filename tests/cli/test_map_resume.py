@@ -254,7 +254,7 @@ def test_the_way_to_go_on_can_be_given_to_a_shell(run_map: Map) -> None:
     (command,) = re.findall(r"to run the rest: gpu-launcher (map .*)", failed.stderr)
     again = run_map(*words, "--", *FAIL_AT_2)
     assert again.returncode == 2
-    assert f"go on with that by {command.removeprefix('map ')}, or name another directory" in again.stderr
+    assert f"to continue it, give {command.removeprefix('map ')}, or name another directory" in again.stderr
     (run_map.path / "mended").touch()
     resumed = run_map(f"{shlex.join(CLI)} {command}", program=("sh", "-c"))
     assert resumed.returncode == 0, resumed.stderr

@@ -388,11 +388,11 @@ def test_mig_instances_are_devices_of_their_own_and_their_gpu_is_none(gpus, mach
             "hydra.launcher.memory: the request is for 100 GiB of memory, but the largest device has",
         ),
         ("priority=1.5", "not a whole number"),
-        ("timeout=soon", "no span of time"),
+        ("timeout=soon", "is not a time span"),
         ("visible=name", "give one of index, uuid"),
         ("cpu_affinity=yes", "give one of null, auto"),
-        ("stagger=-1", "no span of time"),
-        ("busy_memory=much", "no amount of memory"),
+        ("stagger=-1", "is not a time span"),
+        ("busy_memory=much", "is not an amount of memory"),
     ],
 )
 def test_nonsense_is_refused_with_the_option_and_the_remedy(sweeps, option, message):
