@@ -5,8 +5,8 @@ The tests run in a shuffled order; `--seed` repeats one.
 
 `make test` has run all tests but the slow ones on this machine's Python, with the newest dependencies. Here, the oldest
 Python with the lowest dependencies runs them all, too; the newest Python, with the next Hydra, runs what depends on the
-versions of Python, Hydra or Optuna; those between run a few tests, the slow ones, and what needs torch. All that stays
-under an hour on two idle CPUs.
+versions of Python, Hydra or Optuna; those between run a few tests, the slow ones, and what needs torch. The aim is less
+than an hour for all that, `make test` included, on two idle CPUs.
 
 Each environment lives in `.matrix/<name>/` and is kept: a second run reinstalls only gpu-launcher itself,
 unless what it depends on has changed. The tests run in a copy of the tree that lacks the packages, so that what
@@ -66,8 +66,8 @@ class Environment:
         return [(name, version) for name, version in (("hydra", self.hydra), ("optuna", self.optuna)) if version]
 
 
-DEPENDENT = ("tests/hydra", "tests/unit", "tests/docs", "tests/studies", "tests/executors/test_cpython_suite.py")
-"""What depends on the versions of Python, Hydra or Optuna. Leases and the command line depend on the kernel."""
+DEPENDENT = ("tests/hydra", "tests/unit", "tests/studies", "tests/executors/test_cpython_suite.py")
+"""What depends on the versions of Python, Hydra or Optuna. Leases and the command line depend on the kernel more."""
 PACKAGED = (
     "tests/hydra/test_contract.py",
     "tests/hydra/test_example_digits.py",
