@@ -76,7 +76,7 @@ def optimize(
     if study._thread_local.in_optimize_loop:
         raise RuntimeError("Nested invocation of `Study.optimize` method isn't allowed.")
     if not callable(objective):
-        raise OptionError("objective", f"{objective!r} is no function: give one that takes a trial")
+        raise OptionError("objective", f"{objective!r} is not a function: pass one that takes a trial")
     if start_method not in ("auto", "fork", "spawn"):
         raise OptionError("start_method", f"{start_method!r} is none: give auto, fork or spawn")
     caught, after_each = _exceptions(catch), _callbacks(callbacks)
@@ -141,5 +141,5 @@ def _callbacks(callbacks: object) -> list[Callback]:
 def _whole(option: str, value: object, least: int = 0) -> int:
     number = read_number(value)
     if number is None or not number.is_integer() or number < least:
-        raise OptionError(option, f"{value!r} is no whole number from {least} on")
+        raise OptionError(option, f"must be an integer >= {least}, got {value!r}")
     return int(number)

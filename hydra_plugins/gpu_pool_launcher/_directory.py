@@ -84,8 +84,8 @@ def open_logs(
         used = "files of jobs with the same numbers are overwritten, their logs are kept"
         used += f"; {ANOTHER}" if continued else f"; {spell('resume')}=true runs only what did not complete"
     shared = (
-        "each logs to a file of its own, but other files of the same name, such as .hydra/config.yaml and Hydra's log, "
-        "are overwritten. hydra.sweep.subdir='${hydra.job.num}' gives each job a directory"
+        "each logs to a file of its own, but files of the same name, such as .hydra/config.yaml, are overwritten, "
+        "and all jobs append to Hydra's log. hydra.sweep.subdir='${hydra.job.num}' gives each job a directory"
     )
     launcher.logs = LogFiles(directory, earlier, shared=shared, used=used)
     return launcher.logs, notices
