@@ -81,11 +81,8 @@ def complaint(run: Run, directory: Path, *arguments: str, **extra: Any) -> str:
         (["grace=-1"], "hydra.launcher.grace: -1.0 is not a number of seconds: give 0 or more"),
         (["grace=nan"], "hydra.launcher.grace: nan is not a number of seconds: give 0 or more"),
         (["pool_dir=''"], "hydra.launcher.pool_dir: the name is empty: name a directory, or leave the option out"),
-        (["pool_dir=/proc/pool"], "the option `pool_dir`"),
-        (
-            ["pool_dir=/dev/null"],
-            "pool directory /dev/null: is not a directory: remove what is there, or ",
-        ),
+        (["pool_dir=/proc/pool"], "pool directory /proc/pool: does not exist, and neither does its parent: make it"),
+        (["pool_dir=/dev/null"], "pool directory /dev/null: is not a directory: remove what is there"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -151,8 +148,7 @@ def test_a_read_only_pool_directory_is_refused(run: Run, tmp_path: Path) -> None
     pool = tmp_path / "pool"
     with mounted_tmpfs(pool, "size=64k,ro"):
         message = complaint(run, tmp_path)
-    assert message.startswith(f"pool directory {pool}: is on a read-only file system: choose another with ")
-    assert "`pool_dir` (`--pool-dir`) or GPU_LAUNCHER_POOL_DIR" in message
+    assert message == f"pool directory {pool}: is on a read-only file system: mount it so that programs can write to it"
 
 
 @pytest.mark.root
@@ -162,9 +158,7 @@ def test_a_full_pool_directory_is_refused(run: Run, tmp_path: Path) -> None:
     with mounted_tmpfs(pool, "size=64k"):
         (pool / "ballast").write_bytes(b"x" * 65536)
         message = complaint(run, tmp_path)
-    assert message.startswith(
-        f"pool directory {pool}: the disk is full (space or inodes): free some, or choose another"
-    )
+    assert message == f"pool directory {pool}: the disk is full (space or inodes): free some"
 
 
 def test_a_pool_directory_of_somebody_else_is_refused(run: Run, tmp_path: Path) -> None:
