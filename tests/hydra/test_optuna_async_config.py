@@ -211,4 +211,4 @@ def test_a_dictionary_in_the_config_is_refused_with_the_line_to_write(run: Run, 
     done = run(tmp_path, *TEMPLATE, "hparams_search=dictionary", "hydra.sweep.dir=sweep")
     assert done.returncode == 1
     assert "write model.optimizer.lr: tag(log, interval(0.0001, 0.1))" in done.stderr
-    assert not (tmp_path / "sweep").exists()
+    assert not (tmp_path / "sweep" / "0").exists()
