@@ -67,6 +67,9 @@ class _File:
 
     descriptor: int
     path: str
+    """In /proc, where it can be opened again."""
+    name: str
+    """Read early: the garbage collector closes files at any time."""
     flags: int
     offset: int
     device: int
@@ -80,10 +83,6 @@ class _File:
     @property
     def access(self) -> int:
         return self.flags & os.O_ACCMODE
-
-    @property
-    def name(self) -> str:
-        return str(Path(self.path).readlink())
 
     def is_there(self) -> bool:
         """Whether the descriptor still is this file. Some are closed after a fork, and their numbers used again."""
@@ -187,9 +186,11 @@ def _look(descriptor: int) -> _File | None:
         flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
         if stat.S_IFMT(status.st_mode) not in _KINDS or flags & os.O_PATH:
             return None
+        path = f"/proc/self/fd/{descriptor}"
         return _File(
             descriptor,
-            f"/proc/self/fd/{descriptor}",
+            path,
+            str(Path(path).readlink()),
             flags & _KEPT_FLAGS,
             os.lseek(descriptor, 0, os.SEEK_CUR),
             status.st_dev,
@@ -278,7 +279,9 @@ def _may_be_overwritten(file: _File, mapped: set[str]) -> bool:
     """
     if file.flags & os.O_APPEND or file.name in mapped or file.name.startswith(_SHARED_MEMORY):
         return False
-    return not file.locked or os.fstat(file.descriptor).st_size > _MAX_LOCK_FILE
+    with contextlib.suppress(OSError):  # it has just been closed
+        return not file.locked or os.fstat(file.descriptor).st_size > _MAX_LOCK_FILE
+    return False
 
 
 def _is_locked(descriptor: int) -> bool:

@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpu_launcher.model import Request
+from gpu_launcher.processes import inherited_files
 from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.processes.messages import Exited, Grant, Report, receive
 from gpu_launcher.processes.starter import ForkServer
@@ -443,3 +444,21 @@ def test_an_open_database_is_named_with_its_kind(tmp_path, kind, start, notice):
         assert notice() == named(f"{path} ({kind})")
     with open(path, "rb"):
         assert notice() is None
+
+
+def test_file_that_is_closed_while_the_notice_is_made_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").write_bytes(b"SQLite format 3\0" + bytes(100))
+    file = open(tmp_path / "data", "r+b")
+    noted = OpenFiles.of_this_process()
+    look = inherited_files._format
+
+    def close_after(one: inherited_files._File) -> str | None:
+        found = look(one)
+        file.close()  # as the garbage collector does
+        return found
+
+    monkeypatch.setattr(inherited_files, "_format", close_after)
+    monkeypatch.setattr(inherited_files, "_may_open", lambda one: True)
+    assert str(tmp_path / "data") in (noted.notice() or "")
