@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 import shutil
 import signal
@@ -50,6 +51,15 @@ def environment_left_as_found() -> Iterator[None]:
         os.environ.update(before)
         changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
         pytest.fail(f"the test left the environment changed: {', '.join(sorted(changed))}")
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program says some things only once, and the tests are one program."""
+    from gpu_launcher.jobs import remarks  # imported late: what imports it is to be tested, too
+
+    monkeypatch.setattr(remarks, "_said", set())
+    monkeypatch.setattr(remarks, "_last", -math.inf)
 
 
 @pytest.fixture(autouse=True)

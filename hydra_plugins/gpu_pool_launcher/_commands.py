@@ -94,4 +94,6 @@ def override(name: str, value: object) -> str:
 def _is_grid(config: DictConfig) -> bool:
     """Whether the sweeper asks for the same jobs each time, so that `resume` knows them by their numbers."""
     sweeper = get_class(config.hydra.sweeper._target_)
-    return issubclass(sweeper, BasicSweeper)
+    # By name: Hydra imports its plugins anew when it looks for them again, which makes another class of the same name.
+    names = {f"{one.__module__}.{one.__qualname__}" for one in sweeper.__mro__}
+    return f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}" in names

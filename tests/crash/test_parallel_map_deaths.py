@@ -22,7 +22,6 @@ import pytest
 
 from gpu_launcher.executors.parallel_map import parallel_map
 from gpu_launcher.executors.record_errors import RecordError, WorkerDiedError
-from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.remote import ManagerDiedError
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
@@ -43,11 +42,6 @@ def quiet_deaths() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_CORE, (0, limits[1]))
     yield
     resource.setrlimit(resource.RLIMIT_CORE, limits)
-
-
-@pytest.fixture(autouse=True)
-def remarks_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remarks, "_said", set())
 
 
 def leased(pool: Where) -> int:
