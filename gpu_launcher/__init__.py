@@ -1,4 +1,8 @@
-"""Run many experiments on the GPUs one has. The public names, nothing else."""
+"""Run many experiments on the GPUs of a machine.
+
+Everything public is in `__all__`, and in `gpu_launcher.lightning`. All other modules are private: they may change in
+any release.
+"""
 
 from __future__ import annotations
 

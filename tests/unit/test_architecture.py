@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -66,6 +69,70 @@ TEST_ONLY = ("pytest", "hypothesis", "unittest", "tests", "conftest", "hydra.tes
 # Twins that ship for tests: the package they belong to may export them, and no other may use them.
 TWINS = {"gpu_launcher/leases/": ("gpu_launcher.leases.memory", "gpu_launcher.leases.MemoryLedger")}
 
+# Everything public: the names in `gpu_launcher.__all__` and these modules. All other modules are private.
+PUBLIC_MODULES = {"lightning"}
+ARCHITECTURE = "docs/architecture.md"
+PUBLIC_TEXTS = ("README.md", "docs/*.md", "examples/**/*.py", "examples/**/*.yaml", "examples/**/*.md")
+
+# Names that more than one class or module has. Only remove from these two lists.
+SHARED_CLASS_NAMES = {
+    "Answer",
+    "Arrived",
+    "Asked",
+    "Begin",
+    "Bounds",
+    "Call",
+    "CommandError",
+    "Connection",
+    "Ended",
+    "Ending",
+    "Entry",
+    "Exhausted",
+    "Exited",
+    "Granted",
+    "Intermediate",
+    "Judge",
+    "Kill",
+    "Lease",
+    "Opened",
+    "Options",
+    "Origin",
+    "Place",
+    "Pool",
+    "Prepared",
+    "Raised",
+    "RemoteTraceback",
+    "Report",
+    "Results",
+    "Returned",
+    "State",
+    "Stop",
+    "Stopping",
+    "Survey",
+    "Tally",
+    "Unreadable",
+    "Unusable",
+    "Verdict",
+    "Wait",
+    "_State",
+    "_Supervisor",
+}
+SHARED_FILE_NAMES = {
+    "command.py",
+    "directory.py",
+    "files.py",
+    "forks.py",
+    "output.py",
+    "places.py",
+    "pool.py",
+    "program.py",
+    "records.py",
+    "signals.py",
+    "source.py",
+    "sweep.py",
+    "text.py",
+}
+
 
 @dataclass(frozen=True)
 class Import:
@@ -97,9 +164,13 @@ def imports_in(tree: Path) -> list[Import]:
     ]
 
 
-def imports_of(path: Path, tree: Path) -> Iterator[Import]:
-    file = path.relative_to(tree).as_posix()
-    package = path.relative_to(tree).parent.parts
+def imports_of(path: Path, tree: Path) -> tuple[Import, ...]:
+    return imports_in_text(path.relative_to(tree).as_posix(), path.read_text())
+
+
+@cache
+def imports_in_text(file: str, text: str) -> tuple[Import, ...]:
+    package = Path(file).parent.parts
 
     def visit(node: ast.AST, at_start: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
@@ -111,16 +182,16 @@ def imports_of(path: Path, tree: Path) -> Iterator[Import]:
             for name in node.names:
                 yield Import(file, node.lineno, module, name.name, at_start)
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            for child in node.body:
-                yield from visit(child, False)
-            for child in node.orelse:
-                yield from visit(child, at_start)
+            for statement in node.body:
+                yield from visit(statement, False)
+            for statement in node.orelse:
+                yield from visit(statement, at_start)
         else:
             in_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
             for child in ast.iter_child_nodes(node):
                 yield from visit(child, at_start and not in_function)
 
-    yield from visit(ast.parse(path.read_text(), str(path)), True)
+    return tuple(visit(ast.parse(text, file), True))
 
 
 def within(name: str, module: str) -> bool:
@@ -235,6 +306,54 @@ def for_tests(found: Import) -> bool:
     )
 
 
+def shared_class_names(tree: Path) -> list[str]:
+    """Classes with one name in several places. A reader, a search and a pickle tell them apart only by module."""
+    places = defaultdict(list)
+    for path in product_files(tree):
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(f"{path.relative_to(tree)}:{node.lineno}")
+    return shared(places, SHARED_CLASS_NAMES)
+
+
+def shared_file_names(tree: Path) -> list[str]:
+    """Modules with one name in several packages. Files of the plugins have one name if they do the same for each."""
+    places = defaultdict(list)
+    for path in product_files(tree):
+        if path.name != "__init__.py" and path.is_relative_to(tree / "gpu_launcher"):
+            places[path.name].append(str(path.relative_to(tree)))
+    return shared(places, SHARED_FILE_NAMES)
+
+
+def shared(places: dict[str, list[str]], known: set[str]) -> list[str]:
+    return [f"{name}: {', '.join(at)}" for name, at in sorted(places.items()) if len(at) > 1 and name not in known]
+
+
+def product_files(tree: Path) -> list[Path]:
+    return sorted(path for package in ("gpu_launcher", "hydra_plugins") for path in (tree / package).rglob("*.py"))
+
+
+def private_names_in_public_texts(tree: Path) -> list[str]:
+    """What the documentation or an example uses of `gpu_launcher` is public."""
+    public = {*public_names(tree), *PUBLIC_MODULES, "__version__"}
+    wrong = []
+    for path in sorted({path for pattern in PUBLIC_TEXTS for path in tree.glob(pattern)} - {tree / ARCHITECTURE}):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            names = re.findall(r"\bgpu_launcher\.(\w+)", line)
+            for imported in re.findall(r"\bfrom gpu_launcher import ([\w, ]+)", line):
+                names += re.findall(r"\w+", imported)
+            wrong += [f"{path.relative_to(tree)}:{number}: gpu_launcher.{name}" for name in names if name not in public]
+    return wrong
+
+
+def public_names(tree: Path) -> list[str]:
+    for node in ast.parse((tree / "gpu_launcher" / "__init__.py").read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "__all__":
+            names: list[str] = ast.literal_eval(node.value)
+            return names
+    return []
+
+
 def test_arrows_run_one_way_and_siblings_do_not_import_each_other() -> None:
     assert against_the_arrows(TREE) == []
 
@@ -261,6 +380,18 @@ def test_what_hydra_imports_at_every_start_does_not_import_gpu_launcher() -> Non
 
 def test_packages_import_no_test_double() -> None:
     assert imports_for_tests(TREE) == []
+
+
+def test_no_two_classes_share_a_name() -> None:
+    assert shared_class_names(TREE) == []
+
+
+def test_no_two_modules_share_a_name() -> None:
+    assert shared_file_names(TREE) == []
+
+
+def test_documentation_and_examples_use_only_public_names() -> None:
+    assert private_names_in_public_texts(TREE) == []
 
 
 def test_hydra_plugins_is_a_namespace_that_other_plugins_can_share() -> None:
@@ -306,10 +437,15 @@ Check = Callable[[Path], list[str]]
         (imports_for_tests, "gpu_launcher/leases/ledger.py", "from unittest import mock"),
         (imports_for_tests, "gpu_launcher/jobs/machine.py", "from gpu_launcher.leases.memory import MemoryLedger"),
         (imports_for_tests, "gpu_launcher/jobs/machine.py", "from gpu_launcher.leases import MemoryLedger"),
+        (shared_class_names, "gpu_launcher/jobs/loop.py", "def f():\n    class Once: ..."),
+        (shared_file_names, "gpu_launcher/jobs/storage.py", ""),
+        (private_names_in_public_texts, "docs/leases.md", "```python\nfrom gpu_launcher import pool\n```"),
+        (private_names_in_public_texts, "examples/a/train.py", "import gpu_launcher.pool"),
     ],
 )
 def test_the_checks_see_a_violation(tmp_path: Path, check: Check, file: str, code: str) -> None:
-    plant(tmp_path, "gpu_launcher/studies/storage.py", "import sqlalchemy")
+    plant(tmp_path, "gpu_launcher/__init__.py", '__all__ = ["Pool"]')
+    plant(tmp_path, "gpu_launcher/studies/storage.py", "import sqlalchemy\nclass Once: ...")
     assert check(tmp_path) == []
     plant(tmp_path, file, code)
     (message,) = check(tmp_path)
@@ -328,6 +464,8 @@ def test_the_checks_see_a_violation(tmp_path: Path, check: Check, file: str, cod
         ("gpu_launcher/cli/mapping/grid.py", "def f():\n    from hydra.core.override_parser import types"),
         ("gpu_launcher/devices/nvml.py", "def probe():\n    import pynvml"),
         ("hydra_plugins/optuna_async_sweeper/_sweep.py", "import optuna, gpu_launcher.jobs.loop"),
+        ("hydra_plugins/grid_async_sweeper/storage.py", "class Twice: ..."),
+        ("examples/a/train.py", "import gpu_launcher.lightning\nfrom gpu_launcher import Pool\ngpu_launcher.Pool()"),
         (
             "hydra_plugins/gpu_pool_launcher/launcher.py",
             "from __future__ import annotations\n"
@@ -341,6 +479,8 @@ def test_the_checks_see_a_violation(tmp_path: Path, check: Check, file: str, cod
     ],
 )
 def test_the_checks_let_pass_what_is_right(tmp_path: Path, file: str, code: str) -> None:
+    plant(tmp_path, "gpu_launcher/__init__.py", '__all__ = ["Pool"]')
+    plant(tmp_path, "gpu_launcher/studies/storage.py", "class Once: ...")
     plant(tmp_path, file, code)
     checks: tuple[Check, ...] = (
         against_the_arrows,
@@ -350,6 +490,9 @@ def test_the_checks_let_pass_what_is_right(tmp_path: Path, file: str, code: str)
         scattered_libraries,
         slow_starts,
         imports_for_tests,
+        shared_class_names,
+        shared_file_names,
+        private_names_in_public_texts,
     )
     assert [message for check in checks for message in check(tmp_path)] == []
 
