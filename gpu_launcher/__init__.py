@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from gpu_launcher.studies.reporting import report
 
 if TYPE_CHECKING:
+    from gpu_launcher.allocation.lease import Lease
     from gpu_launcher.errors import (
         ApplyError,
         DeviceError,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from gpu_launcher.executors.pool_executor import PoolExecutor
     from gpu_launcher.executors.record_errors import RecordError, UnreadableError, WorkerDiedError
     from gpu_launcher.jobs.remote import ManagerDiedError
-    from gpu_launcher.lending.lease import Lease
     from gpu_launcher.pool import Pool
     from gpu_launcher.studies.optimize import optimize
     from gpu_launcher.studies.storage import storage
@@ -47,7 +47,7 @@ else:
         "GpuLauncherError": "gpu_launcher.errors",
         "JobError": "gpu_launcher.errors",
         "JobTimeoutError": "gpu_launcher.errors",
-        "Lease": "gpu_launcher.lending.lease",
+        "Lease": "gpu_launcher.allocation.lease",
         "LeaseTimeout": "gpu_launcher.errors",
         "ManagerDiedError": "gpu_launcher.jobs.remote",
         "OptionError": "gpu_launcher.errors",

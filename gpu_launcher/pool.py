@@ -13,26 +13,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from gpu_launcher.allocation.device_watch import links_among
+from gpu_launcher.allocation.environment import Telling
+from gpu_launcher.allocation.lease import Lease
+from gpu_launcher.allocation.lease_broker import Lending
+from gpu_launcher.allocation.request_queue import WaitingRoom
+from gpu_launcher.allocation.snapshot import PoolSnapshot, snapshot_of
+from gpu_launcher.allocation.survey import Found, PoolSeen, take_survey
 from gpu_launcher.devices import Links, select_devices
 from gpu_launcher.devices.specification import read_specification
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs import remarks
-from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.manager_messages import Remarked
 from gpu_launcher.jobs.sweep import Options
-from gpu_launcher.jobs.watch import links_among
 from gpu_launcher.jobs.where import Where, this_program
 from gpu_launcher.leases import FileLedger, choose_pool_directory, resolve_pool_directory
 from gpu_launcher.leases import Lease as Held
-from gpu_launcher.lending.lease import Lease
-from gpu_launcher.lending.lending import Lending
-from gpu_launcher.lending.room import WaitingRoom
-from gpu_launcher.lending.snapshot import PoolSnapshot, snapshot_of
 from gpu_launcher.model import Device, Request
 from gpu_launcher.requests import read_request
 from gpu_launcher.sizes import read_memory
-from gpu_launcher.survey import Found, PoolSeen, take_survey
 from gpu_launcher.users import this_process
 
 LOG = logging.getLogger("gpu_launcher")

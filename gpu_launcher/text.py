@@ -41,6 +41,14 @@ def _one_line(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
+def middle_cut(text: str, room: int) -> str:
+    """The text with as many characters left out of its middle as it is too long: what differs is often at its end."""
+    if len(text) <= room:
+        return text
+    end = max(0, room - 1) // 2
+    return f"{text[: max(0, room - 1 - end)]}…{text[len(text) - end :]}"[:room]
+
+
 def short_path(path: Path) -> str:
     """As short as its user can write it in the working directory."""
     try:

@@ -14,18 +14,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
+from gpu_launcher.allocation.device_watch import links_among
+from gpu_launcher.allocation.environment import Telling
+from gpu_launcher.allocation.explain import describe_request
+from gpu_launcher.allocation.feasibility import refuse
+from gpu_launcher.allocation.request_queue import WaitingRoom
 from gpu_launcher.cli.streams import tell
 from gpu_launcher.devices import Links, select_devices
 from gpu_launcher.devices.specification import read_specification
 from gpu_launcher.errors import GpuLauncherError, OptionError
-from gpu_launcher.jobs.explaining import describe_request
-from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.machine import ENDING
 from gpu_launcher.jobs.progress.text import duration
-from gpu_launcher.jobs.refusing import refuse
-from gpu_launcher.jobs.watch import links_among
 from gpu_launcher.leases import FileLedger, Lease, resolve_pool_directory
-from gpu_launcher.lending.room import WaitingRoom
 from gpu_launcher.model import Device, Request, device_list
 from gpu_launcher.processes.command import CommandError, Ended, InterruptedBySignal, check_command, run_command
 from gpu_launcher.processes.signals import HARMLESS, STOPS, CommandSignals

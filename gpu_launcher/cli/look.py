@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from gpu_launcher.allocation.survey import Found, PoolSeen, Survey, take_survey
 from gpu_launcher.devices import Condition, FixedProbe, Inventory, NvmlProbe, select_devices
 from gpu_launcher.devices.nvml import NoGpuError, open_nvml
 from gpu_launcher.devices.specification import Auto, CpuSlots, SimulatedDevices, read_specification
@@ -18,7 +19,6 @@ from gpu_launcher.leases.directory import QUEUE, explained
 from gpu_launcher.model import Device, DeviceKind
 from gpu_launcher.processes.linux import children_of_all, descendants
 from gpu_launcher.sizes import read_memory
-from gpu_launcher.survey import Found, PoolSeen, Survey, take_survey
 
 OPTION = "--devices"
 BUSY_MEMORY_OPTION = "--busy-memory"

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 
+from gpu_launcher.allocation.survey import DeviceSeen, State, Survey, label
 from gpu_launcher.cli.table import Column, Line, Piece, Row, lay_out, wrap
 from gpu_launcher.jobs.progress.text import count, duration
 from gpu_launcher.model import MILLIONTHS, DeviceKind, Share
 from gpu_launcher.sizes import GIB, show_memory
-from gpu_launcher.survey import DeviceSeen, State, Survey, label
 from gpu_launcher.text import one_line
 
 if TYPE_CHECKING:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from gpu_launcher.allocation.survey import label
 from gpu_launcher.model import MILLIONTHS
-from gpu_launcher.survey import label
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from gpu_launcher.allocation.survey import DeviceSeen, Survey
     from gpu_launcher.devices import GpuProcess
     from gpu_launcher.leases import LeaseView, TicketView
     from gpu_launcher.model import Owner, Share
-    from gpu_launcher.survey import DeviceSeen, Survey
 
 SCHEMA = 1
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from gpu_launcher.cli.options import BusyMemory, Devices, PoolDir
 
 if TYPE_CHECKING:
+    from gpu_launcher.allocation.survey import Found
     from gpu_launcher.cli.look import PoolWindow
     from gpu_launcher.cli.screen import Screen
     from gpu_launcher.devices import ConditionMonitor
-    from gpu_launcher.survey import Found
 
 INTERVAL = 1.0
 """Seconds between two looks."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gpu_launcher.allocation.environment import Telling
 from gpu_launcher.jobs.failures import FailurePolicy
-from gpu_launcher.jobs.grants import Telling
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 
+from gpu_launcher.text import middle_cut
+
 LABEL_ROOM = 48
 """Characters of a label up to which keys are written in full."""
 MAX_LABEL = 200
@@ -93,14 +95,6 @@ class Labels:
             if not any(other != key and f".{other}".endswith(f".{end}") for other in self._shown):
                 return end
         return key
-
-
-def middle_cut(text: str, room: int) -> str:
-    """The text with as many characters left out of its middle as it is too long: what differs is often at its end."""
-    if len(text) <= room:
-        return text
-    end = max(0, room - 1) // 2
-    return f"{text[: max(0, room - 1 - end)]}…{text[len(text) - end :]}"[:room]
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -17,6 +17,8 @@ from signal import SIGINT, SIGTERM
 from types import MappingProxyType
 from typing import Any, Protocol
 
+from gpu_launcher.allocation.device_watch import DeviceWatch
+from gpu_launcher.allocation.environment import Telling
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.jobs import machine as m
 from gpu_launcher.jobs.directory import as_proposed
@@ -31,7 +33,6 @@ from gpu_launcher.jobs.events import (
     Stopping,
 )
 from gpu_launcher.jobs.failures import Attempts, FailurePolicy, set_aside
-from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.job_options import JobOptions
 from gpu_launcher.jobs.pool import PoolSide
@@ -40,7 +41,6 @@ from gpu_launcher.jobs.reports import ReportError, read_report
 from gpu_launcher.jobs.running import Running, judge
 from gpu_launcher.jobs.signals import StopSignals
 from gpu_launcher.jobs.source import Exhausted, Facts, JobSource, Offer, Remark, Reply, Stop, Withdrawn
-from gpu_launcher.jobs.watch import DeviceWatch
 from gpu_launcher.leases import Ledger
 from gpu_launcher.model import Device, Owner, Request
 from gpu_launcher.processes import bulletin, messages

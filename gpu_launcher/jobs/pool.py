@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 
+from gpu_launcher.allocation.device_watch import DeviceWatch
+from gpu_launcher.allocation.explain import Wait, describe_request, explain_wait
+from gpu_launcher.allocation.feasibility import refusal
 from gpu_launcher.devices import combinable
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.jobs.events import JobWaiting, Notice, Progress
-from gpu_launcher.jobs.explaining import Wait, describe_request, explain_wait
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.refusing import refusal
 from gpu_launcher.jobs.running import Running
-from gpu_launcher.jobs.watch import DeviceWatch
 from gpu_launcher.leases import Lease, Ledger, leases_of
 from gpu_launcher.model import Device, Owner, Request
 

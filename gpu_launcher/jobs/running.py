@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from signal import SIGKILL
 
+from gpu_launcher.allocation.environment import Telling
+from gpu_launcher.allocation.explain import labels
 from gpu_launcher.jobs.events import Outcome
-from gpu_launcher.jobs.explaining import labels
-from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.progress.text import duration
 from gpu_launcher.leases import Lease, Ticket

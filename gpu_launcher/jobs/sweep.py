@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
 
+from gpu_launcher.allocation.device_watch import DeviceWatch, links_among
+from gpu_launcher.allocation.environment import Telling
+from gpu_launcher.allocation.feasibility import refuse
 from gpu_launcher.devices import ConditionMonitor, Links, select_devices, usable_cpus
 from gpu_launcher.jobs.directory import LogFiles, as_proposed
 from gpu_launcher.jobs.events import Notice, Progress, SweepEnded, SweepStarted
 from gpu_launcher.jobs.failures import FailurePolicy
-from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.loop import JobLoop
 from gpu_launcher.jobs.machine import Limits
 from gpu_launcher.jobs.manifest import Entry, Planned, Recorded, Recorder, finished_before, read
 from gpu_launcher.jobs.progress import open_progress
 from gpu_launcher.jobs.progress.text import count
-from gpu_launcher.jobs.refusing import refuse
 from gpu_launcher.jobs.source import JobSource
-from gpu_launcher.jobs.watch import DeviceWatch, links_among
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
 from gpu_launcher.model import MILLIONTHS, Device, Request
 from gpu_launcher.processes.starter import ForkServer

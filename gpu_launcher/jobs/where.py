@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpu_launcher.allocation.environment import Telling
 from gpu_launcher.devices import BUSY_MEMORY
-from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.model import Request
 from gpu_launcher.sizes import read_memory

@@ -11,10 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gpu_launcher import requests
+from gpu_launcher.allocation.environment import Telling
 from gpu_launcher.devices import BUSY_MEMORY
 from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs.failures import FailurePolicy
-from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.job import Cause
 from gpu_launcher.jobs.job_options import JobOptions
 from gpu_launcher.jobs.sweep import Options

@@ -25,8 +25,8 @@ import pytest
 
 import gpu_launcher
 from gpu_launcher import LeaseTimeout, Pool, RequestError
+from gpu_launcher.allocation import lease as lease_module
 from gpu_launcher.errors import ApplyError, GpuLauncherError, OptionError, PoolDirectoryError
-from gpu_launcher.lending import lease as lease_module
 from gpu_launcher.processes.forks import own_fork
 
 SOON = 20.0

@@ -14,9 +14,9 @@ from hydra import compose, initialize
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, open_dict, read_write
 
+from gpu_launcher.allocation.environment import Telling
 from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs.failures import FailurePolicy
-from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.job import Cause
 from gpu_launcher.jobs.job_options import JobOptions
 from gpu_launcher.model import Request

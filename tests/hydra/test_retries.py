@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from gpu_launcher.allocation.environment import Telling
 from gpu_launcher.jobs.failures import FailurePolicy
-from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.sweep import Options
 from hydra_plugins.gpu_pool_launcher._launch import LaunchError, _with_failures_so_far
 

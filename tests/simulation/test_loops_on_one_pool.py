@@ -22,6 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpu_launcher.allocation.device_watch import DeviceWatch
 from gpu_launcher.devices import ConditionMonitor
 from gpu_launcher.devices.simulated import simulated_devices
 from gpu_launcher.jobs import loop as loop_module
@@ -29,7 +30,6 @@ from gpu_launcher.jobs.events import Event, JobEnded, JobStarted, Outcome
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.loop import MOST_SERVERS, JobLoop
 from gpu_launcher.jobs.machine import Limits
-from gpu_launcher.jobs.watch import DeviceWatch
 from gpu_launcher.leases import MemoryLedger, MemoryPool
 from gpu_launcher.model import Owner, Request
 from gpu_launcher.processes.messages import (

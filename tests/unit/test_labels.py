@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_launcher.jobs.labels import MAX_LABEL, Labels, middle_cut, short_number
+from gpu_launcher.jobs.labels import MAX_LABEL, Labels, short_number
+from gpu_launcher.text import middle_cut
 
 FIXED = ["model=big", "data.root=/data/imagenet", "trainer.max_epochs=90"]
 

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpu_launcher.allocation.explain import MINE, OUTER, explain_wait
 from gpu_launcher.jobs.events import (
     Event,
     JobEnded,
@@ -27,7 +28,6 @@ from gpu_launcher.jobs.events import (
     SweepEnded,
     SweepStarted,
 )
-from gpu_launcher.jobs.explaining import MINE, OUTER, explain_wait
 from gpu_launcher.jobs.progress import PlainProgress, open_progress
 from gpu_launcher.jobs.progress.alike import ranges
 from gpu_launcher.jobs.progress.estimate import time_left

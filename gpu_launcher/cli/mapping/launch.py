@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gpu_launcher.allocation.environment import Telling
 from gpu_launcher.cli.mapping.grid import Grid, read_grid
 from gpu_launcher.cli.mapping.place import COMMAND, MapError, Place, RefusedError, new_directory, quoted
 from gpu_launcher.cli.mapping.program import CommandProgram
@@ -26,7 +27,6 @@ from gpu_launcher.devices import BUSY_MEMORY
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import GpuLauncherError, OptionError
 from gpu_launcher.jobs.failures import FailurePolicy
-from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.jobs.job import Cause
 from gpu_launcher.jobs.progress import open_progress
 from gpu_launcher.jobs.progress.text import count

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpu_launcher.allocation.feasibility import refusal, refuse
 from gpu_launcher.devices.simulated import simulated_devices
 from gpu_launcher.errors import OptionError
-from gpu_launcher.jobs.refusing import refusal, refuse
 from gpu_launcher.model import MILLIONTHS, Device, Request, Share
 
 GIB = 2**30

@@ -15,12 +15,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from gpu_launcher.allocation import fork_hooks
+from gpu_launcher.allocation.explain import describe_request
+from gpu_launcher.allocation.request_queue import Waiter, WaitingRoom, closed_meanwhile
+from gpu_launcher.allocation.waiters import LoopDriver, Place, Sleeper, Task, wait_readable
 from gpu_launcher.errors import LeaseTimeout, PoolDirectoryError
-from gpu_launcher.jobs.explaining import describe_request
 from gpu_launcher.leases import Lease
-from gpu_launcher.lending import forks
-from gpu_launcher.lending.places import LoopDriver, Place, Sleeper, Task, wait_readable
-from gpu_launcher.lending.room import Waiter, WaitingRoom, closed_meanwhile
 from gpu_launcher.model import Owner, Request
 from gpu_launcher.processes.critical import uninterrupted
 from gpu_launcher.processes.forks import is_own_fork
@@ -46,7 +46,7 @@ class Lending:
         self._out: set[Lease] = set()
         """Leases that somebody has and has not given back."""
         self._begin()
-        forks.register(self)
+        fork_hooks.register(self)
 
     def _begin(self) -> None:
         self._process = os.getpid()

@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from gpu_launcher.jobs.labels import middle_cut
 from gpu_launcher.leases import PoolView, Ticket
 from gpu_launcher.model import MILLIONTHS, Device, DeviceKind, Owner, Request, device_list
 from gpu_launcher.sizes import show_memory
+from gpu_launcher.text import middle_cut
 
 MOST_REASONS = 3
 MAX_COMMAND = 60

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gpu_launcher.allocation.survey import DeviceSeen, Survey, device_of
 from gpu_launcher.model import Device, Owner, Request, Share
-from gpu_launcher.survey import DeviceSeen, Survey, device_of
 
 
 @dataclass(frozen=True, slots=True)

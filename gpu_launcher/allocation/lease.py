@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import NoReturn, SupportsIndex
 
+from gpu_launcher.allocation.environment import Telling
+from gpu_launcher.allocation.explain import labels
 from gpu_launcher.errors import ApplyError
-from gpu_launcher.jobs.explaining import labels
-from gpu_launcher.jobs.grants import Telling
 from gpu_launcher.leases import Lease as Held
 from gpu_launcher.model import Device
 from gpu_launcher.processes.linux import cuda_in_use

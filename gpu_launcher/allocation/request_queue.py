@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gpu_launcher.allocation.device_watch import DeviceWatch
+from gpu_launcher.allocation.explain import describe_request, explain_wait
+from gpu_launcher.allocation.feasibility import refusal
 from gpu_launcher.devices import ConditionMonitor, Links, combinable
 from gpu_launcher.errors import GpuLauncherError, PoolDirectoryError, RequestError
-from gpu_launcher.jobs.explaining import describe_request, explain_wait
-from gpu_launcher.jobs.refusing import refusal
-from gpu_launcher.jobs.watch import DeviceWatch
 from gpu_launcher.leases import Lease, Ledger, PoolView, Ticket
 from gpu_launcher.model import Device, Owner, Request
 
@@ -90,7 +90,7 @@ class WaitingRoom:
 
         `busy_memory` is as `gpu_launcher.devices.why_busy` takes it. `tell` gets one line when somebody has waited for
         others for more than a moment, and whenever the reason changes. `links` are as
-        `gpu_launcher.jobs.watch.links_among` finds them.
+        `gpu_launcher.allocation.device_watch.links_among` finds them.
         """
         self.devices = devices
         self._ledger = ledger

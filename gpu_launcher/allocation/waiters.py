@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable
 
-from gpu_launcher.lending.room import Waiter
+from gpu_launcher.allocation.request_queue import Waiter
 
 
 class Place:

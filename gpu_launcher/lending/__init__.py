@@ -1,1 +1,0 @@
-"""How the threads and event loops of this process get leases, and hold them."""
