@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -96,24 +95,6 @@ class Share:
 
 
 WHOLE = Share(MILLIONTHS)
-
-
-def device_list(labels: Iterable[str]) -> str:
-    """Join the names of devices: `GPU 0-3, GPU 6`. Three or more that follow each other are one range."""
-    runs: list[list[str]] = []
-    before = ("", -1)
-    for label in labels:
-        kind, _, number = label.rpartition(" ")
-        at = (kind, int(number)) if number.isdecimal() else ("", -1)
-        if runs and at[0] and at == (before[0], before[1] + 1):
-            runs[-1].append(label)
-        else:
-            runs.append([label])
-        before = at
-    parts: list[str] = []
-    for run in runs:
-        parts += [f"{run[0]}-{run[-1].rpartition(' ')[2]}"] if len(run) > 2 else run
-    return ", ".join(parts)
 
 
 MOST_PRIORITY = 499_999

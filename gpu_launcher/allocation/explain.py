@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from gpu_launcher.leases import PoolView, Ticket
-from gpu_launcher.model import MILLIONTHS, Device, DeviceKind, Owner, Request, device_list
+from gpu_launcher.model import MILLIONTHS, Device, DeviceKind, Owner, Request
 from gpu_launcher.sizes import show_memory
 from gpu_launcher.text import middle_cut
+from gpu_launcher.wording import device_names
 
 MOST_REASONS = 3
 MAX_COMMAND = 60
@@ -59,7 +60,7 @@ def explain_wait(
         if lease.since is not None and who not in (MINE, OUTER):
             since[who] = min(lease.since, since.get(who, lease.since))
     parts = [
-        f"{labels(device for device in devices if device in theirs)} held by {who}{_since(since.get(who))}"
+        f"{device_names(device for device in devices if device in theirs)} held by {who}{_since(since.get(who))}"
         for who, theirs in held.items()
         if theirs
     ]
@@ -97,11 +98,6 @@ def _since(when: float | None) -> str:
 def _program(owner: Owner | None) -> str:
     """The name of a program, without the number and overrides of the job: the same for all jobs of a sweep."""
     return _name(owner and replace(owner, command=owner.command.partition(" #")[0]))
-
-
-def labels(devices: Iterable[Device]) -> str:
-    """The names of devices: `GPU 0, GPU 1`, `GPU 0-3`."""
-    return device_list(device.label for device in devices)
 
 
 def describe_request(request: Request, devices: Iterable[Device]) -> str:

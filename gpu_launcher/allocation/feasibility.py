@@ -8,7 +8,8 @@ from dataclasses import replace
 from gpu_launcher import leases
 from gpu_launcher.devices import combinable
 from gpu_launcher.errors import OptionError, RequestError
-from gpu_launcher.model import MILLIONTHS, Device, Request, Share, device_list
+from gpu_launcher.model import MILLIONTHS, Device, Request, Share
+from gpu_launcher.wording import device_names
 
 
 def refusal(request: Request, devices: tuple[Device, ...]) -> str | None:
@@ -23,7 +24,7 @@ def refuse(request: Request, devices: tuple[Device, ...], spell: Callable[[str],
     """Raise OptionError for a request that `devices` could never grant. The user writes options as `spell` says."""
     problem = refusal(request, devices)
     if problem is not None:
-        labels = device_list(device.label for device in devices)
+        labels = device_names(devices)
         raise OptionError(spell(_blamed(request, devices)), f"the request is {problem}. There are: {labels}")
 
 

@@ -11,11 +11,11 @@ from types import TracebackType
 from typing import NoReturn, SupportsIndex
 
 from gpu_launcher.allocation.environment import Telling
-from gpu_launcher.allocation.explain import labels
 from gpu_launcher.errors import ApplyError
 from gpu_launcher.leases import Lease as Held
 from gpu_launcher.model import Device
 from gpu_launcher.processes.linux import cuda_in_use
+from gpu_launcher.wording import device_names
 
 
 class Lease:
@@ -40,7 +40,7 @@ class Lease:
         self._telling = telling
         self._released = False
         # No __del__: an exception out of a signal's handler would be lost in it, also at the end of every `with` block.
-        self._finalizer = weakref.finalize(self, _forgotten, held, give_back, labels(devices))
+        self._finalizer = weakref.finalize(self, _forgotten, held, give_back, device_names(devices))
         self._finalizer.atexit = False
 
     @property
@@ -119,7 +119,7 @@ class Lease:
         )
 
     def __repr__(self) -> str:
-        return f"<Lease of {labels(self.devices) or 'no devices'}{', released' if self.released else ''}>"
+        return f"<Lease of {device_names(self.devices) or 'no devices'}{', released' if self.released else ''}>"
 
 
 def _forgotten(held: Held | None, give_back: Callable[[Held], None], names: str) -> None:
@@ -180,7 +180,7 @@ class _Application:
 
 
 def _named(lease: Lease) -> str:
-    return labels(lease.devices) or "no devices"
+    return device_names(lease.devices) or "no devices"
 
 
 _application = _Application()

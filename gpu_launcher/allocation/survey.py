@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from gpu_launcher.devices import Condition, GpuProcess, Unusable, foreign_processes, simulated_devices, why_busy
 from gpu_launcher.devices.cpu import cpu_slots
 from gpu_launcher.leases import Hold, PoolView, describe_wait, holds_on, leased_memory, owners_of
-from gpu_launcher.model import MILLIONTHS, Device, DeviceKind, device_list
+from gpu_launcher.model import MILLIONTHS, Device, DeviceKind
+from gpu_launcher.wording import join_labels
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -215,4 +216,4 @@ def _about(view: PoolView, not_shown: Sequence[str]) -> Iterator[str]:
         )
     if not_shown:
         devices = "1 more device is" if len(not_shown) == 1 else f"{len(not_shown)} more devices are"
-        yield f"{devices} held in this pool: {device_list(not_shown)}; --devices auto shows all"
+        yield f"{devices} held in this pool: {join_labels(not_shown)}; --devices auto shows all"

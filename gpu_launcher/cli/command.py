@@ -24,13 +24,13 @@ from gpu_launcher.devices import Links, select_devices
 from gpu_launcher.devices.specification import read_specification
 from gpu_launcher.errors import GpuLauncherError, OptionError
 from gpu_launcher.jobs.machine import ENDING
-from gpu_launcher.jobs.progress.text import duration
 from gpu_launcher.leases import FileLedger, Lease, resolve_pool_directory
-from gpu_launcher.model import Device, Request, device_list
+from gpu_launcher.model import Device, Request
 from gpu_launcher.processes.command import CommandError, Ended, InterruptedBySignal, check_command, run_command
 from gpu_launcher.processes.signals import HARMLESS, STOPS, CommandSignals
 from gpu_launcher.text import one_line
 from gpu_launcher.users import this_process
+from gpu_launcher.wording import device_names, duration
 
 TIMED_OUT = 124
 """As timeout(1)."""
@@ -192,7 +192,7 @@ class _Announcements:
 
     def granted(self, devices: Sequence[Device]) -> None:
         if self._told:
-            _tell(f"got {device_list(device.label for device in devices)}")
+            _tell(f"got {device_names(devices)}")
 
 
 def _wait_for_devices(command: Sequence[str], options: Options, room: WaitingRoom, signals: CommandSignals) -> Lease:

@@ -83,8 +83,8 @@ def _safely(check: str, examine: Callable[[], Iterator[Finding]]) -> Iterator[Fi
 
 def _lines(findings: Sequence[Finding], width: int | None) -> Iterator[Line]:
     from gpu_launcher.cli.table import wrap
-    from gpu_launcher.jobs.progress.text import count
     from gpu_launcher.text import one_line
+    from gpu_launcher.wording import count
 
     column = max(len(finding.check) for finding in findings)
     for finding in findings:

@@ -11,10 +11,10 @@ from rich.cells import cell_len
 
 from gpu_launcher.allocation.survey import DeviceSeen, State, Survey, label
 from gpu_launcher.cli.table import Column, Line, Piece, Row, lay_out, wrap
-from gpu_launcher.jobs.progress.text import count, duration
 from gpu_launcher.model import MILLIONTHS, DeviceKind, Share
 from gpu_launcher.sizes import GIB, show_memory
 from gpu_launcher.text import one_line
+from gpu_launcher.wording import count, duration
 
 if TYPE_CHECKING:
     from gpu_launcher.leases import Hold, TicketView

@@ -9,8 +9,8 @@ from typing import Any
 
 from gpu_launcher.cli.table import Column, Line, Row, lay_out
 from gpu_launcher.jobs.manifest import Entry, State
-from gpu_launcher.jobs.progress.text import count, duration
 from gpu_launcher.text import one_line
+from gpu_launcher.wording import count, duration
 
 SCHEMA = 1
 COLUMNS = (

@@ -14,7 +14,6 @@ from gpu_launcher.executors.dealing import Dealer
 from gpu_launcher.executors.progress import open_bar
 from gpu_launcher.executors.record_engine import RecordEngine
 from gpu_launcher.jobs.manager_messages import Opened, Remarked
-from gpu_launcher.jobs.progress.text import count, device_counts
 from gpu_launcher.jobs.remarks import log
 from gpu_launcher.jobs.remote import RemoteLoop
 from gpu_launcher.jobs.where import this_program
@@ -22,6 +21,7 @@ from gpu_launcher.model import MILLIONTHS, Device, Request
 from gpu_launcher.pool import Pool, read_pool
 from gpu_launcher.processes.starter import StartMethod
 from gpu_launcher.requests import read_request
+from gpu_launcher.wording import count, device_counts
 
 MOST_WORKERS = 4096
 

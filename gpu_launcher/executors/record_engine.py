@@ -21,11 +21,11 @@ from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.manager_messages import Closed, Ended, Heard, Message, Opened, Remarked, Started, Wanted
-from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.jobs.remarks import log
 from gpu_launcher.jobs.remote import ManagerDiedError, RemoteLoop
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.unpicklable import found_at
+from gpu_launcher.wording import count, device_names
 
 ENDING = 10.0
 """Seconds that workers get to end by themselves when there is nothing left to do."""
@@ -259,7 +259,7 @@ class RecordEngine:
             case Wanted(more):
                 self._wanted += more
             case Started(number, devices):
-                self._workers[number].where = w.names(devices)
+                self._workers[number].where = device_names(devices)
             case Ended(result):
                 self._ended(result)
             case Remarked():

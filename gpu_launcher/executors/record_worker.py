@@ -12,7 +12,7 @@ import mmap
 import os
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 from gpu_launcher.errors import OptionError, UnpicklableError
 from gpu_launcher.executors.packing import uncarried, unreturnable
 from gpu_launcher.executors.record_errors import UnreadableError
-from gpu_launcher.model import Request, device_list
+from gpu_launcher.model import Request
 from gpu_launcher.processes import exceptions, pickling
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.unpicklable import found_at
@@ -315,8 +315,3 @@ def _portable(error: BaseException) -> bytes:
     except Exception as why:  # whatever the user's exception raises
         last = traceback.format_exception_only(type(error), error)[-1].strip()
         return pickling.dump(UnreadableError(f"{last}. {uncarried('pickled', why)}"))
-
-
-def names(devices: Sequence[Any]) -> str:
-    """What messages call the devices of a worker."""
-    return device_list(device.label for device in devices)

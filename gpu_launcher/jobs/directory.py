@@ -21,11 +21,11 @@ from pathlib import Path
 from gpu_launcher.jobs.failures import set_aside
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.manifest import DIRECTORY, MANIFEST, Entry, ManifestError, State, refuse_if_running
-from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.json_data import Fields, load_object
 from gpu_launcher.processes.messages import Prepared
 from gpu_launcher.safe_files import make_directories, open_regular
 from gpu_launcher.text import one_line
+from gpu_launcher.wording import count
 
 LOCK = "lock"
 WAIT_SECONDS = 15.0

@@ -36,7 +36,6 @@ from gpu_launcher.jobs.failures import Attempts, FailurePolicy, set_aside
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.job_options import JobOptions
 from gpu_launcher.jobs.pool import PoolSide
-from gpu_launcher.jobs.progress.text import count, job_name
 from gpu_launcher.jobs.reports import ReportError, read_report
 from gpu_launcher.jobs.running import Running, judge
 from gpu_launcher.jobs.signals import StopSignals
@@ -47,6 +46,7 @@ from gpu_launcher.processes import bulletin, messages
 from gpu_launcher.processes.host_memory import oom_kills
 from gpu_launcher.processes.messages import ChannelClosedError, Report
 from gpu_launcher.processes.starter import SUPERVISOR_DIED, JobProcess, Lost, ServerDiedError
+from gpu_launcher.wording import count, job_name
 
 CAP_CHECK_SECONDS = 1.0
 """Seconds between two looks at whether the cap leaves devices idle."""

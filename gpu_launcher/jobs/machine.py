@@ -20,8 +20,8 @@ from collections import deque
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
-from gpu_launcher.jobs.progress.text import duration
 from gpu_launcher.model import Request
+from gpu_launcher.wording import duration
 
 ENDING = 5.0
 """Seconds in which a killed job's processes are gone."""

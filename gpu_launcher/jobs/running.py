@@ -8,16 +8,15 @@ from dataclasses import dataclass, field
 from signal import SIGKILL
 
 from gpu_launcher.allocation.environment import Telling
-from gpu_launcher.allocation.explain import labels
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Cause, Job, JobResult
-from gpu_launcher.jobs.progress.text import duration
 from gpu_launcher.leases import Lease, Ticket
 from gpu_launcher.model import Device, Request, Share
 from gpu_launcher.processes.death import describe_exit
 from gpu_launcher.processes.host_memory import oom_kills
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.starter import JobProcess
+from gpu_launcher.wording import device_names, duration
 
 
 @dataclass(slots=True)
@@ -151,5 +150,5 @@ def _killed_for_want_of_memory(ran: Running) -> bool:
 def _circumstances(ran: Running) -> str:
     if ran.duration is None:
         return " while it prepared itself"
-    where = f" on {labels(ran.devices)}" if ran.devices else ""
+    where = f" on {device_names(ran.devices)}" if ran.devices else ""
     return f" after {duration(ran.duration)}{where}"

@@ -22,13 +22,13 @@ from gpu_launcher.jobs.loop import JobLoop
 from gpu_launcher.jobs.machine import Limits
 from gpu_launcher.jobs.manifest import Entry, Planned, Recorded, Recorder, finished_before, read
 from gpu_launcher.jobs.progress import open_progress
-from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.jobs.source import JobSource
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
 from gpu_launcher.model import MILLIONTHS, Device, Request
 from gpu_launcher.processes.starter import ForkServer
 from gpu_launcher.text import one_line
 from gpu_launcher.users import this_process
+from gpu_launcher.wording import count
 
 MAX_SKIPPED = 5
 """Results of earlier launches that are not used, of which the reason is told."""

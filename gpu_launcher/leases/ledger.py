@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn, Protocol, SupportsIndex
 
 from gpu_launcher.errors import RequestError
 from gpu_launcher.leases.policy import INDIFFERENT, Candidate, Demand, Snapshot, Taste, Wait, waits
-from gpu_launcher.model import device_list
+from gpu_launcher.wording import device_names, join_labels
 
 if TYPE_CHECKING:
     from gpu_launcher.model import Device, Owner, Request, Share
@@ -153,11 +153,11 @@ def describe_wait(pool: PoolView, ticket: TicketView, label: Callable[[str], str
     numbers = {view.id: number for number, view in enumerate(pool.tickets, 1)}
     parts = []
     if wait.missing > 0:
-        parts.append(f"waits for {wait.missing} more of {device_list(map(label, ticket.candidates or ()))}")
+        parts.append(f"waits for {wait.missing} more of {join_labels(map(label, ticket.candidates or ()))}")
     if wait.unavailable:
-        parts.append(f"{device_list(map(label, wait.unavailable))} in use outside the pool, or broken")
+        parts.append(f"{join_labels(map(label, wait.unavailable))} in use outside the pool, or broken")
     if wait.staggered:
-        parts.append(f"a job has only just started on {device_list(map(label, wait.staggered))}")
+        parts.append(f"a job has only just started on {join_labels(map(label, wait.staggered))}")
     if wait.behind:
         parts.append(f"behind {_listed(f'{_who(owners[id])} #{numbers[id]}' for id in wait.behind)}")
     if wait.leases:
@@ -275,10 +275,10 @@ def refusal(request: Request, devices: Sequence[Device]) -> str | None:
         return f"for {_gib(memory)} of memory, but the largest device has {_gib(largest)}: ask for less"
     reasons, remedies = [], ["ask for fewer devices"] if request.gpus > 1 else []
     if small:
-        reasons.append(f"{device_list(device.label for device in small)} with less than {_gib(memory)} of memory")
+        reasons.append(f"{device_names(small)} with less than {_gib(memory)} of memory")
         remedies.append("ask for less memory")
     if exclusive := [device.label for device in devices if device.exclusive and device not in small]:
-        reasons.append(f"{device_list(exclusive)} in compute mode EXCLUSIVE_PROCESS, which only one process may use")
+        reasons.append(f"{join_labels(exclusive)} in compute mode EXCLUSIVE_PROCESS, which only one process may use")
         remedies.append("ask for whole devices")
     return (
         f"for {wanted}, but only {len(able)} of {len(candidates)} could give what it needs ({'; '.join(reasons)}): "

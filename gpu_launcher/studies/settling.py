@@ -11,9 +11,9 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.studies.attributes import FAILURE, JOB, LOST, OURS, RETRY_OF
 from gpu_launcher.studies.ownership import Sweep
+from gpu_launcher.wording import count
 
 NEVER = -1
 """As `most_retries`: no trial is queued again, not even one that never ran."""

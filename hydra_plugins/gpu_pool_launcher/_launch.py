@@ -19,10 +19,10 @@ from gpu_launcher.errors import GpuLauncherError, JobError
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.labels import Labels
-from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.jobs.source import JobSource
 from gpu_launcher.jobs.sweep import Options, SweepResult, run_jobs
 from gpu_launcher.processes.starter import ForkServer
+from gpu_launcher.wording import count
 
 from ._commands import closing_lines
 from ._directory import LaunchError, open_logs, sweep_directory

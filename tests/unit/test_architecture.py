@@ -33,6 +33,7 @@ LAYERS = (
         "gpu_launcher.version",
         "gpu_launcher.safe_files",
         "gpu_launcher.users",
+        "gpu_launcher.wording",
     },
     {"gpu_launcher.devices", "gpu_launcher.leases", "gpu_launcher.processes"},
     {"gpu_launcher.allocation"},
@@ -54,7 +55,6 @@ ONLY_IN = {
     "pytorch_lightning": ("gpu_launcher/lightning.py",),
     "sqlalchemy": ("gpu_launcher/studies/storage.py",),
     "rich": (
-        "gpu_launcher/jobs/progress.py",
         "gpu_launcher/jobs/progress/**/*.py",
         "gpu_launcher/executors/progress.py",
         "gpu_launcher/cli/**/*.py",

@@ -31,10 +31,11 @@ from gpu_launcher.jobs.events import (
 from gpu_launcher.jobs.progress import PlainProgress, open_progress
 from gpu_launcher.jobs.progress.alike import ranges
 from gpu_launcher.jobs.progress.estimate import time_left
-from gpu_launcher.jobs.progress.text import duration, log_end, rough_duration
+from gpu_launcher.jobs.progress.log_tail import log_tail
 from gpu_launcher.leases import LeaseView, PoolView
-from gpu_launcher.model import WHOLE, Device, DeviceKind, Owner, device_list
+from gpu_launcher.model import WHOLE, Device, DeviceKind, Owner
 from gpu_launcher.text import one_line
+from gpu_launcher.wording import duration, join_labels, rough_duration
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -425,12 +426,12 @@ def test_one_line_is_one_printable_line(text: str) -> None:
 
 @pytest.mark.parametrize("path", [None, "/does/not/exist", "/", "/dev/zero", "/dev/null", "bad\0path"])
 def test_a_log_that_is_not_to_be_had_has_no_end(path: str | None) -> None:
-    assert log_end(path) == []
+    assert log_tail(path) == []
 
 
 def test_a_fifo_in_place_of_a_log_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    assert log_end(str(tmp_path / "fifo")) == []
+    assert log_tail(str(tmp_path / "fifo")) == []
 
 
 def test_only_the_end_of_a_huge_log_is_read(tmp_path: Path) -> None:
@@ -439,13 +440,13 @@ def test_only_the_end_of_a_huge_log_is_read(tmp_path: Path) -> None:
         file.truncate(1 << 40)
         file.seek(0, os.SEEK_END)
         file.write(b"\nthe last line\n")
-    assert log_end(str(log))[-1] == "the last line"
+    assert log_tail(str(log))[-1] == "the last line"
 
 
 def test_a_binary_log_comes_back_as_harmless_text(tmp_path: Path) -> None:
     log = tmp_path / "job.log"
     log.write_bytes(bytes(range(256)) * 500)
-    for line in log_end(str(log)):
+    for line in log_tail(str(log)):
         assert one_line(line) == line.strip()
         assert len(line) <= 300
 
@@ -453,7 +454,7 @@ def test_a_binary_log_comes_back_as_harmless_text(tmp_path: Path) -> None:
 def test_a_progress_bar_in_a_log_shows_its_last_state(tmp_path: Path) -> None:
     log = tmp_path / "job.log"
     log.write_bytes(b"start\r\n 10%|#   |\r 50%|##  |\r100%|####|\r\ndone\n")
-    assert log_end(str(log)) == ["start", "100%|####|", "done"]
+    assert log_tail(str(log)) == ["start", "100%|####|", "done"]
 
 
 positive = st.floats(0, 1e9, allow_nan=False)
@@ -513,7 +514,7 @@ def test_the_time_left_of_regular_jobs_is_exact(
     ],
 )
 def test_devices_in_a_row_are_named_as_a_range(labels: list[str], names: str) -> None:
-    assert device_list(labels) == names
+    assert join_labels(labels) == names
 
 
 def view_of(*leases: tuple[str, str, tuple[int, ...]]) -> PoolView:

@@ -11,8 +11,8 @@ from gpu_launcher.cli.look import nvml_kept_open
 from gpu_launcher.devices import NvmlProbe, usable_cpus
 from gpu_launcher.devices.visibility import ORDER, VISIBLE, visible, why_nothing_is_visible
 from gpu_launcher.errors import DeviceError
-from gpu_launcher.model import device_list
 from gpu_launcher.sizes import show_memory
+from gpu_launcher.wording import device_names, join_labels
 
 if TYPE_CHECKING:
     from gpu_launcher.devices import Inventory
@@ -82,7 +82,7 @@ def _present(inventory: Inventory) -> Iterator[Finding]:
     for device in inventory.devices:
         kinds.setdefault(_kind(device), []).append(device.label)
     for kind, labels in kinds.items():
-        yield ok("gpus", f"{device_list(labels)}: {kind}")
+        yield ok("gpus", f"{join_labels(labels)}: {kind}")
     for device in inventory.devices:
         if device.exclusive:
             yield warning(
@@ -110,7 +110,7 @@ def _mask(inventory: Inventory, environ: Mapping[str, str]) -> Finding:
     remedy = f"change or unset {VISIBLE}"
     misread = [notice for notice in seen.notices if ORDER in notice]
     mistakes = [notice for notice in seen.notices if ORDER not in notice]
-    left = f"leaves {device_list(device.label for device in seen.devices)} of {len(inventory.devices)} devices"
+    left = f"leaves {device_names(seen.devices)} of {len(inventory.devices)} devices"
     if mistakes:
         return problem("mask", f"{mistakes[0]}; it {left if seen.devices else 'leaves no device'}", remedy)
     if not seen.devices:

@@ -29,12 +29,12 @@ from gpu_launcher.errors import GpuLauncherError, OptionError
 from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.job import Cause
 from gpu_launcher.jobs.progress import open_progress
-from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.jobs.sweep import Options, SweepResult, run_jobs
 from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.processes.starter import ForkServer
 from gpu_launcher.requests import read_request
 from gpu_launcher.text import one_line, short_path
+from gpu_launcher.wording import count
 
 DEFAULT = "map"
 """Under which maps are kept whose directory nobody names."""

@@ -14,7 +14,6 @@ from typing import Any
 from gpu_launcher.cli.mapping.place import Place, RunPlace
 from gpu_launcher.cli.mapping.template import Template
 from gpu_launcher.cli.mapping.values import Params
-from gpu_launcher.jobs.progress.text import duration
 from gpu_launcher.model import Request
 from gpu_launcher.processes.death import describe_exit
 from gpu_launcher.processes.exceptions import NO_TERMINAL
@@ -22,6 +21,7 @@ from gpu_launcher.processes.memory_errors import tells_of_gpu_memory
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.worker import ATTEMPT, Gate
 from gpu_launcher.safe_files import open_regular, write_whole
+from gpu_launcher.wording import duration
 
 LOOKED_AT = 2**20
 """Bytes from the end of what a run printed in which its last JSON object is looked for."""

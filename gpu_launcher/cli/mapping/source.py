@@ -17,10 +17,10 @@ from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.labels import Labels
-from gpu_launcher.jobs.progress.text import count
 from gpu_launcher.jobs.source import Exhausted, Offer, Remark, Statement
 from gpu_launcher.model import Device
 from gpu_launcher.text import short_path
+from gpu_launcher.wording import count
 
 TURN = 0.02
 """Seconds to look for the next run before the loop has its turn."""

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpu_launcher.jobs.progress.text import device_names, duration
+from gpu_launcher.wording import device_names, duration
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

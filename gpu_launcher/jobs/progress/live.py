@@ -20,10 +20,10 @@ from gpu_launcher.jobs.events import Event, JobEnded, JobRetried, Notice, Outcom
 from gpu_launcher.jobs.progress.output import Output
 from gpu_launcher.jobs.progress.plain import NAME, log_quote, opening
 from gpu_launcher.jobs.progress.tally import Tally, failure, retry
-from gpu_launcher.jobs.progress.text import job_name
 from gpu_launcher.jobs.progress.view import frame
 from gpu_launcher.processes.keyboard import Keyboard
 from gpu_launcher.text import one_line
+from gpu_launcher.wording import job_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -16,11 +16,12 @@ from gpu_launcher.jobs.events import (
     SweepEnded,
     SweepStarted,
 )
+from gpu_launcher.jobs.progress.log_tail import log_tail
 from gpu_launcher.jobs.progress.output import Output
 from gpu_launcher.jobs.progress.tally import Tally, failure, retry
-from gpu_launcher.jobs.progress.text import count, device_counts, device_names, duration, job_name, log_end
 from gpu_launcher.model import DeviceKind
 from gpu_launcher.text import one_line
+from gpu_launcher.wording import count, device_counts, device_names, duration, job_name
 
 NAME = "gpu_pool"
 """What begins the lines of a sweep: the launcher, as one names it to Hydra."""
@@ -132,4 +133,4 @@ def log_quote(event: JobEnded, tally: Tally) -> list[str]:
     """The end of a failed job's log, indented below its line, unless that was shown for one that failed there."""
     if tally.same is not None or not tally.failures.tells_more(event):
         return []
-    return [f"    | {line}".rstrip() for line in log_end(event.log)]
+    return [f"    | {line}".rstrip() for line in log_tail(event.log)]

@@ -19,9 +19,9 @@ from gpu_launcher.jobs.events import (
 )
 from gpu_launcher.jobs.progress.alike import Failures, Group, ranges
 from gpu_launcher.jobs.progress.estimate import time_left
-from gpu_launcher.jobs.progress.text import count, duration, job_name
 from gpu_launcher.model import Device
 from gpu_launcher.text import one_line
+from gpu_launcher.wording import count, duration, job_name
 
 FAILURES_NAMED = 20
 """How many distinct failures the closing summary names before it only counts."""

@@ -8,9 +8,9 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from gpu_launcher.jobs.progress.plain import stopping, waits
-from gpu_launcher.jobs.progress.text import duration, rough_duration
 from gpu_launcher.model import Device
 from gpu_launcher.text import middle_cut, one_line
+from gpu_launcher.wording import duration, rough_duration
 
 if TYPE_CHECKING:
     from gpu_launcher.jobs.events import JobStarted

@@ -1,17 +1,12 @@
-"""Words for people: durations, names of jobs, and text from outside made fit for one line of a terminal."""
+"""How messages show durations, counts, jobs and devices."""
 
 from __future__ import annotations
 
-import os
-import stat
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
-from gpu_launcher.model import Device, DeviceKind, device_list
-from gpu_launcher.text import CONTROL, ESCAPE_SEQUENCE, one_line
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+from gpu_launcher.model import Device, DeviceKind
+from gpu_launcher.text import one_line
 
 
 def duration(seconds: float, *, tenths: bool = True) -> str:
@@ -61,7 +56,26 @@ def job_name(number: int, label: str) -> str:
 
 
 def device_names(devices: Iterable[Device]) -> str:
-    return device_list(device.label for device in devices)
+    """`GPU 0-3, GPU 6`"""
+    return join_labels(device.label for device in devices)
+
+
+def join_labels(labels: Iterable[str]) -> str:
+    """Join labels of devices, three or more in a row as a range: `GPU 0-3, GPU 6`."""
+    runs: list[list[str]] = []
+    before = ("", -1)
+    for label in labels:
+        kind, _, number = label.rpartition(" ")
+        at = (kind, int(number)) if number.isdecimal() else ("", -1)
+        if runs and at[0] and at == (before[0], before[1] + 1):
+            runs[-1].append(label)
+        else:
+            runs.append([label])
+        before = at
+    parts: list[str] = []
+    for run in runs:
+        parts += [f"{run[0]}-{run[-1].rpartition(' ')[2]}"] if len(run) > 2 else run
+    return ", ".join(parts)
 
 
 def device_counts(devices: Sequence[Device]) -> str:
@@ -74,47 +88,3 @@ def device_counts(devices: Sequence[Device]) -> str:
     }
     kinds = Counter(device.kind for device in devices)
     return " and ".join(count(number, nouns[kind]) for kind, number in kinds.items()) or "no device"
-
-
-def log_end(path: str | None, *, lines: int = 10, width: int = 300, window: int = 32 * 1024) -> list[str]:
-    """The last lines of a log, cleaned for display; empty if there is none to be had, for whatever reason.
-
-    Reads at most `window` bytes from the end. A line that was rewritten with carriage returns, as progress bars do,
-    comes back as it looked last. Not promised: that a line longer than `window` comes back from its beginning.
-    """
-    if path is None:
-        return []
-    try:
-        # Without O_NONBLOCK, opening a FIFO would wait for a writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (OSError, ValueError):
-        return []
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            return []
-        start = max(0, status.st_size - window)
-        data = os.pread(descriptor, window, start)
-    except OSError:
-        return []
-    finally:
-        os.close(descriptor)
-    raw = data.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
-    if start > 0 and len(raw) > 1:
-        del raw[0]
-    shown: list[str] = []
-    for line in reversed(raw):
-        line = _as_it_looked(line)
-        if not line and not shown:
-            continue
-        shown.append(line if len(line) <= width else line[: width - 1] + "…")
-        if len(shown) == lines:
-            break
-    shown.reverse()
-    return shown
-
-
-def _as_it_looked(line: str) -> str:
-    line = ESCAPE_SEQUENCE.sub("", line).expandtabs(4)
-    last = next((part for part in reversed(line.split("\r")) if part.strip()), "")
-    return CONTROL.sub("", last).rstrip()
