@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
-from gpu_launcher.leases.policy import Candidate, Demand, LeaseState, Snapshot, TicketState, grant, waits
+from gpu_launcher.leases.grant_policy import Candidate, Demand, LeaseState, Snapshot, TicketState, grant, waits
 from gpu_launcher.model import WHOLE, Device, DeviceKind, Owner, Request
 
 Results = dict[str, Any]

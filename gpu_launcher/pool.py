@@ -14,10 +14,10 @@ from pathlib import Path
 from types import TracebackType
 
 from gpu_launcher.allocation.device_watch import links_among
-from gpu_launcher.allocation.environment import Telling
+from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.allocation.lease import Lease
-from gpu_launcher.allocation.lease_broker import Lending
-from gpu_launcher.allocation.request_queue import WaitingRoom
+from gpu_launcher.allocation.lease_broker import LeaseBroker
+from gpu_launcher.allocation.request_queue import RequestQueue
 from gpu_launcher.allocation.snapshot import PoolSnapshot, snapshot_of
 from gpu_launcher.allocation.survey import Found, PoolSeen, take_survey
 from gpu_launcher.devices import Links, select_devices
@@ -28,8 +28,7 @@ from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.manager_messages import Remarked
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.jobs.where import Where, this_program
-from gpu_launcher.leases import FileLedger, choose_pool_directory, resolve_pool_directory
-from gpu_launcher.leases import Lease as Held
+from gpu_launcher.leases import FileLedger, HeldLease, choose_pool_directory, resolve_pool_directory
 from gpu_launcher.model import Device, Request
 from gpu_launcher.requests import read_request
 from gpu_launcher.sizes import read_memory
@@ -44,7 +43,7 @@ ANSWER = 3.0
 class _Machine:
     devices: tuple[Device, ...]
     links: Links | None
-    telling: Telling
+    device_environment: DeviceEnvironment
 
 
 class _Entrance:
@@ -62,16 +61,16 @@ class _Entrance:
         """Takes up to seconds the first time. Raises OptionError, DeviceError."""
         if self._machine is None:
             selection = select_devices(self.spec, self.environ, option="devices")
-            telling = Telling(by_uuid=selection.by_uuid)
-            self._machine = _Machine(selection.devices, links_among(selection.devices), telling)
+            device_environment = DeviceEnvironment(by_uuid=selection.by_uuid)
+            self._machine = _Machine(selection.devices, links_among(selection.devices), device_environment)
             for notice in selection.notices:
                 remarks.log(Remarked(notice))
         return self._machine
 
-    def open(self, tell: Callable[[str], None]) -> WaitingRoom:
+    def open(self, tell: Callable[[str], None]) -> RequestQueue:
         """Raises PoolDirectoryError."""
         machine = self.machine()
-        return WaitingRoom(
+        return RequestQueue(
             machine.devices,
             FileLedger(resolve_pool_directory(str(self.directory)), warn=tell),
             busy_memory=self.busy_memory,
@@ -109,7 +108,7 @@ class Pool:
         self.directory: Path = choose_pool_directory(None if pool_dir is None else os.fspath(pool_dir))[0]
         self._made_of = (devices, None if pool_dir is None else os.fspath(pool_dir), busy_memory)
         self._entrance = _Entrance(devices, self.directory, most)
-        self._lending = Lending(self._entrance.open, LOG.warning)
+        self._broker = LeaseBroker(self._entrance.open, LOG.warning)
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -144,7 +143,7 @@ class Pool:
         if request.gpus == 0:
             return self._nothing()
         make = self._maker(request)
-        return self._lending.wait(request, this_process(this_program()), limit, make)
+        return self._broker.wait(request, this_process(this_program()), limit, make)
 
     def alease(
         self,
@@ -168,8 +167,8 @@ class Pool:
         machine = self._prepare()
         deadline = time.monotonic() + ANSWER
         while True:
-            with self._lending.guard():
-                room = self._lending.room()
+            with self._broker.guard():
+                room = self._broker.room()
                 waiting = room.look()
                 if waiting is None or time.monotonic() >= deadline:
                     view, conditions = room.snapshot(), room.watch.conditions
@@ -191,40 +190,40 @@ class Pool:
 
     def close(self) -> None:
         """Give back all leases that this process has of it; who waits for one gets an error. Idempotent."""
-        self._lending.close()
+        self._broker.close()
 
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._lending.closed
+        return self._broker.closed
 
     async def _wait_in_loop(self, request: Request, limit: float) -> Lease:
         if request.gpus == 0:
             return self._nothing()
         make = self._maker(request)
-        return await self._lending.wait_in_loop(request, this_process(this_program()), limit, make)
+        return await self._broker.wait_in_loop(request, this_process(this_program()), limit, make)
 
     def _nothing(self) -> Lease:
         if self.closed:
             raise ValueError("this pool is closed")
         return Lease((), None, self._give_back)
 
-    def _maker(self, request: Request) -> Callable[[Held], Lease]:
+    def _maker(self, request: Request) -> Callable[[HeldLease], Lease]:
         machine = self._prepare()
         known = {device.uuid: device for device in machine.devices}
 
-        def make(held: Held) -> Lease:
-            return Lease(tuple(known[uuid] for uuid in held.uuids), held, self._give_back, machine.telling)
+        def make(held: HeldLease) -> Lease:
+            return Lease(tuple(known[uuid] for uuid in held.uuids), held, self._give_back, machine.device_environment)
 
         return make
 
-    def _give_back(self, held: Held) -> None:
-        self._lending.give_back(held)
+    def _give_back(self, held: HeldLease) -> None:
+        self._broker.give_back(held)
 
     def _prepare(self) -> _Machine:
         if self.closed:
             raise ValueError("this pool is closed")
-        with self._lending.preparing:
+        with self._broker.preparing:
             return self._entrance.machine()
 
     def __enter__(self) -> Pool:
@@ -243,7 +242,7 @@ class Pool:
         return type(self), self._made_of
 
     def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:
-        lending: Lending | None = getattr(self, "_lending", None)
+        lending: LeaseBroker | None = getattr(self, "_broker", None)
         if lending is not None and lending.in_use and not lending.closed:
             warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
             lending.close()

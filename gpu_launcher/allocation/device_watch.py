@@ -16,7 +16,7 @@ from gpu_launcher.devices import (
     why_busy,
 )
 from gpu_launcher.errors import PoolDirectoryError
-from gpu_launcher.leases import PoolView, Taste, holds_on, leased_memory, owners_of
+from gpu_launcher.leases import DevicePreference, PoolView, leased_memory, owners_of, uses_of
 from gpu_launcher.model import Device, DeviceKind
 
 WAITING = 1.0
@@ -81,10 +81,10 @@ class DeviceWatch:
         return self._monitor.latest is not None
 
     @property
-    def taste(self) -> Taste:
+    def preference(self) -> DevicePreference:
         """Which devices a job would like best: the least loaded, and of several those that are best connected."""
         ranking = tuple(device.uuid for device in by_load(self._devices, self._levels))
-        return Taste(ranking, self._links.between if self._links.pairs else None)
+        return DevicePreference(ranking, self._links.between if self._links.pairs else None)
 
     def look(self, now: float, *, waiting: bool) -> None:
         """Have the devices looked at if it is time."""
@@ -140,7 +140,7 @@ class DeviceWatch:
                     self.unavailable.setdefault(device.uuid, reason)
 
     def _why_busy(self, device: Device, condition: Condition, pool: PoolView) -> str | None:
-        holds = holds_on(device, pool)
+        holds = uses_of(device, pool)
         if any(hold.whole for hold in holds):
             return None  # wholly leased, so that it is not to be had anyway
         owners = owners_of(pool, holds, self._exists)

@@ -19,7 +19,7 @@ _JAX_NEWER = "XLA_CLIENT_MEM_FRACTION"
 
 
 @dataclass(frozen=True, slots=True)
-class Telling:
+class DeviceEnvironment:
     """How devices are handed to jobs."""
 
     by_uuid: bool = False
@@ -29,7 +29,7 @@ class Telling:
     pin_cpus: bool = False
     """Pin jobs to the CPUs near their devices."""
 
-    def environment(
+    def variables(
         self, devices: Sequence[Device], shares: Mapping[str, Share], inherited: Mapping[str, str]
     ) -> dict[str, str]:
         """The variables to set in a job that has `shares` of `devices`, by UUID."""

@@ -21,7 +21,7 @@ OUTER = "this job itself until it ends: leave devices for the jobs that it start
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
+class WaitReason:
     """Why a job gets no devices though this sweep's own jobs leave some."""
 
     reason: str
@@ -38,7 +38,7 @@ def explain_wait(
     most: int = MOST_REASONS,
     mine: Collection[str] = (),
     program: int | None = None,
-) -> Wait:
+) -> WaitReason:
     """Who else holds, or is in line for, the devices that `ticket` waits for, or why they are `unavailable`.
 
     `own` are the ids of leases and tickets that are nobody else's; `mine` those of leases that the program has for
@@ -75,7 +75,7 @@ def explain_wait(
     everything = tuple(device for theirs in held.values() for device in theirs)
     more = [f"and {len(parts) - most} more"] if len(parts) > most else []
     outside = tuple(device for device in devices if device.uuid in unavailable)
-    return Wait("; ".join(parts[:most] + more), tuple(dict.fromkeys((*everything, *outside))))
+    return WaitReason("; ".join(parts[:most] + more), tuple(dict.fromkeys((*everything, *outside))))
 
 
 def _name(owner: Owner | None) -> str:

@@ -11,7 +11,7 @@ from typing import Protocol
 from gpu_launcher.processes.critical import uninterrupted
 
 
-class Forked(Protocol):
+class ForkListener(Protocol):
     """What is told of forks."""
 
     def before_fork(self) -> bool:
@@ -25,12 +25,12 @@ class Forked(Protocol):
 
 
 _serial = itertools.count()
-_known: weakref.WeakValueDictionary[int, Forked] = weakref.WeakValueDictionary()
+_known: weakref.WeakValueDictionary[int, ForkListener] = weakref.WeakValueDictionary()
 _registry = threading.Lock()
 _forking = threading.local()
 
 
-def register(lending: Forked) -> None:
+def register(lending: ForkListener) -> None:
     """From now on `lending` is told of forks, for as long as somebody has it."""
     with _registry:
         _known[next(_serial)] = lending

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import NoReturn, SupportsIndex
 
-from gpu_launcher.allocation.environment import Telling
+from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.errors import ApplyError
-from gpu_launcher.leases import Lease as Held
+from gpu_launcher.leases import HeldLease
 from gpu_launcher.model import Device
 from gpu_launcher.processes.linux import cuda_in_use
 from gpu_launcher.wording import device_names
@@ -28,16 +28,16 @@ class Lease:
     def __init__(
         self,
         devices: tuple[Device, ...],
-        held: Held | None,
-        give_back: Callable[[Held], None],
-        telling: Telling = Telling(),  # noqa: B008  (frozen)
+        held: HeldLease | None,
+        give_back: Callable[[HeldLease], None],
+        device_environment: DeviceEnvironment = DeviceEnvironment(),  # noqa: B008  (frozen)
     ) -> None:
         """For `Pool` only. `held` None: a lease of nothing, for which no file is locked."""
         self.devices = devices
         """In the order in which CUDA counts them for who was given `environment`."""
         self._held = held
         self._give_back = give_back
-        self._telling = telling
+        self._device_environment = device_environment
         self._released = False
         # No __del__: an exception out of a signal's handler would be lost in it, also at the end of every `with` block.
         self._finalizer = weakref.finalize(self, _forgotten, held, give_back, device_names(devices))
@@ -96,7 +96,7 @@ class Lease:
     def _variables(self, inherited: Mapping[str, str]) -> dict[str, str]:
         self._check()
         shares = {} if self._held is None else self._held.shares
-        return self._telling.environment(self.devices, shares, inherited)
+        return self._device_environment.variables(self.devices, shares, inherited)
 
     def _check(self) -> None:
         if self.released:
@@ -122,7 +122,7 @@ class Lease:
         return f"<Lease of {device_names(self.devices) or 'no devices'}{', released' if self.released else ''}>"
 
 
-def _forgotten(held: Held | None, give_back: Callable[[Held], None], names: str) -> None:
+def _forgotten(held: HeldLease | None, give_back: Callable[[HeldLease], None], names: str) -> None:
     """Nobody has the lease any more, and it was not released."""
     if held is not None and held.held:
         _application.undo(None)

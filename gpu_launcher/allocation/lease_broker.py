@@ -17,10 +17,10 @@ from typing import TypeVar
 
 from gpu_launcher.allocation import fork_hooks
 from gpu_launcher.allocation.explain import describe_request
-from gpu_launcher.allocation.request_queue import Waiter, WaitingRoom, closed_meanwhile
-from gpu_launcher.allocation.waiters import LoopDriver, Place, Sleeper, Task, wait_readable
+from gpu_launcher.allocation.request_queue import PendingRequest, RequestQueue, closed_meanwhile
+from gpu_launcher.allocation.waiters import LoopDriver, RequestHandle, TaskWaiter, ThreadWaiter, wait_readable
 from gpu_launcher.errors import LeaseTimeout, PoolDirectoryError
-from gpu_launcher.leases import Lease
+from gpu_launcher.leases import HeldLease
 from gpu_launcher.model import Owner, Request
 from gpu_launcher.processes.critical import uninterrupted
 from gpu_launcher.processes.forks import is_own_fork
@@ -32,18 +32,18 @@ LOOKING_PAUSE = 0.05
 T = TypeVar("T")
 
 
-class Lending:
+class LeaseBroker:
     """Gets leases for threads and tasks. Thread-safe; in a forked child it starts anew, and keeps what is out."""
 
-    def __init__(self, open_room: Callable[[Callable[[str], None]], WaitingRoom], tell: Callable[[str], None]) -> None:
+    def __init__(self, open_room: Callable[[Callable[[str], None]], RequestQueue], tell: Callable[[str], None]) -> None:
         """`open_room` is called when the first lease is asked for, with what it is to tell people by; `tell` is called
         with that when the user's code may run again.
         """
         self._open_room = open_room
         self._tell = tell
         self.closed = False
-        self._room: WaitingRoom | None = None
-        self._out: set[Lease] = set()
+        self._room: RequestQueue | None = None
+        self._out: set[HeldLease] = set()
         """Leases that somebody has and has not given back."""
         self._begin()
         fork_hooks.register(self)
@@ -55,13 +55,13 @@ class Lending:
         self._lock = threading.Lock()
         self._holder: int | None = None
         """The thread that has the lock."""
-        self._returned: deque[Lease] = deque()
+        self._returned: deque[HeldLease] = deque()
         """What was given back by a thread that had the lock: by the garbage collector, or in a signal's handler."""
-        self._orphans: deque[Waiter] = deque()
+        self._orphans: deque[PendingRequest] = deque()
         """Whoever waits in vain: in an event loop that is closed, or where it could not be told at once."""
         self._told: deque[str] = deque()
-        self._leader: Sleeper | None = None
-        self._sleepers: list[Sleeper] = []
+        self._leader: ThreadWaiter | None = None
+        self._sleepers: list[ThreadWaiter] = []
         self._loops: dict[asyncio.AbstractEventLoop, LoopDriver] = {}
 
     # Having the room to oneself
@@ -102,7 +102,7 @@ class Lending:
             if self._room is not None:
                 self._room.leave(orphan)
 
-    def room(self) -> WaitingRoom:
+    def room(self) -> RequestQueue:
         """The room, opened if need be, for who has it to himself. Raises ValueError if it was closed for good."""
         if self.closed:
             raise ValueError("this pool is closed")
@@ -110,7 +110,7 @@ class Lending:
             self._room = self._open_room(self._told.append)
         return self._room
 
-    def _enter(self, request: Request, owner: Owner, wake: Callable[[], None]) -> Waiter:
+    def _enter(self, request: Request, owner: Owner, wake: Callable[[], None]) -> PendingRequest:
         room = self.room()
         try:
             return room.enter(request, owner, wake)
@@ -129,14 +129,14 @@ class Lending:
 
     # Getting leases
 
-    def wait(self, request: Request, owner: Owner, limit: float, make: Callable[[Lease], T]) -> T:
+    def wait(self, request: Request, owner: Owner, limit: float, make: Callable[[HeldLease], T]) -> T:
         """Wait in this thread, for `limit` seconds at the most. Returns what `make` makes of the lease, whose finalizer
         is to give it back.
 
         Raises LeaseTimeout, RequestError, PoolDirectoryError, ValueError if the pool is closed, and GpuLauncherError if
         it is closed meanwhile.
         """
-        sleeper, place = Sleeper(), Place(self.leave)
+        sleeper, place = ThreadWaiter(), RequestHandle(self.leave)
         try:
             with self.guard():
                 waiter = place.take(self._enter(request, owner, sleeper.rouse))
@@ -150,7 +150,7 @@ class Lending:
             place.leave()
             raise
 
-    def _sleep(self, waiter: Waiter, sleeper: Sleeper, limit: float) -> None:
+    def _sleep(self, waiter: PendingRequest, sleeper: ThreadWaiter, limit: float) -> None:
         self._sleepers.append(sleeper)
         while True:
             with self.guard():
@@ -174,7 +174,7 @@ class Lending:
             else:
                 sleeper.sleep(pause)
 
-    def _rise(self, sleeper: Sleeper) -> None:
+    def _rise(self, sleeper: ThreadWaiter) -> None:
         """Somebody else may lead."""
         with self.guard():
             if sleeper in self._sleepers:
@@ -185,10 +185,10 @@ class Lending:
                     self._sleepers[0].rouse()
             sleeper.close()
 
-    async def wait_in_loop(self, request: Request, owner: Owner, limit: float, make: Callable[[Lease], T]) -> T:
+    async def wait_in_loop(self, request: Request, owner: Owner, limit: float, make: Callable[[HeldLease], T]) -> T:
         """Wait in this task, as `wait` does in a thread. Cancelled, it gives its place back at once."""
-        task = Task(asyncio.get_running_loop())
-        place = Place(self.leave)
+        task = TaskWaiter(asyncio.get_running_loop())
+        place = RequestHandle(self.leave)
         reference = weakref.ref(place)
         try:
             with self.guard():
@@ -200,7 +200,7 @@ class Lending:
             place.leave()
             raise
 
-    async def _rest(self, waiter: Waiter, task: Task, limit: float) -> None:
+    async def _rest(self, waiter: PendingRequest, task: TaskWaiter, limit: float) -> None:
         driver = None
         try:
             while True:
@@ -231,7 +231,7 @@ class Lending:
             self._loops[loop] = LoopDriver(loop, self.attend, lambda: self.patience)
         return self._loops[loop]
 
-    def _resume(self, task: Task, place: Place | None) -> None:
+    def _resume(self, task: TaskWaiter, place: RequestHandle | None) -> None:
         try:
             task.resume()
         except RuntimeError:  # its event loop is closed: nobody will come for it
@@ -250,21 +250,21 @@ class Lending:
         room = self._room
         return 1.0 if room is None else room.patience
 
-    def _over(self, room: WaitingRoom, waiter: Waiter, limit: float) -> float | None:
+    def _over(self, room: RequestQueue, waiter: PendingRequest, limit: float) -> float | None:
         """How many seconds ago its time was up, if it is."""
         over = room.now() - waiter.since - limit
         return over if over >= 0 else None
 
-    def _check_time(self, room: WaitingRoom, waiter: Waiter, limit: float) -> None:
+    def _check_time(self, room: RequestQueue, waiter: PendingRequest, limit: float) -> None:
         if self._over(room, waiter, limit) is None or (not room.ready and room.now() - waiter.since < LOOKING):
             return
         raise LeaseTimeout(describe_request(waiter.request, room.devices), limit, room.explain(waiter.ticket))
 
-    def _pause(self, room: WaitingRoom, waiter: Waiter, limit: float) -> float:
+    def _pause(self, room: RequestQueue, waiter: PendingRequest, limit: float) -> float:
         left = waiter.since + limit - room.now()
         return left if left > 0 else LOOKING_PAUSE
 
-    def _handed_over(self, place: Place, make: Callable[[Lease], T]) -> T:
+    def _handed_over(self, place: RequestHandle, make: Callable[[HeldLease], T]) -> T:
         waiter = place.waiter
         if waiter.error is not None:
             raise waiter.error
@@ -277,7 +277,7 @@ class Lending:
             place.forget()
         return made
 
-    def leave(self, waiter: Waiter) -> None:
+    def leave(self, waiter: PendingRequest) -> None:
         """Give up a place in line, or what was granted there. A second time does nothing."""
         if self._holder == threading.get_ident() and self._process == os.getpid():
             self._orphans.append(waiter)
@@ -288,7 +288,7 @@ class Lending:
 
     # Giving back
 
-    def give_back(self, lease: Lease) -> None:
+    def give_back(self, lease: HeldLease) -> None:
         """Give a lease back, and on to whoever waits for it in this process. A second time does nothing."""
         if self._holder == threading.get_ident() and self._process == os.getpid():
             self._returned.append(lease)
@@ -296,7 +296,7 @@ class Lending:
         with self.guard():
             self._take_back(lease)
 
-    def _take_back(self, lease: Lease) -> None:
+    def _take_back(self, lease: HeldLease) -> None:
         self._out.discard(lease)
         if self._room is not None and self._room.holds(lease):
             self._room.release(lease)

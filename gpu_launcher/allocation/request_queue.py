@@ -20,7 +20,7 @@ from gpu_launcher.allocation.explain import describe_request, explain_wait
 from gpu_launcher.allocation.feasibility import refusal
 from gpu_launcher.devices import ConditionMonitor, Links, combinable
 from gpu_launcher.errors import GpuLauncherError, PoolDirectoryError, RequestError
-from gpu_launcher.leases import Lease, Ledger, PoolView, Ticket
+from gpu_launcher.leases import HeldLease, Ledger, PoolView, Ticket
 from gpu_launcher.model import Device, Owner, Request
 
 MOMENT = 1.0
@@ -45,7 +45,7 @@ Kind = tuple[Request, tuple[str, ...]]
 
 
 @dataclass(eq=False, slots=True)
-class Waiter:
+class PendingRequest:
     """A request that waits. Exactly one of `lease` and `error` is set when `wake` has been called."""
 
     request: Request
@@ -54,7 +54,7 @@ class Waiter:
     """Called once, by whoever attends; must return at once, and must not use the room."""
     ticket: Ticket
     since: float
-    lease: Lease | None = None
+    lease: HeldLease | None = None
     error: GpuLauncherError | None = None
     _place: tuple[int, int] = field(default=(0, 0))
 
@@ -69,7 +69,7 @@ class Waiter:
         return self.ticket.request, self.ticket.candidates
 
 
-class WaitingRoom:
+class RequestQueue:
     """Gets leases of `devices` for many requests of one process. Not thread-safe; belongs to the process that made it.
 
     Whoever waits calls `attend` when one of `descriptors` is readable, and after `patience` seconds in any case.
@@ -104,12 +104,12 @@ class WaitingRoom:
         )
         self._tell = tell
         self._clock = clock
-        self._waiters: dict[str, Waiter] = {}
+        self._waiters: dict[str, PendingRequest] = {}
         """By ticket's id, in the order of their arrival."""
         self._kinds: Counter[Kind] = Counter()
         """How many wait of each kind."""
         self._arrivals = 0
-        self._leases: dict[str, Lease] = {}
+        self._leases: dict[str, HeldLease] = {}
         self._explain_at = -math.inf
         self._told: dict[Kind, str] = {}
         self._trouble_since: float | None = None
@@ -118,7 +118,7 @@ class WaitingRoom:
         """Since when it is waited for a fresh look at the devices."""
 
     def now(self) -> float:
-        """Seconds, on the clock of `Waiter.since`."""
+        """Seconds, on the clock of `PendingRequest.since`."""
         return self._clock()
 
     # Waiting
@@ -146,7 +146,7 @@ class WaitingRoom:
         unheard = self._stale_since is not None and now - self._stale_since > UNHEARD
         return self._fresh(now) or (self._watch.ready and unheard)
 
-    def enter(self, request: Request, owner: Owner, wake: Callable[[], None]) -> Waiter:
+    def enter(self, request: Request, owner: Owner, wake: Callable[[], None]) -> PendingRequest:
         """Take a ticket, and the lease at once if it is to be had.
 
         Raises RequestError for what these devices could never give, PoolDirectoryError, and GpuLauncherError if so many
@@ -157,7 +157,7 @@ class WaitingRoom:
         candidates = combinable(self.devices, request.gpus)
         _check_descriptors(len(self._waiters))
         ticket = self._ledger.enqueue(request, candidates, owner)
-        waiter = Waiter(request, owner, wake, ticket, self._clock())
+        waiter = PendingRequest(request, owner, wake, ticket, self._clock())
         self._arrivals += 1
         waiter._place = (-ticket.request.priority, self._arrivals)
         first = not self._kinds[waiter.kind]
@@ -180,7 +180,7 @@ class WaitingRoom:
             self._try(sorted(self._waiters.values(), key=lambda waiter: waiter._place))
         self._explain()
 
-    def leave(self, waiter: Waiter) -> None:
+    def leave(self, waiter: PendingRequest) -> None:
         """Give up the place in line, or give back what it was given."""
         if waiter.ticket.id in self._waiters:
             self._strike(waiter)
@@ -188,7 +188,7 @@ class WaitingRoom:
         if waiter.lease is not None:
             self.release(waiter.lease)
 
-    def release(self, lease: Lease) -> None:
+    def release(self, lease: HeldLease) -> None:
         """Give devices back, and on to whoever waits for them here."""
         if self._leases.pop(lease.id, None) is None:
             return
@@ -197,7 +197,7 @@ class WaitingRoom:
         if self._waiters:
             self.attend()
 
-    def holds(self, lease: Lease) -> bool:
+    def holds(self, lease: HeldLease) -> bool:
         """Whether it is one of this room's, and not given back."""
         return lease.id in self._leases
 
@@ -238,7 +238,7 @@ class WaitingRoom:
         self._ledger.close()
         self._watch.close()
 
-    def close_in_child(self, keep: Iterable[Lease] = ()) -> None:
+    def close_in_child(self, keep: Iterable[HeldLease] = ()) -> None:
         """In a forked process: drop what belongs to the parent, but for the leases to `keep`."""
         self._ledger.close_in_child(list(keep))
         self._watch.close_in_child()
@@ -270,13 +270,13 @@ class WaitingRoom:
     def _fresh(self, now: float) -> bool:
         return self._watch.seen is not None and now - self._watch.seen <= FRESH
 
-    def _try(self, waiters: Iterable[Waiter]) -> None:
+    def _try(self, waiters: Iterable[PendingRequest]) -> None:
         in_vain = set()
         for waiter in waiters:
             if waiter.kind in in_vain:
                 continue
             try:
-                lease = self._ledger.claim(waiter.ticket, self._watch.unavailable, self._watch.taste)
+                lease = self._ledger.claim(waiter.ticket, self._watch.unavailable, self._watch.preference)
             except PoolDirectoryError as error:
                 self._bear(error)
                 return
@@ -289,7 +289,7 @@ class WaitingRoom:
                 waiter.lease = lease
                 waiter.wake()
 
-    def _strike(self, waiter: Waiter) -> None:
+    def _strike(self, waiter: PendingRequest) -> None:
         """It waits no more."""
         del self._waiters[waiter.ticket.id]
         self._kinds[waiter.kind] -= 1
@@ -319,7 +319,7 @@ class WaitingRoom:
             return
         self._explain_at = now + MOMENT
         own = self._leases.keys() | self._waiters.keys()
-        first: dict[Kind, Waiter] = {}
+        first: dict[Kind, PendingRequest] = {}
         for waiter in sorted(self._waiters.values(), key=lambda waiter: waiter._place):
             first.setdefault(waiter.kind, waiter)
         self._told = {kind: text for kind, text in self._told.items() if kind in first}

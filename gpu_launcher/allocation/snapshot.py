@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gpu_launcher.allocation.survey import DeviceSeen, Survey, device_of
+from gpu_launcher.allocation.survey import DeviceSeen, PoolSurvey, device_of
 from gpu_launcher.model import Device, Owner, Request, Share
 
 
@@ -48,7 +48,7 @@ class PoolSnapshot:
     """In the order in which they are served."""
 
 
-def snapshot_of(survey: Survey, known: dict[str, Device]) -> PoolSnapshot:
+def snapshot_of(survey: PoolSurvey, known: dict[str, Device]) -> PoolSnapshot:
     """What a survey says, in the words of the Python interface. `known` are devices by UUID."""
     view = survey.view
     return PoolSnapshot(

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from gpu_launcher.devices import Condition, GpuProcess, Unusable, foreign_processes, simulated_devices, why_busy
+from gpu_launcher.devices import Condition, GpuProcess, UnusableGpu, foreign_processes, simulated_devices, why_busy
 from gpu_launcher.devices.cpu import cpu_slots
-from gpu_launcher.leases import Hold, PoolView, describe_wait, holds_on, leased_memory, owners_of
+from gpu_launcher.leases import DeviceUse, PoolView, describe_wait, leased_memory, owners_of, uses_of
 from gpu_launcher.model import MILLIONTHS, Device, DeviceKind
 from gpu_launcher.wording import join_labels
 
@@ -20,7 +20,7 @@ EMPTY = PoolView(tickets=(), leases=(), stale=0)
 MOST_INDEX = 9999
 
 
-class State(str, Enum):
+class DeviceState(str, Enum):
     """What a device could do for a job now."""
 
     FREE = "free"
@@ -38,7 +38,7 @@ class Found:
     """The devices to show, and what else is known of the machine."""
 
     devices: tuple[Device, ...]
-    unusable: tuple[Unusable, ...] = ()
+    unusable: tuple[UnusableGpu, ...] = ()
     """GPUs that are shown as set aside."""
     known: Mapping[str, Device] = field(default_factory=dict)
     """All devices of the machine by UUID, shown or not."""
@@ -65,9 +65,9 @@ class PoolSeen:
 @dataclass(frozen=True, slots=True)
 class DeviceSeen:
     device: Device
-    state: State
+    state: DeviceState
     condition: Condition | None = None
-    holds: tuple[Hold, ...] = ()
+    holds: tuple[DeviceUse, ...] = ()
     reason: str | None = None
     """Why nothing (more) of it is granted; continues `GPU 1 ...`. For busy devices, and those set aside."""
     strangers: tuple[GpuProcess, ...] = ()
@@ -75,7 +75,7 @@ class DeviceSeen:
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class PoolSurvey:
     time: float
     """Wall-clock seconds since the epoch."""
     machine: str
@@ -109,7 +109,7 @@ def take_survey(
     exists: Callable[[int], bool],
     busy_memory: int | None,
     notices: Sequence[str] = (),
-) -> Survey:
+) -> PoolSurvey:
     """Put together what was read.
 
     `exists` says whether a process of that id is to be seen from here, `busy_memory` is as `why_busy` takes it.
@@ -133,7 +133,7 @@ def take_survey(
         seen.sort(key=lambda one: _place(one.device))
     labels = {uuid: label(device) for uuid, device in known.items()}
     not_shown = [labels.get(uuid) or label(device_of(uuid)) for uuid in unseen if uuid in held and found.only]
-    return Survey(
+    return PoolSurvey(
         time=time,
         machine=machine,
         pool=pool,
@@ -173,30 +173,30 @@ def _look_at(
     exists: Callable[[int], bool],
     busy_memory: int | None,
 ) -> DeviceSeen:
-    holds = holds_on(device, view)
+    holds = uses_of(device, view)
     whole = any(hold.whole for hold in holds)
     full = whole or sum(hold.share.millionths for hold in holds if hold.share) >= MILLIONTHS
-    state = State.HELD if full else State.PARTLY_HELD if holds else State.FREE
+    state = DeviceState.HELD if full else DeviceState.PARTLY_HELD if holds else DeviceState.FREE
     if condition is None:
         return DeviceSeen(device, state, condition, holds)
     owners = owners_of(view, holds, exists)
     strangers = foreign_processes(condition, owners)
     reason = condition.fault
     if reason is not None:
-        state = State.SET_ASIDE
+        state = DeviceState.SET_ASIDE
     elif not whole:
         leased = leased_memory(device, holds)
         reason = why_busy(condition, owners=owners, leased=leased, leases=len(holds), busy_memory=busy_memory)
-        state = state if reason is None else State.BUSY
+        state = state if reason is None else DeviceState.BUSY
     return DeviceSeen(device, state, condition, holds, reason, strangers)
 
 
-def _set_aside(gpu: Unusable, view: PoolView) -> DeviceSeen:
+def _set_aside(gpu: UnusableGpu, view: PoolView) -> DeviceSeen:
     device = _device_of(gpu)
-    return DeviceSeen(device, State.SET_ASIDE, holds=holds_on(device, view), reason=gpu.reason)
+    return DeviceSeen(device, DeviceState.SET_ASIDE, holds=uses_of(device, view), reason=gpu.reason)
 
 
-def _device_of(gpu: Unusable) -> Device:
+def _device_of(gpu: UnusableGpu) -> Device:
     return Device(gpu.uuid or f"GPU-at-{gpu.index}", gpu.index, "", DeviceKind.GPU)
 
 

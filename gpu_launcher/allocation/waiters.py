@@ -11,15 +11,15 @@ import threading
 import weakref
 from collections.abc import Callable
 
-from gpu_launcher.allocation.request_queue import Waiter
+from gpu_launcher.allocation.request_queue import PendingRequest
 
 
-class Place:
+class RequestHandle:
     """A place in line, for as long as somebody has this object: signals that come twice do not leave it over either."""
 
-    def __init__(self, give_up: Callable[[Waiter], None]) -> None:
+    def __init__(self, give_up: Callable[[PendingRequest], None]) -> None:
         """`give_up` takes what this place has when it is left, or nobody has it any more."""
-        self._waiters: list[Waiter] = []
+        self._waiters: list[PendingRequest] = []
         self._give_up = give_up
         self._process = os.getpid()
         # No __del__: an exception out of a signal's handler would be lost in it, every time that it is not needed.
@@ -27,11 +27,11 @@ class Place:
         self._finalizer.atexit = False
 
     @property
-    def waiter(self) -> Waiter:
+    def waiter(self) -> PendingRequest:
         """Whoever waits there, from when it has entered."""
         return self._waiters[0]
 
-    def take(self, waiter: Waiter) -> Waiter:
+    def take(self, waiter: PendingRequest) -> PendingRequest:
         """Be the place of `waiter`."""
         self._waiters.append(waiter)
         return waiter
@@ -46,13 +46,13 @@ class Place:
         self._finalizer.detach()
 
 
-def _leave(give_up: Callable[[Waiter], None], process: int, waiters: list[Waiter]) -> None:
+def _leave(give_up: Callable[[PendingRequest], None], process: int, waiters: list[PendingRequest]) -> None:
     if os.getpid() == process:
         for waiter in waiters:
             give_up(waiter)
 
 
-class Sleeper:
+class ThreadWaiter:
     """A thread that waits. No threading.Event: a signal's handler that raises can leave its lock taken for ever."""
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ def wait_readable(descriptors: tuple[int, ...], seconds: float) -> None:
     poll.poll(math.ceil(seconds * 1000))
 
 
-class Task:
+class TaskWaiter:
     """A task that waits."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

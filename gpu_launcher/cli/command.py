@@ -15,16 +15,16 @@ from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from gpu_launcher.allocation.device_watch import links_among
-from gpu_launcher.allocation.environment import Telling
+from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.allocation.explain import describe_request
 from gpu_launcher.allocation.feasibility import refuse
-from gpu_launcher.allocation.request_queue import WaitingRoom
+from gpu_launcher.allocation.request_queue import RequestQueue
 from gpu_launcher.cli.streams import tell
 from gpu_launcher.devices import Links, select_devices
 from gpu_launcher.devices.specification import read_specification
 from gpu_launcher.errors import GpuLauncherError, OptionError
 from gpu_launcher.jobs.machine import ENDING
-from gpu_launcher.leases import FileLedger, Lease, resolve_pool_directory
+from gpu_launcher.leases import FileLedger, HeldLease, resolve_pool_directory
 from gpu_launcher.model import Device, Request
 from gpu_launcher.processes.command import CommandError, Ended, InterruptedBySignal, check_command, run_command
 from gpu_launcher.processes.signals import HARMLESS, STOPS, CommandSignals
@@ -79,7 +79,7 @@ def run_on_pool(command: Sequence[str], options: Options) -> NoReturn:
 
 def _run_without_devices(command: Sequence[str], options: Options) -> NoReturn:
     read_specification(options.devices, "--devices")
-    environment = {**os.environ, **Telling().environment((), {}, os.environ)}
+    environment = {**os.environ, **DeviceEnvironment().variables((), {}, os.environ)}
     signals = CommandSignals()
     with _dying_of_signals(signals):
         ended = _run_with(command, environment, options, signals, lease=None, in_children=lambda: None)
@@ -98,7 +98,7 @@ def _run(command: Sequence[str], options: Options) -> NoReturn:
     with _dying_of_signals(signals), contextlib.ExitStack() as stack:
         ledger = stack.enter_context(FileLedger(directory, warn=_tell))
         announcements = _Announcements()
-        room = WaitingRoom(
+        room = RequestQueue(
             selection.devices,
             ledger,
             busy_memory=options.busy_memory,
@@ -112,7 +112,7 @@ def _run(command: Sequence[str], options: Options) -> NoReturn:
         devices = {device.uuid: device for device in selection.devices}
         granted = [devices[uuid] for uuid in lease.uuids]
         announcements.granted(granted)
-        telling = Telling(by_uuid=selection.by_uuid).environment(granted, lease.shares, os.environ)
+        telling = DeviceEnvironment(by_uuid=selection.by_uuid).variables(granted, lease.shares, os.environ)
         with _copy_of(lease) as descriptor:
             environment = {**os.environ, **telling}
             ended = _run_with(command, environment, options, signals, lease=descriptor, in_children=room.close_in_child)
@@ -141,7 +141,7 @@ def _run_with(
 
 
 @contextlib.contextmanager
-def _copy_of(lease: Lease) -> Iterator[int]:
+def _copy_of(lease: HeldLease) -> Iterator[int]:
     """A descriptor of the lease that is still open where the ledger is closed."""
     descriptor = os.dup(lease.fileno())
     try:
@@ -195,7 +195,9 @@ class _Announcements:
             _tell(f"got {device_names(devices)}")
 
 
-def _wait_for_devices(command: Sequence[str], options: Options, room: WaitingRoom, signals: CommandSignals) -> Lease:
+def _wait_for_devices(
+    command: Sequence[str], options: Options, room: RequestQueue, signals: CommandSignals
+) -> HeldLease:
     """Raises _NoDevicesError, InterruptedBySignal, and PoolDirectoryError if that is unusable for long."""
     request = options.request
     if request.timeout is not None:  # what others may rely on

@@ -1,4 +1,4 @@
-"""Reading the machine and the pool, for `Survey`."""
+"""Reading the machine and the pool, for `PoolSurvey`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from gpu_launcher.allocation.survey import Found, PoolSeen, Survey, take_survey
+from gpu_launcher.allocation.survey import Found, PoolSeen, PoolSurvey, take_survey
 from gpu_launcher.devices import Condition, FixedProbe, Inventory, NvmlProbe, select_devices
 from gpu_launcher.devices.nvml import NoGpuError, open_nvml
 from gpu_launcher.devices.specification import Auto, CpuSlots, SimulatedDevices, read_specification
 from gpu_launcher.devices.visibility import VISIBLE, visible
 from gpu_launcher.errors import DeviceError, PoolDirectoryError
 from gpu_launcher.leases import FileLedger, LeaseView, PoolView, choose_pool_directory, leases_of
-from gpu_launcher.leases.directory import QUEUE, explained
+from gpu_launcher.leases.pool_directory import QUEUE, explained
 from gpu_launcher.model import Device, DeviceKind
 from gpu_launcher.processes.linux import children_of_all, descendants
 from gpu_launcher.sizes import read_memory
@@ -24,7 +24,7 @@ OPTION = "--devices"
 BUSY_MEMORY_OPTION = "--busy-memory"
 
 
-def look(devices: str, busy_memory: str, pool_dir: str | None) -> Survey:
+def look(devices: str, busy_memory: str, pool_dir: str | None) -> PoolSurvey:
     """One look at everything. Raises OptionError and PoolDirectoryError."""
     most = read_busy_memory(busy_memory)
     with contextlib.closing(PoolWindow(pool_dir)) as pool, nvml_kept_open():
@@ -44,7 +44,7 @@ def put_together(
     pool: PoolSeen,
     busy_memory: int | None,
     notices: Sequence[str] = (),
-) -> Survey:
+) -> PoolSurvey:
     return take_survey(
         found,
         conditions,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 
-from gpu_launcher.allocation.survey import DeviceSeen, State, Survey, label
+from gpu_launcher.allocation.survey import DeviceSeen, DeviceState, PoolSurvey, label
 from gpu_launcher.cli.table import Column, Line, Piece, Row, lay_out, wrap
 from gpu_launcher.model import MILLIONTHS, DeviceKind, Share
 from gpu_launcher.sizes import GIB, show_memory
@@ -17,7 +17,7 @@ from gpu_launcher.text import one_line
 from gpu_launcher.wording import count, duration
 
 if TYPE_CHECKING:
-    from gpu_launcher.leases import Hold, TicketView
+    from gpu_launcher.leases import DeviceUse, TicketView
     from gpu_launcher.model import Device, Owner, Request
 
 DEVICES = (
@@ -67,7 +67,7 @@ class Report:
         return [*head, [], *_first(self.devices, room - for_queue), [], *_first(self.queue, for_queue)][:height]
 
 
-def report(survey: Survey, width: int | None, *, brief: bool = False) -> Report:
+def report(survey: PoolSurvey, width: int | None, *, brief: bool = False) -> Report:
     """What a person wants to see. `width` is a terminal's; None for a pipe: nothing is left out, nothing wrapped.
 
     `brief` cuts what else would be wrapped.
@@ -89,11 +89,11 @@ def _first(lines: list[Line], most: int) -> list[Line]:
     return [*lines[: max(0, most - 1)], [(f"... {count(hidden, 'more line')}; `gpu-launcher status` shows all", "dim")]]
 
 
-def _summary(survey: Survey, width: int | None) -> list[Line]:
+def _summary(survey: PoolSurvey, width: int | None) -> list[Line]:
     where = f"pool {survey.pool.directory}"
     if survey.pool.view is None:
         where += " (not there yet: nothing is leased)"
-    free = sum(seen.state is State.FREE for seen in survey.devices)
+    free = sum(seen.state is DeviceState.FREE for seen in survey.devices)
     waiting = len(survey.view.tickets)
     facts = f"{count(len(survey.devices), 'device')}, {free} free; {count(len(survey.view.leases), 'lease')}; " + (
         "1 ticket waits" if waiting == 1 else f"{waiting} tickets wait"
@@ -103,7 +103,7 @@ def _summary(survey: Survey, width: int | None) -> list[Line]:
     return [[(f"{where}: ", ""), (facts, "bold")]]
 
 
-def _names(survey: Survey, width: int | None) -> Iterator[Line]:
+def _names(survey: PoolSurvey, width: int | None) -> Iterator[Line]:
     gpus = [seen.device for seen in survey.devices if seen.device.kind in (DeviceKind.GPU, DeviceKind.MIG)]
     names = Counter(one_line(device.name) for device in gpus if device.name)
     several = [f"{number} x {name}" for name, number in names.items()]
@@ -112,7 +112,7 @@ def _names(survey: Survey, width: int | None) -> Iterator[Line]:
         yield [(line, "dim")]
 
 
-def _notices(survey: Survey, width: int | None) -> Iterator[Line]:
+def _notices(survey: PoolSurvey, width: int | None) -> Iterator[Line]:
     for notice in survey.notices:
         for line in _fitted(f"note: {one_line(notice)}", width):
             yield [(line, "yellow")]
@@ -134,7 +134,7 @@ def _alike(devices: Sequence[DeviceSeen]) -> list[list[DeviceSeen]]:
 
 
 def _plain(seen: DeviceSeen) -> bool:
-    return seen.state is State.FREE and seen.device.kind in (DeviceKind.CPU, DeviceKind.SIMULATED)
+    return seen.state is DeviceState.FREE and seen.device.kind in (DeviceKind.CPU, DeviceKind.SIMULATED)
 
 
 def _follows(one: Device, other: Device) -> bool:
@@ -158,15 +158,18 @@ def _device_rows(group: list[DeviceSeen], now: float) -> Iterator[Row]:
 
 def _said(seen: DeviceSeen) -> Piece | None:
     if seen.reason is not None:
-        return f"{seen.state.value}: it {one_line(seen.reason)}", "red" if seen.state is State.SET_ASIDE else "yellow"
+        return (
+            f"{seen.state.value}: it {one_line(seen.reason)}",
+            "red" if seen.state is DeviceState.SET_ASIDE else "yellow",
+        )
     if seen.strangers:
         strangers = " and ".join(one_line(process.described) for process in seen.strangers)
-        how = "free, though" if seen.state is State.FREE else "also"
+        how = "free, though" if seen.state is DeviceState.FREE else "also"
         return f"{how} used from outside the pool by {strangers}", "yellow"
-    return ("free", "green") if seen.state is State.FREE else None
+    return ("free", "green") if seen.state is DeviceState.FREE else None
 
 
-def _hold_row(about: tuple[str, ...], hold: Hold, now: float, known: int) -> Row:
+def _hold_row(about: tuple[str, ...], hold: DeviceUse, now: float, known: int) -> Row:
     lease = hold.lease
     if hold.share is None:
         return Row(about, ("held by a lease that cannot be read", "yellow"), known)
@@ -175,7 +178,7 @@ def _hold_row(about: tuple[str, ...], hold: Hold, now: float, known: int) -> Row
     return Row((*about, show_share(hold.share), user, pid, _since(lease.since, now), left, command), None, known)
 
 
-def _queue(survey: Survey, width: int | None, brief: bool) -> list[Line]:
+def _queue(survey: PoolSurvey, width: int | None, brief: bool) -> list[Line]:
     if not survey.view.tickets:
         return [[("the queue is empty", "dim" if width is not None else "")]]
     rows = []

@@ -11,7 +11,7 @@ from gpu_launcher.model import MILLIONTHS
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from gpu_launcher.allocation.survey import DeviceSeen, Survey
+    from gpu_launcher.allocation.survey import DeviceSeen, PoolSurvey
     from gpu_launcher.devices import GpuProcess
     from gpu_launcher.leases import LeaseView, TicketView
     from gpu_launcher.model import Owner, Share
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 
 
-def to_json(survey: Survey, processes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+def to_json(survey: PoolSurvey, processes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """`processes` are those of the jobs that have leases, by lease."""
     view = survey.view
     return {

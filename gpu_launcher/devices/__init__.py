@@ -1,12 +1,12 @@
 """What is in the machine, and how it is doing. Importing this neither imports a GPU library nor asks NVML anything."""
 
 from gpu_launcher.devices.affinity import cpus_near
-from gpu_launcher.devices.choice import Connection, Links, by_load, combinable, load_levels
+from gpu_launcher.devices.choice import LinkKind, Links, by_load, combinable, load_levels
 from gpu_launcher.devices.condition import BUSY_MEMORY, Condition, GpuProcess, foreign_processes, why_busy
 from gpu_launcher.devices.cpu import cpu_slots, usable_cpus
 from gpu_launcher.devices.monitor import ConditionMonitor, Reading
 from gpu_launcher.devices.nvml import NvmlProbe
-from gpu_launcher.devices.probe import DeviceProbe, FixedProbe, Inventory, Unusable
+from gpu_launcher.devices.probe import DeviceProbe, FixedProbe, Inventory, UnusableGpu
 from gpu_launcher.devices.selection import Selection, select_devices
 from gpu_launcher.devices.simulated import simulated_devices
 from gpu_launcher.devices.visibility import environment
@@ -15,16 +15,16 @@ __all__ = [
     "BUSY_MEMORY",
     "Condition",
     "ConditionMonitor",
-    "Connection",
     "DeviceProbe",
     "FixedProbe",
     "GpuProcess",
     "Inventory",
+    "LinkKind",
     "Links",
     "NvmlProbe",
     "Reading",
     "Selection",
-    "Unusable",
+    "UnusableGpu",
     "by_load",
     "combinable",
     "cpu_slots",

@@ -19,7 +19,7 @@ LEVELS = 4
 """Utilisation is told apart in so many steps from idle to full."""
 
 
-class Connection(IntEnum):
+class LinkKind(IntEnum):
     """How two GPUs reach each other: higher is better. All but NVLink are NVML's nvmlGpuTopologyLevel_t."""
 
     UNKNOWN = 0
@@ -39,10 +39,10 @@ class Connection(IntEnum):
 class Links:
     """The connections between devices, by UUID. What is not there is UNKNOWN, and the same in both directions."""
 
-    pairs: Mapping[frozenset[str], Connection] = field(default_factory=dict)
+    pairs: Mapping[frozenset[str], LinkKind] = field(default_factory=dict)
 
-    def between(self, one: str, other: str) -> Connection:
-        return self.pairs.get(frozenset((one, other)), Connection.UNKNOWN)
+    def between(self, one: str, other: str) -> LinkKind:
+        return self.pairs.get(frozenset((one, other)), LinkKind.UNKNOWN)
 
 
 def combinable(devices: Sequence[Device], count: int) -> tuple[Device, ...]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpu_launcher.devices.affinity import neighbourhood
-from gpu_launcher.devices.choice import Connection, Links
+from gpu_launcher.devices.choice import LinkKind, Links
 from gpu_launcher.devices.condition import Condition, GpuProcess
 from gpu_launcher.devices.origin import origin_of
-from gpu_launcher.devices.probe import Inventory, Unusable
+from gpu_launcher.devices.probe import Inventory, UnusableGpu
 from gpu_launcher.errors import DeviceError
 from gpu_launcher.model import Device, DeviceKind
 
@@ -41,12 +41,12 @@ VOLATILE_ECC = 0
 MEMORY_INFO_V2 = 0x02000028
 
 TOPOLOGY = {
-    0: Connection.BOARD,
-    10: Connection.SWITCH,
-    20: Connection.SEVERAL_SWITCHES,
-    30: Connection.HOST_BRIDGE,
-    40: Connection.NODE,
-    50: Connection.SYSTEM,
+    0: LinkKind.BOARD,
+    10: LinkKind.SWITCH,
+    20: LinkKind.SEVERAL_SWITCHES,
+    30: LinkKind.HOST_BRIDGE,
+    40: LinkKind.NODE,
+    50: LinkKind.SYSTEM,
 }
 
 NO_GPU = {
@@ -108,7 +108,7 @@ class NvmlProbe:
             return Inventory(nothing_because=none.reason)
         return Inventory(
             devices=tuple(answer for answer in answers if isinstance(answer, Device)),
-            unusable=tuple(answer for answer in answers if isinstance(answer, Unusable)),
+            unusable=tuple(answer for answer in answers if isinstance(answer, UnusableGpu)),
             nothing_because=None if answers else NO_GPU[GPU_NOT_FOUND],
         )
 
@@ -198,13 +198,13 @@ class OpenNvml:
             cuda=None if cuda is None else f"{cuda // 1000}.{cuda % 1000 // 10}",
         )
 
-    def look(self) -> list[Device | Unusable]:
-        found: list[Device | Unusable] = []
+    def look(self) -> list[Device | UnusableGpu]:
+        found: list[Device | UnusableGpu] = []
         for index in range(self.pynvml.nvmlDeviceGetCount()):
             found += self._look_at(index)
         return found
 
-    def _look_at(self, index: int) -> list[Device] | list[Unusable]:
+    def _look_at(self, index: int) -> list[Device] | list[UnusableGpu]:
         nvml = self.pynvml
         uuid = None
         try:
@@ -229,16 +229,16 @@ class OpenNvml:
             if mig and (instances := self._instances_of(handle, gpu)):
                 return instances
         except nvml.NVMLError as error:
-            return [Unusable(index, uuid, _no_answer(error), broken=True)]
+            return [UnusableGpu(index, uuid, _no_answer(error), broken=True)]
         if mig:
             reason = (
                 f"is in MIG mode and has no MIG instances: `nvidia-smi mig -i {index} -cgi ... -C` makes some, "
                 f"`nvidia-smi -i {index} -mig 0` makes it a whole GPU (both as root)"
             )
-            return [Unusable(index, uuid, reason)]
+            return [UnusableGpu(index, uuid, reason)]
         if compute_mode == COMPUTEMODE_PROHIBITED:
             reason = f"is set to compute mode PROHIBITED: `nvidia-smi -i {index} -c DEFAULT` (as root) allows jobs"
-            return [Unusable(index, uuid, reason)]
+            return [UnusableGpu(index, uuid, reason)]
         return [gpu]
 
     def _instances_of(self, handle: Any, gpu: Device) -> list[Device]:
@@ -367,19 +367,19 @@ class OpenNvml:
         pairs = {}
         for one, other in combinations(handles, 2):
             connection = self._connection(handles[one], handles[other])
-            if connection is Connection.UNKNOWN and nodes[one] is not None and nodes[other] is not None:
-                connection = Connection.NODE if nodes[one] == nodes[other] else Connection.SYSTEM
+            if connection is LinkKind.UNKNOWN and nodes[one] is not None and nodes[other] is not None:
+                connection = LinkKind.NODE if nodes[one] == nodes[other] else LinkKind.SYSTEM
             pairs[frozenset((one, other))] = connection
         return Links(pairs)
 
-    def _connection(self, one: Any, other: Any) -> Connection:
+    def _connection(self, one: Any, other: Any) -> LinkKind:
         nvml = self.pynvml
         with suppress(nvml.NVMLError):
             if nvml.nvmlDeviceGetP2PStatus(one, other, P2P_CAPS_INDEX_NVLINK) == P2P_STATUS_OK:
-                return Connection.NVLINK
+                return LinkKind.NVLINK
         with suppress(nvml.NVMLError):
-            return TOPOLOGY.get(nvml.nvmlDeviceGetTopologyCommonAncestor(one, other), Connection.UNKNOWN)
-        return Connection.UNKNOWN
+            return TOPOLOGY.get(nvml.nvmlDeviceGetTopologyCommonAncestor(one, other), LinkKind.UNKNOWN)
+        return LinkKind.UNKNOWN
 
     # What NVML may refuse
 

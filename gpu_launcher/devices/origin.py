@@ -15,14 +15,14 @@ _LENGTH = 80
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class ProcessOrigin:
     user: str
     command: str
     ancestors: tuple[int, ...]
     """Parent first, up to the first process there is."""
 
 
-def origin_of(pid: int, root: Path = Path("/")) -> Origin | None:
+def origin_of(pid: int, root: Path = Path("/")) -> ProcessOrigin | None:
     """Where the process that NVML calls `pid` comes from, or None if that cannot be known.
 
     NVML may name processes by the host's numbers also in a container, where the same number may be another process. So
@@ -42,7 +42,7 @@ def origin_of(pid: int, root: Path = Path("/")) -> Origin | None:
             parent = _parent(root / "proc" / str(parent))
     except (OSError, ValueError, IndexError):
         return None  # it has ended, or somebody hides processes from us
-    return Origin(user, command, tuple(ancestors))
+    return ProcessOrigin(user, command, tuple(ancestors))
 
 
 def _holds_a_gpu(process: Path) -> bool:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Unusable:
+class UnusableGpu:
     """A GPU that is in the machine and cannot be given to jobs."""
 
     index: int
@@ -34,7 +34,7 @@ class Inventory:
 
     devices: tuple[Device, ...] = ()
     """Ready for jobs, in the order of their indices."""
-    unusable: tuple[Unusable, ...] = ()
+    unusable: tuple[UnusableGpu, ...] = ()
     nothing_because: str | None = None
     """Where there is no GPU at all: why, such as `no NVIDIA driver found (...)`. None otherwise."""
 

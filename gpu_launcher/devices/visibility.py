@@ -19,7 +19,7 @@ from gpu_launcher.model import Device, DeviceKind
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-    from gpu_launcher.devices.probe import Inventory, Unusable
+    from gpu_launcher.devices.probe import Inventory, UnusableGpu
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 ORDER = "CUDA_DEVICE_ORDER"
@@ -48,7 +48,7 @@ class Visible:
 
     devices: tuple[Device, ...]
     """In the order of the mask; in the order of their indices without one."""
-    unusable: tuple[Unusable, ...]
+    unusable: tuple[UnusableGpu, ...]
     mask: str | None = None
     """The value of CUDA_VISIBLE_DEVICES; None where it is not set."""
     notices: tuple[str, ...] = ()

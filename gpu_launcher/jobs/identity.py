@@ -11,8 +11,8 @@ from typing import Any
 
 from gpu_launcher.json_data import Fields
 from gpu_launcher.leases import Origin
+from gpu_launcher.leases.file_format import MAX_PID
 from gpu_launcher.leases.kernel import user_of
-from gpu_launcher.leases.records import MAX_PID
 from gpu_launcher.processes.linux import start_time
 from gpu_launcher.text import one_line
 

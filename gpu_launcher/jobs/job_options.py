@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gpu_launcher.allocation.environment import Telling
+from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.jobs.failures import FailurePolicy
 
 
@@ -12,7 +12,7 @@ from gpu_launcher.jobs.failures import FailurePolicy
 class JobOptions:
     """Options from a job's own config, apart from its request."""
 
-    telling: Telling
+    device_environment: DeviceEnvironment
     failures: FailurePolicy
     """When the job is retried. The number of failures that ends a sweep is an option of the sweep."""
     ignored: tuple[str, ...] = ()

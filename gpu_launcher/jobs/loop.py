@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from gpu_launcher.allocation.device_watch import DeviceWatch
-from gpu_launcher.allocation.environment import Telling
+from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.jobs import machine as m
 from gpu_launcher.jobs.directory import as_proposed
@@ -98,7 +98,7 @@ class JobLoop:
         title: Callable[[Job], str] = lambda job: "",
         watch: DeviceWatch,
         log_file: Callable[[int, messages.Prepared], tuple[str, list[str]]] = as_proposed,
-        telling: Telling = Telling(),  # noqa: B008  (frozen)
+        device_environment: DeviceEnvironment = DeviceEnvironment(),  # noqa: B008  (frozen)
         by_uuid: bool = False,
         failures: FailurePolicy = FailurePolicy(),  # noqa: B008  (frozen)
         attempts: Mapping[int, int] = MappingProxyType({}),
@@ -111,10 +111,10 @@ class JobLoop:
 
         `report_path` says where a job leaves its report, by its number. `owner` says whom a job's ticket and lease
         belong to, `title` what `ps` is to call its process. `watch` says which devices not to use now, `log_file` where
-        a job that is prepared logs and what is to be told about it, `telling` how jobs are told of their devices,
-        `by_uuid` that there is no other name for them, `failures` what to do about jobs that fail, `attempts` how many
-        attempts each has made in earlier launches. `source` decides on more jobs when there is room for them. `program`
-        is the process for which they are run; None: this one. `cap` names the option that
+        a job that is prepared logs and what is to be told about it, `device_environment` how jobs are told of their
+        devices, `by_uuid` that there is no other name for them, `failures` what to do about jobs that fail, `attempts`
+        how many attempts each has made in earlier launches. `source` decides on more jobs when there is room for them.
+        `program` is the process for which they are run; None: this one. `cap` names the option that
         is `limits.parallel`, for the user to be told if it leaves devices idle. `checkpoint` is called with the name of
         each point of a job's life, for tests that kill the launching program there.
         """
@@ -129,7 +129,7 @@ class JobLoop:
         self._report_path = report_path
         self._title = title
         self._log_file = log_file
-        self._telling = telling
+        self._device_environment = device_environment
         self._by_uuid = by_uuid
         self._ignored: set[str] = set()
         """Options of single jobs of which the user was told that they belong to the sweep."""
@@ -403,7 +403,7 @@ class JobLoop:
 
     def _take_options(self, number: int, job: Running, options: JobOptions) -> None:
         """Note what a job has of its own, and say once of each option that it cannot have it."""
-        job.telling = options.telling
+        job.device_environment = options.device_environment
         self._attempts.follow(number, options.failures)
         names = {text: text.partition("=")[0] for text in options.ignored}
         new = [text for text in options.ignored if names[text] not in self._ignored]
@@ -548,13 +548,13 @@ class JobLoop:
             self._source.tick()  # whoever wanted the job may be no more: perhaps that is why there are devices for it
         job = self._live[number]
         job.started = self._clock()
-        telling = job.telling or self._telling
+        device_environment = job.device_environment or self._device_environment
         if self._by_uuid:
-            telling = replace(telling, by_uuid=True)
+            device_environment = replace(device_environment, by_uuid=True)
         shares = {} if job.lease is None else job.lease.shares
         grant = messages.Grant(
-            telling.environment(job.devices, shares, os.environ),
-            telling.cpus(job.devices, frozenset(os.sched_getaffinity(0))),
+            device_environment.variables(job.devices, shares, os.environ),
+            device_environment.cpus(job.devices, frozenset(os.sched_getaffinity(0))),
         )
         lease = () if job.lease is None else (job.lease.fileno(),)
         self._tell(number, lambda process: process.grant(grant, lease))

@@ -9,14 +9,14 @@ import os
 from collections.abc import Callable, Iterable
 
 from gpu_launcher.allocation.device_watch import DeviceWatch
-from gpu_launcher.allocation.explain import Wait, describe_request, explain_wait
+from gpu_launcher.allocation.explain import WaitReason, describe_request, explain_wait
 from gpu_launcher.allocation.feasibility import refusal
 from gpu_launcher.devices import combinable
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.jobs.events import JobWaiting, Notice, Progress
 from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.running import Running
-from gpu_launcher.leases import Lease, Ledger, leases_of
+from gpu_launcher.leases import HeldLease, Ledger, leases_of
 from gpu_launcher.model import Device, Owner, Request
 
 EXPLAIN = 1.0
@@ -54,7 +54,7 @@ class PoolSide:
         self._announced: dict[str, str] = {}
         """Faults of devices that the user was told of, by UUID."""
         self._explain_at = 0.0
-        self._explained = Wait("", ())
+        self._explained = WaitReason("", ())
         self._trouble_since: float | None = None
         """When the pool directory became unusable; None while it is not."""
 
@@ -111,7 +111,7 @@ class PoolSide:
     def wait_for(self, number: int) -> None:
         """This job is the one that waits now."""
         self.waiting = number
-        self._explained = Wait("", ())
+        self._explained = WaitReason("", ())
 
     @property
     def ready(self) -> bool:
@@ -124,13 +124,13 @@ class PoolSide:
         devices = combinable(tuple(self.devices.values()), job.request.gpus)
         job.ticket = self._ledger.enqueue(job.request, devices, self._owner(of))
 
-    def claim(self, job: Running, of: Job, running: Iterable[Running]) -> Lease | None:
+    def claim(self, job: Running, of: Job, running: Iterable[Running]) -> HeldLease | None:
         """Ask for the devices of the job that waits, and is in line.
 
         `running` are the sweep's jobs that have a process. Raises PoolDirectoryError.
         """
         assert job.ticket is not None
-        lease = self._ledger.claim(job.ticket, self._watch.unavailable, self._watch.taste)
+        lease = self._ledger.claim(job.ticket, self._watch.unavailable, self._watch.preference)
         if lease is None:
             self._explain(job, of, running)
         else:
@@ -146,7 +146,7 @@ class PoolSide:
         job.ticket = None
         self.waiting = None
 
-    def release(self, lease: Lease) -> None:
+    def release(self, lease: HeldLease) -> None:
         """Give devices back."""
         self._ledger.release(lease)
         self._watch.released(lease.uuids, self._clock())

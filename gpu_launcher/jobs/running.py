@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from signal import SIGKILL
 
-from gpu_launcher.allocation.environment import Telling
+from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Cause, Job, JobResult
-from gpu_launcher.leases import Lease, Ticket
+from gpu_launcher.leases import HeldLease, Ticket
 from gpu_launcher.model import Device, Request, Share
 from gpu_launcher.processes.death import describe_exit
 from gpu_launcher.processes.host_memory import oom_kills
@@ -31,7 +31,7 @@ class Running:
     log: str | None = None
     pid: int | None = None
     """Of its main process, once it has prepared itself."""
-    telling: Telling | None = None
+    device_environment: DeviceEnvironment | None = None
     """How it is told of its devices; None: as the sweep's jobs are."""
     status: int | None = None
     """How its main process ended, as `os.waitpid` gives it; None if nobody could tell."""
@@ -48,7 +48,7 @@ class Running:
     request: Request | None = None
     """What it needs, from when it may get in line."""
     ticket: Ticket | None = None
-    lease: Lease | None = None
+    lease: HeldLease | None = None
     devices: tuple[Device, ...] = ()
     shares: Mapping[str, Share] = field(default_factory=dict)
     """What it had of each of its devices, by UUID."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from signal import Signals
 
 from gpu_launcher.allocation.device_watch import DeviceWatch, links_among
-from gpu_launcher.allocation.environment import Telling
+from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.allocation.feasibility import refuse
 from gpu_launcher.devices import ConditionMonitor, Links, select_devices, usable_cpus
 from gpu_launcher.jobs.directory import LogFiles, as_proposed
@@ -52,7 +52,7 @@ class Options:
     """Another pool directory than the machine's."""
     busy_memory: int | None
     """As `gpu_launcher.devices.why_busy` takes it."""
-    telling: Telling
+    device_environment: DeviceEnvironment
     failures: FailurePolicy = FailurePolicy()  # noqa: RUF009  (frozen)
     resume: bool = False
     """Leave out the jobs that completed in an earlier launch."""
@@ -161,7 +161,7 @@ def run_jobs(
             owner=lambda job: this_process(f"{command} #{job.number} {job.label}".rstrip()),
             title=lambda job: one_line(f"#{job.number} {command} {job.label}".rstrip()),
             watch=watch,
-            telling=options.telling,
+            device_environment=options.device_environment,
             by_uuid=selection.by_uuid,
             failures=options.failures,
             attempts=attempts,

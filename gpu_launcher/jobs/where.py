@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_launcher.allocation.environment import Telling
+from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.devices import BUSY_MEMORY
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.model import Request
@@ -44,7 +44,7 @@ class Where:
             grace=GRACE,
             pool_dir=None if self.pool_dir is None else os.fspath(self.pool_dir),
             busy_memory=None if self.busy_memory is None else read_memory(self.busy_memory, "busy_memory"),
-            telling=Telling(),
+            device_environment=DeviceEnvironment(),
             environ=self.environ,
         )
 

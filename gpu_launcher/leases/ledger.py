@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NoReturn, Protocol, SupportsIndex
 
 from gpu_launcher.errors import RequestError
-from gpu_launcher.leases.policy import INDIFFERENT, Candidate, Demand, Snapshot, Taste, Wait, waits
+from gpu_launcher.leases.grant_policy import NO_PREFERENCE, Candidate, Demand, DevicePreference, Snapshot, Wait, waits
 from gpu_launcher.wording import device_names, join_labels
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Ticket:
     """UUIDs of the devices it may get, best first."""
 
 
-class Lease:
+class HeldLease:
     """The right to use `shares` of devices, alive as long as any process has a copy of its descriptor.
 
     Pass `fileno()` on by inheritance or `SCM_RIGHTS` to whatever may use the devices. Never unlock it (`LOCK_UN`, and
@@ -69,7 +69,7 @@ class Lease:
         raise TypeError(f"lease {self.id} cannot be copied or pickled: it is as good as its descriptor")
 
     def __repr__(self) -> str:
-        return f"Lease({self.id!r}, {self.uuids!r}, descriptor={self._descriptor})"
+        return f"HeldLease({self.id!r}, {self.uuids!r}, descriptor={self._descriptor})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class LeaseView:
 
 
 @dataclass(frozen=True, slots=True)
-class Unreadable:
+class UnreadableFile:
     """A live file of the pool that cannot be read."""
 
     name: str
@@ -136,7 +136,7 @@ class PoolView:
     """How many tickets and leases of dead processes were found and ignored."""
     elsewhere: tuple[str, ...] = ()
     """Names of other machines whose files lie in the pool directory; whether they live cannot be seen from here."""
-    unreadable: tuple[Unreadable, ...] = ()
+    unreadable: tuple[UnreadableFile, ...] = ()
     excessive: tuple[str, ...] = ()
     """Users with so many files in the pool that some of them do not count."""
 
@@ -209,11 +209,13 @@ class Ledger(Protocol):
         directory has become unusable.
         """
 
-    def claim(self, ticket: Ticket, unavailable: Iterable[str] = (), taste: Taste = INDIFFERENT) -> Lease | None:
+    def claim(
+        self, ticket: Ticket, unavailable: Iterable[str] = (), preference: DevicePreference = NO_PREFERENCE
+    ) -> HeldLease | None:
         """Turn the ticket into a lease if its turn has come; None if not yet. Does not block for long.
 
         `unavailable` are UUIDs of devices that are not to be granted now: in use by processes outside the pool, or
-        broken. The ticket keeps its place in the queue; others see the reason. `taste` says which devices the job
+        broken. The ticket keeps its place in the queue; others see the reason. `preference` says which devices the job
         would like best of those that are free for it.
 
         Raises ValueError if the ticket is not a waiting one of this ledger, PoolDirectoryError if the pool directory
@@ -223,7 +225,7 @@ class Ledger(Protocol):
     def cancel(self, ticket: Ticket) -> None:
         """Give up the place in the queue. A ticket that is no longer waiting is left alone."""
 
-    def release(self, lease: Lease) -> None:
+    def release(self, lease: HeldLease) -> None:
         """Close this process's descriptor. The devices are free when nobody has a copy of it any more.
 
         A lease that was released before is left alone.
@@ -241,7 +243,7 @@ class Ledger(Protocol):
     def close(self) -> None:
         """Cancel all tickets, release all leases, close all descriptors. In a forked child: `close_in_child`."""
 
-    def close_in_child(self, keep: Collection[Lease] = ()) -> None:
+    def close_in_child(self, keep: Collection[HeldLease] = ()) -> None:
         """Close every descriptor, ask nothing, tell nobody: for a forked child, whose copies would keep its parent's
         tickets and leases alive. The parent's ledger goes on unharmed. The child may then open a ledger of its own.
 

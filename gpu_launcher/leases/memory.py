@@ -15,8 +15,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gpu_launcher.leases.ledger import Lease, LeaseView, PoolView, Ticket, TicketView, demanded, with_waits
-from gpu_launcher.leases.policy import INDIFFERENT, LeaseState, Snapshot, Taste, TicketState, grant
+from gpu_launcher.leases.grant_policy import NO_PREFERENCE, DevicePreference, LeaseState, Snapshot, TicketState, grant
+from gpu_launcher.leases.ledger import HeldLease, LeaseView, PoolView, Ticket, TicketView, demanded, with_waits
 
 if TYPE_CHECKING:
     from gpu_launcher.model import Device, Owner, Request
@@ -56,7 +56,7 @@ class MemoryLedger:
         self._wall_clock = wall_clock
         self._clock = clock
         self._tickets: dict[str, Ticket] = {}
-        self._leases: dict[str, Lease] = {}
+        self._leases: dict[str, HeldLease] = {}
         self._closed = False
         self._epoll = select.epoll()
         self._bell, self._ringer = os.pipe()
@@ -78,7 +78,9 @@ class MemoryLedger:
         )
         return ticket
 
-    def claim(self, ticket: Ticket, unavailable: Iterable[str] = (), taste: Taste = INDIFFERENT) -> Lease | None:
+    def claim(
+        self, ticket: Ticket, unavailable: Iterable[str] = (), preference: DevicePreference = NO_PREFERENCE
+    ) -> HeldLease | None:
         self._check_open()
         if ticket.id not in self._tickets:
             raise ValueError(f"ticket {ticket.id} is not waiting in this ledger")
@@ -93,11 +95,11 @@ class MemoryLedger:
         snapshot, now = self._snapshot(), self._clock()
         own = next(state for state in snapshot.tickets if state.id == ticket.id)
         queue = sorted(snapshot.tickets, key=lambda state: state.place)
-        shares = grant(snapshot.leases, queue, own, now, taste)
+        shares = grant(snapshot.leases, queue, own, now, preference)
         if shares is None:
             return None
         reader, writer = os.pipe()
-        lease = Lease(uuid.uuid4().hex, shares, writer)
+        lease = HeldLease(uuid.uuid4().hex, shares, writer)
         self._leases[lease.id] = lease
         timeout = ticket.request.timeout
         ends = None if timeout is None else now + timeout
@@ -115,7 +117,7 @@ class MemoryLedger:
             del self._pool._tickets[ticket.id]
             self._ring()
 
-    def release(self, lease: Lease) -> None:
+    def release(self, lease: HeldLease) -> None:
         self._check_open()
         if self._leases.pop(lease.id, None):
             os.close(lease.detach())
@@ -147,7 +149,7 @@ class MemoryLedger:
     def close(self) -> None:
         self.close_in_child()
 
-    def close_in_child(self, keep: Collection[Lease] = ()) -> None:
+    def close_in_child(self, keep: Collection[HeldLease] = ()) -> None:
         if self._closed:
             return
         self._closed = True

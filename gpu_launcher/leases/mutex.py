@@ -65,7 +65,7 @@ class Blame:
         return f"end it (kill {' '.join(str(holder.pid) for holder in self.holders)})"
 
 
-class Patience:
+class PoolMutex:
     """Takes the mutex for one ledger, and says once per holder that it takes suspiciously long."""
 
     def __init__(self, directory: Path, warn: Callable[[str], None]) -> None:

@@ -36,10 +36,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
-from gpu_launcher.leases.kernel import LockTable, Process, sees_all_locks, user_of
-from gpu_launcher.leases.ledger import LeaseView, PoolView, TicketView, Unreadable, with_waits
-from gpu_launcher.leases.policy import LeaseState, Snapshot, TicketState
-from gpu_launcher.leases.records import (
+from gpu_launcher.leases.file_format import (
     LEASE_NAME,
     MAX_ENTRY_BYTES,
     NORMAL,
@@ -52,6 +49,9 @@ from gpu_launcher.leases.records import (
     TicketRecord,
     decode,
 )
+from gpu_launcher.leases.grant_policy import LeaseState, Snapshot, TicketState
+from gpu_launcher.leases.kernel import LockTable, Process, sees_all_locks, user_of
+from gpu_launcher.leases.ledger import LeaseView, PoolView, TicketView, UnreadableFile, with_waits
 from gpu_launcher.model import WHOLE, Owner
 from gpu_launcher.users import user_name
 
@@ -89,7 +89,7 @@ class Liveness(Enum):
 
 
 @dataclass(slots=True)
-class Entry:
+class QueueFile:
     """A file of the queue, as the kernel describes it, and what it says."""
 
     uid: int
@@ -123,7 +123,7 @@ class Index:
         self.unpublished: set[str] = set()
         self.passed_by: set[str] = set()
         """Names that mean nothing."""
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, QueueFile] = {}
         """What was looked at, by name."""
         self.stale: dict[str, str] = {}
         """Those among them that dead processes left and this user may not remove, and the ids in them."""
@@ -236,7 +236,7 @@ class Index:
 
 
 @dataclass
-class Pool:
+class PoolScan:
     """What was found in the queue directory.
 
     All leases have been looked at. Tickets can be many, so they are looked at only when `queue` comes to them.
@@ -250,13 +250,13 @@ class Pool:
     """The highest sequence that a ticket can have."""
     leases: dict[str, LeaseRecord | None] = field(default_factory=dict)
     """The live ones, by id. None: it cannot be read."""
-    holders: dict[str, Entry] = field(default_factory=dict)
+    holders: dict[str, QueueFile] = field(default_factory=dict)
     """The files of the live ones, by id."""
     own: dict[str, TicketRecord] = field(default_factory=dict)
     """Tickets that are alive because this process has them, by name."""
     stale: set[str] = field(default_factory=set)
     elsewhere: set[str] = field(default_factory=set)
-    unreadable: dict[str, Entry] = field(default_factory=dict)
+    unreadable: dict[str, QueueFile] = field(default_factory=dict)
     """Live entries that cannot be read, by name."""
     lost: dict[str, int] = field(default_factory=dict)
     """UUIDs of devices that leases without a name in the queue hold, and the inode numbers of their files."""
@@ -292,7 +292,7 @@ class Pool:
         """Go through the live tickets in queue order, looking at each only when its turn comes."""
         return (TicketState(name.sequence, name.id, record.demand, name.priority) for name, record, _ in self.tickets())
 
-    def tickets(self) -> Iterator[tuple[TicketName, TicketRecord, Entry | None]]:
+    def tickets(self) -> Iterator[tuple[TicketName, TicketRecord, QueueFile | None]]:
         """Go through the live tickets in queue order, with their real priority; those of this process without entry."""
         last = ""
         texts, demoted = self._ordered()
@@ -381,13 +381,13 @@ class Pool:
             stale=len(self.stale.union(self.index.stale.values())),
             elsewhere=tuple(sorted(self.elsewhere)),
             unreadable=tuple(
-                Unreadable(name, user_name(entry.uid), entry.problem, lease=LEASE_NAME.fullmatch(name) is not None)
+                UnreadableFile(name, user_name(entry.uid), entry.problem, lease=LEASE_NAME.fullmatch(name) is not None)
                 for name, entry in sorted(self.unreadable.items())
             ),
             excessive=tuple(user_name(uid) for uid in sorted(self.index.excessive)),
         )
 
-    def _owner(self, entry: Entry | None, record: Record | None) -> Owner:
+    def _owner(self, entry: QueueFile | None, record: Record | None) -> Owner:
         """Return whose a lease or ticket is. Without an `entry` it is this process's, and only now lost its name.
 
         The process that the file names is believed to be its owner's if it is a process of the file's owner.
@@ -409,7 +409,7 @@ class Pool:
         pid = self._who_locked().get(entry.inode, 0) if entry else 0
         return Owner(pid if self._user(pid) == uid else 0, user_name(uid), "a file that cannot be read")
 
-    def _stranger(self, entry: Entry) -> int | None:
+    def _stranger(self, entry: QueueFile) -> int | None:
         """Return the process of another user than the file's that has locked it, as after the death of its own."""
         pid = self._who_locked().get(entry.inode)
         if pid is None or self._user(pid) in (None, entry.uid):
@@ -456,7 +456,7 @@ class Pool:
         entry = self.index.entries.get(text)
         return entry is not None and entry.uid in self.index.administrators
 
-    def _ticket(self, text: str, name: TicketName) -> tuple[TicketRecord | None, Entry | None]:
+    def _ticket(self, text: str, name: TicketName) -> tuple[TicketRecord | None, QueueFile | None]:
         """Return what a ticket says, and its file; None if it does not live, or has no place."""
         liveness, entry = self._look(text)
         if liveness is not Liveness.LIVE or entry is None or name.sequence > self.last_possible:
@@ -467,7 +467,7 @@ class Pool:
             self.unreadable[text] = entry
         return None, None
 
-    def _look(self, name: str) -> tuple[Liveness, Entry | None]:
+    def _look(self, name: str) -> tuple[Liveness, QueueFile | None]:
         """Look at the file of this name again."""
         index = self.index
         if name in index.passed_by:
@@ -484,7 +484,7 @@ class Pool:
             index.pass_by(name)
         return liveness, entry
 
-    def _probe(self, name: str) -> tuple[Liveness, Entry | None]:
+    def _probe(self, name: str) -> tuple[Liveness, QueueFile | None]:
         """Tell whether somebody holds the lock of the file, and what it says. Removes it if nobody does.
 
         Opened for reading only, so that closing it again wakes no watcher (see `FileLedger`), and locked in shared
@@ -523,7 +523,7 @@ class Pool:
         finally:
             os.close(descriptor)
 
-    def _unopenable(self, name: str, error: OSError) -> tuple[Liveness, Entry | None]:
+    def _unopenable(self, name: str, error: OSError) -> tuple[Liveness, QueueFile | None]:
         """Judge a file that this user may not open, or that nobody can open now, without removing it."""
         try:
             status = os.stat(name, dir_fd=self.directory, follow_symlinks=False)
@@ -552,13 +552,13 @@ class Pool:
         return bool(locks.on(status))
 
 
-def scan(directory: int, origin: Origin, index: Index, now: float, *, mutex: bool) -> Pool:
+def scan(directory: int, origin: Origin, index: Index, now: float, *, mutex: bool) -> PoolScan:
     """Read the queue directory, open as `directory`, and remove stale leases. `now` is on the clock of the policy.
 
     With the `mutex`, what was never published and never will be is removed as well.
     """
     index.update(set(os.listdir(directory)), directory)
-    pool = Pool(directory, origin, index, last_possible=int(max(now, 0.0) * TICKETS_PER_SECOND) + HEADSTART)
+    pool = PoolScan(directory, origin, index, last_possible=int(max(now, 0.0) * TICKETS_PER_SECOND) + HEADSTART)
     pool.look_at_leases()
     if mutex:
         pool.sweep_up()
@@ -567,7 +567,7 @@ def scan(directory: int, origin: Origin, index: Index, now: float, *, mutex: boo
 
 def remove_if_dead(directory: int, name: str) -> None:
     """Remove a lease's name if nobody has a descriptor of it any more."""
-    Pool(directory, Origin("", ""), Index(), 0)._probe(name)
+    PoolScan(directory, Origin("", ""), Index(), 0)._probe(name)
 
 
 def id_in(name: str) -> str:
@@ -576,8 +576,10 @@ def id_in(name: str) -> str:
     return ticket.id if ticket else name[-32:]
 
 
-def _entry(status: os.stat_result, record: Record | None, *problem: str) -> Entry:
-    return Entry(status.st_uid, status.st_ino, status.st_nlink, status.st_ctime_ns, status.st_size, record, *problem)
+def _entry(status: os.stat_result, record: Record | None, *problem: str) -> QueueFile:
+    return QueueFile(
+        status.st_uid, status.st_ino, status.st_nlink, status.st_ctime_ns, status.st_size, record, *problem
+    )
 
 
 def _content(descriptor: int) -> bytes:

@@ -13,7 +13,7 @@ from random import SystemRandom
 from typing import TypeVar
 
 from gpu_launcher.errors import StorageError
-from gpu_launcher.leases.directory import MOUNTINFO, NETWORK_FILE_SYSTEMS, file_system_of
+from gpu_launcher.leases.pool_directory import MOUNTINFO, NETWORK_FILE_SYSTEMS, file_system_of
 from gpu_launcher.studies.connections import BUSY_TIMEOUT, connect
 
 ALWAYS = frozenset({"studies", "trials", "version_info"})

@@ -28,7 +28,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlch
 from sqlalchemy.orm import Session
 
 from gpu_launcher.errors import StorageError
-from gpu_launcher.leases.directory import MOUNTINFO
+from gpu_launcher.leases.pool_directory import MOUNTINFO
 from gpu_launcher.studies.connections import close_before_forks, connect
 from gpu_launcher.studies.files import check_file, check_local, explained, make_ready, opening
 from gpu_launcher.studies.places import JournalFile, SQLiteFile, place_of, unknown_scheme, without_password

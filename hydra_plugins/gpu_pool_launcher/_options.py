@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gpu_launcher import requests
-from gpu_launcher.allocation.environment import Telling
+from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.devices import BUSY_MEMORY
 from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs.failures import FailurePolicy
@@ -81,7 +81,7 @@ def read_options(options: dict[str, Any], config: DictConfig) -> Options:
         grace=_grace(options.get("grace", 10.0)),
         pool_dir=_pool_dir(options.get("pool_dir")),
         busy_memory=_busy_memory(options.get("busy_memory", BUSY_MEMORY)),
-        telling=_telling(options),
+        device_environment=_device_environment(options),
         failures=FailurePolicy(retries, retry_on, _most_failures(options)),
         resume=bool(options.get("resume", False)),
         spell=spell,
@@ -129,7 +129,7 @@ def read_job_options(sweep: DictConfig, job: DictConfig) -> tuple[Request, JobOp
     options["gpus"] = _count_of_gpus(options.get("gpus"), literal=literal)
     retries, retry_on = _retries(options)
     return requests.read_request(options), JobOptions(
-        _telling(options), FailurePolicy(retries, retry_on), tuple(ignored)
+        _device_environment(options), FailurePolicy(retries, retry_on), tuple(ignored)
     )
 
 
@@ -156,8 +156,8 @@ def _shown(value: object) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
 
 
-def _telling(options: Mapping[str, Any]) -> Telling:
-    return Telling(
+def _device_environment(options: Mapping[str, Any]) -> DeviceEnvironment:
+    return DeviceEnvironment(
         by_uuid=_one_of("visible", options.get("visible", "index"), ("index", "uuid")) == "uuid",
         enforce_memory=bool(options.get("enforce_memory", False)),
         pin_cpus=_one_of("cpu_affinity", options.get("cpu_affinity"), (None, "auto")) == "auto",

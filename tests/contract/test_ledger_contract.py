@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gpu_launcher.errors import RequestError
-from gpu_launcher.leases import Taste, describe_wait, refusal
+from gpu_launcher.leases import DevicePreference, describe_wait, refusal
 from gpu_launcher.model import WHOLE, Request, Share
 
 
@@ -281,10 +281,13 @@ def test_the_others_keep_nothing_for_a_process_that_it_does_not_want(process, de
 def test_the_claimant_says_which_of_the_free_devices_it_likes(process, devices, owner):
     ledger = process()
     near = {frozenset({"SIMULATED-1", "SIMULATED-3"})}
-    taste = Taste(closeness=lambda one, two: frozenset({one, two}) in near)
-    assert ledger.claim(ledger.enqueue(Request(2), devices, owner), (), taste).uuids == ("SIMULATED-1", "SIMULATED-3")
-    taste = Taste(ranking=("SIMULATED-3", "SIMULATED-2"))
-    assert ledger.claim(ledger.enqueue(Request(1), devices, owner), (), taste).uuids == ("SIMULATED-2",)
+    preference = DevicePreference(closeness=lambda one, two: frozenset({one, two}) in near)
+    assert ledger.claim(ledger.enqueue(Request(2), devices, owner), (), preference).uuids == (
+        "SIMULATED-1",
+        "SIMULATED-3",
+    )
+    preference = DevicePreference(ranking=("SIMULATED-3", "SIMULATED-2"))
+    assert ledger.claim(ledger.enqueue(Request(1), devices, owner), (), preference).uuids == ("SIMULATED-2",)
 
 
 def test_the_view_says_why_each_ticket_waits(process, devices, owner):

@@ -16,7 +16,7 @@ import pytest
 
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.leases import FileLedger, choose_pool_directory, resolve_pool_directory
-from gpu_launcher.leases.directory import file_system_of
+from gpu_launcher.leases.pool_directory import file_system_of
 from gpu_launcher.model import Request
 
 

@@ -14,7 +14,7 @@ from hydra import compose, initialize
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, open_dict, read_write
 
-from gpu_launcher.allocation.environment import Telling
+from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.job import Cause
@@ -82,7 +82,7 @@ def test_option_of_a_job_is_honoured(sweep: DictConfig, option: str) -> None:
 @pytest.mark.parametrize("option", OF_SWEEP)
 def test_option_of_the_sweep_is_reported_when_a_job_differs(sweep: DictConfig, option: str) -> None:
     request, options = read_job_options(sweep, job_of(sweep, **{option: OTHER_VALUES[option]}))
-    assert (request, options.telling) == (Request(1), Telling())
+    assert (request, options.device_environment) == (Request(1), DeviceEnvironment())
     (said,) = options.ignored
     assert said.startswith(f"hydra.launcher.{option}=")
 
@@ -92,7 +92,7 @@ def test_job_options_are_read_together(sweep: DictConfig) -> None:
     request, own = read_job_options(sweep, job_of(sweep, **options))
     assert request == Request.of(2, 4 * 2**30, priority=-3, timeout=7200.0, stagger=5.0)
     retries = FailurePolicy(2, frozenset({Cause.EXCEPTION}))
-    assert own == JobOptions(Telling(by_uuid=True, enforce_memory=True, pin_cpus=True), retries)
+    assert own == JobOptions(DeviceEnvironment(by_uuid=True, enforce_memory=True, pin_cpus=True), retries)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from gpu_launcher.leases.files import FileLedger
+from gpu_launcher.leases.file_ledger import FileLedger
 
 pytest.importorskip("torch", reason="needs torch: pip install 'gpu-launcher[ddp]'")
 pytest.importorskip("lightning", reason="needs Lightning: pip install 'gpu-launcher[ddp]'")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_launcher.allocation.environment import Telling
+from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.sweep import Options
 from hydra_plugins.gpu_pool_launcher._launch import LaunchError, _with_failures_so_far
@@ -143,7 +143,7 @@ def test_hydra_does_not_advise_a_stack_trace_after_a_message_of_ours(
 def test_failures_of_all_batches_of_a_sweep_count() -> None:
     def options(most: int | None) -> Options:
         policy = FailurePolicy(most=most)
-        return Options("cpu", None, None, 1.0, None, None, Telling(), policy)
+        return Options("cpu", None, None, 1.0, None, None, DeviceEnvironment(), policy)
 
     assert _with_failures_so_far(options(None), 9).failures.most is None
     assert _with_failures_so_far(options(3), 0).failures.most == 3

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from gpu_launcher.devices import ConditionMonitor, Connection, NvmlProbe, environment, select_devices
+from gpu_launcher.devices import ConditionMonitor, LinkKind, NvmlProbe, environment, select_devices
 
 if TYPE_CHECKING:
     from conftest import Machine  # type: ignore[import-not-found]
@@ -296,7 +296,7 @@ def test_the_real_driver_tells_how_real_gpus_are_doing_and_how_they_are_wired(re
         assert condition.processes is not None
     links = NvmlProbe().links(real_gpus)
     for one, other in combinations([gpu.uuid for gpu in real_gpus if gpu.parent is None], 2):
-        assert links.between(one, other) is not Connection.UNKNOWN
+        assert links.between(one, other) is not LinkKind.UNKNOWN
 
 
 @pytest.mark.gpu

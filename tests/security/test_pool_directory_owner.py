@@ -17,7 +17,7 @@ import pytest
 
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.leases import FileLedger, choose_pool_directory, describe_wait, mutex, resolve_pool_directory
-from gpu_launcher.leases.directory import EVERYBODYS, explained
+from gpu_launcher.leases.pool_directory import EVERYBODYS, explained
 from gpu_launcher.model import Device, DeviceKind, Owner, Request
 from gpu_launcher.users import user_name
 from tests.security.accounts import ADA, GRACE, MALLORY, acting_as

@@ -17,9 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpu_launcher.leases import FileLedger, Lease, scan
-from gpu_launcher.leases.policy import Candidate, Demand
-from gpu_launcher.leases.records import (
+from gpu_launcher.leases import FileLedger, HeldLease, scan
+from gpu_launcher.leases.file_format import (
     MAX_ENTRY_BYTES,
     LeaseRecord,
     Origin,
@@ -29,6 +28,7 @@ from gpu_launcher.leases.records import (
     lease_names,
     unpublished_name,
 )
+from gpu_launcher.leases.grant_policy import Candidate, Demand
 from gpu_launcher.model import WHOLE, Device, DeviceKind, Owner, Request
 from gpu_launcher.users import user_name
 from tests.security.accounts import ADA, GRACE, MALLORY, acting_as
@@ -226,7 +226,7 @@ def test_user_and_process_are_the_kernels_whatever_the_file_says(queue, start):
     assert lease.owner.pid > 1
 
 
-def hold(queue: Path, uuids: str = "A") -> tuple[FileLedger, Lease | None]:
+def hold(queue: Path, uuids: str = "A") -> tuple[FileLedger, HeldLease | None]:
     ledger = FileLedger(queue.parent)
     return ledger, ledger.claim(ledger.enqueue(Request(len(uuids)), devices(uuids), Owner(os.getpid(), "", "ada.py")))
 

@@ -18,8 +18,8 @@ from gpu_launcher.cli.doctor import _to_json as doctor_json
 from gpu_launcher.cli.output import to_text
 from gpu_launcher.cli.table import plain
 from gpu_launcher.jobs.job import Job
+from gpu_launcher.leases.file_format import LeaseRecord, Origin, decode
 from gpu_launcher.leases.kernel import Process
-from gpu_launcher.leases.records import LeaseRecord, Origin, decode
 from gpu_launcher.model import WHOLE
 from gpu_launcher.processes.linux import command_lines
 from gpu_launcher.redaction import redact

@@ -27,8 +27,8 @@ from hypothesis.stateful import (
 )
 
 from gpu_launcher.errors import RequestError
-from gpu_launcher.leases import Lease, MemoryLedger, MemoryPool, Taste, Ticket
-from gpu_launcher.leases.policy import Candidate, Demand, LeaseState, Snapshot, TicketState, decide, grant, waits
+from gpu_launcher.leases import DevicePreference, HeldLease, MemoryLedger, MemoryPool, Ticket
+from gpu_launcher.leases.grant_policy import Candidate, Demand, LeaseState, Snapshot, TicketState, decide, grant, waits
 from gpu_launcher.model import MILLIONTHS, WHOLE, Device, DeviceKind, Owner, Request, Share
 
 HISTORIES = int(os.environ.get("GPU_LAUNCHER_HISTORIES", "1500"))
@@ -256,8 +256,8 @@ def test_grants_are_whole_and_no_device_gives_more_than_it_has(chance: Random) -
     grants = dict(decide(snapshot))
     if snapshot.tickets:
         first = in_queue_order(snapshot)[0]
-        taste = Taste(tuple(permutation(chance)), lambda one, two: (ord(one) * ord(two)) % 5)
-        if (found := grant(snapshot.leases, [first], first, snapshot.now, taste)) is not None:
+        preference = DevicePreference(tuple(permutation(chance)), lambda one, two: (ord(one) * ord(two)) % 5)
+        if (found := grant(snapshot.leases, [first], first, snapshot.now, preference)) is not None:
             grants = {first.id: found}
     tickets = {ticket.id: ticket.demand for ticket in snapshot.tickets}
     for id, found in grants.items():
@@ -466,7 +466,7 @@ class PoolHistory(RuleBasedStateMachine):
         self.pool = MemoryPool()
         self.waiting: list[tuple[Ticket, MemoryLedger]] = []
         self.states: dict[str, TicketState] = {}
-        self.held: list[tuple[Lease, MemoryLedger]] = []
+        self.held: list[tuple[HeldLease, MemoryLedger]] = []
         self.held_states: dict[str, LeaseState] = {}
         self.dead: set[int] = set()
         self.arrivals = itertools.count(1)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gpu_launcher.devices import (
     Condition,
-    Connection,
+    LinkKind,
     Links,
     by_load,
     combinable,
@@ -61,10 +61,10 @@ def test_levels_stay_in_range_and_settle_at_once(loads_now: list[float], before:
 
 
 def test_connections_are_the_same_in_both_directions_and_unknown_by_default() -> None:
-    links = Links({frozenset(("a", "b")): Connection.NVLINK})
-    assert links.between("a", "b") is links.between("b", "a") is Connection.NVLINK
-    assert links.between("a", "c") is Connection.UNKNOWN
-    assert Connection.NVLINK > Connection.SWITCH > Connection.HOST_BRIDGE > Connection.NODE > Connection.SYSTEM > 0
+    links = Links({frozenset(("a", "b")): LinkKind.NVLINK})
+    assert links.between("a", "b") is links.between("b", "a") is LinkKind.NVLINK
+    assert links.between("a", "c") is LinkKind.UNKNOWN
+    assert LinkKind.NVLINK > LinkKind.SWITCH > LinkKind.HOST_BRIDGE > LinkKind.NODE > LinkKind.SYSTEM > 0
 
 
 def test_several_devices_are_never_mig_instances() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_launcher.devices import FixedProbe, Inventory, Unusable, cpu_slots, select_devices, simulated_devices
+from gpu_launcher.devices import FixedProbe, Inventory, UnusableGpu, cpu_slots, select_devices, simulated_devices
 from gpu_launcher.errors import OptionError
 from gpu_launcher.model import Device, DeviceKind
 
@@ -160,14 +160,14 @@ def test_a_mask_that_is_partly_wrong_gives_a_notice_also_for_named_gpus() -> Non
 
 
 def test_jobs_are_told_uuids_exactly_where_some_gpu_cannot_be_used() -> None:
-    broken = FixedProbe(Inventory(GPUS[:2], (Unusable(2, None, "is lost"),)))
+    broken = FixedProbe(Inventory(GPUS[:2], (UnusableGpu(2, None, "is lost"),)))
     assert select_devices("auto", {}, broken).by_uuid
     assert select_devices([0], {"CUDA_VISIBLE_DEVICES": "0"}, broken).by_uuid
     assert not select_devices("auto", {}, THREE).by_uuid
 
 
 def test_an_unusable_gpu_is_mentioned_where_it_was_wanted_and_only_there() -> None:
-    broken = FixedProbe(Inventory(GPUS[:2], (Unusable(2, UUIDS[2], "is lost: reboot"),)))
+    broken = FixedProbe(Inventory(GPUS[:2], (UnusableGpu(2, UUIDS[2], "is lost: reboot"),)))
     assert select_devices("auto", {}, broken).notices == ("GPU 2 is left out: it is lost: reboot",)
     assert select_devices([0], {}, broken).notices == ()
     assert select_devices("auto", {"CUDA_VISIBLE_DEVICES": "1,0"}, broken).notices == ()

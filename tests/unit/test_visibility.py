@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_launcher.devices import FixedProbe, Inventory, Unusable, cpu_slots, environment, simulated_devices
+from gpu_launcher.devices import FixedProbe, Inventory, UnusableGpu, cpu_slots, environment, simulated_devices
 from gpu_launcher.devices.visibility import read_mask, visible
 from gpu_launcher.model import Device, DeviceKind
 
@@ -178,7 +178,7 @@ def test_a_mask_that_is_probably_a_mistake_gives_a_notice_with_its_text(mask: st
 
 
 def test_an_unusable_gpu_counts_in_a_mask_and_does_not_end_it() -> None:
-    lost = Unusable(1, None, "is lost")
+    lost = UnusableGpu(1, None, "is lost")
     seen = visible(Inventory((gpu(0), gpu(2)), (lost,)), {"CUDA_VISIBLE_DEVICES": "2,1,0"})
     assert seen.devices == (gpu(2), gpu(0))
     assert seen.unusable == (lost,)
@@ -186,7 +186,7 @@ def test_an_unusable_gpu_counts_in_a_mask_and_does_not_end_it() -> None:
 
 
 def test_an_unusable_gpu_outside_the_mask_is_not_mentioned() -> None:
-    inventory = FixedProbe(Inventory((gpu(0),), (Unusable(1, None, "is lost"),))).inventory()
+    inventory = FixedProbe(Inventory((gpu(0),), (UnusableGpu(1, None, "is lost"),))).inventory()
     assert visible(inventory, {"CUDA_VISIBLE_DEVICES": "0"}).unusable == ()
 
 

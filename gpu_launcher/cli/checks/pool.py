@@ -16,7 +16,8 @@ from gpu_launcher.cli.checks.finding import Finding, Level, halves, ok, problem,
 from gpu_launcher.cli.checks.gpus import in_container
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.leases import FileLedger, choose_pool_directory
-from gpu_launcher.leases.directory import (
+from gpu_launcher.leases.mutex import blame
+from gpu_launcher.leases.pool_directory import (
     EVERYBODYS,
     NETWORK_FILE_SYSTEMS,
     QUEUE,
@@ -29,7 +30,6 @@ from gpu_launcher.leases.directory import (
     open_directory,
     open_queue,
 )
-from gpu_launcher.leases.mutex import blame
 from gpu_launcher.users import user_name
 
 CHECK = "pool"

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from gpu_launcher.cli.checks.finding import Finding, ok, problem, warning
-from gpu_launcher.leases.directory import NETWORK_FILE_SYSTEMS, file_system_of
+from gpu_launcher.leases.pool_directory import NETWORK_FILE_SYSTEMS, file_system_of
 
 CHECK = "study"
 MAGIC = b"SQLite format 3\0"

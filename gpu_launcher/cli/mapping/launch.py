@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_launcher.allocation.environment import Telling
+from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.cli.mapping.grid import Grid, read_grid
 from gpu_launcher.cli.mapping.place import COMMAND, MapError, Place, RefusedError, new_directory, quoted
 from gpu_launcher.cli.mapping.program import CommandProgram
@@ -235,7 +235,7 @@ def _options(given: Mapping[str, Any]) -> Options:
         grace=grace,
         pool_dir=given.get("pool_dir"),
         busy_memory=BUSY_MEMORY,
-        telling=Telling(),
+        device_environment=DeviceEnvironment(),
         # Any failure of a command is worth another attempt, if attempts were asked for: nobody knows more about it.
         failures=FailurePolicy(given.get("retries", 0), frozenset(Cause), 1 if given.get("stop_on_failure") else None),
     )

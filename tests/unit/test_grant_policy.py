@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from gpu_launcher.leases.policy import (
+from gpu_launcher.leases.grant_policy import (
     Candidate,
     Demand,
+    DevicePreference,
     LeaseState,
     Snapshot,
-    Taste,
     TicketState,
     Wait,
     decide,
@@ -181,35 +181,35 @@ def test_what_is_not_to_be_had_is_not_granted_and_not_kept_for_whom_it_would_not
     assert granted(*parts) == {}
 
 
-def grant_own(own: TicketState, taste: Taste, *parts: LeaseState) -> str:
-    found = grant(parts, [own], own, 0.0, taste)
+def grant_own(own: TicketState, preference: DevicePreference, *parts: LeaseState) -> str:
+    found = grant(parts, [own], own, 0.0, preference)
     return "".join(found or ())
 
 
 def test_a_claimant_chooses_among_what_is_free_for_it():
     own = ticket(1, "ABCD", 1)
-    assert grant_own(own, Taste(ranking=("C", "B"))) == "C"
-    assert grant_own(own, Taste(ranking=("C", "B")), lease("C")) == "B"
-    assert grant_own(own, Taste(ranking=("C", "B")), lease("BC")) == "A"
-    assert grant_own(ticket(1, "ABCD", HALF), Taste(ranking=("C",)), lease("B", HALF.share)) == "B"
+    assert grant_own(own, DevicePreference(ranking=("C", "B"))) == "C"
+    assert grant_own(own, DevicePreference(ranking=("C", "B")), lease("C")) == "B"
+    assert grant_own(own, DevicePreference(ranking=("C", "B")), lease("BC")) == "A"
+    assert grant_own(ticket(1, "ABCD", HALF), DevicePreference(ranking=("C",)), lease("B", HALF.share)) == "B"
 
 
 @pytest.mark.parametrize("many", [False, True], ids=["all sets compared", "grown"])
 def test_several_devices_are_the_best_connected_ones(many, monkeypatch):
     if many:
-        monkeypatch.setattr("gpu_launcher.leases.policy.MOST_SETS", 0)
+        monkeypatch.setattr("gpu_launcher.leases.grant_policy.MOST_SETS", 0)
     pairs = {frozenset("AC"): 3, frozenset("BD"): 3, frozenset("AB"): 2}
 
     def closeness(one: str, two: str) -> int:
         return pairs.get(frozenset((one, two)), 1)
 
-    taste = Taste(closeness=closeness)
-    assert grant_own(ticket(1, "ABCD", 2), taste) == "AC"
-    assert grant_own(ticket(1, "ABCD", 2), Taste(ranking=tuple("BDAC"), closeness=closeness)) == "BD"
-    assert grant_own(ticket(1, "ABCD", 2), taste, lease("C")) == "BD"
-    assert grant_own(ticket(1, "ABCD", 2), taste, lease("CD")) == "AB"
-    assert sorted(grant_own(ticket(1, "ABCD", 3), taste)) == sorted("ABC")
-    assert grant_own(ticket(1, "ABCD", 4), taste) == "ABCD"
+    preference = DevicePreference(closeness=closeness)
+    assert grant_own(ticket(1, "ABCD", 2), preference) == "AC"
+    assert grant_own(ticket(1, "ABCD", 2), DevicePreference(ranking=tuple("BDAC"), closeness=closeness)) == "BD"
+    assert grant_own(ticket(1, "ABCD", 2), preference, lease("C")) == "BD"
+    assert grant_own(ticket(1, "ABCD", 2), preference, lease("CD")) == "AB"
+    assert sorted(grant_own(ticket(1, "ABCD", 3), preference)) == sorted("ABC")
+    assert grant_own(ticket(1, "ABCD", 4), preference) == "ABCD"
 
 
 def test_the_queue_is_read_only_as_far_as_it_matters():

@@ -1,11 +1,14 @@
-"""What a pool's leases have of one device, and which programs are the pool's. Pure: a view of the pool goes in."""
+"""Who uses a device: the leases that have a share of it, the programs behind them, the leases of a process."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpu_launcher.leases.file_format import LEASE_NAME
 from gpu_launcher.leases.ledger import LeaseView, PoolView
 from gpu_launcher.model import MILLIONTHS
 
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Hold:
+class DeviceUse:
     """What a lease has of a device. `share` None: the lease cannot be read, and counts as holding everything."""
 
     lease: LeaseView
@@ -26,16 +29,16 @@ class Hold:
         return self.share is None or self.share.whole
 
 
-def holds_on(device: Device, pool: PoolView) -> tuple[Hold, ...]:
+def uses_of(device: Device, pool: PoolView) -> tuple[DeviceUse, ...]:
     """Return what each lease has of the device, in the order of their grants."""
     return tuple(
-        Hold(lease, None if lease.shares is None else lease.shares[device.uuid])
+        DeviceUse(lease, None if lease.shares is None else lease.shares[device.uuid])
         for lease in pool.leases
         if lease.shares is None or device.uuid in lease.shares
     )
 
 
-def leased_memory(device: Device, holds: Iterable[Hold]) -> int:
+def leased_memory(device: Device, holds: Iterable[DeviceUse]) -> int:
     """Return the bytes of the device that `holds`, none of them whole, count for.
 
     A fraction without declared memory counts for that fraction of the device's.
@@ -44,7 +47,7 @@ def leased_memory(device: Device, holds: Iterable[Hold]) -> int:
     return sum(share.memory or (device.memory or 0) * share.millionths // MILLIONTHS for share in shares)
 
 
-def owners_of(pool: PoolView, holds: Sequence[Hold], exists: Callable[[int], bool]) -> set[int] | None:
+def owners_of(pool: PoolView, holds: Sequence[DeviceUse], exists: Callable[[int], bool]) -> set[int] | None:
     """Return the pids of the programs that hold leases or wait for them; what descends from them is the pool's.
 
     `exists` says whether there is a process of that id. None if one that has one of `holds` is not to be seen from
@@ -54,3 +57,14 @@ def owners_of(pool: PoolView, holds: Sequence[Hold], exists: Callable[[int], boo
         return None
     owners = [lease.owner for lease in pool.leases] + [ticket.owner for ticket in pool.tickets]
     return {owner.pid for owner in owners if owner is not None}
+
+
+def leases_of(pid: int) -> set[str]:
+    """Ids of the leases of which the process has a descriptor; none where that cannot be seen. For display."""
+    found = set()
+    with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):  # closed meanwhile
+                if match := LEASE_NAME.fullmatch(descriptor.readlink().name):
+                    found.add(match[1])
+    return found

@@ -16,9 +16,9 @@ The rules:
   broken GPU), keeps its place and reserves nothing until that changes.
 
 Granted tickets may act in any order and at any time. What is decided for the others then stays as it is, but for the
-choice among devices that are free: best fit depends on who came before, and a claimant's `Taste` (measured at the last
-moment, known to nobody else) is its own affair. So of tickets that could all be granted in one moment, a later one may
-once get in an earlier one's way, which then reserves.
+choice among devices that are free: best fit depends on who came before, and a claimant's `DevicePreference` is
+measured at the last moment, and known to that claimant alone. So of tickets that could all be granted in one moment, a
+later one may once get in an earlier one's way, which then reserves.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class Taste:
+class DevicePreference:
     """Which of the devices that are free for it a claimant prefers."""
 
     ranking: tuple[str, ...] = ()
@@ -139,7 +139,7 @@ class Wait:
     """Whether a lease or an earlier ticket cannot be read, so that nothing may be granted."""
 
 
-INDIFFERENT = Taste()
+NO_PREFERENCE = DevicePreference()
 
 Grant = Mapping[str, Share]
 """The devices of a lease by UUID, in the order in which the job sees them, and what it has of each."""
@@ -148,13 +148,13 @@ Grant = Mapping[str, Share]
 def decide(snapshot: Snapshot) -> dict[str, Grant]:
     """Return what can be granted now, by ticket id, in queue order."""
     grants: dict[str, Grant] = {}
-    books = _Books.opened(snapshot.leases, snapshot.now)
-    if books is None:
+    allocator = _Allocator.opened(snapshot.leases, snapshot.now)
+    if allocator is None:
         return grants
     for ticket in sorted(snapshot.tickets, key=lambda ticket: ticket.place):
         if ticket.demand is None:
             break
-        found = books.settle(ticket.demand)
+        found = allocator.grant_or_reserve(ticket.demand)
         if found is not None:
             grants[ticket.id] = found
     return grants
@@ -163,7 +163,7 @@ def decide(snapshot: Snapshot) -> dict[str, Grant]:
 def waits(snapshot: Snapshot) -> dict[str, Wait]:
     """Return why the tickets that are not granted are not, by ticket id, in queue order."""
     reasons: dict[str, Wait] = {}
-    books = _Books.opened(snapshot.leases, snapshot.now)
+    allocator = _Allocator.opened(snapshot.leases, snapshot.now)
     holders: dict[str, list[str]] = {}
     for lease in sorted(snapshot.leases, key=lambda lease: lease.id):
         for uuid in lease.shares or ():
@@ -173,11 +173,11 @@ def waits(snapshot: Snapshot) -> dict[str, Wait]:
     for ticket in sorted(snapshot.tickets, key=lambda ticket: ticket.place):
         demand = ticket.demand
         readable = readable and demand is not None
-        if books is None or demand is None or not readable:
+        if allocator is None or demand is None or not readable:
             reasons[ticket.id] = Wait(missing=demand.request.gpus if demand else 0, unreadable=True)
             continue
-        free = len(books.free(demand))
-        found = books.settle(demand)
+        free = len(allocator.free(demand))
+        found = allocator.grant_or_reserve(demand)
         uuids = [candidate.uuid for candidate in demand.candidates]
         if found is None:
             leases = dict.fromkeys(id for uuid in uuids for id in holders.get(uuid, ()))
@@ -186,39 +186,43 @@ def waits(snapshot: Snapshot) -> dict[str, Wait]:
                 leases=tuple(leases),
                 behind=tuple(dict.fromkeys(first[uuid] for uuid in uuids if uuid in first)),
                 unavailable=tuple(uuid for uuid in uuids if uuid in demand.unavailable),
-                staggered=tuple(uuid for uuid in uuids if books.staggered(uuid, demand.request)),
+                staggered=tuple(uuid for uuid in uuids if allocator.staggered(uuid, demand.request)),
             )
-        if found is not None or books.possible(demand):
+        if found is not None or allocator.possible(demand):
             for uuid in uuids if found is None else found:
                 first.setdefault(uuid, ticket.id)
     return reasons
 
 
 def grant(
-    leases: Iterable[LeaseState], queue: Iterable[TicketState], own: TicketState, now: float, taste: Taste = INDIFFERENT
+    leases: Iterable[LeaseState],
+    queue: Iterable[TicketState],
+    own: TicketState,
+    now: float,
+    preference: DevicePreference = NO_PREFERENCE,
 ) -> Grant | None:
     """Return what the ticket `own` can be granted now; None if it must wait.
 
     `queue` is the tickets in queue order, `own` among them. It is read only as far as the answer depends on it.
     """
     assert own.demand is not None, "its owner knows what it is for"
-    books = _Books.opened(leases, now)
-    if books is None or not books.enough(own.demand):
+    allocator = _Allocator.opened(leases, now)
+    if allocator is None or not allocator.enough(own.demand):
         return None
     for ticket in queue:
         if ticket.id == own.id:
-            return books.settle(own.demand, taste)
+            return allocator.grant_or_reserve(own.demand, preference)
         if ticket.demand is None:
             return None
-        before = books.changes
-        books.settle(ticket.demand)
-        if books.changes > before and not books.enough(own.demand):
+        before = allocator.changes
+        allocator.grant_or_reserve(ticket.demand)
+        if allocator.changes > before and not allocator.enough(own.demand):
             return None
     raise LookupError(f"ticket {own.id} is not in the queue")
 
 
 @dataclass(slots=True)
-class _Books:
+class _Allocator:
     """What is taken and reserved so far, while tickets are gone through in queue order."""
 
     now: float
@@ -240,25 +244,25 @@ class _Books:
     """What `_room_at` found."""
 
     @classmethod
-    def opened(cls, leases: Iterable[LeaseState], now: float) -> _Books | None:
+    def opened(cls, leases: Iterable[LeaseState], now: float) -> _Allocator | None:
         """None while a lease cannot be read."""
-        books = cls(now)
+        allocator = cls(now)
         for lease in leases:
             if lease.shares is None:
                 return None
             for uuid, share in lease.shares.items():
-                books._take(uuid, share, lease.started)
+                allocator._take(uuid, share, lease.started)
                 if lease.ends is not None and lease.ends > now:
-                    books.ends.setdefault(uuid, []).append((lease.ends, share))
-        return books
+                    allocator.ends.setdefault(uuid, []).append((lease.ends, share))
+        return allocator
 
-    def settle(self, demand: Demand, taste: Taste = INDIFFERENT) -> Grant | None:
+    def grant_or_reserve(self, demand: Demand, preference: DevicePreference = NO_PREFERENCE) -> Grant | None:
         """Grant it, or reserve what it waits for."""
         if demand.able.keys() <= self.promised:
             return None
         free = self.free(demand)
         if len(free) >= demand.request.gpus:
-            chosen = self._choose(free, demand.request, taste)
+            chosen = self._choose(free, demand.request, preference)
             for uuid, share in chosen.items():
                 self._take(uuid, share, self.now)
             return chosen
@@ -350,10 +354,10 @@ class _Books:
             self.rooms[key] = time
         return self.rooms[key]
 
-    def _choose(self, free: Mapping[str, Share], request: Request, taste: Taste) -> dict[str, Share]:
+    def _choose(self, free: Mapping[str, Share], request: Request, preference: DevicePreference) -> dict[str, Share]:
         liked = list(free)
-        if taste.ranking:
-            rank = {uuid: place for place, uuid in enumerate(taste.ranking)}
+        if preference.ranking:
+            rank = {uuid: place for place, uuid in enumerate(preference.ranking)}
             liked.sort(key=lambda uuid: rank.get(uuid, len(rank)))
         if any(share.millionths < MILLIONTHS for share in free.values()):
             # Best fit: where the least is left, so that whole devices stay whole. Sorting is stable.
@@ -361,8 +365,8 @@ class _Books:
             for uuid in filled.keys() & self.used.keys():
                 filled[uuid] += self.used[uuid][0]
             liked.sort(key=filled.__getitem__, reverse=True)
-        elif taste.closeness is not None and 1 < request.gpus < len(liked):
-            liked = _best_connected(liked, request.gpus, taste.closeness)
+        elif preference.closeness is not None and 1 < request.gpus < len(liked):
+            liked = _best_connected(liked, request.gpus, preference.closeness)
         return {uuid: free[uuid] for uuid in liked[: request.gpus]}
 
 

@@ -31,7 +31,7 @@ import uuid
 from pathlib import Path
 
 from gpu_launcher.errors import PoolDirectoryError
-from gpu_launcher.leases.records import unpublished_name
+from gpu_launcher.leases.file_format import unpublished_name
 from gpu_launcher.users import user_name
 
 ENVIRONMENT_VARIABLE = "GPU_LAUNCHER_POOL_DIR"

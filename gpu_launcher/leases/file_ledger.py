@@ -44,11 +44,7 @@ from typing import TYPE_CHECKING
 
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.leases import inotify
-from gpu_launcher.leases.directory import administrators, explained, open_directory, open_queue
-from gpu_launcher.leases.ledger import Lease, PoolView, Ticket, demanded
-from gpu_launcher.leases.mutex import Patience
-from gpu_launcher.leases.policy import INDIFFERENT, Grant, Taste, TicketState, grant
-from gpu_launcher.leases.records import (
+from gpu_launcher.leases.file_format import (
     MAX_SEQUENCE,
     LeaseRecord,
     Origin,
@@ -58,7 +54,11 @@ from gpu_launcher.leases.records import (
     lease_names,
     unpublished_name,
 )
-from gpu_launcher.leases.scan import Index, Pool, remove_if_dead, scan
+from gpu_launcher.leases.grant_policy import NO_PREFERENCE, DevicePreference, Grant, TicketState, grant
+from gpu_launcher.leases.ledger import HeldLease, PoolView, Ticket, demanded
+from gpu_launcher.leases.mutex import PoolMutex
+from gpu_launcher.leases.pool_directory import administrators, explained, open_directory, open_queue
+from gpu_launcher.leases.scan import Index, PoolScan, remove_if_dead, scan
 from gpu_launcher.leases.witness import Marks
 from gpu_launcher.users import user_name
 
@@ -122,9 +122,9 @@ class FileLedger:
         self._origin = origin or Origin.here()
         self._checkpoint = checkpoint
         self._process = os.getpid()
-        self._patience = Patience(directory, warn)
+        self._pool_mutex = PoolMutex(directory, warn)
         self._tickets: dict[str, _Waiting] = {}
-        self._leases: dict[str, tuple[Lease, LeaseRecord]] = {}
+        self._leases: dict[str, tuple[HeldLease, LeaseRecord]] = {}
         self._closed = False
         self._claims_in_vain = 0
         self._warn = warn
@@ -173,7 +173,9 @@ class FileLedger:
         self._tickets[ticket.id] = waiting
         return ticket
 
-    def claim(self, ticket: Ticket, unavailable: Iterable[str] = (), taste: Taste = INDIFFERENT) -> Lease | None:
+    def claim(
+        self, ticket: Ticket, unavailable: Iterable[str] = (), preference: DevicePreference = NO_PREFERENCE
+    ) -> HeldLease | None:
         self._check_process()
         waiting = self._tickets.get(ticket.id)
         if waiting is None:
@@ -184,7 +186,7 @@ class FileLedger:
             waiting.untried = False
             with self._mutex(wait=False) as locked:
                 if locked is not None:
-                    lease = self._claim(locked, waiting, seen, taste)
+                    lease = self._claim(locked, waiting, seen, preference)
                     self._claims_in_vain = 0 if lease else self._claims_in_vain + 1
                     return lease
         changed = seen != waiting.record.demand.unavailable
@@ -192,17 +194,19 @@ class FileLedger:
             # Waiting is what a ticket does most of the time, and needs no mutex.
             pool = self._scan(queue, mutex=False)
             self._find_lost(pool, self._lost)
-            in_vain = not changed and str(waiting.name) in pool.names and not self._decide(pool, waiting, taste)
+            in_vain = not changed and str(waiting.name) in pool.names and not self._decide(pool, waiting, preference)
         if in_vain:
             assert waiting.name is not None
             self._claims_in_vain += 1 if pool.ahead_of(waiting.name) < EAGER else MANY
             return None
         with self._mutex() as locked:
-            lease = None if locked is None else self._claim(locked, waiting, seen, taste)
+            lease = None if locked is None else self._claim(locked, waiting, seen, preference)
         self._claims_in_vain = 0 if lease else self._claims_in_vain + 1
         return lease
 
-    def _claim(self, queue: int, waiting: _Waiting, unavailable: frozenset[str], taste: Taste) -> Lease | None:
+    def _claim(
+        self, queue: int, waiting: _Waiting, unavailable: frozenset[str], preference: DevicePreference
+    ) -> HeldLease | None:
         pool = self._scan(queue, mutex=True)
         if unavailable != waiting.record.demand.unavailable:
             # Others must know what this one can use, or they would keep for it what it does not take.
@@ -211,11 +215,11 @@ class FileLedger:
             self._publish_ticket(waiting, pool)
         elif str(waiting.name) not in pool.names:
             self._publish_ticket(waiting, pool)
-        shares = self._decide(pool, waiting, taste)
+        shares = self._decide(pool, waiting, preference)
         self._lost = frozenset()
         while shares is not None and (lost := self._find_lost(pool, shares)):
             self._lost |= lost
-            shares = self._decide(pool, waiting, taste)
+            shares = self._decide(pool, waiting, preference)
         if shares is None:
             return None
         record = LeaseRecord(
@@ -228,7 +232,7 @@ class FileLedger:
             origin=self._origin,
         )
         id = uuid.uuid4().hex
-        lease = Lease(id, shares, self._publish(queue, id, lease_names(id), record, "claim"))
+        lease = HeldLease(id, shares, self._publish(queue, id, lease_names(id), record, "claim"))
         self._leases[id] = lease, record
         self._withdraw(queue, waiting, "claim")
         return lease
@@ -245,7 +249,7 @@ class FileLedger:
             self._tickets.pop(ticket.id, None)
             waiting.close()
 
-    def release(self, lease: Lease) -> None:
+    def release(self, lease: HeldLease) -> None:
         self._check_process()
         if self._leases.pop(lease.id, None) is not None:
             self._close_leases([lease])
@@ -285,7 +289,7 @@ class FileLedger:
                 self._close_leases(leases)
         self.close_in_child()
 
-    def close_in_child(self, keep: Collection[Lease] = ()) -> None:
+    def close_in_child(self, keep: Collection[HeldLease] = ()) -> None:
         if self._closed:
             return
         self._closed = True
@@ -344,7 +348,7 @@ class FileLedger:
         parent.
         """
         with self._directory() as descriptor:
-            if not self._patience.lock(descriptor, wait=wait):
+            if not self._pool_mutex.lock(descriptor, wait=wait):
                 yield None
                 return
             try:
@@ -368,13 +372,13 @@ class FileLedger:
             self._warn_of_priority = False
         return replace(request, priority=0)
 
-    def _decide(self, pool: Pool, waiting: _Waiting, taste: Taste) -> Grant | None:
+    def _decide(self, pool: PoolScan, waiting: _Waiting, preference: DevicePreference) -> Grant | None:
         name = waiting.name
         assert name is not None
         state = TicketState(name.sequence, name.id, waiting.record.demand, name.priority)
-        return grant(pool.lease_states(), pool.queue(), state, self._clock(), taste)
+        return grant(pool.lease_states(), pool.queue(), state, self._clock(), preference)
 
-    def _publish_ticket(self, waiting: _Waiting, pool: Pool) -> None:
+    def _publish_ticket(self, waiting: _Waiting, pool: PoolScan) -> None:
         """Write the ticket's file, or its next edition in place of it."""
         ticket, old = waiting.ticket, waiting.name
         if old is None:
@@ -429,7 +433,7 @@ class FileLedger:
         waiting.close()
         self._checkpoint(f"{operation}: ticket closed")
 
-    def _close_leases(self, leases: list[Lease]) -> None:
+    def _close_leases(self, leases: list[HeldLease]) -> None:
         for lease in leases:
             os.close(lease.detach())
             self._checkpoint("release: closed")
@@ -440,7 +444,7 @@ class FileLedger:
                     remove_if_dead(queue, name)
                     self._checkpoint("release: name removed")
 
-    def _find_lost(self, pool: Pool, uuids: Iterable[str]) -> frozenset[str]:
+    def _find_lost(self, pool: PoolScan, uuids: Iterable[str]) -> frozenset[str]:
         """Look for devices among `uuids` held by leases without a name in the queue, and note them in the pool."""
         uuids = [uuid for uuid in uuids if uuid not in pool.lost]
         locks = pool.locks() if uuids else None
@@ -477,7 +481,7 @@ class FileLedger:
                 f"{why}: {', '.join(uuids)}. Only programs that can read /proc/locks still keep off these devices"
             )
 
-    def _scan(self, queue: int, *, mutex: bool) -> Pool:
+    def _scan(self, queue: int, *, mutex: bool) -> PoolScan:
         """Read the pool; what this ledger has itself, it knows better than the files."""
         self._keep_names(queue)
         pool = scan(queue, self._origin, self._index, self._clock(), mutex=mutex)

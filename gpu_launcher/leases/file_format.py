@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpu_launcher.leases.policy import Candidate, Demand
+from gpu_launcher.leases.grant_policy import Candidate, Demand
 from gpu_launcher.model import MILLIONTHS, MOST_PRIORITY, Request, Share
 from gpu_launcher.text import one_line
 
