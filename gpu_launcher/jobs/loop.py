@@ -1,4 +1,10 @@
-"""The event loop of a sweep: it feeds what happens to the machine and does what the machine says.
+"""The event loop of a sweep: it tells the machine what happened and carries out what the machine decides.
+
+Theory of operation. `_turn` waits for a descriptor to become readable and calls its callback. The callback reads one
+message and passes what happened, a stimulus, to `_handle`. That is the only place that asks the machine for
+instructions. Carrying out an instruction may make more things happen: it appends them to the queue of stimuli and never
+calls `_handle`, so no method of the loop runs while another one is half done. Conclusions, which read a report from
+disk, are carried out last: the devices of a job that ended go to the next job before its result is looked at.
 
 Everything that the loop needs is passed in: the fork server, the ledger, the progress display, the clock.
 """
@@ -10,6 +16,7 @@ import errno
 import math
 import os
 import selectors
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -153,13 +160,16 @@ class JobLoop:
         """Jobs whose process tree is gone, until they are concluded."""
         self._unstarted: list[int] = []
         """Jobs that the fork server was dead for when they were to be started, until that is known otherwise."""
-        self._not_startable: dict[int, str] = {}
-        """Why jobs could not be started, until they are concluded."""
         self._postponed: dict[int, str] = {}
         """Why jobs could not be started yet, for want of descriptors that others have."""
         self._results: dict[int, JobResult] = {}
         self._servers_lost = 0
         self._any_prepared = False
+        self._stimuli: deque[m.Stimulus] = deque()
+        """What happened and the machine does not know yet."""
+        self._conclusions: deque[m.Conclude] = deque()
+        """Jobs that ended, of which the result is not known yet."""
+        self._handling = False
 
     @property
     def stopped(self) -> bool:
@@ -208,8 +218,6 @@ class JobLoop:
             if self._selector.get_map().get(key.fd) is key:  # not closed by what came before
                 key.data()
         self._pool.look()
-        while self._not_startable:
-            self._handle(m.Exited(*self._not_startable.popitem()))
         self._claim()
         self._mention_cap()
         self._handle(m.Tick())
@@ -288,10 +296,7 @@ class JobLoop:
     def _take_on(self, job: Job) -> None:
         self._jobs[job.number] = job
         self._attempts.add(job)
-        if self._machine.takes_more:
-            self._handle(m.Arrived(job.number))
-        else:  # the sweep was stopped while the source thought about it
-            self._conclude(m.Conclude(job.number, self._machine.stopping, None))
+        self._handle(m.Arrived(job.number))
 
     def _answer(self, number: int, answer: messages.Answer) -> None:
         job = self._live.get(number)
@@ -461,10 +466,19 @@ class JobLoop:
     # What to do
 
     def _handle(self, stimulus: m.Stimulus) -> None:
-        for instruction in self._machine.handle(stimulus, self._clock()):
-            self._follow(instruction)
+        """Carry out what the machine decides upon a stimulus, and upon those that follow from it."""
+        assert not self._handling, f"{stimulus} while another stimulus is handled"
+        self._handling = True
+        self._stimuli.append(stimulus)
+        while self._stimuli or self._conclusions:
+            if self._stimuli:
+                for instruction in self._machine.handle(self._stimuli.popleft(), self._clock()):
+                    self._carry_out(instruction)
+            else:
+                self._conclude(self._conclusions.popleft())
+        self._handling = False
 
-    def _follow(self, instruction: m.Instruction) -> None:
+    def _carry_out(self, instruction: m.Instruction) -> None:
         match instruction:
             case m.StartProcess(number):
                 self._start(number)
@@ -483,9 +497,10 @@ class JobLoop:
             case m.Release(number):
                 self._release(number)
             case m.Conclude():
-                self._conclude(instruction)
+                self._conclusions.append(instruction)
 
     def _start(self, number: int) -> None:
+        self._dead.pop(number, None)  # its attempt before this one
         try:
             job, attempt = self._jobs[number], self._attempts[number]
             report, title = self._report_path(number), self._title(job)
@@ -494,8 +509,10 @@ class JobLoop:
             self._unstarted.append(number)  # its descriptor says so, too, and then it is replaced
             return
         except OSError as error:
-            few = self._live and error.errno in (errno.EMFILE, errno.ENFILE)
-            (self._postponed if few else self._not_startable)[number] = _not_started(error)
+            if self._live and error.errno in (errno.EMFILE, errno.ENFILE):
+                self._postponed[number] = _not_started(error)
+            else:
+                self._stimuli.append(m.Exited(number, _not_started(error)))
             return
         self._live[number] = Running(process, server=self._servers_lost, oom_kills=oom_kills())
         self._watch(process.supervisor.fileno(), lambda: self._on_supervisor(number))
@@ -537,11 +554,11 @@ class JobLoop:
         job.devices = tuple(self._pool.devices[uuid] for uuid in job.lease.uuids)
         job.shares = job.lease.shares
         self._checkpoint("claimed")
-        self._handle(m.Granted(number))
+        self._stimuli.append(m.Granted(number))
 
     def _give_up(self, problem: str) -> None:
         self._progress.handle(Notice(self._clock(), f"no more jobs are started; each {problem}"))
-        self._handle(m.GiveUp(problem))
+        self._stimuli.append(m.GiveUp(problem))
 
     def _go(self, number: int) -> None:
         if self._source is not None:
@@ -566,7 +583,7 @@ class JobLoop:
     def _tell(self, number: int, say: Callable[[JobProcess], None]) -> None:
         job = self._live.get(number)
         if number in self._postponed:  # it is to end, and has not begun
-            self._not_startable[number] = self._postponed.pop(number)
+            self._stimuli.append(m.Exited(number, self._postponed.pop(number)))
         if job is None:
             return  # it ended just now
         with contextlib.suppress(ChannelClosedError):  # it has ended, and the news of that is on the way
@@ -662,7 +679,7 @@ class JobLoop:
         with contextlib.suppress(OSError):  # the next one is written over it
             self._report_path(number).unlink()
         self._checkpoint("retried")
-        self._handle(m.Again(number, last=attempt.patient))
+        self._stimuli.append(m.Again(number, last=attempt.patient))
         return True
 
     def _count_failure(self) -> None:
@@ -672,7 +689,7 @@ class JobLoop:
             running = len(self._machine.running())
             stopping = Stopping(self._clock(), running, self._limits.grace, forced=False, signal=self._stopped_by)
             self._progress.handle(stopping)
-            self._handle(m.StopAsked())
+            self._stimuli.append(m.StopAsked())
 
     def _read_report(self, number: int, ran: Running) -> Report | None:
         try:

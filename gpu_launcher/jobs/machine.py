@@ -65,7 +65,7 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """There is one more job, if the machine `takes_more`."""
+    """There is one more job. It is concluded at once if no more jobs are started."""
 
     number: int
 
@@ -356,9 +356,12 @@ class Machine:
                 return self._tick(now)
 
     def _arrived(self, number: int, now: float) -> list[Instruction]:
-        if number in self._jobs or not self.takes_more:
-            raise IllegalTransitionError(f"job {number} arrives, but is there already, or no more jobs are run")
+        if number in self._jobs:
+            raise IllegalTransitionError(f"job {number} arrives twice")
         self._jobs[number] = _Job()
+        if not self.takes_more:
+            self._jobs[number].phase = Phase.ENDED
+            return [Conclude(number, self.stopping, None if self.stopping else self._given_up)]
         self._queue.append(number)
         return self._fill(now)
 

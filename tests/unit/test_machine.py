@@ -369,3 +369,16 @@ def test_without_a_cap_no_job_is_capped():
     for number in (0, 1):
         machine.handle(m.Prepared(number, Request(0)), 0.0)
     assert machine.capped is None
+
+
+def test_job_that_arrives_after_a_stop_is_concluded_at_once():
+    machine = Machine([], limits(), more=True)
+    machine.handle(m.StopAsked(), 0.0)
+    assert machine.handle(m.Arrived(0), 1.0) == [m.Conclude(0, stopped=True, problem=None)]
+    assert machine.finished
+
+
+def test_job_that_arrives_after_giving_up_is_concluded_with_the_reason():
+    machine = Machine([], limits(), more=True)
+    machine.handle(m.GiveUp("was not run: no pool"), 0.0)
+    assert machine.handle(m.Arrived(0), 1.0) == [m.Conclude(0, stopped=False, problem="was not run: no pool")]
