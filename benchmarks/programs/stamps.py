@@ -25,7 +25,7 @@ def install(path: str) -> None:
     # In the job
     _wrap(_program.HydraProgram, "__call__", before="forked", number=lambda _, number, *rest: number)
     _wrap(_program.HydraProgram, "_run", before="composed")
-    _wrap(worker.Gate, "wait", before="waits", after="woken")
+    _wrap(worker.JobContext, "wait", before="waits", after="woken")
     _wrap(hydra_utils, "_flush_loggers", before="returned")
     _wrap(_program, "pack", before="hydra done", after="packed")
     _wrap(worker, "write_whole", before="pickled", after="written")

@@ -22,8 +22,8 @@ from gpu_launcher.allocation.waiters import LoopDriver, RequestHandle, TaskWaite
 from gpu_launcher.errors import LeaseTimeout, PoolDirectoryError
 from gpu_launcher.leases import HeldLease
 from gpu_launcher.model import Owner, Request
-from gpu_launcher.processes.critical import uninterrupted
-from gpu_launcher.processes.forks import is_own_fork
+from gpu_launcher.processes.deferred_signals import uninterrupted
+from gpu_launcher.processes.forking import in_internal_fork
 
 LOOKING = 10.0
 """Seconds that a request waits, whatever its limit, for the first look at how the devices are doing."""
@@ -335,7 +335,7 @@ class LeaseBroker:
         """Be another process: wait for nothing, hold what is out, and open a room of its own when one is needed."""
         self._process, self._holder = os.getpid(), threading.get_ident()
         room, self._room = self._room, None
-        keep = set() if is_own_fork() else set(self._out)
+        keep = set() if in_internal_fork() else set(self._out)
         for sleeper in self._sleepers:
             sleeper.close()
         if room is not None:

@@ -12,10 +12,10 @@ from typing import Any
 from gpu_launcher.executors.packing import Packed, Raised, Returned, pack, raised, unreturnable
 from gpu_launcher.model import Request
 from gpu_launcher.processes.exceptions import describe
-from gpu_launcher.processes.memory_errors import is_out_of_gpu_memory
 from gpu_launcher.processes.messages import Report
+from gpu_launcher.processes.out_of_memory import is_out_of_gpu_memory
 from gpu_launcher.processes.pickling import main_namespace
-from gpu_launcher.processes.worker import Gate
+from gpu_launcher.processes.worker import JobContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +39,12 @@ class Calls:
 
     request: Request
 
-    def __call__(self, number: int, spec: Call, gate: Gate) -> Report:
+    def __call__(self, number: int, spec: Call, context: JobContext) -> Report:
         """Make it, on its devices."""
-        gate.prepared(self.request, None)
-        gate.wait()  # before the arguments are unpickled, which may well use a GPU
-        gate.say(Granted())
-        if not gate.hear():
+        context.prepared(self.request, None)
+        context.wait()  # before the arguments are unpickled, which may well use a GPU
+        context.say(Granted())
+        if not context.hear():
             return Report(True, None, b"")  # which nobody reads
         outcome, memory = _make(spec)
         ok = isinstance(outcome, Returned)

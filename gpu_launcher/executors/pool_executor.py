@@ -20,7 +20,7 @@ from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.remote import RemoteLoop
 from gpu_launcher.jobs.where import this_program
 from gpu_launcher.pool import Pool, read_pool
-from gpu_launcher.processes.starter import StartMethod
+from gpu_launcher.processes.fork_server_client import StartMethod
 from gpu_launcher.requests import read_request
 
 P = ParamSpec("P")

@@ -26,7 +26,7 @@ from gpu_launcher.model import Request
 from gpu_launcher.processes import exceptions, pickling
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.unpicklable import found_at
-from gpu_launcher.processes.worker import Gate
+from gpu_launcher.processes.worker import JobContext
 
 FLUSH = 0.05
 """Seconds after which the results so far are sent, though the chunk is not done. As much is lost when a worker dies."""
@@ -168,23 +168,23 @@ class RecordWorker:
         ]
         return _SpawnedRecordWorker, (self._request, *dumped)
 
-    def __call__(self, number: int, spec: Seat, gate: Gate) -> Report:
-        gate.prepared(self._request, None)
-        gate.wait()
+    def __call__(self, number: int, spec: Seat, context: JobContext) -> Report:
+        context.prepared(self._request, None)
+        context.wait()
         try:
             setup, function = self._program()
             objects = _objects(setup)
         except BaseException as error:
-            gate.say(NotReady(Failure.of(error)))
+            context.say(NotReady(Failure.of(error)))
             return Report(False, f"raised {type(error).__name__}: {error}", b"")
         try:
             positions = Positions(Path(spec.positions), spec.seats)
         except FileNotFoundError:
             os._exit(1)  # the directory goes with the program, and nobody is left to be told anything
         positions.at[spec.seat] = NO_RECORD
-        gate.say(Ready())
-        calls = _Calls(gate, positions.at, spec.seat, function, objects)
-        while isinstance(work := gate.hear(), Work):
+        context.say(Ready())
+        calls = _Calls(context, positions.at, spec.seat, function, objects)
+        while isinstance(work := context.hear(), Work):
             calls.do(work)
         return Report(True, None, b"")
 
@@ -223,9 +223,9 @@ class _Calls:
     """Works on what is dealt, a chunk at a time."""
 
     def __init__(
-        self, gate: Gate, at: memoryview, seat: int, function: Callable[..., Any], objects: tuple[Any, ...]
+        self, context: JobContext, at: memoryview, seat: int, function: Callable[..., Any], objects: tuple[Any, ...]
     ) -> None:
-        self._gate = gate
+        self._context = context
         self._at = at
         self._seat = seat
         # With nothing else to hand over, calls are a third cheaper without the stars.
@@ -238,7 +238,7 @@ class _Calls:
         try:
             records = pickling.load(work.records)
         except Exception as error:
-            self._gate.say(Unreadable(work.first, Failure.of(error)))
+            self._context.say(Unreadable(work.first, Failure.of(error)))
             return
         first = work.first
         values: list[Any] = []
@@ -285,7 +285,7 @@ class _Calls:
             _replace_unpicklable(first, values, failures)
             dumped = pickling.dump(values, known)
         in_order = tuple(sorted(failures.items()))
-        self._gate.say(Results(first, len(values), dumped, in_order, time.perf_counter() - began))
+        self._context.say(Results(first, len(values), dumped, in_order, time.perf_counter() - began))
 
 
 def _replace_unpicklable(first: int, values: list[Any], failures: dict[int, Failure]) -> None:

@@ -49,10 +49,10 @@ from gpu_launcher.jobs.signals import StopSignals
 from gpu_launcher.jobs.source import Exhausted, Facts, JobSource, Offer, Remark, Reply, Stop, Withdrawn
 from gpu_launcher.leases import Ledger
 from gpu_launcher.model import Device, Owner, Request
-from gpu_launcher.processes import bulletin, messages
-from gpu_launcher.processes.host_memory import oom_kills
+from gpu_launcher.processes import messages, rank_decisions
+from gpu_launcher.processes.fork_server_client import SUPERVISOR_DIED, JobProcess, Lost, ServerDiedError
 from gpu_launcher.processes.messages import ChannelClosedError, Report
-from gpu_launcher.processes.starter import SUPERVISOR_DIED, JobProcess, Lost, ServerDiedError
+from gpu_launcher.processes.out_of_memory import oom_kills
 from gpu_launcher.wording import count, job_name
 
 CAP_CHECK_SECONDS = 1.0
@@ -602,7 +602,7 @@ class JobLoop:
         ran = self._dead.pop(number, None)
         if self._jobs[number].about is not None:
             with contextlib.suppress(OSError):  # it is small, and its name is no other job's
-                bulletin.withdraw(bulletin.path_for(self._report_path(number)))
+                rank_decisions.withdraw(rank_decisions.path_for(self._report_path(number)))
         result = judge(
             self._jobs[number],
             ran,

@@ -34,11 +34,11 @@ from gpu_launcher.jobs.manager_messages import (
 )
 from gpu_launcher.jobs.sweep import Options, limits, run_jobs
 from gpu_launcher.model import Device
+from gpu_launcher.processes.fork_server_client import ForkServer, StartMethod
 from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.processes.linux import Ending
 from gpu_launcher.processes.messages import ChannelClosedError, receive, send
 from gpu_launcher.processes.random_generators import Generators
-from gpu_launcher.processes.starter import ForkServer, StartMethod
 from gpu_launcher.processes.worker import Program
 
 

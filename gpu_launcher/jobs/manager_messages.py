@@ -38,7 +38,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What a job said with `Gate.say`."""
+    """What a job said with `JobContext.say`."""
 
     number: int
     what: Any

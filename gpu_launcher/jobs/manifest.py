@@ -31,7 +31,7 @@ from gpu_launcher.jobs.progress.alike import Failures
 from gpu_launcher.jobs.reports import ReportError, read_header, read_report
 from gpu_launcher.jobs.source import JobSource, Offer, Statement
 from gpu_launcher.json_data import Fields, load_object
-from gpu_launcher.processes import bulletin
+from gpu_launcher.processes import rank_decisions
 from gpu_launcher.safe_files import make_directories, open_regular, read_lines, write_whole
 from gpu_launcher.text import one_line
 
@@ -136,7 +136,7 @@ class Recorder:
             if launch.lives is False:
                 with suppress(OSError):
                     for left in self.directory.glob(f"*.{launch.id}.trial"):
-                        bulletin.withdraw(left)
+                        rank_decisions.withdraw(left)
                     launch.file.unlink()
         identity = json.dumps({**ProcessIdentity.here().to_json(), "command": command})
         try:

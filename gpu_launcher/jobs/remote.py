@@ -25,15 +25,14 @@ from gpu_launcher.jobs.manager import Manager
 from gpu_launcher.jobs.manager_messages import Begin, Closed, End, Message, Opened, Remarked
 from gpu_launcher.jobs.scratch import Scratch
 from gpu_launcher.jobs.sweep import Options
-from gpu_launcher.processes.critical import uninterrupted
-from gpu_launcher.processes.forks import own_fork
-from gpu_launcher.processes.helpers import helpers_paused
+from gpu_launcher.processes.deferred_signals import uninterrupted
+from gpu_launcher.processes.fork_server_client import StartMethod
+from gpu_launcher.processes.forking import internal_fork, tqdm_monitors_paused
 from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.processes.linux import flush_c_streams, other_threads
 from gpu_launcher.processes.messages import ChannelClosedError, channel, receive, send
 from gpu_launcher.processes.pickling import NOTHING, main_namespace, prepare
 from gpu_launcher.processes.random_generators import Generators
-from gpu_launcher.processes.starter import StartMethod
 from gpu_launcher.processes.worker import Program
 
 _harmless: set[int] = set()
@@ -99,7 +98,7 @@ class RemoteLoop:
         manager = Manager(
             theirs, self._process, self.directory, program, options, command, method, captured, Generators(), files
         )
-        with helpers_paused():
+        with tqdm_monitors_paused():
             harmless, calling = self._fork(manager)
             theirs.close()
             # Right after the fork, for which OpenBLAS and the like shut their threads down.
@@ -112,7 +111,12 @@ class RemoteLoop:
     def _fork(self, manager: Manager) -> tuple[set[int], bool]:
         """Returns which threads are harmless, and whether one of them calls the user's code."""
         try:
-            with _at_rest() as (harmless, calling), uninterrupted() as signals, own_fork(), warnings.catch_warnings():
+            with (
+                _at_rest() as (harmless, calling),
+                uninterrupted() as signals,
+                internal_fork(),
+                warnings.catch_warnings(),
+            ):
                 warnings.simplefilter("ignore", DeprecationWarning)  # of threads; we look for them ourselves
                 self._pid = os.fork()
                 if self._pid == 0:

@@ -12,10 +12,10 @@ from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.leases import HeldLease, Ticket
 from gpu_launcher.model import Device, Request, Share
-from gpu_launcher.processes.death import describe_exit
-from gpu_launcher.processes.host_memory import oom_kills
+from gpu_launcher.processes.exit_status import describe_exit
+from gpu_launcher.processes.fork_server_client import JobProcess
 from gpu_launcher.processes.messages import Report
-from gpu_launcher.processes.starter import JobProcess
+from gpu_launcher.processes.out_of_memory import oom_kills
 from gpu_launcher.wording import device_names, duration
 
 

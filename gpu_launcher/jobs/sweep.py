@@ -25,7 +25,7 @@ from gpu_launcher.jobs.progress import open_progress
 from gpu_launcher.jobs.source import JobSource
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
 from gpu_launcher.model import MILLIONTHS, Device, Request
-from gpu_launcher.processes.starter import ForkServer
+from gpu_launcher.processes.fork_server_client import ForkServer
 from gpu_launcher.text import one_line
 from gpu_launcher.users import this_process
 from gpu_launcher.wording import count

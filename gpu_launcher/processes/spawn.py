@@ -40,7 +40,7 @@ def command(function: str, *arguments: int) -> list[str]:
 
 def serve_spawning(control: int, launcher: int, payload: int, captured: int, /) -> NoReturn:
     """The fork server's process. `payload` is a memory file with the pickled Interpreter state and program."""
-    from gpu_launcher.processes.server import serve
+    from gpu_launcher.processes.fork_server import serve
 
     def run_job(channel: socket.socket) -> NoReturn:
         for descriptor in (channel.fileno(), payload):

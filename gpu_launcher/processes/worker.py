@@ -23,8 +23,8 @@ from types import TracebackType
 from typing import Any, NoReturn, Protocol
 
 from gpu_launcher.model import Request
-from gpu_launcher.processes import bulletin, conversation
-from gpu_launcher.processes.critical import uninterrupted
+from gpu_launcher.processes import job_channel, rank_decisions
+from gpu_launcher.processes.deferred_signals import uninterrupted
 from gpu_launcher.processes.exceptions import origin, reason
 from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.processes.linux import flush_c_streams, set_process_title
@@ -51,11 +51,11 @@ ATTEMPT = "GPU_LAUNCHER_ATTEMPT"
 class Program(Protocol):
     """The user's program as the launching side assembled it. Called once in each job's process."""
 
-    def __call__(self, number: int, spec: Any, gate: Gate) -> Report:
-        """Prepare, call `gate.wait`, do the work, and report. Must not raise, but whatever it raises is reported."""
+    def __call__(self, number: int, spec: Any, context: JobContext) -> Report:
+        """Prepare, call `context.wait`, do the work, and report. Must not raise, but whatever it raises is reported."""
 
 
-class Gate:
+class JobContext:
     """Between what a job can do ahead and what needs its devices."""
 
     def __init__(self, channel: socket.socket, stdio: CapturedStdio) -> None:
@@ -152,12 +152,12 @@ def work(channel: socket.socket, stdio: CapturedStdio, load_program: Callable[[]
         set_process_title(assignment.title)
     _be_interruptible()
     os.environ[ATTEMPT] = str(assignment.attempt)
-    bulletin.forget()
+    rank_decisions.forget()
     job = os.getpid()
     try:
         if assignment.about is not None:
-            conversation.begin(channel, assignment.about, bulletin.path_for(Path(assignment.result)))
-        report = load_program()(assignment.number, assignment.spec, Gate(channel, stdio))
+            job_channel.begin(channel, assignment.about, rank_decisions.path_for(Path(assignment.result)))
+        report = load_program()(assignment.number, assignment.spec, JobContext(channel, stdio))
         status = 0 if report.ok else 1
     except BaseException as error:  # the user's code raises inside the program, which reports it; this is not that
         status = _exit_status(error)

@@ -17,7 +17,7 @@ from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import Carried, describe, reason, without_frames
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.unpicklable import found_at
-from gpu_launcher.processes.worker import Gate, print_exception
+from gpu_launcher.processes.worker import JobContext, print_exception
 from gpu_launcher.studies import reporting, trial
 from gpu_launcher.studies.dialogue import Ending, Pruned, Raised, Returned, TrialToRun, Unusable
 from gpu_launcher.studies.study_in_job import become_door, unpickled
@@ -56,11 +56,11 @@ class Objective:
             ) from error
         return _load, (dumped, self.request)
 
-    def __call__(self, number: int, spec: Any, gate: Gate) -> Report:
+    def __call__(self, number: int, spec: Any, context: JobContext) -> Report:
         """See `Program`."""
-        gate.prepared(self.request, None)
-        gate.wait()
-        line = Line(gate)
+        context.prepared(self.request, None)
+        context.wait()
+        line = Line(context)
         try:
             seen = line.hear()
         except KeyboardInterrupt:

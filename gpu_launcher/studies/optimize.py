@@ -19,7 +19,7 @@ from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.remote import RemoteLoop
 from gpu_launcher.jobs.where import this_program
 from gpu_launcher.pool import Pool, read_pool
-from gpu_launcher.processes.starter import StartMethod
+from gpu_launcher.processes.fork_server_client import StartMethod
 from gpu_launcher.requests import read_number, read_request
 from gpu_launcher.studies.conductor import Bounds, Callback, Conductor, log
 from gpu_launcher.studies.objective import Objective

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from gpu_launcher.processes import bulletin, conversation
+from gpu_launcher.processes import job_channel, rank_decisions
 
 objective_in: int | None = None
 """The process that runs an objective of `gpu_launcher.optimize`, if there is one."""
@@ -12,7 +12,7 @@ objective_in: int | None = None
 
 def in_trial() -> bool:
     """Whether this process belongs to the job of a trial."""
-    return objective_in == os.getpid() or conversation.current() is not None or bulletin.inherited()
+    return objective_in == os.getpid() or job_channel.current() is not None or rank_decisions.inherited()
 
 
 def report(value: float, step: int) -> None:

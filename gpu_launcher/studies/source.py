@@ -28,7 +28,7 @@ from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.model import Device
-from gpu_launcher.processes.forks import own_fork
+from gpu_launcher.processes.forking import internal_fork
 from gpu_launcher.processes.linux import die_with_parent, flush_c_streams
 from gpu_launcher.processes.messages import ChannelClosedError, channel, receive, send
 from gpu_launcher.studies.bearing import Bearing
@@ -123,7 +123,7 @@ class TrialSource:
             if stream is not None and not stream.closed:
                 stream.flush()
         flush_c_streams()
-        with own_fork():
+        with internal_fork():
             self._pid: int | None = os.fork()
         if self._pid == 0:
             status = 1

@@ -21,9 +21,8 @@ from optuna.distributions import (
 )
 from optuna.trial import BaseTrial
 
-from gpu_launcher.processes import conversation
-from gpu_launcher.processes.bulletin import Bulletin
-from gpu_launcher.processes.ranks import is_later_rank
+from gpu_launcher.processes import job_channel
+from gpu_launcher.processes.rank_decisions import RankDecisions, is_later_rank
 from gpu_launcher.studies.attributes import OURS
 from gpu_launcher.studies.voices import Follower, Main, Nobody, Unheard, Voice
 
@@ -256,22 +255,22 @@ def _trial_of_job() -> JobTrial:
     global _here
     if _here is not None and _here[0] == os.getpid():
         return _here[1]
-    channel = conversation.current()
-    bulletin = Bulletin.find() if channel is None else channel.bulletin
-    if bulletin is None or not isinstance(bulletin.about, TrialSeen):
+    channel = job_channel.current()
+    decisions = RankDecisions.find() if channel is None else channel.decisions
+    if decisions is None or not isinstance(decisions.about, TrialSeen):
         return NoTrial()
-    later = None if channel is not None else is_later_rank(bulletin.inherited)
+    later = None if channel is not None else is_later_rank(decisions.inherited)
     if channel is None and later is None:
-        return JobTrial(bulletin.about, Nobody())  # it may yet be told that it is a rank
-    trial = JobTrial(bulletin.about, Main(channel) if channel is not None else _rank(bulletin, bool(later)))
+        return JobTrial(decisions.about, Nobody())  # it may yet be told that it is a rank
+    trial = JobTrial(decisions.about, Main(channel) if channel is not None else _rank(decisions, bool(later)))
     _here = (os.getpid(), trial)
     return trial
 
 
-def _rank(bulletin: Bulletin, later: bool) -> Voice:
+def _rank(decisions: RankDecisions, later: bool) -> Voice:
     if later:
-        return Follower(bulletin, anew=conversation.runs_anew())
-    return Unheard(bulletin) if bulletin.take_the_lead() else Nobody()
+        return Follower(decisions, anew=job_channel.runs_anew())
+    return Unheard(decisions) if decisions.take_the_lead() else Nobody()
 
 
 def _number(value: Any) -> float:

@@ -15,8 +15,8 @@ import threading
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gpu_launcher.processes.bulletin import Bulletin
-from gpu_launcher.processes.conversation import Conversation
+from gpu_launcher.processes.job_channel import JobChannel
+from gpu_launcher.processes.rank_decisions import RankDecisions
 
 log = logging.getLogger("gpu_launcher")
 
@@ -85,7 +85,7 @@ class Nobody:
 class Main:
     """Of the job's main process, which is the first rank if there are several."""
 
-    def __init__(self, channel: Conversation) -> None:
+    def __init__(self, channel: JobChannel) -> None:
         self._channel = channel
         self._lock = threading.Lock()
         """Decisions are to be written down in the order in which they are made."""
@@ -107,7 +107,7 @@ class Main:
         with self._lock:
             if self._judged != self._reported:
                 self._listen(PATIENCE)
-            self._channel.bulletin.decided(self._prune)
+            self._channel.decisions.append(self._prune)
             return self._prune
 
     def _listen(self, patience: float) -> None:
@@ -123,17 +123,17 @@ class Main:
 class Follower(Nobody):
     """Of a later rank: it does what the first rank does."""
 
-    def __init__(self, bulletin: Bulletin, *, anew: bool) -> None:
+    def __init__(self, decisions: RankDecisions, *, anew: bool) -> None:
         """`anew` if this process runs the program from its beginning, as Lightning's ranks do."""
-        self._bulletin = bulletin
+        self._decisions = decisions
         self._anew = anew
         self._lock = threading.Lock()
-        self._next = bulletin.first_to_follow(anew)
+        self._next = decisions.first_to_follow(anew)
 
     def should_prune(self) -> bool:
         """What the same call of the first rank returned; waits for that."""
         with self._lock:
-            prune = self._bulletin.wait_for(self._next)
+            prune = self._decisions.wait_for(self._next)
             self._next += 1
             if prune and self._anew:
                 _end_as_if_all_were_well()
@@ -147,8 +147,8 @@ class Unheard(Nobody):
     The later ranks are told so, for they ask.
     """
 
-    def __init__(self, bulletin: Bulletin) -> None:
-        self._bulletin = bulletin
+    def __init__(self, decisions: RankDecisions) -> None:
+        self._decisions = decisions
         self._lock = threading.Lock()
         self._warned = False
 
@@ -160,7 +160,7 @@ class Unheard(Nobody):
         """Never."""
         self._warn()
         with self._lock:
-            self._bulletin.decided(False)
+            self._decisions.append(False)
         return False
 
     def _warn(self) -> None:

@@ -15,7 +15,7 @@ from optuna.trial import BaseTrial
 
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import Carried
-from gpu_launcher.processes.worker import Gate
+from gpu_launcher.processes.worker import JobContext
 from gpu_launcher.studies.dialogue import Answer, Call, Ending, Intermediate, ShallPrune, TrialToRun, unpack
 from gpu_launcher.studies.trial import _number, _step, refuse_attribute
 
@@ -38,8 +38,8 @@ TRIAL_METHODS = frozenset(
 class Line:
     """To the program. May be used by several threads of the job's process, and by no process that it forks."""
 
-    def __init__(self, gate: Gate) -> None:
-        self._gate = gate
+    def __init__(self, context: JobContext) -> None:
+        self._context = context
         self._process = os.getpid()
         self._lock = threading.RLock()
         self._calls = 0
@@ -55,12 +55,12 @@ class Line:
 
     def hear(self) -> Any:
         """Wait for the next thing that the program says."""
-        return self._gate.hear()
+        return self._context.hear()
 
     def say(self, what: Intermediate | Ending) -> None:
         """Say something that is not answered."""
         with self._lock:
-            self._gate.say(what)
+            self._context.say(what)
 
     def call(self, target: str, name: str, *positional: Any, **named: Any) -> Any:
         """What that method or attribute of the program's trial or study returns. Raises what it raises."""
@@ -79,9 +79,9 @@ class Line:
         with self._lock:
             self._calls += 1
             number = self._calls
-            self._gate.say(question(number))
+            self._context.say(question(number))
             while True:
-                answer = self._gate.hear()
+                answer = self._context.hear()
                 # Others are of calls that a KeyboardInterrupt ended.
                 if isinstance(answer, Answer) and answer.call == number:
                     break

@@ -21,7 +21,7 @@ from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.labels import Labels
 from gpu_launcher.jobs.source import JobSource
 from gpu_launcher.jobs.sweep import Options, SweepResult, run_jobs
-from gpu_launcher.processes.starter import ForkServer
+from gpu_launcher.processes.fork_server_client import ForkServer
 from gpu_launcher.wording import count
 
 from ._commands import closing_lines

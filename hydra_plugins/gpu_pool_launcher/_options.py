@@ -19,7 +19,7 @@ from gpu_launcher.jobs.job import Cause
 from gpu_launcher.jobs.job_options import JobOptions
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.model import Request
-from gpu_launcher.processes.starter import StartMethod
+from gpu_launcher.processes.fork_server_client import StartMethod
 from gpu_launcher.requests import read_number
 from gpu_launcher.sizes import read_memory
 from gpu_launcher.text import one_line

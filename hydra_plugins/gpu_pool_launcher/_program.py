@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gpu_launcher.errors import OptionError
 from gpu_launcher.processes.messages import Report
-from gpu_launcher.processes.worker import Gate, print_exception
+from gpu_launcher.processes.worker import JobContext, print_exception
 
 from ._exceptions import user_frames
 from ._options import read_job_options
@@ -59,7 +59,7 @@ class HydraProgram:
         Singleton.set_state(singletons)
         self.__dict__.update(state)
 
-    def __call__(self, number: int, spec: list[str], gate: Gate) -> Report:
+    def __call__(self, number: int, spec: list[str], context: JobContext) -> Report:
         """Run job `number` with the overrides `spec`."""
         job = os.getpid()
         composed = None
@@ -69,7 +69,7 @@ class HydraProgram:
             sys.argv = [*self.command, *self._overrides_of_sweep(), *spec, *_as_single_run(number)]
             job_return.cfg = composed = _without_hydra_node(config)
             try:
-                job_return.working_dir = str(_prepare(number, self.config, config, gate))
+                job_return.working_dir = str(_prepare(number, self.config, config, context))
             except OptionError as error:
                 raise JobOptionError(str(error)) from None
             except OmegaConfBaseException as error:
@@ -78,7 +78,7 @@ class HydraProgram:
                 directory = os.fsdecode(error.filename)
                 problem = f"cannot write to the output directory ({error.strerror}): {directory}"
                 raise JobOptionError(f"{problem}; name another with hydra.sweep.subdir=...") from None
-            job_return = self._run(config, gate)
+            job_return = self._run(config, context)
         except BaseException as error:  # whatever ends the task ends this job, and this job only
             if os.getpid() != job:
                 raise  # from a child that the task forked
@@ -110,13 +110,13 @@ class HydraProgram:
         HydraConfig.instance().cfg = cast("HydraConf", config)
         return config
 
-    def _run(self, config: DictConfig, gate: Gate) -> JobReturn:
+    def _run(self, config: DictConfig, context: JobContext) -> JobReturn:
         if _depends_on_devices(config.hydra):
-            gate.wait()
-        callbacks = cast("Callbacks", _GatedCallbacks(self.hydra_context.callbacks, gate))
-        context = replace(self.hydra_context, callbacks=callbacks)
+            context.wait()
+        callbacks = cast("Callbacks", _GatedCallbacks(self.hydra_context.callbacks, context))
+        hydra_context = replace(self.hydra_context, callbacks=callbacks)
         return run_job(
-            hydra_context=context,
+            hydra_context=hydra_context,
             task_function=self.task_function,
             config=config,
             job_dir_key="hydra.sweep.dir",
@@ -146,27 +146,27 @@ class _GatedCallbacks:
     that is done ahead of the grant.
     """
 
-    def __init__(self, callbacks: Any, gate: Gate) -> None:
+    def __init__(self, callbacks: Any, context: JobContext) -> None:
         self._callbacks = callbacks
-        self._gate = gate
+        self._context = context
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._callbacks, name)
 
     def on_job_start(self, *args: Any, **kwargs: Any) -> None:
-        self._gate.wait()
+        self._context.wait()
         self._callbacks.on_job_start(*args, **kwargs)
 
 
-def _prepare(number: int, sweep: DictConfig, config: DictConfig, gate: Gate) -> Path:
+def _prepare(number: int, sweep: DictConfig, config: DictConfig, context: JobContext) -> Path:
     """Say what the job needs and where its log is; returns its output directory."""
     request, options = read_job_options(sweep, config)
     if _depends_on_devices(config.hydra.sweep):  # then the output directory is not known before the grant
-        gate.prepared(request, Path(str(config.hydra.sweep.dir), f"{number}.{LOG}").absolute(), options)
-        gate.wait()
+        context.prepared(request, Path(str(config.hydra.sweep.dir), f"{number}.{LOG}").absolute(), options)
+        context.wait()
         return _choose_directory(config)
     directory = _choose_directory(config)
-    gate.prepared(request, directory / LOG, options)
+    context.prepared(request, directory / LOG, options)
     return directory
 
 

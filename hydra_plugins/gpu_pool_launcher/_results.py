@@ -25,8 +25,8 @@ from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import JobResult
 from gpu_launcher.processes import cpu_unpickler
 from gpu_launcher.processes.exceptions import describe, origin, reason
-from gpu_launcher.processes.memory_errors import is_out_of_gpu_memory
 from gpu_launcher.processes.messages import Report
+from gpu_launcher.processes.out_of_memory import is_out_of_gpu_memory
 from gpu_launcher.processes.unpicklable import found_at
 
 from ._exceptions import Link, dumps, pack_chain, unpack_chain, whole_message

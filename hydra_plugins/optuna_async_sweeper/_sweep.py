@@ -22,7 +22,7 @@ from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.labels import Labels
 from gpu_launcher.processes.exceptions import reason
-from gpu_launcher.processes.starter import ForkServer
+from gpu_launcher.processes.fork_server_client import ForkServer
 from gpu_launcher.studies.desk import Asked, Ending, How, Summary, Unusable
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.source import Opened, TrialSource, seen

@@ -27,7 +27,7 @@ import gpu_launcher
 from gpu_launcher import LeaseTimeout, Pool, RequestError
 from gpu_launcher.allocation import lease as lease_module
 from gpu_launcher.errors import ApplyError, GpuLauncherError, OptionError, PoolDirectoryError
-from gpu_launcher.processes.forks import own_fork
+from gpu_launcher.processes.forking import internal_fork
 
 SOON = 20.0
 """Seconds after which something does not happen any more, on a machine that is busy with other things."""
@@ -686,7 +686,7 @@ def test_a_forked_child_holds_what_its_parent_held(pool: Pool) -> None:
 def test_a_fork_that_serves_the_program_holds_nothing(pool: Pool) -> None:
     go_on, on = os.pipe()
     lease = pool.lease(gpus=4)
-    with own_fork():
+    with internal_fork():
         child = in_child(lambda: (os.read(go_on, 1), pool.lease(timeout=SOON).release()))
     assert not lease.released
     lease.release()

@@ -75,7 +75,7 @@ def test_a_fork_server_that_ends_at_once_ends_the_sweep_with_its_reason(tmp_path
     app.write_text(
         textwrap.dedent("""
             import hydra
-            import gpu_launcher.processes.starter as starter
+            import gpu_launcher.processes.fork_server_client as starter
 
             def refused(*arguments, captured):
                 raise PermissionError("prctl is not allowed here")

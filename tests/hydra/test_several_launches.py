@@ -12,9 +12,9 @@ from hydra.core.utils import JobReturn
 from hydra.test_utils.test_utils import TSweepRunner
 from omegaconf import DictConfig
 
+from gpu_launcher.processes.fork_server_client import ForkServer
 from gpu_launcher.processes.messages import Report
-from gpu_launcher.processes.starter import ForkServer
-from gpu_launcher.processes.worker import Gate
+from gpu_launcher.processes.worker import JobContext
 
 Plugins.instance()  # Hydra 1.4: before the first test, whose fixture saves and restores Hydra's singletons
 
@@ -68,7 +68,7 @@ def test_a_program_may_sweep_twice(hydra_sweep_runner: TSweepRunner, tmp_path: P
     assert {job.return_value for job in first}.isdisjoint({job.return_value for job in second})
 
 
-def nothing(number: int, spec: Any, gate: Gate) -> Report:
+def nothing(number: int, spec: Any, context: JobContext) -> Report:
     return Report(True, None, b"")
 
 

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_launcher.jobs.reports import ReportError, read_header, read_report
-from gpu_launcher.processes import bulletin
-from gpu_launcher.processes.bulletin import Bulletin
+from gpu_launcher.processes import rank_decisions
 from gpu_launcher.processes.messages import Report
+from gpu_launcher.processes.rank_decisions import RankDecisions
 from gpu_launcher.safe_files import make_directories, open_regular, read_lines, read_regular, why_untrusted
 
 NOBODY = 65534
@@ -195,17 +195,17 @@ def test_what_is_made_is_not_writable_for_others(tmp_path: Path, umask: int) -> 
 
 @pytest.fixture
 def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in bulletin.VARIABLES:
+    for name in rank_decisions.VARIABLES:
         monkeypatch.setenv(name, "")  # so that what the test sets is taken back
-    Bulletin.publish(tmp_path / "0.trial", "about")
+    RankDecisions.publish(tmp_path / "0.trial", "about")
     return tmp_path / "0.trial"
 
 
 def test_bulletin_that_was_replaced_is_not_unpickled(published: Path, tmp_path: Path) -> None:
-    found = Bulletin.find()
+    found = RankDecisions.find()
     assert found is not None
     assert found.about == "about"
     published.write_bytes(pickle.dumps(Trap(tmp_path / "mark")))
     with pytest.raises(PermissionError, match="not what the job's main process wrote"):
-        Bulletin.find()
+        RankDecisions.find()
     assert not (tmp_path / "mark").exists()

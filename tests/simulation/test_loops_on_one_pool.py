@@ -32,6 +32,7 @@ from gpu_launcher.jobs.loop import MOST_SERVERS, JobLoop
 from gpu_launcher.jobs.machine import Limits
 from gpu_launcher.leases import MemoryLedger, MemoryPool
 from gpu_launcher.model import Owner, Request
+from gpu_launcher.processes.fork_server_client import SUPERVISOR_DIED, JobProcess, Lost, ServerDiedError
 from gpu_launcher.processes.messages import (
     Assignment,
     ChannelClosedError,
@@ -47,7 +48,6 @@ from gpu_launcher.processes.messages import (
     receive,
     send,
 )
-from gpu_launcher.processes.starter import SUPERVISOR_DIED, JobProcess, Lost, ServerDiedError
 
 DEVICES = simulated_devices(4)
 STEP_LIMIT = 3000

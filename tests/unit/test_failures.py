@@ -12,9 +12,8 @@ from gpu_launcher.jobs.failures import Attempt, Attempts, FailurePolicy, roomier
 from gpu_launcher.jobs.job import Cause, JobResult
 from gpu_launcher.jobs.running import Running
 from gpu_launcher.model import MILLIONTHS, WHOLE, Device, DeviceKind, Request, Share
-from gpu_launcher.processes.death import describe_exit
-from gpu_launcher.processes.host_memory import oom_kills
-from gpu_launcher.processes.memory_errors import is_out_of_gpu_memory
+from gpu_launcher.processes.exit_status import describe_exit
+from gpu_launcher.processes.out_of_memory import is_out_of_gpu_memory, oom_kills
 
 GIB = 1 << 30
 SMALL = Device("a", 0, "small", DeviceKind.GPU, 16 * GIB)

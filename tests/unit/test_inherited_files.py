@@ -26,9 +26,9 @@ from hypothesis import strategies as st
 
 from gpu_launcher.model import Request
 from gpu_launcher.processes import inherited_files
+from gpu_launcher.processes.fork_server_client import ForkServer
 from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.processes.messages import Exited, Grant, Report, receive
-from gpu_launcher.processes.starter import ForkServer
 
 PATIENCE = 60.0
 CONTENT = random.Random(0).randbytes(200_000)
@@ -39,9 +39,9 @@ libc.fopen.restype = ctypes.c_void_p
 def in_jobs(work: Callable[[int], Any], jobs: int = 3, meanwhile: Callable[[], Any] = lambda: None) -> list[Any]:
     """What `work` returns in jobs that run at the same time; `meanwhile` runs here before they begin."""
 
-    def program(number: int, spec: object, gate: Any) -> Report:
-        gate.prepared(Request(1), None)
-        gate.wait()
+    def program(number: int, spec: object, context: Any) -> Report:
+        context.prepared(Request(1), None)
+        context.wait()
         return Report(True, None, pickle.dumps(work(number)))
 
     with tempfile.TemporaryDirectory() as directory:
@@ -230,9 +230,9 @@ def test_the_program_may_move_on_once_jobs_can_be_started(data):
 
 
 def test_jobs_of_one_supervisor_and_of_a_new_server_begin_alike(data, tmp_path):
-    def program(number, spec, gate):
-        gate.prepared(Request(1), None)
-        gate.wait()
+    def program(number, spec, context):
+        context.prepared(Request(1), None)
+        context.wait()
         return Report(True, None, file.read(5))
 
     def run(server: ForkServer, number: int) -> bytes | None:

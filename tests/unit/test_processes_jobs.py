@@ -26,9 +26,10 @@ import pytest
 
 from gpu_launcher.errors import OptionError
 from gpu_launcher.model import Request
-from gpu_launcher.processes import server as server_module
+from gpu_launcher.processes import fork_server as server_module
 from gpu_launcher.processes import supervisor as supervisor_module
 from gpu_launcher.processes import tree as tree_module
+from gpu_launcher.processes.fork_server_client import SUPERVISOR_DIED, ForkServer, JobProcess, Lost, ServerDiedError
 from gpu_launcher.processes.messages import (
     ChannelClosedError,
     Exited,
@@ -40,7 +41,6 @@ from gpu_launcher.processes.messages import (
     receive,
     send,
 )
-from gpu_launcher.processes.starter import SUPERVISOR_DIED, ForkServer, JobProcess, Lost, ServerDiedError
 
 PATIENCE = 30.0
 """Seconds until a test gives up on what should happen at once."""
@@ -157,7 +157,7 @@ def method(request: pytest.FixtureRequest) -> str:
 
 
 def test_a_job_prepares_itself_waits_works_and_reports(launch, method):
-    def program(number, spec, gate):
+    def program(number, spec, context):
         import os
         import pickle
         from pathlib import Path
@@ -166,8 +166,8 @@ def test_a_job_prepares_itself_waits_works_and_reports(launch, method):
         from gpu_launcher.processes.messages import Report
 
         before = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gate.prepared(Request(2), Path(spec))
-        gate.wait()
+        context.prepared(Request(2), Path(spec))
+        context.wait()
         return Report(True, None, pickle.dumps((number, before, os.environ["CUDA_VISIBLE_DEVICES"])))
 
     job = launch.start(launch.server(program, method), 7)
@@ -182,11 +182,11 @@ def test_a_job_prepares_itself_waits_works_and_reports(launch, method):
 
 
 def test_waiting_again_points_the_job_at_its_devices_again(launch):
-    def program(number, spec, gate):
-        gate.prepared(Request(1), None)
-        gate.wait()
+    def program(number, spec, context):
+        context.prepared(Request(1), None)
+        context.wait()
         os.environ["CUDA_VISIBLE_DEVICES"] = "changed"
-        gate.wait()
+        context.wait()
         return report(os.environ["CUDA_VISIBLE_DEVICES"])
 
     job, _ = launch.one(program, environment={"CUDA_VISIBLE_DEVICES": "2"})
@@ -194,9 +194,9 @@ def test_waiting_again_points_the_job_at_its_devices_again(launch):
 
 
 def test_a_job_is_the_leader_of_a_session_of_its_own_and_has_no_terminal_input(launch):
-    def program(number, spec, gate):
-        gate.prepared(Request(1), None)
-        gate.wait()
+    def program(number, spec, context):
+        context.prepared(Request(1), None)
+        context.wait()
         return report((os.getsid(0) == os.getpid(), str(Path("/proc/self/fd/0").readlink()), os.read(0, 1)))
 
     job, _ = launch.one(program)
@@ -208,9 +208,9 @@ def test_forked_jobs_have_what_the_program_has_without_pickling_anything(launch)
     module = types.ModuleType("not_on_disk")
     module.lock = lock
 
-    def program(number, spec, gate):
-        gate.prepared(Request(1), None)
-        gate.wait()
+    def program(number, spec, context):
+        context.prepared(Request(1), None)
+        context.wait()
         return report(module.lock is lock)
 
     job, _ = launch.one(program)
@@ -221,7 +221,7 @@ def test_forked_jobs_have_what_the_program_has_without_pickling_anything(launch)
 
 
 def test_output_before_the_log_is_known_goes_to_the_log_first_and_a_log_is_continued(launch, method, tmp_path):
-    def program(number, spec, gate):
+    def program(number, spec, context):
         import os
         import subprocess
         import sys
@@ -235,8 +235,8 @@ def test_output_before_the_log_is_known_goes_to_the_log_first_and_a_log_is_conti
         subprocess.run(["echo", "early child"], check=True)
         print("early error", file=sys.stderr)
         sys.stdout.write("half a line, ")
-        gate.prepared(Request(1), Path(spec))
-        gate.wait()
+        context.prepared(Request(1), Path(spec))
+        context.wait()
         print("late print")
         subprocess.run(["echo", "late child"], check=True)
         sys.stderr.write("late error without an end of line")
@@ -257,7 +257,7 @@ def test_output_before_the_log_is_known_goes_to_the_log_first_and_a_log_is_conti
 
 
 def test_what_a_job_prints_that_dies_before_it_has_a_log_is_told_with_its_end(launch, method):
-    def program(number, spec, gate):
+    def program(number, spec, context):
         import os
 
         print("x" * 5000)
@@ -277,9 +277,9 @@ def test_output_goes_to_the_log_also_where_the_program_had_replaced_its_streams(
     monkeypatch.setattr(sys, "stdout", io.StringIO("of the parent\n"))
     monkeypatch.setattr(sys, "stderr", None)
 
-    def program(number, spec, gate):
-        gate.prepared(Request(1), Path(spec))
-        gate.wait()
+    def program(number, spec, context):
+        context.prepared(Request(1), Path(spec))
+        context.wait()
         print("to the log: ä \udcff")
         print("as well", file=sys.stderr)
         return report()
@@ -292,9 +292,9 @@ def test_output_goes_to_the_log_also_where_the_program_had_replaced_its_streams(
 def test_what_the_parent_had_not_flushed_is_not_written_by_its_jobs(launch, tmp_path):
     stream = (tmp_path / "unflushed").open("w")
 
-    def program(number, spec, gate):
-        gate.prepared(Request(1), Path(spec))
-        gate.wait()
+    def program(number, spec, context):
+        context.prepared(Request(1), Path(spec))
+        context.wait()
         return report()
 
     sys.stdout.write("of the parent")
@@ -307,12 +307,12 @@ def test_what_the_parent_had_not_flushed_is_not_written_by_its_jobs(launch, tmp_
 
 
 def test_what_the_program_raises_is_reported_and_printed(launch, method):
-    def program(number, spec, gate):
+    def program(number, spec, context):
         from pathlib import Path
 
         from gpu_launcher.model import Request
 
-        gate.prepared(Request(1), Path(spec))
+        context.prepared(Request(1), Path(spec))
         raise ValueError("too large")
 
     job = launch.start(launch.server(program, method))
@@ -334,9 +334,9 @@ def test_what_the_program_raises_is_reported_and_printed(launch, method):
     ids=["os._exit", "SIGKILL", "SIGUSR1"],
 )
 def test_a_job_that_ends_without_a_report_is_told_with_its_status(launch, end, status):
-    def program(number, spec, gate):
-        gate.prepared(Request(1), None)
-        gate.wait()
+    def program(number, spec, context):
+        context.prepared(Request(1), None)
+        context.wait()
         end()
 
     job, exited = launch.one(program)
@@ -345,7 +345,7 @@ def test_a_job_that_ends_without_a_report_is_told_with_its_status(launch, end, s
 
 
 def test_a_job_may_end_before_it_is_prepared(launch, method):
-    def program(number, spec, gate):
+    def program(number, spec, context):
         import os
 
         os._exit(4)
@@ -357,9 +357,9 @@ def test_a_job_may_end_before_it_is_prepared(launch, method):
 
 
 def test_a_result_that_cannot_be_written_is_told_by_word(launch, tmp_path):
-    def program(number, spec, gate):
-        gate.prepared(Request(1), None)
-        gate.wait()
+    def program(number, spec, context):
+        context.prepared(Request(1), None)
+        context.wait()
         Path(spec).rmdir()
         return report()
 
@@ -378,11 +378,11 @@ def test_a_result_that_cannot_be_written_is_told_by_word(launch, tmp_path):
 
 
 def test_a_full_disk_is_told_though_the_log_is_on_it_and_no_part_of_the_result_stays(launch, tmp_path):
-    def program(number, spec, gate):
+    def program(number, spec, context):
         import resource
 
-        gate.prepared(Request(1), Path(spec))
-        gate.wait()
+        context.prepared(Request(1), Path(spec))
+        context.wait()
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # every write to a file fails, as on a full disk
         return report()
 
@@ -396,9 +396,9 @@ def test_a_full_disk_is_told_though_the_log_is_on_it_and_no_part_of_the_result_s
 
 
 def test_a_child_that_the_program_forked_cannot_report_in_its_place(launch):
-    def program(number, spec, gate):
-        gate.prepared(Request(1), Path(spec))
-        gate.wait()
+    def program(number, spec, context):
+        context.prepared(Request(1), Path(spec))
+        context.wait()
         child = os.fork()
         if child == 0:
             raise SystemExit(3)
@@ -410,11 +410,11 @@ def test_a_child_that_the_program_forked_cannot_report_in_its_place(launch):
 
 
 def test_a_job_that_is_interrupted_while_it_waits_for_its_threads_still_runs_its_exit_handlers(launch):
-    def program(number, spec, gate):
+    def program(number, spec, context):
         import atexit
 
-        gate.prepared(Request(1), Path(spec))
-        gate.wait()
+        context.prepared(Request(1), Path(spec))
+        context.wait()
         atexit.register(print, "exit handler")
         threading.Thread(target=lambda: (until(Path(spec + ".go").exists), os.kill(os.getpid(), signal.SIGINT))).start()
         return report()
@@ -430,7 +430,7 @@ def test_a_job_that_is_interrupted_while_it_waits_for_its_threads_still_runs_its
 
 
 def test_a_job_that_is_interrupted_while_it_writes_its_report_leaves_it(launch):
-    def program(number, spec, gate):
+    def program(number, spec, context):
         import atexit
 
         from gpu_launcher.processes import worker
@@ -441,8 +441,8 @@ def test_a_job_that_is_interrupted_while_it_writes_its_report_leaves_it(launch):
             os.kill(os.getpid(), signal.SIGINT)
             write(path, data)
 
-        gate.prepared(Request(1), Path(spec))
-        gate.wait()
+        context.prepared(Request(1), Path(spec))
+        context.wait()
         atexit.register(print, "exit handler")
         worker.write_whole = write_interrupted  # in the job's process only
         return report()
@@ -455,11 +455,11 @@ def test_a_job_that_is_interrupted_while_it_writes_its_report_leaves_it(launch):
 
 
 def test_threads_that_are_not_daemons_are_waited_for_and_exit_handlers_are_run(launch):
-    def program(number, spec, gate):
+    def program(number, spec, context):
         import atexit
 
-        gate.prepared(Request(1), Path(spec))
-        gate.wait()
+        context.prepared(Request(1), Path(spec))
+        context.wait()
         atexit.register(print, "exit handler")
         go = threading.Event()
 
@@ -498,9 +498,9 @@ def test_the_parents_exit_handlers_and_finalizers_are_the_parents_alone(launch, 
     try:
         with tempfile.TemporaryDirectory() as scratch:
 
-            def program(number, spec, gate):
-                gate.prepared(Request(1), None)
-                gate.wait()
+            def program(number, spec, context):
+                context.prepared(Request(1), None)
+                context.wait()
                 mine = Thing()
                 weakref.finalize(mine, note, "finalizer of its own")
                 globals()["kept_until_the_end"] = mine
@@ -516,14 +516,14 @@ def test_the_parents_exit_handlers_and_finalizers_are_the_parents_alone(launch, 
 
 
 def test_a_job_can_use_multiprocessing_and_leaves_nothing_of_it(launch):
-    def program(number, spec, gate):
+    def program(number, spec, context):
         import multiprocessing
 
-        gate.prepared(Request(1), None)
-        gate.wait()
-        context = multiprocessing.get_context("fork")
-        queue = context.Queue()
-        children = [context.Process(target=queue.put, args=(n,)) for n in range(3)]
+        context.prepared(Request(1), None)
+        context.wait()
+        forking = multiprocessing.get_context("fork")
+        queue = forking.Queue()
+        children = [forking.Process(target=queue.put, args=(n,)) for n in range(3)]
         for child in children:
             child.start()
         values = sorted(queue.get() for _ in children)
@@ -540,9 +540,9 @@ def test_a_job_can_use_multiprocessing_and_leaves_nothing_of_it(launch):
 
 
 def test_signal_handlers_are_those_that_the_program_had(launch):
-    def program(number, spec, gate):
-        gate.prepared(Request(1), None)
-        gate.wait()
+    def program(number, spec, context):
+        context.prepared(Request(1), None)
+        context.wait()
         return report([signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)])
 
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -556,9 +556,9 @@ def test_signal_handlers_are_those_that_the_program_had(launch):
 
 
 def test_a_handler_that_python_does_not_know_becomes_the_default_one(launch, monkeypatch):
-    def program(number, spec, gate):
-        gate.prepared(Request(1), None)
-        gate.wait()
+    def program(number, spec, context):
+        context.prepared(Request(1), None)
+        context.wait()
         os.kill(os.getpid(), signal.SIGTERM)
         return report()
 
@@ -570,7 +570,7 @@ def test_a_handler_that_python_does_not_know_becomes_the_default_one(launch, mon
 
 
 def test_a_job_is_interrupted_as_from_a_terminal_with_all_of_its_process_group(launch, method):
-    def program(number, spec, gate):
+    def program(number, spec, context):
         import pickle
         import subprocess
         import time
@@ -580,8 +580,8 @@ def test_a_job_is_interrupted_as_from_a_terminal_with_all_of_its_process_group(l
         from gpu_launcher.processes.messages import Report
 
         child = subprocess.Popen(["sleep", "60"])
-        gate.prepared(Request(1), None)
-        gate.wait()
+        context.prepared(Request(1), None)
+        context.wait()
         try:
             Path(spec).touch()
             time.sleep(60)
@@ -600,9 +600,9 @@ def test_a_job_is_interrupted_as_from_a_terminal_with_all_of_its_process_group(l
 def test_jobs_draw_different_random_numbers_from_numpy_unless_the_program_seeded_it(launch):
     numpy = pytest.importorskip("numpy")
 
-    def program(number, spec, gate):
-        gate.prepared(Request(1), None)
-        gate.wait()
+    def program(number, spec, context):
+        context.prepared(Request(1), None)
+        context.wait()
         return report((numpy.random.rand(), random.random()))
 
     def draw() -> list[tuple[float, float]]:
@@ -638,10 +638,10 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
-def sleeper_with_the_lease(number, spec, gate):
+def sleeper_with_the_lease(number, spec, context):
     """Leaves a forked child that has a copy of the lease and ignores SIGTERM."""
-    gate.prepared(Request(1), None)
-    gate.wait()
+    context.prepared(Request(1), None)
+    context.wait()
     if os.fork() == 0:
         os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -672,11 +672,11 @@ def test_a_lease_is_held_until_the_last_descendant_is_gone_and_that_is_ended(lau
 
 
 def test_killing_ends_the_whole_tree_also_what_is_stopped_or_ignores_signals(launch):
-    def program(number, spec, gate):
+    def program(number, spec, context):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         subprocess.Popen(["sleep", "60"], start_new_session=True)
-        gate.prepared(Request(1), None)
+        context.prepared(Request(1), None)
         os.kill(os.getpid(), signal.SIGSTOP)
 
     job = launch.start(launch.server(program))
@@ -698,9 +698,9 @@ def test_killing_waits_in_peace_for_processes_that_proc_does_not_show(launch, mo
             file.write("!")
         return []
 
-    def program(number, spec, gate):
-        gate.prepared(Request(1), None)
-        gate.wait()
+    def program(number, spec, context):
+        context.prepared(Request(1), None)
+        context.wait()
         return report()
 
     monkeypatch.setattr(tree_module, "children", children)
@@ -715,14 +715,14 @@ def test_killing_waits_in_peace_for_processes_that_proc_does_not_show(launch, mo
 
 
 def test_closing_the_server_ends_all_jobs_and_leaves_no_process(launch, method):
-    def program(number, spec, gate):
+    def program(number, spec, context):
         import subprocess
         import time
 
         from gpu_launcher.model import Request
 
         subprocess.Popen(["sleep", "60"], start_new_session=True)
-        gate.prepared(Request(1), None)
+        context.prepared(Request(1), None)
         time.sleep(60)
 
     server = launch.server(program, method)
@@ -736,8 +736,8 @@ def test_closing_the_server_ends_all_jobs_and_leaves_no_process(launch, method):
 
 
 def test_closing_does_not_wait_for_a_supervisor_that_is_stopped_for_long(launch):
-    def program(number, spec, gate):
-        gate.prepared(Request(1), None)
+    def program(number, spec, context):
+        context.prepared(Request(1), None)
         time.sleep(60)
 
     server = launch.server(program)
@@ -753,11 +753,11 @@ def test_closing_does_not_wait_for_a_supervisor_that_is_stopped_for_long(launch)
 # When those who watch are killed
 
 
-def waiting(number, spec, gate):
+def waiting(number, spec, context):
     subprocess.Popen(["sleep", "60"])
     subprocess.Popen(["sleep", "60"], start_new_session=True)
-    gate.prepared(Request(1), None)
-    gate.wait()
+    context.prepared(Request(1), None)
+    context.wait()
     return report(number)
 
 
@@ -829,12 +829,12 @@ def test_a_job_is_told_to_have_been_abandoned_when_the_fork_server_was_killed(la
 def test_those_who_watch_go_on_when_they_are_asked_to_end_as_by_systemd_while_the_launching_program_lives(
     launch, method
 ):
-    def program(number, spec, gate):
+    def program(number, spec, context):
         from gpu_launcher.model import Request
         from gpu_launcher.processes.messages import Report
 
-        gate.prepared(Request(1), None)
-        gate.wait()
+        context.prepared(Request(1), None)
+        context.wait()
         return Report(True, None, b"")
 
     job = launch.start(launch.server(program, method))
@@ -892,7 +892,7 @@ def test_a_job_that_its_supervisor_cannot_fork_could_not_be_started_and_nothing_
 # One job after another
 
 
-def talking(number, spec, gate):
+def talking(number, spec, context):
     """Prints, and reports what it found of its predecessors."""
     import os
     import pickle
@@ -909,8 +909,8 @@ def talking(number, spec, gate):
         sorted(map(str, Path("/proc/self/fd").iterdir())),
     )
     os.environ["LEFT_BEHIND"] = str(number)
-    gate.prepared(Request(1), None)
-    gate.wait()
+    context.prepared(Request(1), None)
+    context.wait()
     return Report(True, None, pickle.dumps(found))
 
 
@@ -1022,9 +1022,9 @@ time.sleep(60)
 # How jobs are started
 
 
-def anything(number, spec, gate):
-    gate.prepared(Request(1), None)
-    gate.wait()
+def anything(number, spec, context):
+    context.prepared(Request(1), None)
+    context.wait()
     return report()
 
 
@@ -1044,12 +1044,12 @@ def test_jobs_are_forked_where_that_is_safe(launch):
 
 
 def test_jobs_are_spawned_where_a_thread_runs_and_the_reason_names_it(launch, thread):
-    def program(number, spec, gate):
+    def program(number, spec, context):
         from gpu_launcher.model import Request
         from gpu_launcher.processes.messages import Report
 
-        gate.prepared(Request(1), None)
-        gate.wait()
+        context.prepared(Request(1), None)
+        context.wait()
         return Report(True, None, b"")
 
     server = launch.server(program, "auto")
@@ -1067,14 +1067,14 @@ def test_forking_can_be_asked_for_where_a_thread_runs(launch, thread):
 
 
 def test_spawning_can_be_asked_for(launch):
-    def program(number, spec, gate):
+    def program(number, spec, context):
         import sys
 
         from gpu_launcher.model import Request
         from gpu_launcher.processes.messages import Report
 
-        gate.prepared(Request(1), None)
-        gate.wait()
+        context.prepared(Request(1), None)
+        context.wait()
         return Report(True, None, b"pytest" if "pytest" in sys.modules else b"fresh")
 
     server = launch.server(program, "spawn")
@@ -1097,15 +1097,15 @@ class Net:
 def double(number):
     return 2 * number
 
-def program(number, spec, gate):
+def program(number, spec, context):
     import pickle
     import sys
     from multiprocessing import get_context
     from gpu_launcher.model import Request
     from gpu_launcher.processes.messages import Report
 
-    gate.prepared(Request(1), None)
-    gate.wait()
+    context.prepared(Request(1), None)
+    context.wait()
     assert b"Net" in pickle.dumps(Net())
     with get_context("fork").Pool(1) as pool:
         doubled = pool.map(double, [1, 2])
@@ -1123,15 +1123,15 @@ def program(number, spec, gate):
 
 
 def test_nothing_in_the_working_directory_disturbs_a_spawned_interpreter(launch, monkeypatch, tmp_path):
-    def program(number, spec, gate):
+    def program(number, spec, context):
         import pickle
         import sys
 
         from gpu_launcher.model import Request
         from gpu_launcher.processes.messages import Report
 
-        gate.prepared(Request(1), None)
-        gate.wait()
+        context.prepared(Request(1), None)
+        context.wait()
         return Report(True, None, pickle.dumps((sys.path, sys.modules["gpu_launcher"].__file__)))
 
     for module in ("pickle", "socket", "importlib", "types", "gpu_launcher"):
@@ -1145,7 +1145,7 @@ def test_nothing_in_the_working_directory_disturbs_a_spawned_interpreter(launch,
 def test_a_program_that_cannot_be_pickled_cannot_be_spawned_and_the_error_names_option_and_remedy(launch):
     lock = threading.Lock()
 
-    def program(number, spec, gate):
+    def program(number, spec, context):
         lock.acquire()
 
     with pytest.raises(
@@ -1158,8 +1158,8 @@ def test_a_program_that_cannot_be_pickled_cannot_be_spawned_and_the_error_names_
 DECISION = """
 import sys
 {work}
-from gpu_launcher.processes.starter import ForkServer
-def program(number, spec, gate):
+from gpu_launcher.processes.fork_server_client import ForkServer
+def program(number, spec, context):
     raise NotImplementedError
 server = ForkServer(program)
 print(server.method, server.reason, sep="|")

@@ -26,41 +26,41 @@ from gpu_launcher.jobs.remote import ManagerDiedError, RemoteLoop, busy, calling
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.model import Request
 from gpu_launcher.processes.messages import Report
-from gpu_launcher.processes.worker import Gate
+from gpu_launcher.processes.worker import JobContext
 
 
 class Program:
-    """Calls what it is given with its gate."""
+    """Calls what it is given with its context."""
 
-    def __call__(self, number: int, spec: Callable[[Gate], Any], gate: Gate) -> Report:
-        gate.prepared(Request.of(1), None)
-        gate.wait()
+    def __call__(self, number: int, spec: Callable[[JobContext], Any], context: JobContext) -> Report:
+        context.prepared(Request.of(1), None)
+        context.wait()
         try:
-            return Report(True, None, pickle.dumps(spec(gate)))
+            return Report(True, None, pickle.dumps(spec(context)))
         except KeyboardInterrupt:
             return Report(False, "was interrupted", b"")
 
 
-def pid(gate: Gate) -> int:
+def pid(context: JobContext) -> int:
     return os.getpid()
 
 
-def ask(gate: Gate) -> Any:
-    gate.say("a question")
-    return gate.hear()
+def ask(context: JobContext) -> Any:
+    context.say("a question")
+    return context.hear()
 
 
-def sleep(gate: Gate) -> None:
-    gate.say(os.getpid())
+def sleep(context: JobContext) -> None:
+    context.say(os.getpid())
     time.sleep(600)
 
 
-def stubborn(gate: Gate) -> None:
+def stubborn(context: JobContext) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sleep(gate)
+    sleep(context)
 
 
-def file_in(directory: Path) -> Callable[[Gate], None]:
+def file_in(directory: Path) -> Callable[[JobContext], None]:
     return _FileIn(directory)
 
 
@@ -68,7 +68,7 @@ class _FileIn:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def __call__(self, gate: Gate) -> None:
+    def __call__(self, context: JobContext) -> None:
         (self.directory / "value").write_text("here")
 
 
@@ -100,7 +100,7 @@ def hear(loop: RemoteLoop, kind: type) -> Any:
         assert not isinstance(message, Closed), message
 
 
-def offer(loop: RemoteLoop, number: int, function: Callable[[Gate], Any]) -> None:
+def offer(loop: RemoteLoop, number: int, function: Callable[[JobContext], Any]) -> None:
     loop.say(s.Offer(Job(number, "a call", function)))
 
 

@@ -23,7 +23,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 import gpu_launcher
 from gpu_launcher.jobs.manifest import Recorder
-from gpu_launcher.processes import bulletin, conversation, messages, ranks
+from gpu_launcher.processes import job_channel, messages, rank_decisions
 from gpu_launcher.processes.messages import Answer, Said
 from gpu_launcher.studies import trial as trial_module
 from gpu_launcher.studies.trial import JobTrial, NoTrial, TrialSeen
@@ -54,7 +54,7 @@ class Sweep:
     path: Path
 
     def begin(self, seen: TrialSeen = SEEN) -> JobTrial:
-        conversation.begin(self.job, seen, self.path)
+        job_channel.begin(self.job, seen, self.path)
         return gpu_launcher.current_trial()
 
     def heard(self) -> list[Any]:
@@ -77,10 +77,10 @@ class Sweep:
 
 @pytest.fixture
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sweep]:
-    for name in (*ranks.VARIABLES, *bulletin.VARIABLES):
+    for name in (*rank_decisions.RANK_VARIABLES, *rank_decisions.VARIABLES):
         monkeypatch.setenv(name, "")  # so that it is put back, whatever the test does
         monkeypatch.delenv(name)
-    monkeypatch.setattr(conversation, "_current", None)
+    monkeypatch.setattr(job_channel, "_current", None)
     monkeypatch.setattr(trial_module, "_here", None)
     end, job = messages.channel()
     with end, job:
@@ -262,14 +262,14 @@ def test_a_job_that_starts_again_begins_with_no_decisions(sweep: Sweep) -> None:
     assert sweep.decisions() == "0"
     sweep.begin()
     assert not sweep.path.with_suffix(".decisions").exists()
-    assert os.environ[bulletin.SO_FAR] == "0"
+    assert os.environ[rank_decisions.SO_FAR] == "0"
 
 
 def test_what_is_withdrawn_is_gone_and_leads_nobody(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep.begin().should_prune()
-    bulletin.withdraw(sweep.path)
+    rank_decisions.withdraw(sweep.path)
     assert list(sweep.path.parent.iterdir()) == []
-    monkeypatch.setattr(conversation, "_current", None)
+    monkeypatch.setattr(job_channel, "_current", None)
     monkeypatch.setattr(trial_module, "_here", None)
     monkeypatch.setenv("RANK", "1")
     assert isinstance(gpu_launcher.current_trial(), NoTrial)
@@ -290,7 +290,7 @@ def test_outside_a_sweep_nothing_happens(sweep: Sweep) -> None:
 
 def test_outside_a_sweep_reporting_imports_no_optuna() -> None:
     code = "import gpu_launcher, sys; gpu_launcher.report(1.0, 0); print('optuna' in sys.modules)"
-    environ = {name: value for name, value in os.environ.items() if name != bulletin.WHERE}
+    environ = {name: value for name, value in os.environ.items() if name != rank_decisions.WHERE}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)
     assert (ran.stdout, ran.stderr) == ("False\n", "")
 
@@ -320,7 +320,7 @@ def test_ranks_are_told_by_the_environment(
 ) -> None:
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    assert ranks.is_later_rank(inherited) is later
+    assert rank_decisions.is_later_rank(inherited) is later
 
 
 def test_the_process_with_the_channel_is_the_first_rank_whatever_the_environment_says(
@@ -396,7 +396,7 @@ def test_a_rank_leaves_when_the_job_is_over(sweep: Sweep) -> None:
     sweep.begin()
     with started_anew(RANK="1") as process:
         line(process)
-        bulletin.withdraw(sweep.path)
+        rank_decisions.withdraw(sweep.path)
         assert line(process) == "1"
         process.communicate(timeout=30)
 
@@ -429,7 +429,7 @@ JOB = """
 import multiprocessing, os, sys
 from pathlib import Path
 import gpu_launcher
-from gpu_launcher.processes import conversation, messages
+from gpu_launcher.processes import job_channel, messages
 from gpu_launcher.processes.messages import Answer
 from gpu_launcher.studies.trial import TrialSeen
 from gpu_launcher.studies.voices import Verdict
@@ -443,7 +443,7 @@ def later_rank(start):
 
 if __name__ == "__main__":
     end, job = messages.channel()
-    conversation.begin(job, TrialSeen(7, "s", {}, {}, {}, None, prunes=True, objectives=1), Path(sys.argv[1]))
+    job_channel.begin(job, TrialSeen(7, "s", {}, {}, {}, None, prunes=True, objectives=1), Path(sys.argv[1]))
     before = gpu_launcher.current_trial()
     for step in range(3):  # before there are other ranks
         before.report(0.0, step)
@@ -481,7 +481,11 @@ if __name__ == "__main__":
 def test_a_rank_that_is_forked_or_spawned_in_the_middle_follows_from_there(tmp_path: Path, how: str) -> None:
     program = tmp_path / "job.py"
     program.write_text(JOB)
-    environ = {name: value for name, value in os.environ.items() if name not in (*ranks.VARIABLES, bulletin.WHERE)}
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in (*rank_decisions.RANK_VARIABLES, rank_decisions.WHERE)
+    }
     ran = subprocess.run(
         [sys.executable, program, tmp_path / "7.trial", how], capture_output=True, text=True, timeout=60, env=environ
     )
@@ -492,7 +496,11 @@ def test_a_rank_that_is_forked_or_spawned_in_the_middle_follows_from_there(tmp_p
 def test_a_forked_process_that_is_no_rank_is_left_alone(tmp_path: Path) -> None:
     program = tmp_path / "job.py"
     program.write_text(JOB.replace('os.environ["RANK"] = "1"', "pass"))
-    environ = {name: value for name, value in os.environ.items() if name not in (*ranks.VARIABLES, bulletin.WHERE)}
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in (*rank_decisions.RANK_VARIABLES, rank_decisions.WHERE)
+    }
     ran = subprocess.run(
         [sys.executable, program, tmp_path / "7.trial", "os.fork"],
         capture_output=True,
@@ -511,7 +519,7 @@ def test_who_is_left_alone_has_a_voice_that_says_nothing() -> None:
 
 def test_what_a_killed_launch_left_of_its_trials_is_removed_by_the_next(tmp_path: Path) -> None:
     dead, living = Recorder(tmp_path, [], "train.py"), Recorder(tmp_path, [], "train.py")
-    left = [bulletin.path_for(recorder.report_path(3)) for recorder in (dead, living)]
+    left = [rank_decisions.path_for(recorder.report_path(3)) for recorder in (dead, living)]
     for path in left:
         path.touch()
         path.with_suffix(".decisions").touch()

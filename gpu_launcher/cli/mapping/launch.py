@@ -30,8 +30,8 @@ from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.job import Cause
 from gpu_launcher.jobs.progress import open_progress
 from gpu_launcher.jobs.sweep import Options, SweepResult, run_jobs
+from gpu_launcher.processes.fork_server_client import ForkServer
 from gpu_launcher.processes.inherited_files import OpenFiles
-from gpu_launcher.processes.starter import ForkServer
 from gpu_launcher.requests import read_request
 from gpu_launcher.text import one_line, short_path
 from gpu_launcher.wording import count

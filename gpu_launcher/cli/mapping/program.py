@@ -15,11 +15,11 @@ from gpu_launcher.cli.mapping.place import Place, RunPlace
 from gpu_launcher.cli.mapping.template import Template
 from gpu_launcher.cli.mapping.values import Params
 from gpu_launcher.model import Request
-from gpu_launcher.processes.death import describe_exit
 from gpu_launcher.processes.exceptions import NO_TERMINAL
-from gpu_launcher.processes.memory_errors import tells_of_gpu_memory
+from gpu_launcher.processes.exit_status import describe_exit
 from gpu_launcher.processes.messages import Report
-from gpu_launcher.processes.worker import ATTEMPT, Gate
+from gpu_launcher.processes.out_of_memory import tells_of_gpu_memory
+from gpu_launcher.processes.worker import ATTEMPT, JobContext
 from gpu_launcher.safe_files import open_regular, write_whole
 from gpu_launcher.wording import duration
 
@@ -41,15 +41,15 @@ class CommandProgram:
     directory: Path
     """Where commands run."""
 
-    def __call__(self, number: int, spec: Params, gate: Gate) -> Report:
+    def __call__(self, number: int, spec: Params, context: JobContext) -> Report:
         """Run the command with the parameters `spec`."""
         run = self.place.run(number)
         try:
             run.prepare(spec, int(os.environ[ATTEMPT]))
-            gate.prepared(self.request, run.stderr)
+            context.prepared(self.request, run.stderr)
         except OSError as error:
             return _not_started(f"could not be prepared: {_why(error)}")
-        gate.wait()
+        context.wait()
         arrived = _leave_signals_to_the_command()
         try:
             run.begin()

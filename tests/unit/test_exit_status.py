@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from gpu_launcher.processes.death import describe_exit
+from gpu_launcher.processes.exit_status import describe_exit
 
 REAL_TIME = signal.SIGRTMIN + 3
 

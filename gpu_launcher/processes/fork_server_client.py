@@ -21,8 +21,8 @@ from typing import Any, Literal, NoReturn
 
 from gpu_launcher.errors import GpuLauncherError, OptionError
 from gpu_launcher.processes import pickling, spawn
-from gpu_launcher.processes.forks import own_fork
-from gpu_launcher.processes.helpers import helpers_paused
+from gpu_launcher.processes.fork_server import serve
+from gpu_launcher.processes.forking import internal_fork, tqdm_monitors_paused
 from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.processes.linux import cuda_in_use, flush_c_streams, other_threads
 from gpu_launcher.processes.messages import (
@@ -41,7 +41,6 @@ from gpu_launcher.processes.messages import (
     send,
 )
 from gpu_launcher.processes.random_generators import Generators
-from gpu_launcher.processes.server import serve
 from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.processes.worker import CapturedStdio, Program, forget_the_parent, use_own_positions, work
 
@@ -157,7 +156,7 @@ class ForkServer:
         elif (unsafe := self._unsafe or cuda_in_use()) and self._asked == "auto":
             self.reason = unsafe
         else:
-            with helpers_paused():
+            with tqdm_monitors_paused():
                 self._fork(in_child)
                 unsafe = _threads_in_use()
             if unsafe and self._asked == "auto":
@@ -202,7 +201,7 @@ class ForkServer:
     ) -> JobProcess:
         """Start the process of job `number`, for the `attempt`-th time, which begins to prepare itself.
 
-        Its code may ask for what the job is `about` (`processes.conversation`). `ps` calls the process by its `title`.
+        Its code may ask for what the job is `about` (`processes.job_channel`). `ps` calls the process by its `title`.
         Raises ServerDiedError.
         """
         job, job_end = channel()
@@ -286,7 +285,7 @@ class ForkServer:
         with warnings.catch_warnings():
             # Python 3.12+ warns of threads; we look for them ourselves, and use `spawn` if there are any.
             warnings.simplefilter("ignore", DeprecationWarning)
-            with own_fork():
+            with internal_fork():
                 pid = os.fork()
         if pid == 0:
             status = 1

@@ -12,12 +12,13 @@ import errno
 import hashlib
 import os
 import pickle
+import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_launcher.processes import ranks
 from gpu_launcher.safe_files import open_regular, read_regular
 
 WHERE = "GPU_LAUNCHER_TRIAL"
@@ -32,9 +33,20 @@ MAX_SIZE = 2**30
 POLL = 0.005
 """Seconds between two looks at whether a decision has been made: they are made once a step, and take milliseconds."""
 
+RANK_VARIABLES = (
+    "RANK",  # torchrun, and most who do it by hand
+    "LOCAL_RANK",  # Lightning sets this one only
+    "NODE_RANK",
+    "GROUP_RANK",  # torchrun's name for that
+    "SLURM_PROCID",
+    "OMPI_COMM_WORLD_RANK",
+    "PMI_RANK",  # MPICH, Intel MPI
+)
+"""What those who start ranks tell them. On the first rank every one of these is 0, or not set."""
+
 
 @dataclass(frozen=True, slots=True)
-class Bulletin:
+class RankDecisions:
     """Of one attempt at one job."""
 
     path: Path
@@ -44,20 +56,20 @@ class Bulletin:
     """What the job's main process was told of ranks when it began."""
 
     @classmethod
-    def publish(cls, path: Path, about: Any) -> Bulletin:
+    def publish(cls, path: Path, about: Any) -> RankDecisions:
         """In the job's main process, before the program's code. Raises OSError."""
         withdraw(path)  # of an earlier attempt
-        bulletin = cls(path, about, ranks.in_environment())
-        data = pickle.dumps((bulletin.about, bulletin.inherited))
+        decisions = cls(path, about, ranks_in_environment())
+        data = pickle.dumps((decisions.about, decisions.inherited))
         with open(open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
             file.write(data)
         os.environ[WHERE] = str(path)
         os.environ[DIGEST] = hashlib.sha256(data).hexdigest()
         os.environ[SO_FAR] = "0"
-        return bulletin
+        return decisions
 
     @classmethod
-    def find(cls) -> Bulletin | None:
+    def find(cls) -> RankDecisions | None:
         """In any process: that of the job it belongs to, if it belongs to one that lives. Raises OSError.
 
         The file is unpickled, so it must be what the environment says: others may be able to replace it.
@@ -74,7 +86,7 @@ class Bulletin:
         about, inherited = pickle.loads(data)
         return cls(Path(path), about, inherited)
 
-    def decided(self, decision: bool) -> None:
+    def append(self, decision: bool) -> None:
         """Append a decision. Raises OSError: who follows would wait for ever."""
         descriptor = open_regular(_decisions(self.path), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
@@ -116,7 +128,7 @@ class Bulletin:
 
 
 def path_for(report: Path) -> Path:
-    """Where the bulletin of a job is that leaves its report there."""
+    """The file of the ranks of a job whose report is `report`."""
     return report.with_suffix(".trial")
 
 
@@ -139,3 +151,23 @@ def inherited() -> bool:
 
 def _decisions(path: Path) -> Path:
     return path.with_suffix(".decisions")
+
+
+def ranks_in_environment() -> dict[str, str]:
+    """What this process was told."""
+    return {name: os.environ[name] for name in RANK_VARIABLES if name in os.environ}
+
+
+def is_later_rank(inherited: Mapping[str, str]) -> bool | None:
+    """Whether this process is a rank of its job other than the first; None if nothing says that it is a rank.
+
+    `inherited` is what the job's main process was told when it began, which is about something else: a sweep may have
+    been started by Slurm, and its jobs and their children have those variables as well.
+    """
+    torch = sys.modules.get("torch.distributed")
+    if torch is not None and torch.is_available() and torch.is_initialized():
+        return bool(torch.get_rank() > 0)
+    told = [value for name, value in ranks_in_environment().items() if inherited.get(name) != value]
+    if not told:
+        return None
+    return any(value.strip() not in ("", "0") for value in told)

@@ -1,9 +1,13 @@
-"""Telling from an exception that a GPU's memory ran out. No GPU library is imported: classes are known by name."""
+"""Recognises that memory ran out: a GPU's from an exception or from output, the host's from the kernel's counters.
+
+No GPU library is imported: their exception classes are known by name.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 _CLASSES = {"torch": {"OutOfMemoryError"}, "tensorflow": {"ResourceExhaustedError"}, "cupy": {"OutOfMemoryError"}}
 _MESSAGES = re.compile(
@@ -51,3 +55,32 @@ def _family(error: BaseException) -> Iterator[BaseException]:
         wrapped = getattr(one, "exceptions", ())
         if isinstance(wrapped, (tuple, list)):
             found += wrapped
+
+
+def oom_kills(root: Path = Path("/")) -> int:
+    """How many processes the kernel has killed for it so far: of this process's cgroup, or else of the machine.
+
+    0 where that cannot be known. The sources: `oom_kill` in `memory.events` of a cgroup of version 2
+    (Documentation/admin-guide/cgroup-v2.rst in the kernel's source) and in proc_vmstat(5).
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("0::"):
+            count = _counter(root / "sys/fs/cgroup" / line[3:].lstrip("/") / "memory.events")
+            if count is not None:
+                return count
+    return _counter(root / "proc/vmstat") or 0
+
+
+def _counter(file: Path) -> int | None:
+    try:
+        for line in file.read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name == "oom_kill":
+                return int(value)
+    except (OSError, ValueError):
+        pass
+    return None

@@ -1,7 +1,7 @@
 """What a job's code can say to whoever asked for the job, and hear from it, over the job's channel.
 
-At most one such conversation exists in a process, from before the program's code runs until the process ends; a process
-forked from the job has a copy, which must not be used. It and the job's other processes have the job's bulletin.
+A process has at most one such channel, from before the program's code runs until the process ends; a process
+forked from the job has a copy, which must not be used. Those follow the job's rank decisions.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_launcher.processes.bulletin import Bulletin
 from gpu_launcher.processes.messages import Answer, ChannelClosedError, Said, receive, send
+from gpu_launcher.processes.rank_decisions import RankDecisions
 
 
 @dataclass
-class Conversation:
+class JobChannel:
     """Safe to use from several threads."""
 
     channel: socket.socket
-    bulletin: Bulletin
+    decisions: RankDecisions
     """What the job's asker gave it along, and what it decides, for its other processes."""
     process: int
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -57,16 +57,16 @@ class Conversation:
         return answers
 
 
-_current: Conversation | None = None
+_current: JobChannel | None = None
 
 
-def begin(channel: socket.socket, about: Any, bulletin: Path) -> None:
-    """In a job's process, before the program's code. Raises OSError if the bulletin cannot be written."""
+def begin(channel: socket.socket, about: Any, decisions: Path) -> None:
+    """In a job's process, before the program's code. Raises OSError if the file for the ranks cannot be written."""
     global _current
-    _current = Conversation(channel, Bulletin.publish(bulletin, about), os.getpid())
+    _current = JobChannel(channel, RankDecisions.publish(decisions, about), os.getpid())
 
 
-def current() -> Conversation | None:
+def current() -> JobChannel | None:
     """This process's; None if it is no job, or was forked from the job, or nobody waits for what it says."""
     return _current if _current is not None and _current.process == os.getpid() else None
 
