@@ -35,7 +35,7 @@ from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import Carried
 from gpu_launcher.studies import dialogue as d
 from gpu_launcher.studies.ctrl_c import CtrlC
-from gpu_launcher.studies.ownership import Sweep
+from gpu_launcher.studies.study_storage import StudyStorage
 from gpu_launcher.studies.trials_at_work import TrialsAtWork
 
 log = logging.getLogger("gpu_launcher")
@@ -69,7 +69,7 @@ class Conductor:
         self,
         study: optuna.Study,
         loop: RemoteLoop,
-        sweep: Sweep,
+        storage: StudyStorage,
         bounds: Bounds,
         catch: tuple[type[BaseException], ...],
         callbacks: list[Callback],
@@ -85,7 +85,7 @@ class Conductor:
         self._callbacks = callbacks
         self._bar = bar
         self._options = options
-        self._trials = TrialsAtWork(study, sweep, most_retries)
+        self._trials = TrialsAtWork(study, storage, most_retries)
         self._ctrl_c = CtrlC()
         self._began = time.monotonic()
         self._next_look = self._began + LOOK

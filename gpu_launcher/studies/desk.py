@@ -15,16 +15,14 @@ from enum import Enum
 from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.studies.attributes import JOB, LOST
-from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.pruning import Judge
 from gpu_launcher.studies.settling import fail, queue_again, settle
 from gpu_launcher.studies.stopping import ENDED, Bounds, Exhausted, Stopping, Tally
-from gpu_launcher.studies.storage import alone, store_reports
+from gpu_launcher.studies.study_storage import StudyStorage
 
 STOPPED = "the sweep was stopped"
 MAX_HOPELESS = 3
@@ -115,15 +113,14 @@ class Desk:
     """See the module. `define` turns a trial into what its job is called with, and suggests its parameters."""
 
     study: optuna.Study
+    storage: StudyStorage
+    """The study's."""
     define: Callable[[optuna.Trial], list[str]]
     bounds: Bounds
-    sweep: Sweep
     combinations: int | None = None
     """How many there are in all, for a sampler that tries each once."""
     in_turn: bool = False
     """Whether sweeps on the study must sample one after another; see `ask`."""
-    store: Callable[[BaseStorage, Mapping[int, Mapping[int, float]]], set[int]] = store_reports
-    """Stores reports."""
     warm_up: Callable[[], object] = lambda: None
     """Imports what the sampler needs later, which may take seconds. To be called while there is time."""
     sampling: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -143,19 +140,19 @@ class Desk:
         self._sampling = _Sampling()
         self._jobs: dict[int, dict[str, Any]] = {}
         self._first_failure: str | None = None
-        self._judge = Judge(self.study, self.clock)
+        self._judge = Judge(self.study, self.storage, self.clock)
         self._prunes = not isinstance(self.study.pruner, optuna.pruners.NopPruner)
 
     # Before the first trial
 
     def settle(self, most_retries: int) -> list[str]:
         """See `settling.settle`. One sweep at a time, or two would queue the same trial again."""
-        with alone(self._storage):
-            return settle(self.study, self.sweep, most_retries)
+        with self.storage.alone():
+            return settle(self.study, self.storage.sweep, most_retries)
 
     def enqueue(self, points: Sequence[Mapping[str, Any]]) -> None:
         """Try these parameters first, unless the study has them already."""
-        with alone(self._storage) if points else nullcontext():
+        with self.storage.alone() if points else nullcontext():
             for point in points:
                 self.study.enqueue_trial(dict(point), skip_if_exists=True)
 
@@ -179,7 +176,7 @@ class Desk:
         if self._hopeless >= MAX_HOPELESS and self._hopeless == self._ended.total():
             reason = f"no more trials are asked for: none of the first {self._hopeless} returned a value to search by"
             return Exhausted(f"{reason}; the task function must return a number for each direction", failed=True)
-        with alone(self._storage) if self.in_turn else nullcontext():
+        with self.storage.alone() if self.in_turn else nullcontext():
             return self._sample()
 
     def _sample(self) -> Asked | Unusable:
@@ -206,12 +203,12 @@ class Desk:
         self.running[trial.number] = trial._trial_id
         self._sampling.count += 1
         self._sampling.seconds += self.clock() - began
-        frozen = self._storage.get_trial(trial._trial_id)
+        frozen = self.storage.get_trial(trial._trial_id)
         return Asked(frozen, spec, self.study.study_name, self._prunes, len(self.study.directions))
 
     def started(self, number: int, devices: Sequence[str], directory: str | None, log: str | None) -> None:
         """Its job runs now."""
-        job = {"directory": directory, "log": log, "devices": list(devices), "host": self.sweep.identity.host}
+        job = {"directory": directory, "log": log, "devices": list(devices), "host": self.storage.sweep.identity.host}
         self._jobs[number] = {**job, "started": self.wall_clock()}
         self._note(number)
 
@@ -225,7 +222,7 @@ class Desk:
         Those that are not this desk's, or have been told, are not among them.
         """
         ids = {self.running[number]: steps for number, steps in reports.items() if number in self.running}
-        ended = self.store(self._storage, ids)
+        ended = self.storage.store_reports(ids)
         judged = {number: id for number, id in self.running.items() if id in ids and id not in ended}
         if not self._prunes:
             return dict.fromkeys(judged, False)
@@ -252,9 +249,9 @@ class Desk:
             self._first_failure = f"trial {number} {ending.message or 'failed'}"
         if ending.how in (How.FAILED, How.INTERRUPTED):
             if ending.how is How.FAILED:
-                fail(self._storage, id, ending.message)
+                fail(self.storage, id, ending.message)
             else:
-                trial = self._storage.get_trial(id)
+                trial = self.storage.get_trial(id)
                 queue_again(self.study, trial, trial.user_attrs.get(LOST, 0), ending.message)
             return
         state = TrialState.COMPLETE if ending.how is How.COMPLETE else TrialState.PRUNED
@@ -318,26 +315,22 @@ class Desk:
         ended, failed = self._ended.total(), self._ended[How.FAILED]
         return Tally(self._asked, ended, failed, self.clock() - self._opened, self._exhausted)
 
-    @property
-    def _storage(self) -> BaseStorage:
-        return self.study._storage
-
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        return self._storage.get_all_trials(self.study._study_id, deepcopy=False, states=states or None)
+        return self.storage.get_all_trials(self.study._study_id, deepcopy=False, states=states or None)
 
     def _mine(self) -> set[int]:
         """Ids of the trials that run and are this program's."""
-        return {trial._trial_id for trial in self._trials(TrialState.RUNNING) if self.sweep.owns(trial)}
+        return {trial._trial_id for trial in self._trials(TrialState.RUNNING) if self.storage.sweep.owns(trial)}
 
     def _drop(self, id: int, error: BaseException, why: str) -> dict[str, Any]:
         """End a trial that was asked for and will not run. Returns the values that it was queued with, if it was."""
-        trial = self._storage.get_trial(id)
+        trial = self.storage.get_trial(id)
         queued: dict[str, Any] = trial.system_attrs.get("fixed_params", {})
         stopped = not isinstance(error, Exception)
         if stopped and queued:  # it may be somebody's known good point
             queue_again(self.study, trial, trial.user_attrs.get(LOST, 0), STOPPED)
         else:
-            fail(self._storage, id, STOPPED if stopped else why)
+            fail(self.storage, id, STOPPED if stopped else why)
         return queued
 
     def _note(self, number: int) -> None:
@@ -349,7 +342,7 @@ class Desk:
 
     def _set(self, id: int, name: str, value: Any) -> None:
         try:
-            self._storage.set_trial_user_attr(id, name, value)
+            self.storage.set_trial_user_attr(id, name, value)
         except optuna.exceptions.UpdateFinishedTrialError:
             return  # somebody else has ended it
 

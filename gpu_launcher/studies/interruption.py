@@ -6,17 +6,10 @@ A signal does it, for a sampler does not look at anything else. It never cuts wh
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
-from typing import ParamSpec, TypeVar
-
-from optuna.storages import BaseStorage
 
 SIGNAL = signal.SIGTERM
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class SamplingInterrupted(BaseException):
@@ -49,22 +42,15 @@ class Interruption:
         finally:
             self._sampling = False
 
-    def spare(self, storage: BaseStorage) -> None:
-        """Have every operation of a storage object done to its end."""
-        for name in sorted(BaseStorage.__abstractmethods__):
-            setattr(storage, name, self._spared(getattr(storage, name)))
-
-    def _spared(self, operation: Callable[P, T]) -> Callable[P, T]:
-        @wraps(operation)
-        def spared(*arguments: P.args, **options: P.kwargs) -> T:
-            self._storing += 1
-            try:
-                return operation(*arguments, **options)
-            finally:
-                self._storing -= 1
-                self._cut()
-
-        return spared
+    @contextmanager
+    def storing(self) -> Iterator[None]:
+        """While entered, nothing is cut: what is done to the database is done to its end."""
+        self._storing += 1
+        try:
+            yield
+        finally:
+            self._storing -= 1
+            self._cut()
 
     def _arrived(self) -> None:
         self._wanted = True

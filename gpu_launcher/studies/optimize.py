@@ -25,7 +25,8 @@ from gpu_launcher.studies.conductor import Bounds, Callback, Conductor, log
 from gpu_launcher.studies.objective import Objective
 from gpu_launcher.studies.ownership import Sweep, working
 from gpu_launcher.studies.settling import NEVER, settle
-from gpu_launcher.studies.storage import alone, keep_connections_from_jobs
+from gpu_launcher.studies.storage import keep_connections_from_jobs
+from gpu_launcher.studies.study_storage import StudyStorage
 
 
 def optimize(
@@ -92,6 +93,7 @@ def optimize(
     )
     retries = _whole("retry_stale", retry_stale) or NEVER
     sweep = Sweep(ProcessIdentity.here())
+    storage = StudyStorage(study._storage, sweep)
     keep_connections_from_jobs(study._storage)
     # Before the progress bar, which starts a thread.
     loop = RemoteLoop(Objective(objective, request, caught, study), options, this_program(), method=start_method)
@@ -102,13 +104,13 @@ def optimize(
         for remark in loop.remarks:
             remarks.log(remark)
         with working(sweep):
-            with alone(study._storage):  # or two programs would queue the same trial again
+            with storage.alone():  # or two programs would queue the same trial again
                 settled = settle(study, sweep, retries, who="program")
             for line in settled:
                 log.warning(line)
             bar = _ProgressBar(show_progress_bar, bounds.n_trials, bounds.timeout)
             try:
-                run = Conductor(study, loop, sweep, bounds, caught, after_each, bar, options, retries)
+                run = Conductor(study, loop, storage, bounds, caught, after_each, bar, options, retries)
                 run.conduct()
             finally:
                 bar.close()

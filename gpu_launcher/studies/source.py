@@ -31,10 +31,10 @@ from gpu_launcher.model import Device
 from gpu_launcher.processes.forking import internal_fork
 from gpu_launcher.processes.linux import die_with_parent, flush_c_streams
 from gpu_launcher.processes.messages import ChannelClosedError, channel, receive, send
-from gpu_launcher.studies.bearing import Bearing
 from gpu_launcher.studies.desk import Asked, Desk, Ending, StudyError, Summary, Unusable
 from gpu_launcher.studies.interruption import SIGNAL, Interruption, SamplingInterrupted
 from gpu_launcher.studies.stopping import Exhausted
+from gpu_launcher.studies.storage_retry import StorageRetry
 from gpu_launcher.studies.trial import TrialSeen
 from gpu_launcher.studies.voices import Attribute, Intermediate, Verdict
 
@@ -278,10 +278,8 @@ def _serve(channel: socket.socket, open_desk: OpenDesk, finish: Callable[[Desk, 
         desk, remarks = open_desk()
         send(channel, Opened(desk.expected, remarks))
         interruption = Interruption()
-        interruption.spare(desk.study._storage)
-        bearing = Bearing(lambda text: send(channel, s.Remark(text)))
-        bearing.over_all(desk.study._storage)
-        desk.store = bearing.over(desk.store)
+        desk.storage.uninterrupted = interruption.storing
+        desk.storage.retry = StorageRetry(lambda text: send(channel, s.Remark(text)))
         desk.sampling = interruption.sampling
         interruption.listen()
         clerk = _Clerk(desk, channel, interruption)

@@ -15,11 +15,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.studies.attributes import FAILURE, JOB, LOST
 from gpu_launcher.studies.dialogue import TrialToRun
-from gpu_launcher.studies.ownership import Sweep, changing, owning
 from gpu_launcher.studies.pruning import Judge
 from gpu_launcher.studies.settling import fail, losses, queue_again
 from gpu_launcher.studies.stopping import ENDED
-from gpu_launcher.studies.storage import store_reports
+from gpu_launcher.studies.study_storage import StudyStorage
 from gpu_launcher.studies.worker_trial import STUDY_ATTRIBUTES, STUDY_METHODS, TRIAL_ATTRIBUTES, TRIAL_METHODS
 
 
@@ -39,26 +38,27 @@ class TrialsAtWork:
     """Not to be used by several threads, and in a thread that is in the study's `optimize`."""
 
     study: optuna.Study
-    sweep: Sweep
+    storage: StudyStorage
+    """On that of the study."""
     most_retries: int
     """How often what a lost trial tries is queued again; NEVER for not even what was interrupted."""
     by_number: dict[int, AtWork] = field(default_factory=dict)
     """Those that run, by the number of the trial."""
 
     def __post_init__(self) -> None:
-        self._judge = Judge(self.study, time.monotonic)
+        self._judge = Judge(self.study, self.storage, time.monotonic)
         self._unjudged: dict[int, dict[int, float]] = {}
         """Reported since the judge last looked: `{trial id: {step: value}}`."""
 
     def ask(self, devices: Sequence[str]) -> TrialToRun:
         """One more, which runs on these devices. Raises whatever the sampler or the storage raises."""
         try:
-            with owning(self.study._storage, self.sweep):
+            with self.storage.used_by(self.study):
                 trial = self.study.ask()
         except BaseException:
             self._fail_unknown("it could not be sampled")
             raise
-        job = {"devices": list(devices), "host": self.sweep.identity.host, "started": time.time()}
+        job = {"devices": list(devices), "host": self.storage.sweep.identity.host, "started": time.time()}
         self.by_number[trial.number] = AtWork(trial, job)
         self._judge.forget()
         self._note(trial, JOB, job)
@@ -93,7 +93,7 @@ class TrialsAtWork:
         values = {id: reports[number] for id, number in ids.items()}
         if not values:
             return []
-        ended = store_reports(self.study._storage, values)
+        ended = self.storage.store_reports(values)
         for id in values.keys() - ended:
             self._unjudged.setdefault(id, {}).update(values[id])
         return [ids[id] for id in ended]
@@ -105,8 +105,7 @@ class TrialsAtWork:
             return {}
         reports, self._unjudged = self._unjudged, {}
         running = {at_work.trial._trial_id for at_work in self.by_number.values()}
-        with changing:
-            found = self._judge.judge(asked, {id: steps for id, steps in reports.items() if id in running})
+        found = self._judge.judge(asked, {id: steps for id, steps in reports.items() if id in running})
         return {number: found.get(number, False) for number in asked}
 
     def tell(
@@ -126,7 +125,7 @@ class TrialsAtWork:
         try:
             return self.study.tell(trial, None if values is None else list(values), state, skip_if_finished=True)
         except UpdateFinishedTrialError:
-            return self.study._storage.get_trial(trial._trial_id)  # somebody else has ended it in this moment
+            return self.storage.get_trial(trial._trial_id)  # somebody else has ended it in this moment
         finally:
             self._judge.forget()
             del self.by_number[number]
@@ -149,7 +148,7 @@ class TrialsAtWork:
             return None
         del self.by_number[number]
         self._judge.forget()
-        return self.study._storage.get_trial(trial._trial_id)
+        return self.storage.get_trial(trial._trial_id)
 
     def give_up(self, number: int, failure: str) -> None:
         """Fail a trial that was interrupted."""
@@ -171,26 +170,26 @@ class TrialsAtWork:
         return [number for number, at_work in self.by_number.items() if at_work.trial._trial_id in ended]
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        return self.study._storage.get_all_trials(self.study._study_id, deepcopy=False, states=states)
+        return self.storage.get_all_trials(self.study._study_id, deepcopy=False, states=states)
 
     def _mine(self) -> list[FrozenTrial]:
-        return [trial for trial in self._trials(TrialState.RUNNING) if self.sweep.owns(trial)]
+        return [trial for trial in self._trials(TrialState.RUNNING) if self.storage.sweep.owns(trial)]
 
     def _fail_unknown(self, failure: str) -> None:
         known = {at_work.trial._trial_id for at_work in self.by_number.values()}
         for trial in self._mine():
             if trial._trial_id not in known:
-                fail(self.study._storage, trial._trial_id, failure)
+                fail(self.storage, trial._trial_id, failure)
 
     def _as_stored(self, number: int) -> FrozenTrial:
-        return self.study._storage.get_trial(self.by_number[number].trial._trial_id)
+        return self.storage.get_trial(self.by_number[number].trial._trial_id)
 
     def _give_up(self, trial: FrozenTrial, failure: str, *, interrupted: bool) -> None:
         lost = trial.user_attrs.get(LOST, 0) if interrupted else losses(trial)
         if lost <= self.most_retries:
             queue_again(self.study, trial, lost, failure)
         else:
-            fail(self.study._storage, trial._trial_id, failure)
+            fail(self.storage, trial._trial_id, failure)
 
     def _note(self, trial: optuna.Trial, name: str, value: Any) -> None:
         with suppress(UpdateFinishedTrialError):  # somebody else has ended it

@@ -17,8 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.studies.attributes import RETRY_OF, SEARCH
 from gpu_launcher.studies.desk import StudyError
-from gpu_launcher.studies.ownership import Sweep
-from gpu_launcher.studies.storage import alone
+from gpu_launcher.studies.study_storage import StudyStorage
 
 Space = Mapping[str, BaseDistribution]
 
@@ -37,15 +36,15 @@ class _Search:
 
 
 def join(
-    study: optuna.Study, sweep: Sweep, space: Space, difference: Callable[[Space], str | None], *, custom: bool
+    study: optuna.Study, storage: StudyStorage, space: Space, difference: Callable[[Space], str | None], *, custom: bool
 ) -> int:
     """Return how many sweeps the study has had before this one: 0 for a new study.
 
-    With `custom` a function adds to the space. `difference` says how the sweep's search space differs from another.
-    Raises StudyError if the study has another one.
+    `storage` is the study's. With `custom` a function adds to the space. `difference` says how the sweep's search space
+    differs from another. Raises StudyError if the study has another one.
     """
-    storage = study._storage
-    with alone(storage):
+    sweep = storage.sweep
+    with storage.alone():
         trials = storage.get_all_trials(study._study_id, deepcopy=False)
         kept = _read(storage.get_study_user_attrs(study._study_id).get(SEARCH))
         at_work = [one for one in kept.at_work if sweep.may_be_at_work(one)]

@@ -17,9 +17,10 @@ from optuna.study import StudyDirection
 
 from gpu_launcher.errors import OptionError
 from gpu_launcher.studies.desk import Desk, StudyError
-from gpu_launcher.studies.ownership import Sweep, own
+from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.places import without_password
 from gpu_launcher.studies.storage import storage as open_storage
+from gpu_launcher.studies.study_storage import StudyStorage
 
 from ._classes import instantiate
 from ._joining import join
@@ -46,12 +47,12 @@ class StudyPlan:
 
     def open(self) -> tuple[Desk, list[str]]:
         """The desk, and lines for the user. Raises GpuLauncherError for whatever keeps the sweep from beginning."""
-        backend = own(optuna.storages.get_storage(self._storage()), self.sweep)
+        storage = StudyStorage(optuna.storages.get_storage(self._storage()), self.sweep)
         bounds = self.options.bounds
         pruner = make_pruner(self.raw.get("pruner"))
         study = optuna.create_study(
             study_name=self.name,
-            storage=backend,
+            storage=storage,
             pruner=pruner,
             directions=[StudyDirection[direction.upper()] for direction in self.options.directions],
             load_if_exists=True,
@@ -65,12 +66,12 @@ class StudyPlan:
         custom = self._custom is not None
         sweeps_before = join(
             study,
-            self.sweep,
+            storage,
             self.space.distributions,
             lambda others: difference(self.space, others, custom=custom),
             custom=custom,
         )
-        trials = backend.get_all_trials(study._study_id, deepcopy=False)
+        trials = storage.get_all_trials(study._study_id, deepcopy=False)
         more = None if bounds.n_trials is None else len(trials) + bounds.n_trials
         study.sampler, why = make_sampler(
             self.raw.get("sampler"),
@@ -85,9 +86,9 @@ class StudyPlan:
         warm_up = _import_torch if isinstance(study.sampler, GPSampler) else lambda: None
         desk = Desk(
             study,
+            storage,
             self._define,
             bounds,
-            self.sweep,
             self._combinations(study.sampler),
             in_turn=takes_turns(study.sampler),
             warm_up=warm_up,

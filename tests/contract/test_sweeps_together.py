@@ -17,8 +17,9 @@ import gpu_launcher
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.studies.attributes import RETRY_OF
 from gpu_launcher.studies.desk import Desk
-from gpu_launcher.studies.ownership import Sweep, own
+from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.stopping import Bounds
+from gpu_launcher.studies.study_storage import StudyStorage
 
 FORK = multiprocessing.get_context("fork")
 SWEEPS = 6
@@ -43,12 +44,11 @@ def name() -> str:
 
 def desk(url: str, name: str, identity: ProcessIdentity) -> Desk:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sweep = Sweep(identity)
-    storage = own(optuna.storages.get_storage(gpu_launcher.storage(url)), sweep)
+    storage = StudyStorage(optuna.storages.get_storage(gpu_launcher.storage(url)), Sweep(identity))
     study = optuna.create_study(
         study_name=name, storage=storage, sampler=optuna.samplers.RandomSampler(), load_if_exists=True
     )
-    return Desk(study, lambda trial: [f"x={trial.suggest_float('x', 0, 1)}"], Bounds(), sweep)
+    return Desk(study, storage, lambda trial: [f"x={trial.suggest_float('x', 0, 1)}"], Bounds())
 
 
 def at_once(url: str, name: str, do: Callable[[Desk], object]) -> None:

@@ -420,13 +420,13 @@ def test_a_sweep_bears_a_database_that_cannot_be_used_for_a_while(
     sampler = max(psutil.Process(program.pid).children(), key=lambda child: child.pid)  # forked after the guard
     with trouble(tmp_path / "sweep" / "study.db", sampler):
         if trouble is full:
-            wait_for_line(program, "the study's database cannot be used: ", "Jobs run on, the rest waits")
+            wait_for_line(program, "study database unavailable (", "running jobs continue, retrying")
         before = len(witness(tmp_path))
         time.sleep(2)
         assert len(witness(tmp_path)) - before < 12, "no trials are asked for meanwhile"
     out, err = program.communicate(timeout=60)
     assert program.returncode == 0, out + err
-    assert ("the study's database can be used again" in err) is (trouble is full)
+    assert ("study database available again" in err) is (trouble is full)
     for trial in study(tmp_path).trials:
         assert trial.state is TrialState.COMPLETE
         assert trial.values == [float(trial.number)]

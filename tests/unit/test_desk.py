@@ -13,8 +13,9 @@ from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.studies import settling
 from gpu_launcher.studies.attributes import FAILURE, JOB, LOST, OWNER, RETRY_OF
 from gpu_launcher.studies.desk import Asked, Desk, Ending, How, Unusable
-from gpu_launcher.studies.ownership import Sweep, own
+from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.stopping import Bounds, Exhausted
+from gpu_launcher.studies.study_storage import StudyStorage
 
 HERE = ProcessIdentity.here()
 DEAD = replace(HERE, pid=2**22)
@@ -32,15 +33,15 @@ def define(trial):
 
 def desk(storage, bounds=Bounds(), identity=HERE, define=define, pruner=None):  # noqa: B008  (frozen)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sweep = Sweep(identity)
+    used = StudyStorage(storage, Sweep(identity))
     study = optuna.create_study(
         study_name="one",
-        storage=own(storage, sweep),
+        storage=used,
         sampler=optuna.samplers.RandomSampler(),
         pruner=pruner or optuna.pruners.NopPruner(),
         load_if_exists=True,
     )
-    return Desk(study, define, bounds, sweep)
+    return Desk(study, used, define, bounds)
 
 
 def test_a_trial_has_its_owner_its_parameters_and_what_it_is_called_with(storage):
@@ -233,7 +234,7 @@ def test_who_loses_the_race_for_a_queued_trial_does_not_become_its_owner(tmp_pat
     (waiting,) = storage.get_all_trials(winner.study._study_id)
     winner.ask()
     assert not loser.study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
-    assert winner.sweep.owns(storage.get_trial(waiting._trial_id))
+    assert winner.storage.sweep.owns(storage.get_trial(waiting._trial_id))
     winner.tell(0, Ending(How.COMPLETE, (1.0,)))
     assert not loser.study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING), "it is over"
 

@@ -10,7 +10,10 @@ import optuna
 import pytest
 from optuna.storages import InMemoryStorage
 
+from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.studies.interruption import SIGNAL, Interruption, SamplingInterrupted
+from gpu_launcher.studies.ownership import Sweep
+from gpu_launcher.studies.study_storage import StudyStorage
 
 
 @pytest.fixture
@@ -50,12 +53,13 @@ def test_what_is_done_to_the_database_is_done_to_its_end(interruption: Interrupt
             self.done = True
             return super().create_new_trial(*arguments, **options)
 
-    storage = Slow()
+    backend = Slow()
+    storage = StudyStorage(backend, Sweep(ProcessIdentity.here()))
+    storage.uninterrupted = interruption.storing
     study = optuna.create_study(storage=storage)
-    interruption.spare(storage)
     with pytest.raises(SamplingInterrupted), interruption.sampling():
         study.ask()
-    assert storage.done
+    assert backend.done
     assert len(study.trials) == 1
     study.ask()
     assert len(study.trials) == 2, "cut once, and not what is done about it"

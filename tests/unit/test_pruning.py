@@ -7,7 +7,10 @@ import pytest
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
+from gpu_launcher.jobs.identity import ProcessIdentity
+from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.pruning import KEPT, Judge
+from gpu_launcher.studies.study_storage import StudyStorage
 
 
 class CountingStorage(InMemoryStorage):
@@ -57,8 +60,12 @@ class Clock:
         return self.now
 
 
+def judge_with(study: optuna.Study, clock: Clock) -> Judge:
+    return Judge(study, StudyStorage(study._storage, Sweep(ProcessIdentity.here())), clock)
+
+
 def judge(study: optuna.Study) -> Judge:
-    return Judge(study, Clock())
+    return judge_with(study, Clock())
 
 
 @pytest.mark.parametrize("name", PRUNERS)
@@ -123,7 +130,7 @@ def test_what_is_reported_after_a_look_counts_without_another(name: str) -> None
 def test_it_looks_again_after_a_while_when_told_and_for_a_new_trial() -> None:
     study, running = study_with_running_trials(PRUNERS["median"]())
     clock = Clock()
-    judging = Judge(study, clock)
+    judging = judge_with(study, clock)
     judging.verdicts(running, {})
     study._storage.looks = 0
     clock.now += KEPT / 2

@@ -12,11 +12,12 @@ from optuna.storages import InMemoryStorage
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.processes.messages import channel, receive, send
 from gpu_launcher.studies import source
-from gpu_launcher.studies.bearing import PATIENCE, Bearing
 from gpu_launcher.studies.desk import Desk
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.pruning import Judge
 from gpu_launcher.studies.stopping import Bounds
+from gpu_launcher.studies.storage_retry import MAX_OUTAGE_SECONDS, StorageRetry
+from gpu_launcher.studies.study_storage import StudyStorage
 
 
 class World:
@@ -26,7 +27,7 @@ class World:
         self.now = 0.0
         self.broken_until = 0.0
         self.said: list[str] = []
-        self.bearing = Bearing(self.said.append, lambda: self.now, self.sleep)
+        self.retry = StorageRetry(self.said.append, lambda: self.now, self.sleep)
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -34,6 +35,11 @@ class World:
     def check(self) -> None:
         if self.now < self.broken_until:
             raise StorageInternalError("An exception is raised during the commit.") from OSError("disk full")
+
+    def storage(self) -> StudyStorage:
+        storage = StudyStorage(Fragile(self), Sweep(ProcessIdentity.here()))
+        storage.retry = self.retry
+        return storage
 
 
 class Fragile(InMemoryStorage):
@@ -48,47 +54,45 @@ class Fragile(InMemoryStorage):
 
 def test_an_operation_is_repeated_until_it_succeeds_and_the_user_is_told_once():
     world = World()
-    storage = Fragile(world)
+    storage = world.storage()
     study = optuna.create_study(storage=storage)
-    world.bearing.over_all(storage)
     world.broken_until = 30.0
     study.ask()
     assert len(study.trials) == 1
     assert world.now >= 30.0
     assert world.said == [
-        "the study's database cannot be used: disk full. Jobs run on, the rest waits",
-        "the study's database can be used again",
+        "study database unavailable (disk full); running jobs continue, retrying",
+        "study database available again",
     ]
 
 
 def test_after_a_long_while_it_is_given_up():
     world = World()
-    world.broken_until = 10 * PATIENCE
+    world.broken_until = 10 * MAX_OUTAGE_SECONDS
 
     with pytest.raises(StorageInternalError):
-        world.bearing.over(world.check)()
-    assert PATIENCE < world.now < 2 * PATIENCE
+        world.retry.retrying(world.check)()
+    assert MAX_OUTAGE_SECONDS < world.now < 2 * MAX_OUTAGE_SECONDS
 
 
 def test_what_is_wrong_otherwise_is_raised_at_once():
     world = World()
 
     with pytest.raises(ZeroDivisionError):
-        world.bearing.over(lambda: 1 / 0)()
+        world.retry.retrying(lambda: 1 / 0)()
     assert world.now == 0.0
     assert world.said == []
 
 
 def test_judging_trials_leaves_the_storage_as_it_was():
     world = World()
-    storage = Fragile(world)
+    storage = world.storage()
     study = optuna.create_study(storage=storage, pruner=optuna.pruners.ThresholdPruner(upper=1.0))
-    world.bearing.over_all(storage)
-    before = dict(vars(storage))
     trial = study.ask()
-    Judge(study, lambda: world.now).verdicts({0: trial._trial_id}, {})
-    assert vars(storage).keys() == before.keys()
-    assert storage.get_all_trials is before["get_all_trials"]
+    Judge(study, storage, lambda: world.now).verdicts({0: trial._trial_id}, {})
+    assert study._storage is storage
+    study.ask()
+    assert len(study.trials) == 2, "it shows the trials as they are"
 
 
 def test_a_database_that_was_given_up_is_not_waited_for_again_to_tell_the_rest(monkeypatch):
@@ -102,8 +106,9 @@ def test_a_database_that_was_given_up_is_not_waited_for_again_to_tell_the_rest(m
             tries.append("waits for ten minutes more")
 
     def open_desk():
-        study = optuna.create_study()
-        return Out(study, lambda trial: [], Bounds(), Sweep(ProcessIdentity.here())), []
+        storage = StudyStorage(InMemoryStorage(), Sweep(ProcessIdentity.here()))
+        study = optuna.create_study(storage=storage)
+        return Out(study, storage, lambda trial: [], Bounds()), []
 
     ours, theirs = channel()
     with ours, theirs:
