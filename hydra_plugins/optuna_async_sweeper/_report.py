@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import optuna
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.studies.desk import Best, Desk, Summary
 
 if TYPE_CHECKING:
-    from optuna.importance import BaseImportanceEvaluator
-
     from ._study import StudyPlan
 
 MOST_SHOWN = 10
@@ -50,16 +53,16 @@ def _importances(study: optuna.Study) -> list[str]:
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(done) < ENOUGH or len(done[0].params) < 2:
         return []
-    objectives = range(len(study.directions))
-    if any(len({trial.values[number] for trial in done}) < 2 for number in objectives):
+    if any(len({trial.values[number] for trial in done}) < 2 for number in range(len(study.directions))):
         return []  # all are equally good
-    # It imports scikit-learn, which takes more than a second: not before the first job, and not in every job's memory.
-    from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator, get_param_importances
-
-    evaluator: BaseImportanceEvaluator
-    evaluator = FanovaImportanceEvaluator(seed=0) if find_spec("sklearn") else PedAnovaImportanceEvaluator()
-    targets = [partial(_value, number) for number in objectives] if len(objectives) > 1 else [None]
-    found = [get_param_importances(study, evaluator=evaluator, target=target) for target in targets]
+    found = []
+    with warnings.catch_warnings():
+        # Of being experimental in Optuna 4, and of seeking low values, which is what `_value` gives.
+        warnings.simplefilter("ignore")
+        with _ped_anova() as (get_param_importances, evaluator):
+            for number, direction in enumerate(study.directions):
+                target = partial(_value, number, 1.0 if direction is StudyDirection.MINIMIZE else -1.0)
+                found.append(get_param_importances(study, evaluator=evaluator, target=target))
     names = sorted(found[0], key=lambda name: -max(column[name] for column in found))[:MOST_SHOWN]
     if not names:
         return []
@@ -68,6 +71,30 @@ def _importances(study: optuna.Study) -> list[str]:
     return ["parameter importances" + (", by objective:" if len(found) > 1 else ":"), *table]
 
 
-def _value(number: int, trial: FrozenTrial) -> float:
-    """Of one objective."""
-    return float(trial.values[number])
+@contextmanager
+def _ped_anova() -> Iterator[tuple[Callable[..., dict[str, float]], Any]]:
+    """Optuna's `get_param_importances`, and its PED-ANOVA evaluator.
+
+    `optuna.importance` imports scikit-learn for the other evaluators, which takes more than a second. It does without
+    where that cannot be imported, so it is imported afresh, and forgotten, in this block.
+    """
+    name, needless = "optuna.importance", "sklearn"
+    spared = needless not in sys.modules and name not in sys.modules
+    before = vars(optuna).get("importance")
+    if spared:
+        sys.modules[needless] = None  # type: ignore[assignment]  # which is how Python marks what cannot be imported
+    try:
+        importance = import_module(name)
+        yield importance.get_param_importances, importance.PedAnovaImportanceEvaluator()
+    finally:
+        if spared:
+            del sys.modules[needless]
+            for module in [module for module in sys.modules if module == name or module.startswith(f"{name}.")]:
+                del sys.modules[module]
+            if before is not None:
+                vars(optuna)["importance"] = before
+
+
+def _value(number: int, sign: float, trial: FrozenTrial) -> float:
+    """Of one objective, such that lower is better."""
+    return sign * float(trial.values[number])
