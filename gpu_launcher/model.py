@@ -166,3 +166,5 @@ class Owner:
     user: str
     command: str
     """A short description, such as `train.py #7 lr=0.1`."""
+    suspended: bool = False
+    """Whether the process is suspended, by Ctrl-Z or SIGSTOP, as far as that was looked at."""

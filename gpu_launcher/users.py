@@ -23,6 +23,11 @@ def user_name(uid: int) -> str:
         return f"uid {uid}"
 
 
+def this_user(command: str, pid: int) -> Owner:
+    """Return what others are told of a process of this user, which runs `command`; secrets in it are hidden."""
+    return Owner(pid, user_name(os.getuid()), one_line(command, MAX_COMMAND))
+
+
 def this_process(command: str) -> Owner:
-    """Return what others are told of this process, which runs `command`; secrets in it are hidden."""
-    return Owner(os.getpid(), user_name(os.getuid()), one_line(command, MAX_COMMAND))
+    """Return what others are told of this process."""
+    return this_user(command, os.getpid())

@@ -80,7 +80,9 @@ def explain_wait(
 
 def _name(owner: Owner | None) -> str:
     """`anna (train.py)`: a user and a command, of which the middle is cut out if it is long."""
-    return "somebody" if owner is None else f"{owner.user} ({middle_cut(owner.command, MAX_COMMAND)})"
+    if owner is None:
+        return "somebody"
+    return f"{owner.user} ({middle_cut(owner.command, MAX_COMMAND)}{', suspended' if owner.suspended else ''})"
 
 
 def _since(when: float | None) -> str:

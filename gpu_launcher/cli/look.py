@@ -114,10 +114,13 @@ def processes_of(leases: Iterable[LeaseView]) -> dict[str, list[int]]:
         for pid in descendants(owner, children):
             for lease_id in leases_of(pid):
                 holders.setdefault(lease_id, set()).add(pid)
-    return {
-        lease_id: sorted(job for pid in pids if parent[pid] not in pids for job in children.get(pid, ()))
-        for lease_id, pids in holders.items()
-    }
+    found = {}
+    for lease_id, pids in holders.items():
+        above_the_jobs = {pid for pid in pids if parent[pid] not in pids}
+        # The node, which was granted the lease, is further up than the supervisor.
+        nodes = {pid for pid in above_the_jobs if above_the_jobs & set(descendants(pid, children))}
+        found[lease_id] = sorted(job for pid in above_the_jobs - nodes for job in children.get(pid, ()))
+    return found
 
 
 class PoolWindow:

@@ -202,7 +202,8 @@ def _ticket_cells(number: int, ticket: TicketView, now: float) -> tuple[str, ...
 def _owner(owner: Owner | None) -> tuple[str, str, str]:
     if owner is None:
         return "?", "?", "?"
-    return one_line(owner.user), str(owner.pid or "?"), one_line(owner.command)
+    command = f"(suspended) {owner.command}" if owner.suspended else owner.command
+    return one_line(owner.user), str(owner.pid or "?"), one_line(command)
 
 
 def _since(since: float | None, now: float) -> str:

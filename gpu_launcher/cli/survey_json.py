@@ -117,8 +117,8 @@ def _ticket(position: int, ticket: TicketView, why: str, now: float) -> dict[str
 
 def _owner(owner: Owner | None) -> dict[str, Any]:
     if owner is None:
-        return {"user": None, "pid": None, "command": None}
-    return {"user": owner.user, "pid": owner.pid or None, "command": owner.command}
+        return {"user": None, "pid": None, "command": None, "suspended": None}
+    return {"user": owner.user, "pid": owner.pid or None, "command": owner.command, "suspended": owner.suspended}
 
 
 def _since(since: float | None, now: float) -> dict[str, Any]:

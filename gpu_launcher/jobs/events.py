@@ -134,6 +134,20 @@ class Stopping:
 
 
 @dataclass(frozen=True, slots=True)
+class GaveUp:
+    """No more jobs can be started. Jobs that run keep running."""
+
+    time: float
+    problem: str
+    """Why, as a sentence without its subject, which is a job."""
+
+    @property
+    def text(self) -> str:
+        """A line for the user."""
+        return f"no more jobs are started; each {self.problem}"
+
+
+@dataclass(frozen=True, slots=True)
 class SweepEnded:
     """The last event: nothing runs any more."""
 
@@ -142,7 +156,9 @@ class SweepEnded:
     """Lines to show below the summary, such as where the results are."""
 
 
-Event = SweepStarted | Notice | Standing | JobWaiting | JobStarted | JobEnded | JobRetried | Stopping | SweepEnded
+Event = (
+    SweepStarted | Notice | Standing | JobWaiting | JobStarted | JobEnded | JobRetried | Stopping | GaveUp | SweepEnded
+)
 
 
 class Progress(Protocol):

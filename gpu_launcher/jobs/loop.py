@@ -30,13 +30,13 @@ from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.jobs import machine as m
 from gpu_launcher.jobs.directory import as_proposed
 from gpu_launcher.jobs.events import (
+    GaveUp,
     JobEnded,
     JobRetried,
     JobStarted,
     Notice,
     Outcome,
     Progress,
-    Standing,
     Stopping,
 )
 from gpu_launcher.jobs.failures import Attempts, FailurePolicy, set_aside
@@ -45,8 +45,7 @@ from gpu_launcher.jobs.job_options import JobOptions
 from gpu_launcher.jobs.pool import PoolSide
 from gpu_launcher.jobs.reports import ReportError, read_report
 from gpu_launcher.jobs.running import Running, judge
-from gpu_launcher.jobs.signals import StopSignals
-from gpu_launcher.jobs.source import Exhausted, Facts, JobSource, Offer, Remark, Reply, Stop, Withdrawn
+from gpu_launcher.jobs.source import Exhausted, JobSource, Offer, Reply, Stop, Withdrawn
 from gpu_launcher.leases import Ledger
 from gpu_launcher.model import Device, Owner, Request
 from gpu_launcher.processes import messages, rank_decisions
@@ -154,7 +153,6 @@ class JobLoop:
 
         self._machine = m.Machine(list(self._jobs), limits, more=source is not None)
         self._selector = selectors.DefaultSelector()
-        self.signals = StopSignals(clock)
         self._live: dict[int, Running] = {}
         self._dead: dict[int, Running] = {}
         """Jobs whose process tree is gone, until they are concluded."""
@@ -181,9 +179,8 @@ class JobLoop:
 
         Whatever is raised, no job is left alive.
         """
-        with self.signals, self._selector:
+        with self._selector:
             try:
-                self._watch(self.signals.fileno(), self._on_signals)
                 self._watch(self._server.fileno(), self._on_server)
                 for descriptor, callback in self._pool.descriptors():
                     self._watch(descriptor, callback)
@@ -253,13 +250,9 @@ class JobLoop:
 
     # What happens
 
-    def _on_signals(self) -> None:
-        for _ in range(self.signals.take()):
-            running = len(self._machine.running())
-            forced = self._machine.stopping
-            self._handle(m.StopAsked())
-            assert self.signals.last is not None
-            self._progress.handle(Stopping(self._clock(), running, self._limits.grace, forced, self.signals.last.name))
+    def stop(self) -> None:
+        """Interrupt the jobs that run, and start no more. Called a second time, kill them."""
+        self._handle(m.StopAsked())
 
     def _ask_source(self) -> None:
         if self._source is None:
@@ -276,22 +269,16 @@ class JobLoop:
                 case Offer(job):
                     self._asked -= 1
                     self._take_on(job)
-                case Exhausted(reason):
-                    if reason is not None:
-                        self._progress.handle(Notice(self._clock(), reason))
+                case Exhausted():
                     self._handle(m.NoMore())
                 case Stop():
-                    self._handle(m.StopAsked())
+                    self.stop()
                 case Withdrawn(number, why, pruned):
                     if pruned:
                         self._pruned.add(number)
                     self._handle(m.Cancel(number, why))
                 case Reply(number, what):
                     self._answer(number, messages.Answer(what))
-                case Remark(text):
-                    self._progress.handle(Notice(self._clock(), text))
-                case Facts(facts):
-                    self._progress.handle(Standing(self._clock(), facts))
 
     def _take_on(self, job: Job) -> None:
         self._jobs[job.number] = job
@@ -351,7 +338,6 @@ class JobLoop:
             self._source.close_in_child()
         for job in self._live.values():
             job.process.close()
-        self.signals.close()
         self._selector.close()
 
     def _on_supervisor(self, number: int) -> None:
@@ -557,7 +543,7 @@ class JobLoop:
         self._stimuli.append(m.Granted(number))
 
     def _give_up(self, problem: str) -> None:
-        self._progress.handle(Notice(self._clock(), f"no more jobs are started; each {problem}"))
+        self._progress.handle(GaveUp(self._clock(), problem))
         self._stimuli.append(m.GiveUp(problem))
 
     def _go(self, number: int) -> None:

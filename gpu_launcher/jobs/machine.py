@@ -53,6 +53,8 @@ class Limits:
     """Seconds between the first request to stop and SIGKILL."""
     at_once: int = 1
     """How many jobs can be expected to run at the same time."""
+    listed: bool = False
+    """Whether the next jobs do not depend on the results of others, so that as many as `ahead` are wanted early."""
 
 
 # Stimuli
@@ -255,6 +257,8 @@ class Machine:
         self._more = more
         self._jobs = {number: _Job() for number in numbers}
         self._queue = deque(numbers)
+        self._after_all: deque[int] = deque()
+        """Jobs to be run again after all others, while others may arrive."""
         self._live: set[int] = set()
         """Jobs that have a process."""
         self._ticket: int | None = None
@@ -277,11 +281,15 @@ class Machine:
         if not self._more or not self.takes_more or self._queue:
             return 0
         preparing, prepared = len(self._in(Phase.PREPARING)), len(self._in(Phase.PREPARED))
-        ahead = min(1 + self._limits.at_once // 8, self._limits.ahead) - prepared
+        ahead = (self._limits.ahead if self._limits.listed else self._few_ahead) - prepared
         if prepared:  # there is no device for it
             return max(0, ahead - preparing)
         free = self._limits.at_once - len(self._in(Phase.RUNNING)) - preparing
         return max(ahead - preparing, min(free, self._limits.preparing - preparing), 0)
+
+    @property
+    def _few_ahead(self) -> int:
+        return min(1 + self._limits.at_once // 8, self._limits.ahead)
 
     @property
     def stopping(self) -> bool:
@@ -335,7 +343,9 @@ class Machine:
                 return self._arrived(number, now)
             case NoMore():
                 self._more = False
-                return []
+                self._queue.extend(self._after_all)
+                self._after_all.clear()
+                return self._fill(now)
             case Cancel(number, problem):
                 return self._cancel(number, problem, now)
             case Prepared(number, request, refusal):
@@ -372,7 +382,7 @@ class Machine:
         job.cancelled = True
         job.problem = job.problem or problem
         if job.phase is Phase.QUEUED:
-            self._queue.remove(number)
+            (self._after_all if number in self._after_all else self._queue).remove(number)
             job.phase = Phase.ENDED
             return [Conclude(number, self.stopping, job.problem, cancelled=True)]
         if job.phase is Phase.RUNNING:
@@ -431,7 +441,7 @@ class Machine:
             raise IllegalTransitionError(f"job {number} is to be run again, but no more jobs are run")
         self._jobs[number] = _Job()
         if last:
-            self._queue.append(number)
+            (self._after_all if self._more and self._limits.listed else self._queue).append(number)
         else:
             self._queue.appendleft(number)
         return self._fill(now)
@@ -465,6 +475,8 @@ class Machine:
 
     def _conclude_queue(self, problem: str | None) -> list[Instruction]:
         instructions: list[Instruction] = []
+        self._queue.extend(self._after_all)
+        self._after_all.clear()
         while self._queue:
             number = self._queue.popleft()
             self._jobs[number].phase = Phase.ENDED

@@ -1,63 +1,91 @@
-"""The process that runs the jobs of a program, for which that is their source. See `jobs.remote`."""
+"""The node: the process that runs the jobs of a program, its head. See `jobs.remote` for the head's side.
+
+Theory of operation. The head forks the node before it has threads of ours. The node is single-threaded, so it can fork
+at any time, and has a session of its own, so signals come to it alone. It forks the fork server, and then runs one job
+loop after another, one for each run that the head begins. The job loop's source is the head, at the other end of a
+socket: the node asks it for jobs when it has room, and tells it what becomes of them.
+
+The node never waits for the head. What the head does not read is kept here, and everything else continues: while the
+head is suspended (Ctrl-Z) or busy, no more jobs are offered, and the devices of jobs that end become free. When the
+head ends, however it ends, the node ends at once, and with it everything that it has started.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import select
 import shutil
 import signal
 import socket
+import time
 import traceback
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gpu_launcher.devices import usable_cpus
+from gpu_launcher.allocation.device_watch import DeviceWatch, links_among
+from gpu_launcher.allocation.feasibility import refuse
+from gpu_launcher.devices import ConditionMonitor, Links, select_devices, usable_cpus
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs import source as s
-from gpu_launcher.jobs.events import Event, JobEnded, JobStarted, JobWaiting, Notice, SweepStarted
+from gpu_launcher.jobs.events import Event, GaveUp, JobEnded, JobStarted, JobWaiting, Notice, Progress
 from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.jobs.loop import JobLoop
 from gpu_launcher.jobs.manager_messages import (
     Begin,
+    BeginRun,
     Closed,
     End,
     Ended,
     Heard,
     Message,
+    NodeReady,
     Opened,
     Remarked,
+    ShownEvent,
     Started,
     Wanted,
 )
-from gpu_launcher.jobs.sweep import Options, limits, run_jobs
-from gpu_launcher.model import Device
+from gpu_launcher.jobs.sweep import limits
+from gpu_launcher.leases import FileLedger, resolve_pool_directory
+from gpu_launcher.model import Device, Request
 from gpu_launcher.processes.fork_server_client import ForkServer, StartMethod
 from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.processes.linux import Ending
-from gpu_launcher.processes.messages import ChannelClosedError, receive, send
+from gpu_launcher.processes.messages import ChannelClosedError, Prepared, receive, send
 from gpu_launcher.processes.random_generators import Generators
 from gpu_launcher.processes.worker import Program
+from gpu_launcher.text import one_line
+from gpu_launcher.users import this_user
+
+LogFile = Callable[[int, Prepared], tuple[str, list[str]]]
+"""See `jobs.directory.LogFiles.claim`."""
 
 
 class _EndedError(Exception):
-    """The program wants no more of it, and waits for the end."""
+    """The head wants no more of the node, and waits for its end."""
 
 
 @dataclass
 class Manager:
-    """The other side: what happens in the manager's process."""
+    """What the node inherits from the program that forks it."""
 
     channel: socket.socket
     program_process: int
-    directory: Path
+    scratch: Path | None
+    """A directory to remove when the program is gone."""
     program: Program
-    options: Options
-    command: str
     method: StartMethod
+    option: str
+    """What the user writes for the choice of the start method."""
     captured: bool
+    keep: tuple[int, ...]
+    log_file: LogFile
     generators: Generators
     open_files: OpenFiles
     """Of the program."""
@@ -68,66 +96,140 @@ class Manager:
         try:
             os.setsid()  # a terminal's Ctrl-C is the program's to interpret
             signal.set_wakeup_fd(-1)
+            gc.freeze()  # the collector would touch, and so copy, pages that all processes share
             other_end.close()
-            link = _Link(self.channel, self.program_process, self.directory)
-            link.finish(self._run(link))
-            status = 0
+            self._serve(_Link(self.channel, self.program_process, self.scratch))
         except _EndedError:
             status = 0
         except BaseException:
             traceback.print_exc()
         finally:
-            shutil.rmtree(self.directory, ignore_errors=True)
+            if self.scratch is not None:
+                shutil.rmtree(self.scratch, ignore_errors=True)
             os._exit(status)
 
-    def _run(self, link: _Link) -> Closed:
-        server = None
+    def _serve(self, link: _Link) -> NoReturn:
         try:
-            begin = link.begin()
-            option = self.options.spell("start_method")
-            server = ForkServer(
-                self.program,
-                self.method,
-                option=option,
-                unsafe=begin.unsafe,
-                in_child=link.close_in_child,
-                captured=self.captured,
-                generators=self.generators,
-                open_files=self.open_files,
-            )
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # only now: the jobs get the handlers of the program
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-                signal.signal(signal.SIGHUP, signal.SIG_DFL)
-            display = _Display(link, server.method, self.options)
-            run_jobs(
-                [],
-                server,
-                self.options,
-                self.directory,
-                self.command,
-                source=link,
-                display=display,
-                recorded=False,
-                program=self.program_process,
-            )
+            server = self._start_server(link)
+        except GpuLauncherError as error:
+            link.send(Closed(error))
+            while True:
+                link.next_run()
+        try:
+            _leave_signals_to_the_head()  # only now: the jobs get the handlers of the program
+            link.send(NodeReady(server.method))
+            while True:
+                run = link.next_run()
+                closed = self._run(run, server, link)
+                if run.last:
+                    server.close()
+                link.send(closed)
+        finally:
+            server.close()
+
+    def _start_server(self, link: _Link) -> ForkServer:
+        return ForkServer(
+            self.program,
+            self.method,
+            option=self.option,
+            unsafe=link.begin().unsafe,
+            in_child=link.close_in_child,
+            captured=self.captured,
+            keep=self.keep,
+            generators=self.generators,
+            open_files=self.open_files,
+        )
+
+    def _run(self, run: BeginRun, server: ForkServer, link: _Link) -> Closed:
+        progress: Progress = _Shown(link) if run.shown else _Logged(link)
+        link.begin_run(run)
+        try:
+            with contextlib.ExitStack() as cleanup:
+                loop = self._open(run, server, link, progress, cleanup)
+                loop.run()
         except GpuLauncherError as error:
             return Closed(error)
-        finally:
-            if server is not None:
-                server.close()
-        return Closed()
+        return Closed(None, loop.stopped)
+
+    def _open(
+        self, run: BeginRun, server: ForkServer, link: _Link, progress: Progress, cleanup: contextlib.ExitStack
+    ) -> JobLoop:
+        """Take part in the pool, as far as `cleanup` is not called. Raises OptionError and PoolDirectoryError."""
+        options, command = run.options, run.command
+        environ = os.environ if options.environ is None else options.environ
+        selection = select_devices(options.devices, environ, option=options.spell("devices"))
+        devices = selection.devices
+        if options.request is not None:
+            refuse(options.request, devices, options.spell)
+
+        def notice(text: str) -> None:
+            progress.handle(Notice(time.monotonic(), text))
+
+        ledger = cleanup.enter_context(FileLedger(resolve_pool_directory(options.pool_dir), warn=notice))
+        most = replace(limits(options, len(devices), usable_cpus()), listed=run.listed)
+        link.send(Opened(devices, most.at_once, server.method))
+        needs_none = options.request is not None and options.request.gpus == 0
+        for text in [*(() if needs_none else selection.notices), *server.notices]:
+            notice(text)
+        watch = DeviceWatch(
+            devices,
+            ledger.snapshot,
+            launcher=self.program_process,
+            monitor=ConditionMonitor(devices),
+            busy_memory=options.busy_memory,
+            links=_links(options.request, devices),
+        )
+        cleanup.callback(watch.close)
+        return JobLoop(
+            [],
+            devices=devices,
+            limits=most,
+            server=server,
+            ledger=ledger,
+            progress=progress,
+            clock=time.monotonic,
+            report_path=run.reports.path,
+            log_file=self.log_file,
+            # The head stands for all processes of ours: it is what a user knows, and can stop.
+            owner=lambda job: this_user(f"{command} #{job.number} {job.label}".rstrip(), self.program_process),
+            title=lambda job: one_line(f"#{job.number} {command} {job.label}".rstrip()),
+            watch=watch,
+            device_environment=options.device_environment,
+            by_uuid=selection.by_uuid,
+            failures=options.failures,
+            source=link,
+            program=self.program_process,
+            cap=options.cap,
+        )
+
+
+def _leave_signals_to_the_head() -> None:
+    """Whoever signals all of our processes, as systemd does, means the head. What is executed has the defaults."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, lambda signum, frame: None)
+
+
+def _links(request: Request | None, devices: tuple[Device, ...]) -> Links | None:
+    """How GPUs are connected, where a job may get several."""
+    return None if request is not None and request.gpus < 2 else links_among(devices)
 
 
 class _Link:
-    """The source of the manager's jobs: the program. See `gpu_launcher.jobs.source.JobSource`."""
+    """The source of the node's jobs: the head. See `gpu_launcher.jobs.source.JobSource`."""
 
-    def __init__(self, channel: socket.socket, program_process: int, directory: Path) -> None:
+    def __init__(self, channel: socket.socket, program_process: int, scratch: Path | None) -> None:
         self._channel = channel
         self._program_process = program_process
-        self._directory = directory
+        self._scratch = scratch
+        self._run: BeginRun | None = None
         self._backlog: deque[Message] = deque()
-        """What could not be sent yet. The program is never waited for: it may be busy for any time."""
+        """What could not be sent yet. The head is never waited for: it may be busy, or stopped, for any time."""
+        self._inbox: deque[Any] = deque()
+        """What the head has said and nobody has taken note of."""
+        self._ending: JobEnded | None = None
+        self._after_ending: list[ShownEvent] = []
+        """What was shown since a job ended, which is sent with its result."""
         self._epoll = select.epoll()
         self._epoll.register(channel, select.EPOLLIN)
         self._program: int | None = None
@@ -137,6 +239,7 @@ class _Link:
         self._program_ends = Ending(program_process)
 
     def begin(self) -> Begin:
+        """Wait for the first message."""
         try:
             message, _ = receive(self._channel)
         except ChannelClosedError:
@@ -147,23 +250,33 @@ class _Link:
         self._channel.setblocking(False)
         return message
 
-    def finish(self, closed: Closed) -> None:
-        """Say the last word, and wait until the program has heard it all: until then it needs the jobs' files."""
-        self._channel.setblocking(True)
-        with contextlib.suppress(ChannelClosedError):
-            for message in (*self._backlog, closed):
-                send(self._channel, message)
-            # Its end of the channel need not close when it ends: what it has forked may have that, too.
-            while os.getppid() == self._program_process:
-                if select.select([self._channel], [], [], 1.0)[0]:
-                    receive(self._channel)  # what it said before it knew, and in the end that it is closed
+    def next_run(self) -> BeginRun:
+        """Wait for it, while the head hears what there still is to say about the one before."""
+        while True:
+            self._hear()
+            while self._inbox:
+                message = self._inbox.popleft()
+                if isinstance(message, BeginRun):
+                    return message
+                # Otherwise it is what the head said before it knew that the run before was over.
+            # The head's end of the channel need not close when it ends: what it has forked may have that, too.
+            self._epoll.poll(1.0)
+
+    def begin_run(self, run: BeginRun) -> None:
+        """What follows is about this run."""
+        self._run = run
 
     def fileno(self) -> int:
         return self._epoll.fileno()
 
     def receive(self) -> list[s.Statement]:
+        self._hear()
+        statements = list(self._inbox)
+        self._inbox.clear()
+        return statements
+
+    def _hear(self) -> None:
         self.tick()
-        statements: list[s.Statement] = []
         with contextlib.suppress(BlockingIOError):
             while True:
                 try:
@@ -172,22 +285,38 @@ class _Link:
                     self._vanish()
                 if isinstance(message, End):
                     raise _EndedError
-                statements.append(message)
-        return statements
+                self._inbox.append(message)
 
     def ask(self, count: int) -> None:
         self.send(Wanted(count))
 
     def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
-        self.send(Started(job.number, devices))
+        assert self._run is not None
+        if not self._run.shown:  # or it was shown
+            self.send(Started(job.number, devices))
 
     def said(self, number: int, what: Any) -> None:
         self.send(Heard(number, what))
 
+    def show(self, event: ShownEvent | JobEnded) -> None:
+        """Have the head show it. The end of a job is sent with its result."""
+        if isinstance(event, JobEnded):
+            self._ending = event
+        elif self._ending is not None:
+            self._after_ending.append(event)
+        else:
+            self.send(event)
+
     def ended(self, result: JobResult) -> None:
-        with contextlib.suppress(OSError):
-            (self._directory / f"{result.number}.report").unlink()
-        self.send(Ended(result))
+        assert self._run is not None
+        if self._scratch is not None:
+            with contextlib.suppress(OSError):
+                self._run.reports.path(result.number).unlink()
+        self.send(Ended(result, self._ending))
+        self._ending = None
+        after, self._after_ending = self._after_ending, []
+        for event in after:
+            self.send(event)
 
     def tick(self) -> None:
         if os.getppid() != self._program_process or self._program_ends:
@@ -214,8 +343,9 @@ class _Link:
         self._epoll.modify(self._channel, select.EPOLLIN | (select.EPOLLOUT if self._backlog else 0))
 
     def _vanish(self) -> NoReturn:
-        """The program has ended. Nobody waits for anything, and all that the manager has started ends with it."""
-        shutil.rmtree(self._directory, ignore_errors=True)
+        """The program has ended. Nobody waits for anything, and all that the node has started ends with it."""
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
         os._exit(0)
 
     def close_in_child(self) -> None:
@@ -226,13 +356,27 @@ class _Link:
             os.close(self._program)
 
 
-class _Display:
+class _Shown:
+    """Has the head show what happens. See `gpu_launcher.jobs.events.Progress`."""
+
+    def __init__(self, link: _Link) -> None:
+        self._link = link
+
+    def handle(self, event: Event) -> None:
+        self._link.show(event)  # type: ignore[arg-type]  # the others are the head's
+
+    def tick(self, now: float) -> None:
+        """The head has a clock of its own."""
+
+    def close(self) -> None:
+        """Nothing was opened."""
+
+
+class _Logged:
     """Tells the program what a user should know. See `gpu_launcher.jobs.events.Progress`."""
 
-    def __init__(self, link: _Link, method: str, options: Options) -> None:
+    def __init__(self, link: _Link) -> None:
         self._link = link
-        self._method = method
-        self._options = options
         self._waiting: JobWaiting | None = None
         """As long as it is so."""
         self._waits = 0
@@ -240,11 +384,10 @@ class _Display:
 
     def handle(self, event: Event) -> None:
         match event:
-            case SweepStarted(devices=devices):
-                at_once = limits(self._options, len(devices), usable_cpus()).at_once
-                self._link.send(Opened(devices, at_once, self._method))
             case Notice(text=text):
                 self._link.send(Remarked(text))
+            case GaveUp():
+                self._link.send(Remarked(event.text))
             case JobWaiting(time=now, reason=reason):
                 self._waiting = event if reason else None
                 self._waits += 1

@@ -6,13 +6,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpu_launcher.errors import GpuLauncherError
+from gpu_launcher.jobs.events import GaveUp, JobEnded, JobRetried, JobStarted, JobWaiting, Notice, Stopping
 from gpu_launcher.jobs.job import JobResult
+from gpu_launcher.jobs.reports import ReportFiles
+from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.model import Device
 
 
 @dataclass(frozen=True, slots=True)
+class NodeReady:
+    """The fork server runs. The first message."""
+
+    method: str
+    """How jobs are started: fork or spawn."""
+
+
+@dataclass(frozen=True, slots=True)
 class Opened:
-    """Jobs can be run. The first thing it says."""
+    """The pool is open, and jobs can be run: the answer to BeginRun, unless it is Closed."""
 
     devices: tuple[Device, ...]
     at_once: int
@@ -49,6 +60,8 @@ class Ended:
     """A job will not run any more, or never did."""
 
     result: JobResult
+    event: JobEnded | None = None
+    """For a head that shows events: the same, as it is shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +77,18 @@ class Remarked:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """All jobs have ended, and so does the manager. The last thing it says."""
+    """All jobs of a run have ended. The last message about it."""
 
     error: GpuLauncherError | None = None
-    """Why, if that is not what it was asked to do."""
+    """What ended the run, if something went wrong."""
+    stopped: bool = False
+    """Whether the run was stopped, by the user or by failures."""
 
 
-Message = Opened | Wanted | Started | Heard | Ended | Remarked | Closed
+ShownEvent = Notice | JobWaiting | JobStarted | JobRetried | Stopping | GaveUp
+"""Events that a node sends as they are to a head that shows them."""
+
+Message = NodeReady | Opened | Wanted | Started | Heard | Ended | Remarked | Closed | ShownEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +97,22 @@ class Begin:
 
     unsafe: str | None
     """Why jobs must not be forked from the program."""
+
+
+@dataclass(frozen=True, slots=True)
+class BeginRun:
+    """Open the pool, and run the jobs that the head offers. One run at a time."""
+
+    options: Options
+    reports: ReportFiles
+    command: str
+    """The name of the head's program, for others who wait for devices."""
+    shown: bool = False
+    """Whether the head shows events. Otherwise it gets lines for a log."""
+    last: bool = False
+    """Whether no other run follows, so that the fork server is not needed any more."""
+    listed: bool = False
+    """Whether the next jobs do not depend on results, so that it is free to ask for many ahead."""
 
 
 @dataclass(frozen=True, slots=True)

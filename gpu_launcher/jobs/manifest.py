@@ -28,8 +28,7 @@ from gpu_launcher.jobs.events import Event, JobEnded, JobRetried, JobStarted, Ou
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.progress.alike import Failures
-from gpu_launcher.jobs.reports import ReportError, read_header, read_report
-from gpu_launcher.jobs.source import JobSource, Offer, Statement
+from gpu_launcher.jobs.reports import ReportError, ReportFiles, read_header, read_report
 from gpu_launcher.json_data import Fields, load_object
 from gpu_launcher.processes import rank_decisions
 from gpu_launcher.safe_files import make_directories, open_regular, read_lines, write_whole
@@ -108,19 +107,20 @@ class Recorder:
         jobs: Sequence[Job],
         command: str,
         *,
-        attempts: dict[int, int] | None = None,
+        launch: str | None = None,
         warn: Callable[[str], None] = lambda text: None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """Note that `jobs` are to be run for the sweep in `directory`, which have made so many `attempts` before.
+        """Note that `jobs` are to be run for the sweep in `directory`, by the launch with this id or a new one.
 
         `warn` is told once if nothing can be written; the jobs are run all the same.
         """
         self.directory = directory / DIRECTORY
-        self._id = uuid.uuid4().hex[:12]
+        self._reports = new_reports(directory) if launch is None else ReportFiles(self.directory, launch)
+        self._id = self._reports.launch
         self._warn: Callable[[str], None] | None = warn
         self._wall_clock = wall_clock
-        self._attempts = {job.number: (attempts or {}).get(job.number, 0) for job in jobs}
+        self._attempts = {job.number: job.attempts_before for job in jobs}
         self._jobs = {job.number: job for job in jobs}
         self._failures = Failures()
         self.failed: list[Job] = []
@@ -130,14 +130,14 @@ class Recorder:
         self._file = self.directory / f"launch-{self._id}.json"
         self._process = os.getpid()
         make_directories(self.directory)
-        # Those of a source's jobs are not kept: see `Planned.ended`.
+        # Those of a source's jobs are not kept.
         self._old = {number: entry.report for number, entry in read(directory).items() if entry.report} if jobs else {}
-        for launch in launches_in(directory):
-            if launch.lives is False:
+        for earlier in launches_in(directory):
+            if earlier.lives is False:
                 with suppress(OSError):
-                    for left in self.directory.glob(f"*.{launch.id}.trial"):
+                    for left in self.directory.glob(f"*.{earlier.id}.trial"):
                         rank_decisions.withdraw(left)
-                    launch.file.unlink()
+                    earlier.file.unlink()
         identity = json.dumps({**ProcessIdentity.here().to_json(), "command": command})
         try:
             write_whole(self._file, identity.encode())
@@ -158,7 +158,7 @@ class Recorder:
 
     def report_path(self, number: int) -> Path:
         """Where the job is to leave its report."""
-        return self.directory / f"{number}.{self._id}.report"
+        return self._reports.path(number)
 
     def discard_report(self, number: int) -> None:
         """A job's report has been passed on to whoever keeps it."""
@@ -216,31 +216,9 @@ class Recorder:
             self._warn = None
 
 
-class Planned:
-    """A source whose jobs are written down first."""
-
-    def __init__(self, source: JobSource, recorder: Recorder) -> None:
-        self._source = source
-        self._recorder = recorder
-        self.fileno = source.fileno
-        self.ask = source.ask
-        self.started = source.started
-        self.said = source.said
-        self.tick = source.tick
-        self.close_in_child = source.close_in_child
-
-    def receive(self) -> list[Statement]:
-        """See `JobSource`."""
-        statements = self._source.receive()
-        for statement in statements:
-            if isinstance(statement, Offer):
-                self._recorder.add(statement.job)
-        return statements
-
-    def ended(self, result: JobResult) -> None:
-        """See `JobSource`. There may be any number of jobs, so that what they left is not kept twice."""
-        self._source.ended(result)
-        self._recorder.discard_report(result.number)
+def new_reports(directory: Path) -> ReportFiles:
+    """Where the jobs of a new launch of the sweep in `directory` leave their reports."""
+    return ReportFiles(directory / DIRECTORY, uuid.uuid4().hex[:12])
 
 
 class Recorded:
@@ -270,7 +248,7 @@ def read(directory: Path) -> dict[int, Entry]:
         with suppress(ValueError):
             _take(event, entries)
     for number, entry in entries.items():
-        report = home / f"{number}.{entry.launch}.report"
+        report = ReportFiles(home, entry.launch).path(number)
         entry = replace(entry, report=report if os.path.lexists(report) else None)
         over = entry.launch not in launches or launches[entry.launch].lives is False
         if over and entry.state in (State.WAITING, State.RUNNING):

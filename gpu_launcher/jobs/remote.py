@@ -1,9 +1,7 @@
-"""A job loop in a process of its own, for a program that does other things while its jobs run.
+"""The head's side of a node: starting it, talking to it, and ending it. See `jobs.manager` for the other side.
 
-The process, the manager, is forked from the program before that has any thread of ours, and forks the fork server. It
-is single-threaded, so that it may fork at any time, and signals come to it alone. The program is its jobs' source, at
-the other end of a socket: it is asked for jobs, and told what becomes of them. When the program ends, however it ends,
-the manager ends its jobs.
+The node is forked from the program before that has any thread of ours, and forks the fork server. The program is the
+head: the source of the node's jobs, at the other end of a socket. It is asked for jobs, and told what becomes of them.
 """
 
 from __future__ import annotations
@@ -21,10 +19,12 @@ from typing import Any
 
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs import source as s
-from gpu_launcher.jobs.manager import Manager
-from gpu_launcher.jobs.manager_messages import Begin, Closed, End, Message, Opened, Remarked
+from gpu_launcher.jobs.directory import as_proposed
+from gpu_launcher.jobs.manager import LogFile, Manager
+from gpu_launcher.jobs.manager_messages import Begin, BeginRun, Closed, End, Message, NodeReady, Opened, Remarked
+from gpu_launcher.jobs.reports import ReportFiles
 from gpu_launcher.jobs.scratch import Scratch
-from gpu_launcher.jobs.sweep import Options
+from gpu_launcher.jobs.sweep import Options, portable
 from gpu_launcher.processes.deferred_signals import uninterrupted
 from gpu_launcher.processes.fork_server_client import StartMethod
 from gpu_launcher.processes.forking import internal_fork, tqdm_monitors_paused
@@ -62,41 +62,49 @@ class ManagerDiedError(GpuLauncherError):
     """The manager process was killed, and its jobs have ended with it."""
 
 
-class RemoteLoop:
-    """The program's side of it. One thread may `say` while another one receives."""
+class LocalNode:
+    """The node of this program on this machine. One thread may `say` while another one receives."""
 
     _pid: int | None = None
-    """The manager, until it was waited for."""
+    """The node's process, until it was waited for."""
+    _scratch: Scratch | None = None
 
     def __init__(
         self,
         program: Program,
-        options: Options,
-        command: str,
         *,
         method: StartMethod = "auto",
-        captured: bool = False,
+        option: str = "start_method",
+        captured: bool = True,
+        keep: tuple[int, ...] = (),
+        log_file: LogFile = as_proposed,
+        open_files: OpenFiles | None = None,
     ) -> None:
-        """Start the manager; `open` then says whether it could.
+        """Start the node; `wait_until_ready` then says whether it could.
 
-        `program` is run in each job, `command` names this program to others who wait for devices. Unless the jobs'
-        output is `captured` for their failures' messages, it goes where this process's does.
+        `program` is run in each job, `option` is what the user writes for the choice of the `method`. Unless the jobs'
+        output is `captured` until they have a log, it goes where this process's does. The node's processes keep the
+        descriptors `keep` open; `log_file` says in the node where a job logs, `open_files` are this program's if not
+        those that it has now.
         """
         self._channel, theirs = channel()
         self._process = os.getpid()
         self._saying = threading.Lock()
-        self.remarks: list[Remarked] = []
-        """Lines for the user that were said before it was open."""
-        self.known: Mapping[str, object] = dict(main_namespace())
-        """What the jobs' `__main__` has, by name."""
-        self._scratch = Scratch()
-        self.directory = self._scratch.path
-        """For files of the jobs. It goes with the manager."""
-        prepare()
+        self.early: list[Message] = []
+        """What was said before the pool of a run was open."""
         _flush()
-        files = OpenFiles.of_this_process()
         manager = Manager(
-            theirs, self._process, self.directory, program, options, command, method, captured, Generators(), files
+            channel=theirs,
+            program_process=self._process,
+            scratch=None if self._scratch is None else self._scratch.path,
+            program=program,
+            method=method,
+            option=option,
+            captured=captured,
+            keep=keep,
+            log_file=log_file,
+            generators=Generators(),
+            open_files=OpenFiles.of_this_process(besides=keep) if open_files is None else open_files,
         )
         with tqdm_monitors_paused():
             harmless, calling = self._fork(manager)
@@ -128,24 +136,38 @@ class RemoteLoop:
                 os._exit(1)
         return harmless, calling
 
+    def wait_until_ready(self) -> None:
+        """Wait until the fork server runs. Raises what keeps it from that, such as OptionError."""
+        while not isinstance(message := self.receive(), NodeReady):
+            self._refuse(message)
+
     def open(self) -> Opened:
-        """Wait until jobs can be run. Raises what keeps them from it, such as OptionError or PoolDirectoryError."""
+        """Wait until the pool of a run is open. Raises what keeps it from that, such as PoolDirectoryError."""
         while True:
-            match self.receive():
-                case Opened() as opened:
-                    if opened.method == "spawn":
-                        self.known = NOTHING
-                    return opened
-                case Remarked() as remark:
-                    self.remarks.append(remark)
-                case Closed(error):
-                    self.close()
-                    raise error or ManagerDiedError("the process that starts jobs has ended")
+            match message := self.receive():
+                case Opened():
+                    return message
+                case NodeReady():
+                    pass
+                case Closed():
+                    self._refuse(message)
+                case _:
+                    self.early.append(message)
+
+    def _refuse(self, message: Message) -> None:
+        assert isinstance(message, Closed), message
+        self.close()
+        raise message.error or ManagerDiedError("the process that starts jobs has ended")
 
     @property
     def is_ours(self) -> bool:
         """Whether this is the process that made it, and not one that was forked from that."""
         return self._process == os.getpid()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was not closed."""
+        return self._pid is not None
 
     def fileno(self) -> int:
         """Readable when there is something to receive."""
@@ -159,8 +181,8 @@ class RemoteLoop:
             raise self._died() from None
         return message
 
-    def say(self, what: s.Statement | Begin) -> None:
-        """Offer a job that was wanted, answer one that runs, withdraw one, or say that there are no more.
+    def say(self, what: s.Statement | Begin | BeginRun) -> None:
+        """Begin a run, offer a job that was wanted, answer one, withdraw one, or say that there are no more.
 
         Raises ManagerDiedError.
         """
@@ -170,8 +192,12 @@ class RemoteLoop:
         except (ChannelClosedError, OSError):
             raise self._died() from None
 
+    def close_in_child(self) -> None:
+        """In a fork of this process that serves it: drop what belongs to this process alone."""
+        self._channel.close()
+
     def close(self) -> None:
-        """End the manager, and with it every job that still runs. Idempotent. Nothing happens in a forked process.
+        """End the node, and with it every job that still runs. Idempotent. Nothing happens in a forked process.
 
         What a signal's handler raises meanwhile, such as KeyboardInterrupt, makes it short, and is raised in the end.
         """
@@ -198,7 +224,8 @@ class RemoteLoop:
         with contextlib.suppress(ChildProcessError):  # raised if the user's program reaps all children itself
             os.waitpid(pid, 0)
         self._channel.close()
-        self._scratch.remove()
+        if self._scratch is not None:
+            self._scratch.remove()
         self._pid = None
 
     def __del__(self) -> None:
@@ -207,6 +234,42 @@ class RemoteLoop:
 
     def _died(self) -> ManagerDiedError:
         return ManagerDiedError("the process that starts jobs was killed (`dmesg` may know why), and its jobs with it")
+
+
+class RemoteLoop(LocalNode):
+    """A node with one run, for a program that does other things meanwhile and logs what the user should know."""
+
+    def __init__(
+        self,
+        program: Program,
+        options: Options,
+        command: str,
+        *,
+        method: StartMethod = "auto",
+        captured: bool = False,
+    ) -> None:
+        """Start the node and the run; `open` then says whether that went well.
+
+        `program` is run in each job, `command` names this program to others who wait for devices. Unless the jobs'
+        output is `captured` for their failures' messages, it goes where this process's does.
+        """
+        self.known: Mapping[str, object] = dict(main_namespace())
+        """What the jobs' `__main__` has, by name."""
+        self._scratch = Scratch()
+        self.directory = self._scratch.path
+        """For files of the jobs. It goes with the node."""
+        prepare()
+        super().__init__(program, method=method, option=options.spell("start_method"), captured=captured)
+        self.say(BeginRun(portable(options), ReportFiles(self.directory), command, last=True))
+
+    def open(self) -> Opened:
+        """Wait until jobs can be run. Raises what keeps them from it, such as OptionError or PoolDirectoryError."""
+        opened = super().open()
+        self.remarks = [message for message in self.early if isinstance(message, Remarked)]
+        """Lines for the user that were said before it was open."""
+        if opened.method == "spawn":
+            self.known = NOTHING
+        return opened
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from gpu_launcher.errors import GpuLauncherError
@@ -18,6 +19,19 @@ from gpu_launcher.safe_files import open_regular, read_all, why_untrusted
 MAX_HEADER = 2**20
 MAX_REPORT = 2**36
 """Bytes. More than any job returns; a sparse file of an exabyte is refused before it is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReportFiles:
+    """Where the jobs of one launch leave their reports."""
+
+    directory: Path
+    launch: str = ""
+    """The id of the launch, where several have the directory one after another."""
+
+    def path(self, number: int) -> Path:
+        """The file of one job."""
+        return self.directory / (f"{number}.{self.launch}.report" if self.launch else f"{number}.report")
 
 
 class ReportError(GpuLauncherError):

@@ -128,6 +128,15 @@ def user_of(pid: int) -> int | None:
         return None
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped, by Ctrl-Z, SIGSTOP or a debugger, as far as that can be seen."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] in "Tt"
+
+
 @dataclass(frozen=True, slots=True)
 class Process:
     """A process, as far as it can be seen from here."""
@@ -143,14 +152,12 @@ class Process:
         """Look at it."""
         process = Path(f"/proc/{pid}")
         user = command = None
-        stopped = False
         with contextlib.suppress(OSError):
             user = user_name(process.stat().st_uid)
             with process.joinpath("cmdline").open("rb") as file:
                 words = os.fsdecode(file.read(4096)).replace("\0", " ").split()
             command = one_line(" ".join(words), MAX_COMMAND) or None
-            stopped = process.joinpath("stat").read_text(errors="replace").rpartition(")")[2].split()[0] in "Tt"
-        return cls(pid, user, command, stopped)
+        return cls(pid, user, command, is_stopped(pid))
 
     def __str__(self) -> str:
         names = ", ".join(name for name in (self.user, self.command) if name)

@@ -33,7 +33,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from gpu_launcher.leases.file_format import (
@@ -50,7 +50,7 @@ from gpu_launcher.leases.file_format import (
     decode,
 )
 from gpu_launcher.leases.grant_policy import LeaseState, Snapshot, TicketState
-from gpu_launcher.leases.kernel import LockTable, Process, sees_all_locks, user_of
+from gpu_launcher.leases.kernel import LockTable, Process, is_stopped, sees_all_locks, user_of
 from gpu_launcher.leases.ledger import LeaseView, PoolView, TicketView, UnreadableFile, with_waits
 from gpu_launcher.model import WHOLE, Owner
 from gpu_launcher.users import user_name
@@ -398,7 +398,7 @@ class PoolScan:
             if known is None:
                 known = Owner(record.pid, user_name(uid), record.command)
                 self._owners[uid, record.pid, record.command] = known
-            return known
+            return replace(known, suspended=True) if is_stopped(record.pid) else known
         stranger = None if entry is None else self._stranger(entry)
         if stranger is not None:
             process = Process.of(stranger)

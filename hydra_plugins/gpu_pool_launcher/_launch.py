@@ -16,12 +16,14 @@ from typing import NoReturn
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 
 from gpu_launcher.errors import GpuLauncherError, JobError
+from gpu_launcher.jobs.directory import LogFiles
 from gpu_launcher.jobs.events import Outcome
+from gpu_launcher.jobs.head import SweepResult, run_jobs
 from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.labels import Labels
+from gpu_launcher.jobs.remote import LocalNode
 from gpu_launcher.jobs.source import JobSource
-from gpu_launcher.jobs.sweep import Options, SweepResult, run_jobs
-from gpu_launcher.processes.fork_server_client import ForkServer
+from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.wording import count
 
 from ._commands import closing_lines
@@ -74,11 +76,10 @@ def _launch(launcher: GpuPoolLauncher, job_overrides: list[list[str]], first: in
     try:
         command = Path(sys.argv[0]).name
         closing = partial(closing_lines, launcher.config, directory)
-        sweep = run_jobs(
-            jobs, _server(launcher), options, directory, command, logs=logs, notices=notices, closing=closing
-        )
+        node = _node(launcher, logs)
+        sweep = run_jobs(jobs, node, options, directory, command, notices=notices, closing=closing)
     except BaseException:
-        launcher.server = None  # it may have been closed; a further launch gets a new one
+        _close_node(launcher)  # a further launch gets a new one
         raise
     launcher.failed += sum(result.outcome is Outcome.FAILED for result in sweep.results)
     if sweep.stopped_by is not None:
@@ -105,13 +106,13 @@ def _with_culprit(sweep: SweepResult, returns: list[JobReturn]) -> list[JobRetur
 
 def stream(
     launcher: GpuPoolLauncher,
-    open_source: Callable[[ForkServer], tuple[JobSource, int | None]],
+    open_source: Callable[[LocalNode], tuple[JobSource, int | None]],
     max_parallel: int | None,
     cap: str,
 ) -> SweepResult:
     """Run the jobs of a source, at most so many at a time, as the option says that the user calls `cap`.
 
-    `open_source` is called when the fork server runs, and also says how many jobs there will be, if that is known.
+    `open_source` is called when the node runs, and also says how many jobs there will be, if that is known.
     Raises GpuLauncherError if no job can run.
     """
     assert launcher.config is not None
@@ -122,15 +123,13 @@ def stream(
     directory = sweep_directory(launcher.config)
     logs, _ = open_logs(launcher, directory, resume=False, continued=True)
     try:
-        server = _server(launcher)
-        source, total = open_source(server)
+        node = _node(launcher, logs)
+        source, total = open_source(node)
         command = Path(sys.argv[0]).name
         closing = partial(closing_lines, launcher.config, directory)
-        return run_jobs([], server, options, directory, command, source=source, total=total, logs=logs, closing=closing)
+        return run_jobs([], node, options, directory, command, source=source, total=total, closing=closing)
     finally:
-        if launcher.server is not None:
-            launcher.server.close()
-        launcher.server = None
+        _close_node(launcher)
 
 
 def _with_failures_so_far(options: Options, failed: int) -> Options:
@@ -145,21 +144,28 @@ def _with_failures_so_far(options: Options, failed: int) -> Options:
     return replace(options, failures=replace(policy, most=policy.most - failed))
 
 
-def _server(launcher: GpuPoolLauncher) -> ForkServer:
-    """The fork server of this launcher: started by its first launch, ended with the launcher."""
-    if launcher.server is None:
+def _node(launcher: GpuPoolLauncher, logs: LogFiles) -> LocalNode:
+    """The node of this launcher: started by its first launch, ended with the launcher."""
+    if launcher.node is None or not launcher.node.is_running:
         assert launcher.config is not None
         assert launcher.hydra_context is not None
         assert launcher.task_function is not None
         program = HydraProgram(launcher.config, launcher.hydra_context, launcher.task_function, job_command(sys.argv))
         method = read_start_method(launcher.options.get("start_method", "auto"))
         keep = (launcher.lock.descriptor,)
-        server = ForkServer(program, method, option=spell("start_method"), keep=keep)
-        weakref.finalize(launcher, server.close)
-        launcher.server = server
-    server = launcher.server
-    assert isinstance(server, ForkServer)
-    return server
+        node = LocalNode(program, method=method, option=spell("start_method"), keep=keep, log_file=logs.claim)
+        weakref.finalize(launcher, node.close)
+        launcher.node = node
+        node.wait_until_ready()
+    node = launcher.node
+    assert isinstance(node, LocalNode)
+    return node
+
+
+def _close_node(launcher: GpuPoolLauncher) -> None:
+    node, launcher.node = launcher.node, None
+    if node is not None:
+        node.close()
 
 
 def stop(signum: signal.Signals) -> NoReturn:

@@ -28,12 +28,12 @@ class GpuPoolLauncher(Launcher):
         self.config: DictConfig | None = None
         self.task_function: TaskFunction | None = None
         self.hydra_context: HydraContext | None = None
-        self.server: Any = None
-        """The fork server, kept for sweepers that launch several batches."""
+        self.node: Any = None
+        """The process that runs the jobs, kept for sweepers that launch several batches."""
         self.labels: Any = None
         """What jobs are called, by what differs between those of all batches."""
         self.lock: Any = None
-        """That of the sweep's directory, held as long as this launcher or its fork server lives."""
+        """That of the sweep's directory, held as long as this launcher or its node lives."""
         self.logs: Any = None
         """Which log is whose, kept for sweepers that launch several batches."""
         self.failed = 0

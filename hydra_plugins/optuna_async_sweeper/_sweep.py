@@ -21,8 +21,8 @@ from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.labels import Labels
+from gpu_launcher.jobs.remote import LocalNode
 from gpu_launcher.processes.exceptions import reason
-from gpu_launcher.processes.fork_server_client import ForkServer
 from gpu_launcher.studies.desk import Asked, Ending, How, Summary, Unusable
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.source import Opened, TrialSource, seen
@@ -90,12 +90,12 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
     sources: list[TrialSource] = []
     opened: list[Opened] = []
 
-    def open_source(server: ForkServer) -> tuple[TrialSource, int | None]:
+    def open_source(node: LocalNode) -> tuple[TrialSource, int | None]:
         source = TrialSource(
             plan.open,
             lambda asked: Job(asked.trial.number, labels.of(asked.spec), asked.spec, about=seen(asked)),
             lambda result: ending(result, objectives, directory),
-            in_child=server.close_in_child,
+            in_child=node.close_in_child,
             finish=lambda desk, summary: finish(desk, summary, plan, directory),
             kill_pruned=plan.options.kill_pruned,
         )

@@ -111,19 +111,22 @@ if __name__ == "__main__":
     main()
 """
 
-# What the launch returns is written to $RETURNS; the launching program kills itself at the checkpoint $DIE_AT.
+# What the launch returns is written to $RETURNS; at the checkpoint $DIE_AT the node kills the launching program.
 WATCHED = """
-import functools, json, os, signal
+import functools, json, os, signal, time
 from pathlib import Path
 
 
 def watch():
-    from gpu_launcher.jobs import sweep
+    from gpu_launcher.jobs import manager
     from hydra_plugins.gpu_pool_launcher import _launch
 
     def checkpoint(name):
         if name == os.environ.get("DIE_AT"):
-            os.kill(os.getpid(), signal.SIGKILL)
+            head = os.getppid()
+            os.kill(head, signal.SIGKILL)
+            while os.getppid() == head:
+                time.sleep(0.001)
 
     def launch(*arguments):
         returns = original(*arguments)
@@ -134,7 +137,7 @@ def watch():
 
     original = _launch.launch
     _launch.launch = launch
-    sweep.JobLoop = functools.partial(sweep.JobLoop, checkpoint=checkpoint)
+    manager.JobLoop = functools.partial(manager.JobLoop, checkpoint=checkpoint)
 """
 
 
@@ -196,11 +199,14 @@ class Sweep:
         return [process for number in numbers for process in self.tree(number).values()]
 
     def part(self, name: str, number: int) -> psutil.Process:
-        """Such as `launcher`, `guard`, `server`, or the job's `supervisor`, `main` or `daemon`."""
+        """Such as `launcher`, `node`, `guard`, `server`, or the job's `supervisor`, `main` or `daemon`."""
         launcher = psutil.Process(self.process.pid)
         if name == "launcher":
             return launcher
-        guard = next(child for child in launcher.children() if child.status() != psutil.STATUS_ZOMBIE)
+        node = next(child for child in launcher.children() if child.status() != psutil.STATUS_ZOMBIE)
+        if name == "node":
+            return node
+        guard = next(child for child in node.children() if child.children())  # the other one measures devices
         if name == "guard":
             return guard
         if name == "server":

@@ -52,6 +52,10 @@ def assert_a_new_sweep_runs_at_once(world, sweep, method="fork"):
     [
         ("launcher", "fork"),
         ("launcher", "spawn"),
+        ("launcher and node", "fork"),
+        ("launcher and node", "spawn"),
+        ("launcher and node and guard", "fork"),
+        ("launcher and node and server", "fork"),
         ("launcher and guard", "fork"),
         ("launcher and server", "fork"),
         ("launcher and server", "spawn"),
@@ -109,6 +113,29 @@ def test_when_the_fork_server_is_killed_its_jobs_are_gone_and_the_others_run(wor
         else:
             assert (status, value) == ("COMPLETED", number)
     assert sweep.process.returncode == 1
+    assert world.marked() == []
+    assert world.leased() == []
+
+
+@pytest.mark.parametrize(
+    ("who", "method"), [("node", "fork"), ("node", "spawn"), ("node and guard", "fork"), ("node and server", "fork")]
+)
+def test_when_the_node_is_killed_its_jobs_fail_and_a_resumption_runs_them(world, kill_together, gone, who, method):
+    sweep = world.start("n=0,1,2,3,4", method=method)
+    (done, *_) = running = sweep.running(2)
+    (world.directory / f"finish-{done}").touch()
+    running = sweep.running(3)
+    processes = sweep.processes(running)
+    kill_together([sweep.part(name, running[-1]) for name in who.split(" and ")])
+    gone(processes, everything=False)
+    returns = sweep.returns()
+    assert returns[done] == ("COMPLETED", done)
+    assert [status for status, _ in returns].count("FAILED") == 4
+    assert "the process that starts jobs was killed (`dmesg` may know why)" in sweep.output.read_text()
+    sweep.finish(5)
+    again = world.start("n=0,1,2,3,4", "hydra.launcher.resume=true", method=method)
+    assert again.returns() == [("COMPLETED", number) for number in range(5)]
+    assert "resumed: 1 of 5 jobs completed before" in again.output.read_text()
     assert world.marked() == []
     assert world.leased() == []
 

@@ -19,19 +19,24 @@ POINTS = ("started", "prepared", "queued", "claimed", "granted", "exited", "rele
 RUNS = 5
 
 APP = """
-import functools, itertools, os, signal, sys
+import functools, itertools, os, signal, sys, time
 
 from gpu_launcher.cli.main import main
 from gpu_launcher.cli.mapping import results
-from gpu_launcher.jobs import sweep
+from gpu_launcher.jobs import manager
 
 passed = itertools.count(1)
 point, _, times = os.environ.get("DIE_AT", "").partition(":")
 
 
+program = os.getpid()
+
+
 def checkpoint(name):
     if name == point and next(passed) == int(times):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(program, signal.SIGKILL)
+        while os.getppid() == program:  # this is the node
+            time.sleep(0.001)
 
 
 class Results(results.Results):
@@ -44,7 +49,7 @@ class Results(results.Results):
         checkpoint("line written")
 
 
-sweep.JobLoop = functools.partial(sweep.JobLoop, checkpoint=checkpoint)
+manager.JobLoop = functools.partial(manager.JobLoop, checkpoint=checkpoint)
 from gpu_launcher.cli.mapping import launch
 launch.Results = Results
 main()

@@ -20,13 +20,13 @@ POINTS = ("started", "prepared", "queued", "claimed", "granted", "exited", "rele
 JOBS = 4
 
 APP = """
-import functools, itertools, json, os, signal
+import functools, itertools, json, os, signal, time
 from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from gpu_launcher.jobs import sweep
+from gpu_launcher.jobs import manager
 from hydra_plugins.gpu_pool_launcher import _launch
 
 HERE = Path(__file__).parent
@@ -36,7 +36,10 @@ passed = itertools.count(1)
 def checkpoint(name):
     point, _, times = os.environ.get("DIE_AT", "").partition(":")
     if name == point and next(passed) == int(times):
-        os.kill(os.getpid(), signal.SIGKILL)
+        head = os.getppid()
+        os.kill(head, signal.SIGKILL)
+        while os.getppid() == head:
+            time.sleep(0.001)
 
 
 def launch(*arguments):
@@ -47,7 +50,7 @@ def launch(*arguments):
 
 original = _launch.launch
 _launch.launch = launch
-sweep.JobLoop = functools.partial(sweep.JobLoop, checkpoint=checkpoint)
+manager.JobLoop = functools.partial(manager.JobLoop, checkpoint=checkpoint)
 
 
 @dataclass

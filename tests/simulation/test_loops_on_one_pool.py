@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from signal import SIGINT, SIGKILL
+from signal import SIGKILL
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -276,7 +276,7 @@ class Sweep:
 
     def stop(self) -> None:
         self.stopped = True
-        os.write(self.loop.signals._write, bytes([SIGINT]))
+        self.loop.stop()
 
     def handle(self, event: Event) -> None:
         match event:

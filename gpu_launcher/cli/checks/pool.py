@@ -15,7 +15,7 @@ from pathlib import Path
 from gpu_launcher.cli.checks.finding import Finding, Level, halves, ok, problem, warning
 from gpu_launcher.cli.checks.gpus import in_container
 from gpu_launcher.errors import PoolDirectoryError
-from gpu_launcher.leases import FileLedger, choose_pool_directory
+from gpu_launcher.leases import FileLedger, PoolView, choose_pool_directory
 from gpu_launcher.leases.mutex import blame
 from gpu_launcher.leases.pool_directory import (
     EVERYBODYS,
@@ -31,6 +31,7 @@ from gpu_launcher.leases.pool_directory import (
     open_queue,
 )
 from gpu_launcher.users import user_name
+from gpu_launcher.wording import count
 
 CHECK = "pool"
 MUTEX_PATIENCE = 1.0
@@ -219,6 +220,7 @@ def _content(directory: Path) -> Iterator[Finding]:
             yield warning(CHECK, f"{what} and has no place in the queue: {entry.problem}", f"ask {entry.user}")
     for user in view.excessive:
         yield warning(CHECK, f"{user} has more files in it than count", f"ask {user}, or as root remove them")
+    yield from _suspended(view)
     lost = [lease for lease in view.leases if lease.id.startswith("lost-")]
     if lost:
         yield warning(
@@ -237,6 +239,20 @@ def _content(directory: Path) -> Iterator[Finding]:
             CHECK,
             "no inotify instance is available, so waiting programs check every 20 ms",
             "raise `sysctl fs.inotify.max_user_instances`",
+        )
+
+
+def _suspended(view: PoolView) -> Iterator[Finding]:
+    known = [*(lease.owner for lease in view.leases), *(ticket.owner for ticket in view.tickets)]
+    owners = {owner for owner in known if owner is not None and owner.suspended}
+    for pid, user in sorted({(owner.pid, owner.user) for owner in owners}):
+        held = sum(lease.owner is not None and lease.owner.pid == pid for lease in view.leases)
+        commands = sorted(owner.command.partition(" #")[0] for owner in owners if owner.pid == pid)
+        has = f"has {count(held, 'lease')}" if held else "waits for devices"
+        yield warning(
+            CHECK,
+            f"process {pid} of {user} ({commands[0]}) is suspended and {has}; jobs of a sweep that run keep running",
+            f"continue it (`fg`, or kill -CONT {pid}), or end it (kill -CONT {pid}; kill {pid})",
         )
 
 

@@ -27,10 +27,11 @@ from gpu_launcher.devices import BUSY_MEMORY
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import GpuLauncherError, OptionError
 from gpu_launcher.jobs.failures import FailurePolicy
+from gpu_launcher.jobs.head import SweepResult, run_jobs
 from gpu_launcher.jobs.job import Cause
 from gpu_launcher.jobs.progress import open_progress
-from gpu_launcher.jobs.sweep import Options, SweepResult, run_jobs
-from gpu_launcher.processes.fork_server_client import ForkServer
+from gpu_launcher.jobs.remote import LocalNode
+from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.requests import read_request
 from gpu_launcher.text import one_line, short_path
@@ -335,17 +336,18 @@ class _Launch:
         assert self.options.request is not None
         program = CommandProgram(self.template, place, self.options.request, self.asked.directory)
         # No thread of ours exists, and nothing of CUDA's. The open files are ours, and the commands get none of them.
-        server = ForkServer(program, "fork", open_files=OpenFiles())
+        node = LocalNode(program, method="fork", open_files=OpenFiles())
         try:
+            node.wait_until_ready()
             left = None if total is None else total - (before.completed.count if before else 0)
             display = open_progress(name="gpu-launcher", reads=self.asked.source == STDIN and os.isatty(0))
-            sweep = run_jobs([], server, self.options, place.path, COMMAND, source=source, total=left, display=display)
+            sweep = run_jobs([], node, self.options, place.path, COMMAND, source=source, total=left, display=display)
         except GpuLauncherError as error:
             if source.ran or isinstance(error, OptionError):
                 raise
             raise RefusedError(str(error)) from error
         finally:
-            server.close()
+            node.close()
             source.close()
         return self._conclude(place, source, sweep)
 

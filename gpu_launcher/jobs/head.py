@@ -1,0 +1,399 @@
+"""The head: what the user's program does while a node runs its jobs. It decides what runs, and owns what comes of it.
+
+Theory of operation. A node asks for jobs when it has room (`Wanted`). The head offers those of a list, in order, and
+then those of a `JobSource`, if there is one. Everything that happens comes back as messages, most of which are events:
+the head writes them down in the manifest and shows them. It gets the signals, and tells the node to stop. A head that
+is suspended or busy only delays new jobs: the node never waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import selectors
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from signal import Signals
+
+from gpu_launcher.jobs.events import (
+    GaveUp,
+    JobEnded,
+    JobRetried,
+    JobStarted,
+    JobWaiting,
+    Notice,
+    Outcome,
+    Progress,
+    Standing,
+    Stopping,
+    SweepEnded,
+    SweepStarted,
+)
+from gpu_launcher.jobs.job import Cause, Job, JobResult
+from gpu_launcher.jobs.manager_messages import BeginRun, Closed, Ended, Heard, Message, Wanted
+from gpu_launcher.jobs.manifest import Entry, Recorded, Recorder, finished_before, new_reports, read
+from gpu_launcher.jobs.progress import open_progress
+from gpu_launcher.jobs.remote import LocalNode, ManagerDiedError
+from gpu_launcher.jobs.reports import ReportError, read_report
+from gpu_launcher.jobs.running import judge
+from gpu_launcher.jobs.signals import StopSignals
+from gpu_launcher.jobs.source import Exhausted, Facts, JobSource, Offer, Remark, Stop
+from gpu_launcher.jobs.sweep import Options, portable
+from gpu_launcher.wording import count
+
+MAX_SKIPPED = 5
+"""Results of earlier launches that are not used, of which the reason is told."""
+TICK_SECONDS = 0.125
+"""Seconds between two looks at the clock, for the live view."""
+ENDED = "was ended because the process that starts jobs was killed"
+NOT_RUN = "was not run: the process that starts jobs was killed"
+MAX_MESSAGES = 64
+"""Messages of the node that are read before anybody else has a turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """What came of a sweep."""
+
+    results: list[JobResult]
+    """In the order of the jobs. Those of a source's jobs are the source's."""
+    stopped_by: Signals | None
+    """The signal with which the user stopped the sweep, if so."""
+    stopped: bool = False
+    """Whether it was stopped, by that or by failures."""
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    node: LocalNode,
+    options: Options,
+    directory: Path,
+    command: str,
+    *,
+    source: JobSource | None = None,
+    total: int | None = None,
+    display: Progress | None = None,
+    notices: Sequence[str] = (),
+    closing: Callable[[Sequence[Job], int], Sequence[str]] = lambda failed, incomplete: (),
+) -> SweepResult:
+    """Run `jobs` on `node` and show how it goes, on stderr if there is no `display`, which is closed.
+
+    `directory` is the sweep's, and keeps what is known of its jobs; `command` names this program to others who wait for
+    devices. With a `source` its jobs are run, too, `total` in all if that is known, and it alone gets what became of
+    them. `notices` are shown first, and what is `closing` last, which is given a job for each way in which jobs failed
+    and the number of those that did not complete.
+
+    Raises OptionError, PoolDirectoryError and ManifestError before any job is started. If anything is raised, the node
+    is closed.
+    """
+    try:
+        return _run_jobs(
+            jobs,
+            node,
+            options,
+            directory,
+            command,
+            source=source,
+            total=total,
+            display=display,
+            notices=notices,
+            closing=closing,
+        )
+    except BaseException:
+        node.close()
+        raise
+
+
+def _run_jobs(
+    jobs: Sequence[Job],
+    node: LocalNode,
+    options: Options,
+    directory: Path,
+    command: str,
+    *,
+    source: JobSource | None,
+    total: int | None,
+    display: Progress | None,
+    notices: Sequence[str],
+    closing: Callable[[Sequence[Job], int], Sequence[str]],
+) -> SweepResult:
+    with contextlib.ExitStack() as cleanup:
+        if display is not None:
+            cleanup.callback(display.close)
+        reports = new_reports(directory)
+        node.say(BeginRun(portable(options), reports, command, shown=True, listed=source is None))
+        opened = node.open()
+        before: dict[int, Entry] = {}
+        finished: dict[int, JobResult] = {}
+        skipped: dict[int, str] = {}
+        if options.resume:
+            before = read(directory)
+            finished, skipped = finished_before(jobs, before)
+        left = [_with_attempts(job, before) for job in jobs if job.number not in finished]
+        progress = display or open_progress()
+        if display is None:
+            cleanup.callback(progress.close)
+
+        def notice(text: str) -> None:
+            progress.handle(Notice(time.monotonic(), text))
+
+        recorder = Recorder(directory, left, command, launch=reports.launch, warn=notice)
+        cleanup.callback(recorder.close)
+        expected = len(left) if source is None else total
+        progress.handle(SweepStarted(time.monotonic(), expected, opened.devices, options.max_parallel))
+        if before:
+            notice(f"resumed: {len(finished)} of {count(len(jobs), 'job')} completed before, and not run again")
+        for number, why in list(skipped.items())[:MAX_SKIPPED]:
+            notice(f"job {number} is run again, because its earlier result is not used: {why}")
+        if len(skipped) > MAX_SKIPPED:
+            notice(f"{count(len(skipped) - MAX_SKIPPED, 'more job')} are run again for such reasons")
+        for text in notices:
+            notice(text)
+        head = _Head(left, node, source, recorder, progress, options.grace)
+        head.run()
+        progress.handle(SweepEnded(time.monotonic(), tuple(closing(recorder.failed, recorder.incomplete))))
+        results = {**finished, **head.results}
+        return SweepResult([results[job.number] for job in jobs], head.stopped_by, head.stopped)
+
+
+def _with_attempts(job: Job, before: Mapping[int, Entry]) -> Job:
+    entry = before.get(job.number)
+    return replace(job, attempts_before=entry.attempts) if entry is not None and entry.attempts else job
+
+
+class _Head:
+    """One run."""
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        node: LocalNode,
+        source: JobSource | None,
+        recorder: Recorder,
+        progress: Progress,
+        grace: float,
+    ) -> None:
+        self._waiting = deque(jobs)
+        """Jobs of the list that have not been offered."""
+        self._listed = {job.number for job in jobs}
+        self._node = node
+        self._source = source
+        self._recorder = recorder
+        self._progress = progress
+        self._shown = Recorded(recorder, progress)
+        self._grace = grace
+        self._offered: dict[int, Job] = {}
+        """Jobs that the node has, or had until they ended."""
+        self._running: dict[int, JobStarted] = {}
+        self._exhausted = False
+        self._stopping: str | None = None
+        """What stopped the run: a signal, or failures."""
+        self._given_up: str | None = None
+        """Why the node starts no more jobs, if so."""
+        self._signals = StopSignals()
+        self._closed = False
+        self.results: dict[int, JobResult] = {}
+        """Of the jobs of the list."""
+        self.stopped = False
+        self.stopped_by: Signals | None = None
+
+    def run(self) -> None:
+        """Have everything run. Raises what keeps it from that."""
+        early, self._node.early = self._node.early, []
+        with self._signals, selectors.DefaultSelector() as selector:
+            selector.register(self._signals.fileno(), selectors.EVENT_READ, self._on_signals)
+            selector.register(self._node.fileno(), selectors.EVENT_READ, self._on_node)
+            if self._source is not None:
+                selector.register(self._source.fileno(), selectors.EVENT_READ, self._on_source)
+            try:
+                for message in early:
+                    self._take(message)
+                while not self._closed:
+                    for key, _ in selector.select(TICK_SECONDS):
+                        if not self._closed:
+                            key.data()
+                    if self._source is not None:
+                        self._source.tick()
+                    self._progress.tick(time.monotonic())
+            except ManagerDiedError as error:
+                self._lose_node(str(error))
+            except BaseException:
+                self._node.close()  # before anything is said to be over
+                raise
+
+    # Signals
+
+    def _on_signals(self) -> None:
+        for _ in range(self._signals.take()):
+            assert self._signals.last is not None
+            self._stop(self._signals.last.name)
+
+    def _stop(self, why: str) -> None:
+        """Have the jobs that run interrupted, or killed, the second time."""
+        self._node.say(Stop())
+        forced = self._stopping is not None
+        self._show_stop(Stopping(time.monotonic(), len(self._running), self._grace, forced, why))
+
+    def _show_stop(self, event: Stopping) -> None:
+        self._stopping = self._stopping or event.signal
+        self._shown.handle(event)
+        self._drop_waiting(None)
+
+    # The node
+
+    def _on_node(self) -> None:
+        poll = select.poll()
+        poll.register(self._node.fileno(), select.POLLIN)
+        for _ in range(MAX_MESSAGES):
+            self._take(self._node.receive())
+            if self._closed or not poll.poll(0):
+                break
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Wanted(count):
+                self._deal(count)
+            case JobStarted(number=number):
+                self._running[number] = message
+                self._shown.handle(message)
+                if self._source is not None and number not in self._listed:
+                    self._source.started(self._offered[number], message.devices, message.log)
+            case JobRetried(number=number):
+                self._running.pop(number, None)
+                self._shown.handle(message)
+            case Heard(number, what):
+                if self._source is not None:
+                    self._source.said(number, what)
+            case Ended(result, event):
+                assert event is not None
+                self._end(result, event)
+            case Stopping():
+                self._show_stop(message)
+            case GaveUp(problem=problem):
+                self._given_up = problem
+                self._shown.handle(Notice(message.time, message.text))
+                self._drop_waiting(problem)
+            case Notice() | JobWaiting():
+                self._shown.handle(message)
+            case Closed():
+                self._close(message)
+
+    def _close(self, closed: Closed) -> None:
+        self._closed = True
+        if closed.error is not None:
+            raise closed.error
+        self.stopped = closed.stopped
+        self.stopped_by = self._signals.last if closed.stopped else None
+        # Offers that crossed the node's decision to start no more.
+        self._waiting.extend(self._offered.values())
+        self._drop_waiting(self._given_up)
+
+    def _end(self, result: JobResult, event: JobEnded) -> None:
+        number = result.number
+        self._running.pop(number, None)
+        self._offered.pop(number, None)
+        self._shown.handle(event)
+        if number in self._listed:
+            self.results[number] = result
+        elif self._source is not None:
+            self._source.ended(result)
+            self._recorder.discard_report(number)
+
+    def _lose_node(self, problem: str) -> None:
+        """The node was killed, and its jobs with it. What has completed meanwhile is kept."""
+        self._shown.handle(Notice(time.monotonic(), f"{problem}. No more jobs are started"))
+        self.stopped = self._stopping is not None
+        self.stopped_by = self._signals.last
+        self._node.close()
+        for job in list(self._offered.values()):
+            result = self._left_by(job)
+            self._end(result, _ending(result))
+        self._drop_waiting(NOT_RUN)
+
+    def _left_by(self, job: Job) -> JobResult:
+        """What there is of a job whose end nobody told."""
+        started = self._running.get(job.number)
+        devices = () if started is None else started.devices
+        duration = None if started is None else time.monotonic() - started.time
+        log = None if started is None else started.log
+        outcome, cause, payload = Outcome.FAILED, None if started is None else Cause.CRASH, None
+        message: str | None = NOT_RUN if started is None else ENDED
+        with contextlib.suppress(FileNotFoundError, ReportError):
+            report = read_report(self._recorder.report_path(job.number))
+            if report.ok:
+                outcome, cause, message, payload = Outcome.COMPLETED, None, None, report.payload
+        if outcome is Outcome.FAILED and self.stopped:
+            outcome, cause = Outcome.CANCELLED, None
+        attempts = job.attempts_before + 1
+        return JobResult(job.number, job.label, outcome, payload, message, devices, duration, log, cause, attempts)
+
+    # What to run
+
+    def _deal(self, count: int) -> None:
+        """Offer so many jobs, or have the source do that."""
+        while count and self._waiting:
+            count -= 1
+            self._offer(self._waiting.popleft())
+        if self._source is not None:
+            if count:
+                self._source.ask(count)
+        elif not self._waiting:
+            self._exhaust()
+
+    def _offer(self, job: Job) -> None:
+        self._offered[job.number] = job
+        self._node.say(Offer(job))
+
+    def _exhaust(self) -> None:
+        if not self._exhausted:
+            self._exhausted = True
+            self._node.say(Exhausted())
+
+    def _on_source(self) -> None:
+        assert self._source is not None
+        for statement in self._source.receive():
+            match statement:
+                case Offer(job):
+                    self._recorder.add(job)
+                    self._offer(job)
+                case Exhausted(reason):
+                    if reason is not None:
+                        self._shown.handle(Notice(time.monotonic(), reason))
+                    self._exhaust()
+                case Remark(text):
+                    self._shown.handle(Notice(time.monotonic(), text))
+                case Facts(facts):
+                    self._shown.handle(Standing(time.monotonic(), facts))
+                case _:
+                    self._node.say(statement)
+
+    def _drop_waiting(self, problem: str | None) -> None:
+        """End the jobs that were not offered: nothing more is started."""
+        stopped = problem is None
+        while self._waiting:
+            job = self._waiting.popleft()
+            result = judge(
+                job, None, None, stopped=stopped, problem=problem, attempts=job.attempts_before + 1, cancelled=False
+            )
+            if stopped and self._stopping is not None and self._signals.last is None:
+                result = replace(result, message=f"was stopped because of {self._stopping}")
+            self._end(result, _ending(result))
+        if self._source is None:
+            self._exhausted = True
+
+
+def _ending(result: JobResult) -> JobEnded:
+    failed = result.outcome is Outcome.FAILED
+    return JobEnded(
+        time=time.monotonic(),
+        number=result.number,
+        label=result.label,
+        devices=result.devices,
+        outcome=result.outcome,
+        duration=result.duration,
+        message=result.message if failed else None,
+        log=result.log,
+    )

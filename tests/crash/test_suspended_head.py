@@ -1,0 +1,62 @@
+"""Sweeps that are suspended, as by Ctrl-Z: jobs that run keep running, and devices of jobs that end are free."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+
+import psutil
+
+
+def suspend(sweep, wait_until) -> None:
+    sweep.process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: psutil.Process(sweep.process.pid).status() == psutil.STATUS_STOPPED)
+
+
+def told(world, *arguments: str) -> str:
+    command = [sys.executable, "-m", "gpu_launcher.cli", *arguments]
+    done = subprocess.run(command, env=world.surroundings(), capture_output=True, text=True, timeout=60, check=False)
+    return done.stdout
+
+
+def test_suspended_sweep_frees_devices_and_continues(world, wait_until):
+    sweep = world.start(f"n={','.join(map(str, range(12)))}")
+    sweep.running(2)
+    suspend(sweep, wait_until)
+    (lease, *_) = json.loads(told(world, "status", "--json"))["leases"]
+    assert (lease["pid"], lease["suspended"]) == (sweep.process.pid, True)
+    assert f"process {sweep.process.pid} of {lease['user']} (app.py) is suspended and has 2 leases" in told(
+        world, "doctor"
+    )
+    sweep.finish(12)
+    wait_until(lambda: not world.leased(), what="devices of jobs that have ended are not free")
+    assert world.claimable(2)
+    begun = sweep.running(2)
+    assert len(begun) <= 4, "what was offered before may run, and nothing else"
+    other = world.start("n=0,1", name="other")
+    assert other.returns() == [("COMPLETED", 0), ("COMPLETED", 1)]
+    sweep.process.send_signal(signal.SIGCONT)
+    assert sweep.returns() == [("COMPLETED", number) for number in range(12)]
+    assert world.marked() == []
+
+
+def test_sweep_says_that_it_waits_for_a_suspended_one(world, wait_until):
+    sweep = world.start("n=0,1")
+    sweep.running(2)
+    suspend(sweep, wait_until)
+    other = world.start("n=2", name="other")
+    wait_until(lambda: "(app.py, suspended)" in other.output.read_text())
+    sweep.finish(3)
+    assert other.returns() == [("COMPLETED", 2)]
+    sweep.process.send_signal(signal.SIGCONT)
+    assert sweep.returns() == [("COMPLETED", 0), ("COMPLETED", 1)]
+
+
+def test_killed_while_suspended_leaves_nothing(world, wait_until):
+    sweep = world.start("n=0,1,2,3")
+    sweep.running(2)
+    suspend(sweep, wait_until)
+    sweep.process.kill()
+    wait_until(lambda: not world.marked() and not world.leased())
