@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
-# Tests wait more than they work: two processes take half the time of one. These take about as long as all others.
-HALF := tests/cli tests/contract tests/crash
+# Tests wait about as long as they work, so two workers keep one CPU busy.
+WORKERS ?= $(shell echo $$(( 2 * $$(nproc) > 16 ? 16 : 2 * $$(nproc) )))
+PYTEST := $(BIN)/python -m pytest --workers $(WORKERS)
 
-.PHONY: help setup demo test tests-one-half tests-other-half matrix soak bench clean
+.PHONY: help setup demo lint test test-rest test-all matrix soak bench clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 setup: $(INSTALLED) ## make .venv with the package (editable) and all that tests need
 
@@ -32,18 +33,21 @@ demo: $(INSTALLED) ## sweep over the example, on this machine's GPUs or else on 
 	$(BIN)/python examples/digits/train.py -m hydra/launcher=gpu_pool hydra.launcher.devices=$$devices \
 	  lr=1e-3,1e-4 hidden=32,64
 
-test: $(INSTALLED) ## lint, types and all tests but the slow ones
-	@$(PIP) list --format=freeze 2>/dev/null | paste -sd ' '
+lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	@echo 'running the tests in two halves side by side; each is shown when it has ended, in some ten minutes'
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target tests-one-half tests-other-half
 
-tests-one-half tests-other-half: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not slow' $(if $(filter tests-one-half,$@),$(HALF),tests $(HALF:%=--ignore=%))
+test: lint ## lint, and the quick tests: each part and each way in, in less than five minutes
+	@$(PIP) list --format=freeze 2>/dev/null | paste -sd ' '
+	$(PYTEST) -m 'smoke or not (thorough or slow)' $(ARGS)
 
-matrix: $(INSTALLED) ## the tests against installed packages, on several Pythons, with the newest and the lowest dependencies
+test-rest: $(INSTALLED) ## the thorough tests, which make test leaves out
+	$(PYTEST) -m 'thorough and not (smoke or slow)' $(ARGS)
+
+test-all: test test-rest ## both: all tests but those for which make matrix has its own environments
+
+matrix: $(INSTALLED) ## tests of installed packages on four Pythons, with the newest and the lowest dependencies
 	$(BIN)/python tools/matrix.py $(MATRIX)
 
 soak: $(INSTALLED) ## 5000 jobs that die in every way: ten minutes, then nothing may be left or have grown

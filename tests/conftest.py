@@ -16,12 +16,23 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.workers import pytest_addoption, pytest_runtestloop
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+__all__ = ["pytest_addoption", "pytest_runtestloop"]  # pytest finds its hooks here
 
 REPOSITORY = Path(__file__).parents[1]
 SOURCE = REPOSITORY / "tests" / "nvml_double" / "nvml_double.c"
 GIB = 2**30
+THOROUGH = (
+    "tests/cli",
+    "tests/crash",
+    "tests/docs",
+    "tests/hydra",
+)
+"""Tests here take long together. `make test` runs those that are marked smoke; `make test-rest` runs the others."""
 
 
 def pytest_configure() -> None:
@@ -38,6 +49,16 @@ def pytest_configure() -> None:
         ImportError
     ):  # a progress bar's thread would outlive its test, and keep others from forking
         importlib.import_module("tqdm").tqdm.monitor_interval = 0
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    paths = [REPOSITORY / name for name in THOROUGH]
+    if missing := [str(path) for path in paths if not path.exists()]:
+        raise pytest.UsageError(f"THOROUGH in {__file__} names what does not exist: {', '.join(missing)}")
+    for item in items:
+        if any(item.path.is_relative_to(path) for path in paths):
+            item.add_marker(pytest.mark.thorough)
 
 
 @pytest.fixture(autouse=True)

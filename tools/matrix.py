@@ -3,10 +3,10 @@
 The dependencies are the newest, the lowest that pyproject.toml allows, or in between; what was installed is printed.
 The tests run in a shuffled order; `--seed` repeats one.
 
-`make test` has run all tests but the slow ones on this machine's Python, with the newest dependencies. Here, the oldest
-Python with the lowest dependencies runs them all, too; the newest Python, with the next Hydra, runs what depends on the
-versions of Python, Hydra or Optuna; those between run a few tests, the slow ones, and what needs torch. The aim is less
-than an hour for all that, `make test` included, on two idle CPUs.
+`make test-all` has run every test but the slow ones on this machine's Python with the newest dependencies. Here, the
+oldest Python with the lowest dependencies and the newest Python with the next Hydra run the tests that depend on these
+versions, and of all others those marked smoke. The two Pythons between run what depends on packaging, the slow tests,
+and what needs torch. On two idle CPUs, all of CI should take less than 45 minutes.
 
 Each environment lives in `.matrix/<name>/` and is kept: a second run reinstalls only gpu-launcher itself,
 unless what it depends on has changed. The tests run in a copy of the tree that lacks the packages, so that what
@@ -44,10 +44,12 @@ class Environment:
     """Which release of each dependency in pyproject.toml the installer chooses, unless it is pinned below."""
     artifact: Literal["tree", "sdist", "wheel"]
     """What is installed: the tree itself (not editable), or what `python -m build` made of it."""
+    tests: tuple[str, ...]
+    """Files and directories whose tests are run, but for the slow ones."""
     hydra: str | None = None
     optuna: str | None = None
-    tests: tuple[str, ...] = ()
-    """What is run: all tests if empty."""
+    smoke: bool = False
+    """Whether the tests marked smoke are run in all other files, too."""
     slow: tuple[str, ...] = ()
     """Where the tests marked slow run, too; one environment is enough for each."""
     beside: tuple[str, ...] = ()
@@ -66,8 +68,14 @@ class Environment:
         return [(name, version) for name, version in (("hydra", self.hydra), ("optuna", self.optuna)) if version]
 
 
-DEPENDENT = ("tests/hydra", "tests/unit", "tests/studies", "tests/executors/test_cpython_suite.py")
-"""What depends on the versions of Python, Hydra or Optuna. Leases and the command line depend on the kernel more."""
+DEPENDENT = (
+    "tests/hydra",
+    "tests/unit",
+    "tests/studies",
+    "tests/executors/test_cpython_suite.py",
+    "tests/cli/test_main.py",
+)
+"""What depends on the versions of Python, Hydra, Optuna or Typer. Crashes, leases and users depend on the kernel."""
 PACKAGED = (
     "tests/hydra/test_contract.py",
     "tests/hydra/test_example_digits.py",
@@ -94,13 +102,14 @@ SWEEPERS = ("hydra-optuna-sweeper==1.4.0rc3", "hydra-nevergrad-sweeper==1.4.0rc3
 # The oldest and the newest of everything we support, each at least once; the longest first, so that two CPUs end
 # together. `make test` has the newest release of each dependency, too. The release candidate of Hydra has to be named.
 ENVIRONMENTS = (
-    Environment("3.10", dependencies="lowest", artifact="tree"),
+    Environment("3.10", dependencies="lowest", artifact="tree", tests=DEPENDENT, smoke=True),
     Environment(
         "3.13",
         dependencies="newest",
         hydra="1.4.0rc3",
         artifact="tree",
         tests=DEPENDENT,
+        smoke=True,
         beside=SWEEPERS,
     ),
     Environment(
@@ -110,7 +119,7 @@ ENVIRONMENTS = (
         optuna="4.9.0",
         artifact="sdist",
         tests=HISTORIES,
-        slow=("tests/crash/test_study_kills.py",),
+        slow=("tests/crash/test_study_kills.py", "tests/executors", "tests/security"),
         histories=100_000,
     ),
     Environment(
@@ -118,7 +127,7 @@ ENVIRONMENTS = (
         dependencies="newest",
         artifact="wheel",
         tests=DISTRIBUTED,
-        slow=("tests/unit", "tests/crash/test_stress.py"),
+        slow=("tests/hydra", "tests/unit", "tests/crash/test_stress.py"),
         ddp=True,
         beside=("torch==2.13.0",),
     ),
@@ -130,6 +139,8 @@ NOT_COPIED = shutil.ignore_patterns("__pycache__", "outputs", "multirun")
 
 RUNNING: set[subprocess.Popen[bytes]] = set()
 """Commands of all environments, each in a session of its own."""
+WORKERS = 2
+"""Processes that run the tests of one environment: they wait as much as they work."""
 LIMIT = 60 * 60  # seconds for each step; more than it needs on a busy machine
 
 CHECK_INSTALLED = """
@@ -304,10 +315,13 @@ def test(environment: Environment, home: Path, seed: int, pytest_arguments: Sequ
     step("installed", check, output, cwd=copy)
     print(f"{environment.name}: {last_line(Path(output.name))}", flush=True)
     order = ["--random-order", f"--random-order-seed={seed}"]
-    pytest = [str(binaries / "python"), "-m", "pytest", *order, "-m"]
+    pytest = [str(binaries / "python"), "-m", "pytest", "--workers", str(WORKERS), *order, "-m"]
     paths = [path for path in environment.tests if (copy / path).exists()]
     histories = {} if environment.histories is None else {"GPU_LAUNCHER_HISTORIES": str(environment.histories)}
     step("tests", [*pytest, "not slow", *(pytest_arguments or paths)], output, cwd=copy, **histories)
+    if environment.smoke and not pytest_arguments:
+        ignored = [f"--ignore={path}" for path in paths]
+        step("smoke tests", [*pytest, "smoke and not slow", *ignored], output, cwd=copy)
     if environment.slow and not pytest_arguments:
         step("slow tests", [*pytest, "slow", *environment.slow], output, cwd=copy)
 

@@ -49,6 +49,7 @@ def of(findings: list[tuple[str, str, str, str]], check: str, level: str) -> lis
     return [(text, remedy) for its, how, text, remedy in findings if (its, how) == (check, level)]
 
 
+@pytest.mark.smoke
 def test_a_healthy_machine_has_nothing_but_ok(lab: Lab) -> None:
     code, findings = examine(lab.cli)
     assert code == 0
@@ -89,6 +90,7 @@ def test_compute_modes_and_mig_without_instances_are_warned_of(lab: Lab) -> None
     assert any("GPU 2 is set to compute mode EXCLUSIVE_PROCESS" in text for text, _ in of(findings, "gpus", "warning"))
 
 
+@pytest.mark.smoke
 def test_a_lost_gpu_and_one_with_memory_errors_are_problems(lab: Lab) -> None:
     lab.machine.now("1.*.error 15", "2.ecc 3")
     code, findings = examine(lab.cli)

@@ -41,6 +41,7 @@ def sweep(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.smoke
 def test_it_lists_what_became_of_each_job(sweep: Path) -> None:
     done = jobs(str(sweep))
     assert done.returncode == 0, done.stderr

@@ -80,6 +80,7 @@ def run_map(tmp_path: Path) -> Map:
     return Map(tmp_path)
 
 
+@pytest.mark.smoke
 def test_a_grid_runs_and_each_run_has_its_directory_and_its_line(run_map: Map, tmp_path: Path) -> None:
     words = ("--param", "learning_rate=1e-3,1e-4", "--param", "batch_size=32,64", "--csv", *SIMULATED)
     done = run_map(*words, "--", sys.executable, "echo.py", "--params", "{json}", "{flags}", "{index}", "{gpu}")
@@ -216,6 +217,7 @@ def test_the_list_of_jobs_knows_the_runs_of_a_map(run_map: Map, tmp_path: Path) 
     assert "n=2" in listed.stdout
 
 
+@pytest.mark.smoke
 def test_failures_are_results_and_stop_nobody(run_map: Map, tmp_path: Path) -> None:
     (tmp_path / "fail.py").write_text(
         "import os, signal, sys, json, pathlib\n"
@@ -421,6 +423,7 @@ def test_the_example_runs_as_its_readme_says(run_map: Map, tmp_path: Path) -> No
 # Going on
 
 
+@pytest.mark.smoke
 def test_resuming_runs_what_did_not_complete(run_map: Map, tmp_path: Path) -> None:
     (tmp_path / "some.py").write_text(
         "import sys, pathlib, os\n"

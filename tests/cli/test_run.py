@@ -172,6 +172,7 @@ def test_the_help_and_the_document_name_every_option_and_exit_code(cli: Cli) -> 
 # What the command gets, and what comes back
 
 
+@pytest.mark.smoke
 def test_the_command_has_its_devices_and_nothing_else_is_changed(cli: Cli) -> None:
     code = (
         "import os, signal, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['CUDA_DEVICE_ORDER'], "
@@ -204,6 +205,7 @@ def test_the_command_ignores_what_a_command_ignores_that_the_shell_starts(cli: C
 
 
 @pytest.mark.parametrize("code", [0, 1, 75, 255])
+@pytest.mark.smoke
 def test_the_exit_code_is_the_commands(cli: Cli, code: int) -> None:
     assert cli(*ONE, "sh", "-c", f"exit {code}").returncode == code
 
@@ -384,6 +386,7 @@ def test_a_signal_while_it_waits_gives_the_place_in_line_back_at_once(
 PASSED_ON = ("TERM", "HUP", "INT", "QUIT", "USR1", "USR2", "ALRM", "WINCH")
 
 
+@pytest.mark.smoke
 def test_signals_sent_to_it_are_passed_on(start: Callable[..., Run], tmp_path: Path) -> None:
     run = start(*ONE, "--", *python(RECORDER, str(tmp_path / "gate")))
     assert run.line() == "ready"
@@ -465,6 +468,7 @@ def test_what_is_closed_stays_closed_and_nothing_else_takes_its_place(cli: Cli, 
 # Ends
 
 
+@pytest.mark.smoke
 def test_what_the_command_leaves_is_ended_before_its_devices_are_free(cli: Cli, start: Callable[..., Run]) -> None:
     run = start(*ONE, "--", *python(FAMILY, "1"))
     assert run.line() == "ready"

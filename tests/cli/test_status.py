@@ -43,6 +43,7 @@ def test_without_a_gpu_and_before_any_sweep_it_says_so_and_makes_nothing(cli: Cl
     assert not cli.pool.exists()
 
 
+@pytest.mark.smoke
 def test_what_another_program_holds_is_shown_with_user_pid_and_command(cli: Cli) -> None:
     holder = cli.hold(["simulated@3", 1, None, 0, "train.py #7 lr=0.1"])
     (line,) = rows(cli.lines("status"), "simulated GPU 3")
@@ -259,6 +260,7 @@ def test_every_key_of_the_json_is_explained(lab: Lab) -> None:
     assert paths - {"pool", "devices.memory", "queue.request"} <= explained
 
 
+@pytest.mark.smoke
 def test_the_json_says_what_the_table_says(lab: Lab) -> None:
     survey = lab.cli.json("status")
     assert [(one["label"], one["state"]) for one in survey["devices"]] == [

@@ -25,6 +25,7 @@ def painted(top: Terminal, text: str) -> Callable[[], bool]:
     return lambda: bool(top.frames) and any(text in line for line in top.frames[-1])
 
 
+@pytest.mark.smoke
 def test_it_shows_what_status_shows_and_changes_with_it(lab: Lab, terminal: Callable[..., Terminal]) -> None:
     top = terminal("top")
     top.read_until(painted(top, "train.py #0 lr=0.1"))

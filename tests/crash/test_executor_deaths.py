@@ -114,6 +114,7 @@ def assert_another_program_runs_at_once(world, sweep, start, method="fork"):
         ("program and manager and server", "fork"),
     ],
 )
+@pytest.mark.smoke
 def test_when_the_program_is_killed_nothing_of_it_is_left(world, start, kill_together, gone, who, method):
     sweep = start(method)
     running = sweep.running(2)
@@ -134,6 +135,7 @@ def test_when_the_program_is_killed_nothing_of_it_is_left(world, start, kill_tog
         ("manager and main", "fork"),
     ],
 )
+@pytest.mark.smoke
 def test_when_the_manager_is_killed_every_future_says_so_and_nothing_is_left(
     world, start, kill_together, gone, who, method
 ):

@@ -66,6 +66,7 @@ def assert_a_new_sweep_runs_at_once(world, sweep, method="fork"):
         ("launcher and server and supervisor", "spawn"),
     ],
 )
+@pytest.mark.smoke
 def test_when_the_launching_program_is_killed_nothing_of_it_is_left(world, kill_together, gone, who, method):
     sweep = world.start("n=0,1,2,3,4", method=method)
     running = sweep.running(2)  # the next job is prepared, or will be, and its ticket waits
@@ -87,6 +88,7 @@ def test_when_the_launching_program_is_killed_nothing_of_it_is_left(world, kill_
         ("guard and supervisor", "fork"),
     ],
 )
+@pytest.mark.smoke
 def test_when_the_fork_server_is_killed_its_jobs_are_gone_and_the_others_run(world, kill_together, gone, who, method):
     sweep = world.start("n=0,1,2,3,4", method=method)
     running = sweep.running(2)
@@ -149,6 +151,7 @@ def test_when_the_node_is_killed_its_jobs_fail_and_a_resumption_runs_them(world,
         ("supervisor and main", "was ended because its supervisor was killed"),
     ],
 )
+@pytest.mark.smoke
 def test_when_a_job_is_killed_its_descendants_are_gone_and_the_others_run(
     world, kill_together, is_alive, gone, who, why, method
 ):

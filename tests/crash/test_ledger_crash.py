@@ -196,6 +196,7 @@ def kill_job(pid: int) -> None:
     assert wait_for(gone)
 
 
+@pytest.mark.smoke
 def test_the_devices_of_a_killed_process_are_free_at_once(start, ledger):
     holder = start()
     holder("enqueue", "1", 2, "AB")
@@ -207,6 +208,7 @@ def test_the_devices_of_a_killed_process_are_free_at_once(start, ledger):
     assert ledger.claim(ticket) is not None
 
 
+@pytest.mark.smoke
 def test_a_killed_process_wakes_those_who_wait(start, ledger):
     holder = start()
     holder("enqueue", "1", 1, "A")
@@ -224,6 +226,7 @@ def test_a_killed_process_wakes_those_who_wait(start, ledger):
     assert ledger.claim(ticket) is not None
 
 
+@pytest.mark.smoke
 def test_a_job_keeps_its_devices_after_its_launcher_was_killed_until_it_ends(start, ledger):
     launcher = start()
     launcher("enqueue", "1", 1, "AB")
@@ -308,6 +311,7 @@ def go_through_every_step(process: Process) -> None:
 
 
 @pytest.mark.parametrize("die", STEPS)
+@pytest.mark.smoke
 def test_a_process_killed_at_any_step_leaves_a_working_pool(start, ledger, directory, die):
     """One that waits behind the victim, one that holds devices beside it, and one that comes afterwards."""
     bystander = start()

@@ -202,6 +202,7 @@ def test_stopped_by_a_signal_it_ends_its_runs_says_how_to_go_on_and_goes_on(app,
     assert ran(app) == dict.fromkeys(range(RUNS), 1)
 
 
+@pytest.mark.smoke
 def test_killed_it_takes_everything_with_it(app, wait_until):
     words = grid("bash", "-c", "setsid sleep 601 & sleep 602; echo {n}")
     process = start_map(app, *words, output=subprocess.DEVNULL)

@@ -180,6 +180,7 @@ def family(program: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return psutil.Process(program.pid).children(recursive=True)
 
 
+@pytest.mark.smoke
 def test_a_killed_program_leaves_no_process_and_its_trials_fail_with_the_next_one(world: World) -> None:
     program = world.start()
     world.running(2)

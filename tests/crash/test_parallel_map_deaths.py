@@ -77,6 +77,7 @@ DEATHS: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("death", DEATHS)
+@pytest.mark.smoke
 def test_a_worker_that_dies_once_is_replaced_and_its_record_dealt_again(
     pool: Where, tmp_path: Path, death: str
 ) -> None:
@@ -310,6 +311,7 @@ def dead(processes: list[psutil.Process]) -> bool:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.smoke
 def test_a_killed_program_leaves_nothing(
     program: Callable[[str], tuple[Any, list[psutil.Process]]], pool: Where, tmp_path: Path, method: str
 ) -> None:

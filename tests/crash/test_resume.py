@@ -141,6 +141,7 @@ def test_killed_at_any_point_a_sweep_is_resumed_and_no_finished_job_runs_again(a
     assert list((app / "sweep" / ".gpu_launcher").glob("launch-*")) == []
 
 
+@pytest.mark.smoke
 def test_what_completed_is_run_again_only_if_its_overrides_changed_or_nobody_asked_to_resume(app):
     assert sweep(app).returncode == 0
     assert ran(app) == dict.fromkeys(range(4), 1)

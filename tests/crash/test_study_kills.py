@@ -85,7 +85,8 @@ class World:
         command = [
             *(sys.executable, "app.py", "-m", "hydra/launcher=gpu_pool", "hydra.launcher.devices=simulated:4"),
             *("hydra/sweeper=optuna_async", "hydra/sweeper/sampler=random", "x=interval(0.0,1.0)"),
-            *(f"hydra.sweeper.storage={self.url}", "hydra.sweeper.study_name=shared", "hydra.sweep.dir=sweep"),
+            *(f"hydra.sweeper.storage={self.url}", "hydra.sweeper.study_name=shared"),
+            f"hydra.sweep.dir=sweep-{self.started}",
             *("hydra.sweeper.n_jobs=3", "hydra.sweeper.retry_stale=1000", *options),
         ]
         environment = {**os.environ, "GPU_LAUNCHER_POOL_DIR": str(self.directory / "pool")}
@@ -126,7 +127,7 @@ def test_no_trial_is_lost_or_run_twice_whoever_is_killed(tmp_path: Path) -> None
             world.keep_sweeping()
             ended = len(world.witness())
             goal = ended + world.chance.randrange(1, 12)
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 120
             while len(world.witness()) < goal and time.monotonic() < deadline:
                 time.sleep(0.02)
             if len(world.witness()) == ended:
@@ -143,6 +144,7 @@ def test_no_trial_is_lost_or_run_twice_whoever_is_killed(tmp_path: Path) -> None
     finally:
         for sweep in world.sweeps:
             sweep.kill()
+            sweep.wait()
     print(f"killed: {dict(killed)}; {world.started} sweeps; {len(study.trials)} trials")
     assert killed["program"]
     assert killed["another"]
@@ -177,6 +179,7 @@ def test_eight_sweeps_run_each_of_sixty_queued_trials_once(tmp_path: Path) -> No
     finally:
         for sweep in world.sweeps:
             sweep.kill()
+            sweep.wait()
     study = optuna.load_study(study_name="shared", storage=gpu_launcher.storage(world.url))
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * (total // sweeps + 1) * sweeps
     ran = Counter(entry["x"] for entry in world.witness() if "began" in entry)

@@ -107,6 +107,7 @@ def test_an_unknown_option_is_refused_by_hydra(run: Run, tmp_path: Path) -> None
     assert "Traceback" not in ran.stderr
 
 
+@pytest.mark.smoke
 def test_a_job_that_asks_for_what_it_cannot_get_fails_alone(run: Run, tmp_path: Path) -> None:
     wishes = ["1", "5", "-2", "many", "1.5", "'${missing}'", "4", "0"]
     ran = run(tmp_path, "plain.py", "-m", OF_THE_JOB, f"+x={','.join(wishes)}")

@@ -66,6 +66,7 @@ def number(request: pytest.FixtureRequest) -> int:
     return value
 
 
+@pytest.mark.smoke
 def test_a_job_knows_its_number_its_directory_and_its_overrides(sweep: Sweep, number: int) -> None:
     found = sweep.found(number)
     assert found["num"] == number
@@ -138,6 +139,7 @@ def test_callbacks_of_the_job_run_in_it_and_those_of_the_sweep_in_the_launcher(s
     assert sweep.read("multirun_end.json")["pid"] == sweep.launcher
 
 
+@pytest.mark.smoke
 def test_each_job_has_as_many_devices_as_its_own_config_says_and_nobody_elses(sweep: Sweep) -> None:
     masks = [sweep.found(number)["environment"]["CUDA_VISIBLE_DEVICES"].split(",") for number in (0, 1)]
     assert [len(mask) for mask in masks] == [1, 2]
@@ -156,6 +158,7 @@ def test_the_mask_is_set_before_callbacks_and_before_what_hydras_config_reads(sw
     assert "logged" in (sweep.job(number) / f"on-gpu-{mask}.log").read_text()
 
 
+@pytest.mark.smoke
 def test_the_log_has_everything_that_the_job_and_its_children_print(sweep: Sweep, number: int) -> None:
     log = (sweep.job(number) / "job.log").read_text()
     printed = ["to stdout", "to stderr", "by C", "by a child"]

@@ -71,6 +71,7 @@ def test_it_sweeps_with_hydras_own_launcher(tmp_path: Path) -> None:
     assert len(logs(tmp_path)) == 4
 
 
+@pytest.mark.smoke
 def test_it_sweeps_over_simulated_devices_with_gpu_pool(tmp_path: Path) -> None:
     done = train(tmp_path, *SWEEP, *GPU_POOL)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -57,6 +57,7 @@ def alive(directory: Path) -> list[int]:
         ("spawn", signal.SIGTERM, 128 + signal.SIGTERM),
     ],
 )
+@pytest.mark.smoke
 def test_jobs_may_clean_up_and_are_killed_when_the_grace_is_over(
     start: Start, tmp_path: Path, method: str, signum: int, status: int
 ) -> None:

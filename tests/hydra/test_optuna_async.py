@@ -100,6 +100,7 @@ def importances(stdout: str) -> dict[str, list[float]]:
 # What it takes over from the official sweeper
 
 
+@pytest.mark.smoke
 def test_the_best_trial_is_found_shown_and_saved(run: Run, tmp_path: Path) -> None:
     done = sweep(run, tmp_path, SPACE, "y=choice(0.0,5.0)", "hydra.sweeper.n_trials=12")
     trials = study(tmp_path).trials
@@ -249,6 +250,7 @@ def test_ctrl_c_in_a_batch_leaves_no_trial_running_and_says_how_to_go_on(
 # Pruning
 
 
+@pytest.mark.smoke
 def test_a_pruned_trial_counts_as_pruned_with_its_last_value(run: Run, tmp_path: Path) -> None:
     options = ("hydra.sweeper.pruner={name: threshold, upper: 3.0}", "hydra.sweeper.n_jobs=1")
     done = sweep(run, tmp_path, SPACE, "does=reports", "hydra.sweeper.n_trials=5", *options)
@@ -475,6 +477,7 @@ def test_resume_of_the_launcher_is_answered_with_what_happens_instead(run: Run, 
     assert states(study(tmp_path)) == ["COMPLETE"] * 2
 
 
+@pytest.mark.smoke
 def test_ctrl_c_leaves_no_trial_running_and_the_next_sweep_runs_those_again(
     run: Run, start: Start, tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ def sweep(run: Run, directory: Path, *arguments: str) -> subprocess.CompletedPro
         ("oom", "raised RuntimeError: training failed"),
     ],
 )
+@pytest.mark.smoke
 def test_a_failed_job_is_run_again_in_its_directory_and_each_log_is_kept(
     run: Run, tmp_path: Path, kind: str, why: str, method: str
 ) -> None:

@@ -140,6 +140,7 @@ def until(holds: Callable[[], Any]) -> Any:
     return found
 
 
+@pytest.mark.smoke
 def test_two_jobs_share_a_device_by_halves_and_are_told_so_and_a_third_waits(sweeps):
     sweep = sweeps.start("hydra.launcher.gpus=0.5", "hydra.launcher.enforce_memory=true", "+hold=1", "+name=0,1,2")
     began = [said(sweep, "started on").split("job ")[1][0] for _ in range(2)]
