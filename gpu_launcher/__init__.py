@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gpu_launcher.executors.parallel_map import ParallelMap, parallel_map
     from gpu_launcher.executors.pool_executor import PoolExecutor
     from gpu_launcher.executors.record_errors import RecordError, UnreadableError, WorkerDiedError
-    from gpu_launcher.jobs.remote import ManagerDiedError
+    from gpu_launcher.jobs.node_client import NodeDiedError
     from gpu_launcher.pool import Pool
     from gpu_launcher.studies.optimize import optimize
     from gpu_launcher.studies.storage import storage
@@ -49,7 +49,7 @@ else:
         "JobTimeoutError": "gpu_launcher.errors",
         "Lease": "gpu_launcher.allocation.lease",
         "LeaseTimeout": "gpu_launcher.errors",
-        "ManagerDiedError": "gpu_launcher.jobs.remote",
+        "NodeDiedError": "gpu_launcher.jobs.node_client",
         "OptionError": "gpu_launcher.errors",
         "ParallelMap": "gpu_launcher.executors.parallel_map",
         "Pool": "gpu_launcher.pool",
@@ -93,7 +93,7 @@ __all__ = [
     "JobTimeoutError",
     "Lease",
     "LeaseTimeout",
-    "ManagerDiedError",
+    "NodeDiedError",
     "OptionError",
     "ParallelMap",
     "Pool",

@@ -25,7 +25,7 @@ from gpu_launcher.devices.specification import read_specification
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs import remarks
-from gpu_launcher.jobs.manager_messages import Remarked
+from gpu_launcher.jobs.node_messages import Remarked
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.jobs.where import Where, this_program
 from gpu_launcher.leases import FileLedger, HeldLease, choose_pool_directory, resolve_pool_directory

@@ -1,4 +1,4 @@
-"""The thread of an executor: it takes calls to the manager process, and what became of them to their futures."""
+"""The thread of an executor: it takes calls to the node, and what became of them to their futures."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Cause, Job, JobResult
-from gpu_launcher.jobs.manager_messages import Closed, Ended, Heard, Remarked, Wanted
-from gpu_launcher.jobs.remote import RemoteLoop, busy, calling_back, harmless_thread
+from gpu_launcher.jobs.node_client import RemoteLoop, busy, calling_back, harmless_thread
+from gpu_launcher.jobs.node_messages import Closed, Ended, Heard, Remarked, Wanted
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import RemoteTraceback, describe
 from gpu_launcher.processes.unpicklable import found_at
@@ -49,7 +49,7 @@ class Submitted:
 
 @dataclass(slots=True)
 class _Offered:
-    """A call that the manager has."""
+    """A call that the node has."""
 
     future: Future[Any]
     name: str
@@ -71,7 +71,7 @@ class Courier:
         self._cancelled: deque[int] = deque()
         """Offered calls that the user has cancelled."""
         self._wanted = 0
-        """How many calls more the manager would take now."""
+        """How many calls more the node would take now."""
         self._ready = False
         """Whether it has said so once."""
         self._flowing = False
@@ -82,7 +82,7 @@ class Courier:
         """When to cancel even what could perhaps begin at once, if what has not begun is to be cancelled."""
         self._exhausted = False
         self._stops = 0
-        """How many times it was told to stop, of which the manager knows `_stops_said`."""
+        """How many times it was told to stop, of which the node knows `_stops_said`."""
         self._stops_said = 0
         self._remark = ""
         self._process = os.getpid()
@@ -223,7 +223,7 @@ class Courier:
                     call.future.cancel()
 
     def _withdraw(self) -> None:
-        """Tell the manager which calls are not wanted any more."""
+        """Tell the node which calls are not wanted any more."""
         while self._cancelled:
             number = self._cancelled.popleft()
             if number in self._offered and self._begin(number) is None:
@@ -258,7 +258,7 @@ class Courier:
         return False
 
     def _job(self, call: Submitted) -> Job | None:
-        """As the manager takes it. A call that cannot be handed over fails."""
+        """As the node takes it. A call that cannot be handed over fails."""
         number, name = self._number, _name(call.function)
         self._number += 1
         directory = self._loop.directory

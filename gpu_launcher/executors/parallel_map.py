@@ -13,9 +13,9 @@ from gpu_launcher.executors import record_worker as w
 from gpu_launcher.executors.dealing import Dealer
 from gpu_launcher.executors.progress import open_bar
 from gpu_launcher.executors.record_engine import RecordEngine
-from gpu_launcher.jobs.manager_messages import Opened, Remarked
+from gpu_launcher.jobs.node_client import RemoteLoop
+from gpu_launcher.jobs.node_messages import Opened, Remarked
 from gpu_launcher.jobs.remarks import log
-from gpu_launcher.jobs.remote import RemoteLoop
 from gpu_launcher.jobs.where import this_program
 from gpu_launcher.model import MILLIONTHS, Device, Request
 from gpu_launcher.pool import Pool, read_pool
@@ -74,7 +74,7 @@ def parallel_map(
 
     Raises OptionError for what cannot be used, DeviceError and PoolDirectoryError, before any worker is started; and
     from the iteration what `setup` raises, what `records` raises after the results of the records before that,
-    WorkerDiedError if workers cannot set themselves up without dying, and ManagerDiedError.
+    WorkerDiedError if workers cannot set themselves up without dying, and NodeDiedError.
     """
     iterator = _iterate(records)
     function = _checked(setup, function)

@@ -17,7 +17,7 @@ from gpu_launcher.errors import OptionError
 from gpu_launcher.executors.calls import Calls
 from gpu_launcher.executors.courier import BrokenPoolExecutor, Courier, Submitted
 from gpu_launcher.jobs import remarks
-from gpu_launcher.jobs.remote import RemoteLoop
+from gpu_launcher.jobs.node_client import RemoteLoop
 from gpu_launcher.jobs.where import this_program
 from gpu_launcher.pool import Pool, read_pool
 from gpu_launcher.processes.fork_server_client import StartMethod

@@ -20,9 +20,9 @@ from gpu_launcher.executors.record_errors import RecordError, RemoteTraceback, U
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job, JobResult
-from gpu_launcher.jobs.manager_messages import Closed, Ended, Heard, Message, Opened, Remarked, Started, Wanted
+from gpu_launcher.jobs.node_client import NodeDiedError, RemoteLoop
+from gpu_launcher.jobs.node_messages import Closed, Ended, Heard, Message, Opened, Remarked, Started, Wanted
 from gpu_launcher.jobs.remarks import log
-from gpu_launcher.jobs.remote import ManagerDiedError, RemoteLoop
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.wording import count, device_names
@@ -87,7 +87,7 @@ class RecordEngine:
         self._number = 0
         """The next worker's."""
         self._wanted = 0
-        """How many workers more the manager could start."""
+        """How many workers more the node could start."""
         self._errors = 0
         self._died_starting = 0
         """How many times workers died before they were ready, one after another."""
@@ -100,7 +100,7 @@ class RecordEngine:
         self._fatal: BaseException | None = None
         """What ends the iteration, once the results that are there have come out."""
         self._ending = self._over = False
-        """Whether the manager was told that there is nothing more to do, and whether it is gone."""
+        """Whether the node was told that there is nothing more to do, and whether it is gone."""
         self._closed = False
         self._begun = threading.Event()
         """Whether a result was asked for."""
@@ -236,7 +236,7 @@ class RecordEngine:
         if self._fatal is None:
             try:
                 self._loop.say(what)
-            except ManagerDiedError as error:
+            except NodeDiedError as error:
                 self._fatal = error
 
     def _receive(self, *, wait: bool, most: float | None = None) -> None:
@@ -247,7 +247,7 @@ class RecordEngine:
             milliseconds = 0.0
             try:
                 self._handle(self._loop.receive())
-            except ManagerDiedError as error:
+            except NodeDiedError as error:
                 self._fatal = error
         if wait:
             self._show()
@@ -269,7 +269,7 @@ class RecordEngine:
             case Closed():
                 self._over = True
             case Opened():
-                raise TypeError(f"the manager says {message!r}")
+                raise TypeError(f"the node says {message!r}")
 
     def _hear(self, number: int, worker: _Worker, what: object) -> None:
         match what:

@@ -33,10 +33,10 @@ from gpu_launcher.jobs.events import (
     SweepStarted,
 )
 from gpu_launcher.jobs.job import Cause, Job, JobResult
-from gpu_launcher.jobs.manager_messages import BeginRun, Closed, Ended, Heard, Message, Wanted
 from gpu_launcher.jobs.manifest import Entry, Recorded, Recorder, finished_before, new_reports, read
+from gpu_launcher.jobs.node_client import LocalNode, NodeDiedError
+from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Heard, Message, Wanted
 from gpu_launcher.jobs.progress import open_progress
-from gpu_launcher.jobs.remote import LocalNode, ManagerDiedError
 from gpu_launcher.jobs.reports import ReportError, read_report
 from gpu_launcher.jobs.running import judge
 from gpu_launcher.jobs.signals import StopSignals
@@ -218,7 +218,7 @@ class _Head:
                     if self._source is not None:
                         self._source.tick()
                     self._progress.tick(time.monotonic())
-            except ManagerDiedError as error:
+            except NodeDiedError as error:
                 self._lose_node(str(error))
             except BaseException:
                 self._node.close()  # before anything is said to be over

@@ -7,7 +7,7 @@ import math
 import time
 from collections import deque
 
-from gpu_launcher.jobs.manager_messages import Remarked
+from gpu_launcher.jobs.node_messages import Remarked
 
 logger = logging.getLogger("gpu_launcher")
 

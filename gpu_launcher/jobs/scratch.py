@@ -1,6 +1,6 @@
 """Directories for the files of a program's jobs, which are gone when the program is, or at the next start of any.
 
-Each is locked by its program and that program's manager. If both are killed together nobody is left to remove it, and
+Each is locked by its program and that program's node. If both are killed together nobody is left to remove it, and
 its lock is free: so whoever makes one removes what it finds unlocked.
 """
 

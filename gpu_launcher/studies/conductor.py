@@ -21,13 +21,13 @@ from optuna.progress_bar import _ProgressBar
 from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.errors import GpuLauncherError, JobError
-from gpu_launcher.jobs import manager_messages as manager
+from gpu_launcher.jobs import node_messages as node
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.machine import ENDING
-from gpu_launcher.jobs.remote import RemoteLoop
+from gpu_launcher.jobs.node_client import RemoteLoop
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.jobs.where import GRACE
 from gpu_launcher.model import MILLIONTHS, WHOLE, Device
@@ -90,7 +90,7 @@ class Conductor:
         self._began = time.monotonic()
         self._next_look = self._began + LOOK
 
-        self._heard: deque[manager.Message] = deque()
+        self._heard: deque[node.Message] = deque()
         """What was heard and has not been heeded; a KeyboardInterrupt may come in between."""
         self._jobs = 0
         """How many were offered, which is the next one's number."""
@@ -161,7 +161,7 @@ class Conductor:
                     break
             self._heard.append(self._loop.receive())
             patience = 0.0
-            if isinstance(self._heard[-1], manager.Closed):
+            if isinstance(self._heard[-1], node.Closed):
                 break
 
     def _take(self) -> None:
@@ -169,22 +169,22 @@ class Conductor:
         judged: dict[int, d.ShallPrune] = {}
         while self._heard:
             match self._heard.popleft():
-                case manager.Wanted(count):
+                case node.Wanted(count):
                     self._wanted += count
-                case manager.Started(job, devices):
+                case node.Started(job, devices):
                     self._devices[job] = devices
                     self._early.append(job)
-                case manager.Heard(job, d.ShallPrune() as question):
+                case node.Heard(job, d.ShallPrune() as question):
                     judged[job] = question
-                case manager.Heard(job, d.Call() as call):
+                case node.Heard(job, d.Call() as call):
                     self._call(job, call)
-                case manager.Heard(job, (d.Returned() | d.Pruned() | d.Raised()) as ending):
+                case node.Heard(job, (d.Returned() | d.Pruned() | d.Raised()) as ending):
                     self._ended(job, ending)
-                case manager.Ended(result):
+                case node.Ended(result):
                     self._gone(result)
-                case manager.Remarked() as remark:
+                case node.Remarked() as remark:
                     remarks.log(remark)
-                case manager.Closed(error):
+                case node.Closed(error):
                     self._closed = True
                     if error is not None:
                         self._give_up(error)
@@ -303,7 +303,7 @@ class Conductor:
         reports: dict[int, dict[int, float]] = {}
         for message in self._heard:
             match message:
-                case manager.Heard(job, d.Intermediate(step, value)) if job in self._trial_of:
+                case node.Heard(job, d.Intermediate(step, value)) if job in self._trial_of:
                     reports.setdefault(self._trial_of[job], {})[step] = value
         try:
             ended = self._trials.report(reports)

@@ -16,7 +16,7 @@ from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.identity import ProcessIdentity
-from gpu_launcher.jobs.remote import RemoteLoop
+from gpu_launcher.jobs.node_client import RemoteLoop
 from gpu_launcher.jobs.where import this_program
 from gpu_launcher.pool import Pool, read_pool
 from gpu_launcher.processes.fork_server_client import StartMethod
@@ -70,7 +70,7 @@ def optimize(
     Ctrl-C interrupts the trials that run; they fail, and KeyboardInterrupt is raised.
 
     Raises OptionError, DeviceError and PoolDirectoryError before any trial is run, what the objective, the sampler or a
-    callback raises, and ManagerDiedError if the process that starts the others is killed.
+    callback raises, and NodeDiedError if the process that starts the others is killed.
     """
     if not isinstance(study, optuna.Study):
         raise OptionError("study", f"{study!r} is no optuna.Study: give the study, and then the objective")

@@ -21,7 +21,7 @@ from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.head import SweepResult, run_jobs
 from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.labels import Labels
-from gpu_launcher.jobs.remote import LocalNode
+from gpu_launcher.jobs.node_client import LocalNode
 from gpu_launcher.jobs.source import JobSource
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.wording import count

@@ -21,7 +21,7 @@ from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.labels import Labels
-from gpu_launcher.jobs.remote import LocalNode
+from gpu_launcher.jobs.node_client import LocalNode
 from gpu_launcher.processes.exceptions import reason
 from gpu_launcher.studies.desk import Asked, Ending, How, Summary, Unusable
 from gpu_launcher.studies.ownership import Sweep

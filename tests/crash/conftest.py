@@ -118,7 +118,7 @@ from pathlib import Path
 
 
 def watch():
-    from gpu_launcher.jobs import manager
+    from gpu_launcher.jobs import node
     from hydra_plugins.gpu_pool_launcher import _launch
 
     def checkpoint(name):
@@ -137,7 +137,7 @@ def watch():
 
     original = _launch.launch
     _launch.launch = launch
-    manager.JobLoop = functools.partial(manager.JobLoop, checkpoint=checkpoint)
+    node.JobLoop = functools.partial(node.JobLoop, checkpoint=checkpoint)
 """
 
 

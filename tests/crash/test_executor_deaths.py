@@ -81,11 +81,11 @@ def gone(world, wait_until, is_alive):
 
 
 def part(sweep, name, number):
-    """The program, what is between it and a call (`manager`, `guard`, `server`, `supervisor`), or of its tree."""
+    """The program, what is between it and a call (`node`, `guard`, `server`, `supervisor`), or of its tree."""
     if name == "program":
         return psutil.Process(sweep.process.pid)
     above = psutil.Process(sweep.witness(number)["main"]).parents()
-    between = dict(zip(("supervisor", "server", "guard", "manager", "program"), above, strict=False))
+    between = dict(zip(("supervisor", "server", "guard", "node", "program"), above, strict=False))
     assert between["program"].pid == sweep.process.pid
     return between.get(name) or sweep.tree(number)[name]
 
@@ -104,14 +104,14 @@ def assert_another_program_runs_at_once(world, sweep, start, method="fork"):
     [
         ("program", "fork"),
         ("program", "spawn"),
-        ("program and manager", "fork"),
-        ("program and manager", "spawn"),
+        ("program and node", "fork"),
+        ("program and node", "spawn"),
         ("program and guard", "fork"),
         ("program and server", "fork"),
         ("program and supervisor", "fork"),
         ("program and main", "fork"),
-        ("program and manager and guard", "fork"),
-        ("program and manager and server", "fork"),
+        ("program and node and guard", "fork"),
+        ("program and node and server", "fork"),
     ],
 )
 @pytest.mark.smoke
@@ -127,16 +127,16 @@ def test_when_the_program_is_killed_nothing_of_it_is_left(world, start, kill_tog
 @pytest.mark.parametrize(
     ("who", "method"),
     [
-        ("manager", "fork"),
-        ("manager", "spawn"),
-        ("manager and guard", "fork"),
-        ("manager and server", "fork"),
-        ("manager and supervisor", "fork"),
-        ("manager and main", "fork"),
+        ("node", "fork"),
+        ("node", "spawn"),
+        ("node and guard", "fork"),
+        ("node and server", "fork"),
+        ("node and supervisor", "fork"),
+        ("node and main", "fork"),
     ],
 )
 @pytest.mark.smoke
-def test_when_the_manager_is_killed_every_future_says_so_and_nothing_is_left(
+def test_when_the_node_is_killed_every_future_says_so_and_nothing_is_left(
     world, start, kill_together, gone, who, method
 ):
     sweep = start(method)
@@ -148,7 +148,7 @@ def test_when_the_manager_is_killed_every_future_says_so_and_nothing_is_left(
     assert len(returns) == 5
     for kind, said in returns:
         # The death of the call itself may have been told before.
-        assert kind == "BrokenPoolExecutor" or (who == "manager and main" and kind == "JobError")
+        assert kind == "BrokenPoolExecutor" or (who == "node and main" and kind == "JobError")
         assert re.search("was killed", said)
     gone(processes, everything=True)
     assert_another_program_runs_at_once(world, sweep, start, method)
@@ -231,7 +231,7 @@ def test_ctrl_c_ends_the_calls_with_the_program(world, start, gone):
     assert_another_program_runs_at_once(world, sweep, start)
 
 
-@pytest.mark.parametrize("who", ["manager", "guard", "server", "supervisor"])
+@pytest.mark.parametrize("who", ["node", "guard", "server", "supervisor"])
 def test_what_watches_over_calls_may_be_stopped_when_the_program_is_killed(world, start, gone, who):
     sweep = start()
     running = sweep.running(2)
@@ -239,6 +239,6 @@ def test_what_watches_over_calls_may_be_stopped_when_the_program_is_killed(world
     watcher = part(sweep, who, running[0])
     watcher.suspend()
     sweep.process.kill()
-    if who in ("manager", "guard"):  # nobody ends those who stand above all others
+    if who in ("node", "guard"):  # nobody ends those who stand above all others
         watcher.resume()
     gone(processes, everything=True)

@@ -23,7 +23,7 @@ import functools, itertools, os, signal, sys, time
 
 from gpu_launcher.cli.main import main
 from gpu_launcher.cli.mapping import results
-from gpu_launcher.jobs import manager
+from gpu_launcher.jobs import node
 
 passed = itertools.count(1)
 point, _, times = os.environ.get("DIE_AT", "").partition(":")
@@ -49,7 +49,7 @@ class Results(results.Results):
         checkpoint("line written")
 
 
-manager.JobLoop = functools.partial(manager.JobLoop, checkpoint=checkpoint)
+node.JobLoop = functools.partial(node.JobLoop, checkpoint=checkpoint)
 from gpu_launcher.cli.mapping import launch
 launch.Results = Results
 main()

@@ -176,7 +176,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 def family(program: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """Its manager first, then fork server, supervisors and jobs."""
+    """Its node first, then fork server, supervisors and jobs."""
     return psutil.Process(program.pid).children(recursive=True)
 
 
@@ -235,14 +235,14 @@ def test_trials_of_a_living_program_are_left_alone(world: World) -> None:
     assert world.states() == ["complete"] * 3
 
 
-def test_without_its_manager_the_program_ends_and_its_trials_fail(world: World) -> None:
+def test_without_its_node_the_program_ends_and_its_trials_fail(world: World) -> None:
     program = world.start()
     world.running(2)
-    manager, *rest = family(program)
-    manager.kill()
+    node, *rest = family(program)
+    node.kill()
     assert program.wait(PATIENCE) == 1
-    assert "ManagerDiedError" in world.output().read_text()
-    until(lambda: not any(map(alive, rest)), "jobs outlive their manager", 15)
+    assert "NodeDiedError" in world.output().read_text()
+    until(lambda: not any(map(alive, rest)), "jobs outlive their node", 15)
     assert world.states() == ["fail", "fail"]
 
 
@@ -326,7 +326,7 @@ def test_however_often_ctrl_c_is_pressed_each_trial_is_told(world: World, stubbo
     assert "could not be marked as failed" not in world.output().read_text()
 
 
-OURS = ("supervisor", "server", "guard", "manager", "program")
+OURS = ("supervisor", "server", "guard", "node", "program")
 """What is above a job, in this order."""
 
 

@@ -22,7 +22,7 @@ import pytest
 
 from gpu_launcher.executors.parallel_map import parallel_map
 from gpu_launcher.executors.record_errors import RecordError, WorkerDiedError
-from gpu_launcher.jobs.remote import ManagerDiedError
+from gpu_launcher.jobs.node_client import NodeDiedError
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
 from gpu_launcher.processes.linux import die_with_parent
@@ -219,8 +219,8 @@ def test_a_dead_fork_server_costs_what_its_workers_did(pool: Where, part: str) -
 
     results = parallel_map(range(100), function=work, pool=pool)
     found = list(itertools.islice(results, 10))
-    manager = newest_child()
-    guard = manager.children()[0]
+    node = newest_child()
+    guard = node.children()[0]
     (guard if part == "guard" else guard.children()[0]).kill()
     assert found + list(results) == list(range(100))
 
@@ -229,7 +229,7 @@ def newest_child() -> psutil.Process:
     return max(psutil.Process().children(), key=lambda child: child.create_time())
 
 
-def test_a_dead_manager_is_an_error_after_the_results_that_are_there(pool: Where) -> None:
+def test_a_dead_node_is_an_error_after_the_results_that_are_there(pool: Where) -> None:
     def work(record: int) -> int:
         time.sleep(0.01)
         return record
@@ -238,7 +238,7 @@ def test_a_dead_manager_is_an_error_after_the_results_that_are_there(pool: Where
     found = list(itertools.islice(results, 10))
     tree = newest_child().children(recursive=True)
     newest_child().kill()
-    with pytest.raises(ManagerDiedError):
+    with pytest.raises(NodeDiedError):
         found.extend(results)  # what it got stays there
     assert found == list(range(len(found)))
     until(lambda: not any(process.is_running() and process.status() != "zombie" for process in tree))
@@ -295,7 +295,7 @@ def program(tmp_path: Path, pool: Where) -> Iterator[Callable[[str], tuple[Any, 
 
         def is_whole() -> bool:
             tree[:] = psutil.Process(process.pid).children(recursive=True)
-            return len(tree) >= 7  # manager, guard, server, two supervisors, two workers
+            return len(tree) >= 7  # node, guard, server, two supervisors, two workers
 
         until(is_whole)
         return process, tree

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from gpu_launcher.jobs import manager
+from gpu_launcher.jobs import node
 from hydra_plugins.gpu_pool_launcher import _launch
 
 HERE = Path(__file__).parent
@@ -50,7 +50,7 @@ def launch(*arguments):
 
 original = _launch.launch
 _launch.launch = launch
-manager.JobLoop = functools.partial(manager.JobLoop, checkpoint=checkpoint)
+node.JobLoop = functools.partial(node.JobLoop, checkpoint=checkpoint)
 
 
 @dataclass

@@ -642,16 +642,16 @@ def test_what_the_pool_cannot_give_is_refused_at_the_first_call(tmp_path: Path) 
 # Those who start the calls are killed.
 
 
-def manager() -> psutil.Process:
+def node() -> psutil.Process:
     (found,) = psutil.Process().children()
     return found
 
 
-def test_without_its_manager_an_executor_is_broken(pool: Where, tmp_path: Path) -> None:
+def test_without_its_node_an_executor_is_broken(pool: Where, tmp_path: Path) -> None:
     with PoolExecutor(max_workers=1, pool=pool) as executor:
         futures = [executor.submit(touch_and_wait, tmp_path) for _ in range(10)]
         wait_until((tmp_path / "begun").exists)
-        manager().kill()
+        node().kill()
         errors = [future.exception() for future in futures]
         assert all(isinstance(error, BrokenExecutor) for error in errors)
         assert "touch_and_wait() was not finished: the process that starts jobs was killed" in str(errors[0])
@@ -665,7 +665,7 @@ def test_without_its_fork_server_an_executor_starts_another_one(pool: Where, tmp
         first = executor.submit(touch_and_wait, tmp_path)
         more = [executor.submit(abs, -number) for number in range(5)]
         wait_until((tmp_path / "begun").exists)
-        (guard,) = manager().children()
+        (guard,) = node().children()
         (server,) = guard.children()
         server.kill()
         with pytest.raises(JobError, match="was ended because the fork server was killed"):

@@ -29,8 +29,8 @@ from gpu_launcher.errors import GpuLauncherError, OptionError
 from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.head import SweepResult, run_jobs
 from gpu_launcher.jobs.job import Cause
+from gpu_launcher.jobs.node_client import LocalNode
 from gpu_launcher.jobs.progress import open_progress
-from gpu_launcher.jobs.remote import LocalNode
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.requests import read_request

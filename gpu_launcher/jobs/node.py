@@ -1,4 +1,4 @@
-"""The node: the process that runs the jobs of a program, its head. See `jobs.remote` for the head's side.
+"""The node: the process that runs the jobs of a program, its head. See `jobs.node_client` for the head's side.
 
 Theory of operation. The head forks the node before it has threads of ours. The node is single-threaded, so it can fork
 at any time, and has a session of its own, so signals come to it alone. It forks the fork server, and then runs one job
@@ -36,7 +36,7 @@ from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Event, GaveUp, JobEnded, JobStarted, JobWaiting, Notice, Progress
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.loop import JobLoop
-from gpu_launcher.jobs.manager_messages import (
+from gpu_launcher.jobs.node_messages import (
     Begin,
     BeginRun,
     Closed,
@@ -72,7 +72,7 @@ class _EndedError(Exception):
 
 
 @dataclass
-class Manager:
+class Node:
     """What the node inherits from the program that forks it."""
 
     channel: socket.socket

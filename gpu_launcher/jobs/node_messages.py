@@ -1,4 +1,4 @@
-"""What a manager and the program that it runs jobs for tell each other, apart from what is in `jobs.source`."""
+"""What a node and the program that it runs jobs for tell each other, apart from what is in `jobs.source`."""
 
 from __future__ import annotations
 

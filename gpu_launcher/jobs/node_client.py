@@ -1,4 +1,4 @@
-"""The head's side of a node: starting it, talking to it, and ending it. See `jobs.manager` for the other side.
+"""The head's side of a node: starting it, talking to it, and ending it. See `jobs.node` for the other side.
 
 The node is forked from the program before that has any thread of ours, and forks the fork server. The program is the
 head: the source of the node's jobs, at the other end of a socket. It is asked for jobs, and told what becomes of them.
@@ -20,8 +20,8 @@ from typing import Any
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.directory import as_proposed
-from gpu_launcher.jobs.manager import LogFile, Manager
-from gpu_launcher.jobs.manager_messages import Begin, BeginRun, Closed, End, Message, NodeReady, Opened, Remarked
+from gpu_launcher.jobs.node import LogFile, Node
+from gpu_launcher.jobs.node_messages import Begin, BeginRun, Closed, End, Message, NodeReady, Opened, Remarked
 from gpu_launcher.jobs.reports import ReportFiles
 from gpu_launcher.jobs.scratch import Scratch
 from gpu_launcher.jobs.sweep import Options, portable
@@ -58,8 +58,8 @@ def _forget_threads() -> None:
 os.register_at_fork(after_in_child=_forget_threads)
 
 
-class ManagerDiedError(GpuLauncherError):
-    """The manager process was killed, and its jobs have ended with it."""
+class NodeDiedError(GpuLauncherError):
+    """The node was killed, and its jobs have ended with it."""
 
 
 class LocalNode:
@@ -93,7 +93,7 @@ class LocalNode:
         self.early: list[Message] = []
         """What was said before the pool of a run was open."""
         _flush()
-        manager = Manager(
+        node = Node(
             channel=theirs,
             program_process=self._process,
             scratch=None if self._scratch is None else self._scratch.path,
@@ -107,7 +107,7 @@ class LocalNode:
             open_files=OpenFiles.of_this_process(besides=keep) if open_files is None else open_files,
         )
         with tqdm_monitors_paused():
-            harmless, calling = self._fork(manager)
+            harmless, calling = self._fork(node)
             theirs.close()
             # Right after the fork, for which OpenBLAS and the like shut their threads down.
             names = other_threads(besides=harmless | {threading.get_native_id()})
@@ -116,7 +116,7 @@ class LocalNode:
             unsafe += ", and one of them calls back what was given to add_done_callback, or a handler of log messages"
         self.say(Begin(unsafe if names else None))
 
-    def _fork(self, manager: Manager) -> tuple[set[int], bool]:
+    def _fork(self, node: Node) -> tuple[set[int], bool]:
         """Returns which threads are harmless, and whether one of them calls the user's code."""
         try:
             with (
@@ -130,7 +130,7 @@ class LocalNode:
                 if self._pid == 0:
                     signals.forget()
             if self._pid == 0:
-                manager.be(self._channel)
+                node.be(self._channel)
         finally:
             if os.getpid() != self._process:  # Ctrl-C at its very beginning: nothing of the program is to run in it
                 os._exit(1)
@@ -157,7 +157,7 @@ class LocalNode:
     def _refuse(self, message: Message) -> None:
         assert isinstance(message, Closed), message
         self.close()
-        raise message.error or ManagerDiedError("the process that starts jobs has ended")
+        raise message.error or NodeDiedError("the process that starts jobs has ended")
 
     @property
     def is_ours(self) -> bool:
@@ -174,7 +174,7 @@ class LocalNode:
         return self._channel.fileno()
 
     def receive(self) -> Message:
-        """Wait for the next thing that the manager says. Raises ManagerDiedError."""
+        """Wait for the next thing that the node says. Raises NodeDiedError."""
         try:
             message: Message = receive(self._channel)[0]
         except (ChannelClosedError, OSError):  # OSError: `close` was called meanwhile
@@ -184,7 +184,7 @@ class LocalNode:
     def say(self, what: s.Statement | Begin | BeginRun) -> None:
         """Begin a run, offer a job that was wanted, answer one, withdraw one, or say that there are no more.
 
-        Raises ManagerDiedError.
+        Raises NodeDiedError.
         """
         try:
             with self._saying:
@@ -216,10 +216,10 @@ class LocalNode:
 
     def _end(self, pid: int) -> None:
         """May be cut short anywhere, and called again."""
-        with contextlib.suppress(OSError):  # the manager has closed it, or does not listen
+        with contextlib.suppress(OSError):  # the node has closed it, or does not listen
             send(self._channel, End(), wait=False)
         # Closing is not enough: whatever was forked from this process has a copy of the descriptor.
-        with contextlib.suppress(OSError):  # the manager has closed it
+        with contextlib.suppress(OSError):  # the node has closed it
             self._channel.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(ChildProcessError):  # raised if the user's program reaps all children itself
             os.waitpid(pid, 0)
@@ -232,8 +232,8 @@ class LocalNode:
         """Whoever had it may have been cut short by a signal's handler before it could be closed."""
         self.close()
 
-    def _died(self) -> ManagerDiedError:
-        return ManagerDiedError("the process that starts jobs was killed (`dmesg` may know why), and its jobs with it")
+    def _died(self) -> NodeDiedError:
+        return NodeDiedError("the process that starts jobs was killed (`dmesg` may know why), and its jobs with it")
 
 
 class RemoteLoop(LocalNode):
@@ -321,7 +321,7 @@ def _at_rest() -> Iterator[tuple[set[int], bool]]:
 
 
 def busy() -> contextlib.AbstractContextManager[Any]:
-    """While entered, no manager is forked from this program by another thread."""
+    """While entered, no node is forked from this program by another thread."""
     return _busy
 
 

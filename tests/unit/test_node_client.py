@@ -21,8 +21,8 @@ from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.manager_messages import Closed, Ended, Heard, Message, Remarked, Started, Wanted
-from gpu_launcher.jobs.remote import ManagerDiedError, RemoteLoop, busy, calling_back, harmless_thread
+from gpu_launcher.jobs.node_client import NodeDiedError, RemoteLoop, busy, calling_back, harmless_thread
+from gpu_launcher.jobs.node_messages import Closed, Ended, Heard, Message, Remarked, Started, Wanted
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.model import Request
 from gpu_launcher.processes.messages import Report
@@ -171,7 +171,7 @@ def test_closing_ends_jobs_that_run(start: Start) -> None:
     assert not loop.directory.exists()
 
 
-def test_when_the_manager_is_killed_that_is_raised_and_its_jobs_end(start: Start) -> None:
+def test_when_the_node_is_killed_that_is_raised_and_its_jobs_end(start: Start) -> None:
     loop = start()
     loop.open()
     hear(loop, Wanted)
@@ -179,9 +179,9 @@ def test_when_the_manager_is_killed_that_is_raised_and_its_jobs_end(start: Start
     job = hear(loop, Heard).what
     assert loop._pid is not None
     os.kill(loop._pid, signal.SIGKILL)
-    with pytest.raises(ManagerDiedError):
+    with pytest.raises(NodeDiedError):
         hear(loop, Closed)
-    with pytest.raises(ManagerDiedError):
+    with pytest.raises(NodeDiedError):
         loop.say(s.Exhausted())
     wait_until(lambda: gone(job))
 
@@ -193,12 +193,12 @@ def test_to_be_interrupted_while_it_closes_leaves_nothing(start: Start, alarm: t
     offer(loop, 0, stubborn)
     job = hear(loop, Heard).what
     assert loop._pid is not None
-    manager = psutil.Process(loop._pid)
-    manager.suspend()  # so that closing takes time
+    node = psutil.Process(loop._pid)
+    node.suspend()  # so that closing takes time
     signal.setitimer(signal.ITIMER_REAL, 0.2)
     with pytest.raises(alarm):
         loop.close()
-    assert not manager.is_running(), "it was not waited for"
+    assert not node.is_running(), "it was not waited for"
     assert not loop.directory.exists()
     wait_until(lambda: gone(job))
     loop.close()
@@ -221,7 +221,7 @@ def test_to_be_interrupted_anywhere_leaves_nothing(start: Start, alarm: type[Bas
         assert psutil.Process().children() == before
 
 
-def test_what_is_left_when_program_and_manager_are_killed_goes_at_the_next_start(
+def test_what_is_left_when_program_and_node_are_killed_goes_at_the_next_start(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tmp").mkdir()
@@ -278,9 +278,9 @@ def test_the_jobs_files_stay_until_this_program_has_heard_everything(start: Star
     offer(loop, 0, file_in(loop.directory))
     loop.say(s.Exhausted())
     assert loop._pid is not None
-    manager = psutil.Process(loop._pid)
+    node = psutil.Process(loop._pid)
     # It has nothing more to do, and none of its processes is left.
-    wait_until(lambda: (loop.directory / "value").exists() and not manager.children())
+    wait_until(lambda: (loop.directory / "value").exists() and not node.children())
     time.sleep(0.2)
     hear(loop, Closed)
     assert (loop.directory / "value").read_text() == "here"
