@@ -9,8 +9,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from gpu_launcher.studies.reporting import report
-
 if TYPE_CHECKING:
     from gpu_launcher.allocation.lease import Lease
     from gpu_launcher.errors import (
@@ -34,6 +32,7 @@ if TYPE_CHECKING:
     from gpu_launcher.jobs.node_client import NodeDiedError
     from gpu_launcher.pool import Pool
     from gpu_launcher.studies.optimize import optimize
+    from gpu_launcher.studies.reporting import report
     from gpu_launcher.studies.storage import storage
     from gpu_launcher.studies.trial import current_trial
 
@@ -65,6 +64,7 @@ else:
         "current_trial": "gpu_launcher.studies.trial",
         "optimize": "gpu_launcher.studies.optimize",
         "parallel_map": "gpu_launcher.executors.parallel_map",
+        "report": "gpu_launcher.studies.reporting",
         "storage": "gpu_launcher.studies.storage",
     }
 
@@ -77,11 +77,13 @@ else:
             return import_module("gpu_launcher.version").find_version()
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        if _HOMES[name].startswith("gpu_launcher.studies"):
+        # `report` does without Optuna outside of trials.
+        if _HOMES[name].startswith("gpu_launcher.studies") and name != "report":
             from gpu_launcher.requirements import check_version
 
             check_version("optuna")
-        return getattr(import_module(_HOMES[name]), name)
+        value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+        return value
 
 
 __all__ = [

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
-from gpu_launcher.cli.options import AsJson, PoolDir
+from gpu_launcher.cli import options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -18,18 +18,16 @@ SCHEMA = 1
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 
-def doctor(
-    pool_dir: PoolDir = None,
-    study: Annotated[
-        str | None,
-        typer.Option("--study", metavar="FILE", help="Examine this SQLite study file, too.", show_default=False),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Examine driver, GPUs, pool directory, Python environment, the configs in the current directory, and a study.
+@click.command()
+@options.pool_dir
+@options.value("--study", "FILE", "SQLite file of a study to check.")
+@options.as_json
+def doctor(pool_dir: str | None, study: str | None, as_json: bool) -> int:
+    """Check this machine, this Python and this project for problems.
 
-    Each finding is ok, a warning or a problem, with its remedy. Nothing is changed. The exit code is 1 if there is a
-    problem, else 0.
+    Looks at the driver, the GPUs, the pool directory, the installed packages, the configs in the current directory, and
+    a study. Each finding is ok, a warning or a problem, and says what to do about it. Changes nothing. The exit code
+    is 1 if there is a problem, else 0.
 
     Examples:
 
@@ -48,7 +46,7 @@ def doctor(
         from gpu_launcher.cli.output import print_lines, terminal_width
 
         print_lines(_lines(findings, terminal_width()))
-    raise typer.Exit(1 if problems else 0)
+    return 1 if problems else 0
 
 
 def _examine(pool_dir: str | None, study: str | None) -> Iterator[Finding]:

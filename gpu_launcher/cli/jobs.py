@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
 
-def jobs(
-    directory: Annotated[
-        Path,
-        typer.Argument(metavar="DIR", help="The sweep's directory, as hydra.sweep.dir names it.", show_default=False),
-    ],
-    failed: Annotated[
-        bool, typer.Option("--failed", help="Only those that failed, were cancelled, or were lost with their launcher.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, as docs/resume.md documents it.")] = False,
-) -> None:
-    """List the jobs of a sweep: what became of each, where, and in how many attempts.
+@click.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--failed", is_flag=True, help="Show only jobs that failed, were cancelled, or died with their launcher.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; docs/resume.md documents it.")
+def jobs(directory: Path, failed: bool, as_json: bool) -> None:
+    """List the jobs of a sweep or a map.
 
-    What did not complete is run by the sweep's own command with hydra.launcher.resume=true and its hydra.sweep.dir.
+    DIR is the directory of a sweep (hydra.sweep.dir) or of a map (--dir). Says of each job what became of it, where,
+    and in how many attempts.
+
+    To run what did not complete, start the sweep again with hydra.launcher.resume=true and the same hydra.sweep.dir.
 
     Examples:
 

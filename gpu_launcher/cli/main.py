@@ -1,80 +1,104 @@
-"""The program `gpu-launcher`. Each command imports what it needs when it is called: completion and help are fast."""
+"""The program `gpu-launcher`.
+
+Each command imports what it needs when it is called, so that --help, completion and wrong options answer quickly.
+"""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
-import typer
+import click
 
+from gpu_launcher.cli.completion import install_completion, show_completion
 from gpu_launcher.cli.doctor import doctor
 from gpu_launcher.cli.jobs import jobs
 from gpu_launcher.cli.map import map_command
+from gpu_launcher.cli.options import Decorator
 from gpu_launcher.cli.run import run
 from gpu_launcher.cli.status import status
 from gpu_launcher.cli.streams import lost, tell
 from gpu_launcher.cli.top import top
 from gpu_launcher.errors import GpuLauncherError, OptionError
 
-app = typer.Typer(
-    name="gpu-launcher",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-# What stands behind the command's name is the command's.
-app.command(context_settings={"allow_interspersed_args": False})(run)
-app.command("map", context_settings={"allow_interspersed_args": False})(map_command)
-app.command()(status)
-app.command()(top)
-app.command()(doctor)
-app.command()(jobs)
+NAME = "gpu-launcher"
+INTERRUPTED = 130
 
 
-def _print_version(wanted: bool) -> None:
+class _Commands(click.Group):
+    """Lists the commands in the order in which they are added, not sorted."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+def _print_version(context: click.Context, option: click.Parameter, wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        print(f"gpu-launcher {version('gpu-launcher')}")
-        raise typer.Exit
+        print(f"{NAME} {version(NAME)}")
+        context.exit()
 
 
-@app.callback()
-def gpu_launcher(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """One pool of GPU leases per machine, shared by every process and user of it.
+def _flag(name: str, callback: Any, help: str) -> Decorator:
+    return click.option(name, is_flag=True, expose_value=False, is_eager=True, callback=callback, help=help)
 
-    Sweeps join the pool with `hydra/launcher=gpu_pool`. Each command has examples in its --help.
+
+@click.group(
+    cls=_Commands,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@_flag("--version", _print_version, "Print the version and exit.")
+@_flag("--install-completion", install_completion, "Install completion for the current shell.")
+@_flag("--show-completion", show_completion, "Print the completion script for the current shell.")
+def program() -> None:
+    """Share the GPUs of this machine between all programs and users.
+
+    Hydra sweeps join with `hydra/launcher=gpu_pool`. Each command has examples in its --help.
     """
 
 
-def _flag(option: str) -> str:
-    return option if option.startswith("-") else f"--{option.replace('_', '-')}"
+for _command in (run, map_command, status, top, doctor, jobs):
+    program.add_command(_command)
 
 
 def main() -> NoReturn:
-    """Run the command line. Exit codes: 0, 1 if something is wrong, 2 if the command line is, or as `run` says.
+    """Run the command line and exit.
 
-    1 also if what it should print cannot be written. What it would complain of on stderr has its code all the same.
+    Exit codes: 0, 1 if something is wrong, 2 if the command line is invalid, or as `run` and `map` document. The
+    status is also 1 if stdout cannot be written; a message that cannot be written to stderr does not change it.
     """
     try:
-        app(prog_name="gpu-launcher")
+        code: Any = _run()
     except GpuLauncherError as error:
         if isinstance(error, OptionError):
-            error = error.written(_flag)
+            error = error.written(_as_flag)
         tell(str(error))
-        code: Any = 2 if isinstance(error, OptionError) else 1
+        code = 2 if isinstance(error, OptionError) else 1
     except OSError as error:
         if error.filename is not None or not lost(probed=True):
             raise
-        # What was about to be complained of, if so.
+        # The status of the error that could not be written, if that is what happened.
         code = getattr(error.__context__, "exit_code", 1)
     except SystemExit as end:
         code = end.code
     if sys.stdout in lost():
         code = code or 1
     sys.exit(code)
+
+
+def _run() -> int | None:
+    try:
+        # Not standalone: click would answer Ctrl-C with "Aborted!" and status 1.
+        code: int | None = program.main(prog_name=NAME, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        return INTERRUPTED
+    return code
+
+
+def _as_flag(option: str) -> str:
+    return option if option.startswith("-") else f"--{option.replace('_', '-')}"

@@ -2,68 +2,83 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Callable
+from typing import Any
 
-import typer
+import click
 
-DEVICE_KINDS = (
-    ("auto", "all GPUs, or CPU slots where there is none"),
-    ("cpu:4", "four CPU slots"),
-    ("simulated:8", "eight simulated GPUs"),
+DEVICE_KINDS = {
+    "auto": "all GPUs, or CPU slots on a machine without GPUs",
+    "cpu:4": "four CPU slots",
+    "simulated:8": "eight simulated GPUs",
+}
+HOW_DEVICES_ARE_WRITTEN = (
+    "auto (all GPUs, or CPU slots on a machine without GPUs), indices (0,2), UUIDs (GPU-1a2b...), cpu:4, or "
+    "simulated:8. auto and lists keep to an inherited CUDA_VISIBLE_DEVICES. Default: auto."
 )
 
-
-def _device_kinds(incomplete: str) -> list[tuple[str, str]]:
-    return [(kind, meaning) for kind, meaning in DEVICE_KINDS if kind.startswith(incomplete)]
+Decorator = Callable[[Any], Any]
 
 
-def _directories(incomplete: str) -> list[str]:
-    head, slash, start = incomplete.rpartition("/")
-    try:
-        entries = sorted(Path(f"{head}{slash}" or ".").expanduser().iterdir())
-        return [f"{head}{slash}{entry.name}/" for entry in entries if entry.name.startswith(start) and entry.is_dir()]
-    except OSError:
-        return []
+def _complete_devices(context: click.Context, option: click.Parameter, incomplete: str) -> list[Any]:
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(kind, help=text) for kind, text in DEVICE_KINDS.items() if kind.startswith(incomplete)]
 
 
-Devices = Annotated[
-    str,
-    typer.Option(
-        "--devices",
-        metavar="DEVICES",
-        help="What to show, written as hydra.launcher.devices is: auto (everything), 0,2, GPU-1a2b..., cpu:4, "
-        "simulated:8. An inherited CUDA_VISIBLE_DEVICES restricts auto and lists.",
-        autocompletion=_device_kinds,
-    ),
-]
-UsedDevices = Annotated[
-    str,
-    typer.Option(
-        "--devices",
-        metavar="DEVICES",
-        help="What to use, written as hydra.launcher.devices is: auto (all GPUs, or CPU slots where there is none), "
-        "0,2, GPU-1a2b..., cpu:4, simulated:8. An inherited CUDA_VISIBLE_DEVICES restricts auto and lists.",
-        autocompletion=_device_kinds,
-    ),
-]
-BusyMemory = Annotated[
-    str,
-    typer.Option(
-        "--busy-memory",
-        metavar="MEMORY",
-        help="Judge who is busy as a sweep with this hydra.launcher.busy_memory does: 2GiB, or null for nobody.",
-    ),
-]
-# Not a Path: that would take an empty name for the current directory.
-PoolDir = Annotated[
-    str | None,
-    typer.Option(
-        "--pool-dir",
-        metavar="DIRECTORY",
-        help="Directory of the pool. Default: $GPU_LAUNCHER_POOL_DIR, else the machine's own.",
-        show_default=False,
-        autocompletion=_directories,
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, as docs/status.md documents it.")]
+def _complete_directories(context: click.Context, option: click.Parameter, incomplete: str) -> list[Any]:
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="dir")]
+
+
+def value(name: str, metavar: str, help: str, default: str | None = None, *names: str, **more: Any) -> Decorator:
+    """An option with a value."""
+    return click.option(name, *names, metavar=metavar, help=help, default=default, **more)
+
+
+def flag(name: str, help: str) -> Decorator:
+    """An option without a value. Its default is None, which says that it was not given."""
+    return click.option(name, is_flag=True, default=None, help=help)
+
+
+def directory(name: str, help: str) -> Decorator:
+    # Not a click.Path: that takes an empty name for the current directory.
+    return value(name, "DIRECTORY", help, shell_complete=_complete_directories)
+
+
+def devices(what: str, default: str | None = "auto") -> Decorator:
+    text = f"{what}: {HOW_DEVICES_ARE_WRITTEN}"
+    return value("--devices", "DEVICES", text, default, shell_complete=_complete_devices)
+
+
+pool_dir = directory("--pool-dir", "Directory of the pool. Default: $GPU_LAUNCHER_POOL_DIR, else the machine's own.")
+busy_memory = value(
+    "--busy-memory",
+    "MEMORY",
+    "Memory that programs outside the pool may use on a GPU before it counts as busy: an amount such as 2GiB, or null "
+    "for any amount. Default: 512MiB.",
+    "512MiB",
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON; docs/status.md documents it.")
+
+gpus = value(
+    "--gpus",
+    "NUMBER",
+    "GPUs for the command: a whole number, or a fraction such as 0.5. Default: 1, or with --memory a part of one GPU.",
+)
+memory = value(
+    "--memory", "MEMORY", "Memory that the command needs on each GPU, such as 20GiB. Lets it share a GPU with others."
+)
+priority = value(
+    "--priority",
+    "NUMBER",
+    "Rank among all that waits on this machine, a whole number: higher goes first, below 0 goes last. Above 0 is "
+    "reserved for root and the owner of the pool directory. Default: 0.",
+)
+timeout = value(
+    "--timeout",
+    "TIME",
+    "Longest run time, such as 90s, 30m or 2h. The command then gets SIGTERM, and SIGKILL after --grace. A short "
+    "command may start while a large one waits. Default: no limit.",
+)

@@ -3,81 +3,46 @@
 from __future__ import annotations
 
 import signal
-from typing import Annotated
 
-import typer
+import click
 
-from gpu_launcher.cli.options import BusyMemory, PoolDir, UsedDevices
+from gpu_launcher.cli import options
 
 
+# What stands behind the command's name is the command's.
+@click.command(context_settings={"allow_interspersed_args": False})
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="COMMAND [ARGUMENT]...")
+@options.gpus
+@options.memory
+@options.priority
+@options.timeout
+@options.value("--grace", "TIME", "Time between SIGTERM and SIGKILL after --timeout. Default: 10s.", "10s")
+@options.value(
+    "--wait", "TIME", "Longest time to wait for devices, such as 90s or 10m; 0 tries once. Default: no limit."
+)
+@options.devices("Devices to choose from")
+@options.busy_memory
+@options.pool_dir
 def run(
-    command: Annotated[
-        list[str],
-        typer.Argument(metavar="COMMAND", help="What to run, with its arguments; best after --.", show_default=False),
-    ],
-    gpus: Annotated[
-        str | None,
-        typer.Option(
-            "--gpus",
-            metavar="NUMBER",
-            help="Devices that it needs: 0, 1, 2, ..., or a part of one such as 0.5. Default: one, or with --memory as "
-            "much of one as that says.",
-            show_default=False,
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            "--memory",
-            metavar="MEMORY",
-            help="Memory that it needs on each device, such as 20GiB. Whoever declares it shares a device.",
-            show_default=False,
-        ),
-    ] = None,
-    priority: Annotated[
-        str,
-        typer.Option(
-            "--priority",
-            metavar="NUMBER",
-            help="Higher goes first among those that wait, machine-wide; below 0 after others. Above 0 is for root and "
-            "the owner of the pool directory.",
-        ),
-    ] = "0",
-    timeout: Annotated[
-        str | None,
-        typer.Option(
-            "--timeout",
-            metavar="TIME",
-            help="Longest time that it may run, such as 90, 30m or 2h. Then it gets SIGTERM, and after --grace "
-            "SIGKILL. What is short and says so may start while something large waits.",
-            show_default=False,
-        ),
-    ] = None,
-    grace: Annotated[
-        str,
-        typer.Option("--grace", metavar="TIME", help="Time between SIGTERM and SIGKILL when --timeout is over."),
-    ] = "10s",
-    wait: Annotated[
-        str | None,
-        typer.Option(
-            "--wait",
-            metavar="TIME",
-            help="Longest time to wait for devices; 0 to take them now or not at all. Default: any time.",
-            show_default=False,
-        ),
-    ] = None,
-    devices: UsedDevices = "auto",
-    busy_memory: BusyMemory = "512MiB",
-    pool_dir: PoolDir = None,
+    command: tuple[str, ...],
+    gpus: str | None,
+    memory: str | None,
+    priority: str | None,
+    timeout: str | None,
+    grace: str,
+    wait: str | None,
+    devices: str,
+    busy_memory: str,
+    pool_dir: str | None,
 ) -> None:
     """Run a command with devices of its own.
 
-    It waits for its devices, and says on stderr for whom. The command then has CUDA_VISIBLE_DEVICES set, this terminal,
-    and the signals sent to gpu-launcher. When it ends, what it left running is ended, its devices are free, and
-    gpu-launcher ends as the command did.
+    Waits for the devices, and says on stderr who holds them. The command gets CUDA_VISIBLE_DEVICES, this terminal, and
+    the signals sent to gpu-launcher. When the command ends, processes that it left behind are ended, the devices are
+    free, and gpu-launcher ends as the command did.
 
-    Exit codes: the command's own, or 75 if --wait was over, 124 if --timeout was, 125 if the pool cannot be used,
-    126 or 127 if the command cannot be run or is not found, 2 if the options are invalid.
+    Exit codes: the command's own; 75 if --wait expired, 124 if --timeout did, 125 if the pool cannot be used, 126 if
+    the command cannot be executed, 127 if it is not found, 2 if an option is invalid.
 
     Examples:
 
@@ -98,13 +63,15 @@ def run(
     from gpu_launcher.requests import read_request
     from gpu_launcher.sizes import read_memory
 
-    request = read_request({"gpus": gpus, "memory": memory, "priority": priority, "timeout": timeout})
-    options = Options(
-        request=request,
-        devices=devices,
-        wait=None if wait is None else read_duration(wait, "wait"),
-        grace=read_duration(grace, "grace"),
-        pool_dir=pool_dir,
-        busy_memory=None if busy_memory == "null" else read_memory(busy_memory, "busy-memory"),
+    request = read_request({"gpus": gpus, "memory": memory, "priority": priority or 0, "timeout": timeout})
+    run_on_pool(
+        command,
+        Options(
+            request=request,
+            devices=devices,
+            wait=None if wait is None else read_duration(wait, "wait"),
+            grace=read_duration(grace, "grace"),
+            pool_dir=pool_dir,
+            busy_memory=None if busy_memory == "null" else read_memory(busy_memory, "busy-memory"),
+        ),
     )
-    run_on_pool(command, options)

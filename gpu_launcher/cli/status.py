@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from gpu_launcher.cli.options import AsJson, BusyMemory, Devices, PoolDir
+import click
+
+from gpu_launcher.cli import options
 
 
-def status(
-    devices: Devices = "auto",
-    busy_memory: BusyMemory = "512MiB",
-    pool_dir: PoolDir = None,
-    as_json: AsJson = False,
-) -> None:
+@click.command()
+@options.devices("Devices to show")
+@options.busy_memory
+@options.pool_dir
+@options.as_json
+def status(devices: str, busy_memory: str, pool_dir: str | None, as_json: bool) -> None:
     """Show devices, who holds them, and who waits for them.
 
-    One line for each lease on each device, then the queue in order, with the reason why each ticket waits. In a pipe
-    the lines are complete and without colour: made to be searched. For programs there is --json.
+    Prints one line for each lease on each device, then the queue in order, with the reason why each ticket waits. In a
+    pipe the lines are complete and have no colour, so that they can be searched. --json is for programs.
 
     Examples:
 
@@ -24,6 +26,10 @@ def status(
       gpu-launcher status | grep anna
       gpu-launcher status --json | jq '.devices[] | select(.state == "free") | .index'
     """
+    show_status(devices, busy_memory, pool_dir, as_json=as_json)
+
+
+def show_status(devices: str, busy_memory: str, pool_dir: str | None, *, as_json: bool = False) -> None:
     from gpu_launcher.cli.look import look, processes_of
     from gpu_launcher.cli.output import print_json, print_lines, terminal_width
     from gpu_launcher.cli.report import report

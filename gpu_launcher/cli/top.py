@@ -7,7 +7,9 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from gpu_launcher.cli.options import BusyMemory, Devices, PoolDir
+import click
+
+from gpu_launcher.cli import options
 
 if TYPE_CHECKING:
     from gpu_launcher.allocation.survey import Found
@@ -19,10 +21,14 @@ INTERVAL = 1.0
 """Seconds between two looks."""
 
 
-def top(devices: Devices = "auto", busy_memory: BusyMemory = "512MiB", pool_dir: PoolDir = None) -> None:
-    """Show what `status` shows, live. Ends with q or Ctrl-C.
+@click.command()
+@options.devices("Devices to show")
+@options.busy_memory
+@options.pool_dir
+def top(devices: str, busy_memory: str, pool_dir: str | None) -> None:
+    """Show what `status` shows, live. Press q or Ctrl-C to quit.
 
-    It looks anew every second. Where there is no terminal, as in a pipe, it shows one status and ends.
+    Refreshes every second. Where stdout is not a terminal, as in a pipe, shows one status and ends.
 
     Examples:
 
@@ -31,9 +37,9 @@ def top(devices: Devices = "auto", busy_memory: BusyMemory = "512MiB", pool_dir:
       gpu-launcher top --devices 0,2
     """
     if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") in ("", "dumb"):
-        from gpu_launcher.cli.status import status
+        from gpu_launcher.cli.status import show_status
 
-        status(devices, busy_memory, pool_dir)
+        show_status(devices, busy_memory, pool_dir)
         print("gpu-launcher top: this terminal cannot show a live view, so this is a single status", file=sys.stderr)
         return
 

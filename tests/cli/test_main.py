@@ -62,24 +62,71 @@ def test_every_option_is_in_the_document(cli: Cli, command: str) -> None:
     ],
 )
 def test_the_shell_completes(cli: Cli, words: str, completed: str) -> None:
-    done = cli(_GPU_LAUNCHER_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split()) - 1))
-    assert done.stdout.split()[0] == completed
+    done = cli(_GPU_LAUNCHER_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD=str(len(words.split()) - 1))
+    assert done.stdout.split()[0] == f"plain,{completed}"
 
 
-def test_directories_are_completed_for_the_pool(cli: Cli, tmp_path: Path) -> None:
-    (tmp_path / "pool-of-ours").mkdir()
-    (tmp_path / "pool-file").touch()
+def test_the_shell_completes_directories_for_the_pool(cli: Cli, tmp_path: Path) -> None:
     words = f"gpu-launcher status --pool-dir {tmp_path}/po"
-    done = cli(_GPU_LAUNCHER_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD="3")
-    assert done.stdout.split() == [f"{tmp_path}/pool-of-ours/"]
+    done = cli(_GPU_LAUNCHER_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD="3")
+    assert done.stdout.split() == [f"dir,{tmp_path}/po"]
 
 
-def test_help_and_completion_import_nothing_that_is_slow(cli: Cli) -> None:
-    code = "import sys, gpu_launcher.cli.main; print(*sys.modules)"
+def test_completion_is_installed_once_where_the_shell_looks(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / ".zshrc").write_text("alias l=ls")
+    for _ in range(2):
+        cli.lines("--install-completion", HOME=str(tmp_path), SHELL="/bin/zsh")
+    assert (tmp_path / ".zshrc").read_text().splitlines()[0] == "alias l=ls"
+    assert (tmp_path / ".zshrc").read_text().count("fpath") == 1
+    script = "\n".join(cli.lines("--show-completion", SHELL="/bin/zsh"))
+    assert (tmp_path / ".zfunc" / "_gpu-launcher").read_text().strip() == script.strip()
+    assert "_GPU_LAUNCHER_COMPLETE=zsh_complete gpu-launcher" in script
+
+
+def test_completion_for_an_unknown_shell_is_refused(cli: Cli) -> None:
+    done = cli("--install-completion", SHELL="/bin/tcsh")
+    assert done.returncode == 2
+    assert "no completion for the shell 'tcsh'" in done.stderr
+
+
+SLOW = {
+    "typer",
+    "pydantic",
+    "rich",
+    "hydra",
+    "omegaconf",
+    "optuna",
+    "sqlalchemy",
+    "numpy",
+    "pynvml",
+    "psutil",
+    "sqlite3",
+}
+
+
+def loaded(cli: Cli, *arguments: str) -> set[str]:
+    """The modules that a command has imported when it ends."""
+    code = (
+        f"import sys, atexit; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); sys.argv[1:] = {arguments}"
+    )
+    code += "; from gpu_launcher.cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=cli.environ, capture_output=True, text=True, check=False)
+    return set(done.stderr.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("status", "--nonsense")], ids=" ".join)
+def test_help_and_wrong_options_import_nothing_slow(cli: Cli, arguments: tuple[str, ...]) -> None:
+    modules = loaded(cli, *arguments)
+    assert not SLOW & {name.partition(".")[0] for name in modules}
+    packages = {name.partition(".")[2].partition(".")[0] for name in modules if name.startswith("gpu_launcher.")}
+    assert packages == {"cli", "errors", "text", "redaction"}
+
+
+def test_importing_the_package_imports_no_part_of_it(cli: Cli) -> None:
+    code = "import sys, gpu_launcher; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], env=cli.environ, capture_output=True, text=True, check=True)
-    loaded = {name.partition(".")[0] for name in done.stdout.split()}
-    assert loaded.isdisjoint({"rich", "pynvml", "hydra", "omegaconf", "optuna", "sqlalchemy", "psutil", "sqlite3"})
-    assert not any(name.startswith("gpu_launcher.leases") for name in done.stdout.split())
+    assert not [name for name in done.stdout.split() if name.startswith("gpu_launcher.")]
+    assert not SLOW & set(done.stdout.split())
 
 
 def test_a_look_imports_neither_hydra_nor_optuna(cli: Cli) -> None:

@@ -59,7 +59,7 @@ ONLY_IN = {
         "gpu_launcher/executors/progress.py",
         "gpu_launcher/cli/**/*.py",
     ),
-    "typer": ("gpu_launcher/cli/**/*.py",),
+    "click": ("gpu_launcher/cli/**/*.py",),
 }
 # Of these libraries, one file at most may know, wherever it lies.
 IN_ONE_FILE = ("pynvml", "sqlalchemy")
@@ -444,7 +444,7 @@ def test_the_checks_see_a_violation(tmp_path: Path, check: Check, file: str, cod
         ("gpu_launcher/leases/__init__.py", "from gpu_launcher.leases.memory import MemoryLedger"),
         ("gpu_launcher/__init__.py", "from gpu_launcher.jobs.loop import run"),
         ("gpu_launcher/jobs/progress/live.py", "from rich.live import Live\nfrom ..events import Event"),
-        ("gpu_launcher/cli/main.py", "import typer, rich.table\nfrom gpu_launcher.executors.local import Local"),
+        ("gpu_launcher/cli/main.py", "import click, rich.table\nfrom gpu_launcher.executors.local import Local"),
         ("gpu_launcher/studies/deep/er.py", "import optuna.storages"),
         ("gpu_launcher/cli/mapping/grid.py", "def f():\n    from hydra.core.override_parser import types"),
         ("gpu_launcher/devices/nvml.py", "def probe():\n    import pynvml"),

@@ -35,7 +35,7 @@ MODULES = {
     "cloudpickle": {"cloudpickle"},
     "psutil": {"psutil"},
     "rich": {"rich"},
-    "typer": {"typer"},
+    "click": {"click"},
 }
 OPTIONAL = {"matplotlib"}
 """Used where it is installed."""
