@@ -47,7 +47,7 @@ class _Machine:
 
 
 class _Entrance:
-    """Finds the devices, and opens the waiting room for them. No part of `Pool`, which so dies with its last use."""
+    """Finds the devices, and opens the request queue for them. No part of `Pool`, which so dies with its last use."""
 
     def __init__(self, spec: object, directory: Path, busy_memory: int | None) -> None:
         self.spec = spec
@@ -168,10 +168,10 @@ class Pool:
         deadline = time.monotonic() + ANSWER
         while True:
             with self._broker.guard():
-                room = self._broker.room()
-                waiting = room.look()
+                queue = self._broker.queue()
+                waiting = queue.look()
                 if waiting is None or time.monotonic() >= deadline:
-                    view, conditions = room.snapshot(), room.watch.conditions
+                    view, conditions = queue.snapshot(), queue.watch.conditions
                     break
             poll = select.poll()
             poll.register(waiting, select.POLLIN)
@@ -242,10 +242,10 @@ class Pool:
         return type(self), self._made_of
 
     def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:
-        lending: LeaseBroker | None = getattr(self, "_broker", None)
-        if lending is not None and lending.in_use and not lending.closed:
+        broker: LeaseBroker | None = getattr(self, "_broker", None)
+        if broker is not None and broker.in_use and not broker.closed:
             warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
-            lending.close()
+            broker.close()
 
 
 def read_pool(pool: object) -> Pool | Where:

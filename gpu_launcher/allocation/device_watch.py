@@ -17,7 +17,7 @@ from gpu_launcher.devices import (
 )
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.leases import DevicePreference, PoolView, leased_memory, owners_of, uses_of
-from gpu_launcher.model import Device, DeviceKind
+from gpu_launcher.model import Device, DeviceKind, Request
 
 WAITING = 1.0
 """Seconds between two looks at the devices while a job waits for some."""
@@ -37,12 +37,13 @@ class DeviceWatch:
         monitor: ConditionMonitor,
         busy_memory: int | None,
         links: Links | None = None,
+        on_fault: Callable[[Device, str], None] = lambda device, fault: None,
         exists: Callable[[int], bool] = lambda pid: Path(f"/proc/{pid}").exists(),
     ) -> None:
         """Watch `devices`, which belong to `pool`.
 
-        `launcher` is the process id of the launching program, `busy_memory` is as `why_busy` takes it, `exists` says
-        whether there is a process of that id.
+        `launcher` is the process id of the launching program, `busy_memory` is as `why_busy` takes it. `on_fault` is
+        told once of each device that is set aside, and why. `exists` says whether there is a process of that id.
         """
         self._devices = devices
         self._pool = pool
@@ -50,6 +51,7 @@ class DeviceWatch:
         self._monitor = monitor
         self._busy_memory = busy_memory
         self._links = links or Links()
+        self._on_fault = on_fault
         self._exists = exists
         self._levels: dict[str, int] = {}
         self._asked = float("-inf")
@@ -125,7 +127,11 @@ class DeviceWatch:
         self.problem = reading.problem
         conditions = {condition.uuid: condition for condition in reading.conditions}
         self._levels = load_levels(reading.conditions, self._levels)
+        before = self.faults
         self.faults = {condition.uuid: condition.fault for condition in reading.conditions if condition.fault}
+        for device in self._devices:
+            if (fault := self.faults.get(device.uuid)) and before.get(device.uuid) != fault:
+                self._on_fault(device, fault)
         self.unavailable = dict(self.faults)
         if self._busy_memory is None or not any(_in_use(condition) for condition in reading.conditions):
             return
@@ -153,8 +159,10 @@ class DeviceWatch:
         )
 
 
-def links_among(devices: tuple[Device, ...]) -> Links | None:
-    """How GPUs are connected, where there are several."""
+def links_among(devices: tuple[Device, ...], request: Request | None = None) -> Links | None:
+    """How the GPUs are connected, if that matters: where the request, if it is known, leaves a choice of several."""
+    if request is not None and not 1 < request.gpus < len(devices):
+        return None
     real = tuple(device for device in devices if device.kind is DeviceKind.GPU)
     return NvmlProbe().links(real) if len(real) > 1 else None
 

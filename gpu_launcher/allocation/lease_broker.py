@@ -1,7 +1,15 @@
-"""One waiting room, used by all threads and event loops of a process, and left in order by its forks.
+"""Leases for all threads and event loops of a process, from one request queue.
 
-Who attends to the room: each event loop with waiting tasks for itself, since no other knows whether it is stuck in the
-user's code; of the threads that wait, one, the leader, for all.
+Theory of operation. The queue belongs to whoever is inside of `guard`, one thread at a time. Each event loop with
+waiting tasks attends to the queue itself, because no other thread knows whether that loop is stuck in the user's code.
+Of the waiting threads one, the leader, attends for all; the others sleep until they are woken or their time is over.
+
+A thread that has the guard may be interrupted anywhere by the garbage collector or by a signal's handler, and these may
+give leases back or leave the queue. So both only make a note in that case (`_returned`, `_orphans`), and the guard
+acts on the notes when it is left. Signal handlers otherwise wait for the end of the guard.
+
+Before a fork, every broker takes its guard, so that no child inherits a queue in the middle of a change. A child starts
+with a queue of its own and shares the leases that its parent held at the fork.
 """
 
 from __future__ import annotations
@@ -16,18 +24,13 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from gpu_launcher.allocation import fork_hooks
-from gpu_launcher.allocation.explain import describe_request
 from gpu_launcher.allocation.request_queue import PendingRequest, RequestQueue, closed_meanwhile
 from gpu_launcher.allocation.waiters import LoopDriver, RequestHandle, TaskWaiter, ThreadWaiter, wait_readable
-from gpu_launcher.errors import LeaseTimeout, PoolDirectoryError
+from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.leases import HeldLease
 from gpu_launcher.model import Owner, Request
 from gpu_launcher.processes.deferred_signals import uninterrupted
 from gpu_launcher.processes.forking import in_internal_fork
-
-LOOKING = 10.0
-"""Seconds that a request waits, whatever its limit, for the first look at how the devices are doing."""
-LOOKING_PAUSE = 0.05
 
 T = TypeVar("T")
 
@@ -35,40 +38,42 @@ T = TypeVar("T")
 class LeaseBroker:
     """Gets leases for threads and tasks. Thread-safe; in a forked child it starts anew, and keeps what is out."""
 
-    def __init__(self, open_room: Callable[[Callable[[str], None]], RequestQueue], tell: Callable[[str], None]) -> None:
-        """`open_room` is called when the first lease is asked for, with what it is to tell people by; `tell` is called
-        with that when the user's code may run again.
+    def __init__(
+        self, open_queue: Callable[[Callable[[str], None]], RequestQueue], tell: Callable[[str], None]
+    ) -> None:
+        """`open_queue` is called for the first request, with a function that takes notices. `tell` gets these notices
+        when the user's code may run again.
         """
-        self._open_room = open_room
+        self._open_queue = open_queue
         self._tell = tell
         self.closed = False
-        self._room: RequestQueue | None = None
+        self._queue: RequestQueue | None = None
         self._out: set[HeldLease] = set()
-        """Leases that somebody has and has not given back."""
+        """Leases that the program holds."""
         self._begin()
         fork_hooks.register(self)
 
     def _begin(self) -> None:
         self._process = os.getpid()
         self.preparing = threading.Lock()
-        """For what takes long and is to be done once before the room is opened."""
+        """Held while the devices are found, which takes long and is done once before the queue is opened."""
         self._lock = threading.Lock()
         self._holder: int | None = None
         """The thread that has the lock."""
         self._returned: deque[HeldLease] = deque()
-        """What was given back by a thread that had the lock: by the garbage collector, or in a signal's handler."""
+        """Leases given back by a thread that had the lock: by the garbage collector, or in a signal handler."""
         self._orphans: deque[PendingRequest] = deque()
-        """Whoever waits in vain: in an event loop that is closed, or where it could not be told at once."""
+        """Requests to give up: their event loop is closed, or the thread that gave them up had the lock."""
         self._told: deque[str] = deque()
         self._leader: ThreadWaiter | None = None
-        self._sleepers: list[ThreadWaiter] = []
+        self._threads: list[ThreadWaiter] = []
         self._loops: dict[asyncio.AbstractEventLoop, LoopDriver] = {}
 
-    # Having the room to oneself
+    # The guard
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """Have the room to oneself. Signals' handlers wait, and what was told meanwhile is passed on afterwards."""
+        """Keep all other threads from the queue. Signal handlers wait, and notices are passed on afterwards."""
         if os.getpid() != self._process:
             self.in_child()  # of a fork that Python was not told of
         with uninterrupted() as signals:
@@ -89,7 +94,7 @@ class LeaseBroker:
             finally:
                 self._holder = None
                 self._lock.release()
-            # What came between is nobody's business but ours, if nobody else has the lock by now.
+            # What was noted in between is still to be done, unless another thread has the lock and does it.
             if not (self._returned or self._orphans) or not self._lock.acquire(blocking=False):
                 return
             self._holder = threading.get_ident()
@@ -99,130 +104,133 @@ class LeaseBroker:
             self._take_back(self._returned.popleft())
         while self._orphans:
             orphan = self._orphans.popleft()
-            if self._room is not None:
-                self._room.leave(orphan)
+            if self._queue is not None:
+                self._queue.leave(orphan)
 
-    def room(self) -> RequestQueue:
-        """The room, opened if need be, for who has it to himself. Raises ValueError if it was closed for good."""
+    def queue(self) -> RequestQueue:
+        """The queue, opened if it is not open yet; only within `guard`. Raises ValueError if it was closed for good."""
         if self.closed:
             raise ValueError("this pool is closed")
-        if self._room is None:
-            self._room = self._open_room(self._told.append)
-        return self._room
+        if self._queue is None:
+            self._queue = self._open_queue(self._told.append)
+        return self._queue
 
-    def _enter(self, request: Request, owner: Owner, wake: Callable[[], None]) -> PendingRequest:
-        room = self.room()
+    def _enter(self, request: Request, owner: Owner, limit: float, wake: Callable[[], None]) -> PendingRequest:
+        queue = self.queue()
         try:
-            return room.enter(request, owner, wake)
+            return queue.enter(request, owner, wake, limit=limit)
         except PoolDirectoryError:
-            if room.idle:  # the directory may be made anew, which this room would never believe
+            if queue.idle:  # the directory may be made anew, which this queue would never believe
                 self._shut()
             raise
 
     def _shut(self) -> None:
-        if self._room is not None:
-            room, self._room = self._room, None
+        if self._queue is not None:
+            queue, self._queue = self._queue, None
             for driver in list(self._loops.values()):
                 driver.stop()
             self._loops.clear()
-            room.close()
+            queue.close()
 
     # Getting leases
 
     def wait(self, request: Request, owner: Owner, limit: float, make: Callable[[HeldLease], T]) -> T:
-        """Wait in this thread, for `limit` seconds at the most. Returns what `make` makes of the lease, whose finalizer
-        is to give it back.
+        """Wait in this thread, for at most `limit` seconds. Returns what `make` makes of the lease; a finalizer of that
+        must give the lease back.
 
         Raises LeaseTimeout, RequestError, PoolDirectoryError, ValueError if the pool is closed, and GpuLauncherError if
         it is closed meanwhile.
         """
-        sleeper, place = ThreadWaiter(), RequestHandle(self.leave)
+        waiter, handle = ThreadWaiter(), RequestHandle(self.leave)
         try:
             with self.guard():
-                waiter = place.take(self._enter(request, owner, sleeper.rouse))
-            if not waiter.settled:
+                pending = handle.take(self._enter(request, owner, limit, waiter.wake))
+                self.queue().claim(pending)
+            if not pending.settled:
                 try:
-                    self._sleep(waiter, sleeper, limit)
+                    self._wait_in_thread(pending, waiter)
                 finally:
-                    self._rise(sleeper)
-            return self._handed_over(place, make)
+                    self._end_wait(waiter)
+            return self._hand_over(handle, make)
         except BaseException:
-            place.leave()
+            handle.leave()
             raise
 
-    def _sleep(self, waiter: PendingRequest, sleeper: ThreadWaiter, limit: float) -> None:
-        self._sleepers.append(sleeper)
+    def _wait_in_thread(self, pending: PendingRequest, waiter: ThreadWaiter) -> None:
+        self._threads.append(waiter)
         while True:
             with self.guard():
-                if waiter.settled:
+                if pending.settled:
                     return
-                room = self.room()
+                queue = self.queue()
                 if self._leader is None:
-                    self._leader = sleeper
-                leads = self._leader is sleeper
-                if leads or self._over(room, waiter, limit) is not None:
-                    room.attend()
-                if waiter.settled:
+                    self._leader = waiter
+                leads = self._leader is waiter
+                pause = self._attend_or_pause(queue, pending, attend=leads)
+                if pending.settled:
                     return
-                self._check_time(room, waiter, limit)
-                pause = self._pause(room, waiter, limit)
                 if leads:
-                    pause = min(pause, room.patience)
-                    descriptors = (*room.descriptors, sleeper.open_bell())
+                    pause = min(pause, queue.patience)
+                    descriptors = (*queue.descriptors, waiter.open_bell())
             if leads:
                 wait_readable(descriptors, pause)
             else:
-                sleeper.sleep(pause)
+                waiter.sleep(pause)
 
-    def _rise(self, sleeper: ThreadWaiter) -> None:
-        """Somebody else may lead."""
+    def _end_wait(self, waiter: ThreadWaiter) -> None:
+        """Let another thread lead."""
         with self.guard():
-            if sleeper in self._sleepers:
-                self._sleepers.remove(sleeper)
-            if self._leader is sleeper:
+            if waiter in self._threads:
+                self._threads.remove(waiter)
+            if self._leader is waiter:
                 self._leader = None
-                if self._sleepers:
-                    self._sleepers[0].rouse()
-            sleeper.close()
+                if self._threads:
+                    self._threads[0].wake()
+            waiter.close()
 
     async def wait_in_loop(self, request: Request, owner: Owner, limit: float, make: Callable[[HeldLease], T]) -> T:
         """Wait in this task, as `wait` does in a thread. Cancelled, it gives its place back at once."""
-        task = TaskWaiter(asyncio.get_running_loop())
-        place = RequestHandle(self.leave)
-        reference = weakref.ref(place)
+        waiter = TaskWaiter(asyncio.get_running_loop())
+        handle = RequestHandle(self.leave)
+        reference = weakref.ref(handle)
         try:
             with self.guard():
-                waiter = place.take(self._enter(request, owner, lambda: self._resume(task, reference())))
-            if not waiter.settled:
-                await self._rest(waiter, task, limit)
-            return self._handed_over(place, make)
+                pending = handle.take(self._enter(request, owner, limit, lambda: self._wake_task(waiter, reference())))
+                self.queue().claim(pending)
+            if not pending.settled:
+                await self._wait_in_task(pending, waiter)
+            return self._hand_over(handle, make)
         except BaseException:
-            place.leave()
+            handle.leave()
             raise
 
-    async def _rest(self, waiter: PendingRequest, task: TaskWaiter, limit: float) -> None:
+    async def _wait_in_task(self, pending: PendingRequest, waiter: TaskWaiter) -> None:
         driver = None
         try:
             while True:
                 with self.guard():
-                    if waiter.settled:
+                    if pending.settled:
                         return
-                    room = self.room()
+                    queue = self.queue()
                     if driver is None:
-                        driver = self._driver(task.loop)
-                        driver.begin(room.descriptors)
-                    if self._over(room, waiter, limit) is not None:
-                        room.attend()
-                        if waiter.settled:
-                            return
-                    self._check_time(room, waiter, limit)
-                    pause = self._pause(room, waiter, limit)
-                await task.sleep(pause)
+                        driver = self._driver(waiter.loop)
+                        driver.begin(queue.descriptors)
+                    pause = self._attend_or_pause(queue, pending, attend=False)
+                    if pending.settled:
+                        return
+                await waiter.sleep(pause)
         finally:
             if driver is not None:
                 with self.guard():
-                    if driver.end() and self._loops.get(task.loop) is driver:
-                        del self._loops[task.loop]
+                    if driver.end() and self._loops.get(waiter.loop) is driver:
+                        del self._loops[waiter.loop]
+
+    def _attend_or_pause(self, queue: RequestQueue, pending: PendingRequest, *, attend: bool) -> float:
+        """Attend if asked to, or if the request's time is over; returns for how long it may sleep then."""
+        left = queue.seconds_left(pending)
+        if attend or left <= 0:
+            queue.attend()
+        return left if left > 0 else queue.patience
 
     def _driver(self, loop: asyncio.AbstractEventLoop) -> LoopDriver:
         for other in [other for other in self._loops if other.is_closed()]:
@@ -231,60 +239,43 @@ class LeaseBroker:
             self._loops[loop] = LoopDriver(loop, self.attend, lambda: self.patience)
         return self._loops[loop]
 
-    def _resume(self, task: TaskWaiter, place: RequestHandle | None) -> None:
+    def _wake_task(self, waiter: TaskWaiter, handle: RequestHandle | None) -> None:
         try:
-            task.resume()
-        except RuntimeError:  # its event loop is closed: nobody will come for it
-            if place is not None:
-                self._orphans.append(place.waiter)
+            waiter.wake()
+        except RuntimeError:  # its event loop is closed, so that the task will never take the lease
+            if handle is not None:
+                self._orphans.append(handle.pending)
 
     def attend(self) -> None:
-        """Attend to the room, if there is one."""
+        """Attend to the queue, if there is one."""
         with self.guard():
-            if self._room is not None:
-                self._room.attend()
+            if self._queue is not None:
+                self._queue.attend()
 
     @property
     def patience(self) -> float:
-        """Seconds after which to `attend` though nothing calls."""
-        room = self._room
-        return 1.0 if room is None else room.patience
+        """Seconds after which to `attend` even if nothing happens."""
+        queue = self._queue
+        return 1.0 if queue is None else queue.patience
 
-    def _over(self, room: RequestQueue, waiter: PendingRequest, limit: float) -> float | None:
-        """How many seconds ago its time was up, if it is."""
-        over = room.now() - waiter.since - limit
-        return over if over >= 0 else None
-
-    def _check_time(self, room: RequestQueue, waiter: PendingRequest, limit: float) -> None:
-        if self._over(room, waiter, limit) is None or (not room.ready and room.now() - waiter.since < LOOKING):
-            return
-        raise LeaseTimeout(describe_request(waiter.request, room.devices), limit, room.explain(waiter.ticket))
-
-    def _pause(self, room: RequestQueue, waiter: PendingRequest, limit: float) -> float:
-        left = waiter.since + limit - room.now()
-        return left if left > 0 else LOOKING_PAUSE
-
-    def _handed_over(self, place: RequestHandle, make: Callable[[HeldLease], T]) -> T:
-        waiter = place.waiter
-        if waiter.error is not None:
-            raise waiter.error
-        assert waiter.lease is not None, "it is settled"
+    def _hand_over(self, handle: RequestHandle, make: Callable[[HeldLease], T]) -> T:
+        lease = handle.pending.result()
         with self.guard():
             if self.closed:
                 raise closed_meanwhile()
-            made = make(waiter.lease)
-            self._out.add(waiter.lease)
-            place.forget()
+            made = make(lease)
+            self._out.add(lease)
+            handle.forget()
         return made
 
-    def leave(self, waiter: PendingRequest) -> None:
-        """Give up a place in line, or what was granted there. A second time does nothing."""
+    def leave(self, pending: PendingRequest) -> None:
+        """Give up a place in the queue, or what was granted there. A second time does nothing."""
         if self._holder == threading.get_ident() and self._process == os.getpid():
-            self._orphans.append(waiter)
+            self._orphans.append(pending)
             return
         with self.guard():
-            if self._room is not None:
-                self._room.leave(waiter)
+            if self._queue is not None:
+                self._queue.leave(pending)
 
     # Giving back
 
@@ -298,15 +289,15 @@ class LeaseBroker:
 
     def _take_back(self, lease: HeldLease) -> None:
         self._out.discard(lease)
-        if self._room is not None and self._room.holds(lease):
-            self._room.release(lease)
+        if self._queue is not None and self._queue.holds(lease):
+            self._queue.release(lease)
         elif (descriptor := lease.detach()) >= 0:
             os.close(descriptor)  # of the process that this one was forked from
 
     @property
     def in_use(self) -> bool:
         """Whether there is anything to close."""
-        return self._room is not None
+        return self._queue is not None
 
     def close(self) -> None:
         """Give back everything. A second time does nothing."""
@@ -332,14 +323,14 @@ class LeaseBroker:
         self._unlock()
 
     def in_child(self) -> None:
-        """Be another process: wait for nothing, hold what is out, and open a room of its own when one is needed."""
+        """Be another process: wait for nothing, hold what is out, and open a queue of its own when one is needed."""
         self._process, self._holder = os.getpid(), threading.get_ident()
-        room, self._room = self._room, None
+        queue, self._queue = self._queue, None
         keep = set() if in_internal_fork() else set(self._out)
-        for sleeper in self._sleepers:
-            sleeper.close()
-        if room is not None:
-            room.close_in_child(keep)
+        for waiter in self._threads:
+            waiter.close()
+        if queue is not None:
+            queue.close_in_child(keep)
         for lease in self._out - keep:
             if (descriptor := lease.detach()) >= 0:  # of the process before the last
                 os.close(descriptor)

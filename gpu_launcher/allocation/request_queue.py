@@ -1,7 +1,18 @@
-"""Where requests of one process wait for their leases: tickets, claims, and whom to tell why nothing comes.
+"""The queue of one process's requests for leases: their tickets, their claims, and why they wait.
 
-The room has no thread and never blocks for long. Whoever waits in it attends to it: a thread in `poll`, an event loop,
-a command. All of them may, as long as only one does at a time; whoever attends does so for all.
+Theory of operation. Many requests wait at once, of threads, tasks, or the jobs of a sweep, and nothing here has a
+thread of its own. Each request has a ticket in the pool's ledger. Whoever waits calls `attend` when one of
+`descriptors` is readable, and after `patience` seconds in any case; that serves all requests of the queue, so one
+caller at a time is enough. `attend` hears what the ledger and the device monitor say, has the devices looked at again
+if the last look is too old, claims leases in the order of the machine-wide queue, fails requests whose time limit is
+over, and says for whom the others wait. It never blocks for long: another process looks at the devices, and a claim in
+vain needs no lock.
+
+Nothing is granted before the devices have been looked at: somebody outside the pool may use them. A driver that stops
+answering blocks nothing, because the pool would stand still for a defect that jobs may never notice.
+
+A request ends with `lease` or `error` set and one call of `wake`. That call comes from inside of `attend`, `claim` or
+`release`, so it must not use the queue; it only makes a note, or wakes a thread.
 """
 
 from __future__ import annotations
@@ -12,67 +23,79 @@ import resource
 import select
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from gpu_launcher.allocation.device_watch import DeviceWatch
-from gpu_launcher.allocation.explain import describe_request, explain_wait
+from gpu_launcher.allocation.explain import WaitReason, describe_request, explain_wait
 from gpu_launcher.allocation.feasibility import refusal
 from gpu_launcher.devices import ConditionMonitor, Links, combinable
-from gpu_launcher.errors import GpuLauncherError, PoolDirectoryError, RequestError
-from gpu_launcher.leases import HeldLease, Ledger, PoolView, Ticket
+from gpu_launcher.errors import GpuLauncherError, LeaseTimeout, PoolDirectoryError, RequestError
+from gpu_launcher.leases import HeldLease, Ledger, PoolView, Ticket, leases_of
 from gpu_launcher.model import Device, Owner, Request
 
-MOMENT = 1.0
-"""Seconds after which it is said for whom somebody waits, and between two looks at that."""
-FRESH = 2.0
-"""Seconds for which it is good what was seen of the devices. After that they are looked at before one is granted."""
-UNHEARD = 3.0
-"""Seconds after which devices that were seen before are granted though nobody answers how they are now."""
-UNREADY = 0.05
-"""Seconds between two looks at whether that time is over; an answer is heard at once."""
-BEARING = 60.0
-"""Seconds for which an unusable pool directory may be mended before those who wait are told."""
-SAME_VIEW = 0.25
-"""Seconds for which one look into the pool answers all who ask why they wait."""
-SPARE = 32
-"""Descriptors that tickets leave to everything else."""
-EVERYTHING = 64
-"""Reasons that a complete explanation names."""
-
+EXPLAIN_SECONDS = 1.0
+"""Seconds that a request waits before it is said for whom, and between two checks of that."""
+FRESH_SECONDS = 2.0
+"""Seconds for which a look at the devices counts. Later, they are looked at again before one is granted."""
+UNANSWERED_SECONDS = 3.0
+"""Seconds after which devices that were looked at before are granted although the driver does not answer now."""
+FIRST_LOOK_SECONDS = 30.0
+"""Seconds that a request waits for the first look at the devices, even if its own limit is shorter."""
+NOT_READY_POLL = 0.05
+"""Seconds between two checks of whether that time is over. An answer is heard at once."""
+UNUSABLE_SECONDS = 60.0
+"""Seconds for which the pool directory may be unusable before requests fail."""
+SAME_VIEW_SECONDS = 0.25
+"""Seconds for which one snapshot of the pool explains the waits of all requests."""
+SPARE_DESCRIPTORS = 32
+"""File descriptors that tickets leave to the rest of the program."""
+ALL_REASONS = 64
+"""Reasons that a complete explanation names at most."""
 
 Kind = tuple[Request, tuple[str, ...]]
+"""Grouping key: if the policy refuses a request, it also refuses later requests of the same kind."""
 
 
 @dataclass(eq=False, slots=True)
 class PendingRequest:
-    """A request that waits. Exactly one of `lease` and `error` is set when `wake` has been called."""
+    """A request in the queue. Exactly one of `lease` and `error` is set when `wake` has been called."""
 
     request: Request
     owner: Owner
-    wake: Callable[[], None]
-    """Called once, by whoever attends; must return at once, and must not use the room."""
-    ticket: Ticket
+    candidates: tuple[Device, ...]
+    """The devices it may get, best first."""
     since: float
+    limit: float
+    """Seconds after `since` at which it fails."""
+    wake: Callable[[], None]
+    explain: Callable[[WaitReason], None] | None
+    outlasts: Callable[[], bool] | None
+    place: tuple[int, int]
+    """Sorts the requests of this process in the order in which the machine-wide queue serves them."""
+    kind: Kind
+    ticket: Ticket | None = None
+    """None while the pool directory is unusable and it could not get one."""
     lease: HeldLease | None = None
     error: GpuLauncherError | None = None
-    _place: tuple[int, int] = field(default=(0, 0))
 
     @property
     def settled(self) -> bool:
-        """Whether there is nothing more to wait for."""
+        """Whether it has ended."""
         return self.lease is not None or self.error is not None
 
-    @property
-    def kind(self) -> Kind:
-        """Of tickets alike in this, a later one is not granted where an earlier one is not."""
-        return self.ticket.request, self.ticket.candidates
+    def result(self) -> HeldLease:
+        """The lease of a settled request. Raises its error."""
+        if self.error is not None:
+            raise self.error
+        assert self.lease is not None, "it is settled"
+        return self.lease
 
 
 class RequestQueue:
     """Gets leases of `devices` for many requests of one process. Not thread-safe; belongs to the process that made it.
 
-    Whoever waits calls `attend` when one of `descriptors` is readable, and after `patience` seconds in any case.
+    Call `attend` when one of `descriptors` is readable, and after `patience` seconds in any case.
     """
 
     def __init__(
@@ -85,12 +108,16 @@ class RequestQueue:
         clock: Callable[[], float],
         links: Links | None = None,
         monitor: ConditionMonitor | None = None,
+        program: int | None = None,
+        on_fault: Callable[[Device, str], None] = lambda device, fault: None,
     ) -> None:
-        """Open the room. It closes `ledger` and `monitor` when it is closed.
+        """Open the queue. It closes `ledger` and `monitor` when it is closed.
 
-        `busy_memory` is as `gpu_launcher.devices.why_busy` takes it. `tell` gets one line when somebody has waited for
-        others for more than a moment, and whenever the reason changes. `links` are as
-        `gpu_launcher.allocation.device_watch.links_among` finds them.
+        `busy_memory` is as `gpu_launcher.devices.why_busy` takes it. `tell` gets one line when the pool directory is
+        unusable, and when a request without `explain` has waited for others, or for another reason than before. `links`
+        are as `gpu_launcher.allocation.device_watch.links_among` finds them. `program` is the process on whose behalf
+        the requests are made; it may itself hold leases that are in the way. `on_fault` is told once of each device
+        that is set aside because it is broken.
         """
         self.devices = devices
         self._ledger = ledger
@@ -101,21 +128,25 @@ class RequestQueue:
             monitor=monitor or ConditionMonitor(devices),
             busy_memory=busy_memory,
             links=links,
+            on_fault=on_fault,
         )
         self._tell = tell
         self._clock = clock
-        self._waiters: dict[str, PendingRequest] = {}
-        """By ticket's id, in the order of their arrival."""
+        self._program = program
+        self._pending: dict[tuple[int, int], PendingRequest] = {}
+        """By place."""
         self._kinds: Counter[Kind] = Counter()
-        """How many wait of each kind."""
+        """The number of pending requests of each kind."""
         self._arrivals = 0
         self._leases: dict[str, HeldLease] = {}
         self._explain_at = -math.inf
-        self._told: dict[Kind, str] = {}
-        self._trouble_since: float | None = None
+        self._explained: dict[Kind, WaitReason] = {}
+        self._unusable_since: float | None = None
+        """When the pool directory became unusable; None while it is usable."""
         self._view: tuple[float, PoolView, frozenset[str]] | None = None
         self._stale_since: float | None = None
-        """Since when it is waited for a fresh look at the devices."""
+        """Since when requests wait for a fresh look at the devices."""
+        self._looked_at = -math.inf
 
     def now(self) -> float:
         """Seconds, on the clock of `PendingRequest.since`."""
@@ -131,80 +162,130 @@ class RequestQueue:
 
     @property
     def patience(self) -> float:
-        """Seconds after which to `attend` though nothing calls."""
-        return min(self._ledger.poll_interval, MOMENT) if self.ready else UNREADY
+        """Seconds after which to `attend` even if no descriptor is readable."""
+        return min(self._ledger.poll_interval, EXPLAIN_SECONDS) if self.ready else NOT_READY_POLL
 
     @property
     def idle(self) -> bool:
-        """Whether nobody waits and nothing is held."""
-        return not self._waiters and not self._leases
+        """Whether no request waits and no lease is held."""
+        return not self._pending and not self._leases
+
+    @property
+    def waits(self) -> bool:
+        """Whether a request waits."""
+        return bool(self._pending)
 
     @property
     def ready(self) -> bool:
-        """Whether it is known how the devices are; nothing is granted before."""
+        """Whether the state of the devices is known; nothing is granted before."""
         now = self._clock()
-        unheard = self._stale_since is not None and now - self._stale_since > UNHEARD
-        return self._fresh(now) or (self._watch.ready and unheard)
+        unanswered = self._stale_since is not None and now - self._stale_since > UNANSWERED_SECONDS
+        return self._fresh(now) or (self._watch.ready and unanswered)
 
-    def enter(self, request: Request, owner: Owner, wake: Callable[[], None]) -> PendingRequest:
-        """Take a ticket, and the lease at once if it is to be had.
+    def enter(
+        self,
+        request: Request,
+        owner: Owner,
+        wake: Callable[[], None] = lambda: None,
+        *,
+        limit: float = math.inf,
+        explain: Callable[[WaitReason], None] | None = None,
+        outlasts: Callable[[], bool] | None = None,
+    ) -> PendingRequest:
+        """Take a ticket. Call `claim` to get the lease at once if it is available.
 
-        Raises RequestError for what these devices could never give, PoolDirectoryError, and GpuLauncherError if so many
-        wait that this process has hardly a descriptor left.
+        The request fails with LeaseTimeout after `limit` seconds. `explain` is told why it waits, first after a moment
+        and then whenever that changes, instead of `tell`. A request with `outlasts` also waits if the pool directory is
+        unusable now, and as long as `outlasts()` is true for any time.
+
+        Raises RequestError for what these devices could never give, PoolDirectoryError, and GpuLauncherError if so
+        many wait that this process is running out of file descriptors.
         """
-        if problem := refusal(request, self.devices):
+        if problem := self.refusal(request):
             raise RequestError(f"the request is {problem}")
+        _check_descriptors(len(self._pending))
         candidates = combinable(self.devices, request.gpus)
-        _check_descriptors(len(self._waiters))
-        ticket = self._ledger.enqueue(request, candidates, owner)
-        waiter = PendingRequest(request, owner, wake, ticket, self._clock())
+        kind = (request, tuple(device.uuid for device in candidates))
+        pending = PendingRequest(
+            request, owner, candidates, self._clock(), limit, wake, explain, outlasts, (0, 0), kind
+        )
         self._arrivals += 1
-        waiter._place = (-ticket.request.priority, self._arrivals)
-        first = not self._kinds[waiter.kind]
-        if not self._waiters:
-            self._stale_since = None
-        self._waiters[ticket.id] = waiter
-        self._kinds[waiter.kind] += 1
+        try:
+            self._take_ticket(pending)
+        except PoolDirectoryError as error:
+            if outlasts is None:
+                raise
+            self._note_unusable(error)
+        pending.place = (-(pending.ticket.request if pending.ticket else request).priority, self._arrivals)
+        self._pending[pending.place] = pending
+        self._kinds[kind] += 1
+        if explain is not None:
+            self._explained.pop(kind, None)
         self._look()
-        if first and self.ready:
-            self._try([waiter])
-        return waiter
+        return pending
+
+    def claim(self, pending: PendingRequest) -> None:
+        """Get the lease if it is available now, without a look at the other requests."""
+        if self.ready and self._kinds[pending.kind] == 1:
+            self._claim([pending])
 
     def attend(self) -> None:
-        """Give leases to those whose turn has come, and say for whom the others wait."""
+        """Grant leases, fail what is over, look at the devices if it is time, and say for whom requests wait."""
         self._hear()
-        if not self._waiters:
+        if not self._pending:
+            self._watch.look(self._clock(), waiting=False)
             return
         self._look()
         if self.ready:
-            self._try(sorted(self._waiters.values(), key=lambda waiter: waiter._place))
+            self._claim([self._pending[place] for place in sorted(self._pending)])
+        self._expire()
         self._explain()
 
-    def leave(self, waiter: PendingRequest) -> None:
-        """Give up the place in line, or give back what it was given."""
-        if waiter.ticket.id in self._waiters:
-            self._strike(waiter)
-            self._ledger.cancel(waiter.ticket)
-        if waiter.lease is not None:
-            self.release(waiter.lease)
+    def seconds_left(self, pending: PendingRequest) -> float:
+        """Seconds until the request's time limit; not positive if it is over."""
+        return pending.since + pending.limit - self._clock()
+
+    def leave(self, pending: PendingRequest) -> None:
+        """Give up the place in the queue, or give back the lease."""
+        if self._pending.get(pending.place) is pending:
+            self._remove(pending)
+        if pending.lease is not None:
+            self.release(pending.lease)
 
     def release(self, lease: HeldLease) -> None:
-        """Give devices back, and on to whoever waits for them here."""
+        """Give devices back, and on to requests that wait for them here."""
         if self._leases.pop(lease.id, None) is None:
             return
         self._ledger.release(lease)
         self._watch.released(lease.uuids, self._clock())
-        if self._waiters:
+        if self._pending:
             self.attend()
 
     def holds(self, lease: HeldLease) -> bool:
-        """Whether it is one of this room's, and not given back."""
+        """Whether the lease is one of this queue's, and not given back."""
         return lease.id in self._leases
 
-    # Seeing
+    # Asking
+
+    def refusal(self, request: Request) -> str | None:
+        """Why these devices could never grant a request, as a phrase that continues `the request is`."""
+        return refusal(request, self.devices)
+
+    def refusal_now(self, request: Request) -> str | None:
+        """Why the devices that are not broken could never grant a request."""
+        faults = self._watch.faults
+        return refusal(request, tuple(device for device in self.devices if device.uuid not in faults))
+
+    def idle_devices(self) -> list[Device]:
+        """The devices of which nobody has a share and that could be granted now. Raises PoolDirectoryError."""
+        leases = self._ledger.snapshot().leases
+        if any(lease.uuids is None for lease in leases):
+            return []
+        taken = {uuid for lease in leases for uuid in lease.uuids or ()} | set(self._watch.unavailable)
+        return [device for device in self.devices if device.uuid not in taken]
 
     def look(self) -> int | None:
-        """Have the devices looked at; returns a descriptor to wait on for the answer, None if there is one already."""
+        """Have the devices looked at; returns a descriptor to wait on for the answer, None if it is there already."""
         self._hear()
         self._look()
         return None if self.ready else self._watch.fileno()
@@ -218,31 +299,24 @@ class RequestQueue:
         """What is known of the devices."""
         return self._watch
 
-    def explain(self, ticket: Ticket) -> str:
-        """Who has, or is in line for, the devices that somebody waits for, this process included."""
-        if not self.ready:
-            return "it is not known yet how the devices are doing: the driver has not answered"
-        view = self._seen(ticket)
-        unavailable = self._watch.unavailable
-        wait = explain_wait(view, self._of(ticket), (), ticket, unavailable, EVERYTHING, mine=self._leases.keys())
-        return wait.reason or "they have just become free"
+    # Ending
 
     def stop_watching(self) -> None:
-        """Nobody will enter any more. What was granted stays granted."""
+        """End the looks at the devices, because no request will enter any more. Leases stay."""
         self._watch.close()
 
     def close(self) -> None:
-        """Tell all who wait that there is nothing to wait for, and give back everything."""
-        self._fail(closed_meanwhile())
+        """Fail all requests, and give back all leases."""
+        self._fail(self._pending.values(), closed_meanwhile())
         self._leases.clear()
         self._ledger.close()
         self._watch.close()
 
     def close_in_child(self, keep: Iterable[HeldLease] = ()) -> None:
-        """In a forked process: drop what belongs to the parent, but for the leases to `keep`."""
+        """In a forked process: drop what belongs to the parent, except for the leases to `keep`."""
         self._ledger.close_in_child(list(keep))
         self._watch.close_in_child()
-        self._waiters.clear()
+        self._pending.clear()
         self._kinds.clear()
         self._leases.clear()
 
@@ -254,7 +328,7 @@ class RequestQueue:
         if descriptor is not None and _readable(descriptor):
             self._ledger.drain()
             if self._watch.unavailable:
-                # What ended may have been what looked like a stranger.
+                # What ended may have been what looked like a program outside the pool.
                 self._watch.look_again(self._clock())
 
     def _look(self) -> None:
@@ -263,101 +337,136 @@ class RequestQueue:
             self._stale_since = None
             self._watch.look(now, waiting=True)
         else:
-            if self._stale_since is None:
+            if self._stale_since is None or now - self._looked_at > FRESH_SECONDS:  # no request waited in between
                 self._stale_since = now
             self._watch.look_again(now)
+        self._looked_at = now
 
     def _fresh(self, now: float) -> bool:
-        return self._watch.seen is not None and now - self._watch.seen <= FRESH
+        return self._watch.seen is not None and now - self._watch.seen <= FRESH_SECONDS
 
-    def _try(self, waiters: Iterable[PendingRequest]) -> None:
-        in_vain = set()
-        for waiter in waiters:
-            if waiter.kind in in_vain:
+    def _take_ticket(self, pending: PendingRequest) -> Ticket:
+        if pending.ticket is None:
+            pending.ticket = self._ledger.enqueue(pending.request, pending.candidates, pending.owner)
+        return pending.ticket
+
+    def _claim(self, requests: Iterable[PendingRequest]) -> None:
+        refused = set()
+        for pending in requests:
+            if pending.kind in refused:
                 continue
             try:
-                lease = self._ledger.claim(waiter.ticket, self._watch.unavailable, self._watch.preference)
+                ticket = self._take_ticket(pending)
+                lease = self._ledger.claim(ticket, self._watch.unavailable, self._watch.preference)
             except PoolDirectoryError as error:
-                self._bear(error)
+                self._note_unusable(error)
                 return
-            self._trouble_since = None
+            self._unusable_since = None
             if lease is None:
-                in_vain.add(waiter.kind)
+                refused.add(pending.kind)
             else:
-                self._strike(waiter)
+                pending.ticket = None
+                self._remove(pending)
                 self._leases[lease.id] = lease
-                waiter.lease = lease
-                waiter.wake()
+                pending.lease = lease
+                pending.wake()
 
-    def _strike(self, waiter: PendingRequest) -> None:
-        """It waits no more."""
-        del self._waiters[waiter.ticket.id]
-        self._kinds[waiter.kind] -= 1
-        if not self._kinds[waiter.kind]:
-            del self._kinds[waiter.kind]
+    def _remove(self, pending: PendingRequest) -> None:
+        del self._pending[pending.place]
+        self._kinds[pending.kind] -= 1
+        if not self._kinds[pending.kind]:
+            del self._kinds[pending.kind]
+        if pending.ticket is not None:
+            self._ledger.cancel(pending.ticket)
 
-    def _bear(self, error: PoolDirectoryError) -> None:
+    def _note_unusable(self, error: PoolDirectoryError) -> None:
         now = self._clock()
-        if self._trouble_since is None:
-            self._trouble_since = now
-            self._tell(f"{error}. What waits for devices waits for that to be mended")
-        elif now - self._trouble_since > BEARING:
-            self._trouble_since = None
-            self._fail(error)
+        if self._unusable_since is None:
+            self._unusable_since = now
+            self._tell(f"{error}. Running jobs continue; requests for devices wait until this is fixed")
+        elif now - self._unusable_since > UNUSABLE_SECONDS:
+            self._fail([one for one in self._pending.values() if one.outlasts is None or not one.outlasts()], error)
+            if not self._pending:
+                self._unusable_since = None
 
-    def _fail(self, error: GpuLauncherError) -> None:
-        for waiter in list(self._waiters.values()):
-            self._strike(waiter)
-            self._ledger.cancel(waiter.ticket)
-            waiter.error = error
-            waiter.wake()
+    def _fail(self, requests: Iterable[PendingRequest], error: GpuLauncherError) -> None:
+        for pending in list(requests):
+            self._remove(pending)
+            pending.error = error
+            pending.wake()
+
+    def _expire(self) -> None:
+        """Fail the requests whose time is over. The first look at the devices may take longer than their limits."""
+        now = self._clock()
+        for pending in [one for one in self._pending.values() if now - one.since >= one.limit]:
+            if self.ready or now - pending.since >= FIRST_LOOK_SECONDS:
+                wanted = describe_request(pending.request, self.devices)
+                try:
+                    error: GpuLauncherError = LeaseTimeout(wanted, pending.limit, self._full_reason(pending))
+                except PoolDirectoryError as unusable:
+                    error = unusable
+                self._fail([pending], error)
 
     def _explain(self) -> None:
-        """Say for whom the first of each kind of request waits, if that is not this process itself."""
+        """Say for whom the first request of each kind waits, if that is not this process itself."""
         now = self._clock()
         if now < self._explain_at:
             return
-        self._explain_at = now + MOMENT
-        own = self._leases.keys() | self._waiters.keys()
+        self._explain_at = now + EXPLAIN_SECONDS
+        own = self._leases.keys() | {one.ticket.id for one in self._pending.values() if one.ticket is not None}
+        mine = set() if self._program is None else leases_of(self._program)
         first: dict[Kind, PendingRequest] = {}
-        for waiter in sorted(self._waiters.values(), key=lambda waiter: waiter._place):
-            first.setdefault(waiter.kind, waiter)
-        self._told = {kind: text for kind, text in self._told.items() if kind in first}
-        for kind, waiter in first.items():
-            if now - waiter.since < MOMENT:
+        for place in sorted(self._pending):
+            first.setdefault(self._pending[place].kind, self._pending[place])
+        self._explained = {kind: reason for kind, reason in self._explained.items() if kind in first}
+        for kind, pending in first.items():
+            if now - pending.since < EXPLAIN_SECONDS or pending.ticket is None:
                 continue
             try:
-                view = self._seen(waiter.ticket)
+                view = self._seen(pending.ticket)
             except PoolDirectoryError:
-                return  # which is told when somebody tries to claim
-            wait = explain_wait(view, self._of(waiter.ticket), own, waiter.ticket, self._watch.unavailable)
-            if wait.reason and wait.reason != self._told.get(kind):
-                self._tell(f"waiting for {describe_request(waiter.request, self.devices)}: {wait.reason}")
-            self._told[kind] = wait.reason
+                return  # the next claim tells
+            reason = explain_wait(
+                view, pending.candidates, own, pending.ticket, self._watch.unavailable, mine=mine, program=self._program
+            )
+            if reason != self._explained.get(kind, WaitReason("", ())):
+                if pending.explain is not None:
+                    pending.explain(reason)
+                elif reason.reason:
+                    self._tell(f"waiting for {describe_request(pending.request, self.devices)}: {reason.reason}")
+            self._explained[kind] = reason
+
+    def _full_reason(self, pending: PendingRequest) -> str:
+        """Who holds, or is in line for, the devices that a request waits for, this process included."""
+        if not self.ready:
+            return "it is not known yet how the devices are doing: the driver has not answered"
+        if pending.ticket is None:
+            return "the pool directory is unusable"
+        view, mine = self._seen(pending.ticket), self._leases.keys()
+        unavailable = self._watch.unavailable
+        reason = explain_wait(view, pending.candidates, (), pending.ticket, unavailable, ALL_REASONS, mine=mine)
+        return reason.reason or "they have just become free"
 
     def _seen(self, ticket: Ticket) -> PoolView:
-        """A view of the pool that has the ticket, as new as explanations need it."""
+        """A snapshot of the pool that has the ticket, as new as explanations need it."""
         now = self._clock()
-        if self._view is None or now - self._view[0] > SAME_VIEW or ticket.id not in self._view[2]:
+        if self._view is None or now - self._view[0] > SAME_VIEW_SECONDS or ticket.id not in self._view[2]:
             view = self._ledger.snapshot()
             self._view = now, view, frozenset(waiting.id for waiting in view.tickets)
         return self._view[1]
 
-    def _of(self, ticket: Ticket) -> tuple[Device, ...]:
-        return tuple(device for device in self.devices if device.uuid in ticket.candidates)
-
 
 def closed_meanwhile() -> GpuLauncherError:
-    """What those are told who wait when the room is closed."""
+    """What a request fails with when the queue is closed."""
     return GpuLauncherError("the pool was closed while this waited for a lease of it")
 
 
 def _check_descriptors(waiting: int) -> None:
-    """A ticket is an open file. If they took all descriptors, none of them could become a lease."""
+    """A ticket is an open file. If tickets took all descriptors, none of them could become a lease."""
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most == resource.RLIM_INFINITY or waiting < most // 4:
         return
-    if len(list(Path("/proc/self/fd").iterdir())) > most - SPARE:
+    if len(list(Path("/proc/self/fd").iterdir())) > most - SPARE_DESCRIPTORS:
         raise GpuLauncherError(
             f"too much waits for leases at once: each is an open file, and this program may have {most} of them: "
             "raise that limit (`ulimit -n`), or let fewer wait at the same time"

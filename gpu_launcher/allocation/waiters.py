@@ -1,4 +1,4 @@
-"""What a thread or a task has while it waits: its place in line, and how it sleeps until it is roused."""
+"""What a thread or a task needs while it waits: a handle to its request, and a way to sleep until it is woken."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from gpu_launcher.allocation.request_queue import PendingRequest
 
 
 class RequestHandle:
-    """A place in line, for as long as somebody has this object: signals that come twice do not leave it over either."""
+    """Gives a request up when this object is gone, also where a second signal interrupts the handling of the first."""
 
     def __init__(self, give_up: Callable[[PendingRequest], None]) -> None:
-        """`give_up` takes what this place has when it is left, or nobody has it any more."""
-        self._waiters: list[PendingRequest] = []
+        """`give_up` gets the request when `leave` is called, or this object is collected."""
+        self._requests: list[PendingRequest] = []
         self._give_up = give_up
         self._process = os.getpid()
         # No __del__: an exception out of a signal's handler would be lost in it, every time that it is not needed.
-        self._finalizer = weakref.finalize(self, _leave, give_up, self._process, self._waiters)
+        self._finalizer = weakref.finalize(self, _leave, give_up, self._process, self._requests)
         self._finalizer.atexit = False
 
     @property
-    def waiter(self) -> PendingRequest:
-        """Whoever waits there, from when it has entered."""
-        return self._waiters[0]
+    def pending(self) -> PendingRequest:
+        """The request, once it was taken."""
+        return self._requests[0]
 
-    def take(self, waiter: PendingRequest) -> PendingRequest:
-        """Be the place of `waiter`."""
-        self._waiters.append(waiter)
-        return waiter
+    def take(self, pending: PendingRequest) -> PendingRequest:
+        """Take charge of a request."""
+        self._requests.append(pending)
+        return pending
 
     def leave(self) -> None:
-        """Give it up, or what was granted there."""
-        _leave(self._give_up, self._process, self._waiters)
+        """Give the request up, or the lease that it got."""
+        _leave(self._give_up, self._process, self._requests)
         self.forget()
 
     def forget(self) -> None:
-        """What was granted there is in other hands."""
+        """Leave the request alone: its lease has another owner."""
         self._finalizer.detach()
 
 
-def _leave(give_up: Callable[[PendingRequest], None], process: int, waiters: list[PendingRequest]) -> None:
+def _leave(give_up: Callable[[PendingRequest], None], process: int, requests: list[PendingRequest]) -> None:
     if os.getpid() == process:
-        for waiter in waiters:
-            give_up(waiter)
+        for pending in requests:
+            give_up(pending)
 
 
 class ThreadWaiter:
-    """A thread that waits. No threading.Event: a signal's handler that raises can leave its lock taken for ever."""
+    """A thread that waits. Not a threading.Event: a signal handler that raises can leave its lock taken for ever."""
 
     def __init__(self) -> None:
         self._asleep = threading.Lock()
@@ -61,18 +61,18 @@ class ThreadWaiter:
         self._bell: tuple[int, int] | None = None
 
     def open_bell(self) -> int:
-        """A descriptor that is readable when it is roused, for the leader."""
+        """A descriptor that is readable when the thread is woken, for the leader, which polls."""
         if self._bell is None:
             self._bell = os.pipe()
             os.set_blocking(self._bell[1], False)
         return self._bell[0]
 
     def sleep(self, seconds: float) -> None:
-        """Until it is roused, for so long at the most."""
+        """Sleep for at most `seconds`, or until `wake`."""
         self._asleep.acquire(timeout=-1 if seconds > threading.TIMEOUT_MAX else seconds)
 
-    def rouse(self) -> None:
-        """To be called by one thread at a time."""
+    def wake(self) -> None:
+        """End the sleep. Called by one thread at a time."""
         if self._asleep.locked():
             self._asleep.release()
         if self._bell is not None:
@@ -87,7 +87,7 @@ class ThreadWaiter:
 
 
 def wait_readable(descriptors: tuple[int, ...], seconds: float) -> None:
-    """Until one of `descriptors` is readable, for so long at the most."""
+    """Wait until one of `descriptors` is readable, for at most `seconds`."""
     poll = select.poll()
     for descriptor in descriptors:
         poll.register(descriptor, select.POLLIN)
@@ -102,7 +102,7 @@ class TaskWaiter:
         self._future: asyncio.Future[None] | None = None
 
     async def sleep(self, seconds: float) -> None:
-        """Until it is resumed, for so long at the most."""
+        """Sleep for at most `seconds`, or until `wake`."""
         self._future = self.loop.create_future()
         timer = None if seconds == math.inf else self.loop.call_later(seconds, self._set)
         try:
@@ -112,8 +112,8 @@ class TaskWaiter:
             if timer is not None:
                 timer.cancel()
 
-    def resume(self) -> None:
-        """From any thread. Raises RuntimeError if the event loop is closed."""
+    def wake(self) -> None:
+        """End the sleep, from any thread. Raises RuntimeError if the event loop is closed."""
         self.loop.call_soon_threadsafe(self._set)
 
     def _set(self) -> None:

@@ -16,13 +16,12 @@ from typing import NoReturn
 
 from gpu_launcher.allocation.device_watch import links_among
 from gpu_launcher.allocation.environment import DeviceEnvironment
-from gpu_launcher.allocation.explain import describe_request
 from gpu_launcher.allocation.feasibility import refuse
 from gpu_launcher.allocation.request_queue import RequestQueue
 from gpu_launcher.cli.streams import tell
-from gpu_launcher.devices import Links, select_devices
+from gpu_launcher.devices import select_devices
 from gpu_launcher.devices.specification import read_specification
-from gpu_launcher.errors import GpuLauncherError, OptionError
+from gpu_launcher.errors import GpuLauncherError, LeaseTimeout, OptionError
 from gpu_launcher.jobs.machine import ENDING
 from gpu_launcher.leases import FileLedger, HeldLease, resolve_pool_directory
 from gpu_launcher.model import Device, Request
@@ -30,7 +29,7 @@ from gpu_launcher.processes.command import CommandError, Ended, InterruptedBySig
 from gpu_launcher.processes.signals import HARMLESS, STOPS, CommandSignals
 from gpu_launcher.text import one_line
 from gpu_launcher.users import this_process
-from gpu_launcher.wording import device_names, duration
+from gpu_launcher.wording import device_names
 
 TIMED_OUT = 124
 """As timeout(1)."""
@@ -38,8 +37,6 @@ FAILED = 125
 """As env(1), nice(1) and timeout(1), where they fail themselves."""
 NO_DEVICES = 75
 """EX_TEMPFAIL of sysexits.h: another time it may work."""
-UNANSWERED = 30.0
-"""Seconds that the driver gets to say how the devices are, when there would be no time left to wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +64,7 @@ def run_on_pool(command: Sequence[str], options: Options) -> NoReturn:
     except CommandError as error:
         _tell(str(error))
         sys.exit(error.code)
-    except _NoDevicesError as error:
+    except LeaseTimeout as error:
         _tell(str(error))
         sys.exit(NO_DEVICES)
     except OptionError:
@@ -89,7 +86,7 @@ def _run_without_devices(command: Sequence[str], options: Options) -> NoReturn:
 def _run(command: Sequence[str], options: Options) -> NoReturn:
     selection = select_devices(options.devices, os.environ, option="--devices")
     refuse(options.request, selection.devices)
-    links = _links(options.request, selection.devices)
+    links = links_among(selection.devices, options.request)
     for notice in selection.notices:
         _tell(notice)
     directory = resolve_pool_directory(options.pool_dir)
@@ -98,7 +95,7 @@ def _run(command: Sequence[str], options: Options) -> NoReturn:
     with _dying_of_signals(signals), contextlib.ExitStack() as stack:
         ledger = stack.enter_context(FileLedger(directory, warn=_tell))
         announcements = _Announcements()
-        room = RequestQueue(
+        queue = RequestQueue(
             selection.devices,
             ledger,
             busy_memory=options.busy_memory,
@@ -106,16 +103,18 @@ def _run(command: Sequence[str], options: Options) -> NoReturn:
             clock=time.monotonic,
             links=links,
         )
-        stack.callback(room.close)
-        lease = _wait_for_devices(command, options, room, signals)
-        room.stop_watching()
+        stack.callback(queue.close)
+        lease = _wait_for_devices(command, options, queue, signals)
+        queue.stop_watching()
         devices = {device.uuid: device for device in selection.devices}
         granted = [devices[uuid] for uuid in lease.uuids]
         announcements.granted(granted)
         telling = DeviceEnvironment(by_uuid=selection.by_uuid).variables(granted, lease.shares, os.environ)
         with _copy_of(lease) as descriptor:
             environment = {**os.environ, **telling}
-            ended = _run_with(command, environment, options, signals, lease=descriptor, in_children=room.close_in_child)
+            ended = _run_with(
+                command, environment, options, signals, lease=descriptor, in_children=queue.close_in_child
+            )
     _end_as(ended, signals)
 
 
@@ -172,10 +171,6 @@ def _end_as(ended: Ended, signals: CommandSignals) -> NoReturn:
     sys.exit(os.WEXITSTATUS(ended.status))
 
 
-class _NoDevicesError(GpuLauncherError):
-    """There was no time left to wait."""
-
-
 def _tell(text: str) -> None:
     tell(one_line(text))
 
@@ -196,34 +191,25 @@ class _Announcements:
 
 
 def _wait_for_devices(
-    command: Sequence[str], options: Options, room: RequestQueue, signals: CommandSignals
+    command: Sequence[str], options: Options, queue: RequestQueue, signals: CommandSignals
 ) -> HeldLease:
-    """Raises _NoDevicesError, InterruptedBySignal, and PoolDirectoryError if that is unusable for long."""
+    """Raises LeaseTimeout, InterruptedBySignal, and PoolDirectoryError if that is unusable for long."""
     request = options.request
     if request.timeout is not None:  # what others may rely on
         request = replace(request, timeout=request.timeout + options.grace + ENDING)
-    longest = math.inf if options.wait is None else options.wait
-    waiter = room.enter(request, this_process(shlex.join(command)), lambda: None)
+    limit = math.inf if options.wait is None else options.wait
+    pending = queue.enter(request, this_process(shlex.join(command)), limit=limit)
     poll = select.poll()
-    for descriptor in (signals.fileno(), *room.descriptors):
+    for descriptor in (signals.fileno(), *queue.descriptors):
         poll.register(descriptor, select.POLLIN)
-    while not waiter.settled:
-        left = waiter.since + longest - room.now()
-        if left <= 0 and (room.ready or left <= -UNANSWERED):
-            room.attend()
-            if waiter.settled:
-                break
-            wanted = describe_request(request, room.devices)
-            reason = room.explain(waiter.ticket)
-            raise _NoDevicesError(f"gave up after {duration(longest)} of waiting for {wanted}: {reason}")
-        for descriptor, _ in poll.poll(min(room.patience, left if left > 0 else math.inf) * 1000 + 1):
+    while True:
+        queue.attend()
+        if pending.settled:
+            return pending.result()
+        left = queue.seconds_left(pending)
+        for descriptor, _ in poll.poll(min(queue.patience, left if left > 0 else math.inf) * 1000 + 1):
             if descriptor == signals.fileno():
                 _heed(signals)
-        room.attend()
-    if waiter.error is not None:
-        raise waiter.error
-    assert waiter.lease is not None, "it is settled"
-    return waiter.lease
 
 
 def _heed(signals: CommandSignals) -> None:
@@ -233,8 +219,3 @@ def _heed(signals: CommandSignals) -> None:
             signals.suspend(arrived.signum)
         elif arrived.signum not in HARMLESS:
             raise InterruptedBySignal(arrived.signum)
-
-
-def _links(request: Request, devices: tuple[Device, ...]) -> Links | None:
-    """How GPUs are connected, if there is a choice of several."""
-    return links_among(devices) if 1 < request.gpus < len(devices) else None

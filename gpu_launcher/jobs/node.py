@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 
 from gpu_launcher.allocation.device_watch import DeviceWatch, links_among
 from gpu_launcher.allocation.feasibility import refuse
-from gpu_launcher.devices import ConditionMonitor, Links, select_devices, usable_cpus
+from gpu_launcher.devices import ConditionMonitor, select_devices, usable_cpus
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs import source as s
@@ -53,7 +53,7 @@ from gpu_launcher.jobs.node_messages import (
 )
 from gpu_launcher.jobs.sweep import limits
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
-from gpu_launcher.model import Device, Request
+from gpu_launcher.model import Device
 from gpu_launcher.processes.fork_server_client import ForkServer, StartMethod
 from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.processes.linux import Ending
@@ -177,7 +177,7 @@ class Node:
             launcher=self.program_process,
             monitor=ConditionMonitor(devices),
             busy_memory=options.busy_memory,
-            links=_links(options.request, devices),
+            links=links_among(devices, options.request),
         )
         cleanup.callback(watch.close)
         return JobLoop(
@@ -208,11 +208,6 @@ def _leave_signals_to_the_head() -> None:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, lambda signum, frame: None)
-
-
-def _links(request: Request | None, devices: tuple[Device, ...]) -> Links | None:
-    """How GPUs are connected, where a job may get several."""
-    return None if request is not None and request.gpus < 2 else links_among(devices)
 
 
 class _Link:

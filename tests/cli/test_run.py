@@ -248,7 +248,7 @@ def test_it_says_who_uses_a_gpu_without_asking_the_pool(lab: Lab) -> None:
     assert done.returncode == 75
     reason = f"GPU 2 is used by jupyter 600 (pid {lab.stranger}"
     assert f"gpu-launcher: waiting for 1 GPU: {reason}" in done.stderr
-    assert re.search(rf"gave up after 3\.0 s of waiting for 1 GPU: {re.escape(reason)}", done.stderr)
+    assert re.search(rf"timed out after 3 s waiting for 1 GPU: {re.escape(reason)}", done.stderr)
     lab.cli.started[-1].communicate()
     assert lab.cli("run", "--devices", "2", "--busy-memory", "null", "--wait", "3", "true").returncode == 0
 
@@ -354,9 +354,9 @@ def test_when_there_is_no_time_left_to_wait_it_says_who_holds_what(cli: Cli, wai
     done = cli(*ONE, "--wait", wait, "echo", "ran")
     assert (done.returncode, done.stdout) == (75, "")
     last = done.stderr.splitlines()[-1]
-    shown = "0.0 s" if wait == "0" else "0.5 s"
+    over = "1 GPU not available now" if wait == "0" else "timed out after 0.5 s waiting for 1 GPU"
     who = user_name(os.geteuid())
-    said = f"gpu-launcher: gave up after {shown} of waiting for 1 GPU: simulated GPU 0 held by {who} (train.py #7)"
+    said = f"gpu-launcher: {over}: simulated GPU 0 held by {who} (train.py #7)"
     assert re.fullmatch(re.escape(said) + r" since \d\d:\d\d", last)
     assert tickets(cli) == before
 
