@@ -124,7 +124,7 @@ class RequestQueue:
         self._watch = DeviceWatch(
             devices,
             ledger.snapshot,
-            launcher=os.getpid(),
+            launcher=os.getpid() if program is None else program,
             monitor=monitor or ConditionMonitor(devices),
             busy_memory=busy_memory,
             links=links,
