@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gpu_launcher.executors.courier import BrokenPoolExecutor
     from gpu_launcher.executors.parallel_map import ParallelMap, parallel_map
     from gpu_launcher.executors.pool_executor import PoolExecutor
-    from gpu_launcher.executors.record_errors import RecordError, UnreadableError, WorkerDiedError
+    from gpu_launcher.executors.record_errors import RecordError, SetupError, UnreadableError, WorkerDiedError
     from gpu_launcher.jobs.node_client import NodeDiedError
     from gpu_launcher.pool import Pool
     from gpu_launcher.studies.optimize import optimize
@@ -56,6 +56,7 @@ else:
         "PoolExecutor": "gpu_launcher.executors.pool_executor",
         "RecordError": "gpu_launcher.executors.record_errors",
         "RequestError": "gpu_launcher.errors",
+        "SetupError": "gpu_launcher.executors.record_errors",
         "StorageError": "gpu_launcher.errors",
         "UnpicklableError": "gpu_launcher.errors",
         "UnreadableError": "gpu_launcher.executors.record_errors",
@@ -103,6 +104,7 @@ __all__ = [
     "PoolExecutor",
     "RecordError",
     "RequestError",
+    "SetupError",
     "StorageError",
     "UnpicklableError",
     "UnreadableError",

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import pickle
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_launcher.executors.packing import Packed, Raised, Returned, pack, raised, unreturnable
+from gpu_launcher.executors.packing import NoValue, Packed, Returned, pack, unreturnable
 from gpu_launcher.model import Request
-from gpu_launcher.processes.exceptions import describe
+from gpu_launcher.processes.exceptions import PortableException, describe, reason, traceback_of
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.out_of_memory import is_out_of_gpu_memory
 from gpu_launcher.processes.pickling import main_namespace
@@ -46,40 +45,39 @@ class Calls:
         context.say(Granted())
         if not context.hear():
             return Report(True, None, b"")  # which nobody reads
-        outcome, memory = _make(spec)
-        ok = isinstance(outcome, Returned)
-        return Report(
-            ok,
-            None if isinstance(outcome, Returned) else outcome.problem,
-            pickle.dumps(outcome, pickle.HIGHEST_PROTOCOL),
-            out_of_memory=memory,
-        )
+        return _make(spec)
 
 
-def _make(call: Call) -> tuple[Returned | Raised, bool]:
-    """What came of it, and whether its GPU's memory was not enough."""
+def _make(call: Call) -> Report:
+    """What came of it."""
     try:
         function, args, kwargs = call.packed.unpack()
     except BaseException as error:  # whatever the user's objects raise when they are unpickled
         problem = f"was not made, as its function and arguments cannot be unpickled: {describe(error)}"
-        return Raised(None, problem, traceback.format_exc()), is_out_of_gpu_memory(error)
+        return _failed(problem, error, NoValue(traceback_of(error)))
     known = dict(main_namespace())  # which the program has, too; what the call puts there, it has not
     try:
         value = _call(function, args, kwargs)
+        del function, args, kwargs
+        try:
+            return Report(True, None, _dump(Returned(pack(value, Path(call.value), known))))
+        except OSError as error:
+            problem = f"returned a value that could not be handed over: {describe(error)}"
+            return _failed(problem, error, NoValue(traceback_of(error)))
+        except Exception as error:
+            problem = f"returned what cannot be pickled: {unreturnable(value, error)}"
+            return _failed(problem, error, NoValue(traceback_of(error), unpicklable=True))
     except BaseException as error:  # SystemExit and KeyboardInterrupt are the caller's to interpret as well
-        return raised(error, 2, known), is_out_of_gpu_memory(error)
-    del function, args, kwargs
-    try:
-        return Returned(pack(value, Path(call.value), known)), False
-    except OSError as error:
-        problem = f"returned a value that could not be handed over: {describe(error)}"
-        return Raised(None, problem, traceback.format_exc()), False
-    except Exception as error:
-        problem = f"returned what cannot be pickled: {unreturnable(value, error)}"
-        return Raised(None, problem, traceback.format_exc(), unpicklable=True), is_out_of_gpu_memory(error)
-    except BaseException as error:
-        return raised(error, 1, known), False
+        return _failed(reason(error), error, PortableException.of(error, known))
 
 
 def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return function(*args, **kwargs)
+
+
+def _failed(problem: str, error: BaseException, outcome: NoValue | PortableException) -> Report:
+    return Report(False, problem, _dump(outcome), out_of_memory=is_out_of_gpu_memory(error))
+
+
+def _dump(outcome: Returned | NoValue | PortableException) -> bytes:
+    return pickle.dumps(outcome, pickle.HIGHEST_PROTOCOL)

@@ -18,7 +18,7 @@ from typing import Any
 
 from gpu_launcher.errors import GpuLauncherError, JobError, JobTimeoutError, UnpicklableError
 from gpu_launcher.executors.calls import Call, Granted
-from gpu_launcher.executors.packing import Raised, Returned, pack, uncarried
+from gpu_launcher.executors.packing import NoValue, Returned, pack
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
@@ -26,7 +26,7 @@ from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.node_client import RemoteLoop, busy, calling_back, harmless_thread
 from gpu_launcher.jobs.node_messages import Closed, Ended, Heard, Remarked, Wanted
 from gpu_launcher.processes import pickling
-from gpu_launcher.processes.exceptions import RemoteTraceback, describe
+from gpu_launcher.processes.exceptions import PortableException, RemoteTraceback, describe
 from gpu_launcher.processes.unpicklable import found_at
 
 AT_ONCE = 5.0
@@ -335,28 +335,22 @@ def _open(result: JobResult, name: str) -> tuple[Any, BaseException | None]:
             problem = f"returned what cannot be unpickled in this process: {describe(why)}"
             return None, _caused(JobError(result.number, name, problem, None), why)
     error = _error(result, name, outcome)
-    if outcome is not None:
-        error.__cause__ = RemoteTraceback(outcome.text)
-    return None, error
+    return None, error if outcome is None else _caused(error, RemoteTraceback(outcome.traceback))
 
 
-def _error(result: JobResult, name: str, outcome: Raised | None) -> BaseException:
+def _error(result: JobResult, name: str, outcome: NoValue | PortableException | None) -> BaseException:
     """What to raise for a call without a value."""
+    message = result.message or "was not made"
     if result.cause is Cause.TIMEOUT:
-        return JobTimeoutError(result.number, name, result.message or "ran too long", None)
-    if outcome is None or result.outcome is Outcome.CANCELLED:
-        return JobError(result.number, name, result.message or "was not made", None)
-    if outcome.unpicklable:
-        return UnpicklableError(f"{name}() {outcome.problem}")
-    if outcome.error is None:
-        return JobError(result.number, name, outcome.problem, None)
-    try:
-        error = pickling.load(outcome.error, on_cpu=True)
-        assert isinstance(error, BaseException), error
-    except Exception as why:  # whatever the user's exception raises when it is unpickled
-        problem = f"{outcome.problem}. {uncarried('unpickled in this process', why)}"
-        return JobError(result.number, name, problem, None)
-    return error
+        return JobTimeoutError(result.number, name, message, None)
+    if result.outcome is not Outcome.CANCELLED and isinstance(outcome, PortableException):
+        try:
+            return outcome.load()
+        except LookupError as why:
+            message = f"{message}. {why}"
+    if isinstance(outcome, NoValue) and outcome.unpicklable:
+        return UnpicklableError(f"{name}() {message}")
+    return JobError(result.number, name, message, None)
 
 
 def _not_handed_over(name: str, call: Submitted, known: Mapping[str, object], error: BaseException) -> BaseException:

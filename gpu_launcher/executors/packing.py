@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from gpu_launcher.processes import exceptions, pickling
-from gpu_launcher.processes.exceptions import describe, reason, traceback_of
+from gpu_launcher.processes import pickling
+from gpu_launcher.processes.exceptions import describe
 from gpu_launcher.processes.unpicklable import found_at
 
 LARGE = 1024 * 1024
@@ -97,35 +97,12 @@ class Returned:
 
 
 @dataclass(frozen=True, slots=True)
-class Raised:
-    """The call raised, or could not be made."""
+class NoValue:
+    """There is neither a value nor an exception of the call's that could be sent; the report says why."""
 
-    error: bytes | None
-    """Pickled; None if there is no exception of the call's own that could be handed over."""
-    problem: str
-    """The same as a sentence without a subject, which is the call."""
-    text: str
-    """The traceback."""
+    traceback: str
     unpicklable: bool = False
     """There is a value, which cannot be pickled."""
-
-
-def raised(error: BaseException, skip: int, known: Mapping[str, object]) -> Raised:
-    """What to report of an exception, without the first `skip` frames of its traceback, which are ours."""
-    text = traceback_of(error, skip)
-    problem = reason(error)
-    try:
-        return Raised(exceptions.dump(error, known), problem, text)
-    except Exception as why:  # whatever the user's exception raises
-        return Raised(None, f"{problem}. {uncarried('pickled', why)}", text)
-
-
-def uncarried(what: str, why: BaseException) -> str:
-    """What to say of an exception that cannot be `what`, pickled or unpickled, and what to do."""
-    return (
-        f"The exception itself cannot be {what} ({describe(why)}). Remedy: define its class in a module, or in it a "
-        "`__reduce__` that works in any process"
-    )
 
 
 def unreturnable(value: object, why: BaseException) -> str:

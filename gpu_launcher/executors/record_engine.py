@@ -16,7 +16,7 @@ from gpu_launcher.errors import OptionError
 from gpu_launcher.executors import record_worker as w
 from gpu_launcher.executors.dealing import Chunk, Dealer, Raised
 from gpu_launcher.executors.progress import Bar
-from gpu_launcher.executors.record_errors import RecordError, RemoteTraceback, UnreadableError, WorkerDiedError
+from gpu_launcher.executors.record_errors import RecordError, SetupError, UnreadableError, WorkerDiedError
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job, JobResult
@@ -24,6 +24,7 @@ from gpu_launcher.jobs.node_client import NodeDiedError, RemoteLoop
 from gpu_launcher.jobs.node_messages import Closed, Ended, Heard, Message, Opened, Remarked, Started, Wanted
 from gpu_launcher.jobs.remarks import log
 from gpu_launcher.processes import pickling
+from gpu_launcher.processes.exceptions import PortableException, traceback_of
 from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.wording import count, device_names
 
@@ -175,7 +176,7 @@ class RecordEngine:
             if len(chunk.records) > 1:
                 self._dealer.separate(chunk)
             else:
-                self._fail(chunk, _unpicklable(chunk, self._loop.known, error), w.Failure.of(error).traceback, "")
+                self._fail(chunk, _unpicklable(chunk, self._loop.known, error), traceback_of(error), "")
             return True
         self._dealer.weighed(len(chunk.records), len(records))
         worker = self._workers[number]
@@ -277,9 +278,9 @@ class RecordEngine:
                 worker.state = _State.READY
                 self._died_starting = 0
             case w.NotReady(failure):
-                error = failure.read()
+                error = _load(failure)
                 where = f" on {worker.where}" if worker.where else ""
-                error.__cause__ = RemoteTraceback(f"setup failed{where}:\n\n{failure.traceback.rstrip()}")
+                error.__cause__ = SetupError(f"setup failed{where}:\n\n{failure.traceback.rstrip()}")
                 self._fatal = _raisable(error, error.__cause__)
             case w.Results():
                 self._results(worker, what)
@@ -288,7 +289,7 @@ class RecordEngine:
                 if len(chunk.records) > 1:
                     self._dealer.separate(chunk)
                 else:
-                    self._fail(chunk, _unloadable(chunk, failure.read()), failure.traceback, worker.where)
+                    self._fail(chunk, _unloadable(chunk, _load(failure)), failure.traceback, worker.where)
             case _:
                 raise TypeError(f"worker {number} says {what!r}")
 
@@ -307,7 +308,7 @@ class RecordEngine:
                 self._dealer.separate(done)
             else:
                 problem = UnreadableError(f"its result cannot be unpickled here: {type(error).__name__}: {error}")
-                self._fail(done, problem, w.Failure.of(error).traceback, worker.where)
+                self._fail(done, problem, traceback_of(error), worker.where)
             return
         self._dealer.measured(results.count, results.seconds, len(results.values))
         raised: dict[int, Raised] = {}
@@ -315,7 +316,7 @@ class RecordEngine:
             problem_of = RecordError(
                 chunk.first + position,
                 chunk.records[position],
-                failure.read(),
+                _load(failure),
                 failure.traceback,
                 worker.where,
             )
@@ -392,6 +393,14 @@ def _end(loop: RemoteLoop, begun: threading.Event) -> None:
             )
         )
     loop.close()
+
+
+def _load(failure: PortableException) -> BaseException:
+    """The exception, or one that says what it was."""
+    try:
+        return failure.load_alone()
+    except LookupError as why:
+        return UnreadableError(f"{failure.summary}. {why}")
 
 
 def _raisable(error: BaseException, instead: BaseException) -> BaseException:

@@ -46,8 +46,8 @@ class RecordError(GpuLauncherError):
         return f"{what}: {type(self.exception).__name__}: {self.exception}"
 
 
-class RemoteTraceback(GpuLauncherError):
-    """The traceback of a worker as text: the `__cause__` of what its `setup` raised."""
+class SetupError(GpuLauncherError):
+    """`setup` raised in a worker: the `__cause__` of the exception that is raised, with the worker's traceback."""
 
 
 def _show(record: object) -> str:

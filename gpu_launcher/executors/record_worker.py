@@ -11,19 +11,17 @@ import math
 import mmap
 import os
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from gpu_launcher.errors import OptionError, UnpicklableError
-from gpu_launcher.executors.packing import uncarried, unreturnable
-from gpu_launcher.executors.record_errors import UnreadableError
+from gpu_launcher.executors.packing import unreturnable
 from gpu_launcher.model import Request
-from gpu_launcher.processes import exceptions, pickling
+from gpu_launcher.processes import pickling
+from gpu_launcher.processes.exceptions import PortableException, users_part
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.processes.worker import JobContext
@@ -37,7 +35,6 @@ MOST_TOGETHER = 32
 SLOW = 1e-3
 """Seconds after which the next record is begun alone. Or the process has waited for the processor."""
 NO_RECORD = -1
-_OURS = (__file__, pickling.__file__, "/cloudpickle/cloudpickle.py")
 
 
 class Positions:
@@ -97,30 +94,6 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """An exception on its way to another process."""
-
-    exception: bytes
-    traceback: str
-
-    @classmethod
-    def of(cls, error: BaseException) -> Failure:
-        """Of an exception that was caught, without the frames of this package."""
-        text = "".join(traceback.format_exception(type(error), error, _users(error.__traceback__)))
-        return cls(_portable(error), text)
-
-    def read(self) -> BaseException:
-        """The exception, or if it cannot be had, one that says what it was."""
-        try:
-            error = pickling.load(self.exception, on_cpu=True)
-        except Exception as problem:  # whatever the user's class raises
-            last = self.traceback.strip().rpartition("\n")[2]
-            return UnreadableError(f"{last}. {uncarried('unpickled in this process', problem)}")
-        assert isinstance(error, BaseException)
-        return error
-
-
-@dataclass(frozen=True, slots=True)
 class Ready:
     """It has set itself up."""
 
@@ -129,7 +102,7 @@ class Ready:
 class NotReady:
     """`setup` raised, and the worker ends."""
 
-    failure: Failure
+    failure: PortableException
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +113,7 @@ class Results:
     count: int
     values: bytes
     """A list, pickled, in which a record that failed has None."""
-    failures: tuple[tuple[int, Failure], ...]
+    failures: tuple[tuple[int, PortableException], ...]
     """Of those, by position in the list."""
     seconds: float
     """What they took, pickling included."""
@@ -151,7 +124,7 @@ class Unreadable:
     """Records that it was dealt could not be unpickled; none of them was begun."""
 
     first: int
-    failure: Failure
+    failure: PortableException
 
 
 class RecordWorker:
@@ -175,7 +148,7 @@ class RecordWorker:
             setup, function = self._program()
             objects = _objects(setup)
         except BaseException as error:
-            context.say(NotReady(Failure.of(error)))
+            context.say(NotReady(_portable(error)))
             return Report(False, f"raised {type(error).__name__}: {error}", b"")
         try:
             positions = Positions(Path(spec.positions), spec.seats)
@@ -238,11 +211,11 @@ class _Calls:
         try:
             records = pickling.load(work.records)
         except Exception as error:
-            self._context.say(Unreadable(work.first, Failure.of(error)))
+            self._context.say(Unreadable(work.first, _portable(error)))
             return
         first = work.first
         values: list[Any] = []
-        failures: dict[int, Failure] = {}
+        failures: dict[int, PortableException] = {}
         # Looked up once: records may take less than a microsecond.
         at, seat, call, clock = self._at, self._seat, self._call, time.perf_counter
         flush_at = began + FLUSH
@@ -261,7 +234,7 @@ class _Calls:
                 if failed < 0:  # nothing was begun since results were sent
                     raise
                 del values[failed:]
-                failures[failed] = Failure.of(error)
+                failures[failed] = _portable(error)
                 append(None)
             index = first + len(values)
             before, now = now, clock()
@@ -277,7 +250,7 @@ class _Calls:
             self._send(first, values, failures, began)
         at[seat] = NO_RECORD
 
-    def _send(self, first: int, values: list[Any], failures: dict[int, Failure], began: float) -> None:
+    def _send(self, first: int, values: list[Any], failures: dict[int, PortableException], began: float) -> None:
         known = pickling.main_namespace()
         try:
             dumped = pickling.dump(values, known)
@@ -288,30 +261,18 @@ class _Calls:
         self._context.say(Results(first, len(values), dumped, in_order, time.perf_counter() - began))
 
 
-def _replace_unpicklable(first: int, values: list[Any], failures: dict[int, Failure]) -> None:
+def _replace_unpicklable(first: int, values: list[Any], failures: dict[int, PortableException]) -> None:
     for position, value in enumerate(values):
         try:
             pickling.dump(value, pickling.main_namespace())
         except Exception as error:
             what = f"the result of records[{first + position}] cannot be sent back"
             problem = UnpicklableError(f"{what}: {unreturnable(value, error)}")
-            problem.__cause__ = error.with_traceback(_users(error.__traceback__))
+            problem.__cause__ = error.with_traceback(users_part(error.__traceback__))
             error.__context__ = None  # the same, of when all of them were pickled at once
-            failures[position] = Failure.of(problem)
+            failures[position] = _portable(problem)
             values[position] = None
 
 
-def _users(frames: TracebackType | None) -> TracebackType | None:
-    """Without the frames at its beginning that are ours, or the pickler's."""
-    while frames is not None and frames.tb_frame.f_code.co_filename.endswith(_OURS):
-        frames = frames.tb_next
-    return frames
-
-
-def _portable(error: BaseException) -> bytes:
-    """The exception in a form that can be read, if there is one."""
-    try:
-        return exceptions.dump(error, pickling.main_namespace())
-    except Exception as why:  # whatever the user's exception raises
-        last = traceback.format_exception_only(type(error), error)[-1].strip()
-        return pickling.dump(UnreadableError(f"{last}. {uncarried('pickled', why)}"))
+def _portable(error: BaseException) -> PortableException:
+    return PortableException.of(error, pickling.main_namespace())

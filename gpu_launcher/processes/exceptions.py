@@ -1,21 +1,33 @@
-"""Exceptions on their way to another process, whatever their classes make of that."""
+"""Exceptions: sending them to another process, and putting them into words.
+
+Pickle drops the traceback of an exception and what led to it, and many classes can be pickled but not unpickled: every
+class whose `__init__` takes other arguments than it passes to its base. So an exception travels as a
+`PortableException`: pickled as a whole, or rebuilt from its class, arguments and attributes; its traceback is text.
+The other side reads it in one of two ways:
+
+- `load`: the exception, with a `RemoteTraceback` as its cause, as in `concurrent.futures`.
+- `load_chain`: the exception with its own causes and frames, as if it had been raised there. Hydra shows those.
+"""
 
 from __future__ import annotations
 
 import os
 import sysconfig
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from types import FrameType, FunctionType, TracebackType
+from typing import Any, Literal
 
 from gpu_launcher.processes import cpu_unpickler, pickling
 
+MAX_FRAMES = 200
+"""Frames of a traceback that travel. Of a longer one, as of endless recursion, half of these from either end do."""
+
 
 class RemoteTraceback(Exception):
-    """The cause of an exception that another process raised, or what stands for one: its traceback there, as text."""
+    """The traceback, as text, of an exception that another process raised: its cause, or a stand-in for it."""
 
     def __init__(self, tb: str) -> None:
         super().__init__(tb)
@@ -26,56 +38,163 @@ class RemoteTraceback(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Carried:
-    """An exception on its way. One that cannot be pickled as a whole is rebuilt from what of it can be."""
+class PortableException:
+    """An exception in a form that can be sent to another process."""
 
     pickled: bytes | None
-    text: str
+    """None if nothing of it can be pickled."""
+    summary: str
     """Such as `ValueError: no such file`."""
     traceback: str
+    """As Python prints it, from where the user's code begins."""
     problem: str = ""
-    """Why nothing of it could be pickled."""
+    """Why it cannot be pickled, and what to do."""
+    frames: tuple[tuple[str, str, int], ...] = ()
+    """In a chain: file name, function and line of each frame of its traceback."""
+    led_by: Literal["cause", "context"] | None = None
+    """In a chain: how the next exception led to this one; None at the end."""
 
     @classmethod
-    def of(cls, error: BaseException, known: Mapping[str, object], *, skip: int = 0) -> Carried:
-        """For a process whose `__main__` has what is `known`; without the first `skip` frames, which are ours."""
-        shown = traceback_of(error, skip)
-        text = "".join(traceback.format_exception_only(type(error), error)).strip()
+    def of(cls, error: BaseException, known: Mapping[str, object], *, chain: bool = True) -> PortableException:
+        """Pack `error` for a process whose `__main__` has what is `known`; with the text of its causes if `chain`."""
+        summary = "".join(traceback.format_exception_only(type(error), error)).strip()
+        text = traceback_of(error, chain=chain)
         try:
-            return cls(dump(error, known), text, shown)
+            return cls(dump(error, known), summary, text)
         except Exception as why:  # whatever the user's objects raise
-            return cls(None, text, shown, f"it cannot be pickled: {describe(why)}")
+            return cls(None, summary, text, _not_portable("pickled", why))
 
     def load(self) -> BaseException:
-        """The exception, caused by its traceback. Raises LookupError, which says why, if it cannot be had here."""
-        if self.pickled is None:
-            raise LookupError(self.problem)
-        try:
-            error = pickling.load(self.pickled, on_cpu=True)
-        except Exception as why:  # whatever the user's objects raise
-            raise LookupError(f"it cannot be unpickled: {describe(why)}") from why
-        if not isinstance(error, BaseException):
-            raise LookupError("it is no exception when it is unpickled")
+        """The exception, caused by its traceback. Raises LookupError, which says why, if it cannot be loaded."""
+        error = self.load_alone()
         error.__cause__ = RemoteTraceback(self.traceback)
         return error
 
+    def load_alone(self) -> BaseException:
+        """The exception without a cause. Raises LookupError as `load` does."""
+        if self.pickled is None:
+            raise LookupError(self.problem)
+        try:
+            error: BaseException = pickling.load(self.pickled, on_cpu=True)
+        except Exception as why:  # whatever the user's objects raise
+            raise LookupError(_not_portable("unpickled in this process", why)) from why
+        return error
+
+
+def _not_portable(what: str, why: BaseException) -> str:
+    return (
+        f"The exception itself cannot be {what} ({describe(why)}). Remedy: define its class in a module, or give it a "
+        "`__reduce__` that works in any process"
+    )
+
+
+# With what led to it
+
+
+def pack_chain(
+    error: BaseException,
+    known: Mapping[str, object],
+    shown: Callable[[BaseException], TracebackType | None],
+) -> list[PortableException]:
+    """Pack `error` and what led to it, from last raised to first. Of each, the frames that are `shown` travel."""
+    links = []
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None:
+        seen.add(id(current))
+        led_by: Literal["cause", "context"] | None = None
+        earlier: BaseException | None = None
+        if current.__cause__ is not None:
+            led_by, earlier = "cause", current.__cause__
+        elif current.__context__ is not None and not current.__suppress_context__:
+            led_by, earlier = "context", current.__context__
+        if id(earlier) in seen:
+            led_by, earlier = None, None
+        frames = [(f.filename, f.name, f.lineno or 0) for f in traceback.extract_tb(shown(current))]
+        if len(frames) > MAX_FRAMES:
+            frames[MAX_FRAMES // 2 : -MAX_FRAMES // 2] = []
+        alone = PortableException.of(current, known, chain=False)
+        links.append(replace(alone, frames=tuple(frames), led_by=led_by))
+        current = earlier
+    return links
+
+
+def load_chain(links: Sequence[PortableException], replacement: Exception) -> Exception:
+    """The exception that `pack_chain` packed; `replacement` in its place if it cannot be raised here.
+
+    A RemoteTraceback stands for any other that cannot be loaded.
+    """
+    error: BaseException | None = None
+    for link in reversed(links):
+        earlier = error
+        try:
+            error = link.load_alone()
+        except LookupError:
+            error = None
+        if link is links[0] and not isinstance(error, Exception):
+            error = replacement  # SystemExit in a job must not end the launching program
+        if error is None:
+            error = RemoteTraceback(link.traceback)
+        else:
+            error.__traceback__ = _synthetic_traceback(link.frames)
+        if link.led_by == "cause":
+            error.__cause__ = earlier
+        elif link.led_by == "context":
+            error.__context__ = earlier
+    assert isinstance(error, Exception)
+    return error
+
+
+def _synthetic_traceback(frames: Sequence[tuple[str, str, int]]) -> TracebackType | None:
+    tb = None
+    for filename, function, line in reversed(frames):
+        tb = TracebackType(tb, _synthetic_frame(filename, function), -1, line)
+    return tb
+
+
+def _synthetic_frame(filename: str, function: str) -> FrameType:
+    """A frame that looks as if it were of that function. Python leaves frames only where something raised."""
+    code = _raise.__code__.replace(co_filename=filename, co_name=function)
+    try:
+        FunctionType(code, {_MARK: None})()
+    except ZeroDivisionError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        return frame
+    raise AssertionError("it raises")
+
+
+_MARK = "_SyntheticTraceback"
+"""Among a frame's globals, tells Hydra 1.4 to judge the frame by its file name."""
+
+
+def _raise() -> None:
+    1 / 0  # noqa: B018
+
+
+# Pickling
+
 
 def dump(error: BaseException, known: Mapping[str, object]) -> bytes:
-    """Pickle an exception for `pickling.load`, as a whole or else what of it can be.
+    """Pickle an exception for `pickling.load`: as a whole if that can be read again and says the same, else rebuilt.
 
-    Many a class can be pickled and not unpickled: each whose `__init__` takes other arguments than those it hands on.
     Raises whatever the class raises, and TypeError.
     """
     try:
         pickled = pickling.dump(error, known)
-        if not isinstance(_first(pickled), type(error)):
+        again = _first(pickled)
+        if not isinstance(again, type(error)):
             raise TypeError("it becomes something else when it is unpickled")
     except Exception as why:  # whatever the user's objects raise
         try:
             return _dump_rebuilt(error, known)
         except Exception:  # of its class, most likely
             raise why from None
-    return pickled
+    if message_of(again) == message_of(error):
+        return pickled
+    try:  # a constructor that words the message got its own words back as if they were the argument
+        return _dump_rebuilt(error, known)
+    except Exception:  # whatever the user's objects raise
+        return pickled
 
 
 def _dump_rebuilt(error: BaseException, known: Mapping[str, object]) -> bytes:
@@ -152,18 +271,31 @@ def _look(thing: object) -> str:
         return f"<{type(thing).__qualname__}>"
 
 
-def traceback_of(error: BaseException, skip: int) -> str:
-    """As Python prints it, without the first `skip` frames, which are ours."""
-    return "".join(traceback.format_exception(type(error), error, without_frames(error, skip)))
+# Frames
 
 
-def without_frames(error: BaseException, skip: int) -> TracebackType | None:
-    """Its traceback without the first `skip` frames."""
-    frames = error.__traceback__
-    for _ in range(skip):
-        frames = frames and frames.tb_next
-    return frames
+def users_part(tb: TracebackType | None) -> TracebackType | None:
+    """A traceback from where the user's code begins, without Hydra's frames and ours; None if it does not get there."""
+    while tb is not None and module_of(tb).startswith(_CALLERS):
+        tb = tb.tb_next
+    return tb
 
+
+def traceback_of(error: BaseException, *, chain: bool = True) -> str:
+    """As Python prints it, from where the user's code begins; with what led to it if `chain`."""
+    return "".join(traceback.format_exception(type(error), error, users_part(error.__traceback__), chain=chain))
+
+
+_CALLERS = ("gpu_launcher.", "hydra_plugins.gpu_pool_launcher.", "hydra.core.utils", "cloudpickle.")
+"""Modules that call the user's code, or pickle it."""
+
+
+def module_of(tb: TracebackType) -> str:
+    """The module of the first frame."""
+    return str(tb.tb_frame.f_globals.get("__name__"))
+
+
+# In words
 
 MAX_CAUSES = 5
 """Exceptions of one chain that `describe` names."""

@@ -32,7 +32,7 @@ from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.jobs.where import GRACE
 from gpu_launcher.model import MILLIONTHS, WHOLE, Device
 from gpu_launcher.processes import pickling
-from gpu_launcher.processes.exceptions import Carried
+from gpu_launcher.processes.exceptions import PortableException
 from gpu_launcher.studies import dialogue as d
 from gpu_launcher.studies.ctrl_c import CtrlC
 from gpu_launcher.studies.study_storage import StudyStorage
@@ -324,7 +324,7 @@ class Conductor:
         for job, number in asking.items():
             verdict = verdicts.get(number, False)
             if isinstance(verdict, Exception):
-                answer: bytes | Carried = Carried.of(verdict, self._loop.known, skip=1)
+                answer: bytes | PortableException = PortableException.of(verdict, self._loop.known)
             else:
                 answer = pickling.dump(verdict)
             self._loop.say(s.Reply(job, d.Answer(questions[job].number, answer)))
@@ -336,9 +336,9 @@ class Conductor:
         try:
             positional, named = pickling.load(call.arguments, on_cpu=True)
             result = self._trials.call(number, call.target, call.name, positional, named)
-            answer: bytes | Carried = pickling.dump(result, self._loop.known)
+            answer: bytes | PortableException = pickling.dump(result, self._loop.known)
         except Exception as error:  # to be raised in the objective, whatever it is
-            answer = Carried.of(error, self._loop.known, skip=2)
+            answer = PortableException.of(error, self._loop.known)
         self._loop.say(s.Reply(job, d.Answer(call.number, answer)))
 
     # How trials end
@@ -348,7 +348,7 @@ class Conductor:
             return
         match ending:
             case d.Raised(carried, caught):
-                self._failed(job, d.unpack(carried, self._trial_of[job]), carried.text, caught=caught)
+                self._failed(job, d.unpack(carried, self._trial_of[job]), carried.summary, caught=caught)
             case d.Pruned(text):
                 self._tell(job, TrialState.PRUNED, said=text)
             case d.Returned(values):

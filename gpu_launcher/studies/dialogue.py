@@ -10,15 +10,15 @@ import datetime
 from dataclasses import dataclass
 
 from gpu_launcher.errors import JobError
-from gpu_launcher.processes.exceptions import Carried, RemoteTraceback
+from gpu_launcher.processes.exceptions import PortableException, RemoteTraceback
 
 
-def unpack(carried: Carried, number: int) -> BaseException:
-    """The exception, caused by its traceback. If it cannot be had here, a JobError of the trial `number`."""
+def unpack(carried: PortableException, number: int) -> BaseException:
+    """The exception, caused by its traceback. If it cannot be loaded here, a JobError of the trial `number`."""
     try:
         return carried.load()
     except LookupError as why:
-        error = JobError(number, f"trial {number}", f"raised {carried.text}\n({why})", None)
+        error = JobError(number, f"trial {number}", f"raised {carried.summary}. {why}", None)
         error.__cause__ = RemoteTraceback(carried.traceback)
         return error
 
@@ -49,7 +49,7 @@ class Answer:
     """What a call returned, or raised."""
 
     call: int
-    result: bytes | Carried
+    result: bytes | PortableException
 
 
 # From a job.
@@ -111,7 +111,7 @@ class Pruned:
 class Raised:
     """It raised something else."""
 
-    error: Carried
+    error: PortableException
     caught: bool
     """Whether it is of a class that is to be caught, which the process that has it knows best."""
 

@@ -14,7 +14,7 @@ from optuna import TrialPruned
 from gpu_launcher.errors import OptionError
 from gpu_launcher.model import Request
 from gpu_launcher.processes import pickling
-from gpu_launcher.processes.exceptions import Carried, describe, reason, without_frames
+from gpu_launcher.processes.exceptions import PortableException, describe, reason, users_part
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.processes.worker import JobContext, print_exception
@@ -84,13 +84,13 @@ class Objective:
         except TrialPruned as pruned:
             return Pruned(str(pruned))
         except (Exception, KeyboardInterrupt) as error:
-            return Raised(Carried.of(error, line.known, skip=1), isinstance(error, self.catch))
+            return Raised(PortableException.of(error, line.known), isinstance(error, self.catch))
 
 
 def _left(error: BaseException) -> Report:
     """What to report of this process, which ends with `error`; printed as Python does, without our frames."""
     if not isinstance(error, SystemExit):
-        print_exception(error, without_frames(error, 2))
+        print_exception(error, users_part(error.__traceback__))
     elif error.code is None or isinstance(error.code, int):
         raise error  # with its status, for whoever waits for a fork of the objective's
     else:

@@ -14,7 +14,7 @@ from optuna.study import StudyDirection
 from optuna.trial import BaseTrial
 
 from gpu_launcher.processes import pickling
-from gpu_launcher.processes.exceptions import Carried
+from gpu_launcher.processes.exceptions import PortableException
 from gpu_launcher.processes.worker import JobContext
 from gpu_launcher.studies.dialogue import Answer, Call, Ending, Intermediate, ShallPrune, TrialToRun, unpack
 from gpu_launcher.studies.trial import _number, _step, refuse_attribute
@@ -85,7 +85,7 @@ class Line:
                 # Others are of calls that a KeyboardInterrupt ended.
                 if isinstance(answer, Answer) and answer.call == number:
                     break
-        if isinstance(answer.result, Carried):
+        if isinstance(answer.result, PortableException):
             raise unpack(answer.result, self.trial)
         return pickling.load(answer.result)
 

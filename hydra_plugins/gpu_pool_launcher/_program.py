@@ -19,10 +19,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from gpu_launcher.errors import OptionError
+from gpu_launcher.processes.exceptions import users_part
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.worker import JobContext, print_exception
 
-from ._exceptions import user_frames
 from ._options import read_job_options
 from ._results import JobOptionError, is_pruned, pack
 
@@ -91,7 +91,7 @@ class HydraProgram:
             if is_pruned(raised):
                 print(f"this trial was pruned: {raised}", file=sys.stderr)
             else:
-                print_exception(raised, user_frames(raised.__traceback__))
+                print_exception(raised, users_part(raised.__traceback__) or raised.__traceback__)
         return pack(job_return, composed)
 
     def _overrides_of_sweep(self) -> list[str]:

@@ -24,12 +24,13 @@ from gpu_launcher.errors import JobError
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import JobResult
 from gpu_launcher.processes import cpu_unpickler
-from gpu_launcher.processes.exceptions import describe, origin, reason
+from gpu_launcher.processes.exceptions import PortableException, describe, load_chain, origin, pack_chain, reason
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.out_of_memory import is_out_of_gpu_memory
+from gpu_launcher.processes.pickling import main_namespace
 from gpu_launcher.processes.unpicklable import found_at
 
-from ._exceptions import Link, dumps, pack_chain, unpack_chain, whole_message
+from ._exceptions import dumps, frames_for_hydra, whole_message
 
 MAX_VALUES = 16
 """Numbers that are kept of what a job returned, for tables."""
@@ -51,7 +52,7 @@ class _Parcel:
     """The JobReturn without its value."""
     value: bytes | None
     """The return value; None for a failed job."""
-    error: list[Link] | None
+    error: list[PortableException] | None
     """For a failed job: what it raised, unless its return value is what failed."""
     problem: str | None
     """For a failed job: one line, a sentence without its subject."""
@@ -80,7 +81,8 @@ def pack(job_return: JobReturn, composed: DictConfig | None) -> Report:
                 parcel = _Parcel(_shell(job_return, composed), None, None, problem)
         else:
             out_of_memory = is_out_of_gpu_memory(value)
-            parcel = _Parcel(_shell(job_return, composed), None, pack_chain(value), outcome(value))
+            chain = pack_chain(value, main_namespace(), frames_for_hydra)
+            parcel = _Parcel(_shell(job_return, composed), None, chain, outcome(value))
     finally:
         job_return._return_value = value
     ok = parcel.problem is None
@@ -161,8 +163,8 @@ def outcome(error: BaseException) -> str:
     return reason(error)
 
 
-def _exception(result: JobResult, chain: list[Link], problem: str | None) -> Exception:
-    error = unpack_chain(chain, JobError(result.number, result.label, problem or "failed", result.log))
+def _exception(result: JobResult, chain: list[PortableException], problem: str | None) -> Exception:
+    error = load_chain(chain, JobError(result.number, result.label, problem or "failed", result.log))
     if result.log and hasattr(error, "add_note") and not isinstance(error, JobError):
         error.add_note(f"job {result.number}; its log: {result.log}")
     return error

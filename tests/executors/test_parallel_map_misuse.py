@@ -24,7 +24,7 @@ import pytest
 from gpu_launcher.errors import OptionError, UnpicklableError
 from gpu_launcher.executors.parallel_map import parallel_map
 from gpu_launcher.executors.pool_executor import PoolExecutor
-from gpu_launcher.executors.record_errors import RecordError, RemoteTraceback, UnreadableError, WorkerDiedError
+from gpu_launcher.executors.record_errors import RecordError, SetupError, UnreadableError, WorkerDiedError
 from gpu_launcher.executors.record_worker import MOST_TOGETHER
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
@@ -75,7 +75,7 @@ def test_what_cannot_be_raised_here_is_the_exception_of_a_record_error(pool: Whe
 
 
 def test_a_setup_that_raises_stop_iteration_says_so(pool: Where) -> None:
-    with pytest.raises(RemoteTraceback, match=r"setup failed on .*(?s:.*)StopIteration") as caught:
+    with pytest.raises(SetupError, match=r"setup failed on .*(?s:.*)StopIteration") as caught:
         list(parallel_map([1], setup=lambda: next(iter(())), function=lambda record, model: record, pool=pool))
     assert causes(caught.value) == [caught.value]
 

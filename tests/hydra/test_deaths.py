@@ -39,9 +39,11 @@ DEATHS = [
         ("KeyError: 'the cause'", "ValueError: the effect"),
     ),
     Death("plain_main_exception", "PlainMainError", ("in fail", "PlainMainError: plain"), ("PlainMainError: plain",)),
-    Death("main_exception", "JobError", ("in fail", "raised MainError: code 7"), ("MainError: code 7",)),
-    Death("unpicklable_exception", "JobError", ("in fail", "raised UnpicklableError: holds a lock"), ("holds a lock",)),
-    Death("unloadable_exception", "JobError", ("in fail", "raised UnloadableError: one"), ("UnloadableError: one",)),
+    Death("main_exception", "MainError", ("in fail", "MainError: code 7"), ("MainError: code 7",)),
+    Death(
+        "unpicklable_exception", "UnpicklableError", ("in fail", "UnpicklableError: holds a lock"), ("holds a lock",)
+    ),
+    Death("unloadable_exception", "UnloadableError", ("in fail", "UnloadableError: one"), ("UnloadableError: one",)),
     Death("wordless_exception", "WordlessError", ("in fail", "WordlessError"), ("WordlessError",)),
     Death("base_exception", "JobError", ("in fail", "raised OddError: odd"), ("OddError: odd",)),
     Death("interrupt", "JobError", ("in fail", "was interrupted"), ("KeyboardInterrupt",)),

@@ -19,7 +19,7 @@ import gpu_launcher
 from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.processes import exceptions, pickling
-from gpu_launcher.processes.exceptions import Carried, RemoteTraceback
+from gpu_launcher.processes.exceptions import PortableException, RemoteTraceback
 
 # Objectives are defined inside the tests: where the test runner has threads, jobs are spawned, and cannot import this.
 
@@ -78,7 +78,7 @@ class GroupError(ValueError):
     ],
 )
 def test_an_exception_is_rebuilt_where_it_cannot_be_pickled(error: BaseException, metric: str | None) -> None:
-    carried = Carried.of(error, pickling.NOTHING)
+    carried = PortableException.of(error, pickling.NOTHING)
     again = carried.load()
     assert type(again) is type(error)
     if not any(isinstance(arg, type(threading.Lock())) for arg in error.args):
@@ -96,7 +96,7 @@ def test_an_exception_is_rebuilt_where_it_cannot_be_pickled(error: BaseException
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="there are no exception groups before")
 def test_a_group_of_exceptions_is_rebuilt_with_them() -> None:
     group = ExceptionGroup("both", [TwoArgumentsError("loss", 3), HasALockError("x"), ValueError(1)])  # noqa: F821
-    again = Carried.of(group, pickling.NOTHING).load()
+    again = PortableException.of(group, pickling.NOTHING).load()
     assert type(again) is type(group)
     assert str(again) == str(group)
     assert [(type(one), one.args) for one in again.exceptions] == [  # type: ignore[attr-defined]
@@ -110,8 +110,8 @@ def test_an_exception_whose_class_cannot_be_sent_is_not_had() -> None:
     class OddError(Exception):
         lock = threading.Lock()
 
-    carried = Carried.of(OddError("odd"), pickling.NOTHING)
-    with pytest.raises(LookupError, match="cannot be pickled: TypeError"):
+    carried = PortableException.of(OddError("odd"), pickling.NOTHING)
+    with pytest.raises(LookupError, match=r"cannot be pickled \(TypeError: .*Remedy"):
         carried.load()
     with pytest.raises(TypeError):
         exceptions.dump(OddError("odd"), pickling.NOTHING)

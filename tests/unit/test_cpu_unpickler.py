@@ -99,10 +99,10 @@ for sub, holder in there((numbers.as_subclass(Sub), Holder(numbers))):
     assert type(sub) is Sub and torch.equal(holder.tensor, numbers)
 """,
     "an exception with a tensor": """
-from gpu_launcher.processes.exceptions import Carried
+from gpu_launcher.processes.exceptions import PortableException
 for back in there(ValueError("loss is", numbers)):
     assert torch.equal(back.args[1], numbers)
-carried = Carried.of(ValueError("loss is", numbers), {})
+carried = PortableException.of(ValueError("loss is", numbers), {})
 assert torch.equal(carried.load().args[1], numbers)
 """,
     "a generator": """
