@@ -8,7 +8,7 @@ import threading
 import weakref
 from typing import Protocol
 
-from gpu_launcher.processes.deferred_signals import uninterrupted
+from gpu_launcher.processes.signals import uninterrupted
 
 
 class ForkListener(Protocol):

@@ -29,8 +29,8 @@ from gpu_launcher.allocation.waiters import LoopDriver, RequestHandle, TaskWaite
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.leases import HeldLease
 from gpu_launcher.model import Owner, Request
-from gpu_launcher.processes.deferred_signals import uninterrupted
 from gpu_launcher.processes.forking import in_internal_fork
+from gpu_launcher.processes.signals import uninterrupted
 
 T = TypeVar("T")
 

@@ -25,7 +25,13 @@ from gpu_launcher.errors import GpuLauncherError, LeaseTimeout, OptionError
 from gpu_launcher.jobs.machine import ENDING
 from gpu_launcher.leases import FileLedger, HeldLease, resolve_pool_directory
 from gpu_launcher.model import Device, Request
-from gpu_launcher.processes.command import CommandError, Ended, InterruptedBySignal, check_command, run_command
+from gpu_launcher.processes.command_front import (
+    CommandError,
+    CommandResult,
+    InterruptedBySignal,
+    check_command,
+    run_command,
+)
 from gpu_launcher.processes.signals import HARMLESS, STOPS, CommandSignals
 from gpu_launcher.text import one_line
 from gpu_launcher.users import this_process
@@ -126,7 +132,7 @@ def _run_with(
     *,
     lease: int | None,
     in_children: Callable[[], None],
-) -> Ended:
+) -> CommandResult:
     return run_command(
         command,
         environment,
@@ -159,7 +165,7 @@ def _dying_of_signals(signals: CommandSignals) -> Iterator[None]:
         sys.exit(128 + error.signum)
 
 
-def _end_as(ended: Ended, signals: CommandSignals) -> NoReturn:
+def _end_as(ended: CommandResult, signals: CommandSignals) -> NoReturn:
     if ended.timed_out:
         sys.exit(TIMED_OUT)
     if ended.status is None:

@@ -53,7 +53,7 @@ def run(
       gpu-launcher run --gpus 0.5 --timeout 2h -- jupyter lab
       gpu-launcher run --devices simulated:8 -- sh -c 'echo $CUDA_VISIBLE_DEVICES'
     """
-    from gpu_launcher.processes.command import fill_standard_descriptors
+    from gpu_launcher.processes.command_front import fill_standard_descriptors
 
     fill_standard_descriptors()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -39,9 +39,9 @@ from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Heard, Mess
 from gpu_launcher.jobs.progress import open_progress
 from gpu_launcher.jobs.reports import ReportError, read_report
 from gpu_launcher.jobs.running import judge
-from gpu_launcher.jobs.signals import StopSignals
 from gpu_launcher.jobs.source import Exhausted, Facts, JobSource, Offer, Remark, Stop
 from gpu_launcher.jobs.sweep import Options, portable
+from gpu_launcher.processes.signals import StopSignals
 from gpu_launcher.wording import count
 
 MAX_SKIPPED = 5

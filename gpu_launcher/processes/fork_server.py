@@ -10,11 +10,9 @@ import contextlib
 import gc
 import os
 import select
-import signal
 import socket
-import traceback
-from typing import NoReturn
 
+from gpu_launcher.processes.forking import fork_child
 from gpu_launcher.processes.guard import PATIENCE, end_descendants, guarded
 from gpu_launcher.processes.linux import become_child_subreaper, children, kill
 from gpu_launcher.processes.messages import (
@@ -25,6 +23,7 @@ from gpu_launcher.processes.messages import (
     receive,
     send,
 )
+from gpu_launcher.processes.signals import SignalPipe
 from gpu_launcher.processes.supervisor import COULD_NOT_FORK, RunJob, note_signals, supervise
 
 
@@ -39,15 +38,9 @@ def serve(control: socket.socket, launcher: int, run_job: RunJob, *, captured: b
     guarded(launcher, lambda lifeline: _serve(control, lifeline, run_job, captured), control.close)
 
 
-def _serve(control: socket.socket, lifeline: int, run_job: RunJob, captured: bool) -> NoReturn:
-    wake, wake_write = os.pipe()
-    os.set_blocking(wake, False)
-    os.set_blocking(wake_write, False)
-    note_signals()
-    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+def _serve(control: socket.socket, lifeline: int, run_job: RunJob, captured: bool) -> None:
     become_child_subreaper()
-    _Server(control, lifeline, wake, wake_write, run_job, captured).run()
-    os._exit(0)
+    _Server(control, lifeline, note_signals(), run_job, captured).run()
 
 
 def _why(supervisor: int, status: int) -> SupervisorDied | StartFailed:
@@ -62,13 +55,12 @@ def _fork_failed(error: int) -> str:
 
 class _Server:
     def __init__(
-        self, control: socket.socket, lifeline: int, wake: int, wake_write: int, run_job: RunJob, captured: bool
+        self, control: socket.socket, lifeline: int, signals: SignalPipe, run_job: RunJob, captured: bool
     ) -> None:
         self._control = control
         self._lifeline = lifeline
         self._supervisors_lifeline, self._own_end = os.pipe()
-        self._wake = wake
-        self._wake_write = wake_write
+        self._signals = signals
         self._run_job = run_job
         self._captured = captured
         self._supervisors: dict[int, int] = {}
@@ -77,14 +69,14 @@ class _Server:
     def run(self) -> None:
         poll = select.poll()
         poll.register(self._control, select.POLLIN)
-        poll.register(self._wake, select.POLLIN)
+        poll.register(self._signals, select.POLLIN)
         poll.register(self._lifeline, select.POLLIN)
         while True:
             ready = {descriptor for descriptor, _ in poll.poll()}
             if self._lifeline in ready:
                 break
-            if self._wake in ready:
-                os.read(self._wake, 4096)
+            if self._signals.fileno() in ready:
+                self._signals.read()
                 self._collect()
             if self._control.fileno() in ready:
                 try:
@@ -97,25 +89,14 @@ class _Server:
 
     def _start(self, supervisor: int, launcher_end: int) -> None:
         try:
-            pid = os.fork()
+            # Exit code 0 says that it saw its last job to its end.
+            self._supervisors[fork_child(lambda: self._become_supervisor(launcher_end))] = supervisor
         except OSError as error:
             self._tell(StartFailed(supervisor, _fork_failed(error.errno or 0)))
-            pid = -1
-        if pid == 0:
-            try:
-                self._become_supervisor(launcher_end)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(1)  # which says, as 0 does not, that its job was not seen to its end
-        if pid > 0:
-            self._supervisors[pid] = supervisor
         os.close(launcher_end)
 
-    def _become_supervisor(self, launcher_end: int) -> NoReturn:
-        signal.set_wakeup_fd(-1)
-        os.close(self._wake)
-        os.close(self._wake_write)
+    def _become_supervisor(self, launcher_end: int) -> None:
+        self._signals.close()
         os.close(self._lifeline)
         os.close(self._own_end)
         self._control.close()

@@ -11,9 +11,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-import traceback
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +19,9 @@ from typing import Any, Literal, NoReturn
 from gpu_launcher.errors import GpuLauncherError, OptionError
 from gpu_launcher.processes import pickling, spawn
 from gpu_launcher.processes.fork_server import serve
-from gpu_launcher.processes.forking import internal_fork, tqdm_monitors_paused
+from gpu_launcher.processes.forking import flush_all, fork_child, tqdm_monitors_paused
 from gpu_launcher.processes.inherited_files import OpenFiles
-from gpu_launcher.processes.linux import cuda_in_use, flush_c_streams, other_threads
+from gpu_launcher.processes.linux import cuda_in_use, other_threads
 from gpu_launcher.processes.messages import (
     Assignment,
     ChannelClosedError,
@@ -273,7 +270,7 @@ class ForkServer:
         self._control, server_end = channel()
         launcher = os.getpid()
         handlers, captured, generators = self._handlers, self._captured, self._generators
-        _flush()
+        flush_all()
         open_files = self._open_files or OpenFiles.of_this_process(besides=self._keep)
 
         def run_job(job: socket.socket) -> NoReturn:
@@ -282,23 +279,13 @@ class ForkServer:
             use_own_positions(open_files)
             work(job, CapturedStdio(), lambda: program)
 
-        with warnings.catch_warnings():
-            # Python 3.12+ warns of threads; we look for them ourselves, and use `spawn` if there are any.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            with internal_fork():
-                pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-                self._control.close()
-                in_child()
-                serve(server_end, launcher, run_job, captured=captured)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
+        def be_the_server() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            self._control.close()
+            in_child()
+            serve(server_end, launcher, run_job, captured=captured)
+
+        pid = fork_child(be_the_server, internal=True)
         server_end.close()
         self._pid = pid
         self._files_notice = open_files.notice()
@@ -328,14 +315,6 @@ class ForkServer:
             server_end.close()
         self._pid = server.pid
         server.returncode = 0  # we reap it ourselves
-
-
-def _flush() -> None:
-    """Whatever is in a buffer at the fork would be written by every child as well."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None and not stream.closed:
-            stream.flush()
-    flush_c_streams()
 
 
 def _threads_in_use() -> str | None:

@@ -1,11 +1,16 @@
-"""Forking a process safely: what holds a fork up, and which forks are ours."""
+"""Forks processes: what must be written or stopped before, what runs in the child, and which forks are internal."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
-from collections.abc import Iterator
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+
+from gpu_launcher.processes.linux import flush_c_streams
 
 MONITOR_JOIN_SECONDS = 1.0
 """Seconds to wait for a tqdm monitor to end. It may wait for a lock that this thread holds; then it keeps running."""
@@ -49,3 +54,38 @@ def tqdm_monitors_paused() -> Iterator[None]:
             bars = monitor.tqdm_cls  # type: ignore[attr-defined]
             if bars.monitor is monitor and bars.monitor_interval:
                 bars.monitor = type(monitor)(bars, bars.monitor_interval)
+
+
+def fork_child(main: Callable[[], object], *, internal: bool = False) -> int:
+    """Fork a process that runs only `main`, and return its process id. Raises OSError if there can be no more.
+
+    Nothing of the caller's code runs in the child after that, and no exit handler: it ends with exit code 0 when `main`
+    returns, or prints the traceback of what that raises, and ends with 1. See `internal_fork` for `internal`.
+    """
+    with warnings.catch_warnings():
+        # Python 3.12 warns if the process has other threads. Whether it has is looked for where that matters.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with internal_fork() if internal else contextlib.nullcontext():
+            pid = os.fork()
+    if pid > 0:
+        return pid
+    status = 1
+    try:
+        main()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def flush_all(*, ignore_errors: bool = False) -> None:
+    """Flush stdout and stderr, Python's and C's, before a fork: what is in a buffer then is written by each process.
+
+    Raises OSError unless `ignore_errors`.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.closed:
+            with contextlib.suppress(OSError) if ignore_errors else contextlib.nullcontext():
+                stream.flush()
+    flush_c_streams()

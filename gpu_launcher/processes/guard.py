@@ -10,10 +10,9 @@ import contextlib
 import os
 import signal
 import time
-import traceback
 from collections.abc import Callable, Collection
-from typing import NoReturn
 
+from gpu_launcher.processes.forking import fork_child
 from gpu_launcher.processes.keyboard import give_back_after_death, modes
 from gpu_launcher.processes.linux import become_child_subreaper, children, die_with_parent, kill
 
@@ -26,7 +25,7 @@ SHELL_SECONDS = 0.3
 _WATCHED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP}
 
 
-def guarded(launcher: int, serve: Callable[[int], NoReturn], close_in_guard: Callable[[], None]) -> None:
+def guarded(launcher: int, serve: Callable[[int], None], close_in_guard: Callable[[], None]) -> None:
     """Become the guard of a forked process that runs `serve`; return when it and all descendants are gone.
 
     `serve` gets a descriptor that is at its end when it should end: then the launching program (process id `launcher`)
@@ -38,16 +37,13 @@ def guarded(launcher: int, serve: Callable[[int], NoReturn], close_in_guard: Cal
     signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     lifeline, guards_end = os.pipe()
     terminal = modes(2)
-    server = os.fork()
-    if server == 0:
-        try:
-            os.close(guards_end)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
-            serve(lifeline)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
+
+    def be_the_server() -> None:
+        os.close(guards_end)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
+        serve(lifeline)
+
+    server = fork_child(be_the_server)
     close_in_guard()
     os.close(lifeline)
     die_with_parent(launcher, signal.SIGTERM)

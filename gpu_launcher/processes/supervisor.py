@@ -22,12 +22,14 @@ import os
 import select
 import signal
 import socket
-import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from functools import partial
+from typing import NoReturn
 
+from gpu_launcher.processes.forking import fork_child
 from gpu_launcher.processes.linux import become_child_subreaper, die_with_parent
 from gpu_launcher.processes.messages import ChannelClosedError, Exited, HoldLease, Kill, Signal, StartJob, receive, send
+from gpu_launcher.processes.signals import SignalPipe, not_ignored
 from gpu_launcher.processes.tree import ProcessTree
 
 PRINTED = 4096
@@ -42,81 +44,55 @@ RunJob = Callable[[socket.socket], NoReturn]
 """What happens in a job's process, given the job's end of its channel to the launching program."""
 
 
-def supervise(
-    launcher: socket.socket, *, server: int, lifeline: int, run_job: RunJob, captured: bool = True
-) -> NoReturn:
+def supervise(launcher: socket.socket, *, server: int, lifeline: int, run_job: RunJob, captured: bool = True) -> None:
     """Run the jobs that the launching program asks for, one after another, until it ends or closes the channel.
 
     `server` is the process id of the fork server, our parent; `lifeline` is at its end when that has ended, or is about
     to. What a job prints before it has a log is `captured`, to be told of it if it ends.
     """
-    wake, wake_write = os.pipe()
-    os.set_blocking(wake, False)
-    os.set_blocking(wake_write, False)
-    handlers = note_signals()
-    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    signals = note_signals()
     become_child_subreaper()
     die_with_parent(server, signal.SIGTERM)
     me = os.getpid()
 
     def be_the_job(channel: socket.socket, early: int) -> NoReturn:
-        try:
-            signal.set_wakeup_fd(-1)
-            for signum, handler in handlers.items():
-                signal.signal(signum, handler)
-            for descriptor in (1, 2) if captured else ():
-                os.dup2(early, descriptor)
-            for descriptor in (wake, wake_write, lifeline, early):
-                os.close(descriptor)
-            launcher.close()
-            os.setsid()
-            die_with_parent(me)
-            run_job(channel)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
+        signals.restore()
+        signals.close()
+        for descriptor in (1, 2) if captured else ():
+            os.dup2(early, descriptor)
+        for descriptor in (lifeline, early):
+            os.close(descriptor)
+        launcher.close()
+        os.setsid()
+        die_with_parent(me)
+        run_job(channel)
 
-    supervisor = _Supervisor(launcher, wake, lifeline, server)
+    supervisor = _Supervisor(launcher, signals, lifeline, server)
     with contextlib.suppress(ChannelClosedError):  # nobody is left to work for
         while (channel := supervisor.next_job()) is not None:
             early = os.memfd_create("gpu-launcher-early-output")
             try:
-                job = os.fork()
+                job = fork_child(partial(be_the_job, channel, early))
             except OSError as error:
                 os._exit(COULD_NOT_FORK + (error.errno or 0))
-            if job == 0:
-                be_the_job(channel, early)
             channel.close()
             supervisor.see_to_its_end(job, early)
             os.close(early)
-    os._exit(0)
 
 
-def note_signals() -> dict[signal.Signals, Any]:
-    """Have signals that are for the launching program to heed do no more here than wake; returns the handlers before.
-
-    By handlers, for those are not inherited over exec. SIGHUP stays ignored where it was, as under nohup(1): jobs are
-    to have it as the launching program has.
-    """
-    wanted = [signal.SIGCHLD, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        wanted.append(signal.SIGHUP)
-    return {signum: signal.signal(signum, _take_note) for signum in wanted}
-
-
-def _take_note(signum: int, frame: object) -> None:
-    """Signals arrive through the wakeup descriptor; a handler must exist for that."""
+def note_signals() -> SignalPipe:
+    """Take note of signals that are for the launching program to act on: systemd sends them to all processes."""
+    return SignalPipe(signal.SIGCHLD, signal.SIGTERM, *not_ignored(signal.SIGHUP))
 
 
 class _Supervisor:
-    def __init__(self, launcher: socket.socket, wake: int, lifeline: int, server: int) -> None:
+    def __init__(self, launcher: socket.socket, signals: SignalPipe, lifeline: int, server: int) -> None:
         self._launcher = launcher
-        self._wake = wake
+        self._signals = signals
         self._lifeline = lifeline
         self._server = server
         self._poll = select.poll()
-        for descriptor in (launcher.fileno(), wake, lifeline):
+        for descriptor in (launcher.fileno(), signals.fileno(), lifeline):
             self._poll.register(descriptor, select.POLLIN)
 
     def next_job(self) -> socket.socket | None:
@@ -140,7 +116,7 @@ class _Supervisor:
 
         Raises ChannelClosedError if nobody is left to be told.
         """
-        supervision = _Supervision(self._launcher, self._wake, job)
+        supervision = _Supervision(self._launcher, self._signals, job)
         while True:
             ready = self._wait(supervision.until_deadline())
             if self._is_orphan(ready):
@@ -153,8 +129,8 @@ class _Supervisor:
 
     def _wait(self, milliseconds: float | None) -> set[int]:
         ready = {descriptor for descriptor, _ in self._poll.poll(milliseconds)}
-        if self._wake in ready:
-            os.read(self._wake, 4096)
+        if self._signals.fileno() in ready:
+            self._signals.read()
         return ready
 
     def _is_orphan(self, ready: set[int]) -> bool:
@@ -171,10 +147,9 @@ def _end_of(early: int) -> bytes:
 class _Supervision:
     """Of one job."""
 
-    def __init__(self, launcher: socket.socket, wake: int, job: int) -> None:
+    def __init__(self, launcher: socket.socket, signals: SignalPipe, job: int) -> None:
         self._launcher = launcher
-        self._wake = wake
-        self._tree = ProcessTree(job, self._pause)
+        self._tree = ProcessTree(job, signals)
         self._lease: tuple[int, ...] = ()
         self._abandoned = False
 
@@ -222,11 +197,6 @@ class _Supervision:
             os.killpg(self._tree.main, signum)
         except ProcessLookupError:  # it has not called setsid yet
             os.kill(self._tree.main, signum)
-
-    def _pause(self) -> None:
-        select.select([self._wake], [], [], 0.1)
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake, 4096)
 
     def until_deadline(self) -> float | None:
         """Milliseconds until `is_over` should be asked though nothing happened, as poll wants them."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import time
-from collections.abc import Callable
+from typing import Protocol
 
 from gpu_launcher.processes.linux import children, command_lines, descendants, kill
 
@@ -15,17 +16,30 @@ LINGER = 0.5
 TERMINATE = 2.0
 """Seconds between SIGTERM and SIGKILL for descendants that linger longer."""
 
+HIDDEN_CHILD_SECONDS = 0.1
+"""Seconds between looks at children that cannot be killed because /proc does not show them."""
+
+
+class SignalSource(Protocol):
+    """Where signals arrive, SIGCHLD among them."""
+
+    def fileno(self) -> int:
+        """Readable when a signal has arrived."""
+
+    def read(self) -> object:
+        """Take what has arrived. Never waits."""
+
 
 class ProcessTree:
     """A main process and everything below it. This process must be a subreaper and have no other children."""
 
-    def __init__(self, main: int, pause: Callable[[], None], *, note_stops: bool = False) -> None:
-        """Look after the tree of `main`, a child. `pause` waits until a child may have ended, at most for 0.1 s.
+    def __init__(self, main: int, signals: SignalSource, *, note_stops: bool = False) -> None:
+        """Look after the tree of `main`, a child. `signals` has a signal to read when a child may have ended.
 
         With `note_stops` it is kept whether the main process is stopped.
         """
         self.main = main
-        self._pause = pause
+        self._signals = signals
         self._options = os.WNOHANG | (os.WUNTRACED | os.WCONTINUED if note_stops else 0)
         self.status: int | None = None
         """How the main process ended, as `os.waitpid` gives it; None while it lives."""
@@ -64,7 +78,8 @@ class ProcessTree:
             for pid in killed:  # whose own children are ours by then
                 self._note(*os.waitpid(pid, 0))
             if not killed:  # a child that /proc does not show us, as where it is mounted with hidepid
-                self._pause()
+                select.select([self._signals], [], [], HIDDEN_CHILD_SECONDS)
+                self._signals.read()
 
     def until_deadline(self) -> float | None:
         """Milliseconds until `is_gone` should be asked though nothing happened, as poll wants them."""

@@ -24,10 +24,10 @@ from typing import Any, NoReturn, Protocol
 
 from gpu_launcher.model import Request
 from gpu_launcher.processes import job_channel, rank_decisions
-from gpu_launcher.processes.deferred_signals import uninterrupted
 from gpu_launcher.processes.exceptions import origin, reason
+from gpu_launcher.processes.forking import flush_all
 from gpu_launcher.processes.inherited_files import OpenFiles
-from gpu_launcher.processes.linux import flush_c_streams, set_process_title
+from gpu_launcher.processes.linux import set_process_title
 from gpu_launcher.processes.messages import (
     Answer,
     Assignment,
@@ -42,6 +42,7 @@ from gpu_launcher.processes.messages import (
     receive,
     send,
 )
+from gpu_launcher.processes.signals import uninterrupted
 from gpu_launcher.safe_files import make_directories, open_regular, write_whole
 
 ATTEMPT = "GPU_LAUNCHER_ATTEMPT"
@@ -127,8 +128,7 @@ class CapturedStdio:
 
     def redirect(self, log: Path) -> None:
         """Append to `log`, beginning with what was captured so far."""
-        _flush_stdio()
-        flush_c_streams()
+        flush_all(ignore_errors=True)
         target = open_regular(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.write(target, self.early_output())
         for descriptor in (1, 2):
@@ -296,8 +296,7 @@ def _flush() -> None:
 
     Not in a forked job what the parent had opened, of which `gc.freeze` has taken care.
     """
-    _flush_stdio()
-    flush_c_streams()
+    flush_all(ignore_errors=True)
     buffered = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
     for stream in [thing for thing in gc.get_objects() if issubclass(type(thing), buffered)]:
         try:
@@ -307,10 +306,3 @@ def _flush() -> None:
             continue
         except OSError as error:
             print_exception(error, None)
-
-
-def _flush_stdio() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None and not stream.closed:
-            with contextlib.suppress(OSError):
-                stream.flush()

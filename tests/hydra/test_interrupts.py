@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gpu_launcher.jobs.signals import TOGETHER
+from gpu_launcher.processes.signals import SAME_SIGNAL_SECONDS
 
 Start = Callable[..., subprocess.Popen[str]]
 MANNERS = ["polite", "stubborn", "polite", "stubborn", "waiting"]
@@ -84,7 +84,7 @@ def test_a_second_ctrl_c_kills_at_once(start: Start, tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
     assert any("stopping" in line for line in process.stderr)  # reads no further than that
-    time.sleep(TOGETHER)  # what comes earlier counts as the same Ctrl-C
+    time.sleep(SAME_SIGNAL_SECONDS)  # what comes earlier counts as the same Ctrl-C
     asked = time.monotonic()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)

@@ -77,7 +77,6 @@ PUBLIC_TEXTS = ("README.md", "docs/*.md", "examples/**/*.py", "examples/**/*.yam
 # Names that more than one class or module has. Only remove from these two lists.
 SHARED_CLASS_NAMES = {
     "Answer",
-    "Arrived",
     "Asked",
     "Begin",
     "Bounds",
@@ -109,11 +108,9 @@ SHARED_CLASS_NAMES = {
     "_Supervisor",
 }
 SHARED_FILE_NAMES = {
-    "command.py",
     "output.py",
     "pool.py",
     "program.py",
-    "signals.py",
     "source.py",
     "sweep.py",
 }

@@ -859,18 +859,13 @@ def test_the_other_side_of_a_restart_drops_what_is_the_launching_programs_alone(
 NO_FORK = "could not be started: fork failed: Resource temporarily unavailable"
 
 
-class NoFork:
-    """The module `os`, of a machine that has no memory left."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(os, name)
-
-    def fork(self) -> int:
-        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+def no_fork(main: Any) -> int:
+    """What `fork_child` does on a machine that has no memory left."""
+    raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
 
 
 def test_a_job_for_which_the_server_cannot_fork_is_told_and_the_server_lives(launch, monkeypatch):
-    monkeypatch.setattr(server_module, "os", NoFork())
+    monkeypatch.setattr(server_module, "fork_child", no_fork)
     server = launch.server(waiting)
     for number in range(2):
         launch.start(server, number)
@@ -879,7 +874,7 @@ def test_a_job_for_which_the_server_cannot_fork_is_told_and_the_server_lives(lau
 
 
 def test_a_job_that_its_supervisor_cannot_fork_could_not_be_started_and_nothing_is_printed(launch, monkeypatch, capfd):
-    monkeypatch.setattr(supervisor_module, "os", NoFork())
+    monkeypatch.setattr(supervisor_module, "fork_child", no_fork)
     server = launch.server(waiting)
     job = launch.start(server)
     assert select.select([server], [], [], PATIENCE)[0]
