@@ -266,7 +266,7 @@ class _Head:
                 self._shown.handle(message)
             case Heard(number, what):
                 if self._source is not None:
-                    self._source.said(number, what)
+                    self._source.on_message(number, what)
             case Ended(result, event):
                 assert event is not None
                 self._end(result, event)
@@ -339,7 +339,7 @@ class _Head:
             self._offer(self._waiting.popleft())
         if self._source is not None:
             if count:
-                self._source.ask(count)
+                self._source.request_jobs(count)
         elif not self._waiting:
             self._exhaust()
 

@@ -259,7 +259,7 @@ class JobLoop:
             return
         if (more := self._machine.wanted - self._asked) > 0:
             self._asked += more
-            self._source.ask(more)
+            self._source.request_jobs(more)
         self._source.tick()
 
     def _on_source(self) -> None:
@@ -379,7 +379,7 @@ class JobLoop:
                 self._handle(m.Prepared(number, request, self._pool.refusal(request)))
             case messages.Said(what):
                 if self._source is not None:
-                    self._source.said(number, what)
+                    self._source.on_message(number, what)
             case messages.ResultWritten() | messages.ResultLost():
                 self._note_result(job, message)
             case _:
@@ -421,7 +421,7 @@ class JobLoop:
             while True:
                 message, _ = messages.receive(job.process.job)
                 if isinstance(message, messages.Said) and self._source is not None:
-                    self._source.said(number, message.what)
+                    self._source.on_message(number, message.what)
                 elif isinstance(message, (messages.ResultWritten, messages.ResultLost)):
                     self._note_result(job, message)
 

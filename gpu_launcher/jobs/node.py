@@ -282,7 +282,7 @@ class _Link:
                     raise _EndedError
                 self._inbox.append(message)
 
-    def ask(self, count: int) -> None:
+    def request_jobs(self, count: int) -> None:
         self.send(Wanted(count))
 
     def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
@@ -290,7 +290,7 @@ class _Link:
         if not self._run.shown:  # or it was shown
             self.send(Started(job.number, devices))
 
-    def said(self, number: int, what: Any) -> None:
+    def on_message(self, number: int, what: Any) -> None:
         self.send(Heard(number, what))
 
     def show(self, event: ShownEvent | JobEnded) -> None:

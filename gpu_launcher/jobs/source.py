@@ -76,13 +76,13 @@ class JobSource(Protocol):
     def receive(self) -> list[Statement]:
         """What it has to say. Raises GpuLauncherError if it is broken, which ends the sweep."""
 
-    def ask(self, count: int) -> None:
+    def request_jobs(self, count: int) -> None:
         """Want so many jobs more."""
 
     def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
         """The job runs now."""
 
-    def said(self, number: int, what: Any) -> None:
+    def on_message(self, number: int, what: Any) -> None:
         """A job that runs said something. What was said before this is not older than what is said after."""
 
     def ended(self, result: JobResult) -> None:

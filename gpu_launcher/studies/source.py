@@ -170,7 +170,7 @@ class TrialSource:
                 statement: s.Statement = message
                 return [statement]
 
-    def ask(self, count: int) -> None:
+    def request_jobs(self, count: int) -> None:
         """See `JobSource`."""
         if not self._exhausted:
             self._send(_Ask(count))
@@ -180,7 +180,7 @@ class TrialSource:
         directory = None if log is None else os.path.dirname(log)  # noqa: PTH120
         self._send(_Started(job.number, [device.label for device in devices], directory, log))
 
-    def said(self, number: int, what: Any) -> None:
+    def on_message(self, number: int, what: Any) -> None:
         """See `JobSource`."""
         self._send(_Heard(number, what))
 

@@ -66,7 +66,7 @@ class MapSource:
         """See `JobSource`."""
         return self._epoll.fileno()
 
-    def ask(self, count: int) -> None:
+    def request_jobs(self, count: int) -> None:
         """See `JobSource`."""
         self._wanted += count
         self._wake()
@@ -131,7 +131,7 @@ class MapSource:
     def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
         """See `JobSource`."""
 
-    def said(self, number: int, what: Any) -> None:
+    def on_message(self, number: int, what: Any) -> None:
         """See `JobSource`."""
 
     def ended(self, result: JobResult) -> None:
