@@ -113,7 +113,7 @@ def _refuse_holder(descriptor: int, directory: Path, remedy: str) -> None:
         holder, command = ProcessIdentity.from_json(content), one_line(Fields(content).text("command"))
     except ValueError:
         return  # it has just been taken, or is being released
-    lives = holder.lives(os.fstat(descriptor).st_uid)
+    lives = holder.is_alive(os.fstat(descriptor).st_uid)
     if lives is False:
         return  # what it left behind has the lock
     where = "" if lives else f" on {holder.host}"

@@ -50,7 +50,7 @@ class ProcessIdentity:
         """Names and values that JSON has."""
         return asdict(self)
 
-    def lives(self, owner: int | None = None) -> bool | None:
+    def is_alive(self, owner: int | None = None) -> bool | None:
         """Whether the process is alive; None if that cannot be known from here.
 
         A file that names a process is believed only if that process belongs to the `owner` of the file.

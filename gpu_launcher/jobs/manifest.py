@@ -94,7 +94,7 @@ class Launch:
     pid: int
     host: str
     command: str
-    lives: bool | None
+    is_alive: bool | None
     """None if that cannot be known from this machine."""
 
 
@@ -133,7 +133,7 @@ class Recorder:
         # Those of a source's jobs are not kept.
         self._old = {number: entry.report for number, entry in read(directory).items() if entry.report} if jobs else {}
         for earlier in launches_in(directory):
-            if earlier.lives is False:
+            if earlier.is_alive is False:
                 with suppress(OSError):
                     for left in self.directory.glob(f"*.{earlier.id}.trial"):
                         rank_decisions.withdraw(left)
@@ -250,7 +250,7 @@ def read(directory: Path) -> dict[int, Entry]:
     for number, entry in entries.items():
         report = ReportFiles(home, entry.launch).path(number)
         entry = replace(entry, report=report if os.path.lexists(report) else None)
-        over = entry.launch not in launches or launches[entry.launch].lives is False
+        over = entry.launch not in launches or launches[entry.launch].is_alive is False
         if over and entry.state in (State.WAITING, State.RUNNING):
             entry = replace(entry, state=State.LOST, pid=None)
             if entry.report is not None and (found := read_header(entry.report)) is not None:
@@ -272,7 +272,7 @@ def launches_in(directory: Path) -> list[Launch]:
         except (OSError, ValueError):
             continue  # not written by any launch
         id = file.stem.removeprefix("launch-")
-        found.append(Launch(id, file, identity.pid, identity.host, command, identity.lives(owner)))
+        found.append(Launch(id, file, identity.pid, identity.host, command, identity.is_alive(owner)))
     return found
 
 
@@ -311,9 +311,9 @@ def refuse_if_running(directory: Path, remedy: str) -> None:
     """Raise ManifestError if another program runs jobs in this directory, or may do so; `remedy` says what to do."""
     for launch in launches_in(directory):
         who = f"process {launch.pid} ({launch.command})"
-        if launch.lives:
+        if launch.is_alive:
             raise ManifestError(f"{directory} is being run by {who}: {remedy}")
-        if launch.lives is None:
+        if launch.is_alive is None:
             raise ManifestError(
                 f"{directory} may still be run by {who} of {launch.host}, which cannot be seen from here: "
                 f"if it has ended, remove {launch.file}"

@@ -55,7 +55,7 @@ class Sweep:
             return False
         if identity == self.identity:
             return bool(sweep != self.id) and sweep not in _working  # an earlier one of this program
-        return identity.lives() is False
+        return identity.is_alive() is False
 
 
 @contextmanager

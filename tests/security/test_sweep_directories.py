@@ -213,9 +213,9 @@ def test_forged_launch_is_nobodys(tmp_path: Path, change: dict[str, Any]) -> Non
     content = {**ProcessIdentity.here().to_json(), "command": "\x1b[2Jtrain.py"}
     (home / "launch-a.json").write_text(json.dumps(content))
     (launch,) = launches_in(tmp_path)
-    assert (launch.lives, launch.command) == (True, "train.py")
+    assert (launch.is_alive, launch.command) == (True, "train.py")
     (home / "launch-a.json").write_text(json.dumps({**content, **change}))
-    assert not any(launch.lives for launch in launches_in(tmp_path))
+    assert not any(launch.is_alive for launch in launches_in(tmp_path))
 
 
 @root
@@ -227,7 +227,7 @@ def test_launch_file_of_another_user_does_not_name_our_process(tmp_path: Path) -
     file.write_text(json.dumps({**ProcessIdentity.here().to_json(), "command": "train.py"}))
     os.chown(file, STRANGER, STRANGER)
     (launch,) = launches_in(tmp_path)
-    assert launch.lives is False
+    assert launch.is_alive is False
 
 
 ROW = {
