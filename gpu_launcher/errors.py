@@ -28,7 +28,7 @@ class OptionError(GpuLauncherError, ValueError):
     def __str__(self) -> str:
         return f"{self.option}: {self.problem}"
 
-    def written(self, spell: Callable[[str], str]) -> OptionError:
+    def renamed(self, spell: Callable[[str], str]) -> OptionError:
         """The same, with the option's name as `spell` makes it of this one."""
         return OptionError(spell(self.option), self.problem)
 

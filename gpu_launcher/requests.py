@@ -1,6 +1,6 @@
 """From what users write to requests: the same values mean the same in Hydra's options and on the command line.
 
-Errors name options as they are named here; who reads what users wrote spells them as users do (`OptionError.written`).
+Errors name options as they are named here; who reads what users wrote spells them as users do (`OptionError.renamed`).
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def main() -> NoReturn:
         code: Any = _run()
     except GpuLauncherError as error:
         if isinstance(error, OptionError):
-            error = error.written(_as_flag)
+            error = error.renamed(_as_flag)
         tell(str(error))
         code = 2 if isinstance(error, OptionError) else 1
     except OSError as error:

@@ -84,7 +84,7 @@ def optimize(
     try:
         request = read_request({"gpus": gpus, "memory": memory, "priority": priority, "timeout": trial_timeout})
     except OptionError as error:
-        raise error.written(lambda option: "trial_timeout" if option == "timeout" else option) from None
+        raise error.renamed(lambda option: "trial_timeout" if option == "timeout" else option) from None
     most = None if n_jobs in (None, -1) else _whole("n_jobs", n_jobs, least=1)
     options = read_pool(pool).options(request, most, "n_jobs")
     bounds = Bounds(

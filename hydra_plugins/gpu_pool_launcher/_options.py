@@ -58,7 +58,7 @@ def _as_written() -> Iterator[None]:
     try:
         yield
     except OptionError as error:
-        raise error.written(spell) from error
+        raise error.renamed(spell) from error
 
 
 @_as_written()

@@ -42,4 +42,4 @@ def test_errors_name_the_option_and_can_be_spelled_as_users_do(option: str, writ
     with pytest.raises(OptionError) as raised:
         read_request(written)
     assert raised.value.option == option
-    assert str(raised.value.written("hydra.launcher.{}".format)).startswith(f"hydra.launcher.{option}: ")
+    assert str(raised.value.renamed("hydra.launcher.{}".format)).startswith(f"hydra.launcher.{option}: ")

@@ -79,7 +79,7 @@ class RefusedError(OptionError):
     def __str__(self) -> str:
         return self.problem
 
-    def written(self, spell: object) -> OptionError:
+    def renamed(self, spell: object) -> OptionError:
         """See `OptionError`."""
         return self
 

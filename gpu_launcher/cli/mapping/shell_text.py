@@ -19,7 +19,7 @@ class CommandError(OptionError):
     def __str__(self) -> str:
         return self.problem
 
-    def written(self, spell: object) -> OptionError:
+    def renamed(self, spell: object) -> OptionError:
         """See `OptionError`."""
         return self
 
