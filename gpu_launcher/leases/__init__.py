@@ -13,7 +13,6 @@ from gpu_launcher.leases.ledger import (
     describe_wait,
     refusal,
 )
-from gpu_launcher.leases.memory import MemoryLedger, MemoryPool
 from gpu_launcher.leases.pool_directory import choose_pool_directory, resolve_pool_directory
 from gpu_launcher.leases.usage import DeviceUse, leased_memory, leases_of, owners_of, uses_of
 
@@ -24,8 +23,6 @@ __all__ = [
     "HeldLease",
     "LeaseView",
     "Ledger",
-    "MemoryLedger",
-    "MemoryPool",
     "Origin",
     "PoolView",
     "Ticket",

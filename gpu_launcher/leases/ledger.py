@@ -1,7 +1,7 @@
 """What a ledger is: the queue of tickets and the leases of one pool, as one process sees and changes them.
 
-Two implementations pass the same contract tests (`tests/contract`): `FileLedger`, shared by every process and user
-of the machine, and `MemoryLedger`, its twin for simulations within one process.
+`FileLedger` is shared by every process and user of the machine. The tests have another implementation, in memory, for
+simulations within one process; both pass the same contract tests.
 """
 
 from __future__ import annotations

@@ -10,9 +10,10 @@ from typing import Protocol
 
 import pytest
 
-from gpu_launcher.leases import FileLedger, Ledger, MemoryLedger, MemoryPool, resolve_pool_directory
+from gpu_launcher.leases import FileLedger, Ledger, resolve_pool_directory
 from gpu_launcher.model import Device, DeviceKind, Owner
 from gpu_launcher.users import user_name
+from tests.memory_ledger import MemoryLedger, MemoryPool
 
 
 class Processes:

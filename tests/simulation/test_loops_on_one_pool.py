@@ -30,7 +30,6 @@ from gpu_launcher.jobs.events import Event, JobEnded, JobStarted, Outcome
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.loop import MOST_SERVERS, JobLoop
 from gpu_launcher.jobs.machine import Limits
-from gpu_launcher.leases import MemoryLedger, MemoryPool
 from gpu_launcher.model import Owner, Request
 from gpu_launcher.processes.fork_server_client import SUPERVISOR_DIED, JobProcess, Lost, ServerDiedError
 from gpu_launcher.processes.messages import (
@@ -48,6 +47,7 @@ from gpu_launcher.processes.messages import (
     receive,
     send,
 )
+from tests.memory_ledger import MemoryLedger, MemoryPool
 
 DEVICES = simulated_devices(4)
 STEP_LIMIT = 3000

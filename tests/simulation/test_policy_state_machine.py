@@ -27,9 +27,10 @@ from hypothesis.stateful import (
 )
 
 from gpu_launcher.errors import RequestError
-from gpu_launcher.leases import DevicePreference, HeldLease, MemoryLedger, MemoryPool, Ticket
+from gpu_launcher.leases import DevicePreference, HeldLease, Ticket
 from gpu_launcher.leases.grant_policy import Candidate, Demand, LeaseState, Snapshot, TicketState, decide, grant, waits
 from gpu_launcher.model import MILLIONTHS, WHOLE, Device, DeviceKind, Owner, Request, Share
+from tests.memory_ledger import MemoryLedger, MemoryPool
 
 HISTORIES = int(os.environ.get("GPU_LAUNCHER_HISTORIES", "1500"))
 MANY = 5000

@@ -66,8 +66,6 @@ IN_ONE_FILE = ("pynvml", "sqlalchemy")
 
 # What only tests may import. Doubles of other libraries lie in tests/*_double.
 TEST_ONLY = ("pytest", "hypothesis", "unittest", "tests", "conftest", "hydra.test_utils")
-# Twins that ship for tests: the package they belong to may export them, and no other may use them.
-TWINS = {"gpu_launcher/leases/": ("gpu_launcher.leases.memory", "gpu_launcher.leases.MemoryLedger")}
 
 # Everything public: the names in `gpu_launcher.__all__` and these modules. All other modules are private.
 PUBLIC_MODULES = {"lightning"}
@@ -277,15 +275,7 @@ def imports_for_tests(tree: Path) -> list[str]:
 
 
 def for_tests(found: Import) -> bool:
-    return (
-        any(within(found.target, name) for name in TEST_ONLY)
-        or "_double" in found.target
-        or any(
-            within(found.target, twin) and not found.file.startswith(home)
-            for home, twins in TWINS.items()
-            for twin in twins
-        )
-    )
+    return any(within(found.target, name) for name in TEST_ONLY) or "_double" in found.target
 
 
 def shared_class_names(tree: Path) -> list[str]:
@@ -417,8 +407,7 @@ Check = Callable[[Path], list[str]]
         (slow_starts, "hydra_plugins/gpu_pool_launcher/config.py", "from . import _launch"),
         (imports_for_tests, "gpu_launcher/devices/nvml.py", "from tests.nvml_double import pynvml"),
         (imports_for_tests, "gpu_launcher/leases/ledger.py", "from unittest import mock"),
-        (imports_for_tests, "gpu_launcher/jobs/machine.py", "from gpu_launcher.leases.memory import MemoryLedger"),
-        (imports_for_tests, "gpu_launcher/jobs/machine.py", "from gpu_launcher.leases import MemoryLedger"),
+        (imports_for_tests, "gpu_launcher/jobs/machine.py", "from tests.memory_ledger import MemoryLedger"),
         (shared_class_names, "gpu_launcher/jobs/loop.py", "def f():\n    class Once: ..."),
         (shared_file_names, "gpu_launcher/jobs/storage.py", ""),
         (private_names_in_public_texts, "docs/leases.md", "```python\nfrom gpu_launcher import pool\n```"),
@@ -438,7 +427,6 @@ def test_the_checks_see_a_violation(tmp_path: Path, check: Check, file: str, cod
     ("file", "code"),
     [
         ("gpu_launcher/errors.py", "from gpu_launcher.model import Device"),
-        ("gpu_launcher/leases/__init__.py", "from gpu_launcher.leases.memory import MemoryLedger"),
         ("gpu_launcher/__init__.py", "from gpu_launcher.jobs.loop import run"),
         ("gpu_launcher/jobs/progress/live.py", "from rich.live import Live\nfrom ..events import Event"),
         ("gpu_launcher/cli/main.py", "import click, rich.table\nfrom gpu_launcher.executors.local import Local"),

@@ -1,4 +1,4 @@
-"""The ledger's twin in memory, for simulations: several objects in one process stand for several processes.
+"""A ledger in memory, for simulations: several objects in one process stand for several processes.
 
 A lease is the writing end of a pipe: alive as long as any copy of that descriptor is, as with a real one, which the
 pool sees as a hang-up at its reading end. So fakes pass descriptors on and close them as the real things do.
