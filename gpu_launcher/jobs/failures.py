@@ -1,117 +1,96 @@
-"""What to do about failed jobs: try again, with more memory if that is what was missing, or end the sweep."""
+"""What to do about failed jobs: retry them, with more memory if that ran out, or end the sweep."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gpu_launcher.jobs.job import Cause, Job, JobResult
-from gpu_launcher.jobs.running import Running
+from gpu_launcher.jobs.job import Cause, JobResult
 from gpu_launcher.model import MILLIONTHS, Device, Request, Share
+
+if TYPE_CHECKING:
+    from gpu_launcher.jobs.job_record import JobRun
 
 _ASIDE = ".attempt-"
 
 
 @dataclass(frozen=True, slots=True)
 class FailurePolicy:
-    """What the user wants done. The default: nothing, and the other jobs go on."""
+    """What the user wants done about failed jobs. The default: no retries, and the other jobs continue."""
 
     retries: int = 0
-    """How many times a job is run again."""
+    """How many times a job is retried."""
     retry_on: frozenset[Cause] = frozenset(Cause) - {Cause.EXCEPTION}
     most: int | None = None
     """How many jobs may have failed when the sweep is ended; None for any number."""
 
 
-class Attempts:
-    """Which attempt of each job is the next or latest one, and what it takes to make it a better one."""
+class RetryState:
+    """The attempts of one job: which one is the latest, whether there is another, and what that needs."""
 
-    def __init__(self, policy: FailurePolicy, numbers: Iterable[int], before: Mapping[int, int]) -> None:
-        """`before`: how many attempts jobs have made in earlier launches, by number."""
-        self._policy = policy
-        self._policies: dict[int, FailurePolicy] = {}
-        """Of jobs that have their own."""
-        self._before = dict(before)
-        self._attempts = {number: before.get(number, 0) + 1 for number in numbers}
-        self._roomier: dict[int, Share] = {}
-        self._failed: dict[int, JobResult] = {}
+    def __init__(self, policy: FailurePolicy, before: int) -> None:
+        """`before`: how many attempts the job made in earlier launches."""
+        self.policy = policy
+        """The sweep's, unless the job has its own."""
+        self._before = before
+        self.attempt = before + 1
+        """The attempt that runs or is the next to run, counted from 1."""
+        self._share: Share | None = None
+        """What to ask for instead of the job's own share, which was not enough."""
+        self.latest_failure: JobResult | None = None
+        """How the attempt before this one ended."""
 
-    def add(self, job: Job) -> None:
-        """There is one more job."""
-        self._attempts[job.number] = job.attempts_before + 1
-        if job.attempts_before:
-            self._before[job.number] = job.attempts_before
+    def request(self, request: Request) -> Request:
+        """What the job is to have: its own `request`, or more if that was not enough before."""
+        return request if self._share is None else replace(request, share=self._share)
 
-    def follow(self, number: int, policy: FailurePolicy) -> None:
-        """Retry this job as its own `policy` says."""
-        self._policies[number] = policy
+    def next(self, result: JobResult, run: JobRun, refusal: Callable[[Request], str | None]) -> NextAttempt | None:
+        """The next attempt of a job that failed; None if it is not retried.
 
-    def forget(self, number: int) -> None:
-        """It will not run again, and nobody asks about it."""
-        for known in (self._attempts, self._before, self._roomier, self._failed, self._policies):
-            known.pop(number, None)
-
-    def __getitem__(self, number: int) -> int:
-        """Counted from 1."""
-        return self._attempts[number]
-
-    def request(self, number: int, request: Request) -> Request:
-        """What the job is to have, which is more than its `request` if that was not enough before."""
-        share = self._roomier.get(number)
-        return request if share is None else replace(request, share=share)
-
-    def next(self, result: JobResult, ran: Running, refusal: Callable[[Request], str | None]) -> Attempt | None:
-        """The next attempt of a job that failed, if it is to be run again.
-
-        `refusal` says why the devices that are in order could never grant a request.
+        `refusal` says why the devices that work could never grant a request.
         """
-        number, request = result.number, ran.request
-        policy = self._policies.get(number, self._policy)
-        made = result.attempts - self._before.get(number, 0)
-        if result.cause not in policy.retry_on or made > policy.retries or ran.final:
+        made = result.attempts - self._before
+        if result.cause not in self.policy.retry_on or made > self.policy.retries or run.final:
             return None
-        if ran.started is None and result.cause is Cause.EXCEPTION:
+        if run.started is None and result.cause is Cause.EXCEPTION:
             return None  # its config does not compose, and will not
-        patient = False
-        if request is not None and ran.devices:
+        request, more_memory = run.request, False
+        if request is not None and run.devices:
             if result.cause is Cause.OOM and result.payload is not None:
-                share = roomier(request.share, ran.devices, ran.shares)
+                share = larger_share(request.share, run.devices, run.shares)
                 if share is None:
                     return None
                 request = replace(request, share=share)
-                patient = True
+                more_memory = True
             if refusal(request) is not None:
                 return None
-            if patient:
-                self._roomier[number] = request.share
-        self._attempts[number] += 1
-        self._failed[number] = result
-        return Attempt(self._attempts[number], self._before.get(number, 0) + policy.retries + 1, patient)
-
-    def latest_failure(self, number: int) -> JobResult | None:
-        """How the attempt before this one ended."""
-        return self._failed.get(number)
+            if more_memory:
+                self._share = request.share
+        self.attempt += 1
+        self.latest_failure = result
+        return NextAttempt(self.attempt, self._before + self.policy.retries + 1, more_memory)
 
 
 @dataclass(frozen=True, slots=True)
-class Attempt:
-    """One of a job's attempts."""
+class NextAttempt:
+    """The attempt of a job that follows one that failed."""
 
     number: int
     """Counted from 1."""
-    most: int
+    limit: int
     """How many there may be."""
-    patient: bool
-    """Whether it wants what may be long in coming."""
+    last: bool
+    """Whether it runs after the sweep's other jobs, because it may wait long for the memory that it needs."""
 
 
-def roomier(share: Share, devices: Sequence[Device], shares: Mapping[str, Share]) -> Share | None:
-    """What to ask for after the memory of `devices`, of which the job had `shares`, was not enough.
+def larger_share(share: Share, devices: Sequence[Device], shares: Mapping[str, Share]) -> Share | None:
+    """What to ask for after the memory of `devices`, of which the job had `shares`, ran out.
 
-    The whole device, where others may have used it, too; else one with more memory. None where devices do not say how
-    much they have.
+    The whole device if other jobs could use it, too; otherwise a device with more memory. None if a device does not
+    say how much memory it has.
     """
     if not all(shares[device.uuid].whole for device in devices):
         return Share(MILLIONTHS, share.memory)
@@ -121,9 +100,9 @@ def roomier(share: Share, devices: Sequence[Device], shares: Mapping[str, Share]
 
 
 def set_aside(log: str, attempt: int) -> str:
-    """Give the log of an attempt a name of its own, such as `job.attempt-1.log`; returns where it is then.
+    """Rename the log of an attempt to a name of its own, such as `job.attempt-1.log`; return its new path.
 
-    It stays where it is if the file system will not have it otherwise: nothing else fails for that.
+    If the file system refuses, the log stays where it is, and nothing else fails.
     """
     path = Path(log)
     if _ASIDE in path.stem:

@@ -51,6 +51,7 @@ from gpu_launcher.jobs.node_messages import (
     Started,
     Wanted,
 )
+from gpu_launcher.jobs.pool import PoolSide
 from gpu_launcher.jobs.sweep import limits
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
 from gpu_launcher.model import Device
@@ -180,25 +181,29 @@ class Node:
             links=links_among(devices, options.request),
         )
         cleanup.callback(watch.close)
+        pool = PoolSide(
+            devices,
+            ledger,
+            watch,
+            # The head stands for all processes of ours: it is what a user knows, and can stop.
+            lambda job: this_user(f"{command} #{job.number} {job.label}".rstrip(), self.program_process),
+            progress,
+            time.monotonic,
+            self.program_process,
+        )
         return JobLoop(
             [],
-            devices=devices,
             limits=most,
             server=server,
-            ledger=ledger,
+            pool=pool,
             progress=progress,
             clock=time.monotonic,
             report_path=run.reports.path,
             log_file=self.log_file,
-            # The head stands for all processes of ours: it is what a user knows, and can stop.
-            owner=lambda job: this_user(f"{command} #{job.number} {job.label}".rstrip(), self.program_process),
             title=lambda job: one_line(f"#{job.number} {command} {job.label}".rstrip()),
-            watch=watch,
-            device_environment=options.device_environment,
-            by_uuid=selection.by_uuid,
+            device_environment=replace(options.device_environment, by_uuid=selection.by_uuid),
             failures=options.failures,
             source=link,
-            program=self.program_process,
             cap=options.cap,
         )
 

@@ -15,7 +15,7 @@ from gpu_launcher.devices import combinable
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.jobs.events import JobWaiting, Notice, Progress
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.running import Running
+from gpu_launcher.jobs.job_record import JobRun
 from gpu_launcher.leases import HeldLease, Ledger, leases_of
 from gpu_launcher.model import Device, Owner, Request
 
@@ -118,13 +118,13 @@ class PoolSide:
         """Whether it is known how the devices are."""
         return self._watch.ready
 
-    def enqueue(self, job: Running, of: Job) -> None:
+    def enqueue(self, job: JobRun, of: Job) -> None:
         """Get in line. Raises PoolDirectoryError."""
         assert job.request is not None
         devices = combinable(tuple(self.devices.values()), job.request.gpus)
         job.ticket = self._ledger.enqueue(job.request, devices, self._owner(of))
 
-    def claim(self, job: Running, of: Job, running: Iterable[Running]) -> HeldLease | None:
+    def claim(self, job: JobRun, of: Job, running: Iterable[JobRun]) -> HeldLease | None:
         """Ask for the devices of the job that waits, and is in line.
 
         `running` are the sweep's jobs that have a process. Raises PoolDirectoryError.
@@ -139,7 +139,7 @@ class PoolSide:
         self._trouble_since = None
         return lease
 
-    def drop(self, job: Running) -> None:
+    def drop(self, job: JobRun) -> None:
         """Give up the place in line."""
         if job.ticket is not None:
             self._ledger.cancel(job.ticket)
@@ -151,7 +151,7 @@ class PoolSide:
         self._ledger.release(lease)
         self._watch.released(lease.uuids, self._clock())
 
-    def forget(self, job: Running) -> None:
+    def forget(self, job: JobRun) -> None:
         """Give back what a job has, whatever that is, because everything ends."""
         if job.lease is not None:
             self._ledger.release(job.lease)
@@ -173,7 +173,7 @@ class PoolSide:
 
     # Saying why not
 
-    def _explain(self, job: Running, of: Job, running: Iterable[Running]) -> None:
+    def _explain(self, job: JobRun, of: Job, running: Iterable[JobRun]) -> None:
         """Tell the user whom the sweep waits for, if that is not its own jobs."""
         now = self._clock()
         if now < self._explain_at:

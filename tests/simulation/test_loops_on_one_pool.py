@@ -28,8 +28,9 @@ from gpu_launcher.devices.simulated import simulated_devices
 from gpu_launcher.jobs import loop as loop_module
 from gpu_launcher.jobs.events import Event, JobEnded, JobStarted, Outcome
 from gpu_launcher.jobs.job import Job, JobResult
-from gpu_launcher.jobs.loop import MOST_SERVERS, JobLoop
+from gpu_launcher.jobs.loop import MAX_SERVERS_LOST, JobLoop
 from gpu_launcher.jobs.machine import Limits
+from gpu_launcher.jobs.pool import PoolSide
 from gpu_launcher.model import Owner, Request
 from gpu_launcher.processes.fork_server_client import SUPERVISOR_DIED, JobProcess, Lost, ServerDiedError
 from gpu_launcher.processes.messages import (
@@ -163,7 +164,7 @@ class FakeServer:
 
     def start(self, number: int, spec: object, result: Path, attempt: int, about: object, title: str) -> JobProcess:
         accident = self._world.accident()
-        if self.alive and accident < 0.15 and self._sweep.servers_lost < MOST_SERVERS - 1:
+        if self.alive and accident < 0.15 and self._sweep.servers_lost < MAX_SERVERS_LOST - 1:
             self.die()
         if not self.alive:
             raise ServerDiedError("killed")
@@ -245,17 +246,22 @@ class Sweep:
         self.watch = DeviceWatch(
             DEVICES, self.ledger.snapshot, launcher=1, monitor=ConditionMonitor(DEVICES), busy_memory=None
         )
+        pool = PoolSide(
+            DEVICES,
+            self.ledger,
+            self.watch,
+            lambda job: Owner(1, "ada", f"#{job.number}"),
+            self,
+            lambda: world.now,
+        )
         self.loop = JobLoop(
             [Job(number, f"n={number}", None) for number in range(len(wants))],
-            devices=DEVICES,
             limits=Limits(parallel, 2, ahead=world.chance.randint(1, 4), preparing=2, grace=5.0),
             server=self.server,
-            ledger=self.ledger,
+            pool=pool,
             progress=self,
             clock=lambda: world.now,
             report_path=lambda number: Path(self.directory.name) / f"{number}.report",
-            owner=lambda job: Owner(1, "ada", f"#{job.number}"),
-            watch=self.watch,
         )
         self.baton = Baton()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -371,7 +377,7 @@ class World:
         elif accident < 0.06:
             sweep.accidents[job.number] = "was killed by SIGKILL"
             job.die(SIGKILL)
-        elif accident < 0.08 and sweep.servers_lost < MOST_SERVERS - 1:
+        elif accident < 0.08 and sweep.servers_lost < MAX_SERVERS_LOST - 1:
             sweep.server.die()
         elif job.state == "preparing":
             job.prepare()

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from gpu_launcher.jobs.events import Outcome
-from gpu_launcher.jobs.failures import Attempt, Attempts, FailurePolicy, roomier, set_aside
+from gpu_launcher.jobs.failures import FailurePolicy, NextAttempt, RetryState, larger_share, set_aside
 from gpu_launcher.jobs.job import Cause, JobResult
-from gpu_launcher.jobs.running import Running
+from gpu_launcher.jobs.job_record import JobRun
 from gpu_launcher.model import MILLIONTHS, WHOLE, Device, DeviceKind, Request, Share
 from gpu_launcher.processes.exit_status import describe_exit
 from gpu_launcher.processes.out_of_memory import is_out_of_gpu_memory, oom_kills
@@ -21,9 +21,9 @@ LARGE = Device("b", 1, "large", DeviceKind.GPU, 80 * GIB)
 HALF = Share(MILLIONTHS // 2, 4 * GIB)
 
 
-def attempts(retries: int, retry_on: set[Cause] | None = None, before: int = 0) -> Attempts:
+def attempts(retries: int, retry_on: set[Cause] | None = None, before: int = 0) -> RetryState:
     policy = FailurePolicy(retries) if retry_on is None else FailurePolicy(retries, frozenset(retry_on))
-    return Attempts(policy, [0], {0: before})
+    return RetryState(policy, before)
 
 
 def failed(cause: Cause | None, attempt: int = 1, **more: object) -> JobResult:
@@ -31,10 +31,10 @@ def failed(cause: Cause | None, attempt: int = 1, **more: object) -> JobResult:
     return JobResult(0, "", Outcome.FAILED, payload, "failed", (), None, None, cause, attempt, **more)
 
 
-def ran(device: Device | None = SMALL, share: Share = WHOLE, **more: object) -> Running:
+def ran(device: Device | None = SMALL, share: Share = WHOLE, **more: object) -> JobRun:
     """How a job ran that asked for one `share` of a device."""
     process: Any = None
-    running = Running(process, server=0, request=Request(1, share), started=1.0, **more)
+    running = JobRun(process, server=0, request=Request(1, share), started=1.0, **more)
     if device is not None:
         running.devices = (device,)
         running.shares = {device.uuid: share.of(device.memory)}
@@ -54,17 +54,17 @@ def test_by_default_everything_but_an_exception_of_the_users_code_is_a_reason_to
 
 def test_attempts_are_counted_over_all_launches_and_retries_in_this_one() -> None:
     made = attempts(2, before=3)
-    assert made[0] == 4
+    assert made.attempt == 4
     first, second, third = (made.next(failed(Cause.CRASH, 4 + n), ran(), never) for n in range(3))
-    assert (first, second, third) == (Attempt(5, 6, patient=False), Attempt(6, 6, patient=False), None)
-    assert made[0] == 6
-    assert made.latest_failure(0) == failed(Cause.CRASH, 5)
+    assert (first, second, third) == (NextAttempt(5, 6, last=False), NextAttempt(6, 6, last=False), None)
+    assert made.attempt == 6
+    assert made.latest_failure == failed(Cause.CRASH, 5)
 
 
 def test_after_memory_ran_out_more_is_asked_for_with_patience_and_only_if_it_is_to_be_had() -> None:
     made = attempts(1)
-    assert made.next(failed(Cause.OOM), ran(LARGE, HALF), never) == Attempt(2, 2, patient=True)
-    assert made.request(0, Request(1, HALF, priority=3)) == Request(1, Share(MILLIONTHS, 4 * GIB), priority=3)
+    assert made.next(failed(Cause.OOM), ran(LARGE, HALF), never) == NextAttempt(2, 2, last=True)
+    assert made.request(Request(1, HALF, priority=3)) == Request(1, Share(MILLIONTHS, 4 * GIB), priority=3)
     asked: list[Request] = []
 
     def refuse(request: Request) -> str:
@@ -86,10 +86,10 @@ def test_what_would_be_no_use_or_would_do_finished_work_twice_is_not_tried_again
 
 
 def test_after_memory_ran_out_a_job_gets_what_it_shared_for_itself_and_else_a_larger_device() -> None:
-    assert roomier(HALF, [SMALL], {"a": HALF}) == Share(MILLIONTHS, 4 * GIB)
-    assert roomier(WHOLE, [SMALL], {"a": WHOLE}) == Share(MILLIONTHS, 16 * GIB + 1)
-    assert roomier(WHOLE, [Device("c", 2, "silent", DeviceKind.GPU, None)], {"c": WHOLE}) is None
-    assert roomier(WHOLE, [SMALL, LARGE], {"a": WHOLE, "b": WHOLE}) == Share(MILLIONTHS, 80 * GIB + 1)
+    assert larger_share(HALF, [SMALL], {"a": HALF}) == Share(MILLIONTHS, 4 * GIB)
+    assert larger_share(WHOLE, [SMALL], {"a": WHOLE}) == Share(MILLIONTHS, 16 * GIB + 1)
+    assert larger_share(WHOLE, [Device("c", 2, "silent", DeviceKind.GPU, None)], {"c": WHOLE}) is None
+    assert larger_share(WHOLE, [SMALL, LARGE], {"a": WHOLE, "b": WHOLE}) == Share(MILLIONTHS, 80 * GIB + 1)
 
 
 def test_the_log_of_an_attempt_gets_a_name_of_its_own(tmp_path: Path) -> None:

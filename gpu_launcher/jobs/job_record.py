@@ -1,0 +1,141 @@
+"""What the job loop knows of each job: one record, with how far it is and the attempt that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from gpu_launcher.allocation.environment import DeviceEnvironment
+from gpu_launcher.jobs.failures import RetryState
+from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.leases import HeldLease, Ticket
+from gpu_launcher.model import Device, Request, Share
+from gpu_launcher.processes import messages
+from gpu_launcher.processes.fork_server_client import SUPERVISOR_DIED, JobProcess, Lost
+
+
+class Stage(Enum):
+    """What there is of a job's process. The machine's `Phase` says what the job is doing in it."""
+
+    IDLE = auto()
+    """No process: the job is queued, or has its result."""
+    POSTPONED = auto()
+    """No process yet, because this program has too many open files until another job ends."""
+    STRANDED = auto()
+    """No process, because the fork server had died; it starts again with the next server."""
+    LIVE = auto()
+    """A process, of which a supervisor or the fork server will report the end."""
+    GONE = auto()
+    """The process tree has ended, and the result is not known yet."""
+
+
+@dataclass(slots=True)
+class JobRun:
+    """One attempt of a job, from the start of its process."""
+
+    process: JobProcess
+    server: int
+    """Which fork server started it: how many were lost before."""
+    oom_kills: int = 0
+    """How many processes the kernel had killed because memory ran out when this one was started."""
+    pid: int | None = None
+    """Its main process, once it is prepared."""
+    log: str | None = None
+    device_environment: DeviceEnvironment | None = None
+    """How it is told of its devices; None: as the sweep's jobs are."""
+
+    request: Request | None = None
+    """What it needs, from when it may get in line."""
+    ticket: Ticket | None = None
+    lease: HeldLease | None = None
+    devices: tuple[Device, ...] = ()
+    shares: Mapping[str, Share] = field(default_factory=dict)
+    """What it had of each of its devices, by UUID."""
+    started: float | None = None
+    """When its devices were granted; None before."""
+
+    ended: float | None = None
+    """When its process tree was known to be gone."""
+    status: int | None = None
+    """How its main process ended, as `os.waitpid` gives it; None if that is not known."""
+    printed: str = ""
+    """The end of what it printed before it had a log."""
+    left_behind: tuple[str, ...] = ()
+    """Processes that outlived it and had to be ended."""
+    unsupervised: bool = False
+    """Its supervisor is gone. The fork server reports its end, unless that is dead, too."""
+    problem: str | None = None
+    """What went wrong around it, as a sentence without a subject."""
+    report_digest: bytes | None = None
+    """SHA-256 of its report's file, once it has said so."""
+    final: bool = False
+    """Another attempt would be useless, or would repeat work that is done."""
+
+    @property
+    def duration(self) -> float | None:
+        """Seconds from grant to end; None if it never ran."""
+        if self.started is None or self.ended is None:
+            return None
+        return self.ended - self.started
+
+    def note_exit(self, message: messages.Exited) -> None:
+        """Its supervisor reports its end."""
+        self.status = message.status
+        self.printed = message.printed.decode(errors="replace").strip()
+        self.unsupervised = message.abandoned
+        self.left_behind = message.left_behind
+
+    def note_supervisor_death(self) -> None:
+        """Its supervisor was killed. The fork server ends what is left of the job and reports that."""
+        self.problem = SUPERVISOR_DIED
+        self.unsupervised = True
+
+    def note_loss(self, lost: Lost) -> None:
+        """The fork server reports its end."""
+        self.problem = lost.problem
+        self.final = not lost.started
+        self.unsupervised = lost.started
+
+    def note_result(self, message: messages.ResultWritten | messages.ResultLost) -> None:
+        """It left its report, or could not."""
+        if isinstance(message, messages.ResultWritten):
+            self.report_digest = message.digest
+        else:
+            self.problem = f"could not write its result: {message.problem}"
+            self.final = True
+
+
+@dataclass(slots=True)
+class JobRecord:
+    """A job of the loop."""
+
+    job: Job
+    retries: RetryState
+    stage: Stage = Stage.IDLE
+    run: JobRun | None = None
+    """The attempt that is LIVE or GONE."""
+    delay: str = ""
+    """For a POSTPONED job: why it could not be started."""
+    pruned: bool = False
+    """It was cancelled because other trials are better."""
+    result: JobResult | None = None
+
+    @property
+    def live(self) -> JobRun | None:
+        """The attempt, while it has a process."""
+        return self.run if self.stage is Stage.LIVE else None
+
+    @property
+    def attempt(self) -> JobRun:
+        """The attempt, which must exist."""
+        assert self.run is not None, f"job {self.job.number} is {self.stage.name}"
+        return self.run
+
+    def begin(self, run: JobRun) -> None:
+        """Its process was started."""
+        self.stage, self.run = Stage.LIVE, run
+
+    def reset(self, stage: Stage = Stage.IDLE) -> None:
+        """It has no process any more, or none yet."""
+        self.stage, self.run = stage, None
