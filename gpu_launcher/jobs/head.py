@@ -36,9 +36,9 @@ from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.manifest import Entry, Recorded, Recorder, finished_before, new_reports, read
 from gpu_launcher.jobs.node_client import LocalNode, NodeDiedError
 from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Heard, Message, Wanted
+from gpu_launcher.jobs.outcome import not_started
 from gpu_launcher.jobs.progress import open_progress
 from gpu_launcher.jobs.reports import ReportError, read_report
-from gpu_launcher.jobs.running import judge
 from gpu_launcher.jobs.source import Exhausted, Facts, JobSource, Offer, Remark, Stop
 from gpu_launcher.jobs.sweep import Options, portable
 from gpu_launcher.processes.signals import StopSignals
@@ -375,9 +375,7 @@ class _Head:
         stopped = problem is None
         while self._waiting:
             job = self._waiting.popleft()
-            result = judge(
-                job, None, None, stopped=stopped, problem=problem, attempts=job.attempts_before + 1, cancelled=False
-            )
+            result = not_started(job, job.attempts_before + 1, problem)
             if stopped and self._stopping is not None and self._signals.last is None:
                 result = replace(result, message=f"was stopped because of {self._stopping}")
             self._end(result, _ending(result))

@@ -1,24 +1,41 @@
-"""Which job does what next, as a pure state machine: stimuli and a time in, instructions out.
+"""What each job of a sweep does next, as a pure state machine: stimuli and a time in, instructions out.
 
-One job's life, with the stimulus that moves it on:
+Theory of operation. The loop tells the machine what happened, a stimulus, and carries out the instructions that it
+returns, in their order. The machine knows no processes, files or devices, so every history can be played in a test.
 
-    QUEUED -> PREPARING      when there is room to look ahead           (StartProcess)
-    PREPARING -> PREPARED    Prepared: it composed its config and waits
-    PREPARED -> RUNNING      Granted, or at once if it needs no devices (TakeTicket, Go)
-    RUNNING -> ENDED         Exited: its process tree is gone           (Release, Conclude)
+    QUEUED ----> PREPARING ----> PREPARED ----> RUNNING ----> ENDED
+       ^             |               |                          |
+       +-------------+---------------+--------------------------+
+           the fork server was lost before the job ran, or the job is retried
 
-PREPARING and PREPARED jobs may also end without having run, or go back to QUEUED when the fork server was lost. An
-ENDED job that failed goes back to QUEUED if it is to be run again (Again). The jobs are known from the beginning, or
-arrive as they are `wanted`.
-At most one ticket is out at a time: several sweeps on one machine then alternate instead of the first one's tickets
-filling the queue.
+| phase     | ends with                                       | instructions                       |
+|-----------|-------------------------------------------------|------------------------------------|
+| QUEUED    | there is room to prepare one more job           | StartProcess                       |
+| PREPARING | Prepared: it composed its config and waits      | TakeTicket, or Go without devices  |
+| PREPARED  | Granted: its ticket became a lease              | Go                                 |
+| RUNNING   | Exited: its process tree is gone                | Release, then Conclude             |
+| ENDED     | Again: the loop found that the job is retried   |                                    |
+
+A job may end in any phase: its process dies, it is cancelled, the sweep is stopped or given up. It always gets exactly
+one Conclude for each time it ends. Three rules shape the rest:
+
+- At most one ticket is out, so that several sweeps on one machine alternate, and the tickets of the first do not fill
+  the queue.
+- Devices go to the next job before the result of the last one is read: Release and what follows from it come before
+  Conclude.
+- Few jobs are prepared ahead of need. More would cost memory, and a search would choose them knowing less.
+
+The machine keeps the last transitions of each job, its story. A stimulus that is impossible in the job's phase raises
+IllegalTransitionError with that story.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from itertools import pairwise
 
 from gpu_launcher.model import Request
 from gpu_launcher.wording import duration
@@ -27,14 +44,36 @@ ENDING = 5.0
 """Seconds in which a killed job's processes are gone."""
 
 
+MAX_STORY = 20
+"""Transitions that are kept of each job."""
+
+
 class Phase(Enum):
     """Where a job is in its life."""
 
     QUEUED = auto()
+    """It has no process."""
     PREPARING = auto()
+    """Its process composes its config."""
     PREPARED = auto()
+    """Its process waits for devices."""
     RUNNING = auto()
+    """The user's code runs."""
     ENDED = auto()
+    """It has no process any more, and was or will be concluded."""
+
+
+_TRANSITIONS = {
+    Phase.QUEUED: {Phase.PREPARING, Phase.ENDED},
+    Phase.PREPARING: {Phase.PREPARED, Phase.ENDED, Phase.QUEUED},
+    Phase.PREPARED: {Phase.RUNNING, Phase.ENDED, Phase.QUEUED},
+    Phase.RUNNING: {Phase.ENDED},
+    Phase.ENDED: {Phase.QUEUED},
+}
+"""The phases that may follow each phase."""
+
+_LIVE = frozenset({Phase.PREPARING, Phase.PREPARED, Phase.RUNNING})
+"""Phases in which a job has a process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,11 +267,32 @@ Instruction = StartProcess | TakeTicket | DropTicket | Go | Interrupt | Terminat
 
 
 class IllegalTransitionError(RuntimeError):
-    """A stimulus that cannot happen in the job's phase: a defect of the loop."""
+    """A stimulus that is impossible in the job's phase: a defect of the loop. It carries the story of the job."""
+
+    def __init__(self, problem: str, stimulus: Stimulus, story: Iterable[Transition] = ()) -> None:
+        self.stimulus = stimulus
+        self.story = tuple(story)
+        past = "".join(f"\n  {transition}" for transition in self.story) or " nothing"
+        super().__init__(f"{problem}, upon {stimulus}. What happened to the job before:{past}")
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """One step of a job's life."""
+
+    time: float
+    before: Phase
+    after: Phase
+    stimulus: Stimulus
+
+    def __str__(self) -> str:
+        return f"{self.time:.3f} {self.before.name} -> {self.after.name}, upon {self.stimulus}"
 
 
 @dataclass(slots=True)
 class _Job:
+    story: deque[Transition] = field(default_factory=lambda: deque(maxlen=MAX_STORY))
+    """Of all its attempts."""
     phase: Phase = Phase.QUEUED
     request: Request | None = None
     problem: str | None = None
@@ -265,6 +325,9 @@ class Machine:
         self._stops = 0
         self._given_up: str | None = None
         self._kill_at: float | None = None
+        self._now = 0.0
+        self._stimulus: Stimulus = Begin()
+        """What is being handled, for the stories."""
 
     @property
     def finished(self) -> bool:
@@ -322,9 +385,17 @@ class Machine:
         """Numbers of the jobs that run now, in order."""
         return sorted(self._in(Phase.RUNNING))
 
+    def live(self) -> list[int]:
+        """Numbers of the jobs that have a process, in order."""
+        return sorted(self._live)
+
     def phase(self, number: int) -> Phase:
         """Where a job is in its life."""
         return self._jobs[number].phase
+
+    def story(self, number: int) -> tuple[Transition, ...]:
+        """The last transitions of a job, the oldest first."""
+        return tuple(self._jobs[number].story)
 
     def forget(self, number: int) -> None:
         """Nobody will ask about this job, which has been concluded if it ever arrived, again."""
@@ -332,10 +403,11 @@ class Machine:
         self._jobs.pop(number, None)
 
     def handle(self, stimulus: Stimulus, now: float) -> list[Instruction]:
-        """Take note of what happened; returns what to do, in this order.
+        """Note what happened; returns what to do, in this order.
 
-        Raises IllegalTransitionError.
+        Raises IllegalTransitionError, and then nothing has changed.
         """
+        self._now, self._stimulus = now, stimulus
         match stimulus:
             case Begin():
                 return self._fill(now)
@@ -367,10 +439,10 @@ class Machine:
 
     def _arrived(self, number: int, now: float) -> list[Instruction]:
         if number in self._jobs:
-            raise IllegalTransitionError(f"job {number} arrives twice")
+            raise self._illegal(number, f"job {number} arrives twice")
         self._jobs[number] = _Job()
         if not self.takes_more:
-            self._jobs[number].phase = Phase.ENDED
+            self._move(number, Phase.ENDED)
             return [Conclude(number, self.stopping, None if self.stopping else self._given_up)]
         self._queue.append(number)
         return self._fill(now)
@@ -383,7 +455,7 @@ class Machine:
         job.problem = job.problem or problem
         if job.phase is Phase.QUEUED:
             (self._after_all if number in self._after_all else self._queue).remove(number)
-            job.phase = Phase.ENDED
+            self._move(number, Phase.ENDED)
             return [Conclude(number, self.stopping, job.problem, cancelled=True)]
         if job.phase is Phase.RUNNING:
             job.ends = now + self._limits.grace
@@ -396,7 +468,7 @@ class Machine:
 
     def _prepared(self, number: int, request: Request, refusal: str | None, now: float) -> list[Instruction]:
         job = self._expect(number, Phase.PREPARING)
-        job.phase = Phase.PREPARED
+        self._move(number, Phase.PREPARED)
         job.request = request
         if job.cancelled:
             return []  # it is being killed
@@ -409,14 +481,13 @@ class Machine:
     def _granted(self, number: int, now: float) -> list[Instruction]:
         self._expect(number, Phase.PREPARED)
         if number != self._ticket:
-            raise IllegalTransitionError(f"job {number} was granted devices, but the ticket out is {self._ticket}'s")
+            raise self._illegal(number, f"job {number} was granted devices, but the ticket out is {self._ticket}'s")
         self._ticket = None
         return [self._go(number, now), *self._fill(now)]
 
     def _exited(self, number: int, problem: str | None, now: float) -> list[Instruction]:
         job = self._expect(number, Phase.PREPARING, Phase.PREPARED, Phase.RUNNING)
         job.problem = job.problem or problem
-        self._live.remove(number)
         instructions: list[Instruction] = []
         if self._ticket == number:
             self._ticket = None
@@ -424,10 +495,9 @@ class Machine:
         if job.phase is Phase.RUNNING and job.request is not None and job.request.gpus:
             instructions.append(Release(number))
         if job.lost and self.takes_more and not job.cancelled:
-            self._jobs[number] = _Job()
-            self._queue.appendleft(number)
+            self._requeue(number)
             return [*instructions, *self._fill(now)]
-        job.phase = Phase.ENDED
+        self._move(number, Phase.ENDED)
         # The next job starts before this one's result is looked at: its devices should not wait for that.
         problem = job.problem or (self._given_up if job.lost else None)
         conclusion = Conclude(
@@ -438,12 +508,8 @@ class Machine:
     def _again(self, number: int, last: bool, now: float) -> list[Instruction]:
         self._expect(number, Phase.ENDED)
         if not self.takes_more:
-            raise IllegalTransitionError(f"job {number} is to be run again, but no more jobs are run")
-        self._jobs[number] = _Job()
-        if last:
-            (self._after_all if self._more and self._limits.listed else self._queue).append(number)
-        else:
-            self._queue.appendleft(number)
+            raise self._illegal(number, f"job {number} is retried, but no more jobs are started")
+        self._requeue(number, last=last)
         return self._fill(now)
 
     def _server_lost(self) -> list[Instruction]:
@@ -479,7 +545,7 @@ class Machine:
         self._after_all.clear()
         while self._queue:
             number = self._queue.popleft()
-            self._jobs[number].phase = Phase.ENDED
+            self._move(number, Phase.ENDED)
             instructions.append(Conclude(number, self.stopping, problem))
         return instructions
 
@@ -528,7 +594,7 @@ class Machine:
 
     def _go(self, number: int, now: float) -> Instruction:
         job = self._jobs[number]
-        job.phase = Phase.RUNNING
+        self._move(number, Phase.RUNNING)
         if job.request is not None and job.request.timeout is not None:
             job.ends = now + job.request.timeout
         return Go(number)
@@ -551,8 +617,7 @@ class Machine:
                 instructions.append(TakeTicket(number, self._declared(job.request)))
         while self._queue and self._room_to_prepare():
             number = self._queue.popleft()
-            self._jobs[number].phase = Phase.PREPARING
-            self._live.add(number)
+            self._move(number, Phase.PREPARING)
             instructions.append(StartProcess(number))
         return instructions
 
@@ -576,5 +641,44 @@ class Machine:
         job = self._jobs[number]
         if job.phase not in phases:
             allowed = ", ".join(phase.name for phase in phases)
-            raise IllegalTransitionError(f"job {number} is {job.phase.name}, expected one of: {allowed}")
+            raise self._illegal(number, f"job {number} is {job.phase.name}, expected one of: {allowed}")
         return job
+
+    def _illegal(self, number: int, problem: str) -> IllegalTransitionError:
+        return IllegalTransitionError(problem, self._stimulus, self._jobs[number].story)
+
+    def _move(self, number: int, phase: Phase) -> None:
+        job = self._jobs[number]
+        if phase not in _TRANSITIONS[job.phase]:
+            raise self._illegal(number, f"job {number} cannot go from {job.phase.name} to {phase.name}")
+        job.story.append(Transition(self._now, job.phase, phase, self._stimulus))
+        job.phase = phase
+        if phase in _LIVE:
+            self._live.add(number)
+        else:
+            self._live.discard(number)
+
+    def _requeue(self, number: int, *, last: bool = False) -> None:
+        """Start a job from the beginning, before the others unless it is to be the `last`."""
+        self._move(number, Phase.QUEUED)
+        self._jobs[number] = _Job(self._jobs[number].story)
+        if last:
+            (self._after_all if self._more and self._limits.listed else self._queue).append(number)
+        else:
+            self._queue.appendleft(number)
+
+    def validate_state(self) -> None:
+        """Assert what holds between any two stimuli. For tests."""
+        queued = [number for number, job in self._jobs.items() if job.phase is Phase.QUEUED]
+        assert sorted([*self._queue, *self._after_all]) == sorted(queued), "each queued job is in one queue once"
+        assert self._live == {number for number, job in self._jobs.items() if job.phase in _LIVE}
+        if self._ticket is not None:
+            assert self._jobs[self._ticket].phase is Phase.PREPARED, "only a prepared job waits for devices"
+            assert self.takes_more, "nobody waits for devices after the end was wanted"
+        for number, job in self._jobs.items():
+            if job.phase in (Phase.PREPARED, Phase.RUNNING):
+                assert job.request is not None
+            assert job.ends is None or job.phase in (Phase.RUNNING, Phase.ENDED), f"job {number} has no time limit yet"
+            steps = list(job.story)
+            assert all(one.after is two.before for one, two in pairwise(steps))
+            assert not steps or steps[-1].after is job.phase, "the story ends where the job is"

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from signal import SIGKILL
 
 from gpu_launcher.jobs.events import Outcome
-from gpu_launcher.jobs.job import Cause, JobResult
+from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.job_record import JobRecord, JobRun
 from gpu_launcher.jobs.machine import Conclude
 from gpu_launcher.processes.exit_status import describe_exit
@@ -48,7 +48,7 @@ def result_of(
 ) -> JobResult:
     """The result of a job's latest attempt. `faults` says what is wrong with its devices, by label."""
     if record.run is None:
-        return _not_started(record, conclusion)
+        return not_started(record.job, record.retries.attempt, conclusion.problem, cancelled=conclusion.cancelled)
     run = record.run
     broken = [f"{label} {fault}" for label, fault in faults.items() if fault]
     out_of_memory = report is None and killed_for_memory(run)
@@ -78,11 +78,11 @@ def result_of(
     )
 
 
-def _not_started(record: JobRecord, conclusion: Conclude) -> JobResult:
-    job, attempt = record.job, record.retries.attempt
-    failed = conclusion.problem is not None and not conclusion.cancelled
+def not_started(job: Job, attempt: int, problem: str | None, *, cancelled: bool = False) -> JobResult:
+    """The result of a job of which the `attempt` never had a process; it fails if there was a problem."""
+    failed = problem is not None and not cancelled
     outcome = Outcome.FAILED if failed else Outcome.CANCELLED
-    message = conclusion.problem or ("was not started" if attempt == 1 else "was not started again")
+    message = problem or ("was not started" if attempt == 1 else "was not started again")
     return JobResult(job.number, job.label, outcome, None, message, (), None, None, attempts=attempt)
 
 

@@ -268,6 +268,10 @@ class Histories(RuleBasedStateMachine):
         assert phases["preparing"] <= self.limits.preparing
 
     @invariant()
+    def the_state_is_consistent(self):
+        self.machine.validate_state()
+
+    @invariant()
     def the_machine_knows_what_is_going_on(self):
         for number in self.jobs:
             phase = self.machine.phase(number)

@@ -382,3 +382,30 @@ def test_job_that_arrives_after_giving_up_is_concluded_with_the_reason():
     machine = Machine([], limits(), more=True)
     machine.handle(m.GiveUp("was not run: no pool"), 0.0)
     assert machine.handle(m.Arrived(0), 1.0) == [m.Conclude(0, stopped=False, problem="was not run: no pool")]
+
+
+def test_illegal_transition_raises_with_the_story_of_the_job():
+    machine = begun(1)
+    machine.handle(m.Prepared(0, ONE), 1.5)
+    with pytest.raises(IllegalTransitionError) as caught:
+        machine.handle(m.Prepared(0, ONE), 2.0)
+    assert caught.value.stimulus == m.Prepared(0, ONE)
+    assert [(step.time, step.after) for step in caught.value.story] == [(0.0, Phase.PREPARING), (1.5, Phase.PREPARED)]
+    assert "1.500 PREPARING -> PREPARED, upon Prepared(number=0" in str(caught.value)
+    assert caught.value.story == machine.story(0)
+
+
+def test_story_spans_attempts_and_is_bounded():
+    machine = begun(1)
+    for _ in range(m.MAX_STORY):
+        machine.handle(m.Exited(0), 0.0)
+        machine.handle(m.Again(0), 0.0)
+    assert len(machine.story(0)) == m.MAX_STORY
+    machine.validate_state()
+
+
+def test_state_that_contradicts_itself_is_found():
+    machine = begun(2)
+    machine._queue.append(0)
+    with pytest.raises(AssertionError):
+        machine.validate_state()
