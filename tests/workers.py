@@ -113,6 +113,7 @@ def work(session: pytest.Session, files: list[list[pytest.Item]], numbers: int, 
 
     config.pluginmanager.register(Reporter)
     for file in taken(files, numbers):
+        session._setupstate.teardown_exact(file[0])  # leave the directory of the file before
         elsewhere = next((items[0] for items in files if items is not file), None)  # ends the file's fixtures
         for item, following in zip(file, [*file[1:], elsewhere], strict=True):
             config.hook.pytest_runtest_protocol(item=item, nextitem=following)
