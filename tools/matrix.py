@@ -188,6 +188,9 @@ def main() -> int:
     chosen = [e for e in ENVIRONMENTS if not options.only or any(e.name.startswith(o) for o in options.only)]
     if not chosen:
         parser.error(f"no environment is called so; there are {', '.join(e.name for e in ENVIRONMENTS)}")
+    for path in {path for environment in chosen for path in (*environment.tests, *environment.slow)}:
+        if not (TREE / path).exists():
+            parser.error(f"{path}, which an environment in {__file__} runs, does not exist")
     MATRIX.mkdir(exist_ok=True)
     build()
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -316,7 +319,7 @@ def test(environment: Environment, home: Path, seed: int, pytest_arguments: Sequ
     print(f"{environment.name}: {last_line(Path(output.name))}", flush=True)
     order = ["--random-order", f"--random-order-seed={seed}"]
     pytest = [str(binaries / "python"), "-m", "pytest", "--workers", str(WORKERS), *order, "-m"]
-    paths = [path for path in environment.tests if (copy / path).exists()]
+    paths = environment.tests
     histories = {} if environment.histories is None else {"GPU_LAUNCHER_HISTORIES": str(environment.histories)}
     step("tests", [*pytest, "not slow", *(pytest_arguments or paths)], output, cwd=copy, **histories)
     if environment.smoke and not pytest_arguments:

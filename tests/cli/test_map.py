@@ -10,8 +10,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from tests.waiting import until
 
 CLI = (sys.executable, "-m", "gpu_launcher.cli")
 REPOSITORY = Path(__file__).parents[2]
@@ -173,7 +173,7 @@ def test_parameters_come_from_files_and_pipes(run_map: Map, tmp_path: Path, kind
     assert [line["params"]["n"] for line in run_map.results()] == ([1.1, 2] if of_csv else ["1.10", 2])
 
 
-def test_a_slow_producer_is_not_waited_for_and_does_not_wait(run_map: Map, tmp_path: Path, wait_until: Any) -> None:
+def test_a_slow_producer_is_not_waited_for_and_does_not_wait(run_map: Map, tmp_path: Path) -> None:
     """Runs start while it thinks, end while it thinks, and are stopped while it thinks."""
     process = run_map.start("--from", "-", *SIMULATED, "--", sys.executable, "echo.py", "{n}", stdin=subprocess.PIPE)
     assert process.stdin is not None
@@ -181,7 +181,7 @@ def test_a_slow_producer_is_not_waited_for_and_does_not_wait(run_map: Map, tmp_p
     for number in range(2):
         process.stdin.write(f'{{"n": {number}}}\n')
         process.stdin.flush()
-        wait_until(lambda seen=number: results.exists() and results.read_text().count("\n") == seen + 1)
+        until(lambda seen=number: results.exists() and results.read_text().count("\n") == seen + 1)
     process.send_signal(2)
     assert process.wait(20) == 130
     _, said = process.communicate()
@@ -585,14 +585,3 @@ def mounted() -> Any:
     yield mount
     for point in points:
         subprocess.run(["umount", "-l", str(point)], check=True)
-
-
-@pytest.fixture
-def wait_until() -> Callable[[Callable[[], bool]], None]:
-    def wait(holds: Callable[[], bool]) -> None:
-        end = time.monotonic() + 60
-        while not holds():
-            assert time.monotonic() < end
-            time.sleep(0.02)
-
-    return wait

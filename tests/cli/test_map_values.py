@@ -7,12 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.waiting import until
 
 CLI = (sys.executable, "-m", "gpu_launcher.cli")
 REPOSITORY = Path(__file__).parents[2]
@@ -53,13 +54,6 @@ def results(directory: Path) -> list[dict[str, Any]]:
     return sorted(lines, key=lambda line: line["index"])
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 # A terminal that goes
 
 
@@ -68,7 +62,7 @@ def test_a_map_whose_terminal_is_closed_ends_its_runs_with_their_grace(terminal:
     (tmp_path / "save.sh").write_text("trap 'touch saved; exit 7' INT; touch began; while :; do sleep 0.05; done")
     words = ("--param", "n=1", "--devices", "simulated:2", "--dir", str(tmp_path / "out"))
     shown = terminal("map", *words, "--shell", "--", f"cd {tmp_path}; exec bash save.sh {{n}}")
-    wait_until((tmp_path / "began").exists)
+    until((tmp_path / "began").exists)
     os.close(shown.master)
     shown.master = os.open(os.devnull, os.O_RDONLY)
     _, status = os.waitpid(shown.pid, 0)

@@ -22,6 +22,7 @@ from gpu_launcher.devices import simulated_devices
 from gpu_launcher.leases import FileLedger
 from gpu_launcher.model import Owner, Request
 from gpu_launcher.users import user_name
+from tests.waiting import alive, until
 
 if TYPE_CHECKING:
     from conftest import Cli, Lab, Terminal  # type: ignore[import-not-found]
@@ -63,20 +64,6 @@ print("ready", flush=True)
 time.sleep(float(sys.argv[1]) if len(sys.argv) > 1 else 600)
 """
 """Starts processes of all kinds: forked and not, in sessions of their own, deaf to signals."""
-
-
-def wait_until(holds: Callable[[], object], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 @dataclass
@@ -484,7 +471,7 @@ def test_a_signal_while_it_ends_what_was_left_ends_that_at_once(cli: Cli, start:
     run = start(*ONE, "--", *python(FAMILY, "0.5"))
     assert run.line() == "ready"
     command = run.parts["command"]
-    wait_until(lambda: not command.is_running())
+    until(lambda: not command.is_running())
     run.send(signal.SIGTERM)
     began = time.monotonic()
     assert run.wait() == 0, "the command had ended well"
@@ -518,7 +505,7 @@ def test_whoever_is_killed_the_tree_ends_within_seconds_and_then_its_devices_are
         for name in who.split(" and "):
             parts[name].kill()
     assert_free_only_when_gone(cli, everything, 20)
-    wait_until(lambda: not any(alive(part) for part in parts.values()), 20)
+    until(lambda: not any(alive(part) for part in parts.values()), seconds=20)
     code = run.wait(20)
     assert code == (137 if who == "supervisor" else -signal.SIGKILL)
 
@@ -703,5 +690,5 @@ def test_when_the_terminal_is_closed_nothing_is_left(cli: Cli, shell: Shell, tmp
     assert len(tree) >= 8
     os.close(shell.terminal.master)
     shell.terminal.master = os.open(os.devnull, os.O_RDWR)
-    wait_until(lambda: not any(alive(process) for process in tree), 10)
+    until(lambda: not any(alive(process) for process in tree), seconds=10)
     assert not held(cli)

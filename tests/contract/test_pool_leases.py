@@ -28,6 +28,7 @@ from gpu_launcher import LeaseTimeout, Pool, RequestError
 from gpu_launcher.allocation import lease as lease_module
 from gpu_launcher.errors import ApplyError, GpuLauncherError, OptionError, PoolDirectoryError
 from gpu_launcher.processes.forking import internal_fork
+from tests.waiting import until
 
 SOON = 20.0
 """Seconds after which something does not happen any more, on a machine that is busy with other things."""
@@ -42,13 +43,6 @@ def directory(tmp_path: Path) -> Path:
 def pool(directory: Path) -> Iterator[Pool]:
     with Pool("simulated:4", directory) as pool:
         yield pool
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + SOON
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 class Program:

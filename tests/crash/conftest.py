@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from gpu_launcher.devices.simulated import simulated_devices
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
 from gpu_launcher.model import Owner, Request
 from gpu_launcher.processes.linux import die_with_parent
+from tests.waiting import alive, until
 
 PATIENCE = 60.0
 """Seconds until a test gives up on what should happen soon."""
@@ -139,22 +139,6 @@ def watch():
     _launch.launch = launch
     node.JobLoop = functools.partial(node.JobLoop, checkpoint=checkpoint)
 """
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def until(condition: Callable[[], object], seconds: float = PATIENCE, what: str = "it does not happen") -> float:
-    """Wait for the condition; return how long that took."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < seconds, what
-        time.sleep(0.005)
-    return time.monotonic() - began
 
 
 class Sweep:
@@ -332,16 +316,6 @@ def common_world() -> Iterator[World]:
             pytest.skip("no Python with this package that another user may run")
         yield world
         world.close()
-
-
-@pytest.fixture
-def wait_until() -> Callable[..., float]:
-    return until
-
-
-@pytest.fixture
-def is_alive() -> Callable[[psutil.Process], bool]:
-    return alive
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ import time
 import psutil
 import pytest
 
+from tests.waiting import alive, until
+
 LIMIT = 5.0
 """Seconds."""
 
@@ -64,18 +66,18 @@ def start(world):
 
 
 @pytest.fixture
-def gone(world, wait_until, is_alive):
+def gone(world):
     """Assert that these processes and the leases of these calls, or simply everything, are gone in time."""
 
     def check(processes, numbers=(), everything=False):
         def is_gone():
-            if any(is_alive(process) for process in processes):
+            if any(alive(process) for process in processes):
                 return False
             if everything:
                 return not world.marked() and not world.leased()
             return not any(f" #{number} " in lease for lease in world.leased() for number in numbers)
 
-        wait_until(is_gone, LIMIT, f"not gone after {LIMIT} s")
+        until(is_gone, seconds=LIMIT, what=f"not gone after {LIMIT} s")
 
     return check
 
@@ -192,7 +194,7 @@ def test_when_the_fork_server_is_killed_its_calls_are_gone_and_the_others_run(
     ],
 )
 def test_when_a_call_is_killed_its_descendants_are_gone_and_the_others_run(
-    world, start, kill_together, is_alive, gone, who, why, method
+    world, start, kill_together, gone, who, why, method
 ):
     sweep = start(method)
     victim, other = sweep.running(2)
@@ -200,7 +202,7 @@ def test_when_a_call_is_killed_its_descendants_are_gone_and_the_others_run(
     kill_together([part(sweep, name, victim) for name in who.split(" and ")])
     gone(processes, [victim])
     sweep.running(3)  # on the dead call's device
-    assert all(is_alive(process) for process in others)
+    assert all(alive(process) for process in others)
     sweep.finish(5)
     returns = sweep.returns()
     kind, said = returns.pop(victim)

@@ -12,6 +12,8 @@ import time
 
 import pytest
 
+from tests.waiting import alive, until
+
 LIMIT = 5.0
 """Seconds."""
 
@@ -19,20 +21,20 @@ METHODS = ["fork", "spawn"]
 
 
 @pytest.fixture
-def gone(world, wait_until, is_alive):
+def gone(world):
     """Assert that these processes and the leases of these jobs, or simply everything, are gone in time."""
 
     def check(processes, numbers=(), everything=False, since=None):
         began = time.monotonic() if since is None else since
 
         def is_gone():
-            if any(is_alive(process) for process in processes):
+            if any(alive(process) for process in processes):
                 return False
             if everything:
                 return not world.marked() and not world.leased()
             return not any(f" #{number} " in lease for lease in world.leased() for number in numbers)
 
-        wait_until(is_gone, LIMIT - (time.monotonic() - began), f"not gone after {LIMIT} s")
+        until(is_gone, seconds=LIMIT - (time.monotonic() - began), what=f"not gone after {LIMIT} s")
         print(f"gone after {time.monotonic() - began:.3f} s")
 
     return check
@@ -152,9 +154,7 @@ def test_when_the_node_is_killed_its_jobs_fail_and_a_resumption_runs_them(world,
     ],
 )
 @pytest.mark.smoke
-def test_when_a_job_is_killed_its_descendants_are_gone_and_the_others_run(
-    world, kill_together, is_alive, gone, who, why, method
-):
+def test_when_a_job_is_killed_its_descendants_are_gone_and_the_others_run(world, kill_together, gone, who, why, method):
     sweep = world.start("n=0,1,2,3", method=method)
     victim, other = sweep.running(2)
     processes = sweep.processes([victim])
@@ -162,7 +162,7 @@ def test_when_a_job_is_killed_its_descendants_are_gone_and_the_others_run(
     kill_together([sweep.part(name, victim) for name in who.split(" and ")])
     gone(processes, [victim])
     sweep.running(3)  # on the dead job's device
-    assert all(is_alive(process) for process in others)
+    assert all(alive(process) for process in others)
     sweep.finish(4)
     returns = sweep.returns()
     assert len(returns) == 4
@@ -175,13 +175,13 @@ def test_when_a_job_is_killed_its_descendants_are_gone_and_the_others_run(
 
 
 @pytest.mark.parametrize("who", ["child", "session", "daemon"])
-def test_the_death_of_a_grandchild_is_its_jobs_own_affair(world, is_alive, wait_until, who):
+def test_the_death_of_a_grandchild_is_its_jobs_own_affair(world, who):
     sweep = world.start("n=0,1")
     sweep.running(2)
     tree = sweep.tree(0)
     tree[who].kill()
-    wait_until(lambda: not is_alive(tree[who]))
-    assert is_alive(tree["main"])
+    until(lambda: not alive(tree[who]))
+    assert alive(tree["main"])
     sweep.finish(2)
     assert sweep.returns() == [("COMPLETED", 0), ("COMPLETED", 1)]
     assert world.marked() == []
@@ -262,20 +262,20 @@ def test_a_job_that_ignores_every_signal_is_killed_after_its_grace(world, gone, 
     gone(processes, everything=True, since=began)
 
 
-def test_hundreds_of_processes_of_one_job_go_with_its_launching_program(world, gone, wait_until):
+def test_hundreds_of_processes_of_one_job_go_with_its_launching_program(world, gone):
     sweep = world.start("n=0", "bomb=200", "stubborn=true")
     sweep.running(1)
-    wait_until(lambda: len(world.marked()) > 400)
+    until(lambda: len(world.marked()) > 400)
     processes = world.marked()
     sweep.process.kill()
     gone(processes, everything=True)
 
 
-def test_hundreds_of_processes_of_one_job_go_when_its_main_process_is_killed(world, gone, wait_until):
+def test_hundreds_of_processes_of_one_job_go_when_its_main_process_is_killed(world, gone):
     sweep = world.start("n=0", "bomb=200")
     sweep.running(1)
     supervisor = sweep.part("supervisor", 0)
-    wait_until(lambda: len(supervisor.children(recursive=True)) > 400)
+    until(lambda: len(supervisor.children(recursive=True)) > 400)
     processes = supervisor.children(recursive=True)
     sweep.part("main", 0).kill()
     gone(processes, [0])
@@ -284,16 +284,16 @@ def test_hundreds_of_processes_of_one_job_go_when_its_main_process_is_killed(wor
     assert "was killed by SIGKILL" in message
 
 
-def test_a_device_is_not_free_while_a_child_with_its_lease_lives_and_that_child_is_ended(world, is_alive, wait_until):
+def test_a_device_is_not_free_while_a_child_with_its_lease_lives_and_that_child_is_ended(world):
     sweep = world.start("n=0", "linger=true", "grandchildren=false", devices=1)
     sweep.running(1)
     tree = sweep.tree(0)
     sweep.finish(1)
-    wait_until(lambda: not is_alive(tree["main"]))
-    assert is_alive(tree["child"])
-    while is_alive(tree["child"]):
+    until(lambda: not alive(tree["main"]))
+    assert alive(tree["child"])
+    while alive(tree["child"]):
         if world.claimable(1):
-            assert not is_alive(tree["child"])
+            assert not alive(tree["child"])
     assert sweep.returns() == [("COMPLETED", 0)]
     assert world.claimable(1)
     assert world.marked() == []

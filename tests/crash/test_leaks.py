@@ -7,6 +7,8 @@ import contextlib
 import psutil
 import pytest
 
+from tests.waiting import until
+
 JOBS = 200
 
 APP = """
@@ -46,7 +48,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.timeout(240)
-def test_descriptors_and_processes_do_not_grow_with_the_number_of_jobs(world, wait_until):
+def test_descriptors_and_processes_do_not_grow_with_the_number_of_jobs(world):
     world.app.write_text(APP)
     sweep = world.start(f"n=range({JOBS})", devices=4)
     launcher = psutil.Process(sweep.process.pid)
@@ -62,7 +64,7 @@ def test_descriptors_and_processes_do_not_grow_with_the_number_of_jobs(world, wa
             samples.append((ended, sum(descriptors), len(family), zombies))
         return over
 
-    wait_until(sample, 200)
+    until(sample, seconds=200)
     returns = sweep.returns()
     assert len(returns) == JOBS
     for number, (status, value) in enumerate(returns):

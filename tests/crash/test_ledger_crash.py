@@ -25,6 +25,7 @@ from gpu_launcher.leases.grant_policy import Candidate, Demand
 from gpu_launcher.model import WHOLE, Device, DeviceKind, Owner, Request, Share
 from gpu_launcher.text import one_line
 from gpu_launcher.users import user_name
+from tests.waiting import until
 
 # One process with a ledger, told what to do line by line. `die` is the step at which it kills itself.
 PROGRAM = """
@@ -174,15 +175,6 @@ def files(directory: Path) -> list[str]:
     return sorted(path.name for path in (directory / "queue").iterdir())
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 20) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
-
-
 def kill_job(pid: int) -> None:
     """It is not our child: its parent may be dead, so wait until it is gone, or a zombie of somebody else's."""
     os.kill(pid, signal.SIGKILL)
@@ -193,7 +185,7 @@ def kill_job(pid: int) -> None:
         except (FileNotFoundError, ProcessLookupError):
             return True
 
-    assert wait_for(gone)
+    until(gone)
 
 
 @pytest.mark.smoke
@@ -264,7 +256,7 @@ def test_a_forked_server_that_outlives_its_launcher_keeps_nothing_alive(start, l
     ticket = ledger.enqueue(Request(1), devices("A"), OWNER)
     assert ledger.claim(ticket) is None
     launcher.kill()
-    assert wait_for(lambda: not ledger.snapshot().leases)
+    until(lambda: not ledger.snapshot().leases)
     assert ledger.claim(ticket) is not None
     kill_job(server)
 
@@ -639,7 +631,7 @@ def test_who_keeps_the_mutex_is_named_and_nobody_hangs(start, directory, monkeyp
     stopped = start(stop="claim: locked")
     stopped("enqueue", "1", 1, "A")
     stopped.send("claim", "1")
-    assert wait_for(lambda: state_of(stopped.pid) == "T")
+    until(lambda: state_of(stopped.pid) == "T")
 
     begin = time.monotonic()
     late = ledger.enqueue(Request(1), devices("B"), OWNER)
@@ -649,7 +641,7 @@ def test_who_keeps_the_mutex_is_named_and_nobody_hangs(start, directory, monkeyp
     assert {view.owner.pid for view in ledger.snapshot().tickets} == {OWNER.pid, stopped.pid}
     assert time.monotonic() - begin < 1.4
     assert said == []
-    assert wait_for(lambda: ledger.claim(waiting) or said, 5)
+    until(lambda: ledger.claim(waiting) or said, seconds=5)
     assert ledger.claim(late) is None
     (sentence,) = said
     assert f"process {stopped.pid} (" in sentence
@@ -666,7 +658,7 @@ def test_who_keeps_the_mutex_is_named_and_nobody_hangs(start, directory, monkeyp
 def test_a_mutex_whose_stopped_holder_is_killed_is_free(start, ledger):
     stopped = start(stop="enqueue: written")
     stopped.send("enqueue", "1", 1, "A")
-    assert wait_for(lambda: state_of(stopped.pid) == "T")
+    until(lambda: state_of(stopped.pid) == "T")
     ticket = ledger.enqueue(Request(1), devices("A"), OWNER)
     assert ledger.claim(ticket) is None
     stopped.kill()

@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.waiting import until
+
 POINTS = ("started", "prepared", "queued", "claimed", "granted", "exited", "released", "concluded", "retried")
 RUNS = 5
 
@@ -168,11 +170,11 @@ def test_killed_at_any_point_a_map_is_resumed_at_once_and_nothing_completed_runs
     assert not processes(app)
 
 
-def test_what_completed_before_the_kill_is_not_run_again_whoever_has_taken_note(app, wait_until):
+def test_what_completed_before_the_kill_is_not_run_again_whoever_has_taken_note(app):
     """Killed between the outcome that a run left and the line about it."""
     killed = run_map(app, *grid(), die_at="outcome left:3")
     assert killed.returncode == -signal.SIGKILL
-    wait_until(lambda: not processes(app))
+    until(lambda: not processes(app))
     left = completed(app)
     assert len(left) > len(lines(app)) == 2
     before = ran(app)
@@ -183,11 +185,11 @@ def test_what_completed_before_the_kill_is_not_run_again_whoever_has_taken_note(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_stopped_by_a_signal_it_ends_its_runs_says_how_to_go_on_and_goes_on(app, wait_until, signum):
+def test_stopped_by_a_signal_it_ends_its_runs_says_how_to_go_on_and_goes_on(app, signum):
     (app / "wait.sh").write_text("sleep 600 & echo $1 >> began; test -e go || sleep 600; kill %1; echo $1 >> ran")
     words = grid("bash", "wait.sh", "{n}")
     process = start_map(app, *words)
-    wait_until(lambda: (app / "began").exists() and len((app / "began").read_text().split()) == 2)
+    until(lambda: (app / "began").exists() and len((app / "began").read_text().split()) == 2)
     process.send_signal(signum)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 128 + signum
@@ -203,17 +205,17 @@ def test_stopped_by_a_signal_it_ends_its_runs_says_how_to_go_on_and_goes_on(app,
 
 
 @pytest.mark.smoke
-def test_killed_it_takes_everything_with_it(app, wait_until):
+def test_killed_it_takes_everything_with_it(app):
     words = grid("bash", "-c", "setsid sleep 601 & sleep 602; echo {n}")
     process = start_map(app, *words, output=subprocess.DEVNULL)
-    wait_until(lambda: sum("sleep" in process.name() for process in processes(app)) == 4)
+    until(lambda: sum("sleep" in process.name() for process in processes(app)) == 4)
     process.kill()
     process.wait()
-    wait_until(lambda: not processes(app))
+    until(lambda: not processes(app))
 
 
 @pytest.mark.parametrize("who", ["fork server", "supervisor", "run", "command"])
-def test_whoever_else_is_killed_fails_alone_and_the_map_goes_on(app, wait_until, who):
+def test_whoever_else_is_killed_fails_alone_and_the_map_goes_on(app, who):
     """Two runs wait to be killed with it; the others run after them, and a resumption runs the two again."""
     (app / "wait.sh").write_text(
         "if test $1 -lt 2 -a ! -e go; then echo $$ >> began; setsid sleep 601 & sleep 602; fi; echo $1 >> ran"
@@ -221,8 +223,8 @@ def test_whoever_else_is_killed_fails_alone_and_the_map_goes_on(app, wait_until,
     words = list(grid("bash", "wait.sh", "{n}"))
     words[words.index("--retries") + 1] = "0"
     process = start_map(app, *words)
-    wait_until(lambda: (app / "began").exists() and len((app / "began").read_text().split()) == 2)
-    wait_until(lambda: sum("sleep" in process.name() for process in processes(app)) == 4)
+    until(lambda: (app / "began").exists() and len((app / "began").read_text().split()) == 2)
+    until(lambda: sum("sleep" in process.name() for process in processes(app)) == 4)
     (app / "go").touch()
     above = ("command", "run", "supervisor", "fork server")
     for pid in (app / "began").read_text().split():
@@ -265,7 +267,7 @@ def test_a_resumption_that_is_killed_at_once_loses_no_result(app):
     assert after[3] == before[3], "it did not run again; the one before it may have begun to"
 
 
-def test_what_a_live_program_runs_is_not_resumed(app, wait_until):
+def test_what_a_live_program_runs_is_not_resumed(app):
     process = subprocess.Popen(
         [sys.executable, "app.py", "map", *grid("bash", "-c", "touch began; sleep 600; echo {n}")],
         cwd=app,
@@ -274,7 +276,7 @@ def test_what_a_live_program_runs_is_not_resumed(app, wait_until):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_until(lambda: (app / "began").exists())
+    until(lambda: (app / "began").exists())
     refused = run_map(app, "--resume", "out")
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 128 + signal.SIGTERM

@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.waiting import until
+
 WORK = '''
 import fcntl, os, random, sys, time
 from pathlib import Path
@@ -180,14 +182,14 @@ def test_two_users_mix_all_entries_without_overlap(common_world) -> None:
 
 @pytest.mark.root
 @pytest.mark.timeout(400)
-def test_whatever_is_killed_there_is_no_overlap_and_nothing_is_left(common_world, wait_until) -> None:
+def test_whatever_is_killed_there_is_no_overlap_and_nothing_is_left(common_world) -> None:
     """A program that has ended is started anew, and a process, whichever, is killed ten times a second."""
     seed = random.randrange(2**32)
     dice = random.Random(seed)
     mix = Mix(common_world, 1000)
     mix.start()
     # `run` waits for all devices, and what comes behind it too: first the other user's parallel_map must be over.
-    wait_until(lambda: all(sum(mix.worked(user).values()) > 20 for user in USERS), 200, "nothing is worked on")
+    until(lambda: all(sum(mix.worked(user).values()) > 20 for user in USERS), seconds=200, what="nothing is worked on")
     for _ in range(100):
         time.sleep(0.1)  # in which they work
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -196,7 +198,7 @@ def test_whatever_is_killed_there_is_no_overlap_and_nothing_is_left(common_world
     for program in mix.programs.values():
         program.kill()
         program.wait(60)
-    wait_until(lambda: not mix.processes(), 20, f"processes are left, seed {seed}")
+    until(lambda: not mix.processes(), seconds=20, what=f"processes are left, seed {seed}")
     assert mix.overlaps() == "", f"seed {seed}"
     assert common_world.leased() == [], f"seed {seed}"
     assert common_world.claimable(8)

@@ -26,6 +26,7 @@ from gpu_launcher.jobs.node_client import NodeDiedError
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
 from gpu_launcher.processes.linux import die_with_parent
+from tests.waiting import until
 
 TREE = Path(__file__).parents[2]
 
@@ -48,13 +49,6 @@ def leased(pool: Where) -> int:
     with FileLedger(resolve_pool_directory(str(pool.pool_dir))) as ledger:
         view = ledger.snapshot()
         return len(view.leases) + len(view.tickets)
-
-
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def first_time(path: Path) -> bool:
@@ -318,9 +312,9 @@ def test_a_killed_program_leaves_nothing(
     process, tree = program(method)
     process.kill()
     process.wait()
-    until(lambda: dead(tree), 20)
-    until(lambda: leased(pool) == 0, 10)
-    until(lambda: not list(tmp_path.glob("gpu-launcher-*")), 20)
+    until(lambda: dead(tree), seconds=20)
+    until(lambda: leased(pool) == 0, seconds=10)
+    until(lambda: not list(tmp_path.glob("gpu-launcher-*")), seconds=20)
 
 
 def test_ctrl_c_ends_the_workers_and_then_the_program(

@@ -15,6 +15,7 @@ import pytest
 
 from gpu_launcher.jobs.manifest import State, read
 from gpu_launcher.jobs.reports import read_report
+from tests.waiting import until
 
 POINTS = ("started", "prepared", "queued", "claimed", "granted", "exited", "released", "concluded", "retried")
 JOBS = 4
@@ -118,11 +119,11 @@ def ran(app: Path) -> Counter[int]:
 
 @pytest.mark.parametrize("times", [1, 3])
 @pytest.mark.parametrize("point", POINTS)
-def test_killed_at_any_point_a_sweep_is_resumed_and_no_finished_job_runs_again(app, wait_until, point, times):
+def test_killed_at_any_point_a_sweep_is_resumed_and_no_finished_job_runs_again(app, point, times):
     times = 1 if point == "retried" else times
     killed = sweep(app, die_at=f"{point}:{times}")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    wait_until(lambda: not processes(app))
+    until(lambda: not processes(app))
     left = read(app / "sweep")
     assert sorted(left) == list(range(JOBS))
     assert {entry.state for entry in left.values()} <= {State.COMPLETED, State.LOST, State.FAILED}
@@ -163,7 +164,7 @@ def test_what_completed_is_run_again_only_if_its_overrides_changed_or_nobody_ask
     assert len(list((app / "sweep" / ".gpu_launcher").glob("0.*.report"))) == 1, "superseded reports are removed"
 
 
-def test_what_a_live_program_runs_is_not_run_twice(app, wait_until):
+def test_what_a_live_program_runs_is_not_run_twice(app):
     (app / "app.py").write_text(
         APP.replace("if cfg.n == 1", "while not (HERE / 'go').exists(): pass\n    if cfg.n == 1")
     )
@@ -172,7 +173,7 @@ def test_what_a_live_program_runs_is_not_run_twice(app, wait_until):
     with subprocess.Popen(
         [*command, "hydra.launcher.devices=simulated:2"], cwd=app, env={**os.environ, **pool}, stderr=subprocess.DEVNULL
     ) as first:
-        wait_until(lambda: any(entry.state is State.RUNNING for entry in read(app / "sweep").values()))
+        until(lambda: any(entry.state is State.RUNNING for entry in read(app / "sweep").values()))
         refused = sweep(app, "hydra.launcher.resume=true", grid="n=0")
         assert refused.returncode == 1
         assert f"is being run by process {first.pid} (app.py): wait for it, or stop it" in refused.stderr

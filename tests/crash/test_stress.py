@@ -21,6 +21,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.waiting import until
+
 DEVICES = 8
 GIB_EACH = 80
 """Memory of a simulated device."""
@@ -274,7 +276,7 @@ class Chaos:
                     self.due.remove(kind)
                     return
 
-    def leave_leases(self, wait_until) -> None:
+    def leave_leases(self) -> None:
         """Kill a launching program of each user at a moment when all of them have leases, which nobody tidies up."""
         attacks = [self.start(user, list(NEEDS)) for user in self.users]
         launchers = [psutil.Process(attack.sweep.process.pid) for attack in attacks]
@@ -288,7 +290,7 @@ class Chaos:
                 launcher.resume()
             return False
 
-        wait_until(stopped_with_leases)
+        until(stopped_with_leases)
         for attack, launcher in zip(attacks, launchers, strict=True):
             launcher.kill()
             attack.kills["launcher"] += 1
@@ -402,7 +404,7 @@ def test_what_does_not_go_together_is_a_violation(jobs):
         pytest.param(TWO, 96, id="two users, for minutes", marks=[pytest.mark.slow, pytest.mark.root]),
     ],
 )
-def test_devices_are_never_held_twice_and_nothing_is_left_whatever_is_killed(request, wait_until, users, launchers):
+def test_devices_are_never_held_twice_and_nothing_is_left_whatever_is_killed(request, users, launchers):
     world = request.getfixturevalue("world" if users is ONE else "common_world")
     seed = random.randrange(2**32)
     print("seed", seed)
@@ -410,8 +412,8 @@ def test_devices_are_never_held_twice_and_nothing_is_left_whatever_is_killed(req
     began = time.monotonic()
     chaos.run(launchers)
     print(f"{len(chaos.attacks)} sweeps in {time.monotonic() - began:.1f} s, kills: {dict(chaos.kills())}")
-    chaos.leave_leases(wait_until)
-    took = wait_until(lambda: not world.marked(), 5.0, "something was left behind")
+    chaos.leave_leases()
+    took = until(lambda: not world.marked(), seconds=5.0, what="something was left behind")
     ran = chaos.check_witnesses()
     chaos.check_results()
     chaos.check_pool()

@@ -9,10 +9,12 @@ import sys
 
 import psutil
 
+from tests.waiting import until
 
-def suspend(sweep, wait_until) -> None:
+
+def suspend(sweep) -> None:
     sweep.process.send_signal(signal.SIGSTOP)
-    wait_until(lambda: psutil.Process(sweep.process.pid).status() == psutil.STATUS_STOPPED)
+    until(lambda: psutil.Process(sweep.process.pid).status() == psutil.STATUS_STOPPED)
 
 
 def told(world, *arguments: str) -> str:
@@ -21,17 +23,17 @@ def told(world, *arguments: str) -> str:
     return done.stdout
 
 
-def test_suspended_sweep_frees_devices_and_continues(world, wait_until):
+def test_suspended_sweep_frees_devices_and_continues(world):
     sweep = world.start(f"n={','.join(map(str, range(12)))}")
     sweep.running(2)
-    suspend(sweep, wait_until)
+    suspend(sweep)
     (lease, *_) = json.loads(told(world, "status", "--json"))["leases"]
     assert (lease["pid"], lease["suspended"]) == (sweep.process.pid, True)
     assert f"process {sweep.process.pid} of {lease['user']} (app.py) is suspended and has 2 leases" in told(
         world, "doctor"
     )
     sweep.finish(12)
-    wait_until(lambda: not world.leased(), what="devices of jobs that have ended are not free")
+    until(lambda: not world.leased(), what="devices of jobs that have ended are not free")
     assert world.claimable(2)
     begun = sweep.running(2)
     assert len(begun) <= 4, "what was offered before may run, and nothing else"
@@ -42,21 +44,21 @@ def test_suspended_sweep_frees_devices_and_continues(world, wait_until):
     assert world.marked() == []
 
 
-def test_sweep_says_that_it_waits_for_a_suspended_one(world, wait_until):
+def test_sweep_says_that_it_waits_for_a_suspended_one(world):
     sweep = world.start("n=0,1")
     sweep.running(2)
-    suspend(sweep, wait_until)
+    suspend(sweep)
     other = world.start("n=2", name="other")
-    wait_until(lambda: "(app.py, suspended)" in other.output.read_text())
+    until(lambda: "(app.py, suspended)" in other.output.read_text())
     sweep.finish(3)
     assert other.returns() == [("COMPLETED", 2)]
     sweep.process.send_signal(signal.SIGCONT)
     assert sweep.returns() == [("COMPLETED", 0), ("COMPLETED", 1)]
 
 
-def test_killed_while_suspended_leaves_nothing(world, wait_until):
+def test_killed_while_suspended_leaves_nothing(world):
     sweep = world.start("n=0,1,2,3")
     sweep.running(2)
-    suspend(sweep, wait_until)
+    suspend(sweep)
     sweep.process.kill()
-    wait_until(lambda: not world.marked() and not world.leased())
+    until(lambda: not world.marked() and not world.leased())

@@ -15,7 +15,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from gpu_launcher.executors.parallel_map import parallel_map
 from gpu_launcher.executors.record_errors import RecordError, UnreadableError
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
+from tests.waiting import until
 
 TREE = Path(__file__).parents[2]
 
@@ -44,13 +45,6 @@ def leased(pool: Where) -> int:
 
 def gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-
-
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 # What comes out
@@ -171,7 +165,7 @@ def test_many_workers_without_devices_wait_together(pool: Where, tmp_path: Path)
 
     def work(record: int) -> str:
         (tmp_path / "here" / str(os.getpid())).touch()
-        until(lambda: len(list((tmp_path / "here").iterdir())) == 64, 40)
+        until(lambda: len(list((tmp_path / "here").iterdir())) == 64, seconds=40)
         return os.environ["CUDA_VISIBLE_DEVICES"]
 
     assert set(parallel_map(range(64), function=work, num_workers=64, gpus=0, pool=pool)) == {""}

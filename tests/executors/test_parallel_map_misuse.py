@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,15 +28,9 @@ from gpu_launcher.executors.record_errors import RecordError, SetupError, Unread
 from gpu_launcher.executors.record_worker import MOST_TOGETHER
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
+from tests.waiting import until
 
 TREE = Path(__file__).parents[2]
-
-
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def causes(error: BaseException) -> list[BaseException]:

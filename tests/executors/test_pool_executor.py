@@ -30,6 +30,7 @@ from gpu_launcher import Pool, PoolExecutor
 from gpu_launcher.errors import JobError, JobTimeoutError, OptionError, PoolDirectoryError, UnpicklableError
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.where import Where
+from tests.waiting import until
 
 METHODS = ["fork", "spawn"]
 
@@ -42,16 +43,9 @@ def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     yield
     gc.collect()
-    wait_until(lambda: not psutil.Process().children())
-    wait_until(lambda: threading.active_count() == 1)
+    until(lambda: not psutil.Process().children())
+    until(lambda: threading.active_count() == 1)
     assert list(temporary.iterdir()) == []
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < seconds
-        time.sleep(0.005)
 
 
 def visible() -> str | None:
@@ -60,7 +54,7 @@ def visible() -> str | None:
 
 def touch_and_wait(directory: Path, name: str = "begun") -> int:
     (directory / name).touch()
-    wait_until((directory / "go on").exists)
+    until((directory / "go on").exists)
     return os.getpid()
 
 
@@ -87,7 +81,7 @@ def test_calls_share_a_device_by_memory_or_by_fraction(tmp_path: Path) -> None:
         go_on = tmp_path / "go on"
         with PoolExecutor(pool=pool, **share) as executor:
             calls = [executor.submit(touch_and_wait, tmp_path, f"begun-{number}") for number in range(2)]
-            wait_until(lambda: len(list(tmp_path.glob("begun-*"))) == 2)
+            until(lambda: len(list(tmp_path.glob("begun-*"))) == 2)
             go_on.touch()
             assert len({call.result() for call in calls}) == 2
         for file in (go_on, *tmp_path.glob("begun-*")):
@@ -98,7 +92,7 @@ def test_calls_share_a_device_by_memory_or_by_fraction(tmp_path: Path) -> None:
 def test_no_more_calls_run_than_there_are_workers(pool: Where, tmp_path: Path, gpus: int) -> None:
     with PoolExecutor(gpus=gpus, max_workers=1, pool=pool) as executor:
         calls = [executor.submit(touch_and_wait, tmp_path, f"begun-{number}") for number in range(3)]
-        wait_until(lambda: list(tmp_path.glob("begun-*")))
+        until(lambda: list(tmp_path.glob("begun-*")))
         time.sleep(0.3)
         assert len(list(tmp_path.glob("begun-*"))) == 1
         (tmp_path / "go on").touch()
@@ -109,7 +103,7 @@ def test_without_devices_any_number_of_workers_may_run(pool: Where, tmp_path: Pa
     with PoolExecutor(gpus=0, max_workers=12, pool=pool) as executor:
         for number in range(12):
             executor.submit(touch_and_wait, tmp_path, f"begun-{number}")
-        wait_until(lambda: len(list(tmp_path.glob("begun-*"))) == 12)
+        until(lambda: len(list(tmp_path.glob("begun-*"))) == 12)
         (tmp_path / "go on").touch()
 
 
@@ -274,7 +268,7 @@ def test_a_process_that_dies_fails_its_own_call_only(
 ) -> None:
     with PoolExecutor(pool=pool) as executor:
         other = executor.submit(touch_and_wait, tmp_path)
-        wait_until((tmp_path / "begun").exists)
+        until((tmp_path / "begun").exists)
         error = executor.submit(function, *arguments).exception()
         assert type(error) is JobError
         assert re.search(rf"job 1 \({function.__name__}\) .*{said}.* on simulated GPU ", str(error))
@@ -360,10 +354,10 @@ def test_max_workers_that_leave_devices_idle_are_named(
 
     with PoolExecutor(max_workers=1, pool=pool) as executor:
         executor.submit(touch_and_wait, tmp_path)
-        wait_until((tmp_path / "begun").exists)
+        until((tmp_path / "begun").exists)
         assert not is_said(), "there is no work for the other device"
         executor.submit(abs, -1)
-        wait_until(is_said)
+        until(is_said)
         (tmp_path / "go on").touch()
 
 
@@ -372,7 +366,7 @@ def test_a_call_that_runs_cannot_be_cancelled_and_one_that_was_cancelled_never_r
 ) -> None:
     with PoolExecutor(max_workers=1, pool=pool) as executor:
         running = executor.submit(touch_and_wait, tmp_path)
-        wait_until((tmp_path / "begun").exists)
+        until((tmp_path / "begun").exists)
         assert running.running()
         assert not running.cancel()
         later = [executor.submit(touch_and_wait, tmp_path, f"later-{number}") for number in range(20)]
@@ -402,9 +396,9 @@ def test_calls_that_wait_for_devices_of_others_can_be_cancelled(tmp_path: Path) 
     with Pool("simulated:1", tmp_path / "pool") as pool, PoolExecutor(pool=pool) as executor:
         with pool.lease():
             futures = [executor.submit((tmp_path / "ran").touch) for _ in range(5)]
-            wait_until(lambda: pool.snapshot().queue)
+            until(lambda: pool.snapshot().queue)
             assert [(future.running(), future.cancel()) for future in futures] == [(False, True)] * 5
-            wait_until(lambda: not pool.snapshot().queue)
+            until(lambda: not pool.snapshot().queue)
         assert executor.submit(abs, -1).result(30) == 1
     assert not (tmp_path / "ran").exists()
 
@@ -415,7 +409,7 @@ def test_shutting_down_does_not_wait_for_devices_of_others_to_cancel_calls(tmp_p
         executor = PoolExecutor(pool=pool)
         futures = [executor.submit(abs, -1) for _ in range(5)]
         if waiting:
-            wait_until(lambda: pool.snapshot().queue)
+            until(lambda: pool.snapshot().queue)
         executor.shutdown(cancel_futures=True)
         assert all(future.cancelled() for future in futures)
 
@@ -423,7 +417,7 @@ def test_shutting_down_does_not_wait_for_devices_of_others_to_cancel_calls(tmp_p
 def test_shutting_down_lets_calls_that_have_begun_finish_and_cancels_the_others(pool: Where, tmp_path: Path) -> None:
     executor = PoolExecutor(pool=pool)
     futures = [executor.submit(touch_and_wait, tmp_path, f"begun-{number}") for number in range(5)]
-    wait_until(lambda: len(list(tmp_path.glob("begun-*"))) == 2)
+    until(lambda: len(list(tmp_path.glob("begun-*"))) == 2)
     executor.shutdown(wait=False, cancel_futures=True)
     assert len(list(as_completed(futures[2:], timeout=30))) == 3
     assert [future.cancelled() for future in futures] == [False, False, True, True, True]
@@ -479,7 +473,7 @@ def test_a_call_may_be_submitted_by_the_callback_of_another_one_and_by_many_thre
         more: list[Any] = []
         first = executor.submit(abs, -1)
         first.add_done_callback(lambda future: more.append(executor.submit(abs, -2)))
-        wait_until(lambda: more)
+        until(lambda: more)
         assert more[0].result() == 2
         threads = [threading.Thread(target=lambda: more.extend(executor.map(abs, range(5)))) for _ in range(4)]
         for thread in threads:
@@ -570,10 +564,10 @@ def test_devices_that_others_hold_are_waited_for_and_that_is_said(
     monkeypatch.setattr(remarks, "_last", -math.inf)  # nothing was said a moment ago
     with PoolExecutor(gpus=2, pool=pool) as holder, PoolExecutor(pool=pool) as executor:
         holder.submit(touch_and_wait, tmp_path)
-        wait_until((tmp_path / "begun").exists)
+        until((tmp_path / "begun").exists)
         waiting = executor.submit(abs, -1)
         assert not executor.submit(abs, -2).done()
-        wait_until(lambda: "waiting for devices: " in caplog.text)
+        until(lambda: "waiting for devices: " in caplog.text)
         assert not waiting.done()
         (tmp_path / "go on").touch()
         assert waiting.result() == 1
@@ -595,11 +589,11 @@ def test_a_wait_that_begins_soon_after_another_one_is_told_of_later_and_once(
     with Pool("simulated:1", tmp_path / "pool") as pool, PoolExecutor(pool=pool) as executor:
         with pool.lease():
             first = executor.submit(abs, -1)
-            wait_until(lambda: told() == 1)
+            until(lambda: told() == 1)
         assert first.result() == 1
         with pool.lease():
             second = executor.submit(abs, -1)
-            wait_until(lambda: told() == 2)
+            until(lambda: told() == 2)
             time.sleep(4)  # it has been said
             assert told() == 2
             assert not second.done()
@@ -650,7 +644,7 @@ def node() -> psutil.Process:
 def test_without_its_node_an_executor_is_broken(pool: Where, tmp_path: Path) -> None:
     with PoolExecutor(max_workers=1, pool=pool) as executor:
         futures = [executor.submit(touch_and_wait, tmp_path) for _ in range(10)]
-        wait_until((tmp_path / "begun").exists)
+        until((tmp_path / "begun").exists)
         node().kill()
         errors = [future.exception() for future in futures]
         assert all(isinstance(error, BrokenExecutor) for error in errors)
@@ -664,7 +658,7 @@ def test_without_its_fork_server_an_executor_starts_another_one(pool: Where, tmp
     with PoolExecutor(max_workers=1, pool=pool) as executor:
         first = executor.submit(touch_and_wait, tmp_path)
         more = [executor.submit(abs, -number) for number in range(5)]
-        wait_until((tmp_path / "begun").exists)
+        until((tmp_path / "begun").exists)
         (guard,) = node().children()
         (server,) = guard.children()
         server.kill()
@@ -711,7 +705,7 @@ except KeyboardInterrupt:
 @pytest.mark.parametrize(("method", "where"), [("fork", "inside"), ("spawn", "inside"), ("fork", "leave")])
 def test_ctrl_c_interrupts_the_calls_that_run_and_cancels_the_others(tmp_path: Path, method: str, where: str) -> None:
     process = run(INTERRUPTED, tmp_path, method, where)
-    wait_until(lambda: (tmp_path / "began-0").exists() and (tmp_path / "began-1").exists())
+    until(lambda: (tmp_path / "began-0").exists() and (tmp_path / "began-1").exists())
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -726,10 +720,10 @@ def test_ctrl_c_interrupts_the_calls_that_run_and_cancels_the_others(tmp_path: P
 
 def test_a_second_ctrl_c_kills_the_calls_that_did_not_heed_the_first(tmp_path: Path) -> None:
     process = run(INTERRUPTED, tmp_path, "fork", "stubborn")
-    wait_until(lambda: (tmp_path / "began-0").exists() and (tmp_path / "began-1").exists())
+    until(lambda: (tmp_path / "began-0").exists() and (tmp_path / "began-1").exists())
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    wait_until((tmp_path / "interrupted-1").exists)
+    until((tmp_path / "interrupted-1").exists)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert time.monotonic() - began < 8
@@ -764,11 +758,11 @@ except (KeyboardInterrupt, asyncio.CancelledError) as error:
 @pytest.mark.parametrize("how", ["interrupted", "stubborn", "cancelled"])
 def test_under_asyncio_ctrl_c_and_cancellation_interrupt_the_calls_that_run(tmp_path: Path, how: str) -> None:
     process = run(UNDER_ASYNCIO, tmp_path, how)
-    wait_until(lambda: (tmp_path / "began-0").exists() and (tmp_path / "began-1").exists())
+    until(lambda: (tmp_path / "began-0").exists() and (tmp_path / "began-1").exists())
     began = time.monotonic()
     if how != "cancelled":
         process.send_signal(signal.SIGINT)
-    wait_until((tmp_path / "interrupted-1").exists)
+    until((tmp_path / "interrupted-1").exists)
     if how == "stubborn":
         process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

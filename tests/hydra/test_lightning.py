@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import psutil
 import pytest
 
 from gpu_launcher.leases.file_ledger import FileLedger
+from tests.waiting import alive, until
 
 pytest.importorskip("torch", reason="needs torch: pip install 'gpu-launcher[ddp]'")
 pytest.importorskip("lightning", reason="needs Lightning: pip install 'gpu-launcher[ddp]'")
@@ -27,13 +27,6 @@ SWEEP = ["-m", "hydra/launcher=gpu_pool", "hydra.launcher.devices=simulated:4", 
 JOBS = RANKS = (0, 1)
 
 
-def until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-
-
 def witnesses(directory: Path) -> dict[tuple[int, int], dict[str, Any]]:
     """Of each job's ranks."""
     return {
@@ -42,13 +35,6 @@ def witnesses(directory: Path) -> dict[tuple[int, int], dict[str, Any]]:
         for rank in RANKS
         if (file := directory / "sweep" / str(job) / f"rank-{rank}.json").exists()
     }
-
-
-def alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def of_this_test(directory: Path) -> list[str]:

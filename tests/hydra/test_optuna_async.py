@@ -22,6 +22,7 @@ from optuna.trial import TrialState
 
 import gpu_launcher
 from gpu_launcher.studies.attributes import JOB, RETRY_OF
+from tests.waiting import until
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -46,13 +47,6 @@ def trials(directory: Path) -> list[optuna.trial.FrozenTrial]:
         return study(directory).trials
     except KeyError:
         return []
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def states(of: optuna.Study) -> list[str]:
@@ -239,7 +233,7 @@ def test_ctrl_c_in_a_batch_leaves_no_trial_running_and_says_how_to_go_on(
 ) -> None:
     options = (f"hydra/launcher={launcher}", "hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=2", "seconds=600")
     program = start(tmp_path, PROGRAM, "--multirun", *SWEEPER, RANDOM, SPACE, *options)
-    wait_until(lambda: (tmp_path / "witness.jsonl").exists())
+    until(lambda: (tmp_path / "witness.jsonl").exists())
     program.send_signal(signal.SIGINT)
     out, _ = program.communicate(timeout=60)
     assert program.returncode in (130, -signal.SIGINT)
@@ -526,7 +520,7 @@ def test_a_second_ctrl_c_kills_jobs_that_do_not_end_and_their_trials_are_told(
     run: Run, start: Start, tmp_path: Path
 ) -> None:
     program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, "does=clings", "hydra.launcher.grace=600")
-    wait_until(lambda: (tmp_path / "witness.jsonl").exists() and sum("clings" in e for e in witness(tmp_path)) == 2)
+    until(lambda: (tmp_path / "witness.jsonl").exists() and sum("clings" in e for e in witness(tmp_path)) == 2)
     program.send_signal(signal.SIGINT)
     wait_for_line(program, "stopping: ")
     time.sleep(0.5)  # what comes sooner counts as the same
@@ -546,7 +540,7 @@ def sampling_trial_1(directory: Path) -> bool:
 def test_ctrl_c_while_the_sampler_samples_does_not_wait_for_it(run: Run, start: Start, tmp_path: Path) -> None:
     custom = "hydra.sweeper.custom_search_space=__main__.hangs_in_trial_1"
     program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, custom, "seconds=600")
-    wait_until(lambda: sampling_trial_1(tmp_path))
+    until(lambda: sampling_trial_1(tmp_path))
     wait_for_line(program, "job 0 ", "started")
     program.send_signal(signal.SIGINT)
     began = time.monotonic()
@@ -565,7 +559,7 @@ def test_ctrl_c_while_the_sampler_samples_does_not_wait_for_it(run: Run, start: 
 def test_a_second_ctrl_c_does_not_wait_for_a_sampler_that_nothing_ends(run: Run, start: Start, tmp_path: Path) -> None:
     custom = "hydra.sweeper.custom_search_space=__main__.clings_in_trial_1"
     program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, custom, "seconds=600")
-    wait_until(lambda: sampling_trial_1(tmp_path))
+    until(lambda: sampling_trial_1(tmp_path))
     wait_for_line(program, "job 0 ", "started")
     program.send_signal(signal.SIGINT)
     wait_for_line(program, "jobs: 1 cancelled")
@@ -596,7 +590,7 @@ def test_trials_of_a_killed_sweep_fail_and_are_queued_again_once(run: Run, start
     x: list[list[float]] = []
     for _ in range(2):
         program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, "seconds=600")
-        wait_until(lambda: len(running_trials(tmp_path, program.pid)) == 2)  # noqa: B023
+        until(lambda: len(running_trials(tmp_path, program.pid)) == 2)  # noqa: B023
         program.kill()
         program.communicate(timeout=60)
         x.append([trial.params["x"] for trial in running_trials(tmp_path, program.pid)])
@@ -686,7 +680,7 @@ def test_sweeps_that_begin_together_try_each_known_point_once(start: Start, tmp_
 def test_a_sweep_that_was_killed_while_it_defined_a_trial_goes_on(run: Run, start: Start, tmp_path: Path) -> None:
     custom = "hydra.sweeper.custom_search_space=__main__.hangs_in_trial_1"
     program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, custom)
-    wait_until(lambda: any(trial.number == 1 and trial.params for trial in trials(tmp_path)))
+    until(lambda: any(trial.number == 1 and trial.params for trial in trials(tmp_path)))
     program.kill()
     program.communicate(timeout=60)
     sweep(run, tmp_path, SPACE, "y=interval(0.0,1.0)", "hydra.sweeper.n_trials=2")

@@ -7,14 +7,13 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gpu_launcher.leases import FileLedger, PoolView
+from tests.waiting import until
 
 GIB = 2**30
 
@@ -129,15 +128,6 @@ def said(process: subprocess.Popen[str], what: str) -> str:
         if what in line:
             return line
     raise AssertionError(f"it ended without saying: {what}")
-
-
-def until(holds: Callable[[], Any]) -> Any:
-    """What `holds` returns as soon as that is something."""
-    deadline = time.monotonic() + 60
-    while not (found := holds()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return found
 
 
 @pytest.mark.smoke

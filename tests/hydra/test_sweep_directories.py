@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 
 from gpu_launcher.jobs.manifest import State, read
 from hydra_plugins.gpu_pool_launcher._commands import override
+from tests.waiting import until
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -22,13 +22,6 @@ Start = Callable[..., "subprocess.Popen[str]"]
 PROGRAM = "directories.py"
 POOL = ("hydra/launcher=gpu_pool", "hydra.launcher.devices=simulated:4")
 DEADLINE = 60.0
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.01)
 
 
 def files(directory: Path) -> dict[str, bytes]:

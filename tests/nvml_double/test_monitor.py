@@ -14,6 +14,7 @@ import pytest
 
 from gpu_launcher.devices import ConditionMonitor, cpu_slots
 from gpu_launcher.model import Device, DeviceKind
+from tests.waiting import alive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -173,16 +174,9 @@ time.sleep(60)
         pid = int(program.stdout.readline())
         program.kill()
     deadline = time.monotonic() + 10
-    while running(pid):
+    while alive(pid):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_a_module_in_the_current_directory_does_not_take_the_place_of_pythons(

@@ -27,6 +27,7 @@ from gpu_launcher.jobs.where import Where
 from gpu_launcher.model import Request
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.worker import JobContext
+from tests.waiting import until
 
 
 class Program:
@@ -118,15 +119,8 @@ def lives(pid: int) -> bool:
 def stopped(parent: psutil.Process) -> list[psutil.Process]:
     """It and all its descendants, none of which can fork another one any more."""
     parent.suspend()
-    wait_until(lambda: parent.status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE))
+    until(lambda: parent.status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE))
     return [parent, *(process for child in parent.children() for process in stopped(child))]
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < seconds
-        time.sleep(0.005)
 
 
 def test_jobs_are_asked_for_run_and_told_of(start: Start) -> None:
@@ -167,7 +161,7 @@ def test_closing_ends_jobs_that_run(start: Start) -> None:
     offer(loop, 0, stubborn)
     job = hear(loop, Heard).what
     loop.close()
-    wait_until(lambda: gone(job))
+    until(lambda: gone(job))
     assert not loop.directory.exists()
 
 
@@ -183,7 +177,7 @@ def test_when_the_node_is_killed_that_is_raised_and_its_jobs_end(start: Start) -
         hear(loop, Closed)
     with pytest.raises(NodeDiedError):
         loop.say(s.Exhausted())
-    wait_until(lambda: gone(job))
+    until(lambda: gone(job))
 
 
 def test_to_be_interrupted_while_it_closes_leaves_nothing(start: Start, alarm: type[BaseException]) -> None:
@@ -200,7 +194,7 @@ def test_to_be_interrupted_while_it_closes_leaves_nothing(start: Start, alarm: t
         loop.close()
     assert not node.is_running(), "it was not waited for"
     assert not loop.directory.exists()
-    wait_until(lambda: gone(job))
+    until(lambda: gone(job))
     loop.close()
 
 
@@ -236,13 +230,13 @@ def test_what_is_left_when_program_and_node_are_killed_goes_at_the_next_start(
             signal.pause()
         finally:
             os._exit(1)
-    wait_until(lambda: list((tmp_path / "tmp").glob("*/value")))
+    until(lambda: list((tmp_path / "tmp").glob("*/value")))
     (left,) = [value.parent for value in (tmp_path / "tmp").glob("*/value")]
     processes = stopped(psutil.Process(program))
     for process in processes:
         process.kill()
     os.waitpid(program, 0)
-    wait_until(lambda: gone(*(process.pid for process in processes)))
+    until(lambda: gone(*(process.pid for process in processes)))
     assert left.exists()
     third = start()
     assert not left.exists()
@@ -280,7 +274,7 @@ def test_the_jobs_files_stay_until_this_program_has_heard_everything(start: Star
     assert loop._pid is not None
     node = psutil.Process(loop._pid)
     # It has nothing more to do, and none of its processes is left.
-    wait_until(lambda: (loop.directory / "value").exists() and not node.children())
+    until(lambda: (loop.directory / "value").exists() and not node.children())
     time.sleep(0.2)
     hear(loop, Closed)
     assert (loop.directory / "value").read_text() == "here"

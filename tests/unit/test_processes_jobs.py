@@ -41,6 +41,7 @@ from gpu_launcher.processes.messages import (
     receive,
     send,
 )
+from tests.waiting import alive, until
 
 PATIENCE = 30.0
 """Seconds until a test gives up on what should happen at once."""
@@ -99,13 +100,6 @@ def fork_server() -> psutil.Process:
 
 def supervisors() -> list[psutil.Process]:
     return fork_server().children()
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 class Launch:
@@ -629,13 +623,6 @@ def test_jobs_draw_different_random_numbers_from_numpy_unless_the_program_seeded
 
 
 # What it leaves behind
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.005)
 
 
 def sleeper_with_the_lease(number, spec, context):
