@@ -5,13 +5,13 @@ Errors name options as they are named here; who reads what users wrote spells th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import OptionError
 from gpu_launcher.model import MOST_PRIORITY, Request
 from gpu_launcher.sizes import read_memory
+from gpu_launcher.validation import read_integer, read_number
 
 LEAST_SHARE = 0.001
 """Of a device that can be meant: less is a slip of the finger, or of the unit."""
@@ -31,21 +31,10 @@ def read_request(options: Mapping[str, object]) -> Request:
     return Request.of(
         gpus,
         memory,
-        priority=_priority(options.get("priority", 0), "priority"),
+        priority=read_integer("priority", options.get("priority", 0), least=-MOST_PRIORITY, most=MOST_PRIORITY),
         timeout=_timeout(options.get("timeout"), "timeout"),
         stagger=read_duration(options.get("stagger", 0), "stagger"),
     )
-
-
-def read_number(value: object) -> float | None:
-    """The finite number that `value` is, or writes down; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _gpus(value: object, option: str) -> float | None:
@@ -77,13 +66,6 @@ def _memory(value: object, option: str) -> int | None:
     if size == 0:
         raise OptionError(option, "must be more than 0 bytes, got 0: give an amount such as 20GiB, or leave it out")
     return size
-
-
-def _priority(value: object, option: str) -> int:
-    number = read_number(value)
-    if number is None or not number.is_integer() or abs(number) > MOST_PRIORITY:
-        raise OptionError(option, f"{value!r} is not a whole number: give 0, 1, 2, ... or -1, -2, ...")
-    return int(number)
 
 
 def _timeout(value: object, option: str) -> float | None:

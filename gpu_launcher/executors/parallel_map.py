@@ -6,7 +6,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from gpu_launcher.errors import OptionError
 from gpu_launcher.executors import record_worker as w
@@ -19,11 +19,11 @@ from gpu_launcher.jobs.remarks import log
 from gpu_launcher.jobs.where import this_program
 from gpu_launcher.model import MILLIONTHS, Device, Request
 from gpu_launcher.pool import Pool, read_pool
-from gpu_launcher.processes.fork_server_client import StartMethod
 from gpu_launcher.requests import read_request
+from gpu_launcher.validation import StartMethod, integer, one_of, read_start_method, true_or_false
 from gpu_launcher.wording import count, device_counts
 
-MOST_WORKERS = 4096
+MAX_WORKERS = 4096
 
 
 def parallel_map(
@@ -78,16 +78,16 @@ def parallel_map(
     """
     iterator = _iterate(records)
     function = _checked(setup, function)
-    if on_error not in ("raise", "return"):
-        raise OptionError("on_error", f'{on_error!r} is neither "raise" nor "return"')
-    for name, value in (("ordered", ordered), ("progress", progress)):
-        if not isinstance(value, bool):
-            raise OptionError(name, f"{value!r} is neither True nor False")
-    if start_method not in get_args(StartMethod):
-        raise OptionError("start_method", f"{start_method!r} is none of {', '.join(get_args(StartMethod))}")
-    _check_count("num_workers", num_workers, most=MOST_WORKERS)
-    _check_count("read_ahead", read_ahead)
-    _check_count("total", total, least=0)
+    one_of("on_error", on_error, ("raise", "return"))
+    for name, flag in (("ordered", ordered), ("progress", progress)):
+        true_or_false(name, flag)
+    read_start_method(start_method)
+    if num_workers is not None:
+        integer("num_workers", num_workers, least=1, most=MAX_WORKERS)
+    if read_ahead is not None:
+        integer("read_ahead", read_ahead, least=1)
+    if total is not None:
+        integer("total", total, least=0)
     request = read_request({"gpus": gpus, "memory": memory, "priority": priority})
     length = len(records) if isinstance(records, Sized) else total
     dealer = Dealer(iterator, ordered=ordered, read_ahead=read_ahead, clock=time.monotonic, length=length)
@@ -187,20 +187,11 @@ def _name(function: Callable[..., Any]) -> str:
     return name if isinstance(name, str) else type(function).__name__
 
 
-def _check_count(option: str, value: int | None, *, least: int = 1, most: int | None = None) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise OptionError(option, f"{value!r} is not a number from {least}")
-    if most is not None and value > most:
-        raise OptionError(option, f"{value} is more than {most}, which is more than any machine runs")
-
-
 def _most_workers(wanted: int | None, request: Request, opened: Opened) -> int:
     """How many workers there will be at most, and a remark if that is not what was wanted."""
     if request.gpus == 0:
-        return wanted or min(opened.at_once, MOST_WORKERS)
-    most = max(1, min(MOST_WORKERS, _grantable(request, opened.devices)))
+        return wanted or min(opened.at_once, MAX_WORKERS)
+    most = max(1, min(MAX_WORKERS, _grantable(request, opened.devices)))
     if wanted is None or wanted <= most:
         return wanted or most
     text = f"num_workers={wanted}, but all devices of the pool ({device_counts(opened.devices)}) are enough for "
@@ -210,7 +201,7 @@ def _most_workers(wanted: int | None, request: Request, opened: Opened) -> int:
 
 def _cap_remark(wanted: int | None, request: Request, opened: Opened) -> Remarked | None:
     """What to say of the user's number of workers if the pool has devices for more; None if it does not."""
-    possible = min(MOST_WORKERS, _grantable(request, opened.devices)) if request.gpus else 0
+    possible = min(MAX_WORKERS, _grantable(request, opened.devices)) if request.gpus else 0
     if wanted is None or wanted >= possible:
         return None
     devices = device_counts(opened.devices)

@@ -11,17 +11,16 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from types import TracebackType
-from typing import Any, NoReturn, ParamSpec, TypeVar, get_args
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
-from gpu_launcher.errors import OptionError
 from gpu_launcher.executors.calls import Calls
 from gpu_launcher.executors.courier import BrokenPoolExecutor, Courier, Submitted
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.node_client import RemoteLoop
 from gpu_launcher.jobs.where import this_program
 from gpu_launcher.pool import Pool, read_pool
-from gpu_launcher.processes.fork_server_client import StartMethod
 from gpu_launcher.requests import read_request
+from gpu_launcher.validation import StartMethod, integer, read_start_method
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -79,13 +78,11 @@ class PoolExecutor(Executor):
             )
         options = {"gpus": gpus, "memory": memory, "priority": priority, "timeout": timeout}
         self._request = read_request(options)
-        if max_workers is not None and (isinstance(max_workers, bool) or not isinstance(max_workers, int)):
-            raise OptionError("max_workers", f"{max_workers!r} is not a whole number, nor None")
-        if max_workers is not None and max_workers <= 0:
+        if isinstance(max_workers, int) and not isinstance(max_workers, bool) and max_workers <= 0:
             raise ValueError("max_workers must be greater than 0")  # in the words of the standard executors
-        if start_method not in get_args(StartMethod):
-            raise OptionError("start_method", f"{start_method!r} is none of {', '.join(get_args(StartMethod))}")
-        self._start_method = start_method
+        if max_workers is not None:
+            integer("max_workers", max_workers, least=1)
+        self._start_method = read_start_method(start_method)
         self._options = read_pool(pool).options(self._request, max_workers, "max_workers")
         self._process = os.getpid()
         self._lock = threading.Lock()

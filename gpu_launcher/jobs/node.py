@@ -55,7 +55,7 @@ from gpu_launcher.jobs.pool import PoolSide
 from gpu_launcher.jobs.sweep import limits
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
 from gpu_launcher.model import Device
-from gpu_launcher.processes.fork_server_client import ForkServer, StartMethod
+from gpu_launcher.processes.fork_server_client import ForkServer
 from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.processes.linux import Ending
 from gpu_launcher.processes.messages import ChannelClosedError, Prepared, receive, send
@@ -63,6 +63,7 @@ from gpu_launcher.processes.random_generators import Generators
 from gpu_launcher.processes.worker import Program
 from gpu_launcher.text import one_line
 from gpu_launcher.users import this_user
+from gpu_launcher.validation import StartMethod
 
 LogFile = Callable[[int, Prepared], tuple[str, list[str]]]
 """See `jobs.directory.LogFiles.claim`."""

@@ -25,7 +25,6 @@ from gpu_launcher.jobs.node_messages import Begin, BeginRun, Closed, End, Messag
 from gpu_launcher.jobs.reports import ReportFiles
 from gpu_launcher.jobs.scratch import Scratch
 from gpu_launcher.jobs.sweep import Options, portable
-from gpu_launcher.processes.fork_server_client import StartMethod
 from gpu_launcher.processes.forking import internal_fork, tqdm_monitors_paused
 from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.processes.linux import flush_c_streams, other_threads
@@ -34,6 +33,7 @@ from gpu_launcher.processes.pickling import NOTHING, main_namespace, prepare
 from gpu_launcher.processes.random_generators import Generators
 from gpu_launcher.processes.signals import uninterrupted
 from gpu_launcher.processes.worker import Program
+from gpu_launcher.validation import StartMethod
 
 _harmless: set[int] = set()
 """Native ids of threads that hold no lock which a forked process would need, except while they are `_busy`."""

@@ -40,8 +40,7 @@ from gpu_launcher.processes.messages import (
 from gpu_launcher.processes.random_generators import Generators
 from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.processes.worker import CapturedStdio, Program, forget_the_parent, use_own_positions, work
-
-StartMethod = Literal["auto", "fork", "spawn"]
+from gpu_launcher.validation import StartMethod
 
 _OUR_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
 

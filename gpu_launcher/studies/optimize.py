@@ -19,14 +19,14 @@ from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.node_client import RemoteLoop
 from gpu_launcher.jobs.where import this_program
 from gpu_launcher.pool import Pool, read_pool
-from gpu_launcher.processes.fork_server_client import StartMethod
-from gpu_launcher.requests import read_number, read_request
+from gpu_launcher.requests import read_request
 from gpu_launcher.studies.conductor import Bounds, Callback, Conductor, log
 from gpu_launcher.studies.objective import Objective
 from gpu_launcher.studies.ownership import Sweep, working
 from gpu_launcher.studies.settling import NEVER, settle
 from gpu_launcher.studies.storage import keep_connections_from_jobs
 from gpu_launcher.studies.study_storage import StudyStorage
+from gpu_launcher.validation import StartMethod, read_integer, read_start_method
 
 
 def optimize(
@@ -78,20 +78,19 @@ def optimize(
         raise RuntimeError("Nested invocation of `Study.optimize` method isn't allowed.")
     if not callable(objective):
         raise OptionError("objective", f"{objective!r} is not a function: pass one that takes a trial")
-    if start_method not in ("auto", "fork", "spawn"):
-        raise OptionError("start_method", f"{start_method!r} is none: give auto, fork or spawn")
+    read_start_method(start_method)
     caught, after_each = _exceptions(catch), _callbacks(callbacks)
     try:
         request = read_request({"gpus": gpus, "memory": memory, "priority": priority, "timeout": trial_timeout})
     except OptionError as error:
         raise error.renamed(lambda option: "trial_timeout" if option == "timeout" else option) from None
-    most = None if n_jobs in (None, -1) else _whole("n_jobs", n_jobs, least=1)
+    most = None if n_jobs in (None, -1) else read_integer("n_jobs", n_jobs, least=1)
     options = read_pool(pool).options(request, most, "n_jobs")
     bounds = Bounds(
-        None if n_trials is None else _whole("n_trials", n_trials),
+        None if n_trials is None else read_integer("n_trials", n_trials, least=0),
         None if timeout is None else read_duration(timeout, "timeout"),
     )
-    retries = _whole("retry_stale", retry_stale) or NEVER
+    retries = read_integer("retry_stale", retry_stale, least=0) or NEVER
     sweep = Sweep(ProcessIdentity.here())
     storage = StudyStorage(study._storage, sweep)
     keep_connections_from_jobs(study._storage)
@@ -138,10 +137,3 @@ def _callbacks(callbacks: object) -> list[Callback]:
         if not callable(callback):
             raise OptionError("callbacks", f"{callback!r} cannot be called: give functions of the study and a trial")
     return given
-
-
-def _whole(option: str, value: object, least: int = 0) -> int:
-    number = read_number(value)
-    if number is None or not number.is_integer() or number < least:
-        raise OptionError(option, f"must be an integer >= {least}, got {value!r}")
-    return int(number)

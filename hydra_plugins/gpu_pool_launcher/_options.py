@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gpu_launcher import requests
+from gpu_launcher import requests, validation
 from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.devices import BUSY_MEMORY
 from gpu_launcher.errors import OptionError
@@ -19,16 +19,14 @@ from gpu_launcher.jobs.job import Cause
 from gpu_launcher.jobs.job_options import JobOptions
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.model import Request
-from gpu_launcher.processes.fork_server_client import StartMethod
-from gpu_launcher.requests import read_number
 from gpu_launcher.sizes import read_memory
 from gpu_launcher.text import one_line
+from gpu_launcher.validation import StartMethod, one_of, read_integer
 
 from ._interpolations import resolve
 
 MAX_SHOWN = 60
 """Characters of a value in a message."""
-_START_METHODS = ("auto", "fork", "spawn")
 
 
 _REQUEST = ("gpus", "memory", "priority", "timeout", "stagger")
@@ -158,9 +156,9 @@ def _shown(value: object) -> str:
 
 def _device_environment(options: Mapping[str, Any]) -> DeviceEnvironment:
     return DeviceEnvironment(
-        by_uuid=_one_of("visible", options.get("visible", "index"), ("index", "uuid")) == "uuid",
+        by_uuid=one_of("visible", options.get("visible", "index"), ("index", "uuid")) == "uuid",
         enforce_memory=bool(options.get("enforce_memory", False)),
-        pin_cpus=_one_of("cpu_affinity", options.get("cpu_affinity"), (None, "auto")) == "auto",
+        pin_cpus=one_of("cpu_affinity", options.get("cpu_affinity"), (None, "auto")) == "auto",
     )
 
 
@@ -171,52 +169,31 @@ def _retries(options: Mapping[str, Any]) -> tuple[int, frozenset[Cause]]:
     named = [word.strip() for word in named.split(",")] if isinstance(named, str) else named
     if not isinstance(named, Iterable):
         raise OptionError("retry_on", f"{named!r} is not a list: give some of [{', '.join(known)}]")
-    causes = frozenset(Cause(_one_of("retry_on", cause, known)) for cause in named)
-    retries = _whole_number(options.get("retries", 0))
-    if retries is None or retries < 0:
-        raise OptionError("retries", f"must be an integer >= 0, got {options['retries']!r}")
-    return retries, causes
+    causes = frozenset(Cause(one_of("retry_on", cause, known)) for cause in named)
+    return read_integer("retries", options.get("retries", 0), least=0), causes
 
 
 def _most_failures(options: Mapping[str, Any]) -> int | None:
     most = options.get("max_failures")
-    if most is not None and ((most := _whole_number(most)) is None or most < 1):
-        raise OptionError(
-            "max_failures",
-            f"must be an integer >= 1, or null for no limit, got {options['max_failures']!r}",
-        )
-    if _one_of("on_failure", options.get("on_failure", "continue"), ("continue", "stop")) == "stop":
+    if most is not None:
+        most = read_integer("max_failures", most, least=1, or_else="null for no limit")
+    if one_of("on_failure", options.get("on_failure", "continue"), ("continue", "stop")) == "stop":
         if most is not None:
             raise OptionError("max_failures", "on_failure=stop is max_failures=1: leave one of them out")
         most = 1
     return most
 
 
-def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> object:
-    if value not in allowed:
-        listed = ", ".join("null" if choice is None else str(choice) for choice in allowed)
-        raise OptionError(name, f"{value!r} is unknown: give one of {listed}")
-    return value
-
-
 @_as_written()
 def read_start_method(value: object) -> StartMethod:
     """How to start jobs. Raises OptionError."""
-    if value not in _START_METHODS:
-        raise OptionError("start_method", f"{value!r} is unknown: give one of {', '.join(_START_METHODS)}")
-    return cast("StartMethod", value)
+    return validation.read_start_method(value)
 
 
 def _max_parallel(value: object) -> int | None:
     if value is None:
         return None
-    number = _whole_number(value)
-    if number is None or number < 1:
-        raise OptionError(
-            "max_parallel",
-            f"must be an integer >= 1, or null for as many jobs as get devices, got {value!r}",
-        )
-    return number
+    return read_integer("max_parallel", value, least=1, or_else="null for as many jobs as get devices")
 
 
 def _grace(value: object) -> float:
@@ -233,11 +210,6 @@ def _pool_dir(value: object) -> str | None:
     if value == "":
         raise OptionError("pool_dir", "the name is empty: name a directory, or leave the option out")
     return None if value is None else str(value)
-
-
-def _whole_number(value: object) -> int | None:
-    number = read_number(value)
-    return int(number) if number is not None and number.is_integer() else None
 
 
 def _plain(value: object) -> object:

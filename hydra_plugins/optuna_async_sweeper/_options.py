@@ -14,6 +14,7 @@ from yaml import YAMLError
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import OptionError
 from gpu_launcher.studies.stopping import Bounds
+from gpu_launcher.validation import integer
 
 DIRECTIONS = ("minimize", "maximize")
 
@@ -78,16 +79,14 @@ def _directions(value: object) -> tuple[str, ...]:
     wrong = [word for word in words if word not in DIRECTIONS]
     if wrong or not words:
         shown = repr(wrong[0]) if wrong else "[]"
-        raise OptionError("hydra.sweeper.direction", f"{shown} is none of minimize, maximize, or a list of these")
+        raise OptionError("hydra.sweeper.direction", f"must be minimize, maximize, or a list of these, got {shown}")
     return tuple(words)
 
 
 def _count(name: str, value: object, *, least: int) -> int | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise OptionError(f"hydra.sweeper.{name}", f"must be an integer >= {least}, or null, got {value!r}")
-    return value
+    return integer(f"hydra.sweeper.{name}", value, least=least, or_else="null")
 
 
 def _rate(value: object) -> float | None:

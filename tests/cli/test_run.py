@@ -284,7 +284,7 @@ def test_what_turns_out_to_be_no_program_frees_its_devices(cli: Cli, tmp_path: P
         (("--timeout", "soon"), "timeout: 'soon' is not a time span"),
         (("--wait", "-1"), "wait: '-1' is not a time span"),
         (("--grace", "x"), "grace: 'x' is not a time span"),
-        (("--priority", "high"), "priority: 'high' is not a whole number"),
+        (("--priority", "high"), "priority: must be an integer from -499999 to 499999, got 'high'"),
         (("--busy-memory", "x"), "'x' is not an amount"),
         (("--devices", "quantum"), "quantum"),
     ],

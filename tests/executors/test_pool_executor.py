@@ -608,8 +608,8 @@ def test_a_wait_that_begins_soon_after_another_one_is_told_of_later_and_once(
         ({"memory": "much"}, "memory"),
         ({"timeout": 0}, "timeout"),
         ({"max_workers": 0}, "max_workers must be greater than 0"),
-        ({"max_workers": "2"}, "max_workers: '2'"),
-        ({"start_method": "forkserver"}, "start_method: 'forkserver' is none of auto, fork, spawn"),
+        ({"max_workers": "2"}, "max_workers: must be an integer >= 1, got '2'"),
+        ({"start_method": "forkserver"}, "start_method: must be one of auto, fork, spawn, got 'forkserver'"),
     ],
 )
 def test_bad_options_are_refused_at_once(options: dict[str, Any], said: str) -> None:

@@ -746,7 +746,7 @@ BAD = [
     (("x=interval(0,1)", "x=0.5"), "x=interval(0,1): x=0.5 fixes what this searches: leave out one of them"),
     (("x=interval(1,1)",), "x=interval(1,1): the interval from 1.0 to 1.0 has no size: give two bounds"),
     (("x=tag(log,interval(0,1))",), "x=tag(log,interval(0,1)): a logarithmic interval cannot start at 0.0"),
-    ((SPACE, "hydra.sweeper.direction=up"), "hydra.sweeper.direction: 'up' is none of minimize, maximize"),
+    ((SPACE, "hydra.sweeper.direction=up"), "hydra.sweeper.direction: must be minimize, maximize"),
     ((SPACE, "hydra.sweeper.pruner=medain"), "hydra.sweeper.pruner: 'medain' is unknown: did you mean median?"),
     ((SPACE, "hydra.sweeper.sampler={name: tpu}"), "hydra.sweeper.sampler: 'tpu' is unknown: did you mean tpe?"),
     ((SPACE, "hydra.sweeper.n_trials=0"), "hydra.sweeper.n_trials: must be an integer >= 1, or null, got 0"),

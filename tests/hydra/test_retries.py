@@ -157,10 +157,10 @@ def test_failures_of_all_batches_of_a_sweep_count() -> None:
     ("option", "message"),
     [
         ("retries=-1", "must be an integer >= 0, got -1"),
-        ("retry_on=[cosmic_rays]", "'cosmic_rays' is unknown: give one of exception, crash, oom, timeout, device_lost"),
+        ("retry_on=[cosmic_rays]", "must be one of exception, crash, oom, timeout, device_lost, got 'cosmic_rays'"),
         ("retry_on=5", "is not a list: give some of [exception, crash, oom, timeout, device_lost]"),
         ("max_failures=2 hydra.launcher.on_failure=stop", "on_failure=stop is max_failures=1: leave one of them out"),
-        ("on_failure=panic", "'panic' is unknown: give one of continue, stop"),
+        ("on_failure=panic", "must be one of continue, stop, got 'panic'"),
         ("max_failures=0", "must be an integer >= 1, or null for no limit, got 0"),
     ],
 )

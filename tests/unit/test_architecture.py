@@ -33,6 +33,7 @@ LAYERS = (
         "gpu_launcher.version",
         "gpu_launcher.safe_files",
         "gpu_launcher.users",
+        "gpu_launcher.validation",
         "gpu_launcher.wording",
     },
     {"gpu_launcher.devices", "gpu_launcher.leases", "gpu_launcher.processes"},
