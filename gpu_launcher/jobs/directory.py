@@ -22,7 +22,7 @@ from gpu_launcher.jobs.failures import set_aside
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.manifest import DIRECTORY, MANIFEST, Entry, ManifestError, State, refuse_if_running
 from gpu_launcher.json_data import Fields, load_object
-from gpu_launcher.processes.messages import Prepared
+from gpu_launcher.processes.messages import JobPrepared
 from gpu_launcher.safe_files import make_directories, open_regular
 from gpu_launcher.text import one_line
 from gpu_launcher.wording import count
@@ -155,7 +155,7 @@ class LogFiles:
         self._claimed: set[int] = set()
         self._earlier_owners = {entry.log: number for number, entry in earlier.items() if entry.log is not None}
 
-    def claim(self, number: int, prepared: Prepared) -> tuple[str, list[str]]:
+    def claim(self, number: int, prepared: JobPrepared) -> tuple[str, list[str]]:
         """Return the log file of a prepared job, which opens it next, and the notices for the user."""
         assert prepared.log is not None
         notices = []
@@ -180,7 +180,7 @@ class LogFiles:
         return str(path), notices
 
 
-def as_proposed(number: int, prepared: Prepared) -> tuple[str, list[str]]:
+def as_proposed(number: int, prepared: JobPrepared) -> tuple[str, list[str]]:
     """See `LogFiles.claim`; for jobs that propose logs of their own."""
     return str(prepared.log), []
 

@@ -79,7 +79,7 @@ class JobRun:
             return None
         return self.ended - self.started
 
-    def note_exit(self, message: messages.Exited) -> None:
+    def note_exit(self, message: messages.JobExited) -> None:
         """Its supervisor reports its end."""
         self.status = message.status
         self.printed = message.printed.decode(errors="replace").strip()

@@ -100,7 +100,7 @@ class JobLoop:
         clock: Callable[[], float],
         report_path: Callable[[int], Path],
         title: Callable[[Job], str] = lambda job: "",
-        log_file: Callable[[int, messages.Prepared], tuple[str, list[str]]] = as_proposed,
+        log_file: Callable[[int, messages.JobPrepared], tuple[str, list[str]]] = as_proposed,
         device_environment: DeviceEnvironment = DeviceEnvironment(),  # noqa: B008  (frozen)
         failures: FailurePolicy = FailurePolicy(),  # noqa: B008  (frozen)
         source: JobSource | None = None,
@@ -291,9 +291,9 @@ class JobLoop:
                         self._jobs[number].pruned = True
                     self._handle(m.Cancel(number, why))
                 case Reply(number, what):
-                    self._answer(number, messages.Answer(what))
+                    self._answer(number, messages.JobReply(what))
 
-    def _answer(self, number: int, answer: messages.Answer) -> None:
+    def _answer(self, number: int, answer: messages.JobReply) -> None:
         record = self._jobs.get(number)
         run = None if record is None else record.live
         if run is not None and run.started is not None:  # otherwise the answer is for an earlier attempt
@@ -356,7 +356,7 @@ class JobLoop:
         except ChannelClosedError:
             run.note_supervisor_death()
         else:
-            assert isinstance(message, messages.Exited), message
+            assert isinstance(message, messages.JobExited), message
             run.note_exit(message)
         if run.unsupervised and run.server == self._servers_lost:
             self._selector.unregister(run.process.supervisor)  # the fork server will report the end
@@ -370,12 +370,12 @@ class JobLoop:
         except ChannelClosedError:
             self._selector.unregister(run.process.job)  # its supervisor will say more
             return
-        if isinstance(message, messages.Prepared):
+        if isinstance(message, messages.JobPrepared):
             self._prepared(number, run, message)
         else:
             self._heard(number, run, message)
 
-    def _prepared(self, number: int, run: JobRun, prepared: messages.Prepared) -> None:
+    def _prepared(self, number: int, run: JobRun, prepared: messages.JobPrepared) -> None:
         run.pid = prepared.pid
         if prepared.log is not None:
             self._choose_log(run, number, prepared)
@@ -388,7 +388,7 @@ class JobLoop:
 
     def _heard(self, number: int, run: JobRun, message: object) -> None:
         match message:
-            case messages.Said(what):
+            case messages.JobMessage(what):
                 if self._source is not None:
                     self._source.on_message(number, what)
             case messages.ResultWritten() | messages.ResultLost():
@@ -404,10 +404,10 @@ class JobLoop:
         with contextlib.suppress(BlockingIOError, ChannelClosedError):
             while True:
                 message, _ = messages.receive(run.process.job)
-                if not isinstance(message, messages.Prepared):
+                if not isinstance(message, messages.JobPrepared):
                     self._heard(number, run, message)
 
-    def _choose_log(self, run: JobRun, number: int, prepared: messages.Prepared) -> None:
+    def _choose_log(self, run: JobRun, number: int, prepared: messages.JobPrepared) -> None:
         run.log, notices = self._log_file(number, prepared)
         for text in notices:
             self._notify(text)

@@ -57,15 +57,15 @@ from gpu_launcher.leases import FileLedger, resolve_pool_directory
 from gpu_launcher.model import Device
 from gpu_launcher.processes.fork_server_client import ForkServer
 from gpu_launcher.processes.inherited_files import OpenFiles
-from gpu_launcher.processes.linux import Ending
-from gpu_launcher.processes.messages import ChannelClosedError, Prepared, receive, send
+from gpu_launcher.processes.linux import ProcessEnding
+from gpu_launcher.processes.messages import ChannelClosedError, JobPrepared, receive, send
 from gpu_launcher.processes.random_generators import Generators
 from gpu_launcher.processes.worker import Program
 from gpu_launcher.text import one_line
 from gpu_launcher.users import this_user
 from gpu_launcher.validation import StartMethod
 
-LogFile = Callable[[int, Prepared], tuple[str, list[str]]]
+LogFile = Callable[[int, JobPrepared], tuple[str, list[str]]]
 """See `jobs.directory.LogFiles.claim`."""
 
 
@@ -237,7 +237,7 @@ class _Link:
         with contextlib.suppress(OSError):  # a kernel before 5.3, or a container that forbids it: there is `tick`
             self._program = os.pidfd_open(program_process)
             self._epoll.register(self._program, select.EPOLLIN)
-        self._program_ends = Ending(program_process)
+        self._program_ends = ProcessEnding(program_process)
 
     def begin(self) -> Begin:
         """Wait for the first message."""

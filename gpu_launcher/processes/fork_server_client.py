@@ -27,8 +27,8 @@ from gpu_launcher.processes.messages import (
     ChannelClosedError,
     Grant,
     HoldLease,
-    Kill,
-    Signal,
+    KillJob,
+    SignalJob,
     StartFailed,
     StartJob,
     StartSupervisor,
@@ -80,11 +80,11 @@ class JobProcess:
 
     def signal(self, signum: signal.Signals) -> None:
         """Send `signum` to the job's process group."""
-        send(self.supervisor, Signal(signum))
+        send(self.supervisor, SignalJob(signum))
 
     def kill(self) -> None:
         """SIGKILL the job's whole process tree."""
-        send(self.supervisor, Kill())
+        send(self.supervisor, KillJob())
 
     def close(self) -> None:
         """Close the channels. A supervisor that is still there kills its tree, and ends."""
@@ -213,7 +213,7 @@ class ForkServer:
         return JobProcess(number, supervisor, job, seat)
 
     def finished(self, process: JobProcess) -> None:
-        """Close the channel of a job whose supervisor said that it Exited, and was not abandoned."""
+        """Close the channel of a job reported as JobExited and not abandoned. Its supervisor is free again."""
         process.job.close()
         if self._jobs.pop(process.seat, None) is None:
             process.supervisor.close()  # of a server that is gone

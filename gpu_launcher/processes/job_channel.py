@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_launcher.processes.messages import Answer, ChannelClosedError, Said, receive, send
+from gpu_launcher.processes.messages import ChannelClosedError, JobMessage, JobReply, receive, send
 from gpu_launcher.processes.rank_decisions import RankDecisions
 
 
@@ -34,7 +34,7 @@ class JobChannel:
         """Whether anybody can hear it. False at the end of the sweep, upon which the supervisor ends this process."""
         with self.lock:
             try:
-                send(self.channel, Said(what))
+                send(self.channel, JobMessage(what))
             except ChannelClosedError:
                 return False
         return True
@@ -52,7 +52,7 @@ class JobChannel:
                     message, _ = receive(self.channel)
                 except ChannelClosedError:
                     break
-                assert isinstance(message, Answer), message
+                assert isinstance(message, JobReply), message
                 answers.append(message.what)
         return answers
 

@@ -145,7 +145,7 @@ def start_time(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-class Ending:
+class ProcessEnding:
     """Whether a process has begun to end. It can be asked often: that takes a few microseconds.
 
     Known since before its files are closed and its locks with them: `os.getppid()` changes only after that.

@@ -143,14 +143,14 @@ class HoldLease:
 
 
 @dataclass(frozen=True, slots=True)
-class Signal:
+class SignalJob:
     """Send `signum` to the job's process group, as a terminal would."""
 
     signum: int
 
 
 @dataclass(frozen=True, slots=True)
-class Kill:
+class KillJob:
     """SIGKILL the whole process tree of the job."""
 
 
@@ -158,7 +158,7 @@ class Kill:
 
 
 @dataclass(frozen=True, slots=True)
-class Exited:
+class JobExited:
     """The job and all its descendants are gone, and the supervisor's copy of the lease is closed.
 
     The supervisor waits for the next job, unless this one was `abandoned`.
@@ -205,7 +205,7 @@ class Grant:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class JobReply:
     """What whoever asked for the job has to say to it, after the grant."""
 
     what: Any
@@ -222,7 +222,7 @@ class LogFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class JobPrepared:
     """The job has done what needs no devices, and waits."""
 
     request: Request
@@ -236,8 +236,8 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """Something for whoever asked for the job, whose answer comes back in an Answer."""
+class JobMessage:
+    """Something for the source of the job, which may send a JobReply."""
 
     what: Any
 

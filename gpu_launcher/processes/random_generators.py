@@ -54,7 +54,7 @@ _seeded_in_program = b""
 """In a fresh interpreter: what `restore_globals` restores."""
 
 
-class Verdict(Enum):
+class SeedVerdict(Enum):
     """The answer to whether a generator was seeded."""
 
     SEEDED = auto()
@@ -84,7 +84,7 @@ class Generators:
 
     def __init__(self) -> None:
         """Look for them. Must be called in the program itself: each fork reseeds the `random` module."""
-        judge = Judge()
+        judge = SeedJudge()
         verdicts = [(thing, judge.verdict(thing)) for thing in _find()]
         self._unseeded = [thing for thing, verdict in verdicts if _is_renewed(verdict)]
         self._seeded_globals = _seeded_globals(judge)
@@ -127,7 +127,7 @@ class Reducer:
     """Pickles unseeded generators so that each process that unpickles them gets numbers of its own."""
 
     def __init__(self) -> None:
-        self._judge = Judge()
+        self._judge = SeedJudge()
 
     def reduce(self, thing: Any) -> Any:
         """Return a value for `__reduce_ex__`, or None for an object that is pickled as usual."""
@@ -170,7 +170,7 @@ def renew(thing: Any) -> None:
                 thing.set_state({**thing.get_state(legacy=False), "has_gauss": 0, "gauss": 0.0})
 
 
-class Judge:
+class SeedJudge:
     """Tells which generators were seeded."""
 
     def __init__(self) -> None:
@@ -180,7 +180,7 @@ class Judge:
         self._blocks_left = MAX_FRUITLESS_BLOCKS
         """A program may have thousands of generators, and each search that finds nothing takes about 30 ms."""
 
-    def verdict(self, thing: Any) -> Verdict:
+    def verdict(self, thing: Any) -> SeedVerdict:
         """Tell from its state whether a generator was seeded."""
         match _kind(type(thing)):
             case Kind.PYTHON:
@@ -188,42 +188,42 @@ class Judge:
             case Kind.TORCH:
                 return self._of_torch(thing)
             case Kind.SEED:
-                return Verdict.UNSEEDED if self._is_random(thing) else Verdict.SEEDED
+                return SeedVerdict.UNSEEDED if self._is_random(thing) else SeedVerdict.SEEDED
             case Kind.BITS:
                 return self._of_bits(thing)
             case Kind.NUMPY if thing._bit_generator is not None:
                 return self.verdict(thing._bit_generator)
             case _:
-                return Verdict.SEEDED  # it has not been initialized yet
+                return SeedVerdict.SEEDED  # it has not been initialized yet
 
-    def _of_bits(self, thing: Any) -> Verdict:
+    def _of_bits(self, thing: Any) -> SeedVerdict:
         seed, twister = thing._seed_seq, isinstance(thing, _numpy().MT19937)
         if seed is None and twister:  # RandomState(5), numpy.random.seed(5), or either of them without a seed
             verdict = self._of_twister(thing, _words(thing), most=MAX_LEGACY_BLOCKS)
-            return Verdict.PERHAPS_SEEDED if verdict is Verdict.PERHAPS_UNSEEDED else verdict
+            return SeedVerdict.PERHAPS_SEEDED if verdict is SeedVerdict.PERHAPS_UNSEEDED else verdict
         if _kind(type(seed)) is not Kind.SEED or not self._is_random(seed):
-            return Verdict.SEEDED
+            return SeedVerdict.SEEDED
         if not type(thing).__module__.startswith("numpy."):
-            return Verdict.PERHAPS_SEEDED  # nothing is known of its class
+            return SeedVerdict.PERHAPS_SEEDED  # nothing is known of its class
         origin = type(thing)(seed)
         if twister:
             return self._of_twister(thing, _words(thing), origin=_words(origin))
         # Drawing numbers leaves these as they are. If they differ, the state was set, or is that of `jumped()`.
         now, first = thing.state["state"], origin.state["state"]
         same = all(str(now[name]) == str(first[name]) for name in ("inc", "key") if name in first)
-        return Verdict.UNSEEDED if same else Verdict.PERHAPS_SEEDED
+        return SeedVerdict.UNSEEDED if same else SeedVerdict.PERHAPS_SEEDED
 
-    def _of_python(self, thing: random.Random) -> Verdict:
+    def _of_python(self, thing: random.Random) -> SeedVerdict:
         if isinstance(thing, random.SystemRandom):
-            return Verdict.SEEDED  # it has no state
+            return SeedVerdict.SEEDED  # it has no state
         kind = type(thing)
         if any(
             getattr(kind, name) is not getattr(random.Random, name) for name in ("random", "getrandbits", "getstate")
         ):
-            return Verdict.PERHAPS_SEEDED  # its state is elsewhere
+            return SeedVerdict.PERHAPS_SEEDED  # its state is elsewhere
         return self._of_twister(thing, thing.getstate()[1][:-1])
 
-    def _of_twister(self, thing: Any, words: Any, *, origin: Any = None, most: int = MAX_BLOCKS) -> Verdict:
+    def _of_twister(self, thing: Any, words: Any, *, origin: Any = None, most: int = MAX_BLOCKS) -> SeedVerdict:
         """Judge a Mersenne Twister by its words. `origin` are those that it began with unless its state was set."""
         known = dict([_answers[id(thing)]] if id(thing) in _answers else [])
         if origin is not None:
@@ -233,12 +233,12 @@ class Judge:
         if answer is None:
             self._blocks_left -= blocks
         _answers[id(thing)] = (mark(words), answer)
-        return {True: Verdict.SEEDED, False: Verdict.UNSEEDED, None: Verdict.PERHAPS_UNSEEDED}[answer]
+        return {True: SeedVerdict.SEEDED, False: SeedVerdict.UNSEEDED, None: SeedVerdict.PERHAPS_UNSEEDED}[answer]
 
-    def _of_torch(self, thing: Any) -> Verdict:
+    def _of_torch(self, thing: Any) -> SeedVerdict:
         seed = thing.initial_seed()
         seeded = thing.device.type != "cpu" or seed < 2**32 or seed == TORCH_DEFAULT_SEED or self._is_in_text(seed)
-        return Verdict.SEEDED if seeded else Verdict.UNSEEDED
+        return SeedVerdict.SEEDED if seeded else SeedVerdict.UNSEEDED
 
     def _is_random(self, seed: Any) -> bool:
         """Whether the entropy of a SeedSequence came from the operating system."""
@@ -258,8 +258,8 @@ class Judge:
         return str(number) in self._text or f"{number:x}" in self._text
 
 
-def _is_renewed(verdict: Verdict) -> bool:
-    return verdict in (Verdict.UNSEEDED, Verdict.PERHAPS_UNSEEDED)
+def _is_renewed(verdict: SeedVerdict) -> bool:
+    return verdict in (SeedVerdict.UNSEEDED, SeedVerdict.PERHAPS_UNSEEDED)
 
 
 def _words(twister: Any) -> list[int]:
@@ -347,10 +347,10 @@ def _torch_generators() -> list[Any]:
     return list(found.values())
 
 
-def _seeded_globals(judge: Judge) -> list[tuple[str, str, Any]]:
+def _seeded_globals(judge: SeedJudge) -> list[tuple[str, str, Any]]:
     """Module, function and argument of the calls that give global generators the state they have here."""
     calls: list[tuple[str, str, Any]] = []
-    if judge.verdict(_python()) is Verdict.SEEDED:
+    if judge.verdict(_python()) is SeedVerdict.SEEDED:
         calls.append(("random", "setstate", random.getstate()))
     if (numpy := _numpy()) is not None and not _is_renewed(judge.verdict(numpy.mtrand._rand)):
         calls.append(("numpy.random", "set_state", numpy.get_state(legacy=False)))
@@ -370,19 +370,19 @@ def _call(module: str, function: str, argument: Any) -> None:
     getattr(importlib.import_module(module), function)(argument)
 
 
-def _notices(verdicts: list[tuple[Any, Verdict]]) -> list[tuple[str, bool]]:
+def _notices(verdicts: list[tuple[Any, SeedVerdict]]) -> list[tuple[str, bool]]:
     """Texts that name the generators in doubt, as far as they are the program's, and whether an imported module's."""
     doubtful = {
         id(thing): verdict
         for thing, verdict in verdicts
-        if verdict in (Verdict.PERHAPS_SEEDED, Verdict.PERHAPS_UNSEEDED) and thing is not _python()
+        if verdict in (SeedVerdict.PERHAPS_SEEDED, SeedVerdict.PERHAPS_UNSEEDED) and thing is not _python()
     }
     texts: dict[str, bool] = {}
     if (numpy := _numpy()) is not None:
         legacy = numpy.mtrand._rand
         doubtful.pop(id(legacy._bit_generator), None)
-        if doubtful.pop(id(legacy), None) is Verdict.PERHAPS_SEEDED:
-            texts[_notice("numpy.random", Verdict.PERHAPS_SEEDED)] = False
+        if doubtful.pop(id(legacy), None) is SeedVerdict.PERHAPS_SEEDED:
+            texts[_notice("numpy.random", SeedVerdict.PERHAPS_SEEDED)] = False
     if doubtful:
         for module, name, thing in _of_program():
             if (verdict := doubtful.get(id(thing))) is not None:
@@ -391,8 +391,8 @@ def _notices(verdicts: list[tuple[Any, Verdict]]) -> list[tuple[str, bool]]:
     return list(texts.items())
 
 
-def _notice(name: str, verdict: Verdict) -> str:
-    if verdict is Verdict.PERHAPS_SEEDED:
+def _notice(name: str, verdict: SeedVerdict) -> str:
+    if verdict is SeedVerdict.PERHAPS_SEEDED:
         return (
             f"cannot tell whether {name} was seeded: all jobs get the same random numbers from it. "
             "For others, seed it in the job"

@@ -28,7 +28,16 @@ from typing import NoReturn
 
 from gpu_launcher.processes.forking import fork_child
 from gpu_launcher.processes.linux import become_child_subreaper, die_with_parent
-from gpu_launcher.processes.messages import ChannelClosedError, Exited, HoldLease, Kill, Signal, StartJob, receive, send
+from gpu_launcher.processes.messages import (
+    ChannelClosedError,
+    HoldLease,
+    JobExited,
+    KillJob,
+    SignalJob,
+    StartJob,
+    receive,
+    send,
+)
 from gpu_launcher.processes.signals import SignalPipe, not_ignored
 from gpu_launcher.processes.tree import ProcessTree
 
@@ -157,13 +166,13 @@ class _Supervision:
         """Whether the whole process tree is gone, once what lingers too long has been ended."""
         return self._tree.is_gone()
 
-    def verdict(self, printed: bytes) -> Exited:
+    def verdict(self, printed: bytes) -> JobExited:
         """What to say when it is over. The lease is let go of."""
         lease, self._lease = self._lease, ()
         for descriptor in lease:
             os.close(descriptor)
         assert self._tree.status is not None, "no children, so the job was reaped"
-        return Exited(self._tree.status, self._abandoned, printed, tuple(self._tree.left_behind[:MAX_LEFT_BEHIND]))
+        return JobExited(self._tree.status, self._abandoned, printed, tuple(self._tree.left_behind[:MAX_LEFT_BEHIND]))
 
     def abandon(self) -> None:
         """End it because the fork server is gone."""
@@ -182,9 +191,9 @@ class _Supervision:
             return False
         if isinstance(message, HoldLease):
             self._lease += descriptors
-        elif isinstance(message, Signal):
+        elif isinstance(message, SignalJob):
             self._signal(message.signum)
-        elif isinstance(message, Kill):
+        elif isinstance(message, KillJob):
             self._tree.kill()
         else:
             raise TypeError(f"a supervisor does not understand {message!r}")

@@ -29,16 +29,16 @@ from gpu_launcher.processes.forking import flush_all
 from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.processes.linux import set_process_title
 from gpu_launcher.processes.messages import (
-    Answer,
     Assignment,
     ChannelClosedError,
     Grant,
+    JobMessage,
+    JobPrepared,
+    JobReply,
     LogFile,
-    Prepared,
     Report,
     ResultLost,
     ResultWritten,
-    Said,
     receive,
     send,
 )
@@ -76,7 +76,7 @@ class JobContext:
             status = log.parent.stat()
             place = (status.st_dev, status.st_ino)
         try:
-            send(self._channel, Prepared(request, None if log is None else str(log), os.getpid(), options, place))
+            send(self._channel, JobPrepared(request, None if log is None else str(log), os.getpid(), options, place))
             if log is not None:
                 message, _ = receive(self._channel)
         except ChannelClosedError:
@@ -103,7 +103,7 @@ class JobContext:
     def say(self, what: Any) -> None:
         """Tell whoever asked for the job something. Ends this process if nobody is there any more."""
         try:
-            send(self._channel, Said(what))
+            send(self._channel, JobMessage(what))
         except ChannelClosedError:
             os._exit(1)
 
@@ -113,7 +113,7 @@ class JobContext:
             message, _ = receive(self._channel)
         except ChannelClosedError:
             os._exit(1)
-        assert isinstance(message, Answer), message
+        assert isinstance(message, JobReply), message
         return message.what
 
 

@@ -36,14 +36,14 @@ from gpu_launcher.processes.fork_server_client import SUPERVISOR_DIED, JobProces
 from gpu_launcher.processes.messages import (
     Assignment,
     ChannelClosedError,
-    Exited,
     Grant,
     HoldLease,
-    Kill,
+    JobExited,
+    JobPrepared,
+    KillJob,
     LogFile,
-    Prepared,
     Report,
-    Signal,
+    SignalJob,
     channel,
     receive,
     send,
@@ -81,9 +81,9 @@ class FakeJob:
             match message:
                 case HoldLease():
                     self.lease += descriptors
-                case Kill():
+                case KillJob():
                     self.die(SIGKILL)
-                case Signal(signum):
+                case SignalJob(signum):
                     self.die(signum)
         while self.state != "dead" and _readable(self.channel):
             message, descriptors = receive(self.channel)
@@ -98,7 +98,7 @@ class FakeJob:
 
     def prepare(self) -> None:
         self.state = "prepared"
-        send(self.channel, Prepared(Request(self.sweep.wants[self.number]), f"{self.number}.log", self.number))
+        send(self.channel, JobPrepared(Request(self.sweep.wants[self.number]), f"{self.number}.log", self.number))
 
     def run(self, grant: Grant) -> None:
         assert self.state == "prepared"
@@ -130,7 +130,7 @@ class FakeJob:
             os.close(descriptor)
         if status is not None:
             try:
-                send(self.supervisor, Exited(status, self.doomed))
+                send(self.supervisor, JobExited(status, self.doomed))
             except ChannelClosedError:
                 assert not self.sweep.going
         self.supervisor.close()

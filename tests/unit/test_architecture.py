@@ -75,24 +75,18 @@ PUBLIC_TEXTS = ("README.md", "docs/*.md", "examples/**/*.py", "examples/**/*.yam
 
 # Names that more than one class or module has. Only remove from these two lists.
 SHARED_CLASS_NAMES = {
-    "Answer",
     "Asked",
     "Begin",
     "Bounds",
     "Call",
     "CommandError",
     "Ended",
-    "Ending",
     "Exhausted",
-    "Exited",
     "Granted",
     "Intermediate",
-    "Judge",
-    "Kill",
     "Opened",
     "Options",
     "Pool",
-    "Prepared",
     "Raised",
     "RemoteTraceback",
     "Report",
@@ -102,7 +96,6 @@ SHARED_CLASS_NAMES = {
     "Stopping",
     "Tally",
     "Unusable",
-    "Verdict",
     "_State",
     "_Supervisor",
 }

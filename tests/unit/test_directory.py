@@ -16,7 +16,7 @@ from gpu_launcher.jobs import directory as module
 from gpu_launcher.jobs.directory import DirectoryLock, LogFiles, newest_sweep
 from gpu_launcher.jobs.manifest import Entry, ManifestError, State
 from gpu_launcher.model import Request
-from gpu_launcher.processes.messages import Prepared
+from gpu_launcher.processes.messages import JobPrepared
 
 
 def take(directory: Path, notice: Callable[[str], None] = lambda text: None) -> DirectoryLock:
@@ -146,10 +146,10 @@ def test_of_many_processes_that_start_together_one_gets_the_directory(tmp_path: 
         assert all(winner in answer for answer in answers)
 
 
-def log(directory: Path, name: str = "job.log") -> Prepared:
+def log(directory: Path, name: str = "job.log") -> JobPrepared:
     directory.mkdir(parents=True, exist_ok=True)
     status = directory.stat()
-    return Prepared(Request(1), str(directory / name), 1, None, (status.st_dev, status.st_ino))
+    return JobPrepared(Request(1), str(directory / name), 1, None, (status.st_dev, status.st_ino))
 
 
 def logs(directory: Path, earlier: dict[int, Entry] | None = None) -> LogFiles:

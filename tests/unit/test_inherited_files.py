@@ -28,7 +28,7 @@ from gpu_launcher.model import Request
 from gpu_launcher.processes import inherited_files
 from gpu_launcher.processes.fork_server_client import ForkServer
 from gpu_launcher.processes.inherited_files import OpenFiles
-from gpu_launcher.processes.messages import Exited, Grant, Report, receive
+from gpu_launcher.processes.messages import Grant, JobExited, Report, receive
 
 PATIENCE = 60.0
 CONTENT = random.Random(0).randbytes(200_000)
@@ -57,7 +57,7 @@ def in_jobs(work: Callable[[int], Any], jobs: int = 3, meanwhile: Callable[[], A
                 process.grant(Grant({}), ())
             for process in started:
                 assert select.select([process.supervisor], [], [], PATIENCE)[0]
-                assert receive(process.supervisor)[0] == Exited(0)
+                assert receive(process.supervisor)[0] == JobExited(0)
                 process.close()
             return [pickle.loads(Report.load(result.read_bytes()).payload) for result in results]
         finally:
@@ -239,7 +239,7 @@ def test_jobs_of_one_supervisor_and_of_a_new_server_begin_alike(data, tmp_path):
         process = server.start(number, None, tmp_path / f"{number}.result")
         receive(process.job)
         process.grant(Grant({}), ())
-        assert receive(process.supervisor)[0] == Exited(0)
+        assert receive(process.supervisor)[0] == JobExited(0)
         server.finished(process)
         return Report.load((tmp_path / f"{number}.result").read_bytes()).payload
 

@@ -32,10 +32,10 @@ from gpu_launcher.processes import tree as tree_module
 from gpu_launcher.processes.fork_server_client import SUPERVISOR_DIED, ForkServer, JobProcess, Lost, ServerDiedError
 from gpu_launcher.processes.messages import (
     ChannelClosedError,
-    Exited,
     Grant,
+    JobExited,
+    JobPrepared,
     LogFile,
-    Prepared,
     Report,
     ResultLost,
     receive,
@@ -65,19 +65,19 @@ class Started:
         assert select.select([end], [], [], PATIENCE)[0], f"{source} says nothing"
         return receive(end)[0]
 
-    def prepared(self) -> Prepared:
+    def prepared(self) -> JobPrepared:
         message = self.say("job")
-        assert isinstance(message, Prepared), message
+        assert isinstance(message, JobPrepared), message
         if message.log is not None:
             send(self.process.job, LogFile(message.log))
         return message
 
-    def exited(self) -> Exited:
+    def exited(self) -> JobExited:
         message = self.say("supervisor")
-        assert isinstance(message, Exited), message
+        assert isinstance(message, JobExited), message
         return message
 
-    def run(self, environment: dict[str, str] | None = None, lease: tuple[int, ...] = ()) -> Exited:
+    def run(self, environment: dict[str, str] | None = None, lease: tuple[int, ...] = ()) -> JobExited:
         self.prepared()
         self.process.grant(Grant(environment or {}), lease)
         return self.exited()
@@ -122,7 +122,7 @@ class Launch:
         self._jobs.append(started)
         return started
 
-    def one(self, program: Callable[..., Report], method: str = "fork", **run: Any) -> tuple[Started, Exited]:
+    def one(self, program: Callable[..., Report], method: str = "fork", **run: Any) -> tuple[Started, JobExited]:
         started = self.start(self.server(program, method))
         return started, started.run(**run)
 
@@ -167,11 +167,11 @@ def test_a_job_prepares_itself_waits_works_and_reports(launch, method):
     job = launch.start(launch.server(program, method), 7)
     prepared = job.prepared()
     place = job.log.parent.stat()
-    assert prepared == Prepared(Request(2), str(job.log), prepared.pid, None, (place.st_dev, place.st_ino))
+    assert prepared == JobPrepared(Request(2), str(job.log), prepared.pid, None, (place.st_dev, place.st_ino))
     assert psutil.Process(prepared.pid).parent() in supervisors()
     assert not select.select([job.process.supervisor, job.process.job], [], [], 0.1)[0], "it waits"
     job.process.grant(Grant({"CUDA_VISIBLE_DEVICES": "1,3"}), ())
-    assert job.exited() == Exited(0)
+    assert job.exited() == JobExited(0)
     assert job.value() == (7, None, "1,3")
 
 
@@ -418,7 +418,7 @@ def test_a_job_that_is_interrupted_while_it_waits_for_its_threads_still_runs_its
     job.process.grant(Grant({}), ())
     until(job.result.exists)
     Path(f"{job.log}.go").touch()
-    assert job.exited() == Exited(0)
+    assert job.exited() == JobExited(0)
     assert "KeyboardInterrupt" in job.log.read_text()
     assert job.log.read_text().endswith("exit handler\n")
 
@@ -442,7 +442,7 @@ def test_a_job_that_is_interrupted_while_it_writes_its_report_leaves_it(launch):
         return report()
 
     job, exited = launch.one(program)
-    assert exited == Exited(0)
+    assert exited == JobExited(0)
     assert job.result.exists()
     assert "KeyboardInterrupt" in job.log.read_text()
     assert job.log.read_text().endswith("exit handler\n")
@@ -467,7 +467,7 @@ def test_threads_that_are_not_daemons_are_waited_for_and_exit_handlers_are_run(l
         return report()
 
     job, exited = launch.one(program)
-    assert exited == Exited(0)
+    assert exited == JobExited(0)
     assert job.log.read_text() == "thread\nexit handler\n"
 
 
@@ -527,7 +527,7 @@ def test_a_job_can_use_multiprocessing_and_leaves_nothing_of_it(launch):
 
     job, exited = launch.one(program)
     assert job.value() == [0, 1, 2]
-    assert exited == Exited(0)
+    assert exited == JobExited(0)
 
 
 # What comes from the parent, and what does not
@@ -587,7 +587,7 @@ def test_a_job_is_interrupted_as_from_a_terminal_with_all_of_its_process_group(l
     job.process.grant(Grant({}), ())
     until(job.log.exists)
     job.process.signal(signal.SIGINT)
-    assert job.exited() == Exited(0)
+    assert job.exited() == JobExited(0)
     assert job.value() == -signal.SIGINT
 
 
@@ -650,7 +650,7 @@ def test_a_lease_is_held_until_the_last_descendant_is_gone_and_that_is_ended(lau
     assert not select.select([held], [], [], 0)[0]
     assert alive(child)
     exited = job.exited()
-    assert exited == Exited(0, left_behind=exited.left_behind)
+    assert exited == JobExited(0, left_behind=exited.left_behind)
     (left,) = exited.left_behind
     assert left.endswith(f" (pid {child.pid})")
     assert not alive(child)
@@ -698,7 +698,7 @@ def test_killing_waits_in_peace_for_processes_that_proc_does_not_show(launch, mo
     until(lambda: looks.exists() and len(looks.read_text()) >= 4)
     assert time.monotonic() - began > 0.25
     job.process.grant(Grant({}), ())
-    assert job.exited() == Exited(0)
+    assert job.exited() == JobExited(0)
 
 
 def test_closing_the_server_ends_all_jobs_and_leaves_no_process(launch, method):
@@ -830,7 +830,7 @@ def test_those_who_watch_go_on_when_they_are_asked_to_end_as_by_systemd_while_th
     for process in (guard, fork_server(), *supervisors()):
         process.terminate()
     job.process.grant(Grant({}), ())
-    assert job.exited() == Exited(0)
+    assert job.exited() == JobExited(0)
 
 
 def test_the_other_side_of_a_restart_drops_what_is_the_launching_programs_alone(launch):
@@ -902,7 +902,7 @@ def test_a_supervisor_whose_job_has_ended_runs_the_next_one_which_finds_nothing_
     reader, writer = os.pipe()
     for number in range(3):
         job = launch.start(server, number)
-        assert job.run(lease=(writer,)) == Exited(0, printed=f"job {number}\n".encode())
+        assert job.run(lease=(writer,)) == JobExited(0, printed=f"job {number}\n".encode())
         found.append(job.value())
         server.finished(job.process)
     pids, parents, left_behind, descriptors = zip(*found, strict=True)
@@ -1120,7 +1120,7 @@ def test_nothing_in_the_working_directory_disturbs_a_spawned_interpreter(launch,
         (tmp_path / f"{module}.py").write_text("raise SystemExit('shadowed')")
     monkeypatch.chdir(tmp_path)
     job, exited = launch.one(program, "spawn")
-    assert exited == Exited(0)
+    assert exited == JobExited(0)
     assert job.value() == (sys.path, sys.modules["gpu_launcher"].__file__)
 
 

@@ -206,20 +206,20 @@ def test_all_threads_are_seen_and_called_as_python_calls_them():
 
 
 def test_a_process_is_ending_as_soon_as_it_cannot_be_kept_from_it():
-    assert not linux.Ending(os.getpid())
+    assert not linux.ProcessEnding(os.getpid())
     told, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.read(told, 1)
         os._exit(0)
-    ending = linux.Ending(pid)
+    ending = linux.ProcessEnding(pid)
     assert not ending
     os.write(tell, b"x")
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     assert ending
     os.waitpid(pid, 0)
     assert ending
-    assert not linux.Ending(pid)  # there is none, and that is said by others
+    assert not linux.ProcessEnding(pid)  # there is none, and that is said by others
     for closed in (told, tell):
         os.close(closed)
     ending.close()

@@ -12,8 +12,8 @@ import pytest
 
 from gpu_launcher.processes.messages import (
     ChannelClosedError,
-    Exited,
-    Kill,
+    JobExited,
+    KillJob,
     channel,
     receive,
     send,
@@ -102,17 +102,17 @@ def test_what_was_sent_before_the_end_is_received(ends):
 def test_last_words_are_received_also_from_one_who_left_messages_unread(ends):
     """The kernel then says ECONNRESET first. A job's end was lost in it, when it crossed an order to kill the job."""
     one, other = ends
-    send(one, Kill())
-    send(other, Exited(0))
+    send(one, KillJob())
+    send(other, JobExited(0))
     other.close()
-    assert receive(one) == (Exited(0), ())
+    assert receive(one) == (JobExited(0), ())
     with pytest.raises(ChannelClosedError):
         receive(one)
 
 
 def test_the_end_is_seen_also_of_one_who_left_messages_unread_and_said_nothing(ends):
     one, other = ends
-    send(one, Kill())
+    send(one, KillJob())
     other.close()
     with pytest.raises(ChannelClosedError):
         receive(one)

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from gpu_launcher.processes import pickling, random_generators
 from gpu_launcher.processes.mersenne_twister import MAX_BLOCKS, mark, was_seeded
-from gpu_launcher.processes.random_generators import Generators, Judge, Verdict, renew
+from gpu_launcher.processes.random_generators import Generators, SeedJudge, SeedVerdict, renew
 
 np = pytest.importorskip("numpy")
 
-SEEDED, UNSEEDED = Verdict.SEEDED, Verdict.UNSEEDED
+SEEDED, UNSEEDED = SeedVerdict.SEEDED, SeedVerdict.UNSEEDED
 USES = st.integers(0, 4000) | st.sampled_from([1, 2, 622, 623, 624, 625, 1247, 1248, 1249])
 """How many words of 32 bits were drawn."""
 SEEDS = (
@@ -36,8 +36,8 @@ FEW_BLOCKS = 10
 SLOW_MACHINE = settings(deadline=None, max_examples=50)
 
 
-def verdict(thing: Any) -> Verdict:
-    return Judge().verdict(thing)
+def verdict(thing: Any) -> SeedVerdict:
+    return SeedJudge().verdict(thing)
 
 
 def words(generator: random.Random) -> Any:
@@ -82,17 +82,17 @@ def test_many_generators_in_doubt_are_not_all_searched_to_the_bound(monkeypatch:
     doubtful, used_little, used_much = random.Random(), random.Random(1), random.Random(2)
     for generator, words_drawn in ((doubtful, 1), (used_little, 1), (used_much, 2000)):
         generator.getrandbits(32 * words_drawn)
-    judge = Judge()
-    assert judge.verdict(doubtful) is Verdict.PERHAPS_UNSEEDED
+    judge = SeedJudge()
+    assert judge.verdict(doubtful) is SeedVerdict.PERHAPS_UNSEEDED
     assert judge.verdict(used_little) is SEEDED
-    assert judge.verdict(used_much) is Verdict.PERHAPS_UNSEEDED
+    assert judge.verdict(used_much) is SeedVerdict.PERHAPS_UNSEEDED
 
 
 def test_a_generator_in_doubt_stays_so_and_is_recognised_once_seeded() -> None:
     generator = random.Random()
     generator.random()
     for _ in range(3):
-        assert verdict(generator) is Verdict.PERHAPS_UNSEEDED
+        assert verdict(generator) is SeedVerdict.PERHAPS_UNSEEDED
         generator.getrandbits(32 * 1000)
     assert was_seeded(words(generator), known={mark(words(generator)): True}) is True
     generator.seed(3)
@@ -117,7 +117,7 @@ def test_legacy_numpy_generators_seeded_anew_without_a_seed_are_unseeded() -> No
         legacy.seed()
     used.random()
     assert verdict(unused) is UNSEEDED
-    assert verdict(used) is Verdict.PERHAPS_SEEDED
+    assert verdict(used) is SeedVerdict.PERHAPS_SEEDED
     unused.random()
     assert verdict(unused) is UNSEEDED  # as is known from before
 
@@ -128,8 +128,8 @@ def test_a_state_that_was_set_counts_and_not_the_seed_before_it() -> None:
     assert verdict(legacy) is SEEDED
     generator = np.random.default_rng()
     generator.bit_generator.state = np.random.default_rng(7).bit_generator.state
-    assert verdict(generator) is Verdict.PERHAPS_SEEDED
-    assert verdict(np.random.PCG64(5).jumped()) is Verdict.PERHAPS_SEEDED
+    assert verdict(generator) is SeedVerdict.PERHAPS_SEEDED
+    assert verdict(np.random.PCG64(5).jumped()) is SeedVerdict.PERHAPS_SEEDED
 
 
 # NumPy

@@ -24,7 +24,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 import gpu_launcher
 from gpu_launcher.jobs.manifest import Recorder
 from gpu_launcher.processes import job_channel, messages, rank_decisions
-from gpu_launcher.processes.messages import Answer, Said
+from gpu_launcher.processes.messages import JobMessage, JobReply
 from gpu_launcher.studies import trial as trial_module
 from gpu_launcher.studies.trial import JobTrial, NoTrial, TrialSeen
 from gpu_launcher.studies.voices import PATIENCE, Attribute, Intermediate, Main, Nobody, Verdict
@@ -63,13 +63,13 @@ class Sweep:
         try:
             while True:
                 message, _ = messages.receive(self.end)
-                assert isinstance(message, Said)
+                assert isinstance(message, JobMessage)
                 found.append(message.what)
         except BlockingIOError:
             return found
 
     def says(self, step: int, prune: bool) -> None:
-        messages.send(self.end, Answer(Verdict(step, prune)))
+        messages.send(self.end, JobReply(Verdict(step, prune)))
 
     def decisions(self) -> str:
         return self.path.with_suffix(".decisions").read_text()
@@ -146,7 +146,7 @@ def test_verdicts_that_nobody_asks_for_do_not_pile_up(sweep: Sweep) -> None:
     for step in range(2000):
         trial.report(0.0, step)
         sweep.heard()
-        messages.send(sweep.end, Answer(Verdict(step, False)), wait=False)
+        messages.send(sweep.end, JobReply(Verdict(step, False)), wait=False)
 
 
 @pytest.mark.parametrize("value", [None, "much", [1.0]])
@@ -430,7 +430,7 @@ import multiprocessing, os, sys
 from pathlib import Path
 import gpu_launcher
 from gpu_launcher.processes import job_channel, messages
-from gpu_launcher.processes.messages import Answer
+from gpu_launcher.processes.messages import JobReply
 from gpu_launcher.studies.trial import TrialSeen
 from gpu_launcher.studies.voices import Verdict
 
@@ -447,7 +447,7 @@ if __name__ == "__main__":
     before = gpu_launcher.current_trial()
     for step in range(3):  # before there are other ranks
         before.report(0.0, step)
-        messages.send(end, Answer(Verdict(step, False)))
+        messages.send(end, JobReply(Verdict(step, False)))
         before.should_prune()
     how = sys.argv[2]
     if how == "os.fork":
@@ -460,7 +460,7 @@ if __name__ == "__main__":
         process.start()
     for step in (3, 4):
         before.report(0.0, step)
-        messages.send(end, Answer(Verdict(step, step == 4)))
+        messages.send(end, JobReply(Verdict(step, step == 4)))
         assert before.should_prune() is (step == 4)
     if how == "os.fork":
         assert os.waitpid(child, 0)[1] == 0
