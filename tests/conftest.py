@@ -30,7 +30,16 @@ THOROUGH = (
     "tests/cli",
     "tests/crash",
     "tests/docs",
+    "tests/executors/test_cpython_suite.py",
+    "tests/executors/test_example_folds.py",
+    "tests/executors/test_open_files.py",
+    "tests/executors/test_parallel_map_misuse.py",
+    "tests/executors/test_random_numbers.py",
     "tests/hydra",
+    "tests/studies/test_example_optuna_study.py",
+    "tests/studies/test_optimize_again.py",
+    "tests/studies/test_optimize_errors.py",
+    "tests/unit/test_joining.py",
 )
 """Tests here take long together. `make test` runs those that are marked smoke; `make test-rest` runs the others."""
 
