@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -205,50 +204,56 @@ class _Calls:
         self._call: Callable[[Any], Any] = (lambda record: function(record, *objects)) if objects else function
         self._pace = math.inf
         """Seconds per record of the chunk before."""
+        self._together = 1
+        """How many records are begun next with one note."""
 
     def do(self, work: Work) -> None:
+        """Call the function on each record, and send what comes of it at least every `FLUSH` seconds."""
         began = time.perf_counter()
         try:
             records = pickling.load(work.records)
         except Exception as error:
             self._context.say(Unreadable(work.first, _portable(error)))
             return
-        first = work.first
+        most = self._together = max(1, min(MOST_TOGETHER, int(TOGETHER / self._pace)))
+        start = time.perf_counter()
+        sent = 0
+        while sent < len(records):
+            values, failures = self._call_some(records, sent, work.first, most, began + FLUSH)
+            self._send(work.first + sent, values, failures, began)
+            sent += len(values)
+            began = time.perf_counter()
+        self._pace = max(began - start, 1e-9) / len(records)
+        self._at[self._seat] = NO_RECORD
+
+    def _call_some(
+        self, records: list[Any], begin: int, first: int, most: int, until: float
+    ) -> tuple[list[Any], dict[int, PortableException]]:
+        """Go through `records` from position `begin`, at most `most` with one note, to their end or a point in time.
+
+        `first` is the index of the first of `records`. Returns the values, and the failures by position among these.
+        """
         values: list[Any] = []
         failures: dict[int, PortableException] = {}
         # Looked up once: records may take less than a microsecond.
-        at, seat, call, clock = self._at, self._seat, self._call, time.perf_counter
-        flush_at = began + FLUSH
-        source, index, end = iter(records), first, first + len(records)
-        most = together = max(1, min(MOST_TOGETHER, int(TOGETHER / self._pace)))
-        append = values.append
-        start = now = clock()
-        while index < end:
-            at[seat] = index * (MOST_TOGETHER + 1) + together
+        at, seat, call, append, clock = self._at, self._seat, self._call, values.append, time.perf_counter
+        position, now = begin, clock()
+        while True:
+            group = records[position : position + self._together]
+            at[seat] = (first + position) * (MOST_TOGETHER + 1) + self._together
             try:
-                for record in islice(source, together):
+                for record in group:
                     append(call(record))
             except BaseException as error:
-                # Of the record that was taken last, though a signal's handler may raise when that has its result.
-                failed = end - source.__length_hint__() - 1 - first
-                if failed < 0:  # nothing was begun since results were sent
-                    raise
-                del values[failed:]
+                # The first without a value. A signal's handler may raise when all of the group have one.
+                failed = min(len(values), position - begin + len(group) - 1)
+                values[failed:] = [None]
                 failures[failed] = _portable(error)
-                append(None)
-            index = first + len(values)
+            position = begin + len(values)
             before, now = now, clock()
-            together = 1 if now - before > SLOW else min(2 * together, most)
-            if now >= flush_at:
-                self._send(first, values, failures, began)
-                first, values, failures = index, [], {}
-                append = values.append
-                began = now = clock()
-                flush_at = began + FLUSH
-        self._pace = max(clock() - start, 1e-9) / len(records)
-        if values:
-            self._send(first, values, failures, began)
-        at[seat] = NO_RECORD
+            self._together = 1 if now - before > SLOW else min(2 * self._together, most)
+            if position == len(records) or now >= until:
+                return values, failures
 
     def _send(self, first: int, values: list[Any], failures: dict[int, PortableException], began: float) -> None:
         known = pickling.main_namespace()
