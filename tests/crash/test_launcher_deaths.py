@@ -126,12 +126,13 @@ def test_when_the_fork_server_is_killed_its_jobs_are_gone_and_the_others_run(wor
 )
 def test_when_the_node_is_killed_its_jobs_fail_and_a_resumption_runs_them(world, kill_together, gone, who, method):
     sweep = world.start("n=0,1,2,3,4", method=method)
-    (done, *_) = running = sweep.running(2)
+    done = sweep.running(2)[0]
     (world.directory / f"finish-{done}").touch()
-    running = sweep.running(3)
+    until(lambda: f"job {done} (n={done}) completed" in sweep.output.read_text())
+    running = [number for number in sweep.running(3) if number != done]
     processes = sweep.processes(running)
-    kill_together([sweep.part(name, running[-1]) for name in who.split(" and ")])
-    gone(processes, everything=False)
+    kill_together([sweep.part(name, running[0]) for name in who.split(" and ")])
+    gone(processes, running)
     returns = sweep.returns()
     assert returns[done] == ("COMPLETED", done)
     assert [status for status, _ in returns].count("FAILED") == 4

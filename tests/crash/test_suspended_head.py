@@ -33,7 +33,7 @@ def test_suspended_sweep_frees_devices_and_continues(world):
         world, "doctor"
     )
     sweep.finish(12)
-    until(lambda: not world.leased(), what="devices of jobs that have ended are not free")
+    until(lambda: not world.leased(), "devices of jobs that have ended are not free")
     assert world.claimable(2)
     begun = sweep.running(2)
     assert len(begun) <= 4, "what was offered before may run, and nothing else"
