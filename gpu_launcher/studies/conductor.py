@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import Any
 
 import optuna
 from optuna.progress_bar import _ProgressBar
@@ -35,8 +35,9 @@ from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException
 from gpu_launcher.studies import dialogue as d
 from gpu_launcher.studies.ctrl_c import CtrlC
-from gpu_launcher.studies.study_storage import StudyStorage
-from gpu_launcher.studies.trials_at_work import TrialsAtWork
+from gpu_launcher.studies.study_session import STATES, AskedTrial, How, StudySession, TrialEnding
+from gpu_launcher.studies.voices import Intermediate
+from gpu_launcher.studies.worker_trial import STUDY_ATTRIBUTES, STUDY_METHODS, TRIAL_ATTRIBUTES, TRIAL_METHODS
 
 log = logging.getLogger("gpu_launcher")
 _logger = optuna.logging.get_logger("optuna.study._optimize")
@@ -53,39 +54,26 @@ INTERRUPTED = "was interrupted"
 Callback = Callable[[optuna.Study, FrozenTrial], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """When to stop asking. None means never for that reason."""
-
-    n_trials: int | None
-    timeout: float | None
-    """Seconds."""
-
-
 class Conductor:
     """Of one call of `optimize`. Call `conduct` once, in a thread that is in the study's `optimize`."""
 
     def __init__(
         self,
-        study: optuna.Study,
+        session: StudySession,
         loop: RemoteLoop,
-        storage: StudyStorage,
-        bounds: Bounds,
         catch: tuple[type[BaseException], ...],
         callbacks: list[Callback],
         bar: _ProgressBar,
         options: Options,
-        most_retries: int,
     ) -> None:
-        """`loop` is open, and has these `options`. `most_retries` is as `TrialsAtWork` has it."""
-        self._study = study
+        """`loop` is open, and has these `options`."""
+        self._session = session
+        self._study = session.study
         self._loop = loop
-        self._bounds = bounds
         self._catch = catch
         self._callbacks = callbacks
         self._bar = bar
         self._options = options
-        self._trials = TrialsAtWork(study, storage, most_retries)
         self._ctrl_c = CtrlC()
         self._began = time.monotonic()
         self._next_look = self._began + LOOK
@@ -106,7 +94,8 @@ class Conductor:
         """Jobs that have the devices of another one, of whose end we have not heard yet."""
         self._withdrawn: set[int] = set()
         """Jobs that were told to end."""
-        self._asked = 0
+        self._sampled: set[int] = set()
+        """Trials of which a parameter has been asked for."""
         self._lost = 0
         """Processes in a row that died without a trial."""
         self._exhausted = False
@@ -143,14 +132,14 @@ class Conductor:
             self._take()
             if (now := time.monotonic()) >= self._next_look:
                 self._next_look = now + LOOK
-                for number in self._trials.ended_elsewhere():
+                for number in self._session.ended_elsewhere():
                     self._withdraw_trial(number)
 
     def _hear(self, until: float) -> None:
         """Hear what there is to hear; waits until there is something, or something else is to be done."""
         moments = [until, self._next_look]
-        if not self._exhausted and self._bounds.timeout is not None:
-            moments.append(self._began + self._bounds.timeout)
+        if not self._exhausted and self._session.bounds.timeout is not None:
+            moments.append(self._began + self._session.bounds.timeout)
         patience = max(0.0, min(moments) - time.monotonic())
         poll = select.poll()
         poll.register(self._loop, select.POLLIN)
@@ -203,10 +192,7 @@ class Conductor:
         """Whether no more trials are to be asked for."""
         if self._exhausted or self._error is not None or self._interrupted or self._study._stop_flag:
             return True
-        bounds = self._bounds
-        if bounds.n_trials is not None and self._asked >= bounds.n_trials:
-            return True
-        return bounds.timeout is not None and time.monotonic() - self._began >= bounds.timeout
+        return self._session.over() is not None
 
     def _offer(self) -> None:
         """Offer the jobs that are wanted, or say that there are no more."""
@@ -218,7 +204,8 @@ class Conductor:
                 self._withdraw(job, "is not needed any more")
             self._loop.say(s.Exhausted())
             return
-        left = math.inf if self._bounds.n_trials is None else self._bounds.n_trials - self._asked - len(self._waiting)
+        n_trials = self._session.bounds.n_trials
+        left = math.inf if n_trials is None else n_trials - self._session.asked - len(self._waiting)
         for _ in range(int(min(self._wanted, left))):
             self._wanted -= 1
             self._waiting.add(self._jobs)
@@ -247,12 +234,16 @@ class Conductor:
         answer: d.TrialToRun | d.NothingToRun = d.NothingToRun()
         if not self._over and job not in self._withdrawn:
             try:
-                answer = self._trials.ask([device.label for device in self._devices[job]])
+                asked = self._session.ask()
+                if isinstance(asked, AskedTrial):
+                    trial = asked.trial
+                    self._session.started(trial.number, [device.label for device in self._devices[job]])
+                    answer = d.TrialToRun(
+                        trial.number, asked.study, asked.directions, trial.datetime_start, asked.prunes
+                    )
+                    self._trial_of[job] = trial.number
             except Exception as error:  # of the sampler or the storage
                 self._give_up(error)
-            else:
-                self._asked += 1
-                self._trial_of[job] = answer.number
         self._loop.say(s.Reply(job, answer))
 
     def _gone(self, result: JobResult) -> None:
@@ -303,10 +294,10 @@ class Conductor:
         reports: dict[int, dict[int, float]] = {}
         for message in self._heard:
             match message:
-                case node.Heard(job, d.Intermediate(step, value)) if job in self._trial_of:
+                case node.Heard(job, Intermediate(step, value)) if job in self._trial_of:
                     reports.setdefault(self._trial_of[job], {})[step] = value
         try:
-            ended = self._trials.report(reports)
+            ended = self._session.report(reports)
         except Exception as error:  # of the storage
             self._give_up(error)
             return
@@ -318,7 +309,7 @@ class Conductor:
         asking = {job: self._trial_of[job] for job in questions if job in self._trial_of}
         verdicts: Mapping[int, bool | Exception]
         try:
-            verdicts = self._trials.judge(list(asking.values()))
+            verdicts = self._session.judge(list(asking.values()))
         except Exception as error:  # of the storage
             verdicts = dict.fromkeys(asking.values(), error)
         for job, number in asking.items():
@@ -335,40 +326,56 @@ class Conductor:
             return
         try:
             positional, named = pickling.load(call.arguments, on_cpu=True)
-            result = self._trials.call(number, call.target, call.name, positional, named)
+            result = self._called(number, call, positional, named)
             answer: bytes | PortableException = pickling.dump(result, self._loop.known)
         except Exception as error:  # to be raised in the objective, whatever it is
             answer = PortableException.of(error, self._loop.known)
         self._loop.say(s.Reply(job, d.Answer(call.number, answer)))
 
+    def _called(self, number: int, call: d.Call, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+        """What that method or attribute of the trial, or of its study, returns. Raises what it raises."""
+        thing: object = self._study
+        attributes, methods = STUDY_ATTRIBUTES, STUDY_METHODS
+        if call.target == "trial":
+            thing = self._session.running[number].trial
+            attributes, methods = TRIAL_ATTRIBUTES, TRIAL_METHODS
+            if number not in self._sampled and (call.name.startswith("suggest_") or call.name == "relative_params"):
+                self._sampled.add(number)
+                # Optuna keeps them for each thread from one `ask` to the next: what others were given meanwhile counts.
+                self._study._thread_local.cached_all_trials = None
+        if call.name in attributes:
+            return getattr(thing, call.name)
+        assert call.name in methods, call.name
+        return getattr(thing, call.name)(*positional, **named)
+
     # How trials end
 
-    def _ended(self, job: int, ending: d.Ending) -> None:
+    def _ended(self, job: int, ending: d.ObjectiveEnding) -> None:
         if job not in self._trial_of:
             return
         match ending:
             case d.Raised(carried, caught):
                 self._failed(job, d.unpack(carried, self._trial_of[job]), carried.summary, caught=caught)
             case d.Pruned(text):
-                self._tell(job, TrialState.PRUNED, said=text)
+                self._tell(job, How.PRUNED, said=text)
             case d.Returned(values):
                 problem = _infeasible(values, len(self._study.directions))
                 if problem is None:
-                    self._tell(job, TrialState.COMPLETE, values)
+                    self._tell(job, How.COMPLETE, values)
                 else:
                     shown = values[0] if values is not None and len(values) == 1 else values
-                    self._tell(job, TrialState.FAIL, said=problem, returned=shown)
+                    self._tell(job, How.FAILED, said=problem, returned=shown)
 
     def _failed(self, job: int, error: BaseException, said: str, *, caught: bool = False) -> None:
         number = self._trial_of[job]
         if (self._interrupted or job in self._withdrawn) and isinstance(error, (KeyboardInterrupt, JobError)):
             del self._trial_of[job]
             if job in self._withdrawn:
-                self._trials.drop(number)
+                self._session.drop(number)
             else:
-                self._trials.give_up(number, INTERRUPTED)
+                self._session.tell(number, TrialEnding(How.INTERRUPTED, message=INTERRUPTED))
             return
-        self._tell(job, TrialState.FAIL, said=said, error=error, caught=caught or isinstance(error, self._catch))
+        self._tell(job, How.FAILED, said=said, error=error, caught=caught or isinstance(error, self._catch))
 
     def _lose(self, job: int, problem: str) -> bool:
         """Queue its trial again, for which it can do nothing; whether that is to be done, and was."""
@@ -376,7 +383,7 @@ class Conductor:
             return False
         number = self._trial_of[job]
         try:
-            trial = self._trials.lose(number, problem)
+            trial = self._session.retry_lost(number, problem)
         except Exception as error:  # of the storage; the trial is one of the rest
             del self._trial_of[job]
             self._give_up(error)
@@ -391,8 +398,8 @@ class Conductor:
     def _tell(
         self,
         job: int,
-        state: TrialState,
-        values: tuple[float | d.Unusable, ...] | None = None,
+        how: How,
+        values: tuple[float | d.NotANumber, ...] | None = None,
         *,
         said: str = "",
         error: BaseException | None = None,
@@ -400,13 +407,13 @@ class Conductor:
         returned: object = None,
     ) -> None:
         number = self._trial_of.pop(job)
-        numbers = None if values is None else [float(value) for value in values if not isinstance(value, d.Unusable)]
+        numbers = tuple(float(value) for value in values or () if not isinstance(value, d.NotANumber))
         try:
-            trial = self._trials.tell(number, state, numbers, said if state is TrialState.FAIL else None)
+            trial = self._session.tell(number, TrialEnding(how, numbers, said if how is How.FAILED else None))
         except Exception as wrong:  # of the sampler or the storage
             self._give_up(wrong)
             return
-        if trial.state is not state:
+        if trial.state is not STATES[how]:
             return  # it had been ended elsewhere
         self._log(trial, said, error, returned)
         if error is not None and not caught:
@@ -438,7 +445,7 @@ class Conductor:
 
     def _tell_the_rest(self, why: str) -> None:
         try:
-            self._trials.give_up_the_rest(why, interrupted=why is INTERRUPTED)
+            self._session.close(why, interrupted=why is INTERRUPTED)
         except Exception:  # of the storage, which may be what ended the search
             log.warning(
                 "trials that were running could not be marked as failed; the next gpu_launcher.optimize on the study "
@@ -447,13 +454,13 @@ class Conductor:
             )
 
 
-def _infeasible(values: tuple[float | d.Unusable, ...] | None, objectives: int) -> str | None:
+def _infeasible(values: tuple[float | d.NotANumber, ...] | None, objectives: int) -> str | None:
     """What is wrong with the values that an objective returned, in Optuna's words."""
     if values is None:
         return "The value None could not be cast to float."
     problems = []
     for value in values:
-        if isinstance(value, d.Unusable):
+        if isinstance(value, d.NotANumber):
             problems.append(f"The value {value!r} could not be cast to float")
         elif math.isnan(value):
             problems.append(f"The value {value} is not acceptable")

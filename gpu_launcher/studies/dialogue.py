@@ -69,14 +69,6 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Intermediate:
-    """A value reported."""
-
-    step: int
-    value: float
-
-
-@dataclass(frozen=True, slots=True)
 class ShallPrune:
     """Asks for a verdict; to be answered."""
 
@@ -84,7 +76,7 @@ class ShallPrune:
 
 
 @dataclass(frozen=True, slots=True)
-class Unusable:
+class NotANumber:
     """Something that an objective returned and that is no number."""
 
     shown: str
@@ -97,7 +89,7 @@ class Unusable:
 class Returned:
     """The objective's values; None if it returned that."""
 
-    values: tuple[float | Unusable, ...] | None
+    values: tuple[float | NotANumber, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,4 +108,4 @@ class Raised:
     """Whether it is of a class that is to be caught, which the process that has it knows best."""
 
 
-Ending = Returned | Pruned | Raised
+ObjectiveEnding = Returned | Pruned | Raised

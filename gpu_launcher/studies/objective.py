@@ -19,7 +19,7 @@ from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.processes.worker import JobContext, print_exception
 from gpu_launcher.studies import reporting, trial
-from gpu_launcher.studies.dialogue import Ending, Pruned, Raised, Returned, TrialToRun, Unusable
+from gpu_launcher.studies.dialogue import NotANumber, ObjectiveEnding, Pruned, Raised, Returned, TrialToRun
 from gpu_launcher.studies.study_in_job import become_door, unpickled
 from gpu_launcher.studies.worker_trial import Line, WorkerTrial
 
@@ -75,7 +75,7 @@ class Objective:
             line.say(ending)
         return DONE
 
-    def _run(self, mine: WorkerTrial, line: Line) -> Ending:
+    def _run(self, mine: WorkerTrial, line: Line) -> ObjectiveEnding:
         trial.become(mine)
         reporting.objective_in = os.getpid()
         become_door(self.study, mine.study)
@@ -103,16 +103,16 @@ def _load(dumped: bytes, request: Request) -> Objective:
     return Objective(function, request, catch, study)
 
 
-def _values(returned: Any) -> tuple[float | Unusable, ...] | None:
+def _values(returned: Any) -> tuple[float | NotANumber, ...] | None:
     """What an objective returned, as Optuna takes it: a number, or a sequence of them."""
     if returned is None:
         return None
     return tuple(map(_value, returned)) if isinstance(returned, Sequence) else (_value(returned),)
 
 
-def _value(returned: Any) -> float | Unusable:
+def _value(returned: Any) -> float | NotANumber:
     # A text is no number to Optuna, whatever it says; and what else there is may be of no class that the program has.
     try:
-        return Unusable(repr(returned)) if isinstance(returned, (str, bytes)) else float(returned)
+        return NotANumber(repr(returned)) if isinstance(returned, (str, bytes)) else float(returned)
     except (TypeError, ValueError):
-        return Unusable(repr(returned))
+        return NotANumber(repr(returned))

@@ -20,11 +20,13 @@ from gpu_launcher.jobs.node_client import RemoteLoop
 from gpu_launcher.jobs.where import this_program
 from gpu_launcher.pool import Pool, read_pool
 from gpu_launcher.requests import read_request
-from gpu_launcher.studies.conductor import Bounds, Callback, Conductor, log
+from gpu_launcher.studies.conductor import Callback, Conductor, log
 from gpu_launcher.studies.objective import Objective
 from gpu_launcher.studies.ownership import Sweep, working
-from gpu_launcher.studies.settling import NEVER, settle
+from gpu_launcher.studies.settling import NEVER
+from gpu_launcher.studies.stopping import Bounds
 from gpu_launcher.studies.storage import keep_connections_from_jobs
+from gpu_launcher.studies.study_session import StudySession
 from gpu_launcher.studies.study_storage import StudyStorage
 from gpu_launcher.validation import StartMethod, read_integer, read_start_method
 
@@ -87,8 +89,8 @@ def optimize(
     most = None if n_jobs in (None, -1) else read_integer("n_jobs", n_jobs, least=1)
     options = read_pool(pool).options(request, most, "n_jobs")
     bounds = Bounds(
-        None if n_trials is None else read_integer("n_trials", n_trials, least=0),
-        None if timeout is None else read_duration(timeout, "timeout"),
+        n_trials=None if n_trials is None else read_integer("n_trials", n_trials, least=0),
+        timeout=None if timeout is None else read_duration(timeout, "timeout"),
     )
     retries = read_integer("retry_stale", retry_stale, least=0) or NEVER
     sweep = Sweep(ProcessIdentity.here())
@@ -103,14 +105,12 @@ def optimize(
         for remark in loop.remarks:
             remarks.log(remark)
         with working(sweep):
-            with storage.alone():  # or two programs would queue the same trial again
-                settled = settle(study, sweep, retries, who="program")
-            for line in settled:
+            session = StudySession(study, storage, bounds=bounds, max_retries=retries)
+            for line in session.fail_stale_trials("program"):
                 log.warning(line)
             bar = _ProgressBar(show_progress_bar, bounds.n_trials, bounds.timeout)
             try:
-                run = Conductor(study, loop, storage, bounds, caught, after_each, bar, options, retries)
-                run.conduct()
+                Conductor(session, loop, caught, after_each, bar, options).conduct()
             finally:
                 bar.close()
     finally:

@@ -15,7 +15,7 @@ KEPT = 1.0
 
 
 class Judge:
-    """Judges the trials of one desk.
+    """Judges the trials of one session.
 
     A pruner reads all the study's trials for each trial that it judges, of which those that run come from the database
     each time: with 64 of them, tens of milliseconds. They are read once for all who ask, and kept for a while, with
@@ -35,15 +35,6 @@ class Judge:
         """A trial was told: look again."""
         self._found_at = None
 
-    def verdicts(self, trials: Mapping[int, int], reports: Mapping[int, Mapping[int, float]]) -> dict[int, bool]:
-        """The same as `judge` does, but raises what the pruner raises of any."""
-        judged = self.judge(trials, reports)
-        verdicts = {number: verdict for number, verdict in judged.items() if not isinstance(verdict, Exception)}
-        for error in judged.values():
-            if isinstance(error, Exception):
-                raise error
-        return verdicts
-
     def judge(
         self, trials: Mapping[int, int], reports: Mapping[int, Mapping[int, float]]
     ) -> dict[int, bool | Exception]:
@@ -53,7 +44,11 @@ class Judge:
         raises.
         """
         now = self._clock()
-        if self._found_at is None or now - self._found_at > KEPT or not self._found.keys() >= set(trials.values()):
+        if (
+            self._found_at is None
+            or now - self._found_at > KEPT
+            or not self._found.keys() >= {*trials.values(), *reports}
+        ):
             every = self._storage.get_all_trials(self._study._study_id, deepcopy=False)
             self._found = {trial._trial_id: trial for trial in every}
             self._found_at = now

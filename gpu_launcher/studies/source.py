@@ -1,8 +1,8 @@
-"""A desk in a process of its own, as the source of a loop's jobs.
+"""A study session in a process of its own, as the source of a loop's jobs.
 
 In the launching program sampling would stop the loop for as long as it takes, and would start the threads of numerical
 libraries, after which the fork server could not be started anew. The process is forked from the program, so that
-whatever the program has, the desk has. It ends with the program.
+whatever the program has, the session has. It ends with the program.
 """
 
 from __future__ import annotations
@@ -31,10 +31,17 @@ from gpu_launcher.model import Device
 from gpu_launcher.processes.forking import internal_fork
 from gpu_launcher.processes.linux import die_with_parent, flush_c_streams
 from gpu_launcher.processes.messages import ChannelClosedError, channel, receive, send
-from gpu_launcher.studies.desk import Asked, Desk, Ending, StudyError, Summary, Unusable
 from gpu_launcher.studies.interruption import SIGNAL, Interruption, SamplingInterrupted
 from gpu_launcher.studies.stopping import Exhausted
 from gpu_launcher.studies.storage_retry import StorageRetry
+from gpu_launcher.studies.study_session import (
+    AskedTrial,
+    SearchSummary,
+    StudyError,
+    StudySession,
+    TrialEnding,
+    UnusablePoint,
+)
 from gpu_launcher.studies.trial import TrialSeen
 from gpu_launcher.studies.voices import Attribute, Intermediate, Verdict
 
@@ -44,7 +51,7 @@ LOOK = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The desk is ready."""
+    """The session is ready."""
 
     expected: int | None
     remarks: list[str]
@@ -72,7 +79,7 @@ class _Heard:
 @dataclass(frozen=True, slots=True)
 class _Tell:
     number: int
-    ending: Ending
+    ending: TrialEnding
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +92,8 @@ class _Failed:
     error: GpuLauncherError
 
 
-OpenDesk = Callable[[], tuple[Desk, list[str]]]
-"""Called in the process; returns the desk and lines for the user."""
+OpenSession = Callable[[], tuple[StudySession, list[str]]]
+"""Called in the process; returns the session and lines for the user."""
 
 
 class TrialSource:
@@ -94,11 +101,11 @@ class TrialSource:
 
     def __init__(
         self,
-        open_desk: OpenDesk,
-        make_job: Callable[[Asked], Job],
-        ending: Callable[[JobResult], Ending],
+        open_session: OpenSession,
+        make_job: Callable[[AskedTrial], Job],
+        ending: Callable[[JobResult], TrialEnding],
         in_child: Callable[[], None],
-        finish: Callable[[Desk, Summary], list[str]],
+        finish: Callable[[StudySession, SearchSummary], list[str]],
         *,
         kill_pruned: bool = False,
     ) -> None:
@@ -135,7 +142,7 @@ class TrialSource:
                 in_child()
                 _use_one_thread()
                 optuna.logging.set_verbosity(optuna.logging.WARNING)
-                _serve(theirs, open_desk, finish)
+                _serve(theirs, open_session, finish)
                 status = 0
             except BaseException:
                 traceback.print_exc()
@@ -157,7 +164,7 @@ class TrialSource:
         """See `JobSource`."""
         message = self._receive()
         match message:
-            case Asked():
+            case AskedTrial():
                 return [s.Offer(self._make_job(message))]
             case Exhausted(reason, failed):
                 if failed:
@@ -192,7 +199,7 @@ class TrialSource:
         """See `JobSource`."""
         self._channel.close()
 
-    def close(self, patience: float | None = None) -> tuple[Summary, list[str]]:
+    def close(self, patience: float | None = None) -> tuple[SearchSummary, list[str]]:
         """Have everything told that has not been, and return what came of it, with lines for the user.
 
         With `patience`, in seconds, a trial that is being sampled is given up, and StudyError raised after that time;
@@ -271,22 +278,25 @@ class TrialSource:
         )
 
 
-def _serve(channel: socket.socket, open_desk: OpenDesk, finish: Callable[[Desk, Summary], list[str]]) -> None:
+def _serve(
+    channel: socket.socket, open_session: OpenSession, finish: Callable[[StudySession, SearchSummary], list[str]]
+) -> None:
     """Be the process."""
-    desk: Desk | None = None
+    session: StudySession | None = None
     try:
-        desk, remarks = open_desk()
-        send(channel, Opened(desk.expected, remarks))
+        session, remarks = open_session()
+        send(channel, Opened(session.expected, remarks))
         interruption = Interruption()
-        desk.storage.uninterrupted = interruption.storing
-        desk.storage.retry = StorageRetry(lambda text: send(channel, s.Remark(text)))
-        desk.sampling = interruption.sampling
+        session.storage.uninterrupted = interruption.storing
+        session.storage.retry = StorageRetry(lambda text: send(channel, s.Remark(text)))
+        session.sampling = interruption.sampling
         interruption.listen()
-        clerk = _Clerk(desk, channel, interruption)
-        while not clerk.closed:
-            clerk.work()
-        summary = desk.close()
-        send(channel, (summary, _report(desk, summary, finish)))
+        server = _StudyServer(session, channel, interruption)
+        while not server.closed:
+            server.work()
+        session.close()
+        summary = session.summary()
+        send(channel, (summary, _report(session, summary, finish)))
     except ChannelClosedError:
         return  # the launching program has ended, and with it its jobs
     except Exception as error:  # of a sampler, a storage, or the user's search space: anything
@@ -294,24 +304,26 @@ def _serve(channel: socket.socket, open_desk: OpenDesk, finish: Callable[[Desk, 
         if failed is None:
             traceback.print_exc()
             failed = StudyError(f"the search ended: {type(error).__name__}: {error}")
-        if desk is not None and not isinstance(error, StorageInternalError):  # borne for as long as anything is
-            _tell_the_rest(desk)
+        if session is not None and not isinstance(error, StorageInternalError):  # borne for as long as anything is
+            _tell_the_rest(session)
         with contextlib.suppress(ChannelClosedError):
             send(channel, _Failed(failed))
 
 
-def _tell_the_rest(desk: Desk) -> None:
+def _tell_the_rest(session: StudySession) -> None:
     """After an error, which may be the storage's: what cannot be told now is settled by the next sweep."""
     try:
-        desk.close()
+        session.close()
     except Exception:
         traceback.print_exc()
 
 
-def _report(desk: Desk, summary: Summary, finish: Callable[[Desk, Summary], list[str]]) -> list[str]:
+def _report(
+    session: StudySession, summary: SearchSummary, finish: Callable[[StudySession, SearchSummary], list[str]]
+) -> list[str]:
     """The search has succeeded, whatever becomes of the words about it."""
     try:
-        return finish(desk, summary)
+        return finish(session, summary)
     except Exception as error:
         traceback.print_exc()
         return [f"the report on the study could not be made: {type(error).__name__}: {error}"]
@@ -328,10 +340,10 @@ def _use_one_thread() -> None:
 
 
 @dataclass
-class _Clerk:
-    """Serves a desk: reports and endings first, then one trial at a time."""
+class _StudyServer:
+    """Serves a session: reports and endings first, then one trial at a time."""
 
-    desk: Desk
+    session: StudySession
     channel: socket.socket
     interruption: Interruption
     closed: bool = False
@@ -357,11 +369,11 @@ class _Clerk:
             return
         if self.wanted:
             self._ask()
-        elif not self.warm and self.desk.running:
+        elif not self.warm and self.session.running:
             # While nobody waits for a trial.
             self.warm = True
-            self.desk.warm_up()
-        if (now := self.desk.clock()) >= self.next_look:
+            self.session.warm_up()
+        if (now := self.session.clock()) >= self.next_look:
             self.next_look = now + LOOK
             self._look()
 
@@ -378,19 +390,22 @@ class _Clerk:
     def _report(self, reports: dict[int, dict[int, float]]) -> None:
         if not reports:
             return
-        for number, prune in self.desk.report(reports).items():
-            send(self.channel, s.Reply(number, Verdict(max(reports[number]), prune)))
+        ended = self.session.report(reports)
+        for number, verdict in self.session.judge(reports.keys() - ended).items():
+            if isinstance(verdict, Exception):
+                raise verdict
+            send(self.channel, s.Reply(number, Verdict(max(reports[number]), verdict)))
 
     def _take(self, message: Any) -> None:
         match message:
             case _Ask(count):
                 self.wanted += count
             case _Started(number, devices, directory, log):
-                self.desk.started(number, devices, directory, log)
+                self.session.started(number, devices, directory, log)
             case _Heard(number, Attribute(name, text)):
-                self.desk.annotate(number, name, json.loads(text))
+                self.session.annotate(number, name, json.loads(text))
             case _Tell(number, ending):
-                self.desk.tell(number, ending)
+                self.session.tell(number, ending)
                 if ending.remarkable:
                     send(self.channel, s.Remark(f"trial {number} failed: it {ending.message}"))
                 self._show()
@@ -399,10 +414,10 @@ class _Clerk:
 
     def _ask(self) -> None:
         try:
-            answer = self.desk.ask()
+            answer = self.session.ask()
         except SamplingInterrupted:
             return  # to close, which is said in the channel
-        if isinstance(answer, Unusable):
+        if isinstance(answer, UnusablePoint):
             send(self.channel, s.Remark(answer.message))
             return  # and ask again, after what has come meanwhile
         self.wanted -= 1
@@ -411,19 +426,19 @@ class _Clerk:
         send(self.channel, answer)
 
     def _show(self) -> None:
-        facts = self.desk.facts()
+        facts = self.session.facts()
         if facts != self.facts:
             self.facts = facts
             send(self.channel, s.Facts(facts))
 
     def _look(self) -> None:
-        for number in self.desk.cancelled():
+        for number in self.session.ended_elsewhere():
             if number not in self.cancelled:
                 self.cancelled.add(number)
                 send(self.channel, s.Withdrawn(number, "was ended because its trial was ended elsewhere"))
 
 
-def seen(asked: Asked) -> TrialSeen:
+def seen(asked: AskedTrial) -> TrialSeen:
     """What a trial's job is told of it."""
     trial = asked.trial
     return TrialSeen(
@@ -434,5 +449,5 @@ def seen(asked: Asked) -> TrialSeen:
         user_attrs=dict(trial.user_attrs),
         datetime_start=trial.datetime_start,
         prunes=asked.prunes,
-        objectives=asked.objectives,
+        objectives=len(asked.directions),
     )

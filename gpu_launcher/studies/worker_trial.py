@@ -16,8 +16,9 @@ from optuna.trial import BaseTrial
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException
 from gpu_launcher.processes.worker import JobContext
-from gpu_launcher.studies.dialogue import Answer, Call, Ending, Intermediate, ShallPrune, TrialToRun, unpack
+from gpu_launcher.studies.dialogue import Answer, Call, ObjectiveEnding, ShallPrune, TrialToRun, unpack
 from gpu_launcher.studies.trial import _number, _step, refuse_attribute
+from gpu_launcher.studies.voices import Intermediate
 
 STUDY_ATTRIBUTES = frozenset(
     ("best_params", "best_trial", "best_trials", "best_value", "metric_names", "trials", "user_attrs")
@@ -57,7 +58,7 @@ class Line:
         """Wait for the next thing that the program says."""
         return self._context.hear()
 
-    def say(self, what: Intermediate | Ending) -> None:
+    def say(self, what: Intermediate | ObjectiveEnding) -> None:
         """Say something that is not answered."""
         with self._lock:
             self._context.say(what)

@@ -16,7 +16,7 @@ from optuna.distributions import BaseDistribution, distribution_to_json, json_to
 from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.studies.attributes import RETRY_OF, SEARCH
-from gpu_launcher.studies.desk import StudyError
+from gpu_launcher.studies.study_session import StudyError
 from gpu_launcher.studies.study_storage import StudyStorage
 
 Space = Mapping[str, BaseDistribution]

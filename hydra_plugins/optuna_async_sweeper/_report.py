@@ -15,7 +15,7 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from gpu_launcher.studies.desk import Best, Desk, Summary
+from gpu_launcher.studies.study_session import Best, SearchSummary, StudySession
 
 if TYPE_CHECKING:
     from ._study import StudyPlan
@@ -26,16 +26,16 @@ ENOUGH = 4
 """Trials that must have completed before importances mean anything."""
 
 
-def finish(desk: Desk, summary: Summary, plan: StudyPlan, directory: Path) -> list[str]:
+def finish(session: StudySession, summary: SearchSummary, plan: StudyPlan, directory: Path) -> list[str]:
     """Lines for the user. Plots are written to `directory`, if they are wanted."""
     lines = [_best(best, plan) for best in summary.best[:MOST_SHOWN]]
     if len(summary.best) > MOST_SHOWN:
         lines.append(f"... and {len(summary.best) - MOST_SHOWN} more trials on the Pareto front")
-    lines += _importances(desk.study)
+    lines += _importances(session.study)
     if plan.options.plots:
         from ._plots import write_plots
 
-        lines += write_plots(desk.study, directory)
+        lines += write_plots(session.study, directory)
     return lines
 
 

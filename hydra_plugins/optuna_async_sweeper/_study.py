@@ -16,10 +16,10 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 
 from gpu_launcher.errors import OptionError
-from gpu_launcher.studies.desk import Desk, StudyError
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.places import without_password
 from gpu_launcher.studies.storage import storage as open_storage
+from gpu_launcher.studies.study_session import StudyError, StudySession
 from gpu_launcher.studies.study_storage import StudyStorage
 
 from ._classes import instantiate
@@ -45,8 +45,8 @@ class StudyPlan:
     space: SearchSpace
     sweep: Sweep
 
-    def open(self) -> tuple[Desk, list[str]]:
-        """The desk, and lines for the user. Raises GpuLauncherError for whatever keeps the sweep from beginning."""
+    def open(self) -> tuple[StudySession, list[str]]:
+        """The session, and lines for the user. Raises GpuLauncherError for whatever keeps the sweep from beginning."""
         storage = StudyStorage(optuna.storages.get_storage(self._storage()), self.sweep)
         bounds = self.options.bounds
         pruner = make_pruner(self.raw.get("pruner"))
@@ -84,12 +84,13 @@ class StudyPlan:
             overrides=list(self.config.hydra.overrides.hydra),
         )
         warm_up = _import_torch if isinstance(study.sampler, GPSampler) else lambda: None
-        desk = Desk(
+        session = StudySession(
             study,
             storage,
             self._define,
             bounds,
-            self._combinations(study.sampler),
+            max_retries=self.options.retry_stale,
+            combinations=self._combinations(study.sampler),
             in_turn=takes_turns(study.sampler),
             warm_up=warm_up,
         )
@@ -98,9 +99,9 @@ class StudyPlan:
             remarks.append(
                 "there is nothing to search, and all trials are the same: name a parameter, as in lr=interval(0.0,1.0)"
             )
-        remarks += desk.settle(self.options.retry_stale)
-        desk.enqueue([self._point(point) for point in self.options.enqueue])
-        return desk, remarks
+        remarks += session.fail_stale_trials()
+        session.enqueue([self._point(point) for point in self.options.enqueue])
+        return session, remarks
 
     @property
     def name(self) -> str:

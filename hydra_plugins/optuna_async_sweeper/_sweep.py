@@ -23,10 +23,10 @@ from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.labels import Labels
 from gpu_launcher.jobs.node_client import LocalNode
 from gpu_launcher.processes.exceptions import reason
-from gpu_launcher.studies.desk import Asked, Ending, How, Summary, Unusable
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.source import Opened, TrialSource, seen
 from gpu_launcher.studies.stopping import Exhausted
+from gpu_launcher.studies.study_session import AskedTrial, How, SearchSummary, TrialEnding, UnusablePoint
 from hydra_plugins.gpu_pool_launcher._commands import override
 from hydra_plugins.gpu_pool_launcher._directory import make_directory
 from hydra_plugins.gpu_pool_launcher._ending import final
@@ -96,7 +96,7 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
             lambda asked: Job(asked.trial.number, labels.of(asked.spec), asked.spec, about=seen(asked)),
             lambda result: ending(result, objectives, directory),
             in_child=node.close_in_child,
-            finish=lambda desk, summary: finish(desk, summary, plan, directory),
+            finish=lambda session, summary: finish(session, summary, plan, directory),
             kill_pruned=plan.options.kill_pruned,
         )
         sources.append(source)
@@ -137,7 +137,7 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
         stop(stopped_by)
 
 
-def _close(source: TrialSource, patience: float | None) -> tuple[Summary, list[str]]:
+def _close(source: TrialSource, patience: float | None) -> tuple[SearchSummary, list[str]]:
     """Have the trials told that run, if the process can still do that. It ends, whatever is raised."""
     try:
         return source.close(patience)
@@ -155,41 +155,43 @@ def _batches(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> N
         f"{kind} takes jobs in batches of {size}, and each batch waits for its slowest job; nothing is pruned. "
         "With hydra/launcher=gpu_pool no job waits for another"
     )
-    desk, remarks = plan.open()
+    session, remarks = plan.open()
     for remark in remarks:
         log.info(remark)
     over: Exhausted | None = None
     try:
         while over is None:
-            batch: list[Asked] = []
+            batch: list[AskedTrial] = []
             while len(batch) < size and over is None:
-                answer = desk.ask()
+                answer = session.ask()
                 match answer:
                     case Exhausted():
                         over = answer
-                    case Unusable(message):
+                    case UnusablePoint(message):
                         log.warning(message)
-                    case Asked():
+                    case AskedTrial():
                         batch.append(answer)
             for run in _consecutive(batch):
                 # Directories are numbered as trials are, and other sweeps may have taken some numbers.
                 for asked in run:
-                    desk.started(asked.trial.number, [], None, None)
+                    session.started(asked.trial.number, [], None, None)
                 returns = launcher.launch([asked.spec for asked in run], run[0].trial.number)
                 for asked, job_return in zip(run, returns, strict=True):
                     number = asked.trial.number
-                    desk.ran_in(number, _directory_of(job_return))
+                    session.ran_in(number, _directory_of(job_return))
                     told = _ending_of(job_return, len(plan.options.directions))
                     if told.how is How.FAILED:
                         log.warning(f"trial {number} failed: {told.message}")
-                    desk.tell(number, told)
+                    session.tell(number, told)
     except BaseException:
-        log.info(_how_to_go_on(plan, directory, desk.close().left))  # leaves no trial untold
+        session.close()  # leaves no trial untold
+        log.info(_how_to_go_on(plan, directory, session.summary().left))
         raise
-    summary = desk.close()
+    session.close()
+    summary = session.summary()
     if over.reason:
         log.info(over.reason)
-    lines = finish(desk, summary, plan, directory)
+    lines = finish(session, summary, plan, directory)
     _conclude(plan, directory, summary, lines, over.reason if over.failed else None, interrupted=False)
 
 
@@ -199,8 +201,8 @@ def _directory_of(job_return: JobReturn) -> str | None:
     return str(found) if found else job_return.working_dir
 
 
-def _consecutive(batch: Sequence[Asked]) -> list[list[Asked]]:
-    runs: list[list[Asked]] = []
+def _consecutive(batch: Sequence[AskedTrial]) -> list[list[AskedTrial]]:
+    runs: list[list[AskedTrial]] = []
     for asked in batch:
         if runs and runs[-1][-1].trial.number + 1 == asked.trial.number:
             runs[-1].append(asked)
@@ -209,29 +211,31 @@ def _consecutive(batch: Sequence[Asked]) -> list[list[Asked]]:
     return runs
 
 
-def ending(result: JobResult, objectives: int, directory: Path) -> Ending:
+def ending(result: JobResult, objectives: int, directory: Path) -> TrialEnding:
     """What to tell of a job that ended."""
     from hydra_plugins.gpu_pool_launcher._results import unpack
 
     if result.outcome is Outcome.PRUNED:
-        return Ending(How.PRUNED, message=result.message)
+        return TrialEnding(How.PRUNED, message=result.message)
     if result.outcome is Outcome.CANCELLED:
-        return Ending(How.INTERRUPTED, message="the sweep was stopped")
+        return TrialEnding(How.INTERRUPTED, message="the sweep was stopped")
     if result.outcome is Outcome.FAILED:
-        return Ending(How.FAILED, message=result.message)
+        return TrialEnding(How.FAILED, message=result.message)
     return _ending_of(unpack(result, [], directory), objectives)
 
 
-def _ending_of(job_return: JobReturn, objectives: int) -> Ending:
+def _ending_of(job_return: JobReturn, objectives: int) -> TrialEnding:
     if job_return.status is not JobStatus.COMPLETED:
         error = job_return._return_value
         how = How.PRUNED if isinstance(error, TrialPruned) else How.FAILED
-        return Ending(how, message=reason(error))
+        return TrialEnding(how, message=reason(error))
     returned = job_return.return_value
     try:
-        return Ending(How.COMPLETE, values_of(returned, objectives))
+        return TrialEnding(How.COMPLETE, values_of(returned, objectives))
     except ValueError as error:
-        return Ending(How.FAILED, message=str(error), remarkable=True, hopeless=isinstance(error, _NotANumberError))
+        return TrialEnding(
+            How.FAILED, message=str(error), remarkable=True, hopeless=isinstance(error, _NotANumberError)
+        )
 
 
 class _NotANumberError(ValueError):
@@ -274,7 +278,7 @@ def _shown(value: object) -> str:
 
 
 def _conclude(
-    plan: StudyPlan, directory: Path, summary: Summary, lines: list[str], failed: str | None, *, interrupted: bool
+    plan: StudyPlan, directory: Path, summary: SearchSummary, lines: list[str], failed: str | None, *, interrupted: bool
 ) -> None:
     """Write and say what came of the sweep. Raises SweepError if it was of no use."""
     for line in lines:
@@ -300,7 +304,7 @@ def _how_to_go_on(plan: StudyPlan, directory: Path, left: int | None) -> str:
     return f"to continue the study, run the same command with {words}"
 
 
-def _save(space: SearchSpace, summary: Summary, directory: Path, *, several: bool) -> None:
+def _save(space: SearchSpace, summary: SearchSummary, directory: Path, *, several: bool) -> None:
     """As the official sweeper does."""
     results: dict[str, Any] = {"name": "optuna"}
     if several:

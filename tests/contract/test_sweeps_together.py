@@ -16,9 +16,8 @@ from optuna.trial import TrialState
 import gpu_launcher
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.studies.attributes import RETRY_OF
-from gpu_launcher.studies.desk import Desk
 from gpu_launcher.studies.ownership import Sweep
-from gpu_launcher.studies.stopping import Bounds
+from gpu_launcher.studies.study_session import StudySession
 from gpu_launcher.studies.study_storage import StudyStorage
 
 FORK = multiprocessing.get_context("fork")
@@ -42,20 +41,20 @@ def name() -> str:
     return uuid.uuid4().hex
 
 
-def desk(url: str, name: str, identity: ProcessIdentity) -> Desk:
+def session(url: str, name: str, identity: ProcessIdentity) -> StudySession:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = StudyStorage(optuna.storages.get_storage(gpu_launcher.storage(url)), Sweep(identity))
     study = optuna.create_study(
         study_name=name, storage=storage, sampler=optuna.samplers.RandomSampler(), load_if_exists=True
     )
-    return Desk(study, storage, lambda trial: [f"x={trial.suggest_float('x', 0, 1)}"], Bounds())
+    return StudySession(study, storage, lambda trial: [f"x={trial.suggest_float('x', 0, 1)}"], max_retries=1)
 
 
-def at_once(url: str, name: str, do: Callable[[Desk], object]) -> None:
+def at_once(url: str, name: str, do: Callable[[StudySession], object]) -> None:
     barrier = FORK.Barrier(SWEEPS)
 
     def run() -> None:
-        mine = desk(url, name, ProcessIdentity.here())
+        mine = session(url, name, ProcessIdentity.here())
         barrier.wait(60)
         do(mine)
 
@@ -69,16 +68,16 @@ def at_once(url: str, name: str, do: Callable[[Desk], object]) -> None:
 
 def test_each_known_point_is_queued_once(url: str, name: str) -> None:
     points = [{"x": number / TRIALS} for number in range(TRIALS)]
-    before = desk(url, name, DEAD)  # Optuna cannot make its tables in several programs at once
+    before = session(url, name, DEAD)  # Optuna cannot make its tables in several programs at once
     at_once(url, name, lambda mine: mine.enqueue(points))
     assert [trial.system_attrs["fixed_params"] for trial in before.study.trials] == points
 
 
 def test_each_trial_of_a_dead_sweep_is_queued_again_once(url: str, name: str) -> None:
-    dead = desk(url, name, DEAD)
+    dead = session(url, name, DEAD)
     for _ in range(TRIALS):
         dead.ask()
-    at_once(url, name, lambda mine: mine.settle(1))
+    at_once(url, name, lambda mine: mine.fail_stale_trials())
     trials = dead.study.trials
     assert [trial.state for trial in trials] == [TrialState.FAIL] * TRIALS + [TrialState.WAITING] * TRIALS
     assert sorted(trial.user_attrs[RETRY_OF] for trial in trials[TRIALS:]) == [[number] for number in range(TRIALS)]

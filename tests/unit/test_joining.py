@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 
 import gpu_launcher
 from gpu_launcher.jobs.identity import ProcessIdentity
-from gpu_launcher.studies.desk import Asked, Desk, Ending, How, StudyError
 from gpu_launcher.studies.ownership import Sweep, working
+from gpu_launcher.studies.study_session import AskedTrial, How, StudyError, StudySession, TrialEnding
 from hydra_plugins.optuna_async_sweeper._options import read_options
 from hydra_plugins.optuna_async_sweeper._search_space import read_search_space
 from hydra_plugins.optuna_async_sweeper._study import StudyPlan
@@ -38,7 +38,7 @@ def at_work() -> Iterator[Sweep]:
         yield sweep
 
 
-def begin(directory: Path, *space: str, sweep: Sweep | None = None, **options: Any) -> Desk:
+def begin(directory: Path, *space: str, sweep: Sweep | None = None, **options: Any) -> StudySession:
     """A sweep on the study of that directory."""
     config = OmegaConf.create(
         {
@@ -55,15 +55,15 @@ def begin(directory: Path, *space: str, sweep: Sweep | None = None, **options: A
     return plan.open()[0]
 
 
-def ask(desk: Desk, count: int = 1, how: How | None = How.COMPLETE) -> list[dict[str, Any]]:
+def ask(session: StudySession, count: int = 1, how: How | None = How.COMPLETE) -> list[dict[str, Any]]:
     """The parameters of trials, which end as `how` says; None lets them run."""
     found = []
     for number in range(count):
-        asked = desk.ask()
-        assert isinstance(asked, Asked)
+        asked = session.ask()
+        assert isinstance(asked, AskedTrial)
         found.append(asked.trial.params)
         if how is not None:
-            desk.tell(asked.trial.number, Ending(how, (float(number),) if how is How.COMPLETE else ()))
+            session.tell(asked.trial.number, TrialEnding(how, (float(number),) if how is How.COMPLETE else ()))
     return found
 
 
@@ -160,7 +160,7 @@ def test_sweeps_that_share_a_study_propose_no_point_twice(tmp_path: Path, sample
         for sweep in sweeps:
             stack.enter_context(working(sweep))
         desks = [begin(tmp_path, *SPACE, sampler=sampler, sweep=sweep) for sweep in sweeps]
-        found = [xs(ask(desk, 1, None if turn % 2 else How.COMPLETE)) for turn in range(4) for desk in desks]
+        found = [xs(ask(session, 1, None if turn % 2 else How.COMPLETE)) for turn in range(4) for session in desks]
     assert len({x for (x,) in found}) == 12
 
 
@@ -170,9 +170,9 @@ def test_the_sweepers_own_seed_is_treated_as_the_samplers(tmp_path: Path) -> Non
 
 
 def explore(directory: Path, sampler: Any, meet: Any, outcomes: Any) -> None:
-    desk = begin(directory, "a=range(0,6)", "b=range(0,6)", sampler=sampler, sweep=Sweep(ProcessIdentity.here()))
+    session = begin(directory, "a=range(0,6)", "b=range(0,6)", sampler=sampler, sweep=Sweep(ProcessIdentity.here()))
     meet.wait()
-    outcomes.put([tuple(point.values()) for point in ask(desk, 12)])
+    outcomes.put([tuple(point.values()) for point in ask(session, 12)])
 
 
 @pytest.mark.parametrize("sampler", [{"name": "grid", "seed": 7}, {"name": "GridSampler", "seed": 7}], ids=str)

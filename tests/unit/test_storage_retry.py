@@ -12,11 +12,11 @@ from optuna.storages import InMemoryStorage
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.processes.messages import channel, receive, send
 from gpu_launcher.studies import source
-from gpu_launcher.studies.desk import Desk
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.pruning import Judge
 from gpu_launcher.studies.stopping import Bounds
 from gpu_launcher.studies.storage_retry import MAX_OUTAGE_SECONDS, StorageRetry
+from gpu_launcher.studies.study_session import StudySession
 from gpu_launcher.studies.study_storage import StudyStorage
 
 
@@ -89,7 +89,7 @@ def test_judging_trials_leaves_the_storage_as_it_was():
     storage = world.storage()
     study = optuna.create_study(storage=storage, pruner=optuna.pruners.ThresholdPruner(upper=1.0))
     trial = study.ask()
-    Judge(study, storage, lambda: world.now).verdicts({0: trial._trial_id}, {})
+    Judge(study, storage, lambda: world.now).judge({0: trial._trial_id}, {})
     assert study._storage is storage
     study.ask()
     assert len(study.trials) == 2, "it shows the trials as they are"
@@ -98,14 +98,14 @@ def test_judging_trials_leaves_the_storage_as_it_was():
 def test_a_database_that_was_given_up_is_not_waited_for_again_to_tell_the_rest(monkeypatch):
     tries = []
 
-    class Out(Desk):
+    class Out(StudySession):
         def ask(self):
             raise StorageInternalError("out of order for ten minutes")
 
         def close(self):
             tries.append("waits for ten minutes more")
 
-    def open_desk():
+    def open_session():
         storage = StudyStorage(InMemoryStorage(), Sweep(ProcessIdentity.here()))
         study = optuna.create_study(storage=storage)
         return Out(study, storage, lambda trial: [], Bounds()), []
@@ -114,7 +114,7 @@ def test_a_database_that_was_given_up_is_not_waited_for_again_to_tell_the_rest(m
     with ours, theirs:
         monkeypatch.setattr(signal, "signal", lambda *arguments: None)
         send(ours, source._Ask(1))
-        source._serve(theirs, open_desk, lambda desk, summary: [])
+        source._serve(theirs, open_session, lambda session, summary: [])
         receive(ours)
         assert "out of order" in str(receive(ours)[0].error)
     assert tries == []

@@ -12,9 +12,9 @@ import gpu_launcher
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.studies import settling
 from gpu_launcher.studies.attributes import FAILURE, JOB, LOST, OWNER, RETRY_OF
-from gpu_launcher.studies.desk import Asked, Desk, Ending, How, Unusable
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.stopping import Bounds, Exhausted
+from gpu_launcher.studies.study_session import AskedTrial, How, StudySession, TrialEnding, UnusablePoint
 from gpu_launcher.studies.study_storage import StudyStorage
 
 HERE = ProcessIdentity.here()
@@ -31,7 +31,7 @@ def define(trial):
     return [f"x={trial.suggest_float('x', 0, 1)}"]
 
 
-def desk(storage, bounds=Bounds(), identity=HERE, define=define, pruner=None):  # noqa: B008  (frozen)
+def session(storage, bounds=Bounds(), identity=HERE, define=define, pruner=None):  # noqa: B008  (frozen)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     used = StudyStorage(storage, Sweep(identity))
     study = optuna.create_study(
@@ -41,12 +41,12 @@ def desk(storage, bounds=Bounds(), identity=HERE, define=define, pruner=None):  
         pruner=pruner or optuna.pruners.NopPruner(),
         load_if_exists=True,
     )
-    return Desk(study, used, define, bounds)
+    return StudySession(study, used, define, bounds, max_retries=1)
 
 
 def test_a_trial_has_its_owner_its_parameters_and_what_it_is_called_with(storage):
-    asked = desk(storage).ask()
-    assert isinstance(asked, Asked)
+    asked = session(storage).ask()
+    assert isinstance(asked, AskedTrial)
     assert asked.spec == [f"x={asked.trial.params['x']}"]
     assert ProcessIdentity.from_json(asked.trial.user_attrs[OWNER]) == HERE
 
@@ -56,7 +56,7 @@ def test_a_trial_that_cannot_be_defined_is_told_and_the_error_comes_through(stor
         trial.suggest_float("x", 0, 1)
         raise KeyError("no such thing")
 
-    broken_desk = desk(storage, define=broken)
+    broken_desk = session(storage, define=broken)
     with pytest.raises(KeyError):
         broken_desk.ask()
     (trial,) = broken_desk.study.trials
@@ -69,7 +69,7 @@ def test_a_trial_that_cannot_be_sampled_is_told(storage):
         def before_trial(self, study, trial):
             raise ArithmeticError("singular")
 
-    broken = desk(storage)
+    broken = session(storage)
     broken.study.sampler = Broken()
     with pytest.raises(ArithmeticError):
         broken.ask()
@@ -80,14 +80,14 @@ def test_a_queued_trial_of_which_no_job_can_be_made_fails_alone(storage):
     def choose(trial):
         return [f"x={trial.suggest_categorical('x', [1, 2])}"]
 
-    asking = desk(storage, Bounds(n_trials=1), define=choose)
+    asking = session(storage, Bounds(n_trials=1), define=choose)
     asking.enqueue([{"x": 7}])
     answer = asking.ask()
-    assert isinstance(answer, Unusable)
+    assert isinstance(answer, UnusablePoint)
     assert answer.message.startswith("trial 0 failed: it was queued with x=7, of which no job can be made: ")
     assert asking.study.trials[0].state is TrialState.FAIL
-    assert isinstance(asking.ask(), Asked)
-    asking.tell(1, Ending(How.COMPLETE, (1.0,)))
+    assert isinstance(asking.ask(), AskedTrial)
+    asking.tell(1, TrialEnding(How.COMPLETE, (1.0,)))
     assert asking.ask() == Exhausted(None)
 
 
@@ -97,7 +97,7 @@ def test_a_trial_whose_sampling_is_interrupted_is_told_and_queued_again_if_it_wa
     def stops(*arguments):
         raise KeyboardInterrupt
 
-    asking = desk(storage, define=stops if when == "defined" else define)
+    asking = session(storage, define=stops if when == "defined" else define)
     if when == "sampled":
         asking.study.sampler.before_trial = stops
     if queued:
@@ -108,16 +108,18 @@ def test_a_trial_whose_sampling_is_interrupted_is_told_and_queued_again_if_it_wa
     assert states == ["FAIL", "WAITING"] if queued else ["FAIL"]
     assert asking.study.trials[0].user_attrs[FAILURE] == "the sweep was stopped"
     if queued:
-        assert desk(storage).ask().trial.params == {"x": 0.5}
+        assert session(storage).ask().trial.params == {"x": 0.5}
 
 
 @pytest.mark.parametrize("how", list(How))
 def test_what_is_told_is_in_the_study(storage, how):
-    asking = desk(storage)
+    asking = session(storage)
     asking.ask()
     asking.started(0, ["GPU 3"], "/there/0", "/there/0/job.log")
     asking.report({0: {0: 4.0, 1: 2.0}})
-    asking.tell(0, Ending(how, (1.5,) if how is How.COMPLETE else (), "because" if how is not How.COMPLETE else None))
+    asking.tell(
+        0, TrialEnding(how, (1.5,) if how is How.COMPLETE else (), "because" if how is not How.COMPLETE else None)
+    )
     trial = asking.study.trials[0]
     states = {How.COMPLETE: TrialState.COMPLETE, How.PRUNED: TrialState.PRUNED}
     assert trial.state is states.get(how, TrialState.FAIL)
@@ -128,34 +130,35 @@ def test_what_is_told_is_in_the_study(storage, how):
 
 
 def test_a_trial_that_was_ended_elsewhere_is_not_told_again(storage):
-    asking = desk(storage)
+    asking = session(storage)
     asking.ask()
-    storage.set_trial_state_values(asking.running[0], TrialState.FAIL)
-    assert asking.cancelled() == [0]
+    storage.set_trial_state_values(asking.running[0].id, TrialState.FAIL)
+    assert asking.ended_elsewhere() == [0]
     asking.started(0, [], None, None)
-    asking.tell(0, Ending(How.COMPLETE, (1.0,)))
+    asking.tell(0, TrialEnding(How.COMPLETE, (1.0,)))
     assert asking.study.trials[0].state is TrialState.FAIL
-    assert asking.cancelled() == []
+    assert asking.ended_elsewhere() == []
 
 
 def test_closing_tells_whatever_was_not(storage):
-    asking = desk(storage)
+    asking = session(storage)
     asking.ask()
     asking.ask()
-    summary = asking.close()
+    asking.close()
+    summary = asking.summary()
     assert summary.states == {"fail": 2, "waiting": 2}
     assert summary.best == []
 
 
 def test_trials_of_the_dead_are_settled_and_those_of_others_left_alone(storage):
-    dead = desk(storage, identity=DEAD)
+    dead = session(storage, identity=DEAD)
     dead.ask()
     dead.started(0, [], "/there/0", None)
     dead.ask()
-    elsewhere = desk(storage, identity=replace(DEAD, boot="of another machine", host="other"))
+    elsewhere = session(storage, identity=replace(DEAD, boot="of another machine", host="other"))
     elsewhere.ask()
-    mine = desk(storage)
-    (remark,) = mine.settle(1)
+    mine = session(storage)
+    (remark,) = mine.fail_stale_trials()
     assert remark == "marked 2 trials as failed that a dead sweep had left running, and 2 of them queued again"
     states = [trial.state.name for trial in mine.study.trials]
     assert states == ["FAIL", "FAIL", "RUNNING", "WAITING", "WAITING"]
@@ -165,82 +168,83 @@ def test_trials_of_the_dead_are_settled_and_those_of_others_left_alone(storage):
 
 
 def test_what_ran_when_its_sweep_died_is_queued_again_so_often_and_no_more(storage):
-    for most, left in ((1, "WAITING"), (1, "FAIL")):
-        dead = desk(storage, identity=DEAD)
+    for left in ("WAITING", "FAIL"):
+        dead = session(storage, identity=DEAD)
         asked = dead.ask()
         dead.started(asked.trial.number, [], None, None)
-        desk(storage).settle(most)
+        session(storage).fail_stale_trials()
         assert storage.get_all_trials(dead.study._study_id)[-1].state.name == left
 
 
 def test_a_trial_that_nobody_owns_is_left_alone(storage):
     foreign = optuna.create_study(study_name="one", storage=storage)
     foreign.ask()
-    assert desk(storage).settle(1) == []
+    assert session(storage).fail_stale_trials() == []
     assert foreign.trials[0].state is TrialState.RUNNING
 
 
 def test_the_asking_ends_where_the_bounds_are(storage):
-    two = desk(storage, Bounds(n_trials=2))
+    two = session(storage, Bounds(n_trials=2))
     assert two.expected == 2
     two.ask()
     two.ask()
     assert two.ask() == Exhausted(None)
-    total = desk(storage, Bounds(total_trials=3))
+    total = session(storage, Bounds(total_trials=3))
     assert total.expected == 1
     total.ask()
     assert total.ask() == Exhausted(None)
 
 
 def test_failures_do_not_keep_a_total_from_being_reached(storage):
-    asking = desk(storage, Bounds(total_trials=2))
+    asking = session(storage, Bounds(total_trials=2))
     for number in range(2):
         asking.ask()
-        asking.tell(number, Ending(How.FAILED, message="raised"))
+        asking.tell(number, TrialEnding(How.FAILED, message="raised"))
     assert asking.ask() == Exhausted(None)
 
 
 def test_a_rate_of_failures_means_something_when_there_are_a_few_trials(storage):
-    asking = desk(storage, Bounds(max_failure_rate=0.5))
+    asking = session(storage, Bounds(max_failure_rate=0.5))
     for number in range(9):
         asking.ask()
-        asking.tell(number, Ending(How.FAILED, message="raised"))
+        asking.tell(number, TrialEnding(How.FAILED, message="raised"))
     last = asking.ask()
-    assert isinstance(last, Asked)
-    asking.tell(9, Ending(How.FAILED, message="raised"))
+    assert isinstance(last, AskedTrial)
+    asking.tell(9, TrialEnding(How.FAILED, message="raised"))
     assert asking.ask() == Exhausted(
         "no more trials are asked for: 10 of 10 failed, more than max_failure_rate=0.5 lets", failed=True
     )
 
 
 def test_verdicts_are_those_of_the_studys_pruner(storage):
-    asking = desk(storage, pruner=optuna.pruners.ThresholdPruner(upper=1.0))
+    asking = session(storage, pruner=optuna.pruners.ThresholdPruner(upper=1.0))
     asking.ask()
     asking.ask()
-    assert asking.report({0: {0: 0.5}, 1: {0: 1.5}, 7: {0: 9.0}}) == {0: False, 1: True}
+    assert asking.report({0: {0: 0.5}, 1: {0: 1.5}, 7: {0: 9.0}}) == []
+    assert asking.judge([0, 1, 7]) == {0: False, 1: True}
 
 
 def test_an_earlier_sweep_of_the_same_program_is_dead(storage):
-    desk(storage).ask()
-    assert desk(storage).settle(1) == [
+    session(storage).ask()
+    assert session(storage).fail_stale_trials() == [
         "marked 1 trial as failed that a dead sweep had left running, and 1 of them queued again"
     ]
 
 
 def test_who_loses_the_race_for_a_queued_trial_does_not_become_its_owner(tmp_path):
     storage, other = (gpu_launcher.storage(tmp_path / "study.db") for _ in range(2))
-    winner, loser = desk(storage), desk(other, identity=DEAD)
+    winner, loser = session(storage), session(other, identity=DEAD)
     winner.study.enqueue_trial({"x": 0.5})
     (waiting,) = storage.get_all_trials(winner.study._study_id)
     winner.ask()
     assert not loser.study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
     assert winner.storage.sweep.owns(storage.get_trial(waiting._trial_id))
-    winner.tell(0, Ending(How.COMPLETE, (1.0,)))
+    winner.tell(0, TrialEnding(How.COMPLETE, (1.0,)))
     assert not loser.study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING), "it is over"
 
 
 def test_a_queued_trial_whose_taker_died_at_once_is_settled(storage):
-    taker = desk(storage, identity=DEAD)
+    taker = session(storage, identity=DEAD)
     taker.study.enqueue_trial({"x": 0.5})
     (waiting,) = storage.get_all_trials(taker.study._study_id)
     set_attr = storage.set_trial_user_attr
@@ -255,7 +259,7 @@ def test_a_queued_trial_whose_taker_died_at_once_is_settled(storage):
         taker.study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
     storage.set_trial_user_attr = set_attr
     assert storage.get_trial(waiting._trial_id).state is TrialState.RUNNING
-    assert len(desk(storage).settle(1)) == 1
+    assert len(session(storage).fail_stale_trials()) == 1
 
 
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -263,23 +267,23 @@ def test_a_grid_is_over_when_everything_was_tried_and_nothing_is_queued(storage)
     def choose(trial):
         return [f"x={trial.suggest_categorical('x', [1, 2])}"]
 
-    asking = desk(storage, define=choose)
+    asking = session(storage, define=choose)
     asking.study.sampler = optuna.samplers.BruteForceSampler()
     asking.combinations = 2
     assert asking.expected == 2
     asking.ask()
     asking.ask()
-    asking.tell(0, Ending(How.INTERRUPTED))
+    asking.tell(0, TrialEnding(How.INTERRUPTED))
     again = asking.ask()
-    assert isinstance(again, Asked), "what was interrupted is tried again"
+    assert isinstance(again, AskedTrial), "what was interrupted is tried again"
     assert again.trial.user_attrs[RETRY_OF] == [0]
-    asking.tell(1, Ending(How.FAILED))
-    asking.tell(2, Ending(How.COMPLETE, (1.0,)))
+    asking.tell(1, TrialEnding(How.FAILED))
+    asking.tell(2, TrialEnding(How.COMPLETE, (1.0,)))
     assert isinstance(asking.ask(), Exhausted)
 
 
 def test_who_dies_between_queueing_a_trial_again_and_failing_it_has_it_queued_once(storage, monkeypatch):
-    desk(storage, identity=DEAD).ask()
+    session(storage, identity=DEAD).ask()
 
     def killed(*arguments):
         raise KeyboardInterrupt
@@ -287,33 +291,33 @@ def test_who_dies_between_queueing_a_trial_again_and_failing_it_has_it_queued_on
     with monkeypatch.context() as patched:
         patched.setattr(settling, "fail", killed)
         with pytest.raises(KeyboardInterrupt):
-            desk(storage).settle(1)
-    next_one = desk(storage)
+            session(storage).fail_stale_trials()
+    next_one = session(storage)
     assert [trial.state.name for trial in next_one.study.trials] == ["RUNNING", "WAITING"]
-    assert next_one.settle(1) == [
+    assert next_one.fail_stale_trials() == [
         "marked 1 trial as failed that a dead sweep had left running, and 1 of them queued again"
     ]
     assert [trial.state.name for trial in next_one.study.trials] == ["FAIL", "WAITING"]
 
 
 def test_a_trial_that_has_ended_leaves_no_copy(storage):
-    dead = desk(storage, identity=DEAD)
+    dead = session(storage, identity=DEAD)
     dead.ask()
     (trial,) = storage.get_all_trials(dead.study._study_id)
-    dead.tell(0, Ending(How.COMPLETE, (1.0,)))
+    dead.tell(0, TrialEnding(How.COMPLETE, (1.0,)))
     assert not settling.queue_again(dead.study, trial, 0, "lost")
     assert [trial.state.name for trial in dead.study.trials] == ["COMPLETE"]
 
 
 def test_a_trial_that_ends_while_it_is_queued_again_is_not_repeated(storage, monkeypatch):
-    dead = desk(storage, identity=DEAD)
+    dead = session(storage, identity=DEAD)
     dead.ask()
     (trial,) = storage.get_all_trials(dead.study._study_id)
     create = storage.create_new_trial
 
     def ends_now(*arguments):
         monkeypatch.undo()
-        dead.tell(0, Ending(How.COMPLETE, (1.0,)))
+        dead.tell(0, TrialEnding(How.COMPLETE, (1.0,)))
         return create(*arguments)
 
     monkeypatch.setattr(storage, "create_new_trial", ends_now)
@@ -322,11 +326,11 @@ def test_a_trial_that_ends_while_it_is_queued_again_is_not_repeated(storage, mon
 
 
 def test_a_search_ends_when_none_of_the_first_returns_a_value(storage):
-    one = desk(storage, Bounds(n_trials=20))
+    one = session(storage, Bounds(n_trials=20))
     for _ in range(3):
         asked = one.ask()
-        assert isinstance(asked, Asked)
-        one.tell(asked.trial.number, Ending(How.FAILED, message="returned None", hopeless=True))
+        assert isinstance(asked, AskedTrial)
+        one.tell(asked.trial.number, TrialEnding(How.FAILED, message="returned None", hopeless=True))
     over = one.ask()
     assert isinstance(over, Exhausted)
     assert over.failed
@@ -334,12 +338,12 @@ def test_a_search_ends_when_none_of_the_first_returns_a_value(storage):
 
 
 @pytest.mark.parametrize(
-    "other", [Ending(How.COMPLETE, (1.0,)), Ending(How.FAILED, message="raised"), Ending(How.PRUNED)]
+    "other", [TrialEnding(How.COMPLETE, (1.0,)), TrialEnding(How.FAILED, message="raised"), TrialEnding(How.PRUNED)]
 )
 def test_a_search_goes_on_if_another_trial_ended_otherwise(storage, other):
-    one = desk(storage, Bounds(n_trials=20))
-    for ending in [other, *[Ending(How.FAILED, message="returned None", hopeless=True)] * 5]:
+    one = session(storage, Bounds(n_trials=20))
+    for ending in [other, *[TrialEnding(How.FAILED, message="returned None", hopeless=True)] * 5]:
         asked = one.ask()
-        assert isinstance(asked, Asked)
+        assert isinstance(asked, AskedTrial)
         one.tell(asked.trial.number, ending)
-    assert isinstance(one.ask(), Asked)
+    assert isinstance(one.ask(), AskedTrial)
