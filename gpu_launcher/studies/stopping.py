@@ -23,7 +23,7 @@ class Bounds:
     total_trials: int | None = None
     """Trials of the study that completed, were pruned, or run, and those of this sweep that failed."""
     timeout: float | None = None
-    """Seconds from the opening of the desk."""
+    """Seconds from the opening of the session."""
     patience: int | None = None
     """Trials that completed without improving the best value."""
     max_failure_rate: float | None = None

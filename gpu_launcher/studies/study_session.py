@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -148,8 +148,6 @@ class StudySession:
     """Whether sweeps on the study must sample one after another; see `ask`."""
     warm_up: Callable[[], object] = lambda: None
     """Imports what the sampler needs later, which may take seconds. To be called while there is time."""
-    sampling: Callable[[], AbstractContextManager[None]] = nullcontext
-    """What a trial is sampled in."""
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
     running: dict[int, RunningTrial] = field(default_factory=dict)
@@ -215,29 +213,29 @@ class StudySession:
     def _sample(self) -> AskedTrial | UnusablePoint:
         began = self.clock()
         try:
-            with self.sampling(), self.storage.used_by(self.study):
+            with self.storage.used_by(self.study):
                 trial = self.study.ask()
         except BaseException as error:
-            known = {running.id for running in self.running.values()}
-            for unknown in self._mine():
-                if unknown._trial_id not in known:
-                    self._drop(unknown._trial_id, error, "it could not be sampled")
+            for unknown in self._unknown():
+                self._drop(unknown, "it could not be sampled", stopped=not isinstance(error, Exception))
             raise
         try:
-            with self.sampling():
-                spec = self.define(trial)
+            spec = self.define(trial)
         except BaseException as error:
-            queued = self._drop(trial._trial_id, error, f"it could not be defined: {error}")
-            if not queued or not isinstance(error, Exception):
+            stopped = not isinstance(error, Exception)
+            asked = self.storage.get_trial(trial._trial_id)
+            queued = self._drop(asked, f"it could not be defined: {error}", stopped=stopped)
+            if not queued or stopped:
                 raise
             values = ", ".join(f"{name}={value!r}" for name, value in queued.items())
             message = f"trial {trial.number} failed: it was queued with {values}, of which no job can be made: {error}"
             self._first_failure = self._first_failure or message
             return UnusablePoint(message)
-        self.asked += 1
-        self.running[trial.number] = RunningTrial(trial)
-        self._sampling_seconds += self.clock() - began
         frozen = self.storage.get_trial(trial._trial_id)
+        with self.storage.uninterrupted():  # or another thread, which has taken over, may tell trials at this moment
+            self.asked += 1
+            self.running[trial.number] = RunningTrial(trial)
+            self._sampling_seconds += self.clock() - began
         directions = tuple(direction.value for direction in self.study.directions)
         return AskedTrial(frozen, spec, self.study.study_name, self._prunes, directions)
 
@@ -352,8 +350,10 @@ class StudySession:
     def close(self, message: str = "the sweep ended before it did", *, interrupted: bool = True) -> None:
         """Fail all trials that have not been told, and queue again what they tried, unless that was lost too often.
 
-        They were interrupted, or lost. Also one is failed that was asked for when an exception cut that short.
+        They were interrupted, or lost. Also one is failed that was being sampled when an exception cut that short.
         """
+        for unknown in self._unknown():
+            self._drop(unknown, message, stopped=True)
         for number in self.running:
             self._note_end(number, message)
         self.running.clear()
@@ -399,15 +399,18 @@ class StudySession:
         """The trials that run and are this sweep's."""
         return [trial for trial in self._trials(TrialState.RUNNING) if self.storage.sweep.owns(trial)]
 
-    def _drop(self, id: int, error: BaseException, why: str) -> dict[str, Any]:
+    def _unknown(self) -> list[FrozenTrial]:
+        """Trials of this sweep that have been asked for, and never got here."""
+        known = {running.id for running in self.running.values()}
+        return [trial for trial in self._mine() if trial._trial_id not in known]
+
+    def _drop(self, trial: FrozenTrial, why: str, *, stopped: bool) -> dict[str, Any]:
         """End a trial that was asked for and will not run. Returns the values that it was queued with, if it was."""
-        trial = self.storage.get_trial(id)
         queued: dict[str, Any] = trial.system_attrs.get("fixed_params", {})
-        stopped = not isinstance(error, Exception)
         if stopped and queued:  # it may be somebody's known good point
-            self._give_up(id, STOPPED, interrupted=True)
+            self._give_up(trial._trial_id, STOPPED, interrupted=True)
         else:
-            fail(self.storage, id, STOPPED if stopped else why)
+            fail(self.storage, trial._trial_id, STOPPED if stopped else why)
         return queued
 
     def _give_up(self, id: int, message: str | None, *, interrupted: bool) -> None:

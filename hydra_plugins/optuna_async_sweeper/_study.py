@@ -35,7 +35,7 @@ FILE = "study.db"
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """All that it takes to open the study, which happens in the process that samples."""
+    """All that it takes to open the study."""
 
     config: DictConfig
     """The sweep's own."""

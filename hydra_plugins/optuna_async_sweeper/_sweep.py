@@ -7,10 +7,12 @@ import logging
 import math
 import shlex
 import signal
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import optuna
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
@@ -24,9 +26,17 @@ from gpu_launcher.jobs.labels import Labels
 from gpu_launcher.jobs.node_client import LocalNode
 from gpu_launcher.processes.exceptions import reason
 from gpu_launcher.studies.ownership import Sweep
-from gpu_launcher.studies.source import Opened, TrialSource, seen
 from gpu_launcher.studies.stopping import Exhausted
-from gpu_launcher.studies.study_session import AskedTrial, How, SearchSummary, TrialEnding, UnusablePoint
+from gpu_launcher.studies.study_session import (
+    AskedTrial,
+    How,
+    SearchSummary,
+    StudyError,
+    StudySession,
+    TrialEnding,
+    UnusablePoint,
+)
+from gpu_launcher.studies.sweep_search import SweepSearch, seen
 from hydra_plugins.gpu_pool_launcher._commands import override
 from hydra_plugins.gpu_pool_launcher._directory import make_directory
 from hydra_plugins.gpu_pool_launcher._ending import final
@@ -46,7 +56,7 @@ BATCH = 2
 
 
 PATIENCE = 20.0
-"""Seconds that the sampling process gets to end when the sweep was stopped."""
+"""Seconds that the search gets to end when the sweep was stopped."""
 
 
 class SweepError(CompactHydraException):
@@ -67,8 +77,11 @@ def sweep(sweeper: OptunaAsyncSweeper, arguments: list[str]) -> None:
             check_composition(sweeper.hydra_context.config_loader, sweeper.config, space)
         directory = make_directory(sweeper.config)
         plan = StudyPlan(sweeper.config, sweeper.options, options, space, Sweep(ProcessIdentity.here()))
-        run = _stream if isinstance(sweeper.launcher, GpuPoolLauncher) else _batches
-        run(sweeper, plan, directory)
+        if isinstance(sweeper.launcher, GpuPoolLauncher):
+            with _quiet_optuna():
+                _stream(sweeper, plan, directory)
+        else:
+            _batches(sweeper, plan, directory)
     except GpuLauncherError as error:
         raise final(SweepError(str(error))) from error
     except SweepError as error:
@@ -87,39 +100,36 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
         )
     objectives = len(plan.options.directions)
     labels = Labels(common=[entry for _, entry in plan.space.entries if isinstance(entry, str)])
-    sources: list[TrialSource] = []
-    opened: list[Opened] = []
+    searches: list[SweepSearch] = []
 
-    def open_source(node: LocalNode) -> tuple[TrialSource, int | None]:
-        source = TrialSource(
-            plan.open,
+    def open_search(node: LocalNode) -> tuple[SweepSearch, int | None]:
+        session, remarks = _open(plan)
+        for remark in remarks:
+            log.info(remark)
+        expected = session.expected
+        search = SweepSearch(
+            session,
             lambda asked: Job(asked.trial.number, labels.of(asked.spec), asked.spec, about=seen(asked)),
             lambda result: ending(result, objectives, directory),
-            in_child=node.close_in_child,
             finish=lambda session, summary: finish(session, summary, plan, directory),
             kill_pruned=plan.options.kill_pruned,
         )
-        sources.append(source)
-        study = source.open()
-        opened.append(study)
-        for remark in study.remarks:
-            log.info(remark)
-        return source, study.expected
+        searches.append(search)
+        return search, expected
 
     try:
-        result = stream(launcher, open_source, plan.options.n_jobs, "hydra.sweeper.n_jobs")
+        result = stream(launcher, open_search, plan.options.n_jobs, "hydra.sweeper.n_jobs")
     except BaseException:
-        for source in sources:
+        for search in searches:
             with contextlib.suppress(GpuLauncherError):  # there is another error to show
-                _close(source, PATIENCE)
-        if opened:
+                _close(search, PATIENCE)
             log.info(_how_to_go_on(plan, directory, None))
         raise
-    (source,) = sources
+    (search,) = searches
     stopped_by = result.stopped_by
     try:
         # A sweep that ended by itself gets its report; one that was stopped does not wait for a long sample or plot.
-        summary, lines = _close(source, PATIENCE if result.stopped else None)
+        summary, lines = _close(search, PATIENCE if result.stopped else None)
     except (GpuLauncherError, KeyboardInterrupt) as error:
         log.info(_how_to_go_on(plan, directory, None))
         if isinstance(error, KeyboardInterrupt):
@@ -128,7 +138,7 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
             raise
         log.warning(str(error))
         stop(stopped_by)
-    failed = source.failed
+    failed = search.failed
     if result.stopped and stopped_by is None:
         failed = "the sweep was stopped because hydra.launcher.on_failure or max_failures says so"
         log.info(_how_to_go_on(plan, directory, summary.left))
@@ -137,13 +147,35 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
         stop(stopped_by)
 
 
-def _close(source: TrialSource, patience: float | None) -> tuple[SearchSummary, list[str]]:
-    """Have the trials told that run, if the process can still do that. It ends, whatever is raised."""
+def _open(plan: StudyPlan) -> tuple[StudySession, list[str]]:
+    """The session, and lines for the user."""
     try:
-        return source.close(patience)
-    except BaseException:
-        source.abandon()
+        return plan.open()
+    except GpuLauncherError:
         raise
+    except Exception as error:  # of a sampler, a storage, or the user's search space: anything
+        traceback.print_exc()
+        raise StudyError(f"the search ended: {type(error).__name__}: {error}") from error
+
+
+def _close(search: SweepSearch, patience: float | None) -> tuple[SearchSummary, list[str]]:
+    """Have the trials told that run, if that can still be done. The study is not used afterwards."""
+    try:
+        return search.close(patience)
+    except BaseException:
+        search.abandon()
+        raise
+
+
+@contextlib.contextmanager
+def _quiet_optuna() -> Iterator[None]:
+    """While entered, Optuna says no more than its warnings: the display has the rest."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
 
 
 def _batches(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> None:

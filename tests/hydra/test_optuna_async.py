@@ -369,36 +369,34 @@ def test_a_failure_ends_the_sweep_if_the_launcher_says_so(run: Run, tmp_path: Pa
     assert (tmp_path / "sweep" / "optimization_results.yaml").exists()
 
 
-def test_a_sampler_that_is_killed_ends_the_sweep_and_the_next_one_goes_on(
-    run: Run, start: Start, tmp_path: Path
-) -> None:
+def test_a_node_that_is_killed_ends_the_sweep_and_the_next_one_goes_on(run: Run, start: Start, tmp_path: Path) -> None:
     program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, "seconds=600")
     assert program.stderr is not None
     for line in program.stderr:
         if "job 1 " in line and "started" in line:
             break
     children = psutil.Process(program.pid).children()
-    sampler = max(children, key=lambda child: child.pid)  # forked after the guard
-    sampler.kill()
+    (node,) = children
+    node.kill()
     _, err = program.communicate(timeout=60)
     assert program.returncode == 1
-    assert "the process that asks for trials has ended" in err
+    assert "the process that starts jobs was killed" in err
     assert not [child for child in children if child.is_running()]
     sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=3")
     assert "RUNNING" not in states(study(tmp_path))
 
 
 @contextmanager
-def full(file: Path, sampler: psutil.Process) -> Iterator[None]:
+def full(file: Path, program: psutil.Process) -> Iterator[None]:
     """The disk is full, for that process."""
-    before = sampler.rlimit(psutil.RLIMIT_FSIZE)
-    sampler.rlimit(psutil.RLIMIT_FSIZE, (1, before[1]))
+    before = program.rlimit(psutil.RLIMIT_FSIZE)
+    program.rlimit(psutil.RLIMIT_FSIZE, (1, before[1]))
     yield
-    sampler.rlimit(psutil.RLIMIT_FSIZE, before)
+    program.rlimit(psutil.RLIMIT_FSIZE, before)
 
 
 @contextmanager
-def locked(file: Path, sampler: psutil.Process) -> Iterator[None]:
+def locked(file: Path, program: psutil.Process) -> Iterator[None]:
     """Somebody else writes."""
     with closing(sqlite3.connect(file, isolation_level=None)) as database:
         database.execute("BEGIN EXCLUSIVE")
@@ -413,8 +411,7 @@ def test_a_sweep_bears_a_database_that_cannot_be_used_for_a_while(
     options = ("does=reports", "steps=10", "hydra.sweeper.n_trials=12")
     program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, *options)
     wait_for_line(program, "(2/12 done)")
-    sampler = max(psutil.Process(program.pid).children(), key=lambda child: child.pid)  # forked after the guard
-    with trouble(tmp_path / "sweep" / "study.db", sampler):
+    with trouble(tmp_path / "sweep" / "study.db", psutil.Process(program.pid)):
         if trouble is full:
             wait_for_line(program, "study database unavailable (", "running jobs continue, retrying")
         before = len(witness(tmp_path))
@@ -545,7 +542,7 @@ def test_ctrl_c_while_the_sampler_samples_does_not_wait_for_it(run: Run, start: 
     program.send_signal(signal.SIGINT)
     began = time.monotonic()
     out, err = program.communicate(timeout=60)
-    assert time.monotonic() - began < 15, "less than a sampling process that does not answer is given"
+    assert time.monotonic() - began < 15, "less than a search that does not answer is given"
     assert program.returncode in (130, -signal.SIGINT)
     assert "to continue the study" in out
     assert "Traceback" not in err

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import select
 
 import optuna
 import pytest
@@ -10,14 +10,12 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import InMemoryStorage
 
 from gpu_launcher.jobs.identity import ProcessIdentity
-from gpu_launcher.processes.messages import channel, receive, send
-from gpu_launcher.studies import source
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.pruning import Judge
-from gpu_launcher.studies.stopping import Bounds
 from gpu_launcher.studies.storage_retry import MAX_OUTAGE_SECONDS, StorageRetry
-from gpu_launcher.studies.study_session import StudySession
+from gpu_launcher.studies.study_session import StudyError, StudySession
 from gpu_launcher.studies.study_storage import StudyStorage
+from gpu_launcher.studies.sweep_search import SweepSearch
 
 
 class World:
@@ -95,26 +93,23 @@ def test_judging_trials_leaves_the_storage_as_it_was():
     assert len(study.trials) == 2, "it shows the trials as they are"
 
 
-def test_a_database_that_was_given_up_is_not_waited_for_again_to_tell_the_rest(monkeypatch):
+def test_a_database_that_was_given_up_is_not_waited_for_again_to_tell_the_rest():
     tries = []
 
     class Out(StudySession):
         def ask(self):
             raise StorageInternalError("out of order for ten minutes")
 
-        def close(self):
+        def close(self, *arguments, **options):
             tries.append("waits for ten minutes more")
 
-    def open_session():
-        storage = StudyStorage(InMemoryStorage(), Sweep(ProcessIdentity.here()))
-        study = optuna.create_study(storage=storage)
-        return Out(study, storage, lambda trial: [], Bounds()), []
-
-    ours, theirs = channel()
-    with ours, theirs:
-        monkeypatch.setattr(signal, "signal", lambda *arguments: None)
-        send(ours, source._Ask(1))
-        source._serve(theirs, open_session, lambda session, summary: [])
-        receive(ours)
-        assert "out of order" in str(receive(ours)[0].error)
+    storage = StudyStorage(InMemoryStorage(), Sweep(ProcessIdentity.here()))
+    session = Out(optuna.create_study(storage=storage), storage)
+    search = SweepSearch(session, lambda asked: None, lambda result: None, lambda session, summary: [])
+    search.ask(1)
+    assert select.select([search], [], [], 60)[0]
+    with pytest.raises(StudyError, match="out of order"):
+        search.receive()
+    with pytest.raises(StudyError, match="out of order"):
+        search.close()
     assert tries == []
