@@ -19,9 +19,9 @@ from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.processes.worker import JobContext, print_exception
 from gpu_launcher.studies import reporting, trial
-from gpu_launcher.studies.dialogue import NotANumber, ObjectiveEnding, Pruned, Raised, Returned, TrialToRun
-from gpu_launcher.studies.study_in_job import become_door, unpickled
-from gpu_launcher.studies.worker_trial import Line, WorkerTrial
+from gpu_launcher.studies.optimize_messages import NotANumber, ObjectiveEnding, Pruned, Raised, Returned, TrialToRun
+from gpu_launcher.studies.study_proxy import install_proxy, unpickled
+from gpu_launcher.studies.worker_trial import ObjectiveChannel, WorkerTrial
 
 DONE = Report(ok=True, message=None, payload=b"")
 """How the objective ended has been said by then."""
@@ -60,31 +60,31 @@ class Objective:
         """See `Program`."""
         context.prepared(self.request, None)
         context.wait()
-        line = Line(context)
+        channel = ObjectiveChannel(context)
         try:
-            seen = line.hear()
+            seen = channel.hear()
         except KeyboardInterrupt:
             return Report(ok=False, message="was interrupted before it had a trial", payload=b"")
         if not isinstance(seen, TrialToRun):
             return DONE
         try:
-            ending = self._run(WorkerTrial(seen, line), line)
+            ending = self._run(WorkerTrial(seen, channel), channel)
         except BaseException as error:  # neither an Exception nor KeyboardInterrupt, and so no ending of an objective
             return _left(error)
-        if line.mine:  # or this is a fork of the objective's, and comes here as it would in any program
-            line.say(ending)
+        if channel.mine:  # or this is a fork of the objective's, and comes here as it would in any program
+            channel.say(ending)
         return DONE
 
-    def _run(self, mine: WorkerTrial, line: Line) -> ObjectiveEnding:
+    def _run(self, mine: WorkerTrial, channel: ObjectiveChannel) -> ObjectiveEnding:
         trial.become(mine)
         reporting.objective_in = os.getpid()
-        become_door(self.study, mine.study)
+        install_proxy(self.study, mine.study)
         try:
             return Returned(_values(self.function(mine)))
         except TrialPruned as pruned:
             return Pruned(str(pruned))
         except (Exception, KeyboardInterrupt) as error:
-            return Raised(PortableException.of(error, line.known), isinstance(error, self.catch))
+            return Raised(PortableException.of(error, channel.known), isinstance(error, self.catch))
 
 
 def _left(error: BaseException) -> Report:

@@ -20,10 +20,10 @@ from gpu_launcher.jobs.node_client import RemoteLoop
 from gpu_launcher.jobs.where import this_program
 from gpu_launcher.pool import Pool, read_pool
 from gpu_launcher.requests import read_request
-from gpu_launcher.studies.conductor import Callback, Conductor, log
 from gpu_launcher.studies.objective import Objective
 from gpu_launcher.studies.ownership import Sweep, working
-from gpu_launcher.studies.settling import NEVER
+from gpu_launcher.studies.search_loop import Callback, SearchLoop, log
+from gpu_launcher.studies.stale_trials import NEVER
 from gpu_launcher.studies.stopping import Bounds
 from gpu_launcher.studies.storage import keep_connections_from_jobs
 from gpu_launcher.studies.study_session import StudySession
@@ -110,7 +110,7 @@ def optimize(
                 log.warning(line)
             bar = _ProgressBar(show_progress_bar, bounds.n_trials, bounds.timeout)
             try:
-                Conductor(session, loop, caught, after_each, bar, options).conduct()
+                SearchLoop(session, loop, caught, after_each, bar, options).run()
             finally:
                 bar.close()
     finally:

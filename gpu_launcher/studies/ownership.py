@@ -16,7 +16,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from gpu_launcher.jobs.identity import ProcessIdentity
-from gpu_launcher.studies.attributes import CLAIM, OWNER
+from gpu_launcher.studies.trial_attrs import CLAIM, OWNER
 
 _working: set[str] = set()
 """Ids of this process's sweeps that work now, where there may be several: in threads of it."""

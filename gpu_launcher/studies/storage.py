@@ -31,7 +31,7 @@ from gpu_launcher.errors import StorageError
 from gpu_launcher.leases.pool_directory import MOUNTINFO
 from gpu_launcher.studies.connections import close_before_forks, connect
 from gpu_launcher.studies.files import check_file, check_local, explained, make_ready, opening
-from gpu_launcher.studies.places import JournalFile, SQLiteFile, place_of, unknown_scheme, without_password
+from gpu_launcher.studies.storage_url import JournalFile, SQLiteFile, read_storage_url, unknown_scheme, without_password
 
 TABLES = frozenset(models.BaseModel.metadata.tables) | {"alembic_version"}
 DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
@@ -68,7 +68,7 @@ def storage(url: str | os.PathLike[str] | BaseStorage | None, *, mountinfo: Path
         return url
     if not isinstance(url, (str, os.PathLike)) or not isinstance(os.fspath(url), str):
         raise StorageError(repr(url), "is neither a URL nor a path nor an Optuna storage: write sqlite:///study.db")
-    place = place_of(url)
+    place = read_storage_url(url)
     if isinstance(place, SQLiteFile):
         check_file(place.path)
         check_local(place.path, mountinfo)

@@ -24,11 +24,12 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.errors import GpuLauncherError
-from gpu_launcher.studies.attributes import FAILURE, JOB, LOST
+from gpu_launcher.studies import stale_trials
 from gpu_launcher.studies.pruning import Judge
-from gpu_launcher.studies.settling import fail, losses, queue_again, settle
+from gpu_launcher.studies.stale_trials import fail, losses, queue_again
 from gpu_launcher.studies.stopping import ENDED, Bounds, Exhausted, Stopping, Tally
 from gpu_launcher.studies.study_storage import StudyStorage
+from gpu_launcher.studies.trial_attrs import FAILURE, JOB, LOST
 
 STOPPED = "the sweep was stopped"
 MAX_HOPELESS = 3
@@ -173,7 +174,7 @@ class StudySession:
     def fail_stale_trials(self, who: str = "sweep") -> list[str]:
         """See `stale_trials`. One session at a time, or two would queue the same trial again."""
         with self.storage.alone():
-            return settle(self.study, self.storage.sweep, self.max_retries, who)
+            return stale_trials.fail_stale_trials(self.study, self.storage.sweep, self.max_retries, who)
 
     def enqueue(self, points: Sequence[Mapping[str, Any]]) -> None:
         """Try these parameters first, unless the study has them already."""

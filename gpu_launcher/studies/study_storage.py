@@ -25,9 +25,9 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.studies import storage as databases
-from gpu_launcher.studies.attributes import CLAIM, OWNER
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.storage_retry import StorageRetry
+from gpu_launcher.studies.trial_attrs import CLAIM, OWNER
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -27,6 +27,7 @@ from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.model import Device
+from gpu_launcher.studies.rank_reporters import Attribute, Intermediate, Verdict
 from gpu_launcher.studies.stopping import Exhausted
 from gpu_launcher.studies.storage_retry import StorageRetry
 from gpu_launcher.studies.study_session import (
@@ -38,7 +39,6 @@ from gpu_launcher.studies.study_session import (
     UnusablePoint,
 )
 from gpu_launcher.studies.trial import TrialSeen
-from gpu_launcher.studies.voices import Attribute, Intermediate, Verdict
 
 LOOK = 2.0
 """Seconds between two looks at whether somebody else has ended a trial."""

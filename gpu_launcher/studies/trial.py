@@ -23,8 +23,8 @@ from optuna.trial import BaseTrial
 
 from gpu_launcher.processes import job_channel
 from gpu_launcher.processes.rank_decisions import RankDecisions, is_later_rank
-from gpu_launcher.studies.attributes import OURS
-from gpu_launcher.studies.voices import Follower, Main, Nobody, Unheard, Voice
+from gpu_launcher.studies.rank_reporters import DetachedReporter, FollowerReporter, MainReporter, NullReporter, Reporter
+from gpu_launcher.studies.trial_attrs import OURS
 
 if TYPE_CHECKING:
     from gpu_launcher.studies.worker_trial import WorkerTrial
@@ -60,22 +60,22 @@ class JobTrial(BaseTrial):
     copy is made or unpickled.
     """
 
-    def __init__(self, seen: TrialSeen, voice: Voice) -> None:
+    def __init__(self, seen: TrialSeen, reporter: Reporter) -> None:
         self._seen = seen
-        self._voices = (os.getpid(), voice)
+        self._reporters = (os.getpid(), reporter)
         self._user_attrs = dict(seen.user_attrs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return current_trial, ()
 
     @property
-    def _voice(self) -> Voice:
+    def _reporter(self) -> Reporter:
         """This process's: after a fork, another than before."""
-        process, voice = self._voices
+        process, reporter = self._reporters
         if process != os.getpid():
-            voice = _trial_of_job()._voice
-            self._voices = (os.getpid(), voice)
-        return voice
+            reporter = _trial_of_job()._reporter
+            self._reporters = (os.getpid(), reporter)
+        return reporter
 
     def report(self, value: float, step: int) -> None:
         """Tell the study a value on the way, such as the validation loss after epoch `step`.
@@ -86,22 +86,22 @@ class JobTrial(BaseTrial):
         """
         if self._seen.objectives > 1:
             raise NotImplementedError("Trial.report is not supported for multi-objective optimization.")
-        voice = self._voice
-        if not isinstance(voice, Follower):
-            voice.report(_number(value), _step(step))
+        reporter = self._reporter
+        if not isinstance(reporter, FollowerReporter):
+            reporter.report(_number(value), _step(step))
 
     def should_prune(self) -> bool:
         """Whether the study wants this job to end now, by raising `optuna.TrialPruned`.
 
-        False where the study has no pruner, or nothing has been reported. Waits at most `voices.PATIENCE` seconds for
-        the verdict on the last report; a verdict that takes longer is heard by a later call.
+        False where the study has no pruner, or nothing has been reported. Waits at most
+        `rank_reporters.VERDICT_SECONDS` for the verdict on the last report; a later call gets one that takes longer.
 
         In a later rank of a distributed job each call waits for the same call of the first rank and returns what that
         returned, so that all ranks leave at the same step. So call it in the first rank only, or in all alike.
         """
         if self._seen.objectives > 1:
             raise NotImplementedError("Trial.should_prune is not supported for multi-objective optimization.")
-        return self._seen.prunes and self._voice.should_prune()
+        return self._seen.prunes and self._reporter.should_prune()
 
     def set_user_attr(self, key: str, value: Any) -> None:
         """Store something with the trial. Only the job's main process can.
@@ -110,9 +110,9 @@ class JobTrial(BaseTrial):
         ValueError for a name that is too long for databases, or begins as the sweep's own do.
         """
         refuse_attribute(key)
-        voice = self._voice
-        if not isinstance(voice, Follower):
-            voice.set_user_attr(str(key), value)
+        reporter = self._reporter
+        if not isinstance(reporter, FollowerReporter):
+            reporter.set_user_attr(str(key), value)
             self._user_attrs[str(key)] = value
 
     @property
@@ -216,7 +216,7 @@ class NoTrial(JobTrial):
     """
 
     def __init__(self) -> None:
-        super().__init__(TrialSeen(0, "", {}, {}, {}, None, prunes=False, objectives=1), Nobody())
+        super().__init__(TrialSeen(0, "", {}, {}, {}, None, prunes=False, objectives=1), NullReporter())
 
 
 def refuse_attribute(key: object) -> None:
@@ -261,16 +261,16 @@ def _trial_of_job() -> JobTrial:
         return NoTrial()
     later = None if channel is not None else is_later_rank(decisions.inherited)
     if channel is None and later is None:
-        return JobTrial(decisions.about, Nobody())  # it may yet be told that it is a rank
-    trial = JobTrial(decisions.about, Main(channel) if channel is not None else _rank(decisions, bool(later)))
+        return JobTrial(decisions.about, NullReporter())  # it may yet be told that it is a rank
+    trial = JobTrial(decisions.about, MainReporter(channel) if channel is not None else _rank(decisions, bool(later)))
     _here = (os.getpid(), trial)
     return trial
 
 
-def _rank(decisions: RankDecisions, later: bool) -> Voice:
+def _rank(decisions: RankDecisions, later: bool) -> Reporter:
     if later:
-        return Follower(decisions, anew=job_channel.runs_anew())
-    return Unheard(decisions) if decisions.take_the_lead() else Nobody()
+        return FollowerReporter(decisions, anew=job_channel.runs_anew())
+    return DetachedReporter(decisions) if decisions.take_the_lead() else NullReporter()
 
 
 def _number(value: Any) -> float:

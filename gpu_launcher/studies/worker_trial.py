@@ -16,9 +16,9 @@ from optuna.trial import BaseTrial
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException
 from gpu_launcher.processes.worker import JobContext
-from gpu_launcher.studies.dialogue import Answer, Call, ObjectiveEnding, ShallPrune, TrialToRun, unpack
+from gpu_launcher.studies.optimize_messages import Answer, Call, ObjectiveEnding, ShallPrune, TrialToRun, unpack
+from gpu_launcher.studies.rank_reporters import Intermediate
 from gpu_launcher.studies.trial import _number, _step, refuse_attribute
-from gpu_launcher.studies.voices import Intermediate
 
 STUDY_ATTRIBUTES = frozenset(
     ("best_params", "best_trial", "best_trials", "best_value", "metric_names", "trials", "user_attrs")
@@ -36,7 +36,7 @@ TRIAL_METHODS = frozenset(
 )
 
 
-class Line:
+class ObjectiveChannel:
     """To the program. May be used by several threads of the job's process, and by no process that it forks."""
 
     def __init__(self, context: JobContext) -> None:
@@ -102,12 +102,12 @@ class WorkerTrial(BaseTrial):
     `should_prune` is False, and the rest raises RuntimeError.
     """
 
-    def __init__(self, seen: TrialToRun, line: Line) -> None:
+    def __init__(self, seen: TrialToRun, channel: ObjectiveChannel) -> None:
         self._seen = seen
-        self._line = line
-        line.trial = seen.number
+        self._channel = channel
+        channel.trial = seen.number
         self._reported: set[int] = set()
-        self._study = StudyView(seen, line)
+        self._study = StudyView(seen, channel)
 
     def __reduce__(self) -> tuple[Any, ...]:
         from gpu_launcher.studies.trial import current_trial
@@ -188,13 +188,13 @@ class WorkerTrial(BaseTrial):
             )
             return
         self._reported.add(whole)
-        if self._line.mine:
-            self._line.say(Intermediate(whole, number))
+        if self._channel.mine:
+            self._channel.say(Intermediate(whole, number))
 
     def should_prune(self) -> bool:
         """See `optuna.trial.Trial`. Waits for the verdict on all that was reported."""
         self._refuse_several_objectives("should_prune")
-        return self._seen.prunes and self._line.mine and self._line.shall_prune()
+        return self._seen.prunes and self._channel.mine and self._channel.shall_prune()
 
     def set_user_attr(self, key: str, value: Any) -> None:
         """See `optuna.trial.Trial`. Raises ValueError for a name that is too long for databases, or is one of ours."""
@@ -251,7 +251,7 @@ class WorkerTrial(BaseTrial):
     _trial_id = storage
 
     def _call(self, name: str, *positional: Any, **named: Any) -> Any:
-        return self._line.call("trial", name, *positional, **named)
+        return self._channel.call("trial", name, *positional, **named)
 
     def _refuse_several_objectives(self, method: str) -> None:
         if len(self._seen.directions) > 1:
@@ -265,8 +265,8 @@ class StudyView:
     `get_trials`, `enqueue_trial` and `set_user_attr`.
     """
 
-    def __init__(self, seen: TrialToRun, line: Line) -> None:
-        self._line = line
+    def __init__(self, seen: TrialToRun, channel: ObjectiveChannel) -> None:
+        self._channel = channel
         self.study_name = seen.study
         self.directions = [StudyDirection(direction) for direction in seen.directions]
 
@@ -284,9 +284,9 @@ class StudyView:
 
     def __getattr__(self, name: str) -> Any:
         if name in STUDY_ATTRIBUTES:
-            return self._line.call("study", name)
+            return self._channel.call("study", name)
         if name in STUDY_METHODS:
-            return lambda *positional, **named: self._line.call("study", name, *positional, **named)
+            return lambda *positional, **named: self._channel.call("study", name, *positional, **named)
         raise AttributeError(absent(name))
 
 

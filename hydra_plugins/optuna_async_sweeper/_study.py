@@ -17,8 +17,8 @@ from optuna.study import StudyDirection
 
 from gpu_launcher.errors import OptionError
 from gpu_launcher.studies.ownership import Sweep
-from gpu_launcher.studies.places import without_password
 from gpu_launcher.studies.storage import storage as open_storage
+from gpu_launcher.studies.storage_url import without_password
 from gpu_launcher.studies.study_session import StudyError, StudySession
 from gpu_launcher.studies.study_storage import StudyStorage
 

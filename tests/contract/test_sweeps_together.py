@@ -15,10 +15,10 @@ from optuna.trial import TrialState
 
 import gpu_launcher
 from gpu_launcher.jobs.identity import ProcessIdentity
-from gpu_launcher.studies.attributes import RETRY_OF
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.study_session import StudySession
 from gpu_launcher.studies.study_storage import StudyStorage
+from gpu_launcher.studies.trial_attrs import RETRY_OF
 
 FORK = multiprocessing.get_context("fork")
 SWEEPS = 6

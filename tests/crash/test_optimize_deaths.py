@@ -24,7 +24,7 @@ from optuna.trial import TrialState
 
 import gpu_launcher
 from gpu_launcher.processes.linux import die_with_parent
-from gpu_launcher.studies.attributes import RETRY_OF
+from gpu_launcher.studies.trial_attrs import RETRY_OF
 from tests.waiting import alive, until
 
 PATIENCE = 30.0
@@ -37,7 +37,7 @@ from pathlib import Path
 import optuna
 import gpu_launcher
 from gpu_launcher.jobs.where import Where
-from gpu_launcher.studies import settling
+from gpu_launcher.studies import stale_trials
 
 HERE = Path(__file__).parent
 OPTIONS = json.loads(sys.argv[1])
@@ -76,9 +76,9 @@ def slowly(storage, id, message):
 
 
 if __name__ == "__main__":
-    fail = settling.fail
+    fail = stale_trials.fail
     if OPTIONS.get("slow_disk"):
-        settling.fail = slowly
+        stale_trials.fail = slowly
     study = optuna.create_study(
         study_name="shared",
         storage=gpu_launcher.storage("sqlite:///study.db"),

@@ -21,7 +21,7 @@ import yaml
 from optuna.trial import TrialState
 
 import gpu_launcher
-from gpu_launcher.studies.attributes import JOB, RETRY_OF
+from gpu_launcher.studies.trial_attrs import JOB, RETRY_OF
 from tests.waiting import until
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -10,12 +10,12 @@ from optuna.trial import TrialState
 
 import gpu_launcher
 from gpu_launcher.jobs.identity import ProcessIdentity
-from gpu_launcher.studies import settling
-from gpu_launcher.studies.attributes import FAILURE, JOB, LOST, OWNER, RETRY_OF
+from gpu_launcher.studies import stale_trials
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.stopping import Bounds, Exhausted
 from gpu_launcher.studies.study_session import AskedTrial, How, StudySession, TrialEnding, UnusablePoint
 from gpu_launcher.studies.study_storage import StudyStorage
+from gpu_launcher.studies.trial_attrs import FAILURE, JOB, LOST, OWNER, RETRY_OF
 
 HERE = ProcessIdentity.here()
 DEAD = replace(HERE, pid=2**22)
@@ -289,7 +289,7 @@ def test_who_dies_between_queueing_a_trial_again_and_failing_it_has_it_queued_on
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(settling, "fail", killed)
+        patched.setattr(stale_trials, "fail", killed)
         with pytest.raises(KeyboardInterrupt):
             session(storage).fail_stale_trials()
     next_one = session(storage)
@@ -305,7 +305,7 @@ def test_a_trial_that_has_ended_leaves_no_copy(storage):
     dead.ask()
     (trial,) = storage.get_all_trials(dead.study._study_id)
     dead.tell(0, TrialEnding(How.COMPLETE, (1.0,)))
-    assert not settling.queue_again(dead.study, trial, 0, "lost")
+    assert not stale_trials.queue_again(dead.study, trial, 0, "lost")
     assert [trial.state.name for trial in dead.study.trials] == ["COMPLETE"]
 
 
@@ -321,7 +321,7 @@ def test_a_trial_that_ends_while_it_is_queued_again_is_not_repeated(storage, mon
         return create(*arguments)
 
     monkeypatch.setattr(storage, "create_new_trial", ends_now)
-    assert not settling.queue_again(dead.study, trial, 0, "lost")
+    assert not stale_trials.queue_again(dead.study, trial, 0, "lost")
     assert [trial.state.name for trial in dead.study.trials] == ["COMPLETE", "FAIL"]
 
 

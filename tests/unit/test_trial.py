@@ -26,8 +26,15 @@ from gpu_launcher.jobs.manifest import Recorder
 from gpu_launcher.processes import job_channel, messages, rank_decisions
 from gpu_launcher.processes.messages import JobMessage, JobReply
 from gpu_launcher.studies import trial as trial_module
+from gpu_launcher.studies.rank_reporters import (
+    VERDICT_SECONDS,
+    Attribute,
+    Intermediate,
+    MainReporter,
+    NullReporter,
+    Verdict,
+)
 from gpu_launcher.studies.trial import JobTrial, NoTrial, TrialSeen
-from gpu_launcher.studies.voices import PATIENCE, Attribute, Intermediate, Main, Nobody, Verdict
 
 SEEN = TrialSeen(
     number=7,
@@ -128,7 +135,7 @@ def test_a_verdict_that_takes_long_is_heard_by_a_later_call(sweep: Sweep) -> Non
     trial.report(1.0, 0)
     before = time.monotonic()
     assert not trial.should_prune()
-    assert time.monotonic() - before >= PATIENCE * 0.9
+    assert time.monotonic() - before >= VERDICT_SECONDS * 0.9
     sweep.says(0, True)
     assert trial.should_prune()
 
@@ -138,7 +145,7 @@ def test_without_a_pruner_nothing_is_waited_for(sweep: Sweep) -> None:
     trial.report(1.0, 0)
     before = time.monotonic()
     assert not any(trial.should_prune() for _ in range(10))
-    assert time.monotonic() - before < PATIENCE
+    assert time.monotonic() - before < VERDICT_SECONDS
 
 
 def test_verdicts_that_nobody_asks_for_do_not_pile_up(sweep: Sweep) -> None:
@@ -328,7 +335,7 @@ def test_the_process_with_the_channel_is_the_first_rank_whatever_the_environment
 ) -> None:
     monkeypatch.setenv("RANK", "3")
     trial = sweep.begin()
-    assert isinstance(trial._voice, Main)
+    assert isinstance(trial._reporter, MainReporter)
 
 
 # The job's other processes: real ones
@@ -432,7 +439,7 @@ import gpu_launcher
 from gpu_launcher.processes import job_channel, messages
 from gpu_launcher.processes.messages import JobReply
 from gpu_launcher.studies.trial import TrialSeen
-from gpu_launcher.studies.voices import Verdict
+from gpu_launcher.studies.rank_reporters import Verdict
 
 def later_rank(start):
     if start != "at_once":
@@ -512,7 +519,7 @@ def test_a_forked_process_that_is_no_rank_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_who_is_left_alone_has_a_voice_that_says_nothing() -> None:
-    trial = JobTrial(SEEN, Nobody())
+    trial = JobTrial(SEEN, NullReporter())
     trial.report(1.0, 0)
     assert not trial.should_prune()
 

@@ -20,7 +20,7 @@ from gpu_launcher.processes.rank_decisions import RankDecisions
 
 log = logging.getLogger("gpu_launcher")
 
-PATIENCE = 0.05
+VERDICT_SECONDS = 0.05
 """Seconds for which `should_prune` waits for the verdict on the last report. What comes later counts the next time."""
 
 
@@ -55,7 +55,7 @@ class Verdict:
     prune: bool
 
 
-class Voice(Protocol):
+class Reporter(Protocol):
     """A process's, for the trial of its job. Safe to use from several threads."""
 
     def report(self, value: float, step: int) -> None:
@@ -68,21 +68,21 @@ class Voice(Protocol):
         """See `JobTrial`."""
 
 
-class Nobody:
+class NullReporter:
     """Of a process that does not matter to the sweep."""
 
     def report(self, value: float, step: int) -> None:
-        """Nobody hears it."""
+        """NullReporter hears it."""
 
     def should_prune(self) -> bool:
         """Never."""
         return False
 
     def set_user_attr(self, key: str, value: Any) -> None:
-        """Nobody hears it."""
+        """NullReporter hears it."""
 
 
-class Main:
+class MainReporter:
     """Of the job's main process, which is the first rank if there are several."""
 
     def __init__(self, channel: JobChannel) -> None:
@@ -106,7 +106,7 @@ class Main:
         """What the sweep said of the last report. Raises OSError if the other ranks cannot be told."""
         with self._lock:
             if self._judged != self._reported:
-                self._listen(PATIENCE)
+                self._listen(VERDICT_SECONDS)
             self._channel.decisions.append(self._prune)
             return self._prune
 
@@ -120,7 +120,7 @@ class Main:
         self._channel.say(Attribute(key, json.dumps(value)))
 
 
-class Follower(Nobody):
+class FollowerReporter(NullReporter):
     """Of a later rank: it does what the first rank does."""
 
     def __init__(self, decisions: RankDecisions, *, anew: bool) -> None:
@@ -141,7 +141,7 @@ class Follower(Nobody):
             return prune
 
 
-class Unheard(Nobody):
+class DetachedReporter(NullReporter):
     """Of a first rank that is not the job's main process, as torchrun starts it. Nothing is pruned.
 
     The later ranks are told so, for they ask.
@@ -153,7 +153,7 @@ class Unheard(Nobody):
         self._warned = False
 
     def report(self, value: float, step: int) -> None:
-        """Nobody hears it, of which the user is told."""
+        """NullReporter hears it, of which the user is told."""
         self._warn()
 
     def should_prune(self) -> bool:

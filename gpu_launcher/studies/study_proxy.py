@@ -1,6 +1,6 @@
 """The study that an objective has from the program, as one of its globals or in its closure, and not from its trial.
 
-It is a copy there, which nobody else would hear of. So it becomes a door to the program's study, as `trial.study` is.
+It is a copy there, which nobody else would hear of. So it becomes a proxy to the program's study, as `trial.study` is.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NOT_HERE = frozenset(
 )
 
 
-class _Door(_Base):
+class StudyProxy(_Base):
     """Mixed into the class of a study; what only reads the study's trials, as `trials_dataframe`, works by that."""
 
     def __getattribute__(self, name: str) -> Any:
@@ -44,25 +44,25 @@ class _Door(_Base):
         return _view(self).__reduce__()
 
 
-def become_door(study: optuna.Study, view: StudyView) -> None:
+def install_proxy(study: optuna.Study, view: StudyView) -> None:
     """Have everything that is asked of this study answered by the program's."""
-    if not isinstance(study, _Door):
-        study.__class__ = _door(type(study))
+    if not isinstance(study, StudyProxy):
+        study.__class__ = _proxy_class(type(study))
     vars(study)[_VIEW] = view
 
 
 def unpickled() -> optuna.Study:
-    """What a study is in a fresh interpreter, until it becomes a door."""
-    kind = _door(optuna.Study)
+    """What a study is in a fresh interpreter, until it becomes a proxy."""
+    kind = _proxy_class(optuna.Study)
     return kind.__new__(kind)
 
 
-def _door(kind: type[optuna.Study]) -> type[optuna.Study]:
-    return type(kind.__name__, (_Door, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+def _proxy_class(kind: type[optuna.Study]) -> type[optuna.Study]:
+    return type(kind.__name__, (StudyProxy, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
-def _view(door: _Door) -> StudyView:
-    view = vars(door).get(_VIEW)
+def _view(proxy: StudyProxy) -> StudyView:
+    view = vars(proxy).get(_VIEW)
     if view is None:
         raise RuntimeError("a study can be used by the objective only, and not before it is called")
     assert isinstance(view, StudyView)

@@ -11,15 +11,15 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from gpu_launcher.studies.attributes import FAILURE, JOB, LOST, OURS, RETRY_OF
 from gpu_launcher.studies.ownership import Sweep
+from gpu_launcher.studies.trial_attrs import FAILURE, JOB, LOST, OURS, RETRY_OF
 from gpu_launcher.wording import count
 
 NEVER = -1
 """As `most_retries`: no trial is queued again, not even one that never ran."""
 
 
-def settle(study: optuna.Study, sweep: Sweep, most_retries: int, who: str = "sweep") -> list[str]:
+def fail_stale_trials(study: optuna.Study, sweep: Sweep, most_retries: int, who: str = "sweep") -> list[str]:
     """Fail the trials that dead sweeps left running, and queue each again, up to so many times.
 
     Returns what was done, as lines for the user, to whom a sweep is `who`. Trials whose owner lives, may live, or is

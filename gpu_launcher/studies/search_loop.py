@@ -33,10 +33,10 @@ from gpu_launcher.jobs.where import GRACE
 from gpu_launcher.model import MILLIONTHS, WHOLE, Device
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException
-from gpu_launcher.studies import dialogue as d
-from gpu_launcher.studies.ctrl_c import CtrlC
+from gpu_launcher.studies import optimize_messages as d
+from gpu_launcher.studies.deferred_sigint import DeferredSigint
+from gpu_launcher.studies.rank_reporters import Intermediate
 from gpu_launcher.studies.study_session import STATES, AskedTrial, How, StudySession, TrialEnding
-from gpu_launcher.studies.voices import Intermediate
 from gpu_launcher.studies.worker_trial import STUDY_ATTRIBUTES, STUDY_METHODS, TRIAL_ATTRIBUTES, TRIAL_METHODS
 
 log = logging.getLogger("gpu_launcher")
@@ -54,8 +54,8 @@ INTERRUPTED = "was interrupted"
 Callback = Callable[[optuna.Study, FrozenTrial], None]
 
 
-class Conductor:
-    """Of one call of `optimize`. Call `conduct` once, in a thread that is in the study's `optimize`."""
+class SearchLoop:
+    """Of one call of `optimize`. Call `run` once, in a thread that is in the study's `optimize`."""
 
     def __init__(
         self,
@@ -74,12 +74,12 @@ class Conductor:
         self._callbacks = callbacks
         self._bar = bar
         self._options = options
-        self._ctrl_c = CtrlC()
+        self._sigint = DeferredSigint()
         self._began = time.monotonic()
         self._next_look = self._began + LOOK
 
         self._heard: deque[node.Message] = deque()
-        """What was heard and has not been heeded; a KeyboardInterrupt may come in between."""
+        """What was heard and has not been allowed; a KeyboardInterrupt may come in between."""
         self._jobs = 0
         """How many were offered, which is the next one's number."""
         self._wanted = 0
@@ -104,10 +104,10 @@ class Conductor:
         self._error: BaseException | None = None
         """To be raised in the end."""
 
-    def conduct(self) -> None:
+    def run(self) -> None:
         """Run the trials to their ends. Raises what `optimize` does."""
         why = "its search ended before it did"
-        with self._ctrl_c:
+        with self._sigint:
             try:
                 self._serve(math.inf)
             except KeyboardInterrupt:
@@ -144,7 +144,7 @@ class Conductor:
         poll = select.poll()
         poll.register(self._loop, select.POLLIN)
         while len(self._heard) < MOST_TOGETHER:
-            with self._ctrl_c.heeded():
+            with self._sigint.allowed():
                 # A millisecond more, or it would look at the clock too early again and again.
                 if not poll.poll(patience and patience * 1000 + 1):
                     break

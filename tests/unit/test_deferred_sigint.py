@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from gpu_launcher.studies import ctrl_c
-from gpu_launcher.studies.ctrl_c import CtrlC
+from gpu_launcher.studies import deferred_sigint
+from gpu_launcher.studies.deferred_sigint import DeferredSigint
 
 
 @pytest.fixture(autouse=True)
@@ -25,49 +25,49 @@ def press() -> None:
 
 
 def test_it_is_held_until_it_is_heeded_and_each_raises_once() -> None:
-    with CtrlC() as held:
+    with DeferredSigint() as held:
         press()
         press()
         for _ in range(2):
-            with pytest.raises(KeyboardInterrupt), held.heeded():
+            with pytest.raises(KeyboardInterrupt), held.allowed():
                 raise AssertionError("not reached")
-        with held.heeded():
+        with held.allowed():
             pass
-        with pytest.raises(KeyboardInterrupt), held.heeded():
+        with pytest.raises(KeyboardInterrupt), held.allowed():
             press()
         press()  # held again
-        with pytest.raises(KeyboardInterrupt), held.heeded():
+        with pytest.raises(KeyboardInterrupt), held.allowed():
             pass
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_what_was_never_heeded_raises_in_the_end() -> None:
-    with pytest.raises(KeyboardInterrupt), CtrlC():
+    with pytest.raises(KeyboardInterrupt), DeferredSigint():
         press()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_nobody_is_held_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctrl_c, "PATIENCE", 0.0)
-    with CtrlC(), pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(deferred_sigint, "MAX_DEFERRED_SECONDS", 0.0)
+    with DeferredSigint(), pytest.raises(KeyboardInterrupt):
         press()
 
 
 def test_a_handler_that_does_not_raise_is_called_each_time() -> None:
     called: list[Any] = []
     signal.signal(signal.SIGINT, lambda *arguments: called.append(arguments))
-    with CtrlC() as held:
-        with held.heeded():
+    with DeferredSigint() as held:
+        with held.allowed():
             press()
             press()
         press()
         assert len(called) == 2
-        with held.heeded():
+        with held.allowed():
             assert len(called) == 3
 
 
 def test_a_handler_that_somebody_sets_meanwhile_stays() -> None:
-    with CtrlC():
+    with DeferredSigint():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
@@ -76,7 +76,7 @@ def test_in_other_threads_nothing_happens() -> None:
     seen: list[Any] = []
 
     def elsewhere() -> None:
-        with CtrlC() as held, held.heeded():
+        with DeferredSigint() as held, held.allowed():
             seen.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=elsewhere)

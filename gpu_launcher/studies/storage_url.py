@@ -30,11 +30,11 @@ class JournalFile:
 
 
 @dataclass(frozen=True)
-class Elsewhere:
+class RemoteDatabase:
     url: str
 
 
-def place_of(named: str | os.PathLike[str]) -> SQLiteFile | JournalFile | Elsewhere:
+def read_storage_url(named: str | os.PathLike[str]) -> SQLiteFile | JournalFile | RemoteDatabase:
     """Read a URL, or the path of a file whose name ends like a SQLite database. `~` is the home directory.
 
     Raises StorageError for what can mean nothing, such as two slashes where three belong.
@@ -60,7 +60,7 @@ def place_of(named: str | os.PathLike[str]) -> SQLiteFile | JournalFile | Elsewh
             without_password(text),
             "Optuna reads no such URL: pass optuna.storages.JournalStorage(JournalRedisBackend(url)), or use postgresql://",
         )
-    return Elsewhere(text)
+    return RemoteDatabase(text)
 
 
 def _file(text: str) -> SQLiteFile:

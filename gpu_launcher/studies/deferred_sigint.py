@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-PATIENCE = 10.0
+MAX_DEFERRED_SECONDS = 10.0
 """Seconds for which it is held. What takes longer may never end, such as a process that a driver does not let go."""
 
 
-class CtrlC:
-    """While entered, SIGINT is held unless it is `heeded`.
+class DeferredSigint:
+    """While entered, SIGINT is held unless it is `allowed`.
 
     Nothing is to be done outside of the main thread, where Python has its handlers run.
     """
@@ -29,7 +29,7 @@ class CtrlC:
         self._waiting = 0
         """How many have arrived while it was held."""
 
-    def __enter__(self) -> CtrlC:
+    def __enter__(self) -> DeferredSigint:
         self._held_since = time.monotonic()
         handler = signal.getsignal(signal.SIGINT)
         if threading.current_thread() is threading.main_thread() and callable(handler):
@@ -48,7 +48,7 @@ class CtrlC:
             self._handler(signal.SIGINT, None)
 
     @contextmanager
-    def heeded(self) -> Iterator[None]:
+    def allowed(self) -> Iterator[None]:
         """While entered, one calls its handler, and so does one that was held. After it has raised, they are held."""
         try:
             self._held_since = None
@@ -61,7 +61,7 @@ class CtrlC:
 
     def _arrived(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._held_since is not None and now - self._held_since < PATIENCE:
+        if self._held_since is not None and now - self._held_since < MAX_DEFERRED_SECONDS:
             self._waiting += 1
             return
         before, self._held_since = self._held_since, now
