@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial
 
 from gpu_launcher.studies.study_storage import StudyStorage
 
-KEPT = 1.0
+VIEW_SECONDS = 1.0
 """Seconds for which a look at the study will do: so long a trial of another sweep may go unheeded."""
 
 
@@ -46,7 +46,7 @@ class Judge:
         now = self._clock()
         if (
             self._found_at is None
-            or now - self._found_at > KEPT
+            or now - self._found_at > VIEW_SECONDS
             or not self._found.keys() >= {*trials.values(), *reports}
         ):
             every = self._storage.get_all_trials(self._study._study_id, deepcopy=False)

@@ -36,18 +36,16 @@ from gpu_launcher.processes.exceptions import PortableException
 from gpu_launcher.studies import optimize_messages as d
 from gpu_launcher.studies.deferred_sigint import DeferredSigint
 from gpu_launcher.studies.rank_reporters import Intermediate
-from gpu_launcher.studies.study_session import STATES, AskedTrial, How, StudySession, TrialEnding
+from gpu_launcher.studies.study_session import LOOK_SECONDS, STATES, AskedTrial, How, StudySession, TrialEnding
 from gpu_launcher.studies.worker_trial import STUDY_ATTRIBUTES, STUDY_METHODS, TRIAL_ATTRIBUTES, TRIAL_METHODS
 
 log = logging.getLogger("gpu_launcher")
 _logger = optuna.logging.get_logger("optuna.study._optimize")
 """With which Study.optimize says how trials were pruned or failed."""
 
-LOOK = 2.0
-"""Seconds between two looks at whether somebody else has ended a trial."""
-MOST_LOST = 3
+MAX_LOST = 3
 """Processes in a row that may die before they have a trial. More than that is no accident."""
-MOST_TOGETHER = 1000
+MAX_MESSAGES = 1000
 """Messages that are taken in one turn."""
 INTERRUPTED = "was interrupted"
 
@@ -76,7 +74,7 @@ class SearchLoop:
         self._options = options
         self._sigint = DeferredSigint()
         self._began = time.monotonic()
-        self._next_look = self._began + LOOK
+        self._next_look = self._began + LOOK_SECONDS
 
         self._heard: deque[node.Message] = deque()
         """What was heard and has not been allowed; a KeyboardInterrupt may come in between."""
@@ -131,7 +129,7 @@ class SearchLoop:
             self._hear(until)
             self._take()
             if (now := time.monotonic()) >= self._next_look:
-                self._next_look = now + LOOK
+                self._next_look = now + LOOK_SECONDS
                 for number in self._session.ended_elsewhere():
                     self._withdraw_trial(number)
 
@@ -143,7 +141,7 @@ class SearchLoop:
         patience = max(0.0, min(moments) - time.monotonic())
         poll = select.poll()
         poll.register(self._loop, select.POLLIN)
-        while len(self._heard) < MOST_TOGETHER:
+        while len(self._heard) < MAX_MESSAGES:
             with self._sigint.allowed():
                 # A millisecond more, or it would look at the clock too early again and again.
                 if not poll.poll(patience and patience * 1000 + 1):
@@ -258,7 +256,7 @@ class SearchLoop:
             self._waiting.discard(job)
             self._lost += 1
             accident = result.outcome is Outcome.CANCELLED or result.cause in (Cause.CRASH, Cause.OOM)
-            if not accident or self._lost == MOST_LOST:
+            if not accident or self._lost == MAX_LOST:
                 self._give_up(JobError(job, "", result.message or "ended before it began", result.log))
         self._withdrawn.discard(job)
         self._devices.pop(job, None)

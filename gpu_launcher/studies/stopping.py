@@ -10,7 +10,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-FEW = 10
+MIN_ENDED = 10
 """So many trials must have ended before a rate of failures means anything, unless it is to be 0."""
 
 
@@ -27,7 +27,7 @@ class Bounds:
     patience: int | None = None
     """Trials that completed without improving the best value."""
     max_failure_rate: float | None = None
-    """Part of this sweep's trials that may fail, of `FEW` or more."""
+    """Part of this sweep's trials that may fail, of `MIN_ENDED` or more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Stopping:
         if bounds.total_trials is not None and self._total(failed) >= bounds.total_trials:
             return Exhausted(None)
         if bounds.max_failure_rate is not None and failed:
-            few = ended < FEW and bounds.max_failure_rate > 0
+            few = ended < MIN_ENDED and bounds.max_failure_rate > 0
             if not few and failed / ended > bounds.max_failure_rate:
                 reason = f"no more trials are asked for: {failed} of {ended} failed"
                 return Exhausted(f"{reason}, more than max_failure_rate={bounds.max_failure_rate} lets", failed=True)

@@ -36,7 +36,7 @@ from gpu_launcher.studies.storage_url import JournalFile, SQLiteFile, read_stora
 TABLES = frozenset(models.BaseModel.metadata.tables) | {"alembic_version"}
 DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 """What to install, by the module that is missing, where the names differ."""
-AT_ONCE = 200
+MAX_TRIALS_PER_STATEMENT = 200
 """Trials in one statement: a database takes a limited number of parameters, the oldest SQLite 999."""
 
 
@@ -256,5 +256,5 @@ def _stored_one_by_one(storage: BaseStorage, trial: int, steps: Mapping[int, flo
 
 def _portions(numbers: Iterable[int]) -> Iterator[list[int]]:
     rest = iter(numbers)
-    while portion := list(islice(rest, AT_ONCE)):
+    while portion := list(islice(rest, MAX_TRIALS_PER_STATEMENT)):
         yield portion

@@ -32,6 +32,8 @@ from gpu_launcher.studies.study_storage import StudyStorage
 from gpu_launcher.studies.trial_attrs import FAILURE, JOB, LOST
 
 STOPPED = "the sweep was stopped"
+LOOK_SECONDS = 2.0
+"""Between two looks at whether somebody else has ended a trial."""
 MAX_HOPELESS = 3
 """Trials without a usable value after which the sweep ends, if no other trial has ended."""
 

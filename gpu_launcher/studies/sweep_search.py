@@ -31,6 +31,7 @@ from gpu_launcher.studies.rank_reporters import Attribute, Intermediate, Verdict
 from gpu_launcher.studies.stopping import Exhausted
 from gpu_launcher.studies.storage_retry import StorageRetry
 from gpu_launcher.studies.study_session import (
+    LOOK_SECONDS,
     AskedTrial,
     SearchSummary,
     StudyError,
@@ -39,9 +40,6 @@ from gpu_launcher.studies.study_session import (
     UnusablePoint,
 )
 from gpu_launcher.studies.trial import TrialSeen
-
-LOOK = 2.0
-"""Seconds between two looks at whether somebody else has ended a trial."""
 
 
 class SamplingInterrupted(BaseException):
@@ -251,7 +249,7 @@ class SweepSearch:
         """Do what there is to do, or wait for it. False in the end."""
         with self._news:
             if not (self._reports or self._happened or self._wanted or self._closing):
-                self._news.wait(LOOK)
+                self._news.wait(LOOK_SECONDS)
             reports, self._reports = self._reports, {}
             happened, self._happened = self._happened, []
             wanted, closing = self._wanted, self._closing
@@ -268,7 +266,7 @@ class SweepSearch:
             self._warm = True
             self._session.warm_up()
         if (now := self._session.clock()) >= self._next_look:
-            self._next_look = now + LOOK
+            self._next_look = now + LOOK_SECONDS
             for number in set(self._session.ended_elsewhere()) - self._cancelled:
                 self._cancelled.add(number)
                 self._say(s.Withdrawn(number, "was ended because its trial was ended elsewhere"))

@@ -23,7 +23,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from hydra_plugins.gpu_pool_launcher._override_text import override_text
 
-_MOST_ENUMERATED = 100_000
+_MAX_ENUMERATED = 100_000
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _enumerated(sweep: RangeSweep, count: int) -> list[Any]:
 
 
 def _enumerable(count: int) -> int:
-    if count > _MOST_ENUMERATED:
+    if count > _MAX_ENUMERATED:
         raise ValueError(f"a range of {count} such values cannot be searched: use a larger step, or an interval")
     return count
 

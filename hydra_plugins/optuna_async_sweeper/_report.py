@@ -20,7 +20,7 @@ from gpu_launcher.studies.study_session import Best, SearchSummary, StudySession
 if TYPE_CHECKING:
     from ._study import StudyPlan
 
-MOST_SHOWN = 10
+MAX_SHOWN = 10
 """Trials of a Pareto front, and parameters, that are listed."""
 ENOUGH = 4
 """Trials that must have completed before importances mean anything."""
@@ -28,9 +28,9 @@ ENOUGH = 4
 
 def finish(session: StudySession, summary: SearchSummary, plan: StudyPlan, directory: Path) -> list[str]:
     """Lines for the user. Plots are written to `directory`, if they are wanted."""
-    lines = [_best(best, plan) for best in summary.best[:MOST_SHOWN]]
-    if len(summary.best) > MOST_SHOWN:
-        lines.append(f"... and {len(summary.best) - MOST_SHOWN} more trials on the Pareto front")
+    lines = [_best(best, plan) for best in summary.best[:MAX_SHOWN]]
+    if len(summary.best) > MAX_SHOWN:
+        lines.append(f"... and {len(summary.best) - MAX_SHOWN} more trials on the Pareto front")
     lines += _importances(session.study)
     if plan.options.plots:
         from ._plots import write_plots
@@ -63,7 +63,7 @@ def _importances(study: optuna.Study) -> list[str]:
             for number, direction in enumerate(study.directions):
                 target = partial(_value, number, 1.0 if direction is StudyDirection.MINIMIZE else -1.0)
                 found.append(get_param_importances(study, evaluator=evaluator, target=target))
-    names = sorted(found[0], key=lambda name: -max(column[name] for column in found))[:MOST_SHOWN]
+    names = sorted(found[0], key=lambda name: -max(column[name] for column in found))[:MAX_SHOWN]
     if not names:
         return []
     width = max(map(len, names))

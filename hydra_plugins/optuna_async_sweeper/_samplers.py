@@ -55,7 +55,7 @@ GP_TRIALS = 300
 (Optuna 5.0, 7 parameters, measured): more than a short job takes, and TPE has caught up by then."""
 GP_PARAMETERS = 20
 """Above, distances between points say little, and Gaussian processes are known to do no better than TPE."""
-MOST_GRID_POINTS = 1_000_000
+MAX_GRID_POINTS = 1_000_000
 
 _OF_THE_STUDY = (optuna.samplers.QMCSampler, optuna.samplers.GridSampler)
 """Their sequence or grid is the study's, shuffled by the seed, and the study knows which points are taken. With another
@@ -75,7 +75,7 @@ class _Seeds:
 
 
 def takes_turns(sampler: BaseSampler) -> bool:
-    """Whether sweeps on one study must sample one after another, or two could take one point; see `Desk.ask`."""
+    """Whether sweeps on one study must sample one after another, or two could take one point."""
     return isinstance(sampler, (*_OF_THE_STUDY, BruteForceSampler))
 
 
@@ -210,7 +210,7 @@ def _made(cls: type[BaseSampler], options: Mapping[str, Any], space: SearchSpace
     options = _seeded(cls, options, seeds)
     if cls is optuna.samplers.GridSampler and options.get("search_space") is None:
         options["search_space"] = _grid(space)
-    if cls is optuna.samplers.BruteForceSampler and (size := grid_size(space)) > MOST_GRID_POINTS:
+    if cls is optuna.samplers.BruteForceSampler and (size := grid_size(space)) > MAX_GRID_POINTS:
         raise OptionError(OPTION, f"a grid of {size} points is too large: make ranges coarser, or take random")
     if options.get("reference_points") is not None:
         import numpy
@@ -265,7 +265,7 @@ def _kind(cls: type[BaseSampler], options: Mapping[str, Any]) -> str:
 
 
 def _grid(space: SearchSpace) -> dict[str, list[Any]]:
-    if (size := grid_size(space)) > MOST_GRID_POINTS:
+    if (size := grid_size(space)) > MAX_GRID_POINTS:
         raise OptionError(OPTION, f"a grid of {size} points is too large: make ranges coarser, or take random")
     return {key: _points(distribution) for key, distribution in space.distributions.items()}
 

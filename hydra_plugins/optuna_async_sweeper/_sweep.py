@@ -55,7 +55,7 @@ BATCH = 2
 """Trials at a time with a launcher that takes batches, as in the official sweeper."""
 
 
-PATIENCE = 20.0
+MAX_CLOSING_SECONDS = 20.0
 """Seconds that the search gets to end when the sweep was stopped."""
 
 
@@ -122,14 +122,14 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
     except BaseException:
         for search in searches:
             with contextlib.suppress(GpuLauncherError):  # there is another error to show
-                _close(search, PATIENCE)
+                _close(search, MAX_CLOSING_SECONDS)
             log.info(_how_to_go_on(plan, directory, None))
         raise
     (search,) = searches
     stopped_by = result.stopped_by
     try:
         # A sweep that ended by itself gets its report; one that was stopped does not wait for a long sample or plot.
-        summary, lines = _close(search, PATIENCE if result.stopped else None)
+        summary, lines = _close(search, MAX_CLOSING_SECONDS if result.stopped else None)
     except (GpuLauncherError, KeyboardInterrupt) as error:
         log.info(_how_to_go_on(plan, directory, None))
         if isinstance(error, KeyboardInterrupt):

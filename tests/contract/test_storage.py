@@ -28,7 +28,7 @@ from sqlalchemy import event
 import gpu_launcher
 from gpu_launcher.errors import StorageError
 from gpu_launcher.studies import files
-from gpu_launcher.studies.storage import AT_ONCE, store_reports
+from gpu_launcher.studies.storage import MAX_TRIALS_PER_STATEMENT, store_reports
 
 FORK = multiprocessing.get_context("fork")
 PATIENCE = 60.0
@@ -384,7 +384,7 @@ def test_all_reports_are_stored_in_one_transaction_however_many_they_are(file: P
     trials = [study.ask()._trial_id for _ in range(20)]
     commits: list[str] = []
     event.listen(engine_of(storage), "commit", lambda connection: commits.append("commit"))
-    reports = {trial: {step: float(step) for step in range(AT_ONCE + 5)} for trial in trials}
+    reports = {trial: {step: float(step) for step in range(MAX_TRIALS_PER_STATEMENT + 5)} for trial in trials}
     for _ in range(2):
         assert store_reports(storage, reports) == set()
     assert commits == ["commit"] * 2

@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.studies.ownership import Sweep
-from gpu_launcher.studies.pruning import KEPT, Judge
+from gpu_launcher.studies.pruning import VIEW_SECONDS, Judge
 from gpu_launcher.studies.study_storage import StudyStorage
 
 
@@ -133,10 +133,10 @@ def test_it_looks_again_after_a_while_when_told_and_for_a_new_trial() -> None:
     judging = judge_with(study, clock)
     judging.judge(running, {})
     study._storage.looks = 0
-    clock.now += KEPT / 2
+    clock.now += VIEW_SECONDS / 2
     judging.judge(running, {})
     assert study._storage.looks == 0
-    clock.now += KEPT
+    clock.now += VIEW_SECONDS
     judging.judge(running, {})
     assert study._storage.looks == 1
     judging.forget()
