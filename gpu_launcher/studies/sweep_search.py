@@ -112,7 +112,7 @@ class SweepSearch:
                     raise self._error
         return said
 
-    def ask(self, count: int) -> None:
+    def request_jobs(self, count: int) -> None:
         """See `JobSource`."""
         with self._news:
             self._wanted += count
@@ -124,7 +124,7 @@ class SweepSearch:
         labels = [device.label for device in devices]
         self._happens(lambda: self._session.started(job.number, labels, directory, log))
 
-    def said(self, number: int, what: Any) -> None:
+    def on_message(self, number: int, what: Any) -> None:
         """See `JobSource`."""
         match what:
             case Intermediate(step, value):

@@ -106,7 +106,7 @@ def test_a_database_that_was_given_up_is_not_waited_for_again_to_tell_the_rest()
     storage = StudyStorage(InMemoryStorage(), Sweep(ProcessIdentity.here()))
     session = Out(optuna.create_study(storage=storage), storage)
     search = SweepSearch(session, lambda asked: None, lambda result: None, lambda session, summary: [])
-    search.ask(1)
+    search.request_jobs(1)
     assert select.select([search], [], [], 60)[0]
     with pytest.raises(StudyError, match="out of order"):
         search.receive()

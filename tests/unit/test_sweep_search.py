@@ -76,7 +76,7 @@ def sampling(backend: InMemoryStorage) -> tuple[SweepSearch, StudySession, Sampl
     """The first trial runs, the second one is being sampled."""
     sampler = Sampler()
     search, session = begin(backend, sampler)
-    search.ask(2)
+    search.request_jobs(2)
     search.started(hear(search, s.Offer).job, (), None)
     assert sampler.samples.wait(MANY_SECONDS)
     return search, session, sampler
@@ -134,7 +134,7 @@ class Held(InMemoryStorage):
 def _held() -> tuple[SweepSearch, StudySession, Held]:
     backend = Held()
     search, session = begin(backend, optuna.samplers.RandomSampler())
-    search.ask(2)
+    search.request_jobs(2)
     hear(search, s.Offer)
     assert backend.creates.wait(MANY_SECONDS)
     return search, session, backend
@@ -162,7 +162,7 @@ def test_an_error_of_the_sampler_ends_the_search_with_nothing_untold() -> None:
             raise ArithmeticError("singular")
 
     search, session = begin(InMemoryStorage(), Broken())
-    search.ask(1)
+    search.request_jobs(1)
     with pytest.raises(StudyError, match="the search ended: ArithmeticError: singular"):
         hear(search, s.Offer)
     assert states(session) == ["FAIL"]
