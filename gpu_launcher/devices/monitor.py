@@ -8,6 +8,7 @@ launch. It initialises NVML once, answers when asked, and ends when the launchin
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import socket
 import struct
@@ -17,10 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpu_launcher.debug_log import environment, get_logger, set_role
 from gpu_launcher.devices.condition import Condition
 from gpu_launcher.devices.nvml import NoGpuError, open_nvml
 from gpu_launcher.errors import DeviceError
 from gpu_launcher.model import Device, DeviceKind
+
+_log = get_logger("devices.monitor")
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -136,6 +140,7 @@ class ConditionMonitor:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is not for it
+            env={**os.environ, **environment()},
         )
         task = pickle.dumps((self._devices, self._root))
         self._ours.send(_LENGTH.pack(len(task)) + task)
@@ -155,9 +160,11 @@ class ConditionMonitor:
 
 def serve(descriptor: int) -> None:
     """What the watching process does."""
+    set_role("monitor")
     with socket.socket(fileno=descriptor) as channel, contextlib.suppress(ConnectionError):
         (length,) = _LENGTH.unpack(channel.recv(_LENGTH.size, socket.MSG_WAITALL))
         devices, root = pickle.loads(channel.recv(length, socket.MSG_WAITALL))
+        _log.debug("measures %d devices", len(devices))
         while channel.recv(1):
             try:
                 with open_nvml(root) as nvml:
@@ -165,10 +172,12 @@ def serve(descriptor: int) -> None:
                         conditions = nvml.conditions(devices)
                         _answer(channel, conditions, None)
                         if any(condition.fault for condition in conditions):
+                            _log.warning("faults: %s", [one for one in conditions if one.fault])
                             break  # what NVML made of a lost GPU stays with it until it is initialised again
                         if not channel.recv(1):
                             return
             except (NoGpuError, DeviceError) as error:
+                _log.warning("the devices cannot be measured: %s", error)
                 _answer(channel, (), str(error))
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
 
+from gpu_launcher.debug_log import get_logger
 from gpu_launcher.jobs.events import (
     GaveUp,
     JobEnded,
@@ -42,7 +43,9 @@ from gpu_launcher.jobs.reports import ReportError, read_report
 from gpu_launcher.jobs.source import Exhausted, Facts, JobSource, Offer, Remark, Stop
 from gpu_launcher.jobs.sweep import Options, portable
 from gpu_launcher.processes.signals import StopSignals
-from gpu_launcher.wording import count
+from gpu_launcher.wording import count, device_names
+
+_log = get_logger("jobs.head")
 
 MAX_SKIPPED = 5
 """Results of earlier launches that are not used, of which the reason is told."""
@@ -152,6 +155,7 @@ def _run_jobs(
             notice(f"{count(len(skipped) - MAX_SKIPPED, 'more job')} are run again for such reasons")
         for text in notices:
             notice(text)
+        _log.info("%s runs %s jobs in %s", command, "any number of" if expected is None else expected, directory)
         head = _Head(left, node, source, recorder, progress, options.grace)
         head.run()
         progress.handle(SweepEnded(time.monotonic(), tuple(closing(recorder.failed, recorder.incomplete))))
@@ -235,6 +239,7 @@ class _Head:
         """Have the jobs that run interrupted, or killed, the second time."""
         self._node.say(Stop())
         forced = self._stopping is not None
+        _log.info("stop because of %s%s", why, ", for the second time" if forced else "")
         self._show_stop(Stopping(time.monotonic(), len(self._running), self._grace, forced, why))
 
     def _show_stop(self, event: Stopping) -> None:
@@ -257,6 +262,7 @@ class _Head:
             case Wanted(count):
                 self._deal(count)
             case JobStarted(number=number):
+                _log.info("job %d runs on %s, log %s", number, device_names(message.devices), message.log)
                 self._running[number] = message
                 self._shown.handle(message)
                 if self._source is not None and number not in self._listed:
@@ -293,6 +299,7 @@ class _Head:
 
     def _end(self, result: JobResult, event: JobEnded) -> None:
         number = result.number
+        _log.info("job %d attempt %d has its result: %s", number, result.attempts, result.outcome.value)
         self._running.pop(number, None)
         self._offered.pop(number, None)
         self._shown.handle(event)
@@ -304,6 +311,7 @@ class _Head:
 
     def _lose_node(self, problem: str) -> None:
         """The node was killed, and its jobs with it. What has completed meanwhile is kept."""
+        _log.error("%s", problem)
         self._shown.handle(Notice(time.monotonic(), f"{problem}. No more jobs are started"))
         self.stopped = self._stopping is not None
         self.stopped_by = self._signals.last

@@ -26,6 +26,7 @@ from socket import socket
 from typing import Any, Protocol
 
 from gpu_launcher.allocation.environment import DeviceEnvironment
+from gpu_launcher.debug_log import get_logger
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.jobs import machine as m
 from gpu_launcher.jobs.directory import as_proposed
@@ -52,7 +53,9 @@ from gpu_launcher.processes import messages, rank_decisions
 from gpu_launcher.processes.fork_server_client import JobProcess, Lost, ServerDiedError
 from gpu_launcher.processes.messages import ChannelClosedError, Report
 from gpu_launcher.processes.out_of_memory import oom_kills
-from gpu_launcher.wording import count, job_name
+from gpu_launcher.wording import count, device_names, job_name
+
+_log = get_logger("jobs.loop")
 
 CAP_CHECK_SECONDS = 1.0
 """Seconds between two checks of whether the cap leaves devices idle."""
@@ -254,7 +257,11 @@ class JobLoop:
         self._stimuli.append(stimulus)
         while self._stimuli or self._conclusions:
             if self._stimuli:
-                for instruction in self._machine.handle(self._stimuli.popleft(), self._clock()):
+                stimulus = self._stimuli.popleft()
+                instructions = self._machine.handle(stimulus, self._clock())
+                if instructions or not isinstance(stimulus, m.Tick):
+                    _log.debug("%s: %s", stimulus, instructions)
+                for instruction in instructions:
                     self._carry_out(instruction)
             else:
                 self._conclude(self._conclusions.popleft())
@@ -319,6 +326,7 @@ class JobLoop:
         self._selector.unregister(self._server.fileno())
         self._handle(m.ServerLost())
         self._servers_lost += 1
+        _log.warning("the fork server died, the %d. of this run", self._servers_lost)
         if self._servers_lost == MAX_SERVERS_LOST:
             self._give_up(
                 f"was not run: the fork server was killed {MAX_SERVERS_LOST} times (`dmesg` may know why), and without "
@@ -377,6 +385,8 @@ class JobLoop:
 
     def _prepared(self, number: int, run: JobRun, prepared: messages.JobPrepared) -> None:
         run.pid = prepared.pid
+        attempt = self._jobs[number].retries.attempt
+        _log.debug("job %d attempt %d: prepared as process %d, log %s", number, attempt, run.pid, prepared.log)
         if prepared.log is not None:
             self._choose_log(run, number, prepared)
         if prepared.options is not None:
@@ -520,10 +530,18 @@ class JobLoop:
             return
         run.devices = tuple(self._pool.devices[uuid] for uuid in run.lease.uuids)
         run.shares = run.lease.shares
+        _log.info(
+            "job %d attempt %d: granted %s by lease %s",
+            number,
+            self._jobs[number].retries.attempt,
+            device_names(run.devices),
+            run.lease.id,
+        )
         self._checkpoint("claimed")
         self._stimuli.append(m.Granted(number))
 
     def _give_up(self, problem: str) -> None:
+        _log.warning("no more jobs are started; each %s", problem)
         self._progress.handle(GaveUp(self._clock(), problem))
         self._stimuli.append(m.GiveUp(problem))
 
@@ -593,6 +611,13 @@ class JobLoop:
 
     def _finish(self, record: JobRecord, result: JobResult) -> None:
         left_behind = () if record.run is None else record.run.left_behind
+        _log.info(
+            "job %d attempt %d: %s%s",
+            result.number,
+            result.attempts,
+            result.outcome.value,
+            f": {result.message}" if result.message else "",
+        )
         failed = result.outcome is Outcome.FAILED
         self._progress.handle(
             JobEnded(
@@ -639,6 +664,9 @@ class JobLoop:
             log=set_aside(result.log, result.attempts) if result.log else None,
             attempt=attempt.number,
             attempts=attempt.limit,
+        )
+        _log.info(
+            "job %d attempt %d: failed and is retried: %s", result.number, result.attempts, result.message or "failed"
         )
         self._progress.handle(event)
         with contextlib.suppress(OSError):  # the next one is written over it

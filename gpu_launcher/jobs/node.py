@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 
 from gpu_launcher.allocation.device_watch import DeviceWatch, links_among
 from gpu_launcher.allocation.feasibility import refuse
+from gpu_launcher.debug_log import get_logger, set_role
 from gpu_launcher.devices import ConditionMonitor, select_devices, usable_cpus
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs import remarks
@@ -64,6 +65,9 @@ from gpu_launcher.processes.worker import Program
 from gpu_launcher.text import one_line
 from gpu_launcher.users import this_user
 from gpu_launcher.validation import StartMethod
+from gpu_launcher.wording import device_names
+
+_log = get_logger("jobs.node")
 
 LogFile = Callable[[int, JobPrepared], tuple[str, list[str]]]
 """See `jobs.directory.LogFiles.claim`."""
@@ -100,6 +104,8 @@ class Node:
             signal.set_wakeup_fd(-1)
             gc.freeze()  # the collector would touch, and so copy, pages that all processes share
             other_end.close()
+            set_role("node")
+            _log.debug("started by process %d", self.program_process)
             self._serve(_Link(self.channel, self.program_process, self.scratch))
         except _EndedError:
             status = 0
@@ -150,7 +156,9 @@ class Node:
                 loop = self._open(run, server, link, progress, cleanup)
                 loop.run()
         except GpuLauncherError as error:
+            _log.error("the run ended: %s", error)
             return Closed(error)
+        _log.info("the run ended%s", ", stopped" if loop.stopped else "")
         return Closed(None, loop.stopped)
 
     def _open(
@@ -161,6 +169,7 @@ class Node:
         environ = os.environ if options.environ is None else options.environ
         selection = select_devices(options.devices, environ, option=options.spell("devices"))
         devices = selection.devices
+        _log.info("run of %s on %s", command, device_names(devices))
         if options.request is not None:
             refuse(options.request, devices, options.spell)
 
@@ -345,6 +354,7 @@ class _Link:
 
     def _vanish(self) -> NoReturn:
         """The program has ended. Nobody waits for anything, and all that the node has started ends with it."""
+        _log.warning("the program ended: ending everything")
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
         os._exit(0)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from gpu_launcher.allocation.device_watch import DeviceWatch
 from gpu_launcher.allocation.explain import WaitReason, describe_request, explain_wait
 from gpu_launcher.allocation.feasibility import refusal
+from gpu_launcher.debug_log import get_logger
 from gpu_launcher.devices import combinable
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.jobs.events import JobWaiting, Notice, Progress
@@ -18,6 +19,8 @@ from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.job_record import JobRun
 from gpu_launcher.leases import HeldLease, Ledger, leases_of
 from gpu_launcher.model import Device, Owner, Request
+
+_log = get_logger("jobs.pool")
 
 EXPLAIN = 1.0
 """Seconds between two looks at who holds the devices that a job waits for."""
@@ -103,6 +106,7 @@ class PoolSide:
         for uuid, fault in faults.items():
             if self._announced.get(uuid) != fault:
                 text = f"{self.devices[uuid].label} {fault}; it is set aside"
+                _log.warning("%s", text)
                 self._progress.handle(Notice(self._clock(), text))
         self._announced = dict(faults)
 
@@ -192,6 +196,7 @@ class PoolSide:
             program=self._program,
         )
         if wait != self._explained:
+            _log.info("job %d waits: %s", of.number, wait.reason or "for its own jobs only")
             wanted = describe_request(job.request, devices) if job.request is not None else ""
             self._progress.handle(JobWaiting(now, of.number, of.label, wait.reason, wait.held_by_others, wanted))
             self._explained = wait

@@ -42,6 +42,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpu_launcher.debug_log import get_logger
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.leases import inotify
 from gpu_launcher.leases.file_format import (
@@ -61,6 +62,8 @@ from gpu_launcher.leases.pool_directory import administrators, explained, open_d
 from gpu_launcher.leases.scan import Index, PoolScan, remove_if_dead, scan
 from gpu_launcher.leases.witness import Marks
 from gpu_launcher.users import user_name
+
+_log = get_logger("leases.file_ledger")
 
 if TYPE_CHECKING:
     from gpu_launcher.model import Device, Owner, Request
@@ -171,6 +174,7 @@ class FileLedger:
             if queue is not None:
                 self._publish_ticket(waiting, self._scan(queue, mutex=True))
         self._tickets[ticket.id] = waiting
+        _log.debug("ticket %s: enqueued for %s", ticket.id, request)
         return ticket
 
     def claim(
@@ -234,6 +238,7 @@ class FileLedger:
         id = uuid.uuid4().hex
         lease = HeldLease(id, shares, self._publish(queue, id, lease_names(id), record, "claim"))
         self._leases[id] = lease, record
+        _log.debug("lease %s: granted to ticket %s: %s", id, waiting.ticket.id, shares)
         self._withdraw(queue, waiting, "claim")
         return lease
 
@@ -242,6 +247,7 @@ class FileLedger:
         waiting = self._tickets.get(ticket.id)
         if waiting is None:
             return
+        _log.debug("ticket %s: cancelled", ticket.id)
         try:
             with self._directory() as queue:
                 self._withdraw(queue, waiting, "cancel")
@@ -252,6 +258,7 @@ class FileLedger:
     def release(self, lease: HeldLease) -> None:
         self._check_process()
         if self._leases.pop(lease.id, None) is not None:
+            _log.debug("lease %s: released", lease.id)
             self._close_leases([lease])
 
     def snapshot(self, *, thorough: bool = False) -> PoolView:

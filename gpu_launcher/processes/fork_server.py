@@ -12,6 +12,7 @@ import os
 import select
 import socket
 
+from gpu_launcher.debug_log import get_logger, set_role
 from gpu_launcher.processes.forking import fork_child
 from gpu_launcher.processes.guard import PATIENCE, end_descendants, guarded
 from gpu_launcher.processes.linux import become_child_subreaper, children, kill
@@ -26,6 +27,8 @@ from gpu_launcher.processes.messages import (
 from gpu_launcher.processes.signals import SignalPipe
 from gpu_launcher.processes.supervisor import COULD_NOT_FORK, RunJob, note_signals, supervise
 
+_log = get_logger("processes.fork_server")
+
 
 def serve(control: socket.socket, launcher: int, run_job: RunJob, *, captured: bool = True) -> None:
     """Serve until the launching program (process id `launcher`) closes its end of `control` or dies.
@@ -39,6 +42,7 @@ def serve(control: socket.socket, launcher: int, run_job: RunJob, *, captured: b
 
 
 def _serve(control: socket.socket, lifeline: int, run_job: RunJob, captured: bool) -> None:
+    set_role("fork server")
     become_child_subreaper()
     _Server(control, lifeline, note_signals(), run_job, captured).run()
 
@@ -90,8 +94,11 @@ class _Server:
     def _start(self, supervisor: int, launcher_end: int) -> None:
         try:
             # Exit code 0 says that it saw its last job to its end.
-            self._supervisors[fork_child(lambda: self._become_supervisor(launcher_end))] = supervisor
+            pid = fork_child(lambda: self._become_supervisor(launcher_end))
+            _log.debug("supervisor %d is process %d", supervisor, pid)
+            self._supervisors[pid] = supervisor
         except OSError as error:
+            _log.warning("supervisor %d cannot be forked: %s", supervisor, error)
             self._tell(StartFailed(supervisor, _fork_failed(error.errno or 0)))
         os.close(launcher_end)
 
@@ -119,6 +126,7 @@ class _Server:
                 return
             supervisor = self._supervisors.pop(pid, None)
             if supervisor is not None and status != 0:
+                _log.warning("supervisor %d (process %d) ended with status %d: ending its job", supervisor, pid, status)
                 self._end_orphans()
                 self._tell(_why(supervisor, status))
 
@@ -133,5 +141,6 @@ class _Server:
             send(self._control, message)
 
     def _shut_down(self) -> None:
+        _log.debug("closing: ending all jobs")
         os.close(self._own_end)
         end_descendants(PATIENCE)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from gpu_launcher.debug_log import environment, get_logger
 from gpu_launcher.errors import GpuLauncherError, OptionError
 from gpu_launcher.processes import pickling, spawn
 from gpu_launcher.processes.fork_server import serve
@@ -41,6 +42,8 @@ from gpu_launcher.processes.random_generators import Generators
 from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.processes.worker import CapturedStdio, Program, forget_the_parent, use_own_positions, work
 from gpu_launcher.validation import StartMethod
+
+_log = get_logger("processes.fork_server_client")
 
 _OUR_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
 
@@ -159,6 +162,7 @@ class ForkServer:
                 self.close()
                 self.reason = unsafe
         self.method: Literal["fork", "spawn"] = "fork" if self.reason is None else "spawn"
+        _log.info("jobs start by %s%s", self.method, f": {self.reason}" if self.reason else "")
         if self.method == "spawn":
             self._spawn()
 
@@ -307,7 +311,10 @@ class ForkServer:
             os.write(payload, spawn.describe_interpreter(pickled, self._generators.pickled_globals()))
             line = spawn.command("serve_spawning", server_end.fileno(), os.getpid(), payload, int(self._captured))
             server = subprocess.Popen(
-                line, pass_fds=(server_end.fileno(), payload, *self._keep), stdin=subprocess.DEVNULL
+                line,
+                pass_fds=(server_end.fileno(), payload, *self._keep),
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **environment()},
             )
         finally:
             os.close(payload)

@@ -12,9 +12,12 @@ import signal
 import time
 from collections.abc import Callable, Collection
 
+from gpu_launcher.debug_log import get_logger, set_role
 from gpu_launcher.processes.forking import fork_child
 from gpu_launcher.processes.keyboard import give_back_after_death, modes
 from gpu_launcher.processes.linux import become_child_subreaper, children, die_with_parent, kill
+
+_log = get_logger("processes.guard")
 
 PATIENCE = 1.0
 """Seconds that supervisors get to end their trees, before they are killed as well."""
@@ -43,7 +46,9 @@ def guarded(launcher: int, serve: Callable[[int], None], close_in_guard: Callabl
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _WATCHED)
         serve(lifeline)
 
+    set_role("guard")
     server = fork_child(be_the_server)
+    _log.debug("fork server is process %d; the program is process %d", server, launcher)
     close_in_guard()
     os.close(lifeline)
     die_with_parent(launcher, signal.SIGTERM)
@@ -52,6 +57,7 @@ def guarded(launcher: int, serve: Callable[[int], None], close_in_guard: Callabl
         if os.getppid() != launcher:
             break  # else, on SIGTERM, only the thread that forked us has ended, or we were told what is not for us
     os.close(guards_end)
+    _log.debug("%s: ending what is left", "the fork server ended" if os.getppid() == launcher else "the program ended")
     end_descendants(1.5 * PATIENCE)
     if os.getppid() != launcher:
         time.sleep(SHELL_SECONDS)

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NoReturn
 
+from gpu_launcher.debug_log import get_logger, set_role
 from gpu_launcher.processes.forking import fork_child
 from gpu_launcher.processes.linux import become_child_subreaper, die_with_parent
 from gpu_launcher.processes.messages import (
@@ -40,6 +41,8 @@ from gpu_launcher.processes.messages import (
 )
 from gpu_launcher.processes.signals import SignalPipe, not_ignored
 from gpu_launcher.processes.tree import ProcessTree
+
+_log = get_logger("processes.supervisor")
 
 PRINTED = 4096
 """Bytes from the end of what a job printed before it had a log, for whoever has to find out why it got none."""
@@ -76,6 +79,7 @@ def supervise(launcher: socket.socket, *, server: int, lifeline: int, run_job: R
         die_with_parent(me)
         run_job(channel)
 
+    set_role("supervisor")
     supervisor = _Supervisor(launcher, signals, lifeline, server)
     with contextlib.suppress(ChannelClosedError):  # nobody is left to work for
         while (channel := supervisor.next_job()) is not None:
@@ -85,6 +89,7 @@ def supervise(launcher: socket.socket, *, server: int, lifeline: int, run_job: R
             except OSError as error:
                 os._exit(COULD_NOT_FORK + (error.errno or 0))
             channel.close()
+            _log.debug("job is process %d", job)
             supervisor.see_to_its_end(job, early)
             os.close(early)
 
@@ -134,7 +139,11 @@ class _Supervisor:
                 supervision.obey()
             if supervision.is_over():
                 break
-        send(self._launcher, supervision.verdict(_end_of(early)))
+        exited = supervision.verdict(_end_of(early))
+        _log.debug(
+            "job of process %d has ended with status %d, left behind: %s", job, exited.status, exited.left_behind
+        )
+        send(self._launcher, exited)
 
     def _wait(self, milliseconds: float | None) -> set[int]:
         ready = {descriptor for descriptor, _ in self._poll.poll(milliseconds)}
@@ -189,6 +198,7 @@ class _Supervision:
             message, descriptors = receive(self._launcher)
         except ChannelClosedError:
             return False
+        _log.debug("told to %s", message)
         if isinstance(message, HoldLease):
             self._lease += descriptors
         elif isinstance(message, SignalJob):

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Protocol
 
+from gpu_launcher.debug_log import get_logger, set_role
 from gpu_launcher.model import Request
 from gpu_launcher.processes import job_channel, rank_decisions
 from gpu_launcher.processes.exceptions import origin, reason
@@ -44,6 +45,8 @@ from gpu_launcher.processes.messages import (
 )
 from gpu_launcher.processes.signals import uninterrupted
 from gpu_launcher.safe_files import make_directories, open_regular, write_whole
+
+_log = get_logger("processes.worker")
 
 ATTEMPT = "GPU_LAUNCHER_ATTEMPT"
 """Tells a job how many times it has been started, this time included."""
@@ -96,6 +99,7 @@ class JobContext:
             except ChannelClosedError:
                 os._exit(1)  # the launching program ended, and our supervisor is about to end us anyway
             assert isinstance(self._grant, Grant), self._grant
+            _log.debug("granted its devices: CUDA_VISIBLE_DEVICES=%s", self._grant.environment["CUDA_VISIBLE_DEVICES"])
         os.environ.update(self._grant.environment)
         if self._grant.cpus is not None:
             os.sched_setaffinity(0, self._grant.cpus)
@@ -148,6 +152,8 @@ def work(channel: socket.socket, stdio: CapturedStdio, load_program: Callable[[]
     except ChannelClosedError:
         os._exit(1)
     assert isinstance(assignment, Assignment), assignment
+    set_role(f"job {assignment.number}")
+    _log.debug("attempt %d begins", assignment.attempt)
     if assignment.title:
         set_process_title(assignment.title)
     _be_interruptible()
@@ -169,6 +175,7 @@ def work(channel: socket.socket, stdio: CapturedStdio, load_program: Callable[[]
                 status = 1
     except BaseException as error:  # such as KeyboardInterrupt, when the user stops the sweep meanwhile
         print_exception(error, error.__traceback__)
+    _log.debug("ends with status %d%s", status, "" if report.ok else f": {report.message}")
     _finish()
     os._exit(status)
 

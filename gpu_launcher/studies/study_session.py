@@ -23,6 +23,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from gpu_launcher.debug_log import get_logger
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.studies import stale_trials
 from gpu_launcher.studies.pruning import Judge
@@ -30,6 +31,8 @@ from gpu_launcher.studies.stale_trials import fail, losses, queue_again
 from gpu_launcher.studies.stopping import ENDED, Bounds, Exhausted, Stopping, Tally
 from gpu_launcher.studies.study_storage import StudyStorage
 from gpu_launcher.studies.trial_attrs import FAILURE, JOB, LOST
+
+_log = get_logger("studies.study_session")
 
 STOPPED = "the sweep was stopped"
 LOOK_SECONDS = 2.0
@@ -291,6 +294,7 @@ class StudySession:
         Raises whatever the sampler or the storage raises.
         """
         running = self.running[number]
+        _log.info("trial %d: %s%s", number, ending.how.name, f": {ending.message}" if ending.message else "")
         self._ended[ending.how] += 1
         self._hopeless += ending.hopeless
         if ending.how is How.FAILED and self._first_failure is None:

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 
+from gpu_launcher.debug_log import log_into
 from gpu_launcher.errors import GpuLauncherError, JobError
 from gpu_launcher.jobs.directory import LogFiles
 from gpu_launcher.jobs.events import Outcome
@@ -66,6 +67,7 @@ def _launch(launcher: GpuPoolLauncher, job_overrides: list[list[str]], first: in
     options = _with_failures_so_far(options, launcher.failed)
     directory = sweep_directory(launcher.config)
     logs, notices = open_logs(launcher, directory, resume=options.resume, continued=False)
+    log_into(directory)
     launcher.labels = launcher.labels or Labels()
     several = len(job_overrides) > 1
     labels = launcher.labels.of_all(job_overrides if several else [list(filter_overrides(job_overrides[0]))])
@@ -122,6 +124,7 @@ def stream(
         options = replace(options, max_parallel=max_parallel, cap=cap)
     directory = sweep_directory(launcher.config)
     logs, _ = open_logs(launcher, directory, resume=False, continued=True)
+    log_into(directory)
     try:
         node = _node(launcher, logs)
         source, total = open_source(node)

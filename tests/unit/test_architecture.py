@@ -21,6 +21,7 @@ if not (TREE / "gpu_launcher").is_dir():
 # do not import each other.
 LAYERS = (
     {
+        "gpu_launcher.debug_log",
         "gpu_launcher.errors",
         "gpu_launcher.json_data",
         "gpu_launcher.model",

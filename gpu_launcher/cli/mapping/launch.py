@@ -23,6 +23,7 @@ from gpu_launcher.cli.mapping.shell_text import CommandError
 from gpu_launcher.cli.mapping.supply import STDIN, Input, Supply
 from gpu_launcher.cli.mapping.template import GPU, Template
 from gpu_launcher.cli.streams import print_if_possible, printable, tell
+from gpu_launcher.debug_log import log_into
 from gpu_launcher.devices import BUSY_MEMORY
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import GpuLauncherError, OptionError
@@ -331,6 +332,7 @@ class _Launch:
             results = Results(place.results)
         except OSError as error:
             raise unwritable(place, error) from error
+        log_into(place.path)
         keep_going = bool(self.asked.options.get("keep_going"))
         source = ResumableSource(self.supply, place, results, before, keep_going=keep_going)
         assert self.options.request is not None

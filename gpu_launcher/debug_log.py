@@ -1,0 +1,164 @@
+"""What gpu-launcher's processes decide, as lines of one log file: `GPU_LAUNCHER_LOG=debug`.
+
+Loggers stand below `gpu_launcher` in the tree of `logging`. All processes of a sweep append to one file, each line with
+one write to a descriptor that is open with O_APPEND, so that lines of several processes never mix:
+
+    2026-11-29T08:31:05.123 DEBUG node1 fork server[4711] processes.fork_server: supervisor 3 has process id 4715
+
+The file is `gpu-launcher.log` in the sweep's directory. Where there is no such directory (calls, records, `optimize`,
+`gpu-launcher run`), lines go to the standard error of the program. `GPU_LAUNCHER_LOG=debug:PATH` names a file for both.
+
+The user's logging is left alone: records do not propagate to the root logger, so that a job's log or the console gets
+none of them, and configuring `logging` does not disable our loggers. Without the variable nothing is logged, and a log
+call costs the comparison of two numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from gpu_launcher.text import one_line
+
+VARIABLE = "GPU_LAUNCHER_LOG"
+FILE = "gpu-launcher.log"
+"""Name of the log in a sweep's directory."""
+
+_ROOT = "gpu_launcher"
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+_OFF = logging.CRITICAL + 1
+
+
+class _Logger(logging.Logger):
+    """A logger that stays enabled: `logging.config` disables all loggers that it does not know, and Hydra uses it."""
+
+    @property
+    def disabled(self) -> bool:
+        return False
+
+    @disabled.setter
+    def disabled(self, value: bool) -> None:
+        """Nobody disables it but by its level."""
+
+
+class _Handler(logging.Handler):
+    """Appends each record to a descriptor, as one line with one write."""
+
+    def __init__(self, descriptor: int, path: Path | None) -> None:
+        super().__init__()
+        self.descriptor = descriptor
+        self.path = path
+        """The absolute path of its file; None for standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        at = self._TIME.formatTime(record, "%Y-%m-%dT%H:%M:%S")
+        where = f"{os.uname().nodename} {_role}[{os.getpid()}]"
+        area = record.name.removeprefix(f"{_ROOT}.")
+        text = f"{at}.{int(record.msecs):03d} {record.levelname} {where} {area}: {record.getMessage()}"
+        with contextlib.suppress(OSError):  # a full disk: nothing else fails because of the log
+            os.write(self.descriptor, one_line(text).encode() + b"\n")
+
+    _TIME = logging.Formatter()
+
+
+_role = "head"
+
+
+def get_logger(area: str) -> logging.Logger:
+    """The logger of a part of gpu-launcher, such as `jobs.loop`."""
+    return _made(f"{_ROOT}.{area}")
+
+
+def _made(name: str) -> logging.Logger:
+    before = logging.getLoggerClass()
+    logging.setLoggerClass(_Logger)
+    try:
+        return logging.getLogger(name)
+    finally:
+        logging.setLoggerClass(before)
+
+
+def set_role(role: str) -> None:
+    """Say what this process is, in its lines: `guard`, `fork server`, `supervisor`, `job 3`."""
+    global _role
+    _role = role
+
+
+def log_into(directory: Path) -> None:
+    """Write the log into a sweep's `directory` from now on, in this process and in those that are started by it.
+
+    Nothing changes if the log is off, or if the user named a file.
+    """
+    if _named is None and _root.isEnabledFor(logging.CRITICAL):
+        _open(directory / FILE)
+
+
+def environment() -> dict[str, str]:
+    """Variables that have a fresh interpreter log to the same file. Empty if the log is off.
+
+    Without a file it does not log: its standard error may be a job's.
+    """
+    handler = next((one for one in _root.handlers if isinstance(one, _Handler)), None)
+    if handler is None:
+        return {}
+    if handler.path is None:
+        return {VARIABLE: ""}
+    return {VARIABLE: f"{logging.getLevelName(_root.level).lower()}:{handler.path}"}
+
+
+def read_variable(value: str) -> tuple[int, Path | None]:
+    """The level, and the file if there is one, that a value of the variable names. Raises ValueError."""
+    level, _, path = value.partition(":")
+    if level.strip().lower() not in _LEVELS:
+        raise ValueError(f"{VARIABLE}={value!r} is invalid: must be debug, info, warning or error, or one with :PATH")
+    return _LEVELS[level.strip().lower()], Path(path).expanduser().absolute() if path else None
+
+
+def configure(variables: Mapping[str, str]) -> None:
+    """Log as the environment says. An invalid value is named on standard error, and nothing is logged."""
+    global _named
+    _root.propagate = False
+    _root.setLevel(_OFF)
+    _named = None
+    if not (value := variables.get(VARIABLE)):
+        return
+    try:
+        level, _named = read_variable(value)
+    except ValueError as error:
+        print(f"gpu-launcher: {one_line(str(error))}. Nothing is logged", file=sys.stderr)
+        return
+    _root.setLevel(level)
+    if _named is None:
+        # A copy: in a job, descriptor 2 becomes the job's own log.
+        with contextlib.suppress(OSError):  # there is no standard error
+            _use(_Handler(fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, 3), None))
+    else:
+        _open(_named)
+
+
+def _open(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        print(f"gpu-launcher: cannot write the log {path}: {error.strerror}", file=sys.stderr)
+        return
+    _use(_Handler(descriptor, path))
+
+
+def _use(handler: _Handler) -> None:
+    for other in [one for one in _root.handlers if isinstance(one, _Handler)]:
+        _root.removeHandler(other)
+        os.close(other.descriptor)
+    _root.addHandler(handler)
+
+
+_named: Path | None = None
+"""The file that the user named."""
+_root = _made(_ROOT)
+configure(os.environ)
