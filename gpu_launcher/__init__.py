@@ -18,18 +18,21 @@ if TYPE_CHECKING:
         JobError,
         JobTimeoutError,
         LeaseTimeout,
+        NodeDiedError,
         OptionError,
         PoolDirectoryError,
+        RecordError,
         RequestError,
+        SetupError,
         StorageError,
         UnpicklableError,
+        UnreadableError,
         UnsupportedVersionError,
+        WorkerDiedError,
     )
     from gpu_launcher.executors.courier import BrokenPoolExecutor
     from gpu_launcher.executors.parallel_map import ParallelMap, parallel_map
     from gpu_launcher.executors.pool_executor import PoolExecutor
-    from gpu_launcher.executors.record_errors import RecordError, SetupError, UnreadableError, WorkerDiedError
-    from gpu_launcher.jobs.node_client import NodeDiedError
     from gpu_launcher.pool import Pool
     from gpu_launcher.studies.optimize import optimize
     from gpu_launcher.studies.reporting import report
@@ -48,20 +51,20 @@ else:
         "JobTimeoutError": "gpu_launcher.errors",
         "Lease": "gpu_launcher.allocation.lease",
         "LeaseTimeout": "gpu_launcher.errors",
-        "NodeDiedError": "gpu_launcher.jobs.node_client",
+        "NodeDiedError": "gpu_launcher.errors",
         "OptionError": "gpu_launcher.errors",
         "ParallelMap": "gpu_launcher.executors.parallel_map",
         "Pool": "gpu_launcher.pool",
         "PoolDirectoryError": "gpu_launcher.errors",
         "PoolExecutor": "gpu_launcher.executors.pool_executor",
-        "RecordError": "gpu_launcher.executors.record_errors",
+        "RecordError": "gpu_launcher.errors",
         "RequestError": "gpu_launcher.errors",
-        "SetupError": "gpu_launcher.executors.record_errors",
+        "SetupError": "gpu_launcher.errors",
         "StorageError": "gpu_launcher.errors",
         "UnpicklableError": "gpu_launcher.errors",
-        "UnreadableError": "gpu_launcher.executors.record_errors",
+        "UnreadableError": "gpu_launcher.errors",
         "UnsupportedVersionError": "gpu_launcher.errors",
-        "WorkerDiedError": "gpu_launcher.executors.record_errors",
+        "WorkerDiedError": "gpu_launcher.errors",
         "current_trial": "gpu_launcher.studies.trial",
         "optimize": "gpu_launcher.studies.optimize",
         "parallel_map": "gpu_launcher.executors.parallel_map",

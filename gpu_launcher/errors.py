@@ -1,12 +1,49 @@
-"""Errors that name the object, the likely cause and the next step.
+"""The errors that users may see. Each names the object, the likely cause and the next step.
 
-All of them survive pickling with their fields: a job's error is raised in one process and read in another.
+    GpuLauncherError
+    ├── OptionError (ValueError)               an argument or option is invalid
+    │   └── UsageError                         the same, about no single option
+    ├── RequestError                           no pool like this one can grant the request
+    ├── LeaseTimeout (TimeoutError)            the devices did not become available in time
+    ├── ApplyError (RuntimeError)              a lease comes too late to choose this process's devices
+    ├── DeviceError                            the devices of the machine cannot be read
+    ├── PoolDirectoryError                     the pool directory cannot be used
+    ├── UnpicklableError (PicklingError)       something cannot be sent to another process
+    ├── UnsupportedVersionError (ImportError)  a library is missing or too old
+    │
+    ├── JobError                               a job ended without a value and without an exception
+    │   └── JobTimeoutError (TimeoutError)     it ran for too long
+    ├── RecordError                            a record of parallel_map has no result
+    ├── WorkerDiedError                        a worker of parallel_map ended
+    ├── UnreadableError                        a record or result cannot be unpickled
+    ├── SetupError                             the setup function of parallel_map raised
+    ├── NodeDiedError                          the process that runs the jobs was killed
+    ├── ServerDiedError                        the fork server was killed; the job loop starts another one
+    ├── BrokenPoolExecutor (BrokenExecutor)    in executors/courier.py, as concurrent.futures is slow to import
+    │
+    ├── StorageError                           a study's storage cannot be used
+    ├── StudyError                             a study does not fit this sweep
+    ├── SearchSpaceError (ValueError)          an override makes no search space
+    ├── CompositionError                       Hydra cannot compose the config of a trial
+    │
+    ├── CommandError                           the command of `gpu-launcher run` cannot be executed
+    ├── MapError                               a `gpu-launcher map` cannot continue
+    ├── ManifestError                          a sweep's directory cannot be resumed or read
+    └── ReportError                            a job's report cannot be read
+
+All of them survive pickling with their fields: a job's error is raised in one process and read in another. The plugins
+also have errors that are Hydra's. Exceptions that only steer control flow stay where they are raised.
 """
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from pickle import PicklingError
+from typing import Any
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 120
 
 
 class GpuLauncherError(Exception):
@@ -31,6 +68,23 @@ class OptionError(GpuLauncherError, ValueError):
     def renamed(self, spell: Callable[[str], str]) -> OptionError:
         """The same, with the option's name as `spell` makes it of this one."""
         return OptionError(spell(self.option), self.problem)
+
+
+class UsageError(OptionError):
+    """Invalid input that is about no single option. Nothing was run."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__("", problem)
+
+    def __reduce__(self) -> tuple[type[UsageError], tuple[str]]:
+        return UsageError, (self.problem,)
+
+    def __str__(self) -> str:
+        return self.problem
+
+    def renamed(self, spell: object) -> OptionError:
+        """See `OptionError`."""
+        return self
 
 
 class DeviceError(GpuLauncherError):
@@ -136,3 +190,102 @@ class UnsupportedVersionError(GpuLauncherError, ImportError):
     def __str__(self) -> str:
         found = f"{self.version} is not supported" if self.version else "is not installed"
         return f"{self.distribution} {found}: `pip install '{self.distribution}{self.supported}'`"
+
+
+class RecordError(GpuLauncherError):
+    """A record that has no result, and why.
+
+    `parallel_map(..., on_error="return")` has it among the results; with `on_error="raise"` it is the `__cause__` of
+    the exception that is raised.
+    """
+
+    def __init__(self, index: int, record: Any, exception: BaseException, traceback: str, where: str = "") -> None:
+        super().__init__(index, record, exception, traceback, where)
+        self.index = index
+        """Which record it was, counted from 0."""
+        self.record = record
+        self.exception = exception
+        """What the function raised; a WorkerDiedError if it did not get so far."""
+        self.traceback = traceback
+        """Of the worker, as text; may be empty."""
+        self.where = where
+        """The devices it was on, such as `GPU 1`; may be empty."""
+
+    def __str__(self) -> str:
+        where = f" on {self.where}" if self.where else ""
+        what = f"record {self.index} ({_show(self.record)}) failed{where}"
+        if self.traceback:
+            return f"{what}:\n\n{self.traceback.rstrip()}"
+        return f"{what}: {type(self.exception).__name__}: {self.exception}"
+
+
+class WorkerDiedError(GpuLauncherError):
+    """A worker's process ended: a signal, `os._exit`, the memory of the host ran out."""
+
+
+class UnreadableError(GpuLauncherError):
+    """What a worker sent could not be unpickled here, or what was sent to it could not be unpickled there."""
+
+
+class SetupError(GpuLauncherError):
+    """`setup` raised in a worker: the `__cause__` of the exception that is raised, with the worker's traceback."""
+
+
+class NodeDiedError(GpuLauncherError):
+    """The node was killed, and its jobs have ended with it."""
+
+
+class ServerDiedError(GpuLauncherError):
+    """The fork server is gone. Its jobs end by themselves; a new one can be started."""
+
+
+class StudyError(GpuLauncherError):
+    """A study that this sweep cannot work on. The message says why, and what to do."""
+
+
+class SearchSpaceError(GpuLauncherError, ValueError):
+    """An override, or a value for a parameter, from which no search can be made. `override` is as the user wrote it."""
+
+    def __init__(self, override: str, problem: str) -> None:
+        super().__init__(override, problem)
+        self.override = override
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.override}: {self.problem}"
+
+
+class CompositionError(GpuLauncherError):
+    """A trial's config that Hydra cannot compose. The message has all of Hydra's."""
+
+
+class CommandError(GpuLauncherError):
+    """A command that cannot be run. `code` is what a shell would exit with: 126 or 127."""
+
+    def __init__(self, command: str, problem: str, code: int) -> None:
+        super().__init__(command, problem, code)
+        self.command = command
+        self.problem = problem
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"{self.command}: {self.problem}"
+
+
+class MapError(GpuLauncherError):
+    """A map cannot go on. The message names the cause and the next step."""
+
+
+class ManifestError(GpuLauncherError):
+    """A sweep's directory that cannot be resumed or read. The message names the remedy."""
+
+
+class ReportError(GpuLauncherError):
+    """A report that cannot be read or must not be unpickled. The message names the file and the reason."""
+
+
+def _show(record: object) -> str:
+    try:
+        return _short.repr(record)
+    except Exception:  # the user's __repr__ may raise anything
+        return f"of type {type(record).__name__}"

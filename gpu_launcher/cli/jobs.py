@@ -28,8 +28,9 @@ def jobs(directory: Path, failed: bool, as_json: bool) -> None:
     """
     from gpu_launcher.cli.output import print_json, print_lines, terminal_width
     from gpu_launcher.cli.sweep import lines, to_json, unfinished
+    from gpu_launcher.errors import ManifestError
     from gpu_launcher.jobs.directory import newest_sweep
-    from gpu_launcher.jobs.manifest import ManifestError, read
+    from gpu_launcher.jobs.manifest import read
     from gpu_launcher.jobs.reports import read_header
 
     try:

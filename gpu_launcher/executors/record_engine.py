@@ -12,15 +12,14 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
-from gpu_launcher.errors import OptionError
+from gpu_launcher.errors import NodeDiedError, OptionError, RecordError, SetupError, UnreadableError, WorkerDiedError
 from gpu_launcher.executors import record_worker as w
 from gpu_launcher.executors.dealing import Chunk, Dealer, Raised
 from gpu_launcher.executors.progress import Bar
-from gpu_launcher.executors.record_errors import RecordError, SetupError, UnreadableError, WorkerDiedError
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job, JobResult
-from gpu_launcher.jobs.node_client import NodeDiedError, RemoteLoop
+from gpu_launcher.jobs.node_client import RemoteLoop
 from gpu_launcher.jobs.node_messages import Closed, Ended, Heard, Message, Opened, Remarked, Started, Wanted
 from gpu_launcher.jobs.remarks import log
 from gpu_launcher.processes import pickling

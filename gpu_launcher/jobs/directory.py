@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from gpu_launcher.errors import ManifestError
 from gpu_launcher.jobs.failures import set_aside
 from gpu_launcher.jobs.identity import ProcessIdentity
-from gpu_launcher.jobs.manifest import DIRECTORY, MANIFEST, Entry, ManifestError, State, refuse_if_running
+from gpu_launcher.jobs.manifest import DIRECTORY, MANIFEST, Entry, State, refuse_if_running
 from gpu_launcher.json_data import Fields, load_object
 from gpu_launcher.processes.messages import JobPrepared
 from gpu_launcher.safe_files import make_directories, open_regular

@@ -19,6 +19,7 @@ from pathlib import Path
 from signal import Signals
 
 from gpu_launcher.debug_log import get_logger
+from gpu_launcher.errors import NodeDiedError, ReportError
 from gpu_launcher.jobs.events import (
     GaveUp,
     JobEnded,
@@ -35,11 +36,11 @@ from gpu_launcher.jobs.events import (
 )
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.manifest import Entry, Recorded, Recorder, finished_before, new_reports, read
-from gpu_launcher.jobs.node_client import LocalNode, NodeDiedError
+from gpu_launcher.jobs.node_client import LocalNode
 from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Heard, Message, Wanted
 from gpu_launcher.jobs.outcome import not_started
 from gpu_launcher.jobs.progress import open_progress
-from gpu_launcher.jobs.reports import ReportError, read_report
+from gpu_launcher.jobs.reports import read_report
 from gpu_launcher.jobs.source import Exhausted, Facts, JobSource, Offer, Remark, Stop
 from gpu_launcher.jobs.sweep import Options, portable
 from gpu_launcher.processes.signals import StopSignals

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.debug_log import get_logger
-from gpu_launcher.errors import PoolDirectoryError
+from gpu_launcher.errors import PoolDirectoryError, ReportError, ServerDiedError
 from gpu_launcher.jobs import machine as m
 from gpu_launcher.jobs.directory import as_proposed
 from gpu_launcher.jobs.events import (
@@ -46,11 +46,11 @@ from gpu_launcher.jobs.job_options import JobOptions
 from gpu_launcher.jobs.job_record import JobRecord, JobRun, Stage
 from gpu_launcher.jobs.outcome import result_of
 from gpu_launcher.jobs.pool import PoolSide
-from gpu_launcher.jobs.reports import ReportError, read_report
+from gpu_launcher.jobs.reports import read_report
 from gpu_launcher.jobs.source import Exhausted, JobSource, Offer, Reply, Stop, Withdrawn
 from gpu_launcher.model import Request
 from gpu_launcher.processes import messages, rank_decisions
-from gpu_launcher.processes.fork_server_client import JobProcess, Lost, ServerDiedError
+from gpu_launcher.processes.fork_server_client import JobProcess, Lost
 from gpu_launcher.processes.messages import ChannelClosedError, Report
 from gpu_launcher.processes.out_of_memory import oom_kills
 from gpu_launcher.wording import count, device_names, job_name

@@ -23,12 +23,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from gpu_launcher.errors import GpuLauncherError
+from gpu_launcher.errors import ManifestError, ReportError
 from gpu_launcher.jobs.events import Event, JobEnded, JobRetried, JobStarted, Outcome, Progress
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.progress.alike import Failures
-from gpu_launcher.jobs.reports import ReportError, ReportFiles, read_header, read_report
+from gpu_launcher.jobs.reports import ReportFiles, read_header, read_report
 from gpu_launcher.json_data import Fields, load_object
 from gpu_launcher.processes import rank_decisions
 from gpu_launcher.safe_files import make_directories, open_regular, read_lines, write_whole
@@ -41,10 +41,6 @@ DIRECTORY = ".gpu_launcher"
 MANIFEST = "manifest.jsonl"
 MAX_FAILED = 10
 """Jobs that are kept, each of which failed in another way."""
-
-
-class ManifestError(GpuLauncherError):
-    """A sweep's directory that cannot be resumed or read. The message names the remedy."""
 
 
 class State(str, Enum):

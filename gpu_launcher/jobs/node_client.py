@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gpu_launcher.errors import GpuLauncherError
+from gpu_launcher.errors import NodeDiedError
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.directory import as_proposed
 from gpu_launcher.jobs.node import LogFile, Node
@@ -56,10 +56,6 @@ def _forget_threads() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_threads)
-
-
-class NodeDiedError(GpuLauncherError):
-    """The node was killed, and its jobs have ended with it."""
 
 
 class LocalNode:

@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_launcher.errors import GpuLauncherError
+from gpu_launcher.errors import ReportError
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.safe_files import open_regular, read_all, why_untrusted
 
@@ -32,10 +32,6 @@ class ReportFiles:
     def path(self, number: int) -> Path:
         """The file of one job."""
         return self.directory / (f"{number}.{self.launch}.report" if self.launch else f"{number}.report")
-
-
-class ReportError(GpuLauncherError):
-    """A report that cannot be read or must not be unpickled. The message names the file and the reason."""
 
 
 def read_report(path: Path, digest: bytes | None = None) -> Report:

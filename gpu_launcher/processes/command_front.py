@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_launcher.errors import GpuLauncherError
+from gpu_launcher.errors import CommandError
 from gpu_launcher.processes.command_channel import Word, channel, receive, send, use_devnull
 from gpu_launcher.processes.command_supervisor import CommandSupervisor
 from gpu_launcher.processes.command_witness import Witness
@@ -39,19 +39,6 @@ from gpu_launcher.processes.signals import HARMLESS, STOPS, CommandSignals, Rece
 
 NOT_FOUND = 127
 NOT_EXECUTABLE = 126
-
-
-class CommandError(GpuLauncherError):
-    """A command that cannot be run. `code` is what a shell would exit with: NOT_FOUND or NOT_EXECUTABLE."""
-
-    def __init__(self, command: str, problem: str, code: int) -> None:
-        super().__init__(command, problem, code)
-        self.command = command
-        self.problem = problem
-        self.code = code
-
-    def __str__(self) -> str:
-        return f"{self.command}: {self.problem}"
 
 
 @dataclass(frozen=True, slots=True)

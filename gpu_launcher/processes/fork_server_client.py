@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from gpu_launcher.debug_log import environment, get_logger
-from gpu_launcher.errors import GpuLauncherError, OptionError
+from gpu_launcher.errors import OptionError, ServerDiedError
 from gpu_launcher.processes import pickling, spawn
 from gpu_launcher.processes.fork_server import serve
 from gpu_launcher.processes.forking import flush_all, fork_child, tqdm_monitors_paused
@@ -49,10 +49,6 @@ _OUR_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
 
 
 SUPERVISOR_DIED = "was ended because its supervisor was killed"
-
-
-class ServerDiedError(GpuLauncherError):
-    """The fork server is gone. Its jobs end by themselves; a new one can be started."""
 
 
 @dataclass(frozen=True, slots=True)

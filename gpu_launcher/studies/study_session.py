@@ -24,7 +24,6 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.debug_log import get_logger
-from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.studies import stale_trials
 from gpu_launcher.studies.pruning import Judge
 from gpu_launcher.studies.stale_trials import fail, losses, queue_again
@@ -39,10 +38,6 @@ LOOK_SECONDS = 2.0
 """Between two looks at whether somebody else has ended a trial."""
 MAX_HOPELESS = 3
 """Trials without a usable value after which the sweep ends, if no other trial has ended."""
-
-
-class StudyError(GpuLauncherError):
-    """A study that this sweep cannot work on. The message says why, and what to do."""
 
 
 class How(str, Enum):

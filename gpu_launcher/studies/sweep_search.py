@@ -23,7 +23,7 @@ from typing import Any
 
 from optuna.exceptions import StorageInternalError
 
-from gpu_launcher.errors import GpuLauncherError
+from gpu_launcher.errors import GpuLauncherError, StudyError
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.model import Device
@@ -34,7 +34,6 @@ from gpu_launcher.studies.study_session import (
     LOOK_SECONDS,
     AskedTrial,
     SearchSummary,
-    StudyError,
     StudySession,
     TrialEnding,
     UnusablePoint,

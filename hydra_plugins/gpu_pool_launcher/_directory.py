@@ -10,8 +10,9 @@ from hydra.core.utils import setup_globals
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
+from gpu_launcher.errors import ManifestError
 from gpu_launcher.jobs.directory import DirectoryLock, LogFiles, newest_sweep
-from gpu_launcher.jobs.manifest import ManifestError, read
+from gpu_launcher.jobs.manifest import read
 from gpu_launcher.text import short_path
 
 from ._ending import final

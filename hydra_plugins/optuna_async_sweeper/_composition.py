@@ -11,11 +11,11 @@ from omegaconf import DictConfig, ListConfig, Node, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from gpu_launcher.errors import GpuLauncherError
+from gpu_launcher.errors import CompositionError, SearchSpaceError
 from hydra_plugins.gpu_pool_launcher._exceptions import whole_message
 
 from ._mistakes import instead_of_list, instead_of_text
-from ._search_space import SearchSpace, SearchSpaceError
+from ._search_space import SearchSpace
 
 MAX_COMPOSED = 24
 """Configs that are composed, which takes 50 to 100 ms each. Of a group with more options the first are tried."""
@@ -23,10 +23,6 @@ MAX_ASSIGNED = 200
 """Values of one parameter that are tried in a composed config."""
 
 _UNKNOWN = object()
-
-
-class CompositionError(GpuLauncherError):
-    """A trial's config that Hydra cannot compose. The message has all of Hydra's."""
 
 
 def check_composition(loader: ConfigLoader, config: DictConfig, space: SearchSpace) -> None:

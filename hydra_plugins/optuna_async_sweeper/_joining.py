@@ -15,7 +15,7 @@ import optuna
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial, TrialState
 
-from gpu_launcher.studies.study_session import StudyError
+from gpu_launcher.errors import StudyError
 from gpu_launcher.studies.study_storage import StudyStorage
 from gpu_launcher.studies.trial_attrs import RETRY_OF, SEARCH
 

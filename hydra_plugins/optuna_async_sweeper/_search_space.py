@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import Glob, Override, Sweep
 from hydra.errors import HydraException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from gpu_launcher.errors import GpuLauncherError
+from gpu_launcher.errors import SearchSpaceError
 from hydra_plugins.gpu_pool_launcher._override_text import override_text
 
 from ._distributions import Searched, on_grid, searched, unquoted
@@ -20,18 +20,6 @@ from ._mistakes import FORMS, instead_of_call, instead_of_words, is_call, nested
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader
-
-
-class SearchSpaceError(GpuLauncherError, ValueError):
-    """An override, or a value for a parameter, from which no search can be made. `override` is as the user wrote it."""
-
-    def __init__(self, override: str, problem: str) -> None:
-        super().__init__(override, problem)
-        self.override = override
-        self.problem = problem
-
-    def __str__(self) -> str:
-        return f"{self.override}: {self.problem}"
 
 
 @dataclass(frozen=True)

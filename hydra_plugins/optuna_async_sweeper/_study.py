@@ -15,11 +15,11 @@ from optuna.samplers import BaseSampler, BruteForceSampler, GPSampler
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 
-from gpu_launcher.errors import OptionError
+from gpu_launcher.errors import OptionError, StudyError
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.storage import storage as open_storage
 from gpu_launcher.studies.storage_url import without_password
-from gpu_launcher.studies.study_session import StudyError, StudySession
+from gpu_launcher.studies.study_session import StudySession
 from gpu_launcher.studies.study_storage import StudyStorage
 
 from ._classes import instantiate

@@ -18,7 +18,7 @@ from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 from optuna import TrialPruned
 
-from gpu_launcher.errors import GpuLauncherError
+from gpu_launcher.errors import GpuLauncherError, StudyError
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job, JobResult
@@ -27,15 +27,7 @@ from gpu_launcher.jobs.node_client import LocalNode
 from gpu_launcher.processes.exceptions import reason
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.stopping import Exhausted
-from gpu_launcher.studies.study_session import (
-    AskedTrial,
-    How,
-    SearchSummary,
-    StudyError,
-    StudySession,
-    TrialEnding,
-    UnusablePoint,
-)
+from gpu_launcher.studies.study_session import AskedTrial, How, SearchSummary, StudySession, TrialEnding, UnusablePoint
 from gpu_launcher.studies.sweep_search import SweepSearch, seen
 from hydra_plugins.gpu_pool_launcher._commands import override
 from hydra_plugins.gpu_pool_launcher._directory import make_directory

@@ -20,9 +20,8 @@ from typing import Any
 import psutil
 import pytest
 
+from gpu_launcher.errors import NodeDiedError, RecordError, WorkerDiedError
 from gpu_launcher.executors.parallel_map import parallel_map
-from gpu_launcher.executors.record_errors import RecordError, WorkerDiedError
-from gpu_launcher.jobs.node_client import NodeDiedError
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
 from gpu_launcher.processes.linux import die_with_parent

@@ -22,9 +22,8 @@ from typing import Any
 import psutil
 import pytest
 
-from gpu_launcher.errors import OptionError
+from gpu_launcher.errors import OptionError, RecordError, UnreadableError
 from gpu_launcher.executors.parallel_map import parallel_map
-from gpu_launcher.executors.record_errors import RecordError, UnreadableError
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
 from tests.waiting import until

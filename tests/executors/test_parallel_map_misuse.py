@@ -21,10 +21,9 @@ from typing import Any
 
 import pytest
 
-from gpu_launcher.errors import OptionError, UnpicklableError
+from gpu_launcher.errors import OptionError, RecordError, SetupError, UnpicklableError, UnreadableError, WorkerDiedError
 from gpu_launcher.executors.parallel_map import parallel_map
 from gpu_launcher.executors.pool_executor import PoolExecutor
-from gpu_launcher.executors.record_errors import RecordError, SetupError, UnreadableError, WorkerDiedError
 from gpu_launcher.executors.record_worker import MOST_TOGETHER
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.leases import FileLedger, resolve_pool_directory

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_launcher.jobs.reports import ReportError, read_header, read_report
+from gpu_launcher.errors import ReportError
+from gpu_launcher.jobs.reports import read_header, read_report
 from gpu_launcher.processes import rank_decisions
 from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.rank_decisions import RankDecisions

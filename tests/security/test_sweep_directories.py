@@ -22,9 +22,10 @@ from gpu_launcher.cli.mapping.results import completed_before, lines
 from gpu_launcher.cli.output import to_text
 from gpu_launcher.cli.sweep import lines as table
 from gpu_launcher.cli.sweep import to_json
+from gpu_launcher.errors import ManifestError
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.manifest import DIRECTORY, MANIFEST, ManifestError, Recorder, finished_before, launches_in, read
+from gpu_launcher.jobs.manifest import DIRECTORY, MANIFEST, Recorder, finished_before, launches_in, read
 from gpu_launcher.processes.messages import Report
 
 REPOSITORY = Path(__file__).parents[2]

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from gpu_launcher.allocation.device_watch import DeviceWatch
 from gpu_launcher.devices import ConditionMonitor
 from gpu_launcher.devices.simulated import simulated_devices
+from gpu_launcher.errors import ServerDiedError
 from gpu_launcher.jobs import loop as loop_module
 from gpu_launcher.jobs.events import Event, JobEnded, JobStarted, Outcome
 from gpu_launcher.jobs.job import Job, JobResult
@@ -32,7 +33,7 @@ from gpu_launcher.jobs.loop import MAX_SERVERS_LOST, JobLoop
 from gpu_launcher.jobs.machine import Limits
 from gpu_launcher.jobs.pool import PoolSide
 from gpu_launcher.model import Owner, Request
-from gpu_launcher.processes.fork_server_client import SUPERVISOR_DIED, JobProcess, Lost, ServerDiedError
+from gpu_launcher.processes.fork_server_client import SUPERVISOR_DIED, JobProcess, Lost
 from gpu_launcher.processes.messages import (
     Assignment,
     ChannelClosedError,

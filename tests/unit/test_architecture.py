@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -72,6 +73,7 @@ TEST_ONLY = ("pytest", "hypothesis", "unittest", "tests", "conftest", "hydra.tes
 # Everything public: the names in `gpu_launcher.__all__` and these modules. All other modules are private.
 PUBLIC_MODULES = {"lightning"}
 ARCHITECTURE = "docs/architecture.md"
+ERRORS = "gpu_launcher/errors.py"
 PUBLIC_TEXTS = ("README.md", "docs/*.md", "examples/**/*.py", "examples/**/*.yaml", "examples/**/*.md")
 
 # Names that more than one class or module has. Only remove from these two lists.
@@ -80,7 +82,6 @@ SHARED_CLASS_NAMES = {
     "Begin",
     "Bounds",
     "Call",
-    "CommandError",
     "Ended",
     "Exhausted",
     "Granted",
@@ -273,11 +274,41 @@ def for_tests(found: Import) -> bool:
     return any(within(found.target, name) for name in TEST_ONLY) or "_double" in found.target
 
 
+def errors_elsewhere(tree: Path) -> list[str]:
+    """Errors for users that are not in errors.py, though they need no other library's class."""
+    ours = {node.name for node in ast.walk(parsed(tree / ERRORS)) if isinstance(node, ast.ClassDef)}
+    wrong = []
+    for path in product_files(tree):
+        for node in ast.walk(parsed(path)) if path != tree / ERRORS else ():
+            if isinstance(node, ast.ClassDef):
+                bases = {ast.unparse(base) for base in node.bases}
+                if bases & ours and all(base in ours or hasattr(builtins, base) for base in bases):
+                    wrong.append(f"{path.relative_to(tree)}:{node.lineno}: {node.name} belongs into {ERRORS}")
+    return wrong
+
+
+def undrawn_errors(tree: Path) -> list[str]:
+    """Errors that the drawing at the top of errors.py lacks, or puts below another one."""
+    module = parsed(tree / ERRORS)
+    drawn = {}
+    for line in (ast.get_docstring(module, clean=False) or "").splitlines():
+        if found := re.match(r"( *(?:[│├└─ ]*))(\w+)", line):
+            drawn[found[2]] = len(found[1])
+    depths = {"Exception": 0}
+    wrong = []
+    for node in module.body:
+        if isinstance(node, ast.ClassDef):
+            depths[node.name] = depths[ast.unparse(node.bases[0])] + 4
+            if drawn.get(node.name) != depths[node.name]:
+                wrong.append(f"{ERRORS}:{node.lineno}: {node.name} is not drawn in its place")
+    return wrong
+
+
 def shared_class_names(tree: Path) -> list[str]:
     """Classes with one name in several places. A reader, a search and a pickle tell them apart only by module."""
     places = defaultdict(list)
     for path in product_files(tree):
-        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(f"{path.relative_to(tree)}:{node.lineno}")
     return shared(places, SHARED_CLASS_NAMES)
@@ -294,6 +325,15 @@ def shared_file_names(tree: Path) -> list[str]:
 
 def shared(places: dict[str, list[str]], known: set[str]) -> list[str]:
     return [f"{name}: {', '.join(at)}" for name, at in sorted(places.items()) if len(at) > 1 and name not in known]
+
+
+def parsed(path: Path) -> ast.Module:
+    return parsed_text(path.read_text()) if path.exists() else ast.Module([], [])
+
+
+@cache
+def parsed_text(text: str) -> ast.Module:
+    return ast.parse(text)
 
 
 def product_files(tree: Path) -> list[Path]:
@@ -357,6 +397,14 @@ def test_no_two_modules_share_a_name() -> None:
     assert shared_file_names(TREE) == []
 
 
+def test_errors_for_users_are_in_one_module() -> None:
+    assert errors_elsewhere(TREE) == []
+
+
+def test_drawing_of_the_errors_is_complete() -> None:
+    assert undrawn_errors(TREE) == []
+
+
 def test_documentation_and_examples_use_only_public_names() -> None:
     assert private_names_in_public_texts(TREE) == []
 
@@ -404,6 +452,8 @@ Check = Callable[[Path], list[str]]
         (imports_for_tests, "gpu_launcher/leases/ledger.py", "from unittest import mock"),
         (imports_for_tests, "gpu_launcher/jobs/machine.py", "from tests.memory_ledger import MemoryLedger"),
         (shared_class_names, "gpu_launcher/jobs/loop.py", "def f():\n    class Once: ..."),
+        (errors_elsewhere, "gpu_launcher/jobs/loop.py", "class LoopError(OptionError, ValueError): ..."),
+        (undrawn_errors, "gpu_launcher/errors.py", '"""\n    OurError"""\nclass NewError(Exception): ...'),
         (shared_file_names, "gpu_launcher/jobs/storage.py", ""),
         (private_names_in_public_texts, "docs/leases.md", "```python\nfrom gpu_launcher import pool\n```"),
         (private_names_in_public_texts, "examples/a/train.py", "import gpu_launcher.pool"),
@@ -412,6 +462,7 @@ Check = Callable[[Path], list[str]]
 def test_the_checks_see_a_violation(tmp_path: Path, check: Check, file: str, code: str) -> None:
     plant(tmp_path, "gpu_launcher/__init__.py", '__all__ = ["Pool"]')
     plant(tmp_path, "gpu_launcher/studies/storage.py", "import sqlalchemy\nclass Once: ...")
+    plant(tmp_path, "gpu_launcher/errors.py", '"""\n    OptionError\n"""\nclass OptionError(Exception): ...')
     assert check(tmp_path) == []
     plant(tmp_path, file, code)
     (message,) = check(tmp_path)
@@ -422,6 +473,7 @@ def test_the_checks_see_a_violation(tmp_path: Path, check: Check, file: str, cod
     ("file", "code"),
     [
         ("gpu_launcher/errors.py", "from gpu_launcher.model import Device"),
+        ("gpu_launcher/jobs/loop.py", "class BrokenError(GpuLauncherError, BrokenExecutor): ..."),
         ("gpu_launcher/__init__.py", "from gpu_launcher.jobs.loop import run"),
         ("gpu_launcher/jobs/progress/live.py", "from rich.live import Live\nfrom ..events import Event"),
         ("gpu_launcher/cli/main.py", "import click, rich.table\nfrom gpu_launcher.executors.local import Local"),
@@ -455,6 +507,8 @@ def test_the_checks_let_pass_what_is_right(tmp_path: Path, file: str, code: str)
         scattered_libraries,
         slow_starts,
         imports_for_tests,
+        errors_elsewhere,
+        undrawn_errors,
         shared_class_names,
         shared_file_names,
         private_names_in_public_texts,

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from gpu_launcher.errors import ManifestError
 from gpu_launcher.jobs import directory as module
 from gpu_launcher.jobs.directory import DirectoryLock, LogFiles, newest_sweep
-from gpu_launcher.jobs.manifest import Entry, ManifestError, State
+from gpu_launcher.jobs.manifest import Entry, State
 from gpu_launcher.model import Request
 from gpu_launcher.processes.messages import JobPrepared
 

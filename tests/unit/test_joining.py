@@ -15,9 +15,10 @@ import pytest
 from omegaconf import OmegaConf
 
 import gpu_launcher
+from gpu_launcher.errors import StudyError
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.studies.ownership import Sweep, working
-from gpu_launcher.studies.study_session import AskedTrial, How, StudyError, StudySession, TrialEnding
+from gpu_launcher.studies.study_session import AskedTrial, How, StudySession, TrialEnding
 from hydra_plugins.optuna_async_sweeper._options import read_options
 from hydra_plugins.optuna_async_sweeper._search_space import read_search_space
 from hydra_plugins.optuna_async_sweeper._study import StudyPlan

@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 from gpu_launcher.cli.mapping.grid import Grid, read_grid
 from gpu_launcher.cli.mapping.program import last_object
 from gpu_launcher.cli.mapping.records import LONGEST, Bad, Record, RecordReader
-from gpu_launcher.cli.mapping.shell_text import CommandError
 from gpu_launcher.cli.mapping.template import GPU, Template
 from gpu_launcher.cli.mapping.values import Written, digest, text, to_json, words
-from gpu_launcher.errors import OptionError
+from gpu_launcher.errors import OptionError, UsageError
 
 # Placeholders
 
@@ -76,7 +75,7 @@ def test_flags_are_a_name_and_a_value_each() -> None:
     ],
 )
 def test_a_command_that_cannot_be_meant_is_refused(words: list[str], shell: bool, problem: str) -> None:
-    with pytest.raises(CommandError) as refused:
+    with pytest.raises(UsageError) as refused:
         Template.parse(words, shell=shell)
     assert problem in str(refused.value)
     assert str(pickle.loads(pickle.dumps(refused.value))) == str(refused.value)

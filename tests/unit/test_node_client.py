@@ -17,11 +17,11 @@ from typing import Any
 import psutil
 import pytest
 
-from gpu_launcher.errors import OptionError
+from gpu_launcher.errors import NodeDiedError, OptionError
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.node_client import NodeDiedError, RemoteLoop, busy, calling_back, harmless_thread
+from gpu_launcher.jobs.node_client import RemoteLoop, busy, calling_back, harmless_thread
 from gpu_launcher.jobs.node_messages import Closed, Ended, Heard, Message, Remarked, Started, Wanted
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.model import Request

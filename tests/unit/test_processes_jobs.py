@@ -24,12 +24,12 @@ from typing import Any
 import psutil
 import pytest
 
-from gpu_launcher.errors import OptionError
+from gpu_launcher.errors import OptionError, ServerDiedError
 from gpu_launcher.model import Request
 from gpu_launcher.processes import fork_server as server_module
 from gpu_launcher.processes import supervisor as supervisor_module
 from gpu_launcher.processes import tree as tree_module
-from gpu_launcher.processes.fork_server_client import SUPERVISOR_DIED, ForkServer, JobProcess, Lost, ServerDiedError
+from gpu_launcher.processes.fork_server_client import SUPERVISOR_DIED, ForkServer, JobProcess, Lost
 from gpu_launcher.processes.messages import (
     ChannelClosedError,
     Grant,

@@ -20,7 +20,16 @@ import gpu_launcher
 from gpu_launcher.errors import GpuLauncherError
 
 PACKAGE = Path(gpu_launcher.__file__).parent
-OF_COMMANDS_AND_SWEEPS = {"CommandError", "MapError", "ManifestError", "RefusedError", "ReportError", "StudyError"}
+OF_COMMANDS_AND_SWEEPS = {
+    "CommandError",
+    "CompositionError",
+    "ManifestError",
+    "MapError",
+    "ReportError",
+    "SearchSpaceError",
+    "StudyError",
+    "UsageError",
+}
 """Errors of the command line, of sweep directories and of `hydra/sweeper=optuna_async`, which no function raises."""
 CAUGHT_INSIDE = {"ServerDiedError"}
 

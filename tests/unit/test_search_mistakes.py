@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from omegaconf import MISSING
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from hydra_plugins.optuna_async_sweeper._composition import CompositionError, check_composition
-from hydra_plugins.optuna_async_sweeper._search_space import SearchSpaceError, read_search_space
+from gpu_launcher.errors import CompositionError, SearchSpaceError
+from hydra_plugins.optuna_async_sweeper._composition import check_composition
+from hydra_plugins.optuna_async_sweeper._search_space import read_search_space
 
 WRITE = [
     (

@@ -21,8 +21,9 @@ from omegaconf import OmegaConf
 from optuna import create_study
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+from gpu_launcher.errors import SearchSpaceError
 from hydra_plugins.gpu_pool_launcher._override_text import override_text
-from hydra_plugins.optuna_async_sweeper._search_space import SearchSpaceError, difference, read_search_space
+from hydra_plugins.optuna_async_sweeper._search_space import difference, read_search_space
 
 PARSER = OverridesParser.create()
 BASE: Any = {"version_base": None} if hydra.__version__.startswith("1.3") else {}

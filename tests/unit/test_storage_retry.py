@@ -9,11 +9,12 @@ import pytest
 from optuna.exceptions import StorageInternalError
 from optuna.storages import InMemoryStorage
 
+from gpu_launcher.errors import StudyError
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.pruning import Judge
 from gpu_launcher.studies.storage_retry import MAX_OUTAGE_SECONDS, StorageRetry
-from gpu_launcher.studies.study_session import StudyError, StudySession
+from gpu_launcher.studies.study_session import StudySession
 from gpu_launcher.studies.study_storage import StudyStorage
 from gpu_launcher.studies.sweep_search import SweepSearch
 

@@ -10,12 +10,13 @@ import optuna
 import pytest
 from optuna.storages import InMemoryStorage
 
+from gpu_launcher.errors import StudyError
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.studies.ownership import Sweep
-from gpu_launcher.studies.study_session import How, StudyError, StudySession, TrialEnding
+from gpu_launcher.studies.study_session import How, StudySession, TrialEnding
 from gpu_launcher.studies.study_storage import StudyStorage
 from gpu_launcher.studies.sweep_search import SweepSearch
 

@@ -14,19 +14,18 @@ from typing import Any
 
 from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.cli.mapping.grid import Grid, read_grid
-from gpu_launcher.cli.mapping.place import COMMAND, MapError, Place, RefusedError, new_directory, quoted
+from gpu_launcher.cli.mapping.place import COMMAND, Place, new_directory, quoted
 from gpu_launcher.cli.mapping.program import CommandProgram
 from gpu_launcher.cli.mapping.records import Bad
 from gpu_launcher.cli.mapping.results import Completed, Results, completed_before, write_table
 from gpu_launcher.cli.mapping.resumption import Before, ResumableSource, unwritable
-from gpu_launcher.cli.mapping.shell_text import CommandError
 from gpu_launcher.cli.mapping.supply import STDIN, Input, Supply
 from gpu_launcher.cli.mapping.template import GPU, Template
 from gpu_launcher.cli.streams import print_if_possible, printable, tell
 from gpu_launcher.debug_log import log_into
 from gpu_launcher.devices import BUSY_MEMORY
 from gpu_launcher.durations import read_duration
-from gpu_launcher.errors import GpuLauncherError, OptionError
+from gpu_launcher.errors import GpuLauncherError, MapError, OptionError, UsageError
 from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.head import SweepResult, run_jobs
 from gpu_launcher.jobs.job import Cause
@@ -124,7 +123,7 @@ def run_map(asked: Asked, directory: str | None, resume: str | None, *, dry_run:
         place = Place(Path(resume).absolute())
         asked = _resumed(place, asked)
     elif not asked.param and asked.source is None:
-        raise CommandError("there are no parameters: give --param name=1,2,3, or --from a file")
+        raise UsageError("there are no parameters: give --param name=1,2,3, or --from a file")
     else:
         asked = _with_grid(asked)
     template = Template.parse(asked.command, shell=asked.shell)
@@ -192,7 +191,7 @@ def _check_grid(template: Template, asked: Asked) -> None:
     for name, values in asked.grid.axes:
         for value in values:
             if problem := template.misfit({**first, name: value}):
-                raise CommandError(problem)
+                raise UsageError(problem)
     assert names, "there are parameters, or records"
 
 
@@ -206,7 +205,7 @@ def _check_command(template: Template, asked: Asked) -> None:
         return
     path = str(asked.directory / program) if "/" in program else program
     if not program or shutil.which(path) is None:
-        raise CommandError(
+        raise UsageError(
             f"{program!r} cannot be run: "
             + ("it is not executable" if Path(path).is_file() else "there is no such program")
             + (f" (meant is {sys.executable} {program}?)" if program.endswith(".py") else "")
@@ -214,7 +213,7 @@ def _check_command(template: Template, asked: Asked) -> None:
     script = plain[1] if len(plain) > 1 else None
     is_script = script and _INTERPRETER.fullmatch(Path(program).name) and not script.startswith("-")
     if script and is_script and not (asked.directory / script).exists() and not _found_by(program, script):
-        raise CommandError(f"{script!r}, which {program} is to run, does not exist in {asked.directory}")
+        raise UsageError(f"{script!r}, which {program} is to run, does not exist in {asked.directory}")
 
 
 def _found_by(program: str, script: str) -> bool:
@@ -347,7 +346,7 @@ class _Launch:
         except GpuLauncherError as error:
             if source.ran or isinstance(error, OptionError):
                 raise
-            raise RefusedError(str(error)) from error
+            raise UsageError(str(error)) from error
         finally:
             node.close()
             source.close()

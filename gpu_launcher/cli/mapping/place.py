@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from gpu_launcher.cli.mapping.values import Params, to_json
-from gpu_launcher.errors import GpuLauncherError, OptionError
+from gpu_launcher.errors import ManifestError, OptionError, UsageError
 from gpu_launcher.jobs.directory import LOCK, DirectoryLock
 from gpu_launcher.jobs.failures import set_aside
-from gpu_launcher.jobs.manifest import DIRECTORY, ManifestError
+from gpu_launcher.jobs.manifest import DIRECTORY
 from gpu_launcher.json_data import load_object
 from gpu_launcher.safe_files import (
     PRIVATE_DIRECTORY,
@@ -61,27 +61,6 @@ _KEPT: dict[str, Any] = {
 """What map.json has, and of which type."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
-
-
-class MapError(GpuLauncherError):
-    """A map cannot go on. The message names the cause and the next step."""
-
-
-class RefusedError(OptionError):
-    """Nothing was run, for a reason that is about no single option."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__("", problem)
-
-    def __reduce__(self) -> tuple[type[RefusedError], tuple[str]]:
-        return RefusedError, (self.problem,)
-
-    def __str__(self) -> str:
-        return self.problem
-
-    def renamed(self, spell: object) -> OptionError:
-        """See `OptionError`."""
-        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,14 +261,14 @@ class Place:
     def locked(self, option: str, notice: Callable[[str], None]) -> Iterator[None]:
         """Be the only launch here, and come after whatever was left of an earlier one.
 
-        To be entered before the fork server is started, which is to have the lock, too. Raises RefusedError if
+        To be entered before the fork server is started, which is to have the lock, too. Raises UsageError if
         another program runs this map, or its processes do not end, and OptionError about the `option` that named the
         directory.
         """
         try:
             lock = DirectoryLock.take(self.path, COMMAND, "wait for it, or stop it, before you resume", notice)
         except ManifestError as error:
-            raise RefusedError(str(error)) from error
+            raise UsageError(str(error)) from error
         except OSError as error:
             raise OptionError(option, f"{short_path(self.path)} cannot be written to ({error.strerror})") from error
         try:

@@ -6,10 +6,11 @@ import contextlib
 from dataclasses import dataclass, field
 from itertools import chain
 
-from gpu_launcher.cli.mapping.place import Place, RefusedError
+from gpu_launcher.cli.mapping.place import Place
 from gpu_launcher.cli.mapping.results import Completed, Results, completed_before, lines, result_line, settle
 from gpu_launcher.cli.mapping.source import MapSource
 from gpu_launcher.cli.mapping.supply import Supply
+from gpu_launcher.errors import UsageError
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.source import Offer, Statement
@@ -64,7 +65,7 @@ class ResumableSource(MapSource):
         return self._results
 
     def receive(self) -> list[Statement]:
-        """See `JobSource`. Raises RefusedError if the earlier results cannot be settled."""
+        """See `JobSource`. Raises UsageError if the earlier results cannot be settled."""
         if not self._settled:
             self._settle()
         statements = super().receive()
@@ -110,8 +111,8 @@ class ResumableSource(MapSource):
                     self._results.add(line)
 
 
-def unwritable(place: Place, error: OSError) -> RefusedError:
-    return RefusedError(
+def unwritable(place: Place, error: OSError) -> UsageError:
+    return UsageError(
         f"results cannot be written to {short_path(place.path)} ({error.strerror}), so nothing was run: fix this, for "
         "example by making room, and run the command again"
     )

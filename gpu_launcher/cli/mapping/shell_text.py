@@ -4,24 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gpu_launcher.errors import OptionError
-
-
-class CommandError(OptionError):
-    """A command line that cannot be meant. It is about no single option."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__("command", problem)
-
-    def __reduce__(self) -> tuple[type[CommandError], tuple[str]]:
-        return CommandError, (self.problem,)
-
-    def __str__(self) -> str:
-        return self.problem
-
-    def renamed(self, spell: object) -> OptionError:
-        """See `OptionError`."""
-        return self
+from gpu_launcher.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +118,12 @@ class _Reader:
 
 
 def refuse_misplaced(text: Word) -> None:
-    """Raises CommandError for a placeholder that would not be a word with exactly its value."""
+    """Raises UsageError for a placeholder that would not be a word with exactly its value."""
     reader = _Reader()
     for piece in text:
         if isinstance(piece, Placeholder):
             if (refusal := reader.refusal()) is not None:
-                raise CommandError(f"{{{piece.name}}} stands {refusal}")
+                raise UsageError(f"{{{piece.name}}} stands {refusal}")
             reader.pass_placeholder()
         else:
             for character in piece:

@@ -8,8 +8,9 @@ import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from gpu_launcher.cli.mapping.shell_text import CommandError, Placeholder, Word, refuse_misplaced
+from gpu_launcher.cli.mapping.shell_text import Placeholder, Word, refuse_misplaced
 from gpu_launcher.cli.mapping.values import Params, text, to_json
+from gpu_launcher.errors import UsageError
 
 OURS = ("json", "flags", "index", "gpu")
 """Placeholders that are no parameter's name."""
@@ -32,13 +33,13 @@ class Template:
 
     @classmethod
     def parse(cls, words: Sequence[str], *, shell: bool = False) -> Template:
-        """Raises CommandError if the braces make no sense, or there are none."""
+        """Raises UsageError if the braces make no sense, or there are none."""
         if not words:
-            raise CommandError("there is no command: give it after the options, as in -- python evaluate.py {flags}")
+            raise UsageError("there is no command: give it after the options, as in -- python evaluate.py {flags}")
         parsed = [" ".join(words)] if shell else words
         template = cls(tuple(tuple(_pieces(word)) for word in parsed), shell)
         if not template.names:
-            raise CommandError(
+            raise UsageError(
                 "the command has no placeholder, so that every run would be the same: write {json} for all parameters "
                 "as one argument, {flags} for --name value, or {name} for the parameter of that name (quoted where the "
                 "shell, as fish does, takes braces for its own)"
@@ -47,7 +48,7 @@ class Template:
             refuse_misplaced(template.words[0])
         for word in () if shell else template.words:
             if len(word) > 1 and Placeholder("flags") in word:
-                raise CommandError("{flags} is several arguments, and has to be a word of its own")
+                raise UsageError("{flags} is several arguments, and has to be a word of its own")
         return template
 
     @property
@@ -174,9 +175,7 @@ def _pieces(word: str) -> Iterator[str | Placeholder]:
         elif match[0] in ("{{", "}}"):
             literal += match[0][0]
         else:
-            raise CommandError(
-                f"a {match[0]} stands alone in {word!r}: write {{{{ and }}}} for braces of the command's"
-            )
+            raise UsageError(f"a {match[0]} stands alone in {word!r}: write {{{{ and }}}} for braces of the command's")
     literal += word[position:]
     if literal or not word:
         yield literal
