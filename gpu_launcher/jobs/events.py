@@ -43,7 +43,7 @@ class Notice:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class SearchStatus:
     """How the search goes of which the jobs are a part; replaces what an earlier one said."""
 
     time: float
@@ -121,7 +121,7 @@ class JobRetried:
 
 
 @dataclass(frozen=True, slots=True)
-class Stopping:
+class StopRequested:
     """The user asked to stop. `forced` after the second time: jobs are being killed instead of waited for."""
 
     time: float
@@ -157,7 +157,16 @@ class SweepEnded:
 
 
 Event = (
-    SweepStarted | Notice | Standing | JobWaiting | JobStarted | JobEnded | JobRetried | Stopping | GaveUp | SweepEnded
+    SweepStarted
+    | Notice
+    | SearchStatus
+    | JobWaiting
+    | JobStarted
+    | JobEnded
+    | JobRetried
+    | StopRequested
+    | GaveUp
+    | SweepEnded
 )
 
 

@@ -29,8 +29,8 @@ from gpu_launcher.jobs.events import (
     Notice,
     Outcome,
     Progress,
-    Standing,
-    Stopping,
+    SearchStatus,
+    StopRequested,
     SweepEnded,
     SweepStarted,
 )
@@ -241,9 +241,9 @@ class _Head:
         self._node.say(Stop())
         forced = self._stopping is not None
         _log.info("stop because of %s%s", why, ", for the second time" if forced else "")
-        self._show_stop(Stopping(time.monotonic(), len(self._running), self._grace, forced, why))
+        self._show_stop(StopRequested(time.monotonic(), len(self._running), self._grace, forced, why))
 
-    def _show_stop(self, event: Stopping) -> None:
+    def _show_stop(self, event: StopRequested) -> None:
         self._stopping = self._stopping or event.signal
         self._shown.handle(event)
         self._drop_waiting(None)
@@ -277,7 +277,7 @@ class _Head:
             case Ended(result, event):
                 assert event is not None
                 self._end(result, event)
-            case Stopping():
+            case StopRequested():
                 self._show_stop(message)
             case GaveUp(problem=problem):
                 self._given_up = problem
@@ -375,7 +375,7 @@ class _Head:
                 case Remark(text):
                     self._shown.handle(Notice(time.monotonic(), text))
                 case Facts(facts):
-                    self._shown.handle(Standing(time.monotonic(), facts))
+                    self._shown.handle(SearchStatus(time.monotonic(), facts))
                 case _:
                     self._node.say(statement)
 

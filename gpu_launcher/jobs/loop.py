@@ -38,7 +38,7 @@ from gpu_launcher.jobs.events import (
     Notice,
     Outcome,
     Progress,
-    Stopping,
+    StopRequested,
 )
 from gpu_launcher.jobs.failures import FailurePolicy, RetryState, set_aside
 from gpu_launcher.jobs.job import Job, JobResult
@@ -174,7 +174,7 @@ class JobLoop:
                 if self._source is not None:
                     self._watch(self._source.fileno(), self._on_source)
                 self._pool.begin()
-                self._handle(m.Begin())
+                self._handle(m.RunStarted())
                 self._ask_source()
                 while not self._machine.finished:
                     self._turn()
@@ -538,7 +538,7 @@ class JobLoop:
             run.lease.id,
         )
         self._checkpoint("claimed")
-        self._stimuli.append(m.Granted(number))
+        self._stimuli.append(m.LeaseGranted(number))
 
     def _give_up(self, problem: str) -> None:
         _log.warning("no more jobs are started; each %s", problem)
@@ -673,7 +673,7 @@ class JobLoop:
             self._report_path(result.number).unlink()
         self._checkpoint("retried")
         record.reset()
-        self._stimuli.append(m.Again(result.number, last=attempt.last))
+        self._stimuli.append(m.Retry(result.number, last=attempt.last))
         return True
 
     def _count_failure(self) -> None:
@@ -681,7 +681,7 @@ class JobLoop:
         if self._failed == self._failures.most and self._machine.takes_more and not self._machine.finished:
             self._stopped_by = count(self._failed, "failure")
             running = len(self._machine.running())
-            stopping = Stopping(self._clock(), running, self._limits.grace, forced=False, signal=self._stopped_by)
+            stopping = StopRequested(self._clock(), running, self._limits.grace, forced=False, signal=self._stopped_by)
             self._progress.handle(stopping)
             self._stimuli.append(m.StopAsked())
 

@@ -12,9 +12,9 @@ returns, in their order. The machine knows no processes, files or devices, so ev
 |-----------|-------------------------------------------------|------------------------------------|
 | QUEUED    | there is room to prepare one more job           | StartProcess                       |
 | PREPARING | Prepared: it composed its config and waits      | TakeTicket, or Go without devices  |
-| PREPARED  | Granted: its ticket became a lease              | Go                                 |
+| PREPARED  | LeaseGranted: its ticket became a lease         | Go                                 |
 | RUNNING   | Exited: its process tree is gone                | Release, then Conclude             |
-| ENDED     | Again: the loop found that the job is retried   |                                    |
+| ENDED     | Retry: the loop decided to retry the job        |                                    |
 
 A job may end in any phase: its process dies, it is cancelled, the sweep is stopped or given up. It always gets exactly
 one Conclude for each time it ends. Three rules shape the rest:
@@ -100,7 +100,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Begin:
+class RunStarted:
     """The first stimulus."""
 
 
@@ -137,7 +137,7 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
-class Granted:
+class LeaseGranted:
     """The ticket of a job became a lease."""
 
     number: int
@@ -153,7 +153,7 @@ class Exited:
 
 
 @dataclass(frozen=True, slots=True)
-class Again:
+class Retry:
     """A job that was just concluded is to be run once more; only while the machine `takes_more`."""
 
     number: int
@@ -185,7 +185,18 @@ class Tick:
 
 
 Stimulus = (
-    Begin | Arrived | NoMore | Cancel | Prepared | Granted | Exited | Again | ServerLost | GiveUp | StopAsked | Tick
+    RunStarted
+    | Arrived
+    | NoMore
+    | Cancel
+    | Prepared
+    | LeaseGranted
+    | Exited
+    | Retry
+    | ServerLost
+    | GiveUp
+    | StopAsked
+    | Tick
 )
 
 # Instructions
@@ -200,7 +211,7 @@ class StartProcess:
 
 @dataclass(frozen=True, slots=True)
 class TakeTicket:
-    """Get in line for the job's devices; answer with Granted."""
+    """Get in line for the job's devices; answer with LeaseGranted."""
 
     number: int
     request: Request
@@ -250,7 +261,7 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Conclude:
-    """The job has ended: make its result, or answer with Again."""
+    """The job has ended: make its result, or answer with Retry."""
 
     number: int
     stopped: bool
@@ -326,7 +337,7 @@ class Machine:
         self._given_up: str | None = None
         self._kill_at: float | None = None
         self._now = 0.0
-        self._stimulus: Stimulus = Begin()
+        self._stimulus: Stimulus = RunStarted()
         """What is being handled, for the stories."""
 
     @property
@@ -409,7 +420,7 @@ class Machine:
         """
         self._now, self._stimulus = now, stimulus
         match stimulus:
-            case Begin():
+            case RunStarted():
                 return self._fill(now)
             case Arrived(number):
                 return self._arrived(number, now)
@@ -422,12 +433,12 @@ class Machine:
                 return self._cancel(number, problem, now)
             case Prepared(number, request, refusal):
                 return self._prepared(number, request, refusal, now)
-            case Granted(number):
+            case LeaseGranted(number):
                 return self._granted(number, now)
             case Exited(number, problem):
                 return self._exited(number, problem, now)
-            case Again(number, last):
-                return self._again(number, last, now)
+            case Retry(number, last):
+                return self._retry(number, last, now)
             case ServerLost():
                 return self._server_lost()
             case GiveUp(problem):
@@ -505,7 +516,7 @@ class Machine:
         )
         return [*instructions, *self._fill(now), conclusion]
 
-    def _again(self, number: int, last: bool, now: float) -> list[Instruction]:
+    def _retry(self, number: int, last: bool, now: float) -> list[Instruction]:
         self._expect(number, Phase.ENDED)
         if not self.takes_more:
             raise self._illegal(number, f"job {number} is retried, but no more jobs are started")

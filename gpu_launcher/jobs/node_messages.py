@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpu_launcher.errors import GpuLauncherError
-from gpu_launcher.jobs.events import GaveUp, JobEnded, JobRetried, JobStarted, JobWaiting, Notice, Stopping
+from gpu_launcher.jobs.events import GaveUp, JobEnded, JobRetried, JobStarted, JobWaiting, Notice, StopRequested
 from gpu_launcher.jobs.job import JobResult
 from gpu_launcher.jobs.reports import ReportFiles
 from gpu_launcher.jobs.sweep import Options
@@ -85,7 +85,7 @@ class Closed:
     """Whether the run was stopped, by the user or by failures."""
 
 
-ShownEvent = Notice | JobWaiting | JobStarted | JobRetried | Stopping | GaveUp
+ShownEvent = Notice | JobWaiting | JobStarted | JobRetried | StopRequested | GaveUp
 """Events that a node sends as they are to a head that shows them."""
 
 Message = NodeReady | Opened | Wanted | Started | Heard | Ended | Remarked | Closed | ShownEvent

@@ -59,7 +59,7 @@ class Remark:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """How the search goes, as `events.Standing` shows it."""
+    """How the search goes, as `events.SearchStatus` shows it."""
 
     facts: tuple[tuple[str, str], ...]
 

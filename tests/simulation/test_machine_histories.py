@@ -58,7 +58,7 @@ class Histories(RuleBasedStateMachine):
         self.stopped_at: float | None = None
         self.kill_at: float | None = None
         self.given_up = False
-        self.follow(m.Begin())
+        self.follow(m.RunStarted())
 
     def follow(self, stimulus):
         for instruction in self.machine.handle(stimulus, self.now):
@@ -177,7 +177,7 @@ class Histories(RuleBasedStateMachine):
     def the_ticket_is_granted(self):
         number, self.ticket = self.ticket, None
         self.held.add(number)
-        self.follow(m.Granted(number))
+        self.follow(m.LeaseGranted(number))
 
     @precondition(lambda self: self.processes)
     @rule(data=st.data())
@@ -248,7 +248,7 @@ class Histories(RuleBasedStateMachine):
         assume(not possible[kind])
         stimulus = {
             "prepared": m.Prepared(number, Request(1)),
-            "granted": m.Granted(number),
+            "granted": m.LeaseGranted(number),
             "exited": m.Exited(number),
         }
         with pytest.raises(IllegalTransitionError):

@@ -79,12 +79,10 @@ PUBLIC_TEXTS = ("README.md", "docs/*.md", "examples/**/*.py", "examples/**/*.yam
 # Names that more than one class or module has. Only remove from these two lists.
 SHARED_CLASS_NAMES = {
     "Asked",
-    "Begin",
     "Bounds",
     "Call",
     "Ended",
     "Exhausted",
-    "Granted",
     "Intermediate",
     "Opened",
     "Options",
@@ -95,7 +93,6 @@ SHARED_CLASS_NAMES = {
     "Results",
     "Returned",
     "Stop",
-    "Stopping",
     "Tally",
     "Unusable",
     "_State",

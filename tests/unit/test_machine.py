@@ -24,7 +24,7 @@ def limits(**changes: object) -> Limits:
 
 def begun(jobs: int, **changes: object) -> Machine:
     machine = Machine(list(range(jobs)), limits(**changes))
-    machine.handle(m.Begin(), 0.0)
+    machine.handle(m.RunStarted(), 0.0)
     return machine
 
 
@@ -33,33 +33,33 @@ def running(jobs: int, **changes: object) -> Machine:
     machine = begun(jobs, ahead=jobs, preparing=jobs, **changes)
     for number in range(jobs):
         machine.handle(m.Prepared(number, ONE), 0.0)
-        machine.handle(m.Granted(number), 0.0)
+        machine.handle(m.LeaseGranted(number), 0.0)
     assert machine.running() == list(range(jobs))
     return machine
 
 
 def test_a_sweep_of_no_jobs_is_finished_at_once():
     machine = Machine([], limits())
-    assert machine.handle(m.Begin(), 0.0) == []
+    assert machine.handle(m.RunStarted(), 0.0) == []
     assert machine.finished
 
 
 def test_jobs_start_in_order_as_far_as_the_look_ahead_allows():
     machine = Machine([7, 8, 9], limits(ahead=2))
-    assert machine.handle(m.Begin(), 0.0) == [m.StartProcess(7), m.StartProcess(8)]
+    assert machine.handle(m.RunStarted(), 0.0) == [m.StartProcess(7), m.StartProcess(8)]
     assert [machine.phase(number) for number in (7, 8, 9)] == [Phase.PREPARING, Phase.PREPARING, Phase.QUEUED]
 
 
 def test_no_more_jobs_prepare_themselves_at_once_than_there_are_cpus_for():
     machine = Machine([0, 1, 2], limits(ahead=3, preparing=1))
-    assert machine.handle(m.Begin(), 0.0) == [m.StartProcess(0)]
+    assert machine.handle(m.RunStarted(), 0.0) == [m.StartProcess(0)]
     assert machine.handle(m.Prepared(0, ONE), 0.0) == [m.TakeTicket(0, ONE), m.StartProcess(1)]
 
 
 def test_the_life_of_one_job():
     machine = begun(1)
     assert machine.handle(m.Prepared(0, ONE), 1.0) == [m.TakeTicket(0, ONE)]
-    assert machine.handle(m.Granted(0), 2.0) == [m.Go(0)]
+    assert machine.handle(m.LeaseGranted(0), 2.0) == [m.Go(0)]
     assert machine.handle(m.Exited(0), 3.0) == [m.Release(0), m.Conclude(0, False, None)]
     assert machine.finished
     assert machine.phase(0) is Phase.ENDED
@@ -75,7 +75,7 @@ def test_only_one_ticket_is_out_and_the_next_one_is_taken_when_it_was_granted():
     machine = begun(2)
     assert machine.handle(m.Prepared(1, ONE), 0.0) == [m.TakeTicket(1, ONE)]
     assert machine.handle(m.Prepared(0, ONE), 0.0) == []
-    assert machine.handle(m.Granted(1), 0.0) == [m.Go(1), m.TakeTicket(0, ONE)]
+    assert machine.handle(m.LeaseGranted(1), 0.0) == [m.Go(1), m.TakeTicket(0, ONE)]
 
 
 def test_a_job_that_dies_in_line_leaves_the_line_to_the_next_one():
@@ -92,19 +92,19 @@ def test_a_job_that_dies_in_line_leaves_the_line_to_the_next_one():
 def test_devices_are_released_and_the_next_job_is_started_before_a_result_is_looked_at():
     machine = begun(3, ahead=1)
     machine.handle(m.Prepared(0, ONE), 0.0)
-    machine.handle(m.Granted(0), 0.0)
+    machine.handle(m.LeaseGranted(0), 0.0)
     machine.handle(m.Prepared(1, ONE), 0.0)
-    machine.handle(m.Granted(1), 0.0)
+    machine.handle(m.LeaseGranted(1), 0.0)
     machine.handle(m.Prepared(2, ONE), 0.0)
     assert machine.handle(m.Exited(0), 0.0) == [m.Release(0), m.Conclude(0, False, None)]
-    assert machine.handle(m.Granted(2), 0.0) == [m.Go(2)]
+    assert machine.handle(m.LeaseGranted(2), 0.0) == [m.Go(2)]
 
 
 def test_a_cap_on_running_jobs_counts_the_ticket_that_is_out():
     machine = begun(2, parallel=1)
     assert machine.handle(m.Prepared(0, ONE), 0.0) == [m.TakeTicket(0, ONE)]
     assert machine.handle(m.Prepared(1, Request(0)), 0.0) == []
-    assert machine.handle(m.Granted(0), 0.0) == [m.Go(0)]
+    assert machine.handle(m.LeaseGranted(0), 0.0) == [m.Go(0)]
     assert machine.handle(m.Exited(0), 0.0) == [m.Release(0), m.Go(1), m.Conclude(0, False, None)]
 
 
@@ -131,7 +131,7 @@ def test_a_job_that_asks_for_more_than_the_pool_has_is_ended_with_the_remedy_and
 def test_the_first_stop_asks_running_jobs_kills_waiting_ones_and_forgets_the_rest():
     machine = begun(4)
     machine.handle(m.Prepared(0, ONE), 0.0)
-    machine.handle(m.Granted(0), 0.0)
+    machine.handle(m.LeaseGranted(0), 0.0)
     machine.handle(m.Prepared(1, ONE), 0.0)
     assert machine.handle(m.StopAsked(), 5.0) == [
         m.DropTicket(1),
@@ -175,7 +175,7 @@ def test_a_job_that_had_prepared_itself_just_before_it_heard_of_the_stop_does_no
 def test_jobs_that_had_not_run_are_started_again_after_the_fork_server_was_lost_the_others_failed():
     machine = begun(2)
     machine.handle(m.Prepared(0, ONE), 0.0)
-    machine.handle(m.Granted(0), 0.0)
+    machine.handle(m.LeaseGranted(0), 0.0)
     machine.handle(m.ServerLost(), 0.0)
     assert machine.handle(m.Exited(0), 0.0) == [
         m.Release(0),
@@ -183,7 +183,7 @@ def test_jobs_that_had_not_run_are_started_again_after_the_fork_server_was_lost_
     ]
     assert machine.handle(m.Exited(1), 0.0) == [m.StartProcess(1)]
     machine.handle(m.Prepared(1, ONE), 0.0)
-    assert machine.handle(m.Granted(1), 0.0) == [m.Go(1)]
+    assert machine.handle(m.LeaseGranted(1), 0.0) == [m.Go(1)]
 
 
 def test_a_job_that_dies_with_the_fork_server_gives_up_its_place_in_line_lest_it_run_and_then_run_again():
@@ -191,7 +191,7 @@ def test_a_job_that_dies_with_the_fork_server_gives_up_its_place_in_line_lest_it
     machine.handle(m.Prepared(0, ONE), 0.0)
     assert machine.handle(m.ServerLost(), 0.0) == [m.DropTicket(0)]
     with pytest.raises(IllegalTransitionError):
-        machine.handle(m.Granted(0), 0.0)
+        machine.handle(m.LeaseGranted(0), 0.0)
     assert machine.handle(m.Exited(0), 0.0) == [m.StartProcess(0)]
     assert machine.handle(m.Prepared(0, ONE), 0.0) == [m.TakeTicket(0, ONE)]
 
@@ -219,14 +219,14 @@ def test_nothing_is_started_again_once_the_user_wants_the_end():
         (m.Exited(3), "job 3 is QUEUED"),
         (m.Prepared(3, ONE), "job 3 is QUEUED, expected one of: PREPARING"),
         (m.Prepared(0, ONE), "job 0 is RUNNING, expected one of: PREPARING"),
-        (m.Granted(0), "job 0 is RUNNING"),
-        (m.Granted(1), "job 1 is PREPARING"),
+        (m.LeaseGranted(0), "job 0 is RUNNING"),
+        (m.LeaseGranted(1), "job 1 is PREPARING"),
     ],
 )
 def test_what_cannot_happen_in_a_phase_raises_and_says_which(stimulus, complaint):
     machine = begun(4)
     machine.handle(m.Prepared(0, ONE), 0.0)
-    machine.handle(m.Granted(0), 0.0)
+    machine.handle(m.LeaseGranted(0), 0.0)
     with pytest.raises(IllegalTransitionError, match=complaint):
         machine.handle(stimulus, 0.0)
 
@@ -236,7 +236,7 @@ def test_a_grant_to_a_job_whose_ticket_is_not_the_one_that_is_out_raises():
     machine.handle(m.Prepared(0, ONE), 0.0)
     machine.handle(m.Prepared(1, ONE), 0.0)
     with pytest.raises(IllegalTransitionError, match="the ticket out is 0's"):
-        machine.handle(m.Granted(1), 0.0)
+        machine.handle(m.LeaseGranted(1), 0.0)
 
 
 def test_a_job_does_not_end_twice():
@@ -249,14 +249,14 @@ def test_a_job_does_not_end_twice():
 def test_a_job_that_failed_is_run_again_before_those_that_never_ran():
     machine = begun(3, ahead=1, preparing=1)
     machine.handle(m.Prepared(0, ONE), 0.0)
-    assert machine.handle(m.Granted(0), 0.0) == [m.Go(0), m.StartProcess(1)]
+    assert machine.handle(m.LeaseGranted(0), 0.0) == [m.Go(0), m.StartProcess(1)]
     *_, conclusion = machine.handle(m.Exited(0, "was not lucky"), 0.0)
     assert conclusion == m.Conclude(0, False, "was not lucky")
-    assert machine.handle(m.Again(0), 0.0) == []
+    assert machine.handle(m.Retry(0), 0.0) == []
     machine.handle(m.Prepared(1, ONE), 0.0)
-    assert machine.handle(m.Granted(1), 0.0) == [m.Go(1), m.StartProcess(0)]
+    assert machine.handle(m.LeaseGranted(1), 0.0) == [m.Go(1), m.StartProcess(0)]
     with pytest.raises(IllegalTransitionError):
-        machine.handle(m.Again(0), 0.0)
+        machine.handle(m.Retry(0), 0.0)
 
 
 def test_a_conclusion_says_what_speaks_against_running_a_job_again():
@@ -269,21 +269,21 @@ def test_a_conclusion_says_what_speaks_against_running_a_job_again():
 def test_a_job_that_wants_what_may_be_long_in_coming_goes_after_the_others_and_none_once_the_sweep_is_given_up():
     machine = begun(3, ahead=1, preparing=1)
     machine.handle(m.Prepared(0, ONE), 0.0)
-    machine.handle(m.Granted(0), 0.0)
+    machine.handle(m.LeaseGranted(0), 0.0)
     machine.handle(m.Exited(0), 0.0)
-    machine.handle(m.Again(0, last=True), 0.0)
+    machine.handle(m.Retry(0, last=True), 0.0)
     machine.handle(m.Prepared(1, ONE), 0.0)
-    assert machine.handle(m.Granted(1), 0.0) == [m.Go(1), m.StartProcess(2)]
+    assert machine.handle(m.LeaseGranted(1), 0.0) == [m.Go(1), m.StartProcess(2)]
     *_, conclusion = machine.handle(m.Exited(1), 0.0)
     machine.handle(m.GiveUp("was not run: no pool"), 0.0)
     assert not machine.takes_more
     with pytest.raises(IllegalTransitionError):
-        machine.handle(m.Again(conclusion.number), 0.0)
+        machine.handle(m.Retry(conclusion.number), 0.0)
 
 
 def test_a_machine_without_jobs_wants_as_many_as_can_run_and_be_prepared():
     machine = Machine([], limits(preparing=2, at_once=8), more=True)
-    machine.handle(m.Begin(), 0.0)
+    machine.handle(m.RunStarted(), 0.0)
     assert machine.wanted == 2
     assert not machine.finished
     machine.handle(m.Arrived(5), 0.0)
@@ -295,7 +295,7 @@ def test_one_job_that_waits_for_devices_is_ahead_enough_for_a_few():
     machine.handle(m.Arrived(0), 0.0)
     assert machine.handle(m.Prepared(0, ONE), 0.0) == [m.TakeTicket(0, ONE)]
     assert machine.wanted == 0
-    machine.handle(m.Granted(0), 0.0)
+    machine.handle(m.LeaseGranted(0), 0.0)
     assert machine.wanted == 2
 
 
@@ -312,7 +312,7 @@ def test_with_all_devices_busy_one_more_job_is_wanted():
     machine = Machine([], limits(at_once=1), more=True)
     machine.handle(m.Arrived(0), 0.0)
     machine.handle(m.Prepared(0, ONE), 0.0)
-    machine.handle(m.Granted(0), 0.0)
+    machine.handle(m.LeaseGranted(0), 0.0)
     assert machine.wanted == 1
     assert machine.handle(m.Arrived(1), 0.0) == [m.StartProcess(1)]
     assert machine.wanted == 0
@@ -350,10 +350,10 @@ def test_a_job_that_only_the_cap_keeps_waiting_is_known():
     machine = running(2, parallel=2)
     assert machine.capped is None, "no other job waits"
     machine = Machine([0, 1], limits(parallel=1))
-    machine.handle(m.Begin(), 0.0)
+    machine.handle(m.RunStarted(), 0.0)
     machine.handle(m.Prepared(0, ONE), 0.0)
     assert machine.capped is None, "the first one's ticket is out"
-    machine.handle(m.Granted(0), 0.0)
+    machine.handle(m.LeaseGranted(0), 0.0)
     assert machine.capped is None, "the second one is not prepared"
     machine.handle(m.Prepared(1, Request(2)), 0.0)
     assert machine.capped == Request(2)
@@ -365,7 +365,7 @@ def test_without_a_cap_no_job_is_capped():
     machine = running(1)
     assert machine.capped is None
     machine = Machine([0, 1], limits(without_devices=1))
-    machine.handle(m.Begin(), 0.0)
+    machine.handle(m.RunStarted(), 0.0)
     for number in (0, 1):
         machine.handle(m.Prepared(number, Request(0)), 0.0)
     assert machine.capped is None
@@ -399,7 +399,7 @@ def test_story_spans_attempts_and_is_bounded():
     machine = begun(1)
     for _ in range(m.MAX_STORY):
         machine.handle(m.Exited(0), 0.0)
-        machine.handle(m.Again(0), 0.0)
+        machine.handle(m.Retry(0), 0.0)
     assert len(machine.story(0)) == m.MAX_STORY
     machine.validate_state()
 

@@ -24,7 +24,7 @@ from gpu_launcher.jobs.events import (
     JobWaiting,
     Notice,
     Outcome,
-    Stopping,
+    StopRequested,
     SweepEnded,
     SweepStarted,
 )
@@ -136,11 +136,11 @@ def test_rows_stay_where_they_are_while_jobs_come_and_go() -> None:
 
 def test_a_stop_says_how_long_it_waits_and_how_to_hurry_it() -> None:
     start: list[Event] = [SweepStarted(0.0, 8, GPUS, None), JobStarted(0.0, 0, "a", GPUS[:1], None)]
-    stop = Stopping(5.0, 1, 10.0, False, "SIGINT")
+    stop = StopRequested(5.0, 1, 10.0, False, "SIGINT")
     assert view(*start, stop, now=8.0)[0].startswith(
         "stopping: waiting up to 7 s for 1 job (Ctrl-C again to kill them)"
     )
-    assert view(*start, stop, Stopping(9.0, 1, 10.0, True, "SIGINT"))[0].startswith("stopping: killing 1 job ")
+    assert view(*start, stop, StopRequested(9.0, 1, 10.0, True, "SIGINT"))[0].startswith("stopping: killing 1 job ")
 
 
 def test_one_failure_among_thousands_is_seen_in_the_bar() -> None:

@@ -12,7 +12,7 @@ from gpu_launcher.jobs.events import (
     JobWaiting,
     Notice,
     Outcome,
-    Stopping,
+    StopRequested,
     SweepEnded,
     SweepStarted,
 )
@@ -57,7 +57,7 @@ class PlainProgress:
                 self._ended(event)
             case JobRetried():
                 self._say(retry(event))
-            case Stopping():
+            case StopRequested():
                 self._say(stopping(event, event.running, event.grace))
             case SweepEnded():
                 self._sum_up()
@@ -118,7 +118,7 @@ def waits(event: JobWaiting) -> str:
     return f"waits{wanted}: {one_line(event.reason)}; {job_name(event.number, event.label)}"
 
 
-def stopping(event: Stopping, running: int, seconds: float) -> str:
+def stopping(event: StopRequested, running: int, seconds: float) -> str:
     """`running` and `seconds` are what is left of the event's own: a live view counts both down."""
     stopping = "stopping" if event.signal.startswith("SIG") else f"stopping after {event.signal}"
     if running == 0:

@@ -12,8 +12,8 @@ from gpu_launcher.jobs.events import (
     JobStarted,
     JobWaiting,
     Outcome,
-    Standing,
-    Stopping,
+    SearchStatus,
+    StopRequested,
     SweepEnded,
     SweepStarted,
 )
@@ -39,7 +39,7 @@ class Tally:
     now: float = 0.0
     running: dict[int, JobStarted] = field(default_factory=dict)
     waits: JobWaiting | None = None
-    stopping: Stopping | None = None
+    stopping: StopRequested | None = None
     over: bool = False
     closing: tuple[str, ...] = ()
     completed: int = 0
@@ -83,7 +83,7 @@ class Tally:
                 self.total = event.total or 0
                 self.devices = event.devices
                 self.highest_number = max(0, self.total - 1)
-            case Standing():
+            case SearchStatus():
                 self.facts = event.facts
             case JobWaiting():
                 self.waits = event if event.reason else None
@@ -99,7 +99,7 @@ class Tally:
                 self.retries += 1
                 self.running.pop(event.number, None)
                 self._settle(event.number)
-            case Stopping():
+            case StopRequested():
                 self.stopping = event
                 self.waits = None
             case SweepEnded():
