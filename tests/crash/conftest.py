@@ -113,18 +113,19 @@ if __name__ == "__main__":
 
 # What the launch returns is written to $RETURNS; at the checkpoint $DIE_AT the node kills the launching program.
 WATCHED = """
-import functools, json, os, signal, time
+import contextlib, functools, json, os, signal, time
 from pathlib import Path
 
 
 def watch():
+    head = os.getpid()
     from gpu_launcher.jobs import node
     from hydra_plugins.gpu_pool_launcher import _launch
 
     def checkpoint(name):
         if name == os.environ.get("DIE_AT"):
-            head = os.getppid()
-            os.kill(head, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it was killed at this point of another job's life
+                os.kill(head, signal.SIGKILL)
             while os.getppid() == head:
                 time.sleep(0.001)
 
