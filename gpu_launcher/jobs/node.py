@@ -20,7 +20,6 @@ import shutil
 import signal
 import socket
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -96,9 +95,8 @@ class Node:
     open_files: OpenFiles
     """Of the program."""
 
-    def be(self, other_end: socket.socket) -> NoReturn:
-        """Be the process."""
-        status = 1
+    def be(self, other_end: socket.socket) -> None:
+        """Be the process. Returns when the program wants no more of it."""
         try:
             os.setsid()  # a terminal's Ctrl-C is the program's to interpret
             signal.set_wakeup_fd(-1)
@@ -108,13 +106,10 @@ class Node:
             _log.debug("started by process %d", self.program_process)
             self._serve(_Link(self.channel, self.program_process, self.scratch))
         except _EndedError:
-            status = 0
-        except BaseException:
-            traceback.print_exc()
+            pass
         finally:
             if self.scratch is not None:
                 shutil.rmtree(self.scratch, ignore_errors=True)
-            os._exit(status)
 
     def _serve(self, link: _Link) -> NoReturn:
         try:

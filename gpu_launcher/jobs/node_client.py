@@ -10,10 +10,8 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,9 +23,9 @@ from gpu_launcher.jobs.node_messages import Begin, BeginRun, Closed, End, Messag
 from gpu_launcher.jobs.reports import ReportFiles
 from gpu_launcher.jobs.scratch import Scratch
 from gpu_launcher.jobs.sweep import Options, portable
-from gpu_launcher.processes.forking import internal_fork, tqdm_monitors_paused
+from gpu_launcher.processes.forking import flush_all, fork_child, tqdm_monitors_paused
 from gpu_launcher.processes.inherited_files import OpenFiles
-from gpu_launcher.processes.linux import flush_c_streams, other_threads
+from gpu_launcher.processes.linux import other_threads
 from gpu_launcher.processes.messages import ChannelClosedError, channel, receive, send
 from gpu_launcher.processes.pickling import NOTHING, main_namespace, prepare
 from gpu_launcher.processes.random_generators import Generators
@@ -88,7 +86,7 @@ class LocalNode:
         self._saying = threading.Lock()
         self.early: list[Message] = []
         """What was said before the pool of a run was open."""
-        _flush()
+        flush_all()
         node = Node(
             channel=theirs,
             program_process=self._process,
@@ -114,22 +112,13 @@ class LocalNode:
 
     def _fork(self, node: Node) -> tuple[set[int], bool]:
         """Returns which threads are harmless, and whether one of them calls the user's code."""
-        try:
-            with (
-                _at_rest() as (harmless, calling),
-                uninterrupted() as signals,
-                internal_fork(),
-                warnings.catch_warnings(),
-            ):
-                warnings.simplefilter("ignore", DeprecationWarning)  # of threads; we look for them ourselves
-                self._pid = os.fork()
-                if self._pid == 0:
-                    signals.forget()
-            if self._pid == 0:
+        with _at_rest() as (harmless, calling), uninterrupted() as signals:
+
+            def be_the_node() -> None:
+                signals.end_in_child()
                 node.be(self._channel)
-        finally:
-            if os.getpid() != self._process:  # Ctrl-C at its very beginning: nothing of the program is to run in it
-                os._exit(1)
+
+            self._pid = fork_child(be_the_node, internal=True)
         return harmless, calling
 
     def wait_until_ready(self) -> None:
@@ -319,11 +308,3 @@ def _at_rest() -> Iterator[tuple[set[int], bool]]:
 def busy() -> contextlib.AbstractContextManager[Any]:
     """While entered, no node is forked from this program by another thread."""
     return _busy
-
-
-def _flush() -> None:
-    """Whatever is in a buffer at the fork would be written by every child as well."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None and not stream.closed:
-            stream.flush()
-    flush_c_streams()

@@ -48,9 +48,10 @@ class Deferred:
         """Take the place of their handlers."""
         self._arrived.append((number, frame))
 
-    def forget(self) -> None:
-        """In a forked process: they were its parent's."""
+    def end_in_child(self) -> None:
+        """Restore the handlers in a process that was forked meanwhile. What has arrived was for its parent."""
         self._arrived.clear()
+        _restore(self.handlers)
 
     def handle(self) -> None:
         """Call the handlers now, which may raise."""
