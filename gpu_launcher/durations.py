@@ -1,4 +1,4 @@
-"""Spans of time, as users write them."""
+"""Reads time spans, such as `90s` or `1h30m`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PART = re.compile(r"([0-9]{1,12}(?:\.[0-9]{0,9})?)\s*([smhd]?)", re.ASCII)
 
 
 def read_duration(value: object, option: str) -> float:
-    """Seconds that `value` means: a number of seconds, or `90s`, `30m`, `2h`, `1d`, also together as `1h30m`.
+    """Return `value` in seconds: a number of seconds, or `90s`, `30m`, `2h`, `1d`, also together as `1h30m`.
 
     Raises OptionError, which names `option`, for anything else.
     """

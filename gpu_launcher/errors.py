@@ -51,10 +51,10 @@ class GpuLauncherError(Exception):
 
 
 class OptionError(GpuLauncherError, ValueError):
-    """A value the user gave cannot be used. The message names the option and the remedy.
+    """An argument or option is invalid. The message names it and says what to do.
 
-    `option` is its name: `devices` in a function call; where users write more, as in `--devices` or
-    `hydra.launcher.devices`, whoever reads what they wrote raises it `written` so.
+    `option` is its name: `devices` in a function call. Code that reads `--devices` or `hydra.launcher.devices` raises
+    the error `renamed` to that.
     """
 
     def __init__(self, option: str, problem: str) -> None:
@@ -88,7 +88,7 @@ class UsageError(OptionError):
 
 
 class DeviceError(GpuLauncherError):
-    """The machine's devices cannot be read, such as a driver that does not answer."""
+    """The machine's devices cannot be read, for example because the driver does not answer."""
 
 
 class PoolDirectoryError(GpuLauncherError):
@@ -119,14 +119,14 @@ class StorageError(GpuLauncherError):
 
 
 class RequestError(GpuLauncherError):
-    """A request that the pool can never grant, such as more devices than it has."""
+    """The pool can never grant a request, for example for more devices than it has."""
 
 
 class LeaseTimeout(GpuLauncherError, TimeoutError):
-    """A lease was not granted in the time that its caller would wait. The place in the queue is given up.
+    """A lease was not granted within the time to wait. The place in the queue is lost.
 
     `wanted` is what was requested, such as `2 GPUs`; `seconds` is how long the caller waited; `reason` says who holds
-    the devices, or waits in front.
+    the devices, or waits before it.
     """
 
     def __init__(self, wanted: str, seconds: float, reason: str) -> None:
@@ -141,11 +141,11 @@ class LeaseTimeout(GpuLauncherError, TimeoutError):
 
 
 class ApplyError(GpuLauncherError, RuntimeError):
-    """A lease cannot decide which devices this process uses: that is decided already."""
+    """A lease cannot choose the devices of this process, because they are already chosen."""
 
 
 class JobError(GpuLauncherError):
-    """A job that did not return a value, for a reason that is not an exception of its own: killed, crashed, exited.
+    """A job returned no value and raised no exception: it was killed, crashed or exited.
 
     `problem` is a sentence without its subject, `log` the path of the job's output if it has any.
     """
@@ -163,7 +163,7 @@ class JobError(GpuLauncherError):
 
 
 class JobTimeoutError(JobError, TimeoutError):
-    """A job that ran longer than it may, and was ended."""
+    """A job exceeded its time limit and was ended."""
 
     def __init__(self, number: int, label: str, problem: str, log: str | None) -> None:
         super().__init__(number, label, problem, log)
@@ -175,11 +175,11 @@ class JobTimeoutError(JobError, TimeoutError):
 
 
 class UnpicklableError(GpuLauncherError, PicklingError):
-    """A function, an argument or a value that cannot be sent to another process. The message says what to do."""
+    """A function, argument or value cannot be sent to another process. The message says what to do."""
 
 
 class UnsupportedVersionError(GpuLauncherError, ImportError):
-    """A distribution that is missing, or installed in a version that does not work. The message says what to do."""
+    """A distribution is missing or has an unsupported version. The message says what to do."""
 
     def __init__(self, distribution: str, version: str | None, supported: str) -> None:
         super().__init__(distribution, version, supported)
@@ -193,7 +193,7 @@ class UnsupportedVersionError(GpuLauncherError, ImportError):
 
 
 class RecordError(GpuLauncherError):
-    """A record that has no result, and why.
+    """A record has no result. The message says why.
 
     `parallel_map(..., on_error="return")` has it among the results; with `on_error="raise"` it is the `__cause__` of
     the exception that is raised.
@@ -205,7 +205,7 @@ class RecordError(GpuLauncherError):
         """Which record it was, counted from 0."""
         self.record = record
         self.exception = exception
-        """What the function raised; a WorkerDiedError if it did not get so far."""
+        """The exception that the function raised, or a WorkerDiedError."""
         self.traceback = traceback
         """Of the worker, as text; may be empty."""
         self.where = where
@@ -224,7 +224,7 @@ class WorkerDiedError(GpuLauncherError):
 
 
 class UnreadableError(GpuLauncherError):
-    """What a worker sent could not be unpickled here, or what was sent to it could not be unpickled there."""
+    """A result could not be unpickled in this process, or a record in its worker."""
 
 
 class SetupError(GpuLauncherError):
@@ -240,11 +240,11 @@ class ServerDiedError(GpuLauncherError):
 
 
 class StudyError(GpuLauncherError):
-    """A study that this sweep cannot work on. The message says why, and what to do."""
+    """This sweep cannot use its study. The message says why, and what to do."""
 
 
 class SearchSpaceError(GpuLauncherError, ValueError):
-    """An override, or a value for a parameter, from which no search can be made. `override` is as the user wrote it."""
+    """An override, or a value for a parameter, is not a valid search space. `override` is as the user wrote it."""
 
     def __init__(self, override: str, problem: str) -> None:
         super().__init__(override, problem)
@@ -256,11 +256,11 @@ class SearchSpaceError(GpuLauncherError, ValueError):
 
 
 class CompositionError(GpuLauncherError):
-    """A trial's config that Hydra cannot compose. The message has all of Hydra's."""
+    """Hydra cannot compose the config of a trial. The message includes Hydra's."""
 
 
 class CommandError(GpuLauncherError):
-    """A command that cannot be run. `code` is what a shell would exit with: 126 or 127."""
+    """A command cannot be executed. `code` is what a shell would exit with: 126 or 127."""
 
     def __init__(self, command: str, problem: str, code: int) -> None:
         super().__init__(command, problem, code)
@@ -273,15 +273,15 @@ class CommandError(GpuLauncherError):
 
 
 class MapError(GpuLauncherError):
-    """A map cannot go on. The message names the cause and the next step."""
+    """A map cannot continue. The message names the cause and the next step."""
 
 
 class ManifestError(GpuLauncherError):
-    """A sweep's directory that cannot be resumed or read. The message names the remedy."""
+    """A sweep's directory cannot be resumed or read. The message says what to do."""
 
 
 class ReportError(GpuLauncherError):
-    """A report that cannot be read or must not be unpickled. The message names the file and the reason."""
+    """A report cannot be read or must not be unpickled. The message names the file and the reason."""
 
 
 def _show(record: object) -> str:

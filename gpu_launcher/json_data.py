@@ -1,4 +1,4 @@
-"""Reading JSON that somebody else may have written: each value has the type and size that we expect, or is refused."""
+"""Reads JSON that other users may have written: each value has the expected type and size, or is refused."""
 
 from __future__ import annotations
 

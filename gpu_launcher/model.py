@@ -1,4 +1,4 @@
-"""The words of the project as frozen types. See docs/architecture.md for their definitions."""
+"""The vocabulary of the project as frozen types. See docs/architecture.md for definitions."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ class Device:
     exclusive: bool = False
     """Compute mode EXCLUSIVE_PROCESS: one process at a time can use it, so it takes no fractions."""
     parent: str | None = None
-    """UUID of the GPU that a MIG instance is part of, which is no device itself; None for other devices."""
+    """UUID of the GPU that a MIG instance is part of, which is not a device itself; None for other devices."""
     instance: int | None = None
     """Number of a MIG instance on its GPU, for display; None for other devices."""
     numa_node: int | None = None
-    """NUMA node of the host that it is attached to, where that is known."""
+    """NUMA node of the host that the device is attached to; None if unknown."""
     cpus: tuple[int, ...] = ()
-    """CPUs of the host near it, in ascending order; none where that is not known."""
+    """Nearby CPUs of the host, in ascending order; empty if unknown."""
 
     @property
     def label(self) -> str:
-        """How messages and views call it: `GPU 2`, `MIG 2:0`, `simulated GPU 2`, `CPU slot 2`."""
+        """Name in messages and views: `GPU 2`, `MIG 2:0`, `simulated GPU 2`, `CPU slot 2`."""
         if self.kind is DeviceKind.MIG:
             return f"MIG {self.index}:{self.instance}"
         prefix = {DeviceKind.GPU: "GPU", DeviceKind.SIMULATED: "simulated GPU", DeviceKind.CPU: "CPU slot"}
@@ -62,9 +62,9 @@ MILLIONTHS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A part of one device. Shares go together on a device as long as neither sum exceeds what it has.
+    """A part of one device. Shares fit on a device together if neither sum exceeds what the device has.
 
-    Raises ValueError for what is no part of a device: nothing at all, less than nothing, more than all.
+    Raises ValueError unless it is more than nothing and at most the whole device.
     """
 
     millionths: int
@@ -74,7 +74,7 @@ class Share:
 
     def __post_init__(self) -> None:
         if not 0 <= self.millionths <= MILLIONTHS or self.memory < 0 or not (self.millionths or self.memory):
-            raise ValueError(f"no part of a device: {self.millionths} millionths, {self.memory} bytes")
+            raise ValueError(f"not a part of a device: {self.millionths} millionths, {self.memory} bytes")
 
     @property
     def whole(self) -> bool:
@@ -82,9 +82,9 @@ class Share:
         return self.millionths == MILLIONTHS
 
     def of(self, total: int | None) -> Share:
-        """Return what it is of a device with `total` bytes, of which it does not take more than there are.
+        """Return this share of a device with `total` bytes, limited to those.
 
-        Memory alone counts as the same part of the device, so that it goes together with fractions. Where a device
+        Memory alone counts as the same fraction of the device, so that it combines with fractions. Where a device
         does not report its memory (`total` None), none is counted, and a share by memory alone is the whole device.
         """
         if total is None:
@@ -97,7 +97,7 @@ class Share:
 WHOLE = Share(MILLIONTHS)
 
 
-MOST_PRIORITY = 499_999
+MAX_PRIORITY = 499_999
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,19 +107,19 @@ class Request:
     gpus: int
     """Number of devices; 0 needs no lease."""
     share: Share = WHOLE
-    """What it needs of each of them. Of whole devices, `share.memory` is what each must have."""
+    """Share needed of each device. For whole devices, `share.memory` is the memory that each must have."""
     priority: int = 0
-    """Higher ones go first; between -MOST_PRIORITY and MOST_PRIORITY."""
+    """Higher ones go first; between -MAX_PRIORITY and MAX_PRIORITY."""
     timeout: float | None = None
-    """Seconds after the grant at which its devices are free again at the latest, time to end it included."""
+    """Seconds after the grant within which its devices are free again, including the time to end the job."""
     stagger: float = 0.0
-    """Seconds for which it keeps off a device after another job started there that still runs."""
+    """Seconds to wait before using a device on which another running job has started."""
 
     def __post_init__(self) -> None:
         if self.gpus < 0:
             raise ValueError(f"{self.gpus} devices")
-        if abs(self.priority) > MOST_PRIORITY:
-            raise ValueError(f"priority {self.priority} is not between {-MOST_PRIORITY} and {MOST_PRIORITY}")
+        if abs(self.priority) > MAX_PRIORITY:
+            raise ValueError(f"priority {self.priority} is not between {-MAX_PRIORITY} and {MAX_PRIORITY}")
         if self.timeout is not None and not 0 < self.timeout < math.inf:
             raise ValueError(f"a timeout of {self.timeout} s")
         if not 0 <= self.stagger < math.inf:
@@ -159,10 +159,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Who asks for or holds devices, for display only: liveness is never judged by it."""
+    """The user and process that request or hold devices. For display only: it never decides who is alive."""
 
     pid: int
-    """0 where it is not known."""
+    """0 if unknown."""
     user: str
     command: str
     """A short description, such as `train.py #7 lr=0.1`."""

@@ -1,7 +1,7 @@
-"""Hiding secrets in text that other users or log files get to see.
+"""Hides secrets in text that is shown to other users or written to log files.
 
 Command lines and overrides are shown to everyone who waits for the same devices. What looks like a password or a key in
-them is replaced by `***`. This is a safety net: a secret in a form that nobody expects is not recognised, and every
+them is replaced by `***`. This is a safety net: a secret in an unexpected form is not recognised, and every
 user of a machine can read command lines in /proc.
 """
 

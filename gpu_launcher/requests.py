@@ -1,6 +1,6 @@
-"""From what users write to requests: the same values mean the same in Hydra's options and on the command line.
+"""Reads requests from options: values mean the same in Hydra's options, on the command line and in Python.
 
-Errors name options as they are named here; who reads what users wrote spells them as users do (`OptionError.renamed`).
+Errors name options as they are named here; callers rename them to what the user wrote (`OptionError.renamed`).
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from collections.abc import Mapping
 
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import OptionError
-from gpu_launcher.model import MOST_PRIORITY, Request
+from gpu_launcher.model import MAX_PRIORITY, Request
 from gpu_launcher.sizes import read_memory
 from gpu_launcher.validation import read_integer, read_number
 
-LEAST_SHARE = 0.001
-"""Of a device that can be meant: less is a slip of the finger, or of the unit."""
+MIN_SHARE = 0.001
+"""Smallest share of a device: less is likely a mistake."""
 
 
 def read_request(options: Mapping[str, object]) -> Request:
@@ -31,7 +31,7 @@ def read_request(options: Mapping[str, object]) -> Request:
     return Request.of(
         gpus,
         memory,
-        priority=read_integer("priority", options.get("priority", 0), least=-MOST_PRIORITY, most=MOST_PRIORITY),
+        priority=read_integer("priority", options.get("priority", 0), least=-MAX_PRIORITY, most=MAX_PRIORITY),
         timeout=_timeout(options.get("timeout"), "timeout"),
         stagger=read_duration(options.get("stagger", 0), "stagger"),
     )
@@ -52,9 +52,9 @@ def _gpus(value: object, option: str) -> float | None:
             option,
             f"{value!r} is neither a number of devices nor a part of one: give 0, 1, 2, ... or a fraction such as 0.5",
         )
-    if 0 < number < LEAST_SHARE:
+    if 0 < number < MIN_SHARE:
         raise OptionError(
-            option, f"{value!r} is too small a part of a device: give {LEAST_SHARE} or more, or 0 for no device"
+            option, f"{value!r} is too small a part of a device: give {MIN_SHARE} or more, or 0 for no device"
         )
     return number
 

@@ -1,4 +1,4 @@
-"""Amounts of memory, as users write them and as messages show them."""
+"""Reads and shows amounts of memory, such as `20GiB`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{0,15})?)\s*([a-z]*)", re.ASCII)
 
 
 def read_memory(value: object, option: str) -> int:
-    """Bytes that `value` means: `20GiB`, `1.5 GiB`, `500MB`, `10G`, or a plain number of bytes.
+    """Return `value` in bytes: `20GiB`, `1.5 GiB`, `500MB`, `10G`, or a plain number of bytes.
 
     KiB, MiB, GiB and TiB are powers of 1024, and so are K, M, G and T alone, as in Slurm and Docker; KB, MB, GB and TB
     are powers of 1000. Case does not matter.
 
-    Raises OptionError, which names `option`, for anything else, and for less than a MiB other than 0: most probably
-    its unit was forgotten.
+    Raises OptionError, which names `option`, for anything else, and for less than a MiB other than 0: the unit was
+    likely forgotten.
     """
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise OptionError(option, f"{_shown(value)} is not an amount of memory: write one like 20GiB")

@@ -1,4 +1,4 @@
-"""Making text from elsewhere safe to show: in a terminal, a log, an error, a table.
+"""Makes text from other users and programs safe to show: in a terminal, a log, an error, a table.
 
 Names, command lines, messages and labels come from other users' files, from programs and from the kernel. They may hold
 escape sequences that move the cursor or set the terminal up, characters that reverse the direction of the text around
@@ -14,7 +14,7 @@ from pathlib import Path
 from gpu_launcher.redaction import redact
 
 MAX_SHOWN = 4096
-"""Characters of a text from elsewhere that are shown."""
+"""Characters shown of such a text."""
 
 ESCAPE_SEQUENCE = re.compile(
     r"""\x1b\[ [0-?]* [ -/]* [@-~]                       # CSI: colours, cursor movement
@@ -42,7 +42,7 @@ def _one_line(text: str, limit: int) -> str:
 
 
 def middle_cut(text: str, room: int) -> str:
-    """The text with as many characters left out of its middle as it is too long: what differs is often at its end."""
+    """Shorten a text to `room` characters in its middle, because what differs is often at its end."""
     if len(text) <= room:
         return text
     end = max(0, room - 1) // 2
@@ -50,7 +50,7 @@ def middle_cut(text: str, room: int) -> str:
 
 
 def short_path(path: Path) -> str:
-    """As short as its user can write it in the working directory."""
+    """Return the path relative to the working directory if it is below that."""
     try:
         return str(path.relative_to(Path.cwd()))
     except (OSError, ValueError):

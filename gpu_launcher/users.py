@@ -1,4 +1,4 @@
-"""Users, and this process as other users see it."""
+"""Names of users, and of this process as other users see it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from gpu_launcher.model import Owner
 from gpu_launcher.text import one_line
 
 MAX_COMMAND = 1000
-"""Characters of a command that others see."""
+"""Characters shown of a command."""
 
 
 @functools.lru_cache(maxsize=1024)
 def user_name(uid: int) -> str:
-    """What people call the user with this id; `uid 1234` for one without an entry in the user database."""
+    """Return the name of a user; `uid 1234` for a user without an entry in the user database."""
     import pwd  # not on Windows
 
     try:
@@ -24,10 +24,10 @@ def user_name(uid: int) -> str:
 
 
 def this_user(command: str, pid: int) -> Owner:
-    """Return what others are told of a process of this user, which runs `command`; secrets in it are hidden."""
+    """Describe a process of this user that runs `command`, for other users. Secrets in it are hidden."""
     return Owner(pid, user_name(os.getuid()), one_line(command, MAX_COMMAND))
 
 
 def this_process(command: str) -> Owner:
-    """Return what others are told of this process."""
+    """Describe this process for other users."""
     return this_user(command, os.getpid())

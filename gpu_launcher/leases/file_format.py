@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpu_launcher.leases.grant_policy import Candidate, Demand
-from gpu_launcher.model import MILLIONTHS, MOST_PRIORITY, Request, Share
+from gpu_launcher.model import MAX_PRIORITY, MILLIONTHS, Request, Share
 from gpu_launcher.text import one_line
 
 FORMAT = 3
@@ -50,7 +50,7 @@ SEQUENCE = operator.itemgetter(slice(14, 26))
 """Of a ticket's name, as text."""
 OUR_NAME = re.compile(r"(?:lease|twin|\.new)-[0-9a-f]{32}|ticket-(?!0{6})[0-9]{6}-[0-9]{12}-[0-9a-f]{32}-[0-9]{6}")
 
-_LOWEST_RANK = MOST_PRIORITY + 1
+_LOWEST_RANK = MAX_PRIORITY + 1
 NORMAL = f"ticket-{_LOWEST_RANK:06}"
 """How the names of tickets of priority 0 begin: smaller names are of those that go before others."""
 
@@ -142,7 +142,7 @@ class TicketRecord:
         request = Request(
             gpus=_whole(content["count"], 1, len(candidates)),
             share=_share(content["share"], 0),
-            priority=_whole(content["priority"], -MOST_PRIORITY, MOST_PRIORITY),
+            priority=_whole(content["priority"], -MAX_PRIORITY, MAX_PRIORITY),
             timeout=_none_or_seconds(content["timeout"]),
             stagger=_seconds(content["stagger"]),
         )

@@ -1,4 +1,4 @@
-"""How a process ended, in words for the person who has to find out why."""
+"""Describes how a process ended, for the person who has to find out why."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LIKELY = {
 
 
 def describe_exit(status: int, circumstances: str = "", *, out_of_memory: bool = False) -> str:
-    """Say how a process ended that left no result, such as `was killed by SIGKILL after 12 s on GPU 2: most often ...`.
+    """Describe the end of a process that left no result: `was killed by SIGKILL after 12 s on GPU 2: most often ...`.
 
     `status` is as `os.waitpid` gives it; `circumstances` go behind what happened and before its likely cause;
     `out_of_memory` says that the kernel killed somebody for want of memory at the time.

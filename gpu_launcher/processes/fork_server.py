@@ -1,7 +1,7 @@
-"""The fork server: forks supervisors, and guards against the death of either side.
+"""The fork server: forks supervisors, and ends what a killed supervisor leaves behind.
 
 It runs in a process of its own, forked from the fully imported program (`fork`) or started as a small fresh interpreter
-(`spawn`); the difference is only what a job does first, which `run_job` brings along.
+(`spawn`). They differ only in what a job does first, which is `run_job`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import socket
 
 from gpu_launcher.debug_log import get_logger, set_role
 from gpu_launcher.processes.forking import fork_child
-from gpu_launcher.processes.guard import PATIENCE, end_descendants, guarded
+from gpu_launcher.processes.guard import TREE_END_SECONDS, end_descendants, guarded
 from gpu_launcher.processes.linux import become_child_subreaper, children, kill
 from gpu_launcher.processes.messages import (
     ChannelClosedError,
@@ -33,7 +33,7 @@ _log = get_logger("processes.fork_server")
 def serve(control: socket.socket, launcher: int, run_job: RunJob, *, captured: bool = True) -> None:
     """Serve until the launching program (process id `launcher`) closes its end of `control` or dies.
 
-    What jobs print is `captured` until they have a log, or goes where this process's output does.
+    Output of jobs is `captured` until they have a log; otherwise it goes where this process's output goes.
 
     When this returns, no process that was started through this server is alive, whatever killed the server.
     """
@@ -48,7 +48,7 @@ def _serve(control: socket.socket, lifeline: int, run_job: RunJob, captured: boo
 
 
 def _why(supervisor: int, status: int) -> SupervisorDied | StartFailed:
-    """What the end of a supervisor means that did not see its job to its end."""
+    """Tell from its exit status why a supervisor ended before its job."""
     error = os.waitstatus_to_exitcode(status) - COULD_NOT_FORK
     return StartFailed(supervisor, _fork_failed(error)) if error > 0 else SupervisorDied(supervisor)
 
@@ -116,7 +116,7 @@ class _Server:
         )
 
     def _collect(self) -> None:
-        """Reap dead supervisors; what a killed one left behind is our child now, and is ended here."""
+        """Reap dead supervisors, and end what a killed one left behind: those processes are our children now."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -137,10 +137,10 @@ class _Server:
             os.waitpid(orphans[0], 0)
 
     def _tell(self, message: object) -> None:
-        with contextlib.suppress(ChannelClosedError):  # noticed again, and acted upon, when reading
+        with contextlib.suppress(ChannelClosedError):  # `run` notices as well, and shuts down
             send(self._control, message)
 
     def _shut_down(self) -> None:
         _log.debug("closing: ending all jobs")
         os.close(self._own_end)
-        end_descendants(PATIENCE)
+        end_descendants(TREE_END_SECONDS)

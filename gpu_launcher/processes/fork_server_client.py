@@ -1,6 +1,6 @@
-"""Starting jobs, seen from the launching program: one fork server, a channel to each supervisor and to each job.
+"""Starts jobs through the fork server, with a channel to each supervisor and to each job.
 
-A supervisor whose job has ended gets the next one.
+A supervisor whose job has ended is used for the next one.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SUPERVISOR_DIED = "was ended because its supervisor was killed"
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A job of which its supervisor cannot say how it ended. All its processes are gone."""
+    """A job whose supervisor cannot report how it ended. All of its processes are gone."""
 
     number: int
     problem: str
@@ -69,11 +69,11 @@ class JobProcess:
     number: int
     supervisor: socket.socket
     job: socket.socket
-    seat: int
-    """Which supervisor it is, as the fork server knows it."""
+    slot: int
+    """Number of the supervisor, as the fork server knows it."""
 
     def grant(self, grant: Grant, lease: tuple[int, ...]) -> None:
-        """Hand over the devices: to the supervisor first, so that it holds them when the job begins."""
+        """Hand over the lease: to the supervisor first, so that it holds it when the job begins."""
         send(self.supervisor, HoldLease(), lease)
         send(self.job, grant, lease)
 
@@ -128,7 +128,7 @@ class ForkServer:
         self._open_files = open_files
         self._files_notice: str | None = None
         self._handlers = {signum: signal.getsignal(signum) for signum in _OUR_SIGNALS}
-        self._seats = itertools.count()
+        self._slots = itertools.count()
         self._jobs: dict[int, int] = {}
         """The number of the job at each of this server's supervisors."""
         self._idle: dict[int, socket.socket] = {}
@@ -172,13 +172,13 @@ class ForkServer:
         return of_method + self._generators.notices(self.method)
 
     def fileno(self) -> int:
-        """Readable when the server has something to say, or died."""
+        """Readable when the server has sent a message, or died."""
         return self._control.fileno()
 
     def receive(self) -> Lost | None:
-        """What the server has to say: of which job, if any, nobody else will tell the end.
+        """Read a message of the server; return a job whose end nobody else reports, if there is one.
 
-        Raises ServerDiedError if there is no server any more.
+        Raises ServerDiedError if the server has died.
         """
         try:
             message = receive(self._control)[0]
@@ -205,44 +205,44 @@ class ForkServer:
             # First: while this process has the other end, it cannot be closed.
             send(job, Assignment(number, spec, str(result), attempt, about, title))
             try:
-                seat, supervisor = self._seat_with(job_end)
+                slot, supervisor = self._slot_with(job_end)
             except BaseException:
                 job.close()
                 raise
-        self._jobs[seat] = number
-        return JobProcess(number, supervisor, job, seat)
+        self._jobs[slot] = number
+        return JobProcess(number, supervisor, job, slot)
 
     def finished(self, process: JobProcess) -> None:
         """Close the channel of a job reported as JobExited and not abandoned. Its supervisor is free again."""
         process.job.close()
-        if self._jobs.pop(process.seat, None) is None:
+        if self._jobs.pop(process.slot, None) is None:
             process.supervisor.close()  # of a server that is gone
         else:
-            self._idle[process.seat] = process.supervisor
+            self._idle[process.slot] = process.supervisor
 
-    def _seat_with(self, job_end: socket.socket) -> tuple[int, socket.socket]:
+    def _slot_with(self, job_end: socket.socket) -> tuple[int, socket.socket]:
         """Have a supervisor start a job. Raises ServerDiedError."""
         while self._idle:
-            seat, supervisor = self._idle.popitem()
+            slot, supervisor = self._idle.popitem()
             try:
                 send(supervisor, StartJob(), (job_end.fileno(),))
-            except ChannelClosedError:  # it was killed, and the server will say so, to which `receive` pays no heed
+            except ChannelClosedError:  # it was killed; `receive` ignores that, as it has no job
                 supervisor.close()
             else:
-                return seat, supervisor
-        seat = next(self._seats)
+                return slot, supervisor
+        slot = next(self._slots)
         supervisor, supervisor_end = channel()
         try:
             with supervisor_end:
                 send(supervisor, StartJob(), (job_end.fileno(),))
-                send(self._control, StartSupervisor(seat), (supervisor_end.fileno(),))
+                send(self._control, StartSupervisor(slot), (supervisor_end.fileno(),))
         except ChannelClosedError:
             supervisor.close()
             raise ServerDiedError("the fork server was killed") from None
         except OSError:
             supervisor.close()
             raise
-        return seat, supervisor
+        return slot, supervisor
 
     def close(self) -> None:
         """End the server, and with it every job that still runs. Idempotent."""
@@ -255,7 +255,7 @@ class ForkServer:
             self._control.close()
         if self._pid is not None:
             pid, self._pid = self._pid, None
-            with contextlib.suppress(ChildProcessError):  # raised if the user's program reaps all children itself
+            with contextlib.suppress(ChildProcessError):  # the user's program reaps all children itself
                 os.waitpid(pid, 0)
 
     def close_in_child(self) -> None:

@@ -1,7 +1,7 @@
-"""The guard: between the launching program and the fork server, there only to outlive the fork server.
+"""The guard: the parent of the fork server, which it outlives to end what a killed fork server leaves behind.
 
-A supervisor's descendants fall to the fork server when the supervisor is killed. When both are killed together, they
-fall to the guard, which ends them.
+When a supervisor is killed, its descendants become children of the fork server. When both are killed together, they
+become children of the guard, which ends them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from gpu_launcher.processes.linux import become_child_subreaper, children, die_w
 
 _log = get_logger("processes.guard")
 
-PATIENCE = 1.0
-"""Seconds that supervisors get to end their trees, before they are killed as well."""
+TREE_END_SECONDS = 1.0
+"""Seconds to wait for supervisors to end their trees before they are killed as well."""
 
 SHELL_SECONDS = 0.3
-"""Seconds that a shell gets to put its terminal back after the launching program was killed."""
+"""Seconds to wait for the shell to restore its terminal after the launching program was killed."""
 
 _WATCHED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP}
 
@@ -31,8 +31,8 @@ _WATCHED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP}
 def guarded(launcher: int, serve: Callable[[int], None], close_in_guard: Callable[[], None]) -> None:
     """Become the guard of a forked process that runs `serve`; return when it and all descendants are gone.
 
-    `serve` gets a descriptor that is at its end when it should end: then the launching program (process id `launcher`)
-    has, or the guard. `close_in_guard` closes what only `serve` needs.
+    `serve` is called with a lifeline: a descriptor that reaches its end when the launching program (process id
+    `launcher`) or the guard has ended. `close_in_guard` closes what only `serve` needs.
     """
     os.setsid()  # a terminal's Ctrl-C is the launching program's to interpret
     become_child_subreaper()
@@ -55,19 +55,20 @@ def guarded(launcher: int, serve: Callable[[int], None], close_in_guard: Callabl
     while not _ended(server):
         signal.sigwait(_WATCHED)
         if os.getppid() != launcher:
-            break  # else, on SIGTERM, only the thread that forked us has ended, or we were told what is not for us
+            break
+        # Else SIGTERM says that the thread that forked us has ended, or comes from systemd: the program acts on that.
     os.close(guards_end)
     _log.debug("%s: ending what is left", "the fork server ended" if os.getppid() == launcher else "the program ended")
-    end_descendants(1.5 * PATIENCE)
+    end_descendants(1.5 * TREE_END_SECONDS)
     if os.getppid() != launcher:
         time.sleep(SHELL_SECONDS)
         give_back_after_death(2, terminal)
 
 
 def end_descendants(patience: float, spare: Collection[int] = ()) -> None:
-    """Wait until there are none: SIGKILL at once those that a supervisor lost, and after `patience` seconds all.
+    """Wait until this process has no descendants. Kill those of dead supervisors now, and all after `patience` seconds.
 
-    Children in `spare` are left alone: what this process had before it ran this program.
+    Children in `spare` are left alone: those that this process had before.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     session = os.getsid(0)
@@ -91,7 +92,7 @@ def _ended(child: int) -> bool:
 
 
 def _any_left() -> bool:
-    """Reap the dead; whether any child is left."""
+    """Reap dead children; return whether any child is left."""
     while True:
         try:
             pid, _ = os.waitpid(-1, os.WNOHANG)

@@ -1,4 +1,4 @@
-"""What a job's code can say to whoever asked for the job, and hear from it, over the job's channel.
+"""Lets a job's code exchange messages with the source of the job, over the job's channel.
 
 A process has at most one such channel, from before the program's code runs until the process ends; a process
 forked from the job has a copy, which must not be used. Those follow the job's rank decisions.
@@ -31,7 +31,7 @@ class JobChannel:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def say(self, what: Any) -> bool:
-        """Whether anybody can hear it. False at the end of the sweep, upon which the supervisor ends this process."""
+        """Send something. Returns False if the launching program has ended; the supervisor then ends this process."""
         with self.lock:
             try:
                 send(self.channel, JobMessage(what))
@@ -40,7 +40,7 @@ class JobChannel:
         return True
 
     def hear(self, patience: float) -> list[Any]:
-        """All that has been answered; waits at most `patience` seconds for the first answer."""
+        """Return all replies that have arrived; wait at most `patience` seconds for the first."""
         answers = []
         deadline = time.monotonic() + patience
         with self.lock:
@@ -67,7 +67,7 @@ def begin(channel: socket.socket, about: Any, decisions: Path) -> None:
 
 
 def current() -> JobChannel | None:
-    """This process's; None if it is no job, or was forked from the job, or nobody waits for what it says."""
+    """Return the channel of this process; None if it is not a job's main process, or its source takes no messages."""
     return _current if _current is not None and _current.process == os.getpid() else None
 
 

@@ -1,7 +1,7 @@
-"""Keeping typed characters out of a live view: they are neither echoed into it nor left for the shell.
+"""Keeps typed characters out of a live view: they are neither echoed into it nor left for the shell.
 
-Whoever takes a terminal gives it back; after SIGKILL the guard does that (`processes/guard.py`). Shells such as bash
-and zsh do so as well when they see that a program was killed or stopped.
+A process that takes a terminal gives it back; after SIGKILL the guard does that (`processes/guard.py`). bash and zsh do
+so as well when they see that a program was killed or stopped.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _not_stopped() -> Iterator[None]:
 
 
 def give_back_after_death(descriptor: int, before: Modes | None) -> None:
-    """Put a terminal back as it was `before` a process that had taken it was killed, if nobody else has done so."""
+    """Put a terminal back as it was `before` a process that had taken it was killed, unless something else has."""
     now = None if before is None else modes(descriptor)
     if before is not None and now is not None and now == silent(before) != before:
         with contextlib.suppress(termios.error):

@@ -1,4 +1,4 @@
-"""What the launching program, the fork server, supervisors and jobs say to each other, and how it travels.
+"""Messages between the launching program, the fork server, supervisors and jobs, and how they are sent.
 
 One message is one datagram of a `SOCK_SEQPACKET` socket pair: it arrives whole or not at all, in order, and may carry
 descriptors. The peers are processes of one program, so pickle is safe here.
@@ -19,17 +19,18 @@ from typing import Any
 from gpu_launcher.json_data import Fields, load_object
 from gpu_launcher.model import Request
 
-_LARGE = 64 * 1024
-"""Bytes above which a message travels in a memory file: a datagram must fit the socket's send buffer (socket(7))."""
+_MAX_DATAGRAM = 64 * 1024
+"""Bytes up to which a message is sent as a datagram, which must fit the socket's send buffer (socket(7)). A larger one
+is sent as a memory file."""
 
-_MOST_DESCRIPTORS = 64
+_MAX_DESCRIPTORS = 64
 
 _MAX_COMPRESSED = 256 * 1024
-"""Bytes up to which a payload is compressed, which takes some milliseconds."""
+"""Bytes up to which a payload is compressed: more takes too long."""
 
 _REPORT_FORMAT = 1
 _MAX_MESSAGE = 64 * 1024
-"""Characters of a job's message that are kept."""
+"""Characters kept of a job's message."""
 
 
 class ChannelClosedError(ConnectionError):
@@ -44,13 +45,13 @@ def channel() -> tuple[socket.socket, socket.socket]:
 def send(to: socket.socket, message: object, descriptors: tuple[int, ...] = (), *, wait: bool = True) -> None:
     """Send one message. The receiver gets copies of `descriptors`; those here stay open.
 
-    Raises ChannelClosedError if nobody can receive it any more, and, if it is not to `wait`, BlockingIOError while
-    there is no room for it.
+    Raises ChannelClosedError if the other end is closed. Unless it may `wait`, raises BlockingIOError while the
+    socket's buffer is full.
     """
     data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     memory: int | None = None
     try:
-        if len(data) > _LARGE:
+        if len(data) > _MAX_DATAGRAM:
             memory = os.memfd_create("gpu-launcher-message")
             _write_all(memory, data)
             descriptors = (*descriptors, memory)
@@ -67,15 +68,15 @@ def send(to: socket.socket, message: object, descriptors: tuple[int, ...] = (), 
 def receive(source: socket.socket) -> tuple[Any, tuple[int, ...]]:
     """Wait for one message; returns it with its descriptors, which the caller must close.
 
-    Raises ChannelClosedError at the end of the conversation, and BlockingIOError on a non-blocking socket
-    with nothing to read.
+    Raises ChannelClosedError if the other end is closed, and BlockingIOError if the socket is non-blocking and there
+    is no message.
     """
     try:
-        data, descriptors, flags, _ = socket.recv_fds(source, 2 * _LARGE, _MOST_DESCRIPTORS)
+        data, descriptors, flags, _ = socket.recv_fds(source, 2 * _MAX_DATAGRAM, _MAX_DESCRIPTORS)
     except ConnectionResetError:
         # The other end closed without having read all that we sent. The kernel says so once, before it hands out
         # what the other end had still sent.
-        data, descriptors, flags, _ = socket.recv_fds(source, 2 * _LARGE, _MOST_DESCRIPTORS)
+        data, descriptors, flags, _ = socket.recv_fds(source, 2 * _MAX_DATAGRAM, _MAX_DESCRIPTORS)
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)  # SCM_RIGHTS descriptors arrive without close-on-exec
     if flags & socket.MSG_CTRUNC:
@@ -116,7 +117,7 @@ class StartSupervisor:
 
 @dataclass(frozen=True, slots=True)
 class SupervisorDied:
-    """A supervisor was killed; what it supervised has been killed and is gone."""
+    """A supervisor was killed. Its job's processes have been killed as well."""
 
     supervisor: int
 
@@ -167,9 +168,9 @@ class JobExited:
     status: int
     """Of the job's main process, as `os.waitpid` gives it."""
     abandoned: bool = False
-    """Whether they were ended because the fork server had been killed."""
+    """Whether they were ended because the fork server was killed."""
     printed: bytes = b""
-    """The end of what the job printed before it had a log."""
+    """The last output of the job before it had a log."""
     left_behind: tuple[str, ...] = ()
     """Processes that outlived the job's main process and had to be ended: `tensorboard --logdir runs (pid 4711)`."""
 
@@ -179,41 +180,41 @@ class JobExited:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """The first message a job gets: which one it is. It prepares itself and then waits for its grant."""
+    """The first message that a job receives: which job it is. It prepares itself and then waits for its grant."""
 
     number: int
     spec: Any
     """What the program needs to know, such as the list of overrides."""
     result: str
-    """Path of the file in which to leave the Report."""
+    """Path of the file to write the Report to."""
     attempt: int = 1
-    """How many times it has been started, this time included."""
+    """Number of this start of the job, counted from 1."""
     about: Any = None
-    """What the program's code may want to know, such as which trial it is."""
+    """Data for the program's code, such as the trial."""
     title: str = ""
     """The name of its process in `ps`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Go. The descriptors that come with it are the lease's; they stay open as long as the job lives."""
+    """The job has its devices and may run. Carries the lease's descriptors, which stay open while the job lives."""
 
     environment: dict[str, str]
-    """To be set before any code of the user runs, such as `CUDA_VISIBLE_DEVICES`."""
+    """Variables to set before any code of the user runs, such as `CUDA_VISIBLE_DEVICES`."""
     cpus: frozenset[int] | None = None
-    """To run on those CPUs only; None for wherever the launching program may."""
+    """CPUs to run on; None for all that the launching program may use."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobReply:
-    """What whoever asked for the job has to say to it, after the grant."""
+    """Something from the source of the job, after the grant."""
 
     what: Any
 
 
 @dataclass(frozen=True, slots=True)
 class LogFile:
-    """The job's log file, which may be another one than it proposed."""
+    """The job's log file, which may differ from the one it proposed."""
 
     path: str
 
@@ -223,16 +224,16 @@ class LogFile:
 
 @dataclass(frozen=True, slots=True)
 class JobPrepared:
-    """The job has done what needs no devices, and waits."""
+    """The job has done what needs no devices and waits for its grant."""
 
     request: Request
     log: str | None
-    """Path of the file that is to get its stdout and stderr. The job waits for a LogFile before it opens it."""
+    """Proposed path of the file for its stdout and stderr. The job waits for a LogFile before it opens one."""
     pid: int
     options: Any = None
-    """Options of its own, as the program and the launching program have agreed; None for those of the sweep."""
+    """Options of this job alone, in a form that its program defines; None to use the sweep's."""
     place: tuple[int, int] | None = None
-    """Device and inode of the log's directory, which may have several names."""
+    """Device and inode of the log's directory, which identify it under any name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +245,7 @@ class JobMessage:
 
 @dataclass(frozen=True, slots=True)
 class ResultWritten:
-    """The Report is in its file. Anybody may replace a file in a shared directory; nobody else has this channel."""
+    """The Report is in its file. The digest proves that, because others may replace a file in a shared directory."""
 
     digest: bytes
     """SHA-256 of the file's content."""
@@ -255,14 +256,14 @@ class ResultLost:
     """The Report could not be written to its file."""
 
     problem: str
-    """Names the directory, so that jobs which fail together on a full disk fail in the same way."""
+    """Error message. It names the directory, so that jobs that fail together on a full disk have one message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The result of a job, as it is in its result file.
+    """The result of a job, as its result file has it.
 
-    The file is a line of JSON, which anybody may read, and the compressed payload, which only the program that started
+    The file has a line of JSON, which anyone may read, and the compressed payload, which only the program that started
     the job unpickles.
     """
 
@@ -272,16 +273,16 @@ class Report:
     payload: bytes
     """For the program that started the job; pickled and unpickled there."""
     out_of_memory: bool = False
-    """For a failed job: whether its GPU's memory was not enough."""
+    """For a failed job: whether its GPU ran out of memory."""
     pruned: bool = False
-    """For a failed job: whether it is a trial that ended itself early, which is no failure."""
+    """For a failed job: whether it is a trial that was pruned, which is not a failure."""
     origin: str = ""
     """For a failed job: the line of the user's code that raised, or the last line that a command printed to stderr."""
     values: tuple[float, ...] = ()
-    """For a completed job: what it returned, if that is a number or a few of them."""
+    """For a completed job: the number or numbers that it returned; empty for anything else."""
 
     def dump(self, number: int) -> bytes:
-        """Content of the result file of job `number`. Thousands are kept, so it is made small where that is quick."""
+        """Return the content of the result file of job `number`, compressed if small: thousands are kept."""
         header = {
             "format": _REPORT_FORMAT,
             "number": number,

@@ -1,8 +1,9 @@
-"""What the other processes of a job, such as the ranks of distributed training, can know of it.
+"""Shares a job's decisions with its other processes, such as the ranks of distributed training.
 
-They do not have the job's channel: some are forked, some are the program started again, and all must come to the same
-decisions. So the job's main process leaves what it is about in a file, and appends each of its decisions to another,
-where they are read in order. The environment says where the files are, because that is what all descendants inherit.
+All ranks must decide alike whether a trial is pruned, but only the job's main process has the job's channel: some ranks
+are forked, others are the program started again. So the main process writes what the job is about to a file, and
+appends each of its decisions to another, where they are read in order. Environment variables say where the files are,
+because all descendants inherit those.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SO_FAR = "GPU_LAUNCHER_TRIAL_DECISIONS"
 VARIABLES = (WHERE, DIGEST, SO_FAR)
 MAX_SIZE = 2**30
 """Bytes of that file, at most."""
-POLL = 0.005
+POLL_SECONDS = 0.005
 """Seconds between two looks at whether a decision has been made: they are made once a step, and take milliseconds."""
 
 RANK_VARIABLES = (
@@ -42,18 +43,18 @@ RANK_VARIABLES = (
     "OMPI_COMM_WORLD_RANK",
     "PMI_RANK",  # MPICH, Intel MPI
 )
-"""What those who start ranks tell them. On the first rank every one of these is 0, or not set."""
+"""Variables that launchers set for ranks. On the first rank each of these is 0 or not set."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankDecisions:
-    """Of one attempt at one job."""
+    """The decisions of one attempt at one job."""
 
     path: Path
     about: Any
-    """What the job's asker gave it along."""
+    """Data from the source of the job."""
     inherited: dict[str, str]
-    """What the job's main process was told of ranks when it began."""
+    """The rank variables of the job's main process when it began."""
 
     @classmethod
     def publish(cls, path: Path, about: Any) -> RankDecisions:
@@ -87,7 +88,7 @@ class RankDecisions:
         return cls(Path(path), about, inherited)
 
     def append(self, decision: bool) -> None:
-        """Append a decision. Raises OSError: who follows would wait for ever."""
+        """Append a decision. Raises OSError; the other ranks would wait forever."""
         descriptor = open_regular(_decisions(self.path), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
             os.write(descriptor, b"1" if decision else b"0")
@@ -96,24 +97,24 @@ class RankDecisions:
         # For processes that are started from now on in the middle of the program, such as by torch's `spawn`.
         os.environ[SO_FAR] = str(int(os.environ.get(SO_FAR, "0")) + 1)
 
-    def take_the_lead(self) -> bool:
-        """Whether nobody has made a decision yet, so that this process may."""
+    def become_leader(self) -> bool:
+        """Return whether no process has made a decision yet, so that this one may."""
         try:
             os.close(open_regular(_decisions(self.path), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         except FileExistsError:
             return False
         return True
 
-    def first_to_follow(self, anew: bool) -> int:
-        """Which decision is the first that this process has to follow.
+    def first_index(self, anew: bool) -> int:
+        """Return the index of the first decision that this process has to follow.
 
-        A process that runs the program `anew`, from its beginning, comes by everything that the main process came by.
-        One that began in the middle of it does not.
+        A process that runs the program `anew`, from its beginning, makes every call that the main process made. A
+        process that began in the middle of it does not.
         """
         return 0 if anew else int(os.environ.get(SO_FAR, "0"))
 
     def wait_for(self, index: int) -> bool:
-        """The decision of that index, as soon as there is one; True, which is to leave, if the job is over."""
+        """Wait for the decision at `index` and return it. Returns True, which means to stop, if the job is over."""
         while True:
             with (
                 contextlib.suppress(FileNotFoundError),
@@ -124,7 +125,7 @@ class RankDecisions:
                     return decision == b"1"
             if not self.path.exists():
                 return True
-            time.sleep(POLL)
+            time.sleep(POLL_SECONDS)
 
 
 def path_for(report: Path) -> Path:
@@ -133,19 +134,19 @@ def path_for(report: Path) -> Path:
 
 
 def withdraw(path: Path) -> None:
-    """Remove what is there. The processes that could read it are gone. Raises OSError."""
+    """Remove the files. The processes that could read them are gone. Raises OSError."""
     for file in (path, _decisions(path)):
         file.unlink(missing_ok=True)
 
 
 def forget() -> None:
-    """In a job that has none: what its environment has is of another job, in which this sweep was started."""
+    """Remove the variables of another job, in which this sweep was started, from this job's environment."""
     for name in VARIABLES:
         os.environ.pop(name, None)
 
 
 def inherited() -> bool:
-    """Whether this process belongs to a job that has one, or had."""
+    """Return whether this process belongs to a job that shares, or shared, its decisions."""
     return WHERE in os.environ
 
 
@@ -154,7 +155,7 @@ def _decisions(path: Path) -> Path:
 
 
 def ranks_in_environment() -> dict[str, str]:
-    """What this process was told."""
+    """Return the rank variables of this process."""
     return {name: os.environ[name] for name in RANK_VARIABLES if name in os.environ}
 
 

@@ -1,10 +1,9 @@
-"""One supervisor per running job: the parent of its main process and, as a subreaper, of everything that escapes it.
+"""The supervisor of a running job: the parent of its main process and, as a subreaper, of everything that escapes it.
 
-When the job's tree is gone the supervisor waits for the next one: forking it and taking it down would cost as much as
-the job's own process does, which is milliseconds if the program has imported much.
-
-So a job's process tree is exactly the supervisor's descendants, whatever they did (`setsid`, double forks, `Popen`),
-and 'the tree is gone' is exactly `waitpid` saying that there are no children. Who watches whom:
+A job's process tree is therefore exactly the supervisor's descendants, whatever they did (`setsid`, double forks,
+`Popen`), and the tree is gone exactly when `waitpid` says that there are no children. Then the supervisor waits for the
+next job: a new supervisor would cost as much as the job's own process, which is milliseconds if the program has
+imported much. Who watches whom:
 
 - the job's main process gets SIGKILL from the kernel when its supervisor ends;
 - the supervisor kills its tree when the launching program's end of the channel closes or the fork server ends;
@@ -44,23 +43,23 @@ from gpu_launcher.processes.tree import ProcessTree
 
 _log = get_logger("processes.supervisor")
 
-PRINTED = 4096
-"""Bytes from the end of what a job printed before it had a log, for whoever has to find out why it got none."""
+MAX_EARLY_OUTPUT = 4096
+"""Bytes reported of a job's last output before it had a log, to find out why it got none."""
 MAX_LEFT_BEHIND = 100
-"""Processes that a job left behind of which the launching program is told."""
+"""Processes that a job left behind which are reported to the launching program."""
 COULD_NOT_FORK = 100
 """Exit code of a supervisor that could not fork its job, plus the error number."""
 
 
 RunJob = Callable[[socket.socket], NoReturn]
-"""What happens in a job's process, given the job's end of its channel to the launching program."""
+"""Runs in a job's process, with the job's end of its channel to the launching program."""
 
 
 def supervise(launcher: socket.socket, *, server: int, lifeline: int, run_job: RunJob, captured: bool = True) -> None:
     """Run the jobs that the launching program asks for, one after another, until it ends or closes the channel.
 
-    `server` is the process id of the fork server, our parent; `lifeline` is at its end when that has ended, or is about
-    to. What a job prints before it has a log is `captured`, to be told of it if it ends.
+    `server` is the process id of the fork server, our parent. `lifeline` reaches its end when the fork server ends.
+    With `captured`, output of a job before it has a log is kept in memory and reported when the job ends.
     """
     signals = note_signals()
     become_child_subreaper()
@@ -81,7 +80,7 @@ def supervise(launcher: socket.socket, *, server: int, lifeline: int, run_job: R
 
     set_role("supervisor")
     supervisor = _Supervisor(launcher, signals, lifeline, server)
-    with contextlib.suppress(ChannelClosedError):  # nobody is left to work for
+    with contextlib.suppress(ChannelClosedError):  # the launching program has ended
         while (channel := supervisor.next_job()) is not None:
             early = os.memfd_create("gpu-launcher-early-output")
             try:
@@ -126,9 +125,9 @@ class _Supervisor:
                     os.close(descriptor)
 
     def see_to_its_end(self, job: int, early: int) -> None:
-        """Watch a job until its process tree is gone, and say so. `early` has what it printed before it had a log.
+        """Watch a job until its process tree is gone, and report it. `early` has its output before it had a log.
 
-        Raises ChannelClosedError if nobody is left to be told.
+        Raises ChannelClosedError if the launching program ended.
         """
         supervision = _Supervision(self._launcher, self._signals, job)
         while True:
@@ -159,11 +158,11 @@ class _Supervisor:
 
 def _end_of(early: int) -> bytes:
     size = os.fstat(early).st_size
-    return os.pread(early, PRINTED, max(0, size - PRINTED))
+    return os.pread(early, MAX_EARLY_OUTPUT, max(0, size - MAX_EARLY_OUTPUT))
 
 
 class _Supervision:
-    """Of one job."""
+    """The supervision of one job."""
 
     def __init__(self, launcher: socket.socket, signals: SignalPipe, job: int) -> None:
         self._launcher = launcher
@@ -172,11 +171,11 @@ class _Supervision:
         self._abandoned = False
 
     def is_over(self) -> bool:
-        """Whether the whole process tree is gone, once what lingers too long has been ended."""
+        """Return whether the whole process tree is gone. See `ProcessTree.is_gone`."""
         return self._tree.is_gone()
 
     def verdict(self, printed: bytes) -> JobExited:
-        """What to say when it is over. The lease is let go of."""
+        """Release the lease and return the report, when it is over."""
         lease, self._lease = self._lease, ()
         for descriptor in lease:
             os.close(descriptor)
@@ -189,7 +188,7 @@ class _Supervision:
         self._tree.kill()
 
     def obey(self) -> None:
-        """Do what the launching program says, or end it all if that has ended."""
+        """Do what the launching program asks for; end the job if that has ended."""
         if not self._obey():
             self._tree.kill()
 
@@ -218,5 +217,5 @@ class _Supervision:
             os.kill(self._tree.main, signum)
 
     def until_deadline(self) -> float | None:
-        """Milliseconds until `is_over` should be asked though nothing happened, as poll wants them."""
+        """Milliseconds after which to call `is_over` even if nothing happens, for poll(2)."""
         return self._tree.until_deadline()

@@ -1,4 +1,4 @@
-"""The process tree of a job or a command, as its supervisor sees it: all children of this process, a subreaper."""
+"""The process tree of a job or command. Its supervisor is a subreaper, so the tree is all of its descendants."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Protocol
 
 from gpu_launcher.processes.linux import children, command_lines, descendants, kill
 
-LINGER = 0.5
-"""Seconds that descendants may outlive the main process by themselves, as multiprocessing's helpers do."""
-TERMINATE = 2.0
-"""Seconds between SIGTERM and SIGKILL for descendants that linger longer."""
+LINGER_SECONDS = 0.5
+"""Seconds that descendants may outlive the main process, as multiprocessing's helper processes do."""
+TERMINATE_SECONDS = 2.0
+"""Seconds between SIGTERM and SIGKILL for descendants that live longer than that."""
 
 HIDDEN_CHILD_SECONDS = 0.1
 """Seconds between looks at children that cannot be killed because /proc does not show them."""
@@ -36,7 +36,7 @@ class ProcessTree:
     def __init__(self, main: int, signals: SignalSource, *, note_stops: bool = False) -> None:
         """Look after the tree of `main`, a child. `signals` has a signal to read when a child may have ended.
 
-        With `note_stops` it is kept whether the main process is stopped.
+        With `note_stops`, `stopped` says whether the main process is stopped.
         """
         self.main = main
         self._signals = signals
@@ -46,20 +46,20 @@ class ProcessTree:
         self.stopped: int | None = None
         """The signal that stopped the main process; None while it runs."""
         self.left_behind: list[str] = []
-        """Command lines of processes that outlived the main process and had to be ended."""
+        """Command lines of processes that outlived the main process and were terminated."""
         self._terminated = False
         self._terminate_at: float | None = None
         self._kill_at: float | None = None
 
     def is_gone(self) -> bool:
-        """Whether no process is left, once what lingers too long after the main process has been ended."""
+        """Return whether no process is left. Ends descendants that outlive the main process for too long."""
         if not self.reap():
             return True
         self._end_leftovers()
         return False
 
     def reap(self) -> bool:
-        """Collect the dead; whether any child is left."""
+        """Reap dead children; return whether any child is left."""
         while True:
             try:
                 pid, status = os.waitpid(-1, self._options)
@@ -70,7 +70,7 @@ class ProcessTree:
             self._note(pid, status)
 
     def kill(self) -> None:
-        """SIGKILL everything, and wait until it is gone."""
+        """Kill all processes with SIGKILL, and wait until they are gone."""
         while self.reap():
             killed = children()
             for pid in killed:
@@ -82,7 +82,7 @@ class ProcessTree:
                 self._signals.read()
 
     def until_deadline(self) -> float | None:
-        """Milliseconds until `is_gone` should be asked though nothing happened, as poll wants them."""
+        """Milliseconds after which to call `is_gone` even if no signal arrives; None for never. For poll(2)."""
         deadline = self._kill_at if self._terminated else self._terminate_at
         if deadline is None:
             return None
@@ -104,8 +104,8 @@ class ProcessTree:
             return
         now = time.monotonic()
         if self._terminate_at is None:
-            self._terminate_at = now + LINGER
-            self._kill_at = now + LINGER + TERMINATE
+            self._terminate_at = now + LINGER_SECONDS
+            self._kill_at = now + LINGER_SECONDS + TERMINATE_SECONDS
         assert self._kill_at is not None
         if now >= self._kill_at:
             self.kill()

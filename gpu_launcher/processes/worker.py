@@ -1,4 +1,4 @@
-"""What happens in a job's process, before and after the program's own code."""
+"""Runs in a job's process, before and after the program's own code."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ from gpu_launcher.safe_files import make_directories, open_regular, write_whole
 _log = get_logger("processes.worker")
 
 ATTEMPT = "GPU_LAUNCHER_ATTEMPT"
-"""Tells a job how many times it has been started, this time included."""
+"""Environment variable with the number of this start of the job, counted from 1."""
 
 
 class Program(Protocol):
-    """The user's program as the launching side assembled it. Called once in each job's process."""
+    """The user's program as the launching program assembled it. Called once in each job's process."""
 
     def __call__(self, number: int, spec: Any, context: JobContext) -> Report:
         """Prepare, call `context.wait`, do the work, and report. Must not raise, but whatever it raises is reported."""
 
 
 class JobContext:
-    """Between what a job can do ahead and what needs its devices."""
+    """A job's side of its channel: what it needs, when it has its devices, and messages to the source of the job."""
 
     def __init__(self, channel: socket.socket, stdio: CapturedStdio) -> None:
         self._channel = channel
@@ -69,9 +69,9 @@ class JobContext:
         self._lease: tuple[int, ...] = ()
 
     def prepared(self, request: Request, log: Path | None, options: Any = None) -> None:
-        """Say what this job needs. From here on its stdout and stderr go to `log`, appended, whose directory is made.
+        """Say what this job needs. From here on its stdout and stderr are appended to `log`, whose directory is made.
 
-        If another job has that file, they go to one beside it. Raises OSError if there can be no such file.
+        If another job uses that file, they go to one beside it. Raises OSError if the file cannot be made.
         """
         place = None
         if log is not None:
@@ -89,15 +89,15 @@ class JobContext:
             self._stdio.redirect(Path(message.path))
 
     def wait(self) -> None:
-        """Wait for the devices, and point this process at them. The lease lives as long as this process.
+        """Wait for the devices, and set the environment to use them. The lease lives as long as this process.
 
-        Called again, it only repeats the latter, should something have changed the environment in between.
+        When called again, it only sets the environment, which something may have changed since.
         """
         if self._grant is None:
             try:
                 self._grant, self._lease = receive(self._channel)
             except ChannelClosedError:
-                os._exit(1)  # the launching program ended, and our supervisor is about to end us anyway
+                os._exit(1)  # the launching program ended, and our supervisor is about to end this process
             assert isinstance(self._grant, Grant), self._grant
             _log.debug("granted its devices: CUDA_VISIBLE_DEVICES=%s", self._grant.environment["CUDA_VISIBLE_DEVICES"])
         os.environ.update(self._grant.environment)
@@ -105,14 +105,14 @@ class JobContext:
             os.sched_setaffinity(0, self._grant.cpus)
 
     def say(self, what: Any) -> None:
-        """Tell whoever asked for the job something. Ends this process if nobody is there any more."""
+        """Send something to the source of the job. Ends this process if the launching program has ended."""
         try:
             send(self._channel, JobMessage(what))
         except ChannelClosedError:
             os._exit(1)
 
     def hear(self) -> Any:
-        """Wait, after the grant, for what whoever asked for the job says next."""
+        """Wait, after the grant, for the next reply of the source of the job."""
         try:
             message, _ = receive(self._channel)
         except ChannelClosedError:
@@ -122,7 +122,7 @@ class JobContext:
 
 
 class CapturedStdio:
-    """Stdin from /dev/null; stdout and stderr in memory, where the supervisor put them, until they have a log."""
+    """Stdin is /dev/null. Stdout and stderr are in memory, where the supervisor put them, until they have a log."""
 
     def __init__(self) -> None:
         null = os.open(os.devnull, os.O_RDONLY)
@@ -140,12 +140,12 @@ class CapturedStdio:
         os.close(target)
 
     def early_output(self) -> bytes:
-        """What was printed before `redirect`."""
+        """Output before `redirect`."""
         return os.pread(self._early, os.fstat(self._early).st_size, 0)
 
 
 def work(channel: socket.socket, stdio: CapturedStdio, load_program: Callable[[], Program]) -> NoReturn:
-    """Be the job: take the assignment, run the program, leave the report, end."""
+    """Be the job: take the assignment, run the program, write the report, and exit."""
     _use_descriptors_for_stdio()
     try:
         assignment, _ = receive(channel)
@@ -165,15 +165,15 @@ def work(channel: socket.socket, stdio: CapturedStdio, load_program: Callable[[]
             job_channel.begin(channel, assignment.about, rank_decisions.path_for(Path(assignment.result)))
         report = load_program()(assignment.number, assignment.spec, JobContext(channel, stdio))
         status = 0 if report.ok else 1
-    except BaseException as error:  # the user's code raises inside the program, which reports it; this is not that
+    except BaseException as error:  # not from the user's code: the program reports what that raises
         status = _exit_status(error)
         report = Report(ok=False, message=reason(error), payload=b"", origin=origin(error))
     # A child that the user's code forked comes here as well, and ends as it would in any program.
     try:
-        with uninterrupted():  # stopped half-way, a job that has ended would have left no result
+        with uninterrupted():  # interrupted here, a job that has ended would leave no result
             if os.getpid() == job and not _leave(report, assignment, channel):
                 status = 1
-    except BaseException as error:  # such as KeyboardInterrupt, when the user stops the sweep meanwhile
+    except BaseException as error:  # such as KeyboardInterrupt, if the user stops the sweep now
         print_exception(error, error.__traceback__)
     _log.debug("ends with status %d%s", status, "" if report.ok else f": {report.message}")
     _finish()
@@ -181,13 +181,13 @@ def work(channel: socket.socket, stdio: CapturedStdio, load_program: Callable[[]
 
 
 def print_exception(error: BaseException, tb: TracebackType | None) -> None:
-    """As Python does at the end of a program; not where that fails, as on a full disk."""
+    """Print an exception as Python does at the end of a program. Ignore that this may fail, as on a full disk."""
     with contextlib.suppress(OSError, ValueError):  # ValueError: the user's code closed sys.stderr
         traceback.print_exception(type(error), error, tb)
 
 
 def _exit_status(error: BaseException) -> int:
-    """That of a program which ends with `error`, and prints it if that is no plain exit."""
+    """Return the exit status of a program that ends with `error`, and print it unless it is a plain exit."""
     if not isinstance(error, SystemExit) or not (error.code is None or isinstance(error.code, int)):
         print_exception(error, error.__traceback__)
         return 1
@@ -195,19 +195,19 @@ def _exit_status(error: BaseException) -> int:
 
 
 def _leave(report: Report, assignment: Assignment, channel: socket.socket) -> bool:
-    """Write the report for the launching program; whether that worked."""
+    """Write the report for the launching program; return whether that worked."""
     result = Path(assignment.result)
     data = report.dump(assignment.number)
     try:
         write_whole(result, data)
         send(channel, ResultWritten(hashlib.sha256(data).digest()))
     except ChannelClosedError:
-        pass  # nobody waits for it any more; who resumes the sweep finds the file
+        pass  # the launching program has ended; resuming the sweep finds the file
     except OSError as error:
         try:
             send(channel, ResultLost(f"{result.parent}: {error.strerror or error}"))
         except ChannelClosedError:
-            return False  # nobody waits for it any more, and its directory may be gone for that
+            return False  # the launching program has ended, and may have removed its directory
         print_exception(error, error.__traceback__)
         return False
     return True
@@ -237,14 +237,14 @@ def forget_the_parent(handlers: dict[signal.Signals, Any]) -> None:
 
 
 def use_own_positions(open_files: OpenFiles) -> None:
-    """Share no position in the program's files with other jobs. Call it in a process forked from the program."""
+    """Open the program's files again, so that jobs share no position in them. For processes forked from the program."""
     for problem in open_files.open_again():
         os.write(2, os.fsencode(f"gpu-launcher: {problem}\n"))  # sys.stderr may still be the program's own object
     atexit.register(open_files.flush)
 
 
 def _forget_executors() -> None:
-    """End no executor of the parent's with this process: its threads are not here, or this was one of them."""
+    """Do not shut the parent's executors down when this process ends: their threads do not exist here."""
     for name, registry in (("thread", "_threads_queues"), ("process", "_threads_wakeups")):
         module = sys.modules.get(f"concurrent.futures.{name}")
         if module is not None:
@@ -252,7 +252,7 @@ def _forget_executors() -> None:
 
 
 def _be_interruptible() -> None:
-    """SIGINT is how a sweep that is stopped asks a job to end; SIGTERM, how one that took too long is told so."""
+    """Give SIGINT and SIGTERM an effect: a stopped sweep sends SIGINT to its jobs, a time limit SIGTERM."""
     interrupt = signal.getsignal(signal.SIGINT)
     # Ignored, as in what a script starts with `&`.
     if interrupt is signal.SIG_IGN or _is_of_an_event_loop(interrupt):
@@ -262,7 +262,7 @@ def _be_interruptible() -> None:
 
 
 def _is_of_an_event_loop(handler: object) -> bool:
-    """Whether it tells an event loop of the signal: that of the program that this process was forked from."""
+    """Whether a handler belongs to an event loop, which runs in the parent only."""
     function = getattr(handler, "func", handler)  # a functools.partial, as asyncio.run has it
     return str(getattr(function, "__module__", "")).partition(".")[0] in ("asyncio", "uvloop")
 
@@ -289,19 +289,19 @@ def _descriptor(stream: io.TextIOWrapper) -> int | None:
 
 
 def _finish() -> None:
-    """What the interpreter does at its end, up to the point where it would tear down what we share with others."""
+    """Do what the interpreter does at its end, except for freeing memory, which other processes share."""
     # The first waits for the threads that are not daemons.
     for step in (threading._shutdown, atexit._run_exitfuncs, _flush):  # type: ignore[attr-defined]
         try:
             step()
-        except BaseException as error:  # such as KeyboardInterrupt, when the user stops the sweep meanwhile
+        except BaseException as error:  # such as KeyboardInterrupt, if the user stops the sweep now
             print_exception(error, error.__traceback__)
 
 
 def _flush() -> None:
-    """Write out what is in buffers: in files that are still open, and in C's.
+    """Flush Python's files that are still open, and C's.
 
-    Not in a forked job what the parent had opened, of which `gc.freeze` has taken care.
+    A forked job does not see the parent's files here, because of `gc.freeze`.
     """
     flush_all(ignore_errors=True)
     buffered = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)

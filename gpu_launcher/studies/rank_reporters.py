@@ -128,7 +128,7 @@ class FollowerReporter(NullReporter):
         self._decisions = decisions
         self._anew = anew
         self._lock = threading.Lock()
-        self._next = decisions.first_to_follow(anew)
+        self._next = decisions.first_index(anew)
 
     def should_prune(self) -> bool:
         """What the same call of the first rank returned; waits for that."""

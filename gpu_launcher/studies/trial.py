@@ -270,7 +270,7 @@ def _trial_of_job() -> JobTrial:
 def _rank(decisions: RankDecisions, later: bool) -> Reporter:
     if later:
         return FollowerReporter(decisions, anew=job_channel.runs_anew())
-    return DetachedReporter(decisions) if decisions.take_the_lead() else NullReporter()
+    return DetachedReporter(decisions) if decisions.become_leader() else NullReporter()
 
 
 def _number(value: Any) -> float:

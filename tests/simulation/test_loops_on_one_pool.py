@@ -179,7 +179,7 @@ class FakeServer:
             send(self._end, Lost(number, "could not be started: no memory"))
         else:
             self._sweep.processes.append(FakeJob(self._world, self._sweep, number, result, supervisor_end, job_end))
-        return JobProcess(number, supervisor, job, seat=number)
+        return JobProcess(number, supervisor, job, slot=number)
 
     def lose_supervisor(self, job: FakeJob) -> None:
         job.die(None)

@@ -261,7 +261,7 @@ def test_what_a_job_prints_that_dies_before_it_has_a_log_is_told_with_its_end(la
     job = launch.start(launch.server(program, method))
     exited = job.exited()
     assert os.waitstatus_to_exitcode(exited.status) == -signal.SIGABRT
-    assert len(exited.printed) == supervisor_module.PRINTED
+    assert len(exited.printed) == supervisor_module.MAX_EARLY_OUTPUT
     assert exited.printed.endswith(b"x\nearly\n")
 
 
