@@ -89,6 +89,13 @@ class Server(Protocol):
         """End the server and all its jobs, and wait for that."""
 
 
+class LoopSource(JobSource, Protocol):
+    """The head, as the loop of its node uses it. `tick` is also called before a job gets its devices."""
+
+    def close_in_child(self) -> None:
+        """Drop, in a fork of this process, what belongs to this process alone."""
+
+
 class JobLoop:
     """Runs jobs to their ends. Call `run` once."""
 
@@ -106,7 +113,7 @@ class JobLoop:
         log_file: Callable[[int, messages.JobPrepared], tuple[str, list[str]]] = as_proposed,
         device_environment: DeviceEnvironment = DeviceEnvironment(),  # noqa: B008  (frozen)
         failures: FailurePolicy = FailurePolicy(),  # noqa: B008  (frozen)
-        source: JobSource | None = None,
+        source: LoopSource | None = None,
         cap: str | None = None,
         checkpoint: Callable[[str], None] = lambda name: None,
     ) -> None:

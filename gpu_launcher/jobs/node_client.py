@@ -177,10 +177,6 @@ class LocalNode:
         except (ChannelClosedError, OSError):
             raise self._died() from None
 
-    def close_in_child(self) -> None:
-        """In a fork of this process that serves it: drop what belongs to this process alone."""
-        self._channel.close()
-
     def close(self) -> None:
         """End the node, and with it every job that still runs. Idempotent. Nothing happens in a forked process.
 

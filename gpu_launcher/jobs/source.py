@@ -1,4 +1,4 @@
-"""Where jobs come from that are not known from the beginning: somebody who decides on the next when there is room."""
+"""Where jobs come from that are not known from the beginning, and what a head tells its node about jobs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ Statement = Offer | Exhausted | Stop | Withdrawn | Reply | Remark | Facts
 
 
 class JobSource(Protocol):
-    """Decides on jobs one by one. No method may block for longer than a display may stand still."""
+    """Decides on jobs one by one, in the head, which starts no job and draws nothing while a method blocks."""
 
     def fileno(self) -> int:
         """Readable when it has something to say."""
@@ -89,7 +89,4 @@ class JobSource(Protocol):
         """The job, started or not, ended, and will not run again."""
 
     def tick(self) -> None:
-        """Called at least a few times a second, and before a job gets its devices."""
-
-    def close_in_child(self) -> None:
-        """In a fork of this process: drop what belongs to this process alone."""
+        """Called at least a few times a second."""

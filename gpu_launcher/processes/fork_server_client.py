@@ -258,12 +258,6 @@ class ForkServer:
             with contextlib.suppress(ChildProcessError):  # the user's program reaps all children itself
                 os.waitpid(pid, 0)
 
-    def close_in_child(self) -> None:
-        """In another fork of this process: drop what belongs to this process alone."""
-        self._control.close()
-        for supervisor in self._idle.values():
-            supervisor.close()
-
     def _fork(self, in_child: Callable[[], None]) -> None:
         program = self._program
         self._control, server_end = channel()

@@ -141,10 +141,6 @@ class SweepSearch:
     def tick(self) -> None:
         """See `JobSource`."""
 
-    def close_in_child(self) -> None:
-        """See `JobSource`."""
-        os.close(self._wakeup)
-
     def close(self, patience: float | None = None) -> tuple[SearchSummary, list[str]]:
         """Have everything told that has not been, and return what came of it, with lines for the user.
 

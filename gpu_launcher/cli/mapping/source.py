@@ -171,11 +171,6 @@ class MapSource:
     def tick(self) -> None:
         """See `JobSource`."""
 
-    def close_in_child(self) -> None:
-        """See `JobSource`."""
-        self.close()
-        self._results.close()
-
     def close(self) -> None:
         """When the loop is over."""
         self._epoll.close()
