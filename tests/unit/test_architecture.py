@@ -78,25 +78,17 @@ PUBLIC_TEXTS = ("README.md", "docs/*.md", "examples/**/*.py", "examples/**/*.yam
 
 # Names that more than one class or module has. Only remove from these two lists.
 SHARED_CLASS_NAMES = {
-    "Asked",
-    "Bounds",
     "Call",
-    "Ended",
     "Exhausted",
-    "Intermediate",
-    "Opened",
     "Options",
     "Pool",
     "Raised",
-    "RemoteTraceback",
     "Report",
     "Results",
     "Returned",
     "Stop",
     "Tally",
-    "Unusable",
     "_State",
-    "_Supervisor",
 }
 SHARED_FILE_NAMES = {
     "output.py",
