@@ -22,6 +22,7 @@ from gpu_launcher.processes import pickling, spawn
 from gpu_launcher.processes.fork_server import serve
 from gpu_launcher.processes.forking import flush_all, fork_child, tqdm_monitors_paused
 from gpu_launcher.processes.inherited_files import OpenFiles
+from gpu_launcher.processes.job_output import JobOutput
 from gpu_launcher.processes.linux import cuda_in_use, other_threads
 from gpu_launcher.processes.messages import (
     Assignment,
@@ -40,7 +41,7 @@ from gpu_launcher.processes.messages import (
 )
 from gpu_launcher.processes.random_generators import Generators
 from gpu_launcher.processes.unpicklable import found_at
-from gpu_launcher.processes.worker import CapturedStdio, Program, forget_the_parent, use_own_positions, work
+from gpu_launcher.processes.worker import Program, forget_the_parent, use_own_positions, work
 from gpu_launcher.validation import StartMethod
 
 _log = get_logger("processes.fork_server_client")
@@ -270,7 +271,7 @@ class ForkServer:
             forget_the_parent(handlers)
             generators.renew()
             use_own_positions(open_files)
-            work(job, CapturedStdio(), lambda: program)
+            work(job, JobOutput(), lambda: program)
 
         def be_the_server() -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)

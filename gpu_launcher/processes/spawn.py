@@ -55,9 +55,10 @@ def serve_spawning(control: int, launcher: int, payload: int, captured: int, /) 
 def work_spawned(channel: int, payload: int, /) -> NoReturn:
     """A job's process."""
     from gpu_launcher.processes import pickling, random_generators
-    from gpu_launcher.processes.worker import CapturedStdio, work
+    from gpu_launcher.processes.job_output import JobOutput
+    from gpu_launcher.processes.worker import work
 
-    stdio = CapturedStdio()
+    output = JobOutput()
     for descriptor in (channel, payload):
         os.set_inheritable(descriptor, False)
     path, main, program, generators = pickle.loads(os.pread(payload, os.fstat(payload).st_size, 0))
@@ -65,7 +66,7 @@ def work_spawned(channel: int, payload: int, /) -> NoReturn:
     sys.path[:] = path
     vars(sys.modules["__main__"]).update(main)
     random_generators.expect_globals(generators)
-    work(socket.socket(fileno=channel), stdio, lambda: pickling.load(program))
+    work(socket.socket(fileno=channel), output, lambda: pickling.load(program))
 
 
 def describe_interpreter(program: bytes, generators: bytes) -> bytes:

@@ -27,6 +27,7 @@ from typing import NoReturn
 
 from gpu_launcher.debug_log import get_logger, set_role
 from gpu_launcher.processes.forking import fork_child
+from gpu_launcher.processes.job_output import early_output, end_of
 from gpu_launcher.processes.linux import become_child_subreaper, die_with_parent
 from gpu_launcher.processes.messages import (
     ChannelClosedError,
@@ -43,8 +44,6 @@ from gpu_launcher.processes.tree import ProcessTree
 
 _log = get_logger("processes.supervisor")
 
-MAX_EARLY_OUTPUT = 4096
-"""Bytes reported of a job's last output before it had a log, to find out why it got none."""
 MAX_LEFT_BEHIND = 100
 """Processes that a job left behind which are reported to the launching program."""
 COULD_NOT_FORK = 100
@@ -82,7 +81,7 @@ def supervise(launcher: socket.socket, *, server: int, lifeline: int, run_job: R
     supervisor = _Supervisor(launcher, signals, lifeline, server)
     with contextlib.suppress(ChannelClosedError):  # the launching program has ended
         while (channel := supervisor.next_job()) is not None:
-            early = os.memfd_create("gpu-launcher-early-output")
+            early = early_output()
             try:
                 job = fork_child(partial(be_the_job, channel, early))
             except OSError as error:
@@ -138,7 +137,7 @@ class _Supervisor:
                 supervision.obey()
             if supervision.is_over():
                 break
-        exited = supervision.verdict(_end_of(early))
+        exited = supervision.verdict(end_of(early))
         _log.debug(
             "job of process %d has ended with status %d, left behind: %s", job, exited.status, exited.left_behind
         )
@@ -154,11 +153,6 @@ class _Supervisor:
         # SIGTERM alone says nothing: systemd sends it, and SIGHUP, to every process of what it stops, and how the
         # jobs are to end is then for the launching program to say.
         return self._lifeline in ready or os.getppid() != self._server
-
-
-def _end_of(early: int) -> bytes:
-    size = os.fstat(early).st_size
-    return os.pread(early, MAX_EARLY_OUTPUT, max(0, size - MAX_EARLY_OUTPUT))
 
 
 class _Supervision:

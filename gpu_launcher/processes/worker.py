@@ -28,6 +28,7 @@ from gpu_launcher.processes import job_channel, rank_decisions
 from gpu_launcher.processes.exceptions import origin, reason
 from gpu_launcher.processes.forking import flush_all
 from gpu_launcher.processes.inherited_files import OpenFiles
+from gpu_launcher.processes.job_output import JobOutput, use_descriptors
 from gpu_launcher.processes.linux import set_process_title
 from gpu_launcher.processes.messages import (
     Assignment,
@@ -44,7 +45,7 @@ from gpu_launcher.processes.messages import (
     send,
 )
 from gpu_launcher.processes.signals import uninterrupted
-from gpu_launcher.safe_files import make_directories, open_regular, write_whole
+from gpu_launcher.safe_files import make_directories, write_whole
 
 _log = get_logger("processes.worker")
 
@@ -62,9 +63,9 @@ class Program(Protocol):
 class JobContext:
     """A job's side of its channel: what it needs, when it has its devices, and messages to the source of the job."""
 
-    def __init__(self, channel: socket.socket, stdio: CapturedStdio) -> None:
+    def __init__(self, channel: socket.socket, output: JobOutput) -> None:
         self._channel = channel
-        self._stdio = stdio
+        self._output = output
         self._grant: Grant | None = None
         self._lease: tuple[int, ...] = ()
 
@@ -86,7 +87,7 @@ class JobContext:
             os._exit(1)
         if log is not None:
             assert isinstance(message, LogFile), message
-            self._stdio.redirect(Path(message.path))
+            self._output.redirect(Path(message.path))
 
     def wait(self) -> None:
         """Wait for the devices, and set the environment to use them. The lease lives as long as this process.
@@ -99,7 +100,7 @@ class JobContext:
             except ChannelClosedError:
                 os._exit(1)  # the launching program ended, and our supervisor is about to end this process
             assert isinstance(self._grant, Grant), self._grant
-            _log.debug("granted its devices: CUDA_VISIBLE_DEVICES=%s", self._grant.environment["CUDA_VISIBLE_DEVICES"])
+            _log.debug("granted its devices: %s", self._grant.environment)
         os.environ.update(self._grant.environment)
         if self._grant.cpus is not None:
             os.sched_setaffinity(0, self._grant.cpus)
@@ -121,32 +122,9 @@ class JobContext:
         return message.what
 
 
-class CapturedStdio:
-    """Stdin is /dev/null. Stdout and stderr are in memory, where the supervisor put them, until they have a log."""
-
-    def __init__(self) -> None:
-        null = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(null, 0)
-        os.close(null)
-        self._early = os.dup(1)
-
-    def redirect(self, log: Path) -> None:
-        """Append to `log`, beginning with what was captured so far."""
-        flush_all(ignore_errors=True)
-        target = open_regular(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.write(target, self.early_output())
-        for descriptor in (1, 2):
-            os.dup2(target, descriptor)
-        os.close(target)
-
-    def early_output(self) -> bytes:
-        """Output before `redirect`."""
-        return os.pread(self._early, os.fstat(self._early).st_size, 0)
-
-
-def work(channel: socket.socket, stdio: CapturedStdio, load_program: Callable[[], Program]) -> NoReturn:
+def work(channel: socket.socket, output: JobOutput, load_program: Callable[[], Program]) -> NoReturn:
     """Be the job: take the assignment, run the program, write the report, and exit."""
-    _use_descriptors_for_stdio()
+    use_descriptors()
     try:
         assignment, _ = receive(channel)
     except ChannelClosedError:
@@ -163,7 +141,7 @@ def work(channel: socket.socket, stdio: CapturedStdio, load_program: Callable[[]
     try:
         if assignment.about is not None:
             job_channel.begin(channel, assignment.about, rank_decisions.path_for(Path(assignment.result)))
-        report = load_program()(assignment.number, assignment.spec, JobContext(channel, stdio))
+        report = load_program()(assignment.number, assignment.spec, JobContext(channel, output))
         status = 0 if report.ok else 1
     except BaseException as error:  # not from the user's code: the program reports what that raises
         status = _exit_status(error)
@@ -265,27 +243,6 @@ def _is_of_an_event_loop(handler: object) -> bool:
     """Whether a handler belongs to an event loop, which runs in the parent only."""
     function = getattr(handler, "func", handler)  # a functools.partial, as asyncio.run has it
     return str(getattr(function, "__module__", "")).partition(".")[0] in ("asyncio", "uvloop")
-
-
-def _use_descriptors_for_stdio() -> None:
-    """Make `sys.stdout` and `sys.stderr` write to descriptors 1 and 2, line by line, whatever they were.
-
-    A test runner or a notebook replaces them by objects that belong to the parent.
-    """
-    for name, descriptor in (("stdout", 1), ("stderr", 2)):
-        stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper) and _descriptor(stream) == descriptor:
-            stream.reconfigure(line_buffering=True)
-        else:
-            stream = open(descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
-            setattr(sys, name, stream)
-
-
-def _descriptor(stream: io.TextIOWrapper) -> int | None:
-    try:
-        return stream.fileno()
-    except (OSError, ValueError):  # closed, or not backed by a descriptor
-        return None
 
 
 def _finish() -> None:

@@ -30,6 +30,7 @@ from gpu_launcher.processes import fork_server as server_module
 from gpu_launcher.processes import supervisor as supervisor_module
 from gpu_launcher.processes import tree as tree_module
 from gpu_launcher.processes.fork_server_client import SUPERVISOR_DIED, ForkServer, JobProcess, Lost
+from gpu_launcher.processes.job_output import MAX_EARLY_OUTPUT
 from gpu_launcher.processes.messages import (
     ChannelClosedError,
     Grant,
@@ -261,7 +262,7 @@ def test_what_a_job_prints_that_dies_before_it_has_a_log_is_told_with_its_end(la
     job = launch.start(launch.server(program, method))
     exited = job.exited()
     assert os.waitstatus_to_exitcode(exited.status) == -signal.SIGABRT
-    assert len(exited.printed) == supervisor_module.MAX_EARLY_OUTPUT
+    assert len(exited.printed) == MAX_EARLY_OUTPUT
     assert exited.printed.endswith(b"x\nearly\n")
 
 

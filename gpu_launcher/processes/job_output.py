@@ -1,0 +1,80 @@
+"""Where a job's output goes: first into memory, then into its log.
+
+1. The supervisor makes a file in memory (`early_output`) and has it as standard output and error of the job it forks.
+   So a job that dies before it has a log still tells why: the end of that file goes into the failure's message.
+2. A job that is prepared proposes a log: Hydra's `job.log` in its output directory (`gpu_pool_launcher/_program.py`),
+   `stdout` and `stderr` of a run of `gpu-launcher map` (`cli/mapping`).
+3. The node answers with the path, which is another one if a job of the sweep has that log (`jobs/directory.py`).
+4. `JobOutput.redirect` appends to the log what was printed so far, and everything after it.
+
+Calls and records have no log: what they print goes where the program's output does.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from pathlib import Path
+
+from gpu_launcher.processes.forking import flush_all
+from gpu_launcher.safe_files import open_regular
+
+MAX_EARLY_OUTPUT = 4096
+"""Bytes that a failure's message has of what a job printed before it had a log."""
+
+
+def early_output() -> int:
+    """Make a file in memory for what a job prints before it has a log."""
+    return os.memfd_create("gpu-launcher-early-output")
+
+
+def end_of(early: int) -> bytes:
+    """The end of what a job printed before it had a log."""
+    size = os.fstat(early).st_size
+    return os.pread(early, MAX_EARLY_OUTPUT, max(0, size - MAX_EARLY_OUTPUT))
+
+
+class JobOutput:
+    """Standard input, output and error of a job's process."""
+
+    def __init__(self) -> None:
+        """Read standard input from /dev/null. Output goes where the supervisor has directed it."""
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
+        self._early = os.dup(1)
+
+    def redirect(self, log: Path) -> None:
+        """Append to `log`, beginning with what was printed so far."""
+        flush_all(ignore_errors=True)
+        target = open_regular(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(target, self.early_output())
+        for descriptor in (1, 2):
+            os.dup2(target, descriptor)
+        os.close(target)
+
+    def early_output(self) -> bytes:
+        """What was printed before `redirect`."""
+        return os.pread(self._early, os.fstat(self._early).st_size, 0)
+
+
+def use_descriptors() -> None:
+    """Make `sys.stdout` and `sys.stderr` write to descriptors 1 and 2, line by line, whatever they were.
+
+    A test runner or a notebook replaces them by objects that belong to the parent.
+    """
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and _descriptor(stream) == descriptor:
+            stream.reconfigure(line_buffering=True)
+        else:
+            stream = open(descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+            setattr(sys, name, stream)
+
+
+def _descriptor(stream: io.TextIOWrapper) -> int | None:
+    try:
+        return stream.fileno()
+    except (OSError, ValueError):  # closed, or not backed by a descriptor
+        return None
