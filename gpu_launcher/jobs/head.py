@@ -49,25 +49,25 @@ from gpu_launcher.wording import count, device_names
 _log = get_logger("jobs.head")
 
 MAX_SKIPPED = 5
-"""Results of earlier launches that are not used, of which the reason is told."""
+"""How many unusable results of earlier launches are reported one by one."""
 TICK_SECONDS = 0.125
 """Seconds between two looks at the clock, for the live view."""
 ENDED = "was ended because the process that starts jobs was killed"
 NOT_RUN = "was not run: the process that starts jobs was killed"
 MAX_MESSAGES = 64
-"""Messages of the node that are read before anybody else has a turn."""
+"""How many messages of the node are handled before the source and the display get a turn."""
 
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
-    """What came of a sweep."""
+    """The results of a sweep, and what stopped it."""
 
     results: list[JobResult]
-    """In the order of the jobs. Those of a source's jobs are the source's."""
+    """The results of the listed jobs, in order. A source gets the results of its own jobs."""
     stopped_by: Signals | None
-    """The signal with which the user stopped the sweep, if so."""
+    """The signal with which the user stopped the sweep."""
     stopped: bool = False
-    """Whether it was stopped, by that or by failures."""
+    """Whether a signal or failures stopped the sweep."""
 
 
 def run_jobs(
@@ -170,7 +170,7 @@ def _with_attempts(job: Job, before: Mapping[int, Entry]) -> Job:
 
 
 class _Head:
-    """One run."""
+    """The state of one run in the head."""
 
     def __init__(
         self,
@@ -191,7 +191,7 @@ class _Head:
         self._shown = Recorded(recorder, progress)
         self._grace = grace
         self._offered: dict[int, Job] = {}
-        """Jobs that the node has, or had until they ended."""
+        """Jobs that the node has and that have not ended."""
         self._running: dict[int, JobStarted] = {}
         self._exhausted = False
         self._stopping: str | None = None
@@ -206,7 +206,7 @@ class _Head:
         self.stopped_by: Signals | None = None
 
     def run(self) -> None:
-        """Have everything run. Raises what keeps it from that."""
+        """Run all jobs. Raises GpuLauncherError if the node or the source cannot continue."""
         early, self._node.early = self._node.early, []
         with self._signals, selectors.DefaultSelector() as selector:
             selector.register(self._signals.fileno(), selectors.EVENT_READ, self._on_signals)
@@ -237,7 +237,7 @@ class _Head:
             self._stop(self._signals.last.name)
 
     def _stop(self, why: str) -> None:
-        """Have the jobs that run interrupted, or killed, the second time."""
+        """Interrupt the running jobs; the second time, kill them."""
         self._node.say(Stop())
         forced = self._stopping is not None
         _log.info("stop because of %s%s", why, ", for the second time" if forced else "")
@@ -311,7 +311,7 @@ class _Head:
             self._recorder.discard_report(number)
 
     def _lose_node(self, problem: str) -> None:
-        """The node was killed, and its jobs with it. What has completed meanwhile is kept."""
+        """Fail the jobs of a node that was killed. Jobs that left a report of success count as completed."""
         _log.error("%s", problem)
         self._shown.handle(Notice(time.monotonic(), f"{problem}. No more jobs are started"))
         self.stopped = self._stopping is not None
@@ -323,7 +323,7 @@ class _Head:
         self._drop_waiting(NOT_RUN)
 
     def _left_by(self, job: Job) -> JobResult:
-        """What there is of a job whose end nobody told."""
+        """The result of a job whose node died before it sent one."""
         started = self._running.get(job.number)
         devices = () if started is None else started.devices
         duration = None if started is None else time.monotonic() - started.time
@@ -342,7 +342,7 @@ class _Head:
     # What to run
 
     def _deal(self, count: int) -> None:
-        """Offer so many jobs, or have the source do that."""
+        """Offer `count` jobs from the list, or ask the source for them."""
         while count and self._waiting:
             count -= 1
             self._offer(self._waiting.popleft())
@@ -380,7 +380,7 @@ class _Head:
                     self._node.say(statement)
 
     def _drop_waiting(self, problem: str | None) -> None:
-        """End the jobs that were not offered: nothing more is started."""
+        """Conclude the jobs that were not offered, because no more jobs are started."""
         stopped = problem is None
         while self._waiting:
             job = self._waiting.popleft()

@@ -73,12 +73,12 @@ LogFile = Callable[[int, JobPrepared], tuple[str, list[str]]]
 
 
 class _EndedError(Exception):
-    """The head wants no more of the node, and waits for its end."""
+    """The head ends the node, and waits for that."""
 
 
 @dataclass
 class Node:
-    """What the node inherits from the program that forks it."""
+    """The node process, with what it inherits from the program that forks it."""
 
     channel: socket.socket
     program_process: int
@@ -93,10 +93,10 @@ class Node:
     log_file: LogFile
     generators: Generators
     open_files: OpenFiles
-    """Of the program."""
+    """The open files of the program."""
 
     def be(self, other_end: socket.socket) -> None:
-        """Be the process. Returns when the program wants no more of it."""
+        """Run as the node process. Returns when the program ends the node."""
         try:
             os.setsid()  # a terminal's Ctrl-C is the program's to interpret
             signal.set_wakeup_fd(-1)
@@ -214,7 +214,7 @@ class Node:
 
 
 def _leave_signals_to_the_head() -> None:
-    """Whoever signals all of our processes, as systemd does, means the head. What is executed has the defaults."""
+    """Ignore signals: systemd sends them to all processes, and the head decides. Executed programs get the defaults."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, lambda signum, frame: None)
@@ -229,12 +229,12 @@ class _Link:
         self._scratch = scratch
         self._run: BeginRun | None = None
         self._backlog: deque[Message] = deque()
-        """What could not be sent yet. The head is never waited for: it may be busy, or stopped, for any time."""
+        """Messages that could not be sent yet. The node never waits for the head, which may be busy or suspended."""
         self._inbox: deque[Any] = deque()
-        """What the head has said and nobody has taken note of."""
+        """Messages from the head that have not been handled."""
         self._ending: JobEnded | None = None
         self._after_ending: list[ShownEvent] = []
-        """What was shown since a job ended, which is sent with its result."""
+        """Events since a job ended. They are sent after its result."""
         self._epoll = select.epoll()
         self._epoll.register(channel, select.EPOLLIN)
         self._program: int | None = None
@@ -256,7 +256,7 @@ class _Link:
         return message
 
     def next_run(self) -> BeginRun:
-        """Wait for it, while the head hears what there still is to say about the one before."""
+        """Wait for the next run, and meanwhile send what is left to say about the previous one."""
         while True:
             self._hear()
             while self._inbox:
@@ -268,7 +268,7 @@ class _Link:
             self._epoll.poll(1.0)
 
     def begin_run(self, run: BeginRun) -> None:
-        """What follows is about this run."""
+        """Send and receive for this run from now on."""
         self._run = run
 
     def fileno(self) -> int:
@@ -304,7 +304,7 @@ class _Link:
         self.send(Heard(number, what))
 
     def show(self, event: ShownEvent | JobEnded) -> None:
-        """Have the head show it. The end of a job is sent with its result."""
+        """Send an event to the head. The end of a job is sent with its result."""
         if isinstance(event, JobEnded):
             self._ending = event
         elif self._ending is not None:
@@ -336,7 +336,7 @@ class _Link:
             self._listen()
 
     def send(self, message: Message) -> None:
-        """Say it as soon as the program listens."""
+        """Send a message as soon as the head has room for it."""
         waited = bool(self._backlog)
         self._backlog.append(message)
         if not waited:
@@ -344,11 +344,11 @@ class _Link:
             self._listen()
 
     def _listen(self) -> None:
-        """Be readable also when there is room for what waits."""
+        """Make `fileno` readable also when there is room for the backlog."""
         self._epoll.modify(self._channel, select.EPOLLIN | (select.EPOLLOUT if self._backlog else 0))
 
     def _vanish(self) -> NoReturn:
-        """The program has ended. Nobody waits for anything, and all that the node has started ends with it."""
+        """End at once, because the program has ended. Everything that the node has started ends with it."""
         _log.warning("the program ended: ending everything")
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
@@ -363,7 +363,7 @@ class _Link:
 
 
 class _Shown:
-    """Has the head show what happens. See `gpu_launcher.jobs.events.Progress`."""
+    """Sends events to a head that shows them. See `gpu_launcher.jobs.events.Progress`."""
 
     def __init__(self, link: _Link) -> None:
         self._link = link
@@ -379,12 +379,12 @@ class _Shown:
 
 
 class _Logged:
-    """Tells the program what a user should know. See `gpu_launcher.jobs.events.Progress`."""
+    """Sends lines for a log to a head that shows no events. See `gpu_launcher.jobs.events.Progress`."""
 
     def __init__(self, link: _Link) -> None:
         self._link = link
         self._waiting: JobWaiting | None = None
-        """As long as it is so."""
+        """The job that waits now, if one does."""
         self._waits = 0
         self._said_at = 0.0
 
@@ -403,8 +403,8 @@ class _Logged:
                     self._waiting = None
 
     def tick(self, now: float) -> None:
-        """Say again what was perhaps not passed on, so soon after something else was said."""
-        if now - self._said_at >= remarks.EVERY:
+        """Repeat that a job waits: the head drops lines that follow each other too quickly."""
+        if now - self._said_at >= remarks.REPEAT_SECONDS:
             self._remark(now)
 
     def _remark(self, now: float) -> None:

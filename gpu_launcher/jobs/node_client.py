@@ -41,12 +41,12 @@ _calling: set[int] = set()
 
 _busy = threading.RLock()
 
-PATIENCE = 1.0
-"""Seconds that a fork waits for the user's code in threads of ours. No longer: that may wait for the one that forks."""
+FORK_WAIT_SECONDS = 1.0
+"""Seconds that a fork waits for user code in our threads. The user code may itself be waiting for the fork."""
 
 
 def _forget_threads() -> None:
-    """In a forked process: there are none but this one."""
+    """Reset what is known of threads, in a forked process, which has only one."""
     global _busy
     _harmless.clear()
     _calling.clear()
@@ -85,7 +85,7 @@ class LocalNode:
         self._process = os.getpid()
         self._saying = threading.Lock()
         self.early: list[Message] = []
-        """What was said before the pool of a run was open."""
+        """Messages that came before the pool of a run was open."""
         flush_all()
         node = Node(
             channel=theirs,
@@ -146,12 +146,12 @@ class LocalNode:
 
     @property
     def is_ours(self) -> bool:
-        """Whether this is the process that made it, and not one that was forked from that."""
+        """Whether this process started the node. False in a fork of that process."""
         return self._process == os.getpid()
 
     @property
     def is_running(self) -> bool:
-        """Whether it was not closed."""
+        """Whether the node has been started and not closed."""
         return self._pid is not None
 
     def fileno(self) -> int:
@@ -159,7 +159,7 @@ class LocalNode:
         return self._channel.fileno()
 
     def receive(self) -> Message:
-        """Wait for the next thing that the node says. Raises NodeDiedError."""
+        """Wait for the next message of the node. Raises NodeDiedError."""
         try:
             message: Message = receive(self._channel)[0]
         except (ChannelClosedError, OSError):  # OSError: `close` was called meanwhile
@@ -196,7 +196,7 @@ class LocalNode:
             raise raised
 
     def _end(self, pid: int) -> None:
-        """May be cut short anywhere, and called again."""
+        """End the node. A signal handler may interrupt this anywhere; it can then be called again."""
         with contextlib.suppress(OSError):  # the node has closed it, or does not listen
             send(self._channel, End(), wait=False)
         # Closing is not enough: whatever was forked from this process has a copy of the descriptor.
@@ -210,7 +210,7 @@ class LocalNode:
         self._pid = None
 
     def __del__(self) -> None:
-        """Whoever had it may have been cut short by a signal's handler before it could be closed."""
+        """Close the node if a signal handler kept the owner from that."""
         self.close()
 
     def _died(self) -> NodeDiedError:
@@ -235,10 +235,10 @@ class RemoteLoop(LocalNode):
         output is `captured` for their failures' messages, it goes where this process's does.
         """
         self.known: Mapping[str, object] = dict(main_namespace())
-        """What the jobs' `__main__` has, by name."""
+        """Contents of the jobs' `__main__`, by name."""
         self._scratch = Scratch()
         self.directory = self._scratch.path
-        """For files of the jobs. It goes with the node."""
+        """Directory for files of the jobs. It is removed when the node ends."""
         prepare()
         super().__init__(program, method=method, option=options.spell("start_method"), captured=captured)
         self.say(BeginRun(portable(options), ReportFiles(self.directory), command, last=True))
@@ -247,7 +247,7 @@ class RemoteLoop(LocalNode):
         """Wait until jobs can be run. Raises what keeps them from it, such as OptionError or PoolDirectoryError."""
         opened = super().open()
         self.remarks = [message for message in self.early if isinstance(message, Remarked)]
-        """Lines for the user that were said before it was open."""
+        """Lines for the user that came before the pool was open."""
         if opened.method == "spawn":
             self.known = NOTHING
         return opened
@@ -287,11 +287,11 @@ def calling_back() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _at_rest() -> Iterator[tuple[set[int], bool]]:
-    """For a fork: while entered, no harmless thread gets `busy`, or begins to call back.
+    """Keep harmless threads from becoming `busy` or calling user code while the program forks.
 
     Returns those that are harmless now, and whether there are others which call back.
     """
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + FORK_WAIT_SECONDS
     while True:
         with _busy:
             calling = _calling - {threading.get_native_id()}
@@ -302,5 +302,5 @@ def _at_rest() -> Iterator[tuple[set[int], bool]]:
 
 
 def busy() -> contextlib.AbstractContextManager[Any]:
-    """While entered, no node is forked from this program by another thread."""
+    """Keep other threads from forking a node from this program."""
     return _busy

@@ -1,4 +1,4 @@
-"""What a node and the program that it runs jobs for tell each other, apart from what is in `jobs.source`."""
+"""Messages between a node and its head. Those about single jobs that a source decides on are in `jobs.source`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """So many jobs more could be prepared now."""
+    """The node has room for `count` more jobs."""
 
     count: int
 
@@ -49,7 +49,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What a job said with `JobContext.say`."""
+    """A job sent a message with `JobContext.say`."""
 
     number: int
     what: Any
@@ -57,11 +57,11 @@ class Heard:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A job will not run any more, or never did."""
+    """A job has ended, or will not be started."""
 
     result: JobResult
     event: JobEnded | None = None
-    """For a head that shows events: the same, as it is shown."""
+    """The end as an event, for a head that shows events."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +70,9 @@ class Remarked:
 
     text: str
     passing: bool = False
-    """Whether it says how things are at the moment, and may be said again."""
+    """Whether the line describes the current state, and may be repeated."""
     about: str = ""
-    """For one that is passing: what it is about; it is repeated with the same as long as things are so."""
+    """Identifies a passing state: the line is repeated with the same value while the state lasts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ Message = NodeReady | Opened | Wanted | Started | Heard | Ended | Remarked | Clo
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """The first thing it is told."""
+    """The first message to a node."""
 
     unsafe: str | None
     """Why jobs must not be forked from the program."""
@@ -110,11 +110,11 @@ class BeginRun:
     shown: bool = False
     """Whether the head shows events. Otherwise it gets lines for a log."""
     last: bool = False
-    """Whether no other run follows, so that the fork server is not needed any more."""
+    """Whether this is the only run, after which the fork server is not needed."""
     listed: bool = False
-    """Whether the next jobs do not depend on results, so that it is free to ask for many ahead."""
+    """Whether the next jobs are known in advance, so that the node may ask for many ahead of need."""
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The last thing it is told, unless the program ends without a word."""
+    """The node should end. A node also ends when its program does."""

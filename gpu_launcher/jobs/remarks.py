@@ -1,4 +1,4 @@
-"""What the pool has to say to programs that have no display: it is logged."""
+"""Logging of notices from the pool, for programs that have no display."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from gpu_launcher.jobs.node_messages import Remarked
 
 logger = logging.getLogger("gpu_launcher")
 
-EVERY = 60.0
-"""Seconds between two remarks about how things are at the moment. Each of thousands of calls may wait for somebody."""
+REPEAT_SECONDS = 60.0
+"""Seconds between two passing lines. Thousands of calls may each wait for devices."""
 
 _said: set[str] = set()
-"""What this process has said."""
+"""Notices that this process has logged."""
 _told: deque[str] = deque(maxlen=64)
-"""What the latest that passed were about."""
+"""The `about` of the passing lines that were logged last."""
 _last = -math.inf
-"""When it last said something that passes."""
+"""Monotonic time of the last passing line that was logged."""
 
 # What the user has asked for is no news.
 _ASKED_FOR = (" simulated: no real GPU is reserved", "(spawn): start_method=spawn")
 
 
 def log(remark: Remarked) -> None:
-    """Log it as a warning: a notice once, what passes from time to time, and once for all that it is repeated."""
+    """Log a notice once, and a passing line at most once per interval and state."""
     global _last
     if remark.passing:
         now = time.monotonic()
-        if now - _last >= EVERY and remark.about not in _told:
+        if now - _last >= REPEAT_SECONDS and remark.about not in _told:
             _last = now
             if remark.about:
                 _told.append(remark.about)

@@ -14,14 +14,14 @@ import tempfile
 from pathlib import Path
 
 PREFIX = f"gpu-launcher-jobs-{os.uname().nodename}-"
-"""Nobody judges what another machine has in a directory that both have: its locks may not be seen here."""
+"""Names the machine, because locks that another machine holds on a shared directory may be invisible here."""
 
 
 class Scratch:
-    """A directory of its own."""
+    """A temporary directory for one program."""
 
     def __init__(self) -> None:
-        """Make one, where Python makes temporary files, once those are removed that were left there. Raises OSError."""
+        """Make the directory, after removing those that dead programs left. Raises OSError."""
         _sweep(Path(tempfile.gettempdir()))
         while True:
             self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
@@ -33,7 +33,7 @@ class Scratch:
             os.close(self._descriptor)  # somebody thought it was left there, before it could be locked
 
     def remove(self) -> None:
-        """Remove it with what is in it. Idempotent."""
+        """Remove the directory and its contents. Idempotent."""
         shutil.rmtree(self.path, ignore_errors=True)
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
@@ -41,7 +41,7 @@ class Scratch:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove those that nobody has any more."""
+    """Remove the directories that no process has locked."""
     with contextlib.suppress(OSError), os.scandir(parent) as entries:
         for entry in entries:
             if entry.name.startswith(PREFIX):

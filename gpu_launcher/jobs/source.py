@@ -13,38 +13,38 @@ from gpu_launcher.model import Device
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """One of the jobs that were asked for."""
+    """One of the requested jobs."""
 
     job: Job
 
 
 @dataclass(frozen=True, slots=True)
 class Exhausted:
-    """There are no more jobs, however many were asked for."""
+    """There are no more jobs, even if more were requested."""
 
     reason: str | None = None
-    """A line for the user, if there is something to say."""
+    """A line for the user, or None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The user wants it all to end: jobs that run are interrupted, and killed after their grace, or if asked twice."""
+    """End the run: interrupt the running jobs, and kill them after their grace or at a second Stop."""
 
 
 @dataclass(frozen=True, slots=True)
 class Withdrawn:
-    """A job is not wanted any more."""
+    """Cancel a job."""
 
     number: int
     why: str
     """A sentence without its subject, which is the job."""
     pruned: bool = False
-    """Because others are better, which is how it then counts."""
+    """Whether the job counts as pruned, because others are better."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """To be passed on to a job. It is dropped if the job does not listen."""
+    """A message for a job. It is dropped if the job does not listen."""
 
     number: int
     what: Any
@@ -59,7 +59,7 @@ class Remark:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """How the search goes, as `events.SearchStatus` shows it."""
+    """The state of the search, as `events.SearchStatus` shows it."""
 
     facts: tuple[tuple[str, str], ...]
 
@@ -71,22 +71,22 @@ class JobSource(Protocol):
     """Decides on jobs one by one, in the head, which starts no job and draws nothing while a method blocks."""
 
     def fileno(self) -> int:
-        """Readable when it has something to say."""
+        """Readable when `receive` has something to return."""
 
     def receive(self) -> list[Statement]:
-        """What it has to say. Raises GpuLauncherError if it is broken, which ends the sweep."""
+        """Return the decisions since the last call. Raising GpuLauncherError ends the sweep."""
 
     def request_jobs(self, count: int) -> None:
-        """Want so many jobs more."""
+        """Ask for `count` more jobs."""
 
     def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
-        """The job runs now."""
+        """Take note that the job runs."""
 
     def on_message(self, number: int, what: Any) -> None:
-        """A job that runs said something. What was said before this is not older than what is said after."""
+        """Take note of a message from a running job. Messages arrive in the order in which they were sent."""
 
     def ended(self, result: JobResult) -> None:
-        """The job, started or not, ended, and will not run again."""
+        """Take note that the job has ended, whether it was started or not. It will not run again."""
 
     def tick(self) -> None:
         """Called at least a few times a second."""

@@ -11,18 +11,18 @@ from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.machine import Limits
 from gpu_launcher.model import MILLIONTHS, Request
 
-MOST_AHEAD = 8
-"""Jobs that wait, prepared, for devices. More would cost memory and save nothing."""
+MAX_PREPARED_JOBS = 8
+"""Prepared jobs that wait for devices. More would cost memory and save no time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to run the jobs of a sweep. Validated by whoever makes them."""
+    """Options for running the jobs of a sweep. The caller has validated them."""
 
     devices: object
     """As `gpu_launcher.devices.select_devices` takes it."""
     request: Request | None
-    """What every job needs; None if each says so for itself."""
+    """Request of every job; None if each job states its own."""
     max_parallel: int | None
     """Cap on running jobs; None for as many as get devices."""
     grace: float
@@ -36,25 +36,25 @@ class Options:
     resume: bool = False
     """Leave out the jobs that completed in an earlier launch."""
     spell: Callable[[str], str] = str
-    """What the user writes for an option of that name, such as `--devices` for `devices`."""
+    """Maps an option's name to what the user writes, such as `devices` to `--devices`."""
     cap: str | None = None
     """The name of `max_parallel` in a notice that it leaves devices idle; None: no notice."""
     environ: Mapping[str, str] | None = None
-    """By whose mask GPUs are visible; None: by that of this process when the jobs are run."""
+    """Environment whose mask makes GPUs visible; None: the head's own when the run begins."""
 
 
 def portable(options: Options) -> Options:
-    """The same for a node, which may have another environment."""
+    """Fix the environment in the options before they are sent to a node."""
     return replace(options, environ=dict(os.environ if options.environ is None else options.environ))
 
 
 def limits(options: Options, devices: int, cpus: int) -> Limits:
-    """How much may happen at once with so many devices and CPUs."""
+    """Compute the limits on simultaneous work for this number of devices and CPUs."""
     at_once = _at_once(options.request, devices, options.max_parallel or cpus)
     return Limits(
         parallel=options.max_parallel,
         without_devices=options.max_parallel or cpus,
-        ahead=max(1, min(at_once, options.max_parallel or at_once, MOST_AHEAD)),
+        ahead=max(1, min(at_once, options.max_parallel or at_once, MAX_PREPARED_JOBS)),
         preparing=cpus,
         grace=options.grace,
         at_once=max(1, min(at_once, options.max_parallel or at_once)),
@@ -62,10 +62,10 @@ def limits(options: Options, devices: int, cpus: int) -> Limits:
 
 
 def _at_once(request: Request | None, devices: int, without_devices: int) -> int:
-    """How many jobs could run at the same time; a guess where that depends on the job or on the memory."""
+    """Estimate how many jobs can run at the same time."""
     if request is None:
         return devices
     if request.gpus == 0:
         return without_devices
     share = request.share.millionths
-    return devices // request.gpus * (MILLIONTHS // share) if share else devices * MOST_AHEAD
+    return devices // request.gpus * (MILLIONTHS // share) if share else devices * MAX_PREPARED_JOBS

@@ -1,4 +1,4 @@
-"""Which pool, and which of its devices, calls from Python use."""
+"""The choice of a pool and its devices for calls from Python."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Where:
     pool_dir: str | os.PathLike[str] | None = None
     """Another pool directory than the machine's."""
     busy_memory: object = BUSY_MEMORY
-    """Beyond what is leased, this much memory in use makes a device not to be granted. None: nothing does."""
+    """A device with more unleased memory in use than this is not granted. None: ignore memory in use."""
     environ: Mapping[str, str] | None = None
-    """By whose mask GPUs are visible; None: by that of this process when the jobs are run."""
+    """Environment whose mask makes GPUs visible; None: that of this process when the jobs are run."""
 
     def options(self, request: Request, max_parallel: int | None = None, cap: str | None = None) -> Options:
         """How to run jobs there, each of which has this request; `cap` is what the user calls `max_parallel`.
@@ -50,6 +50,6 @@ class Where:
 
 
 def this_program() -> str:
-    """What others who wait for devices are told of this program."""
+    """Return the name of this program, for others who wait for devices."""
     script = sys.argv[0] if sys.argv else ""
     return Path(script).name if script not in ("", "-c") else "python"

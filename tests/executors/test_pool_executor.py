@@ -580,7 +580,7 @@ def test_devices_that_others_hold_are_waited_for_and_that_is_said(
 def test_a_wait_that_begins_soon_after_another_one_is_told_of_later_and_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remarks, "EVERY", 3.0)  # in the process that is forked, too
+    monkeypatch.setattr(remarks, "REPEAT_SECONDS", 3.0)  # in the process that is forked, too
     monkeypatch.setattr(remarks, "_last", -math.inf)
 
     def told() -> int:
