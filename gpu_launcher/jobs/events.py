@@ -1,4 +1,4 @@
-"""What happens during a sweep, as values: the loop emits them, progress displays (and later manifests) consume them.
+"""What happens during a sweep, as values: the loop emits them; progress displays and the manifest consume them.
 
 `time` is in seconds on the loop's monotonic clock, never wall time.
 """
@@ -18,9 +18,9 @@ class Outcome(str, Enum):
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLED = "cancelled"
-    """Ended, or never started, because the user stopped the sweep, or did not want it any more."""
+    """Ended or never started, because the sweep was stopped or the job was cancelled."""
     PRUNED = "pruned"
-    """A trial that ended itself early, or was ended, because others are better."""
+    """A trial that ended early because others are better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class SweepStarted:
 
     time: float
     total: int | None
-    """None if nobody knows yet."""
+    """None if it is not known yet."""
     devices: tuple[Device, ...]
     parallel: int | None
 
@@ -44,7 +44,7 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class SearchStatus:
-    """How the search goes of which the jobs are a part; replaces what an earlier one said."""
+    """The state of the search to which the jobs belong. It replaces the one before."""
 
     time: float
     facts: tuple[tuple[str, str], ...]
@@ -60,9 +60,9 @@ class JobWaiting:
     label: str
     """The job's overrides, such as `lr=0.1 hidden=32`."""
     reason: str
-    """Who holds them; empty to take back an earlier event once nobody else does, though the job still waits."""
+    """Who holds them. Empty if nobody else does any more, though the job still waits."""
     held_by_others: tuple[Device, ...] = ()
-    """The devices of this sweep that others hold; empty where that is not known."""
+    """The devices of this sweep that others hold; empty if unknown."""
     wanted: str = ""
     """The devices that it waits for, such as `2 GPUs`."""
 
@@ -96,14 +96,14 @@ class JobEnded:
     """For FAILED: the cause in one line."""
     log: str | None
     origin: str = ""
-    """For FAILED: what, besides the message, two jobs have in common that failed in the same way; see `Report`."""
+    """For FAILED: where it failed. Jobs with the same message and origin failed in the same way; see `Report`."""
     left_behind: tuple[str, ...] = ()
     """Processes that outlived the job and had to be ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobRetried:
-    """The job failed, and is going to be run again. If it starts at all, a JobStarted follows."""
+    """The job failed and is retried. A JobStarted follows if it starts."""
 
     time: float
     number: int
@@ -113,11 +113,11 @@ class JobRetried:
     message: str
     """Why it failed, in one line."""
     log: str | None
-    """Path of what is now the log of the attempt that failed."""
+    """Path of the log of the attempt that failed, which was renamed."""
     attempt: int
     """The next attempt, counted from 1."""
     attempts: int
-    """How many there may be in all."""
+    """How many attempts the job may have."""
 
 
 @dataclass(frozen=True, slots=True)

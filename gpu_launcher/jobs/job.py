@@ -21,7 +21,7 @@ class Job:
     spec: Any
     """For the program: what it is called with. Picklable."""
     about: Any = None
-    """For the program's code to ask for, such as which trial it is. Picklable."""
+    """What the program's code may ask for, such as its trial. Picklable."""
     attempts_before: int = 0
     """How many times earlier launches started it, as far as its source knows."""
 
@@ -33,14 +33,14 @@ class Cause(str, Enum):
     """Why a job failed, as the option `retry_on` names it."""
 
     EXCEPTION = "exception"
-    """Its code raised, called `sys.exit`, or returned what cannot be pickled."""
+    """Its code raised, called `sys.exit`, or returned a value that cannot be pickled."""
     CRASH = "crash"
     """Its process ended without a report: a signal, `os._exit`, a lost supervisor or fork server."""
     OOM = "oom"
-    """The memory of its GPU ran out, or the kernel killed it, most likely, because the host's did."""
+    """Its GPU's memory ran out, or the kernel killed it, most likely because the host's memory ran out."""
     TIMEOUT = "timeout"
     DEVICE_LOST = "device_lost"
-    """One of its devices reports an error, or has gone."""
+    """One of its devices reports an error or is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +51,12 @@ class JobResult:
     label: str
     outcome: Outcome
     payload: bytes | None
-    """What the program reported; None if its process ended without a report, or it never ran."""
+    """What the program reported; None if it ended without a report or never ran."""
     message: str | None
     """The cause in one sentence without a subject, such as `was killed by SIGKILL after 12.0 s on GPU 2`;
     None for a completed job."""
     devices: tuple[Device, ...]
-    """Those it ran on; empty if it never ran."""
+    """The devices that it ran on; empty if it never ran."""
     duration: float | None
     """Seconds from its grant until its process tree was gone; None if it never ran."""
     log: str | None
@@ -64,8 +64,8 @@ class JobResult:
     cause: Cause | None = None
     """For a failed job that had a process: why."""
     attempts: int = 1
-    """How many times it was started; the rest is about the last one."""
+    """How many times it was started. The other fields are about the last attempt."""
     unsupervised: bool = False
-    """Whether it failed because its supervisor or the fork server was killed, which is no fault of its own."""
+    """Whether it failed because its supervisor or the fork server was killed, not through a fault of its own."""
     origin: str = ""
     """For a failed job that reported: see `Report`."""

@@ -11,11 +11,11 @@ from collections.abc import Collection, Iterable, Sequence
 from gpu_launcher.text import middle_cut
 
 LABEL_ROOM = 48
-"""Characters of a label up to which keys are written in full."""
+"""Characters of a label. In longer ones, keys are shortened."""
 MAX_LABEL = 200
 """Characters of a label."""
 MAX_REMEMBERED = 10_000
-"""Values of a key among which shortened ones are told apart."""
+"""Values of a key that are remembered, so that shortened ones differ."""
 
 _SHORTER = ((4, 32), (6, 48), (9, 80), (17, 400))
 """Significant digits of a number and characters of a value, from short to long."""
@@ -23,10 +23,10 @@ _NUMBER = re.compile(r"(?<![\w./+-])[+-]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][+
 
 
 class Labels:
-    """Labels of jobs, each of which is a list of texts such as `lr=0.1`."""
+    """Makes the labels of jobs. A job is a list of texts such as `lr=0.1`."""
 
     def __init__(self, common: Collection[str] | None = None) -> None:
-        """`common` are the texts that all jobs share; None: those that all jobs so far have had."""
+        """`common` are the texts that all jobs share. None: those that all jobs so far have shared."""
         self._known = common is not None
         self._common: set[str] | None = None if common is None else set(common)
         self._shown: dict[str, dict[str, str]] = {}
@@ -36,12 +36,12 @@ class Labels:
         """Whether a label was too long with whole keys, and so all later ones have short ones."""
 
     def of(self, job: Sequence[str]) -> str:
-        """The label of one more job."""
+        """Return the label of another job."""
         (label,) = self.of_all([job])
         return label
 
     def of_all(self, jobs: Sequence[Sequence[str]]) -> list[str]:
-        """The labels of more jobs, which are known at the same time and so look alike."""
+        """Return the labels of several jobs, which are shortened alike."""
         alone = self._common is None and len(jobs) == 1
         common = self._learn(jobs)
         varying = [[text for text in job if text not in common] for job in jobs]
@@ -57,7 +57,7 @@ class Labels:
         return labels
 
     def _learn(self, jobs: Sequence[Sequence[str]]) -> set[str]:
-        """What all jobs have in common, these included."""
+        """Return the texts that all jobs share, including these."""
         if self._known:
             assert self._common is not None
             return self._common
@@ -66,7 +66,7 @@ class Labels:
         return self._common or set()
 
     def _tell_apart(self, key: str, value: str) -> None:
-        """Find the shortest form in which the values of a key differ as they do in full."""
+        """Find the shortest form in which different values of a key stay different."""
         shown = self._shown.setdefault(key, {})
         level = self._level.setdefault(key, 0)
         short = _shorten(value, level)
@@ -88,7 +88,7 @@ class Labels:
         return middle_cut(" ".join(texts), MAX_LABEL)
 
     def _short_key(self, key: str) -> str:
-        """The end of a dotted key, as much of it as no other key ends in."""
+        """Return the shortest end of a dotted key that is not the end of another key."""
         parts = key.split(".")
         for begin in range(len(parts) - 1, 0, -1):
             end = ".".join(parts[begin:])
@@ -108,7 +108,7 @@ def _shorten(value: str, level: int) -> str:
 
 
 def short_number(text: str, digits: int = 4) -> str:
-    """A number with a point or an exponent, rounded to so many significant digits; as it is if it has no more."""
+    """Round a number with a point or an exponent to `digits` significant digits. Shorter numbers stay as they are."""
     mantissa = re.split("[eE]", text.lstrip("+-"))[0]
     if len(mantissa.replace(".", "").strip("0")) <= digits:
         return text
