@@ -277,8 +277,11 @@ class RequestQueue:
         return refusal(request, tuple(device for device in self.devices if device.uuid not in faults))
 
     def idle_devices(self) -> list[Device]:
-        """The devices of which nobody has a share and that could be granted now. Raises PoolDirectoryError."""
-        leases = self._ledger.snapshot().leases
+        """The devices of which nobody has a share and that could be granted now; none if the pool is unusable."""
+        try:
+            leases = self._ledger.snapshot().leases
+        except PoolDirectoryError:
+            return []
         if any(lease.uuids is None for lease in leases):
             return []
         taken = {uuid for lease in leases for uuid in lease.uuids or ()} | set(self._watch.unavailable)

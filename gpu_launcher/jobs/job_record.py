@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from gpu_launcher.allocation.environment import DeviceEnvironment
+from gpu_launcher.allocation.request_queue import PendingRequest
 from gpu_launcher.jobs.failures import RetryState
 from gpu_launcher.jobs.job import Job, JobResult
-from gpu_launcher.leases import HeldLease, Ticket
+from gpu_launcher.leases import HeldLease
 from gpu_launcher.model import Device, Request, Share
 from gpu_launcher.processes import messages
 from gpu_launcher.processes.fork_server_client import SUPERVISOR_DIED, JobProcess, Lost
@@ -47,7 +48,8 @@ class JobRun:
 
     request: Request | None = None
     """What it needs, from when it may get in line."""
-    ticket: Ticket | None = None
+    pending: PendingRequest | None = None
+    """Its request, while that is in the queue."""
     lease: HeldLease | None = None
     devices: tuple[Device, ...] = ()
     shares: Mapping[str, Share] = field(default_factory=dict)

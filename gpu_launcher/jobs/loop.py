@@ -7,7 +7,7 @@ calls `_handle`, so no method of the loop runs while another one is half done. C
 disk, are carried out last: the devices of a job that ended go to the next job before its result is looked at.
 
 What the loop knows of a job is in its `JobRecord`; the machine decides what the job does next. Everything that the loop
-needs is passed in: the fork server, the pool, the progress display, the clock.
+needs is passed in: the fork server, the request queue, the progress display, the clock.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from socket import socket
 from typing import Any, Protocol
 
 from gpu_launcher.allocation.environment import DeviceEnvironment
+from gpu_launcher.allocation.explain import WaitReason, describe_request
+from gpu_launcher.allocation.request_queue import RequestQueue
 from gpu_launcher.debug_log import get_logger
-from gpu_launcher.errors import PoolDirectoryError, ReportError, ServerDiedError
+from gpu_launcher.errors import ReportError, ServerDiedError
 from gpu_launcher.jobs import machine as m
 from gpu_launcher.jobs.directory import as_proposed
 from gpu_launcher.jobs.events import (
@@ -35,6 +37,7 @@ from gpu_launcher.jobs.events import (
     JobEnded,
     JobRetried,
     JobStarted,
+    JobWaiting,
     Notice,
     Outcome,
     Progress,
@@ -45,10 +48,9 @@ from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.job_options import JobOptions
 from gpu_launcher.jobs.job_record import JobRecord, JobRun, Stage
 from gpu_launcher.jobs.outcome import result_of
-from gpu_launcher.jobs.pool import PoolSide
 from gpu_launcher.jobs.reports import read_report
 from gpu_launcher.jobs.source import Exhausted, JobSource, Offer, Reply, Stop, Withdrawn
-from gpu_launcher.model import Request
+from gpu_launcher.model import Owner, Request
 from gpu_launcher.processes import messages, rank_decisions
 from gpu_launcher.processes.fork_server_client import JobProcess, Lost
 from gpu_launcher.processes.messages import ChannelClosedError, Report
@@ -105,7 +107,8 @@ class JobLoop:
         *,
         limits: m.Limits,
         server: Server,
-        pool: PoolSide,
+        queue: RequestQueue,
+        owner: Callable[[Job], Owner],
         progress: Progress,
         clock: Callable[[], float],
         report_path: Callable[[int], Path],
@@ -117,16 +120,20 @@ class JobLoop:
         cap: str | None = None,
         checkpoint: Callable[[str], None] = lambda name: None,
     ) -> None:
-        """Prepare to run `jobs` on the devices of `pool`.
+        """Prepare to run `jobs` on the devices of `queue`, where one of them waits at a time.
 
-        `report_path` says where a job leaves its report, by its number, and `title` what `ps` calls its process.
+        `owner` says to whom the lease of a job belongs. `report_path` says where a job leaves its report, by its
+        number, and `title` what `ps` calls its process.
         `log_file` says where a job that is prepared logs, with notices about that. `device_environment` is how jobs are
         told of their devices. `failures` says what to do about jobs that fail. `source` decides on more jobs when there
         is room for them. `cap` names the option that sets `limits.parallel`, for a notice if it leaves devices idle.
         `checkpoint` is called with the name of each point of a job's life, so that tests can kill this process there.
         """
         self._jobs: dict[int, JobRecord] = {}
-        self._pool = pool
+        self._queue = queue
+        self._owner = owner
+        self._waiting: int | None = None
+        """The job whose request is in the queue."""
         self._limits = limits
         self._server = server
         self._progress = progress
@@ -176,11 +183,11 @@ class JobLoop:
         with self._selector:
             try:
                 self._watch(self._server.fileno(), self._on_server)
-                for descriptor, callback in self._pool.descriptors():
-                    self._watch(descriptor, callback)
+                for descriptor in self._queue.descriptors:
+                    self._watch(descriptor, lambda: None)  # each turn attends to the queue
                 if self._source is not None:
                     self._watch(self._source.fileno(), self._on_source)
-                self._pool.begin()
+                self._queue.look()
                 self._handle(m.RunStarted())
                 self._ask_source()
                 while not self._machine.finished:
@@ -194,7 +201,6 @@ class JobLoop:
                 for record in self._jobs.values():
                     if record.run is not None:
                         record.run.process.close()
-                        self._pool.forget(record.run)
         return [record.result for record in self._jobs.values() if record.result is not None]
 
     def _in(self, stage: Stage) -> list[int]:
@@ -224,8 +230,8 @@ class JobLoop:
         for key in ready:
             if self._selector.get_map().get(key.fd) is key:  # not closed by an earlier callback
                 key.data()
-        self._pool.look()
-        self._claim()
+        self._queue.attend()
+        self._take_lease()
         self._mention_cap()
         self._handle(m.Tick())
         self._ask_source()
@@ -234,24 +240,24 @@ class JobLoop:
     def _timeout(self) -> float:
         """Seconds until the loop has something to do even if no descriptor becomes readable."""
         timeout = TICK
-        if self._pool.patience is not None:
-            timeout = min(timeout, self._pool.patience)
+        if self._waiting is not None:
+            timeout = min(timeout, self._queue.patience)
         if self._machine.deadline is not None:
             timeout = min(timeout, max(0.0, self._machine.deadline - self._clock()))
         return timeout
 
     def _mention_cap(self) -> None:
         """Say once that the user's cap, and nothing else, leaves devices idle."""
-        if self._cap is None or not self._pool.ready or self._clock() < self._look_at_cap:
+        if self._cap is None or not self._queue.watch.ready or self._clock() < self._look_at_cap:
             return
         if (request := self._machine.capped) is None:
             return
         self._look_at_cap = self._clock() + CAP_CHECK_SECONDS
-        idle = self._pool.idle()
+        idle = self._queue.idle_devices()
         if len(idle) >= request.gpus:
             self._notify(
                 f"{self._cap}={self._limits.parallel} leaves {len(idle)} of "
-                f"{count(len(self._pool.devices), 'device')} idle: raise or remove it to use them"
+                f"{count(len(self._queue.devices), 'device')} idle: raise or remove it to use them"
             )
             self._cap = None
 
@@ -357,7 +363,7 @@ class JobLoop:
 
     def _forget_in_child(self) -> None:
         """In a forked server: leases, tickets and channels are the launching program's alone."""
-        self._pool.close_in_child()
+        self._queue.close_in_child()
         if self._source is not None:
             self._source.close_in_child()
         for run in self._runs():
@@ -401,7 +407,7 @@ class JobLoop:
         request = self._jobs[number].retries.request(prepared.request)
         self._any_prepared = True
         self._checkpoint("prepared")
-        self._handle(m.Prepared(number, request, self._pool.refusal(request)))
+        self._handle(m.Prepared(number, request, self._queue.refusal(request)))
 
     def _heard(self, number: int, run: JobRun, message: object) -> None:
         match message:
@@ -476,7 +482,7 @@ class JobLoop:
             case m.TakeTicket(number, request):
                 self._take_ticket(number, request)
             case m.DropTicket(number):
-                self._pool.drop(self._jobs[number].attempt)
+                self._drop_ticket(number)
             case m.Go(number):
                 self._go(number)
             case m.Interrupt(number):
@@ -513,29 +519,40 @@ class JobLoop:
         self._checkpoint("started")
 
     def _take_ticket(self, number: int, request: Request) -> None:
-        self._jobs[number].attempt.request = request
-        self._pool.wait_for(number)
-        self._claim()
+        run, job = self._jobs[number].attempt, self._jobs[number].job
+        run.request = request
+        run.pending = self._queue.enter(
+            request,
+            self._owner(job),
+            explain=lambda reason: self._explain(job, request, reason),
+            # Running jobs continue if the pool directory is unusable. The others wait for as long as one runs.
+            outlasts=lambda: bool(self._machine.running()),
+        )
+        self._waiting = number
+        self._checkpoint("queued")
+        self._queue.claim(run.pending)
+        self._take_lease()
 
-    def _claim(self) -> None:
-        """Ask for the lease of the waiting ticket, if there is one."""
-        number = self._pool.waiting
-        if number is None or not self._pool.ready:
+    def _drop_ticket(self, number: int) -> None:
+        run = self._jobs[number].attempt
+        if run.pending is not None:
+            self._queue.leave(run.pending)
+        run.pending = self._waiting = None
+
+    def _take_lease(self) -> None:
+        """Pass on what became of the request of the job that waits."""
+        if (number := self._waiting) is None:
             return
-        job, run = self._jobs[number].job, self._jobs[number].attempt
-        try:
-            if run.ticket is None:
-                self._pool.enqueue(run, job)
-                self._checkpoint("queued")
-            run.lease = self._pool.claim(run, job, self._runs())
-        except PoolDirectoryError as error:
-            # Running jobs continue; the others wait until the directory can be used, but not for long if no job runs.
-            if not self._pool.bears(error) and not self._machine.running():
-                self._give_up(f"was not run: {error}")
+        run = self._jobs[number].attempt
+        pending = run.pending
+        if pending is None or not pending.settled:
             return
-        if run.lease is None:
+        run.pending = self._waiting = None
+        if pending.lease is None:
+            self._give_up(f"was not run: {pending.error}")
             return
-        run.devices = tuple(self._pool.devices[uuid] for uuid in run.lease.uuids)
+        run.lease = pending.lease
+        run.devices = tuple(device for uuid in run.lease.uuids for device in self._queue.devices if device.uuid == uuid)
         run.shares = run.lease.shares
         _log.info(
             "job %d attempt %d: granted %s by lease %s",
@@ -546,6 +563,12 @@ class JobLoop:
         )
         self._checkpoint("claimed")
         self._stimuli.append(m.LeaseGranted(number))
+
+    def _explain(self, job: Job, request: Request, reason: WaitReason) -> None:
+        _log.info("job %d waits: %s", job.number, reason.reason or "for its own jobs only")
+        wanted = describe_request(request, self._queue.devices)
+        waiting = JobWaiting(self._clock(), job.number, job.label, reason.reason, reason.held_by_others, wanted)
+        self._progress.handle(waiting)
 
     def _give_up(self, problem: str) -> None:
         _log.warning("no more jobs are started; each %s", problem)
@@ -584,10 +607,10 @@ class JobLoop:
     def _release(self, number: int) -> None:
         run = self._jobs[number].attempt
         assert run.lease is not None
-        self._pool.release(run.lease)
+        self._queue.release(run.lease)
         run.lease = None
         self._checkpoint("released")
-        self._claim()
+        self._take_lease()
 
     # Results
 
@@ -600,7 +623,9 @@ class JobLoop:
             with contextlib.suppress(OSError):  # it is small, and its name is no other job's
                 rank_decisions.withdraw(rank_decisions.path_for(self._report_path(number)))
         report = None if run is None else self._read_report(number, run)
-        faults = {} if run is None else {device.label: self._pool.faults[device.uuid] for device in run.devices}
+        faults = (
+            {} if run is None else {device.label: self._queue.watch.faults.get(device.uuid) for device in run.devices}
+        )
         result = result_of(record, conclusion, report, faults)
         if run is not None and not conclusion.refused and self._run_again(result, record, run):
             return
@@ -659,7 +684,7 @@ class JobLoop:
         # What is known of the machine now, not when the job ended: the sweep may have been given up since.
         if result.outcome is not Outcome.FAILED or not self._machine.takes_more:
             return False
-        attempt = record.retries.next(result, run, self._pool.refusal_now)
+        attempt = record.retries.next(result, run, self._queue.refusal_now)
         if attempt is None:
             return False
         event = JobRetried(

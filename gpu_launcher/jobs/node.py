@@ -26,10 +26,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gpu_launcher.allocation.device_watch import DeviceWatch, links_among
+from gpu_launcher.allocation.device_watch import links_among
 from gpu_launcher.allocation.feasibility import refuse
+from gpu_launcher.allocation.request_queue import RequestQueue
 from gpu_launcher.debug_log import get_logger, set_role
-from gpu_launcher.devices import ConditionMonitor, select_devices, usable_cpus
+from gpu_launcher.devices import select_devices, usable_cpus
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs import source as s
@@ -51,7 +52,6 @@ from gpu_launcher.jobs.node_messages import (
     Started,
     Wanted,
 )
-from gpu_launcher.jobs.pool import PoolSide
 from gpu_launcher.jobs.sweep import limits
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
 from gpu_launcher.model import Device
@@ -177,30 +177,24 @@ class Node:
         needs_none = options.request is not None and options.request.gpus == 0
         for text in [*(() if needs_none else selection.notices), *server.notices]:
             notice(text)
-        watch = DeviceWatch(
-            devices,
-            ledger.snapshot,
-            launcher=self.program_process,
-            monitor=ConditionMonitor(devices),
-            busy_memory=options.busy_memory,
-            links=links_among(devices, options.request),
-        )
-        cleanup.callback(watch.close)
-        pool = PoolSide(
+        queue = RequestQueue(
             devices,
             ledger,
-            watch,
-            # The head stands for all processes of ours: it is what a user knows, and can stop.
-            lambda job: this_user(f"{command} #{job.number} {job.label}".rstrip(), self.program_process),
-            progress,
-            time.monotonic,
-            self.program_process,
+            busy_memory=options.busy_memory,
+            tell=notice,
+            clock=time.monotonic,
+            links=links_among(devices, options.request),
+            program=self.program_process,
+            on_fault=lambda device, fault: notice(f"{device.label} {fault}; it is set aside"),
         )
+        cleanup.callback(queue.close)
         return JobLoop(
             [],
             limits=most,
             server=server,
-            pool=pool,
+            queue=queue,
+            # The head stands for all processes of ours: it is what a user knows, and can stop.
+            owner=lambda job: this_user(f"{command} #{job.number} {job.label}".rstrip(), self.program_process),
             progress=progress,
             clock=time.monotonic,
             report_path=run.reports.path,

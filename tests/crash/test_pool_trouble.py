@@ -14,8 +14,8 @@ APP = """
 import os, time
 from pathlib import Path
 import hydra
-import gpu_launcher.jobs.pool
-gpu_launcher.jobs.pool.BEARING = 0.5
+import gpu_launcher.allocation.request_queue
+gpu_launcher.allocation.request_queue.UNUSABLE_SECONDS = 0.5
 
 @hydra.main(version_base="1.3", config_path=None)
 def main(cfg):
@@ -60,7 +60,7 @@ def test_jobs_that_run_go_on_when_the_pool_directory_is_gone_and_the_others_fail
     (tmp_path / "pool" / "queue").rmdir()
 
     assert "were removed or moved away" in until_announced(sweep, "pool directory")
-    assert "pool directory" in until_announced(sweep, "Jobs that run go on")
+    assert "pool directory" in until_announced(sweep, "Running jobs continue")
     (tmp_path / f"end-{running}").touch()
     until_announced(sweep, f"job {running} (")
     _, rest = sweep.communicate(timeout=60)

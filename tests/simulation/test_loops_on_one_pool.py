@@ -22,8 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_launcher.allocation.device_watch import DeviceWatch
-from gpu_launcher.devices import ConditionMonitor
+from gpu_launcher.allocation.request_queue import RequestQueue
 from gpu_launcher.devices.simulated import simulated_devices
 from gpu_launcher.errors import ServerDiedError
 from gpu_launcher.jobs import loop as loop_module
@@ -31,7 +30,6 @@ from gpu_launcher.jobs.events import Event, JobEnded, JobStarted, Outcome
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.loop import MAX_SERVERS_LOST, JobLoop
 from gpu_launcher.jobs.machine import Limits
-from gpu_launcher.jobs.pool import PoolSide
 from gpu_launcher.model import Owner, Request
 from gpu_launcher.processes.fork_server_client import SUPERVISOR_DIED, JobProcess, Lost
 from gpu_launcher.processes.messages import (
@@ -244,22 +242,15 @@ class Sweep:
         self.server = FakeServer(world, self)
         self.ledger = MemoryLedger(world.pool)
         self.directory = TemporaryDirectory()
-        self.watch = DeviceWatch(
-            DEVICES, self.ledger.snapshot, launcher=1, monitor=ConditionMonitor(DEVICES), busy_memory=None
-        )
-        pool = PoolSide(
-            DEVICES,
-            self.ledger,
-            self.watch,
-            lambda job: Owner(1, "ada", f"#{job.number}"),
-            self,
-            lambda: world.now,
+        self.queue = RequestQueue(
+            DEVICES, self.ledger, busy_memory=None, tell=lambda text: None, clock=lambda: world.now
         )
         self.loop = JobLoop(
             [Job(number, f"n={number}", None) for number in range(len(wants))],
             limits=Limits(parallel, 2, ahead=world.chance.randint(1, 4), preparing=2, grace=5.0),
             server=self.server,
-            pool=pool,
+            queue=self.queue,
+            owner=lambda job: Owner(1, "ada", f"#{job.number}"),
             progress=self,
             clock=lambda: world.now,
             report_path=lambda number: Path(self.directory.name) / f"{number}.report",
@@ -276,8 +267,7 @@ class Sweep:
             self.error = error
         self.going = False
         self.server.close()
-        self.ledger.close()
-        self.watch.close()
+        self.queue.close()
         self.directory.cleanup()
         self.baton.hand_back()
 
