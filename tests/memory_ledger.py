@@ -15,8 +15,16 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from gpu_launcher.leases.grant_policy import NO_PREFERENCE, DevicePreference, LeaseState, Snapshot, TicketState, grant
-from gpu_launcher.leases.ledger import HeldLease, LeaseView, PoolView, Ticket, TicketView, demanded, with_waits
+from gpu_launcher.leases.grant_policy import (
+    NO_PREFERENCE,
+    DevicePreference,
+    LeaseState,
+    Snapshot,
+    TicketState,
+    grant,
+    waits,
+)
+from gpu_launcher.leases.ledger import HeldLease, LeaseView, PoolView, Ticket, TicketView, demanded
 
 if TYPE_CHECKING:
     from gpu_launcher.model import Device, Owner, Request
@@ -130,8 +138,10 @@ class MemoryLedger:
             replace(view, left=None if state.ends is None else state.ends - snapshot.now)
             for view, state, _ in self._pool._leases.values()
         ]
+        reasons = waits(snapshot)
+        tickets = sorted(self._pool._tickets.values(), key=lambda view: (-view.priority, view.sequence, view.id))
         return PoolView(
-            tickets=with_waits(snapshot, list(self._pool._tickets.values())),
+            tickets=tuple(replace(view, wait=reasons.get(view.id)) for view in tickets),
             leases=tuple(sorted(leases, key=lambda view: view.since or 0.0)),
             stale=0,
         )

@@ -7,11 +7,11 @@ simulations within one process; both pass the same contract tests.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Protocol, SupportsIndex
 
 from gpu_launcher.errors import RequestError
-from gpu_launcher.leases.grant_policy import NO_PREFERENCE, Candidate, Demand, DevicePreference, Snapshot, Wait, waits
+from gpu_launcher.leases.grant_policy import NO_PREFERENCE, Candidate, Demand, DevicePreference, Wait
 from gpu_launcher.wording import device_names, join_labels
 
 if TYPE_CHECKING:
@@ -176,13 +176,6 @@ def _listed(names: Iterable[str]) -> str:
 
 def _who(owner: Owner | None) -> str:
     return "somebody" if owner is None else owner.user
-
-
-def with_waits(snapshot: Snapshot, tickets: Sequence[TicketView]) -> tuple[TicketView, ...]:
-    """Return the views in queue order, each with the reason why it waits."""
-    reasons = waits(snapshot)
-    ordered = sorted(tickets, key=lambda view: (-view.priority, view.sequence, view.id))
-    return tuple(replace(view, wait=reasons.get(view.id)) for view in ordered)
 
 
 class Ledger(Protocol):

@@ -33,7 +33,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 
 from gpu_launcher.leases.file_format import (
@@ -49,9 +49,9 @@ from gpu_launcher.leases.file_format import (
     TicketRecord,
     decode,
 )
-from gpu_launcher.leases.grant_policy import LeaseState, Snapshot, TicketState
+from gpu_launcher.leases.grant_policy import LeaseState, Snapshot, TicketState, waits
 from gpu_launcher.leases.kernel import LockTable, Process, is_stopped, sees_all_locks, user_of
-from gpu_launcher.leases.ledger import LeaseView, PoolView, TicketView, UnreadableFile, with_waits
+from gpu_launcher.leases.ledger import LeaseView, PoolView, TicketView, UnreadableFile
 from gpu_launcher.model import WHOLE, Owner
 from gpu_launcher.users import user_name
 
@@ -265,7 +265,8 @@ class PoolScan:
     """Who took the exclusive lock on a file, by its inode number."""
     _owners: dict[tuple[int, int, str], Owner] = field(default_factory=dict)
     _users: dict[int, int | None] = field(default_factory=dict)
-    """Of processes."""
+    """Of processes, as their owners own many files."""
+    _stopped: dict[int, bool] = field(default_factory=dict)
 
     @property
     def names(self) -> set[str]:
@@ -363,20 +364,22 @@ class PoolScan:
             if state.id.startswith(LOST):
                 owner = self._owner_of_lost(int(state.id.split("-")[1]))
             shown.append(LeaseView(state.id, state.shares, owner, since, left))
-        tickets = [
-            TicketView(
-                name.id,
-                name.sequence,
-                name.priority,
-                record.demand,
-                self._owner(entry, record),
-                record.since,
-            )
-            for name, record, entry in self.tickets()
-        ]
-        states = tuple(TicketState(view.sequence, view.id, view.demand, view.priority) for view in tickets)
+        listed = list(self.tickets())
+        states = tuple(TicketState(name.sequence, name.id, record.demand, name.priority) for name, record, _ in listed)
+        reasons = waits(Snapshot(tuple(leases), states, now))
         return PoolView(
-            tickets=with_waits(Snapshot(tuple(leases), states, now), tickets),
+            tickets=tuple(
+                TicketView(
+                    name.id,
+                    name.sequence,
+                    name.priority,
+                    record.demand,
+                    self._owner(entry, record),
+                    record.since,
+                    reasons.get(name.id),
+                )
+                for name, record, entry in listed
+            ),
             leases=tuple(sorted(shown, key=lambda lease: (lease.since or 0.0, lease.id))),
             stale=len(self.stale.union(self.index.stale.values())),
             elsewhere=tuple(sorted(self.elsewhere)),
@@ -396,9 +399,9 @@ class PoolScan:
         if record is not None and self._user(record.pid) == uid:
             known = self._owners.get((uid, record.pid, record.command))
             if known is None:
-                known = Owner(record.pid, user_name(uid), record.command)
+                known = Owner(record.pid, user_name(uid), record.command, self._is_stopped(record.pid))
                 self._owners[uid, record.pid, record.command] = known
-            return replace(known, suspended=True) if is_stopped(record.pid) else known
+            return known
         stranger = None if entry is None else self._stranger(entry)
         if stranger is not None:
             process = Process.of(stranger)
@@ -427,6 +430,11 @@ class PoolScan:
             locks = self.locks()
             self._exclusive = {} if locks is None else locks.holders(os.fstat(self.directory))
         return self._exclusive
+
+    def _is_stopped(self, pid: int) -> bool:
+        if pid not in self._stopped:
+            self._stopped[pid] = is_stopped(pid)
+        return self._stopped[pid]
 
     def _user(self, pid: int) -> int | None:
         if pid not in self._users:
