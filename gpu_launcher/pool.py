@@ -18,8 +18,7 @@ from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.allocation.lease import Lease
 from gpu_launcher.allocation.lease_broker import LeaseBroker
 from gpu_launcher.allocation.request_queue import RequestQueue
-from gpu_launcher.allocation.snapshot import PoolSnapshot, snapshot_of
-from gpu_launcher.allocation.survey import Found, PoolSeen, take_survey
+from gpu_launcher.allocation.survey import Found, PoolSeen, PoolSnapshot, snapshot_of, take_survey
 from gpu_launcher.devices import Links, select_devices
 from gpu_launcher.devices.specification import read_specification
 from gpu_launcher.durations import read_duration

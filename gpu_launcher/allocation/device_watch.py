@@ -1,4 +1,4 @@
-"""Which devices of a sweep should not be granted now, and which are the better choice, from what is measured."""
+"""Which devices must not be granted now, and which are the better choice, judged by what is measured on them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.leases import DevicePreference, PoolView, leased_memory, owners_of, uses_of
 from gpu_launcher.model import Device, DeviceKind, Request
 
-WAITING = 1.0
-"""Seconds between two looks at the devices while a job waits for some."""
-RUNNING = 5.0
-"""The same while jobs only run: a broken device should be noticed, but nothing depends on it."""
+WAITING_INTERVAL = 1.0
+"""Seconds between two looks at the devices while a request waits."""
+IDLE_INTERVAL = 5.0
+"""Seconds between two looks while none waits: only to notice a broken device."""
 
 
 class DeviceWatch:
-    """Looks at the devices through a ConditionMonitor and keeps what follows from it. Never blocks."""
+    """The state of devices as a ConditionMonitor last saw them, and what follows from it. Never blocks."""
 
     def __init__(
         self,
@@ -57,11 +57,11 @@ class DeviceWatch:
         self._asked = float("-inf")
         self._released: dict[str, float] = {}
         self.unavailable: dict[str, str] = {}
-        """Why not to grant a device now, by its UUID: a reason that continues `GPU 1 ...`."""
+        """Why a device must not be granted now, by its UUID: a reason that continues `GPU 1 ...`."""
         self.faults: dict[str, str] = {}
-        """Why a device is set aside, by its UUID, likewise. Part of `unavailable`."""
+        """Why a device is set aside as broken, by its UUID. Part of `unavailable`."""
         self.problem: str | None = None
-        """Why nothing is known of the devices; they are granted all the same."""
+        """Why nothing is known of the devices, which are granted nevertheless."""
 
     def fileno(self) -> int:
         """Readable when `receive` should be called."""
@@ -69,32 +69,32 @@ class DeviceWatch:
 
     @property
     def seen(self) -> float | None:
-        """When the devices were asked how they are that last answered; None if they have not been looked at."""
+        """When the last look that was answered began; None before the first."""
         return None if self._monitor.latest is None else self._monitor.latest.asked
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
-        """How the devices were when they were last looked at; nothing where that is not known."""
+        """The state of the devices at the last look; empty where it is not known."""
         return () if self._monitor.latest is None else self._monitor.latest.conditions
 
     @property
     def ready(self) -> bool:
-        """Whether the devices have been looked at; nothing should be granted before."""
+        """Whether the devices have been looked at once."""
         return self._monitor.latest is not None
 
     @property
     def preference(self) -> DevicePreference:
-        """Which devices a job would like best: the least loaded, and of several those that are best connected."""
+        """The order in which to choose devices: the least loaded first, and several that are well connected."""
         ranking = tuple(device.uuid for device in by_load(self._devices, self._levels))
         return DevicePreference(ranking, self._links.between if self._links.pairs else None)
 
     def look(self, now: float, *, waiting: bool) -> None:
-        """Have the devices looked at if it is time."""
-        if now - self._asked >= (WAITING if waiting else RUNNING):
+        """Have the devices looked at if the last look is too long ago."""
+        if now - self._asked >= (WAITING_INTERVAL if waiting else IDLE_INTERVAL):
             self.look_again(now)
 
     def look_again(self, now: float) -> None:
-        """Have the devices looked at now: something has changed."""
+        """Have the devices looked at now, because something has changed."""
         before = self._monitor.latest
         if self._monitor.asking is None:
             self._asked = now
@@ -103,13 +103,13 @@ class DeviceWatch:
             self._take(self._monitor.latest)
 
     def receive(self) -> None:
-        """Take note of an answer."""
+        """Take note of an answer, if there is one."""
         reading = self._monitor.receive()
         if reading is not None:
             self._take(reading)
 
     def released(self, uuids: Collection[str], now: float) -> None:
-        """A lease of this sweep ended: until somebody has looked again, what was measured there was our own job."""
+        """Forget what was measured on devices before a lease of ours ended: that was our own job."""
         for uuid in uuids:
             self._released[uuid] = now
             if uuid not in self.faults:
@@ -138,7 +138,7 @@ class DeviceWatch:
         try:
             pool = self._pool()
         except PoolDirectoryError:
-            return  # whoever wants a device of it is told
+            return  # the next claim reports it
         for device in self._devices:
             if device.uuid in conditions and reading.asked >= self._released.get(device.uuid, reading.asked):
                 reason = self._why_busy(device, conditions[device.uuid], pool)
@@ -148,7 +148,7 @@ class DeviceWatch:
     def _why_busy(self, device: Device, condition: Condition, pool: PoolView) -> str | None:
         holds = uses_of(device, pool)
         if any(hold.whole for hold in holds):
-            return None  # wholly leased, so that it is not to be had anyway
+            return None  # leased as a whole, so that it is not available anyway
         owners = owners_of(pool, holds, self._exists)
         return why_busy(
             condition,

@@ -1,4 +1,4 @@
-"""What a job is told of the devices it was granted."""
+"""The environment variables that point a job at its devices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gpu_launcher.devices import cpus_near, environment
 from gpu_launcher.model import MILLIONTHS, Device, Share
 
 FRACTION = "GPU_LAUNCHER_MEMORY_FRACTION"
-"""Tells a job which part of its device's memory is its own, between 0 and 1."""
+"""The variable with the part of its device's memory that a job may use, between 0 and 1."""
 _TORCH = "PYTORCH_CUDA_ALLOC_CONF"
 _TORCH_NEWER = "PYTORCH_ALLOC_CONF"
 _TORCH_FRACTION = "per_process_memory_fraction"
@@ -20,19 +20,19 @@ _JAX_NEWER = "XLA_CLIENT_MEM_FRACTION"
 
 @dataclass(frozen=True, slots=True)
 class DeviceEnvironment:
-    """How devices are handed to jobs."""
+    """How devices are named and limited in the environment of jobs."""
 
     by_uuid: bool = False
-    """Name them by UUID instead of index."""
+    """Name devices by UUID instead of index."""
     enforce_memory: bool = False
-    """Have torch and JAX keep to the job's part of the memory."""
+    """Have torch and JAX limit themselves to the job's part of the memory."""
     pin_cpus: bool = False
     """Pin jobs to the CPUs near their devices."""
 
     def variables(
         self, devices: Sequence[Device], shares: Mapping[str, Share], inherited: Mapping[str, str]
     ) -> dict[str, str]:
-        """The variables to set in a job that has `shares` of `devices`, by UUID."""
+        """The variables for a job that has `shares`, by UUID, of `devices`."""
         variables = environment(devices, by_uuid=self.by_uuid)
         if not devices:
             return variables
@@ -48,8 +48,9 @@ class DeviceEnvironment:
 
 
 def _for_torch(fraction: str, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Beside the user's own options, and under both names where the user has the newer one: torch reads only one of
-    them, and which one depends on its version.
+    """Options for torch, added to the user's own.
+
+    Both names are set where the user sets the newer one, because torch reads one of them, depending on its version.
     """
     newer = inherited.get(_TORCH_NEWER)
     names = (_TORCH,) if newer is None else (_TORCH, _TORCH_NEWER)
@@ -62,13 +63,14 @@ def _with_fraction(options: str, fraction: str) -> str:
 
 
 def _for_jax(fraction: str, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Under the name that the user has: JAX refuses to run with both (`generate_pjrt_gpu_plugin_options` in jaxlib)."""
+    """The option for JAX, by the name that the user sets. JAX rejects both (`generate_pjrt_gpu_plugin_options`)."""
     return {_JAX_NEWER if inherited.get(_JAX_NEWER) else _JAX: fraction}
 
 
 def memory_fraction(devices: Sequence[Device], shares: Mapping[str, Share]) -> float:
-    """The part of the memory that a job may use on each of its devices, rounded down to ten thousandths; at least one,
-    for 0 means something else to programs, or nothing.
+    """The part of the memory that a job may use on each of its devices, rounded down to ten thousandths.
+
+    At least one of them: programs read 0 as no limit, or as something else.
     """
     return min(max(1, math.floor(_fraction(device, shares[device.uuid]) * 10_000)) / 10_000 for device in devices)
 

@@ -1,4 +1,4 @@
-"""Why somebody gets no devices now, in words that name who has them. Pure: a view of the pool goes in."""
+"""Why a request waits, in words that name who has the devices. Pure: a view of the pool goes in."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from gpu_launcher.sizes import show_memory
 from gpu_launcher.text import middle_cut
 from gpu_launcher.wording import device_names
 
-MOST_REASONS = 3
+MAX_REASONS = 3
 MAX_COMMAND = 60
-"""Characters of the command of somebody who holds devices."""
+"""Characters of a command that are shown."""
 MINE = "this program: release the lease first"
 OUTER = "this job itself until it ends: leave devices for the jobs that it starts, or start them with gpus=0"
 
 
 @dataclass(frozen=True, slots=True)
 class WaitReason:
-    """Why a job gets no devices though this sweep's own jobs leave some."""
+    """Why a request waits, apart from what its own program holds."""
 
     reason: str
-    """In words; empty if only this sweep's own jobs are in the way."""
+    """In words; empty if only its own program is in the way."""
     held_by_others: tuple[Device, ...]
 
 
@@ -35,15 +35,15 @@ def explain_wait(
     own: Collection[str],
     ticket: Ticket | None,
     unavailable: Mapping[str, str],
-    most: int = MOST_REASONS,
+    most: int = MAX_REASONS,
     mine: Collection[str] = (),
     program: int | None = None,
 ) -> WaitReason:
-    """Who else holds, or is in line for, the devices that `ticket` waits for, or why they are `unavailable`.
+    """Say who holds, or is in line for, the devices that `ticket` waits for, and why they are `unavailable`.
 
-    `own` are the ids of leases and tickets that are nobody else's; `mine` those of leases that the program has for
-    other work. A `program` that is itself a job was given its lease by another process, and cannot give it back. At the
-    `most` so many reasons are named. Without a ticket everybody who waits counts as being ahead.
+    Leases and tickets with ids in `own` are left out. Leases with ids in `mine` are the program's, for other work; a
+    `program` that is itself a job got its lease from another process and cannot release it. At most `most` reasons are
+    named. Without a ticket, all that wait count as being ahead.
     """
     others = [lease for lease in pool.leases if lease.id not in own]
     jobs = Counter(_program(lease.owner) for lease in others)
@@ -79,31 +79,31 @@ def explain_wait(
 
 
 def _name(owner: Owner | None) -> str:
-    """`anna (train.py)`: a user and a command, of which the middle is cut out if it is long."""
+    """A user and a command, such as `anna (train.py)`; the middle of a long command is cut out."""
     if owner is None:
         return "somebody"
     return f"{owner.user} ({middle_cut(owner.command, MAX_COMMAND)}{', suspended' if owner.suspended else ''})"
 
 
 def _since(when: float | None) -> str:
-    """The time of the clock: how long it has been would be another text every minute."""
+    """The time of day, because a duration would change the text every minute."""
     if when is None:
         return ""
     try:
         then = datetime.fromtimestamp(when)
-    except (OverflowError, ValueError, OSError):  # whoever wrote the lease may have written anything
+    except (OverflowError, ValueError, OSError):  # another user may have written anything into the lease
         return ""
     today = then.date() == datetime.now().date()
     return f" since {then:%H:%M}" if today else f" since {then:%b %d %H:%M}"
 
 
 def _program(owner: Owner | None) -> str:
-    """The name of a program, without the number and overrides of the job: the same for all jobs of a sweep."""
+    """The name of a program without the number and overrides of its job, so that it is the same for a whole sweep."""
     return _name(owner and replace(owner, command=owner.command.partition(" #")[0]))
 
 
 def describe_request(request: Request, devices: Iterable[Device]) -> str:
-    """A request in words: `2 GPUs`, `0.5 of a GPU`, `20 GiB of a GPU`, `1 CPU slot`."""
+    """A request in words, such as `2 GPUs`, `0.5 of a GPU`, `20 GiB of a GPU` or `1 CPU slot`."""
     kinds = {device.kind for device in devices}
     noun = "CPU slot" if kinds == {DeviceKind.CPU} else "GPU"
     memory = show_memory(request.share.memory) if request.share.memory else ""

@@ -1,4 +1,4 @@
-"""Forks of this process, before which every lending of it is brought in order."""
+"""What brokers do around a fork of their process: finish what they are at, and start anew in the child."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from gpu_launcher.processes.signals import uninterrupted
 
 
 class ForkListener(Protocol):
-    """What is told of forks."""
+    """An object that is called around forks."""
 
     def before_fork(self) -> bool:
-        """Nothing may be half-done in a child. Returns whether `after_fork` is to be called."""
+        """Finish and lock, so that a child inherits nothing half-done. Returns whether to call `after_fork`."""
 
     def after_fork(self) -> None:
-        """In the parent, go on."""
+        """Unlock, in the parent."""
 
     def in_child(self) -> None:
-        """Be another process."""
+        """Drop what belongs to the parent, in the child."""
 
 
 _serial = itertools.count()
@@ -30,22 +30,22 @@ _registry = threading.Lock()
 _forking = threading.local()
 
 
-def register(lending: ForkListener) -> None:
-    """From now on `lending` is told of forks, for as long as somebody has it."""
+def register(listener: ForkListener) -> None:
+    """Call `listener` around forks, as long as it is referenced."""
     with _registry:
-        _known[next(_serial)] = lending
+        _known[next(_serial)] = listener
 
 
 def _before_fork() -> None:
     with uninterrupted():
         _registry.acquire()
-        _forking.locked = [lending for _, lending in sorted(_known.items()) if lending.before_fork()]
+        _forking.locked = [listener for _, listener in sorted(_known.items()) if listener.before_fork()]
 
 
 def _after_fork() -> None:
     with uninterrupted():
-        for lending in _forking.locked:
-            lending.after_fork()
+        for listener in _forking.locked:
+            listener.after_fork()
         _forking.locked = []
         _registry.release()
 
@@ -53,8 +53,8 @@ def _after_fork() -> None:
 def _in_child() -> None:
     global _registry
     _registry = threading.Lock()
-    for lending in list(_known.values()):
-        lending.in_child()
+    for listener in list(_known.values()):
+        listener.in_child()
     _forking.locked = []
 
 

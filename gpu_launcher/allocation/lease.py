@@ -1,4 +1,4 @@
-"""A lease in the hands of the user's program."""
+"""The lease that the user's program gets, and applying it to that program."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Lease:
     ) -> None:
         """For `Pool` only. `held` None: a lease of nothing, for which no file is locked."""
         self.devices = devices
-        """In the order in which CUDA counts them for who was given `environment`."""
+        """In the order in which CUDA counts them for a process with `environment`."""
         self._held = held
         self._give_back = give_back
         self._device_environment = device_environment
         self._released = False
-        # No __del__: an exception out of a signal's handler would be lost in it, also at the end of every `with` block.
+        # Not __del__: an exception from a signal handler would be lost in it, also at the end of every `with` block.
         self._finalizer = weakref.finalize(self, _forgotten, held, give_back, device_names(devices))
         self._finalizer.atexit = False
 
@@ -123,7 +123,7 @@ class Lease:
 
 
 def _forgotten(held: HeldLease | None, give_back: Callable[[HeldLease], None], names: str) -> None:
-    """Nobody has the lease any more, and it was not released."""
+    """Release a lease that the program lost its last reference to."""
     if held is not None and held.held:
         _application.undo(None)
         give_back(held)
@@ -131,10 +131,10 @@ def _forgotten(held: HeldLease | None, give_back: Callable[[HeldLease], None], n
 
 
 class _Application:
-    """What the lease that was applied has set. One for the process, as its environment is."""
+    """The environment variables that an applied lease has set. There is one for the process."""
 
     def __init__(self) -> None:
-        # Reentrant: a lease may be finalized anywhere.
+        # Reentrant, because the garbage collector may finalize a lease anywhere.
         self._lock = threading.RLock()
         self._lease: weakref.ref[Lease] | None = None
         self._set: dict[str, str] = {}
@@ -163,7 +163,7 @@ class _Application:
             os.environ.update(variables)
 
     def undo(self, lease: Lease | None) -> None:
-        """Of this lease, or of one that is gone."""
+        """Restore the variables if this lease has set them, or one that is gone."""
         with self._lock:
             if self._lease is not None and self._lease() in (lease, None):
                 self._undo()
@@ -171,7 +171,7 @@ class _Application:
     def _undo(self) -> None:
         for name, before in self._before.items():
             if os.environ.get(name) != self._set.get(name):
-                continue  # somebody else has set it meanwhile
+                continue  # the program has set it meanwhile
             if before is None:
                 del os.environ[name]
             else:

@@ -1,4 +1,4 @@
-"""What there is to say about the pool at one moment. Pure: what was read of devices and pool comes as values."""
+"""The pool at one moment, for commands and programs. Pure: what was read of devices and pool comes as values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gpu_launcher.devices import Condition, GpuProcess, UnusableGpu, foreign_processes, simulated_devices, why_busy
 from gpu_launcher.devices.cpu import cpu_slots
 from gpu_launcher.leases import DeviceUse, PoolView, describe_wait, leased_memory, owners_of, uses_of
-from gpu_launcher.model import MILLIONTHS, Device, DeviceKind
+from gpu_launcher.model import MILLIONTHS, Device, DeviceKind, Owner, Request, Share
 from gpu_launcher.wording import join_labels
 
 if TYPE_CHECKING:
@@ -21,16 +21,16 @@ MOST_INDEX = 9999
 
 
 class DeviceState(str, Enum):
-    """What a device could do for a job now."""
+    """Whether a device can be granted now."""
 
     FREE = "free"
     PARTLY_HELD = "partly held"
-    """There is room beside the leases on it."""
+    """It has room beside the leases on it."""
     HELD = "held"
     BUSY = "busy"
-    """Somebody outside the pool uses it, so that nothing more of it is granted."""
+    """A program outside the pool uses it, so that nothing more of it is granted."""
     SET_ASIDE = "set aside"
-    """It is broken, or settings keep jobs off it."""
+    """It is broken, or not available to jobs because of its settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,11 @@ class Found:
     """All devices of the machine by UUID, shown or not."""
     notices: tuple[str, ...] = ()
     only: bool = False
-    """Whether the user named devices, so that others are not shown, not even where somebody holds them."""
+    """Whether the user named devices. Others are then not shown, even if they are held."""
 
     @property
     def measured(self) -> tuple[Device, ...]:
-        """The devices whose condition is worth knowing."""
+        """The devices whose condition is shown."""
         others = [] if self.only else [device for device in self.known.values() if device not in self.devices]
         return (*self.devices, *others)
 
@@ -69,7 +69,7 @@ class DeviceSeen:
     condition: Condition | None = None
     holds: tuple[DeviceUse, ...] = ()
     reason: str | None = None
-    """Why nothing (more) of it is granted; continues `GPU 1 ...`. For busy devices, and those set aside."""
+    """Why nothing (more) of it is granted, if it is busy or set aside; continues `GPU 1 ...`."""
     strangers: tuple[GpuProcess, ...] = ()
     """Compute processes on it that provably do not belong to the pool."""
 
@@ -82,9 +82,9 @@ class PoolSurvey:
     pool: PoolSeen
     devices: tuple[DeviceSeen, ...]
     notices: tuple[str, ...] = ()
-    """One line each: what should be known about what is shown."""
+    """What to know about what is shown, one line each."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """What to call the devices of the machine and of the pool, by UUID."""
+    """The labels of the devices of the machine and of the pool, by UUID."""
 
     @property
     def view(self) -> PoolView:
@@ -112,7 +112,7 @@ def take_survey(
 ) -> PoolSurvey:
     """Put together what was read.
 
-    `exists` says whether a process of that id is to be seen from here, `busy_memory` is as `why_busy` takes it.
+    `exists` says whether a process of that id can be seen from here. `busy_memory` is as `why_busy` takes it.
     """
     view = pool.view or EMPTY
     doing = {condition.uuid: condition for condition in conditions}
@@ -144,7 +144,7 @@ def take_survey(
 
 
 def device_of(uuid: str) -> Device:
-    """A device that is only known by its UUID: this process sees no such GPU, or was not told to make it up."""
+    """A device that is known by its UUID only, because this process does not see it or does not simulate it."""
     kind, _, number = uuid.partition("-")
     if number.isdecimal() and int(number) <= MOST_INDEX:
         if kind == "SIMULATED":
@@ -155,12 +155,12 @@ def device_of(uuid: str) -> Device:
 
 
 def label(device: Device) -> str:
-    """Its label, or its UUID's beginning where its index is not known."""
+    """The label of a device, or the beginning of its UUID if its index is not known."""
     return device.label if device.index >= 0 else device.uuid[:12]
 
 
 def _place(device: Device) -> tuple[int, int, int, str]:
-    """Sorts GPUs with their MIG instances, then simulated ones, then CPU slots; those not in this machine last."""
+    """Sort key: GPUs with their MIG instances, then simulated ones, then CPU slots; those not in this machine last."""
     kinds = {DeviceKind.GPU: 0, DeviceKind.MIG: 0, DeviceKind.SIMULATED: 1, DeviceKind.CPU: 2}
     kind = kinds[device.kind] if device.index >= 0 else 3
     return kind, device.index, -1 if device.instance is None else device.instance, device.uuid
@@ -217,3 +217,65 @@ def _about(view: PoolView, not_shown: Sequence[str]) -> Iterator[str]:
     if not_shown:
         devices = "1 more device is" if len(not_shown) == 1 else f"{len(not_shown)} more devices are"
         yield f"{devices} held in this pool: {join_labels(not_shown)}; --devices auto shows all"
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseSeen:
+    """A live lease of any program."""
+
+    owner: Owner | None
+    """None if it cannot be read; the lease then counts as holding everything."""
+    devices: tuple[Device, ...]
+    shares: tuple[Share, ...]
+    """The part of each device that it has."""
+    since: float | None
+    """When it was granted, in seconds since the epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class WaitSeen:
+    """A place in the queue."""
+
+    owner: Owner | None
+    """None if it cannot be read."""
+    request: Request | None
+    since: float | None
+    """When it arrived, in seconds since the epoch."""
+    reason: str
+    """Why it waits."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSnapshot:
+    """The pool at one moment."""
+
+    time: float
+    """Seconds since the epoch."""
+    devices: tuple[DeviceSeen, ...]
+    """The devices that the pool was made for, each with its `device`, `state`, `holds`, and `reason` if it is out."""
+    leases: tuple[LeaseSeen, ...]
+    """The leases of all programs of the machine, in the order of their grants."""
+    queue: tuple[WaitSeen, ...]
+    """The waiting requests, in the order in which they are served."""
+
+
+def snapshot_of(survey: PoolSurvey, known: dict[str, Device]) -> PoolSnapshot:
+    """A survey in the terms of the Python interface. `known` has devices by UUID."""
+    view = survey.view
+    return PoolSnapshot(
+        time=survey.time,
+        devices=survey.devices,
+        leases=tuple(
+            LeaseSeen(
+                owner=lease.owner,
+                devices=tuple(known.get(uuid) or device_of(uuid) for uuid in lease.shares or ()),
+                shares=tuple((lease.shares or {}).values()),
+                since=lease.since,
+            )
+            for lease in view.leases
+        ),
+        queue=tuple(
+            WaitSeen(ticket.owner, ticket.demand.request if ticket.demand else None, ticket.since, reason)
+            for ticket, reason in zip(view.tickets, survey.reasons, strict=True)
+        ),
+    )
