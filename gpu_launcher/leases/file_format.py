@@ -1,7 +1,7 @@
 """What the files of a pool say, and how they are named. Liveness is by lock alone.
 
 ticket-<rank>-<sequence>-<id>-<edition>   a waiting request; sorted by name they are in queue order
-lease-<id>, twin-<id>                     one granted lease: two names of one file, so that losing one is losing nothing
+lease-<id>, twin-<id>                     one granted lease: two names of one file, so that it outlasts the loss of one
 .new-<id>                                 not yet published
 
 What a file says never changes: a ticket that has something new to say is published again, as its next edition.
@@ -89,7 +89,7 @@ class Origin:
 
     A boot id is random, and the same in all containers of a machine; locks and CLOCK_BOOTTIME mean something within
     one boot only. A file of another boot and the same machine is left over from before a restart; one of another
-    machine is that machine's affair.
+    machine is left to that machine.
     """
 
     boot: str
@@ -160,7 +160,7 @@ class LeaseRecord:
     shares: Mapping[str, Share]
     """By device UUID."""
     started: float
-    """CLOCK_BOOTTIME at the grant, which all processes of a boot share and nobody sets."""
+    """CLOCK_BOOTTIME at the grant, which all processes of a boot share and none can set."""
     timeout: float | None
     """Seconds after that at which the devices are free at the latest; None where not declared."""
     pid: int

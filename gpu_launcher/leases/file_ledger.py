@@ -1,7 +1,9 @@
 """The ledger that every process and user of the machine shares: locked files in the pool directory.
 
-What holds a device is the lock (flock(2)) on a lease's file, alive as long as any process has a copy of the lease's
-descriptor. File contents are notes; when they cannot be read, a locked lease counts as holding everything.
+Theory of operation. What holds a device is the lock (flock(2)) on a lease's file, alive as long as any process has a
+copy of the lease's descriptor. File contents are notes; if they cannot be read, a locked lease counts as holding every
+device. `claim` grants a lease: under the mutex, it reads the pool, asks `gpu_launcher.leases.grant_policy`, and
+publishes the lease's file, locked, before it withdraws the ticket's.
 
 How the promise is kept that losing a file costs at most waiting:
 
@@ -10,16 +12,16 @@ How the promise is kept that losing a file costs at most waiting:
 - A lease's file has two names. A lease counts as long as either is there.
 - There is no counter to lose: a ticket's sequence is one more than the highest of the live ones.
 - A ticket whose file is lost is written anew, with its old sequence, at its next claim. So is one that could not be
-  written because the mutex was not to be had, at the end of the queue of then.
+  written because another process had the mutex, at the end of the queue of then.
 - A queue directory that is removed or replaced makes every ledger that was open on it raise PoolDirectoryError.
 
 Not promised:
 
-- Safety against somebody who removes the whole queue directory, or both names of a lease, while jobs run, and starts
-  new programs then; or who locks or unlocks the files by hand.
+- Safety against a user who removes the whole queue directory, or both names of a lease, while jobs run, and starts new
+  programs then; or who locks or unlocks the files by hand.
 - Two directories, such as a container's own `/var/tmp` and the host's, are two pools.
 - A process that is stopped (SIGSTOP) while it has the mutex, which is for about a millisecond at a time, stops all
-  grants until it goes on or is killed. The others stay responsive, and say who it is.
+  grants until it continues or is killed. The others stay responsive, and say who it is.
 - Which devices a process gets is its own choice among those that are free for it. Of tickets that could all be granted
   in one moment, a later one may therefore once get in an earlier one's way: that waits then, and reserves.
 - In a time namespace of its own (time_namespaces(7)), a process may take declared ends for earlier or later ones, and
@@ -57,10 +59,10 @@ from gpu_launcher.leases.file_format import (
 )
 from gpu_launcher.leases.grant_policy import NO_PREFERENCE, DevicePreference, Grant, TicketState, grant
 from gpu_launcher.leases.ledger import HeldLease, PoolView, Ticket, demanded
+from gpu_launcher.leases.lock_marks import Marks
 from gpu_launcher.leases.mutex import PoolMutex
 from gpu_launcher.leases.pool_directory import administrators, explained, open_directory, open_queue
 from gpu_launcher.leases.scan import Index, PoolScan, remove_if_dead, scan
-from gpu_launcher.leases.witness import Marks
 from gpu_launcher.users import user_name
 
 _log = get_logger("leases.file_ledger")
@@ -72,11 +74,11 @@ FIRST_POLL = 0.002
 """Seconds. After an announced change: locks_remove_file() runs after fsnotify_close() in the kernel's __fput(), so
 the close of a lease is heard just before its lock is gone."""
 SLOWEST_POLL = 0.25
-EAGER = 4
+EAGER_TICKETS = 4
 """Only so many tickets at the head of the queue poll after a change. What the others wait for is announced again, when
 one of those is granted; all of a long queue would only take the CPU from the one whose turn it is."""
 SLOWEST_POLL_WITHOUT_INOTIFY = 0.02
-MANY = 16
+SLOW_AFTER_CLAIMS = 16
 """Claims in vain after which the slowest poll is reached."""
 
 # Nothing that only makes things scarcer (a new ticket, a new lease) wakes anybody, and neither does the read-only
@@ -85,13 +87,13 @@ _WATCHED = inotify.CLOSE_WRITE | inotify.DELETE | inotify.DELETE_SELF | inotify.
 
 
 def boot_time() -> float:
-    """Seconds since the machine started: one clock for all processes, which nobody sets, and which does not stop in
+    """Seconds since the machine started: one clock for all processes, which cannot be set, and does not stop in
     suspend, as jobs' time limits do not."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def to_stderr(text: str) -> None:
-    """Tell the person at the terminal."""
+    """Print a notice."""
     print(f"gpu-launcher: {text}", file=sys.stderr, flush=True)
 
 
@@ -161,7 +163,7 @@ class FileLedger:
     @property
     def poll_interval(self) -> float:
         slowest = SLOWEST_POLL if self._inotify else SLOWEST_POLL_WITHOUT_INOTIFY
-        return float(min(FIRST_POLL * 2 ** min(self._claims_in_vain, MANY), slowest))
+        return float(min(FIRST_POLL * 2 ** min(self._claims_in_vain, SLOW_AFTER_CLAIMS), slowest))
 
     def enqueue(self, request: Request, candidates: Sequence[Device], owner: Owner) -> Ticket:
         self._check_process()
@@ -186,7 +188,7 @@ class FileLedger:
             raise ValueError(f"ticket {ticket.id} is not waiting in this ledger")
         seen = frozenset(unavailable).intersection(ticket.candidates)
         if waiting.untried:
-            # It may well be granted, so this one reading is done under the mutex if nobody has that just now.
+            # It may well be granted, so this one reading is done under the mutex if that is free.
             waiting.untried = False
             with self._mutex(wait=False) as locked:
                 if locked is not None:
@@ -201,7 +203,7 @@ class FileLedger:
             in_vain = not changed and str(waiting.name) in pool.names and not self._decide(pool, waiting, preference)
         if in_vain:
             assert waiting.name is not None
-            self._claims_in_vain += 1 if pool.ahead_of(waiting.name) < EAGER else MANY
+            self._claims_in_vain += 1 if pool.ahead_of(waiting.name) < EAGER_TICKETS else SLOW_AFTER_CLAIMS
             return None
         with self._mutex() as locked:
             lease = None if locked is None else self._claim(locked, waiting, seen, preference)
@@ -281,7 +283,7 @@ class FileLedger:
                     with self._directory() as queue:
                         self._keep_names(queue)
                 except PoolDirectoryError as error:
-                    self._mourn(self._leases, f" ({error.problem.partition(':')[0]})")
+                    self._warn_of_lost_names(self._leases, f" ({error.problem.partition(':')[0]})")
 
     def close(self) -> None:
         if self._closed:
@@ -347,9 +349,9 @@ class FileLedger:
 
     @contextlib.contextmanager
     def _mutex(self, *, wait: bool = True) -> Iterator[int | None]:
-        """Hold the pool's mutex; yield the queue directory's descriptor, or None if somebody else keeps it too long.
+        """Hold the pool's mutex; yield the queue directory's descriptor, or None if another process keeps it too long.
 
-        Without `wait`, None if somebody has it now.
+        Without `wait`, None if another process has it now.
 
         The descriptor is a new one each time, so that a forked child that misuses the ledger would still exclude its
         parent.
@@ -464,7 +466,7 @@ class FileLedger:
         return frozenset(lost)
 
     def _keep_names(self, queue: int) -> None:
-        """Give back to the files of this ledger's leases the names that somebody has taken from them."""
+        """Restore names of this ledger's lease files that a user has removed."""
         nameless = []
         for id, (lease, _) in self._leases.items():
             status = os.fstat(lease.fileno())
@@ -475,9 +477,9 @@ class FileLedger:
                             os.link(name, other, src_dir_fd=queue, dst_dir_fd=queue, follow_symlinks=False)
             elif not status.st_nlink:
                 nameless.append(id)
-        self._mourn(nameless)
+        self._warn_of_lost_names(nameless)
 
-    def _mourn(self, ids: Iterable[str], why: str = "") -> None:
+    def _warn_of_lost_names(self, ids: Iterable[str], why: str = "") -> None:
         """Say, once of each, that others can see leases of this ledger only in the kernel's table of locks."""
         new = [id for id in ids if id not in self._nameless]
         self._nameless.update(new)
@@ -507,7 +509,7 @@ class _Waiting:
     """None as long as it could not be published."""
     descriptor: int = -1
     untried: bool = True
-    """Whether it has not been claimed yet."""
+    """Whether it was never claimed."""
 
     def close(self) -> None:
         if self.descriptor >= 0:

@@ -1,7 +1,7 @@
-"""Who gets what now: pure functions of a snapshot of the pool.
+"""Which tickets are granted now, and on which devices: pure functions of a snapshot of the pool.
 
-Every waiting process runs them on the same snapshot and acts only on what they say about its own tickets, so they
-must be deterministic: equal snapshots give equal grants, in whatever order leases and tickets are listed.
+Theory of operation. Every waiting process runs them on the same snapshot and acts on the result for its own tickets
+only. So they are deterministic: equal snapshots give equal grants, in whatever order leases and tickets are listed.
 
 The rules:
 
@@ -12,8 +12,8 @@ The rules:
   could start (backfill). So passing never delays, unless jobs end or give up before they said.
 - When it could start at the earliest is computed from the declared ends of leases. One that declared none, or that is
   overdue, or that another boot declared, may end at any moment, so it puts off nothing.
-- A ticket that would have to wait even if all leases ended, because devices are not to be had (foreign processes, a
-  broken GPU), keeps its place and reserves nothing until that changes.
+- A ticket that would have to wait even if all leases ended, because devices are unavailable (used outside the
+  pool, or broken), keeps its place and reserves nothing until that changes.
 
 Granted tickets may act in any order and at any time. What is decided for the others then stays as it is, but for the
 choice among devices that are free: best fit depends on who came before, and a claimant's `DevicePreference` is
@@ -30,10 +30,10 @@ from dataclasses import dataclass, field
 
 from gpu_launcher.model import MILLIONTHS, Request, Share
 
-MOST_SETS = 2000
-"""Sets of devices that are compared to find the best connected one; where there are more, it is grown instead."""
-MOST_SEEDS = 32
-"""Devices from which it is grown."""
+MAX_SETS = 2000
+"""Sets of devices that are compared to find the best connected one. If there are more, sets are grown instead."""
+MAX_SEEDS = 32
+"""Devices from which sets are grown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Candidate:
 
     uuid: str
     memory: int | None = None
-    """Bytes it has in all; None where it does not say."""
+    """Its memory in bytes; None if it is not known."""
     exclusive: bool = False
     """Whether it takes whole shares only."""
 
@@ -56,15 +56,15 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a ticket is for."""
+    """What a ticket asks for."""
 
     request: Request
     candidates: tuple[Candidate, ...]
     """Best first."""
     unavailable: frozenset[str] = frozenset()
-    """UUIDs of those among them that its process sees in use by others, or broken."""
+    """UUIDs of the candidates that its process sees in use outside the pool, or broken."""
     able: Mapping[str, tuple[Share, int | None]] = field(init=False, repr=False, compare=False)
-    """What it would take of each candidate that could ever give it, and how much memory that has; best first."""
+    """What it would take of each candidate that could ever give it, with that candidate's memory; best first."""
 
     def __post_init__(self) -> None:
         shares = {one.uuid: (one.share(self.request), one.memory) for one in self.candidates}
@@ -74,20 +74,20 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class LeaseState:
-    """A live lease. `shares` None: it cannot be read, so it may hold anything, and counts as holding everything."""
+    """A live lease. If it cannot be read, `shares` is None, and it counts as holding every device."""
 
     id: str
     shares: Mapping[str, Share] | None
     """By device UUID."""
     started: float | None = None
-    """When it was granted; None where that cannot be compared with now."""
+    """When it was granted; None if that cannot be compared with now."""
     ends: float | None = None
-    """When its devices are free at the latest; None where that is not known."""
+    """When its devices are free at the latest; None if that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
 class TicketState:
-    """A live ticket. `demand` None: it cannot be read, so it may want anything; its owner knows better."""
+    """A live ticket. If it cannot be read, `demand` is None, and it may ask for anything."""
 
     sequence: int
     """Place in the queue: lower is earlier. The id breaks ties."""
@@ -223,7 +223,7 @@ def grant(
 
 @dataclass(slots=True)
 class _Allocator:
-    """What is taken and reserved so far, while tickets are gone through in queue order."""
+    """Grants and reserves for tickets in queue order, and keeps what is taken and reserved so far."""
 
     now: float
     used: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -235,7 +235,7 @@ class _Allocator:
     reserved: dict[str, float] = field(default_factory=dict)
     """The earliest time at which a waiting ticket could start on a device."""
     closed: set[str] = field(default_factory=set)
-    """Devices of which nobody further back gets anything now."""
+    """Devices of which no later ticket gets anything now."""
     promised: set[str] = field(default_factory=set)
     """Those among them that a waiting ticket may get at any moment: no reservation can say more."""
     changes: int = 0
@@ -245,7 +245,7 @@ class _Allocator:
 
     @classmethod
     def opened(cls, leases: Iterable[LeaseState], now: float) -> _Allocator | None:
-        """None while a lease cannot be read."""
+        """An allocator that knows the leases; None while a lease cannot be read."""
         allocator = cls(now)
         for lease in leases:
             if lease.shares is None:
@@ -387,10 +387,10 @@ def _best_connected(liked: Sequence[str], count: int, closeness: Callable[[str, 
 
     places = range(len(liked))
     sets: Iterable[tuple[int, ...]]
-    if math.comb(len(liked), count) <= MOST_SETS:
+    if math.comb(len(liked), count) <= MAX_SETS:
         sets = itertools.combinations(places, count)
     else:
-        sets = (_grown(liked, seed, count, near) for seed in places[:MOST_SEEDS])
+        sets = (_grown(liked, seed, count, near) for seed in places[:MAX_SEEDS])
     return [liked[place] for place in max(sets, key=worth)]
 
 

@@ -1,8 +1,8 @@
-"""What the kernel says of files and locks: whose they are, and who holds them.
+"""What the kernel says of files and locks: whose they are, and which processes hold them.
 
-Contents of the pool's files are claims of whoever wrote them. This is what is known beyond that: the owner of a file,
-the user of a process, and the table of locks, in which every process of the machine can read which file is locked by
-whom (proc_locks(5)). Three things surprise there:
+Contents of the pool's files are claims of the users who wrote them. This is what is known beyond that: the owner of a
+file, the user of a process, and the table of locks, in which every process of the machine can read which process has
+locked which file (proc_locks(5)). Three things surprise there:
 
 - The process named is the one that took a flock(2) lock. A child that inherited the descriptor may be what holds it
   now, and the number may be another process's by then.
@@ -100,7 +100,7 @@ def _read(table: Path) -> bytes | None:
         return None
     finally:
         os.close(descriptor)
-    # An arrow is before somebody who waits for the lock of the line above.
+    # A line with an arrow is a process that waits for the lock of the line above.
     content = b"".join(parts)
     return re.sub(rb"(?m)^\d+: +-> .*$", b"", content) if b" -> " in content else content
 

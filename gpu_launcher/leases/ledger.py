@@ -219,7 +219,7 @@ class Ledger(Protocol):
         """Give up the place in the queue. A ticket that is no longer waiting is left alone."""
 
     def release(self, lease: HeldLease) -> None:
-        """Close this process's descriptor. The devices are free when nobody has a copy of it any more.
+        """Close this process's descriptor. The devices are free when no process has a copy of it any more.
 
         A lease that was released before is left alone.
         """
@@ -237,8 +237,8 @@ class Ledger(Protocol):
         """Cancel all tickets, release all leases, close all descriptors. In a forked child: `close_in_child`."""
 
     def close_in_child(self, keep: Collection[HeldLease] = ()) -> None:
-        """Close every descriptor, ask nothing, tell nobody: for a forked child, whose copies would keep its parent's
-        tickets and leases alive. The parent's ledger goes on unharmed. The child may then open a ledger of its own.
+        """Close every descriptor, without a word to the pool: for a forked child, whose copies would keep its parent's
+        tickets and leases alive. The parent's ledger is unharmed. The child may then open a ledger of its own.
 
         The leases to `keep` it holds as its parent does; closing what they `detach` is the child's business then.
         """

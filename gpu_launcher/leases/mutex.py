@@ -1,12 +1,12 @@
 """The pool's mutex: an exclusive lock on the queue directory, held for milliseconds, and who holds it if longer.
 
 flock(2) knows no time limit, and a signal does not get out of it (PEP 475), so it is tried at short intervals: a
-program whose user presses Ctrl-C must not hang because another one does.
+program whose user presses Ctrl-C must not hang because another program does.
 
 Every user can lock the directory, also in shared mode, and keep it. Then nothing is granted while that process lives,
 and the others say who it is. That is certain of processes whose open files can be looked at (one's own; for root, all).
 Of others the table of locks names only who took the lock: that may have ended since, and a child of it may be what
-holds it, or its number may be another process's. Nobody is told to signal a process that is not certain to hold it.
+holds it, or its number may be another process's. No message advises to signal a process that is not certain to hold it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from random import SystemRandom
 
 from gpu_launcher.leases.kernel import LOCKS, LockTable, Process, holders_of, shows_files
 
-PATIENCE = 0.25
+LOCK_SECONDS = 0.25
 """Seconds for which one call waits."""
-SUSPICIOUS = 3.0
+NAMED_AFTER_SECONDS = 3.0
 """Seconds after which the holder is named."""
 FIRST_PAUSE = 0.0002
 LONGEST_PAUSE = 0.005
@@ -66,7 +66,7 @@ class Blame:
 
 
 class PoolMutex:
-    """Takes the mutex for one ledger, and says once per holder that it takes suspiciously long."""
+    """The mutex, for one ledger. Says once per holder that it is held for suspiciously long."""
 
     def __init__(self, directory: Path, warn: Callable[[str], None]) -> None:
         self._directory = directory
@@ -76,11 +76,11 @@ class PoolMutex:
         self._named = False
 
     def lock(self, descriptor: int, *, wait: bool = True) -> bool:
-        """Lock the queue directory, open as `descriptor`. False if somebody else has it for `PATIENCE` seconds, or now.
+        """Lock the queue directory, open as `descriptor`. False if another process has it.
 
-        With `wait` it is tried for that long.
+        With `wait` it is tried for `LOCK_SECONDS`.
         """
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + LOCK_SECONDS
         pause = FIRST_PAUSE
         while True:
             try:
@@ -92,7 +92,7 @@ class PoolMutex:
                 if now >= deadline:
                     self._suspect(now, descriptor)
                     return False
-                # Random, lest those who came at the same moment go on trying at the same moments. Not with the
+                # Random, so that processes that came at the same moment do not retry at the same moments. Not with the
                 # `random` module's generator: the program may have seeded that, and count on what it draws.
                 time.sleep(min(pause * (0.5 + SystemRandom().random()), deadline - now))
                 pause = min(2 * pause, LONGEST_PAUSE)
@@ -103,9 +103,9 @@ class PoolMutex:
     def _suspect(self, now: float, descriptor: int) -> None:
         takers = _takers(descriptor)
         if self._seen is None or self._seen[0] != takers:
-            self._seen, self._named = (takers, now - PATIENCE), False
+            self._seen, self._named = (takers, now - LOCK_SECONDS), False
         seconds = now - self._seen[1]
-        if self._named or seconds < SUSPICIOUS:
+        if self._named or seconds < NAMED_AFTER_SECONDS:
             return
         self._named = True
         found = blame(descriptor)

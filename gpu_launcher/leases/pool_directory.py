@@ -10,7 +10,7 @@ at all can use the directory.
 Whose directory it is matters. Its owner, and that of the queue in it, can remove and rename what others put there, and
 move the whole queue away. What that can do:
 
-- Grant a device twice: no, see `gpu_launcher.leases.witness`.
+- Grant a device twice: no, see `gpu_launcher.leases.lock_marks`.
 - Send others elsewhere: no. The queue is opened relative to the pool directory, and neither through a symbolic link,
   but for a pool directory that root or this very user has linked.
 - Stop the pool: yes. So root does not use a directory of another user that it finds at the default place; it does where
@@ -74,7 +74,7 @@ def resolve_pool_directory(
             queue = open_queue(pool, directory, make=True)
             opened.callback(os.close, queue)
             if os.geteuid() == 0 == os.fstat(pool).st_uid != os.fstat(queue).st_uid:
-                os.fchown(queue, 0, -1)  # whoever was the first in root's directory is not to own the queue for that
+                os.fchown(queue, 0, -1)  # the first user in root's directory must not own the queue
             check_usable(queue, directory)
         except OSError as error:
             raise explained(directory, error) from error
@@ -114,7 +114,7 @@ def choose_pool_directory(
 
 
 def make_roots(directory: Path) -> str:
-    """Say how root makes the directory its own; from the outside to the inside, so that nobody can swap the inside."""
+    """Say how root takes the directory; from the outside to the inside, so that its owner cannot swap the inside."""
     return f"`chown -h root: {directory} && chown -h root: {directory / QUEUE}`"
 
 
@@ -197,7 +197,7 @@ def check_usable(queue: int, directory: Path) -> None:
 
 
 def _locked_soon(mutex: int) -> bool:
-    """Take the mutex; False if somebody keeps it, who by that shows that locks work, and whom a ledger will name."""
+    """Take the mutex; False if another process keeps it: then locks work, and a ledger will name that process."""
     deadline = time.monotonic() + 1.0
     while True:
         try:
@@ -211,7 +211,7 @@ def _locked_soon(mutex: int) -> bool:
 
 
 def _try_locks_and_links(queue: int, directory: Path) -> None:
-    name, twin = unpublished_name(uuid.uuid4().hex), unpublished_name(uuid.uuid4().hex)
+    name, link = unpublished_name(uuid.uuid4().hex), unpublished_name(uuid.uuid4().hex)
     first = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600, dir_fd=queue)
     second = -1
     try:
@@ -225,8 +225,8 @@ def _try_locks_and_links(queue: int, directory: Path) -> None:
             pass
         else:
             raise PoolDirectoryError(str(directory), f"file locks (flock) have no effect on its file system: {ANOTHER}")
-        os.link(name, twin, src_dir_fd=queue, dst_dir_fd=queue)
-        os.unlink(twin, dir_fd=queue)
+        os.link(name, link, src_dir_fd=queue, dst_dir_fd=queue)
+        os.unlink(link, dir_fd=queue)
     finally:
         os.unlink(name, dir_fd=queue)
         os.close(first)

@@ -15,11 +15,11 @@ Every user of the machine can put anything there. What is made of it:
   its time of change is the kernel's, and no program of ours ever leaves such a file.
 - Of one owner only the first `MAX_ENTRIES` files count, and `MAX_BYTES` in them. No program of ours exceeds that:
   beyond it there is nothing to be protected. Exempt are root, the pool's administrator, and this user.
-- A lease's file has at most two names, both here. Where it has more, somebody has made hard links: then it counts only
-  if it can be read.
+- A lease's file has at most two names, both here. If it has more, a user has made hard links: then it counts
+  only if it can be read.
 - A name that was found to mean nothing is not looked at again: names are random, so no other file gets it.
 - Priority above 0 is for root and the pool's administrator; the tickets of others that claim it have priority 0. A
-  sequence beyond what the pool can have reached is nobody's.
+  sequence beyond what the pool can have reached is ignored.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from gpu_launcher.leases.file_format import (
     TicketName,
     TicketRecord,
     decode,
+    lease_names,
 )
 from gpu_launcher.leases.grant_policy import LeaseState, Snapshot, TicketState, waits
 from gpu_launcher.leases.kernel import LockTable, Process, is_stopped, sees_all_locks, user_of
@@ -68,7 +69,7 @@ LOST = "lost-"
 """How the ids of leases begin whose files have no name in the queue."""
 TICKETS_PER_SECOND = 10_000
 """More than any pool hands out."""
-HEADSTART = 10**6
+FIRST_SEQUENCES = 10**6
 
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR)
@@ -79,13 +80,13 @@ class Liveness(Enum):
     """What became of the process that published a file."""
 
     LIVE = "live"
-    """Somebody holds the lock."""
+    """A process holds the lock."""
     STALE = "stale"
-    """Nobody does; the file was removed, if this user may do that."""
+    """No process does; the file was removed, if this user may do that."""
     ELSEWHERE = "elsewhere"
     """Another machine wrote it, whose locks cannot be seen here."""
     FOREIGN = "foreign"
-    """It is gone, or was never ours: a directory, a FIFO, a link, somebody's file beyond the limits."""
+    """It is gone, or was never ours: a directory, a FIFO, a link, a file beyond its owner's limits."""
 
 
 @dataclass(slots=True)
@@ -164,11 +165,10 @@ class Index:
                 status = os.stat(name, dir_fd=directory, follow_symlinks=False)
             except OSError:
                 continue
-            other = {"l": "twin", "t": "lease"}[name[0]] if name[1] in "ew" else ""
-            twins = f"{other}-{name[-32:]}" in names
-            if (status.st_uid, status.st_nlink > 1 + twins) in self._full:
+            expected = sum(one in names for one in lease_names(name[-32:])) or 1
+            if (status.st_uid, status.st_nlink > expected) in self._full:
                 self.passed_by.add(name)
-            elif self.admits(name, status, 1 + twins):
+            elif self.admits(name, status, expected):
                 found.append(name)
         return found
 
@@ -265,7 +265,7 @@ class PoolScan:
     """Who took the exclusive lock on a file, by its inode number."""
     _owners: dict[tuple[int, int, str], Owner] = field(default_factory=dict)
     _users: dict[int, int | None] = field(default_factory=dict)
-    """Of processes, as their owners own many files."""
+    """By process id."""
     _stopped: dict[int, bool] = field(default_factory=dict)
 
     @property
@@ -281,7 +281,7 @@ class PoolScan:
             else LeaseState(id, shares=None)
             for id, record in self.leases.items()
         ]
-        # What part of the device it is, nobody knows any more.
+        # Which part of the device they hold is not known any more.
         return states + [LeaseState(f"{LOST}{inode}-{uuid}", {uuid: WHOLE}) for uuid, inode in self.lost.items()]
 
     def wanted(self) -> set[str]:
@@ -493,7 +493,7 @@ class PoolScan:
         return liveness, entry
 
     def _probe(self, name: str) -> tuple[Liveness, QueueFile | None]:
-        """Tell whether somebody holds the lock of the file, and what it says. Removes it if nobody does.
+        """Tell whether a process holds the lock of the file, and what it says. Removes it if none does.
 
         Opened for reading only, so that closing it again wakes no watcher (see `FileLedger`), and locked in shared
         mode, so that two that probe are not taken for holders by each other.
@@ -532,7 +532,7 @@ class PoolScan:
             os.close(descriptor)
 
     def _unopenable(self, name: str, error: OSError) -> tuple[Liveness, QueueFile | None]:
-        """Judge a file that this user may not open, or that nobody can open now, without removing it."""
+        """Judge a file that this user may not open, or that cannot be opened now, without removing it."""
         try:
             status = os.stat(name, dir_fd=self.directory, follow_symlinks=False)
         except OSError:
@@ -566,7 +566,7 @@ def scan(directory: int, origin: Origin, index: Index, now: float, *, mutex: boo
     With the `mutex`, what was never published and never will be is removed as well.
     """
     index.update(set(os.listdir(directory)), directory)
-    pool = PoolScan(directory, origin, index, last_possible=int(max(now, 0.0) * TICKETS_PER_SECOND) + HEADSTART)
+    pool = PoolScan(directory, origin, index, last_possible=int(max(now, 0.0) * TICKETS_PER_SECOND) + FIRST_SEQUENCES)
     pool.look_at_leases()
     if mutex:
         pool.sweep_up()
@@ -574,7 +574,7 @@ def scan(directory: int, origin: Origin, index: Index, now: float, *, mutex: boo
 
 
 def remove_if_dead(directory: int, name: str) -> None:
-    """Remove a lease's name if nobody has a descriptor of it any more."""
+    """Remove a lease's name if no process has a descriptor of it any more."""
     PoolScan(directory, Origin("", ""), Index(), 0)._probe(name)
 
 
@@ -599,7 +599,7 @@ def _content(descriptor: int) -> bytes:
 
 
 def _lock_shared(descriptor: int) -> bool:
-    """Whether nobody else holds an exclusive lock."""
+    """Whether no other process holds an exclusive lock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -62,7 +62,7 @@ def owners_of(pool: PoolView, holds: Sequence[DeviceUse], exists: Callable[[int]
 def leases_of(pid: int) -> set[str]:
     """Ids of the leases of which the process has a descriptor; none where that cannot be seen. For display."""
     found = set()
-    with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+    with contextlib.suppress(OSError):  # it has ended, or belongs to another user
         for descriptor in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(OSError):  # closed meanwhile
                 if match := LEASE_NAME.fullmatch(descriptor.readlink().name):

@@ -304,7 +304,7 @@ import sys
 from pathlib import Path
 from gpu_launcher.leases import FileLedger, mutex
 from gpu_launcher.model import Device, DeviceKind, Owner, Request
-mutex.SUSPICIOUS = 0.0
+mutex.NAMED_AFTER_SECONDS = 0.0
 with FileLedger(Path(sys.argv[1]), warn=print) as ledger:
     ledger.enqueue(Request(1), [Device("A", 0, "", DeviceKind.CPU)], Owner(1, "", ""))
 """

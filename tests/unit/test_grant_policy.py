@@ -197,7 +197,7 @@ def test_a_claimant_chooses_among_what_is_free_for_it():
 @pytest.mark.parametrize("many", [False, True], ids=["all sets compared", "grown"])
 def test_several_devices_are_the_best_connected_ones(many, monkeypatch):
     if many:
-        monkeypatch.setattr("gpu_launcher.leases.grant_policy.MOST_SETS", 0)
+        monkeypatch.setattr("gpu_launcher.leases.grant_policy.MAX_SETS", 0)
     pairs = {frozenset("AC"): 3, frozenset("BD"): 3, frozenset("AB"): 2}
 
     def closeness(one: str, two: str) -> int:

@@ -1,14 +1,14 @@
-"""A second witness of each lease, which nobody can remove: marks in the kernel's table of locks.
+"""Marks of leases in the kernel's table of locks, which no user can remove.
 
-A lease is found by the names of its file. Who owns the directory that they are in can remove or move them; the lock
-stays, but nobody would find it. So for each of its devices a lease also locks one byte of its file through the same
-open file description (an OFD lock, fcntl_locking(2)). That lives and dies with the description, as its flock(2) does,
-and is in /proc/locks for every process to see, in other namespaces of process ids, too. Which byte it is says which
-device of which pool, by a hash. Before a grant it is looked for marks of files that no name in the queue leads to.
+A lease is found by the names of its file. The owner of the directory can remove or move these names; then the lock is
+still there, but no name leads to it. So a lease also locks one byte of its file for each of its devices, through the
+same open file description (an OFD lock, fcntl_locking(2)). Such a lock lives and dies with the description, as the
+flock(2) of the lease does, and every process sees it in /proc/locks, in other namespaces of process ids too. The byte
+is a hash of the pool and the device. Before a grant, marks are looked for whose files have no name in the queue.
 
-The pool is meant by its path and, so that it is the same one in a container, by the inode of its directory: there are
-two marks for each device. Anybody can make such marks. That keeps others off devices for as long as the process lives
-that made them, as a lease does.
+There are two marks for each device: one names the pool by its path, the other by the inode of its directory, which is
+the same in a container. Every user can make such marks. They keep others off devices for as long as their process
+lives, as a lease does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gpu_launcher.leases.kernel import LockTable
 
 FIRST_MARK = 1 << 62
-"""No file of ours is that long."""
+"""Beyond the end of every file of ours."""
 
 
 @functools.lru_cache(maxsize=16384)
@@ -37,7 +37,7 @@ def _mark(pool: str, uuid: str) -> int:
 
 
 class Marks:
-    """Makes and finds the marks of one pool."""
+    """The marks of one pool."""
 
     def __init__(self, path: str, directory: os.stat_result) -> None:
         self._pools = (f"path {os.path.realpath(path)}", f"inode {directory.st_dev} {directory.st_ino}")
