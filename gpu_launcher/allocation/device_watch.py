@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from gpu_launcher.debug_log import get_logger
 from gpu_launcher.devices import (
     Condition,
     ConditionMonitor,
@@ -18,6 +19,8 @@ from gpu_launcher.devices import (
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.leases import DevicePreference, PoolView, leased_memory, owners_of, uses_of
 from gpu_launcher.model import Device, DeviceKind, Request
+
+_log = get_logger("allocation.device_watch")
 
 WAITING_INTERVAL = 1.0
 """Seconds between two looks at the devices while a request waits."""
@@ -131,6 +134,7 @@ class DeviceWatch:
         self.faults = {condition.uuid: condition.fault for condition in reading.conditions if condition.fault}
         for device in self._devices:
             if (fault := self.faults.get(device.uuid)) and before.get(device.uuid) != fault:
+                _log.warning("%s %s; it is set aside", device.label, fault)
                 self._on_fault(device, fault)
         self.unavailable = dict(self.faults)
         if self._busy_memory is None or not any(_in_use(condition) for condition in reading.conditions):
