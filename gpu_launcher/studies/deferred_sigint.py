@@ -1,4 +1,4 @@
-"""Ctrl-C while `optimize` runs: heard while it waits, and held while something is done.
+"""Ctrl-C while `optimize` runs: handled while it waits, and deferred while something is done.
 
 KeyboardInterrupt in the middle of a transaction would leave the database locked, for this process as well.
 """
@@ -14,20 +14,20 @@ from types import FrameType, TracebackType
 from typing import Any
 
 MAX_DEFERRED_SECONDS = 10.0
-"""Seconds for which it is held. What takes longer may never end, such as a process that a driver does not let go."""
+"""How long SIGINT is deferred. What takes longer may never end, such as a process that a driver does not let go."""
 
 
 class DeferredSigint:
-    """While entered, SIGINT is held unless it is `allowed`.
+    """While entered, SIGINT is deferred unless it is `allowed`.
 
-    Nothing is to be done outside of the main thread, where Python has its handlers run.
+    It changes nothing outside the main thread, where Python runs signal handlers.
     """
 
     def __init__(self) -> None:
         self._handler: Any = None
         self._held_since: float | None = None
         self._waiting = 0
-        """How many have arrived while it was held."""
+        """Signals that have arrived while they were deferred."""
 
     def __enter__(self) -> DeferredSigint:
         self._held_since = time.monotonic()
@@ -49,7 +49,7 @@ class DeferredSigint:
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
-        """While entered, one calls its handler, and so does one that was held. After it has raised, they are held."""
+        """While entered, SIGINT calls its handler, also one that was deferred."""
         try:
             self._held_since = None
             if self._waiting:

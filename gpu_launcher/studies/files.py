@@ -1,4 +1,4 @@
-"""The files that studies are kept in: whether they can be, and what is done before the first use."""
+"""Files that studies are kept in: checks, and preparation before the first use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def check_file(file: Path) -> None:
-    """Raise StorageError if `file` is none that this user can write, or make, together with others beside it.
+    """Raise StorageError unless this user can write or make `file`, and others beside it.
 
     Its contents are not read: closing a file drops all locks that SQLite has on it in this process (fcntl(2)).
     """
@@ -65,7 +65,7 @@ def check_local(file: Path, mountinfo: Path = MOUNTINFO) -> None:
 
 @contextmanager
 def opening(file: Path) -> Iterator[None]:
-    """Be the only process, and thread, that opens a database in the file's directory.
+    """Exclude all other processes and threads that open a database in the file's directory.
 
     The directory itself is locked (flock(2)), so that no file is left behind, nor a lock by a dead process. Raises
     StorageError after a minute.
@@ -130,7 +130,7 @@ def _some(names: set[str]) -> str:
 def _patiently(
     attempt: Callable[[], T], busy: type[Exception], is_busy: Callable[[Exception], bool] = lambda error: True
 ) -> T:
-    """Try again until it works or a minute has passed."""
+    """Retry until it works or a minute has passed."""
     deadline = time.monotonic() + BUSY_TIMEOUT
     while True:
         try:
@@ -138,18 +138,18 @@ def _patiently(
         except busy as error:
             if not is_busy(error) or time.monotonic() >= deadline:
                 raise
-        # Random, lest those who came at the same moment go on trying at the same moments. Not with the generator of the
-        # `random` module: the program may have seeded that, and count on what it draws.
+        # Random, or programs that came at the same moment would retry at the same moments. Not with the generator of
+        # the `random` module: the program may have seeded that, and count on what it draws.
         time.sleep(SystemRandom().uniform(0.005, 0.02))
 
 
 def explained(file: Path, error: Exception) -> StorageError:
-    """Return what an error of SQLite, or of the system, means for the person who chose the file."""
+    """Say what an error of SQLite, or of the system, means for the person who chose the file."""
     text = str(error)
     check = f"`sqlite3 {file} 'PRAGMA integrity_check'`"
     modes = f"check the modes of it, its directory, and {file.name}-*"
     problems = {
-        "not a database": "is no SQLite database: name another file, or remove this one",
+        "not a database": "is not a SQLite database: name another file, or remove this one",
         "malformed": f"is damaged: see {check}, then `sqlite3 {file} .recover`, or take a copy from before",
         "locked": f"another program has kept it locked for {BUSY_TIMEOUT:.0f} s: find it with `lsof {file}` and end it",
         "disk is full": "the disk is full: free some space, or name a file elsewhere",

@@ -1,4 +1,4 @@
-"""What happens in the process of one trial that `optimize` runs."""
+"""The process of one trial that `optimize` runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gpu_launcher.studies.study_proxy import install_proxy, unpickled
 from gpu_launcher.studies.worker_trial import ObjectiveChannel, WorkerTrial
 
 DONE = Report(ok=True, message=None, payload=b"")
-"""How the objective ended has been said by then."""
+"""Says no more: a message has told by then how the objective ended."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Objective:
     function: Callable[[Any], Any]
     request: Request
     catch: tuple[type[BaseException], ...]
-    """Exceptions that end no search."""
+    """Exceptions that do not end the search."""
     study: optuna.Study
     """The program's, of which the function may have a copy: in the same process this very object."""
 
@@ -111,7 +111,7 @@ def _values(returned: Any) -> tuple[float | NotANumber, ...] | None:
 
 
 def _value(returned: Any) -> float | NotANumber:
-    # A text is no number to Optuna, whatever it says; and what else there is may be of no class that the program has.
+    # Optuna takes no text for a number. Anything else may be of a class that the program does not have.
     try:
         return NotANumber(repr(returned)) if isinstance(returned, (str, bytes)) else float(returned)
     except (TypeError, ValueError):

@@ -75,7 +75,7 @@ def optimize(
     callback raises, and NodeDiedError if the process that starts the others is killed.
     """
     if not isinstance(study, optuna.Study):
-        raise OptionError("study", f"{study!r} is no optuna.Study: give the study, and then the objective")
+        raise OptionError("study", f"{study!r} is not an optuna.Study: give the study, and then the objective")
     if study._thread_local.in_optimize_loop:
         raise RuntimeError("Nested invocation of `Study.optimize` method isn't allowed.")
     if not callable(objective):
@@ -123,7 +123,9 @@ def _exceptions(catch: object) -> tuple[type[BaseException], ...]:
     given = tuple(catch) if isinstance(catch, Iterable) and not isinstance(catch, type) else (catch,)
     for kind in given:
         if not (isinstance(kind, type) and issubclass(kind, BaseException)):
-            raise OptionError("catch", f"{kind!r} is no class of exceptions: give one such as ValueError, or a tuple")
+            raise OptionError(
+                "catch", f"{kind!r} is not a class of exceptions: give one such as ValueError, or a tuple"
+            )
     return given
 
 
@@ -131,7 +133,7 @@ def _callbacks(callbacks: object) -> list[Callback]:
     if callbacks is None:
         return []
     if not isinstance(callbacks, Iterable):
-        raise OptionError("callbacks", f"{callbacks!r} is no list: give [callback], also for one")
+        raise OptionError("callbacks", f"{callbacks!r} is not a list: give [callback], also for one")
     given = list(callbacks)
     for callback in given:
         if not callable(callback):

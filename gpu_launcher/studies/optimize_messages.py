@@ -28,7 +28,7 @@ def unpack(carried: PortableException, number: int) -> BaseException:
 
 @dataclass(frozen=True, slots=True)
 class TrialToRun:
-    """The first thing that a job hears, unless there is no trial for it."""
+    """The first message that a job gets, unless there is no trial for it."""
 
     number: int
     study: str
@@ -57,10 +57,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Of a method of the trial or the study in the program, or of an attribute; to be answered."""
+    """Calls a method of the program's trial or study, or asks for an attribute; gets an Answer."""
 
     number: int
-    """By which the answer is known."""
+    """Identifies the answer."""
     target: str
     """`trial` or `study`."""
     name: str
@@ -70,14 +70,14 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class ShallPrune:
-    """Asks for a verdict; to be answered."""
+    """Asks for a verdict; gets an Answer."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class NotANumber:
-    """Something that an objective returned and that is no number."""
+    """Something that an objective returned and that is not a number."""
 
     shown: str
 
@@ -105,7 +105,7 @@ class Raised:
 
     error: PortableException
     caught: bool
-    """Whether it is of a class that is to be caught, which the process that has it knows best."""
+    """Whether it is of a class to catch. The process that raised it knows that best."""
 
 
 ObjectiveEnding = Returned | Pruned | Raised

@@ -1,8 +1,8 @@
-"""Whose a running trial is: the sweep that launched its job, named so that others can say later whether it lives.
+"""The owner of a running trial: the sweep that launched its job, named so that others can tell later whether it lives.
 
-A new trial has its owner from the moment it exists. One that was queued is taken by whoever makes it run first, and has
-its owner a moment later; until then those that tried to take it are known, each under a name of its own, so that who
-loses the race, or dies in it, does not write over the winner's.
+A new trial has its owner from the moment it exists. A queued one belongs to the first sweep that sets it running, and
+has its owner a moment later. Until then it has claims, one for each sweep that tried to take it, so that a sweep that
+loses the race, or dies in it, does not overwrite the winner's name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.studies.trial_attrs import CLAIM, OWNER
 
 _working: set[str] = set()
-"""Ids of this process's sweeps that work now, where there may be several: in threads of it."""
+"""Ids of the sweeps that work now in this process, each in a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +30,22 @@ class Sweep:
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
 
     def to_json(self) -> dict[str, Any]:
-        """As it is kept."""
+        """The form in which a trial keeps its owner."""
         return {**self.identity.to_json(), "sweep": self.id}
 
     def owns(self, trial: FrozenTrial) -> bool:
-        """Whether it launched the trial."""
+        """Whether this sweep launched the trial."""
         return trial.user_attrs.get(OWNER) == self.to_json()
 
     def outlives(self, trial: FrozenTrial) -> bool:
-        """Whether a trial that runs is of a dead sweep. Unknown means alive, as for a program that is not ours."""
+        """Whether a running trial belongs to a dead sweep. Unknown means alive, as for a program that is not ours."""
         if OWNER in trial.user_attrs:
             return self._dead(trial.user_attrs[OWNER])
         claims = [value for name, value in trial.user_attrs.items() if name.startswith(CLAIM)]
         return bool(claims) and all(map(self._dead, claims))
 
     def may_be_at_work(self, written: Any) -> bool:
-        """Whether another sweep, as `to_json` wrote it, may still run. Unknown means that it does."""
+        """Whether another sweep, as `to_json` wrote it, may still run. Unknown means alive."""
         return not self._dead(written)
 
     def _dead(self, written: Any) -> bool:

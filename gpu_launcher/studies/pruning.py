@@ -1,4 +1,4 @@
-"""Which of the running trials are to be pruned, judged for all of them from one look at the study."""
+"""Decides which running trials to prune, for all of them from one view of the study."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from optuna.trial import FrozenTrial
 from gpu_launcher.studies.study_storage import StudyStorage
 
 VIEW_SECONDS = 1.0
-"""Seconds for which a look at the study will do: so long a trial of another sweep may go unheeded."""
+"""How long a view of the study is used. For so long pruners may miss trials of other sweeps."""
 
 
 class Judge:
     """Judges the trials of one session.
 
     A pruner reads all the study's trials for each trial that it judges, of which those that run come from the database
-    each time: with 64 of them, tens of milliseconds. They are read once for all who ask, and kept for a while, with
-    what has been reported since. Nobody else may use the study's storage object meanwhile.
+    each time: with 64 of them, tens of milliseconds. Here they are read once for all that ask, and kept for a while,
+    with what has been reported since.
     """
 
     def __init__(self, study: optuna.Study, storage: StudyStorage, clock: Callable[[], float]) -> None:
@@ -28,11 +28,11 @@ class Judge:
         self._storage = storage
         self._clock = clock
         self._found: dict[int, FrozenTrial] = {}
-        """By id, in the order of their numbers."""
+        """The view: trials by id, in the order of their numbers."""
         self._found_at: float | None = None
 
     def forget(self) -> None:
-        """A trial was told: look again."""
+        """Read the study again at the next question, because a trial was told."""
         self._found_at = None
 
     def judge(

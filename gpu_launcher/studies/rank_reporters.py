@@ -1,7 +1,7 @@
-"""How the processes of a job speak for its trial: its main one to the sweep, the others not at all.
+"""Reporters of a job's processes: the main process reports to the sweep, the others do not.
 
-What is reported and what is to be done about it must be the same in all ranks of a distributed job, or they would wait
-for each other for ever. So the first rank decides, and the others follow.
+Verdicts must be the same in all ranks of a distributed job, or the ranks would wait for each other for ever. So the
+first rank decides, and the others follow.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Verdict:
 
 
 class Reporter(Protocol):
-    """A process's, for the trial of its job. Safe to use from several threads."""
+    """Reports for the trial of a job, and gets verdicts. Safe to use from several threads."""
 
     def report(self, value: float, step: int) -> None:
         """See `JobTrial`."""
@@ -69,26 +69,26 @@ class Reporter(Protocol):
 
 
 class NullReporter:
-    """Of a process that does not matter to the sweep."""
+    """Reports nothing: for a process that does not matter to the sweep."""
 
     def report(self, value: float, step: int) -> None:
-        """NullReporter hears it."""
+        """Do nothing."""
 
     def should_prune(self) -> bool:
         """Never."""
         return False
 
     def set_user_attr(self, key: str, value: Any) -> None:
-        """NullReporter hears it."""
+        """Do nothing."""
 
 
 class MainReporter:
-    """Of the job's main process, which is the first rank if there are several."""
+    """Reports for the job's main process, which is the first rank if there are several."""
 
     def __init__(self, channel: JobChannel) -> None:
         self._channel = channel
         self._lock = threading.Lock()
-        """Decisions are to be written down in the order in which they are made."""
+        """Keeps decisions in the order in which they are made."""
         self._reported: int | None = None
         """The step that was reported last."""
         self._judged: int | None = None
@@ -100,7 +100,7 @@ class MainReporter:
         with self._lock:
             self._reported = step
             self._channel.say(Intermediate(step, value))
-            self._listen(0.0)  # or verdicts that nobody asks for would pile up
+            self._listen(0.0)  # or verdicts would pile up in a job that does not ask for them
 
     def should_prune(self) -> bool:
         """What the sweep said of the last report. Raises OSError if the other ranks cannot be told."""
@@ -121,7 +121,7 @@ class MainReporter:
 
 
 class FollowerReporter(NullReporter):
-    """Of a later rank: it does what the first rank does."""
+    """Follows the first rank: for the later ones."""
 
     def __init__(self, decisions: RankDecisions, *, anew: bool) -> None:
         """`anew` if this process runs the program from its beginning, as Lightning's ranks do."""
@@ -142,7 +142,7 @@ class FollowerReporter(NullReporter):
 
 
 class DetachedReporter(NullReporter):
-    """Of a first rank that is not the job's main process, as torchrun starts it. Nothing is pruned.
+    """Prunes nothing: for a first rank that is not the job's main process, as torchrun starts it.
 
     The later ranks are told so, for they ask.
     """
@@ -153,7 +153,7 @@ class DetachedReporter(NullReporter):
         self._warned = False
 
     def report(self, value: float, step: int) -> None:
-        """NullReporter hears it, of which the user is told."""
+        """Warn the user that the sweep does not hear it."""
         self._warn()
 
     def should_prune(self) -> bool:

@@ -1,6 +1,6 @@
-"""What the program does while `optimize` runs: it goes between the jobs and the study.
+"""What the program does while `optimize` runs: it passes messages between the jobs and the study.
 
-Whoever has something to say is heard in turn, and while the sampler or a callback works, all others wait; the jobs are
+Messages are answered in turn, and while the sampler or a callback works, all others wait; the jobs are
 supervised by another process meanwhile.
 """
 
@@ -41,19 +41,19 @@ from gpu_launcher.studies.worker_trial import STUDY_ATTRIBUTES, STUDY_METHODS, T
 
 log = logging.getLogger("gpu_launcher")
 _logger = optuna.logging.get_logger("optuna.study._optimize")
-"""With which Study.optimize says how trials were pruned or failed."""
+"""The logger with which Study.optimize says how trials were pruned or failed."""
 
 MAX_LOST = 3
-"""Processes in a row that may die before they have a trial. More than that is no accident."""
+"""Processes in a row that may die before they have a trial. More are not an accident."""
 MAX_MESSAGES = 1000
-"""Messages that are taken in one turn."""
+"""Messages that one turn handles."""
 INTERRUPTED = "was interrupted"
 
 Callback = Callable[[optuna.Study, FrozenTrial], None]
 
 
 class SearchLoop:
-    """Of one call of `optimize`. Call `run` once, in a thread that is in the study's `optimize`."""
+    """Runs one call of `optimize`. Call `run` once, in a thread that is in the study's `optimize`."""
 
     def __init__(
         self,
@@ -77,19 +77,19 @@ class SearchLoop:
         self._next_look = self._began + LOOK_SECONDS
 
         self._heard: deque[node.Message] = deque()
-        """What was heard and has not been allowed; a KeyboardInterrupt may come in between."""
+        """Messages that were received and not handled: a KeyboardInterrupt may come in between."""
         self._jobs = 0
-        """How many were offered, which is the next one's number."""
+        """Jobs offered so far, which is the number of the next one."""
         self._wanted = 0
-        """How many more are wanted."""
+        """Jobs that the node still wants."""
         self._waiting: set[int] = set()
         """Jobs that have no trial yet."""
         self._trial_of: dict[int, int] = {}
-        """The numbers of the trials that have not ended, by that of their jobs."""
+        """Numbers of trials that have not ended, by the number of their job."""
         self._devices: dict[int, tuple[Device, ...]] = {}
-        """Those of the same jobs, and of the ones that are `early`."""
+        """Devices of these jobs, and of those that are `early`."""
         self._early: list[int] = []
-        """Jobs that have the devices of another one, of whose end we have not heard yet."""
+        """Jobs that have the devices of another job whose end has not been reported yet."""
         self._withdrawn: set[int] = set()
         """Jobs that were told to end."""
         self._sampled: set[int] = set()
@@ -134,7 +134,7 @@ class SearchLoop:
                     self._withdraw_trial(number)
 
     def _hear(self, until: float) -> None:
-        """Hear what there is to hear; waits until there is something, or something else is to be done."""
+        """Receive messages; waits until there is one, or something else is to do."""
         moments = [until, self._next_look]
         if not self._exhausted and self._session.bounds.timeout is not None:
             moments.append(self._began + self._session.bounds.timeout)
@@ -226,7 +226,7 @@ class SearchLoop:
         return True
 
     def _started(self, job: int) -> None:
-        """Give it a trial, if there is another one."""
+        """Give the job a trial, if there is another one."""
         self._waiting.discard(job)
         self._lost = 0
         answer: d.TrialToRun | d.NothingToRun = d.NothingToRun()
@@ -245,7 +245,7 @@ class SearchLoop:
         self._loop.say(s.Reply(job, answer))
 
     def _gone(self, result: JobResult) -> None:
-        """A job has ended. If its trial has, too, there is no more to it."""
+        """Handle the end of a job. Nothing is left to do if its trial has ended before."""
         job = result.number
         if job in self._trial_of:
             number = self._trial_of[job]
@@ -269,7 +269,7 @@ class SearchLoop:
             self._loop.say(s.Withdrawn(job, why))
 
     def _withdraw_trial(self, number: int) -> None:
-        """Somebody else has ended it."""
+        """End the job of a trial that was ended elsewhere."""
         for job in [job for job, trial in self._trial_of.items() if trial == number]:
             self._withdraw(job, "was ended because its trial was ended elsewhere")
 

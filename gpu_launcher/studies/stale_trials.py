@@ -1,7 +1,7 @@
-"""Trials that did not come to their end: failed, and those that nobody can blame queued again.
+"""Fail trials that did not come to their end, and queue again what they tried.
 
-The copy is queued before the trial fails: who is killed in between leaves a trial that the next sweep settles, and
-which is found to have its copy. The other way round it would have none.
+The copy is queued before the trial fails. A program that is killed in between leaves a trial that the next sweep fails,
+and for which it finds the copy. The other way round there would be none.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from gpu_launcher.studies.trial_attrs import FAILURE, JOB, LOST, OURS, RETRY_OF
 from gpu_launcher.wording import count
 
 NEVER = -1
-"""As `most_retries`: no trial is queued again, not even one that never ran."""
+"""Value of `max_retries` with which no trial is queued again, not even one that never ran."""
 
 
-def fail_stale_trials(study: optuna.Study, sweep: Sweep, most_retries: int, who: str = "sweep") -> list[str]:
-    """Fail the trials that dead sweeps left running, and queue each again, up to so many times.
+def fail_stale_trials(study: optuna.Study, sweep: Sweep, max_retries: int, who: str = "sweep") -> list[str]:
+    """Fail the trials that dead sweeps left running, and queue each again, at most `max_retries` times.
 
     Returns what was done, as lines for the user, to whom a sweep is `who`. Trials whose owner lives, may live, or is
     unknown are left alone.
@@ -34,7 +34,7 @@ def fail_stale_trials(study: optuna.Study, sweep: Sweep, most_retries: int, who:
         if trial.state is not TrialState.RUNNING or not sweep.outlives(trial):
             continue
         lost = losses(trial)
-        again = lost <= most_retries
+        again = lost <= max_retries
         copied = again and trial.number not in have_copies
         if queue_again(study, trial, lost, died) if copied else fail(storage, trial._trial_id, died):
             failed += 1
@@ -46,13 +46,13 @@ def fail_stale_trials(study: optuna.Study, sweep: Sweep, most_retries: int, who:
 
 
 def losses(trial: FrozenTrial) -> int:
-    """How often what it tries has been lost, if the trial is lost now."""
+    """Count how often what the trial tries has been lost, including now."""
     # One that never ran has not been the reason.
     return int(trial.user_attrs.get(LOST, 0)) + (JOB in trial.user_attrs)
 
 
 def queue_again(study: optuna.Study, trial: FrozenTrial, lost: int, message: str | None) -> bool:
-    """Fail a trial and queue what it tried; whether it had not ended before, and was queued."""
+    """Fail a trial and queue what it tried. False if it had ended before, and nothing was queued."""
     storage = study._storage
     if storage.get_trial(trial._trial_id).state.is_finished():
         return False  # without leaving a copy that failed, which only one that ends in this moment does
@@ -72,7 +72,7 @@ def queue_again(study: optuna.Study, trial: FrozenTrial, lost: int, message: str
 
 
 def fail(storage: BaseStorage, id: int, message: str | None) -> bool:
-    """Whether the trial had not ended before."""
+    """Fail a trial. False if it had ended before."""
     try:
         if message is not None:
             storage.set_trial_user_attr(id, FAILURE, message)

@@ -1,4 +1,4 @@
-"""When a sweep asks for no more trials: the rules, and what they look at in a study."""
+"""Rules for when a sweep asks for no more trials."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 MIN_ENDED = 10
-"""So many trials must have ended before a rate of failures means anything, unless it is to be 0."""
+"""Trials that must have ended before a rate of failures means anything, unless it is 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """When to stop asking. None means never for that reason."""
+    """Limits after which no more trials are asked for. None: no limit."""
 
     n_trials: int | None = None
     """Trials that this sweep asks for."""
@@ -35,7 +35,7 @@ class Exhausted:
     """There are no more trials."""
 
     reason: str | None
-    """Unless it is what one expects."""
+    """A line for the user; None if the end was expected."""
     failed: bool = False
     """Whether the sweep is to end as a failure."""
 
@@ -47,9 +47,9 @@ class Tally:
     asked: int
     ended: int
     failed: int
-    """Of those that ended."""
+    """Trials that failed, of those that ended."""
     seconds: float
-    """Since it began."""
+    """Seconds since the sweep began."""
     all_tried: bool
     """The sampler has said that there are no more combinations."""
 
@@ -61,7 +61,7 @@ class Stopping:
     study: optuna.Study
     bounds: Bounds
     combinations: int | None
-    """How many there are in all, for a sampler that tries each once."""
+    """All combinations, for a sampler that tries each once; else None."""
 
     def expected(self, failed: int) -> int | None:
         """How many trials the sweep is going to run, as far as that is known before the first."""

@@ -35,7 +35,7 @@ from gpu_launcher.studies.storage_url import JournalFile, SQLiteFile, read_stora
 
 TABLES = frozenset(models.BaseModel.metadata.tables) | {"alembic_version"}
 DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
-"""What to install, by the module that is missing, where the names differ."""
+"""Packages to install, by the missing module, where the names differ."""
 MAX_TRIALS_PER_STATEMENT = 200
 """Trials in one statement: a database takes a limited number of parameters, the oldest SQLite 999."""
 
@@ -53,7 +53,7 @@ def storage(url: str | os.PathLike[str] | BaseStorage | None, *, mountinfo: Path
 
     Optuna caches in front of it what no longer changes, for each study that is created or loaded.
 
-    Raises StorageError, which says what to do, for what cannot be used: a SQLite file on a network file system, no
+    Raises StorageError, which says what to do, for what cannot work: a SQLite file on a network file system, no
     database or another application's, a URL with a typo, a driver that is not installed.
 
     Pickled, it opens the same file again. A process forked later opens connections of its own to a SQLite file, and is
@@ -127,7 +127,9 @@ def _journal(file: Path) -> JournalStorage:
     try:
         return JournalStorage(JournalFileBackend(str(file)))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StorageError(str(file), "is no journal of Optuna's: name another file, or remove this one") from error
+        raise StorageError(
+            str(file), "is not one of Optuna's journals: name another file, or remove this one"
+        ) from error
     except OSError as error:
         raise explained(file, error) from error
 
@@ -139,7 +141,7 @@ def _elsewhere(url: str) -> RDBStorage:
     except NoSuchModuleError as error:
         raise StorageError(name, unknown_scheme(url)) from error
     except ArgumentError as error:
-        raise StorageError(name, "is no URL: write database://user:password@host:port/name") from error
+        raise StorageError(name, "is not a URL: write database://user:password@host:port/name") from error
     except ImportError as error:
         module = getattr(_cause(error), "name", None) or "its driver"
         raise StorageError(
@@ -147,13 +149,13 @@ def _elsewhere(url: str) -> RDBStorage:
         ) from error
     except (KeyError, IndexError, ValueError) as error:
         raise StorageError(
-            name, "is no URL that Optuna can read: double each brace, and write a number for the port"
+            name, "is not a URL that Optuna can read: double each brace, and write a number for the port"
         ) from error
     except (SQLAlchemyError, StorageInternalError) as error:
         said = (str(_cause(error)).strip() or repr(error)).splitlines()[0]
         raise StorageError(
             name,
-            f"the database cannot be used ({said}): check that it runs and exists, and host, port, user and password",
+            f"database unavailable ({said}): check that it runs and exists, and host, port, user and password",
         ) from error
     except RuntimeError as error:
         raise _incompatible(name, name, error) from error
@@ -173,9 +175,9 @@ def keep_connections_from_jobs(storage: BaseStorage) -> None:
 
 @contextmanager
 def alone(storage: BaseStorage) -> Iterator[None]:
-    """Be the only one, of all programs that ask for it, who looks for something in a storage and then adds it.
+    """Exclude other programs that enter this for the same storage: to look for something and then add it.
 
-    For a file its directory is locked, as when it is opened; in another database a row that nobody else locks. Raises
+    Locks a file's directory, as when it is opened; in another database a row that nothing else locks. Raises
     StorageError if that takes more than a minute for a file. Storages of other kinds have no such lock.
     """
     backend = storage._backend if isinstance(storage, _CachedStorage) else storage
@@ -218,7 +220,7 @@ def store_reports(storage: BaseStorage, reports: Mapping[int, Mapping[int, float
 
 def _store(session: Session, reports: Mapping[int, Mapping[int, float]]) -> set[int]:
     trial, report = models.TrialModel, models.TrialIntermediateValueModel
-    # Locked in one order by everybody, and until the end: nobody tells these trials meanwhile.
+    # All programs lock them in one order, and until the end, so that no trial is told meanwhile.
     states = sa.select(trial.trial_id, trial.state).where(trial.trial_id.in_(reports)).order_by(trial.trial_id)
     running = {number for number, state in session.execute(states.with_for_update()) if state == TrialState.RUNNING}
     steps = {step for number in running for step in reports[number]}

@@ -14,7 +14,7 @@ from gpu_launcher.redaction import HIDDEN, redact
 SQLITE = ("sqlite", "sqlite+pysqlite")
 SUFFIXES = (".db", ".sqlite", ".sqlite3")
 KNOWN = ("sqlite", "journal", "postgresql", "mysql", "mariadb", "oracle", "mssql")
-"""What stands before `://`, as far as Optuna is known to work with it."""
+"""URL schemes that Optuna is known to work with."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _file(text: str) -> SQLiteFile:
     if scheme := re.match(rf"({'|'.join(KNOWN)})(\+\w+)?:/*", text):
         begin = f"{scheme[1]}:///" if scheme[1] in ("sqlite", "journal") else f"{scheme[1]}://"
         raise StorageError(
-            without_password(text), f"is no URL: write {begin}{without_password(text[scheme.end() :].lstrip('/'))}"
+            without_password(text), f"is not a URL: write {begin}{without_password(text[scheme.end() :].lstrip('/'))}"
         )
     if not text.endswith(SUFFIXES) or Path(text).name in SUFFIXES:
         raise StorageError(
@@ -95,7 +95,7 @@ def without_password(url: str) -> str:
 
 
 def unknown_scheme(url: str) -> str:
-    """Say what may have been meant by a URL of a database that nobody knows."""
+    """Say what may have been meant by a URL of an unknown database."""
     scheme, _, driver = url.partition("://")[0].partition("+")
     if driver and scheme in KNOWN:
         return f"there is no database {scheme!r} with the driver {driver!r}: write {scheme}://, or name another driver"

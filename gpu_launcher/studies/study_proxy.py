@@ -1,6 +1,6 @@
 """The study that an objective has from the program, as one of its globals or in its closure, and not from its trial.
 
-It is a copy there, which nobody else would hear of. So it becomes a proxy to the program's study, as `trial.study` is.
+It is a copy there, and changes to it would be lost. So it becomes a proxy for the program's study, as `trial.study` is.
 """
 
 from __future__ import annotations

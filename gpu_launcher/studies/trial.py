@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from gpu_launcher.studies.worker_trial import WorkerTrial
 
 LAST_STEP = 2**31
-"""Databases keep steps as integers of 32 bits."""
+"""The first step that databases do not keep: theirs are integers of 32 bits."""
 LONGEST_NAME = 512
 """Characters of a user attribute's name that databases keep. A longer one would fail in the sweep, for all trials."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrialSeen:
-    """What a job knows of its trial."""
+    """A job's knowledge of its trial."""
 
     number: int
     study: str
@@ -80,7 +80,7 @@ class JobTrial(BaseTrial):
     def report(self, value: float, step: int) -> None:
         """Tell the study a value on the way, such as the validation loss after epoch `step`.
 
-        Raises what Optuna's own raises: TypeError for a value that is no number, or a step that is no whole one,
+        Raises what Optuna's own raises: TypeError for a value that is not a number, or a step that is not an integer,
         ValueError for a negative step, NotImplementedError in a study with several objectives. In a later rank of a
         distributed job nothing happens, whatever the value: often only the first rank has it.
         """
@@ -210,7 +210,7 @@ class JobTrial(BaseTrial):
 
 
 class NoTrial(JobTrial):
-    """Outside a sweep: nobody hears what is reported, nothing is ever pruned, and there are no parameters.
+    """The trial outside a sweep: reports are ignored, nothing is ever pruned, and there are no parameters.
 
     So the same program runs alone.
     """
@@ -220,7 +220,7 @@ class NoTrial(JobTrial):
 
 
 def refuse_attribute(key: object) -> None:
-    """Raise ValueError for what can be no name of a user's own attribute."""
+    """Raise ValueError for a name that a user's own attribute cannot have."""
     if (length := len(str(key))) > LONGEST_NAME:
         raise ValueError(f"a user attribute's name has at most {LONGEST_NAME} characters, and this one {length}")
     if str(key).startswith(OURS):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 OURS = "gpu_launcher:"
-"""What all of them begin with."""
+"""The prefix of all of them."""
 OWNER = f"{OURS}owner"
 """The program that launched the trial's job, and which of its sweeps it was."""
 CLAIM = f"{OURS}claim:"
-"""Followed by the id of a sweep: the same of one that tried to take a queued trial."""
+"""Followed by the id of a sweep that tried to take a queued trial; the value is as for OWNER."""
 JOB = f"{OURS}job"
 """Directory, log, devices, host, and when it began and ended (seconds since the epoch)."""
 FAILURE = f"{OURS}failure"

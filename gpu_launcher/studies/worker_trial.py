@@ -37,7 +37,7 @@ TRIAL_METHODS = frozenset(
 
 
 class ObjectiveChannel:
-    """To the program. May be used by several threads of the job's process, and by no process that it forks."""
+    """The objective's channel to the program. Threads of the job's process may use it, but no process that it forks."""
 
     def __init__(self, context: JobContext) -> None:
         self._context = context
@@ -45,21 +45,21 @@ class ObjectiveChannel:
         self._lock = threading.RLock()
         self._calls = 0
         self.trial = -1
-        """The number of the one it is about."""
+        """Its trial's number."""
         self.known = dict(pickling.main_namespace())
         """What the program's `__main__` has, by name: what this one's had before the objective ran."""
 
     @property
     def mine(self) -> bool:
-        """Whether this is the process that may use it."""
+        """Whether this process may use it."""
         return os.getpid() == self._process
 
     def hear(self) -> Any:
-        """Wait for the next thing that the program says."""
+        """Wait for the next message of the program."""
         return self._context.hear()
 
     def say(self, what: Intermediate | ObjectiveEnding) -> None:
-        """Say something that is not answered."""
+        """Send a message that gets no answer."""
         with self._lock:
             self._context.say(what)
 
@@ -241,7 +241,7 @@ class WorkerTrial(BaseTrial):
 
     @property
     def storage(self) -> Any:
-        """Not to be had here."""
+        """Not available here."""
         raise AttributeError(
             "the trial of an objective in a process of its own has neither 'storage' nor '_trial_id', as the study's "
             "storage is used by the program alone: use the trial's other methods, or a callback of the study, which "
@@ -291,7 +291,7 @@ class StudyView:
 
 
 def absent(name: str) -> str:
-    """What to say of a study's attribute that is not to be had in an objective."""
+    """The message for a study's attribute that is not available in an objective."""
     return (
         f"the study of a trial that runs in a process of its own has no {name!r}; the program's study may have: use a "
         "callback, which runs in the program"

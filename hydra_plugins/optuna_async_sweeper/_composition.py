@@ -123,7 +123,7 @@ def _groups(composed: DictConfig) -> set[str]:
 
 
 def _node(composed: DictConfig, key: str) -> Any:
-    """A value as it is in a config, interpolations as they are written; _UNKNOWN where that is not to be found."""
+    """A value as it is in a config, interpolations as they are written; _UNKNOWN where it cannot be found."""
     parent, _, name = _bare(key).rpartition(".")
     try:
         node = OmegaConf.select(composed, parent) if parent else composed

@@ -1,4 +1,4 @@
-"""What somebody may have meant who wrote something else than a search: the line to write instead."""
+"""Suggests the line to write for a value that looks like a search but is not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From `hydra.sweeper` to checked options. Every mistake gets one message that names the option and the remedy."""
+"""Reads and checks `hydra.sweeper`. Every mistake gets one message that names the option and the remedy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DIRECTIONS = ("minimize", "maximize")
 
 @dataclass(frozen=True)
 class SweeperOptions:
-    """The options that are not made into objects of Optuna's."""
+    """Options that do not become Optuna objects."""
 
     directions: tuple[str, ...]
     bounds: Bounds
@@ -43,7 +43,7 @@ def read_options(options: Mapping[str, Any]) -> SweeperOptions:
     if len(directions) > 1 and plain(options.get("pruner")) not in (None, "none", "nop"):
         raise OptionError("hydra.sweeper.pruner", "needs a single objective: Optuna prunes by one value")
     total = _count("total_trials", options.get("total_trials"), least=1)
-    # Who names the total means that, also next to the default of the other.
+    # A given total_trials takes precedence over the default of n_trials.
     n_trials = None if total is not None else _count("n_trials", options.get("n_trials"), least=1)
     timeout = options.get("timeout")
     return SweeperOptions(
@@ -66,7 +66,7 @@ def read_options(options: Mapping[str, Any]) -> SweeperOptions:
 
 
 def plain(value: object) -> Any:
-    """As plain Python objects."""
+    """The value as plain Python objects."""
     if isinstance(value, (DictConfig, ListConfig)):
         return OmegaConf.to_container(value, resolve=True)
     return value

@@ -30,7 +30,7 @@ _PRUNERS: Family[BasePruner] = Family(OPTION, BasePruner, optuna.pruners, _NAMES
 def make_pruner(node: object) -> BasePruner:
     """The pruner of a name (`median`, `MedianPruner`), a mapping with `name` or `_target_` and options, or an object.
 
-    None is none. `patient` takes another node as `wrapped`. Raises OptionError.
+    None means no pruner. `patient` takes another node as `wrapped`. Raises OptionError.
     """
     node = plain(node)
     if node is None:

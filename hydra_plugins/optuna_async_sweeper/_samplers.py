@@ -123,7 +123,7 @@ def make_sampler(
 
 
 def grid_size(space: SearchSpace) -> int:
-    """How many combinations there are. Raises OptionError where there is no end of them."""
+    """Count the combinations. Raises OptionError if they are infinitely many."""
     return math.prod(_size(key, distribution) for key, distribution in space.distributions.items())
 
 

@@ -189,7 +189,7 @@ def _remedy(text: str) -> str:
 
 
 def _options(override: Override) -> list[str] | None:
-    """The names that a glob matches; None if the override is none, or there is nowhere to look."""
+    """The names that a glob matches; None if the override is not a glob, or there is nowhere to look."""
     if not isinstance(override.value(), Glob) or override.config_loader is None:
         return None
     return [str(name) for name in override.sweep_iterator()]
@@ -271,7 +271,7 @@ def _index(key: str, entry: Searched, value: Any) -> int:
     try:
         return int(entry.distribution.to_internal_repr(value))
     except ValueError:
-        raise SearchSpaceError(f"{key}={value!r}", f"is none of {_words(entry.distribution)}") from None
+        raise SearchSpaceError(f"{key}={value!r}", f"is not among {_words(entry.distribution)}") from None
 
 
 def _number(key: str, entry: Searched, value: Any) -> float:

@@ -44,7 +44,7 @@ from .sweeper import OptunaAsyncSweeper
 log = logging.getLogger(__name__)
 
 BATCH = 2
-"""Trials at a time with a launcher that takes batches, as in the official sweeper."""
+"""Trials in a batch, with a launcher that takes batches. As in the official sweeper."""
 
 
 MAX_CLOSING_SECONDS = 20.0
@@ -87,7 +87,7 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
     assert isinstance(launcher, GpuPoolLauncher)
     if launcher.options.get("resume"):
         log.info(
-            "hydra.launcher.resume has no part in this: the study itself goes on, by n_trials more; "
+            "hydra.launcher.resume is ignored: a study always continues, by n_trials more; "
             "hydra.sweeper.total_trials runs what it lacks"
         )
     objectives = len(plan.options.directions)

@@ -382,7 +382,7 @@ def test_a_study_in_use_is_read_with_what_is_still_in_its_log(cli: Cli, study: P
     ("content", "level", "text"),
     [
         (None, "problem", "cannot be read: No such file or directory"),
-        (b"{}", "problem", "is no SQLite database"),
+        (b"{}", "problem", "is not a SQLite database"),
         (b"SQLite format 3\0" + b"\1" * 200, "problem", "cannot be read by SQLite"),
     ],
 )

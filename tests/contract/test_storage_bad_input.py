@@ -42,9 +42,9 @@ def problem(storage: Any, **options: Any) -> str:
         ("zzz://x", "a URL begins with sqlite, journal, postgresql, mysql"),
         ("sqlite://study.db", "'study.db' would be a host: write sqlite:///study.db"),
         ("journal://study.log", "'study.log' would be a host: write journal:///study.log"),
-        ("sqlite:study.db", "is no URL: write sqlite:///study.db"),
-        ("sqlite:/study.db", "is no URL: write sqlite:///study.db"),
-        ("postgresql:/host/x", "is no URL: write postgresql://host/x"),
+        ("sqlite:study.db", "is not a URL: write sqlite:///study.db"),
+        ("sqlite:/study.db", "is not a URL: write sqlite:///study.db"),
+        ("postgresql:/host/x", "is not a URL: write postgresql://host/x"),
         ("sqlite://", "is in memory, and lost with the program: name a file, such as sqlite:///study.db"),
         ("sqlite:///:memory:", "is in memory"),
         ("sqlite:///file:x?mode=memory&uri=true", "is in memory"),
@@ -56,7 +56,7 @@ def problem(storage: Any, **options: Any) -> str:
         (".db", "is neither a URL nor the name"),
         (b"study.db", "is neither a URL nor a path nor an Optuna storage"),
         (5, "is neither a URL nor a path nor an Optuna storage"),
-        ("a b://x", "is no URL: write database://user:password@host:port/name"),
+        ("a b://x", "is not a URL: write database://user:password@host:port/name"),
         ("mysql+nobody://x", "there is no database 'mysql' with the driver 'nobody'"),
         ("postgresql+asyncpg://ada:{secret}@host/x", "double each brace"),
         ("postgresql+asyncpg://ada:secret@host:port/x", "a number for the port"),
@@ -109,7 +109,7 @@ def damaged(file: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda file: file.write_text("hello " * 100), "is no SQLite database: name another file"),
+        (lambda file: file.write_text("hello " * 100), "is not a SQLite database: name another file"),
         (of_another_application, "another application (with tables photos): name another file"),
         (of_a_later_optuna, "pip install -U optuna"),
         (of_an_earlier_optuna, "optuna storage upgrade --storage sqlite:///"),
@@ -138,7 +138,7 @@ def test_a_directory_that_is_not_there_is_named(scheme: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("text", ["hello\nthere\n", "{}\n{}\n", "[1]\n[2]\n", "\x00\xff\n\n"])
 def test_a_journal_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "study.log").write_text(text, encoding="latin-1")
-    assert "is no journal of Optuna's: name another file" in problem(f"journal:///{tmp_path}/study.log")
+    assert "is not one of Optuna's journals: name another file" in problem(f"journal:///{tmp_path}/study.log")
 
 
 @pytest.mark.parametrize("kind", ["nfs4", "fuse.sshfs", "lustre"])

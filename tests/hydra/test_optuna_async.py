@@ -247,11 +247,12 @@ def test_ctrl_c_in_a_batch_leaves_no_trial_running_and_says_how_to_go_on(
 @pytest.mark.smoke
 def test_a_pruned_trial_counts_as_pruned_with_its_last_value(run: Run, tmp_path: Path) -> None:
     options = ("hydra.sweeper.pruner={name: threshold, upper: 3.0}", "hydra.sweeper.n_jobs=1")
-    done = sweep(run, tmp_path, SPACE, "does=reports", "hydra.sweeper.n_trials=5", *options)
+    steps = "steps=100"  # enough for a verdict to come in time, on a busy machine too
+    done = sweep(run, tmp_path, SPACE, "does=reports", steps, "hydra.sweeper.n_trials=5", *options)
     trials = study(tmp_path).trials
     assert [trial.state.name for trial in trials] == ["COMPLETE"] * 3 + ["PRUNED"] * 2
     for trial in trials[3:]:
-        assert 0 < len(trial.intermediate_values) < 5
+        assert 0 < len(trial.intermediate_values) < 100
         assert trial.values == [trial.intermediate_values[max(trial.intermediate_values)]]
     assert "5 jobs: 3 completed, 2 pruned" in done.stderr
     assert "Traceback" not in (tmp_path / "sweep" / "4" / "job.log").read_text()
@@ -462,7 +463,7 @@ def test_total_trials_runs_what_the_study_lacks(run: Run, tmp_path: Path) -> Non
 
 def test_resume_of_the_launcher_is_answered_with_what_happens_instead(run: Run, tmp_path: Path) -> None:
     done = sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=1", "hydra.launcher.resume=true")
-    assert "hydra.launcher.resume has no part in this: the study itself goes on" in done.stdout
+    assert "hydra.launcher.resume is ignored: a study always continues" in done.stdout
     done = sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=1")
     assert "hydra.launcher.resume" not in done.stdout
     assert states(study(tmp_path)) == ["COMPLETE"] * 2
