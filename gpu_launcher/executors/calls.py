@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,10 @@ class Granted:
     """What a call's process says when it has its devices: is the call still wanted? The answer is a bool."""
 
 
+CallOutcome = Returned | NoValue | PortableException
+"""What it says when the call has ended."""
+
+
 @dataclass(frozen=True, slots=True)
 class Calls:
     """The program of an executor's processes, each of which makes one call."""
@@ -44,12 +48,35 @@ class Calls:
         context.wait()  # before the arguments are unpickled, which may well use a GPU
         context.say(Granted())
         if not context.hear():
-            return Report(True, None, b"")  # which nobody reads
-        return _make(spec)
+            return Report(True, None, b"")
+        job = os.getpid()
+        made = _make(spec)
+        if os.getpid() == job:  # or this is a fork of the call's, and comes here as it would in any program
+            made = _say(context, made)
+        return Report(made.problem is None, made.problem, b"", out_of_memory=made.out_of_memory)
 
 
-def _make(call: Call) -> Report:
-    """What came of it."""
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What came of a call."""
+
+    outcome: CallOutcome
+    problem: str | None = None
+    """Why it failed: a sentence without its subject."""
+    out_of_memory: bool = False
+
+
+def _say(context: JobContext, made: _Made) -> _Made:
+    """Say what came of the call; returns what was said."""
+    try:
+        context.say(made.outcome)
+    except OSError as error:  # what is large travels in memory files, which resource limits apply to
+        made = _not_handed_over(error)
+        context.say(made.outcome)
+    return made
+
+
+def _make(call: Call) -> _Made:
     try:
         function, args, kwargs = call.packed.unpack()
     except BaseException as error:  # whatever the user's objects raise when they are unpickled
@@ -60,10 +87,9 @@ def _make(call: Call) -> Report:
         value = _call(function, args, kwargs)
         del function, args, kwargs
         try:
-            return Report(True, None, _dump(Returned(pack(value, Path(call.value), known))))
+            return _Made(Returned(pack(value, Path(call.value), known)))
         except OSError as error:
-            problem = f"returned a value that could not be handed over: {describe(error)}"
-            return _failed(problem, error, NoValue(traceback_of(error)))
+            return _not_handed_over(error)
         except Exception as error:
             problem = f"returned what cannot be pickled: {unreturnable(value, error)}"
             return _failed(problem, error, NoValue(traceback_of(error), unpicklable=True))
@@ -75,9 +101,10 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     return function(*args, **kwargs)
 
 
-def _failed(problem: str, error: BaseException, outcome: NoValue | PortableException) -> Report:
-    return Report(False, problem, _dump(outcome), out_of_memory=is_out_of_gpu_memory(error))
+def _not_handed_over(error: OSError) -> _Made:
+    problem = f"returned a value that could not be handed over: {describe(error)}"
+    return _failed(problem, error, NoValue(traceback_of(error)))
 
 
-def _dump(outcome: Returned | NoValue | PortableException) -> bytes:
-    return pickle.dumps(outcome, pickle.HIGHEST_PROTOCOL)
+def _failed(problem: str, error: BaseException, outcome: CallOutcome) -> _Made:
+    return _Made(outcome, problem, is_out_of_gpu_memory(error))

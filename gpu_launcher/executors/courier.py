@@ -1,32 +1,51 @@
-"""The thread of an executor: it takes calls to the node, and what became of them to their futures."""
+"""The thread of an executor: it takes calls to the node, and what became of them to their futures.
+
+Theory of operation. Everything that happens to a call happens in this thread; `submit`, `cancel` and the like only put
+something into a queue and wake it. It waits on three kinds of descriptors:
+
+    user's threads                  executor's thread                    node                      call's process
+    submit ── _pending, _wake ──►                     ◄── Wanted ──
+                                    pickles the call  ─── Offer, one end of a socket pair ──►  starts ──►
+                                                      ◄──────────────── Granted? ─────────────────  has its devices
+                                    future: running   ───────────────── True / False ────────────►   unpickles, calls
+                                                      ◄── Returned, NoValue or PortableException ──
+    result  ◄── callbacks ────────  future: done      ◄── Ended ──                  ◄── exits
+
+The node asks for calls as it has room (`Wanted`), so a call that was not asked for can be cancelled here. One that was
+offered can be cancelled until its process asks whether it is still wanted. What a process says travels past the node,
+and is in the channel before the node says `Ended`: the thread empties the channel first, then concludes the call. A
+call without an outcome when its process has ended died, and `Ended` says how. The node relays nothing that it would
+have to unpickle, and does not wait for this thread, which may be in a callback of the user's for any time.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import os
-import pickle
 import select
+import socket
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Future
 from dataclasses import dataclass
 from typing import Any
 
-from gpu_launcher.errors import GpuLauncherError, JobError, JobTimeoutError, UnpicklableError
-from gpu_launcher.executors.calls import Call, Granted
+from gpu_launcher.errors import GpuLauncherError, JobError, JobTimeoutError, NodeDiedError, UnpicklableError
+from gpu_launcher.executors.calls import Call, CallOutcome, Granted
 from gpu_launcher.executors.packing import NoValue, Returned, pack
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.node_client import RemoteLoop, busy, calling_back, harmless_thread
-from gpu_launcher.jobs.node_messages import Closed, Ended, Heard, Remarked, Wanted
+from gpu_launcher.jobs.node_messages import Closed, Ended, Remarked, Wanted
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException, RemoteTraceback, describe
+from gpu_launcher.processes.messages import ChannelClosedError, receive, send
 from gpu_launcher.processes.unpicklable import found_at
 
 AT_ONCE = 5.0
@@ -54,8 +73,12 @@ class _Offered:
     future: Future[Any]
     name: str
     """Of the function."""
+    channel: socket.socket
+    """To its process."""
     begun: bool = False
     """Whether it cannot be cancelled any more."""
+    outcome: CallOutcome | None = None
+    """What its process has said of it."""
 
 
 class Courier:
@@ -63,11 +86,15 @@ class Courier:
 
     _wake = -1
 
-    def __init__(self, loop: RemoteLoop) -> None:
-        """Start the thread. `loop` is open, and closed in the end."""
+    def __init__(self, loop: RemoteLoop, *, may_fork: bool) -> None:
+        """Start the thread. `loop` is open, and closed in the end; `may_fork`: it could fork calls, but is not to."""
         self._loop = loop
+        self._may_fork = may_fork
         self._pending: deque[Submitted] = deque()
         self._offered: dict[int, _Offered] = {}
+        self._by_channel: dict[int, int] = {}
+        """The numbers of offered calls, by the descriptors of their channels."""
+        self._poll = select.poll()
         self._cancelled: deque[int] = deque()
         """Offered calls that the user has cancelled."""
         self._wanted = 0
@@ -158,13 +185,14 @@ class Courier:
 
     def _serve(self) -> str:
         """Carry until there is nothing more, or no way; returns why what is left is not carried."""
-        poll = select.poll()
-        poll.register(self._loop.fileno(), select.POLLIN)
-        poll.register(self._wake, select.POLLIN)
+        self._poll.register(self._loop.fileno(), select.POLLIN)
+        self._poll.register(self._wake, select.POLLIN)
         while True:
-            ready = {descriptor for descriptor, _ in poll.poll(self._patience())}
+            ready = {descriptor for descriptor, _ in self._poll.poll(self._patience())}
             if self._wake in ready:
                 os.eventfd_read(self._wake)
+            for number in [self._by_channel[descriptor] for descriptor in ready & self._by_channel.keys()]:
+                self._hear_call(number)
             if self._loop.fileno() in ready:
                 message = self._loop.receive()
                 if isinstance(message, Closed):
@@ -184,9 +212,6 @@ class Courier:
             case Wanted(count):
                 self._wanted += count
                 self._ready = True
-            case Heard(number, Granted()):
-                self._flowing = True
-                self._loop.say(s.Reply(number, self._begin(number) is not None))
             case Ended(result):
                 self._conclude(result)
             case Remarked() as remark:
@@ -194,6 +219,34 @@ class Courier:
                 self._remark = remark.text
                 with calling_back():
                     remarks.log(remark)
+
+    def _hear_call(self, number: int) -> bool:
+        """Take note of the next thing that a call's process says; whether there was any."""
+        call = self._offered[number]
+        try:
+            message, _ = receive(call.channel, wait=False)
+        except BlockingIOError:
+            return False
+        except ChannelClosedError:  # it has ended, and the node will say so
+            self._forget(call)
+            return False
+        if isinstance(message, Granted):
+            self._flowing = True
+            if self._begin(number) is not None:
+                _answer(call, True)
+        else:
+            call.outcome = message
+        return True
+
+    def _forget(self, call: _Offered) -> None:
+        """Expect nothing more of its process."""
+        if self._by_channel.pop(call.channel.fileno(), None) is not None:
+            self._poll.unregister(call.channel)
+
+    def _remove(self, number: int) -> None:
+        call = self._offered.pop(number)
+        self._forget(call)
+        call.channel.close()
 
     def _say(self) -> None:
         while self._wanted and not self._stops and self._offer_one():
@@ -235,7 +288,8 @@ class Courier:
         if call is not None and not call.begun:
             call.begun = call.future.set_running_or_notify_cancel()
             if not call.begun:
-                del self._offered[number]
+                _answer(call, False)
+                self._remove(number)
                 return None
         return call
 
@@ -251,8 +305,14 @@ class Courier:
             if call.future.cancelled():
                 call.future.set_running_or_notify_cancel()
             elif (job := self._job(call)) is not None:
-                self._offered[job.number] = _Offered(call.future, job.label)
-                self._loop.say(s.Offer(job))
+                try:
+                    channel = self._loop.offer_with_channel(job)
+                except NodeDiedError:
+                    self._pending.appendleft(call)
+                    raise
+                self._offered[job.number] = _Offered(call.future, job.label, channel)
+                self._by_channel[channel.fileno()] = job.number
+                self._poll.register(channel, select.POLLIN)
                 call.future.add_done_callback(functools.partial(_note, weakref.ref(self), job.number))
                 return True
         return False
@@ -262,25 +322,43 @@ class Courier:
         number, name = self._number, _name(call.function)
         self._number += 1
         directory = self._loop.directory
+        made = (pickling.Afresh(call.function), call.args, call.kwargs)
         try:
             with busy():
-                made = (pickling.Afresh(call.function), call.args, call.kwargs)
                 packed = pack(made, directory / f"{number}.call", self._loop.known)
         except BaseException as error:  # whatever the user's objects raise, to whoever waits for it
             if call.future.set_running_or_notify_cancel():
                 with calling_back():
-                    call.future.set_exception(_not_handed_over(name, call, self._loop.known, error))
+                    call.future.set_exception(self._not_handed_over(name, call, made, error))
             return None
         return Job(number, name, Call(packed, str(directory / f"{number}.value")))
 
+    def _not_handed_over(self, name: str, call: Submitted, made: object, error: BaseException) -> BaseException:
+        """What to raise for a call whose function and arguments could not be packed."""
+        if isinstance(error, OSError):
+            problem = f"{name}() was not called: its arguments could not be handed over: {describe(error)}"
+            return _caused(GpuLauncherError(problem), error)
+        parts = {name: call.function, "args": call.args, "kwargs": call.kwargs}
+        problem = (
+            f"{name}() cannot be called in another process: {describe(error)}{found_at(parts, self._loop.known)}. "
+            "Remedy: pass what the argument can be made from (a path, a configuration), and make it in the call; let "
+            "the function itself use no lock, no open file and no generator of this process."
+        )
+        if self._may_fork and pickling.can_dump(made, pickling.main_namespace()):
+            problem += ' Or use start_method="fork": a forked call has the globals of this program already.'
+        return _caused(UnpicklableError(problem), error)
+
     def _conclude(self, result: JobResult) -> None:
+        while result.number in self._offered and self._hear_call(result.number):
+            pass  # what its process had said and nobody has heard
         call = self._begin(result.number)
         if call is None:
             self._unlink(result.number)
             return
         with busy():
-            value, error = _open(result, call.name)
-        del self._offered[result.number]
+            # Without a report its process died after it had said what came of the call.
+            value, error = _open(result, call.name, None if result.payload is None else call.outcome)
+        self._remove(result.number)
         if error is not None:
             self._unlink(result.number)
         with calling_back():
@@ -306,9 +384,9 @@ class Courier:
         """Whoever waits for a call waits no longer."""
         for number in list(self._offered):
             if (call := self._begin(number)) is not None:
+                self._remove(number)
                 with calling_back():
                     call.future.set_exception(BrokenPoolExecutor(f"{call.name}() was not finished: {problem}"))
-        self._offered.clear()
         self._fail_pending(problem)
 
     def _fail_pending(self, problem: str) -> None:
@@ -325,9 +403,13 @@ def _note(courier: weakref.ref[Courier], number: int, future: Future[Any]) -> No
         this.cancelled(number)
 
 
-def _open(result: JobResult, name: str) -> tuple[Any, BaseException | None]:
+def _answer(call: _Offered, wanted: bool) -> None:
+    with contextlib.suppress(ChannelClosedError):  # its process has ended, and the node will say so
+        send(call.channel, wanted)
+
+
+def _open(result: JobResult, name: str, outcome: CallOutcome | None) -> tuple[Any, BaseException | None]:
     """What the call returned, or what to raise instead."""
-    outcome = None if result.payload is None else pickle.loads(result.payload)
     if isinstance(outcome, Returned):
         try:
             return outcome.value.unpack(on_cpu=True), None
@@ -351,20 +433,6 @@ def _error(result: JobResult, name: str, outcome: NoValue | PortableException | 
     if isinstance(outcome, NoValue) and outcome.unpicklable:
         return UnpicklableError(f"{name}() {message}")
     return JobError(result.number, name, message, None)
-
-
-def _not_handed_over(name: str, call: Submitted, known: Mapping[str, object], error: BaseException) -> BaseException:
-    """What to raise for a call whose function and arguments could not be packed."""
-    if isinstance(error, OSError):
-        problem = f"{name}() was not called: its arguments could not be handed over: {describe(error)}"
-        return _caused(GpuLauncherError(problem), error)
-    parts = {name: call.function, "args": call.args, "kwargs": call.kwargs}
-    problem = (
-        f"{name}() cannot be called in another process: {describe(error)}{found_at(parts, known)}. Remedy: pass what "
-        "the argument can be made from (a path, a configuration), and make it in the call; let the function itself use "
-        "no lock, no open file and no generator of this process."
-    )
-    return _caused(UnpicklableError(problem), error)
 
 
 def _caused(error: BaseException, cause: BaseException) -> BaseException:

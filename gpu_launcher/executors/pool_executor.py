@@ -19,6 +19,7 @@ from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.node_client import RemoteLoop
 from gpu_launcher.jobs.where import this_program
 from gpu_launcher.pool import Pool, read_pool
+from gpu_launcher.processes.linux import cuda_in_use
 from gpu_launcher.requests import read_request
 from gpu_launcher.validation import StartMethod, integer, read_start_method
 
@@ -184,10 +185,11 @@ class PoolExecutor(Executor):
     def _start(self) -> Courier:
         loop = RemoteLoop(Calls(self._request), self._options, this_program(), method=self._start_method)
         try:
-            loop.open()
+            opened = loop.open()
             for remark in loop.remarks:
                 remarks.log(remark)
-            courier = Courier(loop)
+            may_fork = opened.method == "spawn" and loop.unsafe is None and not cuda_in_use()
+            courier = Courier(loop, may_fork=may_fork)
         except BaseException:
             loop.close()
             raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
+import socket
 import threading
 import time
 import weakref
@@ -20,10 +22,11 @@ from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.node_client import RemoteLoop
-from gpu_launcher.jobs.node_messages import Closed, Ended, Heard, Message, Opened, Remarked, Started, Wanted
+from gpu_launcher.jobs.node_messages import Closed, Ended, Message, Opened, Remarked, Started, Wanted
 from gpu_launcher.jobs.remarks import log
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException, traceback_of
+from gpu_launcher.processes.messages import ChannelClosedError, receive, send
 from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.wording import count, device_names
 
@@ -47,6 +50,7 @@ class _State(Enum):
 @dataclass(slots=True)
 class _Worker:
     seat: int
+    channel: socket.socket
     where: str = ""
     """Its devices."""
     state: _State = _State.STARTING
@@ -83,7 +87,11 @@ class RecordEngine:
         self._capped = capped
         self._poll = select.poll()
         self._poll.register(loop.fileno(), select.POLLIN)
+        self._node_poll = select.poll()
+        self._node_poll.register(loop.fileno(), select.POLLIN)
         self._workers: dict[int, _Worker] = {}
+        self._by_channel: dict[int, int] = {}
+        """The workers' numbers, by the descriptors of their channels."""
         self._number = 0
         """The next worker's."""
         self._wanted = 0
@@ -137,6 +145,8 @@ class RecordEngine:
             self._closed = True
             self.bar.close()
             self._end()
+            for worker in self._workers.values():
+                worker.channel.close()
             self._positions.close()
 
     def _work(self) -> bool:
@@ -182,7 +192,7 @@ class RecordEngine:
         if not worker.dealt:
             worker.heard = time.monotonic()
         worker.dealt.append(chunk)
-        self._say(s.Reply(number, w.Work(chunk.first, records)))
+        _tell(worker, w.Work(chunk.first, records))
         return True
 
     def _may_have_more(self, worker: _Worker) -> bool:
@@ -203,9 +213,15 @@ class RecordEngine:
         number, seat = self._number, self._seats.pop()
         self._number += 1
         self._wanted -= 1
-        self._workers[number] = _Worker(seat)
         spec = w.Seat(str(self._loop.directory / "positions"), len(self._positions.at), seat)
-        self._say(s.Offer(Job(number, "worker", spec)))
+        try:
+            channel = self._loop.offer_with_channel(Job(number, "worker", spec))
+        except NodeDiedError as error:
+            self._fatal = error
+            return True
+        self._workers[number] = _Worker(seat, channel)
+        self._by_channel[channel.fileno()] = number
+        self._poll.register(channel, select.POLLIN)
         return True
 
     def _stop_idle(self) -> None:
@@ -215,9 +231,11 @@ class RecordEngine:
         for number, worker in self._workers.items():
             if worker.dealt or worker.state is _State.STOPPED:
                 continue
-            ready = worker.state is _State.READY
+            if worker.state is _State.READY:
+                _tell(worker, w.Stop())
+            else:
+                self._say(s.Withdrawn(number, "is not needed any more"))
             worker.state = _State.STOPPED
-            self._say(s.Reply(number, w.Stop()) if ready else s.Withdrawn(number, "is not needed any more"))
 
     def _finish(self) -> None:
         """Let the workers end by themselves."""
@@ -243,19 +261,42 @@ class RecordEngine:
         """Take note of what has been said; first wait until something is."""
         patience = min((one for one in (most, self.bar.patience) if one is not None), default=None)
         milliseconds = 0.0 if not wait else None if patience is None else patience * 1000
-        while not self._over and self._fatal is None and self._poll.poll(milliseconds):
+        while not self._over and self._fatal is None and (ready := self._poll.poll(milliseconds)):
             milliseconds = 0.0
+            self._hear_node()  # first: it says which devices a worker has before that says anything
+            for descriptor, _ in ready:
+                if (number := self._by_channel.get(descriptor)) is not None and self._fatal is None:
+                    self._hear_worker(number)
+        if wait:
+            self._show()
+
+    def _hear_node(self) -> None:
+        while not self._over and self._fatal is None and self._node_poll.poll(0.0):
             try:
                 self._handle(self._loop.receive())
             except NodeDiedError as error:
                 self._fatal = error
-        if wait:
-            self._show()
+
+    def _hear_worker(self, number: int) -> bool:
+        """Take note of the next thing that a worker says; whether there was any."""
+        worker = self._workers[number]
+        try:
+            message, _ = receive(worker.channel, wait=False)
+        except BlockingIOError:
+            return False
+        except ChannelClosedError:  # it has ended, and the node will say more
+            self._forget(worker)
+            return False
+        self._hear(number, worker, message)
+        return True
+
+    def _forget(self, worker: _Worker) -> None:
+        """Expect nothing more of a worker."""
+        if self._by_channel.pop(worker.channel.fileno(), None) is not None:
+            self._poll.unregister(worker.channel)
 
     def _handle(self, message: Message) -> None:
         match message:
-            case Heard(number, what):
-                self._hear(number, self._workers[number], what)
             case Wanted(more):
                 self._wanted += more
             case Started(number, devices):
@@ -347,7 +388,11 @@ class RecordEngine:
     # Deaths
 
     def _ended(self, result: JobResult) -> None:
+        while self._fatal is None and self._hear_worker(result.number):
+            pass  # what it had said and nobody has heard
         worker = self._workers.pop(result.number)
+        self._forget(worker)
+        worker.channel.close()
         self._seats.append(worker.seat)
         if worker.state is _State.STOPPED:
             if result.outcome is Outcome.FAILED:
@@ -380,6 +425,11 @@ class RecordEngine:
             log(Remarked(f"{problem}; so did the one before, and it goes on with {self._most}"))
         else:
             self._fatal = WorkerDiedError(f"{problem}; so did the one before")
+
+
+def _tell(worker: _Worker, what: w.Work | w.Stop) -> None:
+    with contextlib.suppress(ChannelClosedError):  # it has ended, and the node will say so
+        send(worker.channel, what)
 
 
 def _end(loop: RemoteLoop, begun: threading.Event) -> None:

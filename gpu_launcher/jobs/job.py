@@ -22,6 +22,8 @@ class Job:
     """For the program: what it is called with. Picklable."""
     about: Any = None
     """What the program's code may ask for, such as its trial. Picklable."""
+    channel: int | None = None
+    """Descriptor of the job's end of a channel to its source, if the two exchange messages directly."""
     attempts_before: int = 0
     """How many times earlier launches started it, as far as its source knows."""
 

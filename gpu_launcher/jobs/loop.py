@@ -78,7 +78,9 @@ class Server(Protocol):
     def receive(self) -> Lost | None:
         """The job that only it knows to have ended, if any. Raises ServerDiedError."""
 
-    def start(self, number: int, spec: Any, result: Path, attempt: int, about: Any, title: str) -> JobProcess:
+    def start(
+        self, number: int, spec: Any, result: Path, attempt: int, about: Any, title: str, to_source: int | None
+    ) -> JobProcess:
         """Start a job's process for the `attempt`-th time. Raises ServerDiedError, and `fileno()` is readable then."""
 
     def finished(self, process: JobProcess) -> None:
@@ -502,7 +504,13 @@ class JobLoop:
         job = record.job
         try:
             process = self._server.start(
-                number, job.spec, self._report_path(number), record.retries.attempt, job.about, self._title(job)
+                number,
+                job.spec,
+                self._report_path(number),
+                record.retries.attempt,
+                job.about,
+                self._title(job),
+                job.channel,
             )
         except ServerDiedError:
             record.stage = Stage.STRANDED  # its descriptor is readable, and then it is replaced
@@ -589,11 +597,11 @@ class JobLoop:
             how.cpus(run.devices, frozenset(os.sched_getaffinity(0))),
         )
         lease = () if run.lease is None else (run.lease.fileno(),)
+        if self._source is not None:  # first: the job may speak to its source before this continues
+            self._source.started(record.job, run.devices, run.log)
         self._tell(number, lambda process: process.grant(grant, lease))
         self._checkpoint("granted")
         self._progress.handle(JobStarted(run.started, number, record.job.label, run.devices, run.log, run.pid))
-        if self._source is not None:
-            self._source.started(record.job, run.devices, run.log)
 
     def _tell(self, number: int, say: Callable[[JobProcess], None]) -> None:
         record = self._jobs[number]

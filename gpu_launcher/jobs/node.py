@@ -224,6 +224,8 @@ class _Link:
         self._run: BeginRun | None = None
         self._backlog: deque[Message] = deque()
         """Messages that could not be sent yet. The node never waits for the head, which may be busy or suspended."""
+        self._channels: dict[int, int] = {}
+        """The job's ends of channels between jobs and the head, by the job's number."""
         self._inbox: deque[Any] = deque()
         """Messages from the head that have not been handled."""
         self._ending: JobEnded | None = None
@@ -279,11 +281,15 @@ class _Link:
         with contextlib.suppress(BlockingIOError):
             while True:
                 try:
-                    message, _ = receive(self._channel)
+                    message, descriptors = receive(self._channel)
                 except ChannelClosedError:
                     self._vanish()
                 if isinstance(message, End):
                     raise _EndedError
+                if descriptors:
+                    (channel,) = descriptors
+                    message = s.Offer(replace(message.job, channel=channel))
+                    self._channels[message.job.number] = channel
                 self._inbox.append(message)
 
     def request_jobs(self, count: int) -> None:
@@ -311,6 +317,8 @@ class _Link:
         if self._scratch is not None:
             with contextlib.suppress(OSError):
                 self._run.reports.path(result.number).unlink()
+        if result.number in self._channels:  # kept until now: a job that has not begun may be started again
+            os.close(self._channels.pop(result.number))
         self.send(Ended(result, self._ending))
         self._ending = None
         after, self._after_ending = self._after_ending, []
@@ -351,6 +359,8 @@ class _Link:
     def close_in_child(self) -> None:
         self._epoll.close()
         self._channel.close()
+        for channel in self._channels.values():
+            os.close(channel)
         self._program_ends.close()
         if self._program is not None:
             os.close(self._program)

@@ -18,6 +18,7 @@ from typing import Any
 from gpu_launcher.errors import NodeDiedError
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.directory import as_proposed
+from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.node import LogFile, Node
 from gpu_launcher.jobs.node_messages import Begin, BeginRun, Closed, End, Message, NodeReady, Opened, Remarked
 from gpu_launcher.jobs.reports import ReportFiles
@@ -108,7 +109,9 @@ class LocalNode:
         unsafe = f"{len(names)} other thread(s) run in this program ({', '.join(sorted(set(names)))})"
         if calling:
             unsafe += ", and one of them calls back what was given to add_done_callback, or a handler of log messages"
-        self.say(Begin(unsafe if names else None))
+        self.unsafe = unsafe if names else None
+        """Why jobs must not be forked from this program."""
+        self.say(Begin(self.unsafe))
 
     def _fork(self, node: Node) -> tuple[set[int], bool]:
         """Returns which threads are harmless, and whether one of them calls the user's code."""
@@ -171,9 +174,27 @@ class LocalNode:
 
         Raises NodeDiedError.
         """
+        self._send(what)
+
+    def offer_with_channel(self, job: Job) -> socket.socket:
+        """Offer a job that was wanted; returns this program's end of a channel to the job's process.
+
+        What the job says is there before its end is known: read the channel until it is empty when the job has ended.
+        Raises NodeDiedError.
+        """
+        mine, theirs = channel()
+        with theirs:
+            try:
+                self._send(s.Offer(job), (theirs.fileno(),))
+            except BaseException:
+                mine.close()
+                raise
+        return mine
+
+    def _send(self, what: s.Statement | Begin | BeginRun, descriptors: tuple[int, ...] = ()) -> None:
         try:
             with self._saying:
-                send(self._channel, what)
+                send(self._channel, what, descriptors)
         except (ChannelClosedError, OSError):
             raise self._died() from None
 

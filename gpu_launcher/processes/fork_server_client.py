@@ -194,17 +194,25 @@ class ForkServer:
         return Lost(number, SUPERVISOR_DIED)
 
     def start(
-        self, number: int, spec: Any, result: Path, attempt: int = 1, about: Any = None, title: str = ""
+        self,
+        number: int,
+        spec: Any,
+        result: Path,
+        attempt: int = 1,
+        about: Any = None,
+        title: str = "",
+        to_source: int | None = None,
     ) -> JobProcess:
         """Start the process of job `number`, for the `attempt`-th time, which begins to prepare itself.
 
         Its code may ask for what the job is `about` (`processes.job_channel`). `ps` calls the process by its `title`.
-        Raises ServerDiedError.
+        `to_source` is its end of a channel to its source. Raises ServerDiedError.
         """
         job, job_end = channel()
         with job_end:
             # First: while this process has the other end, it cannot be closed.
-            send(job, Assignment(number, spec, str(result), attempt, about, title))
+            assignment = Assignment(number, spec, str(result), attempt, about, title)
+            send(job, assignment, () if to_source is None else (to_source,))
             try:
                 slot, supervisor = self._slot_with(job_end)
             except BaseException:

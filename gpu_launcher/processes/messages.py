@@ -65,18 +65,19 @@ def send(to: socket.socket, message: object, descriptors: tuple[int, ...] = (), 
             os.close(memory)
 
 
-def receive(source: socket.socket) -> tuple[Any, tuple[int, ...]]:
+def receive(source: socket.socket, *, wait: bool = True) -> tuple[Any, tuple[int, ...]]:
     """Wait for one message; returns it with its descriptors, which the caller must close.
 
-    Raises ChannelClosedError if the other end is closed, and BlockingIOError if the socket is non-blocking and there
-    is no message.
+    Raises ChannelClosedError if the other end is closed, and BlockingIOError if there is no message and it is not to
+    `wait` or the socket is non-blocking.
     """
+    how = 0 if wait else socket.MSG_DONTWAIT
     try:
-        data, descriptors, flags, _ = socket.recv_fds(source, 2 * _MAX_DATAGRAM, _MAX_DESCRIPTORS)
+        data, descriptors, flags, _ = socket.recv_fds(source, 2 * _MAX_DATAGRAM, _MAX_DESCRIPTORS, how)
     except ConnectionResetError:
         # The other end closed without having read all that we sent. The kernel says so once, before it hands out
         # what the other end had still sent.
-        data, descriptors, flags, _ = socket.recv_fds(source, 2 * _MAX_DATAGRAM, _MAX_DESCRIPTORS)
+        data, descriptors, flags, _ = socket.recv_fds(source, 2 * _MAX_DATAGRAM, _MAX_DESCRIPTORS, how)
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)  # SCM_RIGHTS descriptors arrive without close-on-exec
     if flags & socket.MSG_CTRUNC:
@@ -180,7 +181,10 @@ class JobExited:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """The first message that a job receives: which job it is. It prepares itself and then waits for its grant."""
+    """The first message that a job receives: which job it is. It prepares itself and then waits for its grant.
+
+    May carry a descriptor: the job's end of a channel to its source.
+    """
 
     number: int
     spec: Any

@@ -71,6 +71,15 @@ def dump(
     return buffer.getvalue()
 
 
+def can_dump(thing: object, known: Mapping[str, object] = NOTHING) -> bool:
+    """Whether `dump` would work."""
+    try:
+        dump(thing, known)
+    except Exception:  # whatever the user's objects raise
+        return False
+    return True
+
+
 def dump_to(
     file: Writable,
     thing: object,

@@ -63,9 +63,11 @@ class Program(Protocol):
 class JobContext:
     """A job's side of its channel: what it needs, when it has its devices, and messages to the source of the job."""
 
-    def __init__(self, channel: socket.socket, output: JobOutput) -> None:
+    def __init__(self, channel: socket.socket, output: JobOutput, to_source: socket.socket | None) -> None:
         self._channel = channel
         self._output = output
+        self._to_source = to_source
+        """Without it, messages to the source and its replies are relayed through `channel`."""
         self._grant: Grant | None = None
         self._lease: tuple[int, ...] = ()
 
@@ -108,16 +110,21 @@ class JobContext:
     def say(self, what: Any) -> None:
         """Send something to the source of the job. Ends this process if the launching program has ended."""
         try:
-            send(self._channel, JobMessage(what))
+            if self._to_source is None:
+                send(self._channel, JobMessage(what))
+            else:
+                send(self._to_source, what)
         except ChannelClosedError:
             os._exit(1)
 
     def hear(self) -> Any:
         """Wait, after the grant, for the next reply of the source of the job."""
         try:
-            message, _ = receive(self._channel)
+            message, _ = receive(self._channel if self._to_source is None else self._to_source)
         except ChannelClosedError:
             os._exit(1)
+        if self._to_source is not None:
+            return message
         assert isinstance(message, JobReply), message
         return message.what
 
@@ -126,9 +133,10 @@ def work(channel: socket.socket, output: JobOutput, load_program: Callable[[], P
     """Be the job: take the assignment, run the program, write the report, and exit."""
     use_descriptors()
     try:
-        assignment, _ = receive(channel)
+        assignment, descriptors = receive(channel)
     except ChannelClosedError:
         os._exit(1)
+    to_source = socket.socket(fileno=descriptors[0]) if descriptors else None
     assert isinstance(assignment, Assignment), assignment
     set_role(f"job {assignment.number}")
     _log.debug("attempt %d begins", assignment.attempt)
@@ -141,7 +149,7 @@ def work(channel: socket.socket, output: JobOutput, load_program: Callable[[], P
     try:
         if assignment.about is not None:
             job_channel.begin(channel, assignment.about, rank_decisions.path_for(Path(assignment.result)))
-        report = load_program()(assignment.number, assignment.spec, JobContext(channel, output))
+        report = load_program()(assignment.number, assignment.spec, JobContext(channel, output, to_source))
         status = 0 if report.ok else 1
     except BaseException as error:  # not from the user's code: the program reports what that raises
         status = _exit_status(error)

@@ -10,6 +10,7 @@ import operator
 import os
 import pickle
 import pty
+import signal
 import subprocess
 import sys
 import textwrap
@@ -670,3 +671,15 @@ def test_functions_of_the_standard_library_do_in_fresh_interpreters(pool: Where)
     records = [(n, n) for n in range(50)]
     results = parallel_map(records, function=operator.itemgetter(0), pool=pool, start_method="spawn")
     assert list(results) == list(range(50))
+
+
+def test_records_and_results_do_not_cross_the_node(pool: Where) -> None:
+    with parallel_map(itertools.count(), function=abs, gpus=0, num_workers=1, pool=pool) as results:
+        assert next(results) == 0
+        node = results._engine._loop._pid
+        assert node is not None
+        os.kill(node, signal.SIGSTOP)
+        try:
+            assert [next(results) for _ in range(20_000)] == list(range(1, 20_001))
+        finally:
+            os.kill(node, signal.SIGCONT)

@@ -161,7 +161,16 @@ class FakeServer:
     def finished(self, process: JobProcess) -> None:
         process.close()
 
-    def start(self, number: int, spec: object, result: Path, attempt: int, about: object, title: str) -> JobProcess:
+    def start(
+        self,
+        number: int,
+        spec: object,
+        result: Path,
+        attempt: int,
+        about: object,
+        title: str,
+        to_source: int | None,
+    ) -> JobProcess:
         accident = self._world.accident()
         if self.alive and accident < 0.15 and self._sweep.servers_lost < MAX_SERVERS_LOST - 1:
             self.die()
