@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         UnsupportedVersionError,
         WorkerDiedError,
     )
-    from gpu_launcher.executors.courier import BrokenPoolExecutor
+    from gpu_launcher.executors.executor_thread import BrokenPoolExecutor
     from gpu_launcher.executors.parallel_map import ParallelMap, parallel_map
     from gpu_launcher.executors.pool_executor import PoolExecutor
     from gpu_launcher.pool import Pool
@@ -44,7 +44,7 @@ else:
     # Imported when first used: a program that only runs jobs does not pay for Optuna.
     _HOMES = {
         "ApplyError": "gpu_launcher.errors",
-        "BrokenPoolExecutor": "gpu_launcher.executors.courier",
+        "BrokenPoolExecutor": "gpu_launcher.executors.executor_thread",
         "DeviceError": "gpu_launcher.errors",
         "GpuLauncherError": "gpu_launcher.errors",
         "JobError": "gpu_launcher.errors",

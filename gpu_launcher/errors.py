@@ -19,7 +19,7 @@
     ├── SetupError                             the setup function of parallel_map raised
     ├── NodeDiedError                          the process that runs the jobs was killed
     ├── ServerDiedError                        the fork server was killed; the job loop starts another one
-    ├── BrokenPoolExecutor (BrokenExecutor)    in executors/courier.py, as concurrent.futures is slow to import
+    ├── BrokenPoolExecutor (BrokenExecutor)    in executors/executor_thread.py, as concurrent.futures is slow to import
     │
     ├── StorageError                           a study's storage cannot be used
     ├── StudyError                             a study does not fit this sweep

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_launcher.executors.packing import NoValue, Packed, Returned, pack, unreturnable
+from gpu_launcher.executors.transport import NoValue, Payload, ReturnedValue, pack, unreturnable
 from gpu_launcher.model import Request
 from gpu_launcher.processes.exceptions import PortableException, describe, reason, traceback_of
 from gpu_launcher.processes.messages import Report
@@ -18,35 +18,35 @@ from gpu_launcher.processes.worker import JobContext
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class FunctionCall:
     """What to call, and how to report."""
 
-    packed: Packed
+    packed: Payload
     """The function, its arguments, and its keyword arguments."""
     value: str
     """Path of a file for a large value."""
 
 
 @dataclass(frozen=True, slots=True)
-class Granted:
+class IsWanted:
     """What a call's process says when it has its devices: is the call still wanted? The answer is a bool."""
 
 
-CallOutcome = Returned | NoValue | PortableException
+CallOutcome = ReturnedValue | NoValue | PortableException
 """What it says when the call has ended."""
 
 
 @dataclass(frozen=True, slots=True)
-class Calls:
+class CallProgram:
     """The program of an executor's processes, each of which makes one call."""
 
     request: Request
 
-    def __call__(self, number: int, spec: Call, context: JobContext) -> Report:
+    def __call__(self, number: int, spec: FunctionCall, context: JobContext) -> Report:
         """Make it, on its devices."""
         context.prepared(self.request, None)
         context.wait()  # before the arguments are unpickled, which may well use a GPU
-        context.say(Granted())
+        context.say(IsWanted())
         if not context.hear():
             return Report(True, None, b"")
         job = os.getpid()
@@ -76,7 +76,7 @@ def _say(context: JobContext, made: _Made) -> _Made:
     return made
 
 
-def _make(call: Call) -> _Made:
+def _make(call: FunctionCall) -> _Made:
     try:
         function, args, kwargs = call.packed.unpack()
     except BaseException as error:  # whatever the user's objects raise when they are unpickled
@@ -87,7 +87,7 @@ def _make(call: Call) -> _Made:
         value = _call(function, args, kwargs)
         del function, args, kwargs
         try:
-            return _Made(Returned(pack(value, Path(call.value), known)))
+            return _Made(ReturnedValue(pack(value, Path(call.value), known)))
         except OSError as error:
             return _not_handed_over(error)
         except Exception as error:

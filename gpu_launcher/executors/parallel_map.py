@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from gpu_launcher.errors import OptionError
 from gpu_launcher.executors import record_worker as w
-from gpu_launcher.executors.dealing import Dealer
+from gpu_launcher.executors.chunk_scheduler import ChunkScheduler
 from gpu_launcher.executors.progress import open_bar
 from gpu_launcher.executors.record_engine import RecordEngine
 from gpu_launcher.jobs.node_client import RemoteLoop
@@ -90,7 +90,7 @@ def parallel_map(
         integer("total", total, least=0)
     request = read_request({"gpus": gpus, "memory": memory, "priority": priority})
     length = len(records) if isinstance(records, Sized) else total
-    dealer = Dealer(iterator, ordered=ordered, read_ahead=read_ahead, clock=time.monotonic, length=length)
+    scheduler = ChunkScheduler(iterator, ordered=ordered, read_ahead=read_ahead, clock=time.monotonic, length=length)
     options = read_pool(pool).options(request, num_workers)
     loop = RemoteLoop(w.RecordWorker(request, setup, function), options, this_program(), method=start_method)
     try:
@@ -98,9 +98,9 @@ def parallel_map(
         for remark in loop.remarks:
             log(remark)
         most = _most_workers(num_workers, request, opened)
-        seats = w.Positions(loop.directory / "positions", most, new=True)
+        slots = w.Positions(loop.directory / "positions", most, new=True)
         capped = _cap_remark(num_workers, request, opened)
-        engine = RecordEngine(loop, dealer, seats, most, returning=on_error == "return", capped=capped)
+        engine = RecordEngine(loop, scheduler, slots, most, returning=on_error == "return", capped=capped)
     except BaseException:
         loop.close()
         raise

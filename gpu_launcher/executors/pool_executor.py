@@ -13,8 +13,8 @@ from concurrent.futures import Executor, Future
 from types import TracebackType
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
-from gpu_launcher.executors.calls import Calls
-from gpu_launcher.executors.courier import BrokenPoolExecutor, Courier, Submitted
+from gpu_launcher.executors.calls import CallProgram
+from gpu_launcher.executors.executor_thread import BrokenPoolExecutor, ExecutorThread, Submitted
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.node_client import RemoteLoop
 from gpu_launcher.jobs.where import this_program
@@ -26,7 +26,7 @@ from gpu_launcher.validation import StartMethod, integer, read_start_method
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_couriers: weakref.WeakSet[Courier] = weakref.WeakSet()
+_threads: weakref.WeakSet[ExecutorThread] = weakref.WeakSet()
 """Of this process."""
 _exiting = False
 
@@ -88,7 +88,7 @@ class PoolExecutor(Executor):
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._shut = False
-        self._courier: Courier | None = None
+        self._thread: ExecutorThread | None = None
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Have `fn(*args, **kwargs)` called, and return a Future of its value.
@@ -106,12 +106,12 @@ class PoolExecutor(Executor):
                 raise RuntimeError("cannot schedule new futures after shutdown")
             if _exiting:
                 raise RuntimeError("cannot schedule new futures after interpreter shutdown")
-            if self._courier is None:
-                self._courier = self._start()
-            if self._courier.broken is not None:
-                raise BrokenPoolExecutor(self._courier.broken)
+            if self._thread is None:
+                self._thread = self._start()
+            if self._thread.broken is not None:
+                raise BrokenPoolExecutor(self._thread.broken)
             future: Future[T] = Future()
-            self._courier.submit(Submitted(future, fn, args, kwargs))
+            self._thread.submit(Submitted(future, fn, args, kwargs))
             return future
 
     def map(
@@ -144,15 +144,15 @@ class PoolExecutor(Executor):
             return
         with self._lock:
             self._shut = True
-            courier = self._courier
-        if courier is None:
+            thread = self._thread
+        if thread is None:
             return
         if cancel_futures:
-            courier.cancel()
+            thread.cancel()
         else:
-            courier.finish()
+            thread.finish()
         if wait:
-            courier.join()
+            thread.join()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -173,30 +173,30 @@ class PoolExecutor(Executor):
 
     def _interrupt(self) -> None:
         self.shutdown(wait=False, cancel_futures=True)
-        if self._courier is None or self._process != os.getpid():
+        if self._thread is None or self._process != os.getpid():
             return
-        self._courier.stop()
+        self._thread.stop()
         try:
-            self._courier.join()
+            self._thread.join()
         except KeyboardInterrupt:
-            self._courier.stop()
-            self._courier.join()
+            self._thread.stop()
+            self._thread.join()
 
-    def _start(self) -> Courier:
-        loop = RemoteLoop(Calls(self._request), self._options, this_program(), method=self._start_method)
+    def _start(self) -> ExecutorThread:
+        loop = RemoteLoop(CallProgram(self._request), self._options, this_program(), method=self._start_method)
         try:
             opened = loop.open()
             for remark in loop.remarks:
                 remarks.log(remark)
             may_fork = opened.method == "spawn" and loop.unsafe is None and not cuda_in_use()
-            courier = Courier(loop, may_fork=may_fork)
+            thread = ExecutorThread(loop, may_fork=may_fork)
         except BaseException:
             loop.close()
             raise
-        _couriers.add(courier)
+        _threads.add(thread)
         # Nobody can submit any more when the executor is gone; what was submitted is done.
-        weakref.finalize(self, courier.finish).atexit = False
-        return courier
+        weakref.finalize(self, thread.finish).atexit = False
+        return thread
 
 
 def _chunks(rows: Iterable[tuple[Any, ...]], size: int) -> Iterator[tuple[tuple[Any, ...], ...]]:
@@ -220,18 +220,18 @@ def _finish_all() -> None:
     """At the end of the interpreter: calls that were submitted are made, as the standard executors do."""
     global _exiting
     _exiting = True
-    couriers = list(_couriers)
-    for courier in couriers:
-        courier.finish()
-    for courier in couriers:
-        courier.join()
+    threads = list(_threads)
+    for thread in threads:
+        thread.finish()
+    for thread in threads:
+        thread.join()
 
 
 def _forget() -> None:
     """In a forked process: the executors are its parent's."""
     global _exiting
     _exiting = False
-    _couriers.clear()
+    _threads.clear()
 
 
 threading._register_atexit(_finish_all)  # type: ignore[attr-defined]  # before it waits for threads, and before atexit

@@ -16,7 +16,7 @@ from typing import Any
 
 from gpu_launcher.errors import NodeDiedError, OptionError, RecordError, SetupError, UnreadableError, WorkerDiedError
 from gpu_launcher.executors import record_worker as w
-from gpu_launcher.executors.dealing import Chunk, Dealer, Raised
+from gpu_launcher.executors.chunk_scheduler import Chunk, ChunkScheduler, RaisedByRecord
 from gpu_launcher.executors.progress import Bar
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
@@ -30,16 +30,16 @@ from gpu_launcher.processes.messages import ChannelClosedError, receive, send
 from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.wording import count, device_names
 
-ENDING = 10.0
+END_SECONDS = 10.0
 """Seconds that workers get to end by themselves when there is nothing left to do."""
-PATIENCE = 0.002
+HANDOUT_SECONDS = 0.002
 """Seconds for which results that are there are handed out before the workers are looked after again."""
-MOST_PIECE = 8192
-OVERDUE = 0.25
+MAX_PIECE = 8192
+OVERDUE_SECONDS = 0.25
 """Seconds without results after which a worker gets nothing ahead."""
 
 
-class _State(Enum):
+class _WorkerState(Enum):
     STARTING = auto()
     """Its process prepares itself, waits for devices, or is in `setup`."""
     READY = auto()
@@ -49,11 +49,11 @@ class _State(Enum):
 
 @dataclass(slots=True)
 class _Worker:
-    seat: int
+    slot: int
     channel: socket.socket
     where: str = ""
     """Its devices."""
-    state: _State = _State.STARTING
+    state: _WorkerState = _WorkerState.STARTING
     dealt: deque[Chunk] = field(default_factory=deque)
     quick: bool = False
     """It has had results."""
@@ -69,7 +69,7 @@ class RecordEngine:
     def __init__(
         self,
         loop: RemoteLoop,
-        dealer: Dealer,
+        scheduler: ChunkScheduler,
         positions: w.Positions,
         most: int,
         *,
@@ -78,9 +78,9 @@ class RecordEngine:
     ) -> None:
         """`returning`: whether errors are results; `capped`: what to say once there are more than `most` records."""
         self._loop = loop
-        self._dealer = dealer
+        self._scheduler = scheduler
         self._positions = positions
-        self._seats = list(range(most))
+        self._slots = list(range(most))
         """Those that are free."""
         self._most = most
         self._returning = returning
@@ -123,18 +123,18 @@ class RecordEngine:
         try:
             while True:
                 took = time.monotonic() - since
-                most = max(1, min(MOST_PIECE, int(most * min(8.0, PATIENCE / max(took, 1e-9)))))
+                most = max(1, min(MAX_PIECE, int(most * min(8.0, HANDOUT_SECONDS / max(took, 1e-9)))))
                 if not self._work():
                     break
-                piece = self._dealer.take(most)
+                piece = self._scheduler.take(most)
                 since = time.monotonic()
                 yield from piece
             self._show(last=True)
-            if self._fatal is None and self._dealer.error is None:
+            if self._fatal is None and self._scheduler.error is None:
                 self._finish()
         finally:
             self.close()
-        if (error := self._fatal or self._dealer.error) is not None:
+        if (error := self._fatal or self._scheduler.error) is not None:
             raise error
 
     def close(self, *, silently: bool = False) -> None:
@@ -152,42 +152,42 @@ class RecordEngine:
     def _work(self) -> bool:
         """Look after the workers until there is a result; whether there is one."""
         self._receive(wait=False)
-        enough = time.monotonic() + PATIENCE
-        while self._fatal is None and (not self._dealer.ready or time.monotonic() < enough):
+        enough = time.monotonic() + HANDOUT_SECONDS
+        while self._fatal is None and (not self._scheduler.ready or time.monotonic() < enough):
             if self._deal() or self._offer():
                 self._receive(wait=False)
                 continue
             self._stop_idle()
-            if self._dealer.ready or self._dealer.over:
+            if self._scheduler.ready or self._scheduler.over:
                 break
             self._receive(wait=True)
         self._show()
-        return self._dealer.ready
+        return self._scheduler.ready
 
     def _show(self, *, last: bool = False) -> None:
-        ready = sum(worker.state is _State.READY for worker in self._workers.values())
-        self.bar.show(self._dealer.finished, self._errors, ready, last=last)
+        ready = sum(worker.state is _WorkerState.READY for worker in self._workers.values())
+        self.bar.show(self._scheduler.finished, self._errors, ready, last=last)
 
     # Dealing
 
     def _deal(self) -> bool:
         """Deal a chunk to a worker that has too little to do, if there are both."""
-        ready = [(len(one.dealt), number) for number, one in self._workers.items() if one.state is _State.READY]
+        ready = [(len(one.dealt), number) for number, one in self._workers.items() if one.state is _WorkerState.READY]
         has, number = min(ready, default=(0, None))
         if number is None or (has and not self._may_have_more(self._workers[number])):
             return False
-        chunk = self._dealer.deal(len(self._workers))
+        chunk = self._scheduler.deal(len(self._workers))
         if chunk is None:
             return False
         try:
             records = pickling.dump(chunk.records, self._loop.known)
         except Exception as error:  # whatever the user's objects raise when they are pickled
             if len(chunk.records) > 1:
-                self._dealer.separate(chunk)
+                self._scheduler.separate(chunk)
             else:
                 self._fail(chunk, _unpicklable(chunk, self._loop.known, error), traceback_of(error), "")
             return True
-        self._dealer.weighed(len(chunk.records), len(records))
+        self._scheduler.weighed(len(chunk.records), len(records))
         worker = self._workers[number]
         if not worker.dealt:
             worker.heard = time.monotonic()
@@ -198,55 +198,59 @@ class RecordEngine:
     def _may_have_more(self, worker: _Worker) -> bool:
         """Whether it is to get a chunk while it has one: what is behind a slow record waits for that."""
         since = time.monotonic() - worker.heard
-        return len(worker.dealt) < self._dealer.ahead and worker.quick and since < OVERDUE
+        return len(worker.dealt) < self._scheduler.ahead and worker.quick and since < OVERDUE_SECONDS
 
     def _offer(self) -> bool:
         """Have one more worker started, if there is work for it."""
-        if self._capped is not None and self._dealer.read > self._most:
+        if self._capped is not None and self._scheduler.read > self._most:
             log(self._capped)
             self._capped = None
         if not self._wanted or len(self._workers) >= self._most:
             return False
-        starting = sum(worker.state is _State.STARTING for worker in self._workers.values())
-        if not self._dealer.has(starting + 1, len(self._workers) + 1):
+        starting = sum(worker.state is _WorkerState.STARTING for worker in self._workers.values())
+        if not self._scheduler.has(starting + 1, len(self._workers) + 1):
             return False
-        number, seat = self._number, self._seats.pop()
+        number, slot = self._number, self._slots.pop()
         self._number += 1
         self._wanted -= 1
-        spec = w.Seat(str(self._loop.directory / "positions"), len(self._positions.at), seat)
+        spec = w.WorkerSlot(str(self._loop.directory / "positions"), len(self._positions.at), slot)
         try:
             channel = self._loop.offer_with_channel(Job(number, "worker", spec))
         except NodeDiedError as error:
             self._fatal = error
             return True
-        self._workers[number] = _Worker(seat, channel)
+        self._workers[number] = _Worker(slot, channel)
         self._by_channel[channel.fileno()] = number
         self._poll.register(channel, select.POLLIN)
         return True
 
     def _stop_idle(self) -> None:
         """Let go of the devices for which there is nothing left to do."""
-        if not self._dealer.exhausted or self._dealer.in_hand:
+        if not self._scheduler.exhausted or self._scheduler.in_hand:
             return
         for number, worker in self._workers.items():
-            if worker.dealt or worker.state is _State.STOPPED:
+            if worker.dealt or worker.state is _WorkerState.STOPPED:
                 continue
-            if worker.state is _State.READY:
-                _tell(worker, w.Stop())
+            if worker.state is _WorkerState.READY:
+                _tell(worker, w.NoMoreWork())
             else:
                 self._say(s.Withdrawn(number, "is not needed any more"))
-            worker.state = _State.STOPPED
+            worker.state = _WorkerState.STOPPED
 
     def _finish(self) -> None:
         """Let the workers end by themselves."""
         self._ending = True
         self._stop_idle()
         self._say(s.Exhausted())
-        until = time.monotonic() + ENDING
+        until = time.monotonic() + END_SECONDS
         while self._workers and not self._over and self._fatal is None and (left := until - time.monotonic()) > 0:
             self._receive(wait=True, most=left)
         if self._workers and not self._over and self._fatal is None:
-            log(Remarked(f"{count(len(self._workers), 'worker')} did not end within {ENDING:.0f} s, and are killed"))
+            log(
+                Remarked(
+                    f"{count(len(self._workers), 'worker')} did not end within {END_SECONDS:.0f} s, and are killed"
+                )
+            )
 
     # What happens
 
@@ -315,25 +319,25 @@ class RecordEngine:
     def _hear(self, number: int, worker: _Worker, what: object) -> None:
         match what:
             case w.Ready():
-                worker.state = _State.READY
+                worker.state = _WorkerState.READY
                 self._died_starting = 0
-            case w.NotReady(failure):
+            case w.SetupFailed(failure):
                 error = _load(failure)
                 where = f" on {worker.where}" if worker.where else ""
                 error.__cause__ = SetupError(f"setup failed{where}:\n\n{failure.traceback.rstrip()}")
                 self._fatal = _raisable(error, error.__cause__)
-            case w.Results():
+            case w.RecordResults():
                 self._results(worker, what)
-            case w.Unreadable(_, failure):
+            case w.UnreadableRecords(_, failure):
                 chunk = worker.dealt.popleft()  # none of its records was begun
                 if len(chunk.records) > 1:
-                    self._dealer.separate(chunk)
+                    self._scheduler.separate(chunk)
                 else:
                     self._fail(chunk, _unloadable(chunk, _load(failure)), failure.traceback, worker.where)
             case _:
                 raise TypeError(f"worker {number} says {what!r}")
 
-    def _results(self, worker: _Worker, results: w.Results) -> None:
+    def _results(self, worker: _Worker, results: w.RecordResults) -> None:
         chunk = worker.dealt[0]
         assert results.first == chunk.first and results.count <= len(chunk.records), (chunk, results)  # noqa: PT018
         self._died_idle = 0
@@ -344,14 +348,14 @@ class RecordEngine:
             done = Chunk(chunk.first, chunk.records[: results.count])
             self._done(worker, results.count)
             if results.count > 1:  # some may be readable
-                self._dealer.one_by_one()
-                self._dealer.separate(done)
+                self._scheduler.one_by_one()
+                self._scheduler.separate(done)
             else:
                 problem = UnreadableError(f"its result cannot be unpickled here: {type(error).__name__}: {error}")
                 self._fail(done, problem, traceback_of(error), worker.where)
             return
-        self._dealer.measured(results.count, results.seconds, len(results.values))
-        raised: dict[int, Raised] = {}
+        self._scheduler.measured(results.count, results.seconds, len(results.values))
+        raised: dict[int, RaisedByRecord] = {}
         for position, failure in results.failures:
             problem_of = RecordError(
                 chunk.first + position,
@@ -362,7 +366,7 @@ class RecordEngine:
             )
             self._count(problem_of, position, values, raised)
         self._done(worker, results.count)
-        self._dealer.put(results.first, values, raised)
+        self._scheduler.put(results.first, values, raised)
 
     def _done(self, worker: _Worker, count: int) -> None:
         chunk = worker.dealt[0]
@@ -373,17 +377,17 @@ class RecordEngine:
     def _fail(self, chunk: Chunk, error: BaseException, trace: str, where: str) -> None:
         """A record, the only one of this chunk, has failed."""
         values: list[Any] = [None]
-        raised: dict[int, Raised] = {}
+        raised: dict[int, RaisedByRecord] = {}
         self._count(RecordError(chunk.first, chunk.records[0], error, trace, where), 0, values, raised)
-        self._dealer.put(chunk.first, values, raised)
+        self._scheduler.put(chunk.first, values, raised)
 
-    def _count(self, error: RecordError, position: int, values: list[Any], raised: dict[int, Raised]) -> None:
+    def _count(self, error: RecordError, position: int, values: list[Any], raised: dict[int, RaisedByRecord]) -> None:
         self._errors += 1
         if self._returning:
             values[position] = error
         else:
             to_raise = _raisable(error.exception, error)
-            raised[position] = Raised(to_raise, error if to_raise is not error else None)
+            raised[position] = RaisedByRecord(to_raise, error if to_raise is not error else None)
 
     # Deaths
 
@@ -393,23 +397,23 @@ class RecordEngine:
         worker = self._workers.pop(result.number)
         self._forget(worker)
         worker.channel.close()
-        self._seats.append(worker.seat)
-        if worker.state is _State.STOPPED:
+        self._slots.append(worker.slot)
+        if worker.state is _WorkerState.STOPPED:
             if result.outcome is Outcome.FAILED:
                 log(Remarked(f"a worker {result.message} when it had done its work"))
             return
         self._problem = result.message
         another = result.number >= self._newer
-        if worker.state is _State.STARTING:
+        if worker.state is _WorkerState.STARTING:
             self._died_starting += another
             self._do_without(self._died_starting, another, f"a worker {result.message}, before it had set itself up")
             return
-        suspects = self._dealer.lost(worker.dealt, self._positions.begun(worker.seat))
+        suspects = self._scheduler.lost(worker.dealt, self._positions.begun(worker.slot))
         if suspects is None:
             self._died_idle += another
             self._do_without(self._died_idle, another, f"a worker {result.message}, without a record")
         elif suspects.tries < 2:
-            self._dealer.separate(suspects)
+            self._scheduler.separate(suspects)
         else:
             twice = WorkerDiedError(f"its worker {result.message}, as had the one before, which was at it, too")
             self._fail(suspects, twice, "", worker.where)
@@ -427,7 +431,7 @@ class RecordEngine:
             self._fatal = WorkerDiedError(f"{problem}; so did the one before")
 
 
-def _tell(worker: _Worker, what: w.Work | w.Stop) -> None:
+def _tell(worker: _Worker, what: w.Work | w.NoMoreWork) -> None:
     with contextlib.suppress(ChannelClosedError):  # it has ended, and the node will say so
         send(worker.channel, what)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_launcher.errors import OptionError, UnpicklableError
-from gpu_launcher.executors.packing import unreturnable
+from gpu_launcher.executors.transport import unreturnable
 from gpu_launcher.model import Request
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException, users_part
@@ -25,36 +25,36 @@ from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.processes.worker import JobContext
 
-FLUSH = 0.05
+FLUSH_SECONDS = 0.05
 """Seconds after which the results so far are sent, though the chunk is not done. As much is lost when a worker dies."""
-TOGETHER = 5e-5
+GROUP_SECONDS = 5e-5
 """Seconds that records which are begun together take, going by the chunk before."""
-MOST_TOGETHER = 32
+MAX_TOGETHER = 32
 """Records. If they are slow after all, the results of the first ones wait for so many, and are lost with them."""
-SLOW = 1e-3
+SLOW_SECONDS = 1e-3
 """Seconds after which the next record is begun alone. Or the process has waited for the processor."""
 NO_RECORD = -1
 
 
 class Positions:
-    """Which record each worker is at, by the worker's seat."""
+    """Which record each worker is at, by the worker's slot."""
 
-    def __init__(self, path: Path, seats: int, *, new: bool = False) -> None:
-        """Open what somebody else made, or make it, `new`, for so many seats."""
+    def __init__(self, path: Path, slots: int, *, new: bool = False) -> None:
+        """Open what somebody else made, or make it, `new`, for so many slots."""
         flags = os.O_RDWR | os.O_CLOEXEC | ((os.O_CREAT | os.O_EXCL) if new else 0)
         descriptor = os.open(path, flags, 0o600)
         try:
             if new:
                 # All of it now: on a full disk, writing into a hole of it would kill the writer with SIGBUS.
-                os.posix_fallocate(descriptor, 0, seats * 8)
-            self._map = mmap.mmap(descriptor, seats * 8)
+                os.posix_fallocate(descriptor, 0, slots * 8)
+            self._map = mmap.mmap(descriptor, slots * 8)
         finally:
             os.close(descriptor)
         self.at = memoryview(self._map).cast("q")
 
-    def begun(self, seat: int) -> range:
+    def begun(self, slot: int) -> range:
         """The indices of the records that its worker is at: of one, of several that are quick, or of none."""
-        first, together = divmod(self.at[seat], MOST_TOGETHER + 1)
+        first, together = divmod(self.at[slot], MAX_TOGETHER + 1)
         return range(first, first + together) if first >= 0 else range(0)
 
     def close(self) -> None:
@@ -66,12 +66,12 @@ class Positions:
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class WorkerSlot:
     """The first thing: where it notes its position."""
 
     positions: str
-    seats: int
-    seat: int
+    slots: int
+    slot: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
+class NoMoreWork:
     """There is no more for it to do."""
 
 
@@ -98,14 +98,14 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
-class NotReady:
+class SetupFailed:
     """`setup` raised, and the worker ends."""
 
     failure: PortableException
 
 
 @dataclass(frozen=True, slots=True)
-class Results:
+class RecordResults:
     """What came of the next records that it was dealt."""
 
     first: int
@@ -119,7 +119,7 @@ class Results:
 
 
 @dataclass(frozen=True, slots=True)
-class Unreadable:
+class UnreadableRecords:
     """Records that it was dealt could not be unpickled; none of them was begun."""
 
     first: int
@@ -140,22 +140,22 @@ class RecordWorker:
         ]
         return _SpawnedRecordWorker, (self._request, *dumped)
 
-    def __call__(self, number: int, spec: Seat, context: JobContext) -> Report:
+    def __call__(self, number: int, spec: WorkerSlot, context: JobContext) -> Report:
         context.prepared(self._request, None)
         context.wait()
         try:
             setup, function = self._program()
             objects = _objects(setup)
         except BaseException as error:
-            context.say(NotReady(_portable(error)))
+            context.say(SetupFailed(_portable(error)))
             return Report(False, f"raised {type(error).__name__}: {error}", b"")
         try:
-            positions = Positions(Path(spec.positions), spec.seats)
+            positions = Positions(Path(spec.positions), spec.slots)
         except FileNotFoundError:
             os._exit(1)  # the directory goes with the program, and nobody is left to be told anything
-        positions.at[spec.seat] = NO_RECORD
+        positions.at[spec.slot] = NO_RECORD
         context.say(Ready())
-        calls = _Calls(context, positions.at, spec.seat, function, objects)
+        calls = _Calls(context, positions.at, spec.slot, function, objects)
         while isinstance(work := context.hear(), Work):
             calls.do(work)
         return Report(True, None, b"")
@@ -195,11 +195,11 @@ class _Calls:
     """Works on what is dealt, a chunk at a time."""
 
     def __init__(
-        self, context: JobContext, at: memoryview, seat: int, function: Callable[..., Any], objects: tuple[Any, ...]
+        self, context: JobContext, at: memoryview, slot: int, function: Callable[..., Any], objects: tuple[Any, ...]
     ) -> None:
         self._context = context
         self._at = at
-        self._seat = seat
+        self._slot = slot
         # With nothing else to hand over, calls are a third cheaper without the stars.
         self._call: Callable[[Any], Any] = (lambda record: function(record, *objects)) if objects else function
         self._pace = math.inf
@@ -208,23 +208,23 @@ class _Calls:
         """How many records are begun next with one note."""
 
     def do(self, work: Work) -> None:
-        """Call the function on each record, and send what comes of it at least every `FLUSH` seconds."""
+        """Call the function on each record, and send what comes of it at least every `FLUSH_SECONDS` seconds."""
         began = time.perf_counter()
         try:
             records = pickling.load(work.records)
         except Exception as error:
-            self._context.say(Unreadable(work.first, _portable(error)))
+            self._context.say(UnreadableRecords(work.first, _portable(error)))
             return
-        most = self._together = max(1, min(MOST_TOGETHER, int(TOGETHER / self._pace)))
+        most = self._together = max(1, min(MAX_TOGETHER, int(GROUP_SECONDS / self._pace)))
         start = time.perf_counter()
         sent = 0
         while sent < len(records):
-            values, failures = self._call_some(records, sent, work.first, most, began + FLUSH)
+            values, failures = self._call_some(records, sent, work.first, most, began + FLUSH_SECONDS)
             self._send(work.first + sent, values, failures, began)
             sent += len(values)
             began = time.perf_counter()
         self._pace = max(began - start, 1e-9) / len(records)
-        self._at[self._seat] = NO_RECORD
+        self._at[self._slot] = NO_RECORD
 
     def _call_some(
         self, records: list[Any], begin: int, first: int, most: int, until: float
@@ -236,11 +236,11 @@ class _Calls:
         values: list[Any] = []
         failures: dict[int, PortableException] = {}
         # Looked up once: records may take less than a microsecond.
-        at, seat, call, append, clock = self._at, self._seat, self._call, values.append, time.perf_counter
+        at, slot, call, append, clock = self._at, self._slot, self._call, values.append, time.perf_counter
         position, now = begin, clock()
         while True:
             group = records[position : position + self._together]
-            at[seat] = (first + position) * (MOST_TOGETHER + 1) + self._together
+            at[slot] = (first + position) * (MAX_TOGETHER + 1) + self._together
             try:
                 for record in group:
                     append(call(record))
@@ -251,7 +251,7 @@ class _Calls:
                 failures[failed] = _portable(error)
             position = begin + len(values)
             before, now = now, clock()
-            self._together = 1 if now - before > SLOW else min(2 * self._together, most)
+            self._together = 1 if now - before > SLOW_SECONDS else min(2 * self._together, most)
             if position == len(records) or now >= until:
                 return values, failures
 
@@ -263,7 +263,7 @@ class _Calls:
             _replace_unpicklable(first, values, failures)
             dumped = pickling.dump(values, known)
         in_order = tuple(sorted(failures.items()))
-        self._context.say(Results(first, len(values), dumped, in_order, time.perf_counter() - began))
+        self._context.say(RecordResults(first, len(values), dumped, in_order, time.perf_counter() - began))
 
 
 def _replace_unpicklable(first: int, values: list[Any], failures: dict[int, PortableException]) -> None:

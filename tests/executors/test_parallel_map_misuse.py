@@ -24,7 +24,7 @@ import pytest
 from gpu_launcher.errors import OptionError, RecordError, SetupError, UnpicklableError, UnreadableError, WorkerDiedError
 from gpu_launcher.executors.parallel_map import parallel_map
 from gpu_launcher.executors.pool_executor import PoolExecutor
-from gpu_launcher.executors.record_worker import MOST_TOGETHER
+from gpu_launcher.executors.record_worker import MAX_TOGETHER
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
 from tests.waiting import until
@@ -411,8 +411,8 @@ def test_results_wait_for_few_slow_records_that_were_begun_with_quick_ones(pool:
     found = parallel_map(range(20_100), function=slow_in_the_end, gpus=0, num_workers=1, start_method="fork", pool=pool)
     with found:
         aheads = [int.from_bytes(begun[:8], "little") - result for result in itertools.islice(found, 20_040)]
-    assert max(aheads[20_000:]) <= 2 * MOST_TOGETHER
-    assert median(aheads[20_000 + MOST_TOGETHER :]) <= 1, "they are known to be slow"
+    assert max(aheads[20_000:]) <= 2 * MAX_TOGETHER
+    assert median(aheads[20_000 + MAX_TOGETHER :]) <= 1, "they are known to be slow"
 
 
 def test_a_worker_that_dies_once_at_quick_records_costs_nothing(pool: Where, tmp_path: Path) -> None:

@@ -78,17 +78,11 @@ PUBLIC_TEXTS = ("README.md", "docs/*.md", "examples/**/*.py", "examples/**/*.yam
 
 # Names that more than one class or module has. Only remove from these two lists.
 SHARED_CLASS_NAMES = {
-    "Call",
     "Exhausted",
     "Options",
     "Pool",
-    "Raised",
     "Report",
-    "Results",
-    "Returned",
-    "Stop",
     "Tally",
-    "_State",
 }
 SHARED_FILE_NAMES = {
     "output.py",

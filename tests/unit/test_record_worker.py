@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gpu_launcher.executors.record_worker import MOST_TOGETHER, Positions, Results, Work, _Calls
+from gpu_launcher.executors.record_worker import MAX_TOGETHER, Positions, RecordResults, Work, _Calls
 from gpu_launcher.processes import pickling
 
 
@@ -16,7 +16,7 @@ class Said:
     """Keeps what it is told."""
 
     def __init__(self) -> None:
-        self.results: list[Results] = []
+        self.results: list[RecordResults] = []
 
     def say(self, what: Any) -> None:
         self.results.append(what)
@@ -72,6 +72,6 @@ def test_where_it_is_can_be_read_from_outside(tmp_path: Path) -> None:
         seen.append(len(begun))
 
     quick_calls(look, Said(), positions.at).do(Work(7, pickling.dump(list(range(7, 507)))))
-    assert seen[0] == MOST_TOGETHER
+    assert seen[0] == MAX_TOGETHER
     assert not positions.begun(0)
     positions.close()

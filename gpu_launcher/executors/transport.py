@@ -22,7 +22,7 @@ LARGE = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class Payload:
     """A pickled object."""
 
     data: bytes
@@ -41,7 +41,7 @@ class Packed:
             return pickling.load_from(file, on_cpu=on_cpu)
 
 
-def pack(thing: object, path: Path, known: Mapping[str, object]) -> Packed:
+def pack(thing: object, path: Path, known: Mapping[str, object]) -> Payload:
     """Pickle it, into the file `path` if it is large. `known` is as `pickling.dump` takes it.
 
     Raises whatever the user's objects raise when they are pickled, and OSError if the file cannot be written.
@@ -82,18 +82,18 @@ class _Spilling:
             self._memory = io.BytesIO()
         self._file.write(data)
 
-    def packed(self) -> Packed:
+    def packed(self) -> Payload:
         if self._file is None:
-            return Packed(self._memory.getvalue())
+            return Payload(self._memory.getvalue())
         self._file.flush()
-        return Packed(b"", str(self._path))
+        return Payload(b"", str(self._path))
 
 
 @dataclass(frozen=True, slots=True)
-class Returned:
+class ReturnedValue:
     """The call's value."""
 
-    value: Packed
+    value: Payload
 
 
 @dataclass(frozen=True, slots=True)

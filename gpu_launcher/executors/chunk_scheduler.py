@@ -14,21 +14,21 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-TARGET = 0.03
+CHUNK_SECONDS = 0.03
 """Seconds that a chunk is to take: so much that handing it over does not count, so little that none waits for it."""
-LAST = 0.003
+LAST_CHUNK_SECONDS = 0.003
 """Seconds that the last chunks take at least. They become small, so that all workers end at about the same time."""
-PREFETCH = 0.1
+PREFETCH_BELOW_SECONDS = 0.1
 """Seconds per record from which a worker gets nothing ahead: the handover does not count, and somebody may be idle."""
 GROWTH = 32
 """By how much a chunk may be larger than those before."""
-MOST_RECORDS = 8192
-MOST_BYTES = 2**20
+MAX_CHUNK_RECORDS = 8192
+MAX_CHUNK_BYTES = 2**20
 """What a chunk's records, or its results, may take, pickled, as far as can be told beforehand."""
 WINDOW = 1000
 """Records in hand that are always allowed, unless they are large."""
 WINDOW_BYTES = 2**28
-READING = 0.005
+READ_SECONDS = 0.005
 """Seconds after which a chunk goes out as it is, because records are slow in coming."""
 
 
@@ -49,14 +49,14 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Raised:
+class RaisedByRecord:
     """In the place of a record's result: what the iteration is to end with."""
 
     error: BaseException
     cause: BaseException | None
 
 
-class Dealer:
+class ChunkScheduler:
     """Deals records and puts their results in order."""
 
     def __init__(
@@ -93,10 +93,10 @@ class Dealer:
         self._weight = 0.0
         """Bytes per record, or per result if that is more."""
         self._size = 1
-        self._most = MOST_RECORDS
-        self._out_of_order: dict[int, list[Any] | Raised] = {}
+        self._most = MAX_CHUNK_RECORDS
+        self._out_of_order: dict[int, list[Any] | RaisedByRecord] = {}
         self._next = 0
-        self._ready: deque[list[Any] | Raised] = deque()
+        self._ready: deque[list[Any] | RaisedByRecord] = deque()
         self._offset = 0
         """How many results of the first one that is ready have come out."""
 
@@ -110,7 +110,7 @@ class Dealer:
     @property
     def ahead(self) -> int:
         """How many chunks a worker may have at a time."""
-        return 2 if self._records_in_them and self._pace < PREFETCH else 1
+        return 2 if self._records_in_them and self._pace < PREFETCH_BELOW_SECONDS else 1
 
     @property
     def _pace(self) -> float:
@@ -128,7 +128,7 @@ class Dealer:
         left = (self._length or 0) - self.read
         if left <= 0 or not self._records_in_them:
             return self._size
-        return min(self._size, max(left // (2 * workers), int(LAST / self._pace), 1))
+        return min(self._size, max(left // (2 * workers), int(LAST_CHUNK_SECONDS / self._pace), 1))
 
     def has(self, chunks: int, workers: int) -> bool:
         """Whether so many chunks are to be dealt, once enough is read. What is read for that are single records."""
@@ -176,7 +176,7 @@ class Dealer:
         if self.exhausted or count < 1:
             return False
         records: list[Any] = []
-        until = self._clock() + READING
+        until = self._clock() + READ_SECONDS
         piece = 1
         try:
             while len(records) < count and (not records or self._clock() < until):
@@ -207,7 +207,7 @@ class Dealer:
         self._seconds = self._seconds / 2 + seconds
         self._records_in_them = self._records_in_them / 2 + count
         self.weighed(count, size)
-        fitting = min(int(TARGET / self._pace), self._that_weigh(MOST_BYTES), self._most)
+        fitting = min(int(CHUNK_SECONDS / self._pace), self._that_weigh(MAX_CHUNK_BYTES), self._most)
         self._size = max(1, min(fitting, self._size * GROWTH))
 
     def weighed(self, count: int, size: int) -> None:
@@ -217,7 +217,7 @@ class Dealer:
 
     # Results
 
-    def put(self, first: int, values: list[Any], raised: dict[int, Raised]) -> None:
+    def put(self, first: int, values: list[Any], raised: dict[int, RaisedByRecord]) -> None:
         """Take the results of records from `first` on, of which some, by position, end the iteration instead."""
         self.finished += len(values)
         begin = 0
@@ -228,7 +228,7 @@ class Dealer:
             begin = position + 1
         self._put(first + begin, values[begin:] if begin else values)
 
-    def _put(self, first: int, part: list[Any] | Raised) -> None:
+    def _put(self, first: int, part: list[Any] | RaisedByRecord) -> None:
         if isinstance(part, list) and not part:
             return
         if not self._ordered:
@@ -252,7 +252,7 @@ class Dealer:
     def take(self, most: int) -> list[Any]:
         """The next results, at most so many. Raises what a record is to end the iteration with."""
         part = self._ready[0]
-        if isinstance(part, Raised):
+        if isinstance(part, RaisedByRecord):
             raise part.error from part.cause
         if not self._offset and len(part) <= most:
             taken = part

@@ -6,9 +6,9 @@ something into a queue and wake it. It waits on three kinds of descriptors:
     user's threads                  executor's thread                    node                      call's process
     submit ── _pending, _wake ──►                     ◄── Wanted ──
                                     pickles the call  ─── Offer, one end of a socket pair ──►  starts ──►
-                                                      ◄──────────────── Granted? ─────────────────  has its devices
+                                                      ◄──────────────── IsWanted? ─────────────────  has its devices
                                     future: running   ───────────────── True / False ────────────►   unpickles, calls
-                                                      ◄── Returned, NoValue or PortableException ──
+                                                      ◄── ReturnedValue, NoValue or PortableException ──
     result  ◄── callbacks ────────  future: done      ◄── Ended ──                  ◄── exits
 
 The node asks for calls as it has room (`Wanted`), so a call that was not asked for can be cancelled here. One that was
@@ -35,8 +35,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpu_launcher.errors import GpuLauncherError, JobError, JobTimeoutError, NodeDiedError, UnpicklableError
-from gpu_launcher.executors.calls import Call, CallOutcome, Granted
-from gpu_launcher.executors.packing import NoValue, Returned, pack
+from gpu_launcher.executors.calls import CallOutcome, FunctionCall, IsWanted
+from gpu_launcher.executors.transport import NoValue, ReturnedValue, pack
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
@@ -48,7 +48,7 @@ from gpu_launcher.processes.exceptions import PortableException, RemoteTraceback
 from gpu_launcher.processes.messages import ChannelClosedError, receive, send
 from gpu_launcher.processes.unpicklable import found_at
 
-AT_ONCE = 5.0
+AT_ONCE_SECONDS = 5.0
 """Seconds after which a call, the first of its executor, which has not begun could not begin at once."""
 
 
@@ -81,7 +81,7 @@ class _Offered:
     """What its process has said of it."""
 
 
-class Courier:
+class ExecutorThread:
     """Carries the calls of one executor, to which it has no reference: that may go when nobody has one any more."""
 
     _wake = -1
@@ -136,7 +136,7 @@ class Courier:
     def cancel(self) -> None:
         """Cancel the calls that have not begun, and could not begin at once. There will be no more."""
         if self._cancel_by is None:
-            self._cancel_by = time.monotonic() + AT_ONCE
+            self._cancel_by = time.monotonic() + AT_ONCE_SECONDS
         self.finish()
 
     def stop(self) -> None:
@@ -230,7 +230,7 @@ class Courier:
         except ChannelClosedError:  # it has ended, and the node will say so
             self._forget(call)
             return False
-        if isinstance(message, Granted):
+        if isinstance(message, IsWanted):
             self._flowing = True
             if self._begin(number) is not None:
                 _answer(call, True)
@@ -331,7 +331,7 @@ class Courier:
                 with calling_back():
                     call.future.set_exception(self._not_handed_over(name, call, made, error))
             return None
-        return Job(number, name, Call(packed, str(directory / f"{number}.value")))
+        return Job(number, name, FunctionCall(packed, str(directory / f"{number}.value")))
 
     def _not_handed_over(self, name: str, call: Submitted, made: object, error: BaseException) -> BaseException:
         """What to raise for a call whose function and arguments could not be packed."""
@@ -397,9 +397,9 @@ class Courier:
                     call.future.set_exception(BrokenPoolExecutor(f"{name}() was not called: {problem}"))
 
 
-def _note(courier: weakref.ref[Courier], number: int, future: Future[Any]) -> None:
+def _note(owner: weakref.ref[ExecutorThread], number: int, future: Future[Any]) -> None:
     """A call that was offered is done: perhaps somebody has cancelled it."""
-    if future.cancelled() and (this := courier()) is not None:
+    if future.cancelled() and (this := owner()) is not None:
         this.cancelled(number)
 
 
@@ -410,7 +410,7 @@ def _answer(call: _Offered, wanted: bool) -> None:
 
 def _open(result: JobResult, name: str, outcome: CallOutcome | None) -> tuple[Any, BaseException | None]:
     """What the call returned, or what to raise instead."""
-    if isinstance(outcome, Returned):
+    if isinstance(outcome, ReturnedValue):
         try:
             return outcome.value.unpack(on_cpu=True), None
         except BaseException as why:  # whatever the user's objects raise when they are unpickled

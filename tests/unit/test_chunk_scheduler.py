@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_launcher.executors.dealing import LAST, MOST_BYTES, TARGET, WINDOW, Chunk, Dealer, Raised
+from gpu_launcher.executors.chunk_scheduler import (
+    CHUNK_SECONDS,
+    LAST_CHUNK_SECONDS,
+    MAX_CHUNK_BYTES,
+    WINDOW,
+    Chunk,
+    ChunkScheduler,
+    RaisedByRecord,
+)
 
 
 class Clock:
@@ -20,15 +28,15 @@ class Clock:
         return self.now
 
 
-def dealer(
+def scheduler(
     records: Any,
     *,
     ordered: bool = True,
     read_ahead: int | None = None,
     clock: Clock | None = None,
     length: int | None = None,
-) -> Dealer:
-    return Dealer(iter(records), ordered=ordered, read_ahead=read_ahead, clock=clock or Clock(), length=length)
+) -> ChunkScheduler:
+    return ChunkScheduler(iter(records), ordered=ordered, read_ahead=read_ahead, clock=clock or Clock(), length=length)
 
 
 @given(
@@ -42,7 +50,7 @@ def dealer(
 def test_every_record_comes_out_once_whatever_dies_and_in_order_if_that_is_wanted(
     count: int, ordered: bool, read_ahead: int | None, said: int | None, dice: Any
 ) -> None:
-    deal = dealer(range(count), ordered=ordered, read_ahead=read_ahead, length=said)
+    deal = scheduler(range(count), ordered=ordered, read_ahead=read_ahead, length=said)
     working: list[list[Chunk]] = [[] for _ in range(3)]
     results: list[int] = []
     deaths: dict[int, int] = {}
@@ -99,7 +107,7 @@ def test_what_the_records_raise_keeps_those_before() -> None:
         yield from range(5)
         raise ValueError("half-way")
 
-    deal = dealer(records())
+    deal = scheduler(records())
     deal.measured(1, 1e-6, 1)
     chunk = deal.deal(2)
     assert chunk is not None
@@ -110,7 +118,7 @@ def test_what_the_records_raise_keeps_those_before() -> None:
 
 
 def test_chunks_grow_until_they_take_long_enough() -> None:
-    deal = dealer(range(10**6))
+    deal = scheduler(range(10**6))
     sizes = []
     for _ in range(8):
         chunk = deal.deal(1)
@@ -121,13 +129,13 @@ def test_chunks_grow_until_they_take_long_enough() -> None:
         while deal.ready:
             deal.take(10**6)
     assert sizes[:3] == [1, 32, 300]
-    assert sizes[-1] * 1e-4 == pytest.approx(TARGET, rel=0.02)
+    assert sizes[-1] * 1e-4 == pytest.approx(CHUNK_SECONDS, rel=0.02)
 
 
 @pytest.mark.parametrize("workers", [2, 8])
 def test_where_the_end_is_known_the_last_chunks_are_small(workers: int) -> None:
     pace, count = 1e-4, 3000
-    deal = dealer(range(count), length=count)
+    deal = scheduler(range(count), length=count)
     deal.measured(1000, 1000 * pace, 0)
     sizes = []
     while (chunk := deal.deal(workers)) is not None:
@@ -137,13 +145,13 @@ def test_where_the_end_is_known_the_last_chunks_are_small(workers: int) -> None:
             deal.take(count)
         left = count - sum(sizes)
         sizes.append(len(chunk.records))
-        assert sizes[-1] <= max(left / (2 * workers), LAST / pace)
+        assert sizes[-1] <= max(left / (2 * workers), LAST_CHUNK_SECONDS / pace)
     assert sum(sizes) == count
-    assert min(sizes[:-1]) == int(LAST / pace)
+    assert min(sizes[:-1]) == int(LAST_CHUNK_SECONDS / pace)
 
 
 def test_of_a_small_window_no_worker_gets_so_much_that_others_have_nothing() -> None:
-    deal = dealer(range(1000), read_ahead=16)
+    deal = scheduler(range(1000), read_ahead=16)
     deal.measured(100, 100 * 1e-3, 0)
     chunks = [deal.deal(4) for _ in range(8)]
     assert [len(chunk.records) for chunk in chunks if chunk is not None] == [2] * 8
@@ -152,7 +160,7 @@ def test_of_a_small_window_no_worker_gets_so_much_that_others_have_nothing() -> 
 
 @pytest.mark.parametrize("said", [0, 500])
 def test_a_length_that_is_too_small_is_not_believed(said: int) -> None:
-    deal = dealer(range(10_000), length=said)
+    deal = scheduler(range(10_000), length=said)
     deal.measured(1000, 1000 * 1e-4, 0)
     sizes = []
     while (chunk := deal.deal(2)) is not None:
@@ -162,15 +170,15 @@ def test_a_length_that_is_too_small_is_not_believed(said: int) -> None:
         while deal.ready:
             deal.take(10_000)
     assert sum(sizes) == 10_000
-    assert sizes[-2] == pytest.approx(TARGET / 1e-4, abs=1)
+    assert sizes[-2] == pytest.approx(CHUNK_SECONDS / 1e-4, abs=1)
 
 
 def test_slow_and_large_records_are_dealt_one_by_one() -> None:
-    slow = dealer(range(100))
+    slow = scheduler(range(100))
     slow.measured(1, 1.0, 10)
     assert slow.ahead == 1
-    large = dealer(range(100))
-    large.measured(1, 1e-6, 2 * MOST_BYTES)
+    large = scheduler(range(100))
+    large.measured(1, 1e-6, 2 * MAX_CHUNK_BYTES)
     for deal in (slow, large):
         chunk = deal.deal(2)
         assert chunk is not None
@@ -185,7 +193,7 @@ def test_a_chunk_goes_out_as_it_is_when_records_are_slow_in_coming() -> None:
             clock.now += 1
             yield number
 
-    deal = dealer(records(), clock=clock)
+    deal = scheduler(records(), clock=clock)
     deal.measured(1, 1e-6, 1)
     chunk = deal.deal(1)
     assert chunk is not None
@@ -193,11 +201,11 @@ def test_a_chunk_goes_out_as_it_is_when_records_are_slow_in_coming() -> None:
 
 
 def test_an_error_to_be_raised_comes_in_its_place() -> None:
-    deal = dealer(range(10))
+    deal = scheduler(range(10))
     for _ in range(3):
         deal.deal(1)
     error = ValueError("at 1")
-    deal.put(1, [None], {0: Raised(error, RuntimeError("why"))})
+    deal.put(1, [None], {0: RaisedByRecord(error, RuntimeError("why"))})
     assert not deal.ready
     deal.put(0, ["zero"], {})
     assert deal.take(10) == ["zero"]
