@@ -15,6 +15,7 @@ that is what the kernel says of it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import operator
 import os
@@ -67,6 +68,7 @@ class TicketName(NamedTuple):
         return f"ticket-{_LOWEST_RANK - self.priority:06}-{self.sequence:012}-{self.id}-{self.edition:06}"
 
     @classmethod
+    @functools.lru_cache(maxsize=4096)  # the same names are read again and again
     def parse(cls, name: str) -> TicketName | None:
         """Return None if it is not a ticket's name."""
         match = TICKET_NAME.fullmatch(name)

@@ -176,7 +176,7 @@ def waits(snapshot: Snapshot) -> dict[str, Wait]:
         if allocator is None or demand is None or not readable:
             reasons[ticket.id] = Wait(missing=demand.request.gpus if demand else 0, unreadable=True)
             continue
-        free = len(allocator.free(demand))
+        stagger, free = demand.request.stagger, len(allocator.free(demand))
         found = allocator.grant_or_reserve(demand)
         uuids = [candidate.uuid for candidate in demand.candidates]
         if found is None:
@@ -186,7 +186,7 @@ def waits(snapshot: Snapshot) -> dict[str, Wait]:
                 leases=tuple(leases),
                 behind=tuple(dict.fromkeys(first[uuid] for uuid in uuids if uuid in first)),
                 unavailable=tuple(uuid for uuid in uuids if uuid in demand.unavailable),
-                staggered=tuple(uuid for uuid in uuids if allocator.staggered(uuid, demand.request)),
+                staggered=tuple(one for one in uuids if allocator.staggered(one, demand.request)) if stagger else (),
             )
         if found is not None or allocator.possible(demand):
             for uuid in uuids if found is None else found:
