@@ -1,7 +1,8 @@
 """What gpu-launcher's processes decide, as lines of one log file: `GPU_LAUNCHER_LOG=debug`.
 
-Loggers stand below `gpu_launcher` in the tree of `logging`. All processes of a sweep append to one file, each line with
-one write to a descriptor that is open with O_APPEND, so that lines of several processes never mix:
+Loggers stand below `gpu_launcher.decisions` in the tree of `logging`. The logger `gpu_launcher` is an ordinary one, for
+what users should know. All processes of a sweep append to one file, each line with one write to a descriptor that is
+open with O_APPEND, so that lines of several processes never mix:
 
     2026-11-29T08:31:05.123 DEBUG node1 fork server[4711] processes.fork_server: supervisor 3 has process id 4715
 
@@ -29,7 +30,7 @@ VARIABLE = "GPU_LAUNCHER_LOG"
 FILE = "gpu-launcher.log"
 """Name of the log in a sweep's directory."""
 
-_ROOT = "gpu_launcher"
+_ROOT = "gpu_launcher.decisions"
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 _OFF = logging.CRITICAL + 1
 
