@@ -280,7 +280,7 @@ class LeaseBroker:
     # Giving back
 
     def give_back(self, lease: HeldLease) -> None:
-        """Give a lease back, and on to whoever waits for it in this process. A second time does nothing."""
+        """Give a lease back, and on to requests of this process that wait for it. A second time does nothing."""
         if self._holder == threading.get_ident() and self._process == os.getpid():
             self._returned.append(lease)
             return
@@ -311,7 +311,7 @@ class LeaseBroker:
     # Forks
 
     def before_fork(self) -> bool:
-        """Nothing may be half-done in a child. Returns whether `after_fork` is to be called."""
+        """Finish and lock, so that a child inherits nothing half-done. Returns whether to call `after_fork`."""
         if self._holder == threading.get_ident():
             return False
         self._lock.acquire()
@@ -319,11 +319,11 @@ class LeaseBroker:
         return True
 
     def after_fork(self) -> None:
-        """In the parent, go on."""
+        """Unlock, in the parent."""
         self._unlock()
 
     def in_child(self) -> None:
-        """Be another process: wait for nothing, hold what is out, and open a queue of its own when one is needed."""
+        """Start anew in a child: drop all requests, and keep the leases that are held."""
         self._process, self._holder = os.getpid(), threading.get_ident()
         queue, self._queue = self._queue, None
         keep = set() if in_internal_fork() else set(self._out)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 EMPTY = PoolView(tickets=(), leases=(), stale=0)
-MOST_INDEX = 9999
+MAX_INDEX = 9999
 
 
 class DeviceState(str, Enum):
@@ -146,7 +146,7 @@ def take_survey(
 def device_of(uuid: str) -> Device:
     """A device that is known by its UUID only, because this process does not see it or does not simulate it."""
     kind, _, number = uuid.partition("-")
-    if number.isdecimal() and int(number) <= MOST_INDEX:
+    if number.isdecimal() and int(number) <= MAX_INDEX:
         if kind == "SIMULATED":
             return simulated_devices(int(number) + 1)[-1]
         if kind == "CPU":

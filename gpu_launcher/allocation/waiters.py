@@ -122,7 +122,7 @@ class TaskWaiter:
 
 
 class LoopDriver:
-    """Attends from an event loop, while tasks of it wait. To be used in that loop's thread."""
+    """Attends to the queue from an event loop while tasks of that loop wait. For use in the loop's thread."""
 
     def __init__(
         self,
@@ -132,14 +132,14 @@ class LoopDriver:
     ) -> None:
         """Call `attend` after `patience()` seconds, and whenever something is readable."""
         self._loop = loop
-        self._attend_to_room = attend
+        self._attend_to_queue = attend
         self._patience = patience
         self._waiting = 0
         self._descriptors: tuple[int, ...] = ()
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self, descriptors: tuple[int, ...]) -> None:
-        """One more waits, for what is readable at `descriptors`."""
+        """Count one more waiting task, and watch `descriptors`."""
         self._waiting += 1
         if self._waiting == 1:
             self._descriptors = descriptors
@@ -148,14 +148,14 @@ class LoopDriver:
             self._arm()
 
     def end(self) -> bool:
-        """One does not wait any more. Returns whether it was the last."""
+        """Count one waiting task less. Returns whether it was the last."""
         self._waiting -= 1
         if self._waiting == 0:
             self._stop()
         return self._waiting == 0
 
     def stop(self) -> None:
-        """The room is closed. From any thread."""
+        """Stop, from any thread, because the queue is closed."""
         with contextlib.suppress(RuntimeError):  # so is the loop
             self._loop.call_soon_threadsafe(self._stop)
 
@@ -169,7 +169,7 @@ class LoopDriver:
 
     def _attend(self) -> None:
         try:
-            self._attend_to_room()
+            self._attend_to_queue()
         finally:
             self._arm()
 

@@ -1,4 +1,4 @@
-"""What makes some devices a better choice: how loaded they are, how they are connected. Pure; the policy chooses."""
+"""Which devices are a better choice, by their load and their connections. Pure; the grant policy chooses."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Links:
 
 
 def combinable(devices: Sequence[Device], count: int) -> tuple[Device, ...]:
-    """Those of `devices` from which a job may get `count` at once: of several, none may be a MIG instance.
+    """The `devices` from which a job may get `count` at once: of several, none may be a MIG instance.
 
     CUDA shows a process one MIG instance at most, and no other GPU beside it (NVIDIA's MIG user guide, "CUDA Device
     Enumeration"). Raises RequestError where only MIG instances would make up the number.

@@ -1,4 +1,4 @@
-"""How a device is doing, and whether somebody outside the pool uses it. Pure: what was measured comes as values."""
+"""The condition of a device, and whether a program outside the pool uses it. Pure: measurements come as values."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
 BUSY_MEMORY = 512 * MIB
-"""More memory than this in use beyond what is leased means that somebody uses the device.
+"""More memory than this in use beyond what is leased means that a program outside the pool uses the device.
 
-It has to be above what nobody would call use: the driver's own (which older drivers count as used: 300 to 600 MiB of a
+It must be above what is not called use: the driver's own (which older drivers count as used: 300 to 600 MiB of a
 large GPU), a desktop (100 to 400 MiB), a job's CUDA context (200 to 500 MiB, which those who declare memory forget).
 And it has to be below what any training holds, which torch's context and cached kernels alone are.
 """
@@ -47,7 +47,7 @@ class GpuProcess:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """What a device was doing at one moment. Whatever is None was not to be had, and nothing follows from it."""
+    """The condition of a device at one moment. A value of None was not available, and nothing follows from it."""
 
     uuid: str
     utilisation: float | None = None
@@ -90,7 +90,7 @@ def why_busy(
     leases: int = 0,
     busy_memory: int | None = BUSY_MEMORY,
 ) -> str | None:
-    """Why no share of the device should be granted: somebody outside the pool uses it. None if nobody is seen to.
+    """Why no share of the device should be granted: a program outside the pool uses it. None if none is seen to.
 
     `owners` as for `foreign_processes`. `leased` is the memory, in bytes, of all live leases on the device (of a
     fraction without declared memory, that fraction of the device's), and `leases` is their number. `busy_memory` None

@@ -29,8 +29,8 @@ _log = get_logger("devices.monitor")
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MOST_STARTS = 3
-"""A process that watches GPUs and dies that often is no accident."""
+MAX_STARTS = 3
+"""Starts of the process that watches GPUs. If it dies as often, it would die again."""
 
 _LENGTH = struct.Struct("!I")
 
@@ -88,7 +88,7 @@ class ConditionMonitor:
         if self._asked is not None:
             return
         if self._process is None:
-            if self._starts == MOST_STARTS:
+            if self._starts == MAX_STARTS:
                 self.latest = Reading(now, problem="the process that watches the GPUs ended again and again")
                 return
             self._start()

@@ -1,4 +1,4 @@
-"""Who a process on a device is: its user, its command, and which processes it descends from. Reads /proc."""
+"""The user, the command and the ancestors of a process on a device. Reads /proc."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def origin_of(pid: int, root: Path = Path("/")) -> ProcessOrigin | None:
             ancestors.append(parent)
             parent = _parent(root / "proc" / str(parent))
     except (OSError, ValueError, IndexError):
-        return None  # it has ended, or somebody hides processes from us
+        return None  # it has ended, or processes are hidden from this user
     return ProcessOrigin(user, command, tuple(ancestors))
 
 

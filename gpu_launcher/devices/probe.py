@@ -1,4 +1,4 @@
-"""What a probe of the machine's GPUs answers. Values only; nothing here touches a device."""
+"""The answers of a probe of the machine's GPUs. Values only; nothing here touches a device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class UnusableGpu:
     reason: str
     """Continues `GPU 1 ...`: what is wrong, and what to do, such as `is in MIG mode and ...`."""
     broken: bool = False
-    """Whether it fails; otherwise settings that somebody made keep jobs off it."""
+    """Whether it fails. Otherwise its settings make it unavailable to jobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Inventory:
 
 
 class DeviceProbe(Protocol):
-    """Looks what is in the machine. Asked anew for each launch: GPUs get lost, drivers get updated."""
+    """Says what is in the machine. Asked anew for each launch, because GPUs get lost and drivers get updated."""
 
     def inventory(self) -> Inventory:
         """The machine's GPUs, or why there is none. Raises DeviceError where the driver fails to answer."""

@@ -7,7 +7,7 @@ from reprlib import Repr
 
 from gpu_launcher.errors import OptionError
 
-MOST = 4096
+MAX_COUNT = 4096
 """More slots or simulated devices than this is a slip of the finger."""
 
 ALONE = ("auto", "cpu", "simulated")
@@ -64,8 +64,8 @@ def read_specification(spec: object, option: str) -> Specification:
 def _counted(spec: str, kind: str, count: str, option: str) -> Specification:
     if kind == "cpu" == spec.strip().lower():
         return CpuSlots(None)
-    if not (count.isdecimal() and len(count) < 10 and 1 <= int(count) <= MOST):
-        raise OptionError(option, f"{_shown(spec)} needs a number from 1 to {MOST}, such as {kind}:4")
+    if not (count.isdecimal() and len(count) < 10 and 1 <= int(count) <= MAX_COUNT):
+        raise OptionError(option, f"{_shown(spec)} needs a number from 1 to {MAX_COUNT}, such as {kind}:4")
     return CpuSlots(int(count)) if kind == "cpu" else SimulatedDevices(int(count))
 
 
