@@ -490,19 +490,20 @@ import sys
 from pathlib import Path
 
 from gpu_launcher.cli.mapping.grid import Grid
-from gpu_launcher.cli.mapping.place import Place
-from gpu_launcher.cli.mapping.results import Completed, Results, settle, write_table
-from gpu_launcher.cli.mapping.source import MapSource
-from gpu_launcher.cli.mapping.supply import Input, Supply
+from gpu_launcher.cli.mapping.inputs import Input, RunSequence
+from gpu_launcher.cli.mapping.map_directory import MapDirectory
+from gpu_launcher.cli.mapping.map_runs import MapRuns
+from gpu_launcher.cli.mapping.results import Results, write_table
+from gpu_launcher.cli.mapping.resume import EarlierRuns
 from gpu_launcher.cli.mapping.template import Template
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import JobResult
 from gpu_launcher.jobs.source import Exhausted, Offer
 
-place = Place(Path("out").absolute())
-supply = Supply(Template.parse(["{n}"]), Grid(), Input(sys.argv[1]))
-supply.survey(Completed())
-source = MapSource(supply, place, Results(place.results), completed=None, keep_going=False)
+directory = MapDirectory(Path("out").absolute())
+sequence = RunSequence(Template.parse(["{n}"]), Grid(), Input(sys.argv[1]))
+sequence.survey(EarlierRuns())
+source = MapRuns(sequence, directory, Results(directory.results), keep_going=False)
 over, seen = False, 0
 
 
@@ -520,9 +521,9 @@ while not over:
             if seen == 5_000:
                 before = memory()
         over = over or isinstance(statement, Exhausted)
-write_table(place)
+write_table(directory)
 print(seen, memory() - before)
-assert settle(place).count == seen
+assert EarlierRuns.to_resume(directory).completed == seen
 print(memory() - before)
 """
 

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_launcher.cli.mapping.place import Place
-from gpu_launcher.cli.mapping.results import completed_before, lines
+from gpu_launcher.cli.mapping.map_directory import MapDirectory
+from gpu_launcher.cli.mapping.results import lines
+from gpu_launcher.cli.mapping.resume import EarlierRuns
 from gpu_launcher.cli.output import to_text
 from gpu_launcher.cli.sweep import lines as table
 from gpu_launcher.cli.sweep import to_json
@@ -247,12 +248,12 @@ ROW = {
 def test_forged_results_of_a_map_are_left_out(
     tmp_path_factory: pytest.TempPathFactory, change: dict[str, Any], outcome: bytes
 ) -> None:
-    place = Place(tmp_path_factory.mktemp("map"))
+    place = MapDirectory(tmp_path_factory.mktemp("map"))
     place.results.write_text(f"{json.dumps({**ROW, **change})}\n{json.dumps({**ROW, 'index': 3})}\n")
     (place.path / "1").mkdir()
     (place.path / "1" / "outcome.json").write_bytes(outcome)
     (place.path / ("9" * 200)).mkdir()
-    assert 3 in completed_before(place)
+    assert 3 in EarlierRuns.of(place)
     assert all(isinstance(line["params"], dict) for line in lines(place.results))
 
 

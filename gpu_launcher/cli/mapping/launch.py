@@ -14,12 +14,13 @@ from typing import Any
 
 from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.cli.mapping.grid import Grid, read_grid
-from gpu_launcher.cli.mapping.place import COMMAND, Place, new_directory, quoted
-from gpu_launcher.cli.mapping.program import CommandProgram
+from gpu_launcher.cli.mapping.inputs import STDIN, Input, RunSequence
+from gpu_launcher.cli.mapping.map_directory import COMMAND, MapDirectory, new_directory, quoted
+from gpu_launcher.cli.mapping.map_runs import MapRuns
 from gpu_launcher.cli.mapping.records import Bad
-from gpu_launcher.cli.mapping.results import Completed, Results, completed_before, write_table
-from gpu_launcher.cli.mapping.resumption import Before, ResumableSource, unwritable
-from gpu_launcher.cli.mapping.supply import STDIN, Input, Supply
+from gpu_launcher.cli.mapping.results import Results, write_table
+from gpu_launcher.cli.mapping.resume import EarlierRuns, unwritable
+from gpu_launcher.cli.mapping.run_process import CommandProgram
 from gpu_launcher.cli.mapping.template import GPU, Template
 from gpu_launcher.cli.streams import print_if_possible, printable, tell
 from gpu_launcher.debug_log import log_into
@@ -111,17 +112,17 @@ class Asked:
         )
 
 
-def run_map(asked: Asked, directory: str | None, resume: str | None, *, dry_run: bool) -> int:
+def run_map(asked: Asked, new: str | None, resume: str | None, *, dry_run: bool) -> int:
     """Run it; returns the exit code. Raises OptionError if nothing was run, else GpuLauncherError."""
-    place = None
-    for option, name in (("dir", directory), ("resume", resume)):
+    directory: MapDirectory | None = None
+    for option, name in (("dir", new), ("resume", resume)):
         if name == "":
             raise OptionError(option, "names nothing: is the variable set from which it was to come?")
     if resume is not None:
-        if directory is not None:
+        if new is not None:
             raise OptionError("dir", "--resume says already in which directory: leave one of them out")
-        place = Place(Path(resume).absolute())
-        asked = _resumed(place, asked)
+        directory = MapDirectory(Path(resume).absolute())
+        asked = _resumed(directory, asked)
     elif not asked.param and asked.source is None:
         raise UsageError("there are no parameters: give --param name=1,2,3, or --from a file")
     else:
@@ -130,35 +131,35 @@ def run_map(asked: Asked, directory: str | None, resume: str | None, *, dry_run:
     _check_command(template, asked)
     _check_grid(template, asked)
     options = _options(asked.options)
-    supply = Supply(template, asked.grid, None if asked.source is None else Input(asked.source))
+    sequence = RunSequence(template, asked.grid, None if asked.source is None else Input(asked.source))
     if dry_run:
-        return _dry_run(supply, template, Completed() if place is None else completed_before(place), asked)
-    launch = _Launch(asked, template, options, supply)
-    return launch.begin(directory) if place is None else launch.go_on(place)
+        return _dry_run(sequence, template, EarlierRuns() if directory is None else EarlierRuns.of(directory), asked)
+    launch = _Launch(asked, template, options, sequence)
+    return launch.begin(new) if directory is None else launch.resume(directory)
 
 
-def _resumed(place: Place, later: Asked) -> Asked:
-    settings = place.read_settings()
+def _resumed(directory: MapDirectory, later: Asked) -> Asked:
+    settings = directory.read_settings()
     try:
         before = Asked.of_settings(settings)
     except (TypeError, ValueError) as error:
-        raise place.damaged() from error
-    if later.command != before.command and (why := place.whose()) is not None:
-        _ask_before_running(place, before, why)
+        raise directory.damaged() from error
+    if later.command != before.command and (why := directory.whose()) is not None:
+        _ask_before_running(directory, before, why)
     if before.source == STDIN and later.source is None and os.isatty(0):
         raise OptionError(
             "resume",
             "its parameters came in on stdin, which is a terminal now: feed it the same ones, as in "
-            f"{_go_on(place, STDIN)}",
+            f"{_how_to_resume(directory, STDIN)}",
         )
     return before.resumed_by(later)
 
 
-def _ask_before_running(place: Place, before: Asked, why: str) -> None:
+def _ask_before_running(directory: MapDirectory, before: Asked, why: str) -> None:
     """Have the user confirm a command that somebody else may have written. Raises OptionError if that is refused."""
     command = one_line(shlex.join(before.command))
     where = one_line(str(before.directory))
-    tell(f"{short_path(place.settings)} {why}. The map would run this command as you, in {where}:")
+    tell(f"{short_path(directory.settings)} {why}. The map would run this command as you, in {where}:")
     tell(f"    {command}")
     if os.isatty(0):
         print("Run it? [y/N] ", end="", file=sys.stderr, flush=True)
@@ -166,14 +167,14 @@ def _ask_before_running(place: Place, before: Asked, why: str) -> None:
             return
     raise OptionError(
         "resume",
-        f"{short_path(place.path)} may be another user's map, and its command was not confirmed: answer y on a "
+        f"{short_path(directory.path)} may be another user's map, and its command was not confirmed: answer y on a "
         "terminal, or give the command itself after --",
     )
 
 
-def _go_on(place: Place, source: str | None) -> str:
+def _how_to_resume(directory: MapDirectory, source: str | None) -> str:
     """The command that goes on with a map."""
-    command = f"{COMMAND} --resume {quoted(place.path)}"
+    command = f"{COMMAND} --resume {quoted(directory.path)}"
     return f"<the same stream> | {command}" if source == STDIN else command
 
 
@@ -220,7 +221,7 @@ def _found_by(program: str, script: str) -> bool:
     """Whether an interpreter looks for scripts elsewhere and finds this one: shells do, in $PATH."""
     if not Path(program).name.endswith("sh") or "/" in script:
         return False
-    return any((Path(place or ".") / script).is_file() for place in os.get_exec_path())
+    return any((Path(directory or ".") / script).is_file() for directory in os.get_exec_path())
 
 
 def _options(given: Mapping[str, Any]) -> Options:
@@ -242,23 +243,23 @@ def _options(given: Mapping[str, Any]) -> Options:
     )
 
 
-def _dry_run(supply: Supply, template: Template, completed: Completed, asked: Asked) -> int:
+def _dry_run(sequence: RunSequence, template: Template, earlier: EarlierRuns, asked: Asked) -> int:
     runs = bad = 0
-    while not supply.over:
-        found = supply.next()
+    while not sequence.over:
+        found = sequence.next()
         if found is None:
-            supply.wait()
+            sequence.wait()
         elif isinstance(found, Bad):
             bad += 1
             if not asked.options.get("keep_going"):
                 raise _refused([found.problem], 1)
             tell(f"{found.problem}; it is left out")
-        elif found.index not in completed:
+        elif found.index not in earlier:
             runs += 1
             if runs <= DRY:
                 print(printable(template.line(found.params, found.index, GPU), sys.stdout), flush=True)
-            elif supply.total is not None:
-                runs = supply.total - completed.count
+            elif sequence.total is not None:
+                runs = sequence.total - earlier.completed
                 break
     more = f"... and {runs - DRY} more: " if runs > DRY else ""
     print(f"{more}{count(runs, 'run')}" + (f", {count(bad, 'line')} left out" if bad else ""), file=sys.stderr)
@@ -279,70 +280,66 @@ class _Launch:
     asked: Asked
     template: Template
     options: Options
-    supply: Supply
+    sequence: RunSequence
 
-    def begin(self, directory: str | None) -> int:
-        """A new map."""
-        total = self._survey(Before())
-        above = Place(Path(directory or DEFAULT).absolute()).above()
-        place = Place(new_directory() if directory is None else Path(directory).absolute())
-        place.create(self.asked.settings(), above)
+    def begin(self, name: str | None) -> int:
+        """Run a new map."""
+        total = self._survey(EarlierRuns())
+        above = MapDirectory(Path(name or DEFAULT).absolute()).above()
+        directory = MapDirectory(new_directory() if name is None else Path(name).absolute())
+        directory.create(self.asked.settings(), above)
         try:
-            with place.locked("dir", tell):
-                return self._run(place, total, None)
+            with directory.locked("dir", tell):
+                return self._run(directory, total, None)
         except GpuLauncherError:
-            place.withdraw(above)  # so that the command can be mended
+            directory.withdraw(above)  # so that the command can be mended
             raise
 
-    def go_on(self, place: Place) -> int:
-        """One that an earlier launch did not finish."""
-        with place.locked("resume", tell):
-            try:
-                before = Before.of(place)
-            except OSError as error:
-                problem = (
-                    f"{short_path(place.path)} cannot be read ({error.strerror}): {short_path(Path(error.filename))}"
-                )
-                raise OptionError("resume", problem) from error
-            total = self._survey(before)
+    def resume(self, directory: MapDirectory) -> int:
+        """Run what earlier launches of a map did not complete."""
+        with directory.locked("resume", tell), directory.without_kept_results():
+            earlier = EarlierRuns.to_resume(directory)
+            total = self._survey(earlier)
             of = "" if total is None else f" of {total}"
-            tell(f"{before.completed.count}{of} runs completed before, and are not run again")
-            return self._run(place, total, before)
+            tell(f"{earlier.completed}{of} runs completed before, and are not run again")
+            return self._run(directory, total, earlier)
 
-    def _survey(self, before: Before) -> int | None:
+    def _survey(self, earlier: EarlierRuns) -> int | None:
         """Look through what is to be run, where that can be done, before anything is; returns how much it is."""
-        if self.supply.source is None or not self.supply.source.seekable:
-            return self.supply.total
-        survey = self.supply.survey(before.completed)
+        if self.sequence.source is None or not self.sequence.source.seekable:
+            return self.sequence.total
+        survey = self.sequence.survey(earlier)
         if survey.lines and not self.asked.options.get("keep_going"):
             raise _refused(survey.problems, survey.lines)
         if not survey.runs and not survey.lines:
-            raise OptionError("from", f"{self.supply.source.name} is empty")
-        if survey.runs + survey.lines * len(self.asked.grid) < before.runs:
+            raise OptionError("from", f"{self.sequence.source.name} is empty")
+        if survey.runs + survey.lines * len(self.asked.grid) < earlier.runs:
             raise OptionError(
                 "from",
-                f"{self.supply.source.name} has {count(survey.runs, 'run')}, and this map had {before.runs} before: "
+                f"{self.sequence.source.name} has {count(survey.runs, 'run')}, and this map had {earlier.runs} before: "
                 "put back what is missing, or run it as a map of its own, with another --dir",
             )
         return survey.runs
 
-    def _run(self, place: Place, total: int | None, before: Before | None) -> int:
+    def _run(self, directory: MapDirectory, total: int | None, earlier: EarlierRuns | None) -> int:
         try:
-            results = Results(place.results)
+            results = Results(directory.results)
         except OSError as error:
-            raise unwritable(place, error) from error
-        log_into(place.path)
+            raise unwritable(directory, error) from error
+        log_into(directory.path)
         keep_going = bool(self.asked.options.get("keep_going"))
-        source = ResumableSource(self.supply, place, results, before, keep_going=keep_going)
+        source = MapRuns(self.sequence, directory, results, earlier, keep_going=keep_going)
         assert self.options.request is not None
-        program = CommandProgram(self.template, place, self.options.request, self.asked.directory)
+        program = CommandProgram(self.template, directory, self.options.request, self.asked.directory)
         # No thread of ours exists, and nothing of CUDA's. The open files are ours, and the commands get none of them.
         node = LocalNode(program, method="fork", open_files=OpenFiles())
         try:
             node.wait_until_ready()
-            left = None if total is None else total - (before.completed.count if before else 0)
+            left = None if total is None else total - (earlier.completed if earlier else 0)
             display = open_progress(name="gpu-launcher", reads=self.asked.source == STDIN and os.isatty(0))
-            sweep = run_jobs([], node, self.options, place.path, COMMAND, source=source, total=left, display=display)
+            sweep = run_jobs(
+                [], node, self.options, directory.path, COMMAND, source=source, total=left, display=display
+            )
         except GpuLauncherError as error:
             if source.ran or isinstance(error, OptionError):
                 raise
@@ -350,18 +347,19 @@ class _Launch:
         finally:
             node.close()
             source.close()
-        return self._conclude(place, source, sweep)
+        return self._conclude(directory, source, sweep)
 
-    def _conclude(self, place: Place, source: ResumableSource, sweep: SweepResult) -> int:
+    def _conclude(self, directory: MapDirectory, source: MapRuns, sweep: SweepResult) -> int:
         try:
             source.results.flush()
             source.results.close()
             if self.asked.options.get("csv"):
-                write_table(place)
+                write_table(directory)
         except OSError as error:
             raise MapError(
-                f"results cannot be written to {short_path(place.path)}: {error.strerror}. What completed is kept in "
-                f"the directories of its runs: make room, and to run the rest: {self._how(place)}"
+                f"results cannot be written to {short_path(directory.path)}: {error.strerror}. Each completed "
+                "run is recorded in its own directory: make room, and run the rest with "
+                f"{self._how(directory)}"
             ) from error
         incomplete = bool(source.failed or source.bad or source.problem)
         if source.missing and not (sweep.stopped or source.problem):
@@ -371,11 +369,11 @@ class _Launch:
                 "not come in again: the input is not what it was"
             )
         if incomplete or sweep.stopped:
-            tell(f"to run the rest: {self._how(place)}")
-        print_if_possible(short_path(place.results))
+            tell(f"to run the rest: {self._how(directory)}")
+        print_if_possible(short_path(directory.results))
         if sweep.stopped_by is not None:
             return 128 + sweep.stopped_by
         return 1 if incomplete or sweep.stopped else 0
 
-    def _how(self, place: Place) -> str:
-        return _go_on(place, self.asked.source)
+    def _how(self, directory: MapDirectory) -> str:
+        return _how_to_resume(directory, self.asked.source)

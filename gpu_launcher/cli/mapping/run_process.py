@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_launcher.cli.mapping.place import Place, RunPlace
+from gpu_launcher.cli.mapping.map_directory import MapDirectory, RunDirectory
 from gpu_launcher.cli.mapping.template import Template
 from gpu_launcher.cli.mapping.values import Params
 from gpu_launcher.model import Request
@@ -36,7 +36,7 @@ class CommandProgram:
     """Callable once in each run's process."""
 
     template: Template
-    place: Place
+    place: MapDirectory
     request: Request
     directory: Path
     """Where commands run."""
@@ -72,7 +72,7 @@ class CommandProgram:
             origin=last,
         )
 
-    def _run(self, words: list[str], run: RunPlace, arrived: list[int]) -> dict[str, Any]:
+    def _run(self, words: list[str], run: RunDirectory, arrived: list[int]) -> dict[str, Any]:
         """Raises OSError if it cannot be started."""
         with open(open_regular(run.stdout, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as stdout:
             began = time.monotonic()

@@ -64,7 +64,7 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @dataclass(frozen=True, slots=True)
-class RunPlace:
+class RunDirectory:
     """The directory of one run."""
 
     path: Path
@@ -117,7 +117,7 @@ class RunPlace:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class MapDirectory:
     """The directory of a map."""
 
     path: Path
@@ -125,6 +125,11 @@ class Place:
     @property
     def results(self) -> Path:
         return self.path / "results.jsonl"
+
+    @property
+    def kept_results(self) -> Path:
+        """What a resumption keeps of the results, until it replaces them."""
+        return self.path / "results.jsonl.tmp"
 
     @property
     def table(self) -> Path:
@@ -138,9 +143,9 @@ class Place:
     def lock(self) -> Path:
         return self.path / DIRECTORY / LOCK
 
-    def run(self, index: int) -> RunPlace:
+    def run(self, index: int) -> RunDirectory:
         """Where that run is."""
-        return RunPlace(self.path / str(index))
+        return RunDirectory(self.path / str(index))
 
     def indices(self) -> Iterator[int]:
         """Of the runs that have a directory, in no order."""
@@ -256,6 +261,15 @@ class Place:
                 return
             with contextlib.suppress(FileNotFoundError):
                 path.rmdir()
+
+    @contextlib.contextmanager
+    def without_kept_results(self) -> Iterator[None]:
+        """Remove `kept_results` after this block, unless they replaced the results."""
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                self.kept_results.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def locked(self, option: str, notice: Callable[[str], None]) -> Iterator[None]:

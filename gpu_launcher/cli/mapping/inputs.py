@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gpu_launcher.cli.mapping.grid import Grid
 from gpu_launcher.cli.mapping.records import Bad, Record, RecordReader
-from gpu_launcher.cli.mapping.results import Completed
+from gpu_launcher.cli.mapping.resume import EarlierRuns
 from gpu_launcher.cli.mapping.template import Template
 from gpu_launcher.cli.mapping.values import Params, words
 from gpu_launcher.errors import OptionError
@@ -104,7 +104,7 @@ def changed(index: int) -> str:
     )
 
 
-class Supply:
+class RunSequence:
     """Counts runs as it hands them out. A record that cannot be used still counts, so that a mended file goes on."""
 
     def __init__(self, template: Template, grid: Grid, source: Input | None) -> None:
@@ -140,10 +140,10 @@ class Supply:
         """Whether `next` has nothing more to give."""
         return self._ended and self._record is None
 
-    def survey(self, completed: Completed) -> Survey:
+    def survey(self, earlier: EarlierRuns) -> Survey:
         """Read the whole input, which is `seekable`, and begin again. Raises OptionError.
 
-        Also if what `completed` before was something else.
+        Also if a run that completed in `earlier` launches had other parameters.
         """
         assert self.source is not None
         runs, lines, bad = 0, 0, []
@@ -153,8 +153,8 @@ class Supply:
                 lines += 1
                 bad += [found.problem] if lines <= BAD_NAMED else []
             elif found is not None:
-                for at in range(len(self._grid)) if completed.count else ():
-                    self._compare(completed, self._records * len(self._grid) + at, {**found.params, **self._grid[at]})
+                for at in range(len(self._grid)) if earlier.completed else ():
+                    self._compare(earlier, self._records * len(self._grid) + at, {**found.params, **self._grid[at]})
                 runs += len(self._grid)
                 self._records += 1
         self.source.rewind()
@@ -162,8 +162,8 @@ class Supply:
         return Survey(runs, lines, bad)
 
     @staticmethod
-    def _compare(completed: Completed, index: int, params: Params) -> None:
-        if index in completed and not completed.agrees(index, params):
+    def _compare(earlier: EarlierRuns, index: int, params: Params) -> None:
+        if index in earlier and not earlier.agrees(index, params):
             raise OptionError("from", changed(index))
 
     def next(self) -> Run | Bad | None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
 import time
 from typing import Any
 
-from gpu_launcher.cli.mapping.place import Place
+from gpu_launcher.cli.mapping.inputs import RunSequence, changed
+from gpu_launcher.cli.mapping.map_directory import MapDirectory
 from gpu_launcher.cli.mapping.records import Bad
-from gpu_launcher.cli.mapping.results import Completed, Results, result_line, write_outcome
-from gpu_launcher.cli.mapping.supply import Supply, changed
+from gpu_launcher.cli.mapping.results import Results, result_line, write_outcome
+from gpu_launcher.cli.mapping.resume import EarlierRuns, last_result, unwritable
 from gpu_launcher.cli.mapping.values import Params, words
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs.events import Outcome
@@ -28,28 +30,41 @@ BAD_NAMED = 10
 """How many lines that cannot be used are named before they are only counted."""
 
 
-class MapSource:
+class MapRuns:
     """See `gpu_launcher.jobs.source.JobSource`."""
 
     def __init__(
-        self, supply: Supply, place: Place, results: Results, *, completed: Completed | None, keep_going: bool
+        self,
+        sequence: RunSequence,
+        directory: MapDirectory,
+        results: Results,
+        earlier: EarlierRuns | None = None,
+        *,
+        keep_going: bool,
     ) -> None:
-        """Run what `supply` has in `place`, but not what `completed` in an earlier launch, if there was one.
+        """Run the `sequence` in `directory`, without what completed in `earlier` launches, if there were any.
 
-        With `keep_going` what cannot be used is left out; otherwise nothing is started after it.
+        With `keep_going`, invalid records are left out; otherwise nothing is started after one.
         """
-        self._resumes = completed is not None
-        self._supply = supply
-        self._place = place
-        self._completed = completed or Completed()
-        self._results = results
+        self._sequence = sequence
+        self._directory = directory
+        self.results = results
+        self._earlier = earlier
+        self._kept = earlier is None
+        """Whether the table has only results that count."""
+        self.missing = set(earlier.incomplete) if earlier else set()
+        """Runs of earlier launches that did not complete, as long as the input has not named them."""
+        self._without_result = set(self.missing)
+        """Those that have no result in the table."""
+        self.ran = False
+        """Whether any run was started."""
         self._keep_going = keep_going
         self._wanted = 0
         self._params: dict[int, Params] = {}
         """Of the runs that have not ended."""
-        self._labels = Labels(supply.fixed)
+        self._labels = Labels(sequence.fixed)
         self._over = False
-        self._pending: list[Statement] = [Remark(f"results are in {short_path(place.path)}")]
+        self._pending: list[Statement] = [Remark(f"results are in {short_path(directory.path)}")]
         self.bad = 0
         """How many records could not be used."""
         self.failed = 0
@@ -72,8 +87,9 @@ class MapSource:
         self._wake()
 
     def receive(self) -> list[Statement]:
-        """See `JobSource`."""
+        """See `JobSource`. Raises UsageError if the table of an earlier launch cannot be replaced."""
         self._rest()
+        self._drop_old_results()
         statements, self._pending = self._pending, []
         until = time.monotonic() + TURN
         waiting = False
@@ -88,27 +104,37 @@ class MapSource:
     def _look(self, statements: list[Statement]) -> bool:
         """Take one more; whether there is none yet."""
         try:
-            found = self._supply.next()
+            found = self._sequence.next()
         except GpuLauncherError as error:
             self._give_up(str(error), statements)
             return False
         if found is None:
-            if not self._supply.over:
+            if not self._sequence.over:
                 return True
             self._over = True
             statements.append(Exhausted(self._left_out()))
         elif isinstance(found, Bad):
             self._skip(found, statements)
-        elif found.index not in self._completed:
+        elif self._earlier is None or found.index not in self._earlier:
             self._wanted -= 1
+            self.missing.discard(found.index)
             self._params[found.index] = found.params
-            before = self._place.run(found.index).attempts() if self._resumes else 0
+            before = self._directory.run(found.index).attempts() if self._earlier else 0
             statements.append(
                 Offer(Job(found.index, self._labels.of(words(found.params)), found.params, attempts_before=before))
             )
-        elif not self._completed.agrees(found.index, found.params):
+        elif not self._earlier.agrees(found.index, found.params):
             self._give_up(changed(found.index), statements)
         return False
+
+    def _drop_old_results(self) -> None:
+        """Replace the table of an earlier launch, as late as can be: nothing keeps this launch from running now."""
+        if not self._kept:
+            try:
+                self.results.replace_by(self._directory.kept_results)
+            except OSError as error:
+                raise unwritable(self._directory, error) from error
+            self._kept = True
 
     def _skip(self, bad: Bad, statements: list[Statement]) -> None:
         self.bad += 1
@@ -130,6 +156,7 @@ class MapSource:
 
     def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
         """See `JobSource`."""
+        self.ran = True
 
     def on_message(self, number: int, what: Any) -> None:
         """See `JobSource`."""
@@ -141,9 +168,10 @@ class MapSource:
             self.failed += 1
             if result.duration is None and result.outcome is Outcome.CANCELLED:
                 return  # it never ran
+        self._without_result.discard(result.number)
         left: dict[str, Any] = json.loads(result.payload) if result.payload else {"duration": _rounded(result.duration)}
         line = result_line(
-            self._place,
+            self._directory,
             result.number,
             **{
                 **left,
@@ -155,8 +183,8 @@ class MapSource:
             },
         )
         try:
-            self._results.add(line)
-            write_outcome(self._place, line)
+            self.results.add(line)
+            write_outcome(self._directory, line)
         except OSError as error:
             self._cannot_write(error)
 
@@ -164,7 +192,7 @@ class MapSource:
         """The results of the runs that run now are kept, and written if there is room again."""
         if self.problem is None:
             self._give_up(
-                f"results cannot be written to {short_path(self._place.path)}: {error.strerror}", self._pending
+                f"results cannot be written to {short_path(self._directory.path)}: {error.strerror}", self._pending
             )
             self._wake()
 
@@ -172,9 +200,13 @@ class MapSource:
         """See `JobSource`."""
 
     def close(self) -> None:
-        """When the loop is over."""
+        """When the loop is over: runs that failed before and did not run again get their results back."""
         self._epoll.close()
         os.close(self._event)
+        for index in sorted(self._without_result) if self._kept else ():
+            if (line := last_result(self._directory, index)) is not None:
+                with contextlib.suppress(OSError):  # it is kept, to be flushed when there is room
+                    self.results.add(line)
 
     # Being heard
 
@@ -188,7 +220,7 @@ class MapSource:
             return  # it was the input
 
     def _watch(self, wanted: bool) -> None:
-        source = self._supply.source
+        source = self._sequence.source
         if source is None or not source.waits or wanted == self._watches:
             return
         self._watches = wanted
