@@ -40,7 +40,7 @@ NO_DEVICES = 75
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class RunOptions:
     """How to run a command. Validated by whoever makes them."""
 
     request: Request
@@ -54,7 +54,7 @@ class Options:
     busy_memory: int | None
 
 
-def run_on_pool(command: Sequence[str], options: Options) -> NoReturn:
+def run_on_pool(command: Sequence[str], options: RunOptions) -> NoReturn:
     """Run `command` and end as it does. Raises OptionError."""
     try:
         check_command(command[0], os.environ.get("PATH", os.defpath))
@@ -74,7 +74,7 @@ def run_on_pool(command: Sequence[str], options: Options) -> NoReturn:
         sys.exit(FAILED)
 
 
-def _run_without_devices(command: Sequence[str], options: Options) -> NoReturn:
+def _run_without_devices(command: Sequence[str], options: RunOptions) -> NoReturn:
     read_specification(options.devices, "--devices")
     environment = {**os.environ, **DeviceEnvironment().variables((), {}, os.environ)}
     signals = CommandSignals()
@@ -83,7 +83,7 @@ def _run_without_devices(command: Sequence[str], options: Options) -> NoReturn:
     _end_as(ended, signals)
 
 
-def _run(command: Sequence[str], options: Options) -> NoReturn:
+def _run(command: Sequence[str], options: RunOptions) -> NoReturn:
     selection = select_devices(options.devices, os.environ, option="--devices")
     refuse(options.request, selection.devices)
     links = links_among(selection.devices, options.request)
@@ -121,7 +121,7 @@ def _run(command: Sequence[str], options: Options) -> NoReturn:
 def _run_with(
     command: Sequence[str],
     environment: Mapping[str, str],
-    options: Options,
+    options: RunOptions,
     signals: CommandSignals,
     *,
     lease: int | None,
@@ -191,7 +191,7 @@ class _Announcements:
 
 
 def _wait_for_devices(
-    command: Sequence[str], options: Options, queue: RequestQueue, signals: CommandSignals
+    command: Sequence[str], options: RunOptions, queue: RequestQueue, signals: CommandSignals
 ) -> HeldLease:
     """Raises LeaseTimeout, InterruptedBySignal, and PoolDirectoryError if that is unusable for long."""
     request = options.request

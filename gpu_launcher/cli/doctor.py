@@ -39,11 +39,11 @@ def doctor(pool_dir: str | None, study: str | None, as_json: bool) -> int:
     findings = list(_examine(pool_dir, study))
     problems = sum(finding.level.value == "problem" for finding in findings)
     if as_json:
-        from gpu_launcher.cli.output import print_json
+        from gpu_launcher.cli.printing import print_json
 
         print_json(_to_json(findings))
     else:
-        from gpu_launcher.cli.output import print_lines, terminal_width
+        from gpu_launcher.cli.printing import print_lines, terminal_width
 
         print_lines(_lines(findings, terminal_width()))
     return 1 if problems else 0
@@ -54,8 +54,8 @@ def _examine(pool_dir: str | None, study: str | None) -> Iterator[Finding]:
     from pathlib import Path
 
     from gpu_launcher.cli.checks.gpus import examine_gpus
-    from gpu_launcher.cli.checks.pool import examine_pool
-    from gpu_launcher.cli.checks.program import examine_program
+    from gpu_launcher.cli.checks.pool_check import examine_pool
+    from gpu_launcher.cli.checks.program_check import examine_program
     from gpu_launcher.cli.checks.project import examine_project
 
     yield from _safely("gpus", lambda: examine_gpus(os.environ))

@@ -26,8 +26,8 @@ def jobs(directory: Path, failed: bool, as_json: bool) -> None:
       gpu-launcher jobs --failed multirun/2026-11-21/09-00-00
       gpu-launcher jobs --json sweep | jq -r '.jobs[] | select(.state == "failed") | .log'
     """
-    from gpu_launcher.cli.output import print_json, print_lines, terminal_width
-    from gpu_launcher.cli.sweep import lines, to_json, unfinished
+    from gpu_launcher.cli.job_table import lines, to_json, unfinished
+    from gpu_launcher.cli.printing import print_json, print_lines, terminal_width
     from gpu_launcher.errors import ManifestError
     from gpu_launcher.jobs.directory import newest_sweep
     from gpu_launcher.jobs.manifest import read

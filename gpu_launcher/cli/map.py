@@ -76,10 +76,10 @@ def map_command(
       make-params | gpu-launcher map --from - --dir results -- ./simulate {flags}
       gpu-launcher map --resume map/2026-11-21/09-00-00
     """
-    from gpu_launcher.cli.mapping.launch import Asked, run_map
+    from gpu_launcher.cli.mapping.launch import MapArguments, run_map
 
     given = {name: value for name, value in others.items() if value is not None}
-    asked = Asked(command=list(command), param=list(param), source=source, shell=shell, options=given)
+    asked = MapArguments(command=list(command), param=list(param), source=source, shell=shell, options=given)
     try:
         return run_map(asked, dir, resume, dry_run=dry_run)
     except KeyboardInterrupt:  # before anything ran, or after everything

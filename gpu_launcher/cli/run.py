@@ -58,7 +58,7 @@ def run(
     fill_standard_descriptors()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to give back
-    from gpu_launcher.cli.command import Options, run_on_pool
+    from gpu_launcher.cli.command import RunOptions, run_on_pool
     from gpu_launcher.durations import read_duration
     from gpu_launcher.requests import read_request
     from gpu_launcher.sizes import read_memory
@@ -66,7 +66,7 @@ def run(
     request = read_request({"gpus": gpus, "memory": memory, "priority": priority or 0, "timeout": timeout})
     run_on_pool(
         command,
-        Options(
+        RunOptions(
             request=request,
             devices=devices,
             wait=None if wait is None else read_duration(wait, "wait"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import os
 import select
 import signal
@@ -16,10 +15,9 @@ from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
-from rich.console import Console, ConsoleDimensions
-
-from gpu_launcher.cli.output import to_text
+from gpu_launcher.cli.printing import to_text
 from gpu_launcher.cli.table import Line
+from gpu_launcher.jobs.progress.terminal import Size, Terminal, stop_until_continued
 from gpu_launcher.processes.keyboard import Keyboard
 
 _ENTER = "\x1b[?1049h\x1b[?25l"
@@ -44,8 +42,7 @@ class Screen:
         """Whether the last `wait` ended because the size of the terminal did, or because it was given back."""
         self._handlers: dict[signal.Signals, Any] = {}
         self._wake, self._woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        # Lays out and colours; the painting is done here.
-        self._console = Console(file=io.StringIO(), force_terminal=True, force_jupyter=False)
+        self._terminal = Terminal(sys.stdout)
 
     def __enter__(self) -> Screen:
         ours = {
@@ -79,11 +76,7 @@ class Screen:
     @property
     def size(self) -> tuple[int, int]:
         """Columns and lines."""
-        try:
-            columns, lines = os.get_terminal_size(self._output)
-        except OSError:
-            columns, lines = 0, 0
-        return columns or 80, lines or 24
+        return self._terminal.size()
 
     def paint(self, lines: Sequence[Line], footer: Line) -> None:
         """Show the lines from the top on, and `footer` below everything. What does not fit is not shown.
@@ -94,9 +87,10 @@ class Screen:
         width, height = self.size
         body = list(lines[: height - 1])
         body += [[] for _ in range(height - 1 - len(body))]
-        self._console.size = ConsoleDimensions(width, height)
         self._write(
-            "\x1b[H" + "\r\n".join(f"{self._rendered(line, width)}\x1b[K" for line in [*body, footer]) + "\x1b[J"
+            "\x1b[H"
+            + "\r\n".join(f"{self._rendered(line, (width, height))}\x1b[K" for line in [*body, footer])
+            + "\x1b[J"
         )
 
     def wait(self, seconds: float, *descriptors: int) -> str:
@@ -136,19 +130,15 @@ class Screen:
         sys.exit(128 + signum)
 
     def _suspend(self, signum: int, frame: FrameType | None) -> None:
-        """Ctrl-Z: the shell gets the terminal as it was. What follows the kill happens after `fg`."""
+        """Ctrl-Z: the shell gets the terminal as it was."""
         self._hide()
-        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTSTP)
-        signal.signal(signal.SIGTSTP, self._suspend)
+        stop_until_continued()
         self._show()
 
-    def _rendered(self, line: Line, width: int) -> str:
+    def _rendered(self, line: Line, size: Size) -> str:
         text = to_text(line)
-        text.truncate(width - 1, overflow="ellipsis")
-        with self._console.capture() as capture:
-            self._console.print(text, soft_wrap=True, end="", highlight=False)
-        return capture.get()
+        text.truncate(size[0] - 1, overflow="ellipsis")
+        return self._terminal.render(text, size)
 
     def _write(self, text: str) -> None:
         data = text.encode("utf-8", "backslashreplace")

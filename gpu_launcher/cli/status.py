@@ -30,9 +30,9 @@ def status(devices: str, busy_memory: str, pool_dir: str | None, as_json: bool) 
 
 
 def show_status(devices: str, busy_memory: str, pool_dir: str | None, *, as_json: bool = False) -> None:
-    from gpu_launcher.cli.look import look, processes_of
-    from gpu_launcher.cli.output import print_json, print_lines, terminal_width
-    from gpu_launcher.cli.report import report
+    from gpu_launcher.cli.collect import look, processes_of
+    from gpu_launcher.cli.printing import print_json, print_lines, terminal_width
+    from gpu_launcher.cli.render import render
 
     survey = look(devices, busy_memory, pool_dir)
     if as_json:
@@ -40,4 +40,4 @@ def show_status(devices: str, busy_memory: str, pool_dir: str | None, *, as_json
 
         print_json(to_json(survey, processes_of(survey.view.leases)))
     else:
-        print_lines(report(survey, terminal_width()).lines())
+        print_lines(render(survey, terminal_width()).lines())

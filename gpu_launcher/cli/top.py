@@ -13,7 +13,7 @@ from gpu_launcher.cli import options
 
 if TYPE_CHECKING:
     from gpu_launcher.allocation.survey import Found
-    from gpu_launcher.cli.look import PoolWindow
+    from gpu_launcher.cli.collect import PoolWindow
     from gpu_launcher.cli.screen import Screen
     from gpu_launcher.devices import ConditionMonitor
 
@@ -43,7 +43,7 @@ def top(devices: str, busy_memory: str, pool_dir: str | None) -> None:
         print("gpu-launcher top: this terminal cannot show a live view, so this is a single status", file=sys.stderr)
         return
 
-    from gpu_launcher.cli.look import PoolWindow, find, nvml_kept_open, read_busy_memory
+    from gpu_launcher.cli.collect import PoolWindow, find, nvml_kept_open, read_busy_memory
     from gpu_launcher.cli.screen import HungUpError, Screen
     from gpu_launcher.devices import ConditionMonitor
 
@@ -85,14 +85,14 @@ def _watch(screen: Screen, found: Found, pool: PoolWindow, monitor: ConditionMon
 
 
 def _paint(screen: Screen, found: Found, pool: PoolWindow, monitor: ConditionMonitor, busy_memory: int | None) -> None:
-    from gpu_launcher.cli.look import put_together
-    from gpu_launcher.cli.report import report
+    from gpu_launcher.cli.collect import put_together
+    from gpu_launcher.cli.render import render
 
     reading = monitor.latest
     conditions = reading.conditions if reading else ()
     notices = (reading.problem,) if reading and reading.problem else ()
     width, height = screen.size
     survey = put_together(found, conditions, pool.look(), busy_memory, notices)
-    lines = report(survey, width - 1, brief=True).within(height - 2)
+    lines = render(survey, width - 1, brief=True).within(height - 2)
     clock = time.strftime("%H:%M:%S", time.localtime(survey.time))
     screen.paint(lines, [(f"{clock}  on {survey.machine}, every second; q ends", "dim")])

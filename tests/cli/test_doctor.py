@@ -19,7 +19,7 @@ import pytest
 from hydra.errors import CompactHydraException
 
 import gpu_launcher
-from gpu_launcher.cli.checks.program import examine_program
+from gpu_launcher.cli.checks.program_check import examine_program
 from gpu_launcher.cli.checks.project import examine_project
 from gpu_launcher.errors import UnsupportedVersionError
 from gpu_launcher.requirements import check_version, satisfies
@@ -200,7 +200,7 @@ def reachable() -> Iterator[Path]:
 
 EXAMINE_AS = """
 import json, os, sys
-from gpu_launcher.cli.checks.pool import examine_pool
+from gpu_launcher.cli.checks.pool_check import examine_pool
 os.setuid(60001)
 print(json.dumps([[one.level.value, one.text, one.remedy] for one in examine_pool(sys.argv[1])]))
 """

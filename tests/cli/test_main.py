@@ -130,6 +130,6 @@ def test_importing_the_package_imports_no_part_of_it(cli: Cli) -> None:
 
 
 def test_a_look_imports_neither_hydra_nor_optuna(cli: Cli) -> None:
-    code = "import sys; from gpu_launcher.cli.look import look; look('auto', '1GiB', None); print(*sys.modules)"
+    code = "import sys; from gpu_launcher.cli.collect import look; look('auto', '1GiB', None); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], env=cli.environ, capture_output=True, text=True, check=True)
     assert {"hydra", "optuna", "sqlalchemy"}.isdisjoint(done.stdout.split())

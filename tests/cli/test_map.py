@@ -493,7 +493,7 @@ from gpu_launcher.cli.mapping.grid import Grid
 from gpu_launcher.cli.mapping.inputs import Input, RunSequence
 from gpu_launcher.cli.mapping.map_directory import MapDirectory
 from gpu_launcher.cli.mapping.map_runs import MapRuns
-from gpu_launcher.cli.mapping.results import Results, write_table
+from gpu_launcher.cli.mapping.results import ResultsFile, write_table
 from gpu_launcher.cli.mapping.resume import EarlierRuns
 from gpu_launcher.cli.mapping.template import Template
 from gpu_launcher.jobs.events import Outcome
@@ -503,7 +503,7 @@ from gpu_launcher.jobs.source import Exhausted, Offer
 directory = MapDirectory(Path("out").absolute())
 sequence = RunSequence(Template.parse(["{n}"]), Grid(), Input(sys.argv[1]))
 sequence.survey(EarlierRuns())
-source = MapRuns(sequence, directory, Results(directory.results), keep_going=False)
+source = MapRuns(sequence, directory, ResultsFile(directory.results), keep_going=False)
 over, seen = False, 0
 
 

@@ -99,6 +99,16 @@ def fill(disk: Path) -> Path:
     return filler
 
 
+def test_a_lost_table_of_results_is_made_of_what_the_runs_left(failed_once: Map) -> None:
+    table = failed_once.path / "out" / "results.jsonl"
+    before = {line["index"]: line for line in map(json.loads, table.read_text().splitlines())}
+    table.unlink()
+    assert failed_once("--resume", "out").returncode == 1
+    after = {line["index"]: line for line in map(json.loads, table.read_text().splitlines())}
+    assert (after[0], after[2]) == (before[0], before[2])
+    assert after[1]["attempts"] == 2
+
+
 # An input that is not what it was
 
 

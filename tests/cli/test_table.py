@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from gpu_launcher.cli.report import Report
+from gpu_launcher.cli.render import StatusText
 from gpu_launcher.cli.table import Column, Row, cut, lay_out, plain
 
 COLUMNS = (Column("NAME"), Column("SIZE", right=True, optional=2), Column("USER", optional=1), Column("COMMAND"))
@@ -67,7 +67,7 @@ def test_wide_characters_are_counted_as_terminals_show_them() -> None:
 
 @given(st.integers(0, 20), st.integers(0, 60), st.integers(0, 60), st.integers(3, 60))
 def test_a_report_is_never_higher_than_the_terminal(head: int, devices: int, queue: int, height: int) -> None:
-    report = Report([[("h", "")]] * (head + 1), [[("d", "")]] * (devices + 1), [[("q", "")]] * (queue + 1))
+    report = StatusText([[("h", "")]] * (head + 1), [[("d", "")]] * (devices + 1), [[("q", "")]] * (queue + 1))
     lines = report.within(height)
     assert len(lines) <= height
     assert len(report.lines()) > height or lines == report.lines()

@@ -41,7 +41,7 @@ def checkpoint(name):
             time.sleep(0.001)
 
 
-class Results(results.Results):
+class ResultsFile(results.ResultsFile):
     def add(self, line):
         checkpoint("outcome left")
         if point == "line half written" and next(passed) == int(times):
@@ -53,7 +53,7 @@ class Results(results.Results):
 
 node.JobLoop = functools.partial(node.JobLoop, checkpoint=checkpoint)
 from gpu_launcher.cli.mapping import launch
-launch.Results = Results
+launch.ResultsFile = ResultsFile
 main()
 """
 

@@ -13,9 +13,9 @@ from typing import Any
 import psutil
 import pytest
 
-from gpu_launcher.cli.look import look, processes_of
+from gpu_launcher.cli.collect import look, processes_of
+from gpu_launcher.cli.job_table import to_json
 from gpu_launcher.cli.survey_json import to_json as survey_to_json
-from gpu_launcher.cli.sweep import to_json
 from gpu_launcher.jobs.manifest import read
 
 Start = Callable[..., subprocess.Popen[str]]

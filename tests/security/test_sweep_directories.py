@@ -17,12 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpu_launcher.cli.job_table import lines as table
+from gpu_launcher.cli.job_table import to_json
 from gpu_launcher.cli.mapping.map_directory import MapDirectory
 from gpu_launcher.cli.mapping.results import lines
 from gpu_launcher.cli.mapping.resume import EarlierRuns
-from gpu_launcher.cli.output import to_text
-from gpu_launcher.cli.sweep import lines as table
-from gpu_launcher.cli.sweep import to_json
+from gpu_launcher.cli.printing import to_text
 from gpu_launcher.errors import ManifestError
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job

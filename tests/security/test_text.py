@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gpu_launcher.cli.checks.finding import problem
 from gpu_launcher.cli.doctor import _to_json as doctor_json
-from gpu_launcher.cli.output import to_text
+from gpu_launcher.cli.printing import to_text
 from gpu_launcher.cli.table import plain
 from gpu_launcher.jobs.job import Job
 from gpu_launcher.leases.file_format import LeaseRecord, Origin, decode

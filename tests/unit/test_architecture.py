@@ -79,17 +79,11 @@ PUBLIC_TEXTS = ("README.md", "docs/*.md", "examples/**/*.py", "examples/**/*.yam
 # Names that more than one class or module has. Only remove from these two lists.
 SHARED_CLASS_NAMES = {
     "Exhausted",
-    "Options",
     "Pool",
-    "Report",
-    "Tally",
 }
 SHARED_FILE_NAMES = {
-    "output.py",
     "pool.py",
-    "program.py",
     "source.py",
-    "sweep.py",
 }
 
 

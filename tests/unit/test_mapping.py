@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_launcher.cli.mapping.grid import Grid, read_grid
-from gpu_launcher.cli.mapping.records import LONGEST, Bad, Record, RecordReader
+from gpu_launcher.cli.mapping.record_reader import LONGEST, Bad, Record, RecordReader
 from gpu_launcher.cli.mapping.run_process import last_object
 from gpu_launcher.cli.mapping.template import GPU, Template
 from gpu_launcher.cli.mapping.values import Written, digest, text, to_json, words

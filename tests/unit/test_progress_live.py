@@ -29,7 +29,7 @@ from gpu_launcher.jobs.events import (
     SweepStarted,
 )
 from gpu_launcher.jobs.progress.live import LiveProgress
-from gpu_launcher.jobs.progress.tally import Tally
+from gpu_launcher.jobs.progress.tally import SweepTally
 from gpu_launcher.jobs.progress.view import frame
 from gpu_launcher.model import Device, DeviceKind
 
@@ -53,7 +53,7 @@ def failed(time: float, number: int, log: str | None = None) -> JobEnded:
 
 
 def view(*events: Event, now: float = 0.0, width: int = 80, height: int = 24) -> list[str]:
-    tally = Tally()
+    tally = SweepTally()
     for event in events:
         tally.take(event)
     tally.advance(now)
@@ -144,7 +144,7 @@ def test_a_stop_says_how_long_it_waits_and_how_to_hurry_it() -> None:
 
 
 def test_one_failure_among_thousands_is_seen_in_the_bar() -> None:
-    tally = Tally()
+    tally = SweepTally()
     for event in (SweepStarted(0.0, 5000, GPUS, None), failed(1.0, 0)):
         tally.take(event)
     bar = frame(tally, 80, 24)[1]

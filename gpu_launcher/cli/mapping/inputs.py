@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpu_launcher.cli.mapping.grid import Grid
-from gpu_launcher.cli.mapping.records import Bad, Record, RecordReader
+from gpu_launcher.cli.mapping.record_reader import Bad, Record, RecordReader
 from gpu_launcher.cli.mapping.resume import EarlierRuns
 from gpu_launcher.cli.mapping.template import Template
 from gpu_launcher.cli.mapping.values import Params, words

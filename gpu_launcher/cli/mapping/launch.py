@@ -17,8 +17,8 @@ from gpu_launcher.cli.mapping.grid import Grid, read_grid
 from gpu_launcher.cli.mapping.inputs import STDIN, Input, RunSequence
 from gpu_launcher.cli.mapping.map_directory import COMMAND, MapDirectory, new_directory, quoted
 from gpu_launcher.cli.mapping.map_runs import MapRuns
-from gpu_launcher.cli.mapping.records import Bad
-from gpu_launcher.cli.mapping.results import Results, write_table
+from gpu_launcher.cli.mapping.record_reader import Bad
+from gpu_launcher.cli.mapping.results import ResultsFile, write_table
 from gpu_launcher.cli.mapping.resume import EarlierRuns, unwritable
 from gpu_launcher.cli.mapping.run_process import CommandProgram
 from gpu_launcher.cli.mapping.template import GPU, Template
@@ -47,7 +47,7 @@ _INTERPRETER = re.compile(r"(?:python|pypy)[0-9.]*|(?:ba|da|z)?sh|Rscript|julia|
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class MapArguments:
     """What a command line, or that of the map to be resumed, says."""
 
     command: list[str] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Asked:
     """Where commands run."""
 
     @classmethod
-    def of_settings(cls, settings: Mapping[str, Any]) -> Asked:
+    def of_settings(cls, settings: Mapping[str, Any]) -> MapArguments:
         """What an earlier launch has kept. Raises TypeError and ValueError if that makes no sense."""
         if not all(isinstance(word, str) for word in (*settings["command"], *settings["param"])):
             raise TypeError("a word is not text")
@@ -91,7 +91,7 @@ class Asked:
             "directory": str(self.directory),
         }
 
-    def resumed_by(self, later: Asked) -> Asked:
+    def resumed_by(self, later: MapArguments) -> MapArguments:
         """This, with what a later command line says. Raises OptionError if that is about something else."""
         for name, before, now in (
             ("command", self.command, later.command),
@@ -101,7 +101,7 @@ class Asked:
             if now and now != before:
                 problem = f"{name} is not that of the map to be resumed: leave it out, or start a map of its own"
                 raise OptionError("resume", problem)
-        return Asked(
+        return MapArguments(
             self.command,
             self.param,
             later.source or self.source,
@@ -112,7 +112,7 @@ class Asked:
         )
 
 
-def run_map(asked: Asked, new: str | None, resume: str | None, *, dry_run: bool) -> int:
+def run_map(asked: MapArguments, new: str | None, resume: str | None, *, dry_run: bool) -> int:
     """Run it; returns the exit code. Raises OptionError if nothing was run, else GpuLauncherError."""
     directory: MapDirectory | None = None
     for option, name in (("dir", new), ("resume", resume)):
@@ -138,10 +138,10 @@ def run_map(asked: Asked, new: str | None, resume: str | None, *, dry_run: bool)
     return launch.begin(new) if directory is None else launch.resume(directory)
 
 
-def _resumed(directory: MapDirectory, later: Asked) -> Asked:
+def _resumed(directory: MapDirectory, later: MapArguments) -> MapArguments:
     settings = directory.read_settings()
     try:
-        before = Asked.of_settings(settings)
+        before = MapArguments.of_settings(settings)
     except (TypeError, ValueError) as error:
         raise directory.damaged() from error
     if later.command != before.command and (why := directory.whose()) is not None:
@@ -155,7 +155,7 @@ def _resumed(directory: MapDirectory, later: Asked) -> Asked:
     return before.resumed_by(later)
 
 
-def _ask_before_running(directory: MapDirectory, before: Asked, why: str) -> None:
+def _ask_before_running(directory: MapDirectory, before: MapArguments, why: str) -> None:
     """Have the user confirm a command that somebody else may have written. Raises OptionError if that is refused."""
     command = one_line(shlex.join(before.command))
     where = one_line(str(before.directory))
@@ -178,12 +178,12 @@ def _how_to_resume(directory: MapDirectory, source: str | None) -> str:
     return f"<the same stream> | {command}" if source == STDIN else command
 
 
-def _with_grid(asked: Asked) -> Asked:
+def _with_grid(asked: MapArguments) -> MapArguments:
     grid = read_grid(asked.param)
-    return Asked(asked.command, asked.param, asked.source, asked.shell, asked.options, grid, asked.directory)
+    return MapArguments(asked.command, asked.param, asked.source, asked.shell, asked.options, grid, asked.directory)
 
 
-def _check_grid(template: Template, asked: Asked) -> None:
+def _check_grid(template: Template, asked: MapArguments) -> None:
     """Refuse at once what would fit no run."""
     names = [name for name, _ in asked.grid.axes]
     if asked.source is not None:
@@ -196,7 +196,7 @@ def _check_grid(template: Template, asked: Asked) -> None:
     assert names, "there are parameters, or records"
 
 
-def _check_command(template: Template, asked: Asked) -> None:
+def _check_command(template: Template, asked: MapArguments) -> None:
     """Refuse a program or a script that does not exist."""
     if asked.shell:
         return
@@ -243,7 +243,7 @@ def _options(given: Mapping[str, Any]) -> Options:
     )
 
 
-def _dry_run(sequence: RunSequence, template: Template, earlier: EarlierRuns, asked: Asked) -> int:
+def _dry_run(sequence: RunSequence, template: Template, earlier: EarlierRuns, asked: MapArguments) -> int:
     runs = bad = 0
     while not sequence.over:
         found = sequence.next()
@@ -277,7 +277,7 @@ def _refused(problems: Sequence[str], lines: int) -> OptionError:
 
 @dataclass(frozen=True, slots=True)
 class _Launch:
-    asked: Asked
+    asked: MapArguments
     template: Template
     options: Options
     sequence: RunSequence
@@ -323,7 +323,7 @@ class _Launch:
 
     def _run(self, directory: MapDirectory, total: int | None, earlier: EarlierRuns | None) -> int:
         try:
-            results = Results(directory.results)
+            results = ResultsFile(directory.results)
         except OSError as error:
             raise unwritable(directory, error) from error
         log_into(directory.path)

@@ -11,8 +11,8 @@ from typing import Any
 
 from gpu_launcher.cli.mapping.inputs import RunSequence, changed
 from gpu_launcher.cli.mapping.map_directory import MapDirectory
-from gpu_launcher.cli.mapping.records import Bad
-from gpu_launcher.cli.mapping.results import Results, result_line, write_outcome
+from gpu_launcher.cli.mapping.record_reader import Bad
+from gpu_launcher.cli.mapping.results import ResultsFile, result_line, write_outcome
 from gpu_launcher.cli.mapping.resume import EarlierRuns, last_result, unwritable
 from gpu_launcher.cli.mapping.values import Params, words
 from gpu_launcher.errors import GpuLauncherError
@@ -37,7 +37,7 @@ class MapRuns:
         self,
         sequence: RunSequence,
         directory: MapDirectory,
-        results: Results,
+        results: ResultsFile,
         earlier: EarlierRuns | None = None,
         *,
         keep_going: bool,

@@ -22,7 +22,7 @@ PATHS = ("directory", "stdout", "stderr")
 _FIELDS = {*COLUMNS, *PATHS, "params", "output"}
 
 
-class Results:
+class ResultsFile:
     """`results.jsonl`, the journal of a map: at any time at most one line for each run, however often that was run."""
 
     def __init__(self, path: Path) -> None:

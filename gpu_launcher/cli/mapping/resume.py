@@ -3,8 +3,8 @@
 One scan of `results.jsonl` and of the runs' directories finds both. It also writes the table with which the new launch
 begins, beside the old one: exactly the runs that completed, each once. Runs that failed or were stopped will run again,
 and a line that was cut off is left out. If the launcher died before it wrote the line of a run that completed, the
-outcome in that run's directory makes up for it. The new table replaces the old one when the loop first asks for runs (`MapRuns.receive`). A
-resumption that is refused before that changes nothing.
+outcome in that run's directory makes up for it. The new table replaces the old one when the loop first asks for runs
+(`MapRuns.receive`). A resumption that is refused before that changes nothing.
 """
 
 from __future__ import annotations

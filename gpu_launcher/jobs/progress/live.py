@@ -1,25 +1,19 @@
-"""A sweep as a view that stays at the bottom of the terminal. rich is imported here and in `view` only.
-
-rich lays out and colours; the painting is done here. `rich.live.Live` was not made for this place: it redirects stdout
-and stderr (which forked jobs would inherit), hides the cursor (which a killed process would leave hidden), and loses
-its position when a terminal becomes narrower.
-"""
+"""A sweep as a view that stays at the bottom of the terminal."""
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import threading
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console, ConsoleDimensions
 from rich.text import Text
 
 from gpu_launcher.jobs.events import Event, JobEnded, JobRetried, Notice, Outcome, SweepEnded, SweepStarted
-from gpu_launcher.jobs.progress.output import Output
 from gpu_launcher.jobs.progress.plain import NAME, log_quote, opening
-from gpu_launcher.jobs.progress.tally import Tally, failure, retry
+from gpu_launcher.jobs.progress.stream import Output
+from gpu_launcher.jobs.progress.tally import SweepTally, failure, retry
+from gpu_launcher.jobs.progress.terminal import Size, Terminal, stop_until_continued
 from gpu_launcher.jobs.progress.view import frame
 from gpu_launcher.processes.keyboard import Keyboard
 from gpu_launcher.text import one_line
@@ -32,8 +26,6 @@ _INTERVAL = 0.125
 """Seconds between two paintings."""
 _SUSPENDED = 3.0
 """So long without a tick means that the process was stopped (Ctrl-Z) and that a shell has written since."""
-
-Size = tuple[int, int]
 
 
 class LiveProgress:
@@ -58,10 +50,9 @@ class LiveProgress:
         self._prefix = Text(f"[{name}]", "dim")
         self._output = Output(stream)
         self._stream = stream
-        self._size = size or self._terminal_size
-        # It must never touch the stream itself, which may be broken: see Output.
-        self._console = Console(file=io.StringIO(), force_terminal=True, force_jupyter=False)
-        self._tally = Tally()
+        self._terminal = Terminal(stream)
+        self._size = size or self._terminal.size
+        self._tally = SweepTally()
         self._permanent: list[Text] = []
         """Lines for the scrollback that wait for the next painting."""
         self._painted: list[Text] = []
@@ -144,8 +135,8 @@ class LiveProgress:
         up = min(rows, height - 1)
         text = f"\r\x1b[{up}A" if up else "\r"
         if self._permanent or not lines:
-            text += "\x1b[J" + "".join(f"{self._render(line, size)}\n" for line in self._permanent)
-        text += "".join(f"{self._render(line, size)}\x1b[K\n" for line in lines)
+            text += "\x1b[J" + "".join(f"{self._terminal.render(line, size)}\n" for line in self._permanent)
+        text += "".join(f"{self._terminal.render(line, size)}\x1b[K\n" for line in lines)
         self._output.write(text + "\x1b[J")
         self._permanent = []
         self._painted = lines
@@ -168,27 +159,11 @@ class LiveProgress:
             signal.signal(signal.SIGTSTP, signal.SIG_DFL)
 
     def _stop(self, signum: int, frame: object) -> None:
-        """Ctrl-Z: the shell gets the terminal as it was. What follows the kill happens when the program goes on."""
+        """Ctrl-Z: the shell gets the terminal as it was."""
         assert self._keyboard is not None
         self._keyboard.give_back()
-        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTSTP)
+        stop_until_continued()
         self._painted = []  # a shell has written since
-        if not self._closed:
-            signal.signal(signal.SIGTSTP, self._stop)
-
-    def _render(self, line: Text, size: Size) -> str:
-        self._console.size = ConsoleDimensions(*size)
-        with self._console.capture() as capture:
-            self._console.print(line, soft_wrap=True, end="", highlight=False)
-        return capture.get()
-
-    def _terminal_size(self) -> Size:
-        try:
-            columns, rows = os.get_terminal_size(self._stream.fileno())
-        except (OSError, ValueError):
-            columns, rows = 0, 0
-        return (columns or 80, rows or 24)
 
     def _in_background(self) -> bool:
         try:

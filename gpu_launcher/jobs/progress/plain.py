@@ -17,8 +17,8 @@ from gpu_launcher.jobs.events import (
     SweepStarted,
 )
 from gpu_launcher.jobs.progress.log_tail import log_tail
-from gpu_launcher.jobs.progress.output import Output
-from gpu_launcher.jobs.progress.tally import Tally, failure, retry
+from gpu_launcher.jobs.progress.stream import Output
+from gpu_launcher.jobs.progress.tally import SweepTally, failure, retry
 from gpu_launcher.model import DeviceKind
 from gpu_launcher.text import one_line
 from gpu_launcher.wording import count, device_counts, device_names, duration, job_name
@@ -36,7 +36,7 @@ class PlainProgress:
     def __init__(self, stream: TextIO | None, name: str = NAME) -> None:
         self._name = name
         self._output = Output(stream)
-        self._tally = Tally()
+        self._tally = SweepTally()
         self._last_wait: tuple[int, str] | None = None
         self._summed_up = False
 
@@ -129,7 +129,7 @@ def stopping(event: StopRequested, running: int, seconds: float) -> str:
     return f"{stopping}: waiting up to {duration(seconds, tenths=False)} for {jobs} (Ctrl-C again to kill them)"
 
 
-def log_quote(event: JobEnded, tally: Tally) -> list[str]:
+def log_quote(event: JobEnded, tally: SweepTally) -> list[str]:
     """The end of a failed job's log, indented below its line, unless that was shown for one that failed there."""
     if tally.same is not None or not tally.failures.tells_more(event):
         return []

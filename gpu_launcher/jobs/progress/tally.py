@@ -30,7 +30,7 @@ FIRST_JOBS = 4
 
 
 @dataclass
-class Tally:
+class SweepTally:
     """The state of a sweep as its events tell it. Times are on the loop's clock."""
 
     total: int = 0

@@ -14,7 +14,7 @@ from gpu_launcher.wording import duration, rough_duration
 
 if TYPE_CHECKING:
     from gpu_launcher.jobs.events import JobStarted
-    from gpu_launcher.jobs.progress.tally import Tally
+    from gpu_launcher.jobs.progress.tally import SweepTally
 
 WIDEST = 120
 """Beyond this a duration stands too far from the job it belongs to."""
@@ -26,7 +26,7 @@ _TIME = 8
 _GAP = "  "
 
 
-def frame(tally: Tally, width: int, height: int) -> list[Text]:
+def frame(tally: SweepTally, width: int, height: int) -> list[Text]:
     """At most `height - 1` lines, each narrower than `width`: the cursor rests on the line below them.
 
     A line that touched the last column would leave the cursor in a place on which terminals differ.
@@ -43,7 +43,7 @@ def frame(tally: Tally, width: int, height: int) -> list[Text]:
     return lines[: max(1, height - 1)]
 
 
-def _header(tally: Tally, width: int) -> Text:
+def _header(tally: SweepTally, width: int) -> Text:
     short = duration(tally.elapsed, tenths=False)
     elapsed = f"{short:>{_TIME}}"
     if tally.stopping is not None:
@@ -69,7 +69,7 @@ def _header(tally: Tally, width: int) -> Text:
     return _fit(text, width)
 
 
-def _bar(tally: Tally, width: int) -> Text:
+def _bar(tally: SweepTally, width: int) -> Text:
     good = tally.completed + tally.pruned
     ends = [good, good + tally.failed, tally.done]
     cells = [width * end // max(1, tally.total) for end in ends]
@@ -84,7 +84,7 @@ def _bar(tally: Tally, width: int) -> Text:
     return bar
 
 
-def _facts(tally: Tally, width: int) -> Text:
+def _facts(tally: SweepTally, width: int) -> Text:
     text = Text()
     for name, value in tally.facts:
         text.append(f"{_GAP if text else ''}{name} ", "dim")
@@ -92,7 +92,7 @@ def _facts(tally: Tally, width: int) -> Text:
     return _fit(text, width)
 
 
-def _rows(tally: Tally, width: int, room: int) -> list[Text]:
+def _rows(tally: SweepTally, width: int, room: int) -> list[Text]:
     """One row per device, in the order of the pool, or as many as jobs share it; then one per job without devices.
 
     Where they do not fit, the first ones keep their places and a last line counts the rest, so that nothing moves.

@@ -47,7 +47,7 @@ _ABOUT_DEVICE = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class StatusText:
     """The parts of the text, each without empty lines around it."""
 
     head: list[Line]
@@ -67,7 +67,7 @@ class Report:
         return [*head, [], *_first(self.devices, room - for_queue), [], *_first(self.queue, for_queue)][:height]
 
 
-def report(survey: PoolSurvey, width: int | None, *, brief: bool = False) -> Report:
+def render(survey: PoolSurvey, width: int | None, *, brief: bool = False) -> StatusText:
     """What a person wants to see. `width` is a terminal's; None for a pipe: nothing is left out, nothing wrapped.
 
     `brief` cuts what else would be wrapped.
@@ -75,7 +75,7 @@ def report(survey: PoolSurvey, width: int | None, *, brief: bool = False) -> Rep
     rows = [row for group in _alike(survey.devices) for row in _device_rows(group, survey.time)]
     devices = lay_out(DEVICES, rows, width, one_line_each=brief)
     names = [] if any(text.strip() == "NAME" for text, _ in devices[0]) else list(_names(survey, width))
-    return Report(
+    return StatusText(
         head=[*_summary(survey, width), *names, *_notices(survey, None if brief else width)],
         devices=devices if rows else [[("no devices", "")]],
         queue=_queue(survey, width, brief),

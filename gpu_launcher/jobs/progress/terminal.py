@@ -1,0 +1,49 @@
+"""The terminal behind both live views, that of a sweep and that of `gpu-launcher top`: its size, its colours, Ctrl-Z.
+
+rich lays out and colours; the views paint. `rich.live.Live` does not fit: it redirects stdout and stderr (which forked
+jobs would inherit), hides the cursor (which a killed process would leave hidden), loses its position when a terminal
+becomes narrower, and starts a thread to refresh.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from typing import TextIO
+
+from rich.console import Console, ConsoleDimensions
+from rich.text import Text
+
+Size = tuple[int, int]
+"""Columns and rows."""
+
+
+class Terminal:
+    """Turns lines into text for the terminal that a stream writes to."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        # rich never touches the stream itself: each view writes a whole painting at once, and knows how that may fail.
+        self._console = Console(file=io.StringIO(), force_terminal=True, force_jupyter=False)
+
+    def size(self) -> Size:
+        try:
+            columns, rows = os.get_terminal_size(self._stream.fileno())
+        except (OSError, ValueError):
+            columns, rows = 0, 0
+        return (columns or 80, rows or 24)
+
+    def render(self, line: Text, size: Size) -> str:
+        """The line with control sequences for its colours, however long it is."""
+        self._console.size = ConsoleDimensions(*size)
+        with self._console.capture() as capture:
+            self._console.print(line, soft_wrap=True, end="", highlight=False)
+        return capture.get()
+
+
+def stop_until_continued() -> None:
+    """Stop this process as Ctrl-Z does where nothing handles SIGTSTP. Returns after `fg`."""
+    handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTSTP)
+    signal.signal(signal.SIGTSTP, handler)
