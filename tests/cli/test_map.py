@@ -512,7 +512,7 @@ def memory():
 
 
 while not over:
-    source.ask(4)
+    source.request_jobs(4)
     for statement in source.receive():
         if isinstance(statement, Offer):
             job = statement.job
