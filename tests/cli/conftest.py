@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import pty
 import re
 import select
@@ -20,10 +21,15 @@ from typing import Any
 
 import pytest
 
+import gpu_launcher.cli
+from tests.warm import Warm
+
 REPOSITORY = Path(__file__).parents[2]
 HOLDER = Path(__file__).parent / "holder.py"
 GIB = 2**30
 CLI = (sys.executable, "-m", "gpu_launcher.cli")
+USED_BY_COMMANDS = ("gpu_launcher.jobs.sweep", "hydra.core.override_parser.overrides_parser", "rich.live", "sqlite3")
+"""What commands import when they need it, apart from the modules of gpu_launcher.cli."""
 NOT_OURS = ("CUDA_", "GPU_LAUNCHER_", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "LD_LIBRARY_PATH")
 
 Done = subprocess.CompletedProcess[str]
@@ -40,17 +46,11 @@ class Cli:
 
     pool: Path
     environ: dict[str, str]
+    warm: Warm
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def __call__(self, *arguments: str, **environ: str) -> Done:
-        return subprocess.run(
-            [*CLI, *arguments],
-            env={**self.environ, **environ},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        return self.warm.run("gpu_launcher.cli", arguments, {**self.environ, **environ}, timeout=60)
 
     def lines(self, *arguments: str, **environ: str) -> list[str]:
         """What a command prints that succeeds and has nothing to complain of."""
@@ -93,11 +93,21 @@ def pool(tmp_path: Path) -> Path:
     return tmp_path / "pool"
 
 
+@pytest.fixture(scope="session")
+def warm(nvml_double: Path) -> Iterator[Warm]:
+    """Where the commands are forked that are not to be in a terminal."""
+    commands = [one.name for one in pkgutil.walk_packages(gpu_launcher.cli.__path__, "gpu_launcher.cli.")]
+    imported = [name for name in commands if not name.endswith("__main__")]
+    warm = Warm([*imported, *USED_BY_COMMANDS], environment(LD_LIBRARY_PATH=str(nvml_double)))
+    yield warm
+    warm.close()
+
+
 @pytest.fixture
-def cli(machine: Any, pool: Path) -> Iterator[Cli]:
+def cli(machine: Any, pool: Path, warm: Warm) -> Iterator[Cli]:
     """On a machine without a usable driver."""
     machine.has("init.error 9")
-    yield from _ending(Cli(pool, {**environment(**machine.environment()), "GPU_LAUNCHER_POOL_DIR": str(pool)}))
+    yield from _ending(Cli(pool, {**environment(**machine.environment()), "GPU_LAUNCHER_POOL_DIR": str(pool)}, warm))
 
 
 @dataclass
