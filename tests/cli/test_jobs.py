@@ -25,12 +25,14 @@ def jobs(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
     """Four jobs: one completed at its second attempt, one failed, one runs, one waits."""
+    directory = tmp_path / "sweep"
+    directory.mkdir()
     times = iter([1000.0, 1001.0, 1003.0, 1010.0, 1040.0, 1050.0, 1052.5, 1060.0])
     names = [f"lr={number}" for number in range(4)]
     recorder = Recorder(
-        tmp_path, [Job(n, name, [name]) for n, name in enumerate(names)], "train.py", wall_clock=lambda: next(times)
+        directory, [Job(n, name, [name]) for n, name in enumerate(names)], "train.py", wall_clock=lambda: next(times)
     )
-    log = str(tmp_path / "0" / "job.log")
+    log = str(directory / "0" / "job.log")
     recorder.handle(JobStarted(0.0, 0, names[0], (GPU,), log))
     recorder.handle(JobRetried(0.0, 0, names[0], 2.0, "was killed by SIGKILL", f"{log}.1", 2, 2))
     recorder.handle(JobStarted(0.0, 0, names[0], (GPU,), log))
@@ -38,7 +40,7 @@ def sweep(tmp_path: Path) -> Path:
     recorder.handle(JobStarted(0.0, 1, names[1], (GPU,), None))
     recorder.handle(JobEnded(0.0, 1, names[1], (GPU,), Outcome.FAILED, 2.5, "raised ValueError: no\nway", None))
     recorder.handle(JobStarted(0.0, 2, names[2], (GPU,), None))
-    return tmp_path
+    return directory
 
 
 @pytest.mark.smoke
