@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Warm:
     ) -> subprocess.CompletedProcess[str]:
         """Run `python -m module` to its end, with nothing to read, and capture what it writes."""
         command = [sys.executable, "-m", module, *arguments]
-        request = pickle.dumps((module, list(arguments), dict(environ), os.getcwd()))
+        request = pickle.dumps((module, list(arguments), dict(environ), str(Path.cwd())))
         if len(request) > REQUEST_BYTES or read_at_start(environ) != read_at_start(self._environ):
             return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout, check=False)
         status, told = os.pipe()
