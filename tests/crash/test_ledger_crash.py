@@ -622,7 +622,7 @@ def state_of(pid: int) -> str:
 
 
 def test_who_keeps_the_mutex_is_named_and_nobody_hangs(start, directory, monkeypatch):
-    monkeypatch.setattr(mutex, "SUSPICIOUS", 1.5)
+    monkeypatch.setattr(mutex, "NAMED_AFTER_SECONDS", 1.5)
     said: list[str] = []
     ledger = FileLedger(directory, warn=said.append)
     held = ledger.claim(ledger.enqueue(Request(1), devices("B"), OWNER))

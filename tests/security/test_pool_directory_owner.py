@@ -255,7 +255,7 @@ def common(parent: Path) -> Path:
 
 
 def said_of(directory: Path, user: int, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(mutex, "SUSPICIOUS", 0.0)
+    monkeypatch.setattr(mutex, "NAMED_AFTER_SECONDS", 0.0)
     said: list[str] = []
     with acting_as(user), FileLedger(directory, warn=said.append) as ledger:
         ledger.enqueue(Request(1), devices("A"), OWNER)
