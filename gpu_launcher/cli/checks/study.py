@@ -28,7 +28,7 @@ def examine_study(study: str) -> Iterator[Finding]:
         yield problem(CHECK, f"{path} cannot be read: {error.strerror}", "name an existing SQLite file with --study")
         return
     if not head.startswith(MAGIC):
-        yield problem(CHECK, f"{path} is no SQLite database", "name an SQLite file with --study, such as study.db")
+        yield problem(CHECK, f"{path} is not a SQLite database", "name a SQLite file with --study, such as study.db")
         return
     yield _contents(path, head)
     yield _journal(path, head)
@@ -54,7 +54,7 @@ def _contents(path: Path, head: bytes) -> Finding:
         with closing(sqlite3.connect(uri, uri=True, timeout=2)) as database:
             tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             if not {"studies", "trials", "version_info"} <= tables:
-                return warning(CHECK, f"{path} is an SQLite database without an Optuna study", "name another file")
+                return warning(CHECK, f"{path} is a SQLite database without an Optuna study", "name another file")
             (studies,) = database.execute("SELECT COUNT(*) FROM studies").fetchone()
             (trials,) = database.execute("SELECT COUNT(*) FROM trials").fetchone()
     except sqlite3.Error as error:
