@@ -93,9 +93,9 @@ def pool(tmp_path: Path) -> Path:
     return tmp_path / "pool"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def warm(nvml_double: Path) -> Iterator[Warm]:
-    """Where the commands are forked that are not to be in a terminal."""
+    """Where the commands are forked that are not to be in a terminal. It ends with each file: others look for children."""
     commands = [one.name for one in pkgutil.walk_packages(gpu_launcher.cli.__path__, "gpu_launcher.cli.")]
     imported = [name for name in commands if not name.endswith("__main__")]
     warm = Warm([*imported, *USED_BY_COMMANDS], environment(LD_LIBRARY_PATH=str(nvml_double)))
