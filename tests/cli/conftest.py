@@ -95,7 +95,7 @@ def pool(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def warm(nvml_double: Path) -> Iterator[Warm]:
-    """Where the commands are forked that are not to be in a terminal. It ends with each file: others look for children."""
+    """Forks the commands that need no terminal. It ends with each file: others look for child processes."""
     commands = [one.name for one in pkgutil.walk_packages(gpu_launcher.cli.__path__, "gpu_launcher.cli.")]
     imported = [name for name in commands if not name.endswith("__main__")]
     warm = Warm([*imported, *USED_BY_COMMANDS], environment(LD_LIBRARY_PATH=str(nvml_double)))
