@@ -65,7 +65,7 @@ ONE: tuple[dict[str, Any], ...] = ({},)
 TWO: tuple[dict[str, Any], ...] = tuple({"user": id, "group": id, "extra_groups": []} for id in (60001, 60002))
 """For Popen."""
 
-KINDS = ("launcher", "guard", "server", "supervisor", "job", "grandchild")
+KINDS = ("launcher", "node", "guard", "server", "supervisor", "job", "grandchild")
 ROUND = [*KINDS, "server", "supervisor", "supervisor", "job", "job", "grandchild"]
 """What is killed, in random order, before it begins anew."""
 MOST_KILLS = 4
@@ -189,8 +189,10 @@ class Attack:
             # It gives up when that happens for the fifth time, or twice before any job was ready.
             most = 4 if " started on " in self.sweep.output.read_text() else 1
             return self.kills["guard"] + self.kills["server"] < most
-        if kind == "launcher":
-            # Not promised: that jobs end before their lease if their supervisor and the launching program die together.
+        if kind == "node" and " started on " not in self.sweep.output.read_text():
+            return False  # before any job is ready, the launch raises
+        if kind in ("launcher", "node"):
+            # Not promised: that jobs end before their lease if their supervisor and the node die together.
             return not any(process.is_running() for process in self.orphans)
         return True
 
@@ -262,7 +264,7 @@ class Chaos:
         attacks = [attack for attack in self.going() if not attack.launcher_killed]
         self.chance.shuffle(attacks)
         for kind, attack in itertools.product(dict.fromkeys(self.due), attacks):
-            # The launching program forks a guard, that the server, that supervisors, those jobs, those what they like.
+            # The launching program forks a node, that a guard, that the server, that supervisors, those jobs, ...
             victims = [psutil.Process(attack.sweep.process.pid)]
             for _ in range(KINDS.index(kind)):
                 victims = [child for parent in victims for child in children[parent.pid]]
@@ -353,7 +355,7 @@ class Chaos:
                     assert "killed" in value, attack
             failed = sum(status == "FAILED" for status, _ in returns)
             one_each = attack.kills["supervisor"] + attack.kills["job"]
-            all_at_once = attack.kills["guard"] + attack.kills["server"]
+            all_at_once = attack.kills["node"] + attack.kills["guard"] + attack.kills["server"]
             assert failed <= one_each + JOBS * all_at_once, attack
             assert list((self.world.directory / attack.name).glob(".gpu_launcher/launch-*")) == [], attack
 
