@@ -20,10 +20,12 @@ import contextlib
 import fcntl
 import logging
 import os
+import select
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from gpu_launcher.safe_files import open_regular
 from gpu_launcher.text import one_line
 
 VARIABLE = "GPU_LAUNCHER_LOG"
@@ -53,6 +55,7 @@ class _Handler(logging.Handler):
     def __init__(self, descriptor: int, path: Path | None) -> None:
         super().__init__()
         self.descriptor = descriptor
+        self._file = self._identity()
         self.path = path
         """The absolute path of its file; None for standard error."""
 
@@ -61,8 +64,16 @@ class _Handler(logging.Handler):
         where = f"{os.uname().nodename} {_role}[{os.getpid()}]"
         area = record.name.removeprefix(f"{_ROOT}.")
         text = f"{at}.{int(record.msecs):03d} {record.levelname} {where} {area}: {record.getMessage()}"
-        with contextlib.suppress(OSError):  # a full disk: nothing else fails because of the log
-            os.write(self.descriptor, one_line(text).encode() + b"\n")
+        poll = select.poll()
+        poll.register(self.descriptor, select.POLLOUT)
+        # A full disk, or a terminal or pipe that nobody reads now: nothing fails, or waits, because of the log.
+        with contextlib.suppress(OSError):
+            if poll.poll(0) and self._identity() == self._file:  # the user's program may close what it does not know
+                os.write(self.descriptor, one_line(text).encode()[: select.PIPE_BUF - 1] + b"\n")
+
+    def _identity(self) -> tuple[int, int]:
+        status = os.fstat(self.descriptor)
+        return status.st_dev, status.st_ino
 
     _TIME = logging.Formatter()
 
@@ -145,7 +156,8 @@ def configure(variables: Mapping[str, str]) -> None:
 def _open(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        descriptor = open_regular(path, flags)
     except OSError as error:
         print(f"gpu-launcher: cannot write the log {path}: {error.strerror}", file=sys.stderr)
         return

@@ -35,9 +35,11 @@ def install_completion(context: click.Context, option: click.Parameter, wanted: 
     if shell in _START_UP:
         name, line = _START_UP[shell]
         start_up = Path.home() / name
-        text = start_up.read_text() if start_up.exists() else ""
-        if line not in text.splitlines():
-            start_up.write_text(f"{text.rstrip()}\n\n{line}\n".lstrip())
+        with start_up.open("ab+") as file:
+            file.seek(0)
+            before = file.read()
+            if line.encode() not in before.splitlines():
+                file.write((b"" if not before or before.endswith(b"\n") else b"\n") + line.encode() + b"\n")
     click.echo(f"{shell} completion installed in {path}. It works in new shells.")
     context.exit()
 

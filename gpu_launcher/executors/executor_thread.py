@@ -310,6 +310,12 @@ class ExecutorThread:
                 except NodeDiedError:
                     self._pending.appendleft(call)
                     raise
+                except OSError as error:  # too many open files
+                    if call.future.set_running_or_notify_cancel():
+                        with calling_back():
+                            call.future.set_exception(self._not_handed_over(job.label, call, None, error))
+                    self._unlink(job.number)
+                    continue
                 self._offered[job.number] = _Offered(call.future, job.label, channel)
                 self._by_channel[channel.fileno()] = job.number
                 self._poll.register(channel, select.POLLIN)

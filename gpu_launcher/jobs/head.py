@@ -68,6 +68,8 @@ class SweepResult:
     """The signal with which the user stopped the sweep."""
     stopped: bool = False
     """Whether a signal or failures stopped the sweep."""
+    given_up: str | None = None
+    """Why no more jobs were started though nobody stopped the sweep, as a sentence whose subject is a job."""
 
 
 def run_jobs(
@@ -161,7 +163,7 @@ def _run_jobs(
         head.run()
         progress.handle(SweepEnded(time.monotonic(), tuple(closing(recorder.failed, recorder.incomplete))))
         results = {**finished, **head.results}
-        return SweepResult([results[job.number] for job in jobs], head.stopped_by, head.stopped)
+        return SweepResult([results[job.number] for job in jobs], head.stopped_by, head.stopped, head.given_up)
 
 
 def _with_attempts(job: Job, before: Mapping[int, Entry]) -> Job:
@@ -196,7 +198,7 @@ class _Head:
         self._exhausted = False
         self._stopping: str | None = None
         """What stopped the run: a signal, or failures."""
-        self._given_up: str | None = None
+        self.given_up: str | None = None
         """Why the node starts no more jobs, if so."""
         self._signals = StopSignals()
         self._closed = False
@@ -223,6 +225,8 @@ class _Head:
                     if self._source is not None:
                         self._source.tick()
                     self._progress.tick(time.monotonic())
+                if self._signals.take() or self._signals.last is not None:  # perhaps too late for the node to know
+                    self.stopped, self.stopped_by = True, self._signals.last
             except NodeDiedError as error:
                 self._lose_node(str(error))
             except BaseException:
@@ -280,7 +284,7 @@ class _Head:
             case StopRequested():
                 self._show_stop(message)
             case GaveUp(problem=problem):
-                self._given_up = problem
+                self.given_up = problem
                 self._shown.handle(Notice(message.time, message.text))
                 self._drop_waiting(problem)
             case Notice() | JobWaiting():
@@ -296,7 +300,7 @@ class _Head:
         self.stopped_by = self._signals.last if closed.stopped else None
         # Offers that crossed the node's decision to start no more.
         self._waiting.extend(self._offered.values())
-        self._drop_waiting(self._given_up)
+        self._drop_waiting(self.given_up)
 
     def _end(self, result: JobResult, event: JobEnded) -> None:
         number = result.number
@@ -312,11 +316,18 @@ class _Head:
 
     def _lose_node(self, problem: str) -> None:
         """Fail the jobs of a node that was killed. Jobs that left a report of success count as completed."""
+        with contextlib.suppress(NodeDiedError):
+            while not self._closed:  # what it had said before
+                if not isinstance(message := self._node.receive(), Wanted):
+                    self._take(message)
+        self._node.close()
+        if self._closed:
+            return
         _log.error("%s", problem)
         self._shown.handle(Notice(time.monotonic(), f"{problem}. No more jobs are started"))
         self.stopped = self._stopping is not None
         self.stopped_by = self._signals.last
-        self._node.close()
+        self.given_up = NOT_RUN
         for job in list(self._offered.values()):
             result = self._left_by(job)
             self._end(result, _ending(result))
@@ -334,7 +345,8 @@ class _Head:
             report = read_report(self._recorder.report_path(job.number))
             if report.ok:
                 outcome, cause, message, payload = Outcome.COMPLETED, None, None, report.payload
-        if outcome is Outcome.FAILED and self.stopped:
+        # A source may have a job run later that never began.
+        if outcome is Outcome.FAILED and (self.stopped or (started is None and job.number not in self._listed)):
             outcome, cause = Outcome.CANCELLED, None
         attempts = job.attempts_before + 1
         return JobResult(job.number, job.label, outcome, payload, message, devices, duration, log, cause, attempts)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import resource
 import select
 import shutil
 import signal
@@ -58,7 +59,7 @@ from gpu_launcher.model import Device
 from gpu_launcher.processes.fork_server_client import ForkServer
 from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.processes.linux import ProcessEnding
-from gpu_launcher.processes.messages import ChannelClosedError, JobPrepared, receive, send
+from gpu_launcher.processes.messages import ChannelClosedError, DescriptorsLostError, JobPrepared, receive, send
 from gpu_launcher.processes.random_generators import Generators
 from gpu_launcher.processes.worker import Program
 from gpu_launcher.text import one_line
@@ -70,6 +71,12 @@ _log = get_logger("jobs.node")
 
 LogFile = Callable[[int, JobPrepared], tuple[str, list[str]]]
 """See `jobs.directory.LogFiles.claim`."""
+
+
+DESCRIPTORS_PER_JOB = 4
+"""Descriptors of the node that a job may take at its start: its channel, those of its process, and a lease."""
+SPARE_DESCRIPTORS = 8
+"""Descriptors that are left free for what else a node opens."""
 
 
 class _EndedError(Exception):
@@ -224,8 +231,14 @@ class _Link:
         self._run: BeginRun | None = None
         self._backlog: deque[Message] = deque()
         """Messages that could not be sent yet. The node never waits for the head, which may be busy or suspended."""
+        self._full = False
+        """Whether the head had no room for the first of these."""
         self._channels: dict[int, int] = {}
         """The job's ends of channels between jobs and the head, by the job's number."""
+        self._to_request = 0
+        """How many jobs the loop wants that the head was not asked for yet."""
+        self._expected = 0
+        """How many jobs the head was asked for and has not offered yet."""
         self._inbox: deque[Any] = deque()
         """Messages from the head that have not been handled."""
         self._ending: JobEnded | None = None
@@ -266,6 +279,7 @@ class _Link:
     def begin_run(self, run: BeginRun) -> None:
         """Send and receive for this run from now on."""
         self._run = run
+        self._to_request = self._expected = 0
 
     def fileno(self) -> int:
         return self._epoll.fileno()
@@ -284,8 +298,18 @@ class _Link:
                     message, descriptors = receive(self._channel)
                 except ChannelClosedError:
                     self._vanish()
+                except DescriptorsLostError as lost:
+                    if not isinstance(lost.message, s.Offer):
+                        raise
+                    self._expected -= 1
+                    self._inbox.append(lost.message)  # it is not run without its channel
+                    why = "could not be started: its launching program has too many open files (`ulimit -n`)"
+                    self._inbox.append(s.Withdrawn(lost.message.job.number, why))
+                    continue
                 if isinstance(message, End):
                     raise _EndedError
+                if isinstance(message, s.Offer):
+                    self._expected -= 1
                 if descriptors:
                     (channel,) = descriptors
                     message = s.Offer(replace(message.job, channel=channel))
@@ -293,11 +317,33 @@ class _Link:
                 self._inbox.append(message)
 
     def request_jobs(self, count: int) -> None:
-        self.send(Wanted(count))
+        self._to_request += count
+        self._request()
+
+    def _request(self) -> None:
+        """Ask for the jobs for which there are descriptors: an offer may bring one, and a start needs some."""
+        count = min(self._to_request, self._affordable())
+        if count > 0:
+            self._to_request -= count
+            self._expected += count
+            self.send(Wanted(count))
+
+    def _affordable(self) -> int:
+        assert self._run is not None
+        if self._run.shown:  # these jobs have no channels, and the loop postpones what it cannot start
+            return self._to_request
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        jobs = len(self._channels) + self._expected
+        if DESCRIPTORS_PER_JOB * (jobs + self._to_request) + 64 <= limit:  # without a look
+            return self._to_request
+        free = limit - sum(1 for _ in Path("/proc/self/fd").iterdir()) - SPARE_DESCRIPTORS
+        return max(free // DESCRIPTORS_PER_JOB - self._expected, 0 if jobs else 1)
 
     def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
         assert self._run is not None
-        if not self._run.shown:  # or it was shown
+        if job.number in self._channels:  # its process has it, and is never started again
+            os.close(self._channels.pop(job.number))
+        if not self._run.shown:  # otherwise the event says so
             self.send(Started(job.number, devices))
 
     def on_message(self, number: int, what: Any) -> None:
@@ -317,7 +363,7 @@ class _Link:
         if self._scratch is not None:
             with contextlib.suppress(OSError):
                 self._run.reports.path(result.number).unlink()
-        if result.number in self._channels:  # kept until now: a job that has not begun may be started again
+        if result.number in self._channels:  # it never began, and might have been started again until now
             os.close(self._channels.pop(result.number))
         self.send(Ended(result, self._ending))
         self._ending = None
@@ -331,11 +377,21 @@ class _Link:
         waited = bool(self._backlog)
         # Closed: `receive` will see it, and what the program had still said.
         with contextlib.suppress(BlockingIOError, ChannelClosedError):
-            while self._backlog:
+            while self._backlog and (not self._full or self._has_room()):
+                self._full = True
                 send(self._channel, self._backlog[0], wait=False)
+                self._full = False
                 self._backlog.popleft()
         if waited != bool(self._backlog):
             self._listen()
+        if self._to_request:  # there may be descriptors now
+            self._request()
+
+    def _has_room(self) -> bool:
+        """Whether to try to send: a large message is not pickled in vain."""
+        poll = select.poll()
+        poll.register(self._channel, select.POLLOUT)
+        return bool(poll.poll(0))
 
     def send(self, message: Message) -> None:
         """Send a message as soon as the head has room for it."""

@@ -63,6 +63,8 @@ class LocalNode:
     _pid: int | None = None
     """The node's process, until it was waited for."""
     _scratch: Scratch | None = None
+    _process = -1
+    """The program, which alone may end the node."""
 
     def __init__(
         self,

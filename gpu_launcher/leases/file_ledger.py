@@ -193,8 +193,8 @@ class FileLedger:
             with self._mutex(wait=False) as locked:
                 if locked is not None:
                     lease = self._claim(locked, waiting, seen, preference)
-                    self._claims_in_vain = 0 if lease else self._claims_in_vain + 1
-                    return lease
+            if locked is not None:
+                return self._claimed(ticket, lease)
         changed = seen != waiting.record.demand.unavailable
         with self._directory() as queue:
             # Waiting is what a ticket does most of the time, and needs no mutex.
@@ -207,7 +207,12 @@ class FileLedger:
             return None
         with self._mutex() as locked:
             lease = None if locked is None else self._claim(locked, waiting, seen, preference)
+        return self._claimed(ticket, lease)
+
+    def _claimed(self, ticket: Ticket, lease: HeldLease | None) -> HeldLease | None:
         self._claims_in_vain = 0 if lease else self._claims_in_vain + 1
+        if lease is not None:  # not under the mutex: the log may be on a disk that hangs
+            _log.debug("lease %s: granted to ticket %s: %s", lease.id, ticket.id, lease.shares)
         return lease
 
     def _claim(
@@ -240,7 +245,6 @@ class FileLedger:
         id = uuid.uuid4().hex
         lease = HeldLease(id, shares, self._publish(queue, id, lease_names(id), record, "claim"))
         self._leases[id] = lease, record
-        _log.debug("lease %s: granted to ticket %s: %s", id, waiting.ticket.id, shares)
         self._withdraw(queue, waiting, "claim")
         return lease
 

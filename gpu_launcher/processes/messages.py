@@ -37,6 +37,13 @@ class ChannelClosedError(ConnectionError):
     """The process at the other end is gone."""
 
 
+class DescriptorsLostError(OSError):
+    """This process has too many open files, so that a message came without its descriptors."""
+
+    message: Any = None
+    """The message, if it was not in one of them."""
+
+
 def channel() -> tuple[socket.socket, socket.socket]:
     """Two connected ends."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -83,7 +90,9 @@ def receive(source: socket.socket, *, wait: bool = True) -> tuple[Any, tuple[int
     if flags & socket.MSG_CTRUNC:
         for descriptor in descriptors:
             os.close(descriptor)
-        raise OSError(errno.EMFILE, "a message came without its descriptors: too many open files (`ulimit -n`)")
+        lost = DescriptorsLostError(errno.EMFILE, "a message came without its descriptors: too many open files")
+        lost.message = None if data in (b"", b"\0") else pickle.loads(data)
+        raise lost
     if not data:
         raise ChannelClosedError("the other end is closed")
     if data == b"\0":

@@ -214,11 +214,11 @@ class SweepSearch:
             self._result = (summary, self._report(summary))
         except SamplingInterrupted:
             return
-        except Exception as error:  # of a sampler, a storage, or the user's search space: anything
+        except BaseException as error:  # of a sampler, a storage, or the user's search space: anything
             if self._is_mine:
                 self._fail(error)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         failed = error if isinstance(error, GpuLauncherError) else None
         if failed is None:
             traceback.print_exc()
@@ -236,7 +236,7 @@ class SweepSearch:
         """The search has succeeded, whatever becomes of the words about it."""
         try:
             return self._finish(self._session, summary)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             traceback.print_exc()
             return [f"the report on the study could not be made: {type(error).__name__}: {error}"]
 

@@ -134,6 +134,9 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
     if result.stopped and stopped_by is None:
         failed = "the sweep was stopped because hydra.launcher.on_failure or max_failures says so"
         log.info(_how_to_go_on(plan, directory, summary.left))
+    elif result.given_up is not None and stopped_by is None:
+        failed = failed or f"the sweep ended early, because each further trial {result.given_up}"
+        log.info(_how_to_go_on(plan, directory, summary.left))
     _conclude(plan, directory, summary, lines, failed, interrupted=stopped_by is not None)
     if stopped_by is not None:
         stop(stopped_by)

@@ -371,7 +371,7 @@ def test_what_a_trial_here_has_not_is_said(pool: Where) -> None:
         ({"callbacks": lambda study, trial: None}, r"^callbacks: .* give \[callback\]"),
         ({"callbacks": [3]}, "^callbacks: 3 cannot be called"),
         ({"catch": "ValueError"}, "^catch: 'V' is not a class of exceptions"),
-        ({"catch": ValueError()}, r"^catch: ValueError\(\) is no class"),
+        ({"catch": ValueError()}, r"^catch: ValueError\(\) is not a class"),
         ({"catch": (ValueError, int)}, "^catch: <class 'int'> is not a class of exceptions"),
         ({"trial_timeout": "soon"}, "^trial_timeout: 'soon'"),
     ],

@@ -60,6 +60,38 @@ def test_without_a_file_lines_go_to_standard_error() -> None:
     assert done.stderr.endswith(" pool: hello\n")
 
 
+def test_sweep_log_is_a_file_of_its_own(tmp_path: Path) -> None:
+    """Other users may write to a sweep's directory."""
+    program = (
+        f"from gpu_launcher.debug_log import *; log_into(Path({str(tmp_path)!r})); get_logger('pool').info('hello')"
+    )
+    victim, log = tmp_path / "victim", tmp_path / debug_log.FILE
+    victim.touch()
+    log.symlink_to(victim)
+    assert "cannot write the log" in run(program, "debug").stderr
+    log.unlink()
+    os.mkfifo(log)
+    assert "cannot write the log" in run(program, "debug").stderr
+    log.unlink()
+    mask = os.umask(0)
+    try:
+        assert run(program, "debug").stderr == ""
+    finally:
+        os.umask(mask)
+    assert victim.read_bytes() == b""
+    assert log.read_text().endswith(" pool: hello\n")
+    assert log.stat().st_mode & 0o777 == 0o644
+
+
+def test_standard_error_that_nobody_reads_delays_nothing() -> None:
+    program = "from gpu_launcher.debug_log import get_logger as g\nfor _ in range(9999): g('pool').info('x' * 99)"
+    reader, writer = os.pipe()
+    environment = {**os.environ, debug_log.VARIABLE: "info"}
+    subprocess.run([sys.executable, "-c", program], env=environment, stderr=writer, timeout=60, check=True)
+    os.close(reader)
+    os.close(writer)
+
+
 @pytest.mark.parametrize("variable", ["debgu", "debgu:/x", ":/x", "1"])
 def test_invalid_value_is_named_and_nothing_is_logged(variable: str) -> None:
     with pytest.raises(ValueError, match=f"GPU_LAUNCHER_LOG='{variable}' is invalid: must be debug, info"):

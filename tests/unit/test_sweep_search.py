@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import sys
 import threading
 from typing import Any
 
@@ -117,6 +118,18 @@ def test_a_search_that_ends_by_itself_waits_for_its_sample() -> None:
     assert states(session) == ["FAIL", "FAIL", "WAITING", "WAITING"], "both were interrupted"
 
 
+def test_a_search_space_that_exits_ends_the_search() -> None:
+    class Leaves(optuna.samplers.RandomSampler):
+        def sample_relative(self, *arguments: Any) -> Any:
+            sys.exit("no such space")
+
+    search, _ = begin(InMemoryStorage(), Leaves())
+    search.request_jobs(1)
+    assert select.select([search.fileno()], [], [], MANY_SECONDS)[0]
+    with pytest.raises(StudyError, match="SystemExit: no such space"):
+        search.close()
+
+
 class Held(InMemoryStorage):
     """Creates its second trial when it is let go."""
 
@@ -146,7 +159,9 @@ def test_an_operation_on_the_database_that_has_begun_is_waited_for() -> None:
     complete(search, Job(0, "", []))
     threading.Timer(0.1, backend.go_on.set).start()
     summary, _ = search.close(patience=MANY_SECONDS)
-    assert summary.states == {"complete": 1, "fail": 1}, "the second trial was created, and is told"
+    # If it came as far as an offer before the end was noticed, it is queued again.
+    told = {state: count for state, count in summary.states.items() if state != "waiting"}
+    assert told == {"complete": 1, "fail": 1}, "the second trial was created, and is told"
 
 
 def test_a_database_that_does_not_answer_is_not_waited_for_longer() -> None:

@@ -361,7 +361,7 @@ class _Launch:
                 "run is recorded in its own directory: make room, and run the rest with "
                 f"{self._how(directory)}"
             ) from error
-        incomplete = bool(source.failed or source.bad or source.problem)
+        incomplete = bool(source.failed or source.bad or source.problem or sweep.given_up)
         if source.missing and not (sweep.stopped or source.problem):
             incomplete = True
             tell(

@@ -138,13 +138,13 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
                 line = load_object(data)
             except ValueError:
                 continue
-            if _is_row(line):
+            if is_row(line):
                 yield line
     except FileNotFoundError:
         return
 
 
-def _is_row(line: dict[str, Any]) -> bool:
+def is_row(line: dict[str, Any]) -> bool:
     """Whether each of its values is what `result_line` makes, so that nothing trips over it later."""
     return (
         line.keys() >= _FIELDS

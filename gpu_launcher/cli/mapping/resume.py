@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_launcher.cli.mapping.map_directory import MapDirectory
-from gpu_launcher.cli.mapping.results import OUTCOME, lines, result_line
+from gpu_launcher.cli.mapping.results import OUTCOME, is_row, lines, result_line
 from gpu_launcher.cli.mapping.values import Params, digest, to_json
 from gpu_launcher.errors import OptionError, UsageError
 from gpu_launcher.jobs.manifest import devices_of
@@ -119,4 +119,8 @@ def _left_by(directory: MapDirectory, index: int) -> dict[str, Any]:
     if outcome is None or params is None:
         return {}
     known = {name: value for name, value in outcome.items() if name in OUTCOME}
-    return {"attempts": run.attempts(), **known, "params": params}
+    left = {"attempts": run.attempts(), **known, "params": params}
+    try:
+        return left if is_row(result_line(directory, index, **{"outcome": "", **left})) else {}
+    except TypeError:  # devices that are no list
+        return {}
