@@ -26,7 +26,7 @@ BUSY_TIMEOUT = 60.0
 """Seconds for which a connection waits for another one's transaction."""
 
 
-class Pool(Protocol):
+class ConnectionPool(Protocol):
     """What keeps connections for later: SQLAlchemy's Engine."""
 
     def dispose(self, close: bool = True) -> None:
@@ -72,7 +72,7 @@ def connect(file: Path) -> Connection:
     return sqlite3.connect(file, timeout=BUSY_TIMEOUT, check_same_thread=False, factory=Connection)
 
 
-def close_before_forks(pool: Pool) -> None:
+def close_before_forks(pool: ConnectionPool) -> None:
     """Close the pool's idle connections whenever this process is about to be forked."""
     _state.pools.add(pool)
 
@@ -84,7 +84,7 @@ class _State:
         self.gate = threading.RLock()
         """Held while a connection is opened or closed, and during a fork: SQLite has locks of its own then."""
         self.open: WeakSet[Connection] = WeakSet()
-        self.pools: WeakSet[Pool] = WeakSet()
+        self.pools: WeakSet[ConnectionPool] = WeakSet()
         self.in_use: list[Connection] = []
         self.refused: set[tuple[int, int]] = set()
 

@@ -31,7 +31,7 @@ class Bounds:
 
 
 @dataclass(frozen=True, slots=True)
-class Exhausted:
+class SearchEnded:
     """There are no more trials."""
 
     reason: str | None
@@ -74,26 +74,26 @@ class Stopping:
             counts.append(self._left(self.combinations))
         return min(counts, default=None)
 
-    def over(self, tally: Tally) -> Exhausted | None:
+    def over(self, tally: Tally) -> SearchEnded | None:
         """Whether no more trials are to be asked for, and why."""
         bounds, failed, ended = self.bounds, tally.failed, tally.ended
         if bounds.n_trials is not None and tally.asked >= bounds.n_trials:
-            return Exhausted(None)
+            return SearchEnded(None)
         if bounds.timeout is not None and tally.seconds >= bounds.timeout:
-            return Exhausted("no more trials are asked for: the timeout is over")
+            return SearchEnded("no more trials are asked for: the timeout is over")
         if tally.all_tried and not self._trials(TrialState.WAITING):
-            return Exhausted("no more trials are asked for: every combination has been tried")
+            return SearchEnded("no more trials are asked for: every combination has been tried")
         if self.combinations is not None and not self._left(self.combinations):
-            return Exhausted(None)
+            return SearchEnded(None)
         if bounds.total_trials is not None and self._total(failed) >= bounds.total_trials:
-            return Exhausted(None)
+            return SearchEnded(None)
         if bounds.max_failure_rate is not None and failed:
             few = ended < MIN_ENDED and bounds.max_failure_rate > 0
             if not few and failed / ended > bounds.max_failure_rate:
                 reason = f"no more trials are asked for: {failed} of {ended} failed"
-                return Exhausted(f"{reason}, more than max_failure_rate={bounds.max_failure_rate} lets", failed=True)
+                return SearchEnded(f"{reason}, more than max_failure_rate={bounds.max_failure_rate} lets", failed=True)
         if bounds.patience is not None and (since := self._since_best()) >= bounds.patience:
-            return Exhausted(f"no more trials are asked for: {since} completed without improving on the best")
+            return SearchEnded(f"no more trials are asked for: {since} completed without improving on the best")
         return None
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:

@@ -27,7 +27,7 @@ from gpu_launcher.debug_log import get_logger
 from gpu_launcher.studies import stale_trials
 from gpu_launcher.studies.pruning import Judge
 from gpu_launcher.studies.stale_trials import fail, losses, queue_again
-from gpu_launcher.studies.stopping import ENDED, Bounds, Exhausted, Stopping, Tally
+from gpu_launcher.studies.stopping import ENDED, Bounds, SearchEnded, Stopping, Tally
 from gpu_launcher.studies.study_storage import StudyStorage
 from gpu_launcher.studies.trial_attrs import FAILURE, JOB, LOST
 
@@ -189,16 +189,16 @@ class StudySession:
 
     # While it runs
 
-    def over(self) -> Exhausted | None:
+    def over(self) -> SearchEnded | None:
         """Whether no more trials are asked for, and why."""
         if (over := self._stopping.over(self._tally)) is not None:
             return over
         if self._hopeless >= MAX_HOPELESS and self._hopeless == self._ended.total():
             reason = f"no more trials are asked for: none of the first {self._hopeless} returned a value to search by"
-            return Exhausted(f"{reason}; the task function must return a number for each direction", failed=True)
+            return SearchEnded(f"{reason}; the task function must return a number for each direction", failed=True)
         return None
 
-    def ask(self) -> AskedTrial | Exhausted | UnusablePoint:
+    def ask(self) -> AskedTrial | SearchEnded | UnusablePoint:
         """The next trial. Raises whatever `define` or the sampler raises, and StudyError; no trial is left untold.
 
         What `define` raises for a trial that was queued is taken for the fault of that one, and not raised.

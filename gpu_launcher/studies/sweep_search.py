@@ -28,7 +28,7 @@ from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.model import Device
 from gpu_launcher.studies.rank_reporters import Attribute, Intermediate, Verdict
-from gpu_launcher.studies.stopping import Exhausted
+from gpu_launcher.studies.stopping import SearchEnded
 from gpu_launcher.studies.storage_retry import StorageRetry
 from gpu_launcher.studies.study_session import (
     LOOK_SECONDS,
@@ -303,7 +303,7 @@ class SweepSearch:
                 self._say(s.Offer(self._make_job(answer)))
                 with self._news:
                     self._wanted -= 1
-            case Exhausted(reason, failed):
+            case SearchEnded(reason, failed):
                 if failed:
                     self.failed = reason
                 self._say(s.Exhausted(reason))

@@ -26,7 +26,7 @@ from gpu_launcher.jobs.labels import Labels
 from gpu_launcher.jobs.node_client import LocalNode
 from gpu_launcher.processes.exceptions import reason
 from gpu_launcher.studies.ownership import Sweep
-from gpu_launcher.studies.stopping import Exhausted
+from gpu_launcher.studies.stopping import SearchEnded
 from gpu_launcher.studies.study_session import AskedTrial, How, SearchSummary, StudySession, TrialEnding, UnusablePoint
 from gpu_launcher.studies.sweep_search import SweepSearch, seen
 from hydra_plugins.gpu_pool_launcher._commands import override
@@ -185,14 +185,14 @@ def _batches(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> N
     session, remarks = plan.open()
     for remark in remarks:
         log.info(remark)
-    over: Exhausted | None = None
+    over: SearchEnded | None = None
     try:
         while over is None:
             batch: list[AskedTrial] = []
             while len(batch) < size and over is None:
                 answer = session.ask()
                 match answer:
-                    case Exhausted():
+                    case SearchEnded():
                         over = answer
                     case UnusablePoint(message):
                         log.warning(message)

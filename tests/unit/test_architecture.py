@@ -76,16 +76,6 @@ ARCHITECTURE = "docs/architecture.md"
 ERRORS = "gpu_launcher/errors.py"
 PUBLIC_TEXTS = ("README.md", "docs/*.md", "examples/**/*.py", "examples/**/*.yaml", "examples/**/*.md")
 
-# Names that more than one class or module has. Only remove from these two lists.
-SHARED_CLASS_NAMES = {
-    "Exhausted",
-    "Pool",
-}
-SHARED_FILE_NAMES = {
-    "pool.py",
-    "source.py",
-}
-
 
 @dataclass(frozen=True)
 class Import:
@@ -288,7 +278,7 @@ def shared_class_names(tree: Path) -> list[str]:
         for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(f"{path.relative_to(tree)}:{node.lineno}")
-    return shared(places, SHARED_CLASS_NAMES)
+    return shared(places)
 
 
 def shared_file_names(tree: Path) -> list[str]:
@@ -297,11 +287,11 @@ def shared_file_names(tree: Path) -> list[str]:
     for path in product_files(tree):
         if path.name != "__init__.py" and path.is_relative_to(tree / "gpu_launcher"):
             places[path.name].append(str(path.relative_to(tree)))
-    return shared(places, SHARED_FILE_NAMES)
+    return shared(places)
 
 
-def shared(places: dict[str, list[str]], known: set[str]) -> list[str]:
-    return [f"{name}: {', '.join(at)}" for name, at in sorted(places.items()) if len(at) > 1 and name not in known]
+def shared(places: dict[str, list[str]]) -> list[str]:
+    return [f"{name}: {', '.join(at)}" for name, at in sorted(places.items()) if len(at) > 1]
 
 
 def parsed(path: Path) -> ast.Module:

@@ -12,7 +12,7 @@ import gpu_launcher
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.studies import stale_trials
 from gpu_launcher.studies.ownership import Sweep
-from gpu_launcher.studies.stopping import Bounds, Exhausted
+from gpu_launcher.studies.stopping import Bounds, SearchEnded
 from gpu_launcher.studies.study_session import AskedTrial, How, StudySession, TrialEnding, UnusablePoint
 from gpu_launcher.studies.study_storage import StudyStorage
 from gpu_launcher.studies.trial_attrs import FAILURE, JOB, LOST, OWNER, RETRY_OF
@@ -88,7 +88,7 @@ def test_a_queued_trial_of_which_no_job_can_be_made_fails_alone(storage):
     assert asking.study.trials[0].state is TrialState.FAIL
     assert isinstance(asking.ask(), AskedTrial)
     asking.tell(1, TrialEnding(How.COMPLETE, (1.0,)))
-    assert asking.ask() == Exhausted(None)
+    assert asking.ask() == SearchEnded(None)
 
 
 @pytest.mark.parametrize("queued", [True, False])
@@ -188,11 +188,11 @@ def test_the_asking_ends_where_the_bounds_are(storage):
     assert two.expected == 2
     two.ask()
     two.ask()
-    assert two.ask() == Exhausted(None)
+    assert two.ask() == SearchEnded(None)
     total = session(storage, Bounds(total_trials=3))
     assert total.expected == 1
     total.ask()
-    assert total.ask() == Exhausted(None)
+    assert total.ask() == SearchEnded(None)
 
 
 def test_failures_do_not_keep_a_total_from_being_reached(storage):
@@ -200,7 +200,7 @@ def test_failures_do_not_keep_a_total_from_being_reached(storage):
     for number in range(2):
         asking.ask()
         asking.tell(number, TrialEnding(How.FAILED, message="raised"))
-    assert asking.ask() == Exhausted(None)
+    assert asking.ask() == SearchEnded(None)
 
 
 def test_a_rate_of_failures_means_something_when_there_are_a_few_trials(storage):
@@ -211,7 +211,7 @@ def test_a_rate_of_failures_means_something_when_there_are_a_few_trials(storage)
     last = asking.ask()
     assert isinstance(last, AskedTrial)
     asking.tell(9, TrialEnding(How.FAILED, message="raised"))
-    assert asking.ask() == Exhausted(
+    assert asking.ask() == SearchEnded(
         "no more trials are asked for: 10 of 10 failed, more than max_failure_rate=0.5 lets", failed=True
     )
 
@@ -279,7 +279,7 @@ def test_a_grid_is_over_when_everything_was_tried_and_nothing_is_queued(storage)
     assert again.trial.user_attrs[RETRY_OF] == [0]
     asking.tell(1, TrialEnding(How.FAILED))
     asking.tell(2, TrialEnding(How.COMPLETE, (1.0,)))
-    assert isinstance(asking.ask(), Exhausted)
+    assert isinstance(asking.ask(), SearchEnded)
 
 
 def test_who_dies_between_queueing_a_trial_again_and_failing_it_has_it_queued_once(storage, monkeypatch):
@@ -332,7 +332,7 @@ def test_a_search_ends_when_none_of_the_first_returns_a_value(storage):
         assert isinstance(asked, AskedTrial)
         one.tell(asked.trial.number, TrialEnding(How.FAILED, message="returned None", hopeless=True))
     over = one.ask()
-    assert isinstance(over, Exhausted)
+    assert isinstance(over, SearchEnded)
     assert over.failed
     assert "none of the first 3 returned a value" in (over.reason or "")
 
