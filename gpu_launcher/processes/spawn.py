@@ -54,6 +54,7 @@ def serve_spawning(control: int, launcher: int, payload: int, captured: int, /) 
 
 def work_spawned(channel: int, payload: int, /) -> NoReturn:
     """A job's process."""
+    from gpu_launcher import debug_log
     from gpu_launcher.processes import pickling, random_generators
     from gpu_launcher.processes.job_output import JobOutput
     from gpu_launcher.processes.worker import work
@@ -61,19 +62,24 @@ def work_spawned(channel: int, payload: int, /) -> NoReturn:
     output = JobOutput()
     for descriptor in (channel, payload):
         os.set_inheritable(descriptor, False)
-    path, main, program, generators = pickle.loads(os.pread(payload, os.fstat(payload).st_size, 0))
+    path, main, log, program, generators = pickle.loads(os.pread(payload, os.fstat(payload).st_size, 0))
     os.close(payload)
     sys.path[:] = path
+    os.environ.pop(debug_log.VARIABLE, None)  # ours named the launch's log; a sweep in the job has a log of its own
+    os.environ.update(log)
     vars(sys.modules["__main__"]).update(main)
     random_generators.expect_globals(generators)
     work(socket.socket(fileno=channel), output, lambda: pickling.load(program))
 
 
 def describe_interpreter(program: bytes, generators: bytes) -> bytes:
-    """What `work_spawned` needs: module search path, identity of `__main__`, the program and its generators, dumped."""
+    """What `work_spawned` needs: search path, identity of `__main__`, log, program and generators, dumped."""
+    from gpu_launcher import debug_log
+
     main = sys.modules["__main__"]
     # Which script or module it is, as libraries ask that start it again.
     attributes: dict[str, object] = {"__file__": getattr(main, "__file__", None)}
     spec = getattr(main, "__spec__", None)
     attributes["__spec__"] = spec and ModuleSpec(spec.name, loader=None, origin=spec.origin)
-    return pickle.dumps((sys.path, attributes, program, generators))
+    log = {name: value for name, value in os.environ.items() if name == debug_log.VARIABLE}
+    return pickle.dumps((sys.path, attributes, log, program, generators))

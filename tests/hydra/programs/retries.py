@@ -72,6 +72,7 @@ def main(cfg: Any) -> str:
     print(f"attempt {attempt} with {os.environ['GPU_LAUNCHER_MEMORY_FRACTION']} of its devices")
     if attempt < cfg.good:
         WAYS[cfg.kind]()
+    print(f"GPU_LAUNCHER_LOG={os.environ.get('GPU_LAUNCHER_LOG')}")
     return f"{attempt}"
 
 
