@@ -9,7 +9,6 @@ pytest-xdist's workers have one, which would change what is tested, because gpu-
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import signal
@@ -44,8 +43,6 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     os.write(give, b"".join(NUMBER.pack(number) for number in range(len(files))))
     os.close(give)
     session.config._tmp_path_factory.getbasetemp()  # one for all workers
-    gc.collect()
-    gc.freeze()  # what a worker's collections do not touch, it shares with the others
     workers = [start(session, files, numbers) for _ in range(min(count, len(files)))]
     os.close(numbers)
     try:

@@ -90,7 +90,9 @@ def receive(source: socket.socket, *, wait: bool = True) -> tuple[Any, tuple[int
     if flags & socket.MSG_CTRUNC:
         for descriptor in descriptors:
             os.close(descriptor)
-        lost = DescriptorsLostError(errno.EMFILE, "a message came without its descriptors: too many open files")
+        lost = DescriptorsLostError(
+            errno.EMFILE, "a message came without its descriptors: too many open files (`ulimit -n`)"
+        )
         lost.message = None if data in (b"", b"\0") else pickle.loads(data)
         raise lost
     if not data:
