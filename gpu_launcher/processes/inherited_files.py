@@ -1,20 +1,20 @@
-"""The files that a program has open when its jobs are forked.
+"""Gives each forked job its own positions in the files that the program has open.
 
-fork(2) copies descriptors, not what they refer to. A *file description*, with its position, is shared by all processes
-that inherit it, so a `seek` in one job would move what another one reads. A job therefore opens each file that is
-open for reading again, through /proc/self/fd, which also works for files that are deleted. The program notes all
-positions before the fork, because it may move them as soon as that is done. In a fork server nobody moves them, and
-what the shared descriptions' positions are does not matter.
+fork(2) copies descriptors, not the *file descriptions* that they refer to. All processes that inherit a description
+share its position, so a `seek` in one job would change what another job reads. A job therefore reopens each file that
+is open for reading, through /proc/self/fd, which also works for deleted files. The program notes all positions before
+the fork, because it may move them right after it. A fork server does not move them, and once files are reopened the
+positions of the shared descriptions do not matter.
 
-Not opened again:
+Not reopened:
 
 - files open for writing only: their shared position keeps jobs from overwriting each other's lines;
 - standard input, output and error, and other descriptors of the same files;
 - pipes, sockets and terminals, which have no position.
 
-What becomes of locks: one made with flock(2) stays with the program's description; a job neither holds it nor can
-release it. Locks made with fcntl(2) are never inherited. But a process that closes any descriptor of a file loses all
-of those that it has on the file, so the program itself must not open and close its files once more.
+A lock made with flock(2) stays with the program's description; a job does not hold it and cannot release it. Locks made
+with fcntl(2) are never inherited. But a process that closes any descriptor of a file loses all its fcntl(2) locks on
+that file, so the program itself must not reopen and close its files.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import IO, Any
 
 _KEPT_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_DIRECT | os.O_NOATIME | os.O_SYNC | os.O_DSYNC
-"""Flags that open(2) is given again. Others are about a path (O_NOFOLLOW) or make a new file (O_TMPFILE)."""
+"""Flags to pass to open(2) when a file is reopened. Others concern a path (O_NOFOLLOW) or make a file (O_TMPFILE)."""
 
 _KINDS = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFBLK)
 _SHARED_MEMORY = ("/dev/shm/", "/memfd:")
@@ -49,13 +49,14 @@ _FORMATS = (
     ("LMDB", 0, _LMDB),  # its lock file
     ("GDBM", 0, (0x13579ACF).to_bytes(4, "little")),
 )
-"""Formats whose libraries keep state in memory that is wrong after a fork, and where their files say what they are."""
+"""Formats whose libraries keep state in memory that is wrong after a fork: name, offset and value of the magic bytes.
+"""
 
 _MAX_LOCK_FILE = 1024
-"""Bytes up to which a locked file is taken for one that is only there to be locked. It may say who has the lock."""
+"""Maximum size in bytes of a locked file that counts as a lock file. It may say who holds the lock."""
 
 _MAX_NAMES = 3
-"""Files of one kind that a notice names."""
+"""Maximum number of files of one kind that a notice names."""
 
 _SYS_KCMP = {"x86_64": 312, "aarch64": 272}.get(os.uname().machine)
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -63,29 +64,30 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """A descriptor of a file, as it was when the program noted it."""
+    """A descriptor of an open file, as the program noted it."""
 
     descriptor: int
     path: str
-    """In /proc, where it can be opened again."""
+    """Path in /proc through which the file can be reopened."""
     name: str
-    """Read early: the garbage collector closes files at any time."""
+    """Path of the file. Read early, because the garbage collector may close the file at any time."""
     flags: int
     offset: int
     device: int
     inode: int
     inheritable: bool
     locked: bool
-    """Whether it is open for reading and writing, and locked. Asked early: fcntl(2) locks are the program's alone."""
+    """Whether the file is locked and open for reading and writing. Read early: a fork does not inherit fcntl(2) locks.
+    """
     duplicate_of: int | None = None
-    """Another descriptor of the same description, which is opened again before this one."""
+    """Another descriptor of the same description. It is reopened before this one."""
 
     @property
     def access(self) -> int:
         return self.flags & os.O_ACCMODE
 
     def is_there(self) -> bool:
-        """Whether the descriptor still is this file. Some are closed after a fork, and their numbers used again."""
+        """Whether the descriptor still refers to this file. A number may be closed after a fork and then reused."""
         return _identity(self.descriptor) == (self.device, self.inode)
 
 
@@ -93,28 +95,28 @@ class OpenFiles:
     """The files that a program had open before a fork."""
 
     def __init__(self) -> None:
-        """None of them."""
+        """Start without any files."""
         self._files: list[_File] = []
         self._writers: list[weakref.ref[IO[Any]]] = []
 
     @classmethod
     def of_this_process(cls, besides: Container[int] = ()) -> OpenFiles:
-        """Note them right before the fork, but not the descriptors `besides`.
+        """Note the open files of this process, except the descriptors `besides`. Call this right before the fork.
 
-        What this process has in buffers for them is written first. Otherwise each job would write it as well.
+        Their buffers are flushed first. Otherwise each job would write the buffered data again.
         """
         noted = cls()
         files = _files()
         if written := {file.descriptor for file in files if file.access != os.O_RDONLY}:
-            # In few programs. To look at all their objects takes milliseconds.
+            # Few programs get here. Looking at all their objects takes milliseconds.
             noted._writers = _flush_writers(written)
-            files = _files()  # which has moved positions
+            files = _files()  # flushing has moved positions
         files = [file for file in files if file.access != os.O_WRONLY and file.descriptor not in besides]
         noted._files = _with_duplicates(files)
         return noted
 
     def open_again(self) -> list[str]:
-        """Give a job positions of its own, before any of the user's code runs. Returns error messages."""
+        """Give a job its own positions, before any of the user's code runs. Returns error messages."""
         problems = []
         shared = set()
         for file in self._files:
@@ -128,21 +130,21 @@ class OpenFiles:
         return problems
 
     def flush(self) -> None:
-        """At the end of a job: write what the job has left in the buffers of the program's file objects."""
+        """Flush the program's file objects at the end of a job, which may have left data in their buffers."""
         for writer in self._writers:
             stream = writer()
             try:
                 if stream is not None and not stream.closed:
                     stream.flush()
-            except ValueError:  # it was detached from its buffer
+            except ValueError:  # detached from its buffer
                 continue
             except OSError as error:
                 traceback.print_exception(error)
 
     def notice(self) -> str | None:
-        """A notice for the user about files that jobs may damage, in one line.
+        """One-line notice about files that jobs may damage; None if there are none.
 
-        Call it in the process that noted them, after the fork: some libraries close files before it.
+        Call this in the process that noted the files, after the fork: some libraries close files before a fork.
         """
         files = [file for file in self._files if file.duplicate_of is None and file.is_there()]
         read_write = [file for file in files if file.access == os.O_RDWR]
@@ -173,14 +175,14 @@ def _identity(descriptor: int) -> tuple[int, int] | None:
 
 
 def _files() -> list[_File]:
-    """Descriptors of files that this process has beside its standard streams, in order."""
+    """Open files of this process except its standard streams, in the order of their descriptors."""
     standard = {_identity(descriptor) for descriptor in (0, 1, 2)}
     seen = map(_look, sorted(int(entry.name) for entry in Path("/proc/self/fd").iterdir()))
     return [file for file in seen if file is not None and (file.device, file.inode) not in standard]
 
 
 def _look(descriptor: int) -> _File | None:
-    """Returns None for what has no position."""
+    """Return what a descriptor refers to; None if it has no position."""
     try:
         status = os.fstat(descriptor)
         flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
@@ -198,16 +200,16 @@ def _look(descriptor: int) -> _File | None:
             os.get_inheritable(descriptor),
             flags & os.O_ACCMODE == os.O_RDWR and _is_locked(descriptor),
         )
-    except OSError:  # a descriptor that listed the others and is closed, or a file that cannot seek
+    except OSError:  # the descriptor that listed the others, now closed, or a file that cannot seek
         return None
 
 
 def _flush_writers(descriptors: set[int]) -> list[weakref.ref[IO[Any]]]:
-    """Flush the file objects that write to them. Returns those that could be flushed."""
+    """Flush the file objects that write to these descriptors. Returns those that could be flushed."""
     writers: list[weakref.ref[IO[Any]]] = []
     kinds = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
     for stream in [thing for thing in gc.get_objects() if issubclass(type(thing), kinds)]:
-        # ValueError: closed or detached. OSError: it has no descriptor, or the disk is full, as the program will learn.
+        # ValueError: closed or detached. OSError: no descriptor, or the disk is full; the program will get that error.
         with contextlib.suppress(ValueError, OSError):
             if stream.fileno() in descriptors:
                 stream.flush()
@@ -216,9 +218,9 @@ def _flush_writers(descriptors: set[int]) -> list[weakref.ref[IO[Any]]]:
 
 
 def _with_duplicates(files: list[_File]) -> list[_File]:
-    """Find descriptors made with dup(2), which share a position in a job as they do in the program.
+    """Mark descriptors made with dup(2), which share a position in a job as they do in the program.
 
-    In the order of the descriptors, so that a duplicate comes after the one that it is of.
+    The result is in the order of the descriptors, so that a duplicate comes after its original.
     """
 
     def alike(file: _File) -> tuple[int, int, int, int]:
@@ -237,7 +239,10 @@ def _with_duplicates(files: list[_File]) -> list[_File]:
 
 
 def _compare(one: _File, other: _File) -> int:
-    """0 for one description, else which of two comes first. Where the kernel refuses to say (kcmp(2)), they are two."""
+    """Compare file descriptions with kcmp(2): 0 if they are the same, otherwise their order.
+
+    If the kernel refuses to compare them, they count as different.
+    """
     if one.descriptor != other.descriptor and _SYS_KCMP is not None:
         pid = os.getpid()
         numbers = ctypes.c_ulong(one.descriptor), ctypes.c_ulong(other.descriptor)
@@ -273,13 +278,13 @@ def _format(file: _File) -> str | None:
 
 
 def _may_be_overwritten(file: _File, mapped: set[str]) -> bool:
-    """Whether jobs would write to it at positions of their own.
+    """Whether jobs that write to this file would each use their own position.
 
-    Not to what is shared on purpose (mapped memory), to a lock file, or to what is only appended to.
+    False for files that are shared on purpose (mapped memory), lock files, and files opened for appending.
     """
     if file.flags & os.O_APPEND or file.name in mapped or file.name.startswith(_SHARED_MEMORY):
         return False
-    with contextlib.suppress(OSError):  # it has just been closed
+    with contextlib.suppress(OSError):  # just closed
         return not file.locked or os.fstat(file.descriptor).st_size > _MAX_LOCK_FILE
     return False
 
@@ -289,7 +294,7 @@ def _is_locked(descriptor: int) -> bool:
 
 
 def _shared_mappings() -> set[str]:
-    """Names of the files that this process has mapped so that others see what it writes."""
+    """Names of the files that this process has mapped as shared memory."""
     lines = [line.split(None, 5) for line in Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()]
     return {fields[5] for fields in lines if len(fields) == 6 and fields[1].endswith("s")}
 

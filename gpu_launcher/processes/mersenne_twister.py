@@ -1,11 +1,11 @@
 """Tells from the state of a Mersenne Twister (MT19937) whether it was seeded.
 
-Neither Python nor NumPy keeps a record of that. But the generator can be run backwards, and so can its initialization.
-A seeded generator was initialized from one word, or from a key of a few words that is repeated until 624 are filled; an
-unseeded one from 624 random words.
+Neither Python nor NumPy records whether a generator was seeded. But the generator can be run backwards, and so can its
+initialization. A seeded generator was initialized from one word, or from a key of a few words that is repeated until
+624 words are filled. An unseeded generator was initialized from 624 random words.
 
-Source: mt19937ar.c by Makoto Matsumoto and Takuji Nishimura (2002), whose functions are named below. Many words are
-computed at once, as lanes of one large integer: that takes microseconds where a loop takes a millisecond.
+The algorithm is mt19937ar.c by Makoto Matsumoto and Takuji Nishimura (2002); comments below name its functions. Many
+words are computed at once, as lanes of one large integer. This takes microseconds where a loop takes a millisecond.
 """
 
 from __future__ import annotations
@@ -16,26 +16,27 @@ from functools import cache
 from types import MappingProxyType
 
 MAX_BLOCKS = 1000
-"""Blocks of 624 words that the generator is run backwards, in which a seed is looked for. Takes about 30 ms."""
+"""Maximum number of blocks, of 624 words each, that are searched backwards for a seed. This takes about 30 ms."""
 
 N, M = 624, 397
 WORD, UPPER, LOWER = 0xFFFFFFFF, 0x80000000, 0x7FFFFFFF
 MATRIX = 0x9908B0DF
 
 SEARCHED_WORDS = 160
-"""Words of each block in which a seed is looked for. Keys of up to half as many are found: of texts of 250 letters."""
+"""Words of each block that are searched for a seed. This finds keys of up to half as many words, or texts of 250
+letters."""
 MAX_KEY = 600
-"""Words of a key that are recognised as long as nothing has been drawn."""
+"""Maximum length in words of a key that is recognised before any number has been drawn."""
 
 
 def was_seeded(
     words: Sequence[int], *, blocks: int = MAX_BLOCKS, known: Mapping[int, bool | None] = MappingProxyType({})
 ) -> bool | None:
-    """Tell whether a generator with this state was seeded. None: it has been used, and no seed was found.
+    """Return whether a generator with this state was seeded; None if it has been used and no seed was found.
 
-    `known` are answers for earlier states, by their `mark`.
+    `known` maps the `mark` of earlier states to their answers.
     """
-    if words[0] == UPPER:  # as init_by_array leaves it, and nothing has been drawn yet
+    if words[0] == UPPER:  # init_by_array leaves this value; nothing has been drawn yet
         return _has_repeated_key(words, MAX_KEY)
     state = _packed(words)
     for _ in range(blocks):
@@ -49,7 +50,10 @@ def was_seeded(
 
 
 def mark(words: Sequence[int]) -> int:
-    """Names a state. Of the first word, only one bit can be computed from later states."""
+    """Return a number that identifies a state.
+
+    It contains only one bit of the first word, because only that bit can be computed from later states.
+    """
     return _packed(words) >> 31
 
 
@@ -68,12 +72,12 @@ _TWICE = _lanes(WORD - 1)
 _ALL = _lanes(WORD)
 _SEARCHED = _lanes(WORD, count=SEARCHED_WORDS)
 _START = _lanes(WORD, count=N - M)
-"""The words of a block which depend on others of the block before; the rest depends on these."""
+"""Mask of the words of a block that depend on the previous block's later words. The other words depend on these."""
 
 
 def _previous(state: int) -> int:
-    """Undo genrand_int32's generation of a block of words, which are lanes of 32 bits."""
-    # The lower bits of the first word of a block have no effect on later ones. Their place is in the block before.
+    """Return the state before genrand_int32 generated this block. Each word is a lane of 32 bits."""
+    # The lower bits of a block's first word do not affect later words, so they are computed from the previous block.
     last = _undo_multiplication((state >> 32 * (N - 1) ^ state >> 32 * (M - 1)) & WORD)
     state = state >> 31 << 31 | last & LOWER
     end = _undo_multiplication((state ^ state << 32 * (N - M)) & _ALL)
@@ -89,7 +93,10 @@ def _undo_multiplication(product: int) -> int:
 
 
 def _is_from_one_word(words: Sequence[int]) -> bool:
-    """Whether init_genrand filled the state: each word follows from the one before. The first may not be known."""
+    """Whether init_genrand filled the state, computing each word from the one before.
+
+    The first word may be unknown, so it is not checked.
+    """
     return all(
         words[number] == (1812433253 * (words[number - 1] ^ words[number - 1] >> 30) + number) & WORD
         for number in range(2, 10)
@@ -97,20 +104,23 @@ def _is_from_one_word(words: Sequence[int]) -> bool:
 
 
 def _has_repeated_key(words: Sequence[int], longest: int) -> bool:
-    """Whether init_by_array filled the state, of which these are the first words, from a key that it had to repeat."""
+    """Whether init_by_array filled the state from a key that it had to repeat.
+
+    `words` are the first words of the state, and `longest` is the maximum length of the key.
+    """
     count = len(words)
     one, number, initial = _wide(count)
     every = one * WORD
 
     def mixed(lanes: int, factor: int) -> int:
-        """What is added to each word for the one before."""
+        """The term that init_by_array mixes into each word from the word before it."""
         before = lanes << 64
         return (before ^ (before >> 30 & one * 3)) * factor & every
 
     state = int.from_bytes(struct.pack(f"<{count}Q", *words), "little")
     half_way = (state + number & every) ^ mixed(state, 1566083941)
     keys = (half_way + (one << 32) - (initial ^ mixed(half_way, 1664525))) & every
-    # Each is a word of the key plus its number in that. The first four are mixed with others that are not known.
+    # Each element is a word of the key plus its index in the key. The first four are mixed with unknown words.
     backwards = struct.unpack(f"<{count}Q", keys.to_bytes(8 * count, "little"))[:3:-1]
     length = 0
     while True:
@@ -124,9 +134,9 @@ def _has_repeated_key(words: Sequence[int], longest: int) -> bool:
 
 @cache
 def _wide(count: int) -> tuple[int, int, int]:
-    """In lanes of 64 bits, which have room for products: ones, their numbers, and the state of init_genrand(19650218).
+    """Three vectors: ones, lane numbers, and the state of init_genrand(19650218), with which init_by_array begins.
 
-    With that state init_by_array begins.
+    The lanes have 64 bits, which leaves room for products.
     """
     words = [19650218]
     for number in range(1, count):

@@ -1,13 +1,16 @@
-"""Gives each job random numbers of its own, unless the program seeded the generator: what a fresh run of it would see.
+"""Gives each job the random numbers that a fresh run of the program would see.
 
-A forked job has a copy of every generator that the program made, a job in a fresh interpreter of those that were
-pickled. Unseeded ones are initialized anew in the job, in place; seeded ones continue where the program left off. This
-package is imported too late to see how generators are made, so their state has to tell:
+A forked job has a copy of every generator that the program made. A job in a fresh interpreter has copies of the
+generators that were pickled. In the job, unseeded generators are reinitialized in place; seeded ones continue where
+the program left off. This package is imported too late to see how generators are made, so it infers from a generator's
+state whether it was seeded:
 
-- NumPy's keep a SeedSequence. Without a seed, its entropy is a random integer as long as its pool. NumPy recommends
-  such integers as seeds, too. Then something else refers to the integer, or it is in the program's text.
-- For a Mersenne Twister without one, such as `random.Random`, see `mersenne_twister`.
-- torch's tell their seed. The default generator's has 53 random bits if the program set none; `seed()` sets 64.
+- NumPy's generators keep a SeedSequence. Without a seed, its entropy is a random integer as long as its pool. NumPy
+  also recommends such integers as seeds; a seed is recognised because other objects refer to the integer, or because
+  it appears in the program's text.
+- `mersenne_twister` judges Mersenne Twisters without a SeedSequence, such as `random.Random`.
+- torch's generators report their seed. The default generator's has 53 random bits if the program did not set it;
+  `seed()` sets 64.
 """
 
 from __future__ import annotations
@@ -31,38 +34,43 @@ from typing import Any
 from gpu_launcher.processes.mersenne_twister import MAX_BLOCKS, mark, was_seeded
 
 MAX_DEPTH = 4
-"""References from a global variable of the program to a generator that can be named."""
+"""Maximum number of references between a global variable of the program and a generator that a notice can name."""
 MAX_REFERENTS = 10_000
-"""Objects in which generators are looked for at each depth."""
+"""Maximum number of objects searched for generators at each depth."""
 MAX_LEGACY_BLOCKS = 10_000
-"""The same for `numpy.random`, where a seed is likely, and much may have been drawn since: to generate data."""
+"""Maximum number of blocks searched for `numpy.random`. It is likely to be seeded and then used to generate data."""
 MAX_FRUITLESS_BLOCKS = 50_000
-"""Blocks that are searched without finding a seed, over all generators. After that, MIN_BLOCKS of each are."""
+"""Maximum number of blocks searched without finding a seed, over all generators. Later searches use MIN_BLOCKS."""
 MIN_BLOCKS = 2
-"""Enough for a generator that has hardly been used: the block that it draws from, and the one that the seed made."""
+"""Minimum number of blocks searched per generator: the block that it draws from, and the one that the seed made.
+
+This is enough for a generator that has hardly been used.
+"""
 TORCH_DEFAULT_SEED = 67280421310721
-"""The seed of a new `torch.Generator()`, in every run."""
+"""Seed of a new `torch.Generator()`, the same in every run."""
 
 _inherited: list[Any] | None = None
-"""The unseeded generators of the program that this job was forked from, which `gc.freeze` hides."""
+"""Unseeded generators of the program that this job was forked from. `gc.freeze` hides them from the collector."""
 _new_entropy: dict[int, str] = {}
-"""By the entropy in the program: seed sequences that belong together also do in the job. As text, since references to
-such an integer count."""
+"""New entropy in this job for each entropy in the program, so that related seed sequences stay related.
+
+The new entropy is stored as text, because a reference to the integer would make it look like a seed.
+"""
 _answers: dict[int, tuple[int, bool | None]] = {}
-"""By the id of a Mersenne Twister: the mark of its state when it was last looked at, and whether it was seeded."""
+"""For the id of each Mersenne Twister: the mark of its state when it was last judged, and whether it was seeded."""
 _seeded_in_program = b""
-"""In a fresh interpreter: what `restore_globals` restores."""
+"""Pickled calls for `restore_globals`, in a fresh interpreter."""
 
 
 class SeedVerdict(Enum):
-    """The answer to whether a generator was seeded."""
+    """Says whether a generator was seeded."""
 
     SEEDED = auto()
     UNSEEDED = auto()
     PERHAPS_UNSEEDED = auto()
-    """Each job gets numbers of its own, and the user a notice."""
+    """Unknown: each job gets numbers of its own, and the user gets a notice."""
     PERHAPS_SEEDED = auto()
-    """All jobs get the same numbers, and the user a notice."""
+    """Unknown: all jobs get the same numbers, and the user gets a notice."""
 
 
 class Kind(Enum):
@@ -75,7 +83,7 @@ class Kind(Enum):
     BITS = auto()
     """NumPy's BitGenerator."""
     NUMPY = auto()
-    """A Generator or RandomState, which has one of these."""
+    """NumPy's Generator or RandomState, which wraps a BitGenerator."""
     TORCH = auto()
 
 
@@ -83,7 +91,7 @@ class Generators:
     """The random number generators of a program."""
 
     def __init__(self) -> None:
-        """Look for them. Must be called in the program itself: each fork reseeds the `random` module."""
+        """Find and judge all generators. Call this in the program itself: each fork reseeds the `random` module."""
         judge = SeedJudge()
         verdicts = [(thing, judge.verdict(thing)) for thing in _find()]
         self._unseeded = [thing for thing, verdict in verdicts if _is_renewed(verdict)]
@@ -91,33 +99,33 @@ class Generators:
         self._notices = _notices(verdicts)
 
     def notices(self, method: str) -> list[str]:
-        """Notices for the user. With spawn, imported modules make their generators as in any run."""
+        """Notices for the user. With spawn they omit imported modules, which make their generators anew in each job."""
         return [text for text, of_module in self._notices if method == "fork" or not of_module]
 
     def renew(self) -> None:
-        """Initialize the unseeded ones anew. Call it in a forked job."""
+        """Reinitialize the unseeded generators. Call this in a forked job."""
         global _inherited
         _new_entropy.clear()
         _inherited = self._unseeded
         for thing in self._unseeded:
             renew(thing)
         for module, function, argument in self._seeded_globals:
-            if module == "random":  # which Python reseeds after each fork
+            if module == "random":  # Python reseeds it after each fork
                 _call(module, function, argument)
 
     def pickled_globals(self) -> bytes:
-        """For `expect_globals`."""
+        """Seeded state of the global generators, pickled for `expect_globals`."""
         return pickle.dumps(self._seeded_globals, pickle.HIGHEST_PROTOCOL)
 
 
 def expect_globals(pickled: bytes) -> None:
-    """Keep the state of seeded generators for `restore_globals`, in a fresh interpreter."""
+    """Keep the state of seeded global generators for `restore_globals`. Call this in a fresh interpreter."""
     global _seeded_in_program
     _seeded_in_program = pickled
 
 
 def restore_globals() -> None:
-    """Seed the global generators that the program had seeded, in a fresh interpreter that has the user's modules."""
+    """Restore the global generators that the program had seeded, in a fresh interpreter that has the user's modules."""
     if _seeded_in_program:
         for module, function, argument in pickle.loads(_seeded_in_program):
             _call(module, function, argument)
@@ -148,7 +156,7 @@ def _set_state_and_renew(thing: Any, how: tuple[Any, Any]) -> None:
 
 
 def renew(thing: Any) -> None:
-    """Initialize a generator as if it had just been made without a seed. All references to it remain valid."""
+    """Reinitialize a generator as if it had just been made without a seed. References to it remain valid."""
     numpy = _numpy()
     match _kind(type(thing)):
         case Kind.PYTHON:
@@ -166,22 +174,23 @@ def renew(thing: Any) -> None:
             thing.state = (type(thing)() if seed is None else type(thing)(seed)).state
         case Kind.NUMPY:
             renew(thing._bit_generator)
-            if isinstance(thing, numpy.RandomState):  # it has the second of two normal numbers in store
+            if isinstance(thing, numpy.RandomState):  # it may hold back the second of two normal numbers
                 thing.set_state({**thing.get_state(legacy=False), "has_gauss": 0, "gauss": 0.0})
 
 
 class SeedJudge:
-    """Tells which generators were seeded."""
+    """Judges whether generators were seeded."""
 
     def __init__(self) -> None:
         self._text: str | None = None
         self._random: dict[int, bool] = {}
-        """By the id of an entropy: whether it is random. To be told once, since pickling adds references to it."""
+        """For the id of each entropy, whether it is random. Judged once, because pickling adds references to it."""
         self._blocks_left = MAX_FRUITLESS_BLOCKS
-        """A program may have thousands of generators, and each search that finds nothing takes about 30 ms."""
+        """Blocks that may still be searched. A program may have thousands of generators, and each search that finds
+        nothing takes about 30 ms."""
 
     def verdict(self, thing: Any) -> SeedVerdict:
-        """Tell from its state whether a generator was seeded."""
+        """Judge from its state whether a generator was seeded."""
         match _kind(type(thing)):
             case Kind.PYTHON:
                 return self._of_python(thing)
@@ -194,7 +203,7 @@ class SeedJudge:
             case Kind.NUMPY if thing._bit_generator is not None:
                 return self.verdict(thing._bit_generator)
             case _:
-                return SeedVerdict.SEEDED  # it has not been initialized yet
+                return SeedVerdict.SEEDED  # not initialized yet
 
     def _of_bits(self, thing: Any) -> SeedVerdict:
         seed, twister = thing._seed_seq, isinstance(thing, _numpy().MT19937)
@@ -204,11 +213,11 @@ class SeedJudge:
         if _kind(type(seed)) is not Kind.SEED or not self._is_random(seed):
             return SeedVerdict.SEEDED
         if not type(thing).__module__.startswith("numpy."):
-            return SeedVerdict.PERHAPS_SEEDED  # nothing is known of its class
+            return SeedVerdict.PERHAPS_SEEDED  # its class is unknown
         origin = type(thing)(seed)
         if twister:
             return self._of_twister(thing, _words(thing), origin=_words(origin))
-        # Drawing numbers leaves these as they are. If they differ, the state was set, or is that of `jumped()`.
+        # Drawing numbers does not change `inc` or `key`. If one differs, the state was set or comes from `jumped()`.
         now, first = thing.state["state"], origin.state["state"]
         same = all(str(now[name]) == str(first[name]) for name in ("inc", "key") if name in first)
         return SeedVerdict.UNSEEDED if same else SeedVerdict.PERHAPS_SEEDED
@@ -224,7 +233,7 @@ class SeedJudge:
         return self._of_twister(thing, thing.getstate()[1][:-1])
 
     def _of_twister(self, thing: Any, words: Any, *, origin: Any = None, most: int = MAX_BLOCKS) -> SeedVerdict:
-        """Judge a Mersenne Twister by its words. `origin` are those that it began with unless its state was set."""
+        """Judge a Mersenne Twister by its words. `origin` is its initial state, unless that was set."""
         known = dict([_answers[id(thing)]] if id(thing) in _answers else [])
         if origin is not None:
             known[mark(origin)] = False
@@ -268,7 +277,10 @@ def _words(twister: Any) -> list[int]:
 
 
 def _has_other_references(seed: Any) -> bool:
-    """Whether this very integer is anywhere but in seed sequences that were spawned from each other."""
+    """Whether objects other than seed sequences refer to this entropy.
+
+    Seed sequences that were spawned from each other share it.
+    """
     others = _references(seed) - _references(type(seed)())
     return others > 0 and others >= sum(
         1 for thing in _objects() if type(thing) is type(seed) and thing.entropy is seed.entropy
@@ -280,7 +292,7 @@ def _references(seed: Any) -> int:
 
 
 def _find() -> list[Any]:
-    """All generators of this process; before them the seed sequences, which are to be renewed first."""
+    """All generators of this process. Seed sequences come first, because they must be renewed first."""
     objects, numpy = _objects(), _numpy()
     bases = [random.Random]
     if numpy is not None:
@@ -302,7 +314,7 @@ def _objects() -> list[Any]:
     objects = gc.get_objects()
     if _inherited is not None:
         return objects + _inherited
-    if gc.get_freeze_count():  # the program called `gc.freeze`, and the collector does not tell what it has frozen
+    if gc.get_freeze_count():  # the program called `gc.freeze`, and the collector does not list frozen objects
         seen = set(map(id, objects))
         found: list[Any] = [sys.modules, *objects]
         while found:
@@ -339,7 +351,7 @@ def _torch() -> Any:
 
 
 def _torch_generators() -> list[Any]:
-    """They are not known to the garbage collector: the default one, and those that the program has."""
+    """torch's default generator and those that the program refers to. The garbage collector does not track them."""
     if (torch := _torch()) is None:
         return []
     found = {id(thing): thing for _, _, thing in _of_program() if type(thing) is torch.Generator}
@@ -348,14 +360,14 @@ def _torch_generators() -> list[Any]:
 
 
 def _seeded_globals(judge: SeedJudge) -> list[tuple[str, str, Any]]:
-    """Module, function and argument of the calls that give global generators the state they have here."""
+    """Module, function and argument of the calls that restore the state of the seeded global generators."""
     calls: list[tuple[str, str, Any]] = []
     if judge.verdict(_python()) is SeedVerdict.SEEDED:
         calls.append(("random", "setstate", random.getstate()))
     if (numpy := _numpy()) is not None and not _is_renewed(judge.verdict(numpy.mtrand._rand)):
         calls.append(("numpy.random", "set_state", numpy.get_state(legacy=False)))
     if (torch := _torch()) is not None and not _is_renewed(judge.verdict(torch.default_generator)):
-        # Of GPUs, too, once they are used.
+        # `manual_seed` also seeds the generators of GPUs, once they are used.
         calls.append(("torch", "manual_seed", torch.initial_seed()))
         calls.append(("torch", "set_rng_state", torch.get_rng_state()))
     return calls
@@ -371,7 +383,7 @@ def _call(module: str, function: str, argument: Any) -> None:
 
 
 def _notices(verdicts: list[tuple[Any, SeedVerdict]]) -> list[tuple[str, bool]]:
-    """Texts that name the generators in doubt, as far as they are the program's, and whether an imported module's."""
+    """Notices about the program's doubtful generators, and whether each generator belongs to an imported module."""
     doubtful = {
         id(thing): verdict
         for thing, verdict in verdicts
@@ -404,7 +416,7 @@ def _notice(name: str, verdict: SeedVerdict) -> str:
 
 
 def _of_program() -> Iterator[tuple[str, str, Any]]:
-    """Module and name of the global variables of the user's modules, with each object that they refer to."""
+    """Every object that global variables of the user's modules refer to, with the variable's module and name."""
     modules = _modules_of_program()
     names = {id(vars(module)) for module in list(sys.modules.values()) if type(module) is ModuleType}
     seen: set[int] = set()
@@ -417,7 +429,7 @@ def _of_program() -> Iterator[tuple[str, str, Any]]:
                     for thing in found[:MAX_REFERENTS]
                     if id(thing) not in seen
                     and id(thing) not in names
-                    # Not isinstance: it asks the object, and a proxy may raise.
+                    # isinstance would ask the object itself, and a proxy may raise.
                     and not issubclass(type(thing), ModuleType)
                     and not (issubclass(type(thing), type) and vars(thing).get("__module__") != module.__name__)
                 ]
@@ -428,13 +440,13 @@ def _of_program() -> Iterator[tuple[str, str, Any]]:
 
 
 def _modules_of_program() -> list[ModuleType]:
-    """The modules that are neither Python's nor installed."""
+    """Modules of the user: the main module, its package, and those outside Python and site-packages."""
     main = sys.modules["__main__"]
     package = str(getattr(main, "__package__", None) or "__main__").partition(".")[0]
     python = tuple(f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "platstdlib"))
     found = []
     for name, module in list(sys.modules.items()):
-        if type(module) is not ModuleType:  # some load what they stand for when they are looked into
+        if type(module) is not ModuleType:  # a lazy module loads its content when an attribute is read
             continue
         file = vars(module).get("__file__")
         installed = not isinstance(file, str) or file.startswith(python) or "-packages" in file
@@ -444,12 +456,12 @@ def _modules_of_program() -> list[ModuleType]:
 
 
 def _text() -> str:
-    """Text in which a seed may be written: source files, command line, environment."""
+    """Text that may contain a seed: source files, command line, environment."""
     parts = [*sys.argv, *os.environ.values()]
     parts += ["".join(entry[2]) for entry in list(linecache.cache.values()) if len(entry) > 2]  # cells of a notebook
     for module in _modules_of_program():
         file = str(vars(module).get("__file__"))
         if file.endswith(".py"):
-            with contextlib.suppress(OSError):  # the file has gone since
+            with contextlib.suppress(OSError):  # the file was deleted after the import
                 parts.append(Path(file).read_text("utf-8", "replace"))
     return "\n".join(parts).replace("_", "").lower()
