@@ -1,4 +1,4 @@
-"""`--param name=VALUES`: Hydra's syntax for sweeps, read by Hydra's own parser, and the grid of all combinations.
+"""Reads `--param name=VALUES` with Hydra's own parser for sweeps, and makes the grid of all combinations.
 
 The only file of the command line that knows Hydra.
 """
@@ -15,28 +15,28 @@ from typing import Any
 from gpu_launcher.errors import OptionError
 
 MOST = 10**15
-"""Combinations of a grid that can be meant."""
+"""Largest number of combinations in a grid; more is taken for a mistake."""
 MOST_VALUES = 10**6
-"""Values of a parameter, which are held."""
+"""Largest number of values of a parameter. They are all in memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """All combinations of values, in order: the last parameter varies fastest. None is held."""
+    """All combinations of values, in order: the last parameter varies fastest. Combinations are made on demand."""
 
     axes: tuple[tuple[str, tuple[Any, ...]], ...] = ()
-    """Names and values."""
+    """The name and the values of each parameter."""
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of combinations."""
         return prod(len(values) for _, values in self.axes)
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The combination of that index."""
+        """The combination at `index`."""
         chosen: dict[str, Any] = {}
         for name, values in reversed(self.axes):
             index, rest = divmod(index, len(values))
@@ -45,7 +45,7 @@ class Grid:
 
 
 def read_grid(texts: Sequence[str]) -> Grid:
-    """What each `name=VALUES` means. Raises OptionError."""
+    """Read a grid from texts of the form `name=VALUES`. Raises OptionError."""
     if not texts:
         return Grid()
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -85,7 +85,7 @@ def _axis(parser: Any, text: str) -> tuple[str, tuple[Any, ...]]:
         plain = tuple(map(_plain, values))
     except OptionError:
         raise
-    except (HydraException, ArithmeticError, TypeError, ValueError) as error:  # of a step of 0, of inf, of nan
+    except (HydraException, ArithmeticError, TypeError, ValueError) as error:  # ranges with a step of 0, inf or nan
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise OptionError(
             "param",
@@ -111,7 +111,7 @@ def _range(name: str, sweep: Any) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it. Raises ValueError for what it has not."""
+    """A value of Hydra's parser as a JSON value. Raises ValueError for a range inside another value."""
     from hydra.core.override_parser.types import QuotedString, Sweep
 
     if isinstance(value, QuotedString):

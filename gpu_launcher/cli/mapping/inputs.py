@@ -1,4 +1,4 @@
-"""The runs of a map, one after another, however many: a grid, or the records of a file or a pipe, or both."""
+"""The runs of a map, one at a time: a grid, the records of a file or a pipe, or each record with the whole grid."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from gpu_launcher.errors import OptionError
 CHUNK = 64 * 1024
 STDIN = "-"
 BAD_NAMED = 5
-"""How many lines that cannot be used an error names."""
+"""Number of invalid lines that an error names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One to be run."""
+    """A run: its index and its parameters."""
 
     index: int
     params: Params
 
 
 class Input:
-    """Where records come from. Reading it never waits."""
+    """The file or pipe that records come from. Reading never blocks."""
 
     def __init__(self, name: str) -> None:
         """Open a file, a pipe or, for `-`, stdin. Raises OptionError."""
@@ -47,18 +47,18 @@ class Input:
         self.seekable = stat.S_ISREG(mode)
         self._begins = os.lseek(self._descriptor, 0, os.SEEK_CUR) if self.seekable else 0
         self.waits = not self.seekable and not _is_null(mode, self._descriptor)
-        """Whether there may be nothing to read though it is not at its end: then its descriptor tells."""
+        """Whether data may arrive later. If so, the descriptor becomes readable when it does."""
 
     def fileno(self) -> int:
-        """To be watched if it `waits`."""
+        """The descriptor to watch if `waits` is true."""
         return self._descriptor
 
     def read(self) -> bytes | None:
-        """Some bytes; none at its end; None if there are none yet. Raises OptionError."""
+        """Some bytes; empty at the end; None if no data is there yet. Raises OptionError."""
         if self.waits:
             poll = select.poll()
             poll.register(self._descriptor, select.POLLIN)
-            # At the end of a pipe, and of a terminal that hung up, it is readable, too.
+            # The end of a pipe, or of a terminal that hung up, also counts as readable.
             if not poll.poll(0):
                 return None
         try:
@@ -69,12 +69,15 @@ class Input:
             raise OptionError("from", f"{self.name} cannot be read any more: {error.strerror}") from error
 
     def rewind(self) -> None:
-        """To the beginning, or where others had read stdin to, of one that is `seekable`."""
+        """Go back to where it was when it was opened: not the beginning if others had read from stdin before.
+
+        Only for an input that is `seekable`.
+        """
         os.lseek(self._descriptor, self._begins, os.SEEK_SET)
 
 
 def _is_null(mode: int, descriptor: int) -> bool:
-    """Whether it is a device that epoll(7) does not take, such as /dev/null."""
+    """Whether it is a device that epoll(7) refuses, such as /dev/null."""
     if not stat.S_ISCHR(mode):
         return False
     with select.epoll() as epoll:
@@ -87,17 +90,17 @@ def _is_null(mode: int, descriptor: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What an input has."""
+    """What a whole input contains."""
 
     runs: int
     lines: int
-    """How many cannot be used."""
+    """Number of invalid lines."""
     problems: list[str]
-    """Of the first of them."""
+    """What is wrong with the first of them."""
 
 
 def changed(index: int) -> str:
-    """Of a run that completed with other parameters."""
+    """The error message for a run that completed with other parameters."""
     return (
         f"run {index} has completed with other parameters than it has now: the input is not what it was. Run it as a "
         "map of its own, with another --dir"
@@ -105,7 +108,10 @@ def changed(index: int) -> str:
 
 
 class RunSequence:
-    """Counts runs as it hands them out. A record that cannot be used still counts, so that a mended file goes on."""
+    """Numbers the runs of a map and returns them in order.
+
+    An invalid record uses up its numbers, so that the other runs keep theirs when the file is fixed.
+    """
 
     def __init__(self, template: Template, grid: Grid, source: Input | None) -> None:
         self._template = template
@@ -114,10 +120,10 @@ class RunSequence:
         self.begin()
 
     def begin(self) -> None:
-        """From the first one."""
+        """Start from the first run."""
         self._records = 0
         self._at = 0
-        """The next combination of the grid for the record."""
+        """Index of the next combination of the grid for the current record."""
         self._record: Record | None = None if self.source else Record(0, {})
         self._reader = RecordReader(of_csv=self.source is not None and self.source.name.lower().endswith(".csv"))
         self._read: Iterator[Record | Bad] = iter(())
@@ -125,25 +131,25 @@ class RunSequence:
 
     @property
     def total(self) -> int | None:
-        """How many there are, if that is known without looking."""
+        """Number of runs; None if there is an input, which would have to be read."""
         return len(self._grid) if self.source is None else None
 
     @property
     def fixed(self) -> list[str] | None:
-        """What all runs have in common, as texts; None if that is not known."""
+        """The parameters that all runs share, as texts; None if they are unknown."""
         if self.source is not None:
             return None
         return words({name: values[0] for name, values in self._grid.axes if len(values) == 1})
 
     @property
     def over(self) -> bool:
-        """Whether `next` has nothing more to give."""
+        """Whether `next` has returned all runs."""
         return self._ended and self._record is None
 
     def survey(self, earlier: EarlierRuns) -> Survey:
-        """Read the whole input, which is `seekable`, and begin again. Raises OptionError.
+        """Read the whole input, which must be `seekable`, and start again from the first run.
 
-        Also if a run that completed in `earlier` launches had other parameters.
+        Raises OptionError, also if a run that completed in `earlier` launches had other parameters.
         """
         assert self.source is not None
         runs, lines, bad = 0, 0, []
@@ -167,7 +173,7 @@ class RunSequence:
             raise OptionError("from", changed(index))
 
     def next(self) -> Run | Bad | None:
-        """The next one; None if it is not known yet, or all is `over`. Raises OptionError."""
+        """The next run or invalid record; None if it is not known yet, or if all are `over`. Raises OptionError."""
         if self._record is None:
             found = self._next_record()
             if found is None or isinstance(found, Bad):
@@ -181,7 +187,7 @@ class RunSequence:
         return Run((self._records - (self._record is None)) * len(self._grid) + at, {**record.params, **self._grid[at]})
 
     def wait(self) -> None:
-        """Until `next` may know more."""
+        """Wait until `next` may return something."""
         if self.source is not None and self.source.waits:
             select.select([self.source], [], [])
 
@@ -209,12 +215,12 @@ class RunSequence:
         for name, _ in self._grid.axes:
             if name in record.params:
                 return f"has {name}, which --param gives, too"
-        # All combinations have these names, and the grid's values were looked at before.
+        # The first combination is enough: all have the same names, and the grid's values were checked before.
         if problem := self._template.misfit({**record.params, **self._grid[0]}):
             return f"does not fit: {problem}"
         return None
 
     def where(self, bad: Bad) -> str:
-        """`params.jsonl, line 3,`"""
+        """The place of an invalid record, such as `params.jsonl, line 3,`."""
         name = self.source.name if self.source else ""
         return f"{Path(name).name}, line {bad.line},"

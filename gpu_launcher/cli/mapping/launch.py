@@ -1,4 +1,4 @@
-"""`gpu-launcher map`, from what was asked for to the exit code."""
+"""`gpu-launcher map`, from its arguments to the exit code."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from gpu_launcher.text import one_line, short_path
 from gpu_launcher.wording import count
 
 DEFAULT = "map"
-"""Under which maps are kept whose directory nobody names."""
+"""Name of the directory that holds maps started without --dir."""
 DRY = 20
 """How many command lines a dry run prints."""
 
@@ -48,21 +48,21 @@ _INTERPRETER = re.compile(r"(?:python|pypy)[0-9.]*|(?:ba|da|z)?sh|Rscript|julia|
 
 @dataclass(frozen=True, slots=True)
 class MapArguments:
-    """What a command line, or that of the map to be resumed, says."""
+    """The arguments of a command line, or those kept by a map that is resumed."""
 
     command: list[str] = field(default_factory=list)
     param: list[str] = field(default_factory=list)
     source: str | None = None
     shell: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Those that were given, by name."""
+    """The options that were given, by name."""
     grid: Grid = Grid()  # noqa: RUF009  (frozen)
     directory: Path = field(default_factory=Path.cwd)
-    """Where commands run."""
+    """Working directory of the commands."""
 
     @classmethod
     def of_settings(cls, settings: Mapping[str, Any]) -> MapArguments:
-        """What an earlier launch has kept. Raises TypeError and ValueError if that makes no sense."""
+        """The arguments that an earlier launch kept. Raises TypeError or ValueError if they are invalid."""
         if not all(isinstance(word, str) for word in (*settings["command"], *settings["param"])):
             raise TypeError("a word is not text")
         return cls(
@@ -76,7 +76,7 @@ class MapArguments:
         )
 
     def settings(self) -> dict[str, Any]:
-        """To be kept for a later launch."""
+        """These arguments as JSON data, to be kept for a later launch."""
         named = self.source is not None and self.source != STDIN
         options = dict(self.options)
         if options.get("pool_dir"):
@@ -92,7 +92,7 @@ class MapArguments:
         }
 
     def resumed_by(self, later: MapArguments) -> MapArguments:
-        """This, with what a later command line says. Raises OptionError if that is about something else."""
+        """These arguments, changed by a `later` command line. Raises OptionError if that is for a different map."""
         for name, before, now in (
             ("command", self.command, later.command),
             ("param", self.param, later.param),
@@ -113,7 +113,10 @@ class MapArguments:
 
 
 def run_map(asked: MapArguments, new: str | None, resume: str | None, *, dry_run: bool) -> int:
-    """Run it; returns the exit code. Raises OptionError if nothing was run, else GpuLauncherError."""
+    """Run a map and return the exit code.
+
+    Raises OptionError, or UsageError, if nothing was run, and other kinds of GpuLauncherError otherwise.
+    """
     directory: MapDirectory | None = None
     for option, name in (("dir", new), ("resume", resume)):
         if name == "":
@@ -156,7 +159,7 @@ def _resumed(directory: MapDirectory, later: MapArguments) -> MapArguments:
 
 
 def _ask_before_running(directory: MapDirectory, before: MapArguments, why: str) -> None:
-    """Have the user confirm a command that somebody else may have written. Raises OptionError if that is refused."""
+    """Ask the user to confirm a command that another user may have written. Raises OptionError if it is refused."""
     command = one_line(shlex.join(before.command))
     where = one_line(str(before.directory))
     tell(f"{short_path(directory.settings)} {why}. The map would run this command as you, in {where}:")
@@ -173,7 +176,7 @@ def _ask_before_running(directory: MapDirectory, before: MapArguments, why: str)
 
 
 def _how_to_resume(directory: MapDirectory, source: str | None) -> str:
-    """The command that goes on with a map."""
+    """The command line that resumes a map."""
     command = f"{COMMAND} --resume {quoted(directory.path)}"
     return f"<the same stream> | {command}" if source == STDIN else command
 
@@ -184,10 +187,10 @@ def _with_grid(asked: MapArguments) -> MapArguments:
 
 
 def _check_grid(template: Template, asked: MapArguments) -> None:
-    """Refuse at once what would fit no run."""
+    """Refuse a grid whose values do not fit the command. Raises UsageError."""
     names = [name for name, _ in asked.grid.axes]
     if asked.source is not None:
-        return  # each record is looked at
+        return  # each record is checked together with the grid
     first = asked.grid[0]
     for name, values in asked.grid.axes:
         for value in values:
@@ -197,7 +200,7 @@ def _check_grid(template: Template, asked: MapArguments) -> None:
 
 
 def _check_command(template: Template, asked: MapArguments) -> None:
-    """Refuse a program or a script that does not exist."""
+    """Refuse a program or a script that does not exist. Raises UsageError."""
     if asked.shell:
         return
     plain = ["".join(word) if all(isinstance(piece, str) for piece in word) else None for word in template.words]  # type: ignore[arg-type]
@@ -218,7 +221,7 @@ def _check_command(template: Template, asked: MapArguments) -> None:
 
 
 def _found_by(program: str, script: str) -> bool:
-    """Whether an interpreter looks for scripts elsewhere and finds this one: shells do, in $PATH."""
+    """Whether the interpreter `program` is a shell and finds the script in $PATH."""
     if not Path(program).name.endswith("sh") or "/" in script:
         return False
     return any((Path(directory or ".") / script).is_file() for directory in os.get_exec_path())
@@ -238,7 +241,7 @@ def _options(given: Mapping[str, Any]) -> Options:
         pool_dir=given.get("pool_dir"),
         busy_memory=BUSY_MEMORY,
         device_environment=DeviceEnvironment(),
-        # Any failure of a command is worth another attempt, if attempts were asked for: nobody knows more about it.
+        # With --retries, every failure of a command is retried, because its cause is unknown.
         failures=FailurePolicy(given.get("retries", 0), frozenset(Cause), 1 if given.get("stop_on_failure") else None),
     )
 
@@ -292,11 +295,11 @@ class _Launch:
             with directory.locked("dir", tell):
                 return self._run(directory, total, None)
         except GpuLauncherError:
-            directory.withdraw(above)  # so that the command can be mended
+            directory.withdraw(above)  # so that the corrected command can use the same directory
             raise
 
     def resume(self, directory: MapDirectory) -> int:
-        """Run what earlier launches of a map did not complete."""
+        """Run the runs that earlier launches of a map did not complete."""
         with directory.locked("resume", tell), directory.without_kept_results():
             earlier = EarlierRuns.to_resume(directory)
             total = self._survey(earlier)
@@ -305,7 +308,10 @@ class _Launch:
             return self._run(directory, total, earlier)
 
     def _survey(self, earlier: EarlierRuns) -> int | None:
-        """Look through what is to be run, where that can be done, before anything is; returns how much it is."""
+        """Check the whole input before anything is run, if it can be read twice.
+
+        Returns the number of runs; None if it is unknown. Raises OptionError.
+        """
         if self.sequence.source is None or not self.sequence.source.seekable:
             return self.sequence.total
         survey = self.sequence.survey(earlier)
@@ -331,7 +337,8 @@ class _Launch:
         source = MapRuns(self.sequence, directory, results, earlier, keep_going=keep_going)
         assert self.options.request is not None
         program = CommandProgram(self.template, directory, self.options.request, self.asked.directory)
-        # No thread of ours exists, and nothing of CUDA's. The open files are ours, and the commands get none of them.
+        # Forking is safe: no threads of ours run and CUDA is not initialised. All open files are ours, and the commands
+        # inherit none of them.
         node = LocalNode(program, method="fork", open_files=OpenFiles())
         try:
             node.wait_until_ready()

@@ -1,15 +1,15 @@
-"""Where a map keeps what: its own directory, and that of each run.
+"""The files of a map: its own directory, and one for each run.
 
     <directory>/results.jsonl        a line for each run that ended
     <directory>/results.csv          the same as a table, with --csv
     <directory>/<index>/params.json  one run's parameters
                         stdout.txt, stderr.txt; those of earlier attempts are stdout.attempt-1.txt, ...
-                        outcome.json what became of it
+                        outcome.json how the run ended
     <directory>/.gpu_launcher/       map.json (what was asked for), lock, and what `jobs.manifest` keeps
 
-A run writes its outcome itself, before the launching program writes its line of the results: whatever kills that, a run
-that has completed is found to have. All processes of a launch have the lock, the fork server's and the runs' included,
-so that whoever gets it knows that none of them is left.
+A run's process writes its own outcome before the head writes the line of the results. So a completed run is recognised
+even if the head was killed. All processes of a launch hold the lock, including the fork server and the runs, so a
+launch that gets the lock knows that none of them is alive.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from gpu_launcher.safe_files import (
 from gpu_launcher.text import short_path
 
 COMMAND = "gpu-launcher map"
-"""What others who wait for devices, or for the directory, are told."""
+"""Name shown to others who wait for the devices or the directory of a map."""
 FORMAT = 1
 MAX_DIGITS = 8
-"""Of the index of a run."""
+"""Most digits in the index of a run."""
 MAX_SIZE = 2**30
-"""Bytes of a file of ours, such as a map's settings with its grid."""
+"""Largest size in bytes of a JSON file that is read, such as a map's settings with its grid."""
 
 _KEPT: dict[str, Any] = {
     "command": list,
@@ -58,7 +58,7 @@ _KEPT: dict[str, Any] = {
     "grid": list,
     "directory": str,
 }
-"""What map.json has, and of which type."""
+"""The fields of map.json and their types."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -86,33 +86,33 @@ class RunDirectory:
         return self.path / "stderr.txt"
 
     def prepare(self, params: Params, attempt: int) -> None:
-        """Make room for one more attempt, and keep what the one before has printed. Raises OSError."""
+        """Prepare the directory for an attempt; set the previous attempt's output aside. Raises OSError."""
         make_directories(self.path)
-        if self.path.is_symlink():  # to a directory that somebody else chose
+        if self.path.is_symlink():  # another user may have chosen where it points
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(self.path))
-        if self.stdout.exists():  # else nothing has run
+        if self.stdout.exists():  # otherwise no command has run
             for file in (self.stdout, self.stderr):
                 if file.exists():
                     set_aside(str(file), attempt - 1)
         write_whole(self.params, f"{to_json(params)}\n".encode())
 
     def begin(self) -> None:
-        """From now on there is an attempt, and no outcome. Raises OSError."""
+        """Remove the previous attempt's outcome. Raises OSError."""
         self.outcome.unlink(missing_ok=True)
 
     def attempts(self) -> int:
-        """How many there were, as far as their output tells."""
+        """Number of attempts so far, counted by their output files."""
         try:
             return sum(entry.name.startswith("stdout.") for entry in os.scandir(self.path))
         except OSError:
             return 0
 
     def read(self) -> dict[str, Any] | None:
-        """The outcome; None if there is none that can be read."""
+        """The outcome; None if it is missing or unreadable."""
         return _read(self.outcome)
 
     def read_params(self) -> dict[str, Any] | None:
-        """What was run; None if that cannot be read."""
+        """The parameters; None if they are missing or unreadable."""
         return _read(self.params)
 
 
@@ -128,7 +128,7 @@ class MapDirectory:
 
     @property
     def kept_results(self) -> Path:
-        """What a resumption keeps of the results, until it replaces them."""
+        """The results that a resumption keeps; this file later replaces `results`."""
         return self.path / "results.jsonl.tmp"
 
     @property
@@ -144,20 +144,21 @@ class MapDirectory:
         return self.path / DIRECTORY / LOCK
 
     def run(self, index: int) -> RunDirectory:
-        """Where that run is."""
+        """The directory of the run `index`."""
         return RunDirectory(self.path / str(index))
 
     def indices(self) -> Iterator[int]:
-        """Of the runs that have a directory, in no order."""
+        """The indices of runs that have a directory, in no particular order."""
         with os.scandir(self.path) as entries:
             for entry in entries:
                 if entry.name.isascii() and entry.name.isdigit() and len(entry.name) <= MAX_DIGITS:
                     yield int(entry.name)
 
     def create(self, settings: dict[str, Any], above: Path) -> None:
-        """For a new map. Raises OptionError if something is there already, or nothing can be written.
+        """Create the directory of a new map.
 
-        What it has made by then below `above` it removes.
+        Raises OptionError if the path is in use or cannot be written. If writing fails, the directories made below
+        `above` are removed.
         """
         name = short_path(self.path)
         try:
@@ -181,11 +182,11 @@ class MapDirectory:
             ) from error
 
     def above(self) -> Path:
-        """What exists of its path."""
+        """The longest part of its path that exists."""
         return next(path for path in (self.path, *self.path.parents) if os.access(path, os.F_OK))
 
     def _refuse_what_is_there(self) -> None:
-        """Nothing in there must be written over. Raises OptionError, OSError."""
+        """Raises OptionError if the new map would overwrite something; OSError."""
         damaged = self.settings.exists()
         if damaged and (_read(self.settings) is not None or not os.access(self.settings, os.R_OK)):
             raise self._is_anothers()
@@ -196,7 +197,7 @@ class MapDirectory:
         if index is not None:
             there = short_path(self.path / str(index))
             raise OptionError("dir", f"{there} exists already, as a run's directory would: name another directory")
-        if damaged:  # by what ended its launch before anything was run
+        if damaged:  # the launch that wrote it was killed before it ran anything
             self.settings.unlink()
 
     def _is_anothers(self) -> OptionError:
@@ -204,7 +205,7 @@ class MapDirectory:
         return OptionError("dir", f"{problem}, or name another directory")
 
     def read_settings(self) -> dict[str, Any]:
-        """Of a map that is to be resumed. Raises OptionError."""
+        """Read the settings of a map that is to be resumed. Raises OptionError."""
         name = short_path(self.path)
         try:
             settings = load_object(read_regular(self.settings, MAX_SIZE))
@@ -227,7 +228,7 @@ class MapDirectory:
         return dict(settings)
 
     def whose(self) -> str | None:
-        """Why the settings may be another user's, as a predicate; None if only this user or root can have written them.
+        """A predicate that says why the settings may be another user's; None if only this user or root can write them.
 
         Raises OSError.
         """
@@ -238,12 +239,12 @@ class MapDirectory:
             os.close(descriptor)
 
     def damaged(self) -> OptionError:
-        """What to say if the settings cannot have been written so."""
+        """The error for invalid settings."""
         problem = f"{short_path(self.settings)} is damaged, so the command to run is unknown"
         return OptionError("resume", f"{problem}: give the command again, with another --dir")
 
     def withdraw(self, above: Path) -> None:
-        """Take back `create`, of a map of which nothing was run, and what was made for it below `above`."""
+        """Undo `create` if nothing was run, and remove the directories made below `above`."""
         with contextlib.suppress(OSError):
             if self.results.exists() and not self.results.stat().st_size:
                 self.results.unlink()
@@ -253,7 +254,7 @@ class MapDirectory:
                 self._remove(above)
 
     def _remove(self, above: Path) -> None:
-        """The directories, if nobody has put anything there."""
+        """Remove the directories below `above`, as far as they are empty. Raises OSError for one that is not."""
         with contextlib.suppress(FileNotFoundError):
             self.settings.parent.rmdir()
         for path in (self.path, *self.path.parents):
@@ -264,7 +265,7 @@ class MapDirectory:
 
     @contextlib.contextmanager
     def without_kept_results(self) -> Iterator[None]:
-        """Remove `kept_results` after this block, unless they replaced the results."""
+        """Remove `kept_results` after this block, unless it has replaced the results."""
         try:
             yield
         finally:
@@ -273,11 +274,11 @@ class MapDirectory:
 
     @contextlib.contextmanager
     def locked(self, option: str, notice: Callable[[str], None]) -> Iterator[None]:
-        """Be the only launch here, and come after whatever was left of an earlier one.
+        """Hold the map's lock, which all processes of an earlier launch must have released.
 
-        To be entered before the fork server is started, which is to have the lock, too. Raises UsageError if
-        another program runs this map, or its processes do not end, and OptionError about the `option` that named the
-        directory.
+        Must be entered before the node is started, so that it and the processes below it hold the lock, too. Raises
+        UsageError if another program runs this map, or if its processes do not end. Raises OptionError, about the
+        `option` that named the directory, if it cannot be written.
         """
         try:
             lock = DirectoryLock.take(self.path, COMMAND, "wait for it, or stop it, before you resume", notice)
@@ -292,12 +293,12 @@ class MapDirectory:
 
 
 def quoted(path: Path) -> str:
-    """As its user would write it in a command."""
+    """The path as a user would write it in a shell command."""
     return shlex.quote(short_path(path))
 
 
 def new_directory() -> Path:
-    """`map/<date>/<time>` in the working directory, made. Raises OptionError."""
+    """Make `map/<date>/<time>` in the working directory. Raises OptionError."""
     now = datetime.now()
     name = Path("map", f"{now:%Y-%m-%d}", f"{now:%H-%M-%S}").absolute()
     try:
@@ -315,7 +316,7 @@ def new_directory() -> Path:
 
 
 def _write_new(path: Path, content: str) -> None:
-    """As `write_whole`, but raises FileExistsError if there is one."""
+    """Write a new file like `write_whole`. Raises FileExistsError if it exists."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         write_whole(temporary, content.encode())

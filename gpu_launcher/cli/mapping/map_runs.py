@@ -1,4 +1,10 @@
-"""The runs of a map as the source of a loop's jobs."""
+"""The runs of a map, as the head's source of jobs.
+
+A resumed map begins with a table that has only the runs that completed (see `resume.py`). Each earlier run that did not
+complete is followed in two sets: `missing` until the input names it again, and `_without_result` until it has a line in
+the new table. When the map ends, the runs still in `_without_result` get their last result back; those still in
+`missing` mean that the input has changed.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +31,9 @@ from gpu_launcher.text import short_path
 from gpu_launcher.wording import count
 
 TURN = 0.02
-"""Seconds to look for the next run before the loop has its turn."""
+"""Seconds that one `receive` spends on looking for runs before it returns to the loop."""
 BAD_NAMED = 10
-"""How many lines that cannot be used are named before they are only counted."""
+"""Number of invalid records that are reported one by one; more are only counted."""
 
 
 class MapRuns:
@@ -42,40 +48,40 @@ class MapRuns:
         *,
         keep_going: bool,
     ) -> None:
-        """Run the `sequence` in `directory`, without what completed in `earlier` launches, if there were any.
+        """Run the `sequence` in `directory`, except the runs that completed in `earlier` launches.
 
-        With `keep_going`, invalid records are left out; otherwise nothing is started after one.
+        With `keep_going`, invalid records are skipped. Otherwise no run is started after the first of them.
         """
         self._sequence = sequence
         self._directory = directory
         self.results = results
         self._earlier = earlier
         self._kept = earlier is None
-        """Whether the table has only results that count."""
+        """Whether the table holds no results of earlier runs that did not complete."""
         self.missing = set(earlier.incomplete) if earlier else set()
-        """Runs of earlier launches that did not complete, as long as the input has not named them."""
+        """Earlier runs that did not complete and that the input has not named yet."""
         self._without_result = set(self.missing)
-        """Those that have no result in the table."""
+        """Earlier runs that did not complete and have no line in the new table yet."""
         self.ran = False
         """Whether any run was started."""
         self._keep_going = keep_going
         self._wanted = 0
         self._params: dict[int, Params] = {}
-        """Of the runs that have not ended."""
+        """The parameters of runs that were offered and have not ended, by index."""
         self._labels = Labels(sequence.fixed)
         self._over = False
         self._pending: list[Statement] = [Remark(f"results are in {short_path(directory.path)}")]
         self.bad = 0
-        """How many records could not be used."""
+        """Number of invalid records."""
         self.failed = 0
-        """How many runs did not complete."""
+        """Number of runs of this launch that did not complete."""
         self.problem: str | None = None
-        """Why not all could be run, or their results not be written, if so."""
+        """Why no more runs are started, or why results could not be written; None if neither happened."""
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
         self._epoll.register(self._event, select.EPOLLIN)
         self._watches = False
-        """Whether we wait for the input."""
+        """Whether `fileno` also becomes readable when the input does."""
 
     def fileno(self) -> int:
         """See `JobSource`."""
@@ -102,7 +108,7 @@ class MapRuns:
         return statements
 
     def _look(self, statements: list[Statement]) -> bool:
-        """Take one more; whether there is none yet."""
+        """Take the next run from the input; return whether the input has none yet."""
         try:
             found = self._sequence.next()
         except GpuLauncherError as error:
@@ -128,7 +134,10 @@ class MapRuns:
         return False
 
     def _drop_old_results(self) -> None:
-        """Replace the table of an earlier launch, as late as can be: nothing keeps this launch from running now."""
+        """Replace the table of the earlier launches.
+
+        This is done only when the loop first asks for runs, so a resumption that is refused before changes nothing.
+        """
         if not self._kept:
             try:
                 self.results.replace_by(self._directory.kept_results)
@@ -152,7 +161,7 @@ class MapRuns:
             statements.append(Remark(problem) if self._over else Exhausted(f"{problem}. No more runs are started"))
             self._over = True
 
-    # What becomes of runs
+    # Started and ended runs
 
     def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
         """See `JobSource`."""
@@ -189,7 +198,7 @@ class MapRuns:
             self._cannot_write(error)
 
     def _cannot_write(self, error: OSError) -> None:
-        """The results of the runs that run now are kept, and written if there is room again."""
+        """Start no more runs. Results of the current runs stay in memory and are written once there is room."""
         if self.problem is None:
             self._give_up(
                 f"results cannot be written to {short_path(self._directory.path)}: {error.strerror}", self._pending
@@ -200,15 +209,15 @@ class MapRuns:
         """See `JobSource`."""
 
     def close(self) -> None:
-        """When the loop is over: runs that failed before and did not run again get their results back."""
+        """Restore the last results of runs that failed before and did not run again. Called after the loop."""
         self._epoll.close()
         os.close(self._event)
         for index in sorted(self._without_result) if self._kept else ():
             if (line := last_result(self._directory, index)) is not None:
-                with contextlib.suppress(OSError):  # it is kept, to be flushed when there is room
+                with contextlib.suppress(OSError):  # the line stays in memory until `flush`
                     self.results.add(line)
 
-    # Being heard
+    # Waking the loop
 
     def _wake(self) -> None:
         os.eventfd_write(self._event, 1)
@@ -217,7 +226,7 @@ class MapRuns:
         try:
             os.eventfd_read(self._event)
         except BlockingIOError:
-            return  # it was the input
+            return  # the input woke the loop
 
     def _watch(self, wanted: bool) -> None:
         source = self._sequence.source

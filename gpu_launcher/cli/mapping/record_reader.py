@@ -1,4 +1,4 @@
-"""Parameters from a file, a line at a time, as its bytes come in. Pure."""
+"""Reads records of parameters from JSON Lines or CSV as the bytes arrive. Pure."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from typing import Any, Protocol
 from gpu_launcher.cli.mapping.values import Written
 
 LONGEST = 16 * 2**20
-"""Bytes of a record. One that is longer is a mistake, such as a quote that is never closed, and is not held."""
+"""Largest size of a record in bytes. A longer one is a mistake, such as an unclosed quote, and is not kept."""
 
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One that can be used."""
+    """A valid record."""
 
     line: int
-    """Where it begins, counted from 1."""
+    """The line where it begins, counted from 1."""
     params: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Bad:
-    """One that cannot."""
+    """An invalid record."""
 
     line: int
     problem: str
-    """A sentence whose subject is the line."""
+    """What is wrong: a sentence whose subject is the line."""
     all: bool = False
-    """Whether what follows cannot be used either."""
+    """Whether the rest of the input cannot be used either."""
 
 
 class _Format(Protocol):
     def take(self, line: int, data: bytes) -> Record | Bad | None:
-        """The record that this line ends; None if it ends none."""
+        """Take a line; return the record that it ends, or None."""
 
     def end(self) -> Bad | None:
-        """What is wrong with the end."""
+        """The record that the end of the input cuts off, if any."""
 
 
 class RecordReader:
-    """Bytes go in, records come out."""
+    """Turns the bytes of an input into records."""
 
     def __init__(self, *, of_csv: bool) -> None:
         self._format: _Format = _Csv() if of_csv else _JsonLines()
@@ -56,7 +56,7 @@ class RecordReader:
         self._too_long = False
 
     def feed(self, data: bytes) -> Iterator[Record | Bad]:
-        """The records that these bytes end."""
+        """Yield the records that end within `data`."""
         *lines, rest = data.split(b"\n")
         for line in lines:
             self._held += line
@@ -66,7 +66,7 @@ class RecordReader:
             self._held, self._too_long = b"", True
 
     def end(self) -> Iterator[Record | Bad]:
-        """What is left when there are no more bytes."""
+        """Yield what remains at the end of the input."""
         if self._held or self._too_long:
             for found in self._take():
                 cut = isinstance(found, Bad) and not found.all
@@ -87,7 +87,7 @@ class RecordReader:
 
 
 class _JsonLines:
-    """A JSON object on each line. Empty lines count for nothing."""
+    """JSON Lines: one object on each line. Empty lines are ignored."""
 
     def take(self, line: int, data: bytes) -> Record | Bad | None:
         """See `_Format`."""
@@ -99,7 +99,7 @@ class _JsonLines:
             return Bad(line, "is not UTF-8")
         except json.JSONDecodeError as error:
             return Bad(line, f"is not JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        except (ValueError, RecursionError) as error:  # a number with thousands of digits, or thousands of brackets
             return Bad(line, f"is not JSON that can be read: {error}")
         if not isinstance(found, dict):
             return Bad(line, f'is not a JSON object, such as {{"lr": 0.1}}, but {_shown(data)}')
@@ -112,7 +112,7 @@ class _JsonLines:
 
 
 class _Csv:
-    """As spreadsheets write it: a line of names, commas, and quotes around what has commas, quotes or newlines."""
+    """CSV as spreadsheets write it: a line of names first; fields with commas, quotes or newlines are quoted."""
 
     def __init__(self) -> None:
         csv.field_size_limit(LONGEST)
@@ -175,9 +175,9 @@ class _Csv:
 
 
 def _inside_quotes(text: str, inside: bool) -> bool:
-    """Whether a line ends within a quoted field, if it began `inside` one or not.
+    """Whether a line ends within a quoted field. `inside` says whether it begins within one.
 
-    A quote opens one only where a field begins.
+    A quote opens a quoted field only at the beginning of the field.
     """
     if '"' not in text:
         return inside
@@ -200,7 +200,7 @@ def _inside_quotes(text: str, inside: bool) -> bool:
 
 
 def _end_of_quoted(text: str, position: int) -> int:
-    """Where the quoted field ends that begins there; -1 if it does not."""
+    """The position after the closing quote of the field that begins at `position`; -1 if it is not closed."""
     while (position := text.find('"', position)) >= 0:
         if text[position + 1 : position + 2] != '"':
             return position + 1
@@ -209,7 +209,7 @@ def _end_of_quoted(text: str, position: int) -> int:
 
 
 def _value(field: str) -> str | int | Written:
-    """A number where the field is one that JSON could have; anything else is text, also `007` and `true`."""
+    """A number if the field is a valid JSON number; otherwise text, including `007` and `true`."""
     match = _NUMBER.fullmatch(field)
     if match is None or len(field) > 300:
         return field

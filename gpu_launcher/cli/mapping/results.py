@@ -1,4 +1,4 @@
-"""The table of results: a line for each run that ended, as soon as it ended."""
+"""A map's table of results: one line for each run, written as soon as it ends."""
 
 from __future__ import annotations
 
@@ -15,50 +15,50 @@ from gpu_launcher.json_data import load_object
 from gpu_launcher.safe_files import open_regular, read_lines, write_whole
 
 COLUMNS = ("index", "outcome", "exit_code", "duration", "devices", "attempts", "message")
-"""Of the table, before parameters and what the script said."""
+"""First columns of results.csv, before parameters and the command's output."""
 OUTCOME = (*COLUMNS[1:], "output")
-"""What a run's own outcome has of it."""
+"""Fields of a results line that a run's `outcome.json` holds."""
 PATHS = ("directory", "stdout", "stderr")
 _FIELDS = {*COLUMNS, *PATHS, "params", "output"}
 
 
 class ResultsFile:
-    """`results.jsonl`, the journal of a map: at any time at most one line for each run, however often that was run."""
+    """`results.jsonl`, a map's journal. It never has more than one line for a run, however often that was run."""
 
     def __init__(self, path: Path) -> None:
         """Create the file, or append to it. Raises OSError."""
         self._path = path
         self._descriptor = self._open()
         self._unwritten: list[bytes] = []
-        """Lines for which there was no room on the disk."""
+        """Lines that could not be written yet."""
 
     def _open(self) -> int:
         return open_regular(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
 
     def replace_by(self, path: Path) -> None:
-        """Go on with the table in `path`, which takes the place of the old one. Raises OSError."""
+        """Replace the table by the file `path`, and append to that from now on. Raises OSError."""
         path.replace(self._path)
         os.close(self._descriptor)
         self._descriptor = self._open()
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Append a line. Raises OSError if that fails: then the next call tries again."""
+        """Append a line. Raises OSError if that fails; the next call then retries."""
         self._unwritten.append(to_json(line).encode() + b"\n")
         self.flush()
 
     def flush(self) -> None:
-        """Write what could not be written before. Raises OSError."""
+        """Write the lines that could not be written before. Raises OSError."""
         while self._unwritten:
             data = self._unwritten[0]
             written = os.write(self._descriptor, data)
-            if written < len(data):  # the disk is full; half a line would spoil the next one
+            if written < len(data):  # the disk is full; a partial line would corrupt the next one
                 os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
-                os.write(self._descriptor, data)  # which says why
+                os.write(self._descriptor, data)  # raises OSError with the reason
                 continue
             self._unwritten.pop(0)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file. Does not flush."""
         os.close(self._descriptor)
 
 
@@ -76,7 +76,7 @@ def result_line(
     output: dict[str, Any] | None = None,
     **_: object,
 ) -> dict[str, Any]:
-    """A line, as docs/map.md documents it."""
+    """A line of the results, as documented in docs/map.md."""
     run = directory.run(index)
     return {
         "index": index,
@@ -95,7 +95,7 @@ def result_line(
 
 
 def write_outcome(directory: MapDirectory, line: Mapping[str, Any]) -> None:
-    """Leave in a run's directory what became of it, as far as that is not there. Raises OSError."""
+    """Write a run's outcome into its directory, if there is one. Raises OSError."""
     run = directory.run(line["index"])
     if run.path.is_dir() and not run.path.is_symlink():
         content = {name: line[name] for name in OUTCOME}
@@ -103,7 +103,7 @@ def write_outcome(directory: MapDirectory, line: Mapping[str, Any]) -> None:
 
 
 def write_table(directory: MapDirectory) -> None:
-    """`results.csv`: names and output in columns of their own, as `pandas.json_normalize` does. Raises OSError."""
+    """Write `results.csv`, with one column per parameter and output, like `pandas.json_normalize`. Raises OSError."""
     names: dict[str, None] = {}
     for line in lines(directory.results):
         names.update(dict.fromkeys(f"params.{name}" for name in line["params"]))
@@ -131,7 +131,7 @@ def _cell(value: object) -> object:
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Those that are whole."""
+    """Yield the valid lines of a results file. A missing file has no lines."""
     try:
         for data in read_lines(path):
             try:
@@ -145,7 +145,7 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def is_row(line: dict[str, Any]) -> bool:
-    """Whether each of its values is what `result_line` makes, so that nothing trips over it later."""
+    """Whether the values have the types that `result_line` produces and later code relies on."""
     return (
         line.keys() >= _FIELDS
         and type(line["index"]) is int

@@ -1,10 +1,10 @@
 """Resuming a map: which of its runs completed in earlier launches, and which did not.
 
-One scan of `results.jsonl` and of the runs' directories finds both. It also writes the table with which the new launch
-begins, beside the old one: exactly the runs that completed, each once. Runs that failed or were stopped will run again,
-and a line that was cut off is left out. If the launcher died before it wrote the line of a run that completed, the
-outcome in that run's directory makes up for it. The new table replaces the old one when the loop first asks for runs
-(`MapRuns.receive`). A resumption that is refused before that changes nothing.
+One scan of `results.jsonl` and of the runs' directories finds both. The scan also writes a new table beside the old
+one, with exactly the runs that completed, each once. Runs that failed or were stopped will run again, and truncated
+lines are ignored. If the head died before it wrote the line of a completed run, the outcome in that run's directory
+replaces it. The new table replaces the old one when the loop first asks for runs (`MapRuns.receive`). A resumption
+that is refused before then changes nothing.
 """
 
 from __future__ import annotations
@@ -25,28 +25,31 @@ from gpu_launcher.text import short_path
 
 
 class EarlierRuns:
-    """What earlier launches of a map did. Contains the indices of the runs that completed, at eight bytes each."""
+    """The runs of a map's earlier launches: a container of the indices that completed.
+
+    Takes eight bytes for each run.
+    """
 
     def __init__(self) -> None:
         self._digests = array("Q")
-        """Of the parameters of each run that completed, else 0."""
+        """By index, the digest of a completed run's parameters; 0 for other runs."""
         self.completed = 0
-        """How many runs completed."""
+        """Number of runs that completed."""
         self.incomplete: set[int] = set()
         """Runs that have a result or a directory, and did not complete."""
         self.runs = 0
-        """How many runs there were, at least."""
+        """Highest index seen plus 1: the map had at least this many runs."""
 
     def __contains__(self, index: int) -> bool:
         return index < len(self._digests) and self._digests[index] != 0
 
     def agrees(self, index: int, params: Params) -> bool:
-        """Whether a run that completed had these parameters."""
+        """Whether the completed run `index` had these parameters."""
         return self._digests[index] == digest(params)
 
     @classmethod
     def of(cls, directory: MapDirectory) -> EarlierRuns:
-        """Those of a map. Raises OptionError if they cannot be read."""
+        """Scan a map's directory without changing it. Raises OptionError if it cannot be read."""
         earlier = cls()
         for _ in earlier._scan(directory):
             pass
@@ -54,7 +57,7 @@ class EarlierRuns:
 
     @classmethod
     def to_resume(cls, directory: MapDirectory) -> EarlierRuns:
-        """As `of`, and write the results of what completed to `directory.kept_results`.
+        """Do the same as `of`, and write the results of completed runs to `directory.kept_results`.
 
         Raises UsageError if they cannot be written.
         """
@@ -87,7 +90,7 @@ class EarlierRuns:
             yield result_line(directory, index, **{"devices": devices.get(index, ()), **found})
 
     def _note(self, index: int, found: dict[str, Any]) -> bool:
-        """Take note of a run; returns whether it completed."""
+        """Record what is known of a run, and return whether it completed."""
         self.runs = max(self.runs, index + 1)
         if found.get("outcome") != "completed":
             self.incomplete.add(index)
@@ -100,7 +103,7 @@ class EarlierRuns:
 
 
 def last_result(directory: MapDirectory, index: int) -> dict[str, Any] | None:
-    """The line of the results for a run, made of what it left in its directory; None if that has no outcome."""
+    """The results line of a run, made from the files in its directory; None if it has no valid outcome."""
     found = _left_by(directory, index)
     return result_line(directory, index, **found) if "outcome" in found else None
 
@@ -113,7 +116,11 @@ def unwritable(directory: MapDirectory, error: OSError) -> UsageError:
 
 
 def _left_by(directory: MapDirectory, index: int) -> dict[str, Any]:
-    """What a run left in its directory; empty if its outcome or its parameters cannot be read."""
+    """The fields of a results line that a run's directory provides.
+
+    Empty if the outcome or the parameters are missing or invalid. A result without an outcome counts as incomplete, so
+    the run is run again.
+    """
     run = directory.run(index)
     outcome, params = run.read(), run.read_params()
     if outcome is None or params is None:
@@ -122,5 +129,5 @@ def _left_by(directory: MapDirectory, index: int) -> dict[str, Any]:
     left = {"attempts": run.attempts(), **known, "params": params}
     try:
         return left if is_row(result_line(directory, index, **{"outcome": "", **left})) else {}
-    except TypeError:  # devices that are no list
+    except TypeError:  # `devices` is not a list
         return {}

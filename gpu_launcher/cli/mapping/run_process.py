@@ -1,4 +1,4 @@
-"""What a run's process does: prepare a directory, wait for devices, run the command, and leave its outcome."""
+"""The process of one run: prepares its directory, waits for devices, runs the command and writes the outcome."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from gpu_launcher.safe_files import open_regular, write_whole
 from gpu_launcher.wording import duration
 
 LOOKED_AT = 2**20
-"""Bytes from the end of what a run printed in which its last JSON object is looked for."""
+"""Bytes at the end of a run's output that are searched for its last JSON object."""
 
 
 WANTED_TERMINAL = ("EOFError: EOF when reading a line", "bdb.BdbQuit")
-"""How the last line begins that a Python program prints which asked at a terminal and had none."""
+"""Beginnings of the last line that a Python program prints when it asks for input without a terminal."""
 
 
 @dataclass(frozen=True, slots=True)
 class CommandProgram:
-    """Callable once in each run's process."""
+    """Runs one command. Called once in each run's process."""
 
     template: Template
     place: MapDirectory
     request: Request
     directory: Path
-    """Where commands run."""
+    """Working directory of the commands."""
 
     def __call__(self, number: int, spec: Params, context: JobContext) -> Report:
         """Run the command with the parameters `spec`."""
@@ -73,13 +73,13 @@ class CommandProgram:
         )
 
     def _run(self, words: list[str], run: RunDirectory, arrived: list[int]) -> dict[str, Any]:
-        """Raises OSError if it cannot be started."""
+        """Run the command and return its outcome. Raises OSError if it cannot be started."""
         with open(open_regular(run.stdout, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as stdout:
             began = time.monotonic()
             if arrived:
                 raise InterruptedError("it was interrupted before")
             process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=stdout, cwd=self.directory)
-        # Those that arrived while it was being started, it did not hear.
+        # Signals that arrived while the command was being started did not reach it.
         for signum in tuple(arrived):
             process.send_signal(signum)
         code = process.wait()
@@ -94,9 +94,10 @@ class CommandProgram:
 
 
 def _leave_signals_to_the_command() -> list[int]:
-    """Let signals, which reach it as well, end the command alone; returns the list of those that arrived.
+    """Keep signals from ending this process; return a list to which each one that arrives is added.
 
-    By handlers, for those are not inherited over exec, as ignoring a signal is: SIGHUP stays ignored under nohup(1).
+    The command gets the same signals and ends by them. Handlers are used because the command would inherit an ignored
+    signal across exec, but not a handler. SIGHUP stays ignored under nohup(1).
     """
     arrived: list[int] = []
     heeded = [signal.SIGINT, signal.SIGTERM]
@@ -124,7 +125,7 @@ def _why(error: OSError | ValueError) -> str:
 
 
 def _end(path: Path) -> bytes:
-    """The end of a file; nothing of one that is not there."""
+    """The end of a file; empty if it cannot be read."""
     try:
         with open(open_regular(path), "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - LOOKED_AT))
@@ -134,7 +135,7 @@ def _end(path: Path) -> bytes:
 
 
 def last_object(printed: bytes) -> dict[str, Any] | None:
-    """The last line that is a JSON object."""
+    """The last printed line that is a JSON object; None if there is none."""
     for line in reversed(printed.splitlines()):
         if line.strip().startswith(b"{"):
             try:

@@ -1,4 +1,4 @@
-"""Where placeholders may stand in text for a shell: only where each of them is a word, or a part of one. Pure."""
+"""Checks that placeholders in shell text stand only where each is a word or part of a word. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gpu_launcher.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class Placeholder:
-    """What stood between braces."""
+    """The name between a pair of braces."""
 
     name: str
 
@@ -17,7 +17,7 @@ class Placeholder:
 Word = tuple[str | Placeholder, ...]
 
 
-# Where a character stands. The first three are text for the shell; parentheses within arithmetic count as such.
+# Contexts of a character. The first three are text for the shell; parentheses within arithmetic count as arithmetic.
 _TOP, _SUBSHELL, _SUBSTITUTION = "", "(", "$("
 _SINGLE, _DOUBLE, _BACKQUOTES, _COMMENT, _ARITHMETIC = "'", '"', "`", "#", "(("
 
@@ -29,23 +29,23 @@ _REFUSED = {
     _ARITHMETIC: "in arithmetic, which would evaluate its value: compute with a program such as expr or awk",
 }
 _BEGINS_WORD = frozenset(("", " ", "\t", "\n", ";", "&", "|", "(", ")", "<", ">"))
-"""Behind which `#` begins a comment."""
+"""Characters after which `#` begins a comment."""
 _ORDINARY = "x"
 
 
 class _Reader:
-    """Follows text as a shell reads it, as far as that tells where a word may stand."""
+    """Reads text as a shell does, as far as needed to know where a word may stand."""
 
     def __init__(self) -> None:
         self._within = [_TOP]
         self._before = ""
-        """The character before, or an ordinary one in the place of what cannot be told from it."""
+        """The previous character; `_ORDINARY` if that has no effect on the next one."""
         self._escaped = False
         self._lost: str | None = None
-        """Behind what it does not follow the shell any more."""
+        """The construct after which it cannot tell what the shell does."""
 
     def refusal(self) -> str | None:
-        """Why no placeholder may stand here; what is said of it."""
+        """Why a placeholder may not stand here, as the rest of a sentence; None if it may."""
         if self._lost is not None:
             return f"behind {self._lost}: put it before that"
         if self._escaped:
@@ -57,11 +57,11 @@ class _Reader:
         return None
 
     def pass_placeholder(self) -> None:
-        """One that is not refused."""
+        """Continue after a placeholder that is not refused."""
         self._before = _ORDINARY
 
     def read(self, character: str) -> None:
-        """The next one."""
+        """Continue with the next character."""
         within = self._within[-1]
         if self._escaped:
             self._escaped = False
@@ -118,7 +118,7 @@ class _Reader:
 
 
 def refuse_misplaced(text: Word) -> None:
-    """Raises UsageError for a placeholder that would not be a word with exactly its value."""
+    """Raises UsageError for a placeholder that the shell would not expand to exactly its value."""
     reader = _Reader()
     for piece in text:
         if isinstance(piece, Placeholder):

@@ -1,4 +1,4 @@
-"""The command with its placeholders, and what becomes of them. Pure."""
+"""A map's command with its placeholders, and how parameters replace them. Pure."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from gpu_launcher.cli.mapping.values import Params, text, to_json
 from gpu_launcher.errors import UsageError
 
 OURS = ("json", "flags", "index", "gpu")
-"""Placeholders that are no parameter's name."""
+"""Placeholders that gpu-launcher defines itself; all others name parameters."""
 GPU = "{gpu}"
-"""What stands for the devices of a run that has none yet."""
+"""Placeholder shown for the devices of a run that has none yet."""
 
 _SHELL = "/bin/sh"
 _VARIABLE = "gpu_launcher_"
-"""With a number: the shell's variables that hold values."""
+"""Prefix, followed by a number, of the shell variables that hold values."""
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A command in which parameters are filled in."""
+    """A command with placeholders for parameters."""
 
     words: tuple[Word, ...]
     shell: bool
-    """Whether the words, joined by spaces, are text for a shell, in which values stand as its variables."""
+    """Whether the command is text for a shell, which gets the values as variables."""
 
     @classmethod
     def parse(cls, words: Sequence[str], *, shell: bool = False) -> Template:
-        """Raises UsageError if the braces make no sense, or there are none."""
+        """Read a command. Raises UsageError if its placeholders are invalid, or if it has none."""
         if not words:
             raise UsageError("there is no command: give it after the options, as in -- python evaluate.py {flags}")
         parsed = [" ".join(words)] if shell else words
@@ -53,11 +53,11 @@ class Template:
 
     @property
     def names(self) -> frozenset[str]:
-        """What stands between braces."""
+        """The names of all placeholders."""
         return frozenset(piece.name for word in self.words for piece in word if isinstance(piece, Placeholder))
 
     def problem(self, names: Collection[str]) -> str | None:
-        """Why parameters of these names do not fit; a sentence about the command."""
+        """Why parameters with these names do not fit, as a sentence about the command; None if they do."""
         unknown = sorted(name for name in self.names if name not in OURS and name not in names)
         if unknown:
             wanted = ", ".join(f"{{{name}}}" for name in unknown)
@@ -69,7 +69,7 @@ class Template:
         return None
 
     def misfit(self, params: Params) -> str | None:
-        """Why these parameters cannot be filled in; a sentence about the command, or about them."""
+        """Why these parameters cannot be filled in, as a sentence about the command or about them; None if they can."""
         if problem := self.problem(params.keys()):
             return problem
         named = params.keys() if "flags" in self.names else self.names & params.keys()
@@ -79,7 +79,7 @@ class Template:
         return None
 
     def fill(self, params: Params, index: int, gpu: str) -> list[str]:
-        """The arguments of one run: with `shell`, those of a shell. The parameters must fit."""
+        """The arguments of one run; with `shell`, the arguments of a shell. The parameters must fit."""
         if self.shell:
             return self._script(params, index, gpu)
         arguments: list[str] = []
@@ -91,9 +91,9 @@ class Template:
         return arguments
 
     def _script(self, params: Params, index: int, gpu: str) -> list[str]:
-        """A shell, its text and its arguments, which are the values: no shell ever parses one.
+        """The arguments of a shell: its text, and the values as positional parameters, which no shell parses.
 
-        The text has them as variables, for arguments are others within functions, and after `set` and `shift`.
+        The text first copies them to variables, because functions, `set` and `shift` change positional parameters.
         """
         values: list[str] = []
 
@@ -110,7 +110,7 @@ class Template:
         return [_SHELL, "-c", text, _SHELL, *values]
 
     def line(self, params: Params, index: int, gpu: str) -> str:
-        """What does the same in a shell, for people."""
+        """The run's command line for a shell, as users read it."""
         if not self.shell:
             return " ".join(part if part == GPU == gpu else shlex.quote(part) for part in self.fill(params, index, gpu))
         return "".join(self._quoted(piece, params, index, gpu) for piece in self.words[0])
@@ -138,7 +138,7 @@ class Template:
 
 
 def _no_argument(written: str) -> str | None:
-    """What keeps text from being an argument."""
+    """What keeps text from being an argument; None if it can be one."""
     if "\0" in written:
         return "a null character"
     try:
@@ -149,10 +149,10 @@ def _no_argument(written: str) -> str | None:
 
 
 def flags(params: Params) -> Iterable[str]:
-    """`--name value` for each parameter.
+    """Yield `--name value` for each parameter.
 
-    `--name` alone for true, nothing for false and null: that is how flags are written which are off by default. A value
-    that begins with a dash is attached, or it would be taken for an option.
+    True becomes `--name` alone. False and null yield nothing, as for flags that are off by default. A value that
+    begins with a dash is attached (`--name=-1`), because it would otherwise be read as an option.
     """
     for name, value in params.items():
         if value is True:
