@@ -1,7 +1,7 @@
-"""The fork server: forks supervisors, and ends what a killed supervisor leaves behind.
+"""The fork server: forks supervisors, and ends the processes that a killed supervisor leaves behind.
 
-It runs in a process of its own, forked from the fully imported program (`fork`) or started as a small fresh interpreter
-(`spawn`). They differ only in what a job does first, which is `run_job`.
+The fork server is a process of its own. With `fork` it is forked from the fully imported program; with `spawn` it is a
+small fresh interpreter. The two differ only in `run_job`, which a job's process calls first.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _log = get_logger("processes.fork_server")
 
 
 def serve(control: socket.socket, launcher: int, run_job: RunJob, *, captured: bool = True) -> None:
-    """Serve until the launching program (process id `launcher`) closes its end of `control` or dies.
+    """Serve until the node (process id `launcher`) closes its end of `control` or dies.
 
-    Output of jobs is `captured` until they have a log; otherwise it goes where this process's output goes.
-
-    When this returns, no process that was started through this server is alive, whatever killed the server.
+    If `captured`, the output of jobs is kept in memory until they have a log; otherwise it goes where this process's
+    output goes. When this returns, no process that was started through this server is alive, even if the server was
+    killed.
     """
-    gc.freeze()  # keeps the collector of every job from touching, and so copying, the pages they all share
+    gc.freeze()  # otherwise the collector of every job would write to, and so copy, the pages that all jobs share
     guarded(launcher, lambda lifeline: _serve(control, lifeline, run_job, captured), control.close)
 
 
@@ -48,7 +48,7 @@ def _serve(control: socket.socket, lifeline: int, run_job: RunJob, captured: boo
 
 
 def _why(supervisor: int, status: int) -> SupervisorDied | StartFailed:
-    """Tell from its exit status why a supervisor ended before its job."""
+    """Return, based on its exit status, why a supervisor ended before its job."""
     error = os.waitstatus_to_exitcode(status) - COULD_NOT_FORK
     return StartFailed(supervisor, _fork_failed(error)) if error > 0 else SupervisorDied(supervisor)
 
@@ -68,7 +68,7 @@ class _Server:
         self._run_job = run_job
         self._captured = captured
         self._supervisors: dict[int, int] = {}
-        """Process id of each live supervisor, and the launching program's number for it."""
+        """Process id of each live supervisor, with the node's number for it."""
 
     def run(self) -> None:
         poll = select.poll()
@@ -93,7 +93,7 @@ class _Server:
 
     def _start(self, supervisor: int, launcher_end: int) -> None:
         try:
-            # Exit code 0 says that it saw its last job to its end.
+            # Exit code 0 means that the supervisor has no unfinished job.
             pid = fork_child(lambda: self._become_supervisor(launcher_end))
             _log.debug("supervisor %d is process %d", supervisor, pid)
             self._supervisors[pid] = supervisor
@@ -116,7 +116,7 @@ class _Server:
         )
 
     def _collect(self) -> None:
-        """Reap dead supervisors, and end what a killed one left behind: those processes are our children now."""
+        """Reap dead supervisors. End the processes that a killed one left behind, which are our children now."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -137,7 +137,7 @@ class _Server:
             os.waitpid(orphans[0], 0)
 
     def _tell(self, message: object) -> None:
-        with contextlib.suppress(ChannelClosedError):  # `run` notices as well, and shuts down
+        with contextlib.suppress(ChannelClosedError):  # `run` notices this too, and shuts down
             send(self._control, message)
 
     def _shut_down(self) -> None:

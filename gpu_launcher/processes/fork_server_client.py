@@ -1,6 +1,10 @@
-"""Starts jobs through the fork server, with a channel to each supervisor and to each job.
+"""The node's side of the fork server: starts the server and jobs, with a channel to each supervisor and each job.
 
-A supervisor whose job has ended is used for the next one.
+The node asks the fork server for a supervisor, and the supervisor for a job. Afterwards it talks to both directly; on
+its own channel the fork server reports only supervisors that died or could not start. A supervisor whose job has ended
+is used for the next job. The server is forked from this process unless that is not safe, or the user asks for `spawn`.
+Other threads are counted only after the fork, because OpenBLAS and similar libraries shut down their threads for a
+fork. If any remain, the forked server is discarded and a spawning one started.
 """
 
 from __future__ import annotations
@@ -54,13 +58,13 @@ SUPERVISOR_DIED = "was ended because its supervisor was killed"
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A job whose supervisor cannot report how it ended. All of its processes are gone."""
+    """A job whose supervisor cannot report how the job ended. All of the job's processes are gone."""
 
     number: int
     problem: str
-    """What went wrong, as a sentence without its subject."""
+    """The reason, as a sentence without its subject."""
     started: bool = True
-    """False if it could not be started."""
+    """False if the job could not be started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +75,10 @@ class JobProcess:
     supervisor: socket.socket
     job: socket.socket
     slot: int
-    """Number of the supervisor, as the fork server knows it."""
+    """The supervisor's number, which the fork server uses too."""
 
     def grant(self, grant: Grant, lease: tuple[int, ...]) -> None:
-        """Hand over the lease: to the supervisor first, so that it holds it when the job begins."""
+        """Hand over the lease. The supervisor gets it first, so that it holds the lease when the job begins."""
         send(self.supervisor, HoldLease(), lease)
         send(self.job, grant, lease)
 
@@ -87,13 +91,13 @@ class JobProcess:
         send(self.supervisor, KillJob())
 
     def close(self) -> None:
-        """Close the channels. A supervisor that is still there kills its tree, and ends."""
+        """Close the channels. If the supervisor is still alive, it kills its process tree and ends."""
         self.supervisor.close()
         self.job.close()
 
 
 class ForkServer:
-    """Runs a program's jobs in processes of their own. Must be created while no thread of ours exists."""
+    """Runs a program's jobs in their own processes. Must be created before this package starts any thread."""
 
     def __init__(
         self,
@@ -108,16 +112,16 @@ class ForkServer:
         generators: Generators | None = None,
         open_files: OpenFiles | None = None,
     ) -> None:
-        """Start it. `method` and `reason` then say how jobs are started, and for `spawn` why.
+        """Start the server. Afterwards `method` says how jobs are started, and `reason` why they are spawned.
 
-        `option` is what the user writes for the choice of the method; `unsafe` says why it is known not to be safe to
-        fork from here. `in_child` drops, in a server forked from here, what belongs to this process alone. Unless the
-        jobs' output is `captured` until they have a log, it goes where this process's does. The server keeps the
-        descriptors `keep` open as long as it or a job's supervisor lives, also where it is no fork of this process.
-        `generators` and `open_files` are those of the user's program if that is another process, from which this one
-        was forked.
+        `option` is the name under which the user chooses the method. `unsafe` says why it is not safe to fork from
+        this process, if that is known. `in_child` is called in a server forked from this process, and drops what
+        belongs to this process alone. If `captured`, the output of jobs is kept in memory until they have a log;
+        otherwise it goes where this process's output goes. The descriptors `keep` stay open as long as the server or a
+        job's supervisor lives, even if the server is not a fork of this process. `generators` and `open_files` are
+        those of the user's program, if this process is a fork of it.
 
-        Raises OptionError if the program cannot be pickled where it has to be.
+        Raises OptionError if the program has to be pickled and cannot be.
         """
         self._program = program
         self._asked = method
@@ -131,15 +135,15 @@ class ForkServer:
         self._handlers = {signum: signal.getsignal(signum) for signum in _OUR_SIGNALS}
         self._slots = itertools.count()
         self._jobs: dict[int, int] = {}
-        """The number of the job at each of this server's supervisors."""
+        """Number of the job that each of this server's supervisors runs."""
         self._idle: dict[int, socket.socket] = {}
-        """Supervisors without a job."""
+        """Channels to supervisors without a job."""
         self._start_server(in_child)
 
     def restart(self, in_child: Callable[[], None]) -> None:
-        """Replace a server that died. `in_child` is called in the new one if it is a fork of this process.
+        """Replace a server that died. `in_child` is called in the new server if it is a fork of this process.
 
-        Raises OptionError as the first start does.
+        Raises OptionError for the same reason as `__init__`.
         """
         self.close()
         self._start_server(in_child)
@@ -165,7 +169,7 @@ class ForkServer:
 
     @property
     def notices(self) -> list[str]:
-        """Notices for the user about how jobs are started."""
+        """Notices for the user about the start method, open files and random generators."""
         if self.method == "spawn":
             of_method = [f"jobs start in fresh interpreters (spawn): {self.reason}"]
         else:
@@ -173,11 +177,11 @@ class ForkServer:
         return of_method + self._generators.notices(self.method)
 
     def fileno(self) -> int:
-        """Readable when the server has sent a message, or died."""
+        """Return a descriptor that is readable when the server has sent a message or died."""
         return self._control.fileno()
 
     def receive(self) -> Lost | None:
-        """Read a message of the server; return a job whose end nobody else reports, if there is one.
+        """Read a message from the server. Returns the job that it is about; None if the supervisor had no job.
 
         Raises ServerDiedError if the server has died.
         """
@@ -188,7 +192,7 @@ class ForkServer:
         assert isinstance(message, (SupervisorDied, StartFailed)), message
         number = self._jobs.pop(message.supervisor, None)
         if number is None:
-            return None  # it had none
+            return None
         if isinstance(message, StartFailed):
             return Lost(number, f"could not be started: {message.problem}", started=False)
         return Lost(number, SUPERVISOR_DIED)
@@ -203,14 +207,14 @@ class ForkServer:
         title: str = "",
         to_source: int | None = None,
     ) -> JobProcess:
-        """Start the process of job `number`, for the `attempt`-th time, which begins to prepare itself.
+        """Start the process of job `number`, for the `attempt`-th time. The process begins to prepare itself.
 
-        Its code may ask for what the job is `about` (`processes.job_channel`). `ps` calls the process by its `title`.
-        `to_source` is its end of a channel to its source. Raises ServerDiedError.
+        The job's code can read `about` (`processes.job_channel`). `ps` shows `title` as the process's name.
+        `to_source` is the job's end of a channel to its source. Raises ServerDiedError.
         """
         job, job_end = channel()
         with job_end:
-            # First: while this process has the other end, it cannot be closed.
+            # Send this first: the channel cannot be closed while this process holds the other end.
             assignment = Assignment(number, spec, str(result), attempt, about, title)
             send(job, assignment, () if to_source is None else (to_source,))
             try:
@@ -222,20 +226,20 @@ class ForkServer:
         return JobProcess(number, supervisor, job, slot)
 
     def finished(self, process: JobProcess) -> None:
-        """Close the channel of a job reported as JobExited and not abandoned. Its supervisor is free again."""
+        """Close the channel of a job that JobExited reported as not abandoned. Its supervisor is free again."""
         process.job.close()
         if self._jobs.pop(process.slot, None) is None:
-            process.supervisor.close()  # of a server that is gone
+            process.supervisor.close()  # it belonged to a server that is gone
         else:
             self._idle[process.slot] = process.supervisor
 
     def _slot_with(self, job_end: socket.socket) -> tuple[int, socket.socket]:
-        """Have a supervisor start a job. Raises ServerDiedError."""
+        """Let a supervisor, idle or new, start a job. Raises ServerDiedError."""
         while self._idle:
             slot, supervisor = self._idle.popitem()
             try:
                 send(supervisor, StartJob(), (job_end.fileno(),))
-            except ChannelClosedError:  # it was killed; `receive` ignores that, as it has no job
+            except ChannelClosedError:  # it was killed; `receive` ignores that, because it had no job
                 supervisor.close()
             else:
                 return slot, supervisor
@@ -254,7 +258,7 @@ class ForkServer:
         return slot, supervisor
 
     def close(self) -> None:
-        """End the server, and with it every job that still runs. Idempotent."""
+        """End the server and every job that still runs. Idempotent."""
         self._jobs.clear()
         while self._idle:
             self._idle.popitem()[1].close()
@@ -295,7 +299,7 @@ class ForkServer:
     def _spawn(self) -> None:
         try:
             pickled = pickling.dump(pickling.Afresh(self._program))  # the script is not run again in the jobs
-        except OptionError:  # of a program that knows better what is wrong with it
+        except OptionError:  # the program explains better itself what is wrong with it
             raise
         except Exception as error:  # whatever the user's objects raise when they are pickled
             raise OptionError(
@@ -323,7 +327,10 @@ class ForkServer:
 
 
 def _threads_in_use() -> str | None:
-    """To be called right after a fork, for which OpenBLAS and the like shut their threads down."""
+    """Say which other threads run; None if there are none.
+
+    Call this right after a fork, for which OpenBLAS and similar libraries shut down their threads.
+    """
     names = other_threads()
     if not names:
         return None

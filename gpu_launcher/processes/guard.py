@@ -1,7 +1,7 @@
-"""The guard: the parent of the fork server, which it outlives to end what a killed fork server leaves behind.
+"""The guard: the parent of the fork server. It outlives a killed fork server and ends what that leaves behind.
 
-When a supervisor is killed, its descendants become children of the fork server. When both are killed together, they
-become children of the guard, which ends them.
+When a supervisor is killed, its descendants become children of the fork server. When both are killed together, the
+descendants become children of the guard, which ends them.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from gpu_launcher.processes.linux import become_child_subreaper, children, die_w
 _log = get_logger("processes.guard")
 
 TREE_END_SECONDS = 1.0
-"""Seconds to wait for supervisors to end their trees before they are killed as well."""
+"""Seconds to wait for supervisors to end their process trees before killing the supervisors too."""
 
 SHELL_SECONDS = 0.3
-"""Seconds to wait for the shell to restore its terminal after the launching program was killed."""
+"""Seconds to wait for the shell to restore its terminal after the head was killed."""
 
 _WATCHED = {signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP}
 
 
 def guarded(launcher: int, serve: Callable[[int], None], close_in_guard: Callable[[], None]) -> None:
-    """Become the guard of a forked process that runs `serve`; return when it and all descendants are gone.
+    """Become the guard of a forked process that runs `serve`. Return when that process and all descendants are gone.
 
-    `serve` is called with a lifeline: a descriptor that reaches its end when the launching program (process id
-    `launcher`) or the guard has ended. `close_in_guard` closes what only `serve` needs.
+    `serve` is called with a lifeline: a descriptor that reaches its end when the node (process id `launcher`) or the
+    guard has ended. `close_in_guard` closes what only `serve` needs.
     """
-    os.setsid()  # a terminal's Ctrl-C is the launching program's to interpret
+    os.setsid()  # a terminal's Ctrl-C must reach only the head, which decides what it means
     become_child_subreaper()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # were it ignored, there would be nothing to wait for
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, the kernel reaps children and waitpid cannot
     signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     lifeline, guards_end = os.pipe()
     terminal = modes(2)
@@ -56,7 +56,7 @@ def guarded(launcher: int, serve: Callable[[int], None], close_in_guard: Callabl
         signal.sigwait(_WATCHED)
         if os.getppid() != launcher:
             break
-        # Else SIGTERM says that the thread that forked us has ended, or comes from systemd: the program acts on that.
+        # Otherwise SIGTERM means that the thread that forked us has ended, or it comes from systemd and the head reacts.
     os.close(guards_end)
     _log.debug("%s: ending what is left", "the fork server ended" if os.getppid() == launcher else "the program ended")
     end_descendants(1.5 * TREE_END_SECONDS)
@@ -66,9 +66,10 @@ def guarded(launcher: int, serve: Callable[[int], None], close_in_guard: Callabl
 
 
 def end_descendants(patience: float, spare: Collection[int] = ()) -> None:
-    """Wait until this process has no descendants. Kill those of dead supervisors now, and all after `patience` seconds.
+    """Wait until this process has no descendants, killing them if necessary.
 
-    Children in `spare` are left alone: those that this process had before.
+    Descendants of dead supervisors are killed at once, the others after `patience` seconds. Children in `spare`, which
+    this process had before, are not killed.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     session = os.getsid(0)
@@ -79,7 +80,7 @@ def end_descendants(patience: float, spare: Collection[int] = ()) -> None:
         if spare and not mine:
             return
         for pid in mine:
-            # The fork server and supervisors are of this session; every job has one of its own.
+            # The fork server and supervisors are in this session; every job has its own session.
             if late or os.getsid(pid) != session:
                 kill(pid)
         signal.sigtimedwait({signal.SIGCHLD}, 0.1)
@@ -92,7 +93,7 @@ def _ended(child: int) -> bool:
 
 
 def _any_left() -> bool:
-    """Reap dead children; return whether any child is left."""
+    """Reap dead children. Returns whether any child is left."""
     while True:
         try:
             pid, _ = os.waitpid(-1, os.WNOHANG)

@@ -49,8 +49,7 @@ _FORMATS = (
     ("LMDB", 0, _LMDB),  # its lock file
     ("GDBM", 0, (0x13579ACF).to_bytes(4, "little")),
 )
-"""Formats whose libraries keep state in memory that is wrong after a fork: name, offset and value of the magic bytes.
-"""
+"""Formats whose libraries keep state that is wrong after a fork: name, offset and value of the magic bytes."""
 
 _MAX_LOCK_FILE = 1024
 """Maximum size in bytes of a locked file that counts as a lock file. It may say who holds the lock."""
@@ -77,8 +76,7 @@ class _File:
     inode: int
     inheritable: bool
     locked: bool
-    """Whether the file is locked and open for reading and writing. Read early: a fork does not inherit fcntl(2) locks.
-    """
+    """Whether the file is locked and open for reading and writing. Read early: forks do not inherit fcntl(2) locks."""
     duplicate_of: int | None = None
     """Another descriptor of the same description. It is reopened before this one."""
 

@@ -1,4 +1,4 @@
-"""The kernel features that keep a job's process tree together and show it to people. Linux only; see prctl(2)."""
+"""Kernel features that keep a job's process tree together and make it visible to users. Linux only; see prctl(2)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NAME = 15
 _ARG_START, _ARG_END = 45, 46
-"""Fields of /proc/self/stat behind the name: proc_pid_stat(5) counts them as 48 and 49."""
+"""Indexes of fields of /proc/self/stat after the command name: proc_pid_stat(5) numbers them 48 and 49."""
 _PF_EXITING = 0x4
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -30,28 +30,28 @@ def _prctl(option: int, argument: int) -> None:
 
 
 def become_child_subreaper() -> None:
-    """From now on descendants whose parent dies become children of this process, also after `setsid`.
+    """Make this process the new parent of all descendants whose parent dies, even after `setsid`.
 
-    Not inherited by children. Raises OSError where the kernel refuses.
+    Children do not inherit this setting. Raises OSError if the kernel refuses.
     """
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def die_with_parent(parent: int, signum: signal.Signals = signal.SIGKILL) -> None:
-    """Ask for `signum` when the parent ends, and end now if `parent` is no longer the parent.
+    """Ask the kernel to send `signum` when the parent ends. Exit now if `parent` is no longer the parent.
 
     The kernel sends the signal when the *thread* that forked this process ends, so the parent must have forked
-    from a thread that lives as long as it does (prctl(2), PR_SET_PDEATHSIG). Kept over exec, not over fork.
+    from a thread that lives as long as it does (prctl(2), PR_SET_PDEATHSIG). The setting survives exec, but not fork.
     """
     _prctl(_PR_SET_PDEATHSIG, signum)
-    if os.getppid() != parent:  # it died before we asked, so nobody would tell us
+    if os.getppid() != parent:  # it died before the call, so the kernel will not send the signal
         os._exit(1)
 
 
 def children() -> list[int]:
-    """Process ids of this process's children, dead and unreaped ones included.
+    """Process ids of this process's children, including dead ones that are not reaped.
 
-    Of a single-threaded process only. A child that appears meanwhile may be missed: call again until
+    The process must be single-threaded. A child that appears during the call may be missed: call again until
     `os.waitpid` raises ChildProcessError.
     """
     try:
@@ -66,9 +66,9 @@ def _children_by_scan(parent: int) -> list[int]:
 
 
 def descendants(pid: int | None = None, below: Mapping[int, Sequence[int]] | None = None) -> list[int]:
-    """Process ids of a process's children, of theirs, and so on; without `pid` of this process.
+    """Process ids of all descendants of process `pid`; of this process by default.
 
-    `below` is what `children_of_all` returned, for several calls.
+    `below` is a result of `children_of_all`, which several calls can share.
     """
     below = children_of_all() if below is None else below
     found = list(below.get(os.getpid() if pid is None else pid, ()))
@@ -78,7 +78,7 @@ def descendants(pid: int | None = None, below: Mapping[int, Sequence[int]] | Non
 
 
 def children_of_all() -> dict[int, list[int]]:
-    """Process ids of the children of every process, as far as /proc shows them. New ones may be missed."""
+    """Process ids of the children of every process that /proc shows. New processes may be missed."""
     found: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -86,40 +86,40 @@ def children_of_all() -> dict[int, list[int]]:
                 stat = (entry / "stat").read_text(errors="replace")
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            # The command name is in parentheses and may hold anything, parentheses included.
+            # The command name is in parentheses and may contain any character, even parentheses.
             fields = stat[stat.rindex(")") + 2 :].split()
             found.setdefault(int(fields[1]), []).append(int(entry.name))
     return found
 
 
 def command_lines(pids: Iterable[int]) -> list[str]:
-    """`tensorboard --logdir runs (pid 4711)` for each of these processes that has not ended."""
+    """Command lines of those processes that have not ended, such as `tensorboard --logdir runs (pid 4711)`."""
     found = []
     for pid in pids:
         try:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # it has just ended, or is hidden from us
+        except OSError:  # just ended, or hidden from us
             continue
         text = one_line(" ".join(words), MAX_COMMAND_LINE)
-        if text:  # a process that has ended and that nobody has waited for has none
+        if text:  # a zombie has none
             found.append(f"{text} (pid {pid})")
     return found
 
 
 MAX_COMMAND_LINE = 80
-"""Characters of a command line that are shown."""
+"""Maximum number of characters of a command line that are shown."""
 
 
 def kill(pid: int) -> None:
-    """SIGKILL a child. One that may not be killed, as after `sudo`, is left alone: whoever waits for it must wait."""
+    """Send SIGKILL to a child. Does nothing if that is not permitted, as with `sudo`: callers must wait for its end."""
     with contextlib.suppress(PermissionError):
-        os.kill(pid, signal.SIGKILL)  # a zombie takes it in silence, and only we can reap it
+        os.kill(pid, signal.SIGKILL)  # cannot hit another process: the id stays in use until we reap the child
 
 
 def other_threads(besides: Container[int] = ()) -> list[str]:
-    """Names of this process's threads besides the first and some others, which are given by their native ids.
+    """Names of this process's threads, except the main thread and those whose native ids are in `besides`.
 
-    Python's name where a thread has one, else the kernel's.
+    The name is Python's if the thread has one, otherwise the kernel's.
     """
     python = {thread.native_id: thread.name for thread in threading.enumerate()}
     names = []
@@ -127,15 +127,15 @@ def other_threads(besides: Container[int] = ()) -> list[str]:
         if task.name != str(os.getpid()) and int(task.name) not in besides:
             try:
                 names.append(python.get(int(task.name)) or (task / "comm").read_text().strip())
-            except (FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            except (FileNotFoundError, ProcessLookupError):  # the thread has just ended
                 continue
     return sorted(names)
 
 
 def start_time(pid: int) -> int | None:
-    """When a process was started, in clock ticks since the machine was (proc_pid_stat(5)); None if there is none.
+    """Start time of a process in clock ticks since boot (proc_pid_stat(5)); None if there is no live process.
 
-    Together with its id it is that process and no other, until the machine is restarted.
+    Process id and start time together identify a process until the next boot.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
@@ -146,14 +146,15 @@ def start_time(pid: int) -> int | None:
 
 
 class ProcessEnding:
-    """Whether a process has begun to end. It can be asked often: that takes a few microseconds.
+    """True once a process has begun to end. A check takes only a few microseconds.
 
-    Known since before its files are closed and its locks with them: `os.getppid()` changes only after that.
+    This becomes true before the kernel closes the process's files and releases its locks; `os.getppid()` changes only
+    afterwards.
     """
 
     def __init__(self, pid: int) -> None:
         self._stat: int | None = None
-        with contextlib.suppress(FileNotFoundError, PermissionError):  # there is none, or none that we may see
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # no such process, or it is hidden from us
             self._stat = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
 
     def __bool__(self) -> bool:
@@ -161,7 +162,7 @@ class ProcessEnding:
             return False
         try:
             stat = os.pread(self._stat, 4096, 0)
-        except ProcessLookupError:  # it has been waited for
+        except ProcessLookupError:  # it has been reaped
             return True
         fields = stat[stat.rindex(b")") + 2 :].split(None, 7)
         return fields[0] in b"ZX" or bool(int(fields[6]) & _PF_EXITING)
@@ -173,14 +174,14 @@ class ProcessEnding:
 
 
 def set_process_title(title: str) -> None:
-    """Have ps, top and nvidia-smi call this process `title`, as far as its first command line was that long.
+    """Make ps, top and nvidia-smi show `title` for this process, truncated to the length of its first command line.
 
-    `sys.argv`, and what this process executes later, stay as they are.
+    `sys.argv` does not change, nor do programs that this process executes later.
     """
     encoded = title.encode(errors="replace").replace(b"\0", b" ")
-    _libc.prctl(_PR_SET_NAME, encoded, 0, 0, 0)  # the kernel keeps 15 bytes of it
+    _libc.prctl(_PR_SET_NAME, encoded, 0, 0, 0)  # the kernel keeps 15 bytes
     try:
-        # Where the program has this library, it must find the command line as it was, or it cannot work later.
+        # If setproctitle is installed, use it: it works later only if it finds the original command line.
         import_module("setproctitle").setproctitle(title)
     except (ImportError, AttributeError):
         _overwrite_command_line(encoded)
@@ -189,7 +190,7 @@ def set_process_title(title: str) -> None:
 def _overwrite_command_line(title: bytes) -> None:
     fields = Path("/proc/self/stat").read_text(errors="replace").rpartition(")")[2].split()
     start, size = int(fields[_ARG_START]), int(fields[_ARG_END]) - int(fields[_ARG_START])
-    if start == 0 or size < 2:  # the kernel does not say where it is
+    if start == 0 or size < 2:  # the kernel does not show where the command line is
         return
     # If the last byte is not 0, the kernel shows the text up to the first 0 instead of everything up to that byte
     # (`get_mm_cmdline` in fs/proc/base.c).
@@ -197,16 +198,19 @@ def _overwrite_command_line(title: bytes) -> None:
 
 
 def flush_c_streams() -> None:
-    """Write out what C code has printed, lest a forked child print it again."""
+    """Flush the output of C code, so that a forked child does not print it again."""
     _libc.fflush(None)
 
 
 def cuda_in_use() -> str | None:
-    """CUDA cannot be used in a child forked after `cuInit`, which opens this device (NVML does not)."""
+    """Say that CUDA is initialised in this process; None if it is not.
+
+    CUDA cannot be used in a child forked after `cuInit`. Only `cuInit` opens /dev/nvidia-uvm; NVML does not.
+    """
     for entry in Path("/proc/self/fd").iterdir():
         try:
             target = str(entry.readlink())
-        except FileNotFoundError:  # the descriptor of this very listing
+        except FileNotFoundError:  # the descriptor of this listing
             continue
         if target == "/dev/nvidia-uvm":
             return "CUDA is already initialised in this program"

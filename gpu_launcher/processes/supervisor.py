@@ -1,17 +1,17 @@
-"""The supervisor of a running job: the parent of its main process and, as a subreaper, of everything that escapes it.
+"""The supervisor of a job: the parent of its main process and, as a subreaper, of descendants that lose their parent.
 
-A job's process tree is therefore exactly the supervisor's descendants, whatever they did (`setsid`, double forks,
-`Popen`), and the tree is gone exactly when `waitpid` says that there are no children. Then the supervisor waits for the
+A job's process tree is therefore exactly the supervisor's descendants, whatever they do (`setsid`, double forks,
+`Popen`). The tree is gone exactly when `waitpid` says that there are no children. Then the supervisor waits for the
 next job: a new supervisor would cost as much as the job's own process, which is milliseconds if the program has
 imported much. Who watches whom:
 
-- the job's main process gets SIGKILL from the kernel when its supervisor ends;
-- the supervisor kills its tree when the launching program's end of the channel closes or the fork server ends;
-- the fork server kills what a dead supervisor leaves, for that becomes the fork server's child;
-- the guard, the fork server's parent, kills what is left of both if the fork server is dead, too.
+- the kernel sends SIGKILL to the job's main process when its supervisor ends;
+- the supervisor kills its tree when the node's end of the channel closes or the fork server ends;
+- the fork server kills what a dead supervisor leaves behind, because those processes become its children;
+- the guard, the fork server's parent, kills the remaining processes if the fork server is dead too.
 
-Not promised: if a supervisor *and* the launching program are killed at the same instant, descendants that a job started
-with `Popen` live for the few milliseconds that the fork server needs to kill them, while their lease is already free.
+Not promised: if a supervisor *and* the node are killed at the same instant, descendants that a job started with `Popen`
+live for the few milliseconds that the fork server needs to kill them, while their lease is already free.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ from gpu_launcher.processes.tree import ProcessTree
 _log = get_logger("processes.supervisor")
 
 MAX_LEFT_BEHIND = 100
-"""Processes that a job left behind which are reported to the launching program."""
+"""Maximum number of processes left behind by a job that are reported to the node."""
 COULD_NOT_FORK = 100
-"""Exit code of a supervisor that could not fork its job, plus the error number."""
+"""Base of the exit code of a supervisor that could not fork its job. The error number is added to it."""
 
 
 RunJob = Callable[[socket.socket], NoReturn]
-"""Runs in a job's process, with the job's end of its channel to the launching program."""
+"""Runs a job in the job's process. Its argument is the job's end of its channel to the node."""
 
 
 def supervise(launcher: socket.socket, *, server: int, lifeline: int, run_job: RunJob, captured: bool = True) -> None:
-    """Run the jobs that the launching program asks for, one after another, until it ends or closes the channel.
+    """Run the jobs that the node asks for, one after another, until the node ends or closes the channel.
 
     `server` is the process id of the fork server, our parent. `lifeline` reaches its end when the fork server ends.
-    With `captured`, output of a job before it has a log is kept in memory and reported when the job ends.
+    If `captured`, the output of a job before it has a log is kept in memory and reported when the job ends.
     """
     signals = note_signals()
     become_child_subreaper()
@@ -79,7 +79,7 @@ def supervise(launcher: socket.socket, *, server: int, lifeline: int, run_job: R
 
     set_role("supervisor")
     supervisor = _Supervisor(launcher, signals, lifeline, server)
-    with contextlib.suppress(ChannelClosedError):  # the launching program has ended
+    with contextlib.suppress(ChannelClosedError):  # the node has ended
         while (channel := supervisor.next_job()) is not None:
             early = early_output()
             try:
@@ -93,7 +93,7 @@ def supervise(launcher: socket.socket, *, server: int, lifeline: int, run_job: R
 
 
 def note_signals() -> SignalPipe:
-    """Take note of signals that are for the launching program to act on: systemd sends them to all processes."""
+    """Note signals without acting on them: systemd sends them to every process, and the head decides what to do."""
     return SignalPipe(signal.SIGCHLD, signal.SIGTERM, *not_ignored(signal.SIGHUP))
 
 
@@ -108,9 +108,9 @@ class _Supervisor:
             self._poll.register(descriptor, select.POLLIN)
 
     def next_job(self) -> socket.socket | None:
-        """Wait for a job; returns its end of its channel, or None if the fork server is gone.
+        """Wait for a job. Returns the job's end of its channel, or None if the fork server is gone.
 
-        Raises ChannelClosedError if the launching program ended.
+        Raises ChannelClosedError if the node has ended.
         """
         while True:
             ready = self._wait(None)
@@ -120,13 +120,14 @@ class _Supervisor:
                 message, descriptors = receive(self._launcher)
                 if isinstance(message, StartJob):
                     return socket.socket(fileno=descriptors[0])
-                for descriptor in descriptors:  # of a lease for a job that ended before it came
+                for descriptor in descriptors:  # a lease that arrived after its job had ended
                     os.close(descriptor)
 
     def see_to_its_end(self, job: int, early: int) -> None:
-        """Watch a job until its process tree is gone, and report it. `early` has its output before it had a log.
+        """Watch a job until its process tree is gone, then report it.
 
-        Raises ChannelClosedError if the launching program ended.
+        `early` contains the output that the job printed before it had a log. Raises ChannelClosedError if the node has
+        ended.
         """
         supervision = _Supervision(self._launcher, self._signals, job)
         while True:
@@ -150,13 +151,13 @@ class _Supervisor:
         return ready
 
     def _is_orphan(self, ready: set[int]) -> bool:
-        # SIGTERM alone says nothing: systemd sends it, and SIGHUP, to every process of what it stops, and how the
-        # jobs are to end is then for the launching program to say.
+        # SIGTERM alone means nothing: systemd sends it, and SIGHUP, to every process of a unit that it stops. The head
+        # then decides how the jobs end.
         return self._lifeline in ready or os.getppid() != self._server
 
 
 class _Supervision:
-    """The supervision of one job."""
+    """Supervises one job."""
 
     def __init__(self, launcher: socket.socket, signals: SignalPipe, job: int) -> None:
         self._launcher = launcher
@@ -165,11 +166,11 @@ class _Supervision:
         self._abandoned = False
 
     def is_over(self) -> bool:
-        """Return whether the whole process tree is gone. See `ProcessTree.is_gone`."""
+        """Whether the whole process tree is gone. See `ProcessTree.is_gone`."""
         return self._tree.is_gone()
 
     def verdict(self, printed: bytes) -> JobExited:
-        """Release the lease and return the report, when it is over."""
+        """Release the lease and return the report. Call this when the process tree is gone."""
         lease, self._lease = self._lease, ()
         for descriptor in lease:
             os.close(descriptor)
@@ -177,12 +178,12 @@ class _Supervision:
         return JobExited(self._tree.status, self._abandoned, printed, tuple(self._tree.left_behind[:MAX_LEFT_BEHIND]))
 
     def abandon(self) -> None:
-        """End it because the fork server is gone."""
+        """Kill the job because the fork server is gone."""
         self._abandoned = True
         self._tree.kill()
 
     def obey(self) -> None:
-        """Do what the launching program asks for; end the job if that has ended."""
+        """Do what the node asks for; kill the job if the node has ended."""
         if not self._obey():
             self._tree.kill()
 
@@ -211,5 +212,5 @@ class _Supervision:
             os.kill(self._tree.main, signum)
 
     def until_deadline(self) -> float | None:
-        """Milliseconds after which to call `is_over` even if nothing happens, for poll(2)."""
+        """Milliseconds after which to call `is_over` even if nothing happens, for poll(2); None to wait forever."""
         return self._tree.until_deadline()

@@ -1,4 +1,4 @@
-"""The process tree of a job or command. Its supervisor is a subreaper, so the tree is all of its descendants."""
+"""The process tree of a job or command: all descendants of its supervisor, which is a subreaper."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from typing import Protocol
 from gpu_launcher.processes.linux import children, command_lines, descendants, kill
 
 LINGER_SECONDS = 0.5
-"""Seconds that descendants may outlive the main process, as multiprocessing's helper processes do."""
+"""Seconds that descendants may outlive the main process before SIGTERM. multiprocessing's helpers need some time."""
 TERMINATE_SECONDS = 2.0
-"""Seconds between SIGTERM and SIGKILL for descendants that live longer than that."""
+"""Seconds between SIGTERM and SIGKILL for descendants that outlive LINGER_SECONDS."""
 
 HIDDEN_CHILD_SECONDS = 0.1
-"""Seconds between looks at children that cannot be killed because /proc does not show them."""
+"""Seconds between checks for children that cannot be killed because /proc does not show them."""
 
 
 class SignalSource(Protocol):
-    """Where signals arrive, SIGCHLD among them."""
+    """A source of signals, including SIGCHLD."""
 
     def fileno(self) -> int:
-        """Readable when a signal has arrived."""
+        """Return a descriptor that is readable when a signal has arrived."""
 
     def read(self) -> object:
-        """Take what has arrived. Never waits."""
+        """Consume the signals that have arrived. Never waits."""
 
 
 class ProcessTree:
-    """A main process and everything below it. This process must be a subreaper and have no other children."""
+    """A main process and its descendants. The calling process must be a subreaper and have no other children."""
 
     def __init__(self, main: int, signals: SignalSource, *, note_stops: bool = False) -> None:
-        """Look after the tree of `main`, a child. `signals` has a signal to read when a child may have ended.
+        """Manage the tree of `main`, a child. `signals` is readable when a child may have ended.
 
         With `note_stops`, `stopped` says whether the main process is stopped.
         """
@@ -42,7 +42,7 @@ class ProcessTree:
         self._signals = signals
         self._options = os.WNOHANG | (os.WUNTRACED | os.WCONTINUED if note_stops else 0)
         self.status: int | None = None
-        """How the main process ended, as `os.waitpid` gives it; None while it lives."""
+        """Status of the main process, as `os.waitpid` returns it; None while it lives."""
         self.stopped: int | None = None
         """The signal that stopped the main process; None while it runs."""
         self.left_behind: list[str] = []
@@ -52,14 +52,17 @@ class ProcessTree:
         self._kill_at: float | None = None
 
     def is_gone(self) -> bool:
-        """Return whether no process is left. Ends descendants that outlive the main process for too long."""
+        """Return whether no process is left. Ends descendants that outlive the main process for too long.
+
+        Call this when `signals` is readable and after `until_deadline`.
+        """
         if not self.reap():
             return True
         self._end_leftovers()
         return False
 
     def reap(self) -> bool:
-        """Reap dead children; return whether any child is left."""
+        """Reap dead children. Returns whether any child is left."""
         while True:
             try:
                 pid, status = os.waitpid(-1, self._options)
@@ -75,14 +78,14 @@ class ProcessTree:
             killed = children()
             for pid in killed:
                 kill(pid)
-            for pid in killed:  # whose own children are ours by then
+            for pid in killed:  # afterwards their own children are ours
                 self._note(*os.waitpid(pid, 0))
-            if not killed:  # a child that /proc does not show us, as where it is mounted with hidepid
+            if not killed:  # /proc does not show the child, for example because of its mount option hidepid
                 select.select([self._signals], [], [], HIDDEN_CHILD_SECONDS)
                 self._signals.read()
 
     def until_deadline(self) -> float | None:
-        """Milliseconds after which to call `is_gone` even if no signal arrives; None for never. For poll(2)."""
+        """Milliseconds after which to call `is_gone` even if no signal arrives, for poll(2); None to wait forever."""
         deadline = self._kill_at if self._terminated else self._terminate_at
         if deadline is None:
             return None
