@@ -56,7 +56,7 @@ def guarded(launcher: int, serve: Callable[[int], None], close_in_guard: Callabl
         signal.sigwait(_WATCHED)
         if os.getppid() != launcher:
             break
-        # Otherwise SIGTERM means that the thread that forked us has ended, or it comes from systemd and the head reacts.
+        # Otherwise SIGTERM means that the thread that forked us has ended, or systemd sent it; then the head reacts.
     os.close(guards_end)
     _log.debug("%s: ending what is left", "the fork server ended" if os.getppid() == launcher else "the program ended")
     end_descendants(1.5 * TREE_END_SECONDS)
