@@ -1,4 +1,4 @@
-"""Commands for the user to type: what runs one job alone, and what continues a sweep."""
+"""Builds the commands that a sweep suggests at its end: to run one job alone, and to continue the sweep."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from ._override_text import override_text
 from ._program import config_options
 
 MAX_ALONE = 3
-"""Failed jobs of which the command is shown that runs them alone."""
+"""Failed jobs for which a sweep shows the command that runs them alone."""
 
 _OF_THE_SWEEP = re.compile(r"[+~]*hydra[./](?:launcher|sweeper|sweep|mode)\b")
-"""Overrides that say nothing to a single job."""
+"""Overrides that do not matter to a single job."""
 _SET_ANEW = re.compile(r"\+*hydra\.(?:sweep\.dir|launcher\.resume)=")
 _PATH = re.compile(r"(?:/|[A-Za-z_]\w*[./:-])[\w./:-]*", re.ASCII)
-"""Text that Hydra reads as it is, though `override_text` would quote it; no number and no word of Hydra's."""
+"""Text that `override_text` would quote but Hydra reads unchanged: not a number, and not a word of Hydra's grammar."""
 
 
 def closing_lines(config: DictConfig, directory: Path, failed: Sequence[Job], incomplete: int) -> list[str]:
-    """What to tell at the end of a sweep of which so many jobs are `incomplete`.
+    """Lines to show at the end of a sweep.
 
-    `failed` are jobs that failed, one for each way of failing.
+    `failed` holds one job for each way in which jobs failed; `incomplete` is the number of jobs that did not complete.
     """
     program = typed_program(sys.argv, sys.orig_argv)
     lines = [f"results: {short_path(directory)}"]
@@ -47,7 +47,7 @@ def closing_lines(config: DictConfig, directory: Path, failed: Sequence[Job], in
 
 def _line(what: str, command: list[str]) -> list[str]:
     text = shlex.join(command)
-    return [f"{what}: {text}"] if text.isprintable() else []  # another text would run something else
+    return [f"{what}: {text}"] if text.isprintable() else []  # escaped, it would run something else
 
 
 def typed_program(argv: Sequence[str], original: Sequence[str]) -> list[str]:
@@ -80,20 +80,20 @@ def alone_command(program: Sequence[str], arguments: Sequence[str], config: Dict
 
 
 def continue_command(program: Sequence[str], arguments: Sequence[str], directory: Path) -> list[str]:
-    """The command that runs what did not complete of a sweep in `directory`."""
+    """The command that runs the jobs of the sweep in `directory` that did not complete."""
     kept = [argument for argument in arguments if not _SET_ANEW.match(argument)]
     return [*program, *kept, override("hydra.sweep.dir", short_path(directory)), "hydra.launcher.resume=true"]
 
 
 def override(name: str, value: object) -> str:
-    """The text of an override, with quotes for Hydra where it needs them."""
+    """The text of an override, quoted where Hydra needs quotes."""
     plain = isinstance(value, str) and _PATH.fullmatch(value)
     return f"{name}={value if plain else override_text(value)}"
 
 
 def _is_grid(config: DictConfig) -> bool:
-    """Whether the sweeper asks for the same jobs each time, so that `resume` knows them by their numbers."""
+    """Whether the sweeper runs the same jobs each time, so that `resume` can identify them by number."""
     sweeper = get_class(config.hydra.sweeper._target_)
-    # By name: Hydra imports its plugins anew when it looks for them again, which makes another class of the same name.
+    # Compared by name: when Hydra looks for plugins again it imports them again, as new classes of the same names.
     names = {f"{one.__module__}.{one.__qualname__}" for one in sweeper.__mro__}
     return f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}" in names

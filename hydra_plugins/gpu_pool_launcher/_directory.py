@@ -1,4 +1,4 @@
-"""The directory of a Hydra sweep: taken before Hydra writes into it, and what to tell about what is there."""
+"""Locks the directory of a Hydra sweep before Hydra writes into it, and reports what it already contains."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ ANOTHER = "name another directory with hydra.sweep.dir=..."
 
 
 class LaunchError(CompactHydraException):
-    """The sweep cannot be run at all. Hydra shows its message without a traceback."""
+    """The sweep cannot run at all. Hydra shows the message without a traceback."""
 
 
 def sweep_directory(config: DictConfig) -> Path:
-    """Where the sweep is, by the sweep's own config."""
+    """The sweep's directory, as the sweep's own config says."""
     setup_globals()
     return Path(str(config.hydra.sweep.dir)).absolute()
 
 
 def take_directory(launcher: GpuPoolLauncher) -> None:
-    """Make the sweep's directory, and lock it for this launcher. Raises LaunchError."""
+    """Create the sweep's directory and lock it for this launcher. Raises LaunchError."""
     assert launcher.config is not None
     directory = sweep_directory(launcher.config)
     dated = _is_dated(launcher.config)
@@ -51,7 +51,7 @@ def take_directory(launcher: GpuPoolLauncher) -> None:
 
 
 def make_directory(config: DictConfig) -> Path:
-    """Make the sweep's directory, and save its config there as Hydra's own sweeper does. Raises LaunchError."""
+    """Create the sweep's directory and save the config there, as Hydra's own sweeper does. Raises LaunchError."""
     directory = sweep_directory(config)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -62,16 +62,16 @@ def make_directory(config: DictConfig) -> Path:
 
 
 def unwritable(directory: Path, error: OSError) -> str:
-    """One line about a sweep's directory that cannot be used."""
+    """The message about a sweep's directory that cannot be used, as one line."""
     return f"cannot write to the sweep directory ({error.strerror}): {short_path(directory)}; {ANOTHER}"
 
 
 def open_logs(
     launcher: GpuPoolLauncher, directory: Path, *, resume: bool, continued: bool
 ) -> tuple[LogFiles, list[str]]:
-    """The launcher's LogFiles, and what there is to tell when it launches for the first time.
+    """The launcher's LogFiles, and notices for the user if this is its first launch.
 
-    `continued`: the sweeper continues by itself what is there, as a study.
+    `continued`: the sweeper itself continues what the directory contains, as a study does.
     """
     if launcher.logs is not None:
         return launcher.logs, []
@@ -93,7 +93,7 @@ def open_logs(
 
 
 def _is_dated(config: DictConfig) -> bool:
-    """Whether the directory is named after the time, as by default: then no later sweep has it."""
+    """Whether the directory is named after the time, as it is by default. No later sweep uses such a directory."""
     raw = OmegaConf.to_container(config.hydra.sweep, resolve=False)
     return isinstance(raw, dict) and "${now:" in str(raw.get("dir"))
 
@@ -107,7 +107,10 @@ def _remedy(resume: bool, dated: bool) -> str:
 
 
 def _nothing_to_resume(directory: Path, config: DictConfig) -> str:
-    """Where the user may have meant: a sweep beside this directory, or where Hydra puts sweeps by default."""
+    """The message that there is nothing to resume.
+
+    It suggests the newest sweep beside this directory or in the directory that Hydra uses by default.
+    """
     raw = str(OmegaConf.to_container(config.hydra.sweep, resolve=False)["dir"])  # type: ignore[index,call-overload]
     beside = Path(raw.partition("${")[0]).absolute() if _is_dated(config) else directory.parent
     newest = newest_sweep(beside, Path("multirun").absolute())

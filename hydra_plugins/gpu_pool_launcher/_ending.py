@@ -1,4 +1,4 @@
-"""How an error of ours ends a Hydra program."""
+"""Ends a Hydra program with an error of ours."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from gpu_launcher.errors import JobError
 
 
 def final(error: CompactHydraException | JobError, before: str = "") -> BaseException:
-    """What to raise so that the program ends with an error whose message says it all.
+    """Return the exception to raise so that the program ends with only the error's message.
 
-    Hydra 1.3 prints the message and then advises to set HYDRA_FULL_ERROR=1, which would only show our own frames. So
-    where Hydra is about to do that the message, with what comes `before` it, is printed here, and what is raised ends
-    the program as Hydra does.
+    Hydra 1.3 prints the message and then advises the user to set HYDRA_FULL_ERROR=1, which would only show our own
+    frames. If Hydra is about to do that, this function prints `before` and the message itself and returns a SystemExit
+    that ends the program as Hydra does. Otherwise it returns the error.
     """
     full = os.environ.get("HYDRA_FULL_ERROR", "0") != "0" or sys.gettrace() is not None
     if full or not any(_is(frame, "hydra._internal.utils", "run_and_report") for frame in _stack()):
@@ -28,7 +28,7 @@ def final(error: CompactHydraException | JobError, before: str = "") -> BaseExce
 
 
 def is_for_basic_sweeper() -> bool:
-    """Whether Hydra's own sweeper has called the launcher: it raises the first error among the jobs' returns."""
+    """Whether Hydra's own sweeper called the launcher. It raises the first error among the jobs' returns."""
     caller = next(frame for frame in _stack() if not _module(frame).startswith(__package__))
     return _is(caller, BasicSweeper.__module__, "sweep") and type(caller.f_locals.get("self")) is BasicSweeper
 

@@ -1,4 +1,4 @@
-"""What Hydra shows of an exception in a job: the user's frames and nothing else, and the whole of its own messages."""
+"""Prepares a job's exceptions for Hydra, which then shows only the user's frames, and its own messages in full."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpu_launcher.processes.exceptions import message_of, module_of, users_part
 
 
 def whole_message(error: BaseException) -> str:
-    """All that Hydra would show of an error of its own or OmegaConf's: its message and, as lines below, its cause's."""
+    """All that Hydra would show of its own or OmegaConf's error: the message and, on the next lines, the cause's."""
     parts = [message_of(error).strip()]
     if isinstance(cause := error.__cause__, OmegaConfBaseException) and message_of(cause) not in parts[0]:
         parts.append(message_of(cause).strip())
@@ -19,7 +19,10 @@ def whole_message(error: BaseException) -> str:
 
 
 def dumps(value: object) -> bytes:
-    """Pickle; by value where plain pickle cannot, as for what a function defines. Raises whatever that raises."""
+    """Pickle a value; with cloudpickle if plain pickle cannot, as for a class defined in a function.
+
+    Raises whatever cloudpickle raises.
+    """
     try:
         return pickle.dumps(value)
     except Exception:
@@ -30,9 +33,9 @@ def dumps(value: object) -> bytes:
 
 
 def frames_for_hydra(error: BaseException) -> TracebackType | None:
-    """The traceback from Hydra's `run_job` on, if that called the user's code, else all of it.
+    """The traceback from Hydra's `run_job` on, if that called the user's code; otherwise the whole traceback.
 
-    Hydra shows only the frames behind one of that name. It fails if OmegaConf's is the first of them.
+    Hydra shows only the frames after one of that name. It fails if the first of these is OmegaConf's.
     """
     caller = tb = error.__traceback__
     users = users_part(tb)

@@ -1,4 +1,4 @@
-"""Options that are interpolations: what they resolve to, and what to say about those that cannot be resolved."""
+"""Resolves options that are interpolations, and explains those that cannot be resolved."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ MAX_NEIGHBOURS = 12
 _MISSING_KEY = re.compile(r"Interpolation key '(.*)' not found", re.DOTALL)
 _MISSING_VALUE = re.compile(r"Missing mandatory value: (\S+)")
 _SYNONYMS = ("devices", "gpus", "num_gpus", "n_gpus", "num_devices")
-"""Names of the number of GPUs: Lightning's was `gpus`, and is `devices`."""
+"""Usual names for the number of GPUs. Lightning's was `gpus` and is now `devices`."""
 
 
 def resolve(launcher: DictConfig, option: str) -> Any:
-    """The value of an option, without interpolations. Raises OptionError where there is none."""
+    """The value of an option, with interpolations resolved. Raises OptionError if it has no value."""
     try:
         value = launcher[option]
         if OmegaConf.is_dict(value):
@@ -85,7 +85,7 @@ def _explain_missing_key(launcher: DictConfig, option: str, written: str, key: s
 
 
 def _absolute(launcher: DictConfig, written: str, key: str) -> list[str]:
-    """The parts of a key that OmegaConf names without the dots with which it is relative."""
+    """The parts of the absolute key. OmegaConf's messages leave out the leading dots of a relative one."""
     names = _parts(key)
     if relative := re.search(rf"\$\{{(\.+){re.escape(key)}\}}", written):
         base: Any = launcher

@@ -1,4 +1,4 @@
-"""What `GpuPoolLauncher.launch` does."""
+"""Runs the jobs of `GpuPoolLauncher.launch`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from .launcher import GpuPoolLauncher
 def launch(
     launcher: GpuPoolLauncher, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
 ) -> Sequence[JobReturn]:
-    """Run one job per list of overrides; returns their JobReturns in that order.
+    """Run one job for each list of overrides; returns their JobReturns in that order.
 
     Raises LaunchError if no job can run, and KeyboardInterrupt or SystemExit when the user stopped the sweep.
     """
@@ -55,7 +55,7 @@ def launch(
 
 
 def fail_with_first(returns: Sequence[JobReturn]) -> None:
-    """If there is a message of ours for the first job that failed, end the program with it, as Hydra would."""
+    """End the program, as Hydra would, with our message about the first job that failed, if there is one."""
     failed = next((one for one in returns if one.status is JobStatus.FAILED), None)
     if failed is not None and isinstance(failed._return_value, (JobError, JobOptionError)):
         raise final(failed._return_value, f"Error executing job with overrides: {failed.overrides}{os.linesep}")
@@ -81,7 +81,7 @@ def _launch(launcher: GpuPoolLauncher, job_overrides: list[list[str]], first: in
         node = _node(launcher, logs)
         sweep = run_jobs(jobs, node, options, directory, command, notices=notices, closing=closing)
     except BaseException:
-        _close_node(launcher)  # a further launch gets a new one
+        _close_node(launcher)  # the next launch starts a new one
         raise
     launcher.failed += sum(result.outcome is Outcome.FAILED for result in sweep.results)
     if sweep.stopped_by is not None:
@@ -94,9 +94,9 @@ def _launch(launcher: GpuPoolLauncher, job_overrides: list[list[str]], first: in
 
 
 def _with_culprit(sweep: SweepResult, returns: list[JobReturn]) -> list[JobReturn]:
-    """Where failures stopped the sweep: of a job that was ended for that, what the first of them returned.
+    """The returns; if failures stopped the sweep, cancelled jobs get the return of the first job that failed.
 
-    Sweepers raise the first error that they come to, and that would name the victim.
+    Sweepers raise the first error that they find. Without this, that error could name a cancelled job.
     """
     outcomes = [result.outcome for result in sweep.results]
     if not sweep.stopped or Outcome.FAILED not in outcomes:
@@ -112,10 +112,10 @@ def stream(
     max_parallel: int | None,
     cap: str,
 ) -> SweepResult:
-    """Run the jobs of a source, at most so many at a time, as the option says that the user calls `cap`.
+    """Run the jobs of a source, at most `max_parallel` at a time.
 
-    `open_source` is called when the node runs, and also says how many jobs there will be, if that is known.
-    Raises GpuLauncherError if no job can run.
+    `cap` is the user's name for the option that sets `max_parallel`. `open_source` is called once the node runs. It
+    returns the source and, if known, the number of jobs. Raises GpuLauncherError if no job can run.
     """
     assert launcher.config is not None
     options = read_options(launcher.options, launcher.config)
@@ -136,7 +136,10 @@ def stream(
 
 
 def _with_failures_so_far(options: Options, failed: int) -> Options:
-    """For sweepers that launch several batches: so many jobs of the sweep have failed before."""
+    """The options, with the limit on failures reduced by those of earlier batches. Raises LaunchError if it is used up.
+
+    Some sweepers launch several batches. `failed` counts the sweep's jobs that failed before this one.
+    """
     policy = options.failures
     if policy.most is None or not failed:
         return options
@@ -148,7 +151,7 @@ def _with_failures_so_far(options: Options, failed: int) -> Options:
 
 
 def _node(launcher: GpuPoolLauncher, logs: LogFiles) -> LocalNode:
-    """The node of this launcher: started by its first launch, ended with the launcher."""
+    """The node of this launcher. Its first launch starts the node, which ends with the launcher."""
     if launcher.node is None or not launcher.node.is_running:
         assert launcher.config is not None
         assert launcher.hydra_context is not None
@@ -172,7 +175,7 @@ def _close_node(launcher: GpuPoolLauncher) -> None:
 
 
 def stop(signum: signal.Signals) -> NoReturn:
-    """End the program as the signal would have, without a traceback: the summary has said what happened."""
+    """End the program as the signal would, but without a traceback: the summary already says what happened."""
     if signum is signal.SIGINT:
         sys.excepthook = _quietly(sys.excepthook)
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""From `hydra.launcher` to checked options. Every mistake gets one message that names the option and the remedy."""
+"""Reads and checks `hydra.launcher`. Every mistake gets one message that names the option and the fix."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAX_SHOWN = 60
 
 _REQUEST = ("gpus", "memory", "priority", "timeout", "stagger")
 PER_JOB = (*_REQUEST, "retries", "retry_on", "enforce_memory", "visible", "cpu_affinity")
-"""Options that each job's own config may set, also as interpolations on it."""
+"""Options that each job's own config may set, including as interpolations of it."""
 OF_SWEEP = (
     "devices",
     "on_failure",
@@ -43,11 +43,11 @@ OF_SWEEP = (
     "grace",
     "pool_dir",
 )
-"""Options of the sweep as a whole, of which a job cannot have its own."""
+"""Options of the sweep as a whole. A job cannot set them."""
 
 
 def spell(option: str) -> str:
-    """What users write for an option of the launcher."""
+    """An option's name as users write it."""
     return f"hydra.launcher.{option}"
 
 
@@ -63,7 +63,8 @@ def _as_written() -> Iterator[None]:
 def read_options(options: dict[str, Any], config: DictConfig) -> Options:
     """Check the launcher's options.
 
-    `options` is what Hydra instantiated the launcher with, `config` the sweep's own config. Raises OptionError.
+    `options` are the arguments with which Hydra instantiated the launcher; `config` is the sweep's own config.
+    Raises OptionError.
     """
     for name in map(str, options.get("unresolved") or ()):
         resolve(config.hydra.launcher, name)
@@ -87,9 +88,9 @@ def read_options(options: dict[str, Any], config: DictConfig) -> Options:
 
 
 def _count_of_gpus(value: object, *, literal: bool) -> object:
-    """The number that Lightning's `devices` means: a list, or text such as `0,2`, counts by its length.
+    """The number of GPUs that a value of Lightning's `devices` means: for a list, or text such as `0,2`, its length.
 
-    One that is written in this option itself (`literal`) most probably means certain GPUs.
+    A list written in this option itself (`literal`) is refused, because it most probably names particular GPUs.
     """
     if isinstance(value, str) and "," in value:
         value = [entry.strip() for entry in value.split(",") if entry.strip()]
@@ -108,7 +109,7 @@ def _count_of_gpus(value: object, *, literal: bool) -> object:
 
 @_as_written()
 def read_job_options(sweep: DictConfig, job: DictConfig) -> tuple[Request, JobOptions]:
-    """What one job needs, and its other options.
+    """Read what one job needs, and its other options.
 
     `sweep` is the sweep's config, `job` the job's own. Raises OptionError.
     """
@@ -132,18 +133,18 @@ def read_job_options(sweep: DictConfig, job: DictConfig) -> tuple[Request, JobOp
 
 
 def _differing(node: str, sweep: DictConfig, job: DictConfig, names: Iterable[str]) -> Iterator[str]:
-    """The options of a job that are not the sweep's, as they are written on the command line."""
+    """The options in which a job differs from its sweep, as written on the command line."""
     for name in names:
         try:
             here, there = (_plain(config.get(name)) for config in (job, sweep))
-        except OmegaConfBaseException:  # what the job cannot resolve, it does not use either
+        except OmegaConfBaseException:  # the job does not use what it cannot resolve
             continue
         if here != there:
             yield f"{node}.{name}={_shown(here)}"
 
 
 def _shown(value: object) -> str:
-    """Roughly as the value is written on the command line, on one short line."""
+    """The value roughly as written on the command line, on one short line."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, list):
@@ -186,7 +187,7 @@ def _most_failures(options: Mapping[str, Any]) -> int | None:
 
 @_as_written()
 def read_start_method(value: object) -> StartMethod:
-    """How to start jobs. Raises OptionError."""
+    """Read how to start jobs. Raises OptionError."""
     return validation.read_start_method(value)
 
 

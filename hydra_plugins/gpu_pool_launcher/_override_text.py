@@ -1,4 +1,4 @@
-"""Values as text that Hydra's override parser reads back unchanged, in value and type."""
+"""Writes values as text that Hydra's override parser reads back with the same value and type."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _ESCAPED_IN_KEYS = re.compile(r"([\\()\[\]{}:=, \t])")
 
 
 def override_text(value: Any) -> str:
-    """The text of a value behind the `=` of an override.
+    """The text of a value, to be written after the `=` of an override.
 
-    Takes None, bool, int, float (also numpy's), str, and lists and mappings of them. What OmegaConf does with a string
-    that it finds in a config stays as it is: `${x}` is an interpolation, and `???` a missing value.
+    Takes None, bool, int, float (also numpy's), str, and lists and mappings of these. OmegaConf's special strings keep
+    their meaning: `${x}` is an interpolation, and `???` is a missing value.
     Raises TypeError for other types.
     """
     if value is None:
@@ -43,10 +43,10 @@ def _string(text: str) -> str:
 
 
 def _quote(text: str) -> str:
-    r"""Quote so that Hydra's lexer finds the end, and its parser the text.
+    r"""Quote so that Hydra's lexer finds the end and its parser reads the same text.
 
-    To both, a backslash is one like any other character, unless a quote follows: the closing one, or one in the text.
-    Before those the backslashes are halved, and so have to be doubled here; `a\b` stays `'a\b'`.
+    Both treat a backslash as an ordinary character, unless it precedes a quote: the closing one, or one in the text.
+    Hydra halves the backslashes before such a quote, so they are doubled here; `a\b` stays `'a\b'`.
     """
     quote = '"' if "'" in text and '"' not in text else "'"
     within = re.sub(rf"(\\*){quote}", lambda found: found[1] * 2 + "\\" + quote, text)
@@ -55,5 +55,5 @@ def _quote(text: str) -> str:
 
 
 def _key(key: Any) -> str:
-    """A key of a mapping; the grammar has no quotes there."""
+    """The text of a mapping's key. The grammar allows no quotes there."""
     return _ESCAPED_IN_KEYS.sub(r"\\\1", key) if isinstance(key, str) else override_text(key)

@@ -1,4 +1,4 @@
-"""What a job's process does: compose the job's config, wait for devices, run the task, report."""
+"""Runs one job of a Hydra sweep in its process: compose the config, wait for devices, run the task, report."""
 
 from __future__ import annotations
 
@@ -31,22 +31,25 @@ if TYPE_CHECKING:
     from hydra.conf import HydraConf
 
 LOG = "job.log"
-"""Name of the file in a job's output directory that gets its stdout and stderr.
+"""Name of the file in a job's output directory that receives its stdout and stderr.
 
-If the directory's name depends on the job's devices, the file lies in the sweep's directory, as `<number>.job.log`.
+If the directory's name depends on the job's devices, the file is `<number>.job.log` in the sweep's directory.
 """
 
 
 @dataclass
 class HydraProgram:
-    """Callable once in each job's process. With `spawn` it travels there by cloudpickle, Hydra's state with it."""
+    """The program of a Hydra sweep's jobs, callable once in each job's process.
+
+    With `spawn`, cloudpickle carries it there together with Hydra's state.
+    """
 
     config: DictConfig
     """The sweep's own config."""
     hydra_context: HydraContext
     task_function: TaskFunction
     command: list[str]
-    """The command line that runs one job: overrides are to be appended."""
+    """The command line that runs one job once overrides are appended."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # `_blank_program` is called before the state is unpickled.
@@ -55,7 +58,7 @@ class HydraProgram:
     def __setstate__(self, state: dict[str, Any]) -> None:
         setup_globals()
         singletons = state.pop("singletons")
-        singletons["instances"][Plugins] = Plugins.instance()  # or Hydra would look for plugins again
+        singletons["instances"][Plugins] = Plugins.instance()  # otherwise Hydra would look for plugins again
         Singleton.set_state(singletons)
         self.__dict__.update(state)
 
@@ -73,7 +76,7 @@ class HydraProgram:
             except OptionError as error:
                 raise JobOptionError(str(error)) from None
             except OmegaConfBaseException as error:
-                raise ConfigCompositionException(str(error)) from None  # of which Hydra shows no traceback
+                raise ConfigCompositionException(str(error)) from None  # Hydra shows no traceback of this one
             except OSError as error:
                 directory = os.fsdecode(error.filename)
                 problem = f"cannot write to the output directory ({error.strerror}): {directory}"
@@ -82,7 +85,7 @@ class HydraProgram:
         except BaseException as error:  # whatever ends the task ends this job, and this job only
             if os.getpid() != job:
                 raise  # from a child that the task forked
-            # Hydra 1.4 attaches the JobReturn to what it lets through, and neither can be pickled with the other.
+            # Hydra 1.4 attaches the JobReturn to an exception it lets through; each keeps the other from being pickled.
             vars(error).pop("_hydra_job_return_handoff", None)
             job_return.status = JobStatus.FAILED
             job_return.return_value = error
@@ -95,7 +98,10 @@ class HydraProgram:
         return pack(job_return, composed)
 
     def _overrides_of_sweep(self) -> list[str]:
-        """What the user chose for all jobs, such as `hydra.searchpath=[...]`, without which a job may not compose."""
+        """Overrides that the user chose for all jobs.
+
+        Without them a job may fail to compose, for example without `hydra.searchpath=[...]`.
+        """
         overrides = cast("list[str]", OmegaConf.to_container(self.config.hydra.overrides.hydra))
         return [override for override in overrides if not override.startswith("hydra.mode=")]
 
@@ -104,9 +110,9 @@ class HydraProgram:
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.job.id = str(number)
             config.hydra.job.num = number
-            config.hydra.launcher.help = {}  # in each job's hydra.yaml it would only be in the way
+            config.hydra.launcher.help = {}  # it would only clutter each job's hydra.yaml
             config.hydra.launcher.unresolved = []
-        # For `${hydra:...}`, until `run_job` does it properly: `set_config` copies it all.
+        # For `${hydra:...}`, until `run_job` sets the config properly. `set_config` would copy all of it.
         HydraConfig.instance().cfg = cast("HydraConf", config)
         return config
 
@@ -125,25 +131,26 @@ class HydraProgram:
 
 
 def _blank_program() -> HydraProgram:
-    """In a fresh interpreter: have Hydra look for plugins, which runs their modules, and anew if they were imported.
+    """Create an empty program in a fresh interpreter, after Hydra has looked for plugins.
 
-    So this comes before there are instances of their classes: of a class that its module no longer has, nothing can be
-    pickled, and the config consists of such instances.
+    Looking for plugins runs their modules, again if they were already imported, and so replaces their classes. It must
+    happen before their classes have instances, of which the config consists: an instance of a class that its module no
+    longer has cannot be pickled.
     """
     Plugins.instance()
     return HydraProgram.__new__(HydraProgram)
 
 
 def _as_single_run(number: int) -> list[str]:
-    """Overrides with which the program, started again by a job, is the job instead of a sweep."""
+    """Overrides with which the program, if the job starts it again, runs as this job and not as a sweep."""
     return ["hydra.mode=RUN", f"hydra.job.num={number}", f"hydra.job.id='{number}'"]
 
 
 class _GatedCallbacks:
-    """The user's callbacks, but no code of the user's runs before the job has its devices.
+    """The user's callbacks, delayed so that none of the user's code runs before the job has its devices.
 
-    `run_job` makes the output directory, saves the config and sets logging up before it calls `on_job_start`: all
-    that is done ahead of the grant.
+    `run_job` creates the output directory, saves the config and sets up logging before it calls `on_job_start`. All of
+    that happens ahead of the grant.
     """
 
     def __init__(self, callbacks: Any, context: JobContext) -> None:
@@ -159,7 +166,7 @@ class _GatedCallbacks:
 
 
 def _prepare(number: int, sweep: DictConfig, config: DictConfig, context: JobContext) -> Path:
-    """Say what the job needs and where its log is; returns its output directory."""
+    """Tell the node what the job needs and where its log is; returns the output directory."""
     request, options = read_job_options(sweep, config)
     if _depends_on_devices(config.hydra.sweep):  # then the output directory is not known before the grant
         context.prepared(request, Path(str(config.hydra.sweep.dir), f"{number}.{LOG}").absolute(), options)
@@ -178,12 +185,12 @@ def _choose_directory(config: DictConfig) -> Path:
 
 
 def _depends_on_devices(node: DictConfig) -> bool:
-    """Whether a part of Hydra's own config reads what only the grant sets, such as a log file named by GPU."""
+    """Whether a part of Hydra's own config depends on what only the grant sets, such as a log file named by GPU."""
     return _reads_mask(OmegaConf.to_container(node, resolve=False))
 
 
 def _reads_mask(value: object) -> bool:
-    """Whether there is an interpolation of the mask in it. Plain text may speak of it, as our options' help does."""
+    """Whether the value contains an interpolation of the mask. Plain text may mention it, as our options' help does."""
     if isinstance(value, str):
         return "${" in value and "CUDA_VISIBLE_DEVICES" in value
     if isinstance(value, dict):
@@ -197,10 +204,10 @@ def _without_hydra_node(config: DictConfig) -> DictConfig:
 
 
 def job_command(argv: list[str]) -> list[str]:
-    """The sweep's command line without its overrides: what runs a single job once those are appended.
+    """The sweep's command line without its overrides. With a job's overrides appended, it runs that job.
 
-    Options that choose the config (`--config-name` and the like) stay, `--multirun` goes. A job may have another
-    working directory, so that paths are made absolute.
+    It keeps options that choose the config (`--config-name` and the like) and drops `--multirun`. Paths are made
+    absolute, because a job may have another working directory.
     """
     script, *arguments = argv
     program = str(Path(script).absolute()) if Path(script).exists() else script
@@ -208,7 +215,7 @@ def job_command(argv: list[str]) -> list[str]:
 
 
 def config_options(arguments: Sequence[str], path: Callable[[str], str] = str) -> list[str]:
-    """Those of a command line's arguments that choose the config; `path` changes those that are paths."""
+    """The arguments of a command line that choose the config. `path` transforms those that are paths."""
     kept: list[str] = []
     rest = iter(arguments)
     for argument in rest:

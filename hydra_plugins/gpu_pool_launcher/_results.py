@@ -1,7 +1,6 @@
-"""A JobReturn on its way from the job's process to the launching program.
+"""Carries a JobReturn from the job's process to the head.
 
-It travels in parts that are unpickled one by one, so that a value or an exception that cannot make the journey costs
-only itself.
+Its parts are unpickled one by one, so a value or an exception that cannot be transferred does not affect the others.
 """
 
 from __future__ import annotations
@@ -33,35 +32,36 @@ from gpu_launcher.processes.unpicklable import found_at
 from ._exceptions import dumps, frames_for_hydra, whole_message
 
 MAX_VALUES = 16
-"""Numbers that are kept of what a job returned, for tables."""
+"""Numbers of a job's return value that are kept for tables."""
 
 
 class JobFailedError(JobError, CompactHydraException):
-    """A job that ended without an exception of its own. Hydra shows its message without a traceback."""
+    """A job failed without an exception of its own. Hydra shows the message without a traceback."""
 
 
 class JobOptionError(ConfigCompositionException):
-    """An option that a job cannot run with, as its own config has it. Hydra shows its message without a traceback."""
+    """An option in the job's own config keeps it from running. Hydra shows the message without a traceback."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Parcel:
-    """What travels."""
+    """The parts of a JobReturn, pickled separately."""
 
     shell: bytes
     """The JobReturn without its value."""
     value: bytes | None
     """The return value; None for a failed job."""
     error: list[PortableException] | None
-    """For a failed job: what it raised, unless its return value is what failed."""
+    """For a failed job: what it raised. None if the failure is that its return value cannot be pickled."""
     problem: str | None
     """For a failed job: one line, a sentence without its subject."""
 
 
 def pack(job_return: JobReturn, composed: DictConfig | None) -> Report:
-    """In the job: make the report on what `run_job` returned.
+    """Make the report on what `run_job` returned. Called in the job.
 
-    `composed` is the job's config before the task had it; it travels if what the task made of it cannot.
+    `composed` is the job's config before the task received it. It is sent if the config as the task left it cannot be
+    pickled.
     """
     value = job_return._return_value
     job_return._return_value = None
@@ -70,9 +70,9 @@ def pack(job_return: JobReturn, composed: DictConfig | None) -> Report:
         if job_return.status is JobStatus.COMPLETED:
             try:
                 pickled = dumps(value)
-                cpu_unpickler.loads(pickled)  # better to know now than to have the sweep find out
+                cpu_unpickler.loads(pickled)  # a failure here is better than one in the head
                 parcel = _Parcel(_shell(job_return, composed), pickled, None, None)
-            except Exception as error:  # anything can be raised by an object that is asked to pickle itself
+            except Exception as error:  # an object that pickles itself can raise anything
                 job_return.status = JobStatus.FAILED
                 problem = (
                     f"returned a value of type {type(value).__qualname__} that cannot be pickled: {describe(error)}"
@@ -93,23 +93,23 @@ def pack(job_return: JobReturn, composed: DictConfig | None) -> Report:
 
 
 def _numbers(value: object) -> tuple[float, ...]:
-    """What a job returned, if it is a number or a few of them; a zero-dimensional array or tensor counts as one."""
+    """A job's return value if it is one number or a few. A zero-dimensional array or tensor counts as a number."""
     try:
         if isinstance(value, (list, tuple)) and len(value) <= MAX_VALUES:
             return tuple(float(one) for one in value if not isinstance(one, str))
         return () if value is None or isinstance(value, (str, bytes)) else (float(value),)  # type: ignore[arg-type]
-    except Exception:  # whatever an object of the user's raises that is not a number
+    except Exception:  # a user's object that is not a number can raise anything
         return ()
 
 
 def is_pruned(error: object) -> bool:
-    """Whether it is Optuna's word for a trial that ends itself early."""
+    """Whether the error is Optuna's TrialPruned, with which a trial ends itself early."""
     optuna = sys.modules.get("optuna.exceptions")
     return optuna is not None and isinstance(error, optuna.TrialPruned)
 
 
 def _shell(job_return: JobReturn, composed: DictConfig | None) -> bytes:
-    """The JobReturn, which has no value any more; with as much of the configs as can be pickled."""
+    """The JobReturn, its value already removed, pickled with as much of the configs as possible."""
     try:
         return dumps(job_return)
     except Exception:  # the task may have put anything into its config
@@ -117,7 +117,7 @@ def _shell(job_return: JobReturn, composed: DictConfig | None) -> bytes:
 
 
 def unpack(result: JobResult, overrides: list[str], directory: Path) -> JobReturn:
-    """In the launching program: the job's JobReturn, whatever became of the job."""
+    """The job's JobReturn, however the job ended. Called in the head."""
     if not result.payload:
         assert result.outcome is not Outcome.COMPLETED, "a completed job has reported"
         error = JobFailedError(result.number, result.label, result.message or "did not run", result.log)
@@ -149,14 +149,14 @@ def _unpack_shell(parcel: _Parcel, overrides: list[str], directory: Path) -> Job
 
 
 def outcome(error: BaseException) -> str:
-    """What a job did that ended it, as one line without a subject."""
+    """How a job ended, as one line without a subject."""
     if isinstance(error, SystemExit):
         return f"called sys.exit({error.code!r}) before it returned a value"
     if isinstance(error, KeyboardInterrupt):
         return "was interrupted"
     if isinstance(error, JobOptionError):
         return f"cannot be run: {error}"
-    # Their later lines say where, and what to do; but what could not be instantiated has a cause of its own.
+    # The later lines of Hydra's messages say where, and what to do. An InstantiationException has a cause of its own.
     if isinstance(error, HydraException) and not isinstance(error, InstantiationException):
         lines = [line.strip().rstrip(".") for line in whole_message(error).splitlines() if line.strip()]
         return f"raised {type(error).__qualname__}: {'. '.join(lines)}".replace(":. ", ": ")

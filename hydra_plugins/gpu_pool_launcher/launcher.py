@@ -1,4 +1,4 @@
-"""The launcher class that Hydra finds. Imported at the start of every Hydra program: the work is in `_launch`."""
+"""The launcher class that Hydra finds. Every Hydra program imports it at its start, so the work is in `_launch`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class GpuPoolLauncher(Launcher):
-    """Runs each job in a process of its own, on devices leased from the machine's pool."""
+    """Runs each job in its own process, on devices leased from the machine's pool."""
 
     def __init__(self, **options: Any) -> None:
         """Take the options of `GpuPoolLauncherConf`."""
@@ -29,18 +29,18 @@ class GpuPoolLauncher(Launcher):
         self.task_function: TaskFunction | None = None
         self.hydra_context: HydraContext | None = None
         self.node: Any = None
-        """The process that runs the jobs, kept for sweepers that launch several batches."""
+        """The node, kept for sweepers that launch several batches."""
         self.labels: Any = None
-        """What jobs are called, by what differs between those of all batches."""
+        """The jobs' labels, made of what differs between the jobs of all batches."""
         self.lock: Any = None
-        """That of the sweep's directory, held as long as this launcher or its node lives."""
+        """The lock on the sweep's directory, held as long as this launcher or its node lives."""
         self.logs: Any = None
-        """Which log is whose, kept for sweepers that launch several batches."""
+        """The log file of each job, kept for sweepers that launch several batches."""
         self.failed = 0
-        """Jobs that have failed, of all batches."""
+        """Number of failed jobs in all batches."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """See `hydra.plugins.launcher.Launcher`. Takes the sweep's directory, before Hydra writes into it."""
+        """Lock the sweep's directory before Hydra writes into it; see `hydra.plugins.launcher.Launcher`."""
         self.config = config
         self.hydra_context = hydra_context
         self.task_function = task_function

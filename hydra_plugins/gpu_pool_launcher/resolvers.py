@@ -1,4 +1,4 @@
-"""Registering OmegaConf resolvers under whichever name its release has for that."""
+"""Registers OmegaConf resolvers with the function that the installed release has for it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 
 
 def register_resolver(name: str, resolver: Callable[..., Any]) -> None:
-    """Register a resolver, in the place of one of that name.
+    """Register a resolver, replacing any of that name.
 
-    OmegaConf 2.3 means by `register_resolver` another thing, which it deprecates. Later releases deprecate
+    In OmegaConf 2.3, `register_resolver` is a different, deprecated function. Later releases deprecate
     `register_new_resolver` instead, with a warning at every start of a Hydra program.
     """
     register: Any = OmegaConf.register_resolver

@@ -1,4 +1,4 @@
-"""The sweeper class that Hydra finds. Imported at the start of every Hydra program."""
+"""The sweeper class `grid_async` that Hydra finds. Every Hydra program imports it at its start."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 
 class GridAsyncSweeper(basic_sweeper.BasicSweeper):
-    """Hydra's basic sweeper, without its look at every job's config before the first job may start.
+    """Hydra's basic sweeper, except that it does not compose every job's config before the first job starts.
 
-    That takes 45 to 100 ms for each job, and one that does not compose ends the sweep before it begins. Here every job
-    composes its own config, and one that cannot fails alone. No failure keeps later batches from running.
+    Composing takes 45 to 100 ms for each job, and one config that does not compose ends Hydra's sweep before it begins.
+    Here each job composes its own config. If one config does not compose, only its job fails. No failure keeps later
+    batches from running.
     """
 
     def __init__(self, max_batch_size: int | None, params: dict[str, Any] | None, **_: Any) -> None:
@@ -33,7 +34,7 @@ class GridAsyncSweeper(basic_sweeper.BasicSweeper):
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
         """Launch every job, batch after batch; returns the JobReturns of each batch.
 
-        Raises the first failed job's exception, once all have run.
+        Raises the first failed job's exception once all jobs have run.
         """
         assert self.config is not None
         assert self.launcher is not None

@@ -1,1 +1,1 @@
-"""The Hydra sweeper `optuna_async`: Optuna's search, in which no trial waits for another."""
+"""The Hydra sweeper `optuna_async`: an Optuna search in which no trial waits for another."""

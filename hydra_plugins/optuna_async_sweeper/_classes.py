@@ -1,4 +1,4 @@
-"""Optuna's samplers and pruners by name, by class name, or by `_target_`, each with options that are checked."""
+"""Creates Optuna's samplers and pruners from a name, a class name or a `_target_`, and checks their options."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Family(Generic[T]):
     """One kind of object that a config can name: the samplers, or the pruners."""
 
     option: str
-    """As the user writes it, such as `hydra.sweeper.sampler`."""
+    """The option's name as users write it, such as `hydra.sweeper.sampler`."""
     base: type
     module: ModuleType
     names: Mapping[str, str]
-    """Short names, in the order in which to list them, and their classes' names."""
+    """Short names, in the order in which messages list them, and the names of their classes."""
     nested: tuple[str, ...]
-    """Options that are again of this family."""
+    """Options whose values are themselves of this family."""
 
     def find(self, name: str) -> type[T]:
-        """The class of that name, short or not. Raises OptionError, with what comes nearest."""
+        """The class with this short name or class name. Raises OptionError, which suggests the nearest name."""
         wanted = {short.replace("_", ""): cls for short, cls in self.names.items()}
         found = getattr(self.module, wanted.get(name.lower().replace("_", ""), name), None)
         if isinstance(found, type) and issubclass(found, self.base) and not inspect.isabstract(found):
@@ -45,9 +45,9 @@ class Family(Generic[T]):
         )
 
     def build(self, cls: type[T], options: Mapping[str, Any], make: Callable[[Any], T]) -> T:
-        """An object of one of Optuna's classes. An option that is None is Optuna's default.
+        """Create an object of one of Optuna's classes. An option that is None gets Optuna's default.
 
-        `make` makes the nested ones. Raises OptionError.
+        `make` creates nested objects. Raises OptionError.
         """
         known = inspect.signature(cls).parameters
         given = {option: value for option, value in options.items() if value is not None}
@@ -78,17 +78,17 @@ class Family(Generic[T]):
             raise OptionError(self.option, f"{cls.__name__} does not take its options: {_one_line(error)}") from error
 
     def from_target(self, node: Mapping[str, Any], make: Callable[[Any], T]) -> T:
-        """The object that a node with a `_target_` describes. Raises OptionError."""
+        """Create the object that a node with a `_target_` describes. Raises OptionError."""
         cls = self.class_of(str(node["_target_"]))
         if cls is not None and "_args_" not in node:
             return self.build(cls, own_options(node), make)
-        if "name" in node:  # it lies over a named one, whose options are there as null
+        if "name" in node:  # it overrides a named node, whose options remain as null
             node = {key: value for key, value in node.items() if value is not None}
         made = instantiate({key: value for key, value in node.items() if key not in ("name", "_partial_")}, self.option)
         return self.checked(made)
 
     def class_of(self, target: str) -> type[T] | None:
-        """The class, if the target is one of Optuna's of this family."""
+        """The class, if the target is one of Optuna's classes in this family; otherwise None."""
         package, _, name = target.rpartition(".")
         found = getattr(self.module, name, None)
         optunas = package == self.module.__name__ or package.startswith(self.module.__name__ + ".")
@@ -105,19 +105,19 @@ class Family(Generic[T]):
 
 
 def own_options(node: Mapping[str, Any]) -> dict[str, Any]:
-    """What a node says beside what it names."""
+    """The options in a node, without the keys that name the object."""
     return {key: value for key, value in node.items() if key not in _MARKS}
 
 
 def plain(node: object) -> Any:
-    """A node without OmegaConf, as mapping, list, string or object."""
+    """A node as a plain mapping, list, string or object, without OmegaConf."""
     return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
 def instantiate(node: Mapping[str, Any], option: str) -> Any:
-    """Hydra's, for what the user's config names. Raises OptionError, whatever the named object raises."""
+    """Call Hydra's `instantiate` on what the user's config names. Raises OptionError, whatever the object raises."""
     named = tuple(_targets(node))
-    # Hydra 1.4 wants to be told what a config may execute, and 1.3 would pass that on as an option.
+    # Hydra 1.4 must be told what a config may execute. Hydra 1.3 would pass the list on as an option.
     allowed = {"_execution_whitelist_": named} if hasattr(hydra.utils, "UNSAFE_DISABLE_EXECUTION_CHECKS") else {}
     try:
         return hydra.utils.instantiate({"_convert_": "all", **node}, **allowed)

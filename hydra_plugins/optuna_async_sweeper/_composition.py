@@ -1,4 +1,4 @@
-"""Composing some of the trials' configs before the first trial, to find what fits no config or changes nothing."""
+"""Composes some of the trials' configs before the first trial, to find overrides that do not fit or have no effect."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ._mistakes import instead_of_list, instead_of_text
 from ._search_space import SearchSpace
 
 MAX_COMPOSED = 24
-"""Configs that are composed, which takes 50 to 100 ms each. Of a group with more options the first are tried."""
+"""Configs that are composed; each takes 50 to 100 ms. If a group has more options, only the first are tried."""
 MAX_ASSIGNED = 200
 """Values of one parameter that are tried in a composed config."""
 
@@ -26,7 +26,7 @@ _UNKNOWN = object()
 
 
 def check_composition(loader: ConfigLoader, config: DictConfig, space: SearchSpace) -> None:
-    """Compose what the trials will: each option of a searched group once, and both ends of each number.
+    """Compose trial configs in advance: each option of a searched group once, and both ends of each numeric range.
 
     Raises CompositionError and SearchSpaceError. `config` is the sweep's own.
     """
@@ -65,7 +65,7 @@ def _compose(loader: ConfigLoader, config: DictConfig, space: SearchSpace, point
 
 
 def _assign_all(composed: DictConfig, key: str, values: tuple[Any, ...]) -> None:
-    """Try each choice where the config says of what type it is to be."""
+    """Assign each choice in the composed config, which checks its type where the config declares one."""
     with open_dict(composed):
         for value in values[:MAX_ASSIGNED]:
             try:
@@ -77,7 +77,7 @@ def _assign_all(composed: DictConfig, key: str, values: tuple[Any, ...]) -> None
 def _check_fixed(
     loader: ConfigLoader, config: DictConfig, space: SearchSpace, composed: DictConfig, point: Mapping[str, Any]
 ) -> None:
-    """Refuse lists and texts for what is a single value in the config without them: choices or bounds were meant."""
+    """Refuse a fixed list, dictionary or text where the config without it has a single value: a search was meant."""
     suspect = dict(_suspects(space, composed))
     if not suspect:
         return
@@ -87,7 +87,7 @@ def _check_fixed(
             loader, config, SearchSpace(entries), {key: point[key] for key in point if key not in suspect}
         )
     except CompositionError:
-        return  # it takes these to compose
+        return  # the config does not compose without them
     for key, text in suspect.items():
         before, now = _node(without, key), _node(composed, key)
         if isinstance(now, list) and isinstance(before, (str, int, float)):
@@ -123,13 +123,13 @@ def _groups(composed: DictConfig) -> set[str]:
 
 
 def _node(composed: DictConfig, key: str) -> Any:
-    """A value as it is in a config, interpolations as they are written; _UNKNOWN where it cannot be found."""
+    """A config's value, with interpolations as written; _UNKNOWN if it cannot be found."""
     parent, _, name = _bare(key).rpartition(".")
     try:
         node = OmegaConf.select(composed, parent) if parent else composed
         found = node._get_node(name) if isinstance(node, DictConfig) else None
     except OmegaConfBaseException:
-        return _UNKNOWN  # a part of the way is an interpolation, or missing
+        return _UNKNOWN  # a part of the path is an interpolation, or missing
     if isinstance(found, (DictConfig, ListConfig)):
         return OmegaConf.to_container(found, resolve=False)
     return found._value() if isinstance(found, Node) else _UNKNOWN

@@ -1,4 +1,4 @@
-"""One sweep of Hydra's override grammar as one of Optuna's distributions."""
+"""Translates a sweep in Hydra's override grammar to one of Optuna's distributions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MAX_ENUMERATED = 100_000
 
 @dataclass(frozen=True)
 class Searched:
-    """A searched parameter. For categoricals, the choices' texts as overrides and their values, in order."""
+    """A searched parameter. For categoricals, `texts` and `values` are the choices as override texts and as values."""
 
     distribution: BaseDistribution
     texts: tuple[str, ...] | None = None
@@ -36,9 +36,9 @@ class Searched:
 
 
 def searched(override: Override, options: Sequence[str] | None = None) -> Searched:
-    """What to search for an override that is a sweep; `options` are what a glob matches.
+    """The searched parameter for an override that is a sweep. `options` are the names that a glob matches.
 
-    Raises ValueError with a sentence that ends in the remedy.
+    Raises ValueError with a sentence that ends with the fix.
     """
     sweep = override.value()
     if isinstance(sweep, Glob):
@@ -55,7 +55,7 @@ def searched(override: Override, options: Sequence[str] | None = None) -> Search
 
 
 def on_grid(distribution: FloatDistribution, value: float) -> float:
-    """The value, or the one of the range's that it is but for rounding."""
+    """The value, or the exact value of the range if it differs only by rounding."""
     if distribution.step is None or not math.isfinite(value):
         return value
     low, step = Decimal(str(distribution.low)), Decimal(str(distribution.step))
@@ -83,15 +83,15 @@ def _glob(options: Sequence[str] | None) -> Searched:
 
 
 def _choices(values: Sequence[Any]) -> Searched:
-    """A categorical.
+    """A categorical parameter with these choices.
 
-    Optuna holds only None, bool, int, float and str, and takes 1, True and 1.0 for one. So lists and dictionaries are
-    held as their text, and where two choices would be one, all of them are.
+    Optuna stores only None, bool, int, float and str, and treats 1, True and 1.0 as the same choice. So lists and
+    dictionaries are stored as their text. If two choices would be the same to Optuna, all choices are stored as text.
     """
     if not values:
         raise ValueError("there is nothing to choose from: name at least one value, as in choice(a,b)")
     try:
-        by_text = {override_text(value): value for value in values}  # each once, however often it is named
+        by_text = {override_text(value): value for value in values}  # without duplicates
     except TypeError:
         raise ValueError("choices cannot contain a sweep: give single values, as in choice(a,b)") from None
     held = [value if _plain(value) else text for text, value in by_text.items()]
@@ -101,7 +101,7 @@ def _choices(values: Sequence[Any]) -> Searched:
 
 
 def unquoted(value: Any) -> Any:
-    """A value of Hydra's parser without its quotes."""
+    """A value from Hydra's parser, without quotes."""
     if isinstance(value, QuotedString):
         return value.text
     if isinstance(value, list):
@@ -134,7 +134,7 @@ def _interval(sweep: IntervalSweep) -> Searched:
 
 
 def _range(sweep: RangeSweep) -> Searched:
-    """Hydra's range, whose stop is not part of it; float ones by decimal arithmetic, as Hydra 1.4 does it."""
+    """The parameter for Hydra's range, which excludes its stop. Floats use decimal arithmetic, as in Hydra 1.4."""
     assert sweep.start is not None
     assert sweep.stop is not None
     if not all(math.isfinite(number) for number in (sweep.start, sweep.stop, sweep.step)):
@@ -154,7 +154,8 @@ def _range(sweep: RangeSweep) -> Searched:
     last = start + (count - 1) * step
     low, high, step = min(start, last), max(start, last), abs(step)
     whole = all(isinstance(number, int) for number in (sweep.start, sweep.stop, sweep.step))
-    # Hydra 1.3 casts bounds and step, 1.4 each value: casts that keep the grid give a range on both, others choices.
+    # Hydra 1.3 casts bounds and step, 1.4 casts each value. Casts that keep the grid give a range with both versions;
+    # other casts give choices.
     for cast in getattr(sweep, "transformers", ()):
         name = getattr(cast, "__name__", "")
         if not (name == "cast_float" or (name == "cast_int" and whole)):
@@ -184,7 +185,7 @@ def _enumerable(count: int) -> int:
 
 
 def _exact_in_floats(low: Decimal, high: Decimal, step: Decimal) -> bool:
-    """Whether Optuna, which takes floats, would search the same numbers."""
+    """Whether Optuna, which uses floats, would search exactly these numbers."""
     if any(Decimal(str(float(number))) != number for number in (low, high, step)):
         return False
     return low == high or float(step) >= max(math.ulp(float(low)), math.ulp(float(high)))

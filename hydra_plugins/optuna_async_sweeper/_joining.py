@@ -1,7 +1,7 @@
-"""A sweep becomes one of a study's: it must search the study's space, and must not repeat an earlier sweep's points.
+"""Lets a sweep join a study. It must search the study's space, and must not repeat the points of earlier sweeps.
 
-The study itself keeps what its sweeps search, how many there have been, and which may be at work. A trial shows what it
-searches only once it has been sampled, and two sweeps that start together have no trial yet.
+The study itself stores what its sweeps search, how many there have been, and which may still be running. Its trials do
+not tell: a trial shows its search space only once it is sampled, and two sweeps that start together have no trial yet.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ Space = Mapping[str, BaseDistribution]
 
 @dataclass
 class _Search:
-    """What a study keeps."""
+    """The record that a study keeps of its search."""
 
     space: dict[str, BaseDistribution] = field(default_factory=dict)
     custom: bool = True
     """Whether trials may have more parameters, which only a function knows."""
     sweeps: int = 0
-    """How many have begun."""
+    """Number of sweeps that have begun."""
     at_work: list[Any] = field(default_factory=list)
-    """Those that may be at work, as `Sweep.to_json` has them."""
+    """The sweeps that may still be running, as `Sweep.to_json` writes them."""
 
 
 def join(
     study: optuna.Study, storage: StudyStorage, space: Space, difference: Callable[[Space], str | None], *, custom: bool
 ) -> int:
-    """Return how many sweeps the study has had before this one: 0 for a new study.
+    """Record this sweep in the study; returns how many sweeps the study had before: 0 for a new study.
 
-    `storage` is the study's. With `custom` a function adds to the space. `difference` says how the sweep's search space
-    differs from another. Raises StudyError if the study has another one.
+    `storage` is the study's. With `custom`, a function adds parameters to the space. `difference` says how the sweep's
+    search space differs from another. Raises StudyError if the study has a different search space.
     """
     sweep = storage.sweep
     with storage.alone():
@@ -68,7 +68,7 @@ def join(
 
 
 def derived_seed(seed: int | None, sweeps_before: int) -> int | None:
-    """The seed as given for the first sweep of a study; for each later one another number made from it."""
+    """The seed for a sweep of a study: as given for the first, and for each later one a different number from it."""
     if seed is None or not sweeps_before:
         return seed
     digest = hashlib.sha256(f"{seed}:{sweeps_before}".encode()).digest()
@@ -76,16 +76,17 @@ def derived_seed(seed: int | None, sweeps_before: int) -> int | None:
 
 
 def _counts(trial: FrozenTrial) -> bool:
-    """Whether a trial binds its study to a search space. Failed ones do not: the space may have been the reason."""
+    """Whether a trial binds its study to a search space. Failed trials do not, because the space may be the reason."""
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING) or (
         trial.state is TrialState.WAITING and RETRY_OF in trial.user_attrs
     )
 
 
 def _searched(trials: list[FrozenTrial], kept: _Search, space: Space) -> Space:
-    """What a study searches, empty if that is open: by its latest finished trial, or what it keeps and trials that run.
+    """The space that a study searches; empty if it is still open.
 
-    Trials that run may have been sampled in part. What may come is taken to be what this sweep searches.
+    It is that of the latest finished trial. Without one it is what the study has recorded, with the parameters of
+    running trials. These may be sampled only in part; the rest is assumed to be what this sweep searches.
     """
     for trial in reversed(trials):
         if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
@@ -100,7 +101,7 @@ def _searched(trials: list[FrozenTrial], kept: _Search, space: Space) -> Space:
 
 
 def _read(written: Any) -> _Search:
-    """What others can write, too, is not trusted to have a form."""
+    """Read the study's record. It is not trusted to be well-formed, because others can write it too."""
     try:
         space = {str(name): json_to_distribution(text) for name, text in written["space"].items()}
         return _Search(space, bool(written["custom"]), int(written["sweeps"]), list(written["at_work"]))

@@ -25,11 +25,14 @@ _CHOICES = ("choices", "values", "options", "categories", "choice", "categorical
 _STEP = ("step", "q")
 _LOG = ("log", "log_scale", "logscale")
 _KEYS = {*_KIND, *_LOW, *_HIGH, *_BOTH, *_CHOICES, *_STEP, *_LOG, "value_type", "scale", "base", "name", "default"}
-"""The words of the official sweeper's former `search_space`, of Hydra's Ax sweeper, Ray Tune, W&B and others."""
+"""Keys used by the official sweeper's former `search_space`, Hydra's Ax sweeper, Ray Tune, W&B and others."""
 
 
 def is_call(text: str) -> bool:
-    """Whether a text is a sweep in Hydra's grammar, such as `interval(0,1)`. A list with commas may be just text."""
+    """Whether a text is a sweep in Hydra's grammar, such as `interval(0,1)`.
+
+    A comma-separated list does not count, because it may be plain text.
+    """
     return _CALL.fullmatch(text) is not None
 
 
@@ -56,7 +59,7 @@ def described_search(value: Any) -> str | None:
 
 
 def nested_searches(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """The searches within a dictionary or a list, as keys and sweeps."""
+    """The searches described within a dictionary or a list, as pairs of key and sweep."""
     if (found := described_search(value)) is not None:
         yield key, found
     elif isinstance(value, Mapping):
@@ -124,7 +127,7 @@ def _numbers(low: Any, high: Any, step: Any, *, log: bool, whole: bool) -> str:
     if step is not None:
         if whole:
             low, high, step = int(low), int(high), int(step)
-        return f"range({low}, {_sum(high, step)}, {step})"  # whose stop is not part of it
+        return f"range({low}, {_sum(high, step)}, {step})"  # a range excludes its stop
     sweep = f"int(interval({int(low)}, {int(high)}))" if whole else f"interval({float(low)!r}, {float(high)!r})"
     return f"tag(log, {sweep})" if log else sweep
 

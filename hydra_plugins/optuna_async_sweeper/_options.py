@@ -1,4 +1,4 @@
-"""Reads and checks `hydra.sweeper`. Every mistake gets one message that names the option and the remedy."""
+"""Reads and checks `hydra.sweeper`. Every mistake gets one message that names the option and the fix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DIRECTIONS = ("minimize", "maximize")
 
 @dataclass(frozen=True)
 class SweeperOptions:
-    """Options that do not become Optuna objects."""
+    """The sweeper's options, except those that become Optuna objects."""
 
     directions: tuple[str, ...]
     bounds: Bounds

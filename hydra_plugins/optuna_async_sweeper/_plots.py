@@ -1,4 +1,4 @@
-"""Optuna's own plots of a study, as files in the sweep's directory."""
+"""Writes Optuna's own plots of a study to files in the sweep's directory."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import optuna
 from optuna.trial import TrialState
 
 PLOTS = "plots"
-"""Name of their directory."""
+"""Name of the plots' directory."""
 
 
 def write_plots(study: optuna.Study, directory: Path) -> list[str]:
-    """Write what the study has enough for; returns lines for the user.
+    """Write the plots for which the study has enough trials; returns lines for the user.
 
-    HTML by plotly, or PNG by matplotlib where plotly is not installed.
+    The files are HTML by plotly, or PNG by matplotlib if plotly is not installed.
     """
     if find_spec("plotly"):
         import optuna.visualization as visual
 
         def save(figure: Any, name: str) -> None:
-            # One copy of plotly's program beside them all; the plots work without a network.
+            # All plots share one copy of plotly's program beside them, so they work without a network.
             figure.write_html(home / f"{name}.html", include_plotlyjs="directory")
     elif find_spec("matplotlib"):
         import matplotlib as mpl  # type: ignore[import-not-found,unused-ignore]
@@ -45,7 +45,7 @@ def write_plots(study: optuna.Study, directory: Path) -> list[str]:
         try:
             save(plot(study), name)
             written += 1
-        except Exception as error:  # of a plotting library, or the file system: the others are made all the same
+        except Exception as error:  # from a plotting library or the file system; the other plots are still made
             lines.append(f"plot {name} cannot be made: {str(error).splitlines()[0] if str(error) else error!r}")
     return [*lines, f"{written} plots are in {home}"]
 

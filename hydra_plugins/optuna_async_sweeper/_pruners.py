@@ -1,4 +1,4 @@
-"""From `hydra.sweeper.pruner` to one of Optuna's pruners."""
+"""Creates one of Optuna's pruners from `hydra.sweeper.pruner`."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ _PRUNERS: Family[BasePruner] = Family(OPTION, BasePruner, optuna.pruners, _NAMES
 
 
 def make_pruner(node: object) -> BasePruner:
-    """The pruner of a name (`median`, `MedianPruner`), a mapping with `name` or `_target_` and options, or an object.
+    """Create the pruner that a node describes.
 
-    None means no pruner. `patient` takes another node as `wrapped`. Raises OptionError.
+    The node is a name (`median`, `MedianPruner`), a mapping with `name` or `_target_` and options, a pruner, or None
+    for no pruning. `patient` takes another node as `wrapped`. Raises OptionError.
     """
     node = plain(node)
     if node is None:

@@ -1,4 +1,4 @@
-"""What a sweep says and leaves in the end: best trials, importances, plots. Called where the study is."""
+"""Reports on a sweep at its end: best trials, parameter importances, plots. Runs in the process that has the study."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from ._study import StudyPlan
 
 MAX_SHOWN = 10
-"""Trials of a Pareto front, and parameters, that are listed."""
+"""Trials of a Pareto front that are listed, and parameters in the table of importances."""
 ENOUGH = 4
-"""Trials that must have completed before importances mean anything."""
+"""Completed trials that importances need before they mean anything."""
 
 
 def finish(session: StudySession, summary: SearchSummary, plan: StudyPlan, directory: Path) -> list[str]:
-    """Lines for the user. Plots are written to `directory`, if they are wanted."""
+    """Write plots to `directory` if the user wants them; returns lines for the user."""
     lines = [_best(best, plan) for best in summary.best[:MAX_SHOWN]]
     if len(summary.best) > MAX_SHOWN:
         lines.append(f"... and {len(summary.best) - MAX_SHOWN} more trials on the Pareto front")
@@ -49,15 +49,15 @@ def _best(best: Best, plan: StudyPlan) -> str:
 
 
 def _importances(study: optuna.Study) -> list[str]:
-    """A table, most important first, with a column for each objective; none where they cannot be computed."""
+    """The table of importances, most important first, one column per objective; empty if they cannot be computed."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(done) < ENOUGH or len(done[0].params) < 2:
         return []
     if any(len({trial.values[number] for trial in done}) < 2 for number in range(len(study.directions))):
-        return []  # all are equally good
+        return []  # all trials are equally good
     found = []
     with warnings.catch_warnings():
-        # Of being experimental in Optuna 4, and of seeking low values, which is what `_value` gives.
+        # It warns that it is experimental in Optuna 4, and that it seeks low values, which `_value` gives it.
         warnings.simplefilter("ignore")
         with _ped_anova() as (get_param_importances, evaluator):
             for number, direction in enumerate(study.directions):
@@ -73,16 +73,17 @@ def _importances(study: optuna.Study) -> list[str]:
 
 @contextmanager
 def _ped_anova() -> Iterator[tuple[Callable[..., dict[str, float]], Any]]:
-    """Optuna's `get_param_importances`, and its PED-ANOVA evaluator.
+    """Optuna's `get_param_importances` and its PED-ANOVA evaluator, without the import of scikit-learn.
 
-    `optuna.importance` imports scikit-learn for the other evaluators, which takes more than a second. It does without
-    where that cannot be imported, so it is imported afresh, and forgotten, in this block.
+    `optuna.importance` imports scikit-learn for its other evaluators, which takes more than a second, but works without
+    it if it cannot be imported. So this block hides scikit-learn, imports `optuna.importance`, and removes it again
+    afterwards.
     """
     name, needless = "optuna.importance", "sklearn"
     spared = needless not in sys.modules and name not in sys.modules
     before = vars(optuna).get("importance")
     if spared:
-        sys.modules[needless] = None  # type: ignore[assignment]  # which is how Python marks what cannot be imported
+        sys.modules[needless] = None  # type: ignore[assignment]  # None makes Python's import fail
     try:
         importance = import_module(name)
         yield importance.get_param_importances, importance.PedAnovaImportanceEvaluator()
@@ -96,5 +97,5 @@ def _ped_anova() -> Iterator[tuple[Callable[..., dict[str, float]], Any]]:
 
 
 def _value(number: int, sign: float, trial: FrozenTrial) -> float:
-    """Of one objective, such that lower is better."""
+    """A trial's value for one objective, with the sign changed where needed so that lower is better."""
     return sign * float(trial.values[number])

@@ -1,4 +1,4 @@
-"""From `hydra.sweeper.sampler` to one of Optuna's samplers, and why it is that one."""
+"""Creates one of Optuna's samplers from `hydra.sweeper.sampler`, and says why it is that one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _NAMES = {
     "nsgaii": "NSGAIISampler",
     "nsgaiii": "NSGAIIISampler",
     "qmc": "QMCSampler",
-    # Optuna's own for grids does not know that what was queued has been tried, and never takes up what was interrupted.
+    # Optuna's GridSampler does not see that queued points have been tried, and never resumes interrupted ones.
     "grid": "BruteForceSampler",
     "bruteforce": "BruteForceSampler",
     "partial_fixed": "PartialFixedSampler",
@@ -48,18 +48,23 @@ _SAMPLERS: Family[BaseSampler] = Family(
 _PACKAGES = {"CmaEsSampler": ("cmaes",), "GPSampler": ("torch", "scipy"), "QMCSampler": ("scipy",)}
 _TPE = {"multivariate": True, "constant_liar": True}
 _OFFICIAL = "optuna_sweeper"
-"""How hydra-optuna-sweeper signs what it stores."""
+"""The provider name under which hydra-optuna-sweeper stores its configs."""
 
 GP_TRIALS = 300
-"""The GP sampler fits to all finished trials at each ask. On one core that takes 2 s with 300 of them, and 3 s with 500
-(Optuna 5.0, 7 parameters, measured): more than a short job takes, and TPE has caught up by then."""
+"""Most trials for which `auto` chooses the GP sampler.
+
+It fits to all finished trials at each ask. On one core that takes 2 s with 300 trials and 3 s with 500 (measured with
+Optuna 5.0 and 7 parameters). That is more than a short job takes, and by then TPE has caught up."""
 GP_PARAMETERS = 20
-"""Above, distances between points say little, and Gaussian processes are known to do no better than TPE."""
+"""Most parameters for which `auto` chooses the GP sampler.
+
+With more, distances between points say little, and Gaussian processes are known to do no better than TPE."""
 MAX_GRID_POINTS = 1_000_000
 
 _OF_THE_STUDY = (optuna.samplers.QMCSampler, optuna.samplers.GridSampler)
-"""Their sequence or grid is the study's, shuffled by the seed, and the study knows which points are taken. With another
-seed it would be another one, of which points may be the same."""
+"""Samplers whose sequence or grid belongs to the study and is shuffled by the seed.
+
+The study knows which points are taken. Another seed would give another sequence, which may contain the same points."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +72,15 @@ class _Seeds:
     given: int | None
     """`hydra.sweeper.seed`."""
     sweeps_before: int
-    """Of the study."""
+    """Number of earlier sweeps of the study."""
 
     def derived(self, seed: Any) -> Any:
-        """See `derived_seed`. Whatever is not a number is left to the sampler to refuse."""
+        """The seed for this sweep, see `derived_seed`. The sampler itself refuses a seed that is not a number."""
         return derived_seed(seed, self.sweeps_before) if isinstance(seed, int) else seed
 
 
 def takes_turns(sampler: BaseSampler) -> bool:
-    """Whether sweeps on one study must sample one after another, or two could take one point."""
+    """Whether sweeps on one study must sample one after another, because two could otherwise take the same point."""
     return isinstance(sampler, (*_OF_THE_STUDY, BruteForceSampler))
 
 
@@ -90,18 +95,19 @@ def make_sampler(
     sweeps_before: int = 0,
     overrides: Sequence[str] = (),
 ) -> tuple[BaseSampler, str]:
-    """The sampler, and one sentence for the log: which one, and why.
+    """Create the sampler; returns it with one sentence for the log that says which one it is, and why.
 
     `node` is a name (`tpe`, `TPESampler`), None for `auto`, a mapping with `name` or `_target_` and options, or a
-    sampler. `choice` is the chosen name of the config group hydra/sweeper/sampler: a node of the official plugin's is
-    read as that name, with the options that are not the official defaults, or that the command line gives (`overrides`,
-    from hydra.overrides.hydra). `n_trials` None means without end. `seed`
-    goes to samplers that take one, unless the node has its own. A later sweep of a study (`sweeps_before`) gets another
-    seed from it, or its points would be those of the first. Raises OptionError.
+    sampler. `choice` is the name chosen in the config group hydra/sweeper/sampler. A node of the official plugin is
+    read as that name, with those options that differ from the official defaults or are given on the command line
+    (`overrides`, from hydra.overrides.hydra). `n_trials` is None for a search without end.
+
+    `seed` goes to samplers that take one, unless the node has its own. A later sweep of a study (`sweeps_before`) gets
+    another seed derived from it; otherwise it would repeat the points of the first. Raises OptionError.
     """
     seeds = _Seeds(seed, sweeps_before)
     node = plain(node)
-    if isinstance(node, functools.partial):  # Hydra 1.3 makes one of `_partial_: true` where it instantiates the node
+    if isinstance(node, functools.partial):  # Hydra 1.3 creates one for `_partial_: true`
         node = {"_target_": f"{node.func.__module__}.{getattr(node.func, '__name__', '')}", **node.keywords}
     if isinstance(node, BaseSampler):
         if sweeps_before:
@@ -123,12 +129,12 @@ def make_sampler(
 
 
 def grid_size(space: SearchSpace) -> int:
-    """Count the combinations. Raises OptionError if they are infinitely many."""
+    """The number of combinations in a search space. Raises OptionError if it is infinite."""
     return math.prod(_size(key, distribution) for key, distribution in space.distributions.items())
 
 
 def _read(node: object, choice: str | None, overrides: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
-    """Name and options. The name is None for a `_target_`."""
+    """The name and the options in a node. The name is None for a `_target_`."""
     if node is None:
         return "auto", {}
     if isinstance(node, str):
@@ -155,7 +161,7 @@ def _read(node: object, choice: str | None, overrides: Sequence[str]) -> tuple[s
 
 
 def _official(choice: str | None) -> dict[str, Any] | None:
-    """What the official plugin has stored under this name, if it has."""
+    """The official plugin's config of this name, if there is one."""
     if choice is None:
         return None
     store = ConfigStore.instance()
@@ -193,7 +199,7 @@ def _auto(
         else None
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # the user has not asked for what is experimental
+        warnings.simplefilter("ignore", ExperimentalWarning)  # the user did not choose an experimental feature
         if against is None:
             why = f"one objective, {n_trials} trials and {len(space.distributions)} parameters suit it"
             return _made(optuna.samplers.GPSampler, own, space, seeds), f"Sampler: GPSampler, chosen by auto: {why}"

@@ -1,4 +1,4 @@
-"""From overrides to a search space, and from sampled values back to a job's overrides."""
+"""Reads a search space from overrides, and translates sampled values back to a job's overrides."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What is searched and what is fixed. Keys are those of the overrides: `lr`, `+lr`, `db@source`."""
+    """The searched parameters and the fixed overrides. Keys are those of the overrides: `lr`, `+lr`, `db@source`."""
 
     entries: tuple[tuple[str, str | Searched], ...] = ()
-    """In the order of the user's overrides: key, and either the fixed override as given or what is searched."""
+    """Each key with its fixed override as given, or its searched parameter; in the order of the user's overrides."""
     distributions: dict[str, BaseDistribution] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -36,16 +36,16 @@ class SearchSpace:
 
     @property
     def fixed(self) -> tuple[str, ...]:
-        """The overrides that every job gets, deletions included, as the user wrote them."""
+        """The overrides that every job gets, including deletions, as the user wrote them."""
         return tuple(entry for _, entry in self.entries if isinstance(entry, str))
 
     def overrides(self, params: Mapping[str, Any]) -> list[str]:
         """The overrides of the job that runs with these sampled values.
 
-        A parameter that is not in the space comes from a custom search space function, and is added at the end.
-        Values reach the job in the type that the space says, whatever the storage or the user made of them. A step
-        of a float range is exact: 0.3, where Optuna computes 0.1 + 2 * 0.1.
-        Raises SearchSpaceError for a value outside of its choices, and for a parameter that is also fixed.
+        A parameter that is not in the space comes from a custom search space function and is added at the end.
+        The job gets values of the type that the space says, whatever type the storage or the user gave them. The values
+        of a float range with a step are exact: 0.3, where Optuna computes 0.1 + 2 * 0.1.
+        Raises SearchSpaceError for a value that is not among its choices, and for a parameter that is also fixed.
         """
         made = []
         for key, entry in self.entries:
@@ -66,14 +66,14 @@ class SearchSpace:
         return made
 
     def values(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Sampled values as the job sees them: lists and dictionaries, where the storage has their text."""
+        """Sampled values as the job sees them: lists and dictionaries where the storage has their text."""
         entries = dict(self.entries)
         return {key: _value(key, entries.get(key), value) for key, value in params.items()}
 
     def encode(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Values as Optuna has to be given them (`study.enqueue_trial`), from values as a user writes them.
+        """Values as a user writes them, encoded for Optuna (`study.enqueue_trial`).
 
-        Keys may leave out a `+` or `++`. Those that are not in the space stay as they are, for a custom search space.
+        Keys may leave out a `+` or `++`. Keys that are not in the space are kept unchanged, for a custom search space.
         Raises SearchSpaceError for a value that is not in the space.
         """
         keys = {_bare(key): key for key in self.distributions} | {key: key for key in self.distributions}
@@ -91,11 +91,12 @@ def read_search_space(
     *,
     params: Mapping[str, Any] | None = None,
 ) -> SearchSpace:
-    """The search space of `params` (as in `hydra.sweeper.params`) and then the command line's overrides.
+    """Read the search space from `params` (as in `hydra.sweeper.params`) and then the command line's overrides.
 
-    Of several overrides of one key the last one holds, at the place of the first, as in Hydra's basic sweeper. What is
-    fixed on the command line is not searched, and the other way round, whatever `params` say. Globs need the config
-    loader. `shuffle` changes nothing: the sampler chooses. Raises SearchSpaceError.
+    If several overrides have the same key, the last one counts, in the position of the first, as in Hydra's basic
+    sweeper. The command line takes precedence over `params`: a key that it fixes is not searched, and a key that it
+    searches is not fixed. Globs need the config loader. `shuffle` has no effect, because the sampler chooses the order.
+    Raises SearchSpaceError.
     """
     parser = OverridesParser.create(config_loader=config_loader)
     entries: dict[str, str | Searched] = {}
@@ -103,17 +104,17 @@ def read_search_space(
     for source in (from_params, arguments):
         for key, entry in _read_source(source, parser).items():
             for other in [other for other, known in entries.items() if _collide(other, known, key, entry)]:
-                if other != key:  # another prefix; the same key keeps its place
+                if other != key:  # the prefix differs; the same key keeps its position
                     del entries[other]
             entries[key] = entry
     return SearchSpace(tuple(entries.items()))
 
 
 def difference(space: SearchSpace, others: Mapping[str, BaseDistribution], *, custom: bool = False) -> str | None:
-    """What differs between the space and that of a study's trials, in words; None if nothing does.
+    """The differences between the space and that of a study's trials, in words; None if there are none.
 
-    Bounds count, although Optuna would take trials of several: they are not one search. With `custom`, parameters that
-    only the study has are those of a custom search space function.
+    Different bounds count. Optuna would accept trials with several bounds, but they are not one search. With `custom`,
+    parameters that only the study has come from a custom search space function.
     """
     found = []
     for key, distribution in space.distributions.items():
@@ -167,7 +168,7 @@ def _read(text: str, parser: OverridesParser) -> tuple[str, str | Searched]:
 
 
 def _check_fixed(text: str, key: str, value: Any) -> None:
-    """Refuse what is fixed and only looks like a search."""
+    """Refuse a fixed value that only looks like a search."""
     if isinstance(value, str) and (instead := instead_of_words(value)):
         raise SearchSpaceError(text, f"{value!r} is text, not a search: write {key}={instead}")
     if isinstance(value, str) and is_call(value):
@@ -182,14 +183,14 @@ def _kind(value: Any) -> str:
 
 
 def _remedy(text: str) -> str:
-    """What to write instead of an override that Hydra cannot read, as the end of a sentence."""
+    """The end of a message about an override that Hydra cannot read: what to write instead."""
     key, _, value = text.partition("=")
     instead = instead_of_call(value)
     return f": write {key}={instead}" if instead else f". Write key=value; {FORMS}"
 
 
 def _options(override: Override) -> list[str] | None:
-    """The names that a glob matches; None if the override is not a glob, or there is nowhere to look."""
+    """The names that a glob matches; None if the override is not a glob, or there is no config loader."""
     if not isinstance(override.value(), Glob) or override.config_loader is None:
         return None
     return [str(name) for name in override.sweep_iterator()]
@@ -221,7 +222,7 @@ def _fixed_text(name: str, value: Any) -> str:
 
 
 def _one_line(error: HydraException) -> str:
-    """Hydra's own message, without the line that repeats the override and the one that points into it."""
+    """Hydra's own message, without the lines that repeat the override and point into it."""
     lines = [line.strip() for line in str(error).splitlines()]
     noise = ("Error parsing override", "Error when parsing index", "^")
     message = ". ".join(line.rstrip(".:") for line in lines if line and not line.startswith(noise))
@@ -244,10 +245,10 @@ def _deletes(key: str) -> bool:
 
 
 def _collide(before: str, known: str | Searched, key: str, entry: str | Searched) -> bool:
-    """Whether a later override makes an earlier one moot, and one of them is searched.
+    """Whether a later override makes an earlier one ineffective, and one of them is searched.
 
-    Hydra has an order for what is fixed, deletions before an addition (`~db +db=a,b`) among it. And that a second
-    search of a key replaces the first is how Hydra's own sweepers have it.
+    Two fixed overrides do not collide, because Hydra has an order for them. Nor does a deletion before an addition
+    (`~db +db=a,b`). If a key is searched twice, the second search replaces the first, as in Hydra's own sweepers.
     """
     if _bare(before) != _bare(key) or _deletes(before):
         return False
@@ -299,7 +300,7 @@ def _encoded(key: str, entry: str | Searched | None, value: Any) -> Any:
     try:
         return choices[entry.texts.index(override_text(value))]
     except (ValueError, TypeError):
-        pass  # not written as this choice; it may still be equal to one, as 1.0 is to 1
+        pass  # written differently from all choices, it may still equal one, as 1.0 equals 1
     for choice, known in zip(choices, entry.values, strict=True):
         if known == value or choice == value:
             return choice

@@ -1,4 +1,4 @@
-"""The study of a sweep: opening it, where nothing differs from what it was, and asking for its trials' overrides."""
+"""Opens the study of a sweep if the sweep fits it, and defines the overrides of its trials."""
 
 from __future__ import annotations
 
@@ -30,23 +30,26 @@ from ._samplers import grid_size, make_sampler, takes_turns
 from ._search_space import SearchSpace, difference
 
 FILE = "study.db"
-"""In the sweep's directory, where no storage is named."""
+"""Name of the study's database in the sweep's directory, used if no storage is named."""
 
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """All that it takes to open the study."""
+    """Everything needed to open the study."""
 
     config: DictConfig
-    """The sweep's own."""
+    """The sweep's own config."""
     raw: dict[str, Any]
-    """`hydra.sweeper`, as it came."""
+    """`hydra.sweeper`, unchecked."""
     options: SweeperOptions
     space: SearchSpace
     sweep: Sweep
 
     def open(self) -> tuple[StudySession, list[str]]:
-        """The session, and lines for the user. Raises GpuLauncherError for whatever keeps the sweep from beginning."""
+        """Open the study; returns the session and lines for the user.
+
+        Raises GpuLauncherError if the sweep cannot begin.
+        """
         storage = StudyStorage(optuna.storages.get_storage(self._storage()), self.sweep)
         bounds = self.options.bounds
         pruner = make_pruner(self.raw.get("pruner"))
@@ -105,7 +108,11 @@ class StudyPlan:
 
     @property
     def name(self) -> str:
-        """Of the study. Without a storage of its own a sweep has one study; in a shared one every sweep has its own."""
+        """The study's name.
+
+        If the user names no storage, the study is alone in the sweep's directory and named after the job. In a named
+        storage, which other sweeps may use, the name also contains the sweep's directory.
+        """
         if name := self.raw.get("study_name"):
             return str(name)
         job = str(self.config.hydra.job.name or "study")
@@ -115,7 +122,7 @@ class StudyPlan:
 
     @property
     def where(self) -> str:
-        """The storage, for people, without passwords."""
+        """The storage as shown to users, without passwords."""
         given = plain(self.raw.get("storage"))
         if given is None:
             return f"sqlite:///{self._file}"
@@ -149,7 +156,7 @@ class StudyPlan:
         return custom
 
     def _combinations(self, sampler: BaseSampler) -> int | None:
-        """How many there are to try, for a sampler that tries each once; None where only the sampler knows."""
+        """The number of combinations, for a sampler that tries each once; None if only the sampler knows it."""
         if self._custom is not None or not isinstance(sampler, BruteForceSampler):
             return None
         return grid_size(self.space)
@@ -173,5 +180,5 @@ class StudyPlan:
 
 
 def _import_torch() -> None:
-    """What the GP sampler does when it first fits, for seconds."""
+    """Import PyTorch, which takes seconds. Otherwise the GP sampler does so when it first fits."""
     import_module("torch")

@@ -1,4 +1,8 @@
-"""What `OptunaAsyncSweeper.sweep` does."""
+"""Runs the search of `OptunaAsyncSweeper.sweep`.
+
+With our launcher the trials are streamed: each is asked for when one more job can be prepared. Other launchers take
+batches, and each batch waits for its slowest job.
+"""
 
 from __future__ import annotations
 
@@ -44,19 +48,19 @@ from .sweeper import OptunaAsyncSweeper
 log = logging.getLogger(__name__)
 
 BATCH = 2
-"""Trials in a batch, with a launcher that takes batches. As in the official sweeper."""
+"""Trials in a batch for a launcher that takes batches, as in the official sweeper."""
 
 
 MAX_CLOSING_SECONDS = 20.0
-"""Seconds that the search gets to end when the sweep was stopped."""
+"""Seconds to wait for the search to end after the sweep was stopped."""
 
 
 class SweepError(CompactHydraException):
-    """The sweep cannot begin, or was of no use. Hydra shows its message without a traceback."""
+    """The sweep cannot begin, or has no result. Hydra shows the message without a traceback."""
 
 
 def sweep(sweeper: OptunaAsyncSweeper, arguments: list[str]) -> None:
-    """Run the trials and leave `optimization_results.yaml`.
+    """Run the trials and write `optimization_results.yaml`.
 
     Raises SweepError, and KeyboardInterrupt or SystemExit when the user stopped the sweep.
     """
@@ -65,7 +69,7 @@ def sweep(sweeper: OptunaAsyncSweeper, arguments: list[str]) -> None:
     try:
         options = read_options(sweeper.options)
         space = read_search_space(arguments, sweeper.hydra_context.config_loader, params=options.params)
-        if sweeper.options.get("custom_search_space") is None:  # whose parameters a config may need
+        if sweeper.options.get("custom_search_space") is None:  # a config may need the parameters of a custom one
             check_composition(sweeper.hydra_context.config_loader, sweeper.config, space)
         directory = make_directory(sweeper.config)
         plan = StudyPlan(sweeper.config, sweeper.options, options, space, Sweep(ProcessIdentity.here()))
@@ -113,14 +117,14 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
         result = stream(launcher, open_search, plan.options.n_jobs, "hydra.sweeper.n_jobs")
     except BaseException:
         for search in searches:
-            with contextlib.suppress(GpuLauncherError):  # there is another error to show
+            with contextlib.suppress(GpuLauncherError):  # the original error is raised instead
                 _close(search, MAX_CLOSING_SECONDS)
             log.info(_how_to_go_on(plan, directory, None))
         raise
     (search,) = searches
     stopped_by = result.stopped_by
     try:
-        # A sweep that ended by itself gets its report; one that was stopped does not wait for a long sample or plot.
+        # A sweep that ended by itself waits for its report. A stopped one does not wait for a slow sampler or plot.
         summary, lines = _close(search, MAX_CLOSING_SECONDS if result.stopped else None)
     except (GpuLauncherError, KeyboardInterrupt) as error:
         log.info(_how_to_go_on(plan, directory, None))
@@ -143,18 +147,18 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
 
 
 def _open(plan: StudyPlan) -> tuple[StudySession, list[str]]:
-    """The session, and lines for the user."""
+    """Open the study; returns the session and lines for the user."""
     try:
         return plan.open()
     except GpuLauncherError:
         raise
-    except Exception as error:  # of a sampler, a storage, or the user's search space: anything
+    except Exception as error:  # a sampler, a storage or the user's search space can raise anything
         traceback.print_exc()
         raise StudyError(f"the search ended: {type(error).__name__}: {error}") from error
 
 
 def _close(search: SweepSearch, patience: float | None) -> tuple[SearchSummary, list[str]]:
-    """Have the trials told that run, if that can still be done. The study is not used afterwards."""
+    """Tell the study about running trials, if that is still possible. The study is not used afterwards."""
     try:
         return search.close(patience)
     except BaseException:
@@ -164,7 +168,7 @@ def _close(search: SweepSearch, patience: float | None) -> tuple[SearchSummary, 
 
 @contextlib.contextmanager
 def _quiet_optuna() -> Iterator[None]:
-    """While entered, Optuna says no more than its warnings: the display has the rest."""
+    """Context in which Optuna logs only warnings, because the display shows the rest."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -199,7 +203,7 @@ def _batches(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> N
                     case AskedTrial():
                         batch.append(answer)
             for run in _consecutive(batch):
-                # Directories are numbered as trials are, and other sweeps may have taken some numbers.
+                # Directories are numbered like trials, and other sweeps may have taken some of the numbers.
                 for asked in run:
                     session.started(asked.trial.number, [], None, None)
                 returns = launcher.launch([asked.spec for asked in run], run[0].trial.number)
@@ -223,7 +227,7 @@ def _batches(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> N
 
 
 def _directory_of(job_return: JobReturn) -> str | None:
-    """Where the job's output is; its working directory may be everybody's."""
+    """The job's output directory, if known, because all jobs may share one working directory."""
     found = OmegaConf.select(job_return.hydra_cfg, "hydra.runtime.output_dir") if job_return.hydra_cfg else None
     return str(found) if found else job_return.working_dir
 
@@ -239,7 +243,7 @@ def _consecutive(batch: Sequence[AskedTrial]) -> list[list[AskedTrial]]:
 
 
 def ending(result: JobResult, objectives: int, directory: Path) -> TrialEnding:
-    """What to tell of a job that ended."""
+    """How a trial ended, from the result of its job."""
     from hydra_plugins.gpu_pool_launcher._results import unpack
 
     if result.outcome is Outcome.PRUNED:
@@ -266,17 +270,17 @@ def _ending_of(job_return: JobReturn, objectives: int) -> TrialEnding:
 
 
 class _NotANumberError(ValueError):
-    """What the task function returned is not a number, or not as many as there are directions."""
+    """The task function did not return one number for each direction."""
 
 
 def values_of(returned: Any, objectives: int) -> tuple[float, ...]:
-    """The values of a trial. Raises ValueError for what Optuna cannot take, and for what no search can use."""
+    """The values of a trial. Raises ValueError for anything that Optuna does not accept or no search can use."""
     if objectives == 1:
         given = [returned]
     else:
         try:
             given = [] if isinstance(returned, (str, bytes)) else list(returned)
-        except Exception:  # of a class of the user's
+        except Exception:  # from a user's class
             given = []
         if not given:
             raise _NotANumberError(f"returned {_shown(returned)} instead of {objectives} numbers")
@@ -286,7 +290,7 @@ def values_of(returned: Any, objectives: int) -> tuple[float, ...]:
     for one in given:
         try:
             value = float(one)
-        except Exception:  # of a class of the user's; a number too large for a float; a tensor of several elements
+        except Exception:  # from a user's class, a number too large for a float, or a tensor of several elements
             raise _NotANumberError(f"returned {_shown(one)}, which is not a number") from None
         if not math.isfinite(value):
             raise ValueError(f"returned {value}, which no search can use")
@@ -299,7 +303,7 @@ def _shown(value: object) -> str:
         return "None (does the task function return its value?)"
     try:
         text = repr(value)
-    except Exception:  # of a class of the user's
+    except Exception:  # from a user's class
         text = f"a {type(value).__qualname__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -307,7 +311,7 @@ def _shown(value: object) -> str:
 def _conclude(
     plan: StudyPlan, directory: Path, summary: SearchSummary, lines: list[str], failed: str | None, *, interrupted: bool
 ) -> None:
-    """Write and say what came of the sweep. Raises SweepError if it was of no use."""
+    """Save and log the sweep's outcome. Raises SweepError if the sweep failed or no trial completed."""
     for line in lines:
         log.info(line)
     if summary.best:
@@ -332,7 +336,7 @@ def _how_to_go_on(plan: StudyPlan, directory: Path, left: int | None) -> str:
 
 
 def _save(space: SearchSpace, summary: SearchSummary, directory: Path, *, several: bool) -> None:
-    """As the official sweeper does."""
+    """Write the best trials to `optimization_results.yaml`, in the official sweeper's format."""
     results: dict[str, Any] = {"name": "optuna"}
     if several:
         results["solutions"] = [{"params": space.values(best.params), "values": best.values} for best in summary.best]

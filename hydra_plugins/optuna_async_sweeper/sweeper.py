@@ -1,4 +1,4 @@
-"""The sweeper class that Hydra finds. Imported at the start of every Hydra program."""
+"""The sweeper class `optuna_async` that Hydra finds. Every Hydra program imports it at its start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class OptunaAsyncSweeper(Sweeper):
-    """Asks Optuna for a trial whenever a job can start, and tells it the result the moment there is one."""
+    """Asks Optuna for a trial whenever a job can start, and tells it each result as soon as there is one."""
 
     def __init__(self, **options: Any) -> None:
         """Take the options of `OptunaAsyncSweeperConf`; `sweep` checks them."""
@@ -28,7 +28,7 @@ class OptunaAsyncSweeper(Sweeper):
         self.launcher: Launcher | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Remember what Hydra hands over, and make the launcher."""
+        """Store Hydra's arguments and create the launcher."""
         self.config = config
         self.hydra_context = hydra_context
         self.task_function = task_function
@@ -43,7 +43,7 @@ class OptunaAsyncSweeper(Sweeper):
 
         try:
             check_version("optuna")
-        except UnsupportedVersionError as error:  # or what is imported next fails in the middle
+        except UnsupportedVersionError as error:  # otherwise the next import fails midway
             raise CompactHydraException(f"hydra/sweeper=optuna_async: {error}") from None
         from ._sweep import sweep
 
