@@ -1,9 +1,12 @@
-"""The head: what the user's program does while a node runs its jobs. It decides what runs, and owns what comes of it.
+"""The head: the user's program while a node runs its jobs. It decides what runs, and owns the results.
 
-Theory of operation. A node asks for jobs when it has room (`Wanted`). The head offers those of a list, in order, and
+Theory of operation. A node asks for jobs when it has room (`Wanted`). The head offers the jobs of a list, in order, and
 then those of a `JobSource`, if there is one. Everything that happens comes back as messages, most of which are events:
-the head writes them down in the manifest and shows them. It gets the signals, and tells the node to stop. A head that
-is suspended or busy only delays new jobs: the node never waits for it.
+the head writes them to the manifest and shows them. Signals arrive here, and the head tells the node to stop. A head
+that is suspended or busy only delays new jobs: the node never waits for it.
+
+Once no more jobs are started (a stop, the node gave up, or it died), the head concludes the jobs that were not offered
+itself. The node concludes the others; if it died, the head does so from the reports that the jobs left.
 """
 
 from __future__ import annotations
@@ -49,13 +52,13 @@ from gpu_launcher.wording import count, device_names
 _log = get_logger("jobs.head")
 
 MAX_SKIPPED = 5
-"""How many unusable results of earlier launches are reported one by one."""
+"""Maximum number of unusable earlier results that are reported one by one."""
 TICK_SECONDS = 0.125
-"""Seconds between two looks at the clock, for the live view."""
+"""Maximum seconds between two updates of the live view."""
 ENDED = "was ended because the process that starts jobs was killed"
 NOT_RUN = "was not run: the process that starts jobs was killed"
 MAX_MESSAGES = 64
-"""How many messages of the node are handled before the source and the display get a turn."""
+"""Maximum number of messages that are handled before the source and the display get a turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +66,9 @@ class SweepResult:
     """The results of a sweep, and what stopped it."""
 
     results: list[JobResult]
-    """The results of the listed jobs, in order. A source gets the results of its own jobs."""
+    """Results of the listed jobs, in order. A source gets the results of its own jobs."""
     stopped_by: Signals | None
-    """The signal with which the user stopped the sweep."""
+    """The signal that stopped the sweep, if one did."""
     stopped: bool = False
     """Whether a signal or failures stopped the sweep."""
     given_up: str | None = None
@@ -85,12 +88,12 @@ def run_jobs(
     notices: Sequence[str] = (),
     closing: Callable[[Sequence[Job], int], Sequence[str]] = lambda failed, incomplete: (),
 ) -> SweepResult:
-    """Run `jobs` on `node` and show how it goes, on stderr if there is no `display`, which is closed.
+    """Run `jobs` on `node`, and show progress on `display`, by default on stderr. The display is closed at the end.
 
-    `directory` is the sweep's, and keeps what is known of its jobs; `command` names this program to others who wait for
-    devices. With a `source` its jobs are run, too, `total` in all if that is known, and it alone gets what became of
-    them. `notices` are shown first, and what is `closing` last, which is given a job for each way in which jobs failed
-    and the number of those that did not complete.
+    `directory` is the sweep's directory, which keeps its manifest and reports. `command` names this program to others
+    who wait for devices. If there is a `source`, its jobs are run, too: `total` in all, if that is known. Their results
+    go to the source alone. `notices` are shown first. `closing` returns the last lines; it is called with one job for
+    each way in which jobs failed, and with the number of jobs that did not complete.
 
     Raises OptionError, PoolDirectoryError and ManifestError before any job is started. If anything is raised, the node
     is closed.
@@ -193,22 +196,23 @@ class _Head:
         self._shown = Recorded(recorder, progress)
         self._grace = grace
         self._offered: dict[int, Job] = {}
-        """Jobs that the node has and that have not ended."""
+        """Jobs that were offered to the node and have not ended."""
         self._running: dict[int, JobStarted] = {}
         self._exhausted = False
+        """Whether the node knows, or need not know, that there are no more jobs."""
         self._stopping: str | None = None
-        """What stopped the run: a signal, or failures."""
+        """What stopped the run: the name of a signal, or text such as "3 failures". None if it was not stopped."""
         self.given_up: str | None = None
-        """Why the node starts no more jobs, if so."""
+        """Why the node starts no more jobs, though nobody stopped the run. None if it still starts jobs."""
         self._signals = StopSignals()
         self._closed = False
         self.results: dict[int, JobResult] = {}
-        """Of the jobs of the list."""
+        """Results of the listed jobs, by number."""
         self.stopped = False
         self.stopped_by: Signals | None = None
 
     def run(self) -> None:
-        """Run all jobs. Raises GpuLauncherError if the node or the source cannot continue."""
+        """Run all jobs until they have ended. Raises GpuLauncherError if the node or the source cannot continue."""
         early, self._node.early = self._node.early, []
         with self._signals, selectors.DefaultSelector() as selector:
             selector.register(self._signals.fileno(), selectors.EVENT_READ, self._on_signals)
@@ -225,12 +229,12 @@ class _Head:
                     if self._source is not None:
                         self._source.tick()
                     self._progress.tick(time.monotonic())
-                if self._signals.take() or self._signals.last is not None:  # perhaps too late for the node to know
+                if self._signals.take() or self._signals.last is not None:  # may be too late for the node
                     self.stopped, self.stopped_by = True, self._signals.last
             except NodeDiedError as error:
                 self._lose_node(str(error))
             except BaseException:
-                self._node.close()  # before anything is said to be over
+                self._node.close()  # end the jobs before anything reports that the run is over
                 raise
 
     # Signals
@@ -241,7 +245,7 @@ class _Head:
             self._stop(self._signals.last.name)
 
     def _stop(self, why: str) -> None:
-        """Interrupt the running jobs; the second time, kill them."""
+        """Interrupt the running jobs. The second call kills them."""
         self._node.say(Stop())
         forced = self._stopping is not None
         _log.info("stop because of %s%s", why, ", for the second time" if forced else "")
@@ -298,7 +302,7 @@ class _Head:
             raise closed.error
         self.stopped = closed.stopped
         self.stopped_by = self._signals.last if closed.stopped else None
-        # Offers that crossed the node's decision to start no more.
+        # These offers were on their way when the node decided to start no more jobs.
         self._waiting.extend(self._offered.values())
         self._drop_waiting(self.given_up)
 
@@ -315,9 +319,9 @@ class _Head:
             self._recorder.discard_report(number)
 
     def _lose_node(self, problem: str) -> None:
-        """Fail the jobs of a node that was killed. Jobs that left a report of success count as completed."""
+        """Conclude all jobs after the node was killed. Jobs that left a report of success count as completed."""
         with contextlib.suppress(NodeDiedError):
-            while not self._closed:  # what it had said before
+            while not self._closed:  # messages that the node sent before it died
                 if not isinstance(message := self._node.receive(), Wanted):
                     self._take(message)
         self._node.close()
@@ -334,7 +338,7 @@ class _Head:
         self._drop_waiting(NOT_RUN)
 
     def _left_by(self, job: Job) -> JobResult:
-        """The result of a job whose node died before it sent one."""
+        """Make the result of a job whose node died before it sent one."""
         started = self._running.get(job.number)
         devices = () if started is None else started.devices
         duration = None if started is None else time.monotonic() - started.time
@@ -345,7 +349,7 @@ class _Head:
             report = read_report(self._recorder.report_path(job.number))
             if report.ok:
                 outcome, cause, message, payload = Outcome.COMPLETED, None, None, report.payload
-        # A source may have a job run later that never began.
+        # A source may run a job later that never began, so the job counts as cancelled.
         if outcome is Outcome.FAILED and (self.stopped or (started is None and job.number not in self._listed)):
             outcome, cause = Outcome.CANCELLED, None
         attempts = job.attempts_before + 1
@@ -392,7 +396,11 @@ class _Head:
                     self._node.say(statement)
 
     def _drop_waiting(self, problem: str | None) -> None:
-        """Conclude the jobs that were not offered, because no more jobs are started."""
+        """Conclude the listed jobs that were not offered, because no more jobs are started.
+
+        `problem` is the reason, as a sentence without its subject: each of these jobs fails with it. None if the run
+        was stopped: they are then cancelled.
+        """
         stopped = problem is None
         while self._waiting:
             job = self._waiting.popleft()
@@ -400,6 +408,8 @@ class _Head:
             if stopped and self._stopping is not None and self._signals.last is None:
                 result = replace(result, message=f"was stopped because of {self._stopping}")
             self._end(result, _ending(result))
+        # The node starts no more jobs, so it ends without Exhausted. If its request for jobs is still on the way, the
+        # answer would come when the run is over.
         if self._source is None:
             self._exhausted = True
 

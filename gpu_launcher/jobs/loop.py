@@ -1,13 +1,13 @@
-"""The event loop of a sweep: it tells the machine what happened and carries out what the machine decides.
+"""The event loop of a run: it tells the machine what happened and carries out what the machine decides.
 
 Theory of operation. `_turn` waits for a descriptor to become readable and calls its callback. The callback reads one
 message and passes what happened, a stimulus, to `_handle`. That is the only place that asks the machine for
 instructions. Carrying out an instruction may make more things happen: it appends them to the queue of stimuli and never
 calls `_handle`, so no method of the loop runs while another one is half done. Conclusions, which read a report from
-disk, are carried out last: the devices of a job that ended go to the next job before its result is looked at.
+disk, are carried out last: the devices of a job that ended go to the next job before its result is read.
 
-What the loop knows of a job is in its `JobRecord`; the machine decides what the job does next. Everything that the loop
-needs is passed in: the fork server, the request queue, the progress display, the clock.
+What the loop knows about a job is in its `JobRecord`; the machine decides what the job does next. Everything that the
+loop needs is passed in: the fork server, the request queue, the receiver of events, the clock.
 """
 
 from __future__ import annotations
@@ -60,48 +60,51 @@ from gpu_launcher.wording import count, device_names, job_name
 _log = get_logger("jobs.loop")
 
 CAP_CHECK_SECONDS = 1.0
-"""Seconds between two checks of whether the cap leaves devices idle."""
+"""Seconds between two checks whether the cap leaves devices idle."""
 TICK = 0.125
-"""Seconds between two looks at the clock, for the live view."""
+"""Maximum seconds between two turns of the loop."""
 MAX_NAMED = 3
-"""Processes that a job left behind that a message names."""
+"""Maximum number of left-behind processes that a message names."""
 MAX_SERVERS_LOST = 5
-"""Fork servers that one sweep may lose. More losses have a cause that another server would not survive either."""
+"""Number of lost fork servers at which the run is given up: another server would most likely be lost, too."""
 
 
 class Server(Protocol):
     """The fork server, as the loop uses it."""
 
     def fileno(self) -> int:
-        """Readable when it has something to say, or died."""
+        """Return a descriptor that is readable when the server has a message or has died."""
 
     def receive(self) -> Lost | None:
-        """The job that only it knows to have ended, if any. Raises ServerDiedError."""
+        """Return a job whose end only the server knows about, if there is one. Raises ServerDiedError."""
 
     def start(
         self, number: int, spec: Any, result: Path, attempt: int, about: Any, title: str, to_source: int | None
     ) -> JobProcess:
-        """Start a job's process for the `attempt`-th time. Raises ServerDiedError, and `fileno()` is readable then."""
+        """Start a job's process for the `attempt`-th time. Raises ServerDiedError; `fileno()` is then readable."""
 
     def finished(self, process: JobProcess) -> None:
-        """Take a job's process back whose supervisor said that it Exited, and was not abandoned."""
+        """Take back the process of a job that has ended, so that its supervisor can start another job.
+
+        Only for a job whose supervisor reported the end and did not abandon it.
+        """
 
     def restart(self, in_child: Callable[[], None]) -> None:
-        """Replace a dead server; `in_child` drops, in the new one, what belongs to the launching program alone."""
+        """Replace a dead server. In the new one, `in_child` closes what belongs to the node alone."""
 
     def close(self) -> None:
-        """End the server and all its jobs, and wait for that."""
+        """End the server and all its jobs, and wait until they have ended."""
 
 
 class LoopSource(JobSource, Protocol):
     """The head, as the loop of its node uses it. `tick` is also called before a job gets its devices."""
 
     def close_in_child(self) -> None:
-        """Drop, in a fork of this process, what belongs to this process alone."""
+        """Close, in a fork of this process, what belongs to this process alone."""
 
 
 class JobLoop:
-    """Runs jobs to their ends. Call `run` once."""
+    """Runs jobs until all have ended. Call `run` once."""
 
     def __init__(
         self,
@@ -122,20 +125,20 @@ class JobLoop:
         cap: str | None = None,
         checkpoint: Callable[[str], None] = lambda name: None,
     ) -> None:
-        """Prepare to run `jobs` on the devices of `queue`, where one of them waits at a time.
+        """Prepare to run `jobs` on the devices of `queue`, in which one job waits at a time.
 
-        `owner` says to whom the lease of a job belongs. `report_path` says where a job leaves its report, by its
-        number, and `title` what `ps` calls its process.
-        `log_file` says where a job that is prepared logs, with notices about that. `device_environment` is how jobs are
-        told of their devices. `failures` says what to do about jobs that fail. `source` decides on more jobs when there
-        is room for them. `cap` names the option that sets `limits.parallel`, for a notice if it leaves devices idle.
-        `checkpoint` is called with the name of each point of a job's life, so that tests can kill this process there.
+        `owner` returns the owner of a job's lease, `report_path` the path of a job's report by the job's number, and
+        `title` the name of the job's process in `ps`. `log_file` chooses the log of a prepared job, and returns it with
+        notices for the user. `device_environment` says how jobs are told their devices. `failures` says what to do
+        about jobs that fail. `source` decides on more jobs when there is room for them. `cap` names the option that
+        sets `limits.parallel`, for a notice if it leaves devices idle. `checkpoint` is called with the name of each
+        point in a job's life, so that tests can kill this process there.
         """
         self._jobs: dict[int, JobRecord] = {}
         self._queue = queue
         self._owner = owner
         self._waiting: int | None = None
-        """The job whose request is in the queue."""
+        """Number of the job whose request is in the queue."""
         self._limits = limits
         self._server = server
         self._progress = progress
@@ -155,19 +158,19 @@ class JobLoop:
         self._machine = m.Machine(list(self._jobs), limits, more=source is not None)
         self._selector = selectors.DefaultSelector()
         self._stimuli: deque[m.Stimulus] = deque()
-        """What happened and the machine does not know yet."""
+        """Events that the machine has not been told about."""
         self._conclusions: deque[m.Conclude] = deque()
         """Jobs that ended and have no result yet."""
         self._handling = False
         self._requested = 0
-        """Jobs that the source was asked for and has not offered yet."""
+        """How many jobs the source was asked for and has not offered yet."""
         self._servers_lost = 0
         self._any_prepared = False
         self._failed = 0
         self._stopped_by: str | None = None
-        """How many failures ended the sweep, if they did."""
+        """The failures that stopped the sweep, as text such as "3 failures". None if failures did not stop it."""
         self._ignored: set[str] = set()
-        """Options of single jobs that the user was told are ignored, because they belong to the sweep."""
+        """Options of single jobs that are ignored because they belong to the sweep, and of which the user was told."""
 
     def _add(self, job: Job) -> None:
         self._jobs[job.number] = JobRecord(job, RetryState(self._failures, job.attempts_before))
@@ -178,9 +181,9 @@ class JobLoop:
         return self._machine.stopping
 
     def run(self) -> list[JobResult]:
-        """Run every job; returns the results in the order of the jobs. A source gets the results of its own jobs.
+        """Run every job, and return the results in the order of the jobs.
 
-        If this raises, no job is left alive.
+        With a source, all results go to the source, and the list is empty. If this raises, no job is left alive.
         """
         with self._selector:
             try:
@@ -196,7 +199,7 @@ class JobLoop:
                     self._turn()
             except BaseException:
                 for run in self._runs():
-                    run.process.close()  # upon which its supervisor ends it
+                    run.process.close()  # this makes its supervisor end it
                 self._server.close()
                 raise
             finally:
@@ -206,11 +209,11 @@ class JobLoop:
         return [record.result for record in self._jobs.values() if record.result is not None]
 
     def _in(self, stage: Stage) -> list[int]:
-        """The jobs at a stage in which the machine counts them as live."""
+        """Numbers of the jobs at a stage that the machine counts as live."""
         return [number for number in self._machine.live() if self._jobs[number].stage is stage]
 
     def _runs(self) -> Iterator[JobRun]:
-        """The attempts that have a process."""
+        """Attempts that have a process."""
         return (self._jobs[number].attempt for number in self._in(Stage.LIVE))
 
     def _notify(self, text: str) -> None:
@@ -227,7 +230,7 @@ class JobLoop:
 
     def _turn(self) -> None:
         ready = [key for key, _ in self._selector.select(self._timeout())]
-        # The end of the fork server is handled before the ends of its jobs, which follow from it.
+        # If the fork server died, its jobs end because of that. So its death is handled first.
         ready.sort(key=lambda key: key.data != self._on_server)
         for key in ready:
             if self._selector.get_map().get(key.fd) is key:  # not closed by an earlier callback
@@ -266,7 +269,7 @@ class JobLoop:
     # The driver
 
     def _handle(self, stimulus: m.Stimulus) -> None:
-        """Carry out what the machine decides upon a stimulus, and upon those that follow from it."""
+        """Tell the machine about a stimulus and those that follow from it, and carry out what it decides."""
         assert not self._handling, f"{stimulus} while another stimulus is handled"
         self._handling = True
         self._stimuli.append(stimulus)
@@ -285,7 +288,7 @@ class JobLoop:
     # What happens: the source, the fork server, supervisors and jobs
 
     def stop(self) -> None:
-        """Interrupt the jobs that run, and start no more. Called a second time, kill them."""
+        """Interrupt the running jobs and start no more. The second call kills them."""
         self._handle(m.StopAsked())
 
     def _ask_source(self) -> None:
@@ -319,7 +322,7 @@ class JobLoop:
         record = self._jobs.get(number)
         run = None if record is None else record.live
         if run is not None and run.started is not None:  # otherwise the answer is for an earlier attempt
-            # BlockingIOError: it does not listen. Closed: it has ended, and the news of that is on the way.
+            # BlockingIOError: the job does not listen. Closed: it has ended, and its end will be reported.
             with contextlib.suppress(BlockingIOError, ChannelClosedError):
                 messages.send(run.process.job, answer, wait=False)
 
@@ -329,10 +332,10 @@ class JobLoop:
             lost = self._server.receive()
         except ServerDiedError:
             died = True
-        if died:  # outside of the handler, or what a new fork server prints would begin with this one's death
+        if died:  # not in the except block: an error in the new fork server would show this one as its context
             self._replace_server()
             return
-        # Otherwise it managed to report its job's end before it died.
+        # If the job is not live, its supervisor reported the end before it died.
         if lost is not None and (record := self._jobs.get(lost.number)) is not None and record.live is not None:
             record.live.note_loss(lost)
             self._ended(lost.number)
@@ -364,7 +367,7 @@ class JobLoop:
             self._handle(m.Exited(number))
 
     def _forget_in_child(self) -> None:
-        """In a forked server: leases, tickets and channels are the launching program's alone."""
+        """Close, in a forked server, what belongs to the node alone: leases, tickets and channels."""
         self._queue.close_in_child()
         if self._source is not None:
             self._source.close_in_child()
@@ -391,7 +394,7 @@ class JobLoop:
         try:
             message, _ = messages.receive(run.process.job)
         except ChannelClosedError:
-            self._selector.unregister(run.process.job)  # its supervisor will say more
+            self._selector.unregister(run.process.job)  # its supervisor will report the end
             return
         if isinstance(message, messages.JobPrepared):
             self._prepared(number, run, message)
@@ -422,9 +425,9 @@ class JobLoop:
                 raise TypeError(f"a job says {message!r}")
 
     def _hear_the_last(self, number: int, run: JobRun) -> None:
-        """Take what a job had said and nobody had read when its end became known."""
+        """Read the messages that a job sent before it ended."""
         if run.process.job.fileno() not in self._selector.get_map():
-            return  # there is no more
+            return  # the channel was read to its end
         run.process.job.setblocking(False)
         with contextlib.suppress(BlockingIOError, ChannelClosedError):
             while True:
@@ -436,11 +439,11 @@ class JobLoop:
         run.log, notices = self._log_file(number, prepared)
         for text in notices:
             self._notify(text)
-        with contextlib.suppress(ChannelClosedError):  # its supervisor will say more
+        with contextlib.suppress(ChannelClosedError):  # its supervisor will report the end
             messages.send(run.process.job, messages.LogFile(run.log))
 
     def _take_options(self, number: int, run: JobRun, options: JobOptions) -> None:
-        """Note a job's own options, and say once of each option that a job cannot have it."""
+        """Apply a job's own options. Tell the user, once for each option, that an option of the sweep is ignored."""
         run.device_environment = options.device_environment
         record = self._jobs[number]
         record.retries.policy = options.failures
@@ -456,7 +459,7 @@ class JobLoop:
         )
 
     def _ended(self, number: int) -> None:
-        """A job's process tree is gone."""
+        """Handle the end of a job's process tree."""
         record = self._jobs[number]
         run = record.attempt
         self._hear_the_last(number, run)
@@ -469,10 +472,10 @@ class JobLoop:
         else:
             self._server.finished(run.process)
         self._checkpoint("exited")
-        for postponed in self._in(Stage.POSTPONED):  # now there may be descriptors
+        for postponed in self._in(Stage.POSTPONED):  # the job that ended has freed descriptors
             self._start(postponed)
         self._handle(m.Exited(number))
-        if record.stage is Stage.GONE:  # it was neither concluded nor started again yet
+        if record.stage is Stage.GONE:  # otherwise it was concluded or started again
             record.reset()
 
     # What to do
@@ -513,7 +516,7 @@ class JobLoop:
                 job.channel,
             )
         except ServerDiedError:
-            record.stage = Stage.STRANDED  # its descriptor is readable, and then it is replaced
+            record.stage = Stage.STRANDED  # the server's descriptor is readable now, so it will be replaced
             return
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE) and self._in(Stage.LIVE):
@@ -533,7 +536,7 @@ class JobLoop:
             request,
             self._owner(job),
             explain=lambda reason: self._explain(job, request, reason),
-            # Running jobs continue if the pool directory is unusable. The others wait for as long as one runs.
+            # If the pool directory becomes unusable, running jobs continue. While one runs, the others keep waiting.
             outlasts=lambda: bool(self._machine.running()),
         )
         self._waiting = number
@@ -548,7 +551,7 @@ class JobLoop:
         run.pending = self._waiting = None
 
     def _take_lease(self) -> None:
-        """Pass on what became of the request of the job that waits."""
+        """Tell the machine if the waiting job's request was granted, or give up if it failed."""
         if (number := self._waiting) is None:
             return
         run = self._jobs[number].attempt
@@ -585,7 +588,7 @@ class JobLoop:
 
     def _go(self, number: int) -> None:
         if self._source is not None:
-            self._source.tick()  # the program that wanted the job may have ended, which may have freed its devices
+            self._source.tick()  # the head may have ended and so freed the devices; this then ends the node
         record = self._jobs[number]
         run = record.attempt
         run.started = self._clock()
@@ -597,7 +600,7 @@ class JobLoop:
             how.cpus(run.devices, frozenset(os.sched_getaffinity(0))),
         )
         lease = () if run.lease is None else (run.lease.fileno(),)
-        if self._source is not None:  # first: the job may speak to its source before this continues
+        if self._source is not None:  # before the grant: the job may send messages to its source at once
             self._source.started(record.job, run.devices, run.log)
         self._tell(number, lambda process: process.grant(grant, lease))
         self._checkpoint("granted")
@@ -605,11 +608,11 @@ class JobLoop:
 
     def _tell(self, number: int, say: Callable[[JobProcess], None]) -> None:
         record = self._jobs[number]
-        if record.stage is Stage.POSTPONED:  # it is to end, and has not begun
+        if record.stage is Stage.POSTPONED:  # the job has no process, so it ends here
             record.reset()
             self._stimuli.append(m.Exited(number, record.delay))
         if record.live is not None:
-            with contextlib.suppress(ChannelClosedError):  # it has ended, and the news of that is on the way
+            with contextlib.suppress(ChannelClosedError):  # it has ended, and its end will be reported
                 say(record.live.process)
 
     def _release(self, number: int) -> None:
@@ -623,12 +626,12 @@ class JobLoop:
     # Results
 
     def _conclude(self, conclusion: m.Conclude) -> None:
-        """Make the result of a job that ended, or run it again."""
+        """Make the result of a job that ended, or retry the job."""
         number = conclusion.number
         record = self._jobs[number]
         run = record.run
         if record.job.about is not None:
-            with contextlib.suppress(OSError):  # it is small, and its name is no other job's
+            with contextlib.suppress(OSError):  # a leftover file does no harm: it is small, and no other job reads it
                 rank_decisions.withdraw(rank_decisions.path_for(self._report_path(number)))
         report = None if run is None else self._read_report(number, run)
         faults = (
@@ -640,9 +643,9 @@ class JobLoop:
         self._finish(record, self._adjusted(result, record))
 
     def _adjusted(self, result: JobResult, record: JobRecord) -> JobResult:
-        """The result of a job that is not run again, which may be that of an earlier attempt."""
+        """Return the final result of a job, which may be that of an earlier attempt."""
         if not self._machine.takes_more and (record.run is None or record.run.started is None):
-            result = record.retries.latest_failure or result  # which this attempt was to make good
+            result = record.retries.latest_failure or result  # the retry never ran, so the earlier failure stands
         if result.outcome is Outcome.CANCELLED and record.pruned:
             result = replace(result, outcome=Outcome.PRUNED)
         if result.outcome is Outcome.CANCELLED and self._stopped_by is not None:
@@ -680,7 +683,7 @@ class JobLoop:
         record.reset()
         if self._source is None:
             record.result = result
-        else:  # which may have any number of jobs, so that nothing is kept of those that have ended
+        else:  # a source may have any number of jobs, so nothing is kept about those that have ended
             self._source.ended(result)
             del self._jobs[result.number]
             self._machine.forget(result.number)
@@ -688,8 +691,8 @@ class JobLoop:
             self._count_failure()
 
     def _run_again(self, result: JobResult, record: JobRecord, run: JobRun) -> bool:
-        """Retry a job that failed, if the user wants that and it may help."""
-        # What is known of the machine now, not when the job ended: the sweep may have been given up since.
+        """Retry a job that failed, if the user wants that and it may help. Returns whether it is retried."""
+        # The machine is asked now: since the job ended, the run may have been stopped or given up.
         if result.outcome is not Outcome.FAILED or not self._machine.takes_more:
             return False
         attempt = record.retries.next(result, run, self._queue.refusal_now)
@@ -709,7 +712,7 @@ class JobLoop:
             "job %d attempt %d: failed and is retried: %s", result.number, result.attempts, result.message or "failed"
         )
         self._progress.handle(event)
-        with contextlib.suppress(OSError):  # the next one is written over it
+        with contextlib.suppress(OSError):  # the next attempt overwrites the report
             self._report_path(result.number).unlink()
         self._checkpoint("retried")
         record.reset()

@@ -16,16 +16,16 @@ returns, in their order. The machine knows no processes, files or devices, so ev
 | RUNNING   | Exited: its process tree is gone                | Release, then Conclude             |
 | ENDED     | Retry: the loop decided to retry the job        |                                    |
 
-A job may end in any phase: its process dies, it is cancelled, the sweep is stopped or given up. It always gets exactly
-one Conclude for each time it ends. Three rules shape the rest:
+A job may end in any phase: its process dies, it is cancelled, the sweep is stopped or given up. Each time it ends, it
+gets exactly one Conclude. Three rules shape the rest:
 
 - At most one ticket is out, so that several sweeps on one machine alternate, and the tickets of the first do not fill
   the queue.
-- Devices go to the next job before the result of the last one is read: Release and what follows from it come before
-  Conclude.
-- Few jobs are prepared ahead of need. More would cost memory, and a search would choose them knowing less.
+- The devices of a job that ended go to the next job before the result is read: Release and what follows from it come
+  before Conclude.
+- Few jobs are prepared ahead of need. More would cost memory, and a search would choose them from fewer results.
 
-The machine keeps the last transitions of each job, its story. A stimulus that is impossible in the job's phase raises
+The machine keeps each job's last transitions: its story. A stimulus that is impossible in the job's phase raises
 IllegalTransitionError with that story.
 """
 
@@ -41,11 +41,11 @@ from gpu_launcher.model import Request
 from gpu_launcher.wording import duration
 
 ENDING = 5.0
-"""Seconds in which a killed job's processes are gone."""
+"""Seconds within which the processes of a killed job have ended."""
 
 
 MAX_STORY = 20
-"""Transitions that are kept of each job."""
+"""Maximum number of transitions kept for each job."""
 
 
 class Phase(Enum):
@@ -60,7 +60,7 @@ class Phase(Enum):
     RUNNING = auto()
     """The user's code runs."""
     ENDED = auto()
-    """It has no process any more, and was or will be concluded."""
+    """Its process has ended. It was concluded, or will be."""
 
 
 _TRANSITIONS = {
@@ -83,17 +83,17 @@ class Limits:
     parallel: int | None
     """Cap on running jobs; None for as many as get devices."""
     without_devices: int
-    """Cap on running jobs that need no devices, which nothing else limits."""
+    """Cap on running jobs that need no devices. Nothing else limits them."""
     ahead: int
-    """Cap on jobs that are started but do not run yet."""
+    """Cap on jobs that have a process but do not run yet."""
     preparing: int
-    """Cap on jobs that prepare themselves at the same time, which takes a CPU each."""
+    """Cap on jobs that prepare at the same time. Each of them keeps a CPU busy."""
     grace: float
     """Seconds between the first request to stop and SIGKILL."""
     at_once: int = 1
-    """How many jobs can be expected to run at the same time."""
+    """How many jobs are expected to run at the same time."""
     listed: bool = False
-    """Whether the next jobs do not depend on the results of others, so that as many as `ahead` are wanted early."""
+    """Whether the next jobs do not depend on the results of others, so that up to `ahead` of them are wanted early."""
 
 
 # Stimuli
@@ -101,12 +101,12 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
-    """The first stimulus."""
+    """The run begins. The first stimulus."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """There is one more job. It is concluded at once if no more jobs are started."""
+    """One more job arrived. If no more jobs are started, it is concluded at once."""
 
     number: int
 
@@ -118,11 +118,11 @@ class NoMore:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """A job is not wanted any more, for this reason; nothing if it has ended."""
+    """A job is no longer wanted. Ignored if it has ended."""
 
     number: int
     problem: str
-    """A sentence without its subject, which is the job."""
+    """The reason: a sentence without its subject, which is the job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +131,9 @@ class Prepared:
 
     number: int
     request: Request
-    """Its `timeout` is how long the job may run; a ticket's also counts the time to end."""
+    """What the job needs. Here `timeout` is how long the job may run; the ticket's timeout also covers its ending."""
     refusal: str | None = None
-    """Why these devices could never grant it, as a sentence that goes on from `is`."""
+    """Why these devices could never grant the request, as the end of a sentence after `is`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,34 +149,34 @@ class Exited:
 
     number: int
     problem: str | None = None
-    """Why it could not be started, as a sentence without its subject."""
+    """Why the job could not be started, as a sentence without its subject. None if it was started."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """A job that was just concluded is to be run once more; only while the machine `takes_more`."""
+    """A job that was just concluded is to run again. Only valid while the machine `takes_more`."""
 
     number: int
     last: bool = False
-    """After all others, because it may have to wait for long, and only one job waits at a time."""
+    """Whether it runs after all others: it may wait long, and only one job waits for devices at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerLost:
-    """The fork server was killed. Each of its live jobs will still be reported as Exited."""
+    """The fork server died. Each of its live jobs will still be reported as Exited."""
 
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """No more jobs can be run, for this reason. Those that run go on."""
+    """No more jobs can be started. Running jobs continue."""
 
     problem: str
-    """A sentence without its subject, which is a job."""
+    """The reason: a sentence without its subject, which is a job."""
 
 
 @dataclass(frozen=True, slots=True)
 class StopAsked:
-    """The user wants the sweep to end; once for gracefully, twice for now."""
+    """The sweep is to end. The first time, jobs are interrupted; the second time, they are killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,14 +204,14 @@ Stimulus = (
 
 @dataclass(frozen=True, slots=True)
 class StartProcess:
-    """Start the job's process, which prepares itself."""
+    """Start the job's process, which composes the job's config."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class TakeTicket:
-    """Get in line for the job's devices; answer with LeaseGranted."""
+    """Queue for the job's devices. The answer is LeaseGranted."""
 
     number: int
     request: Request
@@ -219,66 +219,67 @@ class TakeTicket:
 
 @dataclass(frozen=True, slots=True)
 class DropTicket:
-    """Give up the place in line."""
+    """Leave the queue."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class Go:
-    """Let the job run, on the devices of its lease if it has one."""
+    """Let the job run, on the devices of its lease if it has a lease."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class Interrupt:
-    """Ask the job to end."""
+    """Ask the job to end, as Ctrl-C does."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class Terminate:
-    """Tell the job that its time is over."""
+    """Tell the job to end: its time is over, or it was cancelled."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """End the job's process tree."""
+    """Kill the job's process tree."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """The job's devices are free."""
+    """Close the job's lease: its devices are free."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class Conclude:
-    """The job has ended: make its result, or answer with Retry."""
+    """Make the result of a job that has ended, or answer with Retry."""
 
     number: int
     stopped: bool
+    """Whether the sweep was stopped."""
     problem: str | None
-    """What the machine found wrong with it."""
+    """What went wrong, as far as the machine knows."""
     timed_out: bool = False
     refused: bool = False
-    """Its request can never be granted."""
+    """Whether its request can never be granted."""
     cancelled: bool = False
-    """It was not wanted any more, by who had asked for it."""
+    """Whether its source cancelled it."""
 
 
 Instruction = StartProcess | TakeTicket | DropTicket | Go | Interrupt | Terminate | Kill | Release | Conclude
 
 
 class IllegalTransitionError(RuntimeError):
-    """A stimulus that is impossible in the job's phase: a defect of the loop. It carries the story of the job."""
+    """A stimulus is impossible in the job's phase: a defect of the loop. The error carries the job's story."""
 
     def __init__(self, problem: str, stimulus: Stimulus, story: Iterable[Transition] = ()) -> None:
         self.stimulus = stimulus
@@ -289,7 +290,7 @@ class IllegalTransitionError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """One step of a job's life."""
+    """One step in a job's life."""
 
     time: float
     before: Phase
@@ -303,33 +304,33 @@ class Transition:
 @dataclass(slots=True)
 class _Job:
     story: deque[Transition] = field(default_factory=lambda: deque(maxlen=MAX_STORY))
-    """Of all its attempts."""
+    """The last transitions, over all attempts."""
     phase: Phase = Phase.QUEUED
     request: Request | None = None
     problem: str | None = None
     lost: bool = False
-    """Its fork server died before it ran."""
+    """Whether its fork server died before it ran."""
     ends: float | None = None
-    """When to end it, if it declared a time limit: first gently, then for good."""
+    """When to end it: with SIGTERM when its time limit is reached, with SIGKILL once it was told to end."""
     told: bool = False
-    """It was told that its time is over."""
+    """Whether it was told that its time is over."""
     refused: bool = False
-    """Its request cannot be granted."""
+    """Whether its request can never be granted."""
     cancelled: bool = False
-    """Somebody wants it ended."""
+    """Whether its source cancelled it."""
 
 
 class Machine:
     """The jobs of one sweep, numbered as given."""
 
     def __init__(self, numbers: list[int], limits: Limits, *, more: bool = False) -> None:
-        """Take the jobs that are known; `more` if others will arrive until NoMore."""
+        """Take the jobs that are known. `more`: whether others may arrive until NoMore."""
         self._limits = limits
         self._more = more
         self._jobs = {number: _Job() for number in numbers}
         self._queue = deque(numbers)
         self._after_all: deque[int] = deque()
-        """Jobs to be run again after all others, while others may arrive."""
+        """Jobs to retry after all others. Used while others may still arrive."""
         self._live: set[int] = set()
         """Jobs that have a process."""
         self._ticket: int | None = None
@@ -338,25 +339,26 @@ class Machine:
         self._kill_at: float | None = None
         self._now = 0.0
         self._stimulus: Stimulus = RunStarted()
-        """What is being handled, for the stories."""
+        """The stimulus that is being handled, for the stories."""
 
     @property
     def finished(self) -> bool:
-        """Whether nothing will ever happen again."""
+        """Whether all jobs have ended and no more will be started."""
         return not self._queue and not self._live and not (self._more and self.takes_more)
 
     @property
     def wanted(self) -> int:
-        """How many more jobs could be prepared now.
+        """How many more jobs to ask the source for now.
 
-        Few that wait for their devices are ahead enough, one for every eight that run: those who choose jobs by the
-        results of others do so better later.
+        While devices are free, enough jobs are wanted to use them. Beyond that, few are wanted ahead of need (see
+        `_few_ahead`): a source that chooses jobs by the results of others chooses better later. If the jobs do not
+        depend on each other, up to `ahead` are wanted.
         """
         if not self._more or not self.takes_more or self._queue:
             return 0
         preparing, prepared = len(self._in(Phase.PREPARING)), len(self._in(Phase.PREPARED))
         ahead = (self._limits.ahead if self._limits.listed else self._few_ahead) - prepared
-        if prepared:  # there is no device for it
+        if prepared:  # a prepared job waits, so no device is free
             return max(0, ahead - preparing)
         free = self._limits.at_once - len(self._in(Phase.RUNNING)) - preparing
         return max(ahead - preparing, min(free, self._limits.preparing - preparing), 0)
@@ -367,7 +369,7 @@ class Machine:
 
     @property
     def stopping(self) -> bool:
-        """Whether the user asked to stop."""
+        """Whether the sweep was asked to stop."""
         return self._stops > 0
 
     @property
@@ -388,35 +390,35 @@ class Machine:
 
     @property
     def deadline(self) -> float | None:
-        """When a Tick is needed, if nothing else happens; on the clock of `now`."""
+        """Time at which the machine needs a Tick, on the clock of `now`. None if it needs none."""
         ends = (self._jobs[number].ends for number in self._live)
         return min((at for at in (self._kill_at, *ends) if at is not None), default=None)
 
     def running(self) -> list[int]:
-        """Numbers of the jobs that run now, in order."""
+        """Return the numbers of the running jobs, in order."""
         return sorted(self._in(Phase.RUNNING))
 
     def live(self) -> list[int]:
-        """Numbers of the jobs that have a process, in order."""
+        """Return the numbers of the jobs that have a process, in order."""
         return sorted(self._live)
 
     def phase(self, number: int) -> Phase:
-        """Where a job is in its life."""
+        """Return the phase of a job."""
         return self._jobs[number].phase
 
     def story(self, number: int) -> tuple[Transition, ...]:
-        """The last transitions of a job, the oldest first."""
+        """Return the last transitions of a job, the oldest first."""
         return tuple(self._jobs[number].story)
 
     def forget(self, number: int) -> None:
-        """Nobody will ask about this job, which has been concluded if it ever arrived, again."""
+        """Delete what is known about a job that has been concluded or never arrived."""
         assert number not in self._live
         self._jobs.pop(number, None)
 
     def handle(self, stimulus: Stimulus, now: float) -> list[Instruction]:
-        """Note what happened; returns what to do, in this order.
+        """Take note of what happened, and return what to do, in this order.
 
-        Raises IllegalTransitionError, and then nothing has changed.
+        If it raises IllegalTransitionError, nothing has changed.
         """
         self._now, self._stimulus = now, stimulus
         match stimulus:
@@ -509,7 +511,7 @@ class Machine:
             self._requeue(number)
             return [*instructions, *self._fill(now)]
         self._move(number, Phase.ENDED)
-        # The next job starts before this one's result is looked at: its devices should not wait for that.
+        # The next job starts before this one's result is read: devices should not wait for that.
         problem = job.problem or (self._given_up if job.lost else None)
         conclusion = Conclude(
             number, self.stopping, problem, timed_out=job.told, refused=job.refused, cancelled=job.cancelled
@@ -533,7 +535,7 @@ class Machine:
         if self._ticket is None:
             return []
         ticket, self._ticket = self._ticket, None
-        return [DropTicket(ticket)]  # lest it be granted to a job that is dying
+        return [DropTicket(ticket)]  # otherwise a dying job might be granted devices
 
     def _give_up(self, problem: str) -> list[Instruction]:
         if self._given_up is not None:
@@ -598,7 +600,7 @@ class Machine:
         return Terminate(number)
 
     def _declared(self, request: Request) -> Request:
-        """What the pool is told: a job that is told to end still needs its devices for a while."""
+        """Return the request for the pool: a job needs its devices until some time after it is told to end."""
         if request.timeout is None:
             return request
         return replace(request, timeout=request.timeout + self._limits.grace + ENDING)
@@ -611,7 +613,7 @@ class Machine:
         return Go(number)
 
     def _fill(self, now: float) -> list[Instruction]:
-        """Start, and let run, as much as the limits allow."""
+        """Start as many jobs, and let as many run, as the limits allow."""
         if not self.takes_more:
             return []
         instructions: list[Instruction] = []
@@ -670,7 +672,7 @@ class Machine:
             self._live.discard(number)
 
     def _requeue(self, number: int, *, last: bool = False) -> None:
-        """Start a job from the beginning, before the others unless it is to be the `last`."""
+        """Put a job back in the queue, at its front unless it is to be the `last`."""
         self._move(number, Phase.QUEUED)
         self._jobs[number] = _Job(self._jobs[number].story)
         if last:
@@ -679,7 +681,7 @@ class Machine:
             self._queue.appendleft(number)
 
     def validate_state(self) -> None:
-        """Assert what holds between any two stimuli. For tests."""
+        """Assert what must hold between any two stimuli. For tests."""
         queued = [number for number, job in self._jobs.items() if job.phase is Phase.QUEUED]
         assert sorted([*self._queue, *self._after_all]) == sorted(queued), "each queued job is in one queue once"
         assert self._live == {number for number, job in self._jobs.items() if job.phase in _LIVE}

@@ -1,13 +1,13 @@
 """The node: the process that runs the jobs of a program, its head. See `jobs.node_client` for the head's side.
 
 Theory of operation. The head forks the node before it has threads of ours. The node is single-threaded, so it can fork
-at any time, and has a session of its own, so signals come to it alone. It forks the fork server, and then runs one job
-loop after another, one for each run that the head begins. The job loop's source is the head, at the other end of a
-socket: the node asks it for jobs when it has room, and tells it what becomes of them.
+at any time. It has a session of its own, so a terminal's Ctrl-C does not reach it. It forks the fork server, and then
+runs one job loop for each run that the head begins. The job loop's source is the head, at the other end of a socket:
+the node asks for jobs when it has room, and reports what becomes of them.
 
-The node never waits for the head. What the head does not read is kept here, and everything else continues: while the
-head is suspended (Ctrl-Z) or busy, no more jobs are offered, and the devices of jobs that end become free. When the
-head ends, however it ends, the node ends at once, and with it everything that it has started.
+The node never waits for the head. Messages that the head does not read are kept here, and everything else continues:
+while the head is suspended (Ctrl-Z) or busy, no more jobs are offered, but the devices of jobs that end become free.
+When the head ends, for whatever reason, the node ends at once, and with it everything that it has started.
 """
 
 from __future__ import annotations
@@ -74,27 +74,27 @@ LogFile = Callable[[int, JobPrepared], tuple[str, list[str]]]
 
 
 DESCRIPTORS_PER_JOB = 4
-"""Descriptors of the node that a job may take at its start: its channel, those of its process, and a lease."""
+"""Descriptors of the node that starting a job may take: the job's channel, two for its process, and a lease."""
 SPARE_DESCRIPTORS = 8
-"""Descriptors that are left free for what else a node opens."""
+"""Descriptors that are kept free for everything else that a node opens."""
 
 
 class _EndedError(Exception):
-    """The head ends the node, and waits for that."""
+    """The head has asked the node to end, and waits until it has."""
 
 
 @dataclass
 class Node:
-    """The node process, with what it inherits from the program that forks it."""
+    """The node process: what it inherits from the program, and how it runs."""
 
     channel: socket.socket
     program_process: int
     scratch: Path | None
-    """A directory to remove when the program is gone."""
+    """A directory to remove when the node ends."""
     program: Program
     method: StartMethod
     option: str
-    """What the user writes for the choice of the start method."""
+    """The name of the user's option for the start method."""
     captured: bool
     keep: tuple[int, ...]
     log_file: LogFile
@@ -103,11 +103,11 @@ class Node:
     """The open files of the program."""
 
     def be(self, other_end: socket.socket) -> None:
-        """Run as the node process. Returns when the program ends the node."""
+        """Run as the node process. Returns when the head asks the node to end."""
         try:
-            os.setsid()  # a terminal's Ctrl-C is the program's to interpret
+            os.setsid()  # the head alone gets a terminal's Ctrl-C, and decides what it means
             signal.set_wakeup_fd(-1)
-            gc.freeze()  # the collector would touch, and so copy, pages that all processes share
+            gc.freeze()  # the collector would write to pages that all processes share, and so copy them
             other_end.close()
             set_role("node")
             _log.debug("started by process %d", self.program_process)
@@ -126,7 +126,7 @@ class Node:
             while True:
                 link.next_run()
         try:
-            _leave_signals_to_the_head()  # only now: the jobs get the handlers of the program
+            _leave_signals_to_the_head()  # after the fork: the jobs keep the handlers of the program
             link.send(NodeReady(server.method))
             while True:
                 run = link.next_run()
@@ -166,7 +166,7 @@ class Node:
     def _open(
         self, run: BeginRun, server: ForkServer, link: _Link, progress: Progress, cleanup: contextlib.ExitStack
     ) -> JobLoop:
-        """Take part in the pool, as far as `cleanup` is not called. Raises OptionError and PoolDirectoryError."""
+        """Open the pool until `cleanup` is closed, and return the job loop. Raises OptionError, PoolDirectoryError."""
         options, command = run.options, run.command
         environ = os.environ if options.environ is None else options.environ
         selection = select_devices(options.devices, environ, option=options.spell("devices"))
@@ -200,7 +200,7 @@ class Node:
             limits=most,
             server=server,
             queue=queue,
-            # The head stands for all processes of ours: it is what a user knows, and can stop.
+            # The owner of the leases is the head, because that is the process that users know and can stop.
             owner=lambda job: this_user(f"{command} #{job.number} {job.label}".rstrip(), self.program_process),
             progress=progress,
             clock=time.monotonic,
@@ -215,7 +215,10 @@ class Node:
 
 
 def _leave_signals_to_the_head() -> None:
-    """Ignore signals: systemd sends them to all processes, and the head decides. Executed programs get the defaults."""
+    """Ignore signals that ask to end: systemd sends them to all processes, and the head decides about them.
+
+    A handler that does nothing ignores them here, but not in programs that are executed: these get the defaults.
+    """
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, lambda signum, frame: None)
@@ -232,22 +235,26 @@ class _Link:
         self._backlog: deque[Message] = deque()
         """Messages that could not be sent yet. The node never waits for the head, which may be busy or suspended."""
         self._full = False
-        """Whether the head had no room for the first of these."""
+        """Whether the socket had no room for the first message of the backlog."""
         self._channels: dict[int, int] = {}
-        """The job's ends of channels between jobs and the head, by the job's number."""
+        """The jobs' ends of channels between jobs and the head, by job number."""
         self._to_request = 0
-        """How many jobs the loop wants that the head was not asked for yet."""
+        """How many jobs the loop wants for which the head was not asked yet."""
         self._expected = 0
         """How many jobs the head was asked for and has not offered yet."""
         self._inbox: deque[Any] = deque()
         """Messages from the head that have not been handled."""
         self._ending: JobEnded | None = None
+        """The end of a job whose result the loop has not passed on yet. Both are sent in one message, `Ended`."""
         self._after_ending: list[ShownEvent] = []
-        """Events since a job ended. They are sent after its result."""
+        """Events that the loop reported after `_ending`, such as processes that the job left behind.
+
+        They wait for the result: otherwise the head would show them before the end of the job.
+        """
         self._epoll = select.epoll()
         self._epoll.register(channel, select.EPOLLIN)
         self._program: int | None = None
-        with contextlib.suppress(OSError):  # a kernel before 5.3, or a container that forbids it: there is `tick`
+        with contextlib.suppress(OSError):  # a kernel before 5.3, or a container that forbids it: `tick` looks
             self._program = os.pidfd_open(program_process)
             self._epoll.register(self._program, select.EPOLLIN)
         self._program_ends = ProcessEnding(program_process)
@@ -265,19 +272,19 @@ class _Link:
         return message
 
     def next_run(self) -> BeginRun:
-        """Wait for the next run, and meanwhile send what is left to say about the previous one."""
+        """Wait for the next run, and send the rest of the backlog meanwhile."""
         while True:
             self._hear()
             while self._inbox:
                 message = self._inbox.popleft()
                 if isinstance(message, BeginRun):
                     return message
-                # Otherwise it is what the head said before it knew that the run before was over.
-            # The head's end of the channel need not close when it ends: what it has forked may have that, too.
+                # Other messages are about the previous run: the head sent them before it knew that it was over.
+            # Forks of the head may keep its end of the channel open when the head has ended. So look from time to time.
             self._epoll.poll(1.0)
 
     def begin_run(self, run: BeginRun) -> None:
-        """Send and receive for this run from now on."""
+        """Serve this run from now on."""
         self._run = run
         self._to_request = self._expected = 0
 
@@ -302,7 +309,7 @@ class _Link:
                     if not isinstance(lost.message, s.Offer):
                         raise
                     self._expected -= 1
-                    self._inbox.append(lost.message)  # it is not run without its channel
+                    self._inbox.append(lost.message)  # without its channel the job cannot run, so it is withdrawn
                     why = "could not be started: its launching program has too many open files (`ulimit -n`)"
                     self._inbox.append(s.Withdrawn(lost.message.job.number, why))
                     continue
@@ -321,7 +328,7 @@ class _Link:
         self._request()
 
     def _request(self) -> None:
-        """Ask for the jobs for which there are descriptors: an offer may bring one, and a start needs some."""
+        """Ask the head for as many wanted jobs as there are descriptors for."""
         count = min(self._to_request, self._affordable())
         if count > 0:
             self._to_request -= count
@@ -329,21 +336,22 @@ class _Link:
             self.send(Wanted(count))
 
     def _affordable(self) -> int:
+        """Return for how many more jobs there are descriptors. An offer may bring one, and a job's start takes some."""
         assert self._run is not None
-        if self._run.shown:  # these jobs have no channels, and the loop postpones what it cannot start
+        if self._run.shown:  # these jobs have no channels, and the loop postpones jobs that it cannot start
             return self._to_request
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         jobs = len(self._channels) + self._expected
-        if DESCRIPTORS_PER_JOB * (jobs + self._to_request) + 64 <= limit:  # without a look
+        if DESCRIPTORS_PER_JOB * (jobs + self._to_request) + 64 <= limit:  # surely enough, without counting
             return self._to_request
         free = limit - sum(1 for _ in Path("/proc/self/fd").iterdir()) - SPARE_DESCRIPTORS
         return max(free // DESCRIPTORS_PER_JOB - self._expected, 0 if jobs else 1)
 
     def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
         assert self._run is not None
-        if job.number in self._channels:  # its process has it, and is never started again
+        if job.number in self._channels:  # the job's process has a copy, and the job will not be started again
             os.close(self._channels.pop(job.number))
-        if not self._run.shown:  # otherwise the event says so
+        if not self._run.shown:  # a head that shows events gets JobStarted
             self.send(Started(job.number, devices))
 
     def on_message(self, number: int, what: Any) -> None:
@@ -363,7 +371,7 @@ class _Link:
         if self._scratch is not None:
             with contextlib.suppress(OSError):
                 self._run.reports.path(result.number).unlink()
-        if result.number in self._channels:  # it never began, and might have been started again until now
+        if result.number in self._channels:  # the job never began; until now it might have been started again
             os.close(self._channels.pop(result.number))
         self.send(Ended(result, self._ending))
         self._ending = None
@@ -375,7 +383,7 @@ class _Link:
         if os.getppid() != self._program_process or self._program_ends:
             self._vanish()
         waited = bool(self._backlog)
-        # Closed: `receive` will see it, and what the program had still said.
+        # If the channel is closed, `receive` will notice, after the last messages of the head.
         with contextlib.suppress(BlockingIOError, ChannelClosedError):
             while self._backlog and (not self._full or self._has_room()):
                 self._full = True
@@ -384,11 +392,11 @@ class _Link:
                 self._backlog.popleft()
         if waited != bool(self._backlog):
             self._listen()
-        if self._to_request:  # there may be descriptors now
+        if self._to_request:  # more descriptors may be free now
             self._request()
 
     def _has_room(self) -> bool:
-        """Whether to try to send: a large message is not pickled in vain."""
+        """Whether the socket has room, so that a large message is not pickled in vain."""
         poll = select.poll()
         poll.register(self._channel, select.POLLOUT)
         return bool(poll.poll(0))
@@ -402,11 +410,11 @@ class _Link:
             self._listen()
 
     def _listen(self) -> None:
-        """Make `fileno` readable also when there is room for the backlog."""
+        """Make `fileno` also readable when there is room for the backlog."""
         self._epoll.modify(self._channel, select.EPOLLIN | (select.EPOLLOUT if self._backlog else 0))
 
     def _vanish(self) -> NoReturn:
-        """End at once, because the program has ended. Everything that the node has started ends with it."""
+        """End the node at once, because the program has ended. Everything that the node has started ends with it."""
         _log.warning("the program ended: ending everything")
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)
@@ -432,7 +440,7 @@ class _Shown:
         self._link.show(event)  # type: ignore[arg-type]  # the others are the head's
 
     def tick(self, now: float) -> None:
-        """The head has a clock of its own."""
+        """Do nothing: the head has a clock of its own."""
 
     def close(self) -> None:
         """Nothing was opened."""
@@ -444,9 +452,11 @@ class _Logged:
     def __init__(self, link: _Link) -> None:
         self._link = link
         self._waiting: JobWaiting | None = None
-        """The job that waits now, if one does."""
+        """The job that waits for devices, if there is one."""
         self._waits = 0
+        """How many times the state of waiting changed. Identifies the current one."""
         self._said_at = 0.0
+        """When it was last logged."""
 
     def handle(self, event: Event) -> None:
         match event:
@@ -463,7 +473,7 @@ class _Logged:
                     self._waiting = None
 
     def tick(self, now: float) -> None:
-        """Repeat that a job waits: the head drops lines that follow each other too quickly."""
+        """Repeat from time to time that a job waits. The head drops lines that follow each other too quickly."""
         if now - self._said_at >= remarks.REPEAT_SECONDS:
             self._remark(now)
 

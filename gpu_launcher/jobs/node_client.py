@@ -1,7 +1,16 @@
 """The head's side of a node: starting it, talking to it, and ending it. See `jobs.node` for the other side.
 
-The node is forked from the program before that has any thread of ours, and forks the fork server. The program is the
-head: the source of the node's jobs, at the other end of a socket. It is asked for jobs, and told what becomes of them.
+The program forks the node before it has any thread of ours for that node, and the node forks the fork server. The
+program is the head: the source of the node's jobs, at the other end of a socket. The node asks it for jobs, and tells
+it what becomes of them.
+
+Theory of operation, threads. A fork copies only the thread that forks. A lock that another thread holds at that moment
+stays locked in the child for ever. So by default, if other threads run when a node is forked, its jobs are spawned
+instead of forked. But a program may have several executors, and the thread of one runs while the node of another is
+forked. So our threads keep a protocol. Most of the time they hold no lock that matters: each is a `harmless_thread`.
+They do work that may take locks, such as pickling, only while they hold `busy()`. A fork holds it, too (`_at_rest`), so
+it finds none of them at such work. User code (`calling_back`) does not hold `busy()`, because it may itself wait for
+the fork. A fork waits a moment for such code to return; then its thread counts as any other thread.
 """
 
 from __future__ import annotations
@@ -35,19 +44,20 @@ from gpu_launcher.processes.worker import Program
 from gpu_launcher.validation import StartMethod
 
 _harmless: set[int] = set()
-"""Native ids of threads that hold no lock which a forked process would need, except while they are `_busy`."""
+"""Native ids of our threads that hold no lock that a forked process needs, unless they hold `_busy`."""
 
 _calling: set[int] = set()
-"""Of these, the threads that are in the user's code, which may have taken any lock. They enter it when not `_busy`."""
+"""Native ids of those harmless threads that run user code now, which may hold any lock. They do not hold `_busy`."""
 
 _busy = threading.RLock()
+"""Held by a harmless thread that may hold other locks, and by a thread that forks a node."""
 
 FORK_WAIT_SECONDS = 1.0
-"""Seconds that a fork waits for user code in our threads. The user code may itself be waiting for the fork."""
+"""Seconds that a fork waits for user code in our threads to return. That code may itself be waiting for the fork."""
 
 
 def _forget_threads() -> None:
-    """Reset what is known of threads, in a forked process, which has only one."""
+    """Reset what is known about threads, in a forked process, which has only one."""
     global _busy
     _harmless.clear()
     _calling.clear()
@@ -58,13 +68,13 @@ os.register_at_fork(after_in_child=_forget_threads)
 
 
 class LocalNode:
-    """The node of this program on this machine. One thread may `say` while another one receives."""
+    """A node of this program on this machine. One thread may `say` while another one receives."""
 
     _pid: int | None = None
-    """The node's process, until it was waited for."""
+    """The node's process id, until the process was waited for."""
     _scratch: Scratch | None = None
     _process = -1
-    """The program, which alone may end the node."""
+    """Process id of the program. A fork of it must not end the node."""
 
     def __init__(
         self,
@@ -77,18 +87,18 @@ class LocalNode:
         log_file: LogFile = as_proposed,
         open_files: OpenFiles | None = None,
     ) -> None:
-        """Start the node; `wait_until_ready` then says whether it could.
+        """Start the node. Call `wait_until_ready` to learn whether the fork server could be started.
 
-        `program` is run in each job, `option` is what the user writes for the choice of the `method`. Unless the jobs'
-        output is `captured` until they have a log, it goes where this process's does. The node's processes keep the
-        descriptors `keep` open; `log_file` says in the node where a job logs, `open_files` are this program's if not
-        those that it has now.
+        `program` is run in each job. `option` is the name of the user's option for the `method`. The output of jobs is
+        `captured` until they have a log; otherwise it goes where this process's does. The node's processes keep the
+        descriptors `keep` open. `log_file` chooses the log of a job, in the node. `open_files` are this program's open
+        files; by default they are listed now.
         """
         self._channel, theirs = channel()
         self._process = os.getpid()
         self._saying = threading.Lock()
         self.early: list[Message] = []
-        """Messages that came before the pool of a run was open."""
+        """Messages that arrived before the pool of a run was open."""
         flush_all()
         node = Node(
             channel=theirs,
@@ -106,7 +116,7 @@ class LocalNode:
         with tqdm_monitors_paused():
             harmless, calling = self._fork(node)
             theirs.close()
-            # Right after the fork, for which OpenBLAS and the like shut their threads down.
+            # Right after the fork: OpenBLAS and similar libraries end their threads for a fork.
             names = other_threads(besides=harmless | {threading.get_native_id()})
         unsafe = f"{len(names)} other thread(s) run in this program ({', '.join(sorted(set(names)))})"
         if calling:
@@ -116,7 +126,7 @@ class LocalNode:
         self.say(Begin(self.unsafe))
 
     def _fork(self, node: Node) -> tuple[set[int], bool]:
-        """Returns which threads are harmless, and whether one of them calls the user's code."""
+        """Fork the node. Returns which threads are harmless, and whether another one of ours runs user code."""
         with _at_rest() as (harmless, calling), uninterrupted() as signals:
 
             def be_the_node() -> None:
@@ -127,12 +137,12 @@ class LocalNode:
         return harmless, calling
 
     def wait_until_ready(self) -> None:
-        """Wait until the fork server runs. Raises what keeps it from that, such as OptionError."""
+        """Wait until the fork server runs. Raises the error that prevents that, such as OptionError."""
         while not isinstance(message := self.receive(), NodeReady):
             self._refuse(message)
 
     def open(self) -> Opened:
-        """Wait until the pool of a run is open. Raises what keeps it from that, such as PoolDirectoryError."""
+        """Wait until the pool of a run is open. Raises the error that prevents that, such as PoolDirectoryError."""
         while True:
             match message := self.receive():
                 case Opened():
@@ -156,15 +166,15 @@ class LocalNode:
 
     @property
     def is_running(self) -> bool:
-        """Whether the node has been started and not closed."""
+        """Whether the node was started and has not been closed."""
         return self._pid is not None
 
     def fileno(self) -> int:
-        """Readable when there is something to receive."""
+        """Return a descriptor that is readable when there is a message to receive."""
         return self._channel.fileno()
 
     def receive(self) -> Message:
-        """Wait for the next message of the node. Raises NodeDiedError."""
+        """Wait for the node's next message. Raises NodeDiedError."""
         try:
             message: Message = receive(self._channel)[0]
         except (ChannelClosedError, OSError):  # OSError: `close` was called meanwhile
@@ -172,17 +182,14 @@ class LocalNode:
         return message
 
     def say(self, what: s.Statement | Begin | BeginRun) -> None:
-        """Begin a run, offer a job that was wanted, answer one, withdraw one, or say that there are no more.
-
-        Raises NodeDiedError.
-        """
+        """Send a message to the node, such as the offer of a job that it wanted. Raises NodeDiedError."""
         self._send(what)
 
     def offer_with_channel(self, job: Job) -> socket.socket:
-        """Offer a job that was wanted; returns this program's end of a channel to the job's process.
+        """Offer a job that was wanted, and return this program's end of a channel to the job's process.
 
-        What the job says is there before its end is known: read the channel until it is empty when the job has ended.
-        Raises NodeDiedError.
+        What the job says has arrived before its end is known. When the job has ended, read the channel until it is
+        empty. Raises NodeDiedError.
         """
         mine, theirs = channel()
         with theirs:
@@ -201,9 +208,10 @@ class LocalNode:
             raise self._died() from None
 
     def close(self) -> None:
-        """End the node, and with it every job that still runs. Idempotent. Nothing happens in a forked process.
+        """End the node, and with it every job that still runs. Idempotent. Does nothing in a forked process.
 
-        What a signal's handler raises meanwhile, such as KeyboardInterrupt, makes it short, and is raised in the end.
+        If a signal handler raises meanwhile, such as KeyboardInterrupt, the node is killed, and the exception is raised
+        at the end.
         """
         if not self.is_ours:
             return
@@ -219,10 +227,10 @@ class LocalNode:
             raise raised
 
     def _end(self, pid: int) -> None:
-        """End the node. A signal handler may interrupt this anywhere; it can then be called again."""
+        """End the node. If a signal handler interrupts this, it can be called again."""
         with contextlib.suppress(OSError):  # the node has closed it, or does not listen
             send(self._channel, End(), wait=False)
-        # Closing is not enough: whatever was forked from this process has a copy of the descriptor.
+        # Closing is not enough: processes forked from this one have a copy of the descriptor.
         with contextlib.suppress(OSError):  # the node has closed it
             self._channel.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(ChildProcessError):  # raised if the user's program reaps all children itself
@@ -233,7 +241,7 @@ class LocalNode:
         self._pid = None
 
     def __del__(self) -> None:
-        """Close the node if a signal handler kept the owner from that."""
+        """Close the node, in case a signal handler kept its owner from closing it."""
         self.close()
 
     def _died(self) -> NodeDiedError:
@@ -252,25 +260,25 @@ class RemoteLoop(LocalNode):
         method: StartMethod = "auto",
         captured: bool = False,
     ) -> None:
-        """Start the node and the run; `open` then says whether that went well.
+        """Start the node and the run. Call `open` to learn whether that succeeded.
 
-        `program` is run in each job, `command` names this program to others who wait for devices. Unless the jobs'
-        output is `captured` for their failures' messages, it goes where this process's does.
+        `program` is run in each job. `command` names this program to others who wait for devices. The output of jobs is
+        `captured` for the messages of failures; otherwise it goes where this process's does.
         """
         self.known: Mapping[str, object] = dict(main_namespace())
         """Contents of the jobs' `__main__`, by name."""
         self._scratch = Scratch()
         self.directory = self._scratch.path
-        """Directory for files of the jobs. It is removed when the node ends."""
+        """Directory for the jobs' files. It is removed when the node ends."""
         prepare()
         super().__init__(program, method=method, option=options.spell("start_method"), captured=captured)
         self.say(BeginRun(portable(options), ReportFiles(self.directory), command, last=True))
 
     def open(self) -> Opened:
-        """Wait until jobs can be run. Raises what keeps them from it, such as OptionError or PoolDirectoryError."""
+        """Wait until jobs can run. Raises the error that prevents that, such as OptionError or PoolDirectoryError."""
         opened = super().open()
         self.remarks = [message for message in self.early if isinstance(message, Remarked)]
-        """Lines for the user that came before the pool was open."""
+        """Lines for the user that arrived before the pool was open."""
         if opened.method == "spawn":
             self.known = NOTHING
         return opened
@@ -278,9 +286,10 @@ class RemoteLoop(LocalNode):
 
 @contextlib.contextmanager
 def harmless_thread() -> Iterator[None]:
-    """Say of the calling thread that it holds no lock that a forked process would need, whenever the fork happens.
+    """Declare that the calling thread holds no lock that a forked process needs, unless it holds `busy()`.
 
-    What might hold one, such as pickling the user's objects, it does while it is `busy`.
+    Inside the block, the thread must hold `busy()` for work that may take such a lock, such as pickling objects of the
+    user.
     """
     me = threading.get_native_id()
     _harmless.add(me)
@@ -292,9 +301,10 @@ def harmless_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def calling_back() -> Iterator[None]:
-    """Say of a harmless thread that it is not: it calls the user's code, which may take any lock and wait for anything.
+    """Declare that a harmless thread runs user code in this block, which may take any lock and wait for anything.
 
-    A fork meanwhile is put off a little, and then counts as unsafe, but does not wait for the end of it.
+    A node that is forked meanwhile waits at most `FORK_WAIT_SECONDS` for the block to end. After that the thread counts
+    as a reason not to fork jobs.
     """
     me = threading.get_native_id()
     if me not in _harmless or me in _calling:
@@ -310,9 +320,9 @@ def calling_back() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _at_rest() -> Iterator[tuple[set[int], bool]]:
-    """Keep harmless threads from becoming `busy` or calling user code while the program forks.
+    """Hold `_busy` while the program forks, so that no harmless thread takes it or begins to run user code.
 
-    Returns those that are harmless now, and whether there are others which call back.
+    Yields the threads that are harmless now, and whether others of ours still run user code.
     """
     until = time.monotonic() + FORK_WAIT_SECONDS
     while True:
@@ -325,5 +335,5 @@ def _at_rest() -> Iterator[tuple[set[int], bool]]:
 
 
 def busy() -> contextlib.AbstractContextManager[Any]:
-    """Keep other threads from forking a node from this program."""
+    """Return the lock that keeps other threads from forking a node."""
     return _busy

@@ -1,4 +1,4 @@
-"""Messages between a node and its head. Those about single jobs that a source decides on are in `jobs.source`."""
+"""Messages between a node and its head. What a head says about single jobs is in `jobs.source`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpu_launcher.model import Device
 
 @dataclass(frozen=True, slots=True)
 class NodeReady:
-    """The fork server runs. The first message."""
+    """The fork server runs. The node's first message."""
 
     method: str
     """How jobs are started: fork or spawn."""
@@ -23,13 +23,13 @@ class NodeReady:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """The pool is open, and jobs can be run: the answer to BeginRun, unless it is Closed."""
+    """The pool is open, and jobs can run. The answer to BeginRun, unless that is Closed."""
 
     devices: tuple[Device, ...]
     at_once: int
     """How many jobs could run at the same time, as far as that is known."""
     method: str
-    """How they are started: fork or spawn."""
+    """How jobs are started: fork or spawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A job has its devices, and runs."""
+    """A job has its devices and runs."""
 
     number: int
     devices: tuple[Device, ...]
@@ -77,7 +77,7 @@ class Remarked:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """All jobs of a run have ended. The last message about it."""
+    """All jobs of a run have ended. The last message about the run."""
 
     error: GpuLauncherError | None = None
     """What ended the run, if something went wrong."""
@@ -86,7 +86,7 @@ class Closed:
 
 
 ShownEvent = Notice | JobWaiting | JobStarted | JobRetried | StopRequested | GaveUp
-"""Events that a node sends as they are to a head that shows them."""
+"""Events that a node sends unchanged to a head that shows them."""
 
 Message = NodeReady | Opened | Wanted | Started | Heard | Ended | Remarked | Closed | ShownEvent
 
@@ -108,13 +108,13 @@ class BeginRun:
     command: str
     """The name of the head's program, for others who wait for devices."""
     shown: bool = False
-    """Whether the head shows events. Otherwise it gets lines for a log."""
+    """Whether the head shows events. If not, it gets lines for a log."""
     last: bool = False
-    """Whether this is the only run, after which the fork server is not needed."""
+    """Whether no other run follows, so that the fork server ends with this one."""
     listed: bool = False
     """Whether the next jobs are known in advance, so that the node may ask for many ahead of need."""
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The node should end. A node also ends when its program does."""
+    """The node is to end. A node also ends when its program does."""

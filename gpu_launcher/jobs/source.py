@@ -1,4 +1,4 @@
-"""Where jobs come from that are not known from the beginning, and what a head tells its node about jobs."""
+"""Sources of jobs that are not known from the beginning, and what a head tells its node about jobs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpu_launcher.model import Device
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """One of the requested jobs."""
+    """One of the jobs that were requested."""
 
     job: Job
 
@@ -39,7 +39,7 @@ class Withdrawn:
     why: str
     """A sentence without its subject, which is the job."""
     pruned: bool = False
-    """Whether the job counts as pruned, because others are better."""
+    """Whether the job counts as pruned because others are better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class JobSource(Protocol):
     """Decides on jobs one by one, in the head, which starts no job and draws nothing while a method blocks."""
 
     def fileno(self) -> int:
-        """Readable when `receive` has something to return."""
+        """Return a descriptor that is readable when `receive` has something to return."""
 
     def receive(self) -> list[Statement]:
         """Return the decisions since the last call. Raising GpuLauncherError ends the sweep."""
