@@ -1,1 +1,1 @@
-"""The command `gpu-launcher`: what the pool is doing, and what is wrong with the machine."""
+"""The command `gpu-launcher`: runs commands on the pool, and shows its state and its problems."""

@@ -1,4 +1,4 @@
-"""Reading the machine and the pool, for `PoolSurvey`."""
+"""Reads the machine and the pool for a `PoolSurvey`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BUSY_MEMORY_OPTION = "--busy-memory"
 
 
 def look(devices: str, busy_memory: str, pool_dir: str | None) -> PoolSurvey:
-    """One look at everything. Raises OptionError and PoolDirectoryError."""
+    """Survey devices and pool once. Raises OptionError and PoolDirectoryError."""
     most = read_busy_memory(busy_memory)
     with contextlib.closing(PoolWindow(pool_dir)) as pool, nvml_kept_open():
         found = find(devices, os.environ)
@@ -34,7 +34,7 @@ def look(devices: str, busy_memory: str, pool_dir: str | None) -> PoolSurvey:
 
 
 def read_busy_memory(value: str) -> int | None:
-    """What `value` means as `hydra.launcher.busy_memory`. Raises OptionError."""
+    """Read a value as `hydra.launcher.busy_memory` does. Raises OptionError."""
     return None if value == "null" else read_memory(value, BUSY_MEMORY_OPTION)
 
 
@@ -59,15 +59,15 @@ def put_together(
 
 @contextlib.contextmanager
 def nvml_kept_open() -> Iterator[None]:
-    """Initialises NVML once for all that is asked in the block: that may take seconds for each GPU."""
+    """Initialise NVML once for all queries in the block, because initialising may take seconds per GPU."""
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(NoGpuError, DeviceError):  # whoever asks hears of them
+        with contextlib.suppress(NoGpuError, DeviceError):  # each query in the block raises them itself
             stack.enter_context(open_nvml())
         yield
 
 
 def find(spec: str, environ: Mapping[str, str]) -> Found:
-    """The devices that `spec` means, as the launcher understands it. Raises OptionError."""
+    """Find the devices that `spec` names, in the launcher's syntax. Raises OptionError."""
     specification = read_specification(spec, OPTION)
     if isinstance(specification, (CpuSlots, SimulatedDevices)):
         selection = select_devices(spec, environ, option=OPTION)
@@ -80,7 +80,7 @@ def find(spec: str, environ: Mapping[str, str]) -> Found:
         return Found((), notices=(str(error),))
     known = _by_uuid(inventory.devices)
     if not isinstance(specification, Auto):
-        names = list(specification.names)  # here nobody means a number of GPUs
+        names = list(specification.names)  # a list, because a single index must not be read as a number of GPUs
         selection = select_devices(names, environ, FixedProbe(inventory), option=OPTION)
         return Found(selection.devices, known=known, notices=selection.notices, only=True)
     seen = visible(inventory, environ)
@@ -91,7 +91,7 @@ def find(spec: str, environ: Mapping[str, str]) -> Found:
 
 
 def measure(devices: Sequence[Device]) -> tuple[tuple[Condition, ...], tuple[str, ...]]:
-    """How the devices are doing, and what to say if that cannot be known."""
+    """The conditions of the devices, and notices if NVML cannot tell them."""
     try:
         if _real(devices):
             return NvmlProbe().conditions(devices), ()
@@ -101,10 +101,10 @@ def measure(devices: Sequence[Device]) -> tuple[tuple[Condition, ...], tuple[str
 
 
 def processes_of(leases: Iterable[LeaseView]) -> dict[str, list[int]]:
-    """Process ids of the jobs that have leases, by lease: the children of each job's supervisor, which holds the lease.
+    """Process ids of the jobs with leases, by lease: the children of each job's supervisor, which holds the lease.
 
-    None for a lease that a program has for itself, and where /proc shows nothing of it. The kernel is asked, not the
-    lease's file, which is written before there is a process.
+    A lease has none if a program holds it for itself, or if /proc does not show its processes. The kernel is asked
+    because a lease's file is written before its process exists.
     """
     leases = list(leases)
     children = children_of_all()
@@ -117,28 +117,28 @@ def processes_of(leases: Iterable[LeaseView]) -> dict[str, list[int]]:
     found = {}
     for lease_id, pids in holders.items():
         above_the_jobs = {pid for pid in pids if parent[pid] not in pids}
-        # The node, which was granted the lease, is further up than the supervisor.
+        # The node, which was granted the lease, is an ancestor of the supervisor.
         nodes = {pid for pid in above_the_jobs if above_the_jobs & set(descendants(pid, children))}
         found[lease_id] = sorted(job for pid in above_the_jobs - nodes for job in children.get(pid, ()))
     return found
 
 
 class PoolWindow:
-    """Looks into the pool directory again and again, whether it exists yet or not. Makes nothing."""
+    """Reads the pool directory repeatedly. It need not exist yet, and is never created."""
 
     def __init__(self, pool_dir: str | None) -> None:
-        """Raises PoolDirectoryError for a name that cannot be meant."""
+        """Raises PoolDirectoryError for an invalid name."""
         self.directory, self.why = choose_pool_directory(pool_dir)
         self._ledger: FileLedger | None = None
 
     def look(self) -> PoolSeen:
-        """What is there now. Raises PoolDirectoryError if it cannot be read."""
+        """The pool's current state. Raises PoolDirectoryError if it cannot be read."""
         try:
             return PoolSeen(self.directory, self._snapshot())
         except PoolDirectoryError:
             if self._ledger is None:
                 raise
-        self.close()  # it may have been removed and made anew
+        self.close()  # the directory may have been removed and created again
         return PoolSeen(self.directory, self._snapshot())
 
     def _snapshot(self) -> PoolView | None:

@@ -1,4 +1,4 @@
-"""What `gpu-launcher run` does."""
+"""The implementation of `gpu-launcher run`: waits for devices, runs the command and exits as it did."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ from gpu_launcher.users import this_process
 from gpu_launcher.wording import device_names
 
 TIMED_OUT = 124
-"""As timeout(1)."""
+"""Exit code if the command ran out of time, as for timeout(1)."""
 FAILED = 125
-"""As env(1), nice(1) and timeout(1), where they fail themselves."""
+"""Exit code if gpu-launcher itself fails, as for env(1), nice(1) and timeout(1)."""
 NO_DEVICES = 75
-"""EX_TEMPFAIL of sysexits.h: another time it may work."""
+"""Exit code if no devices were granted in time: EX_TEMPFAIL of sysexits.h, which means that a retry may succeed."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How to run a command. Validated by whoever makes them."""
+    """How to run a command. The caller validates the values."""
 
     request: Request
     devices: object
-    """As `gpu_launcher.devices.select_devices` takes it."""
+    """The devices to use, in the form that `gpu_launcher.devices.select_devices` takes."""
     wait: float | None
-    """Longest time to wait for devices, in seconds; None for any time."""
+    """Longest time to wait for devices, in seconds; None for no limit."""
     grace: float
-    """Seconds between SIGTERM and SIGKILL when its time is over."""
+    """Seconds between SIGTERM and SIGKILL when the time limit is reached."""
     pool_dir: str | None
     busy_memory: int | None
 
 
 def run_on_pool(command: Sequence[str], options: RunOptions) -> NoReturn:
-    """Run `command` and end as it does. Raises OptionError."""
+    """Run `command` and exit as it does. Raises OptionError."""
     try:
         check_command(command[0], os.environ.get("PATH", os.defpath))
         if options.request.gpus == 0:
@@ -90,7 +90,7 @@ def _run(command: Sequence[str], options: RunOptions) -> NoReturn:
     for notice in selection.notices:
         _tell(notice)
     directory = resolve_pool_directory(options.pool_dir)
-    # Not before: nothing ends a program that has blocked all signals and waits for a driver that hangs.
+    # Signals are blocked only from here on. Otherwise no signal could end a program whose driver hangs above.
     signals = CommandSignals()
     with _dying_of_signals(signals), contextlib.ExitStack() as stack:
         ledger = stack.enter_context(FileLedger(directory, warn=_tell))
@@ -141,7 +141,7 @@ def _run_with(
 
 @contextlib.contextmanager
 def _copy_of(lease: HeldLease) -> Iterator[int]:
-    """A descriptor of the lease that is still open where the ledger is closed."""
+    """A duplicate of the lease's descriptor, which stays open when the ledger is closed."""
     descriptor = os.dup(lease.fileno())
     try:
         yield descriptor
@@ -151,7 +151,7 @@ def _copy_of(lease: HeldLease) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _dying_of_signals(signals: CommandSignals) -> Iterator[None]:
-    """Be ended by a signal that ends this program before the command runs, when all is given back."""
+    """If a signal arrives before the command runs, release everything in the block, then die of that signal."""
     try:
         yield
     except InterruptedBySignal as error:
@@ -176,7 +176,7 @@ def _tell(text: str) -> None:
 
 
 class _Announcements:
-    """What the user hears while the command waits, and, if that was anything, when it got its devices."""
+    """Messages while the command waits for devices. A grant is announced only if something was said before."""
 
     def __init__(self) -> None:
         self._told = False
@@ -193,9 +193,12 @@ class _Announcements:
 def _wait_for_devices(
     command: Sequence[str], options: RunOptions, queue: RequestQueue, signals: CommandSignals
 ) -> HeldLease:
-    """Raises LeaseTimeout, InterruptedBySignal, and PoolDirectoryError if that is unusable for long."""
+    """Wait for the lease.
+
+    Raises LeaseTimeout, InterruptedBySignal, and PoolDirectoryError if the directory stays unusable.
+    """
     request = options.request
-    if request.timeout is not None:  # what others may rely on
+    if request.timeout is not None:  # others are told the longest time until the devices are free
         request = replace(request, timeout=request.timeout + options.grace + ENDING)
     limit = math.inf if options.wait is None else options.wait
     pending = queue.enter(request, this_process(shlex.join(command)), limit=limit)
@@ -213,7 +216,7 @@ def _wait_for_devices(
 
 
 def _heed(signals: CommandSignals) -> None:
-    """What arrives before the command runs is for this program. Raises InterruptedBySignal."""
+    """Obey the signals that arrive before the command runs. Raises InterruptedBySignal for one that ends it."""
     for arrived in signals.read():
         if arrived.signum in STOPS:
             signals.suspend(arrived.signum)

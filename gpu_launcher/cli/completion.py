@@ -1,4 +1,4 @@
-"""`--show-completion` and `--install-completion`: click's completion scripts, for bash, zsh and fish."""
+"""`--show-completion` and `--install-completion`: print or install click's completion scripts for bash, zsh, fish."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _START_UP = {
     "bash": (".bashrc", "source ~/.bash_completions/gpu-launcher.sh"),
     "zsh": (".zshrc", "fpath+=~/.zfunc; autoload -Uz compinit; compinit"),
 }
-"""The line that makes a shell read the script, and the file it belongs in. fish finds the script by itself."""
+"""For each shell, the line that loads the script and the file for that line. fish finds the script itself."""
 
 
 def show_completion(context: click.Context, option: click.Parameter, wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""`gpu-launcher doctor`: what is wrong, and what to do about it."""
+"""`gpu-launcher doctor`: finds problems and names remedies."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _examine(pool_dir: str | None, study: str | None) -> Iterator[Finding]:
 
 
 def _safely(check: str, examine: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """What is found; an examination that fails is a finding itself, and the others go on."""
+    """Yield the findings of a check. A check that fails becomes a finding, and the other checks still run."""
     from gpu_launcher.cli.checks.finding import problem
     from gpu_launcher.errors import GpuLauncherError
 

@@ -1,4 +1,4 @@
-"""The jobs of a sweep as a table and as JSON. Pure."""
+"""Shows the jobs of a sweep as a table or as JSON. Pure."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ COLUMNS = (
 
 
 def unfinished(entry: Entry) -> bool:
-    """Whether the job is neither done nor on its way."""
+    """Whether the job ended without completing."""
     return entry.state in (State.FAILED, State.CANCELLED, State.LOST)
 
 
 def lines(directory: Path, entries: Sequence[Entry], shown: Sequence[Entry], width: int | None) -> list[Line]:
-    """A line of counts, and a table of the jobs `shown`."""
+    """A line with the number of jobs in each state, and a table of the jobs `shown`."""
     counts = Counter(entry.state for entry in entries)
     said = ", ".join(f"{counts[state]} {state.value}" for state in State if counts[state])
     head: Line = [(f"{one_line(str(directory))}: {count(len(entries), 'job')}: {said}", "bold")]
@@ -52,7 +52,7 @@ def lines(directory: Path, entries: Sequence[Entry], shown: Sequence[Entry], wid
 
 
 def to_json(directory: Path, shown: Sequence[Entry], values: Mapping[int, Sequence[float]]) -> dict[str, Any]:
-    """As docs/resume.md documents it. `values` are the numbers that jobs returned, by the job's number."""
+    """Make the JSON data that docs/resume.md documents. `values` are the values that jobs returned, by job number."""
     jobs = [{**_job(entry), "values": list(values.get(entry.number, ()))} for entry in shown]
     return {"schema": SCHEMA, "directory": str(directory.absolute()), "jobs": jobs}
 
@@ -73,7 +73,7 @@ def _job(entry: Entry) -> dict[str, Any]:
 
 
 def seconds(entry: Entry) -> float | None:
-    """How long its last attempt ran; None while it does, or if nobody saw it end."""
+    """How long the last attempt ran, in seconds; None if it is running or its end was not recorded."""
     if entry.started is None or entry.ended is None:
         return None
     return max(0.0, entry.ended - entry.started)

@@ -1,4 +1,4 @@
-"""`gpu-launcher jobs`: what a sweep's directory knows of its jobs."""
+"""`gpu-launcher jobs`: lists the jobs recorded in a sweep's directory."""
 
 from __future__ import annotations
 

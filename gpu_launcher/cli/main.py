@@ -1,6 +1,6 @@
 """The program `gpu-launcher`.
 
-Each command imports what it needs when it is called, so that --help, completion and wrong options answer quickly.
+Each command imports its modules when it is called, so that --help, completion and invalid options answer quickly.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INTERRUPTED = 130
 
 
 class _Commands(click.Group):
-    """Lists the commands in the order in which they are added, not sorted."""
+    """A group that lists its commands in the order in which they were added."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -79,7 +79,7 @@ def main() -> NoReturn:
     except OSError as error:
         if error.filename is not None or not lost(probed=True):
             raise
-        # The status of the error that could not be written, if that is what happened.
+        # If an error message could not be written, the exit code is that of the error.
         code = getattr(error.__context__, "exit_code", 1)
     except SystemExit as end:
         code = end.code
@@ -90,7 +90,7 @@ def main() -> NoReturn:
 
 def _run() -> int | None:
     try:
-        # Not standalone: click would answer Ctrl-C with "Aborted!" and status 1.
+        # In standalone mode, click would answer Ctrl-C with "Aborted!" and status 1.
         code: int | None = program.main(prog_name=NAME, standalone_mode=False)
     except click.ClickException as error:
         error.show()

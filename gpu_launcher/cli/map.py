@@ -1,4 +1,4 @@
-"""`gpu-launcher map`: any command over many parameters."""
+"""`gpu-launcher map`: runs any command over many parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 from gpu_launcher.cli import options
 
 
-# What stands behind the command's name is the command's.
+# Arguments after the command's name belong to the command.
 @click.command("map", context_settings={"allow_interspersed_args": False})
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="-- COMMAND [ARGUMENT]...")
 @options.value(
@@ -82,5 +82,5 @@ def map_command(
     asked = MapArguments(command=list(command), param=list(param), source=source, shell=shell, options=given)
     try:
         return run_map(asked, dir, resume, dry_run=dry_run)
-    except KeyboardInterrupt:  # before anything ran, or after everything
+    except KeyboardInterrupt:  # before the first run or after the last one
         return 130

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def value(name: str, metavar: str, help: str, default: str | None = None, *names
 
 
 def flag(name: str, help: str) -> Decorator:
-    """An option without a value. Its default is None, which says that it was not given."""
+    """An option without a value. It is None if it was not given."""
     return click.option(name, is_flag=True, default=None, help=help)
 
 
 def directory(name: str, help: str) -> Decorator:
-    # Not a click.Path: that takes an empty name for the current directory.
+    # click.Path is not used, because it reads an empty name as the current directory.
     return value(name, "DIRECTORY", help, shell_complete=_complete_directories)
 
 

@@ -1,4 +1,4 @@
-"""Writing to stdout: for people, for pipes, for programs."""
+"""Prints lines and JSON on stdout, for terminals and pipes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def terminal_width() -> int | None:
-    """How wide stdout is; None where it is no terminal."""
+    """Width of stdout in columns; None if it is not a terminal."""
     if not sys.stdout.isatty():
         return None
     try:
@@ -26,7 +26,7 @@ def terminal_width() -> int | None:
 
 
 def print_lines(lines: Iterable[Line]) -> None:
-    """Print lines, with their colours only where stdout is a terminal."""
+    """Print lines; in colour if stdout is a terminal."""
     if not sys.stdout.isatty():
         encoding = sys.stdout.encoding or "utf-8"
         for line in lines:

@@ -1,4 +1,4 @@
-"""A survey as text. Pure; the same for `status` and `top`, in a pipe and on a terminal."""
+"""Shows a survey of the pool as text, for `status` and `top`, in pipes and on terminals. Pure."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ QUEUE = (
     Column("WHY IT WAITS"),
 )
 _ABOUT_DEVICE = 4
-"""So many of the first columns are about the device itself."""
+"""Number of leading columns that describe the device itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class StatusText:
         return [*self.head, [], *self.devices, [], *self.queue]
 
     def within(self, height: int) -> list[Line]:
-        """At most `height` lines, of each part the first ones and how many are not shown."""
+        """At most `height` lines: the first lines of each part, and the number of lines that are not shown."""
         if len(self.lines()) <= height:
             return self.lines()
         head = _first(self.head, max(2, height - 10))
@@ -68,9 +68,10 @@ class StatusText:
 
 
 def render(survey: PoolSurvey, width: int | None, *, brief: bool = False) -> StatusText:
-    """What a person wants to see. `width` is a terminal's; None for a pipe: nothing is left out, nothing wrapped.
+    """Show a survey as text for people.
 
-    `brief` cuts what else would be wrapped.
+    `width` is that of a terminal. For a pipe it is None, and nothing is left out or wrapped. `brief` cuts lines that
+    would otherwise be wrapped.
     """
     rows = [row for group in _alike(survey.devices) for row in _device_rows(group, survey.time)]
     devices = lay_out(DEVICES, rows, width, one_line_each=brief)
@@ -123,7 +124,7 @@ def _fitted(text: str, width: int | None) -> list[str]:
 
 
 def _alike(devices: Sequence[DeviceSeen]) -> list[list[DeviceSeen]]:
-    """Neighbouring slots and simulated devices of which there is nothing to say are one."""
+    """Group neighbouring CPU slots and simulated devices that are free, to show each group on one line."""
     groups: list[list[DeviceSeen]] = []
     for seen in devices:
         if groups and _plain(seen) and _plain(groups[-1][-1]) and _follows(groups[-1][-1].device, seen.device):
@@ -211,13 +212,13 @@ def _since(since: float | None, now: float) -> str:
 
 
 def show_share(share: Share) -> str:
-    """`1`, `0.5`, `0.25, 20 GiB`."""
+    """Show a share as `1`, `0.5` or `0.25, 20 GiB`."""
     part = f"{share.millionths / MILLIONTHS:.3g}"
     return f"{part}, {show_memory(share.memory)}" if share.memory else part
 
 
 def show_request(request: Request) -> str:
-    """`2 devices`, `1 device, 40 GiB`, `0.5 of one`, `20 GiB of one`."""
+    """Show a request as `2 devices`, `1 device, 40 GiB`, `0.5 of one` or `20 GiB of one`."""
     memory = show_memory(request.share.memory) if request.share.memory else ""
     if request.share.whole:
         return ", ".join(part for part in (count(request.gpus, "device"), memory) if part)

@@ -1,4 +1,4 @@
-"""`gpu-launcher run`: any command, with devices of the pool."""
+"""`gpu-launcher run`: runs any command with devices of the pool."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import click
 from gpu_launcher.cli import options
 
 
-# What stands behind the command's name is the command's.
+# Arguments after the command's name belong to the command.
 @click.command(context_settings={"allow_interspersed_args": False})
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="COMMAND [ARGUMENT]...")
 @options.gpus
@@ -57,7 +57,7 @@ def run(
 
     fill_standard_descriptors()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to give back
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to clean up
     from gpu_launcher.cli.command import RunOptions, run_on_pool
     from gpu_launcher.durations import read_duration
     from gpu_launcher.requests import read_request

@@ -1,6 +1,6 @@
-"""A terminal given over to a view, and given back whatever ends it: a key, Ctrl-C, an error, SIGTERM, Ctrl-Z.
+"""A view that takes over the terminal and restores it however it ends: a key, Ctrl-C, an error, SIGTERM or Ctrl-Z.
 
-Not promised: to give it back after SIGKILL; then `reset` does.
+Not promised: the terminal is not restored after SIGKILL; `reset` restores it then.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from gpu_launcher.jobs.progress.terminal import Size, Terminal, stop_until_conti
 from gpu_launcher.processes.keyboard import Keyboard
 
 _ENTER = "\x1b[?1049h\x1b[?25l"
-"""The alternate screen, which leaves what was there in peace, without a cursor: xterm's control sequences."""
+"""xterm's control sequences that show the alternate screen, which keeps the normal one intact, and hide the cursor."""
 _LEAVE = "\x1b[?25h\x1b[?1049l"
 _HUNG_UP = (errno.EIO, errno.EPIPE, errno.EBADF, errno.ENXIO)
 
 
 class HungUpError(Exception):
-    """There is no terminal any more."""
+    """The terminal was closed."""
 
 
 class Screen:
-    """Paints lines on stdout, and reads keys from stdin. Enter it as a context, in the main thread."""
+    """Paints lines on stdout and reads keys from stdin. Must be entered as a context in the main thread."""
 
     def __init__(self) -> None:
         self._output = sys.stdout.fileno()
@@ -39,7 +39,7 @@ class Screen:
         self._keyboard = None if self._input is None else Keyboard(self._input, keys=True)
         self._shown = False
         self.changed = False
-        """Whether the last `wait` ended because the size of the terminal did, or because it was given back."""
+        """Whether the last `wait` was interrupted by a signal, such as a change of the terminal's size."""
         self._handlers: dict[signal.Signals, Any] = {}
         self._wake, self._woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._terminal = Terminal(sys.stdout)
@@ -63,7 +63,7 @@ class Screen:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for signum in self._handlers:  # nothing may come between now
+        for signum in self._handlers:  # no signal may interrupt the restoring
             signal.signal(signum, signal.SIG_IGN)
         with contextlib.suppress(HungUpError):
             self._hide()
@@ -75,14 +75,14 @@ class Screen:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Columns and lines."""
+        """Width and height of the terminal, in characters."""
         return self._terminal.size()
 
     def paint(self, lines: Sequence[Line], footer: Line) -> None:
-        """Show the lines from the top on, and `footer` below everything. What does not fit is not shown.
+        """Show the lines from the top, and `footer` on the last line. Lines that do not fit are not shown.
 
-        Everything is written at once, so that no terminal shows a half of it. No line reaches the last column: there,
-        terminals differ in where the cursor is afterwards.
+        Everything is written at once, so that no terminal shows a partial view. Lines do not reach the last column,
+        because terminals differ in where the cursor is after a character there.
         """
         width, height = self.size
         body = list(lines[: height - 1])
@@ -94,7 +94,7 @@ class Screen:
         )
 
     def wait(self, seconds: float, *descriptors: int) -> str:
-        """Return the keys that are pressed within that time; earlier if the size changes or a descriptor is ready."""
+        """Wait for keys and return them; returns earlier if the size changes or a descriptor is ready."""
         keys = () if self._input is None else (self._input,)
         ready, _, _ = select.select([*keys, self._wake, *descriptors], [], [], max(0.0, seconds))
         self.changed = self._wake in ready
@@ -130,7 +130,7 @@ class Screen:
         sys.exit(128 + signum)
 
     def _suspend(self, signum: int, frame: FrameType | None) -> None:
-        """Ctrl-Z: the shell gets the terminal as it was."""
+        """Restore the terminal for the shell, stop, and show the view again when continued (Ctrl-Z)."""
         self._hide()
         stop_until_continued()
         self._show()
@@ -146,7 +146,7 @@ class Screen:
             while data:
                 data = data[os.write(self._output, data) :]
         except BlockingIOError:
-            return  # another program made the terminal non-blocking, and it is busy: the next painting will do
+            return  # another program made the terminal non-blocking, and it is busy: the next `paint` shows the rest
         except OSError as error:
             if error.errno in _HUNG_UP:
                 raise HungUpError from error

@@ -1,4 +1,4 @@
-"""`gpu-launcher status`: what the pool is doing now."""
+"""`gpu-launcher status`: shows the current state of the pool."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""stdout and stderr where they cannot be written to: a full disk, a pipe that nobody reads, a terminal that is gone."""
+"""Writes to stdout and stderr that may fail: full disks, pipes without a reader, closed terminals."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from gpu_launcher.text import one_line
 
 
 def tell(text: str) -> None:
-    """Print a line for people on stderr. Where that cannot be written to, the exit code has to do."""
-    if sys.stderr is not None:  # it was closed; print would take stdout
+    """Print a message for the user on stderr. If stderr cannot be written to, the message is dropped."""
+    if sys.stderr is not None:  # None if it was closed; print would use stdout
         with contextlib.suppress(OSError):
             lines = [one_line(line) for line in text.split("\n")]
             print(
@@ -21,13 +21,13 @@ def tell(text: str) -> None:
 
 
 def printable(text: str, stream: TextIO | None) -> str:
-    """Text with escapes for the characters that `stream` cannot have."""
+    """Escape the characters that `stream` cannot encode."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def print_if_possible(text: str) -> None:
-    """Print a line on stdout that says nothing which is not to be found elsewhere."""
+    """Print a line on stdout that may be lost, because it can also be found elsewhere."""
     try:
         print(printable(text, sys.stdout), flush=True)
     except OSError as error:
@@ -37,10 +37,10 @@ def print_if_possible(text: str) -> None:
 
 
 def lost(*, probed: bool = False) -> list[TextIO]:
-    """Which of stdout and stderr something was written to that cannot arrive. Then nothing more of it is tried.
+    """Flush stdout and stderr; return those that failed, and direct them to /dev/null.
 
-    Says so on stderr, but of a pipe that nobody reads any more, such as one to `head`. What failed before may be in no
-    buffer any more: `probed`, the end of a line is written to find out.
+    A failure of stdout is reported on stderr, except for a pipe whose reader is gone, such as one to `head`. The data
+    of an earlier failure may no longer be buffered; with `probed`, a newline is written to detect the failure.
     """
     text = "\n" if probed else ""
     errors = {stream: error for stream in (sys.stdout, sys.stderr) if (error := _write(stream, text)) is not None}
@@ -67,7 +67,7 @@ def _write(stream: TextIO | None, text: str) -> OSError | None:
 
 
 def _silence(stream: TextIO) -> None:
-    """Or Python tries once more at its end, and exits with 120 whatever the exit code was."""
+    """Direct a stream to /dev/null. Otherwise Python would flush it at exit, fail, and exit with code 120."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)

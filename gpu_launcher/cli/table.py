@@ -1,4 +1,4 @@
-"""Tables as lines of text: wide and complete for pipes, fitted to the width of a terminal. Pure."""
+"""Lays out tables as lines of text: complete for pipes, fitted to the width of a terminal. Pure."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from gpu_launcher.text import CONTROL
 
 GAP = "  "
 ROOM = 16
-"""Columns of text that the last column of a table should have at least."""
+"""Smallest width of a table's last column, in characters."""
 NOTHING = "-"
-"""What an empty cell is where nobody sees the columns, as in a pipe."""
+"""Text of an empty cell in a pipe, so that programs can split lines into columns."""
 
 Piece = tuple[str, str]
-"""Text, and a style as rich writes it."""
+"""A text and its style, in rich's notation."""
 Line = list[Piece]
 
 
@@ -24,28 +24,28 @@ Line = list[Piece]
 class Column:
     title: str
     right: bool = False
-    """Whether its cells are aligned to the right."""
+    """Whether cells are right-aligned."""
     optional: int = 0
-    """Columns with higher numbers go first where there is little room; those with 0 stay."""
+    """Order in which columns are dropped on narrow terminals: the highest first; 0 is never dropped."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     cells: Sequence[str]
-    """As many as there are columns, or fewer."""
+    """The cells of the first columns; at most one per column."""
     rest: Piece | None = None
-    """What stands in place of the columns that have no cell, as wide as it is."""
+    """Text in place of the columns that have no cell; it may be wider than they are."""
     known: int = 0
-    """So many of the first cells say the same as in the row above; a terminal does not show them again."""
+    """Number of leading cells that repeat the row above; a terminal does not show them again."""
 
 
 def lay_out(
     columns: Sequence[Column], rows: Sequence[Row], width: int | None, *, one_line_each: bool = False
 ) -> list[Line]:
-    """The table, with its head. For `width` None every row says everything, on one line.
+    """Lay out a table with its head. If `width` is None, every row is complete and on one line.
 
-    Otherwise no line is wider than `width`: columns without content go, then optional ones, then the end of the last
-    column; what stands in place of columns is wrapped, or cut for `one_line_each`.
+    Otherwise no line is wider than `width`. To achieve this, empty columns are dropped, then optional ones, and the
+    last column is cut. Text in place of columns is wrapped; with `one_line_each` it is cut.
     """
     head = Row([column.title for column in columns])
     if width is None:
@@ -70,7 +70,7 @@ def lay_out(
 
 
 class _Sheet:
-    """The columns that are shown, and how wide they are."""
+    """The columns that are shown, and their widths."""
 
     def __init__(self, columns: Sequence[Column], shown: list[int], rows: Sequence[Row]) -> None:
         self._columns = columns
@@ -78,7 +78,7 @@ class _Sheet:
         self._widths = {place: max(cell_len(cell) for row in rows for cell in row.cells[place:][:1]) for place in shown}
 
     def narrow(self, width: int) -> None:
-        """Do without optional columns where the others need the room."""
+        """Drop optional columns until the others fit."""
         for place in sorted(self._shown, key=lambda place: self._columns[place].optional, reverse=True):
             *fixed, last = self._shown
             needed = sum(self._widths[one] + len(GAP) for one in fixed) + min(self._widths[last], ROOM)
@@ -87,7 +87,7 @@ class _Sheet:
             self._shown.remove(place)
 
     def line(self, cells: Sequence[str], style: str, width: int | None = None) -> Line:
-        """The cells, of which the last one is cut if it is too wide."""
+        """The cells as a line; the last cell is cut if it is too wide."""
         places = [place for place in self._shown if place < len(cells)]
         line = [(self._padded(place, cells[place]) + GAP, style) for place in places[:-1]]
         last = cells[places[-1]]
@@ -121,12 +121,12 @@ class _Sheet:
 
 
 def cut(text: str, width: int) -> str:
-    """The text, or as much of it as fits, with an ellipsis."""
+    """The text, shortened with an ellipsis if it is wider than `width`."""
     return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """The text in lines of at most `width` columns, broken between words where that is possible; at least one."""
+    """Wrap text to lines of at most `width` columns, between words if possible. Returns at least one line."""
     lines = [""]
     for word in text.split():
         for piece in chop_cells(word, width) if cell_len(word) > width else [word]:

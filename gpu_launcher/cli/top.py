@@ -1,4 +1,4 @@
-"""`gpu-launcher top`: `status`, again and again."""
+"""`gpu-launcher top`: a live view of what `status` shows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gpu_launcher.devices import ConditionMonitor
 
 INTERVAL = 1.0
-"""Seconds between two looks."""
+"""Seconds between two updates."""
 
 
 @click.command()
@@ -51,7 +51,7 @@ def top(devices: str, busy_memory: str, pool_dir: str | None) -> None:
     pool = PoolWindow(pool_dir)
     with nvml_kept_open():
         found = find(devices, os.environ)
-    pool.look()  # what is wrong with it is better said before the screen is taken
+    pool.look()  # report problems with the pool before the view takes the screen
     monitor = ConditionMonitor(found.measured)
     try:
         with Screen() as screen:
@@ -67,7 +67,7 @@ def _watch(screen: Screen, found: Found, pool: PoolWindow, monitor: ConditionMon
     due = asked = time.monotonic()
     monitor.ask(asked)
     if monitor.latest is None:
-        due += INTERVAL  # an answer is about to come, and before it busy devices would be shown as free
+        due += INTERVAL  # wait for the first reading: without it, busy devices would be shown as free
     while True:
         now = time.monotonic()
         if now - asked >= INTERVAL:

@@ -1,1 +1,1 @@
-"""What `gpu-launcher doctor` looks at: each module examines one part of the machine, and changes nothing."""
+"""The checks of `gpu-launcher doctor`. Each module examines one part of the machine and changes nothing."""

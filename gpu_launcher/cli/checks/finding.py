@@ -1,4 +1,4 @@
-"""What an examination comes to."""
+"""The result of a check: a finding with its level, text and remedy."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from enum import Enum
 class Level(str, Enum):
     OK = "ok"
     WARNING = "warning"
-    """Works, and probably not as somebody wants."""
+    """Works, but probably not as the user wants."""
     PROBLEM = "problem"
-    """Does not work, or gives wrong results."""
+    """Does not work or gives wrong results."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     check: str
-    """What was looked at, in a word; programs can rely on it."""
+    """The name of the check. It is stable, so programs can rely on it."""
     level: Level
     text: str
     remedy: str | None = None
@@ -36,6 +36,6 @@ def problem(check: str, text: str, remedy: str | None = None) -> Finding:
 
 
 def halves(message: str) -> tuple[str, str | None]:
-    """A message of ours as what is wrong and what to do: they are written `problem: remedy`."""
+    """Split one of our messages, which have the form `problem: remedy`, into problem and remedy."""
     wrong, _, remedy = message.partition(": ")
     return wrong, remedy or None

@@ -1,4 +1,4 @@
-"""Driver, GPUs, and what a mask leaves of them."""
+"""Checks the driver, the GPUs and the mask that hides some of them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 _NVIDIA = "0x10de"
 _DISPLAY = "0x03"
-"""PCI class of display controllers, which GPUs without a display are, too."""
+"""Prefix of the PCI class of display controllers, which includes GPUs without a display."""
 _FIRST_NAMESPACE = "pid:[4026531836]"
-"""The machine's own namespace of process ids: PROC_PID_INIT_INO in the kernel's include/linux/proc_ns.h."""
+"""The machine's initial PID namespace: PROC_PID_INIT_INO in the kernel's include/linux/proc_ns.h."""
 
 
 def examine_gpus(environ: Mapping[str, str], root: Path = Path("/")) -> Iterator[Finding]:
-    """`root` is where /proc and /sys are looked for."""
+    """Check driver, GPUs and mask. `root` contains /proc and /sys."""
     probe = NvmlProbe()
     try:
         with nvml_kept_open():
@@ -142,7 +142,7 @@ def _attribution(root: Path) -> Finding:
 
 
 def in_container(root: Path = Path("/")) -> bool:
-    """Whether this looks like a container: Docker and Podman leave these files, others a namespace of their own."""
+    """Whether this looks like a container: Docker and Podman create these files, others only a PID namespace."""
     marks = (root / ".dockerenv", root / "run/.containerenv")
     return any(mark.exists() for mark in marks) or _link(root / "proc/self/ns/pid") != _FIRST_NAMESPACE
 

@@ -1,4 +1,4 @@
-"""The pool directory: which, whose, on what, and what lies in it."""
+"""Checks the pool directory: its location, file system, owner, permissions and contents."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from gpu_launcher.wording import count
 
 CHECK = "pool"
 MUTEX_PATIENCE = 1.0
-"""Seconds; it is held for milliseconds."""
+"""Seconds to wait for the mutex, which is normally held for milliseconds."""
 _STICKY_AND_OPEN = stat.S_ISVTX | stat.S_IRWXU | stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -58,7 +58,7 @@ def examine_pool(pool_dir: str | None) -> Iterator[Finding]:
     yield from _access(directory, status)
     mutex = _mutex(directory)
     yield mutex
-    if mutex.level is Level.OK:  # trying it out takes the mutex, and would wait for it
+    if mutex.level is Level.OK:  # the trial takes the mutex, and would otherwise block
         yield _tried(directory)
     yield from _content(directory)
 
@@ -76,7 +76,7 @@ def _tried(directory: Path) -> Finding:
 
 @contextlib.contextmanager
 def _opened(directory: Path) -> Iterator[tuple[int, int]]:
-    """The pool directory and its queue, open."""
+    """Open the pool directory and its queue."""
     pool = open_directory(directory)
     try:
         queue = open_queue(pool, directory, make=False)
@@ -97,7 +97,7 @@ def _place(directory: Path, why: str) -> Iterator[Finding]:
     kind = file_system_of(directory)
     where = f"{directory} ({why}), on {kind or 'a file system of unknown type'}"
     if kind in NETWORK_FILE_SYSTEMS:
-        return  # `check_file_system` has raised
+        return  # `check_file_system` raises for these
     if kind == "overlay" and in_container():
         yield warning(
             CHECK,
@@ -146,7 +146,7 @@ def _access(directory: Path, queue: os.stat_result) -> Iterator[Finding]:
 
 
 def _owners(directory: Path, owner: int, of_queue: int, *, open_to_others: bool) -> Iterator[Finding]:
-    """Who could stop the pool, and who may go before others in it."""
+    """Which users could stop the pool, and which may use a priority above 0."""
     if open_to_others and of_queue not in (0, owner):
         yield warning(
             CHECK,

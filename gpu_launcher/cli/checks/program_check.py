@@ -1,4 +1,4 @@
-"""The Python environment and this process: versions, plugin, start method, limits."""
+"""Checks the Python environment and this process: versions, plugin, start method and limits."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from gpu_launcher.cli.checks.finding import Finding, ok, problem, warning
 from gpu_launcher.requirements import DISTRIBUTION, parsed, satisfies
 
 SHOWN = ("hydra-core", "optuna", "nvidia-ml-py")
-"""Dependencies whose versions matter most; others are looked at and named only where they do not fit."""
+"""Dependencies whose versions are always shown; others are named only if their version does not fit."""
 PLUGIN = "hydra_plugins.gpu_pool_launcher"
 FEW_FILES = 512
-"""A launching program has about five files open for each job, and its own besides."""
+"""Limits on open files below this give a warning: a sweep has about five files open per job, besides its own."""
 
 
 def examine_program() -> Iterator[Finding]:
@@ -32,7 +32,7 @@ def _start_method() -> Finding:
     check = "start method"
     if not sys.platform.startswith("linux"):
         return problem(check, f"jobs can be started on Linux only, and this is {sys.platform}", "use Linux, or WSL 2")
-    # Only where there is a /proc can what follows be asked.
+    # The check below reads /proc.
     if not Path("/proc/self/task").is_dir():
         return problem(check, "/proc is not mounted, without which jobs cannot be started safely", "mount it")
     from gpu_launcher.processes.linux import other_threads
@@ -110,11 +110,14 @@ def _installed(distribution: str) -> bool:
 
 
 def _plugin() -> Finding:
-    """Hydra 1.3 looks for packages in the namespace `hydra_plugins`, Hydra 1.4 also for entry points."""
+    """Check that Hydra can find the plugin.
+
+    Hydra 1.3 searches the namespace package `hydra_plugins`; Hydra 1.4 also reads entry points.
+    """
     check = "plugin"
     try:
         found = importlib.util.find_spec(PLUGIN)
-    except (ImportError, ValueError):  # a module hydra_plugins that is no package
+    except (ImportError, ValueError):  # `hydra_plugins` is a module, not a package
         found = None
     if found is None:
         namespace = importlib.util.find_spec("hydra_plugins")

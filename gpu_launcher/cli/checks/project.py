@@ -1,4 +1,4 @@
-"""The configs of the project in the current directory: lines that other plugins need, and gpu-launcher's do not."""
+"""Checks the project's configs for lines that other plugins need but gpu-launcher does not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpu_launcher.cli.checks.finding import Finding, warning
 CHECK = "project"
 MAX_FOLDERS = 2000
 MAX_BYTES = 1_000_000
-"""Of a config file. What is larger is data."""
+"""Largest size of a config file; larger files are taken for data and skipped."""
 _NOT_CONFIGS = {"multirun", "outputs", "logs", "tests", "node_modules", "site-packages", "wandb", "mlruns"}
 _OFFICIAL = re.compile(r"\s*_target_\s*:\s*[\"']?(hydra_plugins\.hydra_optuna_sweeper\.[\w.]+)")
 _N_JOBS = re.compile(r"(\s*)n_jobs\s*:\s*(\d+)\b")
@@ -24,7 +24,7 @@ def examine_project(root: Path) -> Iterator[Finding]:
         try:
             lines = file.read_text().splitlines() if file.stat().st_size <= MAX_BYTES else []
         except (OSError, UnicodeDecodeError):
-            continue  # no config of Hydra's
+            continue  # not a Hydra config
         shown = file.relative_to(root)
         for number, line in enumerate(lines):
             if found := _OFFICIAL.match(line):

@@ -1,4 +1,4 @@
-"""A study file: whether many processes can use it at once."""
+"""Checks whether many processes can use a study file at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WAL = b"\2\2"
 
 
 def examine_study(study: str) -> Iterator[Finding]:
-    """`study` is a path, or what Optuna calls a storage: `sqlite:///study.db`."""
+    """Check a study. `study` is a path or an Optuna storage URL such as `sqlite:///study.db`."""
     path = Path(study.removeprefix("sqlite:///")).expanduser().absolute()
     try:
         with open(path, "rb") as file:
@@ -46,8 +46,8 @@ def examine_study(study: str) -> Iterator[Finding]:
 
 
 def _contents(path: Path, head: bytes) -> Finding:
-    # With WAL, even a reader makes files beside it, unless it says that nothing changes. That is only
-    # true as long as there is no log.
+    # In WAL mode, even a reader creates files beside the database, unless it opens it as immutable. That is correct
+    # only as long as there is no log.
     in_use = head[18:20] == _WAL and Path(f"{path}-wal").exists()
     uri = f"file:{quote(str(path))}?mode=ro{'' if in_use else '&immutable=1'}"
     try:
@@ -63,7 +63,7 @@ def _contents(path: Path, head: bytes) -> Finding:
 
 
 def _journal(path: Path, head: bytes) -> Finding:
-    """The header knows: of the journal modes, only WAL is kept in the file."""
+    """Read the journal mode from the header: WAL is the only mode that the file records."""
     if head[18:20] == _WAL:
         return ok(CHECK, "its journal mode is WAL: one program writes while others read")
     return problem(
