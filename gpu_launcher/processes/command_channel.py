@@ -1,4 +1,4 @@
-"""What the processes around a command say to each other. See `command_front`."""
+"""Messages between the processes around a command. See `command_front`."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from enum import Enum
 
 
 class Word(bytes, Enum):
-    """The kinds of messages. Each carries a number."""
+    """Kinds of messages. Each message carries a number."""
 
     PASS_ON = b"p"
-    """To the supervisor: send this signal to the command. From the witness: this signal came."""
+    """To the supervisor: send this signal to the command. From the witness: this signal arrived."""
     STARTED = b"s"
-    """The command runs, with this process id."""
+    """The command runs with this process id."""
     FAILED = b"f"
-    """The command could not be executed: error number."""
+    """The command could not be executed because of this error number."""
     STOPPED = b"z"
     """The command was stopped by this signal."""
     CONTINUED = b"c"
     """The command runs again."""
     TIME_OVER = b"t"
-    """The command has run for too long and gets SIGTERM."""
+    """The command has reached its timeout and gets SIGTERM."""
     KILLED = b"k"
     """The command did not end within this many seconds of SIGTERM and gets SIGKILL."""
     GONE = b"g"
-    """The command and all that it started are gone: status of the command."""
+    """The command ended with this status, and everything that it started is gone."""
 
 
 _MESSAGE = struct.Struct("=ci")
 
 
 def channel() -> tuple[socket.socket, socket.socket]:
-    """Two connected ends."""
+    """Return two connected ends."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 def send(to: socket.socket, word: Word, number: int = 0) -> None:
-    """Send a message. If the other end is closed, nothing happens: `receive` tells."""
+    """Send a message. Does nothing if the other end is closed, which `receive` reports."""
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         to.send(_MESSAGE.pack(word.value, number))
 
@@ -57,7 +57,10 @@ def receive(channel: socket.socket) -> tuple[Word, int] | None:
 
 
 def use_devnull(*descriptors: int) -> None:
-    """Stop using what the command uses: the other end of a pipe should notice when the command closes its own."""
+    """Replace descriptors that this process shares with the command by /dev/null.
+
+    Otherwise the other end of a pipe would not notice that the command closed its end.
+    """
     devnull = os.open(os.devnull, os.O_RDWR)
     for descriptor in descriptors:
         os.dup2(devnull, descriptor)

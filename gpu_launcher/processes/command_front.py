@@ -1,19 +1,20 @@
-"""Runs a command in the place of this program, with its terminal and signals, and ends all that it started.
+"""Runs a command in place of this program, with its terminal and signals, and ends everything that it started.
 
     this program          in the shell's job: stands for the command, passes signals on, ends as the command did
-    ├── witness           in the shell's job, too: says which signals were sent to the whole job
-    └── supervisor        a session of its own, so that a signal for the shell's job does not reach it
+    ├── witness           in the shell's job: says which signals were sent to the whole job
+    └── supervisor        in its own session, so that a signal for the shell's job does not reach it
         └── the command   in the shell's job, as if the shell had started it
 
-Supervisor and command have the lease. Who watches whom:
+Supervisor and command hold the lease. Who watches whom:
 
-- the command gets SIGKILL from the kernel when its supervisor ends;
-- the supervisor, a subreaper, ends what the command leaves, and kills all when this program ends;
-- this program, a subreaper as well, kills what a dead supervisor leaves;
-- the witness gets SIGKILL when this program ends. Without it, signals for the whole job reach the command twice.
+- the kernel sends SIGKILL to the command when its supervisor ends;
+- the supervisor, a subreaper, ends what the command leaves behind, and kills everything when this program ends;
+- this program, also a subreaper, kills what a dead supervisor leaves behind;
+- the witness gets SIGKILL when this program ends. Without a witness, signals for the whole job reach the command twice.
 
-Not promised: if this program *and* the supervisor are killed at the same instant, what the command started lives on.
-It keeps the devices if it inherited the lease's descriptor, as forked processes do and those of Python's Popen do not.
+Not promised: if this program *and* the supervisor are killed at the same instant, processes that the command started
+survive. They keep the devices if they inherited the lease's descriptor: forked processes do, children of Python's Popen
+do not.
 """
 
 from __future__ import annotations
@@ -43,27 +44,27 @@ NOT_EXECUTABLE = 126
 
 @dataclass(frozen=True, slots=True)
 class CommandResult:
-    """What became of a command."""
+    """The outcome of a command."""
 
     status: int | None
-    """As `os.waitpid` gives it; None if its supervisor was killed, and so the command was, too."""
+    """Status of the command as `os.waitpid` returns it; None if its supervisor was killed, which kills the command."""
     timed_out: bool = False
 
 
 def fill_standard_descriptors() -> None:
-    """Let nothing else take the place of stdin, stdout and stderr where they are closed, which they are in the command.
+    """Occupy stdin, stdout and stderr if they are closed, so that nothing else gets their numbers.
 
-    To be called before this program opens anything.
+    In the command they are closed again. Call this before this program opens anything.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest, and is closed by exec
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, and is closed by exec
 
 
 def check_command(name: str, path: str) -> None:
-    """Raise CommandError if there is no program `name`, for which `path` (as $PATH) is searched."""
+    """Raise CommandError if there is no executable program `name`. `path` is searched for it, like $PATH."""
     if not name:
         raise CommandError("''", "the command has no name", NOT_FOUND)
     if shutil.which(name, path=path) is not None:
@@ -92,11 +93,11 @@ def run_command(
     tell: Callable[[str], None],
     in_children: Callable[[], None] = lambda: None,
 ) -> CommandResult:
-    """Run `command` until it and everything that it started is gone.
+    """Run `command` and wait until it and everything that it started are gone.
 
-    `lease` is a descriptor that its process tree gets. After `timeout` seconds everything gets SIGTERM, and `grace`
-    seconds later SIGKILL, of which the user is told by `tell`. `in_children` closes what forked processes must not
-    keep. This process must be single-threaded; its stdin and stdout are given up. Raises CommandError.
+    `lease` is a descriptor that the process tree gets. After `timeout` seconds everything gets SIGTERM, and `grace`
+    seconds later SIGKILL; `tell` informs the user of this. `in_children` closes what forked processes must not keep.
+    This process must be single-threaded; it gives up its stdin and stdout. Raises CommandError.
     """
     before = frozenset(children())
     become_child_subreaper()
@@ -111,7 +112,7 @@ def run_command(
         in_children()
 
     witness = Witness(signals, close_in_witness)
-    for arrived in signals.read():  # since somebody looked last
+    for arrived in signals.read():  # those that arrived before the command could start
         if arrived.signum not in HARMLESS | STOPS:
             witness.close()
             raise InterruptedBySignal(arrived.signum)
@@ -130,11 +131,11 @@ def run_command(
         witness.close()
         ours.close()
         os.waitpid(supervisor, 0)
-        end_descendants(0.0, spare=before)  # there are some if the supervisor was killed
+        end_descendants(0.0, spare=before)  # some are left if the supervisor was killed
 
 
 class InterruptedBySignal(Exception):
-    """A signal arrived that ends this program before the command runs."""
+    """Raised when a signal ends this program before the command runs."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -142,7 +143,7 @@ class InterruptedBySignal(Exception):
 
 
 class _Front:
-    """What this program does while the command runs."""
+    """The part of this program that stands for the command while that runs."""
 
     def __init__(
         self,
@@ -158,9 +159,9 @@ class _Front:
         self._witness = witness
         self._tell = tell
         self._command: int | None = None
-        """Its process id, once it runs."""
+        """Process id of the command; None until it runs."""
         self._suspended: int | None = None
-        """The signal that stopped the command, if this program is to be stopped, too."""
+        """Signal that stopped the command, until this program has stopped itself too."""
         self._timed_out = False
 
     def wait(self, name: str) -> CommandResult:
@@ -178,7 +179,7 @@ class _Front:
                 if message[0] == Word.GONE:
                     return CommandResult(message[1], self._timed_out)
                 self._take_note(*message)
-                # What the command did since counts: it may go on already.
+                # Read later messages first: the command may already have continued.
                 ready = {descriptor for descriptor, _ in poll.poll(0)}
             if self._signals.fileno() in ready:
                 for arrived in self._signals.read():
@@ -203,7 +204,7 @@ class _Front:
             self._tell(f"the command did not end within {number} s of SIGTERM: it is killed")
 
     def _is_to_be_passed_on(self, arrived: ReceivedSignal) -> bool:
-        """Whether the command did not get it, too."""
+        """Whether the command has not received this signal itself."""
         if arrived.signum == signal.SIGCHLD or arrived.sender == self._supervisor:
             return False
         if not self._shares_our_group():

@@ -1,4 +1,4 @@
-"""The supervisor of a command that `gpu-launcher run` stands for. See `command_front`."""
+"""The supervisor of the command that `gpu-launcher run` executes. See `command_front`."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class CommandSupervisor:
         signals: CommandSignals,
         lease: int | None,
     ) -> None:
-        """Run the command until it and all that it started are gone, and say so."""
+        """Run the command, wait until it and everything that it started are gone, and report that."""
         events = SignalDescriptor({signal.SIGCHLD})
         become_child_subreaper()
         here = os.getpid()
         problem, problem_write = os.pipe()
-        # What was sent to the whole job since this process has been in it, and before the command is.
+        # Signals sent to the whole job after this process was forked into it, and before the command was.
         missed = signal.sigpending() - HARMLESS - STOPS
         try:
             main = fork_child(lambda: _become(command, environment, signals, lease, here, problem_write))
@@ -86,7 +86,7 @@ class CommandSupervisor:
                     self._pass_on(tree, message[1])
 
     def _is_gone(self, tree: ProcessTree) -> bool:
-        # What timed out has all of its grace, whatever part of it ends first.
+        # After a timeout every process gets the whole grace period, even if the main process ends first.
         gone = tree.is_gone() if self._kill_at is None else not tree.reap()
         if tree.stopped != self._told_stopped:
             self._told_stopped = tree.stopped
@@ -124,11 +124,11 @@ class CommandSupervisor:
     def _pass_on(self, tree: ProcessTree, signum: int) -> None:
         if tree.status is None:
             os.kill(tree.main, signum)
-        elif signum in _ENDS_IT_ALL:  # the user does not want to wait for what is left
+        elif signum in _ENDS_IT_ALL:  # the user does not want to wait for the remaining processes
             tree.kill()
 
     def _let_front_go_on(self) -> None:
-        """It was stopped because the command was."""
+        """Send SIGCONT to the front, which was stopped because the command was."""
         if os.getppid() == self._front:
             os.kill(self._front, signal.SIGCONT)
 
@@ -141,7 +141,7 @@ def _become(
     supervisor: int,
     problem: int,
 ) -> None:
-    """Execute the command, or write the error number to `problem`."""
+    """Execute the command. If that fails, write the error number to `problem`."""
     die_with_parent(supervisor)
     if lease is not None:
         os.set_inheritable(lease, True)

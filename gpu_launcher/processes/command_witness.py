@@ -1,4 +1,4 @@
-"""Tells a signal for the whole process group from one for this program alone. See `command_front`."""
+"""Distinguishes signals for the whole process group from those for this program alone. See `command_front`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from gpu_launcher.processes.linux import die_with_parent
 from gpu_launcher.processes.signals import SAME_SIGNAL_SECONDS, CommandSignals, SignalDescriptor
 
 WITNESS_SECONDS = 0.05
-"""Seconds to wait for the witness to say that it got a signal, too."""
+"""Seconds to wait for the witness to report that it got the same signal."""
 
 
 class Witness:
-    """A process in the same process group that only reports the signals that it gets."""
+    """A process in this program's process group that only reports which signals it gets."""
 
     def __init__(self, signals: CommandSignals, in_child: Callable[[], None]) -> None:
-        """Fork it. `in_child` closes what it must not keep open."""
+        """Fork the process. It calls `in_child` to close what it must not keep open."""
         self._ours, theirs = channel()
         self._seen: dict[int, float] = {}
         here = os.getpid()
@@ -43,7 +43,7 @@ class Witness:
         self._ours.setblocking(False)
 
     def saw(self, signum: int) -> bool:
-        """Whether the whole process group got such a signal just now."""
+        """Whether the whole process group has just received `signum`."""
         end = time.monotonic() + WITNESS_SECONDS
         while True:
             self._listen()
@@ -65,7 +65,7 @@ class Witness:
                 self._seen[message[1]] = time.monotonic()
 
     def close(self) -> None:
-        """End the process."""
+        """Kill the witness process."""
         if self._process is not None:
             os.kill(self._process, signal.SIGKILL)
             os.waitpid(self._process, 0)
@@ -73,5 +73,5 @@ class Witness:
         self._ours.close()
 
     def close_in_child(self) -> None:
-        """Drop what a fork of this process must not keep open."""
+        """Close what a fork of this process must not keep open."""
         self._ours.close()

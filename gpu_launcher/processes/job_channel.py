@@ -1,7 +1,7 @@
 """Lets a job's code exchange messages with the source of the job, over the job's channel.
 
-A process has at most one such channel, from before the program's code runs until the process ends; a process
-forked from the job has a copy, which must not be used. Those follow the job's rank decisions.
+A process has at most one such channel, from before the program's code runs until the process ends. A process
+forked from the job has a copy of it, which it must not use; it follows the job's rank decisions instead.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from gpu_launcher.processes.rank_decisions import RankDecisions
 
 @dataclass
 class JobChannel:
-    """Safe to use from several threads."""
+    """The channel of a job's main process. It is safe to use from several threads."""
 
     channel: socket.socket
     decisions: RankDecisions
-    """What the job's asker gave it along, and what it decides, for its other processes."""
+    """Data from the job's source and the job's decisions, for its other processes."""
     process: int
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def say(self, what: Any) -> bool:
-        """Send something. Returns False if the launching program has ended; the supervisor then ends this process."""
+        """Send something to the source. Returns False if the node has ended; the supervisor then ends this process."""
         with self.lock:
             try:
                 send(self.channel, JobMessage(what))
@@ -40,7 +40,7 @@ class JobChannel:
         return True
 
     def hear(self, patience: float) -> list[Any]:
-        """Return all replies that have arrived; wait at most `patience` seconds for the first."""
+        """Return all replies that have arrived. Waits at most `patience` seconds for the first."""
         answers = []
         deadline = time.monotonic() + patience
         with self.lock:
@@ -61,19 +61,22 @@ _current: JobChannel | None = None
 
 
 def begin(channel: socket.socket, about: Any, decisions: Path) -> None:
-    """In a job's process, before the program's code. Raises OSError if the file for the ranks cannot be written."""
+    """Make `channel` the channel of this process. Call this in a job's main process before the program's code.
+
+    Raises OSError if the file for the ranks cannot be written.
+    """
     global _current
     _current = JobChannel(channel, RankDecisions.publish(decisions, about), os.getpid())
 
 
 def current() -> JobChannel | None:
-    """Return the channel of this process; None if it is not a job's main process, or its source takes no messages."""
+    """Return this process's channel; None if it is not a job's main process or its source does not take messages."""
     return _current if _current is not None and _current.process == os.getpid() else None
 
 
 def runs_anew() -> bool:
-    """In a process of a job that is not its main one: whether it runs the program from its beginning.
+    """Whether this process runs the program from its beginning. Call this outside the job's main process.
 
-    It does not if it was forked from the main process, or is multiprocessing's.
+    False if the process was forked from the main process or started by multiprocessing.
     """
     return _current is None and multiprocessing.parent_process() is None

@@ -1,6 +1,6 @@
-"""`spawn`: fresh interpreters, for programs from which it is not safe to fork.
+"""Starts jobs as fresh interpreters (`spawn`), for programs from which it is not safe to fork.
 
-The fork server is then a small interpreter of its own that only forks and execs, so that supervision is the same; each
+The fork server is then a small interpreter of its own that only forks and execs, so supervision does not change. Each
 job is a fresh interpreter that loads the program from a cloudpickle.
 """
 
@@ -17,8 +17,8 @@ from typing import NoReturn
 
 _PACKAGE = Path(__file__).resolve().parents[1] / "__init__.py"
 
-# Nothing may come from the working directory, which `-c` puts first on the path: a `pickle.py` lies there easily. And
-# the package is this very one, which need not be on the default path.
+# Nothing may be imported from the working directory, which `-c` puts first on the path: it may contain a `pickle.py`.
+# The package is loaded from this file's location, because it may not be on the default path.
 _BOOTSTRAP = """
 import sys
 sys.path[:] = filter(None, sys.path)
@@ -32,14 +32,14 @@ spawn.{function}{arguments}
 
 
 def command(function: str, *arguments: int) -> list[str]:
-    """Command line of an interpreter that calls a function of this module, with this interpreter's own flags."""
+    """Command line of an interpreter with the flags of this one that calls a function of this module."""
     code = _BOOTSTRAP.format(package=str(_PACKAGE), function=function, arguments=arguments)
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     return [sys.executable, *flags, "-c", code]
 
 
 def serve_spawning(control: int, launcher: int, payload: int, captured: int, /) -> NoReturn:
-    """The fork server's process. `payload` is a memory file with the pickled Interpreter state and program."""
+    """Run as the fork server. `payload` is a memory file with the result of `describe_interpreter`."""
     from gpu_launcher.processes.fork_server import serve
 
     def run_job(channel: socket.socket) -> NoReturn:
@@ -53,7 +53,7 @@ def serve_spawning(control: int, launcher: int, payload: int, captured: int, /) 
 
 
 def work_spawned(channel: int, payload: int, /) -> NoReturn:
-    """A job's process."""
+    """Run as a job. `channel` is its channel to the node, and `payload` is that of `serve_spawning`."""
     from gpu_launcher import debug_log
     from gpu_launcher.processes import pickling, random_generators
     from gpu_launcher.processes.job_output import JobOutput
@@ -65,7 +65,7 @@ def work_spawned(channel: int, payload: int, /) -> NoReturn:
     path, main, log, program, generators = pickle.loads(os.pread(payload, os.fstat(payload).st_size, 0))
     os.close(payload)
     sys.path[:] = path
-    os.environ.pop(debug_log.VARIABLE, None)  # ours named the launch's log; a sweep in the job has a log of its own
+    os.environ.pop(debug_log.VARIABLE, None)  # the server's names the launch's log; a sweep in the job has its own log
     os.environ.update(log)
     vars(sys.modules["__main__"]).update(main)
     random_generators.expect_globals(generators)
@@ -73,11 +73,11 @@ def work_spawned(channel: int, payload: int, /) -> NoReturn:
 
 
 def describe_interpreter(program: bytes, generators: bytes) -> bytes:
-    """What `work_spawned` needs: search path, identity of `__main__`, log, program and generators, dumped."""
+    """Pickle what `work_spawned` needs: search path, identity of `__main__`, log, program and generators."""
     from gpu_launcher import debug_log
 
     main = sys.modules["__main__"]
-    # Which script or module it is, as libraries ask that start it again.
+    # Libraries that start the program again look here for its script or module.
     attributes: dict[str, object] = {"__file__": getattr(main, "__file__", None)}
     spec = getattr(main, "__spec__", None)
     attributes["__spec__"] = spec and ModuleSpec(spec.name, loader=None, origin=spec.origin)

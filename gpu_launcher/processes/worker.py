@@ -1,4 +1,9 @@
-"""Runs in a job's process, before and after the program's own code."""
+"""Runs a job in its own process: takes the assignment, calls the program, and leaves a report.
+
+A forked job starts with a copy of the program's state, so it first drops what belongs to the parent: signal handlers,
+exit handlers, executors and child processes. At its end it does what an interpreter does at exit, and then calls
+`os._exit`, because freeing memory would copy pages that all jobs share.
+"""
 
 from __future__ import annotations
 
@@ -50,31 +55,32 @@ from gpu_launcher.safe_files import make_directories, write_whole
 _log = get_logger("processes.worker")
 
 ATTEMPT = "GPU_LAUNCHER_ATTEMPT"
-"""Environment variable with the number of this start of the job, counted from 1."""
+"""Environment variable with the number of the attempt at this job, counted from 1."""
 
 
 class Program(Protocol):
-    """The user's program as the launching program assembled it. Called once in each job's process."""
+    """The user's program as the head assembled it. It is called once in each job's process."""
 
     def __call__(self, number: int, spec: Any, context: JobContext) -> Report:
-        """Prepare, call `context.wait`, do the work, and report. Must not raise, but whatever it raises is reported."""
+        """Prepare, call `context.wait`, do the work, and report. Must not raise; if it does, the error is reported."""
 
 
 class JobContext:
-    """A job's side of its channel: what it needs, when it has its devices, and messages to the source of the job."""
+    """The job's side of its channel: its request, its grant, and messages to and from its source."""
 
     def __init__(self, channel: socket.socket, output: JobOutput, to_source: socket.socket | None) -> None:
         self._channel = channel
         self._output = output
         self._to_source = to_source
-        """Without it, messages to the source and its replies are relayed through `channel`."""
+        """Channel to the source. If it is None, messages and replies are relayed through `channel`."""
         self._grant: Grant | None = None
         self._lease: tuple[int, ...] = ()
 
     def prepared(self, request: Request, log: Path | None, options: Any = None) -> None:
-        """Say what this job needs. From here on its stdout and stderr are appended to `log`, whose directory is made.
+        """Say what this job needs, and append its stdout and stderr to `log` from now on.
 
-        If another job uses that file, they go to one beside it. Raises OSError if the file cannot be made.
+        The directory of `log` is created. If another job uses that file, the output goes to a file beside it. Raises
+        OSError if the file cannot be created.
         """
         place = None
         if log is not None:
@@ -92,15 +98,15 @@ class JobContext:
             self._output.redirect(Path(message.path))
 
     def wait(self) -> None:
-        """Wait for the devices, and set the environment to use them. The lease lives as long as this process.
+        """Wait for the devices and set the environment to use them. The lease lives as long as this process.
 
-        When called again, it only sets the environment, which something may have changed since.
+        A second call only sets the environment again, because other code may have changed it.
         """
         if self._grant is None:
             try:
                 self._grant, self._lease = receive(self._channel)
             except ChannelClosedError:
-                os._exit(1)  # the launching program ended, and our supervisor is about to end this process
+                os._exit(1)  # the node has ended, and our supervisor is about to kill this process
             assert isinstance(self._grant, Grant), self._grant
             _log.debug("granted its devices: %s", self._grant.environment)
         os.environ.update(self._grant.environment)
@@ -108,7 +114,7 @@ class JobContext:
             os.sched_setaffinity(0, self._grant.cpus)
 
     def say(self, what: Any) -> None:
-        """Send something to the source of the job. Ends this process if the launching program has ended."""
+        """Send something to the source of the job. Ends this process if the channel is closed."""
         try:
             if self._to_source is None:
                 send(self._channel, JobMessage(what))
@@ -118,7 +124,7 @@ class JobContext:
             os._exit(1)
 
     def hear(self) -> Any:
-        """Wait, after the grant, for the next reply of the source of the job."""
+        """Wait for the next reply from the source of the job. Call this after the grant."""
         try:
             message, _ = receive(self._channel if self._to_source is None else self._to_source)
         except ChannelClosedError:
@@ -130,7 +136,7 @@ class JobContext:
 
 
 def work(channel: socket.socket, output: JobOutput, load_program: Callable[[], Program]) -> NoReturn:
-    """Be the job: take the assignment, run the program, write the report, and exit."""
+    """Run as the job: take the assignment, run the program, write the report, and exit."""
     use_descriptors()
     try:
         assignment, descriptors = receive(channel)
@@ -151,12 +157,12 @@ def work(channel: socket.socket, output: JobOutput, load_program: Callable[[], P
             job_channel.begin(channel, assignment.about, rank_decisions.path_for(Path(assignment.result)))
         report = load_program()(assignment.number, assignment.spec, JobContext(channel, output, to_source))
         status = 0 if report.ok else 1
-    except BaseException as error:  # not from the user's code: the program reports what that raises
+    except BaseException as error:  # not from the user's code, whose errors the program itself reports
         status = _exit_status(error)
         report = Report(ok=False, message=reason(error), payload=b"", origin=origin(error))
-    # A child that the user's code forked comes here as well, and ends as it would in any program.
+    # A child that the user's code forked may also get here. It ends as it would in any program.
     try:
-        with uninterrupted():  # interrupted here, a job that has ended would leave no result
+        with uninterrupted():  # if it were interrupted here, a finished job would leave no result
             if os.getpid() == job and not _leave(report, assignment, channel):
                 status = 1
     except BaseException as error:  # such as KeyboardInterrupt, if the user stops the sweep now
@@ -167,13 +173,13 @@ def work(channel: socket.socket, output: JobOutput, load_program: Callable[[], P
 
 
 def print_exception(error: BaseException, tb: TracebackType | None) -> None:
-    """Print an exception as Python does at the end of a program. Ignore that this may fail, as on a full disk."""
+    """Print an exception as Python does at the end of a program. Errors in printing, as on a full disk, are ignored."""
     with contextlib.suppress(OSError, ValueError):  # ValueError: the user's code closed sys.stderr
         traceback.print_exception(type(error), error, tb)
 
 
 def _exit_status(error: BaseException) -> int:
-    """Return the exit status of a program that ends with `error`, and print it unless it is a plain exit."""
+    """Return the exit status of a program that ends with `error`. Prints the error unless it is a plain exit."""
     if not isinstance(error, SystemExit) or not (error.code is None or isinstance(error.code, int)):
         print_exception(error, error.__traceback__)
         return 1
@@ -181,56 +187,56 @@ def _exit_status(error: BaseException) -> int:
 
 
 def _leave(report: Report, assignment: Assignment, channel: socket.socket) -> bool:
-    """Write the report for the launching program; return whether that worked."""
+    """Write the report for the head. Returns whether that worked."""
     result = Path(assignment.result)
     data = report.dump(assignment.number)
     try:
         write_whole(result, data)
         send(channel, ResultWritten(hashlib.sha256(data).digest()))
     except ChannelClosedError:
-        pass  # the launching program has ended; resuming the sweep finds the file
+        pass  # the node has ended; resuming the sweep finds the file
     except OSError as error:
         try:
             send(channel, ResultLost(f"{result.parent}: {error.strerror or error}"))
         except ChannelClosedError:
-            return False  # the launching program has ended, and may have removed its directory
+            return False  # the node has ended, so the directory may have been removed
         print_exception(error, error.__traceback__)
         return False
     return True
 
 
 def forget_the_parent(handlers: dict[signal.Signals, Any]) -> None:
-    """In a process forked from the user's program: drop what belongs to that program and not to its copy.
+    """Drop what belongs to the user's program, in a process forked from it.
 
-    `handlers` are the signal handlers the user's program had before the launch.
+    `handlers` are the signal handlers that the program had before the launch. They are restored.
     """
     for signum, handler in handlers.items():
         # None: the handler was not set from Python and cannot be restored from it
         signal.signal(signum, signal.SIG_DFL if handler is None else handler)
-    # Exit handlers and finalizers that were registered so far are the parent's to run: here they would remove its
-    # temporary directories. What the job registers from now on is run at its end, as in any program.
+    # Exit handlers and finalizers registered so far must run only in the parent: here they would remove its temporary
+    # directories. Those that the job registers from now on run at its end, as in any program.
     atexit._clear()
     weakref.finalize._registry.clear()  # type: ignore[attr-defined]
     weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
     multiprocessing.util._finalizer_registry.clear()  # type: ignore[attr-defined]
     multiprocessing.util._run_after_forkers()  # type: ignore[attr-defined]
-    # At a normal end multiprocessing terminates the daemonic ones among these, which are the parent's.
+    # At a normal exit multiprocessing would terminate the daemonic ones among these children, which are the parent's.
     multiprocessing.process._children = set()  # type: ignore[attr-defined]
     _forget_executors()
-    # What every program has from its imports; the last registered runs first.
+    # Exit handlers that every program gets from its imports; the last registered runs first.
     atexit.register(logging.shutdown)
     atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]
 
 
 def use_own_positions(open_files: OpenFiles) -> None:
-    """Open the program's files again, so that jobs share no position in them. For processes forked from the program."""
+    """Reopen the program's files, so that jobs do not share positions. Call this in a fork of the program."""
     for problem in open_files.open_again():
         os.write(2, os.fsencode(f"gpu-launcher: {problem}\n"))  # sys.stderr may still be the program's own object
     atexit.register(open_files.flush)
 
 
 def _forget_executors() -> None:
-    """Do not shut the parent's executors down when this process ends: their threads do not exist here."""
+    """Keep this process from shutting down the parent's executors at its end: their threads do not exist here."""
     for name, registry in (("thread", "_threads_queues"), ("process", "_threads_wakeups")):
         module = sys.modules.get(f"concurrent.futures.{name}")
         if module is not None:
@@ -238,9 +244,12 @@ def _forget_executors() -> None:
 
 
 def _be_interruptible() -> None:
-    """Give SIGINT and SIGTERM an effect: a stopped sweep sends SIGINT to its jobs, a time limit SIGTERM."""
+    """Replace handlers that make SIGINT or SIGTERM ineffective.
+
+    A stopped sweep sends SIGINT to its jobs, and a time limit sends SIGTERM.
+    """
     interrupt = signal.getsignal(signal.SIGINT)
-    # Ignored, as in what a script starts with `&`.
+    # SIGINT is ignored in a program that a script starts with `&`.
     if interrupt is signal.SIG_IGN or _is_of_an_event_loop(interrupt):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if _is_of_an_event_loop(signal.getsignal(signal.SIGTERM)):
@@ -248,14 +257,14 @@ def _be_interruptible() -> None:
 
 
 def _is_of_an_event_loop(handler: object) -> bool:
-    """Whether a handler belongs to an event loop, which runs in the parent only."""
-    function = getattr(handler, "func", handler)  # a functools.partial, as asyncio.run has it
+    """Whether a handler belongs to an event loop, which runs only in the parent."""
+    function = getattr(handler, "func", handler)  # asyncio.run installs a functools.partial
     return str(getattr(function, "__module__", "")).partition(".")[0] in ("asyncio", "uvloop")
 
 
 def _finish() -> None:
     """Do what the interpreter does at its end, except for freeing memory, which other processes share."""
-    # The first waits for the threads that are not daemons.
+    # `threading._shutdown` waits for the threads that are not daemons.
     for step in (threading._shutdown, atexit._run_exitfuncs, _flush):  # type: ignore[attr-defined]
         try:
             step()
@@ -264,9 +273,9 @@ def _finish() -> None:
 
 
 def _flush() -> None:
-    """Flush Python's files that are still open, and C's.
+    """Flush open files of Python and C.
 
-    A forked job does not see the parent's files here, because of `gc.freeze`.
+    In a forked job this does not find the parent's files, which `gc.freeze` hides.
     """
     flush_all(ignore_errors=True)
     buffered = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
