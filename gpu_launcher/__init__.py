@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     __version__: str
 else:
-    # Imported when first used: a program that only runs jobs does not pay for Optuna.
+    # Names are imported when first used, so a program that only runs jobs does not import Optuna.
     _HOMES = {
         "ApplyError": "gpu_launcher.errors",
         "BrokenPoolExecutor": "gpu_launcher.executors.executor_thread",
@@ -81,7 +81,7 @@ else:
             return import_module("gpu_launcher.version").find_version()
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        # `report` does without Optuna outside of trials.
+        # Outside of trials, `report` works without Optuna.
         if _HOMES[name].startswith("gpu_launcher.studies") and name != "report":
             from gpu_launcher.requirements import check_version
 

@@ -1,17 +1,18 @@
-"""What gpu-launcher's processes decide, as lines of one log file: `GPU_LAUNCHER_LOG=debug`.
+"""The log of gpu-launcher's decisions, which `GPU_LAUNCHER_LOG=debug` turns on.
 
-Loggers stand below `gpu_launcher.decisions` in the tree of `logging`. The logger `gpu_launcher` is an ordinary one, for
-what users should know. All processes of a sweep append to one file, each line with one write to a descriptor that is
-open with O_APPEND, so that lines of several processes never mix:
+Its loggers are children of `gpu_launcher.decisions`. The logger `gpu_launcher` is an ordinary one, for messages to
+users. All processes of a sweep append to one file. Each line is one write to a descriptor that is open with O_APPEND,
+so lines of several processes never mix:
 
     2026-11-29T08:31:05.123 DEBUG node1 fork server[4711] processes.fork_server: supervisor 3 has process id 4715
 
-The file is `gpu-launcher.log` in the sweep's directory. Where there is no such directory (calls, records, `optimize`,
-`gpu-launcher run`), lines go to the standard error of the program. `GPU_LAUNCHER_LOG=debug:PATH` names a file for both.
+The file is `gpu-launcher.log` in the sweep's directory. Without such a directory (calls, records, `optimize`,
+`gpu-launcher run`), lines go to the program's standard error. `GPU_LAUNCHER_LOG=debug:PATH` names a file for both
+cases.
 
-The user's logging is left alone: records do not propagate to the root logger, so that a job's log or the console gets
-none of them, and configuring `logging` does not disable our loggers. Without the variable nothing is logged, and a log
-call costs the comparison of two numbers.
+The user's logging is not affected. Records do not propagate to the root logger, so they do not appear in a job's log or
+on the console. Configuring `logging` does not disable our loggers. Without the variable nothing is logged, and a log
+call costs one comparison of two numbers.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _OFF = logging.CRITICAL + 1
 
 
 class _Logger(logging.Logger):
-    """A logger that stays enabled: `logging.config` disables all loggers that it does not know, and Hydra uses it."""
+    """A logger that stays enabled: Hydra uses `logging.config`, which disables all loggers that it does not know."""
 
     @property
     def disabled(self) -> bool:
@@ -46,18 +47,18 @@ class _Logger(logging.Logger):
 
     @disabled.setter
     def disabled(self, value: bool) -> None:
-        """Nobody disables it but by its level."""
+        """Ignored: only the level turns the logger off."""
 
 
 class _Handler(logging.Handler):
-    """Appends each record to a descriptor, as one line with one write."""
+    """Appends each record to a descriptor as one line, with one write."""
 
     def __init__(self, descriptor: int, path: Path | None) -> None:
         super().__init__()
         self.descriptor = descriptor
         self._file = self._identity()
         self.path = path
-        """The absolute path of its file; None for standard error."""
+        """Absolute path of the file; None for standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         at = self._TIME.formatTime(record, "%Y-%m-%dT%H:%M:%S")
@@ -66,9 +67,9 @@ class _Handler(logging.Handler):
         text = f"{at}.{int(record.msecs):03d} {record.levelname} {where} {area}: {record.getMessage()}"
         poll = select.poll()
         poll.register(self.descriptor, select.POLLOUT)
-        # A full disk, or a terminal or pipe that nobody reads now: nothing fails, or waits, because of the log.
+        # The log never makes a program fail or wait: not for a full disk, nor for a terminal or pipe without a reader.
         with contextlib.suppress(OSError):
-            if poll.poll(0) and self._identity() == self._file:  # the user's program may close what it does not know
+            if poll.poll(0) and self._identity() == self._file:  # the program may have closed it
                 os.write(self.descriptor, one_line(text).encode()[: select.PIPE_BUF - 1] + b"\n")
 
     def _identity(self) -> tuple[int, int]:
@@ -82,7 +83,7 @@ _role = "head"
 
 
 def get_logger(area: str) -> logging.Logger:
-    """The logger of a part of gpu-launcher, such as `jobs.loop`."""
+    """Return the logger for a part of gpu-launcher, such as `jobs.loop`."""
     return _made(f"{_ROOT}.{area}")
 
 
@@ -96,24 +97,25 @@ def _made(name: str) -> logging.Logger:
 
 
 def set_role(role: str) -> None:
-    """Say what this process is, in its lines: `guard`, `fork server`, `supervisor`, `job 3`."""
+    """Set the name of this process in its log lines: `guard`, `fork server`, `supervisor`, `job 3`."""
     global _role
     _role = role
 
 
 def log_into(directory: Path) -> None:
-    """Write the log into a sweep's `directory` from now on, in this process and in those that are started by it.
+    """Write the log into a sweep's `directory` from now on, in this process and those that it starts.
 
-    Nothing changes if the log is off, or if the user named a file.
+    Has no effect if the log is off or if the user named a file.
     """
+    # CRITICAL is enabled exactly if the log is on: its level when off, _OFF, is above CRITICAL.
     if _named is None and _root.isEnabledFor(logging.CRITICAL):
         _open(directory / FILE)
 
 
 def environment() -> dict[str, str]:
-    """Variables that have a fresh interpreter log to the same file. Empty if the log is off.
+    """Variables that make a fresh interpreter log to the same file. Empty if the log is off.
 
-    Without a file it does not log: its standard error may be a job's.
+    If this process logs to standard error, the interpreter does not log, because its standard error may be a job's.
     """
     handler = next((one for one in _root.handlers if isinstance(one, _Handler)), None)
     if handler is None:
@@ -124,7 +126,7 @@ def environment() -> dict[str, str]:
 
 
 def read_variable(value: str) -> tuple[int, Path | None]:
-    """The level, and the file if there is one, that a value of the variable names. Raises ValueError."""
+    """Read a value of the variable; return the level, and the file if it names one. Raises ValueError."""
     level, _, path = value.partition(":")
     if level.strip().lower() not in _LEVELS:
         raise ValueError(f"{VARIABLE}={value!r} is invalid: must be debug, info, warning or error, or one with :PATH")
@@ -132,7 +134,7 @@ def read_variable(value: str) -> tuple[int, Path | None]:
 
 
 def configure(variables: Mapping[str, str]) -> None:
-    """Log as the environment says. An invalid value is named on standard error, and nothing is logged."""
+    """Set the log up from environment variables. An invalid value is reported on standard error and turns it off."""
     global _named
     _root.propagate = False
     _root.setLevel(_OFF)
@@ -147,7 +149,7 @@ def configure(variables: Mapping[str, str]) -> None:
     _root.setLevel(level)
     if _named is None:
         # A copy: in a job, descriptor 2 becomes the job's own log.
-        with contextlib.suppress(OSError):  # there is no standard error
+        with contextlib.suppress(OSError):  # standard error is closed
             _use(_Handler(fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, 3), None))
     else:
         _open(_named)
@@ -172,6 +174,6 @@ def _use(handler: _Handler) -> None:
 
 
 _named: Path | None = None
-"""The file that the user named."""
+"""The file that the variable names, if any."""
 _root = _made(_ROOT)
 configure(os.environ)

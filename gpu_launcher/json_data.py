@@ -1,4 +1,4 @@
-"""Reads JSON that other users may have written: each value has the expected type and size, or is refused."""
+"""Reads JSON that other users may have written. Values of an unexpected type or size are refused."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 MAX_TEXT = 2**16
-"""Characters of a text."""
+"""Most characters of a text."""
 MAX_ITEMS = 1024
-"""Items of a list of texts, such as the devices of a job."""
+"""Most items of a list of texts, such as the devices of a job."""
 MAX_TIME = 1e11
-"""Seconds since the epoch; the year 5138."""
+"""Latest time, in seconds since the epoch: the year 5138."""
 
 
 def load_object(data: bytes) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""For Lightning: a callback that ends a training which the sweep prunes. Needs `lightning` or `pytorch-lightning`."""
+"""A Lightning callback that ends the training of a pruned trial. Requires `lightning` or `pytorch-lightning`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpu_launcher.studies.reporting import in_trial, report
 
 
 def _base() -> Any:
-    """Lightning's Callback, of the package that the program uses."""
+    """The class Callback from the Lightning package that the program uses."""
     names = ["lightning.pytorch", "pytorch_lightning"]
     names.sort(key=lambda name: name not in sys.modules)
     for name in names:
@@ -19,37 +19,37 @@ def _base() -> Any:
             return import_module(name).Callback
         except ModuleNotFoundError as error:
             if error.name is None or error.name != name.partition(".")[0]:
-                raise  # it is installed, and lacks something itself
+                raise  # the package is installed, but one of its own dependencies is missing
     raise ModuleNotFoundError("gpu_launcher.lightning needs Lightning: pip install lightning", name="lightning")
 
 
 class PruningCallback(_base()):  # type: ignore[misc]
     """Reports a metric after each validation, and ends the training if the trial is pruned.
 
-    Its step is the epoch. `optuna.TrialPruned` then leaves `Trainer.fit` in every rank, upon which the trial counts as
-    pruned. Under DDP, the ranks that Lightning starts as scripts of their own leave at the same epoch. With the
-    strategies that fork or spawn all ranks (`ddp_spawn`, `ddp_notebook`) nothing is pruned.
+    The step of a report is the epoch. To prune, `Trainer.fit` raises `optuna.TrialPruned` in every rank. Under DDP,
+    ranks that Lightning starts as separate scripts end at the same epoch. Strategies that fork or spawn all ranks
+    (`ddp_spawn`, `ddp_notebook`) do not support pruning.
 
-    In Hydra's config: `{_target_: gpu_launcher.lightning.PruningCallback, monitor: val/loss}`. Outside a sweep of
-    `hydra/sweeper=optuna_async` it does nothing.
+    In Hydra's config: `{_target_: gpu_launcher.lightning.PruningCallback, monitor: val/loss}`. It does nothing outside
+    a sweep of `hydra/sweeper=optuna_async`.
     """
 
     def __init__(self, monitor: str = "val_loss") -> None:
-        """`monitor` is the name under which the program logs the metric, with `self.log`."""
+        """`monitor` is the name that the program passes to `self.log`."""
         super().__init__()
         self.monitor = monitor
 
     @property
     def state_key(self) -> str:
-        """Lightning keeps callbacks apart by it."""
+        """The key by which Lightning distinguishes callbacks."""
         key: str = self._generate_state_key(monitor=self.monitor)
         return key
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Raises optuna.TrialPruned if so, and OptionError if there is no such metric."""
+        """Report the metric. Raises optuna.TrialPruned to prune, OptionError if the metric does not exist."""
         if trainer.sanity_checking or trainer.state.fn != "fit" or not in_trial():
             return
-        # The later ranks' values are not heard, and need not exist.
+        # Only rank 0's value is used. The other ranks need not have one.
         value = self._value(trainer.callback_metrics) if trainer.is_global_zero else 0.0
         report(value, trainer.current_epoch)
 

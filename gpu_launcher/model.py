@@ -8,12 +8,12 @@ from enum import Enum
 
 
 class DeviceKind(str, Enum):
-    """What a device is made of."""
+    """The kind of a device."""
 
     GPU = "gpu"
     """A whole NVIDIA GPU, found through NVML."""
     MIG = "mig"
-    """A MIG instance: a part of an NVIDIA GPU that the driver keeps apart from its other parts."""
+    """A MIG instance: a part of an NVIDIA GPU that the driver isolates from its other parts."""
     SIMULATED = "simulated"
     """A made-up GPU, for demonstrations and tests."""
     CPU = "cpu"
@@ -35,7 +35,7 @@ class Device:
     """Product name, such as `NVIDIA H100 80GB HBM3`, with the profile of a MIG instance: `... MIG 1g.10gb`."""
     kind: DeviceKind
     memory: int | None = None
-    """Total memory in bytes; None where the device does not report it (CPU slots, unified memory)."""
+    """Total memory in bytes; None if the device does not report it (CPU slots, unified memory)."""
     exclusive: bool = False
     """Compute mode EXCLUSIVE_PROCESS: one process at a time can use it, so it takes no fractions."""
     parent: str | None = None
@@ -62,15 +62,15 @@ MILLIONTHS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A part of one device. Shares fit on a device together if neither sum exceeds what the device has.
+    """A part of one device. Shares fit on a device together if neither of their sums exceeds the device.
 
-    Raises ValueError unless it is more than nothing and at most the whole device.
+    Raises ValueError if it is empty or more than the whole device.
     """
 
     millionths: int
-    """Of the device, from 1; `MILLIONTHS` is the whole device. In a request also 0: as much as `memory` is of it."""
+    """Millionths of the device; `MILLIONTHS` is the whole device. A request may have 0: `memory` alone decides."""
     memory: int = 0
-    """Declared bytes; 0 where none are declared."""
+    """Declared memory in bytes; 0 if none is declared."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.millionths <= MILLIONTHS or self.memory < 0 or not (self.millionths or self.memory):
@@ -82,10 +82,10 @@ class Share:
         return self.millionths == MILLIONTHS
 
     def of(self, total: int | None) -> Share:
-        """Return this share of a device with `total` bytes, limited to those.
+        """Return this share of a device with `total` bytes of memory. A share by memory alone is at most the device.
 
-        Memory alone counts as the same fraction of the device, so that it combines with fractions. Where a device
-        does not report its memory (`total` None), none is counted, and a share by memory alone is the whole device.
+        Memory alone counts as the same fraction of the device, so that it combines with fractions. If a device does not
+        report its memory (`total` is None), no memory is counted, and a share by memory alone is the whole device.
         """
         if total is None:
             return Share(self.millionths or MILLIONTHS)
@@ -102,14 +102,14 @@ MAX_PRIORITY = 499_999
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What one job needs. `Request.of` makes one from the numbers that people write."""
+    """The devices that one job needs. `Request.of` makes one from the numbers that users write."""
 
     gpus: int
     """Number of devices; 0 needs no lease."""
     share: Share = WHOLE
     """Share needed of each device. For whole devices, `share.memory` is the memory that each must have."""
     priority: int = 0
-    """Higher ones go first; between -MAX_PRIORITY and MAX_PRIORITY."""
+    """Requests with higher priority go first; between -MAX_PRIORITY and MAX_PRIORITY."""
     timeout: float | None = None
     """Seconds after the grant within which its devices are free again, including the time to end the job."""
     stagger: float = 0.0
@@ -137,13 +137,13 @@ class Request:
     ) -> Request:
         """Return the request for `gpus` devices, or for a fraction of one, with `memory` bytes on each.
 
-        `gpus` None: as much of one device as its memory says. Raises ValueError for a fraction above one that is not
-        whole, for negative numbers, for neither `gpus` nor `memory`, and for memory on no device.
+        If `gpus` is None, `memory` decides which fraction of one device is needed. Raises ValueError for numbers above
+        1 that are not whole, for negative numbers, for neither `gpus` nor `memory`, and for memory on no device.
         """
         if gpus is None:
             count, millionths = 1, 0
         elif 0 < gpus < 1:
-            # Rounded down, lest six sixths be more than one; 0.57 * MILLIONTHS is a little less than 570000.
+            # Rounded down, so that six sixths are not more than one. 0.57 * MILLIONTHS is slightly less than 570000.
             count, millionths = 1, max(1, math.floor(gpus * MILLIONTHS + 1e-6))
         elif gpus >= 0 and float(gpus).is_integer():
             count, millionths = int(gpus), MILLIONTHS
@@ -167,4 +167,4 @@ class Owner:
     command: str
     """A short description, such as `train.py #7 lr=0.1`."""
     suspended: bool = False
-    """Whether the process is suspended, by Ctrl-Z or SIGSTOP, as far as that was looked at."""
+    """Whether the process is known to be suspended, by Ctrl-Z or SIGSTOP."""

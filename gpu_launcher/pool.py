@@ -1,4 +1,4 @@
-"""The machine's pool, for Python programs: leases of GPUs for threads, tasks and subprocesses."""
+"""`Pool`: the machine's pool for Python programs, with leases for threads, asyncio tasks and subprocesses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from gpu_launcher.users import this_process
 
 LOG = logging.getLogger("gpu_launcher")
 ANSWER = 3.0
-"""Seconds that a snapshot waits for how the devices are doing."""
+"""Seconds that a snapshot waits for the conditions of the devices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +46,21 @@ class _Machine:
 
 
 class _Entrance:
-    """Finds the devices, and opens the request queue for them. No part of `Pool`, which so dies with its last use."""
+    """Finds the devices and opens the request queue for them.
+
+    It is separate from `Pool` so that the lease broker, which calls it, does not keep the pool alive.
+    """
 
     def __init__(self, spec: object, directory: Path, busy_memory: int | None) -> None:
         self.spec = spec
         self.directory = directory
         self.busy_memory = busy_memory
         self.environ = dict(os.environ)
-        """By whose mask GPUs are visible: `Lease.apply` sets another one."""
+        """A copy of the environment, whose mask says which GPUs are visible. `Lease.apply` later changes the mask."""
         self._machine: _Machine | None = None
 
     def machine(self) -> _Machine:
-        """Takes up to seconds the first time. Raises OptionError, DeviceError."""
+        """The devices. The first call may take seconds. Raises OptionError, DeviceError."""
         if self._machine is None:
             selection = select_devices(self.spec, self.environ, option="devices")
             device_environment = DeviceEnvironment(by_uuid=selection.by_uuid)
@@ -67,7 +70,7 @@ class _Entrance:
         return self._machine
 
     def open(self, tell: Callable[[str], None]) -> RequestQueue:
-        """Raises PoolDirectoryError."""
+        """Open a request queue. Raises OptionError, DeviceError, PoolDirectoryError."""
         machine = self.machine()
         return RequestQueue(
             machine.devices,
@@ -82,10 +85,10 @@ class _Entrance:
 class Pool:
     """The GPUs of this machine, shared with every program and user that uses gpu-launcher on it.
 
-    Threads and event loops may share one. A child that is forked can use it, and holds with its parent the leases that
-    were held at the fork. Nothing is opened before the first lease, and `close` (or a `with` block) closes it.
+    Threads and event loops may share a pool. A forked child can use it, too; leases held at the fork are then held by
+    parent and child. Nothing is opened before the first lease. `close`, or the end of a `with` block, closes the pool.
 
-    What is waited for longer than a moment, and for whom, is logged to the logger `gpu_launcher` as a warning.
+    If a lease is not granted at once, the logger `gpu_launcher` gets a warning that says what it waits for.
     """
 
     def __init__(
@@ -94,11 +97,11 @@ class Pool:
         pool_dir: str | os.PathLike[str] | None = None,
         busy_memory: object = "512MiB",
     ) -> None:
-        """Of `devices`: `auto` (GPUs, CPU slots where there is none), indices or UUIDs, `cpu:4`, `simulated:8`.
+        """Use `devices`: `auto` (all GPUs, or CPU slots if there are none), indices or UUIDs, `cpu:4`, `simulated:8`.
 
-        `pool_dir` is another pool directory than the machine's. GPUs on which programs outside the pool use more memory
-        than `busy_memory` are not granted; None: whatever they use. All three are as the launcher has them. What is
-        visible of the machine (CUDA_VISIBLE_DEVICES) is so when the pool is made.
+        `pool_dir` is a pool directory to use instead of the machine's. GPUs on which programs outside the pool use more
+        memory than `busy_memory` are not granted; with None, such use is ignored. All three mean the same as for the
+        launcher. CUDA_VISIBLE_DEVICES restricts the devices, with its value when the pool is created.
 
         Raises OptionError, PoolDirectoryError.
         """
@@ -111,14 +114,14 @@ class Pool:
 
     @property
     def devices(self) -> tuple[Device, ...]:
-        """What it may lease. The first time it takes up to seconds to look at GPUs.
+        """The devices that it may lease. The first access may take seconds, because it reads the GPUs.
 
-        Raises OptionError for devices that are not there, DeviceError where the driver does not answer.
+        Raises OptionError for devices that do not exist, DeviceError if the driver does not answer.
         """
         return self._prepare().devices
 
     def options(self, request: Request, max_parallel: int | None = None, cap: str | None = None) -> Options:
-        """How to run jobs there, as `gpu_launcher.jobs.where.Where` says it. Raises OptionError."""
+        """Options for running jobs on this pool; see `gpu_launcher.jobs.where.Where`. Raises OptionError."""
         if self.closed:
             raise OptionError("pool", f"{self!r} is closed: make another one, or call this before its block ends")
         return Where(*self._made_of, environ=self._entrance.environ).options(request, max_parallel, cap)
@@ -132,11 +135,12 @@ class Pool:
     ) -> Lease:
         """Wait for a lease of `gpus` devices, or of a fraction of one, with `memory` (`20GiB`) on each; 1 by default.
 
-        With `memory` alone it is as much of one device as has that. 0 devices are granted at once. Higher `priority`
-        goes first; `timeout` is the longest wait, in seconds or as `10m`, for ever by default; 0 tries once.
+        With `memory` alone, the lease is for a fraction of one device with that much memory. 0 devices are granted at
+        once. Requests with a higher `priority` go first. `timeout` is the longest wait, in seconds or as `10m`; 0 tries
+        once, and by default there is no limit.
 
-        Raises LeaseTimeout, RequestError for what these devices could never give, OptionError for what is no request,
-        PoolDirectoryError, DeviceError; ValueError if the pool is closed.
+        Raises LeaseTimeout; RequestError if these devices can never satisfy the request; OptionError if the request is
+        invalid; PoolDirectoryError; DeviceError; ValueError if the pool is closed.
         """
         request, limit = _read(gpus, memory, priority, timeout)
         if request.gpus == 0:
@@ -151,15 +155,15 @@ class Pool:
         priority: int = 0,
         timeout: object = None,
     ) -> Asking:
-        """The same for asyncio: `async with pool.alease(gpus=1) as lease:`, or `lease = await pool.alease()`.
+        """Like `lease`, for asyncio: `async with pool.alease(gpus=1) as lease:`, or `lease = await pool.alease()`.
 
-        Uses no thread. Cancelled, it gives its place in the queue back at once. Other tasks go on while it waits, but
-        for the milliseconds in which the pool is read.
+        Uses no thread. When cancelled, it leaves the queue at once. Other tasks run while it waits, except for the
+        milliseconds in which the pool is read.
         """
         return Asking(self, *_read(gpus, memory, priority, timeout))
 
     def snapshot(self) -> PoolSnapshot:
-        """What there is, who has it and who waits for it. Takes up to seconds if GPUs were not looked at before.
+        """The pool's devices, who holds them and who waits for them. May take seconds if the GPUs were not read before.
 
         Raises OptionError, DeviceError, PoolDirectoryError; ValueError if the pool is closed.
         """
@@ -188,7 +192,7 @@ class Pool:
         return snapshot_of(survey, known)
 
     def close(self) -> None:
-        """Give back all leases that this process has of it; who waits for one gets an error. Idempotent."""
+        """Release all leases that this process has from this pool. Waiting calls raise an error. Idempotent."""
         self._broker.close()
 
     @property
@@ -237,7 +241,7 @@ class Pool:
         return f"Pool(devices={self._entrance.spec!r}, pool_dir={str(self.directory)!r})"
 
     def __reduce__(self) -> tuple[type[Pool], tuple[object, str | None, object]]:
-        """Another process gets a pool of its own, on the same machine's devices."""
+        """When unpickled in another process, it is a separate pool with the same arguments."""
         return type(self), self._made_of
 
     def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:
@@ -248,7 +252,7 @@ class Pool:
 
 
 def read_pool(pool: object) -> Pool | Where:
-    """What users give as `pool`, where None is all of the machine. Raises OptionError for what is no pool."""
+    """Read the option `pool`; None means all of the machine's devices. Raises OptionError if it is not a pool."""
     if pool is None:
         return Where()
     if not isinstance(pool, (Pool, Where)):
@@ -261,10 +265,10 @@ def _example(pool: object) -> object:
 
 
 class Asking:
-    """A lease that is asked for when it is awaited, or its `async with` block is entered."""
+    """A lease that is requested when it is awaited or when its `async with` block is entered."""
 
     def __init__(self, pool: Pool, request: Request, limit: float) -> None:
-        """For `Pool` only."""
+        """Only `Pool.alease` creates it."""
         self._pool = pool
         self._request = request
         self._limit = limit

@@ -25,16 +25,16 @@ _SECRETS = frozenset(
         "secrets",
     }
 )
-"""Last word of a name whose value is secret."""
+"""Last words of names whose values are secret."""
 _KEYS = frozenset(["access", "account", "api", "auth", "encryption", "private", "secret", "signing"])
-"""Word before `key` in such a name."""
+"""Words before `key` in such names."""
 _HARMLESS = re.compile(r"(?i:true|false|null|none|~)|\d{1,3}")
 """Values that are not secret under any name, as in `use_password=true`."""
 _LONG = 16
-"""Characters from which on the value of a `token` is secret: shorter ones are words of a model's vocabulary."""
+"""Fewest characters of a `token` that is secret: shorter ones are words of a model's vocabulary."""
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-# Repeats are bounded, so that the time is linear in the length of the text, whatever somebody wrote there.
+# Repeats are bounded, so that the time is linear in the length of any text.
 _QUOTED = r""""(?:[^"\\]|\\.){0,500}"|'(?:[^'\\]|\\.){0,500}'"""
 _ASSIGNMENT = re.compile(
     r"(?P<before>(?<![\w.])(?P<name>[A-Za-z_][\w.@/-]{0,100})"
@@ -44,13 +44,13 @@ _ASSIGNMENT = re.compile(
 _SCHEME = re.compile(r"(?P<before>\b(?:Bearer|Basic)\s{1,3})(?P<value>[\w.~+/=-]{8,500})")
 # user:password@host; a password may contain slashes and at-signs.
 _USERINFO = re.compile(r"(?P<before>\b[a-zA-Z][\w+.-]{0,40}://[^\s:/@?#]{0,100}:)(?P<value>[^\s]{0,200})(?=@)")
-# Keys that services issue, by the prefixes that exist so that scanners find them.
+# Keys that services issue, recognised by the prefixes that exist for scanners.
 _ISSUED = re.compile(
     r"\b(?:hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[abeprs]-|AKIA|ASIA|AIza|npm_|pypi-)[A-Za-z0-9_-]{12,200}"
     r"|\beyJ[\w-]{8,200}\.[\w-]{8,500}\.[\w-]{0,500}"
 )
 
-# Nothing else matches text without one of these, and most text has none: what comes after takes fifty times as long.
+# The other patterns match only text that contains one of these. Most text does not, and the others are 50 times slower.
 _HINT = re.compile(
     r"(?i:pass|pwd|secret|credential|key|token|auth|dsn|bearer|basic|://)"
     r"|hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[abeprs]-|AKIA|ASIA|AIza|npm_|pypi-|eyJ"
@@ -86,7 +86,7 @@ def _assignments(text: str) -> str:
 def _is_secret(name: str, sign: str, value: str, *, option: bool) -> bool:
     """Whether a value belongs to a secret: `db.password=x`, `--api-key x`, `"token": "..."`; not `max_tokens=5`."""
     if not sign.strip() and not option:
-        return False  # words of a sentence
+        return False  # consecutive words of a sentence
     words = [word.lower() for word in _WORD.findall(name)]
     bare = value.strip("\"'")
     if not words or _HARMLESS.fullmatch(bare):

@@ -18,7 +18,7 @@ MIN_SHARE = 0.001
 
 
 def read_request(options: Mapping[str, object]) -> Request:
-    """What one job needs, from `gpus`, `memory`, `priority`, `timeout` and `stagger`, each of which may be left out.
+    """Read a request from `gpus`, `memory`, `priority`, `timeout` and `stagger`. Each may be left out.
 
     Raises OptionError.
     """

@@ -13,10 +13,10 @@ _CLAUSE = re.compile(r"(<=|>=|==|!=|<|>)\s*([0-9]+(?:\.[0-9]+)*)")
 
 
 def check_version(name: str) -> None:
-    """Raise UnsupportedVersionError if a distribution is not installed, or in a version that is not supported."""
+    """Raise UnsupportedVersionError if a distribution is not installed, or if its version is not supported."""
     try:
         requirements = metadata.requires(DISTRIBUTION) or []
-    except metadata.PackageNotFoundError:  # run from its sources
+    except metadata.PackageNotFoundError:  # gpu-launcher runs from a source tree
         return
     wanted = next((wanted for found, wanted in map(parsed, requirements) if found == name), "")
     try:
@@ -36,7 +36,7 @@ def parsed(requirement: str) -> tuple[str, str]:
 
 
 def satisfies(version: str, wanted: str) -> bool:
-    """Whether a version is in a range such as `>=1.3.2,<1.5`. A pre-release counts as what it comes before."""
+    """Whether a version is in a range such as `>=1.3.2,<1.5`. A pre-release counts as its release."""
     release = _release(version)
     compare = {
         ">=": lambda limit: release >= limit,

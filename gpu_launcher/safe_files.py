@@ -1,8 +1,8 @@
 """Files in directories that other users may write to.
 
-In such a directory a name of ours can be anything: a symbolic link to another file, a FIFO that blocks whoever opens
-it, a device, a hard link, or a file that somebody else wrote. Opened here, a name is a regular file or an error, and
-opening never blocks. What such a file says is data of its owner: `why_untrusted` says whether to believe that owner.
+In such a directory a name of ours can be anything: a symbolic link to another file, a FIFO that blocks its opener, a
+device, a hard link, or another user's file. The functions here open only regular files, and never block. The content of
+such a file is data of its owner; `why_untrusted` says whether to trust that owner.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from contextlib import suppress
 from pathlib import Path
 
 PRIVATE_DIRECTORY = 0o755
-"""Mode of a directory that only its owner may change, whatever the umask."""
+"""Mode of a directory that only its owner may change, with any umask."""
 PRIVATE_FILE = 0o644
-"""Mode of a file that only its owner may change, whatever the umask."""
+"""Mode of a file that only its owner may change, with any umask."""
 MAX_LINE = 16 * 2**20
-"""Bytes of a line that are kept in memory."""
+"""Longest line that is kept in memory, in bytes."""
 
 
 def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY, mode: int = PRIVATE_FILE) -> int:
     """Open a regular file and return its descriptor, which is not inherited.
 
-    A file that can be written must have one name only: through a hard link, a line of ours would be appended to any
-    file of the user's that somebody chose. Raises OSError.
+    A file opened for writing must not have other names. Otherwise another user could make a hard link, and our lines
+    would be appended to any file of this user. Raises OSError.
     """
     # O_NONBLOCK: opening a FIFO would wait for its other end, and opening a file under a lease (fcntl(2), F_SETLEASE)
     # for the lease's holder. On a regular file that is open it has no effect. O_TRUNC has to wait for the checks.
@@ -79,10 +79,10 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is complete as soon as it is there, whatever kills this process. Raises OSError.
+    """Write a file that is complete as soon as it exists, even if this process is killed. Raises OSError.
 
-    No fsync: who reads it dies with the machine, and on a disk that is writing checkpoints it may take seconds, in
-    which a job's devices would stand idle.
+    There is no fsync. The readers do not survive a crash of the machine either, and fsync may take seconds while the
+    disk is writing checkpoints, during which a job's devices would be idle.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -116,4 +116,4 @@ def make_directories(path: Path) -> None:
         if path.parent == path:
             raise
         make_directories(path.parent)
-        path.mkdir(PRIVATE_DIRECTORY, exist_ok=True)  # in /proc it is still "not found", however often one tries
+        path.mkdir(PRIVATE_DIRECTORY, exist_ok=True)  # in /proc this fails again, so it is not retried

@@ -22,8 +22,8 @@ def read_memory(value: object, option: str) -> int:
     KiB, MiB, GiB and TiB are powers of 1024, and so are K, M, G and T alone, as in Slurm and Docker; KB, MB, GB and TB
     are powers of 1000. Case does not matter.
 
-    Raises OptionError, which names `option`, for anything else, and for less than a MiB other than 0: the unit was
-    likely forgotten.
+    Raises OptionError, which names `option`, for anything else. It is also raised for amounts between 0 and 1 MiB,
+    because the unit was probably forgotten.
     """
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise OptionError(option, f"{_shown(value)} is not an amount of memory: write one like 20GiB")
@@ -38,7 +38,7 @@ def read_memory(value: object, option: str) -> int:
 
 
 def show_memory(size: int) -> str:
-    """`size` bytes with three digits or so: `20 GiB`, `1.5 GiB`, `500 MiB`, `0 MiB`."""
+    """Format bytes with about three digits: `20 GiB`, `1.5 GiB`, `500 MiB`, `0 MiB`."""
     unit, name = (GIB, "GiB") if size >= GIB else (MIB, "MiB")
     amount = size / unit
     return f"{amount:.0f} {name}" if unit == MIB or amount >= 100 else f"{amount:.1f}".removesuffix(".0") + f" {name}"

@@ -1,8 +1,8 @@
-"""Makes text from other users and programs safe to show: in a terminal, a log, an error, a table.
+"""Makes text from other users and programs safe to show in terminals, logs, errors and tables.
 
-Names, command lines, messages and labels come from other users' files, from programs and from the kernel. They may hold
-escape sequences that move the cursor or set the terminal up, characters that reverse the direction of the text around
-them, line breaks that imitate lines of ours, passwords, and megabytes.
+Names, command lines, messages and labels come from other users' files, from programs and from the kernel. They may
+contain escape sequences that move the cursor or change the terminal's settings, characters that reverse the direction
+of text, line breaks that imitate our lines, passwords, or megabytes of text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from gpu_launcher.redaction import redact
 
 MAX_SHOWN = 4096
-"""Characters shown of such a text."""
+"""Most characters shown of such a text."""
 
 ESCAPE_SEQUENCE = re.compile(
     r"""\x1b\[ [0-?]* [ -/]* [@-~]                       # CSI: colours, cursor movement
@@ -29,7 +29,7 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-
 
 def one_line(text: str, limit: int = MAX_SHOWN) -> str:
     """Return the text as one line without control characters and secrets, cut to `limit` characters."""
-    # First shorter: the rest takes long for a megabyte. What is left has room for escape sequences.
+    # Cut first, because the rest is slow for megabytes. The cut leaves room for escape sequences.
     return _one_line(text[: 4 * limit], limit)
 
 
@@ -42,7 +42,7 @@ def _one_line(text: str, limit: int) -> str:
 
 
 def middle_cut(text: str, room: int) -> str:
-    """Shorten a text to `room` characters in its middle, because what differs is often at its end."""
+    """Shorten a text to `room` characters by cutting its middle, because texts often differ at their ends."""
     if len(text) <= room:
         return text
     end = max(0, room - 1) // 2

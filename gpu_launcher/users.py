@@ -1,4 +1,4 @@
-"""Names of users, and of this process as other users see it."""
+"""Names of users, and the description of this process for other users."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gpu_launcher.model import Owner
 from gpu_launcher.text import one_line
 
 MAX_COMMAND = 1000
-"""Characters shown of a command."""
+"""Most characters shown of a command."""
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,4 +1,4 @@
-"""Checks of option values that several entry points share, with one wording. All raise OptionError."""
+"""Checks of option values that several entry points share. They raise OptionError, with the same wording everywhere."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Literal, TypeVar, cast, get_args
 from gpu_launcher.errors import OptionError
 
 StartMethod = Literal["auto", "fork", "spawn"]
-"""How jobs are started: forked from the program or in fresh interpreters; `auto` forks where that is safe."""
+"""How jobs are started: `fork` from the program, `spawn` in fresh interpreters, `auto` forks if that is safe."""
 
 T = TypeVar("T")
 
 
 def read_number(value: object) -> float | None:
-    """The finite number that `value` is, or writes down; None for anything else."""
+    """Return `value` as a number if it is a finite number or the text of one; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
@@ -26,7 +26,7 @@ def read_number(value: object) -> float | None:
 
 
 def integer(option: str, value: object, *, least: int, most: int | None = None, or_else: str = "") -> int:
-    """`value`, if it is an int within bounds. `or_else` names what else the option takes."""
+    """Return `value` if it is an int within bounds. `or_else` describes other values that the option accepts."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
         bounds = f">= {least}" if most is None else f"from {least} to {most}"
         raise OptionError(option, f"must be an integer {bounds}{or_else and f', or {or_else}'}, got {value!r}")
@@ -34,7 +34,7 @@ def integer(option: str, value: object, *, least: int, most: int | None = None, 
 
 
 def read_integer(option: str, value: object, *, least: int, most: int | None = None, or_else: str = "") -> int:
-    """The same for values that may be written down, such as "3" or 3.0."""
+    """Like `integer`, but also accepts whole numbers in other forms, such as "3" or 3.0."""
     number = read_number(value)
     if number is not None and number.is_integer():
         value = int(number)
@@ -42,7 +42,7 @@ def read_integer(option: str, value: object, *, least: int, most: int | None = N
 
 
 def one_of(option: str, value: T, allowed: Collection[object]) -> T:
-    """`value`, if it is `allowed`."""
+    """Return `value` if it is `allowed`."""
     if value not in allowed:
         listed = ", ".join("null" if choice is None else str(choice) for choice in allowed)
         raise OptionError(option, f"must be one of {listed}, got {value!r}")
@@ -50,12 +50,12 @@ def one_of(option: str, value: T, allowed: Collection[object]) -> T:
 
 
 def true_or_false(option: str, value: object) -> bool:
-    """`value`, if it is a bool."""
+    """Return `value` if it is a bool."""
     if not isinstance(value, bool):
         raise OptionError(option, f"must be True or False, got {value!r}")
     return value
 
 
 def read_start_method(value: object) -> StartMethod:
-    """How to start jobs."""
+    """Read the option `start_method`."""
     return cast("StartMethod", one_of("start_method", value, get_args(StartMethod)))

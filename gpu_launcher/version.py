@@ -10,7 +10,7 @@ _PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
 
 def find_version() -> str:
-    """The installed version; in a source tree that is not installed, what `pyproject.toml` says; else `unknown`."""
+    """The installed version; in a source tree that is not installed, the one in `pyproject.toml`; else `unknown`."""
     try:
         return version("gpu-launcher")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""How messages show durations, counts, jobs and devices."""
+"""Formats durations, counts, jobs and devices for messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from gpu_launcher.text import one_line
 
 
 def duration(seconds: float, *, tenths: bool = True) -> str:
-    """`1.2 s`, `3m 12s`, `2h 05m`, `3d 04h`; without `tenths`, `1 s`. Never wider than eight characters for a year."""
+    """Format seconds as `1.2 s`, `3m 12s`, `2h 05m` or `3d 04h`; without `tenths`, `1 s`.
+
+    Durations below a year take at most eight characters.
+    """
     seconds = max(0.0, seconds)
     if tenths and seconds < 59.95:
         return f"{seconds:.1f} s"
@@ -28,7 +31,7 @@ def duration(seconds: float, *, tenths: bool = True) -> str:
 
 
 def rough_duration(seconds: float) -> str:
-    """An estimate, in steps as coarse as it deserves, so that it does not flicker: `about 2m 30s`, `a few seconds`."""
+    """Format an estimate as `about 2m 30s` or `a few seconds`, in coarse steps so that it does not flicker."""
     if seconds < 10:
         return "a few seconds"
     if seconds < 60:
@@ -56,12 +59,12 @@ def job_name(number: int, label: str) -> str:
 
 
 def device_names(devices: Iterable[Device]) -> str:
-    """`GPU 0-3, GPU 6`"""
+    """List devices as `GPU 0-3, GPU 6`."""
     return join_labels(device.label for device in devices)
 
 
 def join_labels(labels: Iterable[str]) -> str:
-    """Join labels of devices, three or more in a row as a range: `GPU 0-3, GPU 6`."""
+    """Join labels of devices; three or more in a row become a range: `GPU 0-3, GPU 6`."""
     runs: list[list[str]] = []
     before = ("", -1)
     for label in labels:
@@ -79,7 +82,7 @@ def join_labels(labels: Iterable[str]) -> str:
 
 
 def device_counts(devices: Sequence[Device]) -> str:
-    """`4 GPUs`, `8 simulated GPUs`, `2 GPUs and 1 CPU slot`."""
+    """Count devices by kind: `4 GPUs`, `8 simulated GPUs`, `2 GPUs and 1 CPU slot`."""
     nouns = {
         DeviceKind.GPU: "GPU",
         DeviceKind.MIG: "MIG instance",
