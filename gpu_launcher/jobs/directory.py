@@ -1,8 +1,8 @@
-"""The directory of a sweep or map: which launch has it, which log is whose, and where the newest sweep is.
+"""The directory of a sweep or map: which launch has it, which job has which log, and where the newest sweep is.
 
-A launch holds the `flock` of `.gpu_launcher/lock` as long as any of its processes lives: its fork server, and so all
-that runs below it, has the same open file. The kernel releases it when the last of them has ended, whatever ended it.
-The file says which program that is, for those that it keeps out.
+A launch holds the `flock` of `.gpu_launcher/lock` as long as any of its processes lives: its fork server, and so
+everything below it, has the same open file. The kernel releases the lock when the last of them has ended, for whatever
+reason. The file names the program, for others that the lock keeps out.
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ LOCK = "lock"
 WAIT_SECONDS = 15.0
 """Seconds to wait for the processes of a killed launch to end."""
 MAX_DIRECTORIES = 5000
-"""Directories that the search for the newest sweep looks into, at most."""
+"""Maximum number of directories that the search for the newest sweep looks into."""
 
 _held: weakref.WeakValueDictionary[tuple[int, int, int], DirectoryLock] = weakref.WeakValueDictionary()
-"""Locks that this process holds, by process id, device and inode. `flock` would keep it out of its own directory."""
+"""Locks that this process holds, by process id, device and inode. A second `flock` would lock the process out."""
 
 
 class DirectoryLock:
-    """The right to run jobs in a directory. Ends with `close`, or when nothing refers to it any more.
+    """The right to run jobs in a directory. It ends with `close`, or when nothing refers to the object any more.
 
-    On a file system without locks it excludes nobody: what `refuse_if_running` finds has to be enough there.
+    On a file system without locks it excludes no other launch. There, `refuse_if_running` is the only protection.
     """
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
-        """For processes of the launch that are no forks of this one."""
+        """The lock's descriptor, for processes of the launch that are not forks of this one."""
         self.close = weakref.finalize(self, _release, descriptor, os.getpid())
-        """Release it, once the launch's other processes have ended."""
+        """Close this process's copy. The lock is released when the launch's other processes have ended, too."""
 
     @classmethod
     def take(
         cls, directory: Path, command: str, remedy: str, notice: Callable[[str], None] = lambda text: None
     ) -> DirectoryLock:
-        """Be the only launch in `directory`, which is made, and come after what a killed one left behind.
+        """Take the lock of `directory`, which is created if it does not exist. Wait for processes of a killed launch.
 
-        To be called before the fork server is started, which is to have the lock, too. `command` names this program to
-        those that come meanwhile, `remedy` says what to do if another has the directory. A process that has the lock
-        gets the same one again. Raises ManifestError if another program runs jobs here or its processes do not end,
-        and OSError if nothing can be written.
+        Call it before the fork server is started, which must hold the lock, too. `command` names this program to others
+        that want the directory meanwhile. `remedy` says what to do if another program has it. A process that has the
+        lock gets the same object again. Raises ManifestError if another program runs jobs here, or if the processes of
+        a killed launch do not end, and OSError if nothing can be written.
         """
         path = directory / DIRECTORY / LOCK
         make_directories(path.parent)
@@ -108,45 +108,45 @@ def _lock(descriptor: int) -> bool:
 
 
 def _refuse_holder(descriptor: int, directory: Path, remedy: str) -> None:
-    """Raise ManifestError if the program that the lock names may live. The lock is held, or this would not be asked."""
+    """Raise ManifestError if the program that the lock file names may be alive. Only called while the lock is held."""
     try:
         content = load_object(os.pread(descriptor, 64 * 1024, 0))
         holder, command = ProcessIdentity.from_json(content), one_line(Fields(content).text("command"))
     except ValueError:
-        return  # it has just been taken, or is being released
+        return  # the lock was taken a moment ago, or is being released
     lives = holder.is_alive(os.fstat(descriptor).st_uid)
     if lives is False:
-        return  # what it left behind has the lock
+        return  # its remaining processes hold the lock
     where = "" if lives else f" on {holder.host}"
     raise ManifestError(f"{directory} is being run by process {holder.pid} ({command}){where}: {remedy}")
 
 
 def _sign(descriptor: int, command: str) -> None:
     content = json.dumps({**ProcessIdentity.here().to_json(), "command": command}).encode()
-    with suppress(OSError):  # a full disk: others are kept out all the same, but cannot say by whom
+    with suppress(OSError):  # a full disk: the lock still keeps others out, but they cannot say who has it
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, content, 0)
 
 
 def _release(descriptor: int, process: int) -> None:
-    if os.getpid() == process:  # not a fork of it
+    if os.getpid() == process:  # not in a fork
         with suppress(OSError):
-            os.ftruncate(descriptor, 0)  # this program may live on, and does not have it any more
+            os.ftruncate(descriptor, 0)  # this program may continue without the directory
         os.close(descriptor)
 
 
 class LogFiles:
-    """Gives each job of a sweep a log file, and notices directories that are used twice.
+    """Chooses the log file of each job of a sweep, and notices directories that are used twice.
 
-    A job that finds its log taken by another job gets `<number>.<name>` beside it. What an earlier launch left in a
-    job's log is kept under another name. Used for all launches of one launcher.
+    If another job has the log that a job proposes, the job gets `<number>.<name>` beside it. A log from an earlier
+    launch is renamed and kept. One object serves all launches of a launcher.
     """
 
     def __init__(self, directory: Path, earlier: Mapping[int, Entry], *, shared: str, used: str | None) -> None:
-        """`earlier` are the jobs that the directory knew before.
+        """Take `earlier`, the jobs that the directory's manifest already has.
 
-        `shared` is what to do about jobs that share an output directory, `used` about jobs of an earlier sweep whose
-        files are overwritten; None if that is what the user asked for.
+        `shared` tells the user what to do about jobs that share an output directory. `used` tells the user what to do
+        about an earlier sweep whose files are overwritten; None if the user asked for that.
         """
         self._directory = directory
         self._earlier = earlier
@@ -157,7 +157,7 @@ class LogFiles:
         self._earlier_owners = {entry.log: number for number, entry in earlier.items() if entry.log is not None}
 
     def claim(self, number: int, prepared: JobPrepared) -> tuple[str, list[str]]:
-        """Return the log file of a prepared job, which opens it next, and the notices for the user."""
+        """Return the log file for a prepared job, which opens it next, and notices for the user."""
         assert prepared.log is not None
         notices = []
         if self._used is not None and number in self._earlier:
@@ -182,19 +182,19 @@ class LogFiles:
 
 
 def as_proposed(number: int, prepared: JobPrepared) -> tuple[str, list[str]]:
-    """See `LogFiles.claim`; for jobs that propose logs of their own."""
+    """Return the log that the job proposes. Replaces `LogFiles.claim` for jobs that have logs of their own."""
     return str(prepared.log), []
 
 
 def _summary(entries: Mapping[int, Entry]) -> str:
-    """`6 jobs (4 completed, 2 lost)`"""
+    """Summarise jobs by state: `6 jobs (4 completed, 2 lost)`."""
     states = Counter(entry.state for entry in entries.values())
     said = ", ".join(f"{states[state]} {state.value}" for state in State if states[state])
     return f"{count(len(entries), 'job')} ({said})"
 
 
 def newest_sweep(*roots: Path) -> Path | None:
-    """The directory, at most three levels below one of `roots`, whose sweep has written something last."""
+    """Return the directory, at most three levels below one of `roots`, whose manifest was written last."""
     found: list[tuple[float, Path]] = []
     for root in roots:
         for directory in itertools.islice(_directories(root), MAX_DIRECTORIES):
@@ -214,5 +214,5 @@ def _directories(root: Path, depth: int = 3) -> Iterator[Path]:
                 continue
             with os.scandir(directory) as entries:
                 below = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
-            # Names are often dates, and what was made last is most likely to be wanted.
+            # Names are often dates, so in reverse order the newest sweeps come first.
             waiting.extend((Path(path), level + 1) for path in sorted(below, reverse=True))

@@ -1,4 +1,4 @@
-"""What to do about failed jobs: retry them, with more memory if that ran out, or end the sweep."""
+"""Decisions about failed jobs: whether to retry them, with more memory if that ran out, or to end the sweep."""
 
 from __future__ import annotations
 
@@ -19,44 +19,45 @@ _ASIDE = ".attempt-"
 
 @dataclass(frozen=True, slots=True)
 class FailurePolicy:
-    """What the user wants done about failed jobs. The default: no retries, and the other jobs continue."""
+    """The user's options for failed jobs. Default: no retries, and the other jobs continue."""
 
     retries: int = 0
-    """How many times a job is retried."""
+    """Maximum number of retries of a job."""
     retry_on: frozenset[Cause] = frozenset(Cause) - {Cause.EXCEPTION}
+    """Causes of failure after which a job is retried."""
     most: int | None = None
-    """How many jobs may have failed when the sweep is ended; None for any number."""
+    """Number of failed jobs at which the sweep is stopped. None: it is never stopped for that reason."""
 
 
 class RetryState:
-    """The attempts of one job: which one is the latest, whether there is another, and what that needs."""
+    """The attempts of one job: which one is the latest, whether another follows, and what that one needs."""
 
     def __init__(self, policy: FailurePolicy, before: int) -> None:
-        """`before`: how many attempts the job made in earlier launches."""
+        """Begin with the first attempt of this launch. `before`: number of attempts in earlier launches."""
         self.policy = policy
-        """The sweep's, unless the job has its own."""
+        """The sweep's policy, unless the job has its own."""
         self._before = before
         self.attempt = before + 1
-        """The attempt that runs or is the next to run, counted from 1."""
+        """The attempt that runs, or is the next to run, counted from 1."""
         self._share: Share | None = None
-        """What to ask for instead of the job's own share, which was not enough."""
+        """The share to request instead of the job's own, if that was too small."""
         self.latest_failure: JobResult | None = None
-        """How the attempt before this one ended."""
+        """Result of the attempt before this one."""
 
     def request(self, request: Request) -> Request:
-        """What the job is to have: its own `request`, or more if that was not enough before."""
+        """Return the request for the next attempt: the job's own, or more if that was not enough before."""
         return request if self._share is None else replace(request, share=self._share)
 
     def next(self, result: JobResult, run: JobRun, refusal: Callable[[Request], str | None]) -> NextAttempt | None:
-        """The next attempt of a job that failed; None if it is not retried.
+        """Return the next attempt of a job that failed. None if the job is not retried.
 
-        `refusal` says why the devices that work could never grant a request.
+        `refusal` says why the working devices could never grant a request. It returns None if they could.
         """
         made = result.attempts - self._before
         if result.cause not in self.policy.retry_on or made > self.policy.retries or run.final:
             return None
         if run.started is None and result.cause is Cause.EXCEPTION:
-            return None  # its config does not compose, and will not
+            return None  # its config cannot be composed, and another attempt would not change that
         request, more_memory = run.request, False
         if request is not None and run.devices:
             if result.cause is Cause.OOM and result.payload is not None:
@@ -76,21 +77,21 @@ class RetryState:
 
 @dataclass(frozen=True, slots=True)
 class NextAttempt:
-    """The attempt of a job that follows one that failed."""
+    """The attempt of a job that follows a failed one."""
 
     number: int
-    """Counted from 1."""
+    """The attempt's number, counted from 1."""
     limit: int
-    """How many there may be."""
+    """Maximum number of attempts."""
     last: bool
     """Whether it runs after the sweep's other jobs, because it may wait long for the memory that it needs."""
 
 
 def larger_share(share: Share, devices: Sequence[Device], shares: Mapping[str, Share]) -> Share | None:
-    """What to ask for after the memory of `devices`, of which the job had `shares`, ran out.
+    """Return the share to request after memory ran out on `devices`, of which the job had `shares`.
 
-    The whole device if other jobs could use it, too; otherwise a device with more memory. None if a device does not
-    say how much memory it has.
+    If the job had less than a whole device, it is a whole device; otherwise a device with more memory. None if the
+    memory of a device is not known.
     """
     if not all(shares[device.uuid].whole for device in devices):
         return Share(MILLIONTHS, share.memory)
@@ -100,9 +101,9 @@ def larger_share(share: Share, devices: Sequence[Device], shares: Mapping[str, S
 
 
 def set_aside(log: str, attempt: int) -> str:
-    """Rename the log of an attempt to a name of its own, such as `job.attempt-1.log`; return its new path.
+    """Rename the log of an attempt to a name of its own, such as `job.attempt-1.log`, and return the new path.
 
-    If the file system refuses, the log stays where it is, and nothing else fails.
+    If it cannot be renamed, it keeps its name, and its old path is returned.
     """
     path = Path(log)
     if _ASIDE in path.stem:
@@ -112,7 +113,7 @@ def set_aside(log: str, attempt: int) -> str:
         aside = path.with_name(f"{name}{path.suffix}")
         try:
             if aside.exists():
-                continue  # of an earlier sweep in the same directory
+                continue  # from an earlier sweep in the same directory
             path.rename(aside)
         except OSError:
             return log

@@ -1,4 +1,4 @@
-"""Which process something belongs to, told so that others can say later whether it lives."""
+"""Identities of processes that can be stored, so that other processes can check later whether the process is alive."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from gpu_launcher.processes.linux import start_time
 from gpu_launcher.text import one_line
 
 MAX_NAME_LENGTH = 256
-"""Characters of a namespace, boot or host."""
+"""Maximum characters of a namespace, boot or host."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessIdentity:
-    """A process id alone would be another process's later on."""
+    """The identity of a process. The id alone is not enough: the kernel may give it to another process later."""
 
     pid: int
     start: int | None
-    """When it was started, as the kernel counts; None if it has ended."""
+    """When it was started, in the kernel's units. None if it has ended."""
     namespace: str
-    """In another one, as in another container, process ids mean other processes."""
+    """Its PID namespace. In another one, such as another container's, the same id means another process."""
     boot: str
     host: str
 
     @classmethod
     def here(cls) -> ProcessIdentity:
-        """This process's own."""
+        """Return the identity of this process."""
         origin = Origin.here()
         return cls(os.getpid(), start_time(os.getpid()), _namespace(), origin.boot, origin.machine)
 
@@ -47,11 +47,11 @@ class ProcessIdentity:
         return cls(fields.integer("pid", least=1, most=MAX_PID), start, namespace, boot, host)
 
     def to_json(self) -> dict[str, Any]:
-        """Names and values that JSON has."""
+        """Return the identity as names and values for JSON."""
         return asdict(self)
 
     def is_alive(self, owner: int | None = None) -> bool | None:
-        """Whether the process is alive; None if that cannot be known from here.
+        """Whether the process is alive. None if that cannot be known from here.
 
         A file that names a process is believed only if that process belongs to the `owner` of the file.
         """
@@ -66,7 +66,7 @@ class ProcessIdentity:
         try:
             os.kill(self.pid, 0)
         except PermissionError:
-            return None  # somebody's process that /proc does not show (`hidepid`)
+            return None  # another user's process that /proc does not show (`hidepid`)
         except ProcessLookupError:
             return False
         return False  # a zombie

@@ -1,6 +1,6 @@
-"""Short names for the jobs of a sweep: what differs between them, with short numbers. Pure.
+"""Short names for the jobs of a sweep: the overrides that differ between them, with short numbers. Pure.
 
-A job's label is for people; its overrides as they are stay in the manifest.
+A job's label is for people. The manifest keeps its overrides unchanged.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Collection, Iterable, Sequence
 from gpu_launcher.text import middle_cut
 
 LABEL_ROOM = 48
-"""Characters of a label. In longer ones, keys are shortened."""
+"""Number of characters above which the keys in labels are shortened."""
 MAX_LABEL = 200
-"""Characters of a label."""
+"""Maximum characters of a label."""
 MAX_REMEMBERED = 10_000
-"""Values of a key that are remembered, so that shortened ones differ."""
+"""Maximum number of values remembered for a key. They are remembered so that shortened values differ."""
 
 _SHORTER = ((4, 32), (6, 48), (9, 80), (17, 400))
 """Significant digits of a number and characters of a value, from short to long."""
@@ -23,25 +23,25 @@ _NUMBER = re.compile(r"(?<![\w./+-])[+-]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][+
 
 
 class Labels:
-    """Makes the labels of jobs. A job is a list of texts such as `lr=0.1`."""
+    """Makes the labels of jobs. A job is given as a list of texts such as `lr=0.1`."""
 
     def __init__(self, common: Collection[str] | None = None) -> None:
-        """`common` are the texts that all jobs share. None: those that all jobs so far have shared."""
+        """Take `common`, the texts that all jobs share. None: the texts that all jobs so far have shared."""
         self._known = common is not None
         self._common: set[str] | None = None if common is None else set(common)
         self._shown: dict[str, dict[str, str]] = {}
         """By key: full values by their shortened forms."""
         self._level: dict[str, int] = {}
         self._short_keys = False
-        """Whether a label was too long with whole keys, and so all later ones have short ones."""
+        """Whether keys are shortened, because a label with whole keys was too long."""
 
     def of(self, job: Sequence[str]) -> str:
-        """Return the label of another job."""
+        """Return the label of one more job."""
         (label,) = self.of_all([job])
         return label
 
     def of_all(self, jobs: Sequence[Sequence[str]]) -> list[str]:
-        """Return the labels of several jobs, which are shortened alike."""
+        """Return the labels of several jobs, shortened in the same way."""
         alone = self._common is None and len(jobs) == 1
         common = self._learn(jobs)
         varying = [[text for text in job if text not in common] for job in jobs]

@@ -1,13 +1,13 @@
-"""What a sweep's directory knows of its jobs, so that the sweep can be resumed and looked at.
+"""The manifest: the record of a sweep's jobs in its directory, from which the sweep can be resumed and inspected.
 
     <sweep directory>/.gpu_launcher/
         lock                  locked by all processes of the launch that runs jobs here (`jobs.directory`)
-        manifest.jsonl        one line per event, appended in one write each; a line that was cut off counts for nothing
-        launch-<id>.json      who runs jobs here; removed at the end
-        <number>.<id>.report  what the job of that launch left behind
+        manifest.jsonl        one line per event, each appended in one write; an incomplete line is ignored
+        launch-<id>.json      which program runs jobs here; removed at the end
+        <number>.<id>.report  the report of a job of that launch
 
-A job writes its report itself. So whatever kills the launching program, a job that has finished is found to have.
-It is private to gpu-launcher: read it with `gpu-launcher jobs DIR --json`.
+A job writes its report itself. So a job that has finished is known to have finished, whatever kills the head or the
+node. The format is private to gpu-launcher: read it with `gpu-launcher jobs DIR --json`.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from gpu_launcher.text import one_line
 
 FORMAT = 1
 MAX_LAUNCH_BYTES = 2**20
-"""Bytes of a file that says who runs jobs."""
+"""Maximum bytes read of a file that says who runs jobs."""
 DIRECTORY = ".gpu_launcher"
 MANIFEST = "manifest.jsonl"
 MAX_FAILED = 10
-"""Jobs that are kept, each of which failed in another way."""
+"""Maximum number of failed jobs that are kept, one for each way of failing."""
 
 
 class State(str, Enum):
-    """Where a job of a sweep is."""
+    """The state of a job, as the manifest knows it."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -53,7 +53,7 @@ class State(str, Enum):
     CANCELLED = "cancelled"
     PRUNED = "pruned"
     LOST = "lost"
-    """It ran, or waited, when its launching program died."""
+    """It ran, or waited, when its launch died."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,22 +68,22 @@ class Entry:
     attempts: int = 0
     """How many times it was started, by all launches together."""
     devices: tuple[str, ...] = ()
-    """Labels of those it had last."""
+    """Labels of the devices that it had last."""
     started: float | None = None
-    """Wall-clock seconds since the epoch."""
+    """When it was started, in wall-clock seconds since the epoch."""
     ended: float | None = None
     message: str | None = None
     """Why it failed."""
     log: str | None = None
     report: Path | None = None
-    """What it left behind, if it did."""
+    """The file of its report, if it left one."""
     pid: int | None = None
-    """Of its main process, while it runs."""
+    """Process id of its main process, while it runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A launching program that has not said that it is done."""
+    """A launch that has not recorded its end."""
 
     id: str
     file: Path
@@ -91,11 +91,11 @@ class Launch:
     host: str
     command: str
     is_alive: bool | None
-    """None if that cannot be known from this machine."""
+    """Whether its program is alive. None if that cannot be known from here."""
 
 
 class Recorder:
-    """Writes down what happens to the jobs of one launch."""
+    """Writes what happens to the jobs of one launch to the manifest."""
 
     def __init__(
         self,
@@ -107,9 +107,10 @@ class Recorder:
         warn: Callable[[str], None] = lambda text: None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """Note that `jobs` are to be run for the sweep in `directory`, by the launch with this id or a new one.
+        """Record that this launch is to run `jobs` of the sweep in `directory`.
 
-        `warn` is told once if nothing can be written; the jobs are run all the same.
+        `launch` is the id of the launch, by default a new one. If nothing can be written, `warn` is called once, and
+        the jobs run nevertheless.
         """
         self.directory = directory / DIRECTORY
         self._reports = new_reports(directory) if launch is None else ReportFiles(self.directory, launch)
@@ -126,7 +127,8 @@ class Recorder:
         self._file = self.directory / f"launch-{self._id}.json"
         self._process = os.getpid()
         make_directories(self.directory)
-        # Those of a source's jobs are not kept.
+        # Reports of earlier launches. They are removed when the job completes again. A source's jobs leave none: their
+        # reports are discarded when they end.
         self._old = {number: entry.report for number, entry in read(directory).items() if entry.report} if jobs else {}
         for earlier in launches_in(directory):
             if earlier.is_alive is False:
@@ -142,7 +144,7 @@ class Recorder:
         self._plan(jobs)
 
     def add(self, job: Job) -> None:
-        """Note one more job that is to be run."""
+        """Record one more job that is to run."""
         self._attempts[job.number] = job.attempts_before
         self._jobs[job.number] = job
         self._plan([job])
@@ -153,23 +155,23 @@ class Recorder:
             self._append(planned=planned)
 
     def report_path(self, number: int) -> Path:
-        """Where the job is to leave its report."""
+        """Return the path of a job's report."""
         return self._reports.path(number)
 
     def discard_report(self, number: int) -> None:
-        """A job's report has been passed on to whoever keeps it."""
+        """Remove a job's report, which the source has been given."""
         with suppress(OSError):
             self.report_path(number).unlink()
 
     def handle(self, event: Event) -> None:
-        """Write down what is worth knowing later."""
+        """Record an event, if it is worth knowing later."""
         if isinstance(event, JobStarted):
             self._attempts[event.number] += 1
             devices = [device.label for device in event.devices]
             attempts = self._attempts[event.number]
             self._append(started=event.number, attempts=attempts, devices=devices, log=event.log, pid=event.pid)
         elif isinstance(event, JobRetried):
-            self._attempts[event.number] = event.attempt - 1  # one that never ran counts, too
+            self._attempts[event.number] = event.attempt - 1  # an attempt that never ran counts, too
             self._append(ended=event.number, outcome="failed", message=event.message, log=event.log)
         elif isinstance(event, JobEnded):
             outcome = event.outcome.value
@@ -187,7 +189,7 @@ class Recorder:
                     old.unlink()
 
     def close(self) -> None:
-        """Say that this launch is over."""
+        """Record that this launch is over."""
         if os.getpid() == self._process:
             with suppress(OSError):
                 self._file.unlink()
@@ -197,7 +199,7 @@ class Recorder:
         try:
             descriptor = open_regular(self.directory / MANIFEST, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             try:
-                # The line before may have been cut off. An empty one counts for nothing.
+                # Begin a new line: the last one may be incomplete. Empty lines are ignored.
                 data = f"\n{line}\n".encode()
                 if os.write(descriptor, data) != len(data):
                     raise OSError("no space left")
@@ -213,12 +215,12 @@ class Recorder:
 
 
 def new_reports(directory: Path) -> ReportFiles:
-    """Where the jobs of a new launch of the sweep in `directory` leave their reports."""
+    """Return the files for the reports of a new launch of the sweep in `directory`."""
     return ReportFiles(directory / DIRECTORY, uuid.uuid4().hex[:12])
 
 
 class Recorded:
-    """A display of what is written down first."""
+    """Records each event before it is displayed."""
 
     def __init__(self, recorder: Recorder, display: Progress) -> None:
         self._recorder = recorder
@@ -233,9 +235,9 @@ class Recorded:
 
 
 def read(directory: Path) -> dict[int, Entry]:
-    """The jobs of the sweep in `directory`, by number; none if it knows of none.
+    """Read the jobs of the sweep in `directory`, by number. Empty if there is no manifest.
 
-    Raises ManifestError for one that a newer version wrote or that cannot be read, and NotADirectoryError.
+    Raises ManifestError if a newer version wrote the manifest or if it cannot be read, and NotADirectoryError.
     """
     home = directory / DIRECTORY
     launches = {launch.id: launch for launch in launches_in(directory)}
@@ -256,7 +258,7 @@ def read(directory: Path) -> dict[int, Entry]:
 
 
 def launches_in(directory: Path) -> list[Launch]:
-    """Those that have not said that they are done."""
+    """Return the launches in `directory` that have not recorded their end."""
     found = []
     for file in sorted((directory / DIRECTORY).glob("launch-*.json")):
         try:
@@ -266,16 +268,16 @@ def launches_in(directory: Path) -> list[Launch]:
             identity = ProcessIdentity.from_json(content)
             command = one_line(Fields(content).text("command"))
         except (OSError, ValueError):
-            continue  # not written by any launch
+            continue  # no launch wrote this
         id = file.stem.removeprefix("launch-")
         found.append(Launch(id, file, identity.pid, identity.host, command, identity.is_alive(owner)))
     return found
 
 
 def finished_before(jobs: Sequence[Job], entries: Mapping[int, Entry]) -> tuple[dict[int, JobResult], dict[int, str]]:
-    """The results of those `jobs` that completed in an earlier launch with the same overrides.
+    """Return the results of those `jobs` that completed in an earlier launch with the same overrides.
 
-    And why results that are there are not used, by the job's number.
+    The second value says why existing results are not used, by job number.
     """
     found, skipped = {}, {}
     for job in jobs:
@@ -299,12 +301,12 @@ def finished_before(jobs: Sequence[Job], entries: Mapping[int, Entry]) -> tuple[
 
 
 def devices_of(directory: Path, numbers: Container[int]) -> dict[int, tuple[str, ...]]:
-    """Labels of the devices that these jobs had last, of those that had any."""
+    """Return the labels of the devices that these jobs had last, by number. Jobs without devices are left out."""
     return {number: entry.devices for number, entry in read(directory).items() if number in numbers and entry.devices}
 
 
 def refuse_if_running(directory: Path, remedy: str) -> None:
-    """Raise ManifestError if another program runs jobs in this directory, or may do so; `remedy` says what to do."""
+    """Raise ManifestError if another program runs jobs in this directory, or may do so. `remedy` says what to do."""
     for launch in launches_in(directory):
         who = f"process {launch.pid} ({launch.command})"
         if launch.is_alive:
@@ -323,7 +325,7 @@ def _events(manifest: Path) -> Iterator[dict[str, Any]]:
                 event = load_object(line)
                 version = Fields(event).integer("format")
             except ValueError:
-                continue  # empty, or cut off
+                continue  # empty or incomplete
             if version > FORMAT:
                 raise ManifestError(f"{manifest} was written by a newer version of gpu-launcher: use that")
             yield event
@@ -336,10 +338,10 @@ def _events(manifest: Path) -> Iterator[dict[str, Any]]:
 
 
 def _take(event: dict[str, Any], entries: dict[int, Entry]) -> None:
-    """Change `entries` as an event says. Raises ValueError for one that no version has written."""
+    """Apply an event to `entries`. Raises ValueError for an event that no version writes."""
     fields = Fields(event)
     launch, time = fields.text("launch", limit=64), fields.time("time")
-    if not launch.isalnum():  # it is part of a file's name
+    if not launch.isalnum():  # it becomes part of a file name
         raise ValueError("launch is not an id")
     if "planned" in fields:
         for job in event["planned"] if isinstance(event["planned"], list) else ():
@@ -349,7 +351,7 @@ def _take(event: dict[str, Any], entries: dict[int, Entry]) -> None:
     number = fields.integer("started" if started else "ended")
     entry = entries.get(number)
     if entry is None or entry.launch != launch:
-        return  # of a launch that another has superseded
+        return  # from a launch that a later one has superseded
     log = fields.text_or_none("log")
     if started:
         entries[number] = replace(

@@ -12,16 +12,16 @@ from gpu_launcher.jobs.node_messages import Remarked
 logger = logging.getLogger("gpu_launcher")
 
 REPEAT_SECONDS = 60.0
-"""Seconds between two passing lines. Thousands of calls may each wait for devices."""
+"""Minimum seconds between two passing lines. Thousands of calls may each wait for devices."""
 
 _said: set[str] = set()
 """Notices that this process has logged."""
 _told: deque[str] = deque(maxlen=64)
-"""The `about` of the passing lines that were logged last."""
+"""The `about` of the passing lines that were logged most recently."""
 _last = -math.inf
 """Monotonic time of the last passing line that was logged."""
 
-# What the user has asked for is no news.
+# Notices about what the user asked for are logged at INFO.
 _ASKED_FOR = (" simulated: no real GPU is reserved", "(spawn): start_method=spawn")
 
 

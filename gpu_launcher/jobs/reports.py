@@ -1,8 +1,8 @@
 """Reading the reports that jobs leave in files (`processes.messages.Report`).
 
-A sweep's directory may be another user's, or writable for others, and unpickling a payload runs whatever it says. So a
-payload is read only if the job itself announced the file's digest, over a channel that nobody else has, or if only
-this user or root can have written the file. What only shows a job reads the header of its report.
+A sweep's directory may belong to another user, or be writable for others, and unpickling a payload runs any code that
+it contains. So a payload is read only if the job itself announced the file's digest, over a channel that no other
+process has, or if only this user or root can have written the file. Commands that only show a job read the header.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from gpu_launcher.safe_files import open_regular, read_all, why_untrusted
 
 MAX_HEADER = 2**20
 MAX_REPORT = 2**36
-"""Bytes. More than any job returns; a sparse file of an exabyte is refused before it is read."""
+"""Maximum bytes of a report: more than any job returns. A larger file, such as a sparse one, is refused unread."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReportFiles:
-    """Where the jobs of one launch leave their reports."""
+    """The files in which the jobs of one launch leave their reports."""
 
     directory: Path
     launch: str = ""
-    """The id of the launch, where several have the directory one after another."""
+    """The id of the launch, if several launches use the directory one after another."""
 
     def path(self, number: int) -> Path:
-        """The file of one job."""
+        """Return the report file of one job."""
         return self.directory / (f"{number}.{self.launch}.report" if self.launch else f"{number}.report")
 
 
 def read_report(path: Path, digest: bytes | None = None) -> Report:
-    """Read a report with its payload; `digest` is the SHA-256 of the file, if the job announced one.
+    """Read a report with its payload. `digest` is the SHA-256 of the file, if the job announced it.
 
-    Raises FileNotFoundError, and ReportError if it cannot be read or was possibly written by somebody else.
+    Raises FileNotFoundError, and ReportError if the file cannot be read or another user may have written it.
     """
     try:
         descriptor = open_regular(path)
@@ -62,7 +62,7 @@ def read_report(path: Path, digest: bytes | None = None) -> Report:
 
 
 def read_header(path: Path) -> Report | None:
-    """Read what a report says of its job, without the payload; None if that cannot be read."""
+    """Read a report without its payload. Returns None if it cannot be read."""
     try:
         descriptor = open_regular(path)
         try:

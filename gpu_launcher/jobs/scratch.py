@@ -1,7 +1,8 @@
-"""Directories for the files of a program's jobs, which are gone when the program is, or at the next start of any.
+"""Temporary directories for the files of a program's jobs.
 
-Each is locked by its program and that program's node. If both are killed together nobody is left to remove it, and
-its lock is free: so whoever makes one removes what it finds unlocked.
+Each directory is locked by its program and by that program's node, and is removed when the node ends. If both are
+killed together, the directory stays, but its lock is free. So a program that makes such a directory first removes those
+that are not locked.
 """
 
 from __future__ import annotations
@@ -14,23 +15,23 @@ import tempfile
 from pathlib import Path
 
 PREFIX = f"gpu-launcher-jobs-{os.uname().nodename}-"
-"""Names the machine, because locks that another machine holds on a shared directory may be invisible here."""
+"""Prefix of the directories. It names the machine, because locks held by another machine may be invisible here."""
 
 
 class Scratch:
     """A temporary directory for one program."""
 
     def __init__(self) -> None:
-        """Make the directory, after removing those that dead programs left. Raises OSError."""
+        """Make the directory, and remove those that dead programs left. Raises OSError."""
         _sweep(Path(tempfile.gettempdir()))
         while True:
             self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
             self._descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-            with contextlib.suppress(OSError):  # a file system without locks, on which nobody removes anything
+            with contextlib.suppress(OSError):  # a file system without locks: leftovers are not removed there
                 fcntl.flock(self._descriptor, fcntl.LOCK_SH)
             if os.fstat(self._descriptor).st_nlink:
                 break
-            os.close(self._descriptor)  # somebody thought it was left there, before it could be locked
+            os.close(self._descriptor)  # another process took it for a leftover before it was locked
 
     def remove(self) -> None:
         """Remove the directory and its contents. Idempotent."""
@@ -45,7 +46,7 @@ def _sweep(parent: Path) -> None:
     with contextlib.suppress(OSError), os.scandir(parent) as entries:
         for entry in entries:
             if entry.name.startswith(PREFIX):
-                with contextlib.suppress(OSError):  # somebody has it, or it is another user's, or gone
+                with contextlib.suppress(OSError):  # in use, another user's, or gone
                     _remove_unlocked(Path(entry.path))
 
 

@@ -20,21 +20,21 @@ GRACE = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """A choice of devices in a pool. The default is all of the machine's own."""
+    """A choice of a pool and of devices in it. Default: all devices of the machine's pool."""
 
     devices: object = "auto"
-    """As `gpu_launcher.devices.select_devices` takes it."""
+    """The devices, as `gpu_launcher.devices.select_devices` takes them."""
     pool_dir: str | os.PathLike[str] | None = None
-    """Another pool directory than the machine's."""
+    """The pool directory. None: the machine's."""
     busy_memory: object = BUSY_MEMORY
     """A device with more unleased memory in use than this is not granted. None: ignore memory in use."""
     environ: Mapping[str, str] | None = None
-    """Environment whose mask makes GPUs visible; None: that of this process when the jobs are run."""
+    """Environment whose mask makes GPUs visible. None: this process's environment when the jobs are run."""
 
     def options(self, request: Request, max_parallel: int | None = None, cap: str | None = None) -> Options:
-        """How to run jobs there, each of which has this request; `cap` is what the user calls `max_parallel`.
+        """Return the options for jobs on these devices that each have this request.
 
-        Raises OptionError.
+        `cap` is the user's name for `max_parallel`. Raises OptionError.
         """
         return Options(
             devices=self.devices,

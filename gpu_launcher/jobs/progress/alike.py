@@ -1,4 +1,4 @@
-"""Grouping of failures that are the same, so that each is shown once. Pure."""
+"""Groups of equal failures, so that each failure is shown once. Pure."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from gpu_launcher.jobs.events import JobEnded
 
 MAX_GROUPS = 1000
-"""Distinct failures that are remembered. Of a later one each occurrence is told in full."""
+"""Maximum number of distinct failures that are remembered. Later ones are shown in full each time."""
 MAX_RANGES = 12
-"""Ranges of job numbers in one line."""
+"""Maximum number of ranges of job numbers in one line."""
 
 _VARYING = re.compile(
     r"""0x[0-9a-fA-F]+                                           # addresses of objects
@@ -38,7 +38,7 @@ class Group:
 
     first: JobEnded
     others: array[int] = field(default_factory=lambda: array("q"))
-    """Their numbers, in the order in which they ended."""
+    """Numbers of the other jobs, in the order in which they ended."""
 
 
 class Failures:
@@ -49,7 +49,7 @@ class Failures:
         self._quoted: set[tuple[str, str]] = set()
 
     def add(self, ended: JobEnded) -> Group | None:
-        """Take note of a failed job; returns those that failed in the same way before, if any did."""
+        """Add a failed job. Returns the group of jobs that failed in the same way before, or None."""
         key = (what_failed(ended), ended.origin)
         group = self.groups.get(key)
         if group is not None:
@@ -59,7 +59,10 @@ class Failures:
         return group
 
     def tells_more(self, ended: JobEnded) -> bool:
-        """Whether the end of its log may tell what the log of no job before did: it failed elsewhere or otherwise."""
+        """Whether the end of the job's log is worth showing, because it failed at a new place or with a new error.
+
+        The failure counts as known from then on.
+        """
         place = _place(ended)
         new = place not in self._quoted
         if len(self._quoted) < MAX_GROUPS:
@@ -67,7 +70,7 @@ class Failures:
         return new
 
     def in_one_place(self) -> bool:
-        """Whether all failed at the same line with the same kind of error, even if their messages differ."""
+        """Whether all jobs failed at the same line with the same kind of error, even if their messages differ."""
         return len({_place(group.first) for group in self.groups.values()}) == 1
 
 
@@ -77,7 +80,7 @@ def _place(ended: JobEnded) -> tuple[str, str]:
 
 
 def what_failed(ended: JobEnded) -> str:
-    """Its message without what differs from job to job though the failure is the same."""
+    """Return the message of a failure without the parts that differ between jobs, such as the job's number."""
     said = ended.message or ""
     if ended.duration is not None:
         said = said.replace(f" after {duration(ended.duration)}", "")
@@ -93,7 +96,7 @@ def what_failed(ended: JobEnded) -> str:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """`0-3, 7`: numbers in order, those that follow each other as one range."""
+    """Format numbers in order, with consecutive ones as ranges: `0-3, 7`."""
     ordered = sorted(set(numbers))
     starts = [i for i, (one, other) in enumerate(pairwise(ordered), 1) if other != one + 1]
     runs = [ordered[begin:end] for begin, end in pairwise([0, *starts, len(ordered)])] if ordered else []

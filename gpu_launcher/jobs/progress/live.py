@@ -1,4 +1,4 @@
-"""A sweep as a view that stays at the bottom of the terminal."""
+"""The live display of a sweep: a view that stays at the bottom of the terminal."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _INTERVAL = 0.125
-"""Seconds between two paintings."""
+"""Minimum seconds between two paintings."""
 _SUSPENDED = 3.0
-"""So long without a tick means that the process was stopped (Ctrl-Z) and that a shell has written since."""
+"""Seconds without a tick after which the process must have been stopped (Ctrl-Z), so that a shell has written since."""
 
 
 class LiveProgress:
-    """One row per device below a header, repainted in place; notices and failures scroll by above it.
+    """A view with a header and one row per device, repainted in place. Notices and failures scroll by above it.
 
-    Paints from `handle` and `tick` only, at most eight times a second and only what changed; there is no thread. While
-    the process is in the background of its terminal, the view rests.
+    It paints only in `handle` and `tick`, at most eight times a second, and only if something changed. There is no
+    thread. While the process is in the background of its terminal, nothing is painted except notices and failures.
 
-    Not promised: a tidy view when someone else writes to the same terminal. Their line stays, and so may a piece of the
-    view above it.
+    Not promised: a tidy view when another program writes to the same terminal. Its line stays, and so may a piece of
+    the view above it.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class LiveProgress:
         *,
         keyboard: Keyboard | None = None,
     ) -> None:
-        """`keyboard` is that of the terminal, where what is typed is not for this program to read."""
+        """Prepare to write to `stream`. `keyboard` is the terminal's, if this program does not read what is typed."""
         self._prefix = Text(f"[{name}]", "dim")
         self._output = Output(stream)
         self._stream = stream
@@ -62,7 +62,7 @@ class LiveProgress:
         self._closed = False
         self._keyboard = keyboard
         self._on_stop: Any = None
-        """The handler of SIGTSTP before."""
+        """The handler that SIGTSTP had before."""
 
     def handle(self, event: Event) -> None:
         if event.time - self._tally.now > _SUSPENDED:
@@ -128,9 +128,9 @@ class LiveProgress:
             self._paint(lines, size)
 
     def _paint(self, lines: list[Text], size: Size) -> None:
-        """Replace what was painted last, in one write, so that no terminal shows a half of it."""
+        """Replace the last painting in one write, so that no terminal shows half of it."""
         width, height = size
-        # A terminal that became narrower has broken the old lines into more rows than they were.
+        # If the terminal became narrower, the old lines take more rows than before.
         rows = sum(max(1, -(-line.cell_len // width)) for line in self._painted)
         up = min(rows, height - 1)
         text = f"\r\x1b[{up}A" if up else "\r"
@@ -159,7 +159,7 @@ class LiveProgress:
             signal.signal(signal.SIGTSTP, signal.SIG_DFL)
 
     def _stop(self, signum: int, frame: object) -> None:
-        """Ctrl-Z: the shell gets the terminal as it was."""
+        """Handle Ctrl-Z: restore the terminal for the shell, and stop until continued."""
         assert self._keyboard is not None
         self._keyboard.give_back()
         stop_until_continued()

@@ -1,4 +1,4 @@
-"""What is known about a sweep so far: events go in, counts come out. Pure, and the same for every display."""
+"""The state of a sweep, counted from its events. Pure, and the same for every display."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from gpu_launcher.text import one_line
 from gpu_launcher.wording import count, duration, job_name
 
 FAILURES_NAMED = 20
-"""How many distinct failures the closing summary names before it only counts."""
+"""Maximum number of distinct failures that the closing summary names. The others are only counted."""
 FIRST_JOBS = 4
 """Number of jobs after which the user is told if all of them failed in the same way."""
 
 
 @dataclass
 class SweepTally:
-    """The state of a sweep as its events tell it. Times are on the loop's clock."""
+    """The state of a sweep, from its events. Times are on the loop's clock."""
 
     total: int = 0
     devices: tuple[Device, ...] = ()
@@ -44,19 +44,19 @@ class SweepTally:
     closing: tuple[str, ...] = ()
     completed: int = 0
     cancelled: int = 0
-    """Stopped by the user while they ran."""
+    """Jobs that were cancelled while they ran."""
     not_run: int = 0
-    """Stopped by the user before they started."""
+    """Jobs that were cancelled before they started."""
     pruned: int = 0
     retries: int = 0
     facts: tuple[tuple[str, str], ...] = ()
-    """How the search goes."""
+    """The state of the search, as `SearchStatus` has it."""
     failed: int = 0
     failures: Failures = field(default_factory=Failures)
     same: Group | None = None
-    """Those that failed before as the job did that failed last."""
+    """The jobs that failed in the same way as the latest failed job. None if it is the first of its kind."""
     highest_number: int = 0
-    # The latest ones say most about those to come.
+    # Only the latest jobs are kept, because they say most about the next ones.
     _durations: deque[float] = field(default_factory=lambda: deque(maxlen=256))
     _ran_together: deque[int] = field(default_factory=lambda: deque(maxlen=8))
 
@@ -110,7 +110,7 @@ class SweepTally:
         if self.waits is not None and self.waits.number == number:
             self.waits = None
         self.highest_number = max(self.highest_number, number)
-        # A sweeper that streams its jobs may not know their number in advance.
+        # A source may not know the number of its jobs in advance.
         self.total = max(self.total, self.done + len(self.running))
 
     def _count(self, ended: JobEnded) -> None:
@@ -121,7 +121,7 @@ class SweepTally:
         elif ended.outcome is Outcome.PRUNED:
             self.pruned += 1
         elif ended.outcome is Outcome.FAILED:
-            # Not among the durations: a job that fails at once says nothing about how long the others take.
+            # The duration is not counted: a job that fails at once says nothing about how long the others take.
             self.failed += 1
             self.same = self.failures.add(ended)
         elif ended.duration is None:
@@ -131,13 +131,13 @@ class SweepTally:
         self.total = max(self.total, self.done + len(self.running))
 
     def time_left(self) -> float | None:
-        """Seconds until the sweep is over, or None while nothing is known."""
+        """Estimate the seconds until the sweep is over. None while nothing is known."""
         together = max([*self._ran_together, len(self.running), 1])
         running = [max(0.0, self.now - job.time) for job in self.running.values()]
         return time_left(self._durations, running, self.waiting, together)
 
     def summary(self) -> list[str]:
-        """The closing words: one line of counts, then each failed job with its cause and log."""
+        """Return the closing lines: one line of counts, then each distinct failure with its cause and log."""
         left = self.total - self.done
         counts = [
             f"{number} {word}"
@@ -173,7 +173,7 @@ class SweepTally:
         return lines
 
     def all_alike(self) -> str | None:
-        """What to say when the first jobs have all failed in the same way, and others are still to come."""
+        """Return a line for the user if the first jobs all failed in the same way and more are to come."""
         if self.done != FIRST_JOBS or self.failed != FIRST_JOBS or not self.failures.in_one_place():
             return None
         if self.stopping is not None or self.total == self.done:
@@ -183,16 +183,17 @@ class SweepTally:
 
 
 def retry(event: JobRetried) -> str:
-    """`job 3 (lr=0.1) failed: <cause>; attempt 2 of 3 follows; log: <path>`"""
+    """Format a retry: `job 3 (lr=0.1) failed: <cause>; attempt 2 of 3 follows; log: <path>`."""
     log = f"; log: {one_line(event.log)}" if event.log else ""
     follows = f"attempt {event.attempt} of {event.attempts} follows"
     return f"{job_name(event.number, event.label)} failed: {one_line(event.message)}; {follows}{log}"
 
 
 def failure(ended: JobEnded, counts: str = "", same: Group | None = None) -> str:
-    """`job 3 (lr=0.1) FAILED after 0.8 s: <cause>; log: <path>`, saying nothing that the cause says itself.
+    """Format a failure: `job 3 (lr=0.1) FAILED after 0.8 s: <cause>; log: <path>`.
 
-    `same` are the jobs that failed in the same way before, and of which the cause was said.
+    Duration and log are left out if the cause contains them. `same` are jobs that failed in the same way before, and
+    whose cause was shown.
     """
     cause = one_line(ended.message or "no cause is known") if same is None else f"same as job {same.first.number}"
     after = "" if ended.duration is None else f" after {duration(ended.duration)}"

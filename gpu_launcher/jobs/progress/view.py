@@ -1,4 +1,4 @@
-"""What the live view shows: a tally and a size go in, lines come out. Pure."""
+"""The content of the live view: makes lines from a tally and a terminal's size. Pure."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ if TYPE_CHECKING:
     from gpu_launcher.jobs.progress.tally import SweepTally
 
 WIDEST = 120
-"""Beyond this a duration stands too far from the job it belongs to."""
+"""Maximum columns of the view. On wider lines a duration would stand too far from its job."""
 MOST_ROWS = 24
-"""Rows of devices and jobs on a tall terminal: what is above the view should stay in sight."""
+"""Maximum rows for devices and jobs, so that the lines above the view stay visible on a tall terminal."""
 NARROW = 60
+"""Columns below which the names of devices are shortened."""
 _TIME = 8
-"""Columns of a duration, see `text.duration`."""
+"""Columns of a duration, see `wording.duration`."""
 _GAP = "  "
 
 
 def frame(tally: SweepTally, width: int, height: int) -> list[Text]:
-    """At most `height - 1` lines, each narrower than `width`: the cursor rests on the line below them.
+    """Return the lines of the view: at most `height - 1`, each narrower than `width`.
 
-    A line that touched the last column would leave the cursor in a place on which terminals differ.
+    The cursor rests on the line below them. Lines do not reach the last column, because terminals differ in where they
+    leave the cursor then.
     """
     width = min(width - 1, WIDEST)
     lines = [_header(tally, width), _bar(tally, width)]
     if tally.facts:
         lines.append(_facts(tally, width))
-    # Comes and goes, so it stands below what stays.
+    # This line comes and goes, so it stands below the lines that stay.
     below = [] if tally.waits is None else [_fit(Text(waits(tally.waits), "yellow"), width)]
     room = min(height - 2 - len(lines) - len(below), MOST_ROWS)
     lines += _rows(tally, width, room)
@@ -60,7 +62,7 @@ def _header(tally: SweepTally, width: int) -> Text:
         parts.append((f"{tally.waiting} waiting", ""))
     seconds = tally.time_left()
     estimate = "" if seconds is None else f"{rough_duration(seconds)} left"
-    # What does not fit goes, the least important first.
+    # Parts that do not fit are left out, the least important first.
     every = len(parts)
     for shown, right in ((every, estimate + elapsed), (every, short), (every - 1, short), (1, short)):
         text = Text(_GAP).join(Text(part, style) for part, style in parts[:shown])
@@ -73,7 +75,7 @@ def _bar(tally: SweepTally, width: int) -> Text:
     good = tally.completed + tally.pruned
     ends = [good, good + tally.failed, tally.done]
     cells = [width * end // max(1, tally.total) for end in ends]
-    if tally.failed and cells[1] == cells[0] and width > 1:  # one failure among thousands is seen all the same
+    if tally.failed and cells[1] == cells[0] and width > 1:  # one failure among thousands must be visible, too
         cells[0] = max(0, cells[0] - 1)
         cells[1:] = [max(cell, cells[0] + 1) for cell in cells[1:]]
     bar = Text("━" * cells[0])
@@ -93,9 +95,10 @@ def _facts(tally: SweepTally, width: int) -> Text:
 
 
 def _rows(tally: SweepTally, width: int, room: int) -> list[Text]:
-    """One row per device, in the order of the pool, or as many as jobs share it; then one per job without devices.
+    """Return rows for the devices, in the order of the pool, and then for the jobs without devices.
 
-    Where they do not fit, the first ones keep their places and a last line counts the rest, so that nothing moves.
+    A device has one row, or one for each job if jobs share it. If the rows do not fit, the first ones keep their places
+    and a last line counts the rest, so that nothing moves.
     """
     by_device: dict[str, list[JobStarted]] = {}
     for job in tally.running.values():
@@ -113,7 +116,7 @@ def _rows(tally: SweepTally, width: int, room: int) -> list[Text]:
                 for row, job in zip(names_of_rows, sharing, strict=True)
             ]
             continue
-        # Without knowing which, those that are not ours are what the job at the head waits for.
+        # If it is not known which devices others hold, every device without a job of ours counts as held by others.
         others = held is not None and (device.uuid in held or not held)
         state = "held by others" if others else "idle"
         rows.append((None, _fit(Text(f"{name:<{columns[0]}}{_GAP}{state}", "dim"), width)))
@@ -156,7 +159,7 @@ def _rest(hidden: list[JobStarted | None], now: float, width: int) -> Text:
 
 
 def _spread(left: Text, right: Text, width: int) -> Text:
-    """`left` and `right` at the two ends of a line; of `left`, what fits."""
+    """Return a line with `left` and `right` at its ends. `left` is cut to fit."""
     line = _fit(left, max(0, width - right.cell_len - 1), pad=True)
     line.append(" ")
     line.append_text(right)
