@@ -1,7 +1,7 @@
-"""What the program does while `optimize` runs: it passes messages between the jobs and the study.
+"""The head's loop while `optimize` runs: it passes messages between the jobs and the study.
 
-Messages are answered in turn, and while the sampler or a callback works, all others wait; the jobs are
-supervised by another process meanwhile.
+It answers messages one after another. While the sampler or a callback runs, all other messages wait. Meanwhile the node
+supervises the jobs.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from gpu_launcher.studies.worker_trial import STUDY_ATTRIBUTES, STUDY_METHODS, T
 
 log = logging.getLogger("gpu_launcher")
 _logger = optuna.logging.get_logger("optuna.study._optimize")
-"""The logger with which Study.optimize says how trials were pruned or failed."""
+"""The logger that Study.optimize uses for pruned and failed trials."""
 
 MAX_LOST = 3
-"""Processes in a row that may die before they have a trial. More are not an accident."""
+"""Processes in a row that die before they have a trial, at which the search ends: more are not an accident."""
 MAX_MESSAGES = 1000
-"""Messages that one turn handles."""
+"""Messages handled in one turn."""
 INTERRUPTED = "was interrupted"
 
 Callback = Callable[[optuna.Study, FrozenTrial], None]
 
 
 class SearchLoop:
-    """Runs one call of `optimize`. Call `run` once, in a thread that is in the study's `optimize`."""
+    """Runs the trials of one call of `optimize`. Call `run` once, in the thread that called `optimize`."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class SearchLoop:
         bar: _ProgressBar,
         options: Options,
     ) -> None:
-        """`loop` is open, and has these `options`."""
+        """`loop` must be open and have these `options`."""
         self._session = session
         self._study = session.study
         self._loop = loop
@@ -77,33 +77,33 @@ class SearchLoop:
         self._next_look = self._began + LOOK_SECONDS
 
         self._heard: deque[node.Message] = deque()
-        """Messages that were received and not handled: a KeyboardInterrupt may come in between."""
+        """Messages received but not yet handled. They are kept here because KeyboardInterrupt may come in between."""
         self._jobs = 0
-        """Jobs offered so far, which is the number of the next one."""
+        """Number of jobs offered so far, and so the number of the next job."""
         self._wanted = 0
-        """Jobs that the node still wants."""
+        """Number of jobs that the node still wants."""
         self._waiting: set[int] = set()
         """Jobs that have no trial yet."""
         self._trial_of: dict[int, int] = {}
-        """Numbers of trials that have not ended, by the number of their job."""
+        """Numbers of the trials that have not ended, by job number."""
         self._devices: dict[int, tuple[Device, ...]] = {}
-        """Devices of these jobs, and of those that are `early`."""
+        """Devices of the jobs that have started and not yet ended."""
         self._early: list[int] = []
-        """Jobs that have the devices of another job whose end has not been reported yet."""
+        """Jobs that have started but wait for a trial until the end of the job that had their devices is known."""
         self._withdrawn: set[int] = set()
         """Jobs that were told to end."""
         self._sampled: set[int] = set()
-        """Trials of which a parameter has been asked for."""
+        """Trials that have asked for a parameter."""
         self._lost = 0
-        """Processes in a row that died without a trial."""
+        """Number of processes in a row that died without a trial."""
         self._exhausted = False
         self._closed = False
         self._interrupted = False
         self._error: BaseException | None = None
-        """To be raised in the end."""
+        """The error to raise at the end."""
 
     def run(self) -> None:
-        """Run the trials to their ends. Raises what `optimize` does."""
+        """Run the trials until all have ended. Raises what `optimize` raises."""
         why = "its search ended before it did"
         with self._sigint:
             try:
@@ -113,13 +113,13 @@ class SearchLoop:
                 self._interrupt()
                 raise
             finally:
-                self._loop.close()  # upon which whatever still runs is ended
+                self._loop.close()  # ends all jobs that are still running
                 self._tell_the_rest(why)
         if self._error is not None:
             try:
                 raise self._error
             finally:
-                self._error = None  # or it would be kept by its own traceback
+                self._error = None  # otherwise the error's own traceback would keep it alive
 
     # Turns
 
@@ -134,7 +134,7 @@ class SearchLoop:
                     self._withdraw_trial(number)
 
     def _hear(self, until: float) -> None:
-        """Receive messages; waits until there is one, or something else is to do."""
+        """Receive messages. Waits until there is one or something else must be done."""
         moments = [until, self._next_look]
         if not self._exhausted and self._session.bounds.timeout is not None:
             moments.append(self._began + self._session.bounds.timeout)
@@ -143,7 +143,7 @@ class SearchLoop:
         poll.register(self._loop, select.POLLIN)
         while len(self._heard) < MAX_MESSAGES:
             with self._sigint.allowed():
-                # A millisecond more, or it would look at the clock too early again and again.
+                # One millisecond more; otherwise poll would return slightly too early again and again.
                 if not poll.poll(patience and patience * 1000 + 1):
                     break
             self._heard.append(self._loop.receive())
@@ -187,13 +187,13 @@ class SearchLoop:
 
     @property
     def _over(self) -> bool:
-        """Whether no more trials are to be asked for."""
+        """Whether no more trials are asked for."""
         if self._exhausted or self._error is not None or self._interrupted or self._study._stop_flag:
             return True
         return self._session.over() is not None
 
     def _offer(self) -> None:
-        """Offer the jobs that are wanted, or say that there are no more."""
+        """Offer the jobs that the node wants, or tell it that there are no more."""
         if self._exhausted:
             return
         if self._over:
@@ -211,9 +211,10 @@ class SearchLoop:
             self._jobs += 1
 
     def _has_room(self, job: int) -> bool:
-        """Whether what runs, as far as we know, leaves room for the job, which has its devices.
+        """Whether the jobs known to be running leave room for this one, which already has its devices.
 
-        The next job gets a dead one's devices before anybody is told of the death, and may be one too many then.
+        When a job dies, the node gives its devices to the next job before it reports the death. Until the report
+        arrives, the next job appears to be one too many.
         """
         most = self._options.max_parallel
         if most is not None and len(self._trial_of) >= most:
@@ -226,7 +227,7 @@ class SearchLoop:
         return True
 
     def _started(self, job: int) -> None:
-        """Give the job a trial, if there is another one."""
+        """Answer a job that has started: with a trial, or that there is none."""
         self._waiting.discard(job)
         self._lost = 0
         answer: d.TrialToRun | d.NothingToRun = d.NothingToRun()
@@ -240,12 +241,12 @@ class SearchLoop:
                         trial.number, asked.study, asked.directions, trial.datetime_start, asked.prunes
                     )
                     self._trial_of[job] = trial.number
-            except Exception as error:  # of the sampler or the storage
+            except Exception as error:  # from the sampler or the storage
                 self._give_up(error)
         self._loop.say(s.Reply(job, answer))
 
     def _gone(self, result: JobResult) -> None:
-        """Handle the end of a job. Nothing is left to do if its trial has ended before."""
+        """Handle the end of a job. If its trial has already ended, only its entries here are removed."""
         job = result.number
         if job in self._trial_of:
             number = self._trial_of[job]
@@ -274,21 +275,21 @@ class SearchLoop:
             self._withdraw(job, "was ended because its trial was ended elsewhere")
 
     def _interrupt(self) -> None:
-        """Give the trials that run some time to end, unless the user is impatient."""
+        """Give running trials some time to end, unless the user presses Ctrl-C again."""
         self._interrupted = True
         with suppress(KeyboardInterrupt, GpuLauncherError):
             self._loop.say(s.Stop())
             self._serve(time.monotonic() + GRACE + ENDING)
 
     def _give_up(self, error: BaseException) -> None:
-        """Ask for no more trials, and raise this when those that run have ended."""
+        """Stop asking for trials, and raise this error when the running trials have ended."""
         if self._error is None:
             self._error = error
 
-    # What jobs ask
+    # Messages from jobs
 
     def _report(self) -> None:
-        """Store what all jobs report in one go, before anything that was said later."""
+        """Store the reports of all jobs together, before handling messages that were sent later."""
         reports: dict[int, dict[int, float]] = {}
         for message in self._heard:
             match message:
@@ -296,19 +297,19 @@ class SearchLoop:
                     reports.setdefault(self._trial_of[job], {})[step] = value
         try:
             ended = self._session.report(reports)
-        except Exception as error:  # of the storage
+        except Exception as error:  # from the storage
             self._give_up(error)
             return
         for number in ended:
             self._withdraw_trial(number)
 
     def _judge(self, questions: dict[int, d.ShallPrune]) -> None:
-        """Judge all that ask from one look at the study. What the pruner raises, `should_prune` raises."""
+        """Judge all trials that ask, from one reading of the study. `should_prune` raises what the pruner raises."""
         asking = {job: self._trial_of[job] for job in questions if job in self._trial_of}
         verdicts: Mapping[int, bool | Exception]
         try:
             verdicts = self._session.judge(list(asking.values()))
-        except Exception as error:  # of the storage
+        except Exception as error:  # from the storage
             verdicts = dict.fromkeys(asking.values(), error)
         for job, number in asking.items():
             verdict = verdicts.get(number, False)
@@ -326,12 +327,12 @@ class SearchLoop:
             positional, named = pickling.load(call.arguments, on_cpu=True)
             result = self._called(number, call, positional, named)
             answer: bytes | PortableException = pickling.dump(result, self._loop.known)
-        except Exception as error:  # to be raised in the objective, whatever it is
+        except Exception as error:  # any error is raised in the objective
             answer = PortableException.of(error, self._loop.known)
         self._loop.say(s.Reply(job, d.Answer(call.number, answer)))
 
     def _called(self, number: int, call: d.Call, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-        """What that method or attribute of the trial, or of its study, returns. Raises what it raises."""
+        """Call a method, or read an attribute, of the trial or its study. Raises what it raises."""
         thing: object = self._study
         attributes, methods = STUDY_ATTRIBUTES, STUDY_METHODS
         if call.target == "trial":
@@ -339,14 +340,15 @@ class SearchLoop:
             attributes, methods = TRIAL_ATTRIBUTES, TRIAL_METHODS
             if number not in self._sampled and (call.name.startswith("suggest_") or call.name == "relative_params"):
                 self._sampled.add(number)
-                # Optuna keeps them for each thread from one `ask` to the next: what others were given meanwhile counts.
+                # Optuna caches all trials per thread from one `ask` to the next. The sampler must also see the
+                # parameters that other trials have been given meanwhile.
                 self._study._thread_local.cached_all_trials = None
         if call.name in attributes:
             return getattr(thing, call.name)
         assert call.name in methods, call.name
         return getattr(thing, call.name)(*positional, **named)
 
-    # How trials end
+    # Ends of trials
 
     def _ended(self, job: int, ending: d.ObjectiveEnding) -> None:
         if job not in self._trial_of:
@@ -376,13 +378,13 @@ class SearchLoop:
         self._tell(job, How.FAILED, said=said, error=error, caught=caught or isinstance(error, self._catch))
 
     def _lose(self, job: int, problem: str) -> bool:
-        """Queue its trial again, for which it can do nothing; whether that is to be done, and was."""
+        """Queue a lost job's trial again, because the trial did not cause the loss; returns whether that is settled."""
         if self._interrupted or job in self._withdrawn:
             return False
         number = self._trial_of[job]
         try:
             trial = self._session.retry_lost(number, problem)
-        except Exception as error:  # of the storage; the trial is one of the rest
+        except Exception as error:  # from the storage; `_tell_the_rest` fails the trial
             del self._trial_of[job]
             self._give_up(error)
             return True
@@ -408,11 +410,11 @@ class SearchLoop:
         numbers = tuple(float(value) for value in values or () if not isinstance(value, d.NotANumber))
         try:
             trial = self._session.tell(number, TrialEnding(how, numbers, said if how is How.FAILED else None))
-        except Exception as wrong:  # of the sampler or the storage
+        except Exception as wrong:  # from the sampler or the storage
             self._give_up(wrong)
             return
         if trial.state is not STATES[how]:
-            return  # it had been ended elsewhere
+            return  # it was already ended elsewhere
         self._log(trial, said, error, returned)
         if error is not None and not caught:
             self._give_up(error)
@@ -420,7 +422,7 @@ class SearchLoop:
             self._call_back(trial)
 
     def _log(self, trial: FrozenTrial, said: str, error: BaseException | None, returned: object) -> None:
-        """In the words of Study.optimize."""
+        """Log the end of a trial, in the words of Study.optimize."""
         if trial.state is TrialState.COMPLETE:
             self._study._log_completed_trial(trial.values, trial.number, trial.params)
         elif trial.state is TrialState.PRUNED:
@@ -444,7 +446,7 @@ class SearchLoop:
     def _tell_the_rest(self, why: str) -> None:
         try:
             self._session.close(why, interrupted=why is INTERRUPTED)
-        except Exception:  # of the storage, which may be what ended the search
+        except Exception:  # from the storage, whose failure may have ended the search
             log.warning(
                 "trials that were running could not be marked as failed; the next gpu_launcher.optimize on the study "
                 "does that",
@@ -453,7 +455,7 @@ class SearchLoop:
 
 
 def _infeasible(values: tuple[float | d.NotANumber, ...] | None, objectives: int) -> str | None:
-    """What is wrong with the values that an objective returned, in Optuna's words."""
+    """The problem with the values that an objective returned, in Optuna's words; None if there is none."""
     if values is None:
         return "The value None could not be cast to float."
     problems = []

@@ -1,12 +1,12 @@
-"""Asking and telling: what one sweep, or one call of `optimize`, does with one study. Nothing here waits for jobs.
+"""The session of one sweep, or one call of `optimize`, on one study: it asks for trials and tells how they ended.
 
-Theory of operation. A session alone uses the study while the search runs. Each trial that it asks for is told exactly
-once: complete, pruned or failed. A trial has an owner from the moment it exists, the sweep with its launching program,
-named so that anybody can say later whether that lives (`ownership.py`). A trial of a dead owner is failed by the next
-session on the study, and queued again if it was not lost too often (`stale_trials.py`). A trial that somebody else ends
-meanwhile, as from a dashboard, is left as it is.
+Theory of operation. A running search uses the study only through its session. The session never waits for jobs.
+Each trial that it asks for is told exactly once: complete, pruned or failed. A trial has an owner from the moment it
+exists: the sweep and its head, recorded so that other programs can tell later whether it is alive (`ownership.py`). The
+next session on the study fails the trials of a dead owner, and queues their parameters again unless they were lost too
+often (`stale_trials.py`). A trial that is ended from outside meanwhile, for example from a dashboard, stays as it is.
 
-Used in one thread.
+A session is used in one thread at a time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _log = get_logger("studies.study_session")
 
 STOPPED = "the sweep was stopped"
 LOOK_SECONDS = 2.0
-"""Between two looks at whether somebody else has ended a trial."""
+"""Seconds between two checks for trials that were ended elsewhere."""
 MAX_HOPELESS = 3
 """Trials without a usable value after which the sweep ends, if no other trial has ended."""
 
@@ -47,7 +47,7 @@ class How(str, Enum):
     PRUNED = "pruned"
     FAILED = "failed"
     INTERRUPTED = "interrupted"
-    """The search was stopped. The trial is queued again, for whoever continues the study."""
+    """The search was stopped. The trial is queued again for the next sweep that continues the study."""
 
 
 STATES = {How.COMPLETE: TrialState.COMPLETE, How.PRUNED: TrialState.PRUNED, How.FAILED: TrialState.FAIL}
@@ -55,16 +55,16 @@ STATES = {How.COMPLETE: TrialState.COMPLETE, How.PRUNED: TrialState.PRUNED, How.
 
 @dataclass(frozen=True, slots=True)
 class TrialEnding:
-    """What is told of a trial."""
+    """How a trial ended, as told to the study."""
 
     how: How
     values: tuple[float, ...] = ()
     message: str | None = None
-    """Why it did not complete."""
+    """Why the trial did not complete."""
     remarkable: bool = False
-    """Nobody else tells the user."""
+    """Whether the search must tell the user, because nothing else does."""
     hopeless: bool = False
-    """The job did its work and returned what is not a value, as every other will."""
+    """Whether the job ended normally but did not return a usable value, as every other job will."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +72,9 @@ class AskedTrial:
     """A trial to run."""
 
     trial: FrozenTrial
-    """As it is at the beginning: its parameters, distributions and attributes."""
+    """The trial as it is at its beginning, with parameters, distributions and attributes."""
     spec: list[str]
-    """What `define` made of it, such as a list of overrides."""
+    """The result of `define`, such as a list of overrides."""
     study: str
     prunes: bool
     """Whether the study has a pruner, which can give a verdict on reports."""
@@ -84,22 +84,22 @@ class AskedTrial:
 
 @dataclass(frozen=True, slots=True)
 class UnusablePoint:
-    """A trial that somebody queued, with values of which no job can be made. It has failed; ask again."""
+    """A queued trial whose values do not define a job. It has failed; ask again."""
 
     message: str
 
 
 @dataclass(slots=True)
 class RunningTrial:
-    """A trial that this session has asked for and not told."""
+    """A trial that this session has asked for and not yet told."""
 
     trial: optuna.Trial
     job: dict[str, Any] | None = None
-    """What is known of its job, as the user attribute `JOB` has it; None before it runs."""
+    """What is known about its job, in the form of the user attribute `JOB`; None before it runs."""
 
     @property
     def id(self) -> int:
-        """By which the storage knows it."""
+        """The trial's id in the storage."""
         return self.trial._trial_id
 
 
@@ -115,16 +115,16 @@ class Best:
 
 @dataclass(frozen=True, slots=True)
 class SearchSummary:
-    """What came of it."""
+    """The outcome of a search."""
 
     study: str
     best: list[Best]
     """The best trial, or for several objectives the Pareto front; empty if none completed."""
     states: dict[str, int]
-    """How many trials of the study are in each state, by Optuna's name for it."""
+    """The number of the study's trials in each state, by Optuna's name for the state."""
     first_failure: str | None
     left: int | None
-    """Trials that this sweep was to run and has not; None if it was not to run a number."""
+    """Trials that this sweep should still have run; None if `n_trials` was not set."""
 
 
 def _no_spec(trial: optuna.Trial) -> list[str]:
@@ -133,64 +133,64 @@ def _no_spec(trial: optuna.Trial) -> list[str]:
 
 @dataclass
 class StudySession:
-    """See the module."""
+    """Asks for trials of one study and tells how they ended; see the module."""
 
     study: optuna.Study
     storage: StudyStorage
-    """On the study's storage, or the study's own."""
+    """The study's own storage, or a wrapper of it."""
     define: Callable[[optuna.Trial], list[str]] = _no_spec
-    """Turns a trial into what its job is called with, and suggests its parameters."""
+    """Suggests a trial's parameters and returns what its job is called with."""
     bounds: Bounds = Bounds()  # noqa: RUF009  (frozen)
     max_retries: int = 0
-    """How often what a lost trial tries is queued again; `stale_trials.NEVER`: not even what was interrupted."""
+    """How often a lost trial's parameters are queued again; `stale_trials.NEVER`: not even after an interruption."""
     combinations: int | None = None
-    """How many there are in all, for a sampler that tries each once."""
+    """The number of all combinations, for a sampler that tries each once."""
     in_turn: bool = False
     """Whether sweeps on the study must sample one after another; see `ask`."""
     warm_up: Callable[[], object] = lambda: None
-    """Imports what the sampler needs later, which may take seconds. To be called while there is time."""
+    """Imports what the sampler needs later, which may take seconds. Call it while no trial is needed."""
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
     running: dict[int, RunningTrial] = field(default_factory=dict)
-    """By number."""
+    """The trials of this session that have not been told, by number."""
     asked: int = 0
-    """How many trials this session has asked for."""
+    """The number of trials that this session has asked for."""
 
     def __post_init__(self) -> None:
         self._opened = self.clock()
         self._ended: Counter[How] = Counter()
         self._hopeless = 0
         self._exhausted = False
-        """The sampler has said so."""
+        """Whether the sampler has said that it has tried every combination."""
         self._sampling_seconds = 0.0
         self._first_failure: str | None = None
         self._judge = Judge(self.study, self.storage, self.clock)
         self._prunes = not isinstance(self.study.pruner, optuna.pruners.NopPruner)
         self._unjudged: dict[int, dict[int, float]] = {}
-        """Reported since the pruner was last asked: `{trial id: {step: value}}`."""
+        """Reports since the pruner was last asked: `{trial id: {step: value}}`."""
 
     # Before the first trial
 
     def fail_stale_trials(self, who: str = "sweep") -> list[str]:
-        """See `stale_trials`. One session at a time, or two would queue the same trial again."""
+        """See `stale_trials`. Only one session does this at a time, or two would queue the same trial again."""
         with self.storage.alone():
             return stale_trials.fail_stale_trials(self.study, self.storage.sweep, self.max_retries, who)
 
     def enqueue(self, points: Sequence[Mapping[str, Any]]) -> None:
-        """Try these parameters first, unless the study has them already."""
+        """Queue these parameters to be tried first, unless the study already has them."""
         with self.storage.alone() if points else nullcontext():
             for point in points:
                 self.study.enqueue_trial(dict(point), skip_if_exists=True)
 
     @property
     def expected(self) -> int | None:
-        """How many trials this session is going to run, as far as that is known now."""
+        """The number of trials that this session will run, as far as known now."""
         return self._stopping.expected(self._ended[How.FAILED])
 
     # While it runs
 
     def over(self) -> SearchEnded | None:
-        """Whether no more trials are asked for, and why."""
+        """Why no more trials are asked for; None if more may be."""
         if (over := self._stopping.over(self._tally)) is not None:
             return over
         if self._hopeless >= MAX_HOPELESS and self._hopeless == self._ended.total():
@@ -199,12 +199,14 @@ class StudySession:
         return None
 
     def ask(self) -> AskedTrial | SearchEnded | UnusablePoint:
-        """The next trial. Raises whatever `define` or the sampler raises, and StudyError; no trial is left untold.
+        """Ask for the next trial.
 
-        What `define` raises for a trial that was queued is taken for the fault of that one, and not raised.
+        Raises whatever `define` or the sampler raises, and StudyError; no trial is left untold. If `define` raises for
+        a queued trial, the trial's values are assumed to be the reason. Then the error is not raised, and the answer is
+        an UnusablePoint.
 
-        A sampler of a sequence or a grid looks for what is taken, and then takes the next point. Two sweeps that look
-        at the same time would take the same one: with `in_turn` they sample one after another.
+        A sampler of a sequence or a grid first reads which points are taken, and then takes the next one. Two sweeps
+        that read at the same time would take the same point. With `in_turn`, they sample one after another.
         """
         if (over := self.over()) is not None:
             return over
@@ -233,7 +235,9 @@ class StudySession:
             self._first_failure = self._first_failure or message
             return UnusablePoint(message)
         frozen = self.storage.get_trial(trial._trial_id)
-        with self.storage.uninterrupted():  # or another thread, which has taken over, may tell trials at this moment
+        # If another worker of `sweep_search` has taken over, this raises. Otherwise none takes over within the block:
+        # the new worker tells all trials in `running`, and must not find it half updated.
+        with self.storage.uninterrupted():
             self.asked += 1
             self.running[trial.number] = RunningTrial(trial)
             self._sampling_seconds += self.clock() - began
@@ -243,7 +247,7 @@ class StudySession:
     def started(
         self, number: int, devices: Sequence[str], directory: str | None = None, log: str | None = None
     ) -> None:
-        """Its job runs now."""
+        """Note that a trial's job is now running."""
         if number not in self.running:
             return
         job: dict[str, Any] = {"devices": list(devices), "host": self.storage.sweep.identity.host}
@@ -252,12 +256,12 @@ class StudySession:
         self._note_job(number)
 
     def ran_in(self, number: int, directory: str | None) -> None:
-        """It ran there, which was not known before."""
+        """Note a trial's directory, if it was not known when the job started."""
         if (job := self.running[number].job) is not None:
             job["directory"] = directory
 
     def report(self, reports: Mapping[int, Mapping[int, float]]) -> list[int]:
-        """Store what trials report, `{number: {step: value}}`; returns those that have been ended elsewhere."""
+        """Store reports, `{number: {step: value}}`; returns the numbers of the trials that were ended elsewhere."""
         known = {self.running[number].id: number for number in reports if number in self.running}
         if not known:
             return []
@@ -267,9 +271,9 @@ class StudySession:
         return [known[id] for id in ended]
 
     def judge(self, numbers: Iterable[int]) -> dict[int, bool | Exception]:
-        """Whether each of these trials is to be pruned, or what the pruner raises. Raises what the storage raises.
+        """Decide whether to prune each of these trials; the value is an exception if the pruner raised it.
 
-        Those that this session has not asked for, or has told, are not among them.
+        Trials that this session has not asked for, or has already told, are left out. Raises what the storage raises.
         """
         asked = {number: self.running[number].id for number in numbers if number in self.running}
         if not asked or not self._prunes:
@@ -284,7 +288,7 @@ class StudySession:
             self._note(number, name, value)
 
     def tell(self, number: int, ending: TrialEnding) -> FrozenTrial:
-        """End a trial; returns it as it is then. Nothing happens to one that somebody else has ended.
+        """End a trial in the study; returns it as it is then. A trial that was ended elsewhere is not changed.
 
         Raises whatever the sampler or the storage raises.
         """
@@ -308,14 +312,14 @@ class StudySession:
             self.drop(number)
 
     def drop(self, number: int) -> None:
-        """Leave alone a trial that somebody else has ended."""
+        """Forget a trial that was ended elsewhere."""
         del self.running[number]
         self._judge.forget()
 
     def retry_lost(self, number: int, message: str) -> FrozenTrial | None:
-        """Fail a trial that has been lost, and queue what it tried again; returns it as it is then.
+        """Fail a lost trial and queue its parameters again; returns the failed trial.
 
-        None, and nothing has happened, if that was lost too often, or somebody else has ended the trial.
+        Returns None and queues nothing if they were lost too often, or if the trial was ended elsewhere.
         """
         trial = self.storage.get_trial(self.running[number].id)
         if (lost := losses(trial)) > self.max_retries:
@@ -327,14 +331,14 @@ class StudySession:
         return self.storage.get_trial(trial._trial_id)
 
     def ended_elsewhere(self) -> list[int]:
-        """This session's trials that somebody else has ended, as from a dashboard."""
+        """Numbers of this session's trials that were ended elsewhere, for example from a dashboard."""
         if not self.running:
             return []
-        ended = {trial._trial_id for trial in self._trials(*ENDED)}  # one query, instead of one for each
+        ended = {trial._trial_id for trial in self._trials(*ENDED)}  # one query instead of one per trial
         return [number for number, trial in self.running.items() if trial.id in ended]
 
     def facts(self) -> tuple[tuple[str, str], ...]:
-        """How it goes, for a display."""
+        """The state of the search, as pairs of name and text for a display."""
         shown: list[tuple[str, str]] = []
         best = self.best()
         if len(self.study.directions) > 1:
@@ -347,12 +351,13 @@ class StudySession:
             shown.append(("sampler", f"{self._sampling_seconds / self.asked * 1000:.0f} ms per trial"))
         return tuple(shown)
 
-    # In the end
+    # At the end
 
     def close(self, message: str = "the sweep ended before it did", *, interrupted: bool = True) -> None:
-        """Fail all trials that have not been told, and queue again what they tried, unless that was lost too often.
+        """Fail all trials that have not been told, and queue their parameters again unless they were lost too often.
 
-        They were interrupted, or lost. Also one is failed that was being sampled when an exception cut that short.
+        `interrupted` says whether the trials were interrupted or lost. A trial whose sampling was cut short by an
+        exception fails, too.
         """
         for unknown in self._unknown():
             self._drop(unknown, message, stopped=True)
@@ -363,7 +368,7 @@ class StudySession:
             self._give_up(trial._trial_id, message, interrupted=interrupted)
 
     def summary(self) -> SearchSummary:
-        """What came of it."""
+        """The outcome of the search."""
         states = Counter(trial.state.name.lower() for trial in self._trials())
         done = self._ended.total() - self._ended[How.INTERRUPTED]
         left = None if self.bounds.n_trials is None else max(0, self.bounds.n_trials - done)
@@ -383,7 +388,7 @@ class StudySession:
             for trial in trials
         ]
 
-    # How
+    # Internal
 
     @property
     def _stopping(self) -> Stopping:
@@ -398,25 +403,25 @@ class StudySession:
         return self.storage.get_all_trials(self.study._study_id, deepcopy=False, states=states or None)
 
     def _mine(self) -> list[FrozenTrial]:
-        """The trials that run and are this sweep's."""
+        """This sweep's running trials."""
         return [trial for trial in self._trials(TrialState.RUNNING) if self.storage.sweep.owns(trial)]
 
     def _unknown(self) -> list[FrozenTrial]:
-        """Trials of this sweep that have been asked for, and never got here."""
+        """This sweep's running trials in the storage that `ask` has not returned."""
         known = {running.id for running in self.running.values()}
         return [trial for trial in self._mine() if trial._trial_id not in known]
 
     def _drop(self, trial: FrozenTrial, why: str, *, stopped: bool) -> dict[str, Any]:
-        """End a trial that was asked for and will not run. Returns the values that it was queued with, if it was."""
+        """End a trial that was asked for and will not run; returns the values with which it was queued, if any."""
         queued: dict[str, Any] = trial.system_attrs.get("fixed_params", {})
-        if stopped and queued:  # it may be somebody's known good point
+        if stopped and queued:  # the user may know it to be a good point
             self._give_up(trial._trial_id, STOPPED, interrupted=True)
         else:
             fail(self.storage, trial._trial_id, STOPPED if stopped else why)
         return queued
 
     def _give_up(self, id: int, message: str | None, *, interrupted: bool) -> None:
-        """Fail a trial that was interrupted or lost, and queue what it tried, unless that was lost too often."""
+        """Fail an interrupted or lost trial, and queue its parameters again unless they were lost too often."""
         trial = self.storage.get_trial(id)
         lost = trial.user_attrs.get(LOST, 0) if interrupted else losses(trial)
         if lost <= self.max_retries:
@@ -435,16 +440,16 @@ class StudySession:
         self._note(number, JOB, self.running[number].job)
 
     def _note(self, number: int, name: str, value: Any) -> None:
-        with suppress(UpdateFinishedTrialError):  # somebody else has ended it
+        with suppress(UpdateFinishedTrialError):  # it was ended elsewhere
             self.running[number].trial.set_user_attr(name, value)
 
     def _tell(self, trial: optuna.Trial, values: list[float] | None, state: TrialState) -> None:
         try:
             self.study.tell(trial, values, state, skip_if_finished=True)
         except UpdateFinishedTrialError:
-            return  # somebody else has ended it in this moment
+            return  # it was ended elsewhere in this moment
         except RuntimeError as error:
-            # The samplers that try every combination call this after they have stored the trial.
+            # Samplers that try every combination call `Study.stop` after they have stored the trial.
             if "Study.stop" not in str(error):
                 raise
             self._exhausted = True

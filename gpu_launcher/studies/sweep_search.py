@@ -1,13 +1,13 @@
 """The search of a Hydra sweep, as the source of its jobs. See `gpu_launcher.jobs.source.JobSource`.
 
-Theory of operation. Sampling takes up to seconds, and must neither stop the display nor make the jobs wait, so that a
-thread of the program works for the search, and it alone uses the study. The program's main thread hands it what
-happens to jobs, and gets statements from it: trials to run, verdicts, lines for the user. Reports are stored and judged
-first, then comes what else happened, and then one trial is sampled, if one is wanted.
+Theory of operation. Sampling can take seconds, and must neither stop the display nor make jobs wait. So one thread of
+the head, the worker, does the search's work, and only the worker uses the study. The head's main thread tells the
+worker what happens to jobs, and receives statements from it: trials to run, verdicts, lines for the user. In each turn
+the worker first stores and judges reports, then handles all other events, and then samples one trial if one is wanted.
 
-When the user stops the sweep while a trial is sampled, nobody waits for that: another thread takes over, which tells
-what ran. The one that samples may not use the study any more, and finds that out when it next wants to. An operation
-on the database that has begun is waited for.
+If the user stops the sweep while the worker samples a trial, the sweep does not wait for the sampler. A new worker
+takes over and tells the study about the running trials. The old worker must not use the study any more: its next
+attempt raises SamplingInterrupted. A database operation that has already begun is waited for.
 """
 
 from __future__ import annotations
@@ -42,11 +42,14 @@ from gpu_launcher.studies.trial import TrialSeen
 
 
 class SamplingInterrupted(BaseException):
-    """Raised in a thread that may not use the study any more. Samplers that handle errors let it pass."""
+    """Another worker has taken over, so this thread must not use the study any more.
+
+    It is a BaseException, so samplers that handle errors let it pass.
+    """
 
 
 class SweepSearch:
-    """See the module. The session must not be used by others from now on."""
+    """Runs the search of one sweep in a worker thread; see the module. Nothing else may use the session from now on."""
 
     def __init__(
         self,
@@ -57,10 +60,11 @@ class SweepSearch:
         *,
         kill_pruned: bool = False,
     ) -> None:
-        """`make_job` makes a trial a job, `ending` says what to tell of a job that ended.
+        """Start the worker.
 
-        `finish` is called in the end, and returns lines for the user. With `kill_pruned` a trial that is to be pruned
-        is ended, whether it asks or not.
+        `make_job` turns a trial into a job. `ending` says how a trial ended, from the result of its job. `finish` is
+        called at the end and returns lines for the user. With `kill_pruned`, a trial that is to be pruned is ended even
+        if it does not ask.
         """
         self._session = session
         self._make_job = make_job
@@ -68,9 +72,9 @@ class SweepSearch:
         self._finish = finish
         self._kill_pruned = kill_pruned
         self.failed: str | None = None
-        """Why the search ended as a failure, if it did."""
+        """Why the search failed, if it did."""
         self._news = threading.Condition()
-        """Guards what the threads hand each other."""
+        """Guards the fields that the main thread and the worker exchange: `_reports` to `_error`."""
         self._reports: dict[int, dict[int, float]] = {}
         self._happened: list[Callable[[], None]] = []
         self._wanted = 0
@@ -80,21 +84,25 @@ class SweepSearch:
         self._error: GpuLauncherError | None = None
         self._result: tuple[SearchSummary, list[str]] | None = None
         self._using = threading.RLock()
-        """Held while the study is used; guards which thread works."""
+        """Held by the worker during each operation on the study. `close` holds it to replace the worker.
+
+        So a worker is never replaced in the middle of an operation. It also guards `_sampling` and `_hurried`.
+        """
         self._sampling = False
+        """Whether the worker is sampling a trial. `close` replaces the worker only if it is."""
         self._hurried = False
-        """Nothing is to be sampled any more."""
+        """Whether `close` has a time limit. If so, no further trial is sampled."""
         self._cancelled: set[int] = set()
         self._facts: tuple[tuple[str, str], ...] = ()
         self._next_look = 0.0
         self._warm = False
-        """Whether what later samples need has been imported."""
+        """Whether the imports that the sampler needs later have been started or done."""
         session.storage.uninterrupted = self._use
         session.storage.retry = StorageRetry(lambda text: self._say(s.Remark(text)))
         self._worker: threading.Thread | None = self._new_worker()
         self._worker.start()
 
-    # In the main thread.
+    # Methods of the main thread.
 
     def fileno(self) -> int:
         """See `JobSource`."""
@@ -142,10 +150,10 @@ class SweepSearch:
         """See `JobSource`."""
 
     def close(self, patience: float | None = None) -> tuple[SearchSummary, list[str]]:
-        """Have everything told that has not been, and return what came of it, with lines for the user.
+        """Tell the study about all trials that have not been told; returns the summary and lines for the user.
 
-        With `patience`, in seconds, a trial that is being sampled is given up, and StudyError raised after that time;
-        None waits for as long as it takes.
+        `patience` is the time limit in seconds. With a limit, a trial that is being sampled is given up, and StudyError
+        is raised when the time is over. None waits as long as it takes.
         """
         until = None if patience is None else time.monotonic() + patience
         with self._news:
@@ -174,7 +182,7 @@ class SweepSearch:
         return self._result
 
     def abandon(self) -> None:
-        """Use the study no more; the next sweep on it fails the trials that run."""
+        """Stop using the study. The next sweep on it fails the trials that are running."""
         self._worker = None
 
     def _happens(self, what: Callable[[], None]) -> None:
@@ -182,19 +190,19 @@ class SweepSearch:
             self._happened.append(what)
             self._news.notify()
 
-    # In the thread that works.
+    # Methods of the worker.
 
     def _new_worker(self) -> threading.Thread:
         return threading.Thread(target=self._work, name="gpu-launcher search", daemon=True)
 
     @property
     def _is_mine(self) -> bool:
-        """Whether the study is the calling thread's to use."""
+        """Whether the calling thread is the worker, and so may use the study."""
         return threading.current_thread() is self._worker
 
     @contextmanager
     def _use(self) -> Iterator[None]:
-        """Use the study. Raises SamplingInterrupted if another thread has taken over."""
+        """Context for an operation on the study. Raises SamplingInterrupted if another worker has taken over."""
         with self._using:
             if not self._is_mine:
                 raise SamplingInterrupted
@@ -214,7 +222,7 @@ class SweepSearch:
             self._result = (summary, self._report(summary))
         except SamplingInterrupted:
             return
-        except BaseException as error:  # of a sampler, a storage, or the user's search space: anything
+        except BaseException as error:  # a sampler, a storage or the user's search space can raise anything
             if self._is_mine:
                 self._fail(error)
 
@@ -223,17 +231,17 @@ class SweepSearch:
         if failed is None:
             traceback.print_exc()
             failed = StudyError(f"the search ended: {type(error).__name__}: {error}")
-        if not isinstance(error, StorageInternalError):  # which was retried for as long as anything is
+        if not isinstance(error, StorageInternalError):  # that was already retried for the longest time
             try:
                 self._session.close()
-            except Exception:  # of the storage; what cannot be told now is failed by the next sweep
+            except Exception:  # from the storage; the next sweep fails the trials that cannot be told now
                 traceback.print_exc()
         with self._news:
             self._error = failed
             os.eventfd_write(self._wakeup, 1)
 
     def _report(self, summary: SearchSummary) -> list[str]:
-        """The search has succeeded, whatever becomes of the words about it."""
+        """Call `finish`; returns its lines, or one that says why it failed. The search has succeeded in either case."""
         try:
             return self._finish(self._session, summary)
         except (Exception, SystemExit) as error:
@@ -241,7 +249,7 @@ class SweepSearch:
             return [f"the report on the study could not be made: {type(error).__name__}: {error}"]
 
     def _turn(self) -> bool:
-        """Do what there is to do, or wait for it. False in the end."""
+        """Do the pending work, or wait for some. Returns False when the search is to close."""
         with self._news:
             if not (self._reports or self._happened or self._wanted or self._closing):
                 self._news.wait(LOOK_SECONDS)
@@ -257,7 +265,7 @@ class SweepSearch:
         if wanted:
             self._ask()
         elif not self._warm and self._session.running:
-            # While nobody waits for a trial.
+            # A good moment, because nothing waits for a trial.
             self._warm = True
             self._session.warm_up()
         if (now := self._session.clock()) >= self._next_look:
@@ -268,7 +276,7 @@ class SweepSearch:
         return True
 
     def _judge(self, reports: dict[int, dict[int, float]]) -> None:
-        """Store what was reported, and answer."""
+        """Store the trials' reports and send their verdicts."""
         ended = self._session.report(reports)
         for number, verdict in self._session.judge(reports.keys() - ended).items():
             if isinstance(verdict, Exception):
@@ -298,7 +306,7 @@ class SweepSearch:
         match answer:
             case UnusablePoint(message):
                 self._say(s.Remark(message))
-                return  # and ask again, after what has come meanwhile
+                return  # the next turn asks again, after handling what has arrived meanwhile
             case AskedTrial():
                 self._say(s.Offer(self._make_job(answer)))
                 with self._news:
@@ -312,7 +320,7 @@ class SweepSearch:
 
 
 def seen(asked: AskedTrial) -> TrialSeen:
-    """What a trial's job is told of it."""
+    """What a job is told about its trial."""
     trial = asked.trial
     return TrialSeen(
         number=trial.number,

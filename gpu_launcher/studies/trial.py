@@ -1,6 +1,6 @@
-"""The trial that a job sees: what it reports goes over the job's channel, and the verdicts come back over it.
+"""The trial that a job sees. It sends reports over the job's channel and receives verdicts over it.
 
-It never touches the study's database, and costs a job one small message for each report.
+It never touches the study's database. Each report costs the job one small message.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from gpu_launcher.studies.worker_trial import WorkerTrial
 
 LAST_STEP = 2**31
-"""The first step that databases do not keep: theirs are integers of 32 bits."""
+"""The first step that databases cannot store, because they store steps as 32-bit integers."""
 LONGEST_NAME = 512
-"""Characters of a user attribute's name that databases keep. A longer one would fail in the sweep, for all trials."""
+"""Characters that databases store of a user attribute's name. A longer one would fail in the head, for all trials."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrialSeen:
-    """A job's knowledge of its trial."""
+    """What a job knows about its trial."""
 
     number: int
     study: str
@@ -51,13 +51,14 @@ class TrialSeen:
 
 
 class JobTrial(BaseTrial):
-    """The trial of a job of `hydra/sweeper=optuna_async`; what `gpu_launcher.current_trial` returns there.
+    """The trial of a job of `hydra/sweeper=optuna_async`, as `gpu_launcher.current_trial` returns it there.
 
-    Its parameters are settled: `suggest_*` returns what the job has, and raises ValueError for what it has not.
+    Its parameters are fixed: `suggest_*` returns the job's value. It raises ValueError for a parameter that the job
+    does not have, and for a distribution that does not contain the value.
 
-    In other processes of the job it is a view on the same trial: a distributed job's later ranks follow the first. It
-    may be used by several threads, and after a fork. Copied or pickled, it is what `current_trial` returns where the
-    copy is made or unpickled.
+    In other processes of the job it is a view of the same trial: the later ranks of a distributed job follow the first.
+    Several threads may use it, and it works after a fork. A copied or unpickled trial is what `current_trial` returns
+    in the process that copies or unpickles it.
     """
 
     def __init__(self, seen: TrialSeen, reporter: Reporter) -> None:
@@ -70,7 +71,7 @@ class JobTrial(BaseTrial):
 
     @property
     def _reporter(self) -> Reporter:
-        """This process's: after a fork, another than before."""
+        """The reporter of this process. It changes after a fork."""
         process, reporter = self._reporters
         if process != os.getpid():
             reporter = _trial_of_job()._reporter
@@ -78,11 +79,11 @@ class JobTrial(BaseTrial):
         return reporter
 
     def report(self, value: float, step: int) -> None:
-        """Tell the study a value on the way, such as the validation loss after epoch `step`.
+        """Report an intermediate value to the study, such as the validation loss after epoch `step`.
 
-        Raises what Optuna's own raises: TypeError for a value that is not a number, or a step that is not an integer,
-        ValueError for a negative step, NotImplementedError in a study with several objectives. In a later rank of a
-        distributed job nothing happens, whatever the value: often only the first rank has it.
+        Raises the same errors as Optuna's own: TypeError if the value is not a number or the step is not an integer,
+        ValueError for a negative step, NotImplementedError in a study with several objectives. In the later ranks of a
+        distributed job it has no effect, whatever the value, because often only the first rank has the value.
         """
         if self._seen.objectives > 1:
             raise NotImplementedError("Trial.report is not supported for multi-objective optimization.")
@@ -91,23 +92,23 @@ class JobTrial(BaseTrial):
             reporter.report(_number(value), _step(step))
 
     def should_prune(self) -> bool:
-        """Whether the study wants this job to end now, by raising `optuna.TrialPruned`.
+        """Whether this job should end now by raising `optuna.TrialPruned`.
 
-        False where the study has no pruner, or nothing has been reported. Waits at most
-        `rank_reporters.VERDICT_SECONDS` for the verdict on the last report; a later call gets one that takes longer.
+        False if the study has no pruner or nothing has been reported. Waits at most `rank_reporters.VERDICT_SECONDS`
+        for the verdict on the last report. If the verdict takes longer, a later call returns it.
 
-        In a later rank of a distributed job each call waits for the same call of the first rank and returns what that
-        returned, so that all ranks leave at the same step. So call it in the first rank only, or in all alike.
+        In the later ranks of a distributed job, each call waits for the same call of the first rank and returns its
+        result, so all ranks stop at the same step. Call it only in the first rank, or alike in all ranks.
         """
         if self._seen.objectives > 1:
             raise NotImplementedError("Trial.should_prune is not supported for multi-objective optimization.")
         return self._seen.prunes and self._reporter.should_prune()
 
     def set_user_attr(self, key: str, value: Any) -> None:
-        """Store something with the trial. Only the job's main process can.
+        """Store a user attribute with the trial. Only the job's main process can do this.
 
-        Raises TypeError or ValueError for a value that JSON has not, such as a NumPy number: use `float(...)`; and
-        ValueError for a name that is too long for databases, or begins as the sweep's own do.
+        Raises TypeError or ValueError for a value that JSON cannot represent, such as a NumPy number: use `float(...)`.
+        Raises ValueError for a name that is too long for databases, or has the prefix of the sweep's own attributes.
         """
         refuse_attribute(key)
         reporter = self._reporter
@@ -117,32 +118,32 @@ class JobTrial(BaseTrial):
 
     @property
     def number(self) -> int:
-        """The trial's, which is also the job's."""
+        """The number of the trial, and also of the job."""
         return self._seen.number
 
     @property
     def study_name(self) -> str:
-        """Of the study that the trial belongs to."""
+        """The name of the trial's study."""
         return self._seen.study
 
     @property
     def params(self) -> dict[str, Any]:
-        """Values of all parameters, by name, which is the key of the override."""
+        """The values of all parameters by name. The name is the key of the override."""
         return dict(self._seen.params)
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
-        """What each was sampled from."""
+        """The distribution from which each parameter was sampled, by name."""
         return dict(self._seen.distributions)
 
     @property
     def user_attrs(self) -> dict[str, Any]:
-        """Those that it had at its beginning, and what this job has set."""
+        """The user attributes that the trial had when the job began, and those that this job has set."""
         return dict(self._user_attrs)
 
     @property
     def datetime_start(self) -> datetime.datetime | None:
-        """When it was asked for."""
+        """When the trial was asked for."""
         return self._seen.datetime_start
 
     def suggest_float(
@@ -186,15 +187,15 @@ class JobTrial(BaseTrial):
 
     @property
     def system_attrs(self) -> dict[str, Any]:
-        """None are known to a job. Optuna 4 wants every trial to have them."""
+        """Always empty, because a job knows none. Optuna 4 requires every trial to have this property."""
         return {}
 
     def set_system_attr(self, key: str, value: Any) -> None:
-        """Not supported: they are the study's own. Optuna 4 wants every trial to have this method."""
+        """Not supported, because system attributes are the study's own. Optuna 4 requires every trial to have it."""
         raise NotImplementedError("system attributes are the study's own: use set_user_attr")
 
     def set_constraint(self, key: str, value: float) -> None:
-        """Not supported: the sweep knows of a job what it reports and returns."""
+        """Not supported: the sweep gets only what a job reports and returns."""
         raise NotImplementedError("constraints are not supported in a job: return another objective instead")
 
     def _settled(self, name: str, distribution: BaseDistribution) -> Any:
@@ -210,9 +211,9 @@ class JobTrial(BaseTrial):
 
 
 class NoTrial(JobTrial):
-    """The trial outside a sweep: reports are ignored, nothing is ever pruned, and there are no parameters.
+    """The trial outside a sweep: it ignores reports, is never pruned and has no parameters.
 
-    So the same program runs alone.
+    With it, the same program also runs alone.
     """
 
     def __init__(self) -> None:
@@ -220,7 +221,7 @@ class NoTrial(JobTrial):
 
 
 def refuse_attribute(key: object) -> None:
-    """Raise ValueError for a name that a user's own attribute cannot have."""
+    """Raise ValueError for a name that a user's attribute must not have."""
     if (length := len(str(key))) > LONGEST_NAME:
         raise ValueError(f"a user attribute's name has at most {LONGEST_NAME} characters, and this one {length}")
     if str(key).startswith(OURS):
@@ -228,23 +229,24 @@ def refuse_attribute(key: object) -> None:
 
 
 _here: tuple[int, JobTrial] | None = None
-"""The trial of the process with that id."""
+"""A process id and the trial of that process. Another process, such as a later fork, ignores it."""
 _objectives: tuple[int, WorkerTrial] | None = None
-"""The same where the process runs an objective of `gpu_launcher.optimize`."""
+"""The same for a process that runs an objective of `gpu_launcher.optimize`."""
 
 
 def become(trial: WorkerTrial) -> None:
-    """Say that this process runs the objective of that trial."""
+    """Record that this process runs the objective of `trial`."""
     global _objectives
     _objectives = (os.getpid(), trial)
 
 
 def current_trial() -> JobTrial | WorkerTrial:
-    """The trial whose job this process is: one object, however often it is asked for.
+    """The trial of this process's job. Every call returns the same object.
 
-    In the process of an objective that `gpu_launcher.optimize` runs, the trial with which that was called. In a later
-    rank of a distributed Hydra job, one that follows the first rank's; in any other process that a job started, one to
-    which nothing happens. Outside a sweep of `hydra/sweeper=optuna_async` that one has no parameters, either.
+    In the process of an objective that `gpu_launcher.optimize` runs, it is the trial that the objective was called
+    with. In a later rank of a distributed Hydra job, it follows the trial of the first rank. In any other process that
+    a job started, its reports have no effect. Outside a sweep of `hydra/sweeper=optuna_async` it also has no
+    parameters.
     """
     if _objectives is not None and _objectives[0] == os.getpid():
         return _objectives[1]
@@ -261,7 +263,7 @@ def _trial_of_job() -> JobTrial:
         return NoTrial()
     later = None if channel is not None else is_later_rank(decisions.inherited)
     if channel is None and later is None:
-        return JobTrial(decisions.about, NullReporter())  # it may yet be told that it is a rank
+        return JobTrial(decisions.about, NullReporter())  # not kept: the process may still learn that it is a rank
     trial = JobTrial(decisions.about, MainReporter(channel) if channel is not None else _rank(decisions, bool(later)))
     _here = (os.getpid(), trial)
     return trial

@@ -1,4 +1,4 @@
-"""The trial of an objective in a process of its own: what it is asked goes to the program, which has the study."""
+"""The trial of an objective that runs in its own process. It forwards calls to the head, which has the study."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TRIAL_METHODS = frozenset(
 
 
 class ObjectiveChannel:
-    """The objective's channel to the program. Threads of the job's process may use it, but no process that it forks."""
+    """The objective's channel to the head. Threads of the job's process may use it; processes that it forks may not."""
 
     def __init__(self, context: JobContext) -> None:
         self._context = context
@@ -45,31 +45,31 @@ class ObjectiveChannel:
         self._lock = threading.RLock()
         self._calls = 0
         self.trial = -1
-        """Its trial's number."""
+        """The trial's number."""
         self.known = dict(pickling.main_namespace())
-        """What the program's `__main__` has, by name: what this one's had before the objective ran."""
+        """The contents of the head's `__main__` by name, as this process had them before the objective ran."""
 
     @property
     def mine(self) -> bool:
-        """Whether this process may use it."""
+        """Whether this process may use the channel."""
         return os.getpid() == self._process
 
     def hear(self) -> Any:
-        """Wait for the next message of the program."""
+        """Wait for the next message from the head."""
         return self._context.hear()
 
     def say(self, what: Intermediate | ObjectiveEnding) -> None:
-        """Send a message that gets no answer."""
+        """Send a message that has no answer."""
         with self._lock:
             self._context.say(what)
 
     def call(self, target: str, name: str, *positional: Any, **named: Any) -> Any:
-        """What that method or attribute of the program's trial or study returns. Raises what it raises."""
+        """Call a method, or read an attribute, of the trial or study in the head. Raises what it raises."""
         arguments = pickling.dump((positional, named), self.known)
         return self._ask(lambda number: Call(number, target, name, arguments))
 
     def shall_prune(self) -> bool:
-        """The verdict on what was reported."""
+        """Whether the trial is to be pruned, judged by all that it has reported."""
         return bool(self._ask(ShallPrune))
 
     def _ask(self, question: Callable[[int], Call | ShallPrune]) -> Any:
@@ -83,7 +83,7 @@ class ObjectiveChannel:
             self._context.say(question(number))
             while True:
                 answer = self._context.hear()
-                # Others are of calls that a KeyboardInterrupt ended.
+                # Other answers belong to calls that a KeyboardInterrupt ended.
                 if isinstance(answer, Answer) and answer.call == number:
                     break
         if isinstance(answer.result, PortableException):
@@ -92,14 +92,14 @@ class ObjectiveChannel:
 
 
 class WorkerTrial(BaseTrial):
-    """The trial of an objective that `gpu_launcher.optimize` runs; used as Optuna's own.
+    """The trial of an objective that `gpu_launcher.optimize` runs, used like Optuna's own.
 
-    `suggest_*`, attributes and constraints are the program's trial's, so that everything is as in Optuna, errors
-    included. `report` costs a message, everything else a round trip to the program, which waits while the program
-    samples for another trial or runs a callback.
+    `suggest_*`, attributes and constraints are those of the trial in the head, so everything behaves as in Optuna,
+    including errors. `report` costs one message. Everything else costs a round trip to the head, and waits while the
+    head samples for another trial or runs a callback.
 
-    May be used by several threads. In processes that the objective starts, nothing is heard of what they `report`,
-    `should_prune` is False, and the rest raises RuntimeError.
+    Several threads may use it. In processes that the objective starts, `report` has no effect, `should_prune` returns
+    False, and everything that needs the head raises RuntimeError.
     """
 
     def __init__(self, seen: TrialToRun, channel: ObjectiveChannel) -> None:
@@ -116,22 +116,22 @@ class WorkerTrial(BaseTrial):
 
     @property
     def number(self) -> int:
-        """Of the trial in its study."""
+        """The trial's number in its study."""
         return self._seen.number
 
     @property
     def datetime_start(self) -> datetime.datetime | None:
-        """When it was asked for."""
+        """When the trial was asked for."""
         return self._seen.datetime_start
 
     @property
     def study(self) -> StudyView:
-        """A view of the study that the program has."""
+        """A view of the study, which is in the head."""
         return self._study
 
     @property
     def study_name(self) -> str:
-        """Of the study that the trial belongs to."""
+        """The name of the trial's study."""
         return self._seen.study
 
     def suggest_float(
@@ -159,7 +159,7 @@ class WorkerTrial(BaseTrial):
     @overload
     def suggest_categorical(self, name: str, choices: Sequence[CategoricalChoiceType]) -> CategoricalChoiceType: ...
     def suggest_categorical(self, name: str, choices: Sequence[CategoricalChoiceType]) -> CategoricalChoiceType:
-        """See `optuna.trial.Trial`. What is returned equals one of the `choices`, and may be a copy of it."""
+        """See `optuna.trial.Trial`. The returned value equals one of the `choices` and may be a copy of it."""
         value: CategoricalChoiceType = self._call("suggest_categorical", name, tuple(choices))
         return value
 
@@ -179,7 +179,7 @@ class WorkerTrial(BaseTrial):
         return value
 
     def report(self, value: float, step: int) -> None:
-        """See `optuna.trial.Trial`. One message, whose arrival is not waited for."""
+        """See `optuna.trial.Trial`. Sends one message and does not wait for its arrival."""
         self._refuse_several_objectives("report")
         number, whole = _number(value), _step(step)
         if whole in self._reported:
@@ -192,51 +192,51 @@ class WorkerTrial(BaseTrial):
             self._channel.say(Intermediate(whole, number))
 
     def should_prune(self) -> bool:
-        """See `optuna.trial.Trial`. Waits for the verdict on all that was reported."""
+        """See `optuna.trial.Trial`. Waits for the verdict on everything reported so far."""
         self._refuse_several_objectives("should_prune")
         return self._seen.prunes and self._channel.mine and self._channel.shall_prune()
 
     def set_user_attr(self, key: str, value: Any) -> None:
-        """See `optuna.trial.Trial`. Raises ValueError for a name that is too long for databases, or is one of ours."""
+        """See `optuna.trial.Trial`. Raises ValueError for a name that is too long for databases or reserved for us."""
         refuse_attribute(key)
         self._call("set_user_attr", key, value)
 
     def set_system_attr(self, key: str, value: Any) -> None:
-        """Deprecated by Optuna, of which only version 4 has it."""
+        """Deprecated by Optuna. Only Optuna 4 has it."""
         self._call("set_system_attr", key, value)
 
     def set_constraint(self, key: str, value: float) -> None:
-        """See `optuna.trial.Trial`; from Optuna 5 on."""
+        """See `optuna.trial.Trial`. Available from Optuna 5."""
         self._call("set_constraint", key, value)
 
     @property
     def params(self) -> dict[str, Any]:
-        """Values of the parameters so far."""
+        """The values of the parameters suggested so far, by name."""
         return dict(self._call("params"))
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
-        """What each was sampled from."""
+        """The distribution from which each parameter was sampled, by name."""
         return dict(self._call("distributions"))
 
     @property
     def user_attrs(self) -> dict[str, Any]:
-        """Those of the trial so far."""
+        """The trial's user attributes so far."""
         return dict(self._call("user_attrs"))
 
     @property
     def system_attrs(self) -> dict[str, Any]:
-        """Deprecated by Optuna, of which only version 4 has it."""
+        """Deprecated by Optuna. Only Optuna 4 has it."""
         return dict(self._call("system_attrs"))
 
     @property
     def constraints(self) -> dict[str, float]:
-        """Those of the trial so far; from Optuna 5 on."""
+        """The trial's constraints so far. Available from Optuna 5."""
         return dict(self._call("constraints"))
 
     @property
     def relative_params(self) -> dict[str, Any]:
-        """Of the parameters that the sampler chose together."""
+        """The values of the parameters that the sampler chose together, by name."""
         return dict(self._call("relative_params"))
 
     @property
@@ -259,9 +259,9 @@ class WorkerTrial(BaseTrial):
 
 
 class StudyView:
-    """`trial.study` in an objective: what objectives and Optuna's integrations use of a study.
+    """`trial.study` in an objective: the part of a study that objectives and Optuna's integrations use.
 
-    That is its name and directions, `trials`, `best_*`, `user_attrs` and `metric_names`, and the methods `stop`,
+    It has the name, the directions, `trials`, `best_*`, `user_attrs` and `metric_names`, and the methods `stop`,
     `get_trials`, `enqueue_trial` and `set_user_attr`.
     """
 
@@ -277,7 +277,7 @@ class StudyView:
 
     @property
     def direction(self) -> StudyDirection:
-        """Of a study with one objective; raises RuntimeError in one with several, as Optuna does."""
+        """The direction of a study with one objective. Raises RuntimeError if there are several, as Optuna does."""
         if len(self.directions) > 1:
             raise RuntimeError("A single direction cannot be retrieved from a multi-objective study.")
         return self.directions[0]
