@@ -1,10 +1,11 @@
-"""Unpickling what came from a job without touching a GPU: arrays that were on one are made on the CPU.
+"""Unpickles what a job sent without using a GPU: arrays that were on a GPU are created on the CPU.
 
-The program that reads a result holds no lease. If that initialised CUDA, the program would occupy memory of a GPU that
-others hold, and its next jobs could not be forked. A class of the user's that uses a GPU when it is unpickled still
-does.
+The head, which reads a result, does not hold a lease. If unpickling initialised CUDA, the head would occupy memory of a
+GPU that others hold, and its next jobs could not be forked.
 
-The names in the table are those that the libraries' own `__reduce__` methods refer to.
+Not promised: a class of the user that uses a GPU when it is unpickled still does so.
+
+The table lists the names that the libraries' own `__reduce__` methods refer to.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from typing import Any
 
 
 class CpuUnpickler(pickle.Unpickler):
-    """Makes PyTorch's tensors on the CPU, and NumPy arrays of CuPy's and JAX's."""
+    """Creates PyTorch tensors on the CPU, and NumPy arrays in place of CuPy's and JAX's arrays."""
 
     def find_class(self, module: str, name: str, /) -> Any:
-        """The global of that name, or what makes the same on the CPU."""
+        """Return the global of that name, or a replacement that creates the same object on the CPU."""
         return _ON_CPU.get(f"{module}.{name}") or super().find_class(module, name)
 
 
 def loads(pickled: bytes) -> Any:
-    """`pickle.loads` for what came from a job. Raises whatever the user's objects raise when they are unpickled."""
+    """Unpickle what a job sent. Raises whatever the user's objects raise when they are unpickled."""
     return CpuUnpickler(io.BytesIO(pickled)).load()
 
 
@@ -34,7 +35,10 @@ def _torch_storage(pickled: bytes) -> Any:
 
 
 def _torch_tensor(function: str, device: int) -> Callable[..., Any]:
-    """That function of torch._utils, of which the argument at `device` says where the tensor was."""
+    """Wrap a function of torch._utils so that it creates the tensor on the CPU.
+
+    `device` is the position of the argument that says where the tensor was.
+    """
 
     def rebuild(*arguments: Any) -> Any:
         on_cpu = (*arguments[:device], "cpu", *arguments[device + 1 :])

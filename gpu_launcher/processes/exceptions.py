@@ -1,12 +1,12 @@
-"""Exceptions: sending them to another process, and putting them into words.
+"""Sends exceptions to another process, and describes them in words.
 
-Pickle drops the traceback of an exception and what led to it, and many classes can be pickled but not unpickled: every
-class whose `__init__` takes other arguments than it passes to its base. So an exception travels as a
-`PortableException`: pickled as a whole, or rebuilt from its class, arguments and attributes; its traceback is text.
-The other side reads it in one of two ways:
+Pickle drops the traceback of an exception and the exceptions that led to it. Many classes can be pickled but not
+unpickled: every class whose `__init__` takes other arguments than it passes to its base. So an exception is sent as a
+`PortableException`: pickled as a whole, or rebuilt from its class, arguments and attributes. Its traceback is sent as
+text. The other side reads it in one of two ways:
 
-- `load`: the exception, with a `RemoteTraceback` as its cause, as in `concurrent.futures`.
-- `load_chain`: the exception with its own causes and frames, as if it had been raised there. Hydra shows those.
+- `load` returns the exception with a `RemoteTraceback` as its cause, as in `concurrent.futures`.
+- `load_chain` returns the exception with its own causes and frames, as if it had been raised there. Hydra shows those.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import Any, Literal
 from gpu_launcher.processes import cpu_unpickler, pickling
 
 MAX_FRAMES = 200
-"""Frames of a traceback that travel. Of a longer one, as of endless recursion, half of these from either end do."""
+"""Maximum number of frames sent with a traceback. Of a longer one, as in endless recursion, half come from each end."""
 
 
 class RemoteTraceback(Exception):
-    """The traceback, as text, of an exception that another process raised: its cause, or a stand-in for it."""
+    """The traceback of an exception raised in another process, as text. It is the exception's cause, or replaces it."""
 
     def __init__(self, tb: str) -> None:
         super().__init__(tb)
@@ -42,21 +42,21 @@ class PortableException:
     """An exception in a form that can be sent to another process."""
 
     pickled: bytes | None
-    """None if nothing of it can be pickled."""
+    """The pickled exception; None if it can neither be pickled as a whole nor be rebuilt."""
     summary: str
-    """Such as `ValueError: no such file`."""
+    """The last line of its traceback, such as `ValueError: no such file`."""
     traceback: str
-    """As Python prints it, from where the user's code begins."""
+    """Its traceback as Python prints it, from where the user's code begins."""
     problem: str = ""
-    """Why it cannot be pickled, and what to do."""
+    """Why the exception cannot be pickled, and what to do."""
     frames: tuple[tuple[str, str, int], ...] = ()
-    """In a chain: file name, function and line of each frame of its traceback."""
+    """File name, function and line of each frame of its traceback. Used in chains."""
     led_by: Literal["cause", "context"] | None = None
-    """In a chain: how the next exception led to this one; None at the end."""
+    """How the next exception in a chain led to this one; None at the end."""
 
     @classmethod
     def of(cls, error: BaseException, known: Mapping[str, object], *, chain: bool = True) -> PortableException:
-        """Pack `error` for a process whose `__main__` has what is `known`; with the text of its causes if `chain`."""
+        """Pack `error` for a process whose `__main__` contains `known`. With `chain`, the text includes its causes."""
         summary = "".join(traceback.format_exception_only(type(error), error)).strip()
         text = traceback_of(error, chain=chain)
         try:
@@ -65,13 +65,13 @@ class PortableException:
             return cls(None, summary, text, _not_portable("pickled", why))
 
     def load(self) -> BaseException:
-        """The exception, caused by its traceback. Raises LookupError, which says why, if it cannot be loaded."""
+        """Return the exception with its traceback as cause. Raises LookupError with the reason if that fails."""
         error = self.load_alone()
         error.__cause__ = RemoteTraceback(self.traceback)
         return error
 
     def load_alone(self) -> BaseException:
-        """The exception without a cause. Raises LookupError as `load` does."""
+        """Return the exception without a cause. Raises LookupError like `load`."""
         if self.pickled is None:
             raise LookupError(self.problem)
         try:
@@ -88,7 +88,7 @@ def _not_portable(what: str, why: BaseException) -> str:
     )
 
 
-# With what led to it
+# Chains
 
 
 def pack_chain(
@@ -96,7 +96,7 @@ def pack_chain(
     known: Mapping[str, object],
     shown: Callable[[BaseException], TracebackType | None],
 ) -> list[PortableException]:
-    """Pack `error` and what led to it, from last raised to first. Of each, the frames that are `shown` travel."""
+    """Pack `error` and the exceptions that led to it, the last raised first. `shown` selects the frames to send."""
     links = []
     seen: set[int] = set()
     current: BaseException | None = error
@@ -120,9 +120,9 @@ def pack_chain(
 
 
 def load_chain(links: Sequence[PortableException], replacement: Exception) -> Exception:
-    """The exception that `pack_chain` packed; `replacement` in its place if it cannot be raised here.
+    """Return the exception that `pack_chain` packed, or `replacement` if it cannot be raised here.
 
-    A RemoteTraceback stands for any other that cannot be loaded.
+    A RemoteTraceback replaces any other exception in the chain that cannot be loaded.
     """
     error: BaseException | None = None
     for link in reversed(links):
@@ -132,7 +132,7 @@ def load_chain(links: Sequence[PortableException], replacement: Exception) -> Ex
         except LookupError:
             error = None
         if link is links[0] and not isinstance(error, Exception):
-            error = replacement  # SystemExit in a job must not end the launching program
+            error = replacement  # SystemExit in a job must not end the head
         if error is None:
             error = RemoteTraceback(link.traceback)
         else:
@@ -153,7 +153,7 @@ def _synthetic_traceback(frames: Sequence[tuple[str, str, int]]) -> TracebackTyp
 
 
 def _synthetic_frame(filename: str, function: str) -> FrameType:
-    """A frame that looks as if it were of that function. Python leaves frames only where something raised."""
+    """Return a frame that looks as if it belonged to that function. Only raising an exception leaves such a frame."""
     code = _raise.__code__.replace(co_filename=filename, co_name=function)
     try:
         FunctionType(code, {_MARK: None})()
@@ -164,7 +164,7 @@ def _synthetic_frame(filename: str, function: str) -> FrameType:
 
 
 _MARK = "_SyntheticTraceback"
-"""Among a frame's globals, tells Hydra 1.4 to judge the frame by its file name."""
+"""Name of a global of a frame that tells Hydra 1.4 to judge the frame by its file name."""
 
 
 def _raise() -> None:
@@ -175,8 +175,9 @@ def _raise() -> None:
 
 
 def dump(error: BaseException, known: Mapping[str, object]) -> bytes:
-    """Pickle an exception for `pickling.load`: as a whole if that can be read again and says the same, else rebuilt.
+    """Pickle an exception for `pickling.load`.
 
+    It is pickled as a whole if the unpickled exception has the same class and message, and otherwise for rebuilding.
     Raises whatever the class raises, and TypeError.
     """
     try:
@@ -187,21 +188,21 @@ def dump(error: BaseException, known: Mapping[str, object]) -> bytes:
     except Exception as why:  # whatever the user's objects raise
         try:
             return _dump_rebuilt(error, known)
-        except Exception:  # of its class, most likely
+        except Exception:  # most likely its class is at fault
             raise why from None
     if message_of(again) == message_of(error):
         return pickled
-    try:  # a constructor that words the message got its own words back as if they were the argument
+    try:  # the constructor formats the message, and unpickling passed it the formatted message as its argument
         return _dump_rebuilt(error, known)
     except Exception:  # whatever the user's objects raise
         return pickled
 
 
 def _dump_rebuilt(error: BaseException, known: Mapping[str, object]) -> bytes:
-    """Of its class, its arguments and its attributes, without calling anything of the class.
+    """Pickle the class, arguments and attributes of an exception, from which it is rebuilt without calling its class.
 
-    Attributes that cannot be pickled are left out, and such arguments are replaced by what they look like. Raises
-    whatever its class raises.
+    Attributes that cannot be pickled are left out. Arguments that cannot be pickled are replaced by their repr. Raises
+    whatever the class raises.
     """
     pickled = pickling.dump(_parts(error, known), known)
     _first(pickled)
@@ -210,7 +211,7 @@ def _dump_rebuilt(error: BaseException, known: Mapping[str, object]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Rebuilt:
-    """Pickled, it becomes the exception."""
+    """The parts of an exception. Unpickling returns the exception itself."""
 
     kind: type[BaseException]
     args: tuple[Any, ...]
@@ -228,12 +229,12 @@ def _parts(error: BaseException, known: Mapping[str, object]) -> _Rebuilt:
 
 
 def _stand_in(arg: Any, known: Mapping[str, object]) -> Any:
-    """An argument, or what becomes the nearest to it."""
+    """Return an argument, or the closest value to it that can be pickled."""
     if _travels(arg, known):
         return arg
     if isinstance(arg, BaseException):
         return _parts(arg, known)
-    if type(arg) in (list, tuple):  # as the exceptions of a group
+    if type(arg) in (list, tuple):  # for example the exceptions of a group
         return type(arg)(_stand_in(one, known) for one in arg)
     return _look(arg)
 
@@ -247,7 +248,7 @@ def _rebuild(kind: type[BaseException], args: tuple[Any, ...], attributes: dict[
 
 
 def _builtin(kind: type[BaseException]) -> Any:
-    """The nearest base whose methods are Python's own."""
+    """Return the nearest base class that is built into Python."""
     return next(base for base in kind.__mro__ if base.__module__ == "builtins")
 
 
@@ -260,14 +261,14 @@ def _travels(thing: object, known: Mapping[str, object]) -> bool:
 
 
 def _first(pickled: bytes) -> Any:
-    """What `pickling.load` returns, without defining anything in `__main__`: this process has it."""
+    """Unpickle like `pickling.load`, but without adding anything to `__main__`, which has everything here."""
     return cpu_unpickler.loads(pickled)
 
 
 def _look(thing: object) -> str:
     try:
         return repr(thing)
-    except Exception:  # the user's own
+    except Exception:  # raised by the user's code
         return f"<{type(thing).__qualname__}>"
 
 
@@ -275,36 +276,36 @@ def _look(thing: object) -> str:
 
 
 def users_part(tb: TracebackType | None) -> TracebackType | None:
-    """A traceback from where the user's code begins, without Hydra's frames and ours; None if it does not get there."""
+    """Return a traceback from where the user's code begins, without Hydra's frames and ours; None if it ends before."""
     while tb is not None and module_of(tb).startswith(_CALLERS):
         tb = tb.tb_next
     return tb
 
 
 def traceback_of(error: BaseException, *, chain: bool = True) -> str:
-    """As Python prints it, from where the user's code begins; with what led to it if `chain`."""
+    """Format a traceback as Python prints it, from where the user's code begins. `chain` includes its causes."""
     return "".join(traceback.format_exception(type(error), error, users_part(error.__traceback__), chain=chain))
 
 
 _CALLERS = ("gpu_launcher.", "hydra_plugins.gpu_pool_launcher.", "hydra.core.utils", "cloudpickle.")
-"""Modules that call the user's code, or pickle it."""
+"""Prefixes of the names of modules that call the user's code or pickle it."""
 
 
 def module_of(tb: TracebackType) -> str:
-    """The module of the first frame."""
+    """Return the name of the first frame's module."""
     return str(tb.tb_frame.f_globals.get("__name__"))
 
 
 # In words
 
 MAX_CAUSES = 5
-"""Exceptions of one chain that `describe` names."""
+"""Maximum number of exceptions of a chain that `describe` names."""
 MAX_IN_GROUP = 3
-"""Exceptions of a group that `describe` names."""
+"""Maximum number of exceptions of a group that `describe` names."""
 
 
 def describe(error: BaseException) -> str:
-    """Its type, and the first line of what it says, with what led to it where that line alone does not tell."""
+    """Describe an exception by its type, the first line of its message and, if that is not enough, its cause."""
     return _describe(error, MAX_CAUSES)
 
 
@@ -314,7 +315,7 @@ def _describe(error: BaseException, causes: int) -> str:
     cause = error.__cause__
     if cause is None and not error.__suppress_context__ and (not lines or lines[0].endswith(":")):
         cause = error.__context__
-    if cause is not None and type(cause).__name__.endswith("RemoteTraceback"):  # the same, where it was raised
+    if cause is not None and type(cause).__name__.endswith("RemoteTraceback"):  # the same exception, in its process
         cause = None
     led_to = _describe(cause, causes - 1) if cause is not None and causes > 1 else ""
     if not lines:
@@ -325,7 +326,7 @@ def _describe(error: BaseException, causes: int) -> str:
             said = f"{said} {led_to}"
         while said.endswith(":") and lines:
             said = f"{said} {lines.pop(0)}"
-        # OmegaConf and Hydra say last in which part of the config it was.
+        # The last lines of OmegaConf's and Hydra's messages name the part of the config.
         where = next((line for line in lines if line.startswith("full_key:")), "")
         said += f" ({where})" if where else ""
     elif cause is not None and led_to and not _repeats(said, cause):
@@ -341,9 +342,10 @@ def _describe(error: BaseException, causes: int) -> str:
 
 
 def _lines(error: BaseException) -> tuple[list[str], str]:
-    """What it says without blank lines and rulers; a traceback in it, as of a data loader's worker, by its last line.
+    """Return the lines of its message, and separately the last line of a traceback in it.
 
-    That line comes again by itself; it is empty where there is no traceback.
+    Blank lines and rulers are left out. A traceback, such as that of a data loader's worker, is reduced to its last
+    line. The separate line is empty if the message contains no traceback or begins with it.
     """
     lines = [line.strip() for line in message_of(error).splitlines() if any(map(str.isalnum, line))]
     begin = next((i for i, line in enumerate(lines) if "Traceback (most recent call last)" in line), None)
@@ -353,27 +355,27 @@ def _lines(error: BaseException) -> tuple[list[str], str]:
 
 
 def _repeats(said: str, cause: BaseException) -> bool:
-    """Whether an exception already says what its cause says."""
+    """Whether an exception's message `said` contains that of its cause."""
     lines = message_of(cause).strip().splitlines()
     return bool(lines) and lines[0].strip() in said
 
 
 def message_of(error: BaseException) -> str:
-    """The message of an exception, also if its class fails to give one."""
+    """Return the message of an exception, or a placeholder if its `__str__` fails."""
     try:
         return str(error)
-    except Exception:  # of a class of the user's
+    except Exception:  # raised by the user's class
         return "<its str() failed>"
 
 
 def reason(error: BaseException) -> str:
-    """`raised ValueError: ...`: the outcome of a job that raised `error`, in one line."""
+    """Return the outcome of a job that raised `error` in one line: `raised ValueError: ...`."""
     said = f"raised {describe(error)}"
     return f"{said}; {NO_TERMINAL}" if _wanted_terminal(error) else said
 
 
 def origin(error: BaseException) -> str:
-    """File and line of the innermost frame of the user's own code; of any code where there is none."""
+    """Return file and line of the innermost frame of the user's code, or of any code if there is none."""
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     mine = [one for one in frames if not one[0].startswith(_LIBRARIES)]
     return "{}:{}".format(*(mine or frames)[-1]) if frames else ""
@@ -384,13 +386,13 @@ _LIBRARIES = (
     *(f"{path}{os.sep}" for name, path in sysconfig.get_paths().items() if name in ("stdlib", "purelib", "platlib")),
     *(f"{Path(__file__).parents[2] / name}{os.sep}" for name in ("gpu_launcher", "hydra_plugins")),
 )
-"""Beginnings of the paths of code that is not the user's."""
+"""Prefixes of the paths of code that is not the user's."""
 
 NO_TERMINAL = "jobs have no terminal, so breakpoint() and input() do not work in them: run this job alone"
 
 
 def _wanted_terminal(error: BaseException) -> bool:
-    """Whether it was raised because stdin is empty, as in a job: by `input`, `getpass`, a debugger or a prompt."""
+    """Whether `input`, `getpass`, a debugger or a prompt raised the error because stdin is empty, as it is in a job."""
     seen: set[int] = set()
     one: BaseException | None = error
     while one is not None and id(one) not in seen:
@@ -405,6 +407,6 @@ def _wanted_terminal(error: BaseException) -> bool:
 
 
 def _raised_in(error: BaseException) -> str:
-    """The module of the function that raised it."""
+    """Return the module of the function that raised the error."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return str(frames[-1].f_globals.get("__name__")) if frames else ""

@@ -1,7 +1,7 @@
-"""Keeps typed characters out of a live view: they are neither echoed into it nor left for the shell.
+"""Keeps typed characters out of a live view: they are not echoed into it, and the shell does not get them afterwards.
 
-A process that takes a terminal gives it back; after SIGKILL the guard does that (`processes/guard.py`). bash and zsh do
-so as well when they see that a program was killed or stopped.
+A process that takes a terminal gives it back. After SIGKILL the guard does that (`processes/guard.py`). bash and zsh
+also do it when they see that a program was killed or stopped.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from typing import Any
 
 Modes = list[Any]
-"""As `termios.tcgetattr` returns them."""
+"""Terminal modes as `termios.tcgetattr` returns them."""
 
 _INPUT, _LOCAL = 0, 3
 
 
 def modes(descriptor: int) -> Modes | None:
-    """The modes of a terminal; None for anything else."""
+    """Return the modes of a terminal; None if the descriptor is not a terminal."""
     try:
         return termios.tcgetattr(descriptor)
     except (termios.error, ValueError):  # ValueError: a negative descriptor
@@ -28,7 +28,10 @@ def modes(descriptor: int) -> Modes | None:
 
 
 def silent(before: Modes, *, keys: bool = False) -> Modes:
-    """Without echo, and with `keys` each key by itself. Ctrl-C and Ctrl-Z work; Ctrl-S does not stop the view."""
+    """Return the modes `before` without echo. Ctrl-C and Ctrl-Z work; Ctrl-S does not stop the view.
+
+    With `keys`, each key can be read immediately instead of at the end of the line.
+    """
     after: Modes = [list(one) if isinstance(one, list) else one for one in before]
     after[_INPUT] &= ~termios.IXON
     after[_LOCAL] &= ~(termios.ECHO | termios.ECHONL)
@@ -40,18 +43,21 @@ def silent(before: Modes, *, keys: bool = False) -> Modes:
 
 
 class Keyboard:
-    """A terminal from which typed characters can be taken away."""
+    """A terminal whose typed characters this process can take."""
 
     def __init__(self, descriptor: int, *, keys: bool = False) -> None:
-        """Of the terminal at `descriptor`. With `keys` whoever reads it gets each key at once."""
+        """Use the terminal at `descriptor`. With `keys`, its reader gets each key at once."""
         self._descriptor = descriptor
         self._keys = keys
         self._process = os.getpid()
         self._before: Modes | None = None
-        """How it was when it was taken; None while it is not."""
+        """Modes of the terminal before it was taken; None while it is not taken."""
 
     def take(self) -> None:
-        """Take it, if it is a terminal with this process in the foreground. Again, it takes what a shell put back."""
+        """Take the terminal, if this process is in its foreground.
+
+        Call this again to retake a terminal whose modes a shell has restored.
+        """
         now = modes(self._descriptor)
         if now is None or not self._in_foreground() or self._is_anothers(now):
             return
@@ -61,19 +67,22 @@ class Keyboard:
             self._set(wanted)
 
     def give_back(self) -> None:
-        """Put it back as it was, without what was typed meanwhile. In the background it is the shell's already."""
+        """Restore the terminal and discard what was typed meanwhile.
+
+        Does nothing in the background, because the shell has already restored it.
+        """
         before, self._before = self._before, None
         if before is None or os.getpid() != self._process or not self._in_foreground():
             return
         now = modes(self._descriptor)
         if now is None or self._is_anothers(now):
             return
-        with _not_stopped(), contextlib.suppress(termios.error):  # there is no terminal any more
+        with _not_stopped(), contextlib.suppress(termios.error):  # the terminal is gone
             termios.tcflush(self._descriptor, termios.TCIFLUSH)
         self._set(before)
 
     def _is_anothers(self, now: Modes) -> bool:
-        """Whether a program such as a pager, which reads what we print to stdout, gets each key by itself."""
+        """Whether another program reads each key, such as a pager that shows our stdout."""
         return not self._keys and not now[_LOCAL] & termios.ICANON
 
     def _set(self, wanted: Modes) -> None:
@@ -83,13 +92,16 @@ class Keyboard:
     def _in_foreground(self) -> bool:
         try:
             return os.tcgetpgrp(self._descriptor) == os.getpgrp()
-        except OSError:  # not the terminal that this process is controlled by, or none any more
+        except OSError:  # not this process's controlling terminal, or the terminal is gone
             return False
 
 
 @contextlib.contextmanager
 def _not_stopped() -> Iterator[None]:
-    """Block SIGTTOU, which stops a background process that changes its terminal. This one may just have become one."""
+    """Block SIGTTOU, which stops a background process that changes its terminal.
+
+    This process may just have moved to the background.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
     try:
         yield
@@ -98,7 +110,10 @@ def _not_stopped() -> Iterator[None]:
 
 
 def give_back_after_death(descriptor: int, before: Modes | None) -> None:
-    """Put a terminal back as it was `before` a process that had taken it was killed, unless something else has."""
+    """Restore the modes `before` of a terminal after the process that had taken it was killed.
+
+    Does nothing if another program has changed the modes since.
+    """
     now = None if before is None else modes(descriptor)
     if before is not None and now is not None and now == silent(before) != before:
         with contextlib.suppress(termios.error):

@@ -1,7 +1,8 @@
-"""Sending Python objects between a program and its jobs, whatever the program defined in `__main__`.
+"""Pickles Python objects for sending between a program and its jobs, including those defined in `__main__`.
 
-A job's `__main__` is the program's as it was at the fork, or, in a fresh interpreter, empty. What it has is pickled by
-name, so that both mean the same class; what it lacks is pickled by value, and from then on it has that, too.
+A forked job's `__main__` is a copy of the program's at the fork; a fresh interpreter's is empty. Objects that the
+reader's `__main__` has are pickled by name, so that both sides use the same class. Objects that it lacks are pickled by
+value, and the reader then adds them to its `__main__`.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ NO_OTHERS: Mapping[int, Callable[[], object]] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Afresh:
-    """The user's code, in a pickle; unpickled, it is that itself. Random number generators in it are not copied.
+    """A wrapper that marks the user's code in a pickle. Unpickling returns the code itself.
 
-    Each process that unpickles it gets numbers of its own from those that were not seeded.
+    Unseeded random number generators in the code are not copied: each process that unpickles it gets different numbers.
     """
 
     code: object
@@ -36,35 +37,35 @@ class Afresh:
 
 @dataclass(frozen=True, slots=True)
 class _Mark:
-    """Where in a pickle an Afresh begins or ends."""
+    """A mark in a pickle where an Afresh begins or ends."""
 
     begins: bool
 
 
 class Writable(Protocol):
-    """What can be written to, as pickle understands it."""
+    """An object that pickle can write to."""
 
     def write(self, data: bytes, /) -> object:
-        """Take all of it."""
+        """Write all of `data`."""
 
 
 def main_namespace() -> dict[str, Any]:
-    """What this process's `__main__` has now."""
+    """The namespace of this process's `__main__`."""
     return vars(sys.modules["__main__"])
 
 
 def prepare() -> None:
-    """Import what this takes: before a fork, lest each child do it."""
+    """Import cloudpickle. Call this before a fork, so that each child does not have to."""
     _pickler_class()
 
 
 def dump(
     thing: object, known: Mapping[str, object] = NOTHING, instead: Mapping[int, Callable[[], object]] = NO_OTHERS
 ) -> bytes:
-    """Pickle `thing` for a process whose `__main__` has what is `known`, by name.
+    """Pickle `thing` for a process whose `__main__` contains `known`, a mapping from names to objects.
 
-    What has its id in `instead` becomes there what that function returns there. Raises whatever the user's objects
-    raise when they are pickled.
+    An object whose id is in `instead` is replaced, when it is unpickled, by what that function returns. Raises whatever
+    the user's objects raise when they are pickled.
     """
     buffer = io.BytesIO()
     dump_to(buffer, thing, known, instead)
@@ -86,15 +87,15 @@ def dump_to(
     known: Mapping[str, object] = NOTHING,
     instead: Mapping[int, Callable[[], object]] = NO_OTHERS,
 ) -> None:
-    """The same into a file, in which what is large is not copied once more."""
+    """Pickle `thing` into a file, like `dump`. Large objects are not copied an extra time."""
     pickler = _pickler_class()(file, known, instead)
     pickler.dump(thing)
-    pickler.dump(pickler.used)  # the very same classes and functions: both share one memo
+    pickler.dump(pickler.used)  # refers to the same classes and functions, because both dumps share one memo
 
 
 @functools.cache
 def _pickler_class() -> Any:
-    import cloudpickle  # when it is needed: the command line is not
+    import cloudpickle  # only when needed: the command line does not use it
 
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         def __init__(
@@ -105,9 +106,9 @@ def _pickler_class() -> Any:
             self.instead = instead
             self.main = main_namespace()
             self.afresh: random_generators.Reducer | None = None
-            """While what is pickled is in an Afresh."""
+            """Reducer for random generators; None outside an Afresh."""
             self.used: dict[str, Any] = {}
-            """What of this process's `__main__` the reader lacks, by name."""
+            """Objects of this process's `__main__` that the reader lacks, by name."""
             self.sources: dict[str, list[str] | None] = {}
             """Source lines by file name; None for files that the reader can open itself."""
 
@@ -122,7 +123,7 @@ def _pickler_class() -> Any:
             if (other := self.instead.get(id(thing))) is not None:
                 return other, ()
             if type(thing) is CodeType:
-                # cloudpickle >= 3.1.2 writes `<dynamic-code>` instead of the file, and tracebacks would show that.
+                # cloudpickle >= 3.1.2 replaces the file name by `<dynamic-code>`, and tracebacks would show that.
                 make, arguments = self.dispatch_table[CodeType](thing)
                 return _code_of_file, (thing.co_filename, self.source_of(thing.co_filename), make, arguments)
             if issubclass(type(thing), (type, FunctionType)) and getattr(thing, "__module__", None) == "__main__":
@@ -144,24 +145,24 @@ def _pickler_class() -> Any:
 def _code_of_file(
     filename: str, source: list[str] | None, make: Callable[..., CodeType], arguments: tuple[Any, ...]
 ) -> CodeType:
-    """Unpickle a code object. Tracebacks show the `source` of a file that does not exist, such as a notebook's cell."""
+    """Unpickle a code object. Tracebacks show `source` if the file does not exist, as for a notebook's cell."""
     if source is not None and filename not in linecache.cache:
-        # Without a time of modification `linecache.checkcache` keeps it.
+        # `linecache.checkcache` keeps an entry that has no modification time.
         linecache.cache[filename] = (sum(map(len, source)), None, source, filename)
     return make(*arguments).replace(co_filename=filename)
 
 
 def load(pickled: bytes, *, on_cpu: bool = False) -> Any:
-    """Unpickle what `dump` returned, and define what it uses of `__main__` there, so that it is known by name.
+    """Unpickle what `dump` returned, and add the `__main__` objects that it contains to this process's `__main__`.
 
-    A program that reads what its jobs made, and may use no GPU itself, has arrays made `on_cpu`. Raises whatever the
-    user's objects raise when they are unpickled.
+    With `on_cpu`, arrays are created on the CPU, for a program that reads its jobs' results and must not use a GPU.
+    Raises whatever the user's objects raise when they are unpickled.
     """
     return load_from(io.BytesIO(pickled), on_cpu=on_cpu)
 
 
 def load_from(file: BinaryIO | io.BytesIO, *, on_cpu: bool = False) -> Any:
-    """The same from a file that `dump_to` wrote."""
+    """Unpickle from a file that `dump_to` wrote, like `load`."""
     unpickler = (CpuUnpickler if on_cpu else pickle.Unpickler)(file)
     thing = unpickler.load()
     main_namespace().update(unpickler.load())

@@ -1,4 +1,4 @@
-"""Finding which part of an object cannot be pickled, for error messages: pickle names only its type."""
+"""Finds which part of an object cannot be pickled, for error messages. Pickle itself names only the part's type."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from gpu_launcher.processes import pickling
 
 MAX_DEPTH = 50
-"""Steps from the object to the part."""
+"""Maximum number of steps from the object to the part."""
 MAX_SECONDS = 3.0
-"""Time for the search, which pickles the parts one by one. After that the part found so far is named."""
+"""Time limit for the search, which pickles the parts one by one. After that, the part found so far is named."""
 
 _Part = tuple[str, str, Any]
-"""A suffix for the name of the whole, or a new name with a description; then the part itself."""
+"""Text, description and the part itself. With a description the text is a new name, otherwise a suffix of the name."""
 
 
 def found_at(
@@ -25,10 +25,11 @@ def found_at(
     known: Mapping[str, object] = pickling.NOTHING,
     instead: Mapping[int, Callable[[], object]] = pickling.NO_OTHERS,
 ) -> str:
-    """Name the part of `roots` that cannot be pickled, in parentheses; empty if it is a whole object, or none.
+    """Name the part of `roots` that cannot be pickled, in parentheses.
 
-    Such as ` (found at cfg.model.lock)` or ` (found at net.lock, where net is a global that train() uses)`.
-    `known` and `instead` are as `pickling.dump` takes them.
+    Returns ` (found at cfg.model.lock)`, for example, or ` (found at net.lock, where net is a global that train()
+    uses)`; an empty string if a root as a whole cannot be pickled, or everything can. `known` and `instead` are those
+    of `pickling.dump`.
     """
     deadline = time.monotonic() + MAX_SECONDS
 
@@ -69,11 +70,11 @@ def _descend(name: str, thing: object, is_bad: Callable[[object], bool], deadlin
 
 class _Nowhere:
     def write(self, data: bytes, /) -> None:
-        """Drop it."""
+        """Discard the data."""
 
 
 def _parts(thing: Any) -> Iterator[_Part]:
-    """The objects that pickle would pickle next."""
+    """Yield the parts of an object that pickle would pickle next."""
     if isinstance(thing, dict):
         yield from ((f"[{key!r}]", "", value) for key, value in thing.items())
     elif isinstance(thing, (list, tuple, set, frozenset)):
@@ -101,7 +102,7 @@ def _used_by(function: FunctionType) -> Iterator[_Part]:
         try:
             yield variable, f"a variable that {name}() uses from around it", cell.cell_contents
         except ValueError:
-            continue  # it is empty yet
+            continue  # still empty
     for used in _globals_in(function.__code__):
         if used in function.__globals__:
             yield used, f"a global that {name}() uses", function.__globals__[used]
@@ -120,7 +121,10 @@ def _globals_in(code: CodeType) -> Iterator[str]:
 
 
 def _in_config(node: Any, key: str = "") -> Iterator[_Part]:
-    """The values in OmegaConf's containers, by their keys. A node refers to the whole, and is not pickled alone."""
+    """Yield the values in OmegaConf's containers with their keys.
+
+    A node is not pickled alone, because it refers to the whole config.
+    """
     content = vars(node).get("_content")
     if isinstance(content, dict):
         for name, value in content.items():
@@ -133,15 +137,15 @@ def _in_config(node: Any, key: str = "") -> Iterator[_Part]:
 
 
 def _reduced(thing: Any) -> Iterator[_Part]:
-    """The parts that an object gives to pickle: usually its attributes."""
+    """Yield the parts that an object passes to pickle: usually its attributes."""
     try:
         reduced = thing.__reduce_ex__(4)
-    except Exception:  # it is what cannot be pickled
+    except Exception:  # this object itself cannot be pickled
         return
     if not isinstance(reduced, tuple):
         return
     _, arguments, state, items, pairs = (*reduced, None, None, None)[:5]
-    for one in state if isinstance(state, tuple) and len(state) == 2 else (state,):  # of __dict__ and of __slots__
+    for one in state if isinstance(state, tuple) and len(state) == 2 else (state,):  # from __dict__ and __slots__
         if isinstance(one, dict):
             yield from ((f".{name}", "", value) for name, value in one.items())
     yield from ((f"[{index}]", "", value) for index, value in enumerate(items or ()))
