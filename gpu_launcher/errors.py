@@ -66,12 +66,12 @@ class OptionError(GpuLauncherError, ValueError):
         return f"{self.option}: {self.problem}"
 
     def renamed(self, spell: Callable[[str], str]) -> OptionError:
-        """The same, with the option's name as `spell` makes it of this one."""
+        """The same error, with the option's name changed by `spell`."""
         return OptionError(spell(self.option), self.problem)
 
 
 class UsageError(OptionError):
-    """Invalid input that is about no single option. Nothing was run."""
+    """Invalid input that does not concern a single option. Nothing was run."""
 
     def __init__(self, problem: str) -> None:
         super().__init__("", problem)
@@ -104,7 +104,7 @@ class PoolDirectoryError(GpuLauncherError):
 
 
 class StorageError(GpuLauncherError):
-    """The place where a study is kept cannot be used (no database, wrong URL, missing driver, network file system).
+    """A study's storage cannot be used (not a database, wrong URL, missing driver, network file system).
 
     `storage` is the URL or path as the user wrote it, without its password.
     """
@@ -202,14 +202,14 @@ class RecordError(GpuLauncherError):
     def __init__(self, index: int, record: Any, exception: BaseException, traceback: str, where: str = "") -> None:
         super().__init__(index, record, exception, traceback, where)
         self.index = index
-        """Which record it was, counted from 0."""
+        """The number of the record, counted from 0."""
         self.record = record
         self.exception = exception
         """The exception that the function raised, or a WorkerDiedError."""
         self.traceback = traceback
-        """Of the worker, as text; may be empty."""
+        """The worker's traceback as text; may be empty."""
         self.where = where
-        """The devices it was on, such as `GPU 1`; may be empty."""
+        """The worker's devices, such as `GPU 1`; may be empty."""
 
     def __str__(self) -> str:
         where = f" on {self.where}" if self.where else ""
@@ -220,7 +220,7 @@ class RecordError(GpuLauncherError):
 
 
 class WorkerDiedError(GpuLauncherError):
-    """A worker's process ended: a signal, `os._exit`, the memory of the host ran out."""
+    """A worker's process ended: by a signal, by `os._exit`, or because the host ran out of memory."""
 
 
 class UnreadableError(GpuLauncherError):

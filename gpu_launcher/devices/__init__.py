@@ -1,4 +1,4 @@
-"""What is in the machine, and how it is doing. Importing this neither imports a GPU library nor asks NVML anything."""
+"""The machine's devices and their conditions. Importing this does not import a GPU library or call NVML."""
 
 from gpu_launcher.devices.affinity import cpus_near
 from gpu_launcher.devices.choice import LinkKind, Links, by_load, combinable, load_levels

@@ -1,4 +1,4 @@
-"""Which CPUs of the host are near a device, and so which ones its job should run on. Reads /sys."""
+"""Finds the host's CPUs near a device, on which its job should run. Reads /sys."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _BUS_ID = re.compile(r"([0-9a-f]+):([0-9a-f]{2}:[0-9a-f]{2}\.[0-7])")
 
 
 def neighbourhood(bus_id: str, root: Path = Path("/")) -> tuple[int | None, tuple[int, ...]]:
-    """The NUMA node of a PCI device, and the CPUs near it, as the kernel knows them: None and () where it does not.
+    """The NUMA node of a PCI device and the CPUs near it; None and () if the kernel does not know them.
 
-    `bus_id` is as NVML writes it, `00000000:3B:00.0`. Source: sysfs-bus-pci in the kernel's ABI documentation.
+    `bus_id` has NVML's form, `00000000:3B:00.0`. Source: sysfs-bus-pci in the kernel's ABI documentation.
     """
     match = _BUS_ID.fullmatch(bus_id.strip().lower())
     if match is None:
@@ -34,8 +34,8 @@ def neighbourhood(bus_id: str, root: Path = Path("/")) -> tuple[int | None, tupl
 def cpus_near(devices: Sequence[Device], allowed: Collection[int]) -> frozenset[int] | None:
     """The CPUs of `allowed` that a job on `devices` should be pinned to; None if it should not be pinned.
 
-    It should not where a device's neighbourhood is not known, where none of it is allowed, and where all that is
-    allowed is near.
+    A job is not pinned if the CPUs near a device are unknown, if none of them is allowed, or if all allowed CPUs are
+    near.
     """
     if not devices or not all(device.cpus for device in devices):
         return None
@@ -44,7 +44,7 @@ def cpus_near(devices: Sequence[Device], allowed: Collection[int]) -> frozenset[
 
 
 def _cpu_list(text: str) -> tuple[int, ...]:
-    """`0-3,8` is 0, 1, 2, 3, 8."""
+    """Read a list of CPUs: `0-3,8` is 0, 1, 2, 3, 8."""
     cpus: set[int] = set()
     for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")

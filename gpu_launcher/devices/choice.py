@@ -1,4 +1,4 @@
-"""Which devices are a better choice, by their load and their connections. Pure; the grant policy chooses."""
+"""Ranks devices by their load and their connections, for the grant policy, which chooses. Pure."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from gpu_launcher.model import Device
 
 LEVELS = 4
-"""Utilisation is told apart in so many steps from idle to full."""
+"""Number of steps of utilisation from idle to full."""
 
 
 class LinkKind(IntEnum):
-    """How two GPUs reach each other: higher is better. All but NVLink are NVML's nvmlGpuTopologyLevel_t."""
+    """The kind of connection between two GPUs; higher is better. All but NVLink come from nvmlGpuTopologyLevel_t."""
 
     UNKNOWN = 0
     SYSTEM = 1
@@ -37,7 +37,7 @@ class LinkKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """The connections between devices, by UUID. What is not there is UNKNOWN, and the same in both directions."""
+    """The connections between devices, by UUID, the same in both directions. Missing ones are UNKNOWN."""
 
     pairs: Mapping[frozenset[str], LinkKind] = field(default_factory=dict)
 
@@ -46,10 +46,10 @@ class Links:
 
 
 def combinable(devices: Sequence[Device], count: int) -> tuple[Device, ...]:
-    """The `devices` from which a job may get `count` at once: of several, none may be a MIG instance.
+    """The `devices` from which a job may get `count` at once. If `count` is above 1, MIG instances are excluded.
 
-    CUDA shows a process one MIG instance at most, and no other GPU beside it (NVIDIA's MIG user guide, "CUDA Device
-    Enumeration"). Raises RequestError where only MIG instances would make up the number.
+    CUDA shows a process at most one MIG instance, and then no other GPU (NVIDIA's MIG user guide, "CUDA Device
+    Enumeration"). Raises RequestError if there are not enough devices without MIG instances.
     """
     if count < 2:
         return tuple(devices)
@@ -63,10 +63,10 @@ def combinable(devices: Sequence[Device], count: int) -> tuple[Device, ...]:
 
 
 def load_levels(conditions: Iterable[Condition], before: Mapping[str, int] | None = None) -> dict[str, int]:
-    """How loaded each device is, by UUID, in steps from 0 (idle) to `LEVELS`; idle where that is not known.
+    """The load of each device, by UUID, in steps from 0 (idle or unknown) to `LEVELS`.
 
-    Give what was returned last as `before`: a level then stays until utilisation is clearly at another one, so that
-    an order made of levels does not change with every measurement.
+    `before` is the previous result. A level then changes only when utilisation is clearly at another one, so that an
+    order made of levels does not change with every measurement.
     """
     levels = {}
     for condition in conditions:
@@ -77,5 +77,5 @@ def load_levels(conditions: Iterable[Condition], before: Mapping[str, int] | Non
 
 
 def by_load(devices: Iterable[Device], levels: Mapping[str, int]) -> tuple[Device, ...]:
-    """`devices`, the least loaded first; in the order given where they are equally loaded."""
+    """Sort `devices` by load, the least loaded first. Equally loaded devices keep their order."""
     return tuple(sorted(devices, key=lambda device: levels.get(device.uuid, 0)))

@@ -1,4 +1,7 @@
-"""The condition of a device, and whether a program outside the pool uses it. Pure: measurements come as values."""
+"""The condition of a device, and the rules for whether a program outside the pool uses it.
+
+Pure: measurements are arguments.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,15 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
 BUSY_MEMORY = 512 * MIB
-"""More memory than this in use beyond what is leased means that a program outside the pool uses the device.
+"""If more memory than this is in use beyond what is leased, a program outside the pool uses the device.
 
-It must be above what is not called use: the driver's own (which older drivers count as used: 300 to 600 MiB of a
-large GPU), a desktop (100 to 400 MiB), a job's CUDA context (200 to 500 MiB, which those who declare memory forget).
-And it has to be below what any training holds, which torch's context and cached kernels alone are.
+It must be above memory that does not count as use: the driver's own (which older drivers count as used: 300 to 600 MiB
+of a large GPU), a desktop (100 to 400 MiB), and a job's CUDA context (200 to 500 MiB, which users who declare memory
+forget). It must be below the memory of any training, for which torch's context and cached kernels are enough.
 """
 
 _SERVERS = ("nvidia-cuda-mps-server",)
-"""Programs that compute for others: those others are who uses the device."""
+"""Programs that compute on behalf of others. Their clients count as the device's users."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,47 +30,47 @@ class GpuProcess:
     """A process that computes on a device."""
 
     pid: int
-    """As NVML reports it, which in a container may be the host's number."""
+    """Process id as NVML reports it. In a container it may be the host's number."""
     memory: int | None = None
-    """Bytes of the device's memory; None where the driver does not say."""
+    """Device memory that it uses, in bytes; None if the driver does not tell."""
     user: str | None = None
     command: str | None = None
     ancestors: tuple[int, ...] | None = None
-    """Pids of its parent, that one's parent and so on. None if it cannot be attributed: /proc does not show it, or the
-    pid may be one of another namespace."""
+    """Process ids of its ancestors, the parent first. None if it cannot be attributed: /proc does not show it, or the
+    process id may belong to another namespace."""
     draws: bool = False
-    """It also uses the device for graphics, as display servers and their clients do."""
+    """Whether it also uses the device for graphics, like display servers and their clients."""
 
     @property
     def described(self) -> str:
-        """`train.py (pid 4711, anna, 3.2 GiB)`, as much as is known."""
+        """A description such as `train.py (pid 4711, anna, 3.2 GiB)`; unknown facts are left out."""
         facts = [f"pid {self.pid}", self.user, None if self.memory is None else show_memory(self.memory)]
         return f"{self.command or 'a process'} ({', '.join(fact for fact in facts if fact)})"
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """The condition of a device at one moment. A value of None was not available, and nothing follows from it."""
+    """The condition of a device at one moment. None means that a value is not available."""
 
     uuid: str
     utilisation: float | None = None
-    """Part of the last second or so in which it computed, 0 to 1. MIG instances do not report it."""
+    """Fraction of the last second or so in which it computed, 0 to 1. MIG instances do not report it."""
     memory_used: int | None = None
-    """Bytes, where the driver can tell without what it keeps for itself."""
+    """Used memory in bytes. Excludes the driver's own memory if the driver can tell."""
     processes: tuple[GpuProcess, ...] | None = None
-    """Those that compute, by pid. Programs that only draw are not among them."""
+    """The processes that compute, by process id. Programs that only draw are not included."""
     fault: str | None = None
-    """Continues `GPU 1 ...`: why it is to be set aside, and the remedy, such as `has fallen off the bus: ...`."""
+    """Why it must be set aside, and the remedy; continues `GPU 1 ...`, such as `has fallen off the bus: ...`."""
 
 
 def foreign_processes(condition: Condition, owners: Collection[int] | None) -> tuple[GpuProcess, ...]:
     """The processes on a device that provably do not belong to the pool.
 
-    `owners` are the pids of all programs that hold leases or wait for them, this one included: what they started
-    belongs to the pool. None if some lease on the device is of a program whose pid means nothing here, such as one in
-    a container: then nothing can be proved.
+    `owners` are the process ids of all programs that hold leases or wait for them, including this one. Their
+    descendants belong to the pool. `owners` is None if a lease on the device belongs to a program whose process id has
+    no meaning here, for example in a container; then nothing can be proved.
 
-    Not among them, and so judged by memory alone: processes that cannot be attributed, and programs that also draw.
+    Processes that cannot be attributed and programs that also draw are never returned. They are judged by memory alone.
     """
     if owners is None:
         return ()
@@ -90,22 +93,22 @@ def why_busy(
     leases: int = 0,
     busy_memory: int | None = BUSY_MEMORY,
 ) -> str | None:
-    """Why no share of the device should be granted: a program outside the pool uses it. None if none is seen to.
+    """Say why no share of the device should be granted: a program outside the pool uses it. None if none is seen.
 
-    `owners` as for `foreign_processes`. `leased` is the memory, in bytes, of all live leases on the device (of a
-    fraction without declared memory, that fraction of the device's), and `leases` is their number. `busy_memory` None
-    means not to look.
+    `owners` is as for `foreign_processes`. `leased` is the memory in bytes of all live leases on the device, and
+    `leases` is their number; a lease of a fraction without declared memory counts as that fraction of the device's. If
+    `busy_memory` is None, no device counts as busy.
 
-    - A foreign compute process means busy, however small.
-    - More memory in use than leased means busy, beyond `busy_memory`, and as much again for each lease: a job's CUDA
-      context comes on top of what it declared. Memory that an owner itself holds (a program that used CUDA before it
-      launched) counts as leased, or it would wait for itself.
+    - A foreign compute process makes a device busy, however little memory it uses.
+    - Memory in use beyond what is leased makes a device busy if it exceeds `busy_memory` plus `busy_memory` for each
+      lease, because a job's CUDA context adds to its declared memory. Memory that an owner itself holds (a program that
+      used CUDA before it launched) counts as leased, because the program would otherwise wait for itself.
 
     The reason continues `GPU 1 ...`. A wholly leased device need not be judged.
 
-    Not promised: to see a stranger who cannot be attributed and holds less memory than is leased and not yet used; to
-    tell jobs that use more than they declared from strangers, for whom, on purpose, the same follows; to see who came
-    after `condition` was measured.
+    Not promised: a stranger is not seen if it cannot be attributed and uses less memory than is leased but unused, or
+    if it started after `condition` was measured. Jobs that use more than they declared are not distinguished from
+    strangers; on purpose, the effect is the same.
     """
     if busy_memory is None:
         return None

@@ -1,4 +1,4 @@
-"""CPU slots: devices for jobs that need no GPU, so that the same pool limits how many run at once."""
+"""CPU slots: devices for jobs that need no GPU, so that the pool also limits how many of those run at once."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def cpu_slots(count: int) -> tuple[Device, ...]:
 
 
 def usable_cpus(root: Path = Path("/")) -> int:
-    """How many CPUs this process may use: its affinity, or its cgroup's quota where that is less. At least 1.
+    """Number of CPUs that this process may use, at least 1: the smaller of its affinity and its cgroup's quota.
 
-    A quota of 2.5 CPUs counts as 2. `root` is where /proc and /sys are looked for.
+    A quota of 2.5 CPUs counts as 2. `root` contains /proc and /sys.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _cgroup_quota(root)
@@ -24,7 +24,7 @@ def usable_cpus(root: Path = Path("/")) -> int:
 
 
 def _cgroup_quota(root: Path) -> float | None:
-    """CPUs' worth of time that the tightest cgroup above this process allows, or None where none limits it.
+    """The CPU time per second that the tightest cgroup above this process allows; None if there is no limit.
 
     Sources: cgroups(7) for /proc/self/cgroup, the kernel's cgroup-v2.rst for `cpu.max`, sched-bwc.rst for v1.
     """
@@ -41,8 +41,8 @@ def _cgroup_quota(root: Path) -> float | None:
         else:
             continue
         group = mount / path.lstrip("/")
-        # A limit may be set on any ancestor. In a container the path may lie outside what is mounted: then
-        # only the mount itself, which is the container's own group, has the files.
+        # Any ancestor may have a limit. In a container the path may lie outside the mounted part. Then only the mount
+        # itself, which is the container's own group, has the files.
         for directory in (group, *group.parents):
             if (quota := read_quota(directory)) is not None:
                 quotas.append(quota)
@@ -60,7 +60,7 @@ def _v1_quota(directory: Path) -> float | None:
 
 
 def _ratio(text: str) -> float | None:
-    """`200000 100000` is 2.0; `max 100000`, `-1 100000` and nothing at all are no limit."""
+    """Read a quota: `200000 100000` is 2.0; `max 100000`, `-1 100000` and an empty text mean no limit."""
     match text.split():
         case [quota, period] if quota.isdecimal() and period.isdecimal() and int(period):
             return int(quota) / int(period)

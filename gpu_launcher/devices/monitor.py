@@ -1,8 +1,9 @@
-"""How devices are doing, asked again and again while a launch lasts, by a process of its own.
+"""Measures the conditions of devices repeatedly, in a separate process.
 
-A process, because initialising NVML can take seconds (without persistence mode the driver initialises each idle GPU
-anew), because NVML must not be initialised in a program that forks, and because a driver that hangs must not hang the
-launch. It initialises NVML once, answers when asked, and ends when the launching program does, however that ends.
+It is a separate process for three reasons. Initialising NVML can take seconds, because without persistence mode the
+driver initialises each idle GPU again. NVML must not be initialised in a program that forks. A driver that hangs must
+not hang the program. The process initialises NVML once and answers when asked. It ends with the program that started
+it, however that ends.
 """
 
 from __future__ import annotations
@@ -30,36 +31,36 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 MAX_STARTS = 3
-"""Starts of the process that watches GPUs. If it dies as often, it would die again."""
+"""Most starts of the process that watches GPUs. If it died this often, it is not started again."""
 
 _LENGTH = struct.Struct("!I")
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What came of asking once."""
+    """The result of one measurement."""
 
     asked: float
-    """The time given to `ask`: what happened before is seen."""
+    """The time given to `ask`. The reading includes everything that happened before."""
     conditions: tuple[Condition, ...] = ()
-    """Of the devices, in their order; none if there is a problem."""
+    """The conditions of the devices, in their order; empty if there is a problem."""
     problem: str | None = None
-    """Why nothing is known of the devices, such as an updated driver. No reason to stop using them."""
+    """Why nothing is known of the devices, such as an updated driver. The devices may still be used."""
 
 
 class ConditionMonitor:
-    """Asks how devices are doing without ever waiting for the answer.
+    """Asks for the conditions of devices and never waits for the answer.
 
-    Of devices that are no GPUs nothing is measured, and where there are only such, no process is started. Not promised:
-    an answer within any time. `latest` stays what it was, and `asked` says how old it is.
+    Only GPUs and MIG instances are measured; without any, no process is started. Not promised: an answer within any
+    time. Until it comes, `latest` keeps the last reading, whose `asked` tells its age.
     """
 
     def __init__(self, devices: Sequence[Device], root: Path = Path("/")) -> None:
-        """Prepare to watch `devices`. `root` is where /proc and /sys are looked for."""
+        """Prepare to watch `devices`. `root` contains /proc and /sys."""
         self._devices = tuple(devices)
         self._root = root
         self._real = any(device.kind in (DeviceKind.GPU, DeviceKind.MIG) for device in devices)
-        # Both ends stay open here, so that the descriptor to wait on outlives a watching process that dies.
+        # Both ends stay open here, so that the descriptor stays valid if the watching process dies.
         self._ours, self._theirs = socket.socketpair()
         self._ours.setblocking(False)
         self._process: subprocess.Popen[bytes] | None = None
@@ -67,7 +68,7 @@ class ConditionMonitor:
         self._asked: float | None = None
         self._received = b""
         self.latest: Reading | None = None
-        """The last answer."""
+        """The last reading; None before the first."""
 
     def fileno(self) -> int:
         """Readable when there is something to `receive`."""
@@ -75,11 +76,11 @@ class ConditionMonitor:
 
     @property
     def asking(self) -> float | None:
-        """When the question was asked that is not answered yet; None if there is none."""
+        """When the question that is not answered yet was asked; None if there is none."""
         return self._asked
 
     def ask(self, now: float) -> None:
-        """Have the devices looked at, unless that is under way. `receive` has the answer, some time later."""
+        """Request a reading, unless one is pending. `receive` returns it later."""
         if not self._real:
             self.latest = Reading(now, tuple(Condition(device.uuid) for device in self._devices))
             return
@@ -96,7 +97,7 @@ class ConditionMonitor:
         self._ours.send(b"?")
 
     def receive(self) -> Reading | None:
-        """The answer, if it has come in full. Never waits."""
+        """Return the reading if it has arrived completely, else None. Never waits."""
         with contextlib.suppress(BlockingIOError):
             while chunk := self._ours.recv(1 << 16):
                 self._received += chunk
@@ -117,20 +118,20 @@ class ConditionMonitor:
         self._theirs.close()
         if self._process is not None:
             self._process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):  # deep in a driver that hangs
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it is stuck in a driver that hangs
                 self._process.wait(1)
 
     def close_in_child(self) -> None:
-        """In a forked process: drop what belongs to the parent."""
+        """Drop everything that belongs to the parent. Called in a forked child."""
         self._ours.close()
         self._theirs.close()
         if self._process is not None:
-            self._process.returncode = 0  # not this process's child: neither waited for nor warned about
+            self._process.returncode = 0  # not a child of this process: prevents a ResourceWarning
 
     def _start(self) -> None:
         self._starts += 1
         descriptor = self._theirs.fileno()
-        # The path is set before anything is imported: -m would find modules in the current directory first.
+        # The path is set before any import, because -m would find modules in the current directory first.
         code = f"import sys; sys.path[:] = {list(map(str, sys.path))!r}; "
         code += f"from gpu_launcher.devices.monitor import serve; serve({descriptor})"
         self._process = subprocess.Popen(
@@ -139,14 +140,14 @@ class ConditionMonitor:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is not for it
+            start_new_session=True,  # so that Ctrl-C does not reach it
             env={**os.environ, **environment()},
         )
         task = pickle.dumps((self._devices, self._root))
         self._ours.send(_LENGTH.pack(len(task)) + task)
 
     def _forget(self) -> None:
-        """Drop a watching process that died, and what it or we said last."""
+        """Forget a watching process that died, and all data that was sent in either direction."""
         self._process = None
         self._asked = None
         self._received = b""
@@ -159,7 +160,7 @@ class ConditionMonitor:
 
 
 def serve(descriptor: int) -> None:
-    """What the watching process does."""
+    """The main function of the watching process."""
     set_role("monitor")
     with socket.socket(fileno=descriptor) as channel, contextlib.suppress(ConnectionError):
         (length,) = _LENGTH.unpack(channel.recv(_LENGTH.size, socket.MSG_WAITALL))
@@ -173,7 +174,7 @@ def serve(descriptor: int) -> None:
                         _answer(channel, conditions, None)
                         if any(condition.fault for condition in conditions):
                             _log.warning("faults: %s", [one for one in conditions if one.fault])
-                            break  # what NVML made of a lost GPU stays with it until it is initialised again
+                            break  # NVML's state of a lost GPU changes only when it is initialised again
                         if not channel.recv(1):
                             return
             except (NoGpuError, DeviceError) as error:

@@ -1,4 +1,4 @@
-"""GPUs and MIG instances that the user names one by one, and what to say where a name does not fit."""
+"""Finds the GPUs and MIG instances that a user names one by one, and explains names that do not fit."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from gpu_launcher.model import Device
 
 MAX_LISTED = 16
-"""GPUs that a message lists one by one."""
+"""Most GPUs that a message lists one by one."""
 
 Name = int | str
-"""An NVML index, or a UUID or a prefix of one."""
+"""An NVML index, a UUID or a prefix of a UUID."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,10 @@ class Chooser:
     seen: Visible
     option: str
     number: int | None = None
-    """The only name, where that is a bare number."""
+    """The only name, if it is a bare number."""
 
     def choose(self, names: Sequence[Name]) -> tuple[Device, ...]:
-        """The devices of these names, in this order; each may be named once.
+        """The devices with these names, in this order. No device may be named twice.
 
         The name of a GPU in MIG mode means all of its instances.
         """
@@ -82,7 +82,7 @@ class Chooser:
 
 
 def about_number(number: int, option: str) -> str:
-    """What a bare number means as a choice of devices, for users who may have meant how many."""
+    """Explain a bare number as a choice of devices, for users who may have meant a number of GPUs."""
     listed = ",".join(map(str, range(number))) if number <= MAX_LISTED else f"0,1,...,{number - 1}"
     flag = option.startswith("--")
     meaning = f"{option}{' ' if flag else '='}{number} means GPU number {number}"
@@ -103,7 +103,7 @@ def _fits_gpu(name: Name, index: int | None, uuid: str | None) -> bool:
 
 
 def _meant(name: Name, device: Device) -> tuple[str, str]:
-    """Label and UUID of what a fitting name means: the device, or the GPU that it is an instance of."""
+    """Label and UUID of the device that a matching name means, or of the GPU whose instance it is."""
     if device.parent is None or (isinstance(name, str) and device.uuid.lower().startswith(name.lower())):
         return device.label, device.uuid
     return f"GPU {device.index}", device.parent

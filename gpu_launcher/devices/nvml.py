@@ -1,4 +1,4 @@
-"""The machine's NVIDIA GPUs, through NVML. The only file that imports pynvml, and only when asked."""
+"""Reads the machine's NVIDIA GPUs through NVML. This is the only file that imports pynvml, and only when needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gpu_launcher.model import Device, DeviceKind
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-# Codes from nvml.h (nvmlReturn_t, nvmlComputeMode_t, ...): older pynvml lack names of some.
+# Codes from nvml.h (nvmlReturn_t, nvmlComputeMode_t, ...). Older versions of pynvml lack some of the names.
 UNINITIALIZED = 1
 INVALID_ARGUMENT = 2
 NOT_SUPPORTED = 3
@@ -70,12 +70,12 @@ ELSE = "see whether `nvidia-smi` works; after a driver update or a fault of a GP
 
 @dataclass(frozen=True, slots=True)
 class Versions:
-    """What a driver is; None where it does not say."""
+    """The versions of a driver's parts; None if the driver does not tell them."""
 
     driver: str | None
-    """Such as `570.86.15`."""
+    """The driver itself, such as `570.86.15`."""
     nvml: str | None
-    """Such as `12.570.86.15`."""
+    """Its NVML library, such as `12.570.86.15`."""
     cuda: str | None
     """The latest CUDA that it supports, such as `12.8`."""
 
@@ -84,22 +84,22 @@ class Versions:
 class NvmlProbe:
     """Asks NVML (https://docs.nvidia.com/deploy/nvml-api/) about GPUs.
 
-    Each call initialises NVML, asks, and shuts it down: NVML's state does not survive fork. That takes tens of
-    milliseconds, and without persistence mode up to 3 s for each GPU that nobody uses: for looking again and
-    again there is `ConditionMonitor`. Not promised: a bound on the time it takes, since a driver that hangs makes NVML
-    hang.
+    Each call initialises NVML, asks, and shuts it down, because NVML's state does not survive fork. This takes tens of
+    milliseconds; without persistence mode, up to 3 s for each idle GPU. Use `ConditionMonitor` to ask repeatedly.
+    Not promised: a bound on the time of a call, because NVML hangs if the driver hangs.
     """
 
     root: Path = Path("/")
-    """Where /proc and /sys are looked for."""
+    """The directory that contains /proc and /sys."""
 
     def inventory(self) -> Inventory:
-        """GPUs in the order of their PCI bus ids, whatever CUDA_VISIBLE_DEVICES says.
+        """List all GPUs in the order of their PCI bus ids; CUDA_VISIBLE_DEVICES has no effect.
 
-        In place of a GPU in MIG mode, its instances. No library, no driver and no GPU are an ordinary empty
-        answer with a reason. A GPU that is lost, in compute mode PROHIBITED, in MIG mode without an instance, or not
-        ours is unusable; the others are still listed.
-        Raises DeviceError where NVML as a whole fails, such as after a driver update without a reboot.
+        A GPU in MIG mode is replaced by its instances. If there is no library, driver or GPU, the answer is empty and
+        says why. A GPU is unusable if it is lost, in compute mode PROHIBITED, in MIG mode without instances, or not
+        accessible to this process; the others are still listed.
+
+        Raises DeviceError if NVML as a whole fails, for example after a driver update without a reboot.
         """
         try:
             with open_nvml(self.root) as nvml:
@@ -113,15 +113,15 @@ class NvmlProbe:
         )
 
     def conditions(self, devices: Sequence[Device]) -> tuple[Condition, ...]:
-        """How each of `devices` is doing, in their order. What a device does not tell is None.
+        """The condition of each of `devices`, in their order. Values that a device does not tell are None.
 
-        Raises DeviceError where NVML as a whole fails.
+        Raises DeviceError if NVML as a whole fails.
         """
         with _or_device_error(), open_nvml(self.root) as nvml:
             return nvml.conditions(devices)
 
     def links(self, devices: Sequence[Device]) -> Links:
-        """How `devices` are connected with each other. Raises DeviceError where NVML as a whole fails."""
+        """The connections between `devices`. Raises DeviceError if NVML as a whole fails."""
         gpus = [device for device in devices if device.kind is DeviceKind.GPU]
         if len(gpus) < 2:
             return Links()
@@ -129,7 +129,7 @@ class NvmlProbe:
             return nvml.links(gpus)
 
     def versions(self) -> Versions | None:
-        """What the driver is; None where there is none. Raises DeviceError where NVML as a whole fails."""
+        """The driver's versions; None if there is no driver. Raises DeviceError if NVML as a whole fails."""
         try:
             with open_nvml(self.root) as nvml:
                 return nvml.versions()
@@ -138,7 +138,7 @@ class NvmlProbe:
 
 
 class NoGpuError(Exception):
-    """There is no GPU to ask about, which for `inventory` is no error."""
+    """There is no GPU to ask about. For `inventory` this is not an error."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -155,9 +155,9 @@ def _or_device_error() -> Iterator[None]:
 
 @contextmanager
 def open_nvml(root: Path = Path("/")) -> Iterator[OpenNvml]:
-    """NVML, initialised, until the block ends. Do not fork in it.
+    """Keep NVML initialised in the block. The block must not fork.
 
-    Raises NoGpuError or, where NVML as a whole fails then or within the block, DeviceError.
+    Raises NoGpuError, or DeviceError if NVML as a whole fails now or within the block.
     """
     try:
         import pynvml
@@ -168,7 +168,7 @@ def open_nvml(root: Path = Path("/")) -> Iterator[OpenNvml]:
         try:
             yield OpenNvml(pynvml, root)
         finally:
-            # What was asked counts. A failing shutdown must not hide the answer, or the error that led here.
+            # A failing shutdown must not hide the answer or the error of the block.
             with suppress(pynvml.NVMLError):
                 pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
@@ -182,12 +182,12 @@ def open_nvml(root: Path = Path("/")) -> Iterator[OpenNvml]:
 
 @dataclass(frozen=True, slots=True)
 class OpenNvml:
-    """What can be asked while NVML is initialised. Raises NVMLError where NVML as a whole fails."""
+    """The questions that NVML answers while it is initialised. They raise NVMLError if NVML as a whole fails."""
 
     pynvml: Any
     root: Path
 
-    # What is there
+    # Inventory
 
     def versions(self) -> Versions:
         nvml = self.pynvml
@@ -269,7 +269,7 @@ class OpenNvml:
         total: int | None = self._optional(lambda: int(self.pynvml.nvmlDeviceGetMemoryInfo(handle).total))
         return total
 
-    # How it is doing
+    # Conditions
 
     def conditions(self, devices: Sequence[Device]) -> tuple[Condition, ...]:
         return tuple(
@@ -318,7 +318,7 @@ class OpenNvml:
                     nvml.nvmlDeviceGetGraphicsRunningProcesses_v2,
                 )
             )
-        # One entry for each MIG instance or context: a process may be there several times.
+        # A process is listed once for each MIG instance or context, so possibly several times.
         memory: dict[int, int | None] = {}
         for process in compute:
             before = memory.get(process.pid)
@@ -333,7 +333,7 @@ class OpenNvml:
         return tuple(processes)
 
     def _newest(self, handle: Any, *versions: Callable[[Any], Any]) -> Any:
-        """The answer of the first of these that the driver has."""
+        """The answer of the first function in `versions` that the driver has."""
         for ask in versions[:-1]:
             try:
                 return ask(handle)
@@ -343,7 +343,10 @@ class OpenNvml:
         return versions[-1](handle)
 
     def _memory_fault(self, handle: Any, index: int) -> str | None:
-        """As NVIDIA's DCGM judges the health of memory: both of these mean that jobs get wrong results or die."""
+        """The fault of a GPU's memory, if any, by the rules of NVIDIA's DCGM.
+
+        With either fault, jobs get wrong results or die.
+        """
         nvml = self.pynvml
         remapped = self._optional(lambda: nvml.nvmlDeviceGetRemappedRows(handle))
         if remapped is not None and remapped[3]:
@@ -356,12 +359,12 @@ class OpenNvml:
             return f"has had {count}: `nvidia-smi --gpu-reset -i {index}` (as root, while nobody uses it), or reboot"
         return None
 
-    # How it is wired
+    # Connections
 
     def links(self, gpus: Sequence[Device]) -> Links:
         handles = {}
         for gpu in gpus:
-            with suppress(self.pynvml.NVMLError):  # lost since: connected to nothing
+            with suppress(self.pynvml.NVMLError):  # the GPU was lost since, so it has no connections
                 handles[gpu.uuid] = self.pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid.encode())
         nodes = {gpu.uuid: gpu.numa_node for gpu in gpus}
         pairs = {}
@@ -381,10 +384,10 @@ class OpenNvml:
             return TOPOLOGY.get(nvml.nvmlDeviceGetTopologyCommonAncestor(one, other), LinkKind.UNKNOWN)
         return LinkKind.UNKNOWN
 
-    # What NVML may refuse
+    # Questions that NVML may refuse
 
     def _optional(self, ask: Callable[[], Any]) -> Any:
-        """What `ask` returns, or None where this GPU or this driver has no such thing."""
+        """Return the answer, or None if this GPU or driver does not support the question."""
         try:
             return ask()
         except self.pynvml.NVMLError as error:
@@ -393,14 +396,14 @@ class OpenNvml:
             raise
 
     def _if_told(self, ask: Callable[[], Any]) -> Any:
-        """What `ask` returns, or None where NVML does not tell, for whatever reason: nothing follows from it."""
+        """Return the answer, or None if NVML gives none for any reason. Only for values that are merely displayed."""
         try:
             return ask()
         except self.pynvml.NVMLError:
             return None
 
     def _unless_lost(self, ask: Callable[[], Any]) -> Any:
-        """What `ask` returns, or None where NVML does not tell for a reason that does not put the GPU in doubt."""
+        """Return the answer, or None if NVML gives none. Errors that mean that the GPU is lost are raised."""
         try:
             return ask()
         except self.pynvml.NVMLError as error:
@@ -422,5 +425,5 @@ def _text(error: Exception) -> str:
 
 
 def _decoded(text: str | bytes) -> str:
-    """pynvml returned bytes before version 12."""
+    """Text from pynvml, which returned bytes before version 12."""
     return text.decode(errors="replace") if isinstance(text, bytes) else text

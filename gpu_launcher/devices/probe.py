@@ -1,4 +1,4 @@
-"""The answers of a probe of the machine's GPUs. Values only; nothing here touches a device."""
+"""The interface of a probe of the machine's GPUs, and its answers. Nothing here touches a device."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class UnusableGpu:
-    """A GPU that is in the machine and cannot be given to jobs."""
+    """A GPU of the machine that cannot be given to jobs."""
 
     index: int
     """NVML index."""
     uuid: str | None
-    """None where the device does not even tell that much, such as one that fell off the bus."""
+    """None if the device does not tell its UUID, for example because it fell off the bus."""
     reason: str
-    """Continues `GPU 1 ...`: what is wrong, and what to do, such as `is in MIG mode and ...`."""
+    """What is wrong and what to do; continues `GPU 1 ...`, such as `is in MIG mode and ...`."""
     broken: bool = False
-    """Whether it fails. Otherwise its settings make it unavailable to jobs."""
+    """Whether it is faulty. Otherwise its settings make it unavailable to jobs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """All GPUs of the machine (or of the container), whatever any mask says; of those in MIG mode, the instances."""
+    """All GPUs of the machine or container, regardless of masks. A GPU in MIG mode is replaced by its instances."""
 
     devices: tuple[Device, ...] = ()
-    """Ready for jobs, in the order of their indices."""
+    """The devices that jobs can use, in the order of their indices."""
     unusable: tuple[UnusableGpu, ...] = ()
     nothing_because: str | None = None
-    """Where there is no GPU at all: why, such as `no NVIDIA driver found (...)`. None otherwise."""
+    """Why there is no GPU at all, such as `no NVIDIA driver found (...)`; None if there is one."""
 
 
 class DeviceProbe(Protocol):
-    """Says what is in the machine. Asked anew for each launch, because GPUs get lost and drivers get updated."""
+    """Reads the machine's devices. It is asked again for each launch, because GPUs get lost and drivers get updated."""
 
     def inventory(self) -> Inventory:
-        """The machine's GPUs, or why there is none. Raises DeviceError where the driver fails to answer."""
+        """The machine's GPUs, or why there are none. Raises DeviceError if the driver does not answer."""
 
     def conditions(self, devices: Sequence[Device]) -> tuple[Condition, ...]:
-        """How each of `devices` is doing now, in their order. Raises DeviceError where the driver fails to answer."""
+        """The current condition of each of `devices`, in their order. Raises DeviceError if the driver is silent."""
 
     def links(self, devices: Sequence[Device]) -> Links:
-        """How `devices` are connected. Raises DeviceError where the driver fails to answer."""
+        """The connections between `devices`. Raises DeviceError if the driver does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class FixedProbe:
-    """A probe that always answers the same: a stand-in for tests and simulations."""
+    """A probe with fixed answers, for tests and simulations and where an inventory was already read."""
 
     answer: Inventory
     doing: tuple[Condition, ...] = ()

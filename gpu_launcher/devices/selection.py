@@ -1,4 +1,4 @@
-"""From the option `devices` to the devices of this launch."""
+"""Selects the devices of a launch by the option `devices`."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ OPTION = "devices"
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The devices of a launch, and what the user should be told about them."""
+    """The devices of a launch, with notices about them for the user."""
 
     devices: tuple[Device, ...]
-    """At least one, each once; in the order in which the user (or the mask) named them."""
+    """At least one device, without duplicates, in the order in which the user or the mask named them."""
     notices: tuple[str, ...] = ()
-    """One line each."""
+    """Notices of one line each."""
     by_uuid: bool = False
-    """Name GPUs to jobs by UUID, with `environment(devices, by_uuid=True)`: some GPU of this machine cannot
-    be used or is in MIG mode, and then CUDA may skip it in its count where NVML does not."""
+    """Whether jobs must get GPUs by UUID, with `environment(devices, by_uuid=True)`. True if some GPU of this machine
+    cannot be used or is in MIG mode, because CUDA may then skip it when counting, although NVML does not."""
 
 
 def select_devices(
@@ -42,16 +42,16 @@ def select_devices(
     cpu_count: int | None = None,
     option: str = OPTION,
 ) -> Selection:
-    """The devices that `spec` means on this machine.
+    """The devices that `spec` names on this machine.
 
-    `spec` is what the option holds, as plain Python values: `auto`; GPU indices (NVML's, as nvidia-smi shows
-    them), UUIDs of GPUs or MIG instances or unique prefixes of them, one or several, as a list or separated by
-    commas; `cpu`, `cpu:4`; `simulated:8`. A GPU in MIG mode stands for its instances. A mask in `environ` restricts
-    GPUs by CUDA's rules (see `visibility`). `nvml` is asked only for `auto` and for GPUs. `cpu_count` is the number of
-    CPU slots where none is given (default: `usable_cpus()`).
+    `spec` is the option's value in plain Python types: `auto`; one or more GPU indices (NVML's, as nvidia-smi shows
+    them), or UUIDs of GPUs or MIG instances or unique prefixes of them, as a list or separated by commas; `cpu`,
+    `cpu:4`; `simulated:8`. A GPU in MIG mode stands for its instances. A mask in `environ` restricts GPUs by CUDA's
+    rules (see `visibility`). `nvml` is asked only for `auto` and for GPUs. `cpu_count` is the number of CPU slots if
+    `spec` gives none (default: `usable_cpus()`).
 
-    Raises OptionError, which names `option`, for what is no device, is not there or not usable, is hidden by
-    the mask, or is named twice; DeviceError where the driver does not answer.
+    Raises OptionError, which names `option`, if an entry is not a device, or the device is missing, unusable, hidden by
+    the mask or named twice. Raises DeviceError if the driver does not answer.
     """
     specification = read_specification(spec, option)
     match specification:

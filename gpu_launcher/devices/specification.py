@@ -1,4 +1,4 @@
-"""What the option `devices` says, read without a look at the machine."""
+"""Reads the option `devices`. Does not look at the machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from reprlib import Repr
 from gpu_launcher.errors import OptionError
 
 MAX_COUNT = 4096
-"""More slots or simulated devices than this is a slip of the finger."""
+"""Most CPU slots or simulated devices; a larger number is taken for a typing error."""
 
 ALONE = ("auto", "cpu", "simulated")
 FORMS = "auto, a list of GPU indices or UUIDs such as [0,2], cpu:4, or simulated:8"
@@ -16,13 +16,13 @@ FORMS = "auto, a list of GPU indices or UUIDs such as [0,2], cpu:4, or simulated
 
 @dataclass(frozen=True, slots=True)
 class Auto:
-    """Whatever there is."""
+    """All GPUs, or CPU slots if there are none."""
 
 
 @dataclass(frozen=True, slots=True)
 class CpuSlots:
     count: int | None
-    """None: as many as there are CPUs."""
+    """Number of slots; None for as many as there are CPUs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +32,19 @@ class SimulatedDevices:
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """GPUs by index, GPUs and MIG instances by UUID (or prefix), in the user's order; duplicates not yet looked for."""
+    """GPUs by index, and GPUs and MIG instances by UUID or prefix, in the user's order. May contain duplicates."""
 
     names: tuple[int | str, ...]
 
     number: int | None = None
-    """The only name, where it is a bare number: users may have meant how many."""
+    """The only name if it is a bare number, which users may have meant as a number of GPUs."""
 
 
 Specification = Auto | CpuSlots | SimulatedDevices | Named
 
 
 def read_specification(spec: object, option: str) -> Specification:
-    """`spec` as a value. Raises OptionError(option, ...) for what cannot mean any device on any machine."""
+    """Read `spec`. Raises OptionError about `option` if it cannot name devices on any machine."""
     if isinstance(spec, str):
         kind, _, count = spec.strip().lower().partition(":")
         if kind == "auto" == spec.strip().lower():
@@ -92,7 +92,7 @@ def _name(entry: object, option: str) -> int | str:
 
 
 def _shown(value: object) -> str:
-    """`value` on one line, however long or odd it is."""
+    """Any value as one short line."""
     short = Repr()
     short.maxstring = short.maxother = 60
     return short.repr(value)

@@ -1,10 +1,10 @@
-"""CUDA_VISIBLE_DEVICES, read and written by CUDA's rules. Pure: the environment comes as an argument.
+"""Reads and writes CUDA_VISIBLE_DEVICES by CUDA's rules. Pure: the environment is an argument.
 
 Sources: CUDA programming guide, "CUDA environment variables"
 (https://docs.nvidia.com/cuda/cuda-programming-guide/05-appendices/environment-variables.html) for indices,
-UUIDs, their prefixes, the empty string and the entry that ends the list. What the guide leaves open
-(duplicates, text after a number, indices mixed with UUIDs) follows `_parse_visible_devices` in torch/cuda/__init__.py,
-PyTorch's account of what the driver does. For MIG instances: NVIDIA's MIG user guide, "Device Names" and "CUDA Device
+UUIDs, their prefixes, the empty string and the entry that ends the list. Cases that the guide leaves open (duplicates,
+text after a number, indices mixed with UUIDs) follow `_parse_visible_devices` in torch/cuda/__init__.py, PyTorch's
+description of the driver's behaviour. For MIG instances: NVIDIA's MIG user guide, "Device Names" and "CUDA Device
 Enumeration" (https://docs.nvidia.com/datacenter/tesla/mig-user-guide/).
 """
 
@@ -32,38 +32,38 @@ _NUMBER = re.compile(r"[+-]?[0-9]+")
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """What a mask means on a machine."""
+    """The devices that a mask makes visible on a machine."""
 
     indices: tuple[int, ...]
     """NVML indices of the visible GPUs, in the order of the mask."""
     instances: tuple[str, ...] = ()
-    """UUIDs of the visible MIG instances; none where the mask names GPUs."""
+    """UUIDs of the visible MIG instances; empty if the mask names GPUs."""
     problem: str | None = None
-    """What in the mask is probably a mistake; None for a list that is valid or ended on purpose (`-1`)."""
+    """The probable mistake in the mask; None for a list that is valid or was ended on purpose (`-1`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Visible:
-    """What an inherited mask leaves of an inventory."""
+    """The part of an inventory that an inherited mask leaves visible."""
 
     devices: tuple[Device, ...]
-    """In the order of the mask; in the order of their indices without one."""
+    """The visible devices in the order of the mask; without a mask, in the order of their indices."""
     unusable: tuple[UnusableGpu, ...]
     mask: str | None = None
-    """The value of CUDA_VISIBLE_DEVICES; None where it is not set."""
+    """The value of CUDA_VISIBLE_DEVICES; None if it is not set."""
     notices: tuple[str, ...] = ()
 
 
 def environment(devices: Sequence[Device], *, by_uuid: bool = False) -> dict[str, str]:
-    """What a job gets in its environment so that it sees exactly `devices`, in this order.
+    """The environment variables with which a job sees exactly `devices`, in this order.
 
-    The mask is absolute: it names machine indices (or UUIDs), whatever mask the launching program had. It has
-    to be set before anything in the job initialises CUDA. NVML counts GPUs by PCI bus id, hence
-    CUDA_DEVICE_ORDER=PCI_BUS_ID. Without devices, and for CPU slots, the mask is empty: the job sees no GPU.
+    The mask is absolute: it names the machine's indices (or UUIDs) and does not depend on the mask of the head. It must
+    be set before the job initialises CUDA. NVML counts GPUs by PCI bus id, hence CUDA_DEVICE_ORDER=PCI_BUS_ID. Without
+    devices, and for CPU slots, the mask is empty and the job sees no GPU.
 
-    `by_uuid` names GPUs by UUID instead, which is right also where NVML and CUDA may count differently (see
-    `Selection.by_uuid`); simulated devices have nothing but their index. MIG instances have nothing but their UUID,
-    and are to be given alone: CUDA shows a process only the first of several.
+    `by_uuid` names GPUs by UUID instead, which is correct even if NVML and CUDA count differently (see
+    `Selection.by_uuid`). Simulated devices can only be named by index, and MIG instances only by UUID. A MIG instance
+    must be the only device, because CUDA shows a process only the first of several.
     """
     by_uuid = by_uuid or any(device.kind is DeviceKind.MIG for device in devices)
     names = [
@@ -75,18 +75,18 @@ def environment(devices: Sequence[Device], *, by_uuid: bool = False) -> dict[str
 
 
 def visible(inventory: Inventory, environ: Mapping[str, str]) -> Visible:
-    """What CUDA_VISIBLE_DEVICES in `environ` leaves visible of the machine's GPUs; without it, everything.
+    """The machine's GPUs that CUDA_VISIBLE_DEVICES in `environ` leaves visible; all if it is not set.
 
-    Indices are taken as NVML's. CUDA counts that way under CUDA_DEVICE_ORDER=PCI_BUS_ID only; by default it
-    counts the fastest GPU first, an order that cannot be known without initialising CUDA. Where all GPUs are
-    of one kind this makes no difference; where they are not, a notice says how the indices were understood.
-    A GPU in MIG mode stands for its instances: all of them are visible, though a process can use the first only.
+    Indices are read as NVML's. CUDA uses this order only with CUDA_DEVICE_ORDER=PCI_BUS_ID. By default it counts the
+    fastest GPU first, and that order is unknown without initialising CUDA. If all GPUs are of one kind, this makes no
+    difference; otherwise a notice says how the indices were read. A GPU in MIG mode stands for all of its instances,
+    although a process can use only the first.
     """
     mask = environ.get(VISIBLE)
     if mask is None:
         return Visible(inventory.devices, inventory.unusable)
     uuids = {device.index: device.parent or device.uuid for device in inventory.devices}
-    # An unusable GPU still counts: its index is valid, so it must not end the list.
+    # Unusable GPUs are included, because their indices are valid and must not end the list.
     every = {**uuids, **{gpu.index: gpu.uuid for gpu in inventory.unusable}}
     instances = {device.uuid: device for device in inventory.devices if device.kind is DeviceKind.MIG}
     meaning = read_mask(mask, every, instances)
@@ -109,7 +109,7 @@ def visible(inventory: Inventory, environ: Mapping[str, str]) -> Visible:
 
 
 def why_nothing_is_visible(inventory: Inventory, seen: Visible) -> str:
-    """Why `seen` has no device, in one clause with the remedy: no driver, the user's own mask, or broken GPUs."""
+    """Say in one clause why `seen` has no device, and the remedy: no driver, the user's mask, or broken GPUs."""
     if inventory.nothing_because:
         return inventory.nothing_because
     if seen.unusable:
@@ -122,11 +122,12 @@ def why_nothing_is_visible(inventory: Inventory, seen: Visible) -> str:
 
 
 def read_mask(mask: str, uuids: Mapping[int, str | None], instances: Collection[str] = ()) -> Mask:
-    """What `mask`, a value of CUDA_VISIBLE_DEVICES, makes visible where GPUs and MIG instances have these UUIDs.
+    """Read `mask`, a value of CUDA_VISIBLE_DEVICES, on a machine whose GPUs and MIG instances have these UUIDs.
 
-    The list is of indices, of GPUs' UUIDs or of MIG instances' UUIDs, as its first entry is; of UUIDs a unique prefix
-    does, from `GPU-` or `MIG-` on. The first entry that names nothing ends it: a negative number, an unknown index, an
-    ambiguous prefix, `NoDevFiles`, nothing at all. What is named twice before that makes the whole list void.
+    The first entry decides whether the list is of indices, of GPUs' UUIDs or of MIG instances' UUIDs. A unique prefix
+    of a UUID that includes `GPU-` or `MIG-` is enough. The first entry that names no device ends the list: a negative
+    number, an unknown index, an ambiguous prefix, `NoDevFiles` or an empty entry. If a device is named twice before
+    that, the mask hides all GPUs.
     """
     entries = [entry.strip() for entry in mask.split(",")]
     find = _finder(entries[0], uuids, instances)
@@ -152,7 +153,7 @@ def read_mask(mask: str, uuids: Mapping[int, str | None], instances: Collection[
 def _finder(
     first: str, uuids: Mapping[int, str | None], instances: Collection[str]
 ) -> Callable[[str], int | str | None]:
-    """What finds the one that an entry names, in a list that begins with `first`."""
+    """The function that finds the device of an entry, in a list that begins with `first`."""
     if first.startswith("GPU-"):
         return lambda entry: _by_prefix(entry, "GPU-", uuids.items())
     if first.startswith("MIG-"):
@@ -161,7 +162,7 @@ def _finder(
 
 
 def _by_number(entry: str, uuids: Mapping[int, str | None]) -> int | None:
-    # The driver reads entries as C's strtoul does: `1st` is 1.
+    # The driver reads entries like C's strtoul: `1st` is 1.
     number = _NUMBER.match(entry)
     if number is None or len(number[0]) > 9:
         return None
