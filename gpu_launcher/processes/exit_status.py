@@ -1,4 +1,4 @@
-"""Describes how a process ended, for the person who has to find out why."""
+"""Describes how a process ended, and the likely cause."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _LIKELY = {
 def describe_exit(status: int, circumstances: str = "", *, out_of_memory: bool = False) -> str:
     """Describe the end of a process that left no result: `was killed by SIGKILL after 12 s on GPU 2: most often ...`.
 
-    `status` is as `os.waitpid` gives it; `circumstances` go behind what happened and before its likely cause;
-    `out_of_memory` says that the kernel killed somebody for want of memory at the time.
+    `status` is the value that `os.waitpid` returns. `circumstances` are inserted between what happened and its likely
+    cause. `out_of_memory` says that the kernel killed processes at the time because memory ran out.
     """
     if os.WIFSIGNALED(status):
         signum = os.WTERMSIG(status)

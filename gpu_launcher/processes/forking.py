@@ -1,4 +1,4 @@
-"""Forks processes: what must be written or stopped before, what runs in the child, and which forks are internal."""
+"""Forks processes: flushes output, pauses monitor threads, runs a function in the child, and marks internal forks."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from collections.abc import Callable, Iterator
 from gpu_launcher.processes.linux import flush_c_streams
 
 MONITOR_JOIN_SECONDS = 1.0
-"""Seconds to wait for a tqdm monitor to end. It may wait for a lock that this thread holds; then it keeps running."""
+"""Seconds to wait for a tqdm monitor to end. If it waits for a lock that this thread holds, it keeps running."""
 
 _thread = threading.local()
 
 
 @contextlib.contextmanager
 def internal_fork() -> Iterator[None]:
-    """Mark forks that this thread makes in the block as internal processes: they do not inherit the program's leases.
+    """Mark forks that this thread makes in this block as internal helpers. They do not inherit the program's leases.
 
-    A fork of the user's, such as a data loader's worker, does.
+    The user's forks, such as a data loader's workers, do.
     """
     _thread.internal = True
     try:
@@ -38,9 +38,9 @@ def in_internal_fork() -> bool:
 
 @contextlib.contextmanager
 def tqdm_monitors_paused() -> Iterator[None]:
-    """Stop the monitor threads of tqdm's progress bars in the block, because a program with threads cannot be forked.
+    """Stop the monitor threads of tqdm's progress bars in this block, because forking with other threads is not safe.
 
-    Every bar leaves one behind.
+    Every bar leaves such a thread behind.
     """
     module = sys.modules.get("tqdm._monitor")
     monitors = [] if module is None else [one for one in threading.enumerate() if type(one) is module.TMonitor]
@@ -57,13 +57,13 @@ def tqdm_monitors_paused() -> Iterator[None]:
 
 
 def fork_child(main: Callable[[], object], *, internal: bool = False) -> int:
-    """Fork a process that runs only `main`, and return its process id. Raises OSError if there can be no more.
+    """Fork a process that runs only `main`, and return its process id. Raises OSError if no process can be created.
 
-    Nothing of the caller's code runs in the child after that, and no exit handler: it ends with exit code 0 when `main`
-    returns, or prints the traceback of what that raises, and ends with 1. See `internal_fork` for `internal`.
+    The child never returns to the caller's code and does not run exit handlers. It ends with exit code 0 when `main`
+    returns. If `main` raises, it prints the traceback and ends with 1. See `internal_fork` for `internal`.
     """
     with warnings.catch_warnings():
-        # Python 3.12 warns if the process has other threads. Whether it has is looked for where that matters.
+        # Python 3.12 warns if the process has other threads. Callers check that where it matters.
         warnings.simplefilter("ignore", DeprecationWarning)
         with internal_fork() if internal else contextlib.nullcontext():
             pid = os.fork()
@@ -80,7 +80,7 @@ def fork_child(main: Callable[[], object], *, internal: bool = False) -> int:
 
 
 def flush_all(*, ignore_errors: bool = False) -> None:
-    """Flush stdout and stderr, Python's and C's, before a fork: what is in a buffer then is written by each process.
+    """Flush stdout and stderr of Python and C. Call this before a fork, or each process writes the buffered data.
 
     Raises OSError unless `ignore_errors`.
     """

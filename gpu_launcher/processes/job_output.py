@@ -1,13 +1,13 @@
-"""Where a job's output goes: first into memory, then into its log.
+"""Directs a job's output: first into memory, then into its log.
 
-1. The supervisor makes a file in memory (`early_output`) and has it as standard output and error of the job it forks.
-   So a job that dies before it has a log still tells why: the end of that file goes into the failure's message.
-2. A job that is prepared proposes a log: Hydra's `job.log` in its output directory (`gpu_pool_launcher/_program.py`),
+1. The supervisor creates a file in memory (`early_output`), which becomes standard output and error of the job that it
+   forks. If the job dies before it has a log, the end of that file becomes part of the failure's message.
+2. A prepared job proposes a log: Hydra's `job.log` in its output directory (`gpu_pool_launcher/_program.py`), or
    `stdout` and `stderr` of a run of `gpu-launcher map` (`cli/mapping`).
-3. The node answers with the path, which is another one if a job of the sweep has that log (`jobs/directory.py`).
-4. `JobOutput.redirect` appends to the log what was printed so far, and everything after it.
+3. The node answers with the path, which differs if another job of the sweep has that log (`jobs/directory.py`).
+4. `JobOutput.redirect` appends what was printed so far to the log, and everything printed later.
 
-Calls and records have no log: what they print goes where the program's output does.
+Calls and records do not have a log: their output goes where the program's output goes.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from gpu_launcher.processes.forking import flush_all
 from gpu_launcher.safe_files import open_regular
 
 MAX_EARLY_OUTPUT = 4096
-"""Bytes that a failure's message has of what a job printed before it had a log."""
+"""Maximum number of bytes of a job's early output that a failure's message contains."""
 
 
 def early_output() -> int:
-    """Make a file in memory for what a job prints before it has a log."""
+    """Create a file in memory for what a job prints before it has a log. Returns its descriptor."""
     return os.memfd_create("gpu-launcher-early-output")
 
 
 def end_of(early: int) -> bytes:
-    """The end of what a job printed before it had a log."""
+    """Return the end of what a job printed before it had a log."""
     size = os.fstat(early).st_size
     return os.pread(early, MAX_EARLY_OUTPUT, max(0, size - MAX_EARLY_OUTPUT))
 
@@ -46,7 +46,7 @@ class JobOutput:
         self._early = os.dup(1)
 
     def redirect(self, log: Path) -> None:
-        """Append to `log`, beginning with what was printed so far."""
+        """Append what was printed so far, and all later output, to `log`."""
         flush_all(ignore_errors=True)
         target = open_regular(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.write(target, self.early_output())
@@ -55,14 +55,14 @@ class JobOutput:
         os.close(target)
 
     def early_output(self) -> bytes:
-        """What was printed before `redirect`."""
+        """Return what was printed before `redirect`."""
         return os.pread(self._early, os.fstat(self._early).st_size, 0)
 
 
 def use_descriptors() -> None:
-    """Make `sys.stdout` and `sys.stderr` write to descriptors 1 and 2, line by line, whatever they were.
+    """Make `sys.stdout` and `sys.stderr` write to descriptors 1 and 2, line by line.
 
-    A test runner or a notebook replaces them by objects that belong to the parent.
+    A test runner or a notebook may have replaced them by objects that belong to the parent.
     """
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)

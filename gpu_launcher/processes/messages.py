@@ -1,7 +1,7 @@
-"""Messages between the launching program, the fork server, supervisors and jobs, and how they are sent.
+"""Messages between the node, the fork server, supervisors and jobs, and the functions that send and receive them.
 
-One message is one datagram of a `SOCK_SEQPACKET` socket pair: it arrives whole or not at all, in order, and may carry
-descriptors. The peers are processes of one program, so pickle is safe here.
+One message is one datagram of a `SOCK_SEQPACKET` socket pair. Messages arrive whole or not at all, in order, and may
+carry descriptors. The peers are processes of one program, so pickle is safe here.
 """
 
 from __future__ import annotations
@@ -20,40 +20,42 @@ from gpu_launcher.json_data import Fields, load_object
 from gpu_launcher.model import Request
 
 _MAX_DATAGRAM = 64 * 1024
-"""Bytes up to which a message is sent as a datagram, which must fit the socket's send buffer (socket(7)). A larger one
-is sent as a memory file."""
+"""Maximum size in bytes of a message sent as a datagram, which must fit the socket's send buffer (socket(7)).
+
+A larger message is sent as a memory file.
+"""
 
 _MAX_DESCRIPTORS = 64
 
 _MAX_COMPRESSED = 256 * 1024
-"""Bytes up to which a payload is compressed: more takes too long."""
+"""Maximum size in bytes of a payload that is compressed. Compressing a larger one takes too long."""
 
 _REPORT_FORMAT = 1
 _MAX_MESSAGE = 64 * 1024
-"""Characters kept of a job's message."""
+"""Maximum number of characters kept of a job's message."""
 
 
 class ChannelClosedError(ConnectionError):
-    """The process at the other end is gone."""
+    """Raised when the other end of a channel is closed, usually because its process is gone."""
 
 
 class DescriptorsLostError(OSError):
-    """This process has too many open files, so that a message came without its descriptors."""
+    """Raised when a message arrives without its descriptors because this process has too many open files."""
 
     message: Any = None
-    """The message, if it was not in one of them."""
+    """The message; None if it was itself in a lost descriptor."""
 
 
 def channel() -> tuple[socket.socket, socket.socket]:
-    """Two connected ends."""
+    """Return two connected ends."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 def send(to: socket.socket, message: object, descriptors: tuple[int, ...] = (), *, wait: bool = True) -> None:
-    """Send one message. The receiver gets copies of `descriptors`; those here stay open.
+    """Send one message. The receiver gets copies of `descriptors`; the sender's stay open.
 
-    Raises ChannelClosedError if the other end is closed. Unless it may `wait`, raises BlockingIOError while the
-    socket's buffer is full.
+    Raises ChannelClosedError if the other end is closed. Without `wait`, raises BlockingIOError if the socket's buffer
+    is full.
     """
     data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     memory: int | None = None
@@ -73,17 +75,17 @@ def send(to: socket.socket, message: object, descriptors: tuple[int, ...] = (), 
 
 
 def receive(source: socket.socket, *, wait: bool = True) -> tuple[Any, tuple[int, ...]]:
-    """Wait for one message; returns it with its descriptors, which the caller must close.
+    """Wait for one message. Returns it with its descriptors, which the caller must close.
 
-    Raises ChannelClosedError if the other end is closed, and BlockingIOError if there is no message and it is not to
-    `wait` or the socket is non-blocking.
+    Raises ChannelClosedError if the other end is closed. Without `wait`, or if the socket is non-blocking, raises
+    BlockingIOError if there is no message.
     """
     how = 0 if wait else socket.MSG_DONTWAIT
     try:
         data, descriptors, flags, _ = socket.recv_fds(source, 2 * _MAX_DATAGRAM, _MAX_DESCRIPTORS, how)
     except ConnectionResetError:
-        # The other end closed without having read all that we sent. The kernel says so once, before it hands out
-        # what the other end had still sent.
+        # The other end closed without reading everything that we sent. The kernel reports this once, before it
+        # delivers what the other end had sent.
         data, descriptors, flags, _ = socket.recv_fds(source, 2 * _MAX_DATAGRAM, _MAX_DESCRIPTORS, how)
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)  # SCM_RIGHTS descriptors arrive without close-on-exec
@@ -113,23 +115,23 @@ def _write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-# From the launching program to the fork server.
+# From the node to the fork server.
 
 
 @dataclass(frozen=True, slots=True)
 class StartSupervisor:
-    """Fork a supervisor. Carries one descriptor: its end of a channel to the launching program."""
+    """Fork a supervisor. Carries one descriptor: the supervisor's end of a channel to the node."""
 
     supervisor: int
-    """The launching program's number for it."""
+    """The node's number for the supervisor."""
 
 
-# From the fork server to the launching program.
+# From the fork server to the node.
 
 
 @dataclass(frozen=True, slots=True)
 class SupervisorDied:
-    """A supervisor was killed. Its job's processes have been killed as well."""
+    """A supervisor was killed. Its job's processes have been killed too."""
 
     supervisor: int
 
@@ -142,32 +144,32 @@ class StartFailed:
     problem: str
 
 
-# From the launching program to a supervisor.
+# From the node to a supervisor.
 
 
 @dataclass(frozen=True, slots=True)
 class StartJob:
-    """Fork a job and supervise it. Carries one descriptor: the job's end of its channel to the launching program."""
+    """Fork a job and supervise it. Carries one descriptor: the job's end of its channel to the node."""
 
 
 @dataclass(frozen=True, slots=True)
 class HoldLease:
-    """Keep the descriptors that come with this message open until the job's whole process tree is gone."""
+    """Keep this message's descriptors open until the job's whole process tree is gone."""
 
 
 @dataclass(frozen=True, slots=True)
 class SignalJob:
-    """Send `signum` to the job's process group, as a terminal would."""
+    """Send `signum` to the job's process group, as a terminal does."""
 
     signum: int
 
 
 @dataclass(frozen=True, slots=True)
 class KillJob:
-    """SIGKILL the whole process tree of the job."""
+    """Kill the job's whole process tree with SIGKILL."""
 
 
-# From a supervisor to the launching program.
+# From a supervisor to the node.
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,36 +180,36 @@ class JobExited:
     """
 
     status: int
-    """Of the job's main process, as `os.waitpid` gives it."""
+    """Status of the job's main process, as `os.waitpid` returns it."""
     abandoned: bool = False
-    """Whether they were ended because the fork server was killed."""
+    """Whether the job was ended because the fork server was killed."""
     printed: bytes = b""
-    """The last output of the job before it had a log."""
+    """The end of what the job printed before it had a log."""
     left_behind: tuple[str, ...] = ()
     """Processes that outlived the job's main process and had to be ended: `tensorboard --logdir runs (pid 4711)`."""
 
 
-# From the launching program to a job.
+# From the node to a job.
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """The first message that a job receives: which job it is. It prepares itself and then waits for its grant.
+    """The first message that a job receives. The job prepares itself and then waits for its grant.
 
-    May carry a descriptor: the job's end of a channel to its source.
+    It may carry a descriptor: the job's end of a channel to its source.
     """
 
     number: int
     spec: Any
-    """What the program needs to know, such as the list of overrides."""
+    """The program's input for this job, such as the list of overrides."""
     result: str
     """Path of the file to write the Report to."""
     attempt: int = 1
-    """Number of this start of the job, counted from 1."""
+    """Number of this attempt at the job, counted from 1."""
     about: Any = None
     """Data for the program's code, such as the trial."""
     title: str = ""
-    """The name of its process in `ps`."""
+    """Name of the job's process in `ps`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,12 +219,12 @@ class Grant:
     environment: dict[str, str]
     """Variables to set before any code of the user runs, such as `CUDA_VISIBLE_DEVICES`."""
     cpus: frozenset[int] | None = None
-    """CPUs to run on; None for all that the launching program may use."""
+    """CPUs to run on; None for all that the node may use."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobReply:
-    """Something from the source of the job, after the grant."""
+    """A message from the source of the job, sent after the grant."""
 
     what: Any
 
@@ -234,33 +236,33 @@ class LogFile:
     path: str
 
 
-# From a job to the launching program.
+# From a job to the node.
 
 
 @dataclass(frozen=True, slots=True)
 class JobPrepared:
-    """The job has done what needs no devices and waits for its grant."""
+    """The job has done everything that does not need devices, and waits for its grant."""
 
     request: Request
     log: str | None
-    """Proposed path of the file for its stdout and stderr. The job waits for a LogFile before it opens one."""
+    """Proposed path of the file for its stdout and stderr. The job waits for a LogFile before it opens the file."""
     pid: int
     options: Any = None
-    """Options of this job alone, in a form that its program defines; None to use the sweep's."""
+    """Options that apply to this job only, in a form that its program defines; None to use the sweep's."""
     place: tuple[int, int] | None = None
     """Device and inode of the log's directory, which identify it under any name."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobMessage:
-    """Something for the source of the job, which may send a JobReply."""
+    """A message for the source of the job, which may send a JobReply."""
 
     what: Any
 
 
 @dataclass(frozen=True, slots=True)
 class ResultWritten:
-    """The Report is in its file. The digest proves that, because others may replace a file in a shared directory."""
+    """The Report is in its file. Other users may replace a file in a shared directory; the digest detects that."""
 
     digest: bytes
     """SHA-256 of the file's content."""
@@ -271,33 +273,36 @@ class ResultLost:
     """The Report could not be written to its file."""
 
     problem: str
-    """Error message. It names the directory, so that jobs that fail together on a full disk have one message."""
+    """Error message. It names only the directory, so that jobs that fail on a full disk share one message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The result of a job, as its result file has it.
+    """The result of a job, as stored in its result file.
 
-    The file has a line of JSON, which anyone may read, and the compressed payload, which only the program that started
-    the job unpickles.
+    The file contains a line of JSON, which anyone may read, and the compressed payload, which only the program that
+    started the job unpickles.
     """
 
     ok: bool
     message: str | None
-    """For a failed job: the cause in one line."""
+    """Cause of a failure in one line."""
     payload: bytes
-    """For the program that started the job; pickled and unpickled there."""
+    """Pickled data for the program that started the job."""
     out_of_memory: bool = False
-    """For a failed job: whether its GPU ran out of memory."""
+    """Whether a failed job's GPU ran out of memory."""
     pruned: bool = False
-    """For a failed job: whether it is a trial that was pruned, which is not a failure."""
+    """Whether the job is a trial that was pruned. `ok` is then False, but it is not a failure."""
     origin: str = ""
-    """For a failed job: the line of the user's code that raised, or the last line that a command printed to stderr."""
+    """Origin of a failure: the user's line that raised, or the last line that a command printed to stderr."""
     values: tuple[float, ...] = ()
-    """For a completed job: the number or numbers that it returned; empty for anything else."""
+    """The number or numbers that a completed job returned; empty for anything else."""
 
     def dump(self, number: int) -> bytes:
-        """Return the content of the result file of job `number`, compressed if small: thousands are kept."""
+        """Return the content of the result file of job `number`.
+
+        Small payloads are compressed, because thousands of files are kept.
+        """
         header = {
             "format": _REPORT_FORMAT,
             "number": number,

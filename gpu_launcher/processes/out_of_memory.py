@@ -1,6 +1,6 @@
-"""Recognises that memory ran out: a GPU's from an exception or from output, the host's from the kernel's counters.
+"""Recognises that memory ran out: a GPU's by an exception or printed output, the host's by the kernel's counters.
 
-No GPU library is imported: their exception classes are known by name.
+GPU libraries are not imported; their exception classes are recognised by name.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _MESSAGES = re.compile(
 
 
 def is_out_of_gpu_memory(error: BaseException) -> bool:
-    """Whether `error`, or what it was raised from or wraps, says so."""
+    """Whether `error`, an exception that led to it, or one that it wraps says that a GPU ran out of memory."""
     return any(_says_so(one) for one in _family(error))
 
 
 def tells_of_gpu_memory(printed: str) -> bool:
-    """Whether what a program printed, such as a traceback, says so."""
+    """Whether a program's output, such as a traceback, says that a GPU ran out of memory."""
     return _MESSAGES.search(printed) is not None or "torch.OutOfMemoryError" in printed
 
 
@@ -34,15 +34,15 @@ def _says_so(error: BaseException) -> bool:
         if kind.__name__ in _CLASSES.get(kind.__module__.partition(".")[0], ()):
             return True
     if isinstance(error, (MemoryError, OSError)):
-        return False  # of the host
+        return False  # about the host, not a GPU
     try:
         return _MESSAGES.search(str(error)) is not None
-    except Exception:  # an exception of the user's that cannot be shown says nothing
+    except Exception:  # the user's exception cannot be converted to text
         return False
 
 
 def _family(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it was raised from, and what it wraps if it is an exception group."""
+    """Yield the error, the exceptions that led to it, and those that it wraps if it is an exception group."""
     seen: set[int] = set()
     found: list[object] = [error]
     while found:
@@ -58,10 +58,11 @@ def _family(error: BaseException) -> Iterator[BaseException]:
 
 
 def oom_kills(root: Path = Path("/")) -> int:
-    """How many processes the kernel has killed for it so far: of this process's cgroup, or else of the machine.
+    """Return how many processes the kernel has killed so far because the host ran out of memory; 0 if unknown.
 
-    0 where that cannot be known. The sources: `oom_kill` in `memory.events` of a cgroup of version 2
-    (Documentation/admin-guide/cgroup-v2.rst in the kernel's source) and in proc_vmstat(5).
+    The count is that of this process's cgroup if possible, otherwise that of the machine. It is `oom_kill` in
+    `memory.events` of a version 2 cgroup (Documentation/admin-guide/cgroup-v2.rst in the kernel's source) or in
+    proc_vmstat(5).
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()

@@ -1,10 +1,10 @@
-"""Signals, handled in one of three ways.
+"""Handles signals in one of three ways.
 
-- `uninterrupted` calls Python's handlers a little later, for code that no exception out of a handler may cut in two.
-- `SignalPipe` makes signals do nothing but wake a loop. `StopSignals` is one that tells the loop of a sweep which of
-  them count as a user's wish to stop.
-- `SignalDescriptor` reads blocked signals with who sent them, which a handler does not learn (signalfd(2)).
-  `CommandSignals` is one for a program that stands for another.
+- `uninterrupted` delays Python's handlers, for code that an exception from a handler must not interrupt.
+- `SignalPipe` turns signals into wake-ups of a loop. `StopSignals` uses it to tell the loop of a sweep which signals
+  count as a user's request to stop.
+- `SignalDescriptor` reads blocked signals and their sender, which a handler does not get (signalfd(2)).
+  `CommandSignals` uses it in a program that stands for another.
 """
 
 from __future__ import annotations
@@ -23,38 +23,41 @@ from types import FrameType
 from typing import Any
 
 SAME_SIGNAL_SECONDS = 0.3
-"""Seconds within which signals count as one: programs that run others often pass on a Ctrl-C that those got, too, and
-timeout(1) signals both its child and the process group."""
+"""Seconds within which signals count as one.
+
+Programs that run others often pass on a Ctrl-C that the others got too, and timeout(1) signals both its child and the
+process group.
+"""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _SIGSET = 128
-"""Bytes of a sigset_t, or more."""
+"""Size of a sigset_t in bytes, or more."""
 _INFO = struct.Struct("=IiiI112x")
-"""ssi_signo, ssi_errno, ssi_code, ssi_pid, and what is of no interest here."""
+"""Layout of struct signalfd_siginfo: ssi_signo, ssi_errno, ssi_code, ssi_pid, and fields that are not used here."""
 _PR_SET_DUMPABLE = 4
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _DEFERRED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
-"""Those whose handlers are known to raise: Ctrl-C, programs that exit in order, time limits."""
+"""Signals whose handlers are known to raise: for Ctrl-C, for orderly exits, for time limits."""
 
 
 class Deferred:
-    """Signals that have arrived and whose handlers were not called yet."""
+    """Signals that have arrived but whose handlers have not been called yet."""
 
     def __init__(self) -> None:
         self.handlers: dict[signal.Signals, Any] = {}
         self._arrived: list[tuple[int, FrameType | None]] = []
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Take the place of their handlers."""
+        """Note a signal. This replaces the signals' handlers."""
         self._arrived.append((number, frame))
 
     def end_in_child(self) -> None:
-        """Restore the handlers in a process that was forked meanwhile. What has arrived was for its parent."""
+        """Restore the handlers in a process that was forked meanwhile. Drops signals that arrived for its parent."""
         self._arrived.clear()
         _restore(self.handlers)
 
     def handle(self) -> None:
-        """Call the handlers now, which may raise."""
+        """Call the handlers of the signals that have arrived. Raises whatever they raise."""
         while self._arrived:
             number, frame = self._arrived.pop(0)
             self.handlers[signal.Signals(number)](number, frame)
@@ -62,10 +65,11 @@ class Deferred:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[Deferred]:
-    """Call Python's handlers of signals that arrive meanwhile at the end.
+    """Delay Python's signal handlers until the end of the block.
 
-    For milliseconds only. Python runs handlers in the main thread, so elsewhere there is nothing to put off. Blocking
-    the signals would not do: another thread would take them, and the handlers would run here all the same.
+    Use this for milliseconds only. It does nothing outside the main thread, because Python runs handlers only in the
+    main thread. Blocking the signals would not help: another thread would take them, and the handlers would still run
+    here.
     """
     deferred = Deferred()
     if threading.current_thread() is not threading.main_thread():
@@ -84,7 +88,7 @@ def uninterrupted() -> Iterator[Deferred]:
 
 
 def _restore(handlers: dict[signal.Signals, Any]) -> None:
-    """Every one of them, though those that are back already may raise before the others are."""
+    """Restore all handlers, even if a restored handler raises before the others are restored."""
     raised: BaseException | None = None
     while True:
         try:
@@ -98,41 +102,45 @@ def _restore(handlers: dict[signal.Signals, Any]) -> None:
 
 
 def not_ignored(*signums: signal.Signals) -> list[signal.Signals]:
-    """Those that this process does not ignore. Ignored ones stay so: SIGHUP under nohup(1), SIGINT after `&`."""
+    """Return those signals that this process does not ignore.
+
+    Ignored signals should stay ignored: SIGHUP under nohup(1), SIGINT after `&`.
+    """
     return [signum for signum in signums if signal.getsignal(signum) is not signal.SIG_IGN]
 
 
 class SignalPipe:
-    """Makes signals do nothing but wake: `fileno()` is readable when one has arrived.
+    """Replaces the effect of signals: `fileno()` becomes readable when one has arrived, and nothing else happens.
 
-    It sets handlers, because exec resets those: a program that is executed would inherit that a signal is ignored.
+    It sets handlers instead of ignoring the signals. exec resets handlers, but an executed program would inherit an
+    ignored signal.
     """
 
     def __init__(self, *signums: signal.Signals) -> None:
-        """Take over `signums`. Of the main thread only."""
+        """Take over `signums`. Call this in the main thread."""
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._before: dict[signal.Signals, Any] = {}
         self._wakeup_before = -1
         self.take_over(*signums)
 
     def take_over(self, *signums: signal.Signals) -> None:
-        """Have `signums` do nothing but wake, until `restore`. Call it once."""
+        """Replace the effect of `signums` until `restore`. Call this only once."""
         if signums:
             self._before = {signum: signal.signal(signum, self._note) for signum in signums}
             self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
 
     def fileno(self) -> int:
-        """Readable when a signal has arrived."""
+        """Return a descriptor that is readable when a signal has arrived."""
         return self._read
 
     def read(self) -> list[int]:
-        """What has arrived since the last call, and other signals that Python handles. Never waits."""
+        """Return the signals that arrived since the last call, including others that Python handles. Never waits."""
         with contextlib.suppress(BlockingIOError):
             return list(os.read(self._read, 4096))
         return []
 
     def restore(self) -> None:
-        """Give signals the effect that they had before."""
+        """Restore the previous effect of the signals."""
         if self._before:
             signal.set_wakeup_fd(self._wakeup_before)
         while self._before:
@@ -141,7 +149,7 @@ class SignalPipe:
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
     def close(self) -> None:
-        """Close the descriptors, in a forked child as well. Signals still do nothing."""
+        """Close the descriptors. This also works in a forked child. The signals still have no effect."""
         if self._before:
             signal.set_wakeup_fd(-1)
         os.close(self._read)
@@ -152,20 +160,20 @@ class SignalPipe:
 
 
 class StopSignals:
-    """While entered, SIGINT, SIGTERM and SIGHUP do nothing but make `fileno()` readable.
+    """A context in which SIGINT, SIGTERM and SIGHUP only make `fileno()` readable.
 
-    Ignored ones stay ignored. Outside the main thread, where Python allows no signal handlers, nothing changes, and
-    signals keep their effect on the program.
+    Ignored signals stay ignored. Python does not allow signal handlers outside the main thread; there, signals keep
+    their effect on the program.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Create the descriptor. `clock` tells the time in seconds."""
+        """Create the descriptor. `clock` returns the time in seconds."""
         self._clock = clock
         self._pipe = SignalPipe()
         self.last: signal.Signals | None = None
-        """The signal that counted last."""
+        """The last signal that counted."""
         self._counted = -math.inf
-        """When that was."""
+        """Time of that signal."""
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -177,13 +185,14 @@ class StopSignals:
         self._pipe.close()
 
     def fileno(self) -> int:
-        """Readable when a signal has arrived."""
+        """Return a descriptor that is readable when a signal has arrived."""
         return self._pipe.fileno()
 
     def take(self) -> int:
-        """How many of the signals count that arrived since the last call.
+        """Return how many of the signals that arrived since the last call count.
 
-        SIGHUP counts only as the first: the kernel, a shell and a session manager may each say that a terminal is gone.
+        SIGHUP counts only if no signal has counted before: the kernel, a shell and a session manager may each send it
+        when a terminal is gone.
         """
         arrived = [number for number in self._pipe.read() if number in _STOPPING]
         now = self._clock()
@@ -202,20 +211,20 @@ class StopSignals:
 
 @dataclass(frozen=True, slots=True)
 class ReceivedSignal:
-    """A signal that this process got."""
+    """A signal that this process received."""
 
     signum: int
     by_kernel: bool
-    """Whether the kernel sent it, as it does for keys pressed at the terminal, and not a process."""
+    """Whether the kernel sent the signal, as it does for keys pressed at the terminal, and not a process."""
     sender: int
-    """Process id of who sent it; 0 where that is not known."""
+    """Process id of the sender; 0 if it is unknown."""
 
 
 class SignalDescriptor:
-    """While open, signals that are blocked do nothing but make `fileno()` readable. Block them before."""
+    """Reads blocked signals: `fileno()` is readable when one has arrived. The caller must block them first."""
 
     def __init__(self, signums: Collection[int]) -> None:
-        """Read `signums`. Raises OSError where the kernel refuses."""
+        """Read `signums`. Raises OSError if the kernel refuses."""
         wanted = ctypes.create_string_buffer(_SIGSET)
         _libc.sigemptyset(wanted)
         for signum in signums:
@@ -226,11 +235,11 @@ class SignalDescriptor:
             raise OSError(error, f"signalfd: {os.strerror(error)}")
 
     def fileno(self) -> int:
-        """Readable when a signal has arrived."""
+        """Return a descriptor that is readable when a signal has arrived."""
         return self._descriptor
 
     def read(self) -> list[ReceivedSignal]:
-        """What has arrived since the last call. Never waits."""
+        """Return the signals that arrived since the last call. Never waits."""
         arrived = []
         with contextlib.suppress(BlockingIOError):
             while content := os.read(self._descriptor, _INFO.size):
@@ -242,25 +251,25 @@ class SignalDescriptor:
         os.close(self._descriptor)
 
 
-# Faults are this program's own. Python ignores the last two from its start, so that nothing is known of them.
+# Faults concern this program itself. Python ignores the last two from its start, so their original state is unknown.
 _LEFT_ALONE = {signal.SIGKILL, signal.SIGSTOP}
 _LEFT_ALONE |= {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS}
 _LEFT_ALONE |= {signal.SIGPIPE, signal.SIGXFSZ}
 STOPS = frozenset({signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU})
-"""What stops a process that does not mind it."""
+"""Signals that stop a process by default."""
 HARMLESS = frozenset({signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH})
-"""What does nothing to a process that does not mind it."""
+"""Signals that do nothing to a process by default."""
 
 
 class CommandSignals:
-    """The signals of a program that stands for another, from the beginning to the end of this one.
+    """The signals of a program that stands for a command, from the program's beginning to its end.
 
-    All that can be are blocked and read from a descriptor. Those that this program was started to ignore, as SIGHUP by
-    nohup(1), stay ignored, and will be by the command.
+    All signals that can be blocked are blocked and read from a descriptor, except faults and some others. Signals that
+    this program ignored from its start, such as SIGHUP under nohup(1), stay ignored, also in the command.
     """
 
     def __init__(self) -> None:
-        """Take over the signals of this process, for good. Of the main thread only."""
+        """Take over the signals of this process permanently. Call this in the main thread."""
         heeded = {
             signum
             for signum in signal.valid_signals()
@@ -268,21 +277,21 @@ class CommandSignals:
         }
         self.heeded = frozenset({*heeded, signal.SIGCHLD})
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self.heeded)
-        self._on_child = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, there would be nothing to wait for
+        self._on_child = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, children could not be waited for
         self._descriptor = SignalDescriptor(self.heeded)
 
     def fileno(self) -> int:
-        """Readable when a signal has arrived."""
+        """Return a descriptor that is readable when a signal has arrived."""
         return self._descriptor.fileno()
 
     def read(self) -> list[ReceivedSignal]:
-        """What has arrived since the last call. Never waits."""
+        """Return the signals that arrived since the last call. Never waits."""
         return self._descriptor.read()
 
     def hand_over(self) -> None:
-        """In a child that is about to become the command: have signals as this program was started with them.
+        """Restore the signals as this program was started with them, in a child that is about to become the command.
 
-        What arrived before is then delivered.
+        Signals that arrived before are then delivered.
         """
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -292,14 +301,14 @@ class CommandSignals:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
     def suspend(self, signum: int) -> None:
-        """Be stopped by `signum`, as a program that knows nothing of signals; return when continued."""
+        """Stop this process with `signum`, as if it did not handle signals. Returns when the process is continued."""
         os.kill(os.getpid(), signum)
         if signum != signal.SIGSTOP:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signum})
             signal.pthread_sigmask(signal.SIG_BLOCK, {signum})
 
     def die(self, signum: int) -> None:
-        """Be ended by `signum`, without a core file. Returns where that cannot be: in a first process."""
+        """End this process with `signum`, without a core file. Returns only if that fails: in process 1."""
         _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
         if signum not in (signal.SIGKILL, signal.SIGSTOP):
             signal.signal(signum, signal.SIG_DFL)
