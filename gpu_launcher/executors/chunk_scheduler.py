@@ -1,8 +1,8 @@
-"""Which records are dealt next, and which results may come out, as pure state: nothing here waits or starts anything.
+"""Decides which records are dealt next and which results can be returned. Pure state: nothing here waits.
 
-A record is read when there is somebody for it, and few are in hand at any time: between the oldest record whose result
-has not come out and the newest one that was read there are never more than the window, so that any number of records
-takes constant memory, in order or not.
+A record is read when there is a worker for it. From the oldest record whose result has not been returned to the newest
+one that was read, there are never more records than the window. So any number of records takes constant memory, whether
+results are ordered or not.
 """
 
 from __future__ import annotations
@@ -15,42 +15,46 @@ from dataclasses import dataclass
 from typing import Any
 
 CHUNK_SECONDS = 0.03
-"""Seconds that a chunk is to take: so much that handing it over does not count, so little that none waits for it."""
+"""Target duration of a chunk: long enough that handing it over costs little, short enough that no worker waits long."""
 LAST_CHUNK_SECONDS = 0.003
-"""Seconds that the last chunks take at least. They become small, so that all workers end at about the same time."""
+"""Minimum duration of the last chunks. They become small so that all workers end at about the same time."""
 PREFETCH_BELOW_SECONDS = 0.1
-"""Seconds per record from which a worker gets nothing ahead: the handover does not count, and somebody may be idle."""
+"""Seconds per record below which a worker gets a chunk ahead.
+
+For slower records the handover costs little, and a chunk ahead might wait while another worker is idle.
+"""
 GROWTH = 32
-"""By how much a chunk may be larger than those before."""
+"""Maximum factor by which the size of chunks grows at once."""
 MAX_CHUNK_RECORDS = 8192
 MAX_CHUNK_BYTES = 2**20
-"""What a chunk's records, or its results, may take, pickled, as far as can be told beforehand."""
+"""Maximum bytes of a chunk's pickled records, or of its pickled results, as estimated from earlier ones."""
 WINDOW = 1000
-"""Records in hand that are always allowed, unless they are large."""
+"""Minimum size of the window in records, unless they are large."""
 WINDOW_BYTES = 2**28
+"""Maximum bytes of the records in the window, as estimated from earlier ones."""
 READ_SECONDS = 0.005
-"""Seconds after which a chunk goes out as it is, because records are slow in coming."""
+"""Seconds after which a chunk is dealt although it is not full, because records are slow to read."""
 
 
 @dataclass(slots=True)
 class Chunk:
-    """Records that are dealt together: those that nothing is known of yet."""
+    """Consecutive records that are dealt together, as far as their results are not known."""
 
     first: int
-    """Index of the first one."""
+    """Index of the first record."""
     records: list[Any]
     tries: int = 0
-    """How many workers died at it. It then is one record."""
+    """How many workers died at it. If not 0, the chunk has one record."""
 
     def done(self, count: int) -> None:
-        """The first ones have been dealt with."""
+        """Remove the first `count` records, whose results are known."""
         self.first += count
         del self.records[:count]
 
 
 @dataclass(frozen=True, slots=True)
 class RaisedByRecord:
-    """In the place of a record's result: what the iteration is to end with."""
+    """The exception that ends the iteration, in the place of a record's result."""
 
     error: BaseException
     cause: BaseException | None
@@ -68,9 +72,9 @@ class ChunkScheduler:
         clock: Callable[[], float],
         length: int | None = None,
     ) -> None:
-        """Deal `records`, of which there are `length`, as far as is known and may be believed.
+        """Prepare to deal `records`.
 
-        `read_ahead` is the window if it is not ours to choose.
+        `length` is their expected number, or None. `read_ahead` is the user's choice of the window, or None.
         """
         self._records = records
         self._ordered = ordered
@@ -78,38 +82,43 @@ class ChunkScheduler:
         self._clock = clock
         self._length = length
         self.exhausted = False
-        """Whether nothing more will be read."""
+        """Whether no more records will be read."""
         self.error: BaseException | None = None
-        """What ended the records, if they did not end by themselves."""
+        """The exception that `records` raised, if it did."""
         self.read = 0
+        """Number of records that were read."""
         self.finished = 0
-        """Records of which the result is known."""
+        """Number of records whose result is known."""
         self.taken = 0
-        """Results that have come out."""
+        """Number of results that were returned."""
         self._hand: list[tuple[int, Chunk]] = []
-        """What was read, or comes back, and is to be dealt; a heap."""
+        """Chunks to deal, read or given back: a heap."""
         self._seconds = self._records_in_them = 0.0
-        """What records took lately, and how many they were."""
+        """Decaying sums: the time of recent records, and their number."""
         self._weight = 0.0
-        """Bytes per record, or per result if that is more."""
+        """Estimated bytes per record, or per result if that is more."""
         self._size = 1
+        """Number of records of the next chunk."""
         self._most = MAX_CHUNK_RECORDS
         self._out_of_order: dict[int, list[Any] | RaisedByRecord] = {}
+        """Results that wait for earlier ones, by index."""
         self._next = 0
+        """Index of the next result in order."""
         self._ready: deque[list[Any] | RaisedByRecord] = deque()
+        """Results that can be returned, in parts."""
         self._offset = 0
-        """How many results of the first one that is ready have come out."""
+        """How many results of the first part were returned."""
 
     # Records
 
     @property
     def in_hand(self) -> int:
-        """How many chunks wait to be dealt."""
+        """Number of chunks that wait to be dealt."""
         return len(self._hand)
 
     @property
     def ahead(self) -> int:
-        """How many chunks a worker may have at a time."""
+        """Maximum number of chunks that a worker may have at a time."""
         return 2 if self._records_in_them and self._pace < PREFETCH_BELOW_SECONDS else 1
 
     @property
@@ -118,43 +127,44 @@ class ChunkScheduler:
         return max(self._seconds, 1e-9) / self._records_in_them
 
     def deal(self, workers: int) -> Chunk | None:
-        """The next records for a worker, of which there are so many; None if there are none now."""
+        """Return the next chunk for one of `workers` workers. None if there is none now."""
         if not self._hand:
             self._read(self._fair(workers), workers)
         return heapq.heappop(self._hand)[1] if self._hand else None
 
     def _fair(self, workers: int) -> int:
-        """How many records to deal, of those that are left to be read."""
+        """Return the size of the next chunk. Towards the end, chunks are small enough for all workers to get some."""
         left = (self._length or 0) - self.read
         if left <= 0 or not self._records_in_them:
             return self._size
         return min(self._size, max(left // (2 * workers), int(LAST_CHUNK_SECONDS / self._pace), 1))
 
     def has(self, chunks: int, workers: int) -> bool:
-        """Whether so many chunks are to be dealt, once enough is read. What is read for that are single records."""
+        """Whether at least `chunks` chunks wait to be dealt. Reads records for that, each as a chunk of its own."""
         while len(self._hand) < chunks:
             if not self._read(1, workers):
                 return False
         return True
 
     def give_back(self, chunk: Chunk) -> None:
-        """It is to be dealt again."""
+        """Put a chunk back, to be dealt."""
         if chunk.records:
             heapq.heappush(self._hand, (chunk.first, chunk))
 
     def separate(self, chunk: Chunk) -> None:
-        """Its records are to be dealt one by one."""
+        """Put the records of a chunk back, to be dealt one by one."""
         for index, record in enumerate(chunk.records, chunk.first):
             self.give_back(Chunk(index, [record], chunk.tries))
 
     def one_by_one(self) -> None:
-        """From now on all records are."""
+        """Deal all records one by one from now on."""
         self._most = 1
 
     def lost(self, chunks: Iterable[Chunk], at: range) -> Chunk | None:
-        """These were a worker's that died at one of `at`; returns those, and deals the others again.
+        """Take back the `chunks` of a worker that died at one of the records `at`. Returns the suspects.
 
-        One has a try behind it. Of several nobody knows which it was.
+        The other records are to be dealt again. A single suspect has one more try behind it. If there are several, it
+        is not known at which one the worker died. None if it died without a record.
         """
         suspects = None
         for chunk in chunks:
@@ -169,9 +179,9 @@ class ChunkScheduler:
         return suspects
 
     def _read(self, count: int, workers: int) -> bool:
-        """Read a chunk of at most so many; whether there was any."""
+        """Read a chunk of at most `count` records. Returns whether there was one."""
         window = self._window(workers)
-        share = max(1, window // (2 * workers))  # the others need some of it, too
+        share = max(1, window // (2 * workers))  # the other workers need a part of the window, too
         count = min(count, share, window - (self.read - self.taken))
         if self.exhausted or count < 1:
             return False
@@ -182,12 +192,12 @@ class ChunkScheduler:
             while len(records) < count and (not records or self._clock() < until):
                 before = len(records)
                 wanted = min(piece, count - before)
-                records.extend(itertools.islice(self._records, wanted))  # what it got stays there if it raises
+                records.extend(itertools.islice(self._records, wanted))  # if it raises, records read before are kept
                 if len(records) < before + wanted:
                     self.exhausted = True
                     break
                 piece *= 2
-        except Exception as error:  # whatever the user's generator raises
+        except Exception as error:  # the user's generator may raise anything
             self.exhausted = True
             self.error = error
         self.give_back(Chunk(self.read, records))
@@ -203,7 +213,7 @@ class ChunkScheduler:
         return max(1, int(size / max(self._weight, 1.0)))
 
     def measured(self, count: int, seconds: float, size: int) -> None:
-        """So many records took so long, and their results so many bytes."""
+        """Take note that `count` records took `seconds`, and their results `size` bytes. Adapts the size of chunks."""
         self._seconds = self._seconds / 2 + seconds
         self._records_in_them = self._records_in_them / 2 + count
         self.weighed(count, size)
@@ -211,18 +221,18 @@ class ChunkScheduler:
         self._size = max(1, min(fitting, self._size * GROWTH))
 
     def weighed(self, count: int, size: int) -> None:
-        """So many records, or results, take so many bytes."""
+        """Take note that `count` records, or results, take `size` bytes."""
         weight = size / count
         self._weight = max(weight, (self._weight + weight) / 2)
 
     # Results
 
     def put(self, first: int, values: list[Any], raised: dict[int, RaisedByRecord]) -> None:
-        """Take the results of records from `first` on, of which some, by position, end the iteration instead."""
+        """Take the results of records from index `first`. Those in `raised`, by position, end the iteration."""
         self.finished += len(values)
         begin = 0
         for position in sorted(raised):
-            self.exhausted = True  # why begin more
+            self.exhausted = True  # the iteration will end here, so no more records are needed
             self._put(first + begin, values[begin:position])
             self._put(first + position, raised[position])
             begin = position + 1
@@ -241,16 +251,16 @@ class ChunkScheduler:
 
     @property
     def ready(self) -> bool:
-        """Whether something can be taken."""
+        """Whether `take` can be called."""
         return bool(self._ready)
 
     @property
     def over(self) -> bool:
-        """Whether all records there will ever be have their results."""
+        """Whether all records were read and have their results."""
         return self.exhausted and self.finished == self.read
 
     def take(self, most: int) -> list[Any]:
-        """The next results, at most so many. Raises what a record is to end the iteration with."""
+        """Return the next results, at most `most`. Raises the exception with which a record ends the iteration."""
         part = self._ready[0]
         if isinstance(part, RaisedByRecord):
             raise part.error from part.cause

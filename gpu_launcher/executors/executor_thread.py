@@ -1,7 +1,7 @@
-"""The thread of an executor: it takes calls to the node, and what became of them to their futures.
+"""The thread of an executor: it passes calls to the node, and their outcomes to the futures.
 
-Theory of operation. Everything that happens to a call happens in this thread; `submit`, `cancel` and the like only put
-something into a queue and wake it. It waits on three kinds of descriptors:
+Theory of operation. Everything that happens to a call happens in this thread; methods such as `submit` and `cancel`
+only put something into a queue and wake the thread. It waits on three kinds of descriptors:
 
     user's threads                  executor's thread                    node                      call's process
     submit ── _pending, _wake ──►                     ◄── Wanted ──
@@ -11,11 +11,11 @@ something into a queue and wake it. It waits on three kinds of descriptors:
                                                       ◄── ReturnedValue, NoValue or PortableException ──
     result  ◄── callbacks ────────  future: done      ◄── Ended ──                  ◄── exits
 
-The node asks for calls as it has room (`Wanted`), so a call that was not asked for can be cancelled here. One that was
-offered can be cancelled until its process asks whether it is still wanted. What a process says travels past the node,
-and is in the channel before the node says `Ended`: the thread empties the channel first, then concludes the call. A
-call without an outcome when its process has ended died, and `Ended` says how. The node relays nothing that it would
-have to unpickle, and does not wait for this thread, which may be in a callback of the user's for any time.
+The node asks for calls when it has room (`Wanted`). Until then, a call can be cancelled here. A call that was offered
+can be cancelled until its process asks whether it is still wanted. Messages of a process do not pass through the node,
+and are in the channel before the node says `Ended`: the thread empties the channel first, then concludes the call. If
+there is no outcome by then, the process died, and `Ended` says how. The node relays nothing that it would have to
+unpickle. It does not wait for this thread, which may be in one of the user's callbacks for any time.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ from gpu_launcher.processes.messages import ChannelClosedError, receive, send
 from gpu_launcher.processes.unpicklable import found_at
 
 AT_ONCE_SECONDS = 5.0
-"""Seconds after which a call, the first of its executor, which has not begun could not begin at once."""
+"""Seconds that `cancel` waits for the executor's first call to begin. Later, the call did not begin at once."""
 
 
 class BrokenPoolExecutor(GpuLauncherError, BrokenExecutor):
-    """The executor can make no more calls, and those that it had not finished are lost. Make another one."""
+    """The executor cannot make calls any more, and unfinished calls are lost. Make a new executor."""
 
 
 @dataclass(slots=True)
 class Submitted:
-    """A call that nobody has been asked to make yet."""
+    """A call that was submitted and has not been offered to the node yet."""
 
     future: Future[Any]
     function: Callable[..., Any]
@@ -68,89 +68,99 @@ class Submitted:
 
 @dataclass(slots=True)
 class _Offered:
-    """A call that the node has."""
+    """A call that was offered to the node."""
 
     future: Future[Any]
     name: str
-    """Of the function."""
+    """Name of the function."""
     channel: socket.socket
-    """To its process."""
+    """Channel to the call's process."""
     begun: bool = False
-    """Whether it cannot be cancelled any more."""
+    """Whether it can no longer be cancelled."""
     outcome: CallOutcome | None = None
-    """What its process has said of it."""
+    """The outcome, if its process has sent one."""
 
 
 class ExecutorThread:
-    """Carries the calls of one executor, to which it has no reference: that may go when nobody has one any more."""
+    """Carries the calls of one executor. It has no reference to the executor, so that an unused one is collected."""
 
     _wake = -1
 
     def __init__(self, loop: RemoteLoop, *, may_fork: bool) -> None:
-        """Start the thread. `loop` is open, and closed in the end; `may_fork`: it could fork calls, but is not to."""
+        """Start the thread.
+
+        `loop` is open; the thread closes it at the end. `may_fork`: calls are spawned although they could be forked.
+        """
         self._loop = loop
         self._may_fork = may_fork
         self._pending: deque[Submitted] = deque()
         self._offered: dict[int, _Offered] = {}
         self._by_channel: dict[int, int] = {}
-        """The numbers of offered calls, by the descriptors of their channels."""
+        """Numbers of offered calls, by the descriptors of their channels."""
         self._poll = select.poll()
         self._cancelled: deque[int] = deque()
-        """Offered calls that the user has cancelled."""
+        """Numbers of offered calls that the user has cancelled."""
         self._wanted = 0
-        """How many calls more the node would take now."""
+        """How many more calls the node wants now."""
         self._ready = False
-        """Whether it has said so once."""
+        """Whether the node has asked for calls at least once."""
         self._flowing = False
-        """Whether a call has begun, or waits for somebody else: what has not begun then, could not begin at once."""
+        """Whether a call has got its devices, or waits for devices that others hold.
+
+        Calls that have not begun by then could not begin at once, so `cancel` need not wait for them.
+        """
         self._number = 0
         self._finishing = False
+        """Whether no more calls will be submitted."""
         self._cancel_by: float | None = None
-        """When to cancel even what could perhaps begin at once, if what has not begun is to be cancelled."""
+        """Time at which `cancel` stops waiting for calls to begin. None if it was not called."""
         self._exhausted = False
+        """Whether the node was told that there are no more calls."""
         self._stops = 0
-        """How many times it was told to stop, of which the node knows `_stops_said`."""
+        """How many times `stop` was called."""
         self._stops_said = 0
+        """How many of these stops the node was told about."""
         self._remark = ""
+        """The last line that the node sent for the user."""
         self._process = os.getpid()
         self.broken: str | None = None
-        """Why no more calls can be made, if that is so."""
+        """Why no more calls can be made. None while they can."""
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._run, name="gpu-launcher-executor", daemon=True)
         self._thread.start()
 
-    # From any thread, and from finalizers: none of these waits for a lock.
+    # These are called from any thread, and from finalizers, so none of them waits for a lock.
 
     def submit(self, call: Submitted) -> None:
-        """Have it made, unless the executor is broken."""
+        """Queue a call. If the executor is broken, the call fails."""
         self._pending.append(call)
         self._notify()
-        if self.broken is not None:  # perhaps since before the thread could see this one
+        if self.broken is not None:  # the thread may have ended before it saw this call
             self._fail_pending(self.broken)
 
     def finish(self) -> None:
-        """There will be no more calls; the thread ends when all have been made."""
+        """Take no more calls. The thread ends when all calls have been made."""
         self._finishing = True
         self._notify()
 
     def cancel(self) -> None:
-        """Cancel the calls that have not begun, and could not begin at once. There will be no more."""
+        """Take no more calls, and cancel those that have not begun and could not begin at once."""
         if self._cancel_by is None:
             self._cancel_by = time.monotonic() + AT_ONCE_SECONDS
         self.finish()
 
     def stop(self) -> None:
-        """Interrupt the calls that run; again: kill them."""
+        """Interrupt the running calls. The second call kills them."""
         self._stops += 1
         self._notify()
 
     def cancelled(self, number: int) -> None:
-        """A call that was offered is not wanted any more."""
+        """Take note that the user has cancelled an offered call."""
         self._cancelled.append(number)
         self._notify()
 
     def join(self) -> None:
-        """Wait for the end of the thread, unless this is it."""
+        """Wait until the thread has ended. Returns at once in the thread itself and in forks."""
         if self._process == os.getpid() and threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -167,7 +177,7 @@ class ExecutorThread:
 
     def __del__(self) -> None:
         if self._wake >= 0:
-            os.close(self._wake)  # not before: by then it might be the number of another file
+            os.close(self._wake)  # not earlier: `_notify` might then write to another file with the same number
 
     # In the thread.
 
@@ -184,7 +194,7 @@ class ExecutorThread:
                 self._loop.close()
 
     def _serve(self) -> str:
-        """Carry until there is nothing more, or no way; returns why what is left is not carried."""
+        """Carry calls until the run has ended. Returns why calls that are left are not made."""
         self._poll.register(self._loop.fileno(), select.POLLIN)
         self._poll.register(self._wake, select.POLLIN)
         while True:
@@ -198,11 +208,11 @@ class ExecutorThread:
                 if isinstance(message, Closed):
                     return self._why_closed(message)
                 self._hear(message)
-                del message  # it may have a value, of which the thread is not to be the last owner
+                del message  # the thread must not keep objects of the user alive
             self._say()
 
     def _patience(self) -> float | None:
-        """Milliseconds until there is something to do though nothing happens."""
+        """Return the milliseconds until there is something to do even if no message arrives. None: never."""
         if self._cancel_by is None or all(call.begun for call in self._offered.values()):
             return None
         return max(0.0, self._cancel_by - time.monotonic()) * 1000
@@ -221,13 +231,13 @@ class ExecutorThread:
                     remarks.log(remark)
 
     def _hear_call(self, number: int) -> bool:
-        """Take note of the next thing that a call's process says; whether there was any."""
+        """Handle the next message of a call's process. Returns whether there was one."""
         call = self._offered[number]
         try:
             message, _ = receive(call.channel, wait=False)
         except BlockingIOError:
             return False
-        except ChannelClosedError:  # it has ended, and the node will say so
+        except ChannelClosedError:  # the process has ended, and the node will report that
             self._forget(call)
             return False
         if isinstance(message, IsWanted):
@@ -239,7 +249,7 @@ class ExecutorThread:
         return True
 
     def _forget(self, call: _Offered) -> None:
-        """Expect nothing more of its process."""
+        """Stop listening to a call's process."""
         if self._by_channel.pop(call.channel.fileno(), None) is not None:
             self._poll.unregister(call.channel)
 
@@ -249,9 +259,10 @@ class ExecutorThread:
         call.channel.close()
 
     def _say(self) -> None:
+        """Send the node what it should know: calls that it wants, cancelled calls, stops, and the end of calls."""
         while self._wanted and not self._stops and self._offer_one():
             self._wanted -= 1
-        if self._cancel_by is not None and (self._ready or self._stops):  # what could run at once was offered
+        if self._cancel_by is not None and (self._ready or self._stops):  # those that could run at once were offered
             self._cancel_pending()
             if self._flowing or self._stops or time.monotonic() >= self._cancel_by:
                 self._cancel_offered()
@@ -276,14 +287,14 @@ class ExecutorThread:
                     call.future.cancel()
 
     def _withdraw(self) -> None:
-        """Tell the node which calls are not wanted any more."""
+        """Tell the node which calls were cancelled."""
         while self._cancelled:
             number = self._cancelled.popleft()
             if number in self._offered and self._begin(number) is None:
                 self._loop.say(s.Withdrawn(number, "was cancelled"))
 
     def _begin(self, number: int) -> _Offered | None:
-        """The call, which can no longer be cancelled; None if it was, and then it is forgotten."""
+        """Return an offered call, which cannot be cancelled from now on. If it was cancelled, remove it instead."""
         call = self._offered.get(number)
         if call is not None and not call.begun:
             call.begun = call.future.set_running_or_notify_cancel()
@@ -294,13 +305,13 @@ class ExecutorThread:
         return call
 
     def _waiting(self) -> bool:
-        """Whether calls are pending that nobody has cancelled."""
+        """Whether there are pending calls that were not cancelled."""
         while self._pending and self._pending[0].future.cancelled():
             self._pending.popleft().future.set_running_or_notify_cancel()
         return bool(self._pending)
 
     def _offer_one(self) -> bool:
-        """Offer the next call that can be made; whether there was one."""
+        """Offer the next call that can be made. Returns whether there was one."""
         while (call := self._next_pending()) is not None:
             if call.future.cancelled():
                 call.future.set_running_or_notify_cancel()
@@ -324,7 +335,7 @@ class ExecutorThread:
         return False
 
     def _job(self, call: Submitted) -> Job | None:
-        """As the node takes it. A call that cannot be handed over fails."""
+        """Make the job of a call. If the call cannot be pickled, it fails, and the result is None."""
         number, name = self._number, _name(call.function)
         self._number += 1
         directory = self._loop.directory
@@ -332,7 +343,7 @@ class ExecutorThread:
         try:
             with busy():
                 packed = pack(made, directory / f"{number}.call", self._loop.known)
-        except BaseException as error:  # whatever the user's objects raise, to whoever waits for it
+        except BaseException as error:  # user objects may raise anything; it goes to the future
             if call.future.set_running_or_notify_cancel():
                 with calling_back():
                     call.future.set_exception(self._not_handed_over(name, call, made, error))
@@ -340,7 +351,7 @@ class ExecutorThread:
         return Job(number, name, FunctionCall(packed, str(directory / f"{number}.value")))
 
     def _not_handed_over(self, name: str, call: Submitted, made: object, error: BaseException) -> BaseException:
-        """What to raise for a call whose function and arguments could not be packed."""
+        """Make the exception for a call whose function and arguments could not be packed."""
         if isinstance(error, OSError):
             problem = f"{name}() was not called: its arguments could not be handed over: {describe(error)}"
             return _caused(GpuLauncherError(problem), error)
@@ -356,13 +367,13 @@ class ExecutorThread:
 
     def _conclude(self, result: JobResult) -> None:
         while result.number in self._offered and self._hear_call(result.number):
-            pass  # what its process had said and nobody has heard
+            pass  # messages that the process sent before it ended
         call = self._begin(result.number)
         if call is None:
             self._unlink(result.number)
             return
         with busy():
-            # Without a report its process died after it had said what came of the call.
+            # If there is no report, the process died after it had sent the outcome, which then does not count.
             value, error = _open(result, call.name, None if result.payload is None else call.outcome)
         self._remove(result.number)
         if error is not None:
@@ -372,10 +383,10 @@ class ExecutorThread:
                 call.future.set_result(value)
             else:
                 call.future.set_exception(error)
-            del call, value, error  # of which this thread may be the last owner
+            del call, value, error  # the thread must not keep objects of the user alive
 
     def _unlink(self, number: int) -> None:
-        """Remove what a call has left in files."""
+        """Remove the files of a call."""
         for left in (f"{number}.call", f"{number}.value"):
             (self._loop.directory / left).unlink(missing_ok=True)
 
@@ -387,7 +398,7 @@ class ExecutorThread:
         return self._remark or "the process that makes the calls has ended"
 
     def _fail_all(self, problem: str) -> None:
-        """Whoever waits for a call waits no longer."""
+        """Fail all calls that have not ended."""
         for number in list(self._offered):
             if (call := self._begin(number)) is not None:
                 self._remove(number)
@@ -404,22 +415,22 @@ class ExecutorThread:
 
 
 def _note(owner: weakref.ref[ExecutorThread], number: int, future: Future[Any]) -> None:
-    """A call that was offered is done: perhaps somebody has cancelled it."""
+    """Tell the thread if an offered call was cancelled. Called when its future is done."""
     if future.cancelled() and (this := owner()) is not None:
         this.cancelled(number)
 
 
 def _answer(call: _Offered, wanted: bool) -> None:
-    with contextlib.suppress(ChannelClosedError):  # its process has ended, and the node will say so
+    with contextlib.suppress(ChannelClosedError):  # the process has ended, and the node will report that
         send(call.channel, wanted)
 
 
 def _open(result: JobResult, name: str, outcome: CallOutcome | None) -> tuple[Any, BaseException | None]:
-    """What the call returned, or what to raise instead."""
+    """Return the value of a call, or the exception to raise instead."""
     if isinstance(outcome, ReturnedValue):
         try:
             return outcome.value.unpack(on_cpu=True), None
-        except BaseException as why:  # whatever the user's objects raise when they are unpickled
+        except BaseException as why:  # user objects may raise anything when they are unpickled
             problem = f"returned what cannot be unpickled in this process: {describe(why)}"
             return None, _caused(JobError(result.number, name, problem, None), why)
     error = _error(result, name, outcome)
@@ -427,7 +438,7 @@ def _open(result: JobResult, name: str, outcome: CallOutcome | None) -> tuple[An
 
 
 def _error(result: JobResult, name: str, outcome: NoValue | PortableException | None) -> BaseException:
-    """What to raise for a call without a value."""
+    """Make the exception for a call without a value."""
     message = result.message or "was not made"
     if result.cause is Cause.TIMEOUT:
         return JobTimeoutError(result.number, name, message, None)
@@ -447,7 +458,7 @@ def _caused(error: BaseException, cause: BaseException) -> BaseException:
 
 
 def _name(function: Callable[..., Any]) -> str:
-    """For messages, and for others who wait for devices."""
+    """Return the name of a function, for messages and for others who wait for devices."""
     while isinstance(function, functools.partial):
         function = function.func
     name = getattr(function, "__qualname__", None)

@@ -1,4 +1,14 @@
-"""What keeps the workers of a `parallel_map` busy, replaces those that die, and brings their results in order."""
+"""The engine of a `parallel_map`: it keeps the workers busy, replaces those that die, and returns results in order.
+
+Theory of operation. There is no thread: everything happens in `_work`, while the caller asks for the next result. A
+worker is a job of the node, with a channel to this program. The engine offers a worker when the node wants one and
+there is work for it (`_offer`), deals chunks of records to workers that are ready (`_deal`), and reads their results
+(`_receive`). The `ChunkScheduler` decides which records come next and puts the results in order.
+
+A worker notes which records it has begun (`Positions`). If it dies, these are suspects and are dealt again one by one,
+the others as before. A record at which two workers died has failed. If a worker dies during setup or without a record,
+no record is to blame: after two such deaths in a row, workers that die are not replaced (`_do_without`).
+"""
 
 from __future__ import annotations
 
@@ -31,20 +41,22 @@ from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.wording import count, device_names
 
 END_SECONDS = 10.0
-"""Seconds that workers get to end by themselves when there is nothing left to do."""
+"""Seconds that workers get to end by themselves when there is no more work."""
 HANDOUT_SECONDS = 0.002
-"""Seconds for which results that are there are handed out before the workers are looked after again."""
+"""Seconds for which available results are handed out before the engine attends to the workers again."""
 MAX_PIECE = 8192
+"""Maximum number of results that are handed out at once."""
 OVERDUE_SECONDS = 0.25
-"""Seconds without results after which a worker gets nothing ahead."""
+"""Seconds without results after which a worker gets no chunk ahead."""
 
 
 class _WorkerState(Enum):
     STARTING = auto()
-    """Its process prepares itself, waits for devices, or is in `setup`."""
+    """Its process is being prepared, waits for devices, or runs `setup`."""
     READY = auto()
+    """It has set itself up and works on records."""
     STOPPED = auto()
-    """It was told that there is no more for it to do."""
+    """It was told that there is no more work."""
 
 
 @dataclass(slots=True)
@@ -52,17 +64,18 @@ class _Worker:
     slot: int
     channel: socket.socket
     where: str = ""
-    """Its devices."""
+    """Names of its devices."""
     state: _WorkerState = _WorkerState.STARTING
     dealt: deque[Chunk] = field(default_factory=deque)
+    """Chunks that it has and whose results are not all known."""
     quick: bool = False
-    """It has had results."""
+    """Whether it has sent results."""
     heard: float = 0.0
-    """When it last had any, or got its chunk after it had none."""
+    """When it last sent results, or got a chunk while it had none."""
 
 
 class RecordEngine:
-    """Keeps the workers busy. There is no thread: everything happens while the next result is asked for."""
+    """The state of one `parallel_map`, and everything that happens while its next result is asked for."""
 
     bar: Bar
 
@@ -76,12 +89,16 @@ class RecordEngine:
         returning: bool,
         capped: Remarked | None = None,
     ) -> None:
-        """`returning`: whether errors are results; `capped`: what to say once there are more than `most` records."""
+        """Prepare to run at most `most` workers.
+
+        `returning`: whether errors are returned as results. `capped`: a line to log once there are more than `most`
+        records.
+        """
         self._loop = loop
         self._scheduler = scheduler
         self._positions = positions
         self._slots = list(range(most))
-        """Those that are free."""
+        """Free slots for workers."""
         self._most = most
         self._returning = returning
         self._capped = capped
@@ -91,33 +108,36 @@ class RecordEngine:
         self._node_poll.register(loop.fileno(), select.POLLIN)
         self._workers: dict[int, _Worker] = {}
         self._by_channel: dict[int, int] = {}
-        """The workers' numbers, by the descriptors of their channels."""
+        """Numbers of workers, by the descriptors of their channels."""
         self._number = 0
-        """The next worker's."""
+        """Number of the next worker."""
         self._wanted = 0
-        """How many workers more the node could start."""
+        """How many more workers the node could start."""
         self._errors = 0
         self._died_starting = 0
-        """How many times workers died before they were ready, one after another."""
+        """Number of deaths before a worker was ready, since the last one that became ready."""
         self._died_idle = 0
-        """How many times they died without a record, since there was a result."""
+        """Number of deaths without a record, since the last result."""
         self._newer = 0
-        """The first worker that was not there when it was last counted: several may die of one cause, and at once."""
+        """Number of the first worker that was started after the last counted death.
+
+        The death of an older worker is not counted: several may die at once, for the same reason.
+        """
         self._problem: str | None = None
-        """Of the worker that died last."""
+        """How the last worker died."""
         self._fatal: BaseException | None = None
-        """What ends the iteration, once the results that are there have come out."""
+        """The exception that ends the iteration, after the available results have been handed out."""
         self._ending = self._over = False
-        """Whether the node was told that there is nothing more to do, and whether it is gone."""
+        """Whether the node was told that there is no more work, and whether its run has ended."""
         self._closed = False
         self._begun = threading.Event()
-        """Whether a result was asked for."""
+        """Set when the first result is asked for."""
         self._end = weakref.finalize(self, _end, loop, self._begun)
 
     # The iteration
 
     def results(self) -> Generator[Any, None, None]:
-        """Hand out the results."""
+        """Yield the results."""
         most, since = 1, 0.0
         self._begun.set()
         try:
@@ -138,7 +158,7 @@ class RecordEngine:
             raise error
 
     def close(self, *, silently: bool = False) -> None:
-        """End everything; `silently` though nothing was begun."""
+        """End everything. `silently`: do not warn if no result was ever asked for."""
         if silently:
             self._begun.set()
         if not self._closed:
@@ -150,7 +170,7 @@ class RecordEngine:
             self._positions.close()
 
     def _work(self) -> bool:
-        """Look after the workers until there is a result; whether there is one."""
+        """Attend to the workers until there is a result. Returns whether there is one."""
         self._receive(wait=False)
         enough = time.monotonic() + HANDOUT_SECONDS
         while self._fatal is None and (not self._scheduler.ready or time.monotonic() < enough):
@@ -171,7 +191,7 @@ class RecordEngine:
     # Dealing
 
     def _deal(self) -> bool:
-        """Deal a chunk to a worker that has too little to do, if there are both."""
+        """Deal a chunk to a worker that needs one, if there are both. Returns whether a chunk was taken."""
         ready = [(len(one.dealt), number) for number, one in self._workers.items() if one.state is _WorkerState.READY]
         has, number = min(ready, default=(0, None))
         if number is None or (has and not self._may_have_more(self._workers[number])):
@@ -181,7 +201,7 @@ class RecordEngine:
             return False
         try:
             records = pickling.dump(chunk.records, self._loop.known)
-        except Exception as error:  # whatever the user's objects raise when they are pickled
+        except Exception as error:  # user objects may raise anything when they are pickled
             if len(chunk.records) > 1:
                 self._scheduler.separate(chunk)
             else:
@@ -196,12 +216,12 @@ class RecordEngine:
         return True
 
     def _may_have_more(self, worker: _Worker) -> bool:
-        """Whether it is to get a chunk while it has one: what is behind a slow record waits for that."""
+        """Whether a worker may get a second chunk. Behind a slow record, that chunk would have to wait."""
         since = time.monotonic() - worker.heard
         return len(worker.dealt) < self._scheduler.ahead and worker.quick and since < OVERDUE_SECONDS
 
     def _offer(self) -> bool:
-        """Have one more worker started, if there is work for it."""
+        """Offer one more worker to the node, if there is work for it. Returns whether one was offered."""
         if self._capped is not None and self._scheduler.read > self._most:
             log(self._capped)
             self._capped = None
@@ -225,7 +245,7 @@ class RecordEngine:
         return True
 
     def _stop_idle(self) -> None:
-        """Let go of the devices for which there is nothing left to do."""
+        """Stop workers that have no work left, so that their devices become free."""
         if not self._scheduler.exhausted or self._scheduler.in_hand:
             return
         for number, worker in self._workers.items():
@@ -238,7 +258,7 @@ class RecordEngine:
             worker.state = _WorkerState.STOPPED
 
     def _finish(self) -> None:
-        """Let the workers end by themselves."""
+        """Wait until the workers have ended by themselves, for at most `END_SECONDS`."""
         self._ending = True
         self._stop_idle()
         self._say(s.Exhausted())
@@ -262,12 +282,12 @@ class RecordEngine:
                 self._fatal = error
 
     def _receive(self, *, wait: bool, most: float | None = None) -> None:
-        """Take note of what has been said; first wait until something is."""
+        """Handle all messages that have arrived. With `wait`, first wait until there is one."""
         patience = min((one for one in (most, self.bar.patience) if one is not None), default=None)
         milliseconds = 0.0 if not wait else None if patience is None else patience * 1000
         while not self._over and self._fatal is None and (ready := self._poll.poll(milliseconds)):
             milliseconds = 0.0
-            self._hear_node()  # first: it says which devices a worker has before that says anything
+            self._hear_node()  # first, because it says which devices a worker has
             for descriptor, _ in ready:
                 if (number := self._by_channel.get(descriptor)) is not None and self._fatal is None:
                     self._hear_worker(number)
@@ -282,20 +302,20 @@ class RecordEngine:
                 self._fatal = error
 
     def _hear_worker(self, number: int) -> bool:
-        """Take note of the next thing that a worker says; whether there was any."""
+        """Handle the next message of a worker. Returns whether there was one."""
         worker = self._workers[number]
         try:
             message, _ = receive(worker.channel, wait=False)
         except BlockingIOError:
             return False
-        except ChannelClosedError:  # it has ended, and the node will say more
+        except ChannelClosedError:  # the worker has ended, and the node will report how
             self._forget(worker)
             return False
         self._hear(number, worker, message)
         return True
 
     def _forget(self, worker: _Worker) -> None:
-        """Expect nothing more of a worker."""
+        """Stop listening to a worker."""
         if self._by_channel.pop(worker.channel.fileno(), None) is not None:
             self._poll.unregister(worker.channel)
 
@@ -329,7 +349,7 @@ class RecordEngine:
             case w.RecordResults():
                 self._results(worker, what)
             case w.UnreadableRecords(_, failure):
-                chunk = worker.dealt.popleft()  # none of its records was begun
+                chunk = worker.dealt.popleft()  # the worker began none of its records
                 if len(chunk.records) > 1:
                     self._scheduler.separate(chunk)
                 else:
@@ -347,7 +367,7 @@ class RecordEngine:
         except Exception as error:
             done = Chunk(chunk.first, chunk.records[: results.count])
             self._done(worker, results.count)
-            if results.count > 1:  # some may be readable
+            if results.count > 1:  # most of them may be readable: compute them again, one by one
                 self._scheduler.one_by_one()
                 self._scheduler.separate(done)
             else:
@@ -375,7 +395,7 @@ class RecordEngine:
             worker.dealt.popleft()
 
     def _fail(self, chunk: Chunk, error: BaseException, trace: str, where: str) -> None:
-        """A record, the only one of this chunk, has failed."""
+        """Fail the only record of a chunk."""
         values: list[Any] = [None]
         raised: dict[int, RaisedByRecord] = {}
         self._count(RecordError(chunk.first, chunk.records[0], error, trace, where), 0, values, raised)
@@ -393,7 +413,7 @@ class RecordEngine:
 
     def _ended(self, result: JobResult) -> None:
         while self._fatal is None and self._hear_worker(result.number):
-            pass  # what it had said and nobody has heard
+            pass  # messages that the worker sent before it ended
         worker = self._workers.pop(result.number)
         self._forget(worker)
         worker.channel.close()
@@ -419,7 +439,11 @@ class RecordEngine:
             self._fail(suspects, twice, "", worker.where)
 
     def _do_without(self, deaths: int, another: bool, problem: str) -> None:
-        """A worker died, through no record's fault. After the second time it is not replaced."""
+        """Handle the death of a worker for which no record is to blame. After two such deaths it is not replaced.
+
+        `deaths` is the number of such deaths, and `another` whether this one was counted. If no worker is left, the
+        iteration ends with an error.
+        """
         if another:
             self._newer = self._number
         if deaths < 2 or not another or self._fatal is not None:
@@ -432,12 +456,12 @@ class RecordEngine:
 
 
 def _tell(worker: _Worker, what: w.Work | w.NoMoreWork) -> None:
-    with contextlib.suppress(ChannelClosedError):  # it has ended, and the node will say so
+    with contextlib.suppress(ChannelClosedError):  # the worker has ended, and the node will report that
         send(worker.channel, what)
 
 
 def _end(loop: RemoteLoop, begun: threading.Event) -> None:
-    """Nobody will ask for more results. If nobody has asked for any, that was hardly the plan."""
+    """End the workers. Log a warning if no result was ever asked for, which is most likely a mistake."""
     if not begun.is_set() and loop.is_ours:
         log(
             Remarked(
@@ -449,7 +473,7 @@ def _end(loop: RemoteLoop, begun: threading.Event) -> None:
 
 
 def _load(failure: PortableException) -> BaseException:
-    """The exception, or one that says what it was."""
+    """Return the worker's exception, or one that describes it if it cannot be unpickled."""
     try:
         return failure.load_alone()
     except LookupError as why:
@@ -457,9 +481,9 @@ def _load(failure: PortableException) -> BaseException:
 
 
 def _raisable(error: BaseException, instead: BaseException) -> BaseException:
-    """What to raise here for `error` in a worker.
+    """Return the exception to raise here for `error` in a worker: `error` itself if possible, or `instead`.
 
-    Not such as SystemExit, which would end this program silently, nor StopIteration, which no generator may raise.
+    SystemExit and the like would end this program silently, and a generator must not raise StopIteration.
     """
     return error if isinstance(error, Exception) and not isinstance(error, StopIteration) else instead
 
