@@ -1,4 +1,4 @@
-"""Unpickles what a job sent without using a GPU: arrays that were on a GPU are created on the CPU.
+"""Unpickles what a job sent, without using a GPU: arrays that were on a GPU are created on the CPU.
 
 The head, which reads a result, does not hold a lease. If unpickling initialised CUDA, the head would occupy memory of a
 GPU that others hold, and its next jobs could not be forked.

@@ -44,9 +44,9 @@ class PortableException:
     pickled: bytes | None
     """The pickled exception; None if it can neither be pickled as a whole nor be rebuilt."""
     summary: str
-    """The last line of its traceback, such as `ValueError: no such file`."""
+    """Type and message of the exception, such as `ValueError: no such file`."""
     traceback: str
-    """Its traceback as Python prints it, from where the user's code begins."""
+    """Traceback of the exception as Python prints it, from where the user's code begins."""
     problem: str = ""
     """Why the exception cannot be pickled, and what to do."""
     frames: tuple[tuple[str, str, int], ...] = ()
@@ -342,7 +342,7 @@ def _describe(error: BaseException, causes: int) -> str:
 
 
 def _lines(error: BaseException) -> tuple[list[str], str]:
-    """Return the lines of its message, and separately the last line of a traceback in it.
+    """Return the lines of an exception's message, and separately the last line of a traceback in it.
 
     Blank lines and rulers are left out. A traceback, such as that of a data loader's worker, is reduced to its last
     line. The separate line is empty if the message contains no traceback or begins with it.

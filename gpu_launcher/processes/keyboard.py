@@ -69,7 +69,7 @@ class Keyboard:
     def give_back(self) -> None:
         """Restore the terminal and discard what was typed meanwhile.
 
-        Does nothing in the background, because the shell has already restored it.
+        Does nothing in the background, because the terminal then belongs to the shell.
         """
         before, self._before = self._before, None
         if before is None or os.getpid() != self._process or not self._in_foreground():

@@ -23,8 +23,7 @@ WORD, UPPER, LOWER = 0xFFFFFFFF, 0x80000000, 0x7FFFFFFF
 MATRIX = 0x9908B0DF
 
 SEARCHED_WORDS = 160
-"""Words of each block that are searched for a seed. This finds keys of up to half as many words, or texts of 250
-letters."""
+"""Number of words of each block that are searched for a seed. Finds keys of up to half as many: texts of 250 letters."""
 MAX_KEY = 600
 """Maximum length in words of a key that is recognised before any number has been drawn."""
 
@@ -77,7 +76,8 @@ _START = _lanes(WORD, count=N - M)
 
 def _previous(state: int) -> int:
     """Return the state before genrand_int32 generated this block. Each word is a lane of 32 bits."""
-    # The lower bits of a block's first word do not affect later words, so they are computed from the previous block.
+    # The lower bits of a block's first word do not affect later blocks, so they may be unknown here. The block's own
+    # last word was computed from them, so they are recovered from that.
     last = _undo_multiplication((state >> 32 * (N - 1) ^ state >> 32 * (M - 1)) & WORD)
     state = state >> 31 << 31 | last & LOWER
     end = _undo_multiplication((state ^ state << 32 * (N - M)) & _ALL)

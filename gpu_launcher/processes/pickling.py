@@ -62,7 +62,7 @@ def prepare() -> None:
 def dump(
     thing: object, known: Mapping[str, object] = NOTHING, instead: Mapping[int, Callable[[], object]] = NO_OTHERS
 ) -> bytes:
-    """Pickle `thing` for a process whose `__main__` contains `known`, a mapping from names to objects.
+    """Pickle `thing` for a process whose `__main__` contains the objects `known`, which are pickled by name.
 
     An object whose id is in `instead` is replaced, when it is unpickled, by what that function returns. Raises whatever
     the user's objects raise when they are pickled.

@@ -1,4 +1,4 @@
-"""Gives each job the random numbers that a fresh run of the program would see.
+"""Gives each job the random numbers of a fresh run: its own from unseeded generators, the same from seeded ones.
 
 A forked job has a copy of every generator that the program made. A job in a fresh interpreter has copies of the
 generators that were pickled. In the job, unseeded generators are reinitialized in place; seeded ones continue where

@@ -1,9 +1,9 @@
 """Shares a job's decisions with its other processes, such as the ranks of distributed training.
 
-All ranks must make the same decision whether a trial is pruned, but only the job's main process has the job's channel.
-Some ranks are forked; others run the program again. So the main process writes the data about the job to one file, and
-appends each of its decisions to another, from which the ranks read them in order. Environment variables contain the
-files' location, because all descendants inherit them.
+All ranks must agree whether a trial is pruned, but only the job's main process has the job's channel. Some ranks are
+forked; others run the program again. So the main process writes the data about the job to one file and appends each of
+its decisions to another, from which the ranks read them in order. Environment variables say where the files are,
+because all descendants inherit them.
 """
 
 from __future__ import annotations

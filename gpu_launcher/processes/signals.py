@@ -251,7 +251,7 @@ class SignalDescriptor:
         os.close(self._descriptor)
 
 
-# Faults concern this program itself. Python ignores the last two from its start, so their original state is unknown.
+# This program itself causes faults. Python ignores the last two from its start, so their original state is unknown.
 _LEFT_ALONE = {signal.SIGKILL, signal.SIGSTOP}
 _LEFT_ALONE |= {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS}
 _LEFT_ALONE |= {signal.SIGPIPE, signal.SIGXFSZ}
