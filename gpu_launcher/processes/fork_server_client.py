@@ -2,9 +2,11 @@
 
 The node asks the fork server for a supervisor, and the supervisor for a job. Afterwards it talks to both directly; on
 its own channel the fork server reports only supervisors that died or could not start. A supervisor whose job has ended
-is used for the next job. The server is forked from this process unless that is not safe, or the user asks for `spawn`.
-Other threads are counted only after the fork, because OpenBLAS and similar libraries shut down their threads for a
-fork. If any remain, the forked server is discarded and a spawning one started.
+is used for the next job.
+
+With `start_method=auto` the server is forked from this process if that is safe. Other threads are counted only after
+the fork, because OpenBLAS and similar libraries shut down their threads for a fork. If any remain, the forked server is
+discarded, and a spawning one is started.
 """
 
 from __future__ import annotations
@@ -87,7 +89,7 @@ class JobProcess:
         send(self.supervisor, SignalJob(signum))
 
     def kill(self) -> None:
-        """SIGKILL the job's whole process tree."""
+        """Kill the job's whole process tree with SIGKILL."""
         send(self.supervisor, KillJob())
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ WORD, UPPER, LOWER = 0xFFFFFFFF, 0x80000000, 0x7FFFFFFF
 MATRIX = 0x9908B0DF
 
 SEARCHED_WORDS = 160
-"""Number of words of each block that are searched for a seed. Finds keys of up to half as many: texts of 250 letters."""
+"""Number of words searched for a seed in each block. Finds keys of up to half as many words: texts of 250 letters."""
 MAX_KEY = 600
 """Maximum length in words of a key that is recognised before any number has been drawn."""
 
