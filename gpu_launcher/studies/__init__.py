@@ -1,1 +1,1 @@
-"""Optuna's part: where a study is kept."""
+"""Optuna studies: their storage, searches that run in jobs, and what a job sees of its trial."""

@@ -1,13 +1,13 @@
-"""Connections to SQLite files that no process gets from its parent.
+"""Connections to SQLite files that are not inherited by forked processes.
 
-SQLite's locks belong to a process, and its notes about them are copied by fork(2): a child believes that it has locks
-that only its parent has, for connections of its own too, if one of the parent's was open at the fork. The last program
-that closes the file then removes a log to which the child still writes
-(https://www.sqlite.org/howtocorrupt.html, section 2.6). So idle connections are closed before each fork, which costs
-the parent a millisecond for opening another. Where one was in use, by another thread, the child is refused the file.
+SQLite's locks belong to a process, but fork(2) copies SQLite's records of them. If a parent's connection was open at
+the fork, the child believes that it holds its parent's locks, also for connections that it opens itself. Then the last
+program that closes the file removes a log to which the child still writes
+(https://www.sqlite.org/howtocorrupt.html, section 2.6). So idle connections are closed before each fork. Opening
+another costs the parent a millisecond. If another thread was using a connection, the child is refused the file.
 
-Nothing of this is about other connections that a program may have to the same file, such as those of Optuna's own
-storage, nor about programs that fork without Python.
+Not covered: other connections of a program to the same file, such as those of Optuna's own storage, and programs that
+fork without Python.
 """
 
 from __future__ import annotations
@@ -23,19 +23,22 @@ from weakref import WeakSet
 from gpu_launcher.errors import StorageError
 
 BUSY_TIMEOUT = 60.0
-"""Seconds for which a connection waits for another one's transaction."""
+"""Seconds that a connection waits for another connection's transaction."""
 
 
 class ConnectionPool(Protocol):
-    """What keeps connections for later: SQLAlchemy's Engine."""
+    """Keeps idle connections for later use, as SQLAlchemy's Engine does."""
 
     def dispose(self, close: bool = True) -> None:
-        """Forget the idle connections, and close them or not."""
+        """Forget the idle connections, and close them if `close` is true."""
         ...
 
 
 class Connection(sqlite3.Connection):
-    """One that is closed when forgotten, as SQLAlchemy's pools do not, and never by a child of its process."""
+    """A connection that is closed when it is garbage-collected, but never by a child of its process.
+
+    SQLAlchemy's pools do not close the connections that they forget.
+    """
 
     file: Path
     opened = False
@@ -52,8 +55,8 @@ class Connection(sqlite3.Connection):
             super().__init__(database, **options)
             _state.open.add(self)
             self.opened = True
-            # With WAL, the file is consistent after a crash of the program and also of the machine, which may cost
-            # the last transactions. FULL would wait for the disk at each.
+            # With WAL, the file stays consistent if the program or the machine crashes. A crash of the machine may lose
+            # the last transactions. FULL would wait for the disk at each transaction.
             self.execute("PRAGMA synchronous = NORMAL")
 
     def close(self) -> None:
@@ -68,21 +71,21 @@ class Connection(sqlite3.Connection):
 
 
 def connect(file: Path) -> Connection:
-    """Open the file, and make an empty one where there is none. Threads may use the connection one after another."""
+    """Open a SQLite file, creating it if needed. Threads may use the connection one after another."""
     return sqlite3.connect(file, timeout=BUSY_TIMEOUT, check_same_thread=False, factory=Connection)
 
 
 def close_before_forks(pool: ConnectionPool) -> None:
-    """Close the pool's idle connections whenever this process is about to be forked."""
+    """Close the pool's idle connections before every fork of this process."""
     _state.pools.add(pool)
 
 
 class _State:
-    """What the hooks around fork share. One for the process, as forks are."""
+    """The state that the fork hooks share. There is one per process, because a fork concerns the whole process."""
 
     def __init__(self) -> None:
         self.gate = threading.RLock()
-        """Held while a connection is opened or closed, and during a fork: SQLite has locks of its own then."""
+        """Held during a fork, and while a connection is opened or closed, when SQLite holds locks of its own."""
         self.open: WeakSet[Connection] = WeakSet()
         self.pools: WeakSet[ConnectionPool] = WeakSet()
         self.in_use: list[Connection] = []
@@ -92,7 +95,7 @@ class _State:
         self.gate.acquire()
         for pool in list(self.pools):
             pool.dispose()
-        # Held, for the child is rid of the other threads' objects before its own hook runs.
+        # Kept here, because the child loses the objects of other threads before its own hook runs.
         self.in_use = list(self.open)
 
     def after_fork_in_parent(self) -> None:
@@ -102,7 +105,7 @@ class _State:
     def after_fork_in_child(self) -> None:
         self.gate = threading.RLock()
         for connection in self.in_use:
-            # Not even its memory may be freed, which would close it: SQLite would undo the parent's transaction.
+            # Its memory must never be freed. That would close it, and SQLite would roll back the parent's transaction.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
             connection.opened = False
             if (identity := _identity(connection.file)) is not None:

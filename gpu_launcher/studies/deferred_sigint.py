@@ -1,6 +1,6 @@
-"""Ctrl-C while `optimize` runs: handled while it waits, and deferred while something is done.
+"""Defers Ctrl-C while `optimize` works, and handles it while `optimize` waits.
 
-KeyboardInterrupt in the middle of a transaction would leave the database locked, for this process as well.
+A KeyboardInterrupt in the middle of a transaction would leave the database locked, even for this process.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ from types import FrameType, TracebackType
 from typing import Any
 
 MAX_DEFERRED_SECONDS = 10.0
-"""How long SIGINT is deferred. What takes longer may never end, such as a process that a driver does not let go."""
+"""Seconds for which SIGINT is deferred at most.
+
+An operation that takes longer may never end, for example if a driver does not release a process."""
 
 
 class DeferredSigint:
-    """While entered, SIGINT is deferred unless it is `allowed`.
+    """Context in which SIGINT is deferred, except within `allowed`.
 
-    It changes nothing outside the main thread, where Python runs signal handlers.
+    It has no effect outside the main thread, because Python runs signal handlers only there.
     """
 
     def __init__(self) -> None:
         self._handler: Any = None
         self._held_since: float | None = None
         self._waiting = 0
-        """Signals that have arrived while they were deferred."""
+        """Number of signals that arrived while they were deferred."""
 
     def __enter__(self) -> DeferredSigint:
         self._held_since = time.monotonic()
@@ -42,14 +44,14 @@ class DeferredSigint:
     ) -> None:
         if self._handler is None:
             return
-        if signal.getsignal(signal.SIGINT) == self._arrived:  # or a callback has set another one
+        if signal.getsignal(signal.SIGINT) == self._arrived:  # false if a callback has set another one
             signal.signal(signal.SIGINT, self._handler)
         if self._waiting and not isinstance(error, KeyboardInterrupt):
             self._handler(signal.SIGINT, None)
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
-        """While entered, SIGINT calls its handler, also one that was deferred."""
+        """Context in which SIGINT calls its handler, starting with a deferred one."""
         try:
             self._held_since = None
             if self._waiting:
@@ -66,4 +68,4 @@ class DeferredSigint:
             return
         before, self._held_since = self._held_since, now
         self._handler(signum, frame)
-        self._held_since = before  # it did not raise
+        self._held_since = before  # the handler did not raise

@@ -1,4 +1,4 @@
-"""Files that studies are kept in: checks, and preparation before the first use."""
+"""Checks the files that contain studies, and prepares them before their first use."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from gpu_launcher.leases.pool_directory import MOUNTINFO, NETWORK_FILE_SYSTEMS, 
 from gpu_launcher.studies.connections import BUSY_TIMEOUT, connect
 
 ALWAYS = frozenset({"studies", "trials", "version_info"})
-"""Tables of every complete study database, of all versions of Optuna."""
+"""Tables that every complete study database has, in all versions of Optuna."""
 
 T = TypeVar("T")
 
 
 def check_file(file: Path) -> None:
-    """Raise StorageError unless this user can write or make `file`, and others beside it.
+    """Raise StorageError unless this user can write or create `file` and other files beside it.
 
-    Its contents are not read: closing a file drops all locks that SQLite has on it in this process (fcntl(2)).
+    It does not read the contents: closing a file drops all locks that SQLite has on it in this process (fcntl(2)).
     """
     try:
         _check_file(file)
@@ -52,7 +52,7 @@ def _check_file(file: Path) -> None:
 
 
 def check_local(file: Path, mountinfo: Path = MOUNTINFO) -> None:
-    """Raise StorageError if the file is, or would be, on a file system that machines share."""
+    """Raise StorageError if the file is, or would be, on a network file system."""
     kind = file_system_of(file, mountinfo)
     if kind in NETWORK_FILE_SYSTEMS:
         raise StorageError(
@@ -67,7 +67,7 @@ def check_local(file: Path, mountinfo: Path = MOUNTINFO) -> None:
 def opening(file: Path) -> Iterator[None]:
     """Exclude all other processes and threads that open a database in the file's directory.
 
-    The directory itself is locked (flock(2)), so that no file is left behind, nor a lock by a dead process. Raises
+    It locks the directory itself (flock(2)). So it leaves no file behind, and a dead process leaves no lock. Raises
     StorageError after a minute.
     """
     descriptor = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -87,21 +87,21 @@ def opening(file: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # Closing is not enough: a process that was forked meanwhile has a copy of the descriptor.
+            # Closing the descriptor is not enough: a process that was forked meanwhile has a copy of it.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
 
 
 def make_ready(file: Path, tables: frozenset[str]) -> None:
-    """See that the SQLite file has Optuna's tables, all of which are named in `tables`, or none, and is in WAL mode.
+    """Switch the SQLite file to WAL mode, after checking that it has no tables, or Optuna's.
 
-    The journal mode is kept in the file. Raises StorageError and sqlite3.Error.
+    `tables` names all of Optuna's tables. The file stores the journal mode. Raises StorageError and sqlite3.Error.
     """
     with closing(connect(file)) as database:
         names = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite@_%' ESCAPE '@'"
         found = {name for (name,) in database.execute(names)}
-        # Fewer than all: a program was killed while it made them.
+        # Fewer tables than all: a program was killed while it created them.
         if not (found >= ALWAYS or found <= tables):
             raise StorageError(
                 str(file),
@@ -112,7 +112,7 @@ def make_ready(file: Path, tables: frozenset[str]) -> None:
             (mode,) = database.execute("PRAGMA journal_mode = WAL").fetchone()
             return str(mode)
 
-        # SQLite waits for one that reads, and not for one that writes.
+        # Here SQLite itself waits for a connection that reads, but not for one that writes.
         mode = _patiently(switch, sqlite3.OperationalError, lambda error: "locked" in str(error))
     if mode != "wal":
         raise StorageError(
@@ -130,7 +130,7 @@ def _some(names: set[str]) -> str:
 def _patiently(
     attempt: Callable[[], T], busy: type[Exception], is_busy: Callable[[Exception], bool] = lambda error: True
 ) -> T:
-    """Retry until it works or a minute has passed."""
+    """Retry an attempt until it succeeds or a minute has passed."""
     deadline = time.monotonic() + BUSY_TIMEOUT
     while True:
         try:
@@ -138,13 +138,13 @@ def _patiently(
         except busy as error:
             if not is_busy(error) or time.monotonic() >= deadline:
                 raise
-        # Random, or programs that came at the same moment would retry at the same moments. Not with the generator of
-        # the `random` module: the program may have seeded that, and count on what it draws.
+        # The pause is random, so programs that came at the same moment do not retry at the same moments. It does not
+        # use the `random` module's generator, which the program may have seeded and may rely on.
         time.sleep(SystemRandom().uniform(0.005, 0.02))
 
 
 def explained(file: Path, error: Exception) -> StorageError:
-    """Say what an error of SQLite, or of the system, means for the person who chose the file."""
+    """The StorageError that explains an error of SQLite or of the system to the user."""
     text = str(error)
     check = f"`sqlite3 {file} 'PRAGMA integrity_check'`"
     modes = f"check the modes of it, its directory, and {file.name}-*"

@@ -1,4 +1,4 @@
-"""The process of one trial that `optimize` runs."""
+"""The program that runs in the process of each trial of `optimize`."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from gpu_launcher.studies.study_proxy import install_proxy, unpickled
 from gpu_launcher.studies.worker_trial import ObjectiveChannel, WorkerTrial
 
 DONE = Report(ok=True, message=None, payload=b"")
-"""Says no more: a message has told by then how the objective ended."""
+"""An empty report, because a message has already told how the objective ended."""
 
 
 @dataclass(frozen=True)
 class Objective:
     """The program of each job. See `gpu_launcher.processes.worker.Program`.
 
-    How the objective ended is said before the process ends, so that the study knows of it when the next trial is
-    asked for, which may be as soon as the devices are free.
+    It tells how the objective ended before the process ends. The next trial may be asked for as soon as the devices are
+    free, and by then the study knows about this one.
     """
 
     function: Callable[[Any], Any]
@@ -40,14 +40,15 @@ class Objective:
     catch: tuple[type[BaseException], ...]
     """Exceptions that do not end the search."""
     study: optuna.Study
-    """The program's, of which the function may have a copy: in the same process this very object."""
+    """The head's study. The function may refer to it too; after a fork, both refer to the same object."""
 
     def __reduce__(self) -> Any:
-        # Together, so that the function's own study is that study, which itself is not sent.
+        # Pickled together, so that the function's reference to the study stays the same object as `study`. The study
+        # itself is not sent: `unpickled` takes its place.
         instead = {id(self.study): unpickled}
         try:
             dumped = pickling.dump((pickling.Afresh(self.function), self.catch, self.study), instead=instead)
-        except Exception as error:  # whatever the user's objects raise when they are pickled
+        except Exception as error:  # the user's objects can raise anything when pickled
             where = found_at({"objective": self.function, "catch": self.catch}, instead=instead)
             raise OptionError(
                 "objective",
@@ -69,9 +70,9 @@ class Objective:
             return DONE
         try:
             ending = self._run(WorkerTrial(seen, channel), channel)
-        except BaseException as error:  # neither an Exception nor KeyboardInterrupt, and so no ending of an objective
+        except BaseException as error:  # not an Exception or KeyboardInterrupt, so not an end of an objective
             return _left(error)
-        if channel.mine:  # or this is a fork of the objective's, and comes here as it would in any program
+        if channel.mine:  # False in a fork that the objective made and that has returned from it
             channel.say(ending)
         return DONE
 
@@ -88,11 +89,11 @@ class Objective:
 
 
 def _left(error: BaseException) -> Report:
-    """What to report of this process, which ends with `error`; printed as Python does, without our frames."""
+    """The report of a process that ends with `error`. Prints the error as Python does, without our frames."""
     if not isinstance(error, SystemExit):
         print_exception(error, users_part(error.__traceback__))
     elif error.code is None or isinstance(error.code, int):
-        raise error  # with its status, for whoever waits for a fork of the objective's
+        raise error  # ends with that status, which matters if the objective waits for a fork of its own
     else:
         print(error.code, file=sys.stderr)
     return Report(ok=False, message=reason(error), payload=b"")
@@ -104,14 +105,14 @@ def _load(dumped: bytes, request: Request) -> Objective:
 
 
 def _values(returned: Any) -> tuple[float | NotANumber, ...] | None:
-    """What an objective returned, as Optuna takes it: a number, or a sequence of them."""
+    """The values that an objective returned, read as Optuna does: from a number or a sequence of numbers."""
     if returned is None:
         return None
     return tuple(map(_value, returned)) if isinstance(returned, Sequence) else (_value(returned),)
 
 
 def _value(returned: Any) -> float | NotANumber:
-    # Optuna takes no text for a number. Anything else may be of a class that the program does not have.
+    # Optuna does not accept text as a number. Anything else is sent as text, because the head may lack its class.
     try:
         return NotANumber(repr(returned)) if isinstance(returned, (str, bytes)) else float(returned)
     except (TypeError, ValueError):

@@ -1,7 +1,7 @@
-"""`study.optimize` with each trial in a process with devices of its own.
+"""`study.optimize`, with each trial in its own process with its own devices.
 
-This process has the study, and alone touches it: it asks for a trial when a job has its devices, answers what the
-objective asks of its trial, and tells the trial when the objective has ended. The jobs are run by a process beside it.
+The head has the study, and no other process touches it. The head asks for a trial when a job has its devices, answers
+the calls of the objective, and tells the trial when the objective has ended. The node beside it runs the jobs.
 """
 
 from __future__ import annotations
@@ -50,29 +50,32 @@ def optimize(
     pool: Pool | None = None,
     start_method: StartMethod = "auto",
 ) -> None:
-    """Run `objective` for trials of `study`, each in a process of its own with devices of its own.
+    """Run `objective` for trials of `study`, each in its own process with its own devices.
 
-    As `study.optimize`, whose parameters these are, except that trials run as devices become free. `objective`, the
-    trial that it gets, and what it returns or raises are as there. The study stays in this process, which samples,
-    stores, prunes and runs the callbacks; it may be kept in memory. This call returns when all trials have ended.
+    Works like `study.optimize` and has its parameters, but trials run as devices become free. `objective`, the trial
+    that it receives, and what it returns or raises are the same. The study stays in this process, which samples,
+    stores, prunes and runs the callbacks. The study may be in memory. This call returns when all trials have ended.
 
-    - `n_trials`: how many trials this call runs. `timeout`: how long new trials are asked for, in seconds, or as `2h`.
-    - `gpus` of each trial: 1 by default; 0, 2, ..., or a fraction. `memory` of a GPU, such as `20GiB`. `priority` among
-      those who wait for devices. `trial_timeout`: how long a trial may run.
-    - `n_jobs`: most trials at the same time. None or -1: as many as get devices.
-    - `catch`: exceptions of the objective after which other trials are run. Any other one is raised, with its traceback
-      in the process as its cause, when the trials that run have ended. A process that dies is as if the objective had
-      raised gpu_launcher.JobError.
-    - `retry_stale`: how often a trial is queued again that was lost: it ran when its program was killed (as the next
-      call on the study finds out), or a process that runs the trials, or when the search ended for an error. One that
-      Ctrl-C interrupted is queued again, too, which does not count. 0: it fails, and that is all.
-    - `gc_after_trial` is there for `study.optimize`'s callers: a process's memory goes with it.
-    - `pool`: other devices than all of the machine's. `start_method`: fork or spawn, of the processes.
+    - `n_trials`: number of trials that this call runs. `timeout`: for how long to ask for new trials, in seconds or as
+      text such as `2h`.
+    - `gpus`: GPUs per trial, 1 by default: a whole number such as 0 or 2, or a fraction. `memory`: memory of a GPU,
+      such as `20GiB`. `priority`: priority among requests that wait for devices. `trial_timeout`: longest time that a
+      trial may run.
+    - `n_jobs`: maximum number of trials at the same time. None or -1: as many as get devices.
+    - `catch`: exceptions of the objective after which other trials still run. Any other exception is raised when the
+      running trials have ended, with its traceback in the process as its cause. If a process dies, it is as if the
+      objective had raised gpu_launcher.JobError.
+    - `retry_stale`: how often a lost trial is queued again. A trial is lost if it was running when its program was
+      killed (the next call on the study finds out), when a process that runs trials was killed, or when an error ended
+      the search. A trial that Ctrl-C interrupted is also queued again, and that does not count. 0: such trials only
+      fail.
+    - `gc_after_trial`: accepted for compatibility with `study.optimize`; a process's memory is freed when it ends.
+    - `pool`: devices to use instead of all of the machine's. `start_method`: how processes are started, fork or spawn.
 
-    Ctrl-C interrupts the trials that run; they fail, and KeyboardInterrupt is raised.
+    Ctrl-C interrupts the running trials. They fail, and KeyboardInterrupt is raised.
 
-    Raises OptionError, DeviceError and PoolDirectoryError before any trial is run, what the objective, the sampler or a
-    callback raises, and NodeDiedError if the process that starts the others is killed.
+    Raises OptionError, DeviceError and PoolDirectoryError before any trial runs; whatever the objective, the sampler or
+    a callback raises; and NodeDiedError if the node, the process that starts the others, is killed.
     """
     if not isinstance(study, optuna.Study):
         raise OptionError("study", f"{study!r} is not an optuna.Study: give the study, and then the objective")
@@ -96,7 +99,7 @@ def optimize(
     sweep = Sweep(ProcessIdentity.here())
     storage = StudyStorage(study._storage, sweep)
     keep_connections_from_jobs(study._storage)
-    # Before the progress bar, which starts a thread.
+    # Must come before the progress bar, which starts a thread.
     loop = RemoteLoop(Objective(objective, request, caught, study), options, this_program(), method=start_method)
     study._stop_flag = False
     study._thread_local.in_optimize_loop = True

@@ -1,7 +1,7 @@
-"""What an objective in a process of its own and the program with the study say to each other.
+"""Messages between an objective in its own process and the head, which has the study.
 
-All of it passes through the job loop's process, which must not have to know the user's classes: what may be of such a
-class is in here as bytes.
+All of them pass through the node, which must not need the user's classes. So values that may be of such a class are
+sent as bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from gpu_launcher.processes.exceptions import PortableException, RemoteTraceback
 
 
 def unpack(carried: PortableException, number: int) -> BaseException:
-    """The exception, caused by its traceback. If it cannot be loaded here, a JobError of the trial `number`."""
+    """The exception, with its traceback as its cause. If it cannot be loaded here, a JobError of trial `number`."""
     try:
         return carried.load()
     except LookupError as why:
@@ -23,12 +23,12 @@ def unpack(carried: PortableException, number: int) -> BaseException:
         return error
 
 
-# From the program.
+# From the head.
 
 
 @dataclass(frozen=True, slots=True)
 class TrialToRun:
-    """The first message that a job gets, unless there is no trial for it."""
+    """The trial of a job: the first message that the job receives, unless there is no trial for it."""
 
     number: int
     study: str
@@ -41,12 +41,12 @@ class TrialToRun:
 
 @dataclass(frozen=True, slots=True)
 class NothingToRun:
-    """Instead of a trial."""
+    """There is no trial for the job."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a call returned, or raised."""
+    """What a call returned or raised."""
 
     call: int
     result: bytes | PortableException
@@ -57,7 +57,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Calls a method of the program's trial or study, or asks for an attribute; gets an Answer."""
+    """Calls a method, or reads an attribute, of the trial or study in the head. The reply is an Answer."""
 
     number: int
     """Identifies the answer."""
@@ -65,19 +65,19 @@ class Call:
     """`trial` or `study`."""
     name: str
     arguments: bytes
-    """(positional, keyword)"""
+    """The pair (positional, keyword), pickled."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShallPrune:
-    """Asks for a verdict; gets an Answer."""
+    """Asks for a verdict. The reply is an Answer."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class NotANumber:
-    """Something that an objective returned and that is not a number."""
+    """A value that an objective returned but that is not a number."""
 
     shown: str
 
@@ -87,25 +87,25 @@ class NotANumber:
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """The objective's values; None if it returned that."""
+    """The objective returned these values; None if it returned None."""
 
     values: tuple[float | NotANumber, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """It raised optuna.TrialPruned."""
+    """The objective raised optuna.TrialPruned."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Raised:
-    """It raised something else."""
+    """The objective raised another exception."""
 
     error: PortableException
     caught: bool
-    """Whether it is of a class to catch. The process that raised it knows that best."""
+    """Whether the exception is of a class in `catch`. The process that raised it knows best."""
 
 
 ObjectiveEnding = Returned | Pruned | Raised

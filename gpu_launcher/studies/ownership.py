@@ -1,8 +1,8 @@
-"""The owner of a running trial: the sweep that launched its job, named so that others can tell later whether it lives.
+"""The owner of a running trial: the sweep that launched its job, recorded so that others can tell whether it is alive.
 
-A new trial has its owner from the moment it exists. A queued one belongs to the first sweep that sets it running, and
-has its owner a moment later. Until then it has claims, one for each sweep that tried to take it, so that a sweep that
-loses the race, or dies in it, does not overwrite the winner's name.
+A new trial has its owner from the moment it exists. A queued trial belongs to the first sweep that sets it running; its
+owner is recorded a moment later. Until then the trial has claims, one for each sweep that tried to take it. So a sweep
+that loses the race, or dies in it, does not overwrite the winner's record.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.studies.trial_attrs import CLAIM, OWNER
 
 _working: set[str] = set()
-"""Ids of the sweeps that work now in this process, each in a thread."""
+"""Ids of the sweeps that are running in this process, each in its own thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Sweep:
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
 
     def to_json(self) -> dict[str, Any]:
-        """The form in which a trial keeps its owner."""
+        """The sweep in the form in which a trial stores its owner."""
         return {**self.identity.to_json(), "sweep": self.id}
 
     def owns(self, trial: FrozenTrial) -> bool:
@@ -38,14 +38,14 @@ class Sweep:
         return trial.user_attrs.get(OWNER) == self.to_json()
 
     def outlives(self, trial: FrozenTrial) -> bool:
-        """Whether a running trial belongs to a dead sweep. Unknown means alive, as for a program that is not ours."""
+        """Whether a running trial belongs to a dead sweep. Unknown, such as a program that is not ours, means alive."""
         if OWNER in trial.user_attrs:
             return self._dead(trial.user_attrs[OWNER])
         claims = [value for name, value in trial.user_attrs.items() if name.startswith(CLAIM)]
         return bool(claims) and all(map(self._dead, claims))
 
     def may_be_at_work(self, written: Any) -> bool:
-        """Whether another sweep, as `to_json` wrote it, may still run. Unknown means alive."""
+        """Whether another sweep, as `to_json` wrote it, may still be running. Unknown means alive."""
         return not self._dead(written)
 
     def _dead(self, written: Any) -> bool:
@@ -54,13 +54,13 @@ class Sweep:
         except (KeyError, TypeError, ValueError):
             return False
         if identity == self.identity:
-            return bool(sweep != self.id) and sweep not in _working  # an earlier one of this program
+            return bool(sweep != self.id) and sweep not in _working  # an earlier sweep of this program
         return identity.is_alive() is False
 
 
 @contextmanager
 def working(sweep: Sweep) -> Iterator[None]:
-    """While entered, other sweeps of this process know that this one works."""
+    """Context in which other sweeps of this process see that this sweep is running."""
     _working.add(sweep.id)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Decides which running trials to prune, for all of them from one view of the study."""
+"""Decides which running trials to prune, from one view of the study for all of them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from optuna.trial import FrozenTrial
 from gpu_launcher.studies.study_storage import StudyStorage
 
 VIEW_SECONDS = 1.0
-"""How long a view of the study is used. For so long pruners may miss trials of other sweeps."""
+"""Seconds for which a view of the study is used. During that time pruners may miss trials of other sweeps."""
 
 
 class Judge:
-    """Judges the trials of one session.
+    """Judges the running trials of one session.
 
-    A pruner reads all the study's trials for each trial that it judges, of which those that run come from the database
-    each time: with 64 of them, tens of milliseconds. Here they are read once for all that ask, and kept for a while,
-    with what has been reported since.
+    A pruner reads all of the study's trials for each trial that it judges. Optuna reads running trials from the
+    database each time, which takes tens of milliseconds for 64 of them. Here the trials are read once for all that ask.
+    They are kept for a while, updated with the reports since then.
     """
 
     def __init__(self, study: optuna.Study, storage: StudyStorage, clock: Callable[[], float]) -> None:
-        """`storage` is the study's own, or has that for its backend. `clock` is in seconds."""
+        """`storage` is the study's own, or a wrapper of it. `clock` returns seconds."""
         self._study = study
         self._storage = storage
         self._clock = clock
@@ -32,15 +32,15 @@ class Judge:
         self._found_at: float | None = None
 
     def forget(self) -> None:
-        """Read the study again at the next question, because a trial was told."""
+        """Read the study again before the next judgment, because a trial was told."""
         self._found_at = None
 
     def judge(
         self, trials: Mapping[int, int], reports: Mapping[int, Mapping[int, float]]
     ) -> dict[int, bool | Exception]:
-        """For the trials `{number: id}`, which run: whether the study's pruner would prune each, or what it raises.
+        """Whether the study's pruner would prune each of the running trials `{number: id}`, or what it raises.
 
-        `reports` are what they have reported, `{id: {step: value}}`, which has been stored. Raises what the storage
+        `reports` are the trials' reports, `{id: {step: value}}`, which are already stored. Raises what the storage
         raises.
         """
         now = self._clock()
@@ -63,5 +63,5 @@ class Judge:
     def _one(self, trial: FrozenTrial) -> bool | Exception:
         try:
             return bool(self._study.pruner.prune(self._study, trial))
-        except Exception as error:  # whatever the user's pruner raises
+        except Exception as error:  # the user's pruner can raise anything
             return error

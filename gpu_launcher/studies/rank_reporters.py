@@ -1,7 +1,7 @@
-"""Reporters of a job's processes: the main process reports to the sweep, the others do not.
+"""Reporters for a job's processes. The main process reports to the head, the others do not.
 
-Verdicts must be the same in all ranks of a distributed job, or the ranks would wait for each other for ever. So the
-first rank decides, and the others follow.
+All ranks of a distributed job must get the same verdicts, or the ranks would wait for each other forever. So the first
+rank decides, and the others follow it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpu_launcher.processes.rank_decisions import RankDecisions
 log = logging.getLogger("gpu_launcher")
 
 VERDICT_SECONDS = 0.05
-"""Seconds for which `should_prune` waits for the verdict on the last report. What comes later counts the next time."""
+"""Seconds that `should_prune` waits for the verdict on the last report. A later verdict counts at the next call."""
 
 
 # From a job.
@@ -29,7 +29,7 @@ VERDICT_SECONDS = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Intermediate:
-    """A value reported."""
+    """An intermediate value that a job reports."""
 
     step: int
     value: float
@@ -37,11 +37,11 @@ class Intermediate:
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """A user attribute set."""
+    """A user attribute that a job sets."""
 
     name: str
     text: str
-    """Its value as JSON, which means the same in any process."""
+    """The value as JSON, which means the same in every process."""
 
 
 # To a job.
@@ -49,33 +49,33 @@ class Attribute:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether to prune, after what was reported up to this step."""
+    """Whether to prune a trial, judged by its reports up to this step."""
 
     step: int
     prune: bool
 
 
 class Reporter(Protocol):
-    """Reports for the trial of a job, and gets verdicts. Safe to use from several threads."""
+    """Sends reports for a job's trial and receives verdicts. Several threads may use it."""
 
     def report(self, value: float, step: int) -> None:
         """See `JobTrial`."""
 
     def should_prune(self) -> bool:
-        """See `JobTrial`. Asked only in a study with a pruner."""
+        """See `JobTrial`. Called only if the study has a pruner."""
 
     def set_user_attr(self, key: str, value: Any) -> None:
         """See `JobTrial`."""
 
 
 class NullReporter:
-    """Reports nothing: for a process that does not matter to the sweep."""
+    """Reports nothing. For processes that do not matter to the sweep."""
 
     def report(self, value: float, step: int) -> None:
         """Do nothing."""
 
     def should_prune(self) -> bool:
-        """Never."""
+        """Return False."""
         return False
 
     def set_user_attr(self, key: str, value: Any) -> None:
@@ -83,27 +83,27 @@ class NullReporter:
 
 
 class MainReporter:
-    """Reports for the job's main process, which is the first rank if there are several."""
+    """Reports for a job's main process, which is the first rank if there are several."""
 
     def __init__(self, channel: JobChannel) -> None:
         self._channel = channel
         self._lock = threading.Lock()
         """Keeps decisions in the order in which they are made."""
         self._reported: int | None = None
-        """The step that was reported last."""
+        """The step of the last report."""
         self._judged: int | None = None
-        """The step that the latest verdict is about."""
+        """The step of the latest verdict."""
         self._prune = False
 
     def report(self, value: float, step: int) -> None:
-        """One message to the sweep."""
+        """Send one message to the head."""
         with self._lock:
             self._reported = step
             self._channel.say(Intermediate(step, value))
-            self._listen(0.0)  # or verdicts would pile up in a job that does not ask for them
+            self._listen(0.0)  # otherwise verdicts would pile up in a job that does not ask for them
 
     def should_prune(self) -> bool:
-        """What the sweep said of the last report. Raises OSError if the other ranks cannot be told."""
+        """Return the verdict on the last report. Raises OSError if it cannot be passed on to the other ranks."""
         with self._lock:
             if self._judged != self._reported:
                 self._listen(VERDICT_SECONDS)
@@ -116,22 +116,22 @@ class MainReporter:
                 self._judged, self._prune = answer.step, self._prune or answer.prune
 
     def set_user_attr(self, key: str, value: Any) -> None:
-        """One message to the sweep. Raises TypeError or ValueError for what JSON has not."""
+        """Send one message to the head. Raises TypeError or ValueError if JSON cannot represent the value."""
         self._channel.say(Attribute(key, json.dumps(value)))
 
 
 class FollowerReporter(NullReporter):
-    """Follows the first rank: for the later ones."""
+    """Follows the decisions of the first rank. For the later ranks."""
 
     def __init__(self, decisions: RankDecisions, *, anew: bool) -> None:
-        """`anew` if this process runs the program from its beginning, as Lightning's ranks do."""
+        """`anew` means that this process runs the program from its beginning, as Lightning's ranks do."""
         self._decisions = decisions
         self._anew = anew
         self._lock = threading.Lock()
         self._next = decisions.first_index(anew)
 
     def should_prune(self) -> bool:
-        """What the same call of the first rank returned; waits for that."""
+        """Wait for the same call of the first rank, and return its result."""
         with self._lock:
             prune = self._decisions.wait_for(self._next)
             self._next += 1
@@ -142,9 +142,9 @@ class FollowerReporter(NullReporter):
 
 
 class DetachedReporter(NullReporter):
-    """Prunes nothing: for a first rank that is not the job's main process, as torchrun starts it.
+    """Prunes nothing. For a first rank that is not the job's main process, as torchrun starts it.
 
-    The later ranks are told so, for they ask.
+    It passes each decision on to the later ranks, because they wait for it.
     """
 
     def __init__(self, decisions: RankDecisions) -> None:
@@ -153,11 +153,11 @@ class DetachedReporter(NullReporter):
         self._warned = False
 
     def report(self, value: float, step: int) -> None:
-        """Warn the user that the sweep does not hear it."""
+        """Warn the user that the sweep does not receive this report."""
         self._warn()
 
     def should_prune(self) -> bool:
-        """Never."""
+        """Return False, and pass that on to the later ranks."""
         self._warn()
         with self._lock:
             self._decisions.append(False)
@@ -173,10 +173,10 @@ class DetachedReporter(NullReporter):
 
 
 def _end_as_if_all_were_well() -> None:
-    """Have this process exit with 0 however it ends: a rank that leaves because the trial is pruned has not failed.
+    """Make this process exit with status 0 however it ends, because a rank of a pruned trial has not failed.
 
-    Lightning kills the first rank as soon as it sees one that exited with something else, which TrialPruned out of the
-    program does, and the first rank may not have said yet that it was pruned.
+    If TrialPruned ends the program, its exit status is not 0. Lightning kills the first rank as soon as another rank
+    exits like that, and the first rank may not yet have reported that the trial was pruned.
     """
 
     def leave() -> None:

@@ -1,4 +1,4 @@
-"""What a training loop calls at each step. Optuna is imported only in a trial's job."""
+"""The function that a training loop calls at each step. It imports Optuna only in a trial's job."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from gpu_launcher.processes import job_channel, rank_decisions
 
 objective_in: int | None = None
-"""The process that runs an objective of `gpu_launcher.optimize`, if there is one."""
+"""The id of the process that runs an objective of `gpu_launcher.optimize`, or None."""
 
 
 def in_trial() -> bool:
@@ -16,11 +16,11 @@ def in_trial() -> bool:
 
 
 def report(value: float, step: int) -> None:
-    """Tell the study a value on the way, and end this job if the study prunes it.
+    """Report an intermediate value to the study, and end this job if the study prunes it.
 
-    Raises optuna.TrialPruned if so; let it pass, and the trial counts as pruned, with its last value. Outside a sweep
-    of `hydra/sweeper=optuna_async` and the objective of a `gpu_launcher.optimize` nothing happens. In the later ranks
-    of a distributed job it raises when it does in the first. For more see `current_trial`.
+    If so, it raises optuna.TrialPruned. Do not catch that: the trial then counts as pruned, with its last value.
+    Outside a sweep of `hydra/sweeper=optuna_async` and an objective of `gpu_launcher.optimize`, nothing happens. In the
+    later ranks of a distributed job it raises when it raises in the first rank. See also `current_trial`.
     """
     if not in_trial():
         return

@@ -1,7 +1,7 @@
-"""Fail trials that did not come to their end, and queue again what they tried.
+"""Fails trials that a dead sweep left running, and queues their parameters again.
 
-The copy is queued before the trial fails. A program that is killed in between leaves a trial that the next sweep fails,
-and for which it finds the copy. The other way round there would be none.
+The copy is queued before the trial fails. If the program is killed in between, the next sweep fails the trial and finds
+the copy. In the opposite order there would be no copy.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ NEVER = -1
 def fail_stale_trials(study: optuna.Study, sweep: Sweep, max_retries: int, who: str = "sweep") -> list[str]:
     """Fail the trials that dead sweeps left running, and queue each again, at most `max_retries` times.
 
-    Returns what was done, as lines for the user, to whom a sweep is `who`. Trials whose owner lives, may live, or is
-    unknown are left alone.
+    Returns lines for the user that say what was done; they call a sweep `who`. Trials whose owner is alive, may be
+    alive or is unknown are not changed.
     """
     died = f"its {who} ended without telling"
     storage = study._storage
@@ -46,16 +46,16 @@ def fail_stale_trials(study: optuna.Study, sweep: Sweep, max_retries: int, who: 
 
 
 def losses(trial: FrozenTrial) -> int:
-    """Count how often what the trial tries has been lost, including now."""
-    # One that never ran has not been the reason.
+    """The number of times that the trial's parameters have been lost, including now."""
+    # A trial whose job never ran does not count: it cannot be the reason for the loss.
     return int(trial.user_attrs.get(LOST, 0)) + (JOB in trial.user_attrs)
 
 
 def queue_again(study: optuna.Study, trial: FrozenTrial, lost: int, message: str | None) -> bool:
-    """Fail a trial and queue what it tried. False if it had ended before, and nothing was queued."""
+    """Fail a trial and queue its parameters again. Returns False, and queues nothing, if it had already ended."""
     storage = study._storage
     if storage.get_trial(trial._trial_id).state.is_finished():
-        return False  # without leaving a copy that failed, which only one that ends in this moment does
+        return False  # checked first, so that a failed copy is left only if the trial ends in this moment
     params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
     kept = {name: value for name, value in trial.user_attrs.items() if not name.startswith(OURS)}
     before = [*trial.user_attrs.get(RETRY_OF, []), trial.number]
@@ -72,7 +72,7 @@ def queue_again(study: optuna.Study, trial: FrozenTrial, lost: int, message: str
 
 
 def fail(storage: BaseStorage, id: int, message: str | None) -> bool:
-    """Fail a trial. False if it had ended before."""
+    """Fail a trial. Returns False if it had already ended."""
     try:
         if message is not None:
             storage.set_trial_user_attr(id, FAILURE, message)

@@ -1,4 +1,4 @@
-"""Rules for when a sweep asks for no more trials."""
+"""Decides when a sweep stops asking for trials."""
 
 from __future__ import annotations
 
@@ -11,60 +11,60 @@ from optuna.trial import FrozenTrial, TrialState
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 MIN_ENDED = 10
-"""Trials that must have ended before a rate of failures means anything, unless it is 0."""
+"""Trials that must have ended before `max_failure_rate` applies, unless it is 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Limits after which no more trials are asked for. None: no limit."""
+    """Limits at which a sweep stops asking for trials. None means no limit."""
 
     n_trials: int | None = None
     """Trials that this sweep asks for."""
     total_trials: int | None = None
-    """Trials of the study that completed, were pruned, or run, and those of this sweep that failed."""
+    """The study's completed, pruned and running trials, plus this sweep's failed ones."""
     timeout: float | None = None
-    """Seconds from the opening of the session."""
+    """Seconds since the session was opened."""
     patience: int | None = None
-    """Trials that completed without improving the best value."""
+    """Trials in a row that completed without improving the best value."""
     max_failure_rate: float | None = None
-    """Part of this sweep's trials that may fail, of `MIN_ENDED` or more."""
+    """Share of this sweep's ended trials that may have failed, once `MIN_ENDED` have ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class SearchEnded:
-    """There are no more trials."""
+    """The sweep asks for no more trials."""
 
     reason: str | None
     """A line for the user; None if the end was expected."""
     failed: bool = False
-    """Whether the sweep is to end as a failure."""
+    """Whether the sweep ends as a failure."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What a sweep has done so far."""
+    """Counts of what a sweep has done so far."""
 
     asked: int
     ended: int
     failed: int
-    """Trials that failed, of those that ended."""
+    """Ended trials that failed."""
     seconds: float
     """Seconds since the sweep began."""
     all_tried: bool
-    """The sampler has said that there are no more combinations."""
+    """Whether the sampler has said that there are no more combinations."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stopping:
-    """The rules of one sweep on one study."""
+    """The stopping rules of one sweep on one study."""
 
     study: optuna.Study
     bounds: Bounds
     combinations: int | None
-    """All combinations, for a sampler that tries each once; else None."""
+    """The number of all combinations, for a sampler that tries each once; otherwise None."""
 
     def expected(self, failed: int) -> int | None:
-        """How many trials the sweep is going to run, as far as that is known before the first."""
+        """The number of trials that the sweep will run, as far as known; None if it is unknown."""
         counts = []
         if self.bounds.n_trials is not None:
             counts.append(self.bounds.n_trials)
@@ -75,7 +75,7 @@ class Stopping:
         return min(counts, default=None)
 
     def over(self, tally: Tally) -> SearchEnded | None:
-        """Whether no more trials are to be asked for, and why."""
+        """Why no more trials are asked for; None if more may be."""
         bounds, failed, ended = self.bounds, tally.failed, tally.ended
         if bounds.n_trials is not None and tally.asked >= bounds.n_trials:
             return SearchEnded(None)
@@ -103,13 +103,13 @@ class Stopping:
         return len(self._trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)) + failed
 
     def _left(self, combinations: int) -> int:
-        """Combinations that have not been tried and are not being tried, and what is queued."""
+        """The number of combinations that are neither tried nor being tried, plus queued trials."""
         queued = self._trials(TrialState.WAITING)
         tried = {repr(sorted(trial.params.items())) for trial in self._trials(*ENDED, TrialState.RUNNING)}
         return max(0, combinations - len(tried)) + len(queued)
 
     def _since_best(self) -> int:
-        """Trials that completed after the best one did."""
+        """The number of trials that completed after the best one."""
         done = sorted(self._trials(TrialState.COMPLETE), key=lambda trial: (trial.datetime_complete, trial.number))
         sign = 1.0 if self.study.direction is StudyDirection.MINIMIZE else -1.0
         best, since = math.inf, 0

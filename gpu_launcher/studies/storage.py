@@ -1,9 +1,9 @@
-"""Where a study is kept. The only file that knows SQLAlchemy.
+"""Opens the storages of studies, and locks and writes in them. The only module that imports SQLAlchemy.
 
-Optuna on SQLite, as it is, lets parallel programs run one trial twice: it reads a trial's state `FOR UPDATE`, words
-that SQLAlchemy leaves out for SQLite. So a transaction that begins with such a statement begins with `BEGIN IMMEDIATE`,
-which is the nearest that SQLite has. Only there: begun so, or begun at all, everywhere, transactions of Optuna's that
-read first and write later fail or wait for each other.
+Optuna alone lets parallel programs run the same trial twice on SQLite. It reads a trial's state `FOR UPDATE`, but
+SQLAlchemy omits these words for SQLite. So here, a transaction whose first statement is `FOR UPDATE` begins with
+`BEGIN IMMEDIATE`, the nearest that SQLite has. Other transactions must not: if they began like this, or explicitly at
+all, those of Optuna that first read and later write would fail or wait for each other.
 """
 
 from __future__ import annotations
@@ -35,30 +35,32 @@ from gpu_launcher.studies.storage_url import JournalFile, SQLiteFile, read_stora
 
 TABLES = frozenset(models.BaseModel.metadata.tables) | {"alembic_version"}
 DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
-"""Packages to install, by the missing module, where the names differ."""
+"""Packages to install, by missing module, where their names differ."""
 MAX_TRIALS_PER_STATEMENT = 200
-"""Trials in one statement: a database takes a limited number of parameters, the oldest SQLite 999."""
+"""Trials in one statement. Databases limit the parameters of a statement, old SQLite to 999."""
 
 
 def storage(url: str | os.PathLike[str] | BaseStorage | None, *, mountinfo: Path = MOUNTINFO) -> BaseStorage:
-    """Return what `optuna.create_study(storage=...)`, `optuna.load_study` or optuna-dashboard take as a storage.
+    """Open a storage for `optuna.create_study(storage=...)`, `optuna.load_study` or optuna-dashboard.
 
-    - `sqlite:///study.db`, or the path of a file that ends in .db, .sqlite or .sqlite3: a SQLite file, made if need
-      be, in WAL mode (which stays with the file), for many processes of one machine at once. Enqueued trials are
-      given out once each. A transaction waits a minute for others. A power failure may cost the last transactions.
-    - `journal:///study.log`: Optuna's journal file, with its own lock.
-    - any other URL, such as `postgresql://`: as Optuna does it.
-    - a storage: itself, as it is. An `RDBStorage` on SQLite that was made by others has none of the above.
-    - None: in memory, as Optuna does it.
+    - `sqlite:///study.db`, or the path of a file that ends in .db, .sqlite or .sqlite3: a SQLite file in WAL mode
+      (which stays with the file), created if it does not exist. Many processes of one machine can use it at once. Each
+      enqueued trial is given out once. A transaction waits a minute for others. A power failure may lose the last
+      transactions.
+    - `journal:///study.log`: Optuna's journal file, with Optuna's own lock.
+    - any other URL, such as `postgresql://`: what Optuna makes of it.
+    - a storage: the storage itself, unchanged. An `RDBStorage` on SQLite made elsewhere has none of these features.
+    - None: a storage in memory, as in Optuna.
 
-    Optuna caches in front of it what no longer changes, for each study that is created or loaded.
+    For each study that is created or loaded, Optuna caches in front of the storage what no longer changes.
 
-    Raises StorageError, which says what to do, for what cannot work: a SQLite file on a network file system, no
-    database or another application's, a URL with a typo, a driver that is not installed.
+    Raises StorageError, which says what to do, if the storage cannot work: a SQLite file on a network file system, a
+    file that is not a database or belongs to another application, a URL with a typo, a driver that is not installed.
 
-    Pickled, it opens the same file again. A process forked later opens connections of its own to a SQLite file, and is
-    refused with StorageError where another thread used the storage during the fork. Not promised: a study object, whose
-    cache has locks, that another thread used during the fork; and SQLite files that are moved or replaced while in use.
+    A pickled storage opens the same file again. A process that is forked later opens its own connections to a SQLite
+    file. If another thread used the storage during the fork, the child gets a StorageError. Not promised: a study
+    object (its cache has locks) that another thread used during the fork, and SQLite files that are moved or replaced
+    while in use.
 
     `mountinfo` is for tests.
     """
@@ -80,11 +82,11 @@ def storage(url: str | os.PathLike[str] | BaseStorage | None, *, mountinfo: Path
 
 
 class SQLiteStorage(RDBStorage):
-    """Optuna's, on one SQLite file, with the locking that it has on other databases. Made by `storage`."""
+    """Optuna's RDBStorage on one SQLite file, with the locking that it has on other databases. Created by `storage`."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        # The connections are made by `connect`. The URL is for those who look; Optuna takes it for a format string.
+        # `connect` makes the connections, so the URL is only for display. Optuna uses it as a format string.
         url = f"sqlite:///{file}".replace("{", "{{").replace("}", "}}")
         try:
             with opening(file):
@@ -102,7 +104,7 @@ class SQLiteStorage(RDBStorage):
 
 
 def _begin_immediate(connection: sa.Connection, statement: object, *others: object) -> None:
-    """Before a statement that is meant to lock what it reads: take SQLite's one lock for writing, or wait for it."""
+    """Take SQLite's only write lock, or wait for it, before a statement that is meant to lock what it reads."""
     if getattr(statement, "_for_update_arg", None) is None:
         return
     driver = connection.connection.dbapi_connection
@@ -111,7 +113,7 @@ def _begin_immediate(connection: sa.Connection, statement: object, *others: obje
 
 
 def _cause(error: BaseException) -> Exception:
-    """The driver's error, from which SQLAlchemy made one, from which Optuna made another."""
+    """The driver's error. SQLAlchemy wraps it, and Optuna wraps SQLAlchemy's."""
     while error.__cause__ is not None:
         error = error.__cause__
     found = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
@@ -119,7 +121,7 @@ def _cause(error: BaseException) -> Exception:
 
 
 def _incompatible(name: str, url: str, error: RuntimeError) -> StorageError:
-    """Another version of Optuna made the tables: its message says which, and what to do."""
+    """The error for tables that another version of Optuna made. Optuna's message says which one, and what to do."""
     return StorageError(name, str(error).replace("$STORAGE_URL", url))
 
 
@@ -164,9 +166,10 @@ def _elsewhere(url: str) -> RDBStorage:
 
 
 def keep_connections_from_jobs(storage: BaseStorage) -> None:
-    """Close a storage's idle connections whenever this process is about to be forked.
+    """Close a storage's idle connections before every fork of this process.
 
-    For storages that were made by others. Those of `storage` do so anyway. One in memory lives in its connections.
+    For storages made elsewhere: those made by `storage` do it anyway. SQLite in memory is excluded, because it exists
+    only in its connections.
     """
     backend = storage._backend if isinstance(storage, _CachedStorage) else storage
     if isinstance(backend, RDBStorage) and isinstance(backend.engine.pool, sa.pool.QueuePool):
@@ -175,10 +178,11 @@ def keep_connections_from_jobs(storage: BaseStorage) -> None:
 
 @contextmanager
 def alone(storage: BaseStorage) -> Iterator[None]:
-    """Exclude other programs that enter this for the same storage: to look for something and then add it.
+    """Exclude other programs that enter this context for the same storage, for example to check and then add something.
 
-    Locks a file's directory, as when it is opened; in another database a row that nothing else locks. Raises
-    StorageError if that takes more than a minute for a file. Storages of other kinds have no such lock.
+    For a file it locks the directory, as opening the file does. In other databases it locks a row that nothing else
+    locks. Raises StorageError if locking a file's directory takes more than a minute. Other kinds of storage have no
+    such lock.
     """
     backend = storage._backend if isinstance(storage, _CachedStorage) else storage
     if isinstance(backend, SQLiteStorage):
@@ -196,13 +200,13 @@ def alone(storage: BaseStorage) -> Iterator[None]:
 
 
 def store_reports(storage: BaseStorage, reports: Mapping[int, Mapping[int, float]]) -> set[int]:
-    """Store intermediate values, `{trial id: {step: value}}`, and return the ids of trials that take none.
+    """Store intermediate values, `{trial id: {step: value}}`; returns the ids of trials that do not accept them.
 
-    Those are trials that do not run any more (told, failed from a dashboard, deleted with their study), or not yet. A
-    value replaces an earlier one of the same step. On a relational database this is one transaction, all or nothing,
-    whose locks it holds for milliseconds; on others as many as there are values.
+    These are trials that are no longer running (told, failed from a dashboard, deleted with their study) or not yet
+    running. A value replaces an earlier value of the same step. A relational database stores all values in one
+    transaction or none, and holds its locks for milliseconds. Other storages use one transaction per value.
 
-    Raises what Optuna raises for a database that fails: optuna.exceptions.StorageInternalError.
+    Raises optuna.exceptions.StorageInternalError if the database fails, as Optuna does.
     """
     backend = storage._backend if isinstance(storage, _CachedStorage) else storage
     given = {trial: steps for trial, steps in reports.items() if steps}
@@ -220,7 +224,7 @@ def store_reports(storage: BaseStorage, reports: Mapping[int, Mapping[int, float
 
 def _store(session: Session, reports: Mapping[int, Mapping[int, float]]) -> set[int]:
     trial, report = models.TrialModel, models.TrialIntermediateValueModel
-    # All programs lock them in one order, and until the end, so that no trial is told meanwhile.
+    # All programs lock the trials in the same order. The locks last until the end, so no trial is told meanwhile.
     states = sa.select(trial.trial_id, trial.state).where(trial.trial_id.in_(reports)).order_by(trial.trial_id)
     running = {number for number, state in session.execute(states.with_for_update()) if state == TrialState.RUNNING}
     steps = {step for number in running for step in reports[number]}
@@ -245,7 +249,7 @@ def _store(session: Session, reports: Mapping[int, Mapping[int, float]]) -> set[
 
 
 def _stored_one_by_one(storage: BaseStorage, trial: int, steps: Mapping[int, float]) -> bool:
-    """Whether the trial takes reports."""
+    """Store a trial's reports one by one; returns whether the trial accepts them."""
     try:
         if storage.get_trial(trial).state != TrialState.RUNNING:
             return False

@@ -1,4 +1,4 @@
-"""Retry a study's database while it is unavailable: jobs run on, and what is to be written waits for it."""
+"""Retries operations while a study's database is unavailable. Jobs keep running, and writes wait for the database."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import ParamSpec, TypeVar
 from optuna.exceptions import StorageInternalError
 
 MAX_OUTAGE_SECONDS = 600.0
-"""How long a failing database is retried. What a connection waits for others' locks comes on top."""
+"""Seconds for which a failing database is retried, in addition to the time that a connection waits for locks."""
 PAUSES = (0.5, 1.0, 2.0, 5.0)
-"""Seconds between two attempts; the last one again and again."""
+"""Seconds between two attempts. The last pause is repeated."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class StorageRetry:
-    """Repeats operations that fail because of the database, and tells the user once in each outage."""
+    """Repeats operations that fail because of the database, and tells the user once per outage."""
 
     def __init__(
         self,
@@ -27,16 +27,16 @@ class StorageRetry:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`say` gets a line for the user; `clock` and `sleep` are in seconds."""
+        """`say` is called with a line for the user; `clock` and `sleep` use seconds."""
         self._say = say
         self._clock = clock
         self._sleep = sleep
 
     def retrying(self, operation: Callable[P, T]) -> Callable[P, T]:
-        """The same operation, which raises StorageInternalError only after MAX_OUTAGE_SECONDS.
+        """The same operation, except that it raises StorageInternalError only after MAX_OUTAGE_SECONDS.
 
-        An operation whose transaction was committed although it failed is done twice. If that creates a trial of which
-        nobody knows, the next sweep fails it.
+        If an operation fails although its transaction was committed, it is done twice. If that creates a trial that no
+        session knows, the next sweep fails it.
         """
 
         @wraps(operation)
@@ -62,7 +62,7 @@ class StorageRetry:
 
 
 def _reason(error: BaseException) -> str:
-    """The driver's words, from which SQLAlchemy made others, from which Optuna made none that help."""
+    """The driver's message. Those of SQLAlchemy and Optuna, which wrap it, help less."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip() or repr(error)).splitlines()[0]

@@ -1,4 +1,4 @@
-"""What a user's name for a storage means: a SQLite file, a journal file, or a database elsewhere. Opens nothing."""
+"""Reads the user's name for a storage: a SQLite file, a journal file, or another database. Opens nothing."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from gpu_launcher.redaction import HIDDEN, redact
 SQLITE = ("sqlite", "sqlite+pysqlite")
 SUFFIXES = (".db", ".sqlite", ".sqlite3")
 KNOWN = ("sqlite", "journal", "postgresql", "mysql", "mariadb", "oracle", "mssql")
-"""URL schemes that Optuna is known to work with."""
+"""URL schemes with which Optuna is known to work."""
 
 
 @dataclass(frozen=True)
 class SQLiteFile:
     path: Path
-    """Absolute. A relative one would mean another file after a change of directory, which Hydra's jobs may do."""
+    """Absolute, because a relative path would name another file after a change of directory, as in Hydra's jobs."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class RemoteDatabase:
 
 
 def read_storage_url(named: str | os.PathLike[str]) -> SQLiteFile | JournalFile | RemoteDatabase:
-    """Read a URL, or the path of a file whose name ends like a SQLite database. `~` is the home directory.
+    """Read a URL, or the path of a file whose name ends like that of a SQLite database. `~` is the home directory.
 
-    Raises StorageError for what can mean nothing, such as two slashes where three belong.
+    Raises StorageError for anything invalid, such as two slashes instead of three.
     """
     text = os.fspath(named)
     scheme, found, rest = text.partition("://")
@@ -95,7 +95,7 @@ def without_password(url: str) -> str:
 
 
 def unknown_scheme(url: str) -> str:
-    """Say what may have been meant by a URL of an unknown database."""
+    """The message about a URL of an unknown database, with a suggestion."""
     scheme, _, driver = url.partition("://")[0].partition("+")
     if driver and scheme in KNOWN:
         return f"there is no database {scheme!r} with the driver {driver!r}: write {scheme}://, or name another driver"

@@ -1,6 +1,7 @@
-"""The study that an objective has from the program, as one of its globals or in its closure, and not from its trial.
+"""The study that an objective reaches through a global variable or its closure, and not through its trial.
 
-It is a copy there, and changes to it would be lost. So it becomes a proxy for the program's study, as `trial.study` is.
+In the job's process it is a copy, and changes to it would be lost. So it becomes a proxy for the study in the head, as
+`trial.study` is.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ else:
 
 _VIEW = "_gpu_launcher_view"
 SEEN = frozenset(("direction", "directions", "study_name"))
-"""What a view knows without asking."""
+"""Attributes that a view knows without asking the head."""
 NOT_HERE = frozenset(
     (
         *("add_trial", "add_trials", "ask", "optimize", "set_metric_names", "set_system_attr", "tell"),
-        *("_storage", "_thread_local"),  # the copy's own
+        *("_storage", "_thread_local"),  # these would be the copy's
     )
 )
 
 
 class StudyProxy(_Base):
-    """Mixed into the class of a study; what only reads the study's trials, as `trials_dataframe`, works by that."""
+    """Mixin for a study's class that forwards to a view.
+
+    Methods that only read the study's trials, such as `trials_dataframe`, work because the trials come from the view.
+    """
 
     def __getattribute__(self, name: str) -> Any:
         if name in STUDY_ATTRIBUTES or name in STUDY_METHODS or name in SEEN:
@@ -45,14 +49,14 @@ class StudyProxy(_Base):
 
 
 def install_proxy(study: optuna.Study, view: StudyView) -> None:
-    """Have everything that is asked of this study answered by the program's."""
+    """Turn `study` into a proxy that answers with the study in the head."""
     if not isinstance(study, StudyProxy):
         study.__class__ = _proxy_class(type(study))
     vars(study)[_VIEW] = view
 
 
 def unpickled() -> optuna.Study:
-    """What a study is in a fresh interpreter, until it becomes a proxy."""
+    """The placeholder for a study in a fresh interpreter, until it becomes a proxy."""
     kind = _proxy_class(optuna.Study)
     return kind.__new__(kind)
 

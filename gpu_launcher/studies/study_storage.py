@@ -1,11 +1,11 @@
 """The storage of a study as one sweep uses it.
 
-It delegates to the user's storage, as Optuna's own `_CachedStorage` does, and adds what a sweep needs on the way:
+It delegates to the user's storage, as Optuna's own `_CachedStorage` does, and adds what a sweep needs:
 
-- ownership: every trial that is created or taken through it says which sweep runs it;
+- ownership: every trial that is created or taken through it records which sweep runs it;
 - retries while the database is unavailable, if the sweep wants them;
-- operations that are not interrupted halfway, if the sweep is interrupted by signals;
-- a view: while pruners work, they see the trials that were read once for all of them.
+- a context for each operation (`uninterrupted`), with which a sweep keeps operations from being cut off halfway;
+- a view: pruners see trials that were read once for all of them.
 """
 
 from __future__ import annotations
@@ -33,27 +33,28 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _swapping = threading.RLock()
-"""Held while a study has another storage than the user gave it. Several threads may optimize one study."""
+"""Held while a study's storage is replaced, because several threads may optimize one study."""
 
 
 class StudyStorage(BaseStorage):
-    """See the module."""
+    """Wraps the storage of a study for one sweep; see the module."""
 
     def __init__(self, backend: BaseStorage, sweep: Sweep) -> None:
         self.backend = backend
         self.sweep = sweep
         self.retry: StorageRetry | None = None
         self.uninterrupted: Callable[[], AbstractContextManager[None]] = nullcontext
-        """What each operation is done in."""
+        """Returns the context in which each operation runs."""
         self._view: dict[int, FrozenTrial] | None = None
         """Trials by id, in the order of their numbers."""
 
     @contextmanager
     def showing(self, trials: dict[int, FrozenTrial]) -> Iterator[None]:
-        """While entered, all trials that are read are these, `{id: trial}`, with the attributes that pruners set.
+        """Context in which `get_all_trials` returns these, `{id: trial}`, with the attributes that pruners set.
 
-        This is the storage's task because all pruners read through it: Study.get_trials has no cache, and Hyperband
-        makes studies of its own. Successive halving notes each trial's rungs, and compares them with those of others.
+        The storage does this because all pruners read through it: Study.get_trials has no cache, and Hyperband creates
+        studies of its own. The attributes matter because successive halving records each trial's rungs and compares
+        them with those of other trials.
         """
         self._view = trials
         try:
@@ -63,7 +64,7 @@ class StudyStorage(BaseStorage):
 
     @contextmanager
     def used_by(self, study: optuna.Study) -> Iterator[None]:
-        """While entered, a study that has the backend for a storage has this."""
+        """Context in which a study uses this storage instead of its backend."""
         if study._storage is self:
             yield
             return
@@ -89,10 +90,10 @@ class StudyStorage(BaseStorage):
 
         return done() if self.retry is None else self.retry.retrying(done)()
 
-    # What it adds to its backend.
+    # Methods that add to the backend.
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
-        """A new trial has its owner from the moment it exists."""
+        """Create a trial that has its owner from the moment it exists."""
         if template_trial is None:
             template_trial = optuna.trial.create_trial(
                 state=TrialState.RUNNING, user_attrs={OWNER: self.sweep.to_json()}
@@ -100,7 +101,7 @@ class StudyStorage(BaseStorage):
         return self._do(self.backend.create_new_trial, study_id, template_trial)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """Whoever takes a queued trial claims it first, and is its owner if it could take it."""
+        """Set a trial's state. To take a queued trial, first claim it, and record the owner if the trial was taken."""
         if state is not TrialState.RUNNING:
             return self._do(self.backend.set_trial_state_values, trial_id, state, values)
         owner = self.sweep.to_json()
@@ -108,7 +109,7 @@ class StudyStorage(BaseStorage):
             try:
                 self.set_trial_user_attr(trial_id, f"{CLAIM}{self.sweep.id}", owner)
             except UpdateFinishedTrialError:
-                return False  # somebody else took it, and it is over
+                return False  # another sweep took it, and it has already ended
             taken = self._do(self.backend.set_trial_state_values, trial_id, state, values)
             if taken:
                 self.set_trial_user_attr(trial_id, OWNER, owner)
@@ -117,20 +118,20 @@ class StudyStorage(BaseStorage):
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
-        """Those of the view, if there is one."""
+        """The trials of the view, if there is one; otherwise those of the backend."""
         if self._view is None:
             return self._do(self.backend.get_all_trials, study_id, deepcopy=deepcopy, states=states)
         shown = [trial for trial in self._view.values() if states is None or trial.state in states]
         return copy.deepcopy(shown) if deepcopy else shown
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """Also in the view, if there is one."""
+        """Set the attribute, also in the view if there is one."""
         self._do(self.backend.set_trial_system_attr, trial_id, key, value)
         if self._view is not None and trial_id in self._view:
             self._view[trial_id] = changed = copy.copy(self._view[trial_id])
             changed.system_attrs = {**changed.system_attrs, key: value}
 
-    # The rest is its backend's.
+    # Methods that only delegate to the backend.
 
     def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
         """See `BaseStorage`."""
