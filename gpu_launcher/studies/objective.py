@@ -40,7 +40,7 @@ class Objective:
     catch: tuple[type[BaseException], ...]
     """Exceptions that do not end the search."""
     study: optuna.Study
-    """The head's study. The function may refer to it too; after a fork, both refer to the same object."""
+    """The head's study; in a job, a copy of it. If the function refers to the study, it refers to this very object."""
 
     def __reduce__(self) -> Any:
         # Pickled together, so that the function's reference to the study stays the same object as `study`. The study

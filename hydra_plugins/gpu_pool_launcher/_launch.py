@@ -138,7 +138,7 @@ def stream(
 def _with_failures_so_far(options: Options, failed: int) -> Options:
     """The options, with the limit on failures reduced by those of earlier batches. Raises LaunchError if it is used up.
 
-    Some sweepers launch several batches. `failed` counts the sweep's jobs that failed before this one.
+    Some sweepers launch several batches. `failed` is the number of the sweep's jobs that failed in earlier batches.
     """
     policy = options.failures
     if policy.most is None or not failed:

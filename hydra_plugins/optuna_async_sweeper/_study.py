@@ -108,10 +108,10 @@ class StudyPlan:
 
     @property
     def name(self) -> str:
-        """The study's name.
+        """The study's name: `study_name`, or by default one made from the job's name.
 
-        If the user names no storage, the study is alone in the sweep's directory and named after the job. In a named
-        storage, which other sweeps may use, the name also contains the sweep's directory.
+        Without a named storage, a sweep's directory has one study, named after the job. In a named storage, which other
+        sweeps may use, every sweep has its own study, and the name also contains the sweep's directory.
         """
         if name := self.raw.get("study_name"):
             return str(name)
