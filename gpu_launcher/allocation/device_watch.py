@@ -1,4 +1,4 @@
-"""Which devices must not be granted now, and which are the better choice, judged by what is measured on them."""
+"""Judges by measurements which devices must not be granted now, and which ones are the better choice."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from gpu_launcher.model import Device, DeviceKind, Request
 _log = get_logger("allocation.device_watch")
 
 WAITING_INTERVAL = 1.0
-"""Seconds between two looks at the devices while a request waits."""
+"""Seconds between two measurements of the devices while a request waits."""
 IDLE_INTERVAL = 5.0
-"""Seconds between two looks while none waits: only to notice a broken device."""
+"""Seconds between two measurements while no request waits, which serve only to notice a broken device."""
 
 
 class DeviceWatch:
-    """The state of devices as a ConditionMonitor last saw them, and what follows from it. Never blocks."""
+    """The devices' last conditions from a ConditionMonitor, and which devices are unavailable. Never blocks."""
 
     def __init__(
         self,
@@ -45,8 +45,9 @@ class DeviceWatch:
     ) -> None:
         """Watch `devices`, which belong to `pool`.
 
-        `launcher` is the process id of the launching program, `busy_memory` is as `why_busy` takes it. `on_fault` is
-        told once of each device that is set aside, and why. `exists` says whether there is a process of that id.
+        `launcher` is the id of the process for which requests are made, such as the head. `busy_memory` is as for
+        `why_busy`. `on_fault` is called once for each device that is set aside, with the reason. `exists` says whether
+        a process id exists.
         """
         self._devices = devices
         self._pool = pool
@@ -64,7 +65,7 @@ class DeviceWatch:
         self.faults: dict[str, str] = {}
         """Why a device is set aside as broken, by its UUID. Part of `unavailable`."""
         self.problem: str | None = None
-        """Why nothing is known of the devices, which are granted nevertheless."""
+        """Why nothing is known of the devices; None if they could be measured. They are granted nevertheless."""
 
     def fileno(self) -> int:
         """Readable when `receive` should be called."""
@@ -72,32 +73,32 @@ class DeviceWatch:
 
     @property
     def seen(self) -> float | None:
-        """When the last look that was answered began; None before the first."""
+        """When the last completed measurement began; None before the first."""
         return None if self._monitor.latest is None else self._monitor.latest.asked
 
     @property
     def conditions(self) -> tuple[Condition, ...]:
-        """The state of the devices at the last look; empty where it is not known."""
+        """The conditions of the devices at the last measurement; empty if they are unknown."""
         return () if self._monitor.latest is None else self._monitor.latest.conditions
 
     @property
     def ready(self) -> bool:
-        """Whether the devices have been looked at once."""
+        """Whether a measurement has completed."""
         return self._monitor.latest is not None
 
     @property
     def preference(self) -> DevicePreference:
-        """The order in which to choose devices: the least loaded first, and several that are well connected."""
+        """The order in which to choose devices: the least loaded first; for several devices, their connections."""
         ranking = tuple(device.uuid for device in by_load(self._devices, self._levels))
         return DevicePreference(ranking, self._links.between if self._links.pairs else None)
 
     def look(self, now: float, *, waiting: bool) -> None:
-        """Have the devices looked at if the last look is too long ago."""
+        """Start a measurement if the last one is too old."""
         if now - self._asked >= (WAITING_INTERVAL if waiting else IDLE_INTERVAL):
             self.look_again(now)
 
     def look_again(self, now: float) -> None:
-        """Have the devices looked at now, because something has changed."""
+        """Start a measurement now, because something has changed."""
         before = self._monitor.latest
         if self._monitor.asking is None:
             self._asked = now
@@ -106,13 +107,13 @@ class DeviceWatch:
             self._take(self._monitor.latest)
 
     def receive(self) -> None:
-        """Take note of an answer, if there is one."""
+        """Process the answer of the monitor, if there is one."""
         reading = self._monitor.receive()
         if reading is not None:
             self._take(reading)
 
     def released(self, uuids: Collection[str], now: float) -> None:
-        """Forget what was measured on devices before a lease of ours ended: that was our own job."""
+        """Ignore measurements of devices from before our lease ended, because they show our own job."""
         for uuid in uuids:
             self._released[uuid] = now
             if uuid not in self.faults:
@@ -123,7 +124,7 @@ class DeviceWatch:
         self._monitor.close()
 
     def close_in_child(self) -> None:
-        """In a forked process: drop what belongs to the parent."""
+        """Drop everything that belongs to the parent. Called in a forked child."""
         self._monitor.close_in_child()
 
     def _take(self, reading: Reading) -> None:
@@ -152,7 +153,7 @@ class DeviceWatch:
     def _why_busy(self, device: Device, condition: Condition, pool: PoolView) -> str | None:
         holds = uses_of(device, pool)
         if any(hold.whole for hold in holds):
-            return None  # leased as a whole, so that it is not available anyway
+            return None  # the device is wholly leased and thus not available anyway
         owners = owners_of(pool, holds, self._exists)
         return why_busy(
             condition,
@@ -164,7 +165,11 @@ class DeviceWatch:
 
 
 def links_among(devices: tuple[Device, ...], request: Request | None = None) -> Links | None:
-    """How the GPUs are connected, if that matters: where the request, if it is known, leaves a choice of several."""
+    """The connections of the GPUs; None if they cannot matter.
+
+    They matter if there is a choice: at least two GPUs and, if `request` is given, fewer than all but more than one
+    device requested.
+    """
     if request is not None and not 1 < request.gpus < len(devices):
         return None
     real = tuple(device for device in devices if device.kind is DeviceKind.GPU)

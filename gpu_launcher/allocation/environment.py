@@ -10,7 +10,7 @@ from gpu_launcher.devices import cpus_near, environment
 from gpu_launcher.model import MILLIONTHS, Device, Share
 
 FRACTION = "GPU_LAUNCHER_MEMORY_FRACTION"
-"""The variable with the part of its device's memory that a job may use, between 0 and 1."""
+"""Variable that holds the fraction of its devices' memory that a job may use, between 0 and 1."""
 _TORCH = "PYTORCH_CUDA_ALLOC_CONF"
 _TORCH_NEWER = "PYTORCH_ALLOC_CONF"
 _TORCH_FRACTION = "per_process_memory_fraction"
@@ -25,14 +25,14 @@ class DeviceEnvironment:
     by_uuid: bool = False
     """Name devices by UUID instead of index."""
     enforce_memory: bool = False
-    """Have torch and JAX limit themselves to the job's part of the memory."""
+    """Make torch and JAX limit themselves to the job's fraction of the memory."""
     pin_cpus: bool = False
     """Pin jobs to the CPUs near their devices."""
 
     def variables(
         self, devices: Sequence[Device], shares: Mapping[str, Share], inherited: Mapping[str, str]
     ) -> dict[str, str]:
-        """The variables for a job that has `shares`, by UUID, of `devices`."""
+        """The variables for a job that holds `shares`, by UUID, of `devices`."""
         variables = environment(devices, by_uuid=self.by_uuid)
         if not devices:
             return variables
@@ -43,14 +43,14 @@ class DeviceEnvironment:
         return variables
 
     def cpus(self, devices: Sequence[Device], allowed: frozenset[int]) -> frozenset[int] | None:
-        """The CPUs of `allowed` to pin the job to; None to leave it alone."""
+        """The CPUs of `allowed` to pin the job to; None not to pin it."""
         return cpus_near(devices, allowed) if self.pin_cpus else None
 
 
 def _for_torch(fraction: str, inherited: Mapping[str, str]) -> dict[str, str]:
     """Options for torch, added to the user's own.
 
-    Both names are set where the user sets the newer one, because torch reads one of them, depending on its version.
+    If the user sets the newer name, both names are set, because torch reads one of them, depending on its version.
     """
     newer = inherited.get(_TORCH_NEWER)
     names = (_TORCH,) if newer is None else (_TORCH, _TORCH_NEWER)
@@ -68,9 +68,9 @@ def _for_jax(fraction: str, inherited: Mapping[str, str]) -> dict[str, str]:
 
 
 def memory_fraction(devices: Sequence[Device], shares: Mapping[str, Share]) -> float:
-    """The part of the memory that a job may use on each of its devices, rounded down to ten thousandths.
+    """The fraction of the memory that a job may use on each of its devices, rounded down to ten thousandths.
 
-    At least one of them: programs read 0 as no limit, or as something else.
+    It is at least one ten thousandth, because some programs read 0 as no limit.
     """
     return min(max(1, math.floor(_fraction(device, shares[device.uuid]) * 10_000)) / 10_000 for device in devices)
 

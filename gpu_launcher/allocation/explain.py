@@ -1,4 +1,4 @@
-"""Why a request waits, in words that name who has the devices. Pure: a view of the pool goes in."""
+"""Explains why a request waits and who holds the devices. Pure: the view of the pool is an argument."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from gpu_launcher.wording import device_names
 
 MAX_REASONS = 3
 MAX_COMMAND = 60
-"""Characters of a command that are shown."""
+"""Most characters shown of a command."""
 MINE = "this program: release the lease first"
 OUTER = "this job itself until it ends: leave devices for the jobs that it starts, or start them with gpus=0"
 
 
 @dataclass(frozen=True, slots=True)
 class WaitReason:
-    """Why a request waits, apart from what its own program holds."""
+    """Why a request waits, not counting its own program's leases."""
 
     reason: str
-    """In words; empty if only its own program is in the way."""
+    """The reason in words; empty if only its own program is in the way."""
     held_by_others: tuple[Device, ...]
 
 
@@ -41,9 +41,9 @@ def explain_wait(
 ) -> WaitReason:
     """Say who holds, or is in line for, the devices that `ticket` waits for, and why they are `unavailable`.
 
-    Leases and tickets with ids in `own` are left out. Leases with ids in `mine` are the program's, for other work; a
-    `program` that is itself a job got its lease from another process and cannot release it. At most `most` reasons are
-    named. Without a ticket, all that wait count as being ahead.
+    Leases and tickets with ids in `own` are ignored. Leases with ids in `mine` are held by the program for other work.
+    If `program` is itself a job, it got its lease from another process and cannot release it. At most `most` reasons
+    are named. Without a ticket, all waiting tickets count as ahead.
     """
     others = [lease for lease in pool.leases if lease.id not in own]
     jobs = Counter(_program(lease.owner) for lease in others)
@@ -79,14 +79,14 @@ def explain_wait(
 
 
 def _name(owner: Owner | None) -> str:
-    """A user and a command, such as `anna (train.py)`; the middle of a long command is cut out."""
+    """A user and a command, such as `anna (train.py)`. Long commands are cut in the middle."""
     if owner is None:
         return "somebody"
     return f"{owner.user} ({middle_cut(owner.command, MAX_COMMAND)}{', suspended' if owner.suspended else ''})"
 
 
 def _since(when: float | None) -> str:
-    """The time of day, because a duration would change the text every minute."""
+    """The time of day, not a duration, which would change the text every minute."""
     if when is None:
         return ""
     try:

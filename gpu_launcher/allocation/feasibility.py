@@ -1,4 +1,4 @@
-"""Whether given devices could ever grant a request."""
+"""Checks whether given devices could ever satisfy a request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpu_launcher.wording import device_names
 
 
 def refusal(request: Request, devices: tuple[Device, ...]) -> str | None:
-    """Why `devices` could never grant a request, as a phrase that continues `the request is`; None if they could."""
+    """Why `devices` could never satisfy a request, as a phrase that continues `the request is`; None if they could."""
     try:
         return leases.refusal(request, combinable(devices, request.gpus))
     except RequestError as error:
@@ -21,7 +21,7 @@ def refusal(request: Request, devices: tuple[Device, ...]) -> str | None:
 
 
 def refuse(request: Request, devices: tuple[Device, ...], spell: Callable[[str], str] = str) -> None:
-    """Raise OptionError for a request that `devices` could never grant. `spell` gives the user's name of an option."""
+    """Raise OptionError if `devices` could never satisfy a request. `spell` gives the user's name of an option."""
     problem = refusal(request, devices)
     if problem is not None:
         labels = device_names(devices)
@@ -29,7 +29,7 @@ def refuse(request: Request, devices: tuple[Device, ...], spell: Callable[[str],
 
 
 def _blamed(request: Request, devices: tuple[Device, ...]) -> str:
-    """The option to change: memory if that alone is too much, or too much for every device; otherwise the number."""
+    """The option to change: `memory` if only that is too much, or is too much for every device; otherwise `gpus`."""
     memory = request.share.memory
     if not memory or request.gpus > len(devices):
         return "gpus"

@@ -1,4 +1,4 @@
-"""What brokers do around a fork of their process: finish what they are at, and start anew in the child."""
+"""Calls brokers around a fork of their process: they finish their work before it and start again in the child."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class ForkListener(Protocol):
     """An object that is called around forks."""
 
     def before_fork(self) -> bool:
-        """Finish and lock, so that a child inherits nothing half-done. Returns whether to call `after_fork`."""
+        """Finish and lock, so that the child inherits a consistent state. Returns whether to call `after_fork`."""
 
     def after_fork(self) -> None:
-        """Unlock, in the parent."""
+        """Unlock. Called in the parent."""
 
     def in_child(self) -> None:
-        """Drop what belongs to the parent, in the child."""
+        """Drop everything that belongs to the parent. Called in the child."""
 
 
 _serial = itertools.count()

@@ -1,4 +1,4 @@
-"""The lease that the user's program gets, and applying it to that program."""
+"""`Lease`: the lease that a user's program gets, and its application to that program's environment."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from gpu_launcher.wording import device_names
 
 
 class Lease:
-    """The right to use `devices`, from when it is granted until `release`, or the end of its `with` block.
+    """The right to use `devices`, from the grant until `release` or the end of its `with` block.
 
-    It is alive, too, as long as any process has a copy of its descriptor: children that this process forks have one,
-    others get it by `pass_fds`. So devices are free when `release` was called here and those have ended.
+    A lease also stays alive while another process has a copy of its descriptor. Forked children have one; other
+    subprocesses get one by `pass_fds`. The devices are free when `release` was called and those processes have ended.
     """
 
     def __init__(
@@ -32,43 +32,43 @@ class Lease:
         give_back: Callable[[HeldLease], None],
         device_environment: DeviceEnvironment = DeviceEnvironment(),  # noqa: B008  (frozen)
     ) -> None:
-        """For `Pool` only. `held` None: a lease of nothing, for which no file is locked."""
+        """Only `Pool` creates it. If `held` is None, it is a lease of no devices, without a locked file."""
         self.devices = devices
-        """In the order in which CUDA counts them for a process with `environment`."""
+        """The devices, in the order in which CUDA counts them for a process with `environment`."""
         self._held = held
         self._give_back = give_back
         self._device_environment = device_environment
         self._released = False
-        # Not __del__: an exception from a signal handler would be lost in it, also at the end of every `with` block.
+        # Not __del__: it would swallow an exception from a signal handler, even at the end of every `with` block.
         self._finalizer = weakref.finalize(self, _forgotten, held, give_back, device_names(devices))
         self._finalizer.atexit = False
 
     @property
     def released(self) -> bool:
-        """Whether this process has given it back."""
+        """Whether this process has released it."""
         return self._released or (self._held is not None and not self._held.held)
 
     def environment(self, base: Mapping[str, str] | None = None) -> dict[str, str]:
-        """`base`, by default this process's own environment, for a subprocess that is to use the devices, and no other.
+        """The environment for a subprocess that uses exactly these devices. `base` defaults to `os.environ`.
 
-        Set are CUDA_VISIBLE_DEVICES, CUDA_DEVICE_ORDER, and GPU_LAUNCHER_MEMORY_FRACTION, the part of each device's
-        memory that is the lease's. Raises ValueError after `release`.
+        It sets CUDA_VISIBLE_DEVICES, CUDA_DEVICE_ORDER and GPU_LAUNCHER_MEMORY_FRACTION, the lease's fraction of each
+        device's memory. Raises ValueError after `release`.
         """
         base = os.environ if base is None else base
         return {**base, **self._variables(base)}
 
     def apply(self) -> None:
-        """Have this process use the devices, and no other, by setting `environment` in `os.environ` until `release`.
+        """Make this process use exactly these devices, by setting `environment` in `os.environ` until `release`.
 
-        Raises ApplyError if CUDA is initialised already, or a lease of other devices was applied and is still held;
+        Raises ApplyError if CUDA is already initialised, or if an applied lease of other devices is still held. Raises
         ValueError after `release`.
         """
         _application.apply(self, self._variables(os.environ))
 
     def fileno(self) -> int:
-        """Return the descriptor that keeps the lease alive (close-on-exec). Never unlock it, only close copies of it.
+        """Return the descriptor that keeps the lease alive (close-on-exec). Never unlock it; only close copies of it.
 
-        Raises ValueError after `release`, and for a lease of no devices, which has none.
+        Raises ValueError after `release`, and for a lease of no devices, which has no descriptor.
         """
         self._check()
         if self._held is None:
@@ -77,7 +77,7 @@ class Lease:
 
     @property
     def pass_fds(self) -> tuple[int, ...]:
-        """For `subprocess.Popen`: the child then keeps the devices as long as it runs, also if this process ends.
+        """Descriptors for `subprocess.Popen`. The child then holds the lease until it ends, even if this process ends.
 
         Raises ValueError after `release`.
         """
@@ -85,13 +85,13 @@ class Lease:
         return () if self._held is None else (self._held.fileno(),)
 
     def release(self) -> None:
-        """Give the devices back. A second time does nothing."""
+        """Release the devices. Idempotent."""
         if not self._released:
             _application.undo(self)
             if self._held is not None:
                 self._give_back(self._held)
             self._released = True
-            self._finalizer.detach()  # last: what is interrupted before is done by the finalizer
+            self._finalizer.detach()  # last, so that the finalizer completes an interrupted release
 
     def _variables(self, inherited: Mapping[str, str]) -> dict[str, str]:
         self._check()
@@ -112,7 +112,7 @@ class Lease:
         self.release()
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        """Raise TypeError: a copy would hold nothing, and its release close a file of somebody else's."""
+        """Raise TypeError: a copy would hold nothing, and its release could close an unrelated file."""
         raise TypeError(
             f"{self!r} can be neither copied nor pickled: it is held by a descriptor of this process. Remedy: give "
             "another process env=lease.environment() and pass_fds=lease.pass_fds, or have it ask for a lease of its own"
@@ -123,7 +123,7 @@ class Lease:
 
 
 def _forgotten(held: HeldLease | None, give_back: Callable[[HeldLease], None], names: str) -> None:
-    """Release a lease that the program lost its last reference to."""
+    """Release a lease whose last reference is gone."""
     if held is not None and held.held:
         _application.undo(None)
         give_back(held)
@@ -131,7 +131,7 @@ def _forgotten(held: HeldLease | None, give_back: Callable[[HeldLease], None], n
 
 
 class _Application:
-    """The environment variables that an applied lease has set. There is one for the process."""
+    """The environment variables that an applied lease has set. There is one instance per process."""
 
     def __init__(self) -> None:
         # Reentrant, because the garbage collector may finalize a lease anywhere.
@@ -163,7 +163,7 @@ class _Application:
             os.environ.update(variables)
 
     def undo(self, lease: Lease | None) -> None:
-        """Restore the variables if this lease has set them, or one that is gone."""
+        """Restore the variables if `lease`, or a lease that no longer exists, has set them."""
         with self._lock:
             if self._lease is not None and self._lease() in (lease, None):
                 self._undo()
@@ -171,7 +171,7 @@ class _Application:
     def _undo(self) -> None:
         for name, before in self._before.items():
             if os.environ.get(name) != self._set.get(name):
-                continue  # the program has set it meanwhile
+                continue  # the program has set the variable since
             if before is None:
                 del os.environ[name]
             else:

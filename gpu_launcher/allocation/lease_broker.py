@@ -1,12 +1,12 @@
-"""Leases for all threads and event loops of a process, from one request queue.
+"""Gets leases for all threads and event loops of a process from one request queue.
 
-Theory of operation. The queue belongs to whoever is inside of `guard`, one thread at a time. Each event loop with
-waiting tasks attends to the queue itself, because no other thread knows whether that loop is stuck in the user's code.
-Of the waiting threads one, the leader, attends for all; the others sleep until they are woken or their time is over.
+Theory of operation. Only the thread inside `guard` uses the queue. Each event loop with waiting tasks attends to the
+queue itself, because no other thread knows whether that loop is stuck in the user's code. One of the waiting threads,
+the leader, attends for all of them; the others sleep until they are woken or their time is over.
 
-A thread that has the guard may be interrupted anywhere by the garbage collector or by a signal's handler, and these may
-give leases back or leave the queue. So both only make a note in that case (`_returned`, `_orphans`), and the guard
-acts on the notes when it is left. Signal handlers otherwise wait for the end of the guard.
+The garbage collector or a signal handler may interrupt the thread that has the guard anywhere, and may release leases
+or leave the queue. In that case both only make a note (`_returned`, `_orphans`), and the guard acts on the notes when
+it ends. Otherwise, signal handlers wait for the end of the guard.
 
 Before a fork, every broker takes its guard, so that no child inherits a queue in the middle of a change. A child starts
 with a queue of its own and shares the leases that its parent held at the fork.
@@ -36,13 +36,14 @@ T = TypeVar("T")
 
 
 class LeaseBroker:
-    """Gets leases for threads and tasks. Thread-safe; in a forked child it starts anew, and keeps what is out."""
+    """Gets leases for threads and tasks. Thread-safe. In a forked child it starts again, and keeps the held leases."""
 
     def __init__(
         self, open_queue: Callable[[Callable[[str], None]], RequestQueue], tell: Callable[[str], None]
     ) -> None:
-        """`open_queue` is called for the first request, with a function that takes notices. `tell` gets these notices
-        when the user's code may run again.
+        """`open_queue` is called for the first request, with a function that takes notices.
+
+        `tell` gets these notices once the guard is left, because it may run the user's code.
         """
         self._open_queue = open_queue
         self._tell = tell
@@ -56,14 +57,14 @@ class LeaseBroker:
     def _begin(self) -> None:
         self._process = os.getpid()
         self.preparing = threading.Lock()
-        """Held while the devices are found, which takes long and is done once before the queue is opened."""
+        """Held while the devices are read, which is slow and happens once, before the queue is opened."""
         self._lock = threading.Lock()
         self._holder: int | None = None
-        """The thread that has the lock."""
+        """The thread that holds the lock."""
         self._returned: deque[HeldLease] = deque()
-        """Leases given back by a thread that had the lock: by the garbage collector, or in a signal handler."""
+        """Leases that the garbage collector or a signal handler released in the thread that held the lock."""
         self._orphans: deque[PendingRequest] = deque()
-        """Requests to give up: their event loop is closed, or the thread that gave them up had the lock."""
+        """Requests to give up: their event loop is closed, or the thread that gave them up held the lock."""
         self._told: deque[str] = deque()
         self._leader: ThreadWaiter | None = None
         self._threads: list[ThreadWaiter] = []
@@ -73,9 +74,9 @@ class LeaseBroker:
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """Keep all other threads from the queue. Signal handlers wait, and notices are passed on afterwards."""
+        """Keep all other threads from the queue. Signal handlers and notices are delayed until the end."""
         if os.getpid() != self._process:
-            self.in_child()  # of a fork that Python was not told of
+            self.in_child()  # a fork that Python's hooks did not see
         with uninterrupted() as signals:
             while not self._lock.acquire(timeout=0.1):
                 signals.handle()
@@ -94,7 +95,7 @@ class LeaseBroker:
             finally:
                 self._holder = None
                 self._lock.release()
-            # What was noted in between is still to be done, unless another thread has the lock and does it.
+            # Act on notes made in between, unless another thread has taken the lock and will do so.
             if not (self._returned or self._orphans) or not self._lock.acquire(blocking=False):
                 return
             self._holder = threading.get_ident()
@@ -108,7 +109,7 @@ class LeaseBroker:
                 self._queue.leave(orphan)
 
     def queue(self) -> RequestQueue:
-        """The queue, opened if it is not open yet; only within `guard`. Raises ValueError if it was closed for good."""
+        """The queue, opened if necessary. Only within `guard`. Raises ValueError if the broker is closed."""
         if self.closed:
             raise ValueError("this pool is closed")
         if self._queue is None:
@@ -120,7 +121,7 @@ class LeaseBroker:
         try:
             return queue.enter(request, owner, wake, limit=limit)
         except PoolDirectoryError:
-            if queue.idle:  # the directory may be made anew, which this queue would never believe
+            if queue.idle:  # the directory may be created again, which this queue would not notice
                 self._shut()
             raise
 
@@ -135,11 +136,10 @@ class LeaseBroker:
     # Getting leases
 
     def wait(self, request: Request, owner: Owner, limit: float, make: Callable[[HeldLease], T]) -> T:
-        """Wait in this thread, for at most `limit` seconds. Returns what `make` makes of the lease; a finalizer of that
-        must give the lease back.
+        """Wait in this thread for at most `limit` seconds, and return the result of `make` for the lease.
 
-        Raises LeaseTimeout, RequestError, PoolDirectoryError, ValueError if the pool is closed, and GpuLauncherError if
-        it is closed meanwhile.
+        That object must have a finalizer that releases the lease. Raises LeaseTimeout, RequestError,
+        PoolDirectoryError, ValueError if the pool is closed, and GpuLauncherError if it is closed during the wait.
         """
         waiter, handle = ThreadWaiter(), RequestHandle(self.leave)
         try:
@@ -178,7 +178,7 @@ class LeaseBroker:
                 waiter.sleep(pause)
 
     def _end_wait(self, waiter: ThreadWaiter) -> None:
-        """Let another thread lead."""
+        """Stop waiting; if this thread was the leader, let another one lead."""
         with self.guard():
             if waiter in self._threads:
                 self._threads.remove(waiter)
@@ -189,7 +189,7 @@ class LeaseBroker:
             waiter.close()
 
     async def wait_in_loop(self, request: Request, owner: Owner, limit: float, make: Callable[[HeldLease], T]) -> T:
-        """Wait in this task, as `wait` does in a thread. Cancelled, it gives its place back at once."""
+        """Wait in this task, like `wait` in a thread. When cancelled, it leaves the queue at once."""
         waiter = TaskWaiter(asyncio.get_running_loop())
         handle = RequestHandle(self.leave)
         reference = weakref.ref(handle)
@@ -226,7 +226,7 @@ class LeaseBroker:
                         del self._loops[waiter.loop]
 
     def _attend_or_pause(self, queue: RequestQueue, pending: PendingRequest, *, attend: bool) -> float:
-        """Attend if asked to, or if the request's time is over; returns for how long it may sleep then."""
+        """Attend if `attend` is set or the request's time is over; return how long to sleep, in seconds."""
         left = queue.seconds_left(pending)
         if attend or left <= 0:
             queue.attend()
@@ -242,7 +242,7 @@ class LeaseBroker:
     def _wake_task(self, waiter: TaskWaiter, handle: RequestHandle | None) -> None:
         try:
             waiter.wake()
-        except RuntimeError:  # its event loop is closed, so that the task will never take the lease
+        except RuntimeError:  # its event loop is closed, so the task will never take the lease
             if handle is not None:
                 self._orphans.append(handle.pending)
 
@@ -254,7 +254,7 @@ class LeaseBroker:
 
     @property
     def patience(self) -> float:
-        """Seconds after which to `attend` even if nothing happens."""
+        """Seconds after which to call `attend` even if nothing happens."""
         queue = self._queue
         return 1.0 if queue is None else queue.patience
 
@@ -269,7 +269,7 @@ class LeaseBroker:
         return made
 
     def leave(self, pending: PendingRequest) -> None:
-        """Give up a place in the queue, or what was granted there. A second time does nothing."""
+        """Give up a request or the lease that it got. Idempotent."""
         if self._holder == threading.get_ident() and self._process == os.getpid():
             self._orphans.append(pending)
             return
@@ -277,10 +277,10 @@ class LeaseBroker:
             if self._queue is not None:
                 self._queue.leave(pending)
 
-    # Giving back
+    # Releasing leases
 
     def give_back(self, lease: HeldLease) -> None:
-        """Give a lease back, and on to requests of this process that wait for it. A second time does nothing."""
+        """Release a lease, and serve requests of this process that wait. Idempotent."""
         if self._holder == threading.get_ident() and self._process == os.getpid():
             self._returned.append(lease)
             return
@@ -292,15 +292,15 @@ class LeaseBroker:
         if self._queue is not None and self._queue.holds(lease):
             self._queue.release(lease)
         elif (descriptor := lease.detach()) >= 0:
-            os.close(descriptor)  # of the process that this one was forked from
+            os.close(descriptor)  # a lease of the process that this one was forked from
 
     @property
     def in_use(self) -> bool:
-        """Whether there is anything to close."""
+        """Whether the queue is open."""
         return self._queue is not None
 
     def close(self) -> None:
-        """Give back everything. A second time does nothing."""
+        """Release all leases and close the queue. Idempotent."""
         with self.guard():
             self.closed = True
             out, self._out = self._out, set()
@@ -311,7 +311,7 @@ class LeaseBroker:
     # Forks
 
     def before_fork(self) -> bool:
-        """Finish and lock, so that a child inherits nothing half-done. Returns whether to call `after_fork`."""
+        """Lock, so that the child inherits a consistent queue. Returns whether to call `after_fork`."""
         if self._holder == threading.get_ident():
             return False
         self._lock.acquire()
@@ -319,11 +319,11 @@ class LeaseBroker:
         return True
 
     def after_fork(self) -> None:
-        """Unlock, in the parent."""
+        """Unlock. Called in the parent."""
         self._unlock()
 
     def in_child(self) -> None:
-        """Start anew in a child: drop all requests, and keep the leases that are held."""
+        """Start again in a forked child: drop all requests, and keep the held leases, except in internal helpers."""
         self._process, self._holder = os.getpid(), threading.get_ident()
         queue, self._queue = self._queue, None
         keep = set() if in_internal_fork() else set(self._out)
@@ -332,7 +332,7 @@ class LeaseBroker:
         if queue is not None:
             queue.close_in_child(keep)
         for lease in self._out - keep:
-            if (descriptor := lease.detach()) >= 0:  # of the process before the last
+            if (descriptor := lease.detach()) >= 0:  # a lease from before the parent's own fork
                 os.close(descriptor)
         self._out = keep
         returned = self._returned

@@ -1,18 +1,17 @@
 """The queue of one process's requests for leases: their tickets, their claims, and why they wait.
 
-Theory of operation. Many requests wait at once, of threads, tasks, or the jobs of a sweep, and nothing here has a
-thread of its own. Each request has a ticket in the pool's ledger. Whoever waits calls `attend` when one of
-`descriptors` is readable, and after `patience` seconds in any case; that serves all requests of the queue, so one
-caller at a time is enough. `attend` hears what the ledger and the device monitor say, has the devices looked at again
-if the last look is too old, claims leases in the order of the machine-wide queue, fails requests whose time limit is
-over, and says for whom the others wait. It never blocks for long: another process looks at the devices, and a claim in
-vain needs no lock.
+Theory of operation. Requests of many threads, tasks or jobs wait at once. The queue has no thread of its own. Each
+request has a ticket in the pool's ledger. A waiter calls `attend` when one of `descriptors` is readable, and after
+`patience` seconds in any case. One call serves all requests of the queue, so one caller at a time is enough. `attend`
+reads the news of the ledger and the device monitor, has the devices measured again if the last measurement is too old,
+claims leases in the order of the machine-wide queue, fails requests whose time limit is over, and says for whom the
+others wait. It never blocks for long: another process measures the devices, and an unsuccessful claim needs no lock.
 
-Nothing is granted before the devices have been looked at: somebody outside the pool may use them. A driver that stops
-answering blocks nothing, because the pool would stand still for a defect that jobs may never notice.
+Nothing is granted before the first measurement, because programs outside the pool may use the devices. A driver that
+later stops answering blocks nothing; otherwise the pool would stop for a defect that jobs may never notice.
 
-A request ends with `lease` or `error` set and one call of `wake`. That call comes from inside of `attend`, `claim` or
-`release`, so it must not use the queue; it only makes a note, or wakes a thread.
+A request ends with `lease` or `error` set and one call of `wake`. That call comes from inside `attend`, `claim` or
+`release`, so it must not use the queue; it only makes a note or wakes a thread.
 """
 
 from __future__ import annotations
@@ -35,23 +34,23 @@ from gpu_launcher.leases import HeldLease, Ledger, PoolView, Ticket, leases_of
 from gpu_launcher.model import Device, Owner, Request
 
 EXPLAIN_SECONDS = 1.0
-"""Seconds that a request waits before it is said for whom, and between two checks of that."""
+"""Seconds that a request waits before the reason is announced, and between two checks of the reason."""
 FRESH_SECONDS = 2.0
-"""Seconds for which a look at the devices counts. Later, they are looked at again before one is granted."""
+"""Seconds for which a measurement is valid. After that, devices are measured again before one is granted."""
 UNANSWERED_SECONDS = 3.0
-"""Seconds after which devices that were looked at before are granted although the driver does not answer now."""
+"""Seconds without an answer of the driver after which devices that were measured before are granted anyway."""
 FIRST_LOOK_SECONDS = 30.0
-"""Seconds that a request waits for the first look at the devices, even if its own limit is shorter."""
+"""Seconds that a request waits for the first measurement of the devices, even if its own limit is shorter."""
 NOT_READY_POLL = 0.05
-"""Seconds between two checks of whether that time is over. An answer is heard at once."""
+"""Seconds between two checks of whether that time is over. An answer is noticed at once."""
 UNUSABLE_SECONDS = 60.0
 """Seconds for which the pool directory may be unusable before requests fail."""
 SAME_VIEW_SECONDS = 0.25
 """Seconds for which one snapshot of the pool explains the waits of all requests."""
 SPARE_DESCRIPTORS = 32
-"""File descriptors that tickets leave to the rest of the program."""
+"""File descriptors that tickets leave free for the rest of the program."""
 ALL_REASONS = 64
-"""Reasons that a complete explanation names at most."""
+"""Most reasons that a complete explanation names."""
 
 Kind = tuple[Request, tuple[str, ...]]
 """Grouping key: if the policy refuses a request, it also refuses later requests of the same kind."""
@@ -67,7 +66,7 @@ class PendingRequest:
     """The devices it may get, best first."""
     since: float
     limit: float
-    """Seconds after `since` at which it fails."""
+    """Seconds after `since` after which it fails."""
     wake: Callable[[], None]
     explain: Callable[[WaitReason], None] | None
     outlasts: Callable[[], bool] | None
@@ -75,13 +74,13 @@ class PendingRequest:
     """Sorts the requests of this process in the order in which the machine-wide queue serves them."""
     kind: Kind
     ticket: Ticket | None = None
-    """None while the pool directory is unusable and it could not get one."""
+    """None if it could not get one because the pool directory is unusable."""
     lease: HeldLease | None = None
     error: GpuLauncherError | None = None
 
     @property
     def settled(self) -> bool:
-        """Whether it has ended."""
+        """Whether it has a lease or an error."""
         return self.lease is not None or self.error is not None
 
     def result(self) -> HeldLease:
@@ -93,7 +92,7 @@ class PendingRequest:
 
 
 class RequestQueue:
-    """Gets leases of `devices` for many requests of one process. Not thread-safe; belongs to the process that made it.
+    """Gets leases of `devices` for the requests of one process. Not thread-safe; only for the process that created it.
 
     Call `attend` when one of `descriptors` is readable, and after `patience` seconds in any case.
     """
@@ -111,13 +110,13 @@ class RequestQueue:
         program: int | None = None,
         on_fault: Callable[[Device, str], None] = lambda device, fault: None,
     ) -> None:
-        """Open the queue. It closes `ledger` and `monitor` when it is closed.
+        """Open the queue. Closing it also closes `ledger` and `monitor`.
 
-        `busy_memory` is as `gpu_launcher.devices.why_busy` takes it. `tell` gets one line when the pool directory is
-        unusable, and when a request without `explain` has waited for others, or for another reason than before. `links`
-        are as `gpu_launcher.allocation.device_watch.links_among` finds them. `program` is the process on whose behalf
-        the requests are made; it may itself hold leases that are in the way. `on_fault` is told once of each device
-        that is set aside because it is broken.
+        `busy_memory` is as for `gpu_launcher.devices.why_busy`. `tell` gets one line when the pool directory is
+        unusable, and when the reason why a request without `explain` waits is known or changes. `links` are those that
+        `gpu_launcher.allocation.device_watch.links_among` finds. `program` is the process for which the requests are
+        made; it may itself hold leases that are in the way. `on_fault` is called once for each device that is set aside
+        because it is broken.
         """
         self.devices = devices
         self._ledger = ledger
@@ -134,7 +133,7 @@ class RequestQueue:
         self._clock = clock
         self._program = program
         self._pending: dict[tuple[int, int], PendingRequest] = {}
-        """By place."""
+        """The waiting requests, by place."""
         self._kinds: Counter[Kind] = Counter()
         """The number of pending requests of each kind."""
         self._arrivals = 0
@@ -145,18 +144,18 @@ class RequestQueue:
         """When the pool directory became unusable; None while it is usable."""
         self._view: tuple[float, PoolView, frozenset[str]] | None = None
         self._stale_since: float | None = None
-        """Since when requests wait for a fresh look at the devices."""
+        """When requests began to wait for a new measurement of the devices; None if none is needed."""
         self._looked_at = -math.inf
 
     def now(self) -> float:
-        """Seconds, on the clock of `PendingRequest.since`."""
+        """The current time in seconds, on the clock of `PendingRequest.since`."""
         return self._clock()
 
     # Waiting
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """Readable when it is time to `attend`."""
+        """Descriptors of which one becomes readable when it is time to `attend`."""
         descriptor = self._ledger.fileno()
         return (self._watch.fileno(),) if descriptor is None else (self._watch.fileno(), descriptor)
 
@@ -177,7 +176,7 @@ class RequestQueue:
 
     @property
     def ready(self) -> bool:
-        """Whether the state of the devices is known; nothing is granted before."""
+        """Whether the state of the devices is known. Nothing is granted before."""
         now = self._clock()
         unanswered = self._stale_since is not None and now - self._stale_since > UNANSWERED_SECONDS
         return self._fresh(now) or (self._watch.ready and unanswered)
@@ -194,12 +193,12 @@ class RequestQueue:
     ) -> PendingRequest:
         """Take a ticket. Call `claim` to get the lease at once if it is available.
 
-        The request fails with LeaseTimeout after `limit` seconds. `explain` is told why it waits, first after a moment
-        and then whenever that changes, instead of `tell`. A request with `outlasts` also waits if the pool directory is
-        unusable now, and as long as `outlasts()` is true for any time.
+        The request fails with LeaseTimeout after `limit` seconds. `explain`, if given, replaces `tell`: it gets the
+        reason for the wait after a moment, and again whenever it changes. A request with `outlasts` is accepted even if
+        the pool directory is unusable now, and waits for it without a limit as long as `outlasts()` is true.
 
-        Raises RequestError for what these devices could never give, PoolDirectoryError, and GpuLauncherError if so
-        many wait that this process is running out of file descriptors.
+        Raises RequestError if these devices can never satisfy the request, PoolDirectoryError, and GpuLauncherError if
+        so many requests wait that this process is running out of file descriptors.
         """
         if problem := self.refusal(request):
             raise RequestError(f"the request is {problem}")
@@ -225,12 +224,12 @@ class RequestQueue:
         return pending
 
     def claim(self, pending: PendingRequest) -> None:
-        """Get the lease if it is available now, without a look at the other requests."""
+        """Get the lease if it is available now, without attending to the other requests."""
         if self.ready and self._kinds[pending.kind] == 1:
             self._claim([pending])
 
     def attend(self) -> None:
-        """Grant leases, fail what is over, look at the devices if it is time, and say for whom requests wait."""
+        """Claim leases, fail expired requests, measure the devices if it is time, and say for whom requests wait."""
         self._hear()
         if not self._pending:
             self._watch.look(self._clock(), waiting=False)
@@ -246,14 +245,14 @@ class RequestQueue:
         return pending.since + pending.limit - self._clock()
 
     def leave(self, pending: PendingRequest) -> None:
-        """Give up the place in the queue, or give back the lease."""
+        """Give up a request, or release the lease that it got."""
         if self._pending.get(pending.place) is pending:
             self._remove(pending)
         if pending.lease is not None:
             self.release(pending.lease)
 
     def release(self, lease: HeldLease) -> None:
-        """Give devices back, and on to requests that wait for them here."""
+        """Release devices, and serve requests of this queue that wait for them."""
         if self._leases.pop(lease.id, None) is None:
             return
         self._ledger.release(lease)
@@ -262,22 +261,22 @@ class RequestQueue:
             self.attend()
 
     def holds(self, lease: HeldLease) -> bool:
-        """Whether the lease is one of this queue's, and not given back."""
+        """Whether the lease belongs to this queue and has not been released."""
         return lease.id in self._leases
 
-    # Asking
+    # Questions
 
     def refusal(self, request: Request) -> str | None:
-        """Why these devices could never grant a request, as a phrase that continues `the request is`."""
+        """Why these devices could never satisfy a request, as a phrase that continues `the request is`."""
         return refusal(request, self.devices)
 
     def refusal_now(self, request: Request) -> str | None:
-        """Why the devices that are not broken could never grant a request."""
+        """Why the devices that are not broken could never satisfy a request; see `refusal`."""
         faults = self._watch.faults
         return refusal(request, tuple(device for device in self.devices if device.uuid not in faults))
 
     def idle_devices(self) -> list[Device]:
-        """The devices of which nobody has a share and that could be granted now; none if the pool is unusable."""
+        """The devices that have no leases and could be granted now; none if the pool is unusable."""
         try:
             leases = self._ledger.snapshot().leases
         except PoolDirectoryError:
@@ -288,7 +287,7 @@ class RequestQueue:
         return [device for device in self.devices if device.uuid not in taken]
 
     def look(self) -> int | None:
-        """Have the devices looked at; returns a descriptor to wait on for the answer, None if it is there already."""
+        """Have the devices measured; return a descriptor to wait on for the answer, or None if it is there already."""
         self._hear()
         self._look()
         return None if self.ready else self._watch.fileno()
@@ -299,24 +298,24 @@ class RequestQueue:
 
     @property
     def watch(self) -> DeviceWatch:
-        """What is known of the devices."""
+        """The state of the devices."""
         return self._watch
 
     # Ending
 
     def stop_watching(self) -> None:
-        """End the looks at the devices, because no request will enter any more. Leases stay."""
+        """Stop measuring the devices, because no more requests will enter. Leases stay."""
         self._watch.close()
 
     def close(self) -> None:
-        """Fail all requests, and give back all leases."""
+        """Fail all requests and release all leases."""
         self._fail(self._pending.values(), closed_meanwhile())
         self._leases.clear()
         self._ledger.close()
         self._watch.close()
 
     def close_in_child(self, keep: Iterable[HeldLease] = ()) -> None:
-        """In a forked process: drop what belongs to the parent, except for the leases to `keep`."""
+        """Drop everything that belongs to the parent, except the leases to `keep`. Called in a forked child."""
         self._ledger.close_in_child(list(keep))
         self._watch.close_in_child()
         self._pending.clear()
@@ -331,7 +330,7 @@ class RequestQueue:
         if descriptor is not None and _readable(descriptor):
             self._ledger.drain()
             if self._watch.unavailable:
-                # What ended may have been what looked like a program outside the pool.
+                # The job that ended may have looked like a program outside the pool.
                 self._watch.look_again(self._clock())
 
     def _look(self) -> None:
@@ -399,7 +398,7 @@ class RequestQueue:
             pending.wake()
 
     def _expire(self) -> None:
-        """Fail the requests whose time is over. The first look at the devices may take longer than their limits."""
+        """Fail the requests whose time is over. The first measurement may take longer than their limits."""
         now = self._clock()
         for pending in [one for one in self._pending.values() if now - one.since >= one.limit]:
             if self.ready or now - pending.since >= FIRST_LOOK_SECONDS:
@@ -411,7 +410,7 @@ class RequestQueue:
                 self._fail([pending], error)
 
     def _explain(self) -> None:
-        """Say for whom the first request of each kind waits, if that is not this process itself."""
+        """Say for whom the first request of each kind waits, unless it waits only for this process itself."""
         now = self._clock()
         if now < self._explain_at:
             return
@@ -428,7 +427,7 @@ class RequestQueue:
             try:
                 view = self._seen(pending.ticket)
             except PoolDirectoryError:
-                return  # the next claim tells
+                return  # the next claim reports it
             reason = explain_wait(
                 view, pending.candidates, own, pending.ticket, self._watch.unavailable, mine=mine, program=self._program
             )
@@ -440,7 +439,7 @@ class RequestQueue:
             self._explained[kind] = reason
 
     def _full_reason(self, pending: PendingRequest) -> str:
-        """Who holds, or is in line for, the devices that a request waits for, this process included."""
+        """Say who holds, or is in line for, the devices that a request waits for, including this process."""
         if not self.ready:
             return "it is not known yet how the devices are doing: the driver has not answered"
         if pending.ticket is None:
@@ -451,7 +450,7 @@ class RequestQueue:
         return reason.reason or "they have just become free"
 
     def _seen(self, ticket: Ticket) -> PoolView:
-        """A snapshot of the pool that has the ticket, as new as explanations need it."""
+        """A snapshot of the pool that contains the ticket and is recent enough for explanations."""
         now = self._clock()
         if self._view is None or now - self._view[0] > SAME_VIEW_SECONDS or ticket.id not in self._view[2]:
             view = self._ledger.snapshot()
@@ -460,12 +459,15 @@ class RequestQueue:
 
 
 def closed_meanwhile() -> GpuLauncherError:
-    """What a request fails with when the queue is closed."""
+    """The error of requests that wait when the queue is closed."""
     return GpuLauncherError("the pool was closed while this waited for a lease of it")
 
 
 def _check_descriptors(waiting: int) -> None:
-    """A ticket is an open file. If tickets took all descriptors, none of them could become a lease."""
+    """Raise GpuLauncherError if the process is running out of file descriptors.
+
+    A ticket is an open file. If tickets used all descriptors, none of them could become a lease.
+    """
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most == resource.RLIM_INFINITY or waiting < most // 4:
         return

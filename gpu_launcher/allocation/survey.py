@@ -1,4 +1,4 @@
-"""The pool at one moment, for commands and programs. Pure: what was read of devices and pool comes as values."""
+"""A survey of devices and pool at one moment, for commands and programs. Pure: readings are arguments."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class DeviceState(str, Enum):
 
     FREE = "free"
     PARTLY_HELD = "partly held"
-    """It has room beside the leases on it."""
+    """It has leases, and room for more."""
     HELD = "held"
     BUSY = "busy"
-    """A program outside the pool uses it, so that nothing more of it is granted."""
+    """A program outside the pool uses it, so nothing more of it is granted."""
     SET_ASIDE = "set aside"
-    """It is broken, or not available to jobs because of its settings."""
+    """It is broken, or its settings make it unavailable to jobs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The devices to show, and what else is known of the machine."""
+    """The devices to show, and other facts about the machine."""
 
     devices: tuple[Device, ...]
     unusable: tuple[UnusableGpu, ...] = ()
@@ -55,11 +55,11 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class PoolSeen:
-    """The pool directory, and what is in it."""
+    """The pool directory and its contents."""
 
     directory: Path
     view: PoolView | None
-    """None: the directory does not exist yet."""
+    """The pool's contents; None if the directory does not exist yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class DeviceSeen:
     condition: Condition | None = None
     holds: tuple[DeviceUse, ...] = ()
     reason: str | None = None
-    """Why nothing (more) of it is granted, if it is busy or set aside; continues `GPU 1 ...`."""
+    """Why nothing more of it is granted, if it is busy or set aside; continues `GPU 1 ...`."""
     strangers: tuple[GpuProcess, ...] = ()
     """Compute processes on it that provably do not belong to the pool."""
 
@@ -82,7 +82,7 @@ class PoolSurvey:
     pool: PoolSeen
     devices: tuple[DeviceSeen, ...]
     notices: tuple[str, ...] = ()
-    """What to know about what is shown, one line each."""
+    """Notices for the reader, one line each."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """The labels of the devices of the machine and of the pool, by UUID."""
 
@@ -110,9 +110,9 @@ def take_survey(
     busy_memory: int | None,
     notices: Sequence[str] = (),
 ) -> PoolSurvey:
-    """Put together what was read.
+    """Make a survey of what was read.
 
-    `exists` says whether a process of that id can be seen from here. `busy_memory` is as `why_busy` takes it.
+    `exists` says whether a process id is visible from here. `busy_memory` is as for `why_busy`.
     """
     view = pool.view or EMPTY
     doing = {condition.uuid: condition for condition in conditions}
@@ -144,7 +144,7 @@ def take_survey(
 
 
 def device_of(uuid: str) -> Device:
-    """A device that is known by its UUID only, because this process does not see it or does not simulate it."""
+    """A device of which only the UUID is known, because this process does not see or simulate it."""
     kind, _, number = uuid.partition("-")
     if number.isdecimal() and int(number) <= MAX_INDEX:
         if kind == "SIMULATED":
@@ -155,12 +155,12 @@ def device_of(uuid: str) -> Device:
 
 
 def label(device: Device) -> str:
-    """The label of a device, or the beginning of its UUID if its index is not known."""
+    """The label of a device, or the beginning of its UUID if its index is unknown."""
     return device.label if device.index >= 0 else device.uuid[:12]
 
 
 def _place(device: Device) -> tuple[int, int, int, str]:
-    """Sort key: GPUs with their MIG instances, then simulated ones, then CPU slots; those not in this machine last."""
+    """Sort key: GPUs with their MIG instances, then simulated GPUs, then CPU slots, then devices of unknown index."""
     kinds = {DeviceKind.GPU: 0, DeviceKind.MIG: 0, DeviceKind.SIMULATED: 1, DeviceKind.CPU: 2}
     kind = kinds[device.kind] if device.index >= 0 else 3
     return kind, device.index, -1 if device.instance is None else device.instance, device.uuid
@@ -224,10 +224,10 @@ class LeaseSeen:
     """A live lease of any program."""
 
     owner: Owner | None
-    """None if it cannot be read; the lease then counts as holding everything."""
+    """None if the lease cannot be read; it then counts as holding everything."""
     devices: tuple[Device, ...]
     shares: tuple[Share, ...]
-    """The part of each device that it has."""
+    """The share of each device, in the order of `devices`."""
     since: float | None
     """When it was granted, in seconds since the epoch."""
 
@@ -237,7 +237,7 @@ class WaitSeen:
     """A place in the queue."""
 
     owner: Owner | None
-    """None if it cannot be read."""
+    """None if the ticket cannot be read."""
     request: Request | None
     since: float | None
     """When it arrived, in seconds since the epoch."""
@@ -252,15 +252,15 @@ class PoolSnapshot:
     time: float
     """Seconds since the epoch."""
     devices: tuple[DeviceSeen, ...]
-    """The devices that the pool was made for, each with its `device`, `state`, `holds`, and `reason` if it is out."""
+    """The pool's devices, each with `device`, `state` and `holds`, and with `reason` if it is unavailable."""
     leases: tuple[LeaseSeen, ...]
     """The leases of all programs of the machine, in the order of their grants."""
     queue: tuple[WaitSeen, ...]
-    """The waiting requests, in the order in which they are served."""
+    """The waiting requests, in queue order."""
 
 
 def snapshot_of(survey: PoolSurvey, known: dict[str, Device]) -> PoolSnapshot:
-    """A survey in the terms of the Python interface. `known` has devices by UUID."""
+    """Convert a survey to the types of the Python interface. `known` holds devices by UUID."""
     view = survey.view
     return PoolSnapshot(
         time=survey.time,

@@ -1,4 +1,4 @@
-"""What a thread or a task needs while it waits: a handle to its request, and a way to sleep until it is woken."""
+"""Helpers for waiting threads and tasks: handles to their requests, and ways to sleep until woken."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from gpu_launcher.allocation.request_queue import PendingRequest
 
 
 class RequestHandle:
-    """Gives a request up when this object is gone, also where a second signal interrupts the handling of the first."""
+    """Gives a request up when it is collected, so that none is lost if a second signal interrupts the cleanup."""
 
     def __init__(self, give_up: Callable[[PendingRequest], None]) -> None:
-        """`give_up` gets the request when `leave` is called, or this object is collected."""
+        """`give_up` gets the request when `leave` is called or this object is collected."""
         self._requests: list[PendingRequest] = []
         self._give_up = give_up
         self._process = os.getpid()
-        # No __del__: an exception out of a signal's handler would be lost in it, every time that it is not needed.
+        # Not __del__: it would swallow an exception from a signal handler, even when there is nothing to give up.
         self._finalizer = weakref.finalize(self, _leave, give_up, self._process, self._requests)
         self._finalizer.atexit = False
 
     @property
     def pending(self) -> PendingRequest:
-        """The request, once it was taken."""
+        """The request. Only after `take`."""
         return self._requests[0]
 
     def take(self, pending: PendingRequest) -> PendingRequest:
-        """Take charge of a request."""
+        """Become responsible for a request, and return it."""
         self._requests.append(pending)
         return pending
 
     def leave(self) -> None:
-        """Give the request up, or the lease that it got."""
+        """Give up the request or the lease that it got."""
         _leave(self._give_up, self._process, self._requests)
         self.forget()
 
     def forget(self) -> None:
-        """Leave the request alone: its lease has another owner."""
+        """Stop being responsible for the request, because its lease has another owner."""
         self._finalizer.detach()
 
 
@@ -53,7 +53,7 @@ def _leave(give_up: Callable[[PendingRequest], None], process: int, requests: li
 
 
 class ThreadWaiter:
-    """A thread that waits. Not a threading.Event: a signal handler that raises can leave its lock taken for ever."""
+    """A waiting thread. threading.Event is not used, because a raising signal handler can leave its lock taken."""
 
     def __init__(self) -> None:
         self._asleep = threading.Lock()
@@ -61,7 +61,7 @@ class ThreadWaiter:
         self._bell: tuple[int, int] | None = None
 
     def open_bell(self) -> int:
-        """A descriptor that is readable when the thread is woken, for the leader, which polls."""
+        """A descriptor that becomes readable when the thread is woken. The leader polls it."""
         if self._bell is None:
             self._bell = os.pipe()
             os.set_blocking(self._bell[1], False)
@@ -95,7 +95,7 @@ def wait_readable(descriptors: tuple[int, ...], seconds: float) -> None:
 
 
 class TaskWaiter:
-    """A task that waits."""
+    """A waiting task."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -139,7 +139,7 @@ class LoopDriver:
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self, descriptors: tuple[int, ...]) -> None:
-        """Count one more waiting task, and watch `descriptors`."""
+        """Add a waiting task. For the first one, start to watch `descriptors`."""
         self._waiting += 1
         if self._waiting == 1:
             self._descriptors = descriptors
@@ -148,15 +148,15 @@ class LoopDriver:
             self._arm()
 
     def end(self) -> bool:
-        """Count one waiting task less. Returns whether it was the last."""
+        """Remove a waiting task; return whether it was the last."""
         self._waiting -= 1
         if self._waiting == 0:
             self._stop()
         return self._waiting == 0
 
     def stop(self) -> None:
-        """Stop, from any thread, because the queue is closed."""
-        with contextlib.suppress(RuntimeError):  # so is the loop
+        """Stop, because the queue is closed. May be called from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, too
             self._loop.call_soon_threadsafe(self._stop)
 
     def _stop(self) -> None:
