@@ -6,7 +6,7 @@ The tests run in a shuffled order; `--seed` repeats one.
 `make test-all` has run every test but the slow ones on this machine's Python with the newest dependencies. Here, the
 oldest Python with the lowest dependencies and the newest Python with the next Hydra run the tests that depend on these
 versions, and of all others those marked smoke. The two Pythons between run what depends on packaging, the slow tests,
-and what needs torch. On two idle CPUs, all of CI should take less than 45 minutes.
+and what needs torch. On two idle CPUs, all of CI should take less than an hour.
 
 Each environment lives in `.matrix/<name>/` and is kept: a second run reinstalls only gpu-launcher itself,
 unless what it depends on has changed. The tests run in a copy of the tree that lacks the packages, so that what
@@ -69,13 +69,33 @@ class Environment:
 
 
 DEPENDENT = (
-    "tests/hydra",
     "tests/unit",
-    "tests/studies",
+    "tests/studies/test_optimize.py",
     "tests/executors/test_cpython_suite.py",
     "tests/cli/test_main.py",
+    "tests/hydra/test_contract.py",
+    "tests/hydra/test_existing_programs.py",
+    "tests/hydra/test_hydra_suites.py",
+    "tests/hydra/test_job_options.py",
+    "tests/hydra/test_optuna_async_config.py",
+    "tests/hydra/test_preparation.py",
+    "tests/hydra/test_several_launches.py",
 )
-"""What depends on the versions of Python, Hydra, Optuna or Typer. Crashes, leases and users depend on the kernel."""
+"""What depends on the versions of Python, Hydra, Optuna or click. Crashes, leases and users depend on the kernel."""
+LOWEST = (
+    *DEPENDENT,
+    "tests/hydra/test_grid_async.py",
+    "tests/hydra/test_optuna_async.py",
+)
+NEXT_HYDRA = (
+    *DEPENDENT,
+    "tests/hydra/test_bad_input.py",
+    "tests/hydra/test_deaths.py",
+    "tests/hydra/test_job_processes.py",
+    "tests/hydra/test_other_sweepers.py",
+    "tests/hydra/test_retries.py",
+)
+"""Each takes the long files of tests/hydra that the other leaves out, or CI would take too long."""
 PACKAGED = (
     "tests/hydra/test_contract.py",
     "tests/hydra/test_example_digits.py",
@@ -102,13 +122,13 @@ SWEEPERS = ("hydra-optuna-sweeper==1.4.0rc3", "hydra-nevergrad-sweeper==1.4.0rc3
 # The oldest and the newest of everything we support, each at least once; the longest first, so that two CPUs end
 # together. `make test` has the newest release of each dependency, too. The release candidate of Hydra has to be named.
 ENVIRONMENTS = (
-    Environment("3.10", dependencies="lowest", artifact="tree", tests=DEPENDENT, smoke=True),
+    Environment("3.10", dependencies="lowest", artifact="tree", tests=LOWEST, smoke=True),
     Environment(
         "3.13",
         dependencies="newest",
         hydra="1.4.0rc3",
         artifact="tree",
-        tests=DEPENDENT,
+        tests=NEXT_HYDRA,
         smoke=True,
         beside=SWEEPERS,
     ),
