@@ -1,1 +1,1 @@
-"""Functions of any Python program, run in processes that have devices of the pool."""
+"""Function calls of Python programs, made in processes that have devices of the pool."""

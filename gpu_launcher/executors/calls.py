@@ -1,4 +1,4 @@
-"""What happens in the process of a call."""
+"""The program that runs in the process of a call."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from gpu_launcher.processes.worker import JobContext
 
 @dataclass(frozen=True, slots=True)
 class FunctionCall:
-    """What to call, and how to report."""
+    """A call to make, and a place for its value."""
 
     packed: Payload
-    """The function, its arguments, and its keyword arguments."""
+    """The function, its arguments and its keyword arguments."""
     value: str
-    """Path of a file for a large value."""
+    """Path of the file for a large value."""
 
 
 @dataclass(frozen=True, slots=True)
 class IsWanted:
-    """What a call's process says when it has its devices: is the call still wanted? The answer is a bool."""
+    """Asks whether the call is still wanted, once its process has its devices. The answer is a bool."""
 
 
 CallOutcome = ReturnedValue | NoValue | PortableException
-"""What it says when the call has ended."""
+"""The message of a call's process when the call has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,34 +43,34 @@ class CallProgram:
     request: Request
 
     def __call__(self, number: int, spec: FunctionCall, context: JobContext) -> Report:
-        """Make it, on its devices."""
+        """Wait for devices, and make the call."""
         context.prepared(self.request, None)
-        context.wait()  # before the arguments are unpickled, which may well use a GPU
+        context.wait()  # before the arguments are unpickled, which may use a GPU
         context.say(IsWanted())
         if not context.hear():
             return Report(True, None, b"")
         job = os.getpid()
         made = _make(spec)
-        if os.getpid() == job:  # or this is a fork of the call's, and comes here as it would in any program
+        if os.getpid() == job:  # a fork that the call made may arrive here, too, and must not report
             made = _say(context, made)
         return Report(made.problem is None, made.problem, b"", out_of_memory=made.out_of_memory)
 
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """What came of a call."""
+    """The outcome of a call, with what the report needs."""
 
     outcome: CallOutcome
     problem: str | None = None
-    """Why it failed: a sentence without its subject."""
+    """Why the call failed: a sentence without its subject."""
     out_of_memory: bool = False
 
 
 def _say(context: JobContext, made: _Made) -> _Made:
-    """Say what came of the call; returns what was said."""
+    """Send the outcome of the call. Returns what was sent: a failure, if the outcome could not be sent."""
     try:
         context.say(made.outcome)
-    except OSError as error:  # what is large travels in memory files, which resource limits apply to
+    except OSError as error:  # large messages travel in memory files, to which resource limits apply
         made = _not_handed_over(error)
         context.say(made.outcome)
     return made
@@ -79,10 +79,10 @@ def _say(context: JobContext, made: _Made) -> _Made:
 def _make(call: FunctionCall) -> _Made:
     try:
         function, args, kwargs = call.packed.unpack()
-    except BaseException as error:  # whatever the user's objects raise when they are unpickled
+    except BaseException as error:  # user objects may raise anything when they are unpickled
         problem = f"was not made, as its function and arguments cannot be unpickled: {describe(error)}"
         return _failed(problem, error, NoValue(traceback_of(error)))
-    known = dict(main_namespace())  # which the program has, too; what the call puts there, it has not
+    known = dict(main_namespace())  # copied now: the program does not have what the call adds
     try:
         value = _call(function, args, kwargs)
         del function, args, kwargs
@@ -93,7 +93,7 @@ def _make(call: FunctionCall) -> _Made:
         except Exception as error:
             problem = f"returned what cannot be pickled: {unreturnable(value, error)}"
             return _failed(problem, error, NoValue(traceback_of(error), unpicklable=True))
-    except BaseException as error:  # SystemExit and KeyboardInterrupt are the caller's to interpret as well
+    except BaseException as error:  # SystemExit and KeyboardInterrupt go to the caller, too
         return _failed(reason(error), error, PortableException.of(error, known))
 
 

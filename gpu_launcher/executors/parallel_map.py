@@ -1,4 +1,4 @@
-"""A function over many records, with a model per worker: each worker has devices of its own and sets itself up once."""
+"""`gpu_launcher.parallel_map`: a function over many records, in workers with devices that set themselves up once."""
 
 from __future__ import annotations
 
@@ -43,38 +43,40 @@ def parallel_map(
     read_ahead: int | None = None,
     start_method: StartMethod = "auto",
 ) -> ParallelMap:
-    """Call `function` on every record, in worker processes that each have devices of their own, and yield the results.
+    """Call `function` on every record, in worker processes that have devices of their own, and yield the results.
 
-    Each worker calls `setup()` once, when it has its devices. What that returns is handed to every call: with
-    `return model, metric` (a tuple) the calls are `function(record, model, metric)`, with one object
-    `function(record, model)`, with None, or without `setup`, `function(record)`. Records and results travel by pickle,
-    functions only where workers cannot be forked from this process.
+    Each worker calls `setup()` once, when it has its devices. Every call gets what `setup` returned: with
+    `return model, metric` (a tuple), the calls are `function(record, model, metric)`; with one object,
+    `function(record, model)`; with None, or without `setup`, `function(record)`. Records and results are pickled;
+    functions are pickled only if workers cannot be forked from this process.
 
-    - `num_workers`: at most so many; by default as many as the pool grants, for `gpus=0` one for each CPU. Those that
-      devices are free for begin, others join them when devices become free.
-    - `gpus`: devices of each worker, or a fraction of one, `memory`: of each device, such as "20GiB"; with `gpus=None`
-      a worker gets as much of a device as its memory says. `gpus=0`: none, as for calls to remote models.
-    - `priority`: higher ones get devices first. `pool`: which devices, by default all of the machine's.
-    - `ordered`: whether the results come in the order of the records, or as they are ready.
-    - `on_error`: whether the first record that fails ends the iteration with the exception that the function raised
-      (its `__cause__`, a RecordError, has the record and the worker's traceback), or has a RecordError as its result.
-    - `read_ahead`: how many records may be in hand, from the oldest whose result has not come out to the newest that
-      was read from `records`; by default 1000, or more if they are quick, or fewer if they are large.
-    - `progress`: a progress bar on stderr, if that is a terminal. `total`: for that, and for small chunks at the end,
-      if `records` has no length.
+    - `num_workers`: maximum number of workers. Default: as many as the pool grants; for `gpus=0`, one per CPU. Workers
+      begin when their devices are free, and others join later.
+    - `gpus`: devices per worker, or a fraction of a device. `memory`: memory per device, such as "20GiB". With
+      `gpus=None`, `memory` decides which part of a device a worker gets. `gpus=0`: no devices, such as for calls to
+      remote models.
+    - `priority`: higher priorities get devices first. `pool`: the devices to use. Default: all of the machine.
+    - `ordered`: whether results come in the order of the records. If not, they come when they are ready.
+    - `on_error`: "raise" ends the iteration at the first record that fails, with the exception that the function raised
+      (its `__cause__`, a RecordError, has the record and the worker's traceback). "return" yields a RecordError as the
+      record's result.
+    - `read_ahead`: maximum number of records from the oldest whose result was not yielded to the newest that was read
+      from `records`. Default: 1000, or more if they are quick, or fewer if they are large.
+    - `progress`: show a progress bar if stderr is a terminal. `total`: number of records if `records` has no length,
+      for the bar and for small chunks at the end.
     - `start_method`: fork, spawn (fresh interpreters), or auto, which forks unless threads or CUDA make that unsafe.
 
-    No worker is started, and no record read, before the first result is asked for; `records` is read in this thread,
-    while results are waited for. Breaking out of the iteration, closing it, or an exception ends the workers at once.
+    No worker is started and no record is read before the first result is asked for. `records` is read in this thread,
+    while it waits for results. Breaking out of the iteration, closing it, or an exception ends the workers at once.
 
-    A worker that dies is replaced, and the record it was at is dealt once more, alone; if that worker dies, too, the
-    record has failed, with a WorkerDiedError. (Of records that take microseconds up to 32 are begun together. Then it
-    is not known which it was, and each of them is first dealt alone to find it.) Not promised: that a record is worked
-    on once. Results are sent every 50 ms or so, and what a worker that dies had done since then is done again.
+    If a worker dies, it is replaced, and the record that it had begun is dealt once more, alone. If that worker dies,
+    too, the record has failed with a WorkerDiedError. (Up to 32 records that take microseconds are begun together. Then
+    it is not known which one was to blame, and each is first dealt alone to find out.) Not promised: that a record is
+    worked on only once. Results are sent about every 50 ms, and what a dying worker did since then is done again.
 
-    Raises OptionError for what cannot be used, DeviceError and PoolDirectoryError, before any worker is started; and
-    from the iteration what `setup` raises, what `records` raises after the results of the records before that,
-    WorkerDiedError if workers cannot set themselves up without dying, and NodeDiedError.
+    Raises OptionError for invalid arguments, DeviceError and PoolDirectoryError, before any worker is started. The
+    iteration raises the exceptions of `setup`; those of `records`, after the results of the records before; a
+    WorkerDiedError if workers die while they set themselves up; and NodeDiedError.
     """
     iterator = _iterate(records)
     function = _checked(setup, function)
@@ -109,20 +111,20 @@ def parallel_map(
 
 
 class ParallelMap(Iterator[Any]):
-    """The results of `parallel_map`, to be iterated over once. A context manager that ends the workers."""
+    """The results of `parallel_map`: an iterator, and a context manager that ends the workers."""
 
     def __init__(self, engine: RecordEngine) -> None:
         self._engine = engine
         self._results = engine.results()
 
     def __iter__(self) -> Iterator[Any]:
-        return self._results  # which takes a tenth of the time that __next__ does
+        return self._results  # the generator takes a tenth of the time of __next__
 
     def __next__(self) -> Any:
         return next(self._results)
 
     def close(self) -> None:
-        """End the workers at once, and with them what they are doing; their devices are free then. Idempotent."""
+        """End the workers at once, whatever they are doing. Their devices are free when it returns. Idempotent."""
         self._close()
 
     def _close(self, *, silently: bool = False) -> None:
@@ -143,7 +145,7 @@ def _iterate(records: Iterable[Any]) -> Iterator[Any]:
         return iter(records)
     except TypeError as error:
         if hasattr(type(records), "__iter__"):
-            raise  # of the user's own
+            raise  # the user's own `__iter__` raised it
         if hasattr(type(records), "__aiter__"):
             what = "is asynchronous, and records are read by an ordinary `for`: collect them in a list first"
         elif callable(records):
@@ -154,7 +156,7 @@ def _iterate(records: Iterable[Any]) -> Iterator[Any]:
 
 
 def _checked(setup: Callable[[], Any] | None, function: Callable[..., Any] | None) -> Callable[..., Any]:
-    """The function, if both are such as can be called here and give what can be used."""
+    """Return the function, if both can be called here and have usable results. Raises OptionError."""
     if function is None:
         hint = " (the second argument is `setup`: write `function=...`)" if setup is not None else ""
         raise OptionError("function", f"is missing: what is to be called on each record?{hint}")
@@ -178,7 +180,7 @@ def _checked(setup: Callable[[], Any] | None, function: Callable[..., Any] | Non
 
 
 def _is(kind: Callable[[Any], bool], function: Callable[..., Any]) -> bool:
-    """Whether it is such a function, or an object whose `__call__` is."""
+    """Whether `function` is of this kind, or an object whose `__call__` is."""
     return kind(function) or kind(type(function).__call__)
 
 
@@ -188,7 +190,7 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 def _most_workers(wanted: int | None, request: Request, opened: Opened) -> int:
-    """How many workers there will be at most, and a remark if that is not what was wanted."""
+    """Return the maximum number of workers. Log a line if it is smaller than the user wanted."""
     if request.gpus == 0:
         return wanted or min(opened.at_once, MAX_WORKERS)
     most = max(1, min(MAX_WORKERS, _grantable(request, opened.devices)))
@@ -200,7 +202,7 @@ def _most_workers(wanted: int | None, request: Request, opened: Opened) -> int:
 
 
 def _cap_remark(wanted: int | None, request: Request, opened: Opened) -> Remarked | None:
-    """What to say of the user's number of workers if the pool has devices for more; None if it does not."""
+    """Return a line for the user if the pool has devices for more workers than the user wants; otherwise None."""
     possible = min(MAX_WORKERS, _grantable(request, opened.devices)) if request.gpus else 0
     if wanted is None or wanted >= possible:
         return None
@@ -212,14 +214,14 @@ def _cap_remark(wanted: int | None, request: Request, opened: Opened) -> Remarke
 
 
 def _grantable(request: Request, devices: Sequence[Device]) -> int:
-    """How many such requests the devices could grant at the same time if nobody else used them."""
+    """Return how many of these requests the devices could grant at the same time if they were all free."""
     if request.gpus > 1:
         return len(devices) // request.gpus
     return sum(MILLIONTHS // share for share in (_part(request, device) for device in devices) if share <= MILLIONTHS)
 
 
 def _part(request: Request, device: Device) -> int:
-    """What such a request takes of a device, in millionths; more than there are if it does not fit."""
+    """Return the part of a device that the request takes, in millionths; more than a million if it does not fit."""
     if device.memory is not None and request.share.memory > device.memory:
         return MILLIONTHS + 1
     return MILLIONTHS if device.exclusive else request.share.of(device.memory).millionths

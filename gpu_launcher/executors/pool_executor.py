@@ -1,4 +1,4 @@
-"""`gpu_launcher.PoolExecutor`: a `concurrent.futures.Executor` whose calls have devices."""
+"""`gpu_launcher.PoolExecutor`: a `concurrent.futures.Executor` whose calls have devices of the pool."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _threads: weakref.WeakSet[ExecutorThread] = weakref.WeakSet()
-"""Of this process."""
+"""Threads of this process's executors."""
 _exiting = False
 
 
 class PoolExecutor(Executor):
     """Calls functions in processes that have devices of the machine's pool: one process, and one lease, for each call.
 
-    A call waits until its devices are free, whoever holds them, and begins with `CUDA_VISIBLE_DEVICES` set. What it
-    raises is raised by `Future.result` as it was, with the traceback as its cause. A process that dies fails its own
-    call, with `JobError`, and no other. What calls print goes where this program's output goes.
+    A call waits until its devices are free, whoever holds them, and begins with `CUDA_VISIBLE_DEVICES` set. If it
+    raises an exception, `Future.result` raises the same exception, with the traceback as its cause. If a process dies,
+    its own call fails with `JobError`, and the others continue. Calls print to this program's output.
 
-    Functions, arguments and values are pickled, those of `__main__` and local ones as well. Calls run in forks of this
-    program as it was at the first `submit`: changes to global variables after that are not seen by them.
+    Functions, arguments and values are pickled, including local functions and those of `__main__`. Calls run in forks
+    of this program as it was at the first `submit`: they do not see later changes to global variables.
     """
 
     def __init__(
@@ -53,23 +53,23 @@ class PoolExecutor(Executor):
         pool: Pool | None = None,
         start_method: StartMethod = "auto",
     ) -> None:
-        """Say what each call needs, all by name. Nothing is started before the first `submit`.
+        """Create an executor. All arguments are given by name. Nothing is started before the first `submit`.
 
         Args:
-            positional: none. The standard executors have `max_workers` first, and here `gpus` comes to mind first.
-            gpus: devices of each call: 0, 1, 2, ..., or a fraction of one. Default: 1, or, if `memory` is given, a
-                share of one.
-            max_workers: how many calls may run at the same time. Default: as many as get devices; without devices, as
-                many as there are CPUs.
-            memory: GPU memory of each call, such as "20GiB", for calls that share a device.
-            priority: calls with a higher one get devices first.
-            timeout: how long a call may run, in seconds or such as "2h"; it then gets SIGTERM, and SIGKILL ten seconds
-                later, and fails with `JobTimeoutError`.
-            pool: which devices. Default: all of the machine.
-            start_method: `fork` from this program, or `spawn` of fresh interpreters. Default: fork, unless other
-                threads run, or CUDA is initialised, when the first call is submitted.
+            positional: must be empty. The standard executors take `max_workers` first, but here one expects `gpus`.
+            gpus: devices per call: 0, 1, 2, ..., or a fraction of a device. Default: 1, or, if `memory` is given, a
+                share of a device.
+            max_workers: maximum number of calls that run at the same time. Default: as many as get devices; without
+                devices, as many as there are CPUs.
+            memory: GPU memory per call, such as "20GiB", for calls that share a device.
+            priority: calls with a higher priority get devices first.
+            timeout: maximum duration of a call, in seconds or as text such as "2h". The call then gets SIGTERM, ten
+                seconds later SIGKILL, and fails with `JobTimeoutError`.
+            pool: the devices to use. Default: all devices of the machine.
+            start_method: `fork` from this program, or `spawn` fresh interpreters. Default: fork, unless other threads
+                run or CUDA is initialised when the first call is submitted.
 
-        Raises ValueError, most often an OptionError; TypeError for what is given without a name.
+        Raises ValueError, most often an OptionError, and TypeError for positional arguments.
         """
         if positional:
             given, first = ", ".join(map(repr, positional)), repr(positional[0])
@@ -91,11 +91,12 @@ class PoolExecutor(Executor):
         self._thread: ExecutorThread | None = None
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Have `fn(*args, **kwargs)` called, and return a Future of its value.
+        """Submit the call `fn(*args, **kwargs)`, and return a Future of its value.
 
-        It runs as soon as it has its devices, and cannot be cancelled from then on. The first call starts
-        the processes, and raises what keeps them from it: OptionError, such as for devices that do not exist, or
-        PoolDirectoryError, DeviceError. Raises RuntimeError after `shutdown`, and BrokenPoolExecutor, which is one.
+        The call runs as soon as it has its devices, and cannot be cancelled from then on. The first `submit` starts the
+        processes. It raises an error if they cannot be started: OptionError, for example if a device does not exist,
+        PoolDirectoryError or DeviceError. Raises RuntimeError after `shutdown`, and BrokenPoolExecutor, a subclass of
+        RuntimeError, if the executor cannot make calls any more.
         """
         with self._lock:
             if self._process != os.getpid():
@@ -122,9 +123,9 @@ class PoolExecutor(Executor):
         chunksize: int = 1,
         **more: Any,
     ) -> Iterator[T]:
-        """`map(fn, *iterables)`, with the calls made at the same time; see `concurrent.futures.Executor.map`.
+        """Return the results of `map(fn, *iterables)`, with calls in parallel. See `concurrent.futures.Executor.map`.
 
-        `chunksize` elements at a time are given to one process with one lease.
+        Each process, with one lease, gets `chunksize` elements.
         """
         if chunksize < 1:
             raise ValueError("chunksize must be >= 1.")
@@ -135,10 +136,10 @@ class PoolExecutor(Executor):
         return _flat(results)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more calls, and free everything when the last one has ended, for which to `wait`.
+        """Take no more calls, and end the processes when the last call has ended. `wait` until then by default.
 
-        With `cancel_futures` those that have not begun are cancelled, unless no call has begun yet: then it is waited
-        for whether one can begin at once, for up to 5 s.
+        With `cancel_futures`, calls that have not begun are cancelled. If no call has begun yet, calls that can begin
+        at once may still do so: the executor waits up to 5 s for them.
         """
         if self._process != os.getpid():
             return
@@ -157,9 +158,9 @@ class PoolExecutor(Executor):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        """Shut down. After Ctrl-C the calls are interrupted, too, and killed after ten seconds, or at another one.
+        """Shut down. After Ctrl-C, calls are interrupted, and killed ten seconds later or at a second Ctrl-C.
 
-        So they are when the task that runs the block is cancelled, which is what Ctrl-C is under asyncio.
+        The same happens if the task that runs the block is cancelled: under asyncio, that is the effect of Ctrl-C.
         """
         if kind is not None and issubclass(kind, (KeyboardInterrupt, asyncio.CancelledError)):
             self._interrupt()
@@ -194,7 +195,7 @@ class PoolExecutor(Executor):
             loop.close()
             raise
         _threads.add(thread)
-        # Nobody can submit any more when the executor is gone; what was submitted is done.
+        # When the executor is collected, no more calls can be submitted. Those that were submitted are still made.
         weakref.finalize(self, thread.finish).atexit = False
         return thread
 
@@ -213,11 +214,11 @@ def _flat(lists: Iterator[list[T]]) -> Iterator[T]:
     for some in lists:
         some.reverse()
         while some:
-            yield some.pop()  # no reference to it is kept here
+            yield some.pop()  # so that no reference to the value is kept here
 
 
 def _finish_all() -> None:
-    """At the end of the interpreter: calls that were submitted are made, as the standard executors do."""
+    """Wait for all submitted calls at the end of the interpreter, as the standard executors do."""
     global _exiting
     _exiting = True
     threads = list(_threads)
@@ -228,7 +229,7 @@ def _finish_all() -> None:
 
 
 def _forget() -> None:
-    """In a forked process: the executors are its parent's."""
+    """Forget the executors in a forked process: they belong to its parent."""
     global _exiting
     _exiting = False
     _threads.clear()

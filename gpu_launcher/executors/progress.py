@@ -1,4 +1,4 @@
-"""The progress bar of calls that work on records, for a person at a terminal."""
+"""The progress bar of a `parallel_map`."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import time
 from typing import Protocol
 
 EVERY = 0.1
-"""Seconds between two pictures."""
+"""Minimum seconds between two updates of the bar."""
 
 
 class Bar(Protocol):
     """Shows how many records are done."""
 
     patience: float | None
-    """Seconds after which it wants to be shown again though nothing happened."""
+    """Seconds after which `show` should be called even if nothing happened. None: no need."""
 
     def show(self, done: int, errors: int, workers: int, *, last: bool = False) -> None:
-        """Show this, if it is time to."""
+        """Show these numbers, if an update is due or this is the `last` one."""
 
     def close(self) -> None:
         """Restore the terminal. Idempotent."""
 
 
 def open_bar(wanted: bool, total: int | None, what: str = "records") -> Bar:
-    """A bar on stderr if that is a terminal, else one that shows nothing."""
+    """Return a bar on stderr if that is a terminal and a bar is `wanted`; otherwise one that shows nothing."""
     stream = sys.stderr
     if not wanted or stream is None or stream.closed or not stream.isatty() or os.environ.get("TERM") == "dumb":
         return _NoBar()
@@ -37,10 +37,10 @@ class _NoBar:
     patience: float | None = None
 
     def show(self, done: int, errors: int, workers: int, *, last: bool = False) -> None:
-        """Nothing is shown."""
+        """Show nothing."""
 
     def close(self) -> None:
-        """Nothing was opened."""
+        """Do nothing."""
 
 
 class _RichBar:
@@ -58,13 +58,13 @@ class _RichBar:
             TimeRemainingColumn(),
             TextColumn("{task.fields[state]}"),
             console=Console(file=sys.stderr),
-            auto_refresh=False,  # which would be a thread, and programs with threads cannot be forked
+            auto_refresh=False,  # it would start a thread, and programs with threads cannot be forked
             redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),  # else it would go to stderr
             transient=False,
         )
         self._task = self._bar.add_task(what, total=total, rate="", state="")
         self._gone = False
-        """Whether the terminal is: nothing else ends for that."""
+        """Whether the terminal is gone. The work continues without a bar."""
         self._began = time.monotonic()
         self._due = self._began
         self._bar.start()

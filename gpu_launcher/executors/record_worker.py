@@ -1,8 +1,8 @@
-"""A worker of `parallel_map`: sets itself up once, and then works on the records it is dealt.
+"""A worker of `parallel_map`: sets itself up once, and then works on the records that it is dealt.
 
-What it is told, and what it says, is at the top. It notes which record it is at in a file that is mapped into memory,
-which is there to be read whatever ends it. That, and looking at the clock, takes as long as a very quick record does:
-several of those are begun with one note.
+The messages to and from a worker stand at the top. A worker notes which record it begins in a file that is mapped into
+memory, and that can be read whatever ends the worker. The note, and looking at the clock, take as long as a very quick
+record. So several quick records are begun with one note.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.processes.worker import JobContext
 
 FLUSH_SECONDS = 0.05
-"""Seconds after which the results so far are sent, though the chunk is not done. As much is lost when a worker dies."""
+"""Seconds after which results are sent even if the chunk is not done. A worker that dies loses as much work."""
 GROUP_SECONDS = 5e-5
-"""Seconds that records which are begun together take, going by the chunk before."""
+"""Maximum duration of records that are begun together, as estimated from the chunk before."""
 MAX_TOGETHER = 32
-"""Records. If they are slow after all, the results of the first ones wait for so many, and are lost with them."""
+"""Maximum number of records begun together. If they are slow after all, the first results wait for the last record."""
 SLOW_SECONDS = 1e-3
-"""Seconds after which the next record is begun alone. Or the process has waited for the processor."""
+"""Duration of a group after which the next record is begun alone: records are slow, or the process waits for a CPU."""
 NO_RECORD = -1
 
 
 class Positions:
-    """Which record each worker is at, by the worker's slot."""
+    """The records that each worker has begun, by the worker's slot: a file mapped into memory."""
 
     def __init__(self, path: Path, slots: int, *, new: bool = False) -> None:
-        """Open what somebody else made, or make it, `new`, for so many slots."""
+        """Open the file, or create it if it is to be `new`, for this number of slots."""
         flags = os.O_RDWR | os.O_CLOEXEC | ((os.O_CREAT | os.O_EXCL) if new else 0)
         descriptor = os.open(path, flags, 0o600)
         try:
             if new:
-                # All of it now: on a full disk, writing into a hole of it would kill the writer with SIGBUS.
+                # Allocate all of it now: on a full disk, writing into a hole would kill the writer with SIGBUS.
                 os.posix_fallocate(descriptor, 0, slots * 8)
             self._map = mmap.mmap(descriptor, slots * 8)
         finally:
@@ -53,7 +53,7 @@ class Positions:
         self.at = memoryview(self._map).cast("q")
 
     def begun(self, slot: int) -> range:
-        """The indices of the records that its worker is at: of one, of several that are quick, or of none."""
+        """Return the indices of the records that the slot's worker has begun: one, several quick ones, or none."""
         first, together = divmod(self.at[slot], MAX_TOGETHER + 1)
         return range(first, first + together) if first >= 0 else range(0)
 
@@ -62,12 +62,12 @@ class Positions:
         self._map.close()
 
 
-# What a worker is told.
+# Messages to a worker.
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSlot:
-    """The first thing: where it notes its position."""
+    """The place where a worker notes its position. The worker gets it at its start."""
 
     positions: str
     slots: int
@@ -79,22 +79,22 @@ class Work:
     """Records to work on, in order."""
 
     first: int
-    """Index of the first one."""
+    """Index of the first record."""
     records: bytes
-    """A list, pickled."""
+    """The list of records, pickled."""
 
 
 @dataclass(frozen=True, slots=True)
 class NoMoreWork:
-    """There is no more for it to do."""
+    """There is no more work. The worker ends."""
 
 
-# What it says.
+# Messages from a worker.
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """It has set itself up."""
+    """The worker has set itself up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,28 +106,29 @@ class SetupFailed:
 
 @dataclass(frozen=True, slots=True)
 class RecordResults:
-    """What came of the next records that it was dealt."""
+    """The results of the next records that the worker was dealt."""
 
     first: int
+    """Index of the first record."""
     count: int
     values: bytes
-    """A list, pickled, in which a record that failed has None."""
+    """The list of values, pickled. The value of a record that failed is None."""
     failures: tuple[tuple[int, PortableException], ...]
-    """Of those, by position in the list."""
+    """Failures, by position in the list."""
     seconds: float
-    """What they took, pickling included."""
+    """Time that the records took, with pickling."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnreadableRecords:
-    """Records that it was dealt could not be unpickled; none of them was begun."""
+    """The records of a chunk could not be unpickled. None of them was begun."""
 
     first: int
     failure: PortableException
 
 
 class RecordWorker:
-    """What runs in each worker. See `gpu_launcher.processes.worker.Program`."""
+    """The program that runs in each worker. See `gpu_launcher.processes.worker.Program`."""
 
     def __init__(self, request: Request, setup: Callable[[], Any] | None, function: Callable[..., Any]) -> None:
         self._request = request
@@ -152,7 +153,7 @@ class RecordWorker:
         try:
             positions = Positions(Path(spec.positions), spec.slots)
         except FileNotFoundError:
-            os._exit(1)  # the directory goes with the program, and nobody is left to be told anything
+            os._exit(1)  # the program has ended, because its directory is gone
         positions.at[spec.slot] = NO_RECORD
         context.say(Ready())
         calls = _Calls(context, positions.at, spec.slot, function, objects)
@@ -165,7 +166,7 @@ class RecordWorker:
 
 
 class _SpawnedRecordWorker(RecordWorker):
-    """The same in a fresh interpreter. The user's modules are imported late, where an error is the user's to see."""
+    """The same program in a fresh interpreter. It imports the user's modules late, so that the user sees errors."""
 
     def _program(self) -> tuple[Callable[[], Any] | None, Callable[..., Any]]:
         return pickling.load(self._setup), pickling.load(self._function)  # type: ignore[arg-type]
@@ -174,7 +175,7 @@ class _SpawnedRecordWorker(RecordWorker):
 def _dump_for_spawn(name: str, thing: object) -> bytes:
     try:
         return pickling.dump(pickling.Afresh(thing))
-    except Exception as error:  # whatever the user's objects raise when they are pickled
+    except Exception as error:  # user objects may raise anything when they are pickled
         raise OptionError(
             name,
             f"workers start in fresh interpreters (spawn), to which {thing!r} cannot be sent: "
@@ -184,7 +185,7 @@ def _dump_for_spawn(name: str, thing: object) -> bytes:
 
 
 def _objects(setup: Callable[[], Any] | None) -> tuple[Any, ...]:
-    """What `setup` returns, as arguments."""
+    """Call `setup`, and return its result as arguments for the function."""
     made = None if setup is None else setup()
     if made is None:
         return ()
@@ -192,7 +193,7 @@ def _objects(setup: Callable[[], Any] | None) -> tuple[Any, ...]:
 
 
 class _Calls:
-    """Works on what is dealt, a chunk at a time."""
+    """Calls the function on the records of one chunk after another."""
 
     def __init__(
         self, context: JobContext, at: memoryview, slot: int, function: Callable[..., Any], objects: tuple[Any, ...]
@@ -200,15 +201,15 @@ class _Calls:
         self._context = context
         self._at = at
         self._slot = slot
-        # With nothing else to hand over, calls are a third cheaper without the stars.
+        # If there are no other arguments, calling the function directly is a third cheaper.
         self._call: Callable[[Any], Any] = (lambda record: function(record, *objects)) if objects else function
         self._pace = math.inf
         """Seconds per record of the chunk before."""
         self._together = 1
-        """How many records are begun next with one note."""
+        """How many records are begun with the next note."""
 
     def do(self, work: Work) -> None:
-        """Call the function on each record, and send what comes of it at least every `FLUSH_SECONDS` seconds."""
+        """Call the function on each record, and send the results at least every `FLUSH_SECONDS` seconds."""
         began = time.perf_counter()
         try:
             records = pickling.load(work.records)
@@ -229,13 +230,14 @@ class _Calls:
     def _call_some(
         self, records: list[Any], begin: int, first: int, most: int, until: float
     ) -> tuple[list[Any], dict[int, PortableException]]:
-        """Go through `records` from position `begin`, at most `most` with one note, to their end or a point in time.
+        """Call the function on `records` from position `begin`, until their end or the time `until`.
 
-        `first` is the index of the first of `records`. Returns the values, and the failures by position among these.
+        At most `most` records are begun with one note. `first` is the index of the first of `records`. Returns the
+        values, and the failures by position among the values.
         """
         values: list[Any] = []
         failures: dict[int, PortableException] = {}
-        # Looked up once: records may take less than a microsecond.
+        # Attributes are looked up once, because records may take less than a microsecond.
         at, slot, call, append, clock = self._at, self._slot, self._call, values.append, time.perf_counter
         position, now = begin, clock()
         while True:
@@ -245,7 +247,8 @@ class _Calls:
                 for record in group:
                     append(call(record))
             except BaseException as error:
-                # The first without a value. A signal's handler may raise when all of the group have one.
+                # The first record without a value has failed. If a signal handler raises when all records of the group
+                # have values, it is the last one.
                 failed = min(len(values), position - begin + len(group) - 1)
                 values[failed:] = [None]
                 failures[failed] = _portable(error)
@@ -274,7 +277,7 @@ def _replace_unpicklable(first: int, values: list[Any], failures: dict[int, Port
             what = f"the result of records[{first + position}] cannot be sent back"
             problem = UnpicklableError(f"{what}: {unreturnable(value, error)}")
             problem.__cause__ = error.with_traceback(users_part(error.__traceback__))
-            error.__context__ = None  # the same, of when all of them were pickled at once
+            error.__context__ = None  # the same error, from pickling all values at once
             failures[position] = _portable(problem)
             values[position] = None
 

@@ -1,6 +1,6 @@
-"""How a call and what came of it travel between the program and the process that makes the call.
+"""The form in which calls and values travel between the program and the process that makes the call.
 
-What is large goes into a file that both can read, past everybody in between.
+A large object goes into a file that both can read, so it does not pass through the processes in between.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gpu_launcher.processes.exceptions import describe
 from gpu_launcher.processes.unpicklable import found_at
 
 LARGE = 1024 * 1024
-"""Bytes that fit into a message."""
+"""Maximum bytes of an object that travels in a message. A larger one travels in a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,22 +27,22 @@ class Payload:
 
     data: bytes
     path: str | None = None
-    """The file that has it instead, as it was too large."""
+    """The file that contains the object instead of `data`, if it is large."""
 
     def unpack(self, *, on_cpu: bool = False) -> Any:
-        """The object; `on_cpu` is as in `pickling.load`.
+        """Unpickle the object. `on_cpu` is as in `pickling.load`.
 
         Raises whatever the user's objects raise when they are unpickled, and OSError.
         """
         if self.path is None:
             return pickling.load(self.data, on_cpu=on_cpu)
         with open(self.path, "rb") as file:
-            Path(self.path).unlink()  # nobody else will read it, and from here on it goes with us
+            Path(self.path).unlink()  # no other process reads it, and the open file vanishes with this process
             return pickling.load_from(file, on_cpu=on_cpu)
 
 
 def pack(thing: object, path: Path, known: Mapping[str, object]) -> Payload:
-    """Pickle it, into the file `path` if it is large. `known` is as `pickling.dump` takes it.
+    """Pickle an object, into the file `path` if it is large. `known` is as in `pickling.dump`.
 
     Raises whatever the user's objects raise when they are pickled, and OSError if the file cannot be written.
     """
@@ -52,7 +52,7 @@ def pack(thing: object, path: Path, known: Mapping[str, object]) -> Payload:
 
 
 class _Spilling:
-    """A file in memory until it is large."""
+    """A file that is kept in memory until it becomes large."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -69,7 +69,7 @@ class _Spilling:
             self._file.close()
         finally:
             if kind is not None:
-                with contextlib.suppress(OSError):  # of a disk that has just said what is wrong with it
+                with contextlib.suppress(OSError):  # the first error of the disk is already raised
                     self._path.unlink()
 
     def write(self, data: bytes) -> None:
@@ -91,24 +91,24 @@ class _Spilling:
 
 @dataclass(frozen=True, slots=True)
 class ReturnedValue:
-    """The call's value."""
+    """The value that a call returned."""
 
     value: Payload
 
 
 @dataclass(frozen=True, slots=True)
 class NoValue:
-    """There is neither a value nor an exception of the call's that could be sent; the report says why."""
+    """The call has neither a value nor an exception of its own that could be sent. The report says why."""
 
     traceback: str
     unpicklable: bool = False
-    """There is a value, which cannot be pickled."""
+    """Whether there is a value that cannot be pickled."""
 
 
 def unreturnable(value: object, why: BaseException) -> str:
-    """What to say of a value that cannot be pickled: the end of a sentence, and what to do."""
+    """Describe why a value cannot be pickled, and what to do: the end of a sentence."""
     if isinstance(value, Coroutine):
-        value.close()  # nobody will ever await it, and Python need not say so as well
+        value.close()  # otherwise Python would warn, too, that it was never awaited
         remedy = (
             "an `async def` function only makes a coroutine, which nobody has run: call `asyncio.run(...)` of it in an "
             "ordinary function, and give that"

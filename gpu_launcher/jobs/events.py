@@ -1,4 +1,4 @@
-"""What happens during a sweep, as values: the loop emits them; progress displays and the manifest consume them.
+"""The events of a sweep, as values: the loop emits them; progress displays and the manifest consume them.
 
 `time` is in seconds on the loop's monotonic clock, never wall time.
 """
@@ -25,11 +25,11 @@ class Outcome(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class SweepStarted:
-    """The first event. `total` jobs will run on `devices`; `parallel` caps how many at a time, None if nothing does."""
+    """The first event. `total` jobs will run on `devices`, at most `parallel` at a time if that is not None."""
 
     time: float
     total: int | None
-    """None if it is not known yet."""
+    """Number of jobs. None if it is not known yet."""
     devices: tuple[Device, ...]
     parallel: int | None
 
@@ -44,27 +44,27 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class SearchStatus:
-    """The state of the search to which the jobs belong. It replaces the one before."""
+    """The state of the search to which the jobs belong. It replaces the previous one."""
 
     time: float
     facts: tuple[tuple[str, str], ...]
-    """Such as `("best", "0.12 (lr=0.1)")`, in order of importance."""
+    """Names and values such as `("best", "0.12 (lr=0.1)")`, in order of importance."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobWaiting:
-    """The job at the head of the sweep waits because its devices are held by others (other sweeps, other users)."""
+    """The job that is next waits, because others (other sweeps, other users) hold its devices."""
 
     time: float
     number: int
     label: str
     """The job's overrides, such as `lr=0.1 hidden=32`."""
     reason: str
-    """Who holds them. Empty if nobody else does any more, though the job still waits."""
+    """Who holds the devices. Empty if no other holds them any more, but the job still waits."""
     held_by_others: tuple[Device, ...] = ()
-    """The devices of this sweep that others hold; empty if unknown."""
+    """The devices of this sweep that others hold. Empty if that is not known."""
     wanted: str = ""
-    """The devices that it waits for, such as `2 GPUs`."""
+    """The devices that the job waits for, such as `2 GPUs`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +78,12 @@ class JobStarted:
     log: str | None
     """Path of its log."""
     pid: int | None = None
-    """Of its main process."""
+    """Process id of its main process."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobEnded:
-    """The job's whole process tree is gone. One that never started (cancelled, or failed early) has no devices."""
+    """The job's process tree is gone. A job that never started (cancelled, or failed early) has no devices."""
 
     time: float
     number: int
@@ -122,24 +122,25 @@ class JobRetried:
 
 @dataclass(frozen=True, slots=True)
 class StopRequested:
-    """The user asked to stop. `forced` after the second time: jobs are being killed instead of waited for."""
+    """The sweep is to stop. `forced` after the second request: jobs are killed instead of waited for."""
 
     time: float
     running: int
+    """Number of running jobs."""
     grace: float
     """Seconds that jobs get before they are killed."""
     forced: bool
     signal: str
-    """What stopped it: `SIGINT`, `SIGTERM`, or such as `3 failures`."""
+    """What stopped the sweep: the name of a signal such as `SIGINT`, or text such as `3 failures`."""
 
 
 @dataclass(frozen=True, slots=True)
 class GaveUp:
-    """No more jobs can be started. Jobs that run keep running."""
+    """No more jobs can be started. Running jobs continue."""
 
     time: float
     problem: str
-    """Why, as a sentence without its subject, which is a job."""
+    """The reason, as a sentence without its subject, which is a job."""
 
     @property
     def text(self) -> str:
@@ -171,13 +172,13 @@ Event = (
 
 
 class Progress(Protocol):
-    """Shows a sweep to a person. All three methods are called from the loop's thread and must not block."""
+    """Shows a sweep to a person, or passes its events on. All methods are called from one thread and must not block."""
 
     def handle(self, event: Event) -> None:
-        """Take note of one event, and show it."""
+        """Take note of an event, and show it."""
 
     def tick(self, now: float) -> None:
-        """Called a few times a second, so that a live view can show passing time."""
+        """Show that time has passed. Called a few times a second."""
 
     def close(self) -> None:
         """Restore the terminal. Called exactly once, also after an error."""

@@ -1,4 +1,4 @@
-"""A job as it goes into the loop, and as it comes out."""
+"""Jobs and their results: the input and output of the job loop."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Job:
 
     number: int
     label: str
-    """For people, such as `lr=0.1 hidden=32`; may be empty. Others see it, so secrets in it are hidden."""
+    """Name for people, such as `lr=0.1 hidden=32`. May be empty. Other users see it, so secrets in it are hidden."""
     spec: Any
-    """For the program: what it is called with. Picklable."""
+    """The program's argument. Picklable."""
     about: Any = None
-    """What the program's code may ask for, such as its trial. Picklable."""
+    """Information for the program's code on request, such as its trial. Picklable."""
     channel: int | None = None
     """Descriptor of the job's end of a channel to its source, if the two exchange messages directly."""
     attempts_before: int = 0
@@ -32,7 +32,7 @@ class Job:
 
 
 class Cause(str, Enum):
-    """Why a job failed, as the option `retry_on` names it."""
+    """The cause of a job's failure, as the option `retry_on` names it."""
 
     EXCEPTION = "exception"
     """Its code raised, called `sys.exit`, or returned a value that cannot be pickled."""
@@ -47,27 +47,27 @@ class Cause(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """How a job ended. Every job ends in exactly one."""
+    """The result of a job. Every job has exactly one."""
 
     number: int
     label: str
     outcome: Outcome
     payload: bytes | None
-    """What the program reported; None if it ended without a report or never ran."""
+    """The payload of the program's report. None if it ended without a report or never ran."""
     message: str | None
     """The cause in one sentence without a subject, such as `was killed by SIGKILL after 12.0 s on GPU 2`;
     None for a completed job."""
     devices: tuple[Device, ...]
-    """The devices that it ran on; empty if it never ran."""
+    """The devices that it ran on. Empty if it never ran."""
     duration: float | None
-    """Seconds from its grant until its process tree was gone; None if it never ran."""
+    """Seconds from its grant until its process tree was gone. None if it never ran."""
     log: str | None
-    """Path of its stdout and stderr; None if it never got that far."""
+    """Path of the file with its stdout and stderr. None if it never had one."""
     cause: Cause | None = None
-    """For a failed job that had a process: why."""
+    """Why it failed, if it failed and had a process."""
     attempts: int = 1
     """How many times it was started. The other fields are about the last attempt."""
     unsupervised: bool = False
     """Whether it failed because its supervisor or the fork server was killed, not through a fault of its own."""
     origin: str = ""
-    """For a failed job that reported: see `Report`."""
+    """Where it failed, if it failed and left a report. See `Report`."""

@@ -1,4 +1,4 @@
-"""Options of one job, which may differ from those of its sweep."""
+"""The options of a single job, which may differ from those of its sweep."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ class JobOptions:
 
     device_environment: DeviceEnvironment
     failures: FailurePolicy
-    """When the job is retried. The number of failures that ends a sweep is an option of the sweep."""
+    """Whether the job is retried. The number of failures that stops a sweep is an option of the sweep."""
     ignored: tuple[str, ...] = ()
     """Options that only a sweep can have, as the job's config sets them: `hydra.launcher.devices=cpu:2`."""

@@ -1,4 +1,4 @@
-"""What the job loop knows of each job: one record, with how far it is and the attempt that runs."""
+"""The job loop's record of each job, with the attempt that runs and the stage of its process."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from gpu_launcher.processes.fork_server_client import SUPERVISOR_DIED, JobProces
 
 
 class Stage(Enum):
-    """What there is of a job's process. The machine's `Phase` says what the job is doing in it."""
+    """The state of a job's process. The machine's `Phase` says what the job does in it."""
 
     IDLE = auto()
     """No process: the job is queued, or has its result."""
     POSTPONED = auto()
-    """No process yet, because this program has too many open files until another job ends."""
+    """No process yet, because the node has too many open files until another job ends."""
     STRANDED = auto()
-    """No process, because the fork server had died; it starts again with the next server."""
+    """No process, because the fork server died. The job is started by the next server."""
     LIVE = auto()
-    """A process, of which a supervisor or the fork server will report the end."""
+    """A process, whose end a supervisor or the fork server will report."""
     GONE = auto()
     """The process tree has ended, and the result is not known yet."""
 
@@ -37,70 +37,70 @@ class JobRun:
 
     process: JobProcess
     server: int
-    """Which fork server started it: how many were lost before."""
+    """The fork server that started it: the number of servers that were lost before."""
     oom_kills: int = 0
-    """How many processes the kernel had killed because memory ran out when this one was started."""
+    """How many processes the kernel had killed for lack of memory when this attempt was started."""
     pid: int | None = None
-    """Its main process, once it is prepared."""
+    """Process id of its main process, once it is prepared."""
     log: str | None = None
     device_environment: DeviceEnvironment | None = None
-    """How it is told of its devices; None: as the sweep's jobs are."""
+    """How it is told its devices. None: as the sweep's jobs are."""
 
     request: Request | None = None
-    """What it needs, from when it may get in line."""
+    """Its request, once it may enter the queue."""
     pending: PendingRequest | None = None
-    """Its request, while that is in the queue."""
+    """Its place in the queue, while it waits there."""
     lease: HeldLease | None = None
     devices: tuple[Device, ...] = ()
     shares: Mapping[str, Share] = field(default_factory=dict)
-    """What it had of each of its devices, by UUID."""
+    """The share that it had of each of its devices, by UUID."""
     started: float | None = None
-    """When its devices were granted; None before."""
+    """When its devices were granted. None before."""
 
     ended: float | None = None
     """When its process tree was known to be gone."""
     status: int | None = None
-    """How its main process ended, as `os.waitpid` gives it; None if that is not known."""
+    """Exit status of its main process, as from `os.waitpid`. None if it is not known."""
     printed: str = ""
-    """The end of what it printed before it had a log."""
+    """The end of its output before it had a log."""
     left_behind: tuple[str, ...] = ()
     """Processes that outlived it and had to be ended."""
     unsupervised: bool = False
-    """Its supervisor is gone. The fork server reports its end, unless that is dead, too."""
+    """Whether its supervisor is gone. The fork server reports its end, unless that is dead, too."""
     problem: str | None = None
-    """What went wrong around it, as a sentence without a subject."""
+    """A problem outside the job's own code, as a sentence without a subject."""
     report_digest: bytes | None = None
-    """SHA-256 of its report's file, once it has said so."""
+    """SHA-256 of its report's file, once the job has announced it."""
     final: bool = False
-    """Another attempt would be useless, or would repeat work that is done."""
+    """Whether another attempt would be useless, or would repeat work that is done."""
 
     @property
     def duration(self) -> float | None:
-        """Seconds from grant to end; None if it never ran."""
+        """Seconds from grant to end. None if it never ran."""
         if self.started is None or self.ended is None:
             return None
         return self.ended - self.started
 
     def note_exit(self, message: messages.JobExited) -> None:
-        """Its supervisor reports its end."""
+        """Take note that its supervisor reported its end."""
         self.status = message.status
         self.printed = message.printed.decode(errors="replace").strip()
         self.unsupervised = message.abandoned
         self.left_behind = message.left_behind
 
     def note_supervisor_death(self) -> None:
-        """Its supervisor was killed. The fork server ends what is left of the job and reports that."""
+        """Take note that its supervisor was killed. The fork server ends the rest of the job and reports that."""
         self.problem = SUPERVISOR_DIED
         self.unsupervised = True
 
     def note_loss(self, lost: Lost) -> None:
-        """The fork server reports its end."""
+        """Take note that the fork server reported its end."""
         self.problem = lost.problem
         self.final = not lost.started
         self.unsupervised = lost.started
 
     def note_result(self, message: messages.ResultWritten | messages.ResultLost) -> None:
-        """It left its report, or could not."""
+        """Take note that it wrote its report, or could not."""
         if isinstance(message, messages.ResultWritten):
             self.report_digest = message.digest
         else:
@@ -110,7 +110,7 @@ class JobRun:
 
 @dataclass(slots=True)
 class JobRecord:
-    """A job of the loop."""
+    """A job in the loop."""
 
     job: Job
     retries: RetryState
@@ -120,7 +120,7 @@ class JobRecord:
     delay: str = ""
     """For a POSTPONED job: why it could not be started."""
     pruned: bool = False
-    """It was cancelled because other trials are better."""
+    """Whether it was cancelled because other trials are better."""
     result: JobResult | None = None
 
     @property
@@ -135,9 +135,9 @@ class JobRecord:
         return self.run
 
     def begin(self, run: JobRun) -> None:
-        """Its process was started."""
+        """Take note that its process was started."""
         self.stage, self.run = Stage.LIVE, run
 
     def reset(self, stage: Stage = Stage.IDLE) -> None:
-        """It has no process any more, or none yet."""
+        """Take note that it has no process: not yet, or not any more."""
         self.stage, self.run = stage, None

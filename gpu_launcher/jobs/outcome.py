@@ -1,4 +1,4 @@
-"""How a job ended: outcome, cause and message, from its report, its exit status and what is known around it.
+"""The result of a job: outcome, cause and message, from its report, its exit status and what else is known.
 
 Memory that ran out is recognised in two ways. A job that reports an exception says itself whether a GPU's memory ran
 out (`processes/out_of_memory.py`). A job that was killed without a report is compared with the kernel's count of
@@ -24,9 +24,9 @@ from gpu_launcher.wording import device_names, duration
 def classify_exit(
     report: Report | None, *, unwanted: bool, timed_out: bool, device_lost: bool, out_of_memory: bool
 ) -> tuple[Outcome, Cause | None]:
-    """The outcome of a job whose process ended, and for a failed one the cause. The first line that matches holds.
+    """Return the outcome of a job whose process ended, and the cause if it failed. The first rule that matches holds.
 
-    `report` is None if it left none. `unwanted` jobs were cancelled, or their sweep was stopped.
+    `report` is None if the job left none. `unwanted`: the job was cancelled, or its sweep was stopped.
     """
     if report is not None and report.pruned:
         return Outcome.PRUNED, None
@@ -46,7 +46,7 @@ def classify_exit(
 def result_of(
     record: JobRecord, conclusion: Conclude, report: Report | None, faults: Mapping[str, str | None]
 ) -> JobResult:
-    """The result of a job's latest attempt. `faults` says what is wrong with its devices, by label."""
+    """Return the result of a job's latest attempt. `faults` says what is wrong with its devices, by label."""
     if record.run is None:
         return not_started(record.job, record.retries.attempt, conclusion.problem, cancelled=conclusion.cancelled)
     run = record.run
@@ -79,7 +79,7 @@ def result_of(
 
 
 def not_started(job: Job, attempt: int, problem: str | None, *, cancelled: bool = False) -> JobResult:
-    """The result of a job of which the `attempt` never had a process; it fails if there was a problem."""
+    """Return the result of a job whose `attempt` never had a process. It failed if there was a `problem`."""
     failed = problem is not None and not cancelled
     outcome = Outcome.FAILED if failed else Outcome.CANCELLED
     message = problem or ("was not started" if attempt == 1 else "was not started again")
@@ -101,9 +101,9 @@ def _message(run: JobRun, problem: str | None, report: Report | None, *, out_of_
 
 
 def killed_for_memory(run: JobRun) -> bool:
-    """Whether the kernel killed it because the host's memory ran out.
+    """Whether the kernel killed the job because the host's memory ran out.
 
-    That is assumed if it died of SIGKILL and the kernel has killed some process for that reason since its start.
+    This is assumed if the job died of SIGKILL and the kernel has killed a process for that reason since its start.
     """
     if run.problem is not None or run.status is None:
         return False

@@ -1,4 +1,4 @@
-"""How to run the jobs of a sweep: its options, and what follows from them."""
+"""The options of a sweep, and the limits that follow from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpu_launcher.jobs.machine import Limits
 from gpu_launcher.model import MILLIONTHS, Request
 
 MAX_PREPARED_JOBS = 8
-"""Prepared jobs that wait for devices. More would cost memory and save no time."""
+"""Maximum number of prepared jobs that wait for devices. More would cost memory and save no time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,27 +20,27 @@ class Options:
     """Options for running the jobs of a sweep. The caller has validated them."""
 
     devices: object
-    """As `gpu_launcher.devices.select_devices` takes it."""
+    """The devices, as `gpu_launcher.devices.select_devices` takes them."""
     request: Request | None
-    """Request of every job; None if each job states its own."""
+    """Request of every job. None if each job states its own."""
     max_parallel: int | None
-    """Cap on running jobs; None for as many as get devices."""
+    """Cap on running jobs. None for as many as get devices."""
     grace: float
     """Seconds between SIGINT and SIGKILL."""
     pool_dir: str | None
-    """Another pool directory than the machine's."""
+    """The pool directory. None: the machine's."""
     busy_memory: int | None
-    """As `gpu_launcher.devices.why_busy` takes it."""
+    """Limit on memory in use, as `gpu_launcher.devices.why_busy` takes it."""
     device_environment: DeviceEnvironment
     failures: FailurePolicy = FailurePolicy()  # noqa: RUF009  (frozen)
     resume: bool = False
-    """Leave out the jobs that completed in an earlier launch."""
+    """Whether to leave out the jobs that completed in an earlier launch."""
     spell: Callable[[str], str] = str
-    """Maps an option's name to what the user writes, such as `devices` to `--devices`."""
+    """Maps an option's name to the user's spelling, such as `devices` to `--devices`."""
     cap: str | None = None
-    """The name of `max_parallel` in a notice that it leaves devices idle; None: no notice."""
+    """The name of `max_parallel` in a notice that it leaves devices idle. None: no notice."""
     environ: Mapping[str, str] | None = None
-    """Environment whose mask makes GPUs visible; None: the head's own when the run begins."""
+    """Environment whose mask makes GPUs visible. None: the head's own when the run begins."""
 
 
 def portable(options: Options) -> Options:

@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: a live view on a terminal, plain lines elsewhere. Nothing here writes to stdout."""
+"""Displays of a sweep: a live view on a terminal, plain lines elsewhere. Nothing here writes to stdout."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["PlainProgress", "open_progress"]
 def open_progress(
     stream: TextIO | None = None, environ: Mapping[str, str] = os.environ, *, name: str = NAME, reads: bool = False
 ) -> Progress:
-    """The display that suits `stream` (default: `sys.stderr` as it is now), with `name` before each of its lines.
+    """Return the display that suits `stream` (default: the current `sys.stderr`). Its lines begin with `name`.
 
-    A live view if the stream is a UTF-8 terminal that can move its cursor and this process has it in the foreground;
-    plain lines otherwise, and wherever the environment says `TERM=dumb` or `CI`. rich is imported only for the former.
-    No display starts a thread. The live view takes the keyboard, unless the program `reads` what is typed.
+    It is a live view if the stream is a UTF-8 terminal that can move its cursor and this process is in its foreground.
+    It prints plain lines otherwise, and if `TERM=dumb` or `CI` is set. rich is imported only for the live view. No
+    display starts a thread. The live view takes the keyboard, unless the program `reads` what is typed.
     """
     if stream is None:
         stream = sys.stderr
@@ -38,12 +38,12 @@ def open_progress(
 def _keyboard(stream: TextIO) -> Keyboard | None:
     try:
         return Keyboard(stream.fileno())
-    except (OSError, ValueError):  # a stream of the program's own making
+    except (OSError, ValueError):  # a stream that the program made, without a descriptor
         return None
 
 
 def _can_live(stream: TextIO | None, environ: Mapping[str, str]) -> bool:
-    # sys.stderr is None where a program was started with it closed.
+    # sys.stderr is None if a program was started with stderr closed.
     if stream is None or stream.closed or not stream.isatty():
         return False
     if environ.get("TERM", "dumb") in ("", "dumb", "unknown"):
@@ -54,5 +54,5 @@ def _can_live(stream: TextIO | None, environ: Mapping[str, str]) -> bool:
         return False
     try:
         return os.tcgetpgrp(stream.fileno()) == os.getpgrp()
-    except OSError:  # a terminal that is not ours to control, such as another pty: then nobody else uses it
+    except OSError:  # not our controlling terminal, such as another pty: no other job uses it
         return True

@@ -1,4 +1,4 @@
-"""How long a sweep still takes."""
+"""The estimate of a sweep's remaining time."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ if TYPE_CHECKING:
 
 
 def time_left(finished: Sequence[float], running: Sequence[float], waiting: int, parallel: int) -> float | None:
-    """Seconds until the last job ends, or None while nothing is known.
+    """Estimate the seconds until the last job ends. None while nothing is known.
 
-    `finished` are the durations of jobs that ran to their end, `running` the times that the running ones have run so
-    far, `waiting` is how many have not started, and `parallel` how many run at a time.
+    `finished` are the durations of jobs that ran to their end, `running` the times for which the running jobs have run.
+    `waiting` jobs have not started, and `parallel` jobs run at a time.
 
-    A running job is expected to last as long as those finished jobs did that lasted longer than it has so far; a
-    waiting one as long as the average; and each starts where a place becomes free first. The first jobs to finish are
-    the short ones: while more jobs have outlasted all of them than have finished, nothing is known. Not promised: when
-    a job that outlasts every finished one will end. It is expected at once, and alone it makes the answer None.
+    A running job is expected to last as long as the average of those finished jobs that lasted longer than it has so
+    far. A waiting job is expected to last as long as the average, and starts where a place becomes free first. Short
+    jobs finish first: while more jobs have outlasted all finished ones than have finished, nothing is known. Not
+    promised: the end of a job that outlasts every finished one. It is expected at once, and if it is the only job left,
+    the answer is None.
     """
     if not running and waiting <= 0:
         return 0.0
@@ -32,7 +33,7 @@ def time_left(finished: Sequence[float], running: Sequence[float], waiting: int,
     places += [0.0] * (parallel - len(places))
     places = places or [0.0]
     if waiting > 16 * len(places):
-        # After this many rounds the places are evenly filled, and this is called several times a second.
+        # After this many rounds the places are evenly filled. The function is called several times a second.
         return max(max(places), (sum(places) + waiting * average) / len(places)) or None
     heapq.heapify(places)
     for _ in range(waiting):

@@ -1,4 +1,4 @@
-"""A sweep as plain lines, one per event, for pipes, log files and continuous integration."""
+"""The plain display of a sweep: one line per event, for pipes, log files and continuous integration."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from gpu_launcher.text import one_line
 from gpu_launcher.wording import count, device_counts, device_names, duration, job_name
 
 NAME = "gpu_pool"
-"""What begins the lines of a sweep: the launcher, as one names it to Hydra."""
+"""Prefix of a sweep's lines: the launcher's name in Hydra."""
 
 
 class PlainProgress:
-    """One line per event, each flushed at once. The lines are stable and meant to be searched.
+    """Writes one line per event, and flushes it at once. The format is stable, so that lines can be searched.
 
-    Jobs that a stop kept from starting get no line of their own: the closing summary counts them.
+    Jobs that were not started because of a stop have no line of their own: the closing summary counts them.
     """
 
     def __init__(self, stream: TextIO | None, name: str = NAME) -> None:
@@ -103,7 +103,7 @@ ENDS = {
 
 
 def opening(event: SweepStarted) -> str:
-    """`8 jobs on 4 GPUs (NVIDIA H100 80GB HBM3), at most 2 at a time`"""
+    """Format the first line: `8 jobs on 4 GPUs (NVIDIA H100 80GB HBM3), at most 2 at a time`."""
     names = {device.name for device in event.devices}
     gpus = all(device.kind is DeviceKind.GPU for device in event.devices)
     name = f" ({one_line(names.pop())})" if gpus and len(names) == 1 else ""
@@ -113,13 +113,16 @@ def opening(event: SweepStarted) -> str:
 
 
 def waits(event: JobWaiting) -> str:
-    """`waits for 2 GPUs: GPU 0-3 held by anna (train.py); job 4 (lr=0.1)`: on a narrow terminal the end is cut off."""
+    """Format a wait: `waits for 2 GPUs: GPU 0-3 held by anna (train.py); job 4 (lr=0.1)`.
+
+    The job comes last because a narrow terminal cuts off the end.
+    """
     wanted = f" for {event.wanted}" if event.wanted else ""
     return f"waits{wanted}: {one_line(event.reason)}; {job_name(event.number, event.label)}"
 
 
 def stopping(event: StopRequested, running: int, seconds: float) -> str:
-    """`running` and `seconds` are what is left of the event's own: a live view counts both down."""
+    """Format a stop. `running` jobs and `seconds` remain of the event's numbers: a live view counts both down."""
     stopping = "stopping" if event.signal.startswith("SIG") else f"stopping after {event.signal}"
     if running == 0:
         return stopping
@@ -130,7 +133,7 @@ def stopping(event: StopRequested, running: int, seconds: float) -> str:
 
 
 def log_quote(event: JobEnded, tally: SweepTally) -> list[str]:
-    """The end of a failed job's log, indented below its line, unless that was shown for one that failed there."""
+    """Return the indented end of a failed job's log. Empty if it was shown for a job that failed in the same way."""
     if tally.same is not None or not tally.failures.tells_more(event):
         return []
     return [f"    | {line}".rstrip() for line in log_tail(event.log)]

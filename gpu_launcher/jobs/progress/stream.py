@@ -1,4 +1,4 @@
-"""The stream a person reads, which may vanish while the sweep goes on."""
+"""The stream that a person reads, which may vanish while the sweep continues."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import errno
 from typing import TextIO
 
 _NOBODY_READS = frozenset({errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET})
-"""A closed pipe, a terminal that hung up (EIO), a closed descriptor, a device or socket that is gone."""
+"""Errors of a closed pipe, a terminal that hung up (EIO), a closed descriptor, or a lost device or socket."""
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EAGAIN})
-"""A redirection to a full disk; or a terminal that another program made non-blocking and that is busy (EAGAIN)."""
+"""Errors of a full disk, or of a busy terminal that another program made non-blocking (EAGAIN)."""
 
 
 class Output:
-    """Writes and flushes, and falls silent once nobody can read any more. Any other error is raised.
+    """Writes and flushes text, until nobody can read it any more. Other errors are raised.
 
-    A sweep of many hours must not end because the terminal it was started from did.
+    A sweep of many hours must not end because its terminal does.
     """
 
     def __init__(self, stream: TextIO | None) -> None:

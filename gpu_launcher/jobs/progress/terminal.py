@@ -1,8 +1,8 @@
-"""The terminal behind both live views, that of a sweep and that of `gpu-launcher top`: its size, its colours, Ctrl-Z.
+"""The terminal behind the live views of a sweep and of `gpu-launcher top`: its size, its colours, Ctrl-Z.
 
-rich lays out and colours; the views paint. `rich.live.Live` does not fit: it redirects stdout and stderr (which forked
-jobs would inherit), hides the cursor (which a killed process would leave hidden), loses its position when a terminal
-becomes narrower, and starts a thread to refresh.
+rich lays out and colours; the views paint. `rich.live.Live` is not suitable: it redirects stdout and stderr (which
+forked jobs would inherit), hides the cursor (which a killed process would leave hidden), loses its position when a
+terminal becomes narrower, and starts a thread to refresh.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Terminal:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        # rich never touches the stream itself: each view writes a whole painting at once, and knows how that may fail.
+        # rich does not write to the stream: each view writes a whole painting at once, and handles its errors.
         self._console = Console(file=io.StringIO(), force_terminal=True, force_jupyter=False)
 
     def size(self) -> Size:
@@ -35,7 +35,7 @@ class Terminal:
         return (columns or 80, rows or 24)
 
     def render(self, line: Text, size: Size) -> str:
-        """The line with control sequences for its colours, however long it is."""
+        """Return the line with control sequences for its colours. A long line is not wrapped."""
         self._console.size = ConsoleDimensions(*size)
         with self._console.capture() as capture:
             self._console.print(line, soft_wrap=True, end="", highlight=False)
@@ -43,7 +43,7 @@ class Terminal:
 
 
 def stop_until_continued() -> None:
-    """Stop this process as Ctrl-Z does where nothing handles SIGTSTP. Returns after `fg`."""
+    """Stop this process as Ctrl-Z does if SIGTSTP is not handled. Returns after `fg`."""
     handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGTSTP)
     signal.signal(signal.SIGTSTP, handler)
