@@ -124,7 +124,7 @@ class ParallelMap(Iterator[Any]):
         return next(self._results)
 
     def close(self) -> None:
-        """End the workers at once, whatever they are doing. Their devices are free when it returns. Idempotent."""
+        """End the workers at once, even during a call. Their devices are free when it returns. Idempotent."""
         self._close()
 
     def _close(self, *, silently: bool = False) -> None:

@@ -72,7 +72,7 @@ class SweepResult:
     stopped: bool = False
     """Whether a signal or failures stopped the sweep."""
     given_up: str | None = None
-    """Why no more jobs were started though nobody stopped the sweep, as a sentence whose subject is a job."""
+    """Why no more jobs were started although the sweep was not stopped, as a sentence whose subject is a job."""
 
 
 def run_jobs(
@@ -203,7 +203,7 @@ class _Head:
         self._stopping: str | None = None
         """What stopped the run: the name of a signal, or text such as "3 failures". None if it was not stopped."""
         self.given_up: str | None = None
-        """Why the node starts no more jobs, though nobody stopped the run. None if it still starts jobs."""
+        """Why the node gave up starting jobs, or that it died. None otherwise, even if the run was stopped."""
         self._signals = StopSignals()
         self._closed = False
         self.results: dict[int, JobResult] = {}

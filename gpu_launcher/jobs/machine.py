@@ -1,4 +1,4 @@
-"""What each job of a sweep does next, as a pure state machine: stimuli and a time in, instructions out.
+"""The pure state machine that decides what each job of a run does next: stimuli and a time in, instructions out.
 
 Theory of operation. The loop tells the machine what happened, a stimulus, and carries out the instructions that it
 returns, in their order. The machine knows no processes, files or devices, so every history can be played in a test.
@@ -78,7 +78,7 @@ _LIVE = frozenset({Phase.PREPARING, Phase.PREPARED, Phase.RUNNING})
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much may happen at once."""
+    """Limits on simultaneous work."""
 
     parallel: int | None
     """Cap on running jobs; None for as many as get devices."""

@@ -239,7 +239,7 @@ class _Link:
         self._channels: dict[int, int] = {}
         """The jobs' ends of channels between jobs and the head, by job number."""
         self._to_request = 0
-        """How many jobs the loop wants for which the head was not asked yet."""
+        """How many jobs the loop wants that the head was not asked for yet."""
         self._expected = 0
         """How many jobs the head was asked for and has not offered yet."""
         self._inbox: deque[Any] = deque()
