@@ -1,4 +1,4 @@
-"""Who holds what: the queue of tickets and the leases of a pool."""
+"""The tickets and leases of a pool."""
 
 from gpu_launcher.leases.file_format import Origin
 from gpu_launcher.leases.file_ledger import FileLedger

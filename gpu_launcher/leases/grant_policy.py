@@ -1,24 +1,26 @@
-"""Which tickets are granted now, and on which devices: pure functions of a snapshot of the pool.
+"""The grant policy: which tickets are granted now, and on which devices. Pure functions of a snapshot of the pool.
 
-Theory of operation. Every waiting process runs them on the same snapshot and acts on the result for its own tickets
-only. So they are deterministic: equal snapshots give equal grants, in whatever order leases and tickets are listed.
+Theory of operation. Every waiting process applies the policy to the same snapshot and acts on the result for its own
+tickets only. So it is deterministic: equal snapshots give equal grants, in any order of leases and tickets.
 
 The rules:
 
-- The shares of a device never exceed one device, nor their declared memory what it has. A whole share takes all.
-- All of a ticket's devices or none.
-- Tickets are served by priority, and in order of arrival within one. A ticket that has to wait *reserves* all of its
-  candidates: a later one passes it only onto devices that it cannot use, or with a time limit that ends before it
-  could start (backfill). So passing never delays, unless jobs end or give up before they said.
-- When it could start at the earliest is computed from the declared ends of leases. One that declared none, or that is
-  overdue, or that another boot declared, may end at any moment, so it puts off nothing.
-- A ticket that would have to wait even if all leases ended, because devices are unavailable (used outside the
-  pool, or broken), keeps its place and reserves nothing until that changes.
+- The shares of a device never exceed the device, nor their declared memory the device's memory. A whole share takes
+  everything.
+- A ticket gets all of its devices at once, or none.
+- Tickets are served by priority, and in order of arrival within a priority. A ticket that must wait *reserves* all of
+  its candidates. A later ticket passes it only onto devices that the earlier one cannot use, or with a time limit that
+  ends before the earlier one could start (backfill). So passing never delays, unless jobs end or give up earlier than
+  declared.
+- The earliest start of a ticket is computed from the declared ends of leases. A lease that declared no end, is overdue,
+  or was declared in another boot may end at any moment, so it does not postpone the start.
+- A ticket that would have to wait even if all leases ended, because devices are unavailable (used outside the pool, or
+  broken), keeps its place and reserves nothing until that changes.
 
-Granted tickets may act in any order and at any time. What is decided for the others then stays as it is, but for the
-choice among devices that are free: best fit depends on who came before, and a claimant's `DevicePreference` is
-measured at the last moment, and known to that claimant alone. So of tickets that could all be granted in one moment, a
-later one may once get in an earlier one's way, which then reserves.
+Granted tickets may act in any order and at any time without changing the decisions for others, except for the choice
+among free devices. Best fit depends on earlier grants, and a claimant's `DevicePreference` is measured at the last
+moment and known only to that claimant. So among tickets that could all be granted at one moment, a later one may once
+take a device that an earlier one needs; the earlier one then reserves.
 """
 
 from __future__ import annotations
@@ -31,9 +33,9 @@ from dataclasses import dataclass, field
 from gpu_launcher.model import MILLIONTHS, Request, Share
 
 MAX_SETS = 2000
-"""Sets of devices that are compared to find the best connected one. If there are more, sets are grown instead."""
+"""Most sets of devices that are compared to find the best connected one. If there are more, sets are grown instead."""
 MAX_SEEDS = 32
-"""Devices from which sets are grown."""
+"""Most devices from which sets are grown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +44,12 @@ class Candidate:
 
     uuid: str
     memory: int | None = None
-    """Its memory in bytes; None if it is not known."""
+    """Its memory in bytes; None if unknown."""
     exclusive: bool = False
     """Whether it takes whole shares only."""
 
     def share(self, request: Request) -> Share | None:
-        """Return what the request would take of it; None if the device could never give it."""
+        """The share that the request would take of the device; None if the device could never provide it."""
         if self.memory is not None and request.share.memory > self.memory:
             return None
         share = request.share.of(self.memory)
@@ -56,15 +58,16 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a ticket asks for."""
+    """The request of a ticket, and the devices that may satisfy it."""
 
     request: Request
     candidates: tuple[Candidate, ...]
-    """Best first."""
+    """The devices that it may get, best first."""
     unavailable: frozenset[str] = frozenset()
     """UUIDs of the candidates that its process sees in use outside the pool, or broken."""
     able: Mapping[str, tuple[Share, int | None]] = field(init=False, repr=False, compare=False)
-    """What it would take of each candidate that could ever give it, with that candidate's memory; best first."""
+    """For each candidate that could ever satisfy it, the share that it would take and the device's memory; best first.
+    """
 
     def __post_init__(self) -> None:
         shares = {one.uuid: (one.share(self.request), one.memory) for one in self.candidates}
@@ -74,20 +77,20 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class LeaseState:
-    """A live lease. If it cannot be read, `shares` is None, and it counts as holding every device."""
+    """A live lease. If it cannot be read, `shares` is None and it counts as holding every device."""
 
     id: str
     shares: Mapping[str, Share] | None
-    """By device UUID."""
+    """The shares, by device UUID."""
     started: float | None = None
     """When it was granted; None if that cannot be compared with now."""
     ends: float | None = None
-    """When its devices are free at the latest; None if that is not known."""
+    """When its devices are free at the latest; None if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class TicketState:
-    """A live ticket. If it cannot be read, `demand` is None, and it may ask for anything."""
+    """A live ticket. If it cannot be read, `demand` is None, and it may be for anything."""
 
     sequence: int
     """Place in the queue: lower is earlier. The id breaks ties."""
@@ -108,17 +111,17 @@ class Snapshot:
     leases: tuple[LeaseState, ...]
     tickets: tuple[TicketState, ...]
     now: float = 0.0
-    """On the clock of the leases' times."""
+    """The current time, on the clock of the leases' times."""
 
 
 @dataclass(frozen=True, slots=True)
 class DevicePreference:
-    """Which of the devices that are free for it a claimant prefers."""
+    """A claimant's preference among the devices that are free for it."""
 
     ranking: tuple[str, ...] = ()
-    """UUIDs, best first; those not named come after them, in the order of the candidates."""
+    """UUIDs, best first. Other devices come after them, in the order of the candidates."""
     closeness: Callable[[str, str], int] | None = None
-    """How well two devices are connected: higher is better. None: all alike."""
+    """How well two devices are connected: higher is better. None if all are equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,23 +133,23 @@ class Wait:
     leases: tuple[str, ...] = ()
     """Ids of the leases on its candidates."""
     behind: tuple[str, ...] = ()
-    """Ids of the earlier tickets that get or reserve its candidates, for each the first of them."""
+    """Ids of the earlier tickets that get or reserve its candidates: for each candidate, the first one."""
     unavailable: tuple[str, ...] = ()
-    """UUIDs of its candidates that are in use by others, or broken."""
+    """UUIDs of its candidates that are in use outside the pool, or broken."""
     staggered: tuple[str, ...] = ()
-    """UUIDs of its candidates where another job has only just started."""
+    """UUIDs of its candidates on which another job has just started."""
     unreadable: bool = False
-    """Whether a lease or an earlier ticket cannot be read, so that nothing may be granted."""
+    """Whether a lease, this ticket or an earlier one cannot be read, so that nothing may be granted."""
 
 
 NO_PREFERENCE = DevicePreference()
 
 Grant = Mapping[str, Share]
-"""The devices of a lease by UUID, in the order in which the job sees them, and what it has of each."""
+"""The shares of a lease by device UUID, in the order in which the job sees the devices."""
 
 
 def decide(snapshot: Snapshot) -> dict[str, Grant]:
-    """Return what can be granted now, by ticket id, in queue order."""
+    """Return all grants that are possible now, by ticket id, in queue order."""
     grants: dict[str, Grant] = {}
     allocator = _Allocator.opened(snapshot.leases, snapshot.now)
     if allocator is None:
@@ -161,7 +164,7 @@ def decide(snapshot: Snapshot) -> dict[str, Grant]:
 
 
 def waits(snapshot: Snapshot) -> dict[str, Wait]:
-    """Return why the tickets that are not granted are not, by ticket id, in queue order."""
+    """Return why tickets are not granted, by ticket id, in queue order. Granted tickets are left out."""
     reasons: dict[str, Wait] = {}
     allocator = _Allocator.opened(snapshot.leases, snapshot.now)
     holders: dict[str, list[str]] = {}
@@ -201,9 +204,9 @@ def grant(
     now: float,
     preference: DevicePreference = NO_PREFERENCE,
 ) -> Grant | None:
-    """Return what the ticket `own` can be granted now; None if it must wait.
+    """Return the grant for the ticket `own`; None if it must wait.
 
-    `queue` is the tickets in queue order, `own` among them. It is read only as far as the answer depends on it.
+    `queue` yields the tickets in queue order, including `own`. It is read only as far as the answer depends on it.
     """
     assert own.demand is not None, "its owner knows what it is for"
     allocator = _Allocator.opened(leases, now)
@@ -223,25 +226,25 @@ def grant(
 
 @dataclass(slots=True)
 class _Allocator:
-    """Grants and reserves for tickets in queue order, and keeps what is taken and reserved so far."""
+    """Grants and reserves for tickets in queue order, and records what is taken and reserved so far."""
 
     now: float
     used: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Millionths and bytes, by device."""
+    """Millionths and bytes in use, by device."""
     started: dict[str, float] = field(default_factory=dict)
-    """The last known start of what still runs on a device."""
+    """Latest known start of a lease that is still on a device."""
     ends: dict[str, list[tuple[float, Share]]] = field(default_factory=dict)
-    """What keeps a device at least until a known time."""
+    """For each device, the shares that may be held until a declared time, with that time."""
     reserved: dict[str, float] = field(default_factory=dict)
     """The earliest time at which a waiting ticket could start on a device."""
     closed: set[str] = field(default_factory=set)
     """Devices of which no later ticket gets anything now."""
     promised: set[str] = field(default_factory=set)
-    """Those among them that a waiting ticket may get at any moment: no reservation can say more."""
+    """The closed devices that a waiting ticket may get at any moment. No reservation on them can be earlier."""
     changes: int = 0
-    """How often something became closed, or reserved for earlier."""
+    """Number of times that a device was closed, or reserved for an earlier time."""
     rooms: dict[tuple[str, Share, int | None], float] = field(default_factory=dict)
-    """What `_room_at` found."""
+    """Cached results of `_room_at`."""
 
     @classmethod
     def opened(cls, leases: Iterable[LeaseState], now: float) -> _Allocator | None:
@@ -257,7 +260,7 @@ class _Allocator:
         return allocator
 
     def grant_or_reserve(self, demand: Demand, preference: DevicePreference = NO_PREFERENCE) -> Grant | None:
-        """Grant it, or reserve what it waits for."""
+        """Return a grant for the demand; None if it must wait, after reserving its candidates."""
         if demand.able.keys() <= self.promised:
             return None
         free = self.free(demand)
@@ -271,7 +274,7 @@ class _Allocator:
         return None
 
     def free(self, demand: Demand) -> dict[str, Share]:
-        """Return the candidates that have room for it, in its order."""
+        """Return the candidates that have room for the demand, in its order."""
         request = demand.request
         found: dict[str, Share] = {}
         for uuid, (share, memory) in demand.able.items():
@@ -286,7 +289,7 @@ class _Allocator:
         return found
 
     def enough(self, demand: Demand) -> bool:
-        """Whether it is still possible that it is granted now."""
+        """Whether the demand can possibly still be granted now."""
         left = demand.able.keys() - self.closed
         if demand.request.gpus <= len(left) and not self.reserved.keys().isdisjoint(left):
             left = {
@@ -297,11 +300,11 @@ class _Allocator:
         return len(left) >= demand.request.gpus
 
     def possible(self, demand: Demand) -> bool:
-        """Whether it would be granted if all leases ended."""
+        """Whether the demand would be granted if all leases ended."""
         return len(demand.able.keys() - demand.unavailable) >= demand.request.gpus
 
     def staggered(self, uuid: str, request: Request) -> bool:
-        """Whether the request keeps off the device because a job has only just started there."""
+        """Whether the request avoids the device because a job has just started there."""
         return bool(request.stagger) and 0 <= self.now - self.started.get(uuid, -math.inf) < request.stagger
 
     def _over_before(self, time: float, request: Request) -> bool:
@@ -319,7 +322,7 @@ class _Allocator:
     def _reserve(self, demand: Demand) -> None:
         bounds = {self.reserved.get(uuid, math.inf) for uuid in demand.able}
         if len(bounds) == 1 and not self._over_before(bound := bounds.pop(), demand.request) and bound < math.inf:
-            return  # it starts nowhere before those in front of it, so it reserves nothing for earlier
+            return  # it cannot start before the tickets ahead of it, so no reservation becomes earlier
         start = self._earliest_start(demand)
         for uuid in demand.able:
             if start < self.reserved.get(uuid, math.inf):
@@ -330,9 +333,9 @@ class _Allocator:
                     self.promised.add(uuid)
 
     def _earliest_start(self, demand: Demand) -> float:
-        """When it could start if what may end at any moment ended now, and all else when it said.
+        """When the demand could start if leases without a declared end ended now, and all others as declared.
 
-        Where it cannot pass those in front of it, it does not start before the first of them could.
+        On a device where it cannot pass the tickets ahead of it, it does not start before the first of them could.
         """
         times = []
         for uuid, (share, memory) in demand.able.items():
@@ -360,7 +363,7 @@ class _Allocator:
             rank = {uuid: place for place, uuid in enumerate(preference.ranking)}
             liked.sort(key=lambda uuid: rank.get(uuid, len(rank)))
         if any(share.millionths < MILLIONTHS for share in free.values()):
-            # Best fit: where the least is left, so that whole devices stay whole. Sorting is stable.
+            # Best fit: prefer the fullest devices, so that whole devices stay free. Sorting is stable.
             filled = {uuid: share.millionths for uuid, share in free.items()}
             for uuid in filled.keys() & self.used.keys():
                 filled[uuid] += self.used[uuid][0]
@@ -375,9 +378,9 @@ def _fits(share: Share, used: tuple[int, int], memory: int | None) -> bool:
 
 
 def _best_connected(liked: Sequence[str], count: int, closeness: Callable[[str, str], int]) -> list[str]:
-    """Return the set whose worst connection is best; of equal ones that with the best sum, then the one liked best.
+    """Return the set whose worst connection is best; among equals, the one with the best sum, then the most preferred.
 
-    A collective operation is as fast as the slowest connection that it crosses.
+    The worst connection counts because it limits the speed of collective operations.
     """
     near = {(one, two): closeness(one, two) for one, two in itertools.permutations(liked, 2)}
 

@@ -18,7 +18,7 @@ MOVE_SELF = 0x00000800
 class Inotify:
     """Becomes readable when an event of `mask` happens in `directory`.
 
-    Raises OSError where the kernel has no inotify or the user has too many instances (`fs.inotify.*`).
+    Raises OSError if the kernel has no inotify or the user has too many instances (`fs.inotify.*`).
     """
 
     def __init__(self, directory: Path, mask: int) -> None:

@@ -1,14 +1,14 @@
-"""What the kernel says of files and locks: whose they are, and which processes hold them.
+"""Reads facts about files and locks from the kernel: their owners, and which processes hold locks.
 
-Contents of the pool's files are claims of the users who wrote them. This is what is known beyond that: the owner of a
-file, the user of a process, and the table of locks, in which every process of the machine can read which process has
-locked which file (proc_locks(5)). Three things surprise there:
+The contents of the pool's files are claims of the users who wrote them. The kernel confirms more: the owner of a file,
+the user of a process, and the table of locks, which shows every process which process has locked which file
+(proc_locks(5)). The table has three surprises:
 
-- The process named is the one that took a flock(2) lock. A child that inherited the descriptor may be what holds it
-  now, and the number may be another process's by then.
-- In a namespace of process ids other than the machine's first, locks of processes that have no number there are left
-  out. Locks of open file descriptions (OFD locks, fcntl_locking(2)) are shown everywhere, with -1 for the process.
-- It is read a page at a time, between which locks come and go, so one may be missing though it was there all the time.
+- It names the process that took a flock(2) lock. A child that inherited the descriptor may hold the lock now, and the
+  process id may already belong to another process.
+- In a PID namespace other than the machine's initial one, it leaves out locks of processes that are not in that
+  namespace. It shows locks of open file descriptions (OFD locks, fcntl_locking(2)) everywhere, with -1 as the process.
+- It is read one page at a time. Locks come and go between pages, so a lock may be missing although it always existed.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from gpu_launcher.users import user_name
 LOCKS = Path("/proc/locks")
 MAX_TABLE_BYTES = 32 << 20
 MAX_COMMAND = 100
-"""Characters of a process's command that are shown."""
+"""Most characters shown of a process's command."""
 FIRST_NAMESPACE = 0xEFFFFFFC
-"""Inode number of the machine's first namespace of process ids (PROC_PID_INIT_INO)."""
+"""Inode number of the machine's initial PID namespace (PROC_PID_INIT_INO)."""
 
 _CHUNK = 1 << 16
 _PAGE = 4000
-"""Bytes that are read in one go."""
+"""Bytes that the kernel returns at once; a longer table is read in several pages."""
 
 
 class LockTable:
@@ -43,18 +43,21 @@ class LockTable:
 
     @classmethod
     def read(cls, table: Path = LOCKS) -> LockTable | None:
-        """None where it cannot be read."""
+        """Read the table; None if it cannot be read."""
         content = _read(table)
         return None if content is None else cls(content)
 
     def read_again(self) -> None:
-        """Add what another reading has and one of several pages may have missed."""
+        """If the table has several pages, read it again and add locks that the first reading may have missed."""
         if len(self._content) >= _PAGE:
             self._content += _read(LOCKS) or b""
 
     def on(self, status: os.stat_result) -> list[Flock]:
-        """Return the flock locks on a file. Those of its number on another file system count if there are none on its
-        own: some (btrfs, overlay) tell stat(2) another device than the table."""
+        """Return the flock locks on a file.
+
+        If there are none on its device, locks on files with the same inode number on other devices count, because some
+        file systems (btrfs, overlay) report another device to stat(2) than the table.
+        """
         inode = str(status.st_ino).encode()
         lines = re.findall(rb"FLOCK +\S+ +(READ|WRITE) +(\d+) ([0-9a-f]+:[0-9a-f]+):" + inode + b" ", self._content)
         device = device_of(status)
@@ -62,12 +65,12 @@ class LockTable:
         return list(dict.fromkeys(same or [Flock(mode == b"WRITE", int(pid)) for mode, pid, _ in lines]))
 
     def holders(self, directory: os.stat_result) -> dict[int, int]:
-        """Return who took the exclusive flock lock on each file of the directory's file system, by inode number."""
+        """Return the processes that took exclusive flock locks on the directory's file system, by inode number."""
         pattern = rb"FLOCK +\S+ +WRITE +(\d+) " + re.escape(device_of(directory)) + rb":(\d+) "
         return {int(inode): int(pid) for pid, inode in re.findall(pattern, self._content)}
 
     def marked(self, first: int) -> dict[int, set[int]]:
-        """Return which bytes from `first` on are locked by open file descriptions, and the files' inode numbers."""
+        """Return the bytes at or after `first` that have OFD locks, with the files' inode numbers."""
         found: dict[int, set[int]] = {}
         for inode, start in re.findall(rb"OFDLCK +\S+ +WRITE +\S+ [0-9a-f]+:[0-9a-f]+:(\d+) (\d+) ", self._content):
             if int(start) >= first:
@@ -100,7 +103,7 @@ def _read(table: Path) -> bytes | None:
         return None
     finally:
         os.close(descriptor)
-    # A line with an arrow is a process that waits for the lock of the line above.
+    # A line with an arrow is a process that waits for the lock on the line above.
     content = b"".join(parts)
     return re.sub(rb"(?m)^\d+: +-> .*$", b"", content) if b" -> " in content else content
 
@@ -114,12 +117,12 @@ def sees_all_locks() -> bool:
 
 
 def device_of(status: os.stat_result) -> bytes:
-    """Return the file system of a file as the table of locks writes it."""
+    """Return the device of a file in the notation of the table of locks."""
     return b"%02x:%02x" % (os.major(status.st_dev), os.minor(status.st_dev))
 
 
 def user_of(pid: int) -> int | None:
-    """Return the user that a process runs as; None if there is no such process, or it cannot be seen."""
+    """Return the user that a process runs as; None if it does not exist or is not visible."""
     if pid <= 0:
         return None
     try:
@@ -129,15 +132,15 @@ def user_of(pid: int) -> int | None:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process is stopped, by Ctrl-Z, SIGSTOP or a debugger, as far as that can be seen."""
-    # Without pathlib and a text file: this is most of what a view of the pool costs.
+    """Whether a process is known to be stopped, by Ctrl-Z, SIGSTOP or a debugger."""
+    # pathlib and text files are avoided, because this is most of the cost of a view of the pool.
     try:
         descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
     try:
         return os.read(descriptor, 256).rpartition(b") ")[2][:1] in (b"T", b"t")
-    except ProcessLookupError:  # it has ended meanwhile
+    except ProcessLookupError:  # it has ended
         return False
     finally:
         os.close(descriptor)
@@ -145,17 +148,17 @@ def is_stopped(pid: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process, as far as it can be seen from here."""
+    """The visible facts about a process."""
 
     pid: int
     user: str | None
     command: str | None
     stopped: bool
-    """By SIGSTOP, Ctrl-Z or a debugger."""
+    """Whether it is stopped, by SIGSTOP, Ctrl-Z or a debugger."""
 
     @classmethod
     def of(cls, pid: int) -> Process:
-        """Look at it."""
+        """Read the facts about a process."""
         process = Path(f"/proc/{pid}")
         user = command = None
         with contextlib.suppress(OSError):
@@ -171,14 +174,14 @@ class Process:
 
 
 def holders_of(status: os.stat_result) -> list[int]:
-    """Return the processes seen to hold a flock lock on the file now: all that have the descriptor it was taken on.
+    """Return the visible processes that hold a flock lock on the file: all that have the descriptor of the lock.
 
-    Those of other users are seen by root alone. Looks at every open file, so it takes a while.
+    Only root sees other users' processes. This reads every open file, so it is slow.
     """
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
-            with contextlib.suppress(OSError):  # it has ended, or is not ours to look at
+            with contextlib.suppress(OSError):  # it has ended, or this user may not read it
                 if any(_holds(process, name, status) for name in os.listdir(process / "fd")):  # noqa: PTH208
                     found.append(int(process.name))
     return sorted(found)

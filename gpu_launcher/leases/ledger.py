@@ -1,7 +1,7 @@
-"""What a ledger is: the queue of tickets and the leases of one pool, as one process sees and changes them.
+"""The interface of a ledger: the tickets and leases of one pool, as one process sees and changes them.
 
 `FileLedger` is shared by every process and user of the machine. The tests have another implementation, in memory, for
-simulations within one process; both pass the same contract tests.
+simulations within one process. Both pass the same contract tests.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Ticket:
 class HeldLease:
     """The right to use `shares` of devices, alive as long as any process has a copy of its descriptor.
 
-    Pass `fileno()` on by inheritance or `SCM_RIGHTS` to whatever may use the devices. Never unlock it (`LOCK_UN`, and
-    so no `fcntl.flock` on it at all): that frees the devices for every holder at once. Only close copies.
+    Every process that may use the devices must get `fileno()`, by inheritance or `SCM_RIGHTS`. Never call
+    `fcntl.flock` on it: unlocking (`LOCK_UN`) frees the devices for all holders at once. Only close copies.
     """
 
     __slots__ = ("_descriptor", "id", "shares")
@@ -40,12 +40,12 @@ class HeldLease:
     def __init__(self, id: str, shares: Mapping[str, Share], descriptor: int) -> None:
         self.id = id
         self.shares = dict(shares)
-        """By device UUID, in the order in which the job should see them."""
+        """The shares by device UUID, in the order in which the job should see the devices."""
         self._descriptor = descriptor
 
     @property
     def uuids(self) -> tuple[str, ...]:
-        """The devices, in the order in which the job should see them."""
+        """UUIDs of the devices, in the order in which the job should see them."""
         return tuple(self.shares)
 
     def fileno(self) -> int:
@@ -60,12 +60,15 @@ class HeldLease:
         return self._descriptor >= 0
 
     def detach(self) -> int:
-        """For ledgers, and for who kept it in a child: take the descriptor out, or -1 if that was done before."""
+        """Return the descriptor and forget it; -1 if that was done before.
+
+        For ledgers, and for code that kept the lease in a forked child.
+        """
         descriptor, self._descriptor = self._descriptor, -1
         return descriptor
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        """Raise TypeError: a copy would close a descriptor that by then may be the number of another file."""
+        """Raise TypeError: a copy could close the descriptor when its number already belongs to another file."""
         raise TypeError(f"lease {self.id} cannot be copied or pickled: it is as good as its descriptor")
 
     def __repr__(self) -> str:
@@ -74,7 +77,7 @@ class HeldLease:
 
 @dataclass(frozen=True, slots=True)
 class TicketView:
-    """A live ticket, for display. Where it cannot be read, only its place and priority are known."""
+    """A live ticket, for display. If it cannot be read, only its place and priority are known."""
 
     id: str
     sequence: int
@@ -84,7 +87,7 @@ class TicketView:
     since: float | None
     """Wall-clock time of arrival, in seconds since the epoch."""
     wait: Wait | None = None
-    """Why it waits; None if it does not: its process is about to take its devices."""
+    """Why it waits; None if its process is about to take its devices."""
 
     @property
     def candidates(self) -> tuple[str, ...] | None:
@@ -94,11 +97,11 @@ class TicketView:
 
 @dataclass(frozen=True, slots=True)
 class LeaseView:
-    """A live lease, for display. `shares` None: it cannot be read, and counts as holding every device."""
+    """A live lease, for display. If it cannot be read, `shares` is None and it counts as holding every device."""
 
     id: str
     shares: Mapping[str, Share] | None
-    """By device UUID."""
+    """The shares, by device UUID."""
     owner: Owner | None
     since: float | None
     """Wall-clock time of the grant, in seconds since the epoch."""
@@ -107,7 +110,7 @@ class LeaseView:
 
     @property
     def uuids(self) -> tuple[str, ...] | None:
-        """The devices."""
+        """UUIDs of the devices; None if the lease cannot be read."""
         return None if self.shares is None else tuple(self.shares)
 
 
@@ -116,26 +119,26 @@ class UnreadableFile:
     """A live file of the pool that cannot be read."""
 
     name: str
-    """In the queue directory."""
+    """File name in the queue directory."""
     user: str
-    """Whose file it is."""
+    """The file's owner."""
     problem: str
     lease: bool
-    """Whether it may be a lease, and so counts as holding everything; a ticket is passed by."""
+    """Whether it may be a lease, which counts as holding everything. A ticket is ignored."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolView:
-    """All that lives in a pool, for display."""
+    """The live tickets and leases of a pool, for display."""
 
     tickets: tuple[TicketView, ...]
-    """In queue order."""
+    """The tickets in queue order."""
     leases: tuple[LeaseView, ...]
-    """In the order of their grants."""
+    """The leases in the order of their grants."""
     stale: int
-    """How many tickets and leases of dead processes were found and ignored."""
+    """Number of tickets and leases of dead processes, which were ignored."""
     elsewhere: tuple[str, ...] = ()
-    """Names of other machines whose files lie in the pool directory; whether they live cannot be seen from here."""
+    """Names of other machines with files in the pool directory. Whether those are live cannot be seen from here."""
     unreadable: tuple[UnreadableFile, ...] = ()
     excessive: tuple[str, ...] = ()
     """Users with so many files in the pool that some of them do not count."""
@@ -188,18 +191,18 @@ class Ledger(Protocol):
 
     @property
     def poll_interval(self) -> float:
-        """Seconds after which to call `claim` again though `fileno()` is silent. Changes; read it for every wait.
+        """Seconds after which to call `claim` again even if `fileno()` is silent. It changes; read it for every wait.
 
-        Short after a change was announced, because a lock vanishes a moment after the announcement of its end, then
-        longer with every claim in vain.
+        It is short after an announced change, because a lock disappears a moment after its end is announced. It grows
+        with every unsuccessful claim.
         """
 
     def enqueue(self, request: Request, candidates: Sequence[Device], owner: Owner) -> Ticket:
         """Take the last place of its priority in the queue for `request.gpus` of the `candidates` (best first).
 
-        Raises RequestError if too few of the candidates could ever give what is asked of them (see `refusal`),
-        ValueError if `request.gpus` is 0 (a job without devices needs no lease), PoolDirectoryError if the pool
-        directory has become unusable.
+        Raises RequestError if too few of the candidates could ever satisfy the request (see `refusal`), ValueError if
+        `request.gpus` is 0 (a job without devices needs no lease), PoolDirectoryError if the pool directory has become
+        unusable.
         """
 
     def claim(
@@ -207,28 +210,28 @@ class Ledger(Protocol):
     ) -> HeldLease | None:
         """Turn the ticket into a lease if its turn has come; None if not yet. Does not block for long.
 
-        `unavailable` are UUIDs of devices that are not to be granted now: in use by processes outside the pool, or
-        broken. The ticket keeps its place in the queue; others see the reason. `preference` says which devices the job
-        would like best of those that are free for it.
+        `unavailable` are UUIDs of devices that must not be granted now, because they are in use outside the pool or
+        broken. The ticket keeps its place in the queue, and others see the reason. `preference` says which of the free
+        devices are the best for the job.
 
-        Raises ValueError if the ticket is not a waiting one of this ledger, PoolDirectoryError if the pool directory
+        Raises ValueError if the ticket does not wait in this ledger. Raises PoolDirectoryError if the pool directory
         has become unusable; the ticket then keeps its place.
         """
 
     def cancel(self, ticket: Ticket) -> None:
-        """Give up the place in the queue. A ticket that is no longer waiting is left alone."""
+        """Give up the place in the queue. A ticket that no longer waits is ignored."""
 
     def release(self, lease: HeldLease) -> None:
-        """Close this process's descriptor. The devices are free when no process has a copy of it any more.
+        """Close this process's descriptor. The devices are free when no process has a copy of it.
 
-        A lease that was released before is left alone.
+        A lease that was already released is ignored.
         """
 
     def snapshot(self) -> PoolView:
         """Read the pool, for display."""
 
     def fileno(self) -> int | None:
-        """A descriptor that becomes readable when something may have become free; None: use `poll_interval` alone."""
+        """A descriptor that becomes readable when devices may have become free; None to use `poll_interval` alone."""
 
     def drain(self) -> None:
         """Make `fileno()` silent until the next change. Does not block."""
@@ -237,15 +240,16 @@ class Ledger(Protocol):
         """Cancel all tickets, release all leases, close all descriptors. In a forked child: `close_in_child`."""
 
     def close_in_child(self, keep: Collection[HeldLease] = ()) -> None:
-        """Close every descriptor, without a word to the pool: for a forked child, whose copies would keep its parent's
-        tickets and leases alive. The parent's ledger is unharmed. The child may then open a ledger of its own.
+        """Close every descriptor without changing the pool. Called in a forked child.
 
-        The leases to `keep` it holds as its parent does; closing what they `detach` is the child's business then.
+        The child's copies would otherwise keep its parent's tickets and leases alive. The parent's ledger is not
+        affected. The child may then open its own ledger. It shares the leases to `keep` with its parent, and must close
+        the descriptors that they `detach`.
         """
 
 
 def demanded(request: Request, candidates: Sequence[Device]) -> Demand:
-    """Return what a ticket is for, or raise as `Ledger.enqueue` promises."""
+    """Return the demand of a ticket. Raises the errors that `Ledger.enqueue` documents."""
     if request.gpus < 1:
         raise ValueError(f"a ticket is for at least 1 device, not {request.gpus}: a job without devices needs none")
     if problem := refusal(request, candidates):
@@ -254,7 +258,7 @@ def demanded(request: Request, candidates: Sequence[Device]) -> Demand:
 
 
 def refusal(request: Request, devices: Sequence[Device]) -> str | None:
-    """Say what is wrong with a request that these devices could never grant, as `for 5 devices, but ...`."""
+    """Say why these devices could never satisfy a request, as `for 5 devices, but ...`; None if they could."""
     candidates = _candidates(devices)
     able = [candidate for candidate in candidates if candidate.share(request) is not None]
     if request.gpus <= len(able):

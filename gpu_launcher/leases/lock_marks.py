@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gpu_launcher.leases.kernel import LockTable
 
 FIRST_MARK = 1 << 62
-"""Beyond the end of every file of ours."""
+"""Offset of the first mark, beyond the end of every file of ours."""
 
 
 @functools.lru_cache(maxsize=16384)
@@ -43,7 +43,7 @@ class Marks:
         self._pools = (f"path {os.path.realpath(path)}", f"inode {directory.st_dev} {directory.st_ino}")
 
     def make(self, descriptor: int, uuids: Iterable[str]) -> None:
-        """Mark the devices as held by the lease's file, open for writing. Does nothing where there are no OFD locks."""
+        """Mark the devices as held by the lease's file, which is open for writing. Does nothing without OFD locks."""
         with contextlib.suppress(OSError, AttributeError):
             for uuid in uuids:
                 for pool in self._pools:
@@ -51,7 +51,7 @@ class Marks:
                     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, lock)
 
     def found(self, locks: LockTable, uuids: Iterable[str], known: Collection[int]) -> dict[str, int]:
-        """Return which of the devices are marked by files other than `known`, and the inode number of one of those."""
+        """Return the devices marked by files that are not in `known`, each with the inode number of such a file."""
         marked = locks.marked(FIRST_MARK)
         if not marked:
             return {}

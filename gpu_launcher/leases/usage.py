@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DeviceUse:
-    """What a lease has of a device. `share` None: the lease cannot be read, and counts as holding everything."""
+    """The share of a device that a lease holds. `share` is None, and counts as everything, if it cannot be read."""
 
     lease: LeaseView
     share: Share | None
 
     @property
     def whole(self) -> bool:
-        """Whether it is all of the device."""
+        """Whether it is the whole device."""
         return self.share is None or self.share.whole
 
 
 def uses_of(device: Device, pool: PoolView) -> tuple[DeviceUse, ...]:
-    """Return what each lease has of the device, in the order of their grants."""
+    """Return the uses of the device by leases, in the order of their grants."""
     return tuple(
         DeviceUse(lease, None if lease.shares is None else lease.shares[device.uuid])
         for lease in pool.leases
@@ -39,19 +39,19 @@ def uses_of(device: Device, pool: PoolView) -> tuple[DeviceUse, ...]:
 
 
 def leased_memory(device: Device, holds: Iterable[DeviceUse]) -> int:
-    """Return the bytes of the device that `holds`, none of them whole, count for.
+    """Return the device memory, in bytes, that `holds` account for. None of them may be whole.
 
-    A fraction without declared memory counts for that fraction of the device's.
+    A fraction without declared memory counts as that fraction of the device's memory.
     """
     shares = [hold.share for hold in holds if hold.share]
     return sum(share.memory or (device.memory or 0) * share.millionths // MILLIONTHS for share in shares)
 
 
 def owners_of(pool: PoolView, holds: Sequence[DeviceUse], exists: Callable[[int], bool]) -> set[int] | None:
-    """Return the pids of the programs that hold leases or wait for them; what descends from them is the pool's.
+    """Return the process ids of programs that hold leases or wait for them. Their descendants belong to the pool.
 
-    `exists` says whether there is a process of that id. None if one that has one of `holds` is not to be seen from
-    here, such as one in a container: then nothing can be said of who uses that device.
+    `exists` says whether a process id exists. Returns None if an owner of one of `holds` is not visible from here, for
+    example in a container; then it is unknown who uses that device.
     """
     if any(hold.lease.owner is None or not exists(hold.lease.owner.pid) for hold in holds):
         return None
@@ -60,9 +60,9 @@ def owners_of(pool: PoolView, holds: Sequence[DeviceUse], exists: Callable[[int]
 
 
 def leases_of(pid: int) -> set[str]:
-    """Ids of the leases of which the process has a descriptor; none where that cannot be seen. For display."""
+    """Ids of the leases of which the process has a descriptor; empty if that is not visible. For display only."""
     found = set()
-    with contextlib.suppress(OSError):  # it has ended, or belongs to another user
+    with contextlib.suppress(OSError):  # the process has ended or belongs to another user
         for descriptor in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(OSError):  # closed meanwhile
                 if match := LEASE_NAME.fullmatch(descriptor.readlink().name):
