@@ -1,15 +1,15 @@
-"""What the files of a pool say, and how they are named. Liveness is by lock alone.
+"""The names and contents of a pool's files. Only locks decide which files are live.
 
 ticket-<rank>-<sequence>-<id>-<edition>   a waiting request; sorted by name they are in queue order
 lease-<id>, twin-<id>                     one granted lease: two names of one file, so that it outlasts the loss of one
 .new-<id>                                 not yet published
 
-What a file says never changes: a ticket that has something new to say is published again, as its next edition.
+The content of a file never changes. If a ticket changes, it is published again, as its next edition.
 
-Every user of the machine can write such a file, so `decode` accepts nothing that this version could not have written:
-known types, finite numbers within bounds, texts and lists of bounded length. A file repeats the id of its name, and a
-ticket its priority, so that a second name (a hard link) never makes a second entry. A file does not say whose it is:
-that is what the kernel says of it.
+Every user of the machine can write such a file, so `decode` accepts only what this version could have written: known
+types, finite numbers within bounds, texts and lists of bounded length. A file repeats the id in its name, and a ticket
+also its priority, so that a second name (a hard link) never makes a second entry. A file does not name its owner; only
+the kernel does.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from gpu_launcher.model import MAX_PRIORITY, MILLIONTHS, Request, Share
 from gpu_launcher.text import one_line
 
 FORMAT = 3
-"""Files of another format belong to another version of gpu-launcher. A lease of it counts as holding everything."""
+"""Version of the format. Other versions of gpu-launcher have others; their leases count as holding everything."""
 MAX_ENTRY_BYTES = 512 << 10
-"""A longer file is not ours."""
+"""Largest size of a file in bytes. A longer file is not ours."""
 MAX_CANDIDATES = 4096
 MAX_NAME = 200
-"""Characters of a device's UUID, a boot's or a machine's name."""
+"""Most characters of a device's UUID or the name of a boot or machine."""
 MAX_COMMAND = 2000
-"""Characters of a command; longer ones are cut before they are written."""
+"""Most characters of a command; longer ones are cut before they are written."""
 MAX_SECONDS = 1e10
 MAX_BYTES_OF_DEVICE = 1 << 60
 MAX_PID = 1 << 22
-"""The kernel's own limit (PID_MAX_LIMIT)."""
+"""Largest process id: the kernel's own limit (PID_MAX_LIMIT)."""
 MAX_DIGITS = 20
 MAX_SEQUENCE = 10**12 - 1
 
@@ -57,7 +57,7 @@ NORMAL = f"ticket-{_LOWEST_RANK:06}"
 
 
 class TicketName(NamedTuple):
-    """The place of a ticket in the queue, which can be told without opening its file."""
+    """The name of a ticket's file, which contains its place in the queue."""
 
     priority: int
     sequence: int
@@ -87,21 +87,21 @@ def unpublished_name(id: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where and when a file was written.
+    """The machine and the boot in which a file was written.
 
-    A boot id is random, and the same in all containers of a machine; locks and CLOCK_BOOTTIME mean something within
-    one boot only. A file of another boot and the same machine is left over from before a restart; one of another
-    machine is left to that machine.
+    A boot id is random and the same in all containers of a machine. Locks and CLOCK_BOOTTIME are meaningful only within
+    one boot. A file of another boot of the same machine is left over from before a restart. A file of another machine
+    is left alone.
     """
 
     boot: str
-    """Empty where the kernel does not tell."""
+    """The boot id; empty if the kernel does not tell it."""
     machine: str
     """Host name."""
 
     @classmethod
     def here(cls) -> Origin:
-        """Of what this process writes now."""
+        """The origin of files that this process writes now."""
         boot = ""
         with contextlib.suppress(OSError):
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -187,11 +187,11 @@ class LeaseRecord:
         return cls(shares, started, timeout, *_common(content))
 
     def started_here(self, origin: Origin) -> float | None:
-        """When it was granted, on the clock of `origin`; None where that cannot be compared."""
+        """When it was granted, on the clock of `origin`; None if that cannot be compared."""
         return self.started if self.origin.boot == origin.boot else None
 
     def ends_here(self, origin: Origin) -> float | None:
-        """When its devices are free at the latest, on the clock of `origin`; None where that is not known."""
+        """When its devices are free at the latest, on the clock of `origin`; None if unknown."""
         started = self.started_here(origin)
         return None if started is None or self.timeout is None else started + self.timeout
 
@@ -202,7 +202,7 @@ _INVALID = (ValueError, TypeError, KeyError, OverflowError, RecursionError)
 
 
 def decode(name: str, content: bytes) -> Record | None:
-    """Return what the file of this name says; None if it is not what this version writes into a file of that name."""
+    """Decode the file of this name; None if this version would not write such content into it."""
     try:
         if len(content) > MAX_ENTRY_BYTES:
             raise ValueError("size")
@@ -220,7 +220,7 @@ def decode(name: str, content: bytes) -> Record | None:
 
 
 def _digits(text: str) -> int:
-    """Converting a long text takes time that is quadratic in its length."""
+    """Read an integer of limited length, because converting a long text takes quadratic time."""
     if len(text) > MAX_DIGITS:
         raise ValueError(text[:MAX_DIGITS])
     return int(text)
@@ -245,7 +245,7 @@ def _encoded(record: Record, id: str, **fields: object) -> bytes:
 
 
 def _writable(timeout: float | None) -> float | None:
-    """One that is longer than `decode` believes counts as none."""
+    """The time limit to write; None if it is longer than `decode` accepts."""
     return timeout if timeout is not None and timeout < MAX_SECONDS else None
 
 
@@ -273,7 +273,7 @@ def _text(value: Any, longest: int) -> str:
 
 
 def _name(value: Any) -> str:
-    """A device's UUID: something to print, and not nothing."""
+    """Check a device's UUID: it must be printable and not empty."""
     if not _text(value, MAX_NAME) or not value.isprintable():
         raise ValueError("name")
     return str(value)

@@ -1,32 +1,33 @@
 """The ledger that every process and user of the machine shares: locked files in the pool directory.
 
-Theory of operation. What holds a device is the lock (flock(2)) on a lease's file, alive as long as any process has a
+Theory of operation. A device is held by the lock (flock(2)) on a lease's file, which lives as long as any process has a
 copy of the lease's descriptor. File contents are notes; if they cannot be read, a locked lease counts as holding every
 device. `claim` grants a lease: under the mutex, it reads the pool, asks `gpu_launcher.leases.grant_policy`, and
-publishes the lease's file, locked, before it withdraws the ticket's.
+publishes the locked file of the lease before it withdraws the ticket's file.
 
-How the promise is kept that losing a file costs at most waiting:
+Losing a file costs at most waiting, for these reasons:
 
-- The mutex is the lock on the queue directory itself. It cannot be removed while it holds anything. Only what adds to
-  the pool needs it: a new ticket, a lease. Seeing that nothing can be granted yet, and giving back, do not.
-- A lease's file has two names. A lease counts as long as either is there.
-- There is no counter to lose: a ticket's sequence is one more than the highest of the live ones.
-- A ticket whose file is lost is written anew, with its old sequence, at its next claim. So is one that could not be
-  written because another process had the mutex, at the end of the queue of then.
-- A queue directory that is removed or replaced makes every ledger that was open on it raise PoolDirectoryError.
+- The mutex is the lock on the queue directory itself, which cannot be removed while it contains anything. Only
+  additions to the pool need the mutex: a new ticket or a lease. Finding that nothing can be granted yet, and releasing,
+  do not.
+- A lease's file has two names. A lease counts as long as either name exists.
+- There is no counter to lose: a ticket's sequence is one more than the highest of the live tickets.
+- A ticket whose file is lost is written again, with its old sequence, at its next claim. A ticket that could not be
+  written because another process had the mutex is written at its next claim, too, at the end of the queue at that time.
+- If a queue directory is removed or replaced, every ledger that was open on it raises PoolDirectoryError.
 
 Not promised:
 
-- Safety against a user who removes the whole queue directory, or both names of a lease, while jobs run, and starts new
-  programs then; or who locks or unlocks the files by hand.
+- Safety against a user who removes the whole queue directory, or both names of a lease, while jobs run and then starts
+  new programs; or who locks or unlocks the files by hand.
 - Two directories, such as a container's own `/var/tmp` and the host's, are two pools.
-- A process that is stopped (SIGSTOP) while it has the mutex, which is for about a millisecond at a time, stops all
-  grants until it continues or is killed. The others stay responsive, and say who it is.
-- Which devices a process gets is its own choice among those that are free for it. Of tickets that could all be granted
-  in one moment, a later one may therefore once get in an earlier one's way: that waits then, and reserves.
-- In a time namespace of its own (time_namespaces(7)), a process may take declared ends for earlier or later ones, and
-  so be delayed, or delay others, by backfill.
-- A process that another thread forks while a ledger is at work inherits half-made tickets and leases: fork from the
+- A process that is stopped (SIGSTOP) while it has the mutex, which it has for about a millisecond at a time, stops all
+  grants until it continues or is killed. The other processes stay responsive and say who it is.
+- A process chooses its devices among those that are free for it. So among tickets that could all be granted at one
+  moment, a later one may once take a device that an earlier one needs; the earlier one then waits and reserves.
+- A process in its own time namespace (time_namespaces(7)) may misread declared ends, and may thus be delayed, or delay
+  others, by backfill.
+- If another thread forks while a ledger is in use, the child inherits incomplete tickets and leases. Fork from the
   thread that uses the ledger, and call `close_in_child`.
 """
 
@@ -75,20 +76,22 @@ FIRST_POLL = 0.002
 the close of a lease is heard just before its lock is gone."""
 SLOWEST_POLL = 0.25
 EAGER_TICKETS = 4
-"""Only so many tickets at the head of the queue poll after a change. What the others wait for is announced again, when
-one of those is granted; all of a long queue would only take the CPU from the one whose turn it is."""
+"""Number of tickets at the head of the queue that poll after a change. The others hear of it again when one of these is
+granted. If a whole long queue polled, it would only take the CPU from the ticket whose turn it is."""
 SLOWEST_POLL_WITHOUT_INOTIFY = 0.02
 SLOW_AFTER_CLAIMS = 16
-"""Claims in vain after which the slowest poll is reached."""
+"""Number of unsuccessful claims after which the slowest poll is reached."""
 
-# Nothing that only makes things scarcer (a new ticket, a new lease) wakes anybody, and neither does the read-only
-# probing of other waiters, who would else wake each other for ever.
+# Events that only make devices scarcer (a new ticket, a new lease) wake no process. Neither does read-only probing,
+# because waiting processes would otherwise wake each other for ever.
 _WATCHED = inotify.CLOSE_WRITE | inotify.DELETE | inotify.DELETE_SELF | inotify.MOVE_SELF
 
 
 def boot_time() -> float:
-    """Seconds since the machine started: one clock for all processes, which cannot be set, and does not stop in
-    suspend, as jobs' time limits do not."""
+    """Seconds since the machine started.
+
+    All processes share this clock. It cannot be set, and it does not stop in suspend, like the jobs' time limits.
+    """
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
@@ -100,15 +103,15 @@ def to_stderr(text: str) -> None:
 class FileLedger:
     """A `Ledger` on the files of a pool directory. `directory` is what `resolve_pool_directory` returned.
 
-    Belongs to the process that made it: in a forked child every method raises RuntimeError, except `close_in_child`
-    and `close`, which then means the same. Nothing is closed by garbage collection: call `close`.
+    Only the process that created it may use it. In a forked child, every method raises RuntimeError, except
+    `close_in_child` and `close`, which then does the same. Garbage collection closes nothing: call `close`.
 
-    `warn` is told, once each, whom it waits for if somebody keeps the pool locked for seconds, and that a priority
-    above 0 counts as 0: to go before others is for root and for the owner of the pool directory.
+    `warn` gets two notices, each once: who keeps the pool locked for seconds, and that a priority above 0 counts as 0,
+    because only root and the pool's administrator may go before others.
 
-    `wall_clock` is for the times that views show, `clock` and `origin` for those that policy compares. `checkpoint` is
-    called after each step that a crash could separate from the next, with its name, such as `claim: locked`; it is
-    for tests.
+    `wall_clock` gives the times that views show; `clock` and `origin` give those that the policy compares. `checkpoint`
+    is for tests: it is called after each step that a crash could separate from the next, with the step's name, such as
+    `claim: locked`.
     """
 
     def __init__(
@@ -135,13 +138,13 @@ class FileLedger:
         self._warn = warn
         self._warn_of_priority = True
         self._lost: frozenset[str] = frozenset()
-        """UUIDs of devices that were last found held by leases without a name in the queue."""
+        """UUIDs of devices that, at the last look, were held by leases without a name in the queue."""
         self._nameless: set[str] = set()
-        """Ids of leases of this ledger of which that was said."""
+        """Ids of this ledger's leases whose loss of all names was reported."""
         self._inotify: inotify.Inotify | None = None
         with contextlib.ExitStack() as undo:
             try:
-                # Both are kept open so that no later directory can have the same inode number.
+                # Both are kept open, so that no later directory can get the same inode number.
                 self._guard = open_directory(directory)
                 undo.callback(os.close, self._guard)
                 self._pinned = open_queue(self._guard, directory, make=True)
@@ -188,7 +191,7 @@ class FileLedger:
             raise ValueError(f"ticket {ticket.id} is not waiting in this ledger")
         seen = frozenset(unavailable).intersection(ticket.candidates)
         if waiting.untried:
-            # It may well be granted, so this one reading is done under the mutex if that is free.
+            # A first claim often succeeds, so the pool is read under the mutex if that is free.
             waiting.untried = False
             with self._mutex(wait=False) as locked:
                 if locked is not None:
@@ -197,7 +200,7 @@ class FileLedger:
                 return self._claimed(ticket, lease)
         changed = seen != waiting.record.demand.unavailable
         with self._directory() as queue:
-            # Waiting is what a ticket does most of the time, and needs no mutex.
+            # Tickets wait most of the time, which needs no mutex.
             pool = self._scan(queue, mutex=False)
             self._find_lost(pool, self._lost)
             in_vain = not changed and str(waiting.name) in pool.names and not self._decide(pool, waiting, preference)
@@ -220,7 +223,7 @@ class FileLedger:
     ) -> HeldLease | None:
         pool = self._scan(queue, mutex=True)
         if unavailable != waiting.record.demand.unavailable:
-            # Others must know what this one can use, or they would keep for it what it does not take.
+            # Others must know which devices this ticket can use. They would otherwise keep devices for it in vain.
             demand = replace(waiting.record.demand, unavailable=unavailable)
             waiting.record = replace(waiting.record, demand=demand)
             self._publish_ticket(waiting, pool)
@@ -257,7 +260,7 @@ class FileLedger:
         try:
             with self._directory() as queue:
                 self._withdraw(queue, waiting, "cancel")
-        except PoolDirectoryError:  # then it is in no queue any more
+        except PoolDirectoryError:  # the queue is gone, and the ticket with it
             self._tickets.pop(ticket.id, None)
             waiting.close()
 
@@ -268,7 +271,7 @@ class FileLedger:
             self._close_leases([lease])
 
     def snapshot(self, *, thorough: bool = False) -> PoolView:
-        """As `Ledger.snapshot` says. `thorough`: look for leases without a name in the queue, too."""
+        """See `Ledger.snapshot`. With `thorough`, also look for leases without a name in the queue."""
         self._check_process()
         with self._directory() as queue:
             pool = self._scan(queue, mutex=False)
@@ -336,7 +339,7 @@ class FileLedger:
 
     @contextlib.contextmanager
     def _directory(self) -> Iterator[int]:
-        """Yield the queue directory's descriptor, opened anew and proven to be the one it was."""
+        """Yield a new descriptor of the queue directory, after checking that the directory was not replaced."""
         descriptor = -1
         try:
             descriptor = open_queue(self._guard, self.directory, make=False)
@@ -369,11 +372,11 @@ class FileLedger:
                 with self._directory():
                     yield descriptor
             finally:
-                # Not just closed: a process forked meanwhile by another thread has a copy.
+                # Closing is not enough: a process that another thread forked since has a copy.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
 
     def _in_its_place(self, request: Request) -> Request:
-        """Leave a priority above 0 only to those who may go before others."""
+        """Return the request, with priority 0 instead of a higher one if this user may not go before others."""
         if request.priority <= 0 or os.geteuid() in self._administrators:
             return request
         if self._warn_of_priority:
@@ -392,7 +395,7 @@ class FileLedger:
         return grant(pool.lease_states(), pool.queue(), state, self._clock(), preference)
 
     def _publish_ticket(self, waiting: _Waiting, pool: PoolScan) -> None:
-        """Write the ticket's file, or its next edition in place of it."""
+        """Write the ticket's file, or replace it by its next edition."""
         ticket, old = waiting.ticket, waiting.name
         if old is None:
             sequence = min(pool.last_sequence() + 1, MAX_SEQUENCE)
@@ -412,7 +415,7 @@ class FileLedger:
         pool.own[str(new)] = waiting.record
 
     def _publish(self, queue: int, id: str, names: tuple[str, ...], record: Record, operation: str) -> int:
-        """Make a file that is complete and locked from the moment it has its names; return its descriptor."""
+        """Create a file that is complete and locked before it gets its names; return its descriptor."""
         hidden = unpublished_name(id)
         descriptor = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600, dir_fd=queue)
         try:
@@ -450,7 +453,7 @@ class FileLedger:
         for lease in leases:
             os.close(lease.detach())
             self._checkpoint("release: closed")
-        # The devices are as free as they can be; what is left to do can only fail where the pool is gone.
+        # The leases are already closed here. Removing their names can only fail if the pool is gone.
         with contextlib.suppress(PoolDirectoryError), self._directory() as queue:
             for lease in leases:
                 for name in lease_names(lease.id):
@@ -484,7 +487,7 @@ class FileLedger:
         self._warn_of_lost_names(nameless)
 
     def _warn_of_lost_names(self, ids: Iterable[str], why: str = "") -> None:
-        """Say, once of each, that others can see leases of this ledger only in the kernel's table of locks."""
+        """Report once per lease that others can see it only in the kernel's table of locks."""
         new = [id for id in ids if id not in self._nameless]
         self._nameless.update(new)
         if new:
@@ -495,7 +498,7 @@ class FileLedger:
             )
 
     def _scan(self, queue: int, *, mutex: bool) -> PoolScan:
-        """Read the pool; what this ledger has itself, it knows better than the files."""
+        """Read the pool. For its own tickets and leases, the ledger uses its own records instead of the files."""
         self._keep_names(queue)
         pool = scan(queue, self._origin, self._index, self._clock(), mutex=mutex)
         pool.own = {str(own.name): own.record for own in self._tickets.values() if own.name is not None}
@@ -510,7 +513,7 @@ class _Waiting:
     ticket: Ticket
     record: TicketRecord
     name: TicketName | None = None
-    """None as long as it could not be published."""
+    """None until it is published."""
     descriptor: int = -1
     untried: bool = True
     """Whether it was never claimed."""

@@ -1,23 +1,23 @@
-"""Reading the queue directory: what lives, what is left over, what is not ours.
+"""Reads the queue directory: which files are live, which are left over, and which are not ours.
 
-Reading needs no mutex. A file is locked before it gets its published name and nobody locks it again later, so one that
-is not locked is dead for ever; only unpublished ones must be judged under the mutex, by whoever would remove them. Read
-without it, a pool may lack what was published meanwhile, or still have what was withdrawn: good for display, and for
-seeing that a claim would be in vain, but not for a grant.
+Reading needs no mutex. A file is locked before it gets its published name and is never locked again later, so a file
+that is not locked is dead for ever. Only unpublished files must be judged under the mutex, by a process that would
+remove them. A reading without the mutex may miss files that were just published or contain files that were just
+withdrawn. It is good enough for display and for finding that a claim would fail, but not for a grant.
 
-Every user of the machine can put anything there. What is made of it:
+Every user of the machine can put anything there. These rules apply:
 
-- A file is its owner's, as the kernel says (fstat(2)); only `decode` says what may be believed of its content.
-- A lease that is locked and cannot be read may hold anything, so nothing is granted until it ends. A ticket only says
-  who goes first, so one that cannot be read is passed by. Both are named, with their owner, in `PoolView.unreadable`.
-- A lease's file that cannot even be opened (no permission, an fcntl file lease) lives if the kernel's table of locks
-  has a lock on it. Where that cannot be seen, as in a container, it lives for `BLIND_SECONDS` after its last change:
-  its time of change is the kernel's, and no program of ours ever leaves such a file.
-- Of one owner only the first `MAX_ENTRIES` files count, and `MAX_BYTES` in them. No program of ours exceeds that:
-  beyond it there is nothing to be protected. Exempt are root, the pool's administrator, and this user.
-- A lease's file has at most two names, both here. If it has more, a user has made hard links: then it counts
-  only if it can be read.
-- A name that was found to mean nothing is not looked at again: names are random, so no other file gets it.
+- A file belongs to the owner that the kernel names (fstat(2)). `decode` decides which content is believed.
+- A locked lease that cannot be read may hold anything, so nothing is granted until it ends. A ticket only decides who
+  goes first, so an unreadable one is ignored. Both are named, with their owner, in `PoolView.unreadable`.
+- A lease's file that cannot even be opened (no permission, an fcntl file lease) is live if the kernel's table of locks
+  has a lock on it. If the table is not visible, for example in a container, it is live for `BLIND_SECONDS` after its
+  last change. The time of change comes from the kernel, and our programs never leave such a file.
+- Of each owner, only the first `MAX_ENTRIES` files count, with at most `MAX_BYTES` in them. Our programs never exceed
+  this, so files beyond it need no protection. Root, the pool's administrator and this user are exempt.
+- A lease's file has at most two names, both here. If it has more, a user has made hard links. It then counts only if it
+  can be read.
+- A name that was found to be meaningless is not read again: names are random, so no other file gets it.
 - Priority above 0 is for root and the pool's administrator; the tickets of others that claim it have priority 0. A
   sequence beyond what the pool can have reached is ignored.
 """
@@ -57,18 +57,18 @@ from gpu_launcher.model import WHOLE, Owner
 from gpu_launcher.users import user_name
 
 MAX_ENTRIES = 4096
-"""Files of one owner that count."""
+"""Most files of one owner that count."""
 MAX_BYTES = 8 << 20
-"""Bytes in them."""
+"""Most bytes in these files."""
 MAX_UNREADABLE = 16
-"""Entries that cannot be read of which one scan takes note."""
+"""Most unreadable entries that one scan records."""
 MAX_UNPUBLISHED = 256
-"""Unpublished files that one scan looks at."""
+"""Most unpublished files that one scan examines."""
 BLIND_SECONDS = 600.0
 LOST = "lost-"
-"""How the ids of leases begin whose files have no name in the queue."""
+"""Prefix of the ids of leases whose files have no name in the queue."""
 TICKETS_PER_SECOND = 10_000
-"""More than any pool hands out."""
+"""More tickets per second than any pool issues."""
 FIRST_SEQUENCES = 10**6
 
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
@@ -77,21 +77,21 @@ _NOT_A_FILE = (errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENOTD
 
 
 class Liveness(Enum):
-    """What became of the process that published a file."""
+    """Whether the process that published a file, or a process that inherited its lock, is alive."""
 
     LIVE = "live"
     """A process holds the lock."""
     STALE = "stale"
-    """No process does; the file was removed, if this user may do that."""
+    """No process holds the lock. The file was removed if this user may do that."""
     ELSEWHERE = "elsewhere"
     """Another machine wrote it, whose locks cannot be seen here."""
     FOREIGN = "foreign"
-    """It is gone, or was never ours: a directory, a FIFO, a link, a file beyond its owner's limits."""
+    """The file is gone or not ours: a directory, a FIFO, a link, or a file beyond its owner's limits."""
 
 
 @dataclass(slots=True)
 class QueueFile:
-    """A file of the queue, as the kernel describes it, and what it says."""
+    """A file of the queue: the kernel's facts about it, and its content."""
 
     uid: int
     inode: int
@@ -105,12 +105,12 @@ class QueueFile:
     """What is wrong if there is no record."""
 
     def same(self, status: os.stat_result) -> bool:
-        """Whether this is still what is known of the file."""
+        """Whether the file has not changed since it was read."""
         return (self.inode, self.changed, self.size) == (status.st_ino, status.st_ctime_ns, status.st_size)
 
 
 class Index:
-    """What one ledger knows of the names in the queue directory. All of it can be found out again."""
+    """A ledger's knowledge of the names in the queue directory. All of it can be read again."""
 
     def __init__(self, administrators: Collection[int] = (0,), guard: os.stat_result | None = None) -> None:
         """Of `administrators` everything counts, and may go first. `guard` is of a file that is locked now."""
@@ -123,13 +123,13 @@ class Index:
         """Names, by id."""
         self.unpublished: set[str] = set()
         self.passed_by: set[str] = set()
-        """Names that mean nothing."""
+        """Meaningless names, which are not read again."""
         self.entries: dict[str, QueueFile] = {}
         """What was looked at, by name."""
         self.stale: dict[str, str] = {}
         """Those among them that dead processes left and this user may not remove, and the ids in them."""
         self.excessive: set[int] = set()
-        """Owners of more files than count."""
+        """Owners with more files than count."""
         self._ordered: list[str] | None = None
         self._counted: dict[str, tuple[tuple[int, bool], int]] = {}
         """Of the names that were looked at, on whose account, and their size."""
@@ -173,7 +173,7 @@ class Index:
         return found
 
     def add(self, name: str) -> None:
-        """Take note of a ticket that this process has just published."""
+        """Add a ticket that this process has just published."""
         self._ordered = None
         self.names.add(name)
         self.tickets.add(name)
@@ -185,7 +185,7 @@ class Index:
         return self._ordered
 
     def pass_by(self, name: str) -> None:
-        """Never look at this name again."""
+        """Never read this name again."""
         self._ordered = None
         self.passed_by.add(name)
         self.entries.pop(name, None)
@@ -237,9 +237,9 @@ class Index:
 
 @dataclass
 class PoolScan:
-    """What was found in the queue directory.
+    """The contents of the queue directory.
 
-    All leases have been looked at. Tickets can be many, so they are looked at only when `queue` comes to them.
+    All leases are read at once. Tickets may be many, so each is read only when its turn in the queue comes.
     """
 
     directory: int
@@ -274,14 +274,14 @@ class PoolScan:
         return self.index.tickets
 
     def lease_states(self) -> list[LeaseState]:
-        """Return what the policy wants to know of the leases."""
+        """Return the leases in the form that the policy takes."""
         states = [
             LeaseState(id, record.shares, record.started_here(self.origin), record.ends_here(self.origin))
             if record
             else LeaseState(id, shares=None)
             for id, record in self.leases.items()
         ]
-        # Which part of the device they hold is not known any more.
+        # Their share of the device is unknown, so they count as holding all of it.
         return states + [LeaseState(f"{LOST}{inode}-{uuid}", {uuid: WHOLE}) for uuid, inode in self.lost.items()]
 
     def wanted(self) -> set[str]:
@@ -354,7 +354,7 @@ class PoolScan:
             self._look(name)
 
     def view(self, now: float) -> PoolView:
-        """Return what a person wants to know."""
+        """Return the pool's state for display."""
         leases = self.lease_states()
         shown = []
         for state in leases:
@@ -591,7 +591,7 @@ def _entry(status: os.stat_result, record: Record | None, *problem: str) -> Queu
 
 
 def _content(descriptor: int) -> bytes:
-    """Return the whole content, or nothing where it cannot be one of ours."""
+    """Return the whole content; empty if it is too long or cannot be read."""
     with contextlib.suppress(OSError):
         content = os.read(descriptor, MAX_ENTRY_BYTES + 1)
         return content if len(content) <= MAX_ENTRY_BYTES else b""
