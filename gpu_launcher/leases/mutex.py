@@ -1,12 +1,13 @@
-"""The pool's mutex: an exclusive lock on the queue directory, held for milliseconds, and who holds it if longer.
+"""The pool's mutex: an exclusive lock on the queue directory. If it is held for long, the holder is named.
 
-flock(2) knows no time limit, and a signal does not get out of it (PEP 475), so it is tried at short intervals: a
-program whose user presses Ctrl-C must not hang because another program does.
+The mutex is normally held for milliseconds. flock(2) has no time limit, and a signal does not interrupt it (PEP 475),
+so locking is retried at short intervals: a program must react to Ctrl-C even if another program hangs.
 
-Every user can lock the directory, also in shared mode, and keep it. Then nothing is granted while that process lives,
-and the others say who it is. That is certain of processes whose open files can be looked at (one's own; for root, all).
-Of others the table of locks names only who took the lock: that may have ended since, and a child of it may be what
-holds it, or its number may be another process's. No message advises to signal a process that is not certain to hold it.
+Every user can lock the directory, also in shared mode, and keep the lock. Then nothing is granted while that process
+lives, and the others say who it is. The holder is certain only among processes whose open files are visible (one's own;
+for root, all). For others, the table of locks names only the process that took the lock. It may have ended since, a
+child of it may hold the lock, or its process id may belong to another process. So no message advises to signal a
+process that does not certainly hold the lock.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from random import SystemRandom
 from gpu_launcher.leases.kernel import LOCKS, LockTable, Process, holders_of, shows_files
 
 LOCK_SECONDS = 0.25
-"""Seconds for which one call waits."""
+"""Longest time that one call waits, in seconds."""
 NAMED_AFTER_SECONDS = 3.0
 """Seconds after which the holder is named."""
 FIRST_PAUSE = 0.0002
@@ -31,12 +32,12 @@ LONGEST_PAUSE = 0.005
 
 @dataclass(frozen=True, slots=True)
 class Blame:
-    """Who keeps the pool locked, as far as that can be known."""
+    """The processes that are known to keep the pool locked."""
 
     holders: tuple[Process, ...] = ()
-    """Certain to hold the lock."""
+    """Processes that certainly hold the lock."""
     takers: tuple[Process, ...] = ()
-    """Have taken it, if no holder can be seen. They may still hold it, or what they have started does."""
+    """Processes that took the lock, if no holder is visible. They, or processes that they started, may hold it."""
 
     def __str__(self) -> str:
         if self.holders:
@@ -56,7 +57,7 @@ class Blame:
 
     @property
     def remedy(self) -> str:
-        """What to do."""
+        """What the user can do."""
         if not self.holders:
             return "`gpu-launcher doctor`, run by root outside of containers, names it with certainty"
         stopped = [str(holder.pid) for holder in self.holders if holder.stopped]
@@ -66,19 +67,19 @@ class Blame:
 
 
 class PoolMutex:
-    """The mutex, for one ledger. Says once per holder that it is held for suspiciously long."""
+    """The mutex, for one ledger. Warns once per holder if it is held for suspiciously long."""
 
     def __init__(self, directory: Path, warn: Callable[[str], None]) -> None:
         self._directory = directory
         self._warn = warn
         self._seen: tuple[tuple[int, ...], float] | None = None
-        """Who took the lock, and since when that has been seen."""
+        """The processes that took the lock, and since when they have been seen to hold it up."""
         self._named = False
 
     def lock(self, descriptor: int, *, wait: bool = True) -> bool:
-        """Lock the queue directory, open as `descriptor`. False if another process has it.
+        """Lock the queue directory, which is open as `descriptor`. Return False if another process holds the lock.
 
-        With `wait` it is tried for `LOCK_SECONDS`.
+        With `wait`, retry for `LOCK_SECONDS`.
         """
         deadline = time.monotonic() + LOCK_SECONDS
         pause = FIRST_PAUSE
@@ -92,8 +93,8 @@ class PoolMutex:
                 if now >= deadline:
                     self._suspect(now, descriptor)
                     return False
-                # Random, so that processes that came at the same moment do not retry at the same moments. Not with the
-                # `random` module's generator: the program may have seeded that, and count on what it draws.
+                # Random, so that processes that started together do not retry together. The `random` module's own
+                # generator is not used, because the program may have seeded it and rely on its sequence.
                 time.sleep(min(pause * (0.5 + SystemRandom().random()), deadline - now))
                 pause = min(2 * pause, LONGEST_PAUSE)
             else:
@@ -116,7 +117,7 @@ class PoolMutex:
 
 
 def blame(descriptor: int, table: Path = LOCKS) -> Blame:
-    """Return who keeps the open file locked. Looks at every process, so it takes a while."""
+    """Return the processes that keep the open file locked. This reads every process, so it is slow."""
     holders = [pid for pid in holders_of(os.fstat(descriptor)) if pid != os.getpid()]
     if holders:
         return Blame(holders=tuple(map(Process.of, holders)))

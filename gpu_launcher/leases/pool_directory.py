@@ -1,22 +1,22 @@
-"""Where the pool is: choosing, opening and checking the pool directory.
+"""Chooses, opens and checks the pool directory.
 
-All processes that share devices must agree on it, so a directory that cannot be used is an error, never a reason to
-take another one: two pools on one machine would grant every device twice. No message advises that, unless no program
-at all can use the directory.
+All processes that share devices must agree on the directory. So a directory that cannot be used is an error, never a
+reason to use another one: two pools on one machine would grant every device twice. No message advises to use another
+one, unless no program at all can use the directory.
 
     <pool directory>/         made by an administrator, or by the first program that needs it, with mode 1777
     <pool directory>/queue/   all files, and the mutex; same mode
 
-Whose directory it is matters. Its owner, and that of the queue in it, can remove and rename what others put there, and
-move the whole queue away. What that can do:
+The owner of the directory, and the owner of the queue in it, can remove and rename other users' files there, and move
+the whole queue away. The possible effects:
 
-- Grant a device twice: no, see `gpu_launcher.leases.lock_marks`.
-- Send others elsewhere: no. The queue is opened relative to the pool directory, and neither through a symbolic link,
-  but for a pool directory that root or this very user has linked.
-- Stop the pool: yes. So root does not use a directory of another user that it finds at the default place; it does where
-  it is told to by name.
-- Go before others with `priority`: only if root made the owner the pool's administrator. That is where the directory
-  lies in one that only root can write to, such as /var/lib: then a program cannot have made it for its user.
+- Granting a device twice: impossible, see `gpu_launcher.leases.lock_marks`.
+- Sending others elsewhere: impossible. The queue is opened relative to the pool directory. Symbolic links are not
+  followed, except a link to the pool directory that root or this user made.
+- Stopping the pool: possible. So root does not use another user's directory at the default place, unless it is told to
+  by name.
+- Going before others with `priority`: only if root made the owner the pool's administrator, which is the case if only
+  root can write to the parent directory, such as /var/lib. A program cannot have made it for its user there.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def resolve_pool_directory(
     everybodys: Path = EVERYBODYS,
     mountinfo: Path = MOUNTINFO,
 ) -> Path:
-    """Return the pool directory, absolute, made if need be, and proven usable by writing to it.
+    """Return the absolute path of the pool directory, after creating it if necessary and a trial of writing to it.
 
-    Which one that is, `choose_pool_directory` says. Raises PoolDirectoryError, with the remedy, if it is read-only, not
-    writable for this user, full, no directory, or on a file system that cannot hold locks or is shared with other
-    machines. The keyword arguments are for tests.
+    `choose_pool_directory` chooses it. Raises PoolDirectoryError, with the remedy, if it is read-only, not writable for
+    this user, full, not a directory, or on a file system that does not support locks or is shared with other machines.
+    The keyword arguments are for tests.
     """
     directory, _ = choose_pool_directory(explicit, administrators=administrators, everybodys=everybodys)
     check_file_system(directory, mountinfo)
@@ -84,10 +84,11 @@ def resolve_pool_directory(
 def choose_pool_directory(
     explicit: str | None = None, *, administrators: Path = ADMINISTRATORS, everybodys: Path = EVERYBODYS
 ) -> tuple[Path, str]:
-    """Return the name of the pool directory, absolute, and why it is that one. Makes nothing.
+    """Return the absolute path of the pool directory and the reason for the choice. Creates nothing.
 
-    `explicit`, else the environment variable GPU_LAUNCHER_POOL_DIR, else `administrators` where it exists, else
-    `everybodys`. The keyword arguments are for tests. Raises PoolDirectoryError for a name that cannot be meant.
+    The choice is `explicit`, else the environment variable GPU_LAUNCHER_POOL_DIR, else `administrators` if it exists,
+    else `everybodys`. The keyword arguments are for tests. Raises PoolDirectoryError if the name is invalid, or if the
+    default directory cannot be trusted.
     """
     if explicit is not None:
         if not explicit:
@@ -114,14 +115,14 @@ def choose_pool_directory(
 
 
 def make_roots(directory: Path) -> str:
-    """Say how root takes the directory; from the outside to the inside, so that its owner cannot swap the inside."""
+    """The commands by which root takes over the directory: the outer one first, so its owner cannot swap the inner."""
     return f"`chown -h root: {directory} && chown -h root: {directory / QUEUE}`"
 
 
 def make_directory(directory: Path) -> None:
-    """Make the pool directory, open to all, in one step; one that exists is left as it is.
+    """Create the pool directory with access for everybody, in one step. An existing directory is not changed.
 
-    Made with less at first and widened afterwards, another user's program would find it closed in between.
+    If it were created with less access and opened afterwards, another user's program could find it closed in between.
     """
     _make(directory, 0o1777)
 
@@ -137,7 +138,7 @@ def _make(name: Path | str, mode: int, within: int | None = None) -> None:
 
 
 def open_directory(directory: Path) -> int:
-    """Open the pool directory. A symbolic link to it is followed only if root or this user made that."""
+    """Open the pool directory. A symbolic link to it is followed only if root or this user made the link."""
     try:
         return os.open(directory, _DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
@@ -152,9 +153,9 @@ def open_directory(directory: Path) -> int:
 
 
 def open_queue(pool: int, directory: Path, *, make: bool) -> int:
-    """Open the directory that holds all files, inside the pool directory that is open as `pool`. Follows no link.
+    """Open the queue directory inside the pool directory, which is open as `pool`. Does not follow links.
 
-    mkdir(2) hands on the group and the setgid bit of an administrator's directory.
+    A new queue gets the group and the setgid bit of an administrator's directory by mkdir(2).
     """
     try:
         return os.open(QUEUE, _DIRECTORY | os.O_NOFOLLOW, dir_fd=pool)
@@ -186,10 +187,11 @@ def administrators(pool: int) -> frozenset[int]:
 
 
 def check_usable(queue: int, directory: Path) -> None:
-    """Try everything a ledger needs. Raises OSError, or PoolDirectoryError where locks have no effect."""
+    """Try every operation that a ledger needs. Raises OSError, or PoolDirectoryError if locks have no effect."""
     mutex = os.open(".", _DIRECTORY, dir_fd=queue)
     try:
-        # Others remove, under the mutex, what they find unpublished and unlocked: at first these files are both.
+        # The mutex is needed because others remove, under it, unpublished files that are not locked, as these are at
+        # first.
         if _locked_soon(mutex):
             _try_locks_and_links(queue, directory)
     finally:
@@ -197,7 +199,7 @@ def check_usable(queue: int, directory: Path) -> None:
 
 
 def _locked_soon(mutex: int) -> bool:
-    """Take the mutex; False if another process keeps it: then locks work, and a ledger will name that process."""
+    """Take the mutex. Return False if another process keeps it; then locks work, and a ledger names that process."""
     deadline = time.monotonic() + 1.0
     while True:
         try:
@@ -237,8 +239,8 @@ def _try_locks_and_links(queue: int, directory: Path) -> None:
 def check_file_system(directory: Path, mountinfo: Path = MOUNTINFO) -> None:
     """Raise PoolDirectoryError if the directory is, or would be, on a file system shared between machines.
 
-    There, flock is emulated, forwarded or local, depending on server and mount options (flock(2), nfs(5)). Where
-    `mountinfo` cannot be read (see proc_pid_mountinfo(5)), nothing is known and nothing raised.
+    There, flock is emulated, forwarded or local, depending on server and mount options (flock(2), nfs(5)). If
+    `mountinfo` cannot be read (see proc_pid_mountinfo(5)), the type is unknown and nothing is raised.
     """
     kind = file_system_of(directory, mountinfo)
     if kind in NETWORK_FILE_SYSTEMS:
@@ -250,7 +252,7 @@ def check_file_system(directory: Path, mountinfo: Path = MOUNTINFO) -> None:
 
 
 def file_system_of(directory: Path, mountinfo: Path = MOUNTINFO) -> str | None:
-    """Return the type of the file system that `directory` is on, such as `ext4`; None if it cannot be told."""
+    """Return the type of the file system of `directory`, such as `ext4`; None if unknown."""
     real = directory.resolve()
     try:
         lines = mountinfo.read_text(errors="surrogateescape").splitlines()
@@ -276,7 +278,7 @@ def _unescaped(point: str) -> str:
 
 
 def explained(directory: Path, error: OSError) -> PoolDirectoryError:
-    """Return what the error means for the person who chose the directory."""
+    """Convert an OSError into an error that says what to do about the directory."""
     user = f"user {os.geteuid()}"
     problems = {
         errno.EROFS: "is on a read-only file system: mount it so that programs can write to it",

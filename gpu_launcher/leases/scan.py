@@ -97,12 +97,12 @@ class QueueFile:
     inode: int
     links: int
     changed: int
-    """Its ctime, in nanoseconds."""
+    """The file's ctime in nanoseconds."""
     size: int
     record: Record | None
-    """None: it cannot be read."""
+    """The decoded content; None if it is invalid."""
     problem: str = "its content is not what this version of gpu-launcher writes"
-    """What is wrong if there is no record."""
+    """The problem, if there is no record."""
 
     def same(self, status: os.stat_result) -> bool:
         """Whether the file has not changed since it was read."""
@@ -125,16 +125,16 @@ class Index:
         self.passed_by: set[str] = set()
         """Meaningless names, which are not read again."""
         self.entries: dict[str, QueueFile] = {}
-        """What was looked at, by name."""
+        """The files that were read, by name."""
         self.stale: dict[str, str] = {}
-        """Those among them that dead processes left and this user may not remove, and the ids in them."""
+        """Names of files that dead processes left and this user may not remove, with the ids in them."""
         self.excessive: set[int] = set()
         """Owners with more files than count."""
         self._ordered: list[str] | None = None
         self._counted: dict[str, tuple[tuple[int, bool], int]] = {}
-        """Of the names that were looked at, on whose account, and their size."""
+        """The account and size of each file that was counted, by name."""
         self._full: set[tuple[int, bool]] = set()
-        """Accounts on which no more may be put."""
+        """Accounts that have reached their limit."""
         self._files: Counter[tuple[int, bool]] = Counter()
         self._bytes: Counter[tuple[int, bool]] = Counter()
 
@@ -158,7 +158,7 @@ class Index:
         self.names = names
 
     def _within_limits(self, new: list[str], names: set[str], directory: int) -> list[str]:
-        """Return which of very many new names may count. Opening each of their files would take seconds."""
+        """Return the names that may count, out of very many new ones, because opening all files would take seconds."""
         found = []
         for name in new:
             try:
@@ -247,13 +247,13 @@ class PoolScan:
     origin: Origin
     index: Index
     last_possible: int
-    """The highest sequence that a ticket can have."""
+    """The highest sequence that a ticket of this pool can have."""
     leases: dict[str, LeaseRecord | None] = field(default_factory=dict)
-    """The live ones, by id. None: it cannot be read."""
+    """The live leases, by id; None for a lease that cannot be read."""
     holders: dict[str, QueueFile] = field(default_factory=dict)
-    """The files of the live ones, by id."""
+    """The files of the live leases, by id."""
     own: dict[str, TicketRecord] = field(default_factory=dict)
-    """Tickets that are alive because this process has them, by name."""
+    """The tickets of this process, by name. They are live without a look at their files."""
     stale: set[str] = field(default_factory=set)
     elsewhere: set[str] = field(default_factory=set)
     unreadable: dict[str, QueueFile] = field(default_factory=dict)
@@ -262,15 +262,15 @@ class PoolScan:
     """UUIDs of devices that leases without a name in the queue hold, and the inode numbers of their files."""
     _locks: tuple[LockTable | None, ...] = ()
     _exclusive: dict[int, int] | None = None
-    """Who took the exclusive lock on a file, by its inode number."""
+    """The process that took the exclusive lock on a file, by the file's inode number."""
     _owners: dict[tuple[int, int, str], Owner] = field(default_factory=dict)
     _users: dict[int, int | None] = field(default_factory=dict)
-    """By process id."""
+    """Users of processes, by process id."""
     _stopped: dict[int, bool] = field(default_factory=dict)
 
     @property
     def names(self) -> set[str]:
-        """Of all tickets' files found."""
+        """The names of all tickets' files."""
         return self.index.tickets
 
     def lease_states(self) -> list[LeaseState]:
@@ -290,7 +290,7 @@ class PoolScan:
         return held.union(*(record.demand.able for _, record, _ in self.tickets()))
 
     def queue(self) -> Iterator[TicketState]:
-        """Go through the live tickets in queue order, looking at each only when its turn comes."""
+        """Yield the live tickets in queue order. Each file is read only when its turn comes."""
         return (TicketState(name.sequence, name.id, record.demand, name.priority) for name, record, _ in self.tickets())
 
     def tickets(self) -> Iterator[tuple[TicketName, TicketRecord, QueueFile | None]]:
@@ -299,7 +299,7 @@ class PoolScan:
         texts, demoted = self._ordered()
         for text in texts:
             name = TicketName.parse(text)
-            # Two editions of one ticket are there for a moment, while it is published again.
+            # While a ticket is published again, two editions of it exist for a moment.
             if name is None or name.id == last:
                 if name is None:
                     self.index.pass_by(text)
@@ -320,11 +320,11 @@ class PoolScan:
         return 0
 
     def ahead_of(self, name: TicketName) -> int:
-        """Return how many tickets have a better place, whether they live or not."""
+        """Return the number of tickets, live or dead, that have a better place."""
         return bisect_left(self.index.ordered(), str(name))
 
     def look_at_leases(self) -> None:
-        """Tell which leases live."""
+        """Find the live leases."""
         for id, names in list(self.index.leases.items()):
             seen = None
             for name in list(names):
@@ -347,7 +347,7 @@ class PoolScan:
                 self.holders[id] = entry
 
     def sweep_up(self) -> None:
-        """Under the mutex: remove what was never published and never will be."""
+        """Remove files that were never published and never will be. Only under the mutex."""
         for number, name in enumerate(list(self.index.unpublished)):
             if number >= MAX_UNPUBLISHED:
                 break
@@ -442,7 +442,7 @@ class PoolScan:
         return self._users[pid]
 
     def locks(self) -> LockTable | None:
-        """Return the kernel's table of locks as it was when first asked for; None where it cannot be read."""
+        """Return the kernel's table of locks, read at the first call; None if it cannot be read."""
         if not self._locks:
             self._locks = (LockTable.read(),)
         return self._locks[0]
@@ -563,7 +563,7 @@ class PoolScan:
 def scan(directory: int, origin: Origin, index: Index, now: float, *, mutex: bool) -> PoolScan:
     """Read the queue directory, open as `directory`, and remove stale leases. `now` is on the clock of the policy.
 
-    With the `mutex`, what was never published and never will be is removed as well.
+    With the `mutex`, files that were never published and never will be are removed as well.
     """
     index.update(set(os.listdir(directory)), directory)
     pool = PoolScan(directory, origin, index, last_possible=int(max(now, 0.0) * TICKETS_PER_SECOND) + FIRST_SEQUENCES)
