@@ -53,7 +53,7 @@ OUR_NAME = re.compile(r"(?:lease|twin|\.new)-[0-9a-f]{32}|ticket-(?!0{6})[0-9]{6
 
 _LOWEST_RANK = MAX_PRIORITY + 1
 NORMAL = f"ticket-{_LOWEST_RANK:06}"
-"""How the names of tickets of priority 0 begin: smaller names are of those that go before others."""
+"""Beginning of the names of tickets of priority 0. Smaller names belong to tickets with a higher priority."""
 
 
 class TicketName(NamedTuple):
@@ -72,7 +72,7 @@ class TicketName(NamedTuple):
     def parse(cls, name: str) -> TicketName | None:
         """Return None if it is not a ticket's name."""
         match = TICKET_NAME.fullmatch(name)
-        if match is None or not int(match[1]):  # a rank of 0 would be above the highest
+        if match is None or not int(match[1]):  # rank 0 would be above the highest priority
             return None
         return cls(_LOWEST_RANK - int(match[1]), int(match[2]), match[3], int(match[4]))
 

@@ -72,8 +72,8 @@ if TYPE_CHECKING:
     from gpu_launcher.model import Device, Owner, Request
 
 FIRST_POLL = 0.002
-"""Seconds. After an announced change: locks_remove_file() runs after fsnotify_close() in the kernel's __fput(), so
-the close of a lease is heard just before its lock is gone."""
+"""Shortest time between polls in seconds after an announced change. In the kernel's __fput(), locks_remove_file()
+runs after fsnotify_close(), so the close of a lease is announced just before its lock disappears."""
 SLOWEST_POLL = 0.25
 EAGER_TICKETS = 4
 """Number of tickets at the head of the queue that poll after a change. The others hear of it again when one of these is
