@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 WORKERS ?= $(shell echo $$(( 2 * $$(nproc) > 16 ? 16 : 2 * $$(nproc) )))
 PYTEST := $(BIN)/python -m pytest --workers $(WORKERS)
 
-.PHONY: help setup demo lint test test-rest test-all matrix soak bench clean
+.PHONY: help setup demo lint test test-rest test-all matrix slow soak bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -49,6 +49,9 @@ test-all: test test-rest ## both: all tests but those for which make matrix has 
 
 matrix: $(INSTALLED) ## tests of installed packages on four Pythons, with the newest and the lowest dependencies
 	$(BIN)/python tools/matrix.py $(MATRIX)
+
+slow: $(INSTALLED) ## the slow tests: minutes of random kills, 100,000 entries in a pool
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 soak: $(INSTALLED) ## 5000 jobs that die in every way: ten minutes, then nothing may be left or have grown
 	$(BIN)/python tools/soak.py

@@ -5,8 +5,8 @@ The tests run in a shuffled order; `--seed` repeats one.
 
 `make test-all` has run every test but the slow ones on this machine's Python with the newest dependencies. Here, the
 oldest Python with the lowest dependencies and the newest Python with the next Hydra run the tests that depend on these
-versions, and of all others those marked smoke. The two Pythons between run what depends on packaging, the slow tests,
-and what needs torch. On two idle CPUs, all of CI should take less than an hour.
+versions, and of all others those marked smoke. The two Pythons between run what depends on packaging and what needs
+torch. The other slow tests are for `make slow`. On two idle CPUs, all of CI should take less than an hour.
 
 Each environment lives in `.matrix/<name>/` and is kept: a second run reinstalls only gpu-launcher itself,
 unless what it depends on has changed. The tests run in a copy of the tree that lacks the packages, so that what
@@ -139,7 +139,6 @@ ENVIRONMENTS = (
         optuna="4.9.0",
         artifact="sdist",
         tests=HISTORIES,
-        slow=("tests/crash/test_study_kills.py", "tests/executors", "tests/security"),
         histories=100_000,
     ),
     Environment(
@@ -147,7 +146,7 @@ ENVIRONMENTS = (
         dependencies="newest",
         artifact="wheel",
         tests=DISTRIBUTED,
-        slow=("tests/hydra", "tests/unit", "tests/crash/test_stress.py"),
+        slow=("tests/unit",),
         ddp=True,
         beside=("torch==2.13.0",),
     ),
