@@ -38,7 +38,7 @@ lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-test: lint ## lint, and the quick tests: each part and each way in, in less than five minutes
+test: lint ## lint, and the quick tests: each part and each way in
 	@$(PIP) list --format=freeze 2>/dev/null | paste -sd ' '
 	$(PYTEST) -m 'smoke or not (thorough or slow)' $(ARGS)
 
