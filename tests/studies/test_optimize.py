@@ -188,6 +188,7 @@ def test_n_jobs_is_a_cap(pool: Where) -> None:
             running = [t.number for t in trial.study.get_trials() if t.state == TrialState.RUNNING]
             if trial.number > 1 or len(running) > 1 or time.monotonic() > end:  # the first two wait for each other
                 break
+            time.sleep(0.05)
         trial.set_user_attr("running", running)
         time.sleep(0.02)
         return 1.0
