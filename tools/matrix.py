@@ -5,7 +5,7 @@ The tests run in a shuffled order; `--seed` repeats one.
 
 `make test-all` has run every test but the slow ones on this machine's Python with the newest dependencies. Here, the
 oldest Python with the lowest dependencies and the newest Python with the next Hydra run the tests that depend on these
-versions, and of all others those marked smoke. The two Pythons between run what depends on packaging and what needs
+versions. The two Pythons between run what depends on packaging and what needs
 torch. The other slow tests are for `make slow`. On two idle CPUs, all of CI should take less than an hour.
 
 Each environment lives in `.matrix/<name>/` and is kept: a second run reinstalls only gpu-launcher itself,
@@ -48,8 +48,6 @@ class Environment:
     """Files and directories whose tests are run, but for the slow ones."""
     hydra: str | None = None
     optuna: str | None = None
-    smoke: bool = False
-    """Whether the tests marked smoke are run in all other files, too."""
     slow: tuple[str, ...] = ()
     """Where the tests marked slow run, too; one environment is enough for each."""
     beside: tuple[str, ...] = ()
@@ -122,14 +120,13 @@ SWEEPERS = ("hydra-optuna-sweeper==1.4.0rc3", "hydra-nevergrad-sweeper==1.4.0rc3
 # The oldest and the newest of everything we support, each at least once; the longest first, so that two CPUs end
 # together. `make test` has the newest release of each dependency, too. The release candidate of Hydra has to be named.
 ENVIRONMENTS = (
-    Environment("3.10", dependencies="lowest", artifact="tree", tests=LOWEST, smoke=True),
+    Environment("3.10", dependencies="lowest", artifact="tree", tests=LOWEST),
     Environment(
         "3.13",
         dependencies="newest",
         hydra="1.4.0rc3",
         artifact="tree",
         tests=NEXT_HYDRA,
-        smoke=True,
         beside=SWEEPERS,
     ),
     Environment(
@@ -341,9 +338,6 @@ def test(environment: Environment, home: Path, seed: int, pytest_arguments: Sequ
     paths = environment.tests
     histories = {} if environment.histories is None else {"GPU_LAUNCHER_HISTORIES": str(environment.histories)}
     step("tests", [*pytest, "not slow", *(pytest_arguments or paths)], output, cwd=copy, **histories)
-    if environment.smoke and not pytest_arguments:
-        ignored = [f"--ignore={path}" for path in paths]
-        step("smoke tests", [*pytest, "smoke and not slow", *ignored], output, cwd=copy)
     if environment.slow and not pytest_arguments:
         step("slow tests", [*pytest, "slow", *environment.slow], output, cwd=copy)
 
