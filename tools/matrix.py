@@ -6,7 +6,7 @@ The tests run in a shuffled order; `--seed` repeats one.
 `make test-all` has run every test but the slow ones on this machine's Python with the newest dependencies. Here, the
 oldest Python with the lowest dependencies and the newest Python with the next Hydra run the tests that depend on these
 versions. The two Pythons between run what depends on packaging and what needs
-torch. The other slow tests are for `make slow`. On two idle CPUs, all of CI should take less than an hour.
+torch. The slow tests are for `make slow`. On two idle CPUs, all of CI should take less than an hour.
 
 Each environment lives in `.matrix/<name>/` and is kept: a second run reinstalls only gpu-launcher itself,
 unless what it depends on has changed. The tests run in a copy of the tree that lacks the packages, so that what
@@ -143,7 +143,6 @@ ENVIRONMENTS = (
         dependencies="newest",
         artifact="wheel",
         tests=DISTRIBUTED,
-        slow=("tests/unit",),
         ddp=True,
         beside=("torch==2.13.0",),
     ),

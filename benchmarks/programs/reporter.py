@@ -31,11 +31,11 @@ def main(cfg: DictConfig) -> float:
         report.append(between - before)
         ask.append(after - between)
         # Private names: the step that the latest verdict is about, and hearing of one, where `should_prune` gave up.
-        voice = trial._voice
-        late += voice._judged != step
-        while voice._judged != step and (patience := due + cfg.interval / 2 - time.monotonic()) > 0:
-            voice._listen(patience)
-        if voice._judged == step:
+        reporter = trial._reporter
+        late += reporter._judged != step
+        while reporter._judged != step and (patience := due + cfg.interval / 2 - time.monotonic()) > 0:
+            reporter._listen(patience)
+        if reporter._judged == step:
             lag.append(time.perf_counter_ns() - before)
         if pruned:
             break
