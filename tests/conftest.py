@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import gc
 import importlib
 import math
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,12 +87,55 @@ def environment_left_as_found() -> Iterator[None]:
         pytest.fail(f"the test left the environment changed: {', '.join(sorted(changed))}")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Fail where the tests of a file leave this process changed: those of other files run in it, in any order.
+
+    A hook and not a fixture, because pytest keeps the values of a test's fixtures until all of them have ended.
+    """
+    stash = item.session.stash
+    if stash.get(FOUND, (None,))[0] != item.path:
+        stash[FOUND] = item.path, process_state()
+    result = yield
+    if nextitem is None or nextitem.path != item.path:
+        before, after = stash[FOUND][1], process_state()
+        if after != before:
+            gc.collect()  # connections of a study that nothing refers to any more
+            after = process_state()
+        changed = [name for name in sorted(after.keys() | before) if after.get(name) != before.get(name)]
+        if changed:
+            left = "; ".join(f"{name}: {before.get(name)} became {after.get(name)}" for name in changed)
+            report = pytest.TestReport(
+                item.nodeid, item.location, {}, "failed", f"{item.path} left this process changed: {left}", "teardown"
+            )
+            item.ihook.pytest_runtest_logreport(report=report)
+    return result
+
+
+FOUND = pytest.StashKey[tuple[Path, dict[str, Any]]]()
+"""The file whose tests run, and the state of this process before them."""
+
+
+def process_state() -> dict[str, Any]:
+    """The working directory, the signals' handlers, and the files that are open for writing and have a name."""
+    state: dict[str, Any] = {signum.name: signal.getsignal(signum) for signum in signal.Signals}
+    state["working directory"] = Path.cwd()
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the descriptor of the listing itself
+            number, status = int(entry.name), entry.stat()
+            writes = fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+            if number > 2 and writes and stat.S_ISREG(status.st_mode) and status.st_nlink:
+                state[f"descriptor {number}"] = entry.readlink()
+    return state
+
+
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program says some things only once, and the tests are one program."""
     from gpu_launcher.jobs import remarks  # imported late: what imports it is to be tested, too
 
     monkeypatch.setattr(remarks, "_said", set())
+    monkeypatch.setattr(remarks, "_told", deque(maxlen=64))
     monkeypatch.setattr(remarks, "_last", -math.inf)
 
 
