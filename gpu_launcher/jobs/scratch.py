@@ -26,7 +26,10 @@ class Scratch:
         _sweep(Path(tempfile.gettempdir()))
         while True:
             self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            except FileNotFoundError:
+                continue  # another process took it for a leftover before it was opened
             with contextlib.suppress(OSError):  # a file system without locks: leftovers are not removed there
                 fcntl.flock(self._descriptor, fcntl.LOCK_SH)
             if os.fstat(self._descriptor).st_nlink:
