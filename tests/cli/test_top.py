@@ -74,7 +74,7 @@ def test_a_larger_terminal_is_filled_at_once(lab: Lab, terminal: Callable[..., T
     top = terminal("top", size=(72, 10))
     top.read_until(painted(top, "more lines"))
     top.resize(130, 40)
-    top.read_until(lambda: len(top.frames[-1]) == 40 and "NVIDIA H100" in "".join(top.frames[-1]), seconds=5)
+    top.read_until(lambda: len(top.frames[-1]) == 40 and "NVIDIA H100" in "".join(top.frames[-1]))
     top.press("q")
     assert top.wait() == 0
 

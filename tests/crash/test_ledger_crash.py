@@ -622,7 +622,7 @@ def state_of(pid: int) -> str:
 
 
 def test_who_keeps_the_mutex_is_named_and_nobody_hangs(start, directory, monkeypatch):
-    monkeypatch.setattr(mutex, "NAMED_AFTER_SECONDS", 1.5)
+    monkeypatch.setattr(mutex, "NAMED_AFTER_SECONDS", 4)
     said: list[str] = []
     ledger = FileLedger(directory, warn=said.append)
     held = ledger.claim(ledger.enqueue(Request(1), devices("B"), OWNER))
@@ -639,9 +639,9 @@ def test_who_keeps_the_mutex_is_named_and_nobody_hangs(start, directory, monkeyp
     ledger.cancel(given_up)
     ledger.release(held)
     assert {view.owner.pid for view in ledger.snapshot().tickets} == {OWNER.pid, stopped.pid}
-    assert time.monotonic() - begin < 1.4
+    assert time.monotonic() - begin < 3.9
     assert said == []
-    until(lambda: ledger.claim(waiting) or said, seconds=5)
+    until(lambda: ledger.claim(waiting) or said, seconds=20)
     assert ledger.claim(late) is None
     (sentence,) = said
     assert f"process {stopped.pid} (" in sentence
