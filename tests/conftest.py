@@ -1,4 +1,4 @@
-"""Fixtures for all tests: machines whose NVML is the double, in which the shipped code runs in processes of its own."""
+"""Fixtures for all tests: machines on which separate processes run the shipped code with a double of NVML."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ THOROUGH = (
     "tests/studies/test_optimize_errors.py",
     "tests/unit/test_joining.py",
 )
-"""Tests here take long together. `make test` runs those that are marked smoke; `make test-rest` runs the others."""
+"""Paths with slow tests. `make test` runs only those marked `smoke`; `make test-rest` runs the others."""
 
 
 def pytest_configure() -> None:
-    """Where a script or nohup runs the tests, signals may be ignored, and would be in all that they start."""
+    """Restore signals that a script or nohup ignores. Otherwise programs that tests start would ignore them too."""
     as_usual = {
         signal.SIGQUIT: signal.SIG_DFL,
         signal.SIGHUP: signal.SIG_DFL,
@@ -60,7 +60,7 @@ def pytest_configure() -> None:
             signal.signal(signum, handler)
     with contextlib.suppress(
         ImportError
-    ):  # a progress bar's thread would outlive its test, and keep others from forking
+    ):  # a progress bar's thread would outlive its test and keep later tests from forking
         importlib.import_module("tqdm").tqdm.monitor_interval = 0
 
 
@@ -76,7 +76,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def environment_left_as_found() -> Iterator[None]:
-    """What one test leaves in the environment, every process of the tests after it would have."""
+    """Fail a test that changes the environment: processes of all later tests would inherit the change."""
     before = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
     yield
     after = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
@@ -89,9 +89,9 @@ def environment_left_as_found() -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    """Fail where the tests of a file leave this process changed: those of other files run in it, in any order.
+    """Fail if the tests of a file leave this process changed, because other files run in it later, in any order.
 
-    A hook and not a fixture, because pytest keeps the values of a test's fixtures until all of them have ended.
+    This is a hook, not a fixture, because pytest keeps the values of a test's fixtures until all of them have ended.
     """
     stash = item.session.stash
     if stash.get(FOUND, (None,))[0] != item.path:
@@ -100,7 +100,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if nextitem is None or nextitem.path != item.path:
         before, after = stash[FOUND][1], process_state()
         if after != before:
-            gc.collect()  # connections of a study that nothing refers to any more
+            gc.collect()  # closes connections of a study that is no longer referenced
             after = process_state()
         changed = [name for name in sorted(after.keys() | before) if after.get(name) != before.get(name)]
         if changed:
@@ -113,11 +113,11 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 FOUND = pytest.StashKey[tuple[Path, dict[str, Any]]]()
-"""The file whose tests run, and the state of this process before them."""
+"""The file whose tests are running, and the state of this process before them."""
 
 
 def process_state() -> dict[str, Any]:
-    """The working directory, the signals' handlers, and the files that are open for writing and have a name."""
+    """The working directory, the signal handlers, and the files with a name that are open for writing."""
     state: dict[str, Any] = {signum.name: signal.getsignal(signum) for signum in signal.Signals}
     state["working directory"] = Path.cwd()
     for entry in Path("/proc/self/fd").iterdir():
@@ -131,8 +131,8 @@ def process_state() -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program says some things only once, and the tests are one program."""
-    from gpu_launcher.jobs import remarks  # imported late: what imports it is to be tested, too
+    """Forget which remarks were made. A program makes each only once, and all tests run in one program."""
+    from gpu_launcher.jobs import remarks  # imported late, because some tests check what imports it
 
     monkeypatch.setattr(remarks, "_said", set())
     monkeypatch.setattr(remarks, "_told", deque(maxlen=64))
@@ -141,7 +141,7 @@ def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def hydra_left_as_found() -> Iterator[None]:
-    """A test that runs Hydra in this process sets its version_base and config, and later tests would inherit them."""
+    """Restore Hydra's version_base and config, which a test that runs Hydra in this process changes."""
     before = hydra_state()
     yield
     for kind, (instance, _) in hydra_state().items():
@@ -153,7 +153,7 @@ def hydra_left_as_found() -> Iterator[None]:
 
 
 def hydra_state() -> dict[type, tuple[Any, dict[str, Any]]]:
-    """What Hydra keeps for the whole process, if it is imported: instances with their attributes."""
+    """Hydra's singletons with their attributes; empty if Hydra is not imported."""
     if "hydra" not in sys.modules:
         return {}
     from hydra.core.singleton import Singleton
@@ -165,7 +165,7 @@ def hydra_state() -> dict[type, tuple[Any, dict[str, Any]]]:
 
 @pytest.fixture(scope="session")
 def frame_of() -> Callable[[str | Path, str, str], str]:
-    """A frame in a traceback: `frame_of(file, "main", "raise ValueError")`, where one line of the file begins so."""
+    """Format a frame of a traceback: `frame_of(file, "main", "raise ValueError")`. Exactly one line must begin so."""
 
     def frame_of(file: str | Path, function: str, statement: str) -> str:
         lines = Path(file).read_text().splitlines()
@@ -177,27 +177,27 @@ def frame_of() -> Callable[[str | Path, str, str], str]:
 
 @dataclass
 class Machine:
-    """Runs programs where libnvidia-ml.so.1 is the double in `libraries`, or nothing at all for None."""
+    """A machine whose libnvidia-ml.so.1 is the double in `libraries`. If that is None, it has no driver."""
 
     state: Path
     libraries: Path | None
     lines: list[str] = field(default_factory=list)
 
     def has(self, *lines: str) -> None:
-        """Replaces the state; the next NVML call, also of a process that runs already, sees it. See nvml_double.c."""
+        """Replace the state. The next NVML call sees it, even in a process that already runs. See nvml_double.c."""
         self.lines = list(lines)
         new = self.state.with_suffix(".new")
         new.write_text("".join(line + "\n" for line in lines))
         new.replace(self.state)
 
     def now(self, *lines: str) -> None:
-        """Adds to the state; where a key is there already, the new line replaces the old one."""
+        """Add lines to the state. A new line replaces an old one with the same key."""
         keys = {line.split(" ")[0] for line in lines}
         self.has(*[line for line in self.lines if line.split(" ")[0] not in keys], *lines)
 
     @staticmethod
     def gpu(index: int, uuid: str, *more: str, name: str = "NVIDIA Double", memory: int = 24 * GIB) -> list[str]:
-        """The lines of an ordinary GPU, with what differs in `more`: `compute_mode 3`, `memory.error 15`."""
+        """The lines of an ordinary GPU. `more` has lines that differ: `compute_mode 3`, `memory.error 15`."""
         lines = [f"uuid {uuid}", f"name {name}", f"memory {memory}", "compute_mode 0", "mig 0"]
         replaced = {line.split()[0].removesuffix(".error") for line in more}
         kept = [line for line in lines if line.split()[0] not in replaced]
@@ -210,7 +210,7 @@ class Machine:
         return [f"{index}.mig.{number}.{line}" for line in lines]
 
     def environment(self, **environ: str) -> dict[str, str]:
-        """For a process on this machine: without any mask of the real one's."""
+        """The environment of a process on this machine, without the real machine's mask."""
         removed = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "LD_LIBRARY_PATH")
         clean = {name: value for name, value in os.environ.items() if name not in removed}
         clean |= {"NVML_DOUBLE_STATE": str(self.state), "PYTHONPATH": str(REPOSITORY), **environ}
@@ -219,7 +219,7 @@ class Machine:
         return clean
 
     def run(self, code: str, **environ: str) -> str:
-        """What Python `code` prints. Fails with its traceback where it fails."""
+        """Run Python `code` and return what it prints. If it fails, the test fails with its traceback."""
         done = subprocess.run(
             [sys.executable, "-c", code],
             env=self.environment(**environ),
@@ -245,7 +245,7 @@ def compiled(directory: Path, *flags: str) -> Path:
 
 @pytest.fixture(scope="session")
 def nvml_double(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory, for LD_LIBRARY_PATH, that holds the double."""
+    """The directory with the double, for LD_LIBRARY_PATH."""
     return compiled(tmp_path_factory.mktemp("nvml"))
 
 
@@ -256,13 +256,13 @@ def machine(nvml_double: Path, tmp_path: Path) -> Machine:
 
 @pytest.fixture
 def old_machine(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Machine:
-    """One whose driver is from before MIG."""
+    """A machine whose driver is older than MIG."""
     return Machine(tmp_path / "nvml-state", compiled(tmp_path_factory.mktemp("old-nvml"), "-DDRIVER=440"))
 
 
 @pytest.fixture
 def older_machine(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Machine:
-    """One whose driver knows MIG, and not yet the third version of process lists."""
+    """A machine whose driver knows MIG, but not the third version of process lists."""
     return Machine(tmp_path / "nvml-state", compiled(tmp_path_factory.mktemp("older-nvml"), "-DDRIVER=470"))
 
 
@@ -273,7 +273,7 @@ def machine_without_driver(tmp_path: Path) -> Machine:
 
 @pytest.fixture
 def first_namespace(tmp_path: Path) -> Path:
-    """A root whose /proc shows this process and its ancestors, in the first namespace of process ids."""
+    """A root whose /proc shows this process and its ancestors, in the initial PID namespace."""
     root = tmp_path / "root"
     (root / "proc/self/ns").mkdir(parents=True)
     (root / "proc/self/ns/pid").symlink_to("pid:[4026531836]")

@@ -1,7 +1,8 @@
-"""A ledger in memory, for simulations: several objects in one process stand for several processes.
+"""A ledger in memory, for simulations. Several ledgers in one process stand for several processes.
 
-A lease is the writing end of a pipe: alive as long as any copy of that descriptor is, as with a real one, which the
-pool sees as a hang-up at its reading end. So fakes pass descriptors on and close them as the real things do.
+A lease is the write end of a pipe. Like a real lease, it lives as long as any copy of its descriptor. The pool keeps
+the read end, where the end of the lease shows as a hang-up. So test doubles pass descriptors on and close them as real
+code does.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class MemoryPool:
-    """What the `MemoryLedger`s of one pool share. Call `close` at the end."""
+    """The state that the `MemoryLedger`s of one pool share. Call `close` at the end."""
 
     def __init__(self) -> None:
         self._tickets: dict[str, TicketView] = {}
@@ -39,7 +40,7 @@ class MemoryPool:
         self._ledgers: list[MemoryLedger] = []
 
     def close(self) -> None:
-        """Close all ledgers, and forget all leases."""
+        """Close all ledgers and forget all leases."""
         for ledger in list(self._ledgers):
             ledger.close()
         for _, _, reader in self._leases.values():
@@ -48,7 +49,7 @@ class MemoryPool:
 
 
 class MemoryLedger:
-    """A `Ledger` on a `MemoryPool`. `close_in_child` is what the death of its process would do."""
+    """A `Ledger` on a `MemoryPool`. `close_in_child` has the effect that the death of its process would have."""
 
     poll_interval = 0.25
 
@@ -59,7 +60,7 @@ class MemoryLedger:
         wall_clock: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`wall_clock` is for the times that views show, `clock` for those that policy compares."""
+        """`wall_clock` gives the times that views show; `clock` gives those that the policy compares."""
         self._pool = pool
         self._wall_clock = wall_clock
         self._clock = clock
@@ -194,7 +195,7 @@ class MemoryLedger:
         return Snapshot(tuple(leases), tuple(tickets), self._clock())
 
     def _watch(self, reader: int) -> None:
-        """Hang-ups are reported whatever the mask is (epoll_ctl(2)), and only once because of EPOLLET."""
+        """Watch for a hang-up. It is reported with any mask (epoll_ctl(2)), and only once because of EPOLLET."""
         self._epoll.register(reader, select.EPOLLHUP | select.EPOLLET)
 
     def _ring(self) -> None:

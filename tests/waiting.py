@@ -1,4 +1,4 @@
-"""Wait for what other processes and threads do."""
+"""Helpers that wait for other processes and threads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def until(condition: Callable[[], T], what: str = "it did not happen", seconds: float = 60.0) -> T:
-    """Wait until the condition holds, and return what it returned; after `seconds`, fail and say `what` is wrong."""
+    """Wait until the condition is true and return its value. After `seconds`, fail with the message `what`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, what
@@ -23,7 +23,7 @@ def until(condition: Callable[[], T], what: str = "it did not happen", seconds: 
 
 
 def alive(process: psutil.Process | int) -> bool:
-    """Whether this process exists and has not ended. A zombie has."""
+    """Whether a process exists and is not a zombie."""
     try:
         process = psutil.Process(process) if isinstance(process, int) else process
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

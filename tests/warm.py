@@ -1,7 +1,7 @@
-"""Run `python -m` programs in forks of a process that has already imported what they import.
+"""Runs `python -m` programs in forks of a process that has already imported their modules.
 
-The start of an interpreter and its imports are most of what a short program costs. A fork differs from a fresh
-interpreter in what is imported and in /proc/<pid>/cmdline; tests of these start a fresh one.
+A short program spends most of its time on starting the interpreter and on imports. A fork differs from a fresh
+interpreter in what is imported and in /proc/<pid>/cmdline, so tests of these start a fresh interpreter.
 
     test --- socket: module, arguments, environment, directory, streams ---> warm process
                                                                                  | fork
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 REQUEST_BYTES = 100_000
 READ_AT_START = ("PYTHON", "LD_", "LC_", "LANG")
-"""How the names of variables begin that the interpreter or the loader reads at its start, and never again."""
+"""Prefixes of variables that the interpreter or the loader reads only when it starts."""
 
 
 class Warm:
-    """A process that has imported `modules`. It starts when it is first needed."""
+    """A process that has imported `modules`. It starts at the first `run`."""
 
     def __init__(self, modules: Sequence[str], environ: Mapping[str, str]) -> None:
         self._modules = modules
@@ -49,7 +49,7 @@ class Warm:
     def run(
         self, module: str, arguments: Sequence[str], environ: Mapping[str, str], timeout: float
     ) -> subprocess.CompletedProcess[str]:
-        """Run `python -m module` to its end, with nothing to read, and capture what it writes."""
+        """Run `python -m module` to its end, with empty input, and capture its output."""
         command = [sys.executable, "-m", module, *arguments]
         request = pickle.dumps((module, list(arguments), dict(environ), str(Path.cwd())))
         if len(request) > REQUEST_BYTES or read_at_start(environ) != read_at_start(self._environ):
@@ -109,7 +109,7 @@ def serve() -> None:
 
 
 def keep(descriptors: list[int], module: str, arguments: list[str], environ: dict[str, str], cwd: str) -> NoReturn:
-    """Fork the program, and tell its process id and how it ended."""
+    """Fork the program, and send its process id and then its exit status."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     *streams, told = descriptors
     pid = os.fork()
@@ -123,7 +123,7 @@ def keep(descriptors: list[int], module: str, arguments: list[str], environ: dic
 
 
 def become(streams: list[int], module: str, arguments: list[str], environ: dict[str, str], cwd: str) -> NoReturn:
-    """Be `python -m module` in this process."""
+    """Turn this process into `python -m module`."""
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)

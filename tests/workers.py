@@ -1,10 +1,11 @@
-"""`pytest --workers N` runs the tests in N processes, a file at a time.
+"""Runs the tests in N processes, one file at a time: `pytest --workers N`.
 
-Each worker is a fork of the pytest that has collected the tests: it imports nothing again, and has no second thread.
-pytest-xdist's workers have one, which would change what is tested, because gpu-launcher forks no jobs beside a thread.
+Each worker is a fork of the pytest process that collected the tests, so it imports nothing again and has only one
+thread. pytest-xdist's workers have a second thread. That would change what is tested, because gpu-launcher does not
+fork jobs while other threads run.
 
     pytest (collects, reports) --- a pipe of file numbers ---> workers (a free one takes the next number)
-                               <--- a pipe for each worker --- which test has started, and reports
+                               <--- a pipe for each worker --- the test that has started, and reports
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Worker:
     pidfd: int
     messages: Connection
     test: tuple[str, Any] = ("none yet", ("", None, ""))
-    """The name and location of the test that started last."""
+    """The name and location of the last test that started."""
 
     def close(self) -> None:
         self.messages.close()
@@ -81,19 +82,19 @@ def start(session: pytest.Session, files: list[list[pytest.Item]], numbers: int)
         work(session, files, numbers, sender)
         sender.send(("done", None))
     except BaseException:
-        with suppress(BrokenPipeError):  # the parent has stopped, and interrupted this worker
+        with suppress(BrokenPipeError):  # the parent has stopped and interrupted this worker
             sender.send(("failed", traceback.format_exc()))
     finally:
         os._exit(0)
 
 
 def work(session: pytest.Session, files: list[list[pytest.Item]], numbers: int, sender: Connection) -> None:
-    """Run the files that this worker takes, and send what happens."""
+    """Run files until none are left, and send what happens."""
     config = session.config
     capture = config.pluginmanager.getplugin("capturemanager")
-    capture.stop_global_capturing()  # the files that it captures to are the parent's, too
+    capture.stop_global_capturing()  # its capture files are shared with the parent
     capture.start_global_capturing()
-    config.get_terminal_writer()._file = open(os.devnull, "w")  # the parent shows what is reported
+    config.get_terminal_writer()._file = open(os.devnull, "w")  # the parent shows the reports
 
     class Reporter:
         @staticmethod
@@ -110,7 +111,7 @@ def work(session: pytest.Session, files: list[list[pytest.Item]], numbers: int, 
 
     config.pluginmanager.register(Reporter)
     for file in taken(files, numbers):
-        session._setupstate.teardown_exact(file[0])  # leave the directory of the file before
+        session._setupstate.teardown_exact(file[0])  # tear down the previous file's directory
         elsewhere = next((items[0] for items in files if items is not file), None)  # ends the file's fixtures
         for item, following in zip(file, [*file[1:], elsewhere], strict=True):
             config.hook.pytest_runtest_protocol(item=item, nextitem=following)
@@ -123,7 +124,7 @@ def taken(files: list[list[pytest.Item]], numbers: int) -> Iterator[list[pytest.
 
 
 def report_all(session: pytest.Session, workers: list[Worker]) -> None:
-    """Report what the workers send as if it happened here, until all have ended."""
+    """Report the workers' tests as if they ran here, until all workers have ended."""
     working = list(workers)
     while working:
         ready = wait([one for worker in working for one in (worker.messages, worker.pidfd)])
@@ -137,9 +138,9 @@ def report_all(session: pytest.Session, workers: list[Worker]) -> None:
 
 
 def report_next(config: pytest.Config, worker: Worker) -> bool:
-    """Report one message of a worker; return whether it may send more."""
+    """Report one message from a worker; return whether it may send more."""
     try:
-        # A process that a test left behind can keep the pipe open, so the worker's end shows without it.
+        # A process that a test left behind can keep the pipe open. So the death of the worker is seen by its pidfd.
         kind, content = worker.messages.recv() if worker.messages.poll() else ("failed", "the worker died")
     except EOFError:
         kind, content = "failed", "the worker died"
@@ -158,7 +159,7 @@ def report_next(config: pytest.Config, worker: Worker) -> bool:
 
 def show(config: pytest.Config, report: pytest.TestReport) -> None:
     config.hook.pytest_runtest_logreport(report=report)
-    if report.failed:  # now, too: the summary comes minutes later
+    if report.failed:  # also now, because the summary comes minutes later
         terminal = config.get_terminal_writer()
         terminal.line()
         terminal.sep("_", report.nodeid)

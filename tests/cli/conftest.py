@@ -1,4 +1,4 @@
-"""Programs that hold leases, and the command line as people and programs use it: in a process of its own."""
+"""Fixtures that run the command line in separate processes, and programs that hold leases."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HOLDER = Path(__file__).parent / "holder.py"
 GIB = 2**30
 CLI = (sys.executable, "-m", "gpu_launcher.cli")
 USED_BY_COMMANDS = ("gpu_launcher.jobs.sweep", "hydra.core.override_parser.overrides_parser", "rich.live", "sqlite3")
-"""What commands import when they need it, apart from the modules of gpu_launcher.cli."""
+"""Modules outside gpu_launcher.cli that commands import when they need them."""
 NOT_OURS = ("CUDA_", "GPU_LAUNCHER_", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "LD_LIBRARY_PATH")
 
 Done = subprocess.CompletedProcess[str]
@@ -53,7 +53,7 @@ class Cli:
         return self.warm.run("gpu_launcher.cli", arguments, {**self.environ, **environ}, timeout=60)
 
     def lines(self, *arguments: str, **environ: str) -> list[str]:
-        """What a command prints that succeeds and has nothing to complain of."""
+        """The lines that a command prints. It must succeed and write nothing to stderr."""
         done = self(*arguments, **environ)
         assert (done.returncode, done.stderr) == (0, ""), done
         return done.stdout.splitlines()
@@ -62,7 +62,7 @@ class Cli:
         return json.loads("\n".join(self.lines(*arguments, "--json", **environ)))
 
     def hold(self, *requests: Sequence[Any]) -> subprocess.Popen[str]:
-        """Another program, which has tickets for these (see holder.py), and leases on what it got."""
+        """Start another program, with tickets for these requests (see holder.py) and leases on what was free."""
         holder = subprocess.Popen(
             [sys.executable, str(HOLDER), str(self.pool), json.dumps(requests)],
             env=self.environ,
@@ -95,7 +95,7 @@ def pool(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def warm(nvml_double: Path) -> Iterator[Warm]:
-    """Forks the commands that need no terminal. It ends with each file: others look for child processes."""
+    """Forks commands that need no terminal. It ends with each file, because other files look for child processes."""
     commands = [one.name for one in pkgutil.walk_packages(gpu_launcher.cli.__path__, "gpu_launcher.cli.")]
     imported = [name for name in commands if not name.endswith("__main__")]
     warm = Warm([*imported, *USED_BY_COMMANDS], environment(LD_LIBRARY_PATH=str(nvml_double)))
@@ -105,14 +105,14 @@ def warm(nvml_double: Path) -> Iterator[Warm]:
 
 @pytest.fixture
 def cli(machine: Any, pool: Path, warm: Warm) -> Iterator[Cli]:
-    """On a machine without a usable driver."""
+    """The command line on a machine without a usable driver."""
     machine.has("init.error 9")
     yield from _ending(Cli(pool, {**environment(**machine.environment()), "GPU_LAUNCHER_POOL_DIR": str(pool)}, warm))
 
 
 @dataclass
 class Lab:
-    """A machine with four GPUs, of which one is held, one is shared, and a stranger uses one."""
+    """A machine with four GPUs: one is held, one is shared, and a program outside the pool uses one."""
 
     cli: Cli
     machine: Any
@@ -143,7 +143,7 @@ def lab(cli: Cli, machine: Any) -> Lab:
 
 
 class Terminal:
-    """A command in a terminal of its own, and what it shows."""
+    """A command in its own terminal, and its output."""
 
     def __init__(self, command: Sequence[str], environ: dict[str, str], size: tuple[int, int] = (80, 24)) -> None:
         self.output = b""
@@ -168,7 +168,7 @@ class Terminal:
 
     @property
     def frames(self) -> list[list[str]]:
-        """The lines of each painting, without colours."""
+        """The lines of each frame, without colours."""
         shown = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", frame) for frame in self.text.split("\x1b[H")[1:]]
         return [frame.split("\n") for frame in shown]
 
@@ -180,7 +180,7 @@ class Terminal:
                 assert holds(), self.text
 
     def wait(self, seconds: float = 30) -> int:
-        """The exit code, or minus the signal."""
+        """Wait for the end, and return the exit code, or the negative number of the signal."""
         end = time.monotonic() + seconds
         while self.status is None:
             assert time.monotonic() < end, self.text
@@ -197,7 +197,7 @@ class Terminal:
         if ready:
             try:
                 self.output += os.read(self.master, 65536)
-            except OSError:  # nobody has the other end any more
+            except OSError:  # no process has the other end open
                 time.sleep(0.01)
                 return False
         return bool(ready) or self.status is None
@@ -214,7 +214,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal(cli: Cli) -> Iterator[Callable[..., Terminal]]:
-    """Starts a command in a terminal: `terminal("top", size=(80, 24), NAME="value")`, or `within=` a program."""
+    """Start a command in a terminal: `terminal("top", size=(80, 24), NAME="value")`. `within` is the program."""
     opened: list[Terminal] = []
 
     def start(

@@ -1,9 +1,10 @@
-"""A program that holds leases and waits for others, for tests and demonstrations of what is seen of them.
+"""A program that holds leases and waits for others, for tests and demonstrations of `status` and the like.
 
     python holder.py POOL REQUESTS
 
-REQUESTS is a JSON list of `[devices, gpus, memory, priority, command]` with, if need be, `{"timeout": 60}` or `pid`
-after that. Prints a line when all of them are enqueued and those that can be are granted. Ends with its stdin.
+REQUESTS is a JSON list of `[devices, gpus, memory, priority, command]`, each with an optional sixth item such as
+`{"timeout": 60}` or `{"pid": 1}`. Prints a line once all are enqueued and those that can be granted are granted. Ends
+when its stdin does.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from gpu_launcher.model import Device, Owner, Request
 
 
 def devices_of(spec: str) -> tuple[Device, ...]:
-    """`simulated:8`, `cpu:2`, `gpus` for all GPUs, `gpus:0,1` and `simulated@3` for some."""
+    """The devices for `simulated:8`, `cpu:2`, `gpus` (all GPUs), `gpus:0,1` or `simulated@3` (only index 3)."""
     kind, _, number = spec.partition(":")
     if kind == "gpus":
         found = NvmlProbe().inventory().devices

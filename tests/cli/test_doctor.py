@@ -1,4 +1,4 @@
-"""`gpu-launcher doctor`: every finding, with its level and its remedy."""
+"""Tests every finding of `gpu-launcher doctor`, with its level and remedy."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_a_file_in_the_directorys_place_is_a_problem(cli: Cli) -> None:
 
 @pytest.fixture
 def reachable() -> Iterator[Path]:
-    """A directory that other users can reach, which those of pytest's are not."""
+    """A directory that other users can reach, unlike pytest's own."""
     if os.geteuid() != 0:
         pytest.skip("only root can act as several users")
     with tempfile.TemporaryDirectory() as parent:
@@ -334,7 +334,7 @@ def test_a_low_limit_of_open_files_is_warned_of(cli: Cli) -> None:
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    """A study file as Optuna makes it, as far as anybody looks."""
+    """A study file with the tables of Optuna's that `doctor` looks at."""
     path = tmp_path / "study of ours?.db"
     with closing(sqlite3.connect(path)) as database:
         for table in ("studies", "trials", "version_info"):
@@ -429,7 +429,7 @@ def test_the_document_has_every_check_and_the_keys_of_the_json(lab: Lab) -> None
 def test_the_document_shows_the_findings_of_a_healthy_machine(lab: Lab) -> None:
     (documented,) = re.findall(r"```text\n(ok .*?)```", DOCUMENT, re.DOTALL)
     checks = re.compile(r"^ok {7}(\S+(?: \S+)*) {2}", re.MULTILINE)
-    # Whether there is systemd, and a driver's namespace, is this machine's affair.
+    # Only the names of checks are compared: whether there is systemd, or a PID namespace, depends on this machine.
     assert set(checks.findall("\n".join(lab.cli.lines("doctor")))) == set(checks.findall(documented))
 
 

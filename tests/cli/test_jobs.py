@@ -1,4 +1,4 @@
-"""`gpu-launcher jobs DIR`."""
+"""Tests `gpu-launcher jobs DIR`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def jobs(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
-    """Four jobs: one completed at its second attempt, one failed, one runs, one waits."""
+    """The directory of a sweep with four jobs: one completed in its second attempt, one failed, one runs, one waits."""
     directory = tmp_path / "sweep"
     directory.mkdir()
     times = iter([1000.0, 1001.0, 1003.0, 1010.0, 1040.0, 1050.0, 1052.5, 1060.0])

@@ -1,4 +1,4 @@
-"""The command line as a whole: help, versions, completion, and what starting it costs."""
+"""Tests the command line as a whole: help, versions, completion, and which modules it imports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).parents[2]
 COMMANDS = {"status": "status", "top": "status", "doctor": "status", "jobs": "resume", "run": "run", "map": "map"}
-"""Each with the page of docs that describes it."""
+"""All commands, each with the page of docs that describes it."""
 
 
 def test_the_program_is_declared(cli: Cli) -> None:
@@ -28,7 +28,7 @@ def test_the_program_is_declared(cli: Cli) -> None:
 
 def test_without_a_command_it_lists_them(cli: Cli) -> None:
     done = cli()
-    assert done.returncode in (0, 2)  # click 8.2 changed its mind
+    assert done.returncode in (0, 2)  # 2 since click 8.2
     for command in COMMANDS:
         assert re.search(rf"^  {command}  +[A-Z]", done.stdout + done.stderr, re.MULTILINE)
 
@@ -105,7 +105,7 @@ SLOW = {
 
 
 def loaded(cli: Cli, *arguments: str) -> set[str]:
-    """The modules that a command has imported when it ends."""
+    """The modules that are imported when a command ends."""
     code = (
         f"import sys, atexit; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); sys.argv[1:] = {arguments}"
     )

@@ -1,4 +1,4 @@
-"""`gpu-launcher map` as people use it: in a process of its own, on a pool of its own."""
+"""Tests `gpu-launcher map` in separate processes, each test with its own pool."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Map:
         )
 
     def results(self, directory: str = "out") -> list[dict[str, Any]]:
-        """In the order of the runs; none may be there twice."""
+        """The result lines, in the order of the runs. Each run must have at most one."""
         lines = [json.loads(line) for line in (self.path / directory / "results.jsonl").read_text().splitlines()]
         assert len({line["index"] for line in lines}) == len(lines)
         return sorted(lines, key=lambda line: line["index"])
@@ -174,7 +174,7 @@ def test_parameters_come_from_files_and_pipes(run_map: Map, tmp_path: Path, kind
 
 
 def test_a_slow_producer_is_not_waited_for_and_does_not_wait(run_map: Map, tmp_path: Path) -> None:
-    """Runs start while it thinks, end while it thinks, and are stopped while it thinks."""
+    """Runs start, end and are stopped while the producer is still working."""
     process = run_map.start("--from", "-", *SIMULATED, "--", sys.executable, "echo.py", "{n}", stdin=subprocess.PIPE)
     assert process.stdin is not None
     results = tmp_path / "out" / "results.jsonl"
@@ -420,7 +420,7 @@ def test_the_example_runs_as_its_readme_says(run_map: Map, tmp_path: Path) -> No
     assert (tmp_path / "evaluate" / "results" / "results.csv").exists()
 
 
-# Going on
+# Resuming
 
 
 @pytest.mark.smoke
@@ -547,7 +547,7 @@ def test_any_number_of_runs_takes_no_more_memory_than_a_few(run_map: Map, tmp_pa
     assert to_resume < 4 * 2**20, "eight bytes each"
 
 
-# Trouble
+# Full disks
 
 
 def test_a_full_disk_ends_it_and_what_has_completed_is_kept(run_map: Map, tmp_path: Path, mounted: Any) -> None:

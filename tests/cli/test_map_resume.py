@@ -1,4 +1,4 @@
-"""`gpu-launcher map` going on: what it keeps, what it refuses, and what it says. And the directory that it makes."""
+"""Tests how `gpu-launcher map` resumes: what it keeps, refuses and says. Also tests the directories that it creates."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Map:
         )
 
     def results(self, directory: str = "out") -> dict[int, str]:
-        """What became of which run; none may be there twice."""
+        """The outcome of each run, by index. Each run must have at most one."""
         text = (self.path / directory / "results.jsonl").read_text()
         lines = [json.loads(line) for line in text.splitlines()]
         assert len({line["index"] for line in lines}) == len(lines)
@@ -55,7 +55,7 @@ class Map:
         return (self.path / "ran").read_text().split()
 
     def everything(self, directory: str = "out") -> dict[str, bytes]:
-        """All files."""
+        """The contents of all files except the lock."""
         files = [path for path in (self.path / directory).rglob("*") if path.is_file() and path.name != "lock"]
         return {str(path): path.read_bytes() for path in files}
 
@@ -67,7 +67,7 @@ def run_map(tmp_path: Path) -> Map:
 
 @pytest.fixture
 def failed_once(run_map: Map) -> Map:
-    """A map of a file's three runs, the second of which failed."""
+    """A map of a file with three records, whose second run failed."""
     (run_map.path / "p.jsonl").write_text(ONE_TO_THREE)
     assert run_map("--from", "p.jsonl", *SIMULATED, "--dir", "out", "--", *FAIL_AT_2).returncode == 1
     assert run_map.results() == {0: "completed", 1: "failed", 2: "completed"}
@@ -87,7 +87,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """Until not a byte is left; returns what is to be removed."""
+    """Fill the disk to the last byte; return the file to remove."""
     filler = disk / "filler"
     with open(filler, "wb", buffering=0) as file:
         for size in (4096, 1):
@@ -109,7 +109,7 @@ def test_a_lost_table_of_results_is_made_of_what_the_runs_left(failed_once: Map)
     assert after[1]["attempts"] == 2
 
 
-# An input that is not what it was
+# Inputs that have changed
 
 
 def test_a_file_that_got_shorter_is_refused_and_nothing_is_changed(failed_once: Map) -> None:
@@ -146,7 +146,7 @@ def test_what_a_stream_does_not_bring_again_has_not_completed_and_keeps_its_resu
     assert run_map("--resume", "out").returncode == 0, "all that is known of has completed"
 
 
-# A resumption that is refused
+# Refused resumptions
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_refused_resumption_changes_nothing(failed_once: Map, words: list[str]
 
 
 def test_what_failed_keeps_its_result_until_it_has_another(run_map: Map) -> None:
-    """Of three that failed, the resumption is stopped by the first."""
+    """Three runs failed. The first of them fails again and stops the resumption."""
     words = ("--param", "n=1,2,3", *SIMULATED, "--dir", "out")
     assert run_map(*words, "--", "sh", "-c", "test {n} = 9; exit 7").returncode == 1
     lines = (run_map.path / "out" / "results.jsonl").read_text().splitlines()
@@ -184,7 +184,7 @@ def test_what_failed_keeps_its_result_until_it_has_another(run_map: Map) -> None
     assert after[2] == before[2], "it did not run again; the one before it may have begun to"
 
 
-# Where it cannot be
+# Directories that cannot be used
 
 
 def test_on_a_full_disk_no_map_is_begun_and_when_there_is_room_it_is(run_map: Map, small_disk: Path) -> None:
@@ -255,7 +255,7 @@ def test_what_was_made_for_a_map_that_is_refused_is_removed_again(
     assert left == ([path for path in (kept.parent, kept) if path != run_map.path] if there else [])
 
 
-# How it says to go on
+# Advice on how to resume
 
 
 def test_the_way_to_go_on_can_be_given_to_a_shell(run_map: Map) -> None:
@@ -287,7 +287,7 @@ def test_nobody_waits_for_a_stream_from_the_keyboard(run_map: Map, terminal: Any
     assert run_map.results()[1] == "failed"
 
 
-# Exit codes, and what they are said with
+# Exit codes and their messages
 
 
 def test_the_help_and_the_document_name_every_exit_code(run_map: Map) -> None:
@@ -332,7 +332,7 @@ def test_a_resumption_on_a_full_disk_runs_nothing_says_what_to_do_and_keeps_all(
     assert run_map.ran() == ["1", "2", "3", "2"]
 
 
-# Settings that cannot be used
+# Invalid settings
 
 GOOD = {"format": 1, "command": ["echo", "{n}"], "param": [], "from": None, "shell": False, "options": {}, "grid": []}
 
@@ -366,7 +366,7 @@ def test_a_map_whose_settings_make_no_sense_is_told_from_what_is_no_map(
     assert "Traceback" not in refused.stderr
 
 
-# Root that may no longer do what the modes of files forbid.
+# Root without the capabilities that override file modes.
 CONFINED = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", *CLI, "map")
 
 

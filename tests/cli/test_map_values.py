@@ -1,4 +1,4 @@
-"""What `gpu-launcher map` is given: values that break out, values that cannot be meant; and a terminal that goes."""
+"""Tests unusual input of `gpu-launcher map`: shell text, invalid values, closed terminals and streams."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def environment(directory: Path) -> dict[str, str]:
 
 @pytest.fixture
 def run_cli(tmp_path: Path) -> RunCli:
-    """`gpu-launcher` in a directory, with a pool of its own."""
+    """Run `gpu-launcher` in a directory with its own pool."""
 
     def run(*words: str, **how: Any) -> Done:
         how = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
@@ -54,11 +54,11 @@ def results(directory: Path) -> list[dict[str, Any]]:
     return sorted(lines, key=lambda line: line["index"])
 
 
-# A terminal that goes
+# Closed terminals
 
 
 def test_a_map_whose_terminal_is_closed_ends_its_runs_with_their_grace(terminal: Any, tmp_path: Path) -> None:
-    """The terminal is gone before the map has said its last words, so that nobody reads them."""
+    """The terminal is closed before the map writes its last lines, so nothing reads them."""
     (tmp_path / "save.sh").write_text("trap 'touch saved; exit 7' INT; touch began; while :; do sleep 0.05; done")
     words = ("--param", "n=1", "--devices", "simulated:2", "--dir", str(tmp_path / "out"))
     shown = terminal("map", *words, "--shell", "--", f"cd {tmp_path}; exec bash save.sh {{n}}")
@@ -74,7 +74,7 @@ def test_a_map_whose_terminal_is_closed_ends_its_runs_with_their_grace(terminal:
     assert json.loads((tmp_path / "out" / "0" / "outcome.json").read_text())["outcome"] == "cancelled"
 
 
-# Where nothing can be written
+# Streams that cannot be written
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_a_dry_run_for_a_shell_prints_what_does_the_same_in_one(run_map: RunCli,
     assert not (tmp_path / "evil").exists()
 
 
-# What cannot be meant
+# Invalid grids and text
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_scripts_are_looked_for_where_their_interpreters_look(run_map: RunCli, t
     assert run_map("--param", "n=1", "--dry-run", "--", "node", "inspect", "{n}", environ=path).returncode == 0
 
 
-# What is not meant, and how messages call what was written
+# Invalid options, and how messages name them
 
 
 @pytest.mark.parametrize("devices", ["nonsense", "cpu:0", "simulated:x", "0,,1", ""])

@@ -1,4 +1,4 @@
-"""`gpu-launcher run`: real commands, real signals, real deaths, and one pool for all of them."""
+"""Tests `gpu-launcher run` with real commands, signals and kills. The processes of a test share one pool."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ while True:
     if os.path.exists(sys.argv[1]):
         break
 """
-"""Prints the names of the signals it gets, until there is a file."""
+"""A program that prints the name of each signal it gets, until a file exists."""
 
 FAMILY = """
 import os, subprocess, sys, time
@@ -63,18 +63,18 @@ stubborn = subprocess.Popen(["sh", "-c", "trap '' TERM INT HUP; sleep 600; sleep
 print("ready", flush=True)
 time.sleep(float(sys.argv[1]) if len(sys.argv) > 1 else 600)
 """
-"""Starts processes of all kinds: forked and not, in sessions of their own, deaf to signals."""
+"""A program that starts processes of all kinds: forked, executed, in other sessions, ignoring signals."""
 
 
 @dataclass
 class Run:
-    """`gpu-launcher run` in a process group of its own, as a shell would start it."""
+    """`gpu-launcher run` in its own process group, as a shell would start it."""
 
     process: subprocess.Popen[str]
 
     @property
     def parts(self) -> dict[str, psutil.Process]:
-        """Once the command runs."""
+        """The processes of the run. Valid once the command runs."""
         front = psutil.Process(self.process.pid)
         parts = {"front": front}
         for child in front.children():
@@ -104,7 +104,7 @@ class Run:
 
 @pytest.fixture
 def start(cli: Cli) -> Iterator[Callable[..., Run]]:
-    """Starts `gpu-launcher` with these arguments, or `within` another program, with its stderr apart."""
+    """Start `gpu-launcher`, or the program `within`, with these arguments. stderr is a pipe of its own."""
     runs = []
 
     def start(*arguments: str, within: tuple[str, ...] = CLI) -> Run:
@@ -156,7 +156,7 @@ def test_the_help_and_the_document_name_every_option_and_exit_code(cli: Cli) -> 
     assert table - {"137"} == set(re.findall(r"\b\d+\b", text.partition("Exit codes:")[2].partition("Examples:")[0]))
 
 
-# What the command gets, and what comes back
+# Devices, environment and exit codes
 
 
 @pytest.mark.smoke
@@ -225,7 +225,7 @@ def test_a_command_that_needs_no_device_waits_for_none_and_sees_none(cli: Cli) -
 
 
 def test_it_gets_the_gpu_that_nobody_uses(lab: Lab) -> None:
-    lab.cli.started[-1].communicate()  # what waits for all four
+    lab.cli.started[-1].communicate()  # the program that waits for all four
     done = lab.cli("run", "--wait", "20", "sh", "-c", "echo $CUDA_VISIBLE_DEVICES")
     assert (done.stdout, done.returncode) == ("3\n", 0), done.stderr
 
@@ -240,7 +240,7 @@ def test_it_says_who_uses_a_gpu_without_asking_the_pool(lab: Lab) -> None:
     assert lab.cli("run", "--devices", "2", "--busy-memory", "null", "--wait", "3", "true").returncode == 0
 
 
-# What cannot be
+# Invalid commands and requests
 
 
 def test_what_is_no_program_is_said_before_anything_is_waited_for(cli: Cli, tmp_path: Path) -> None:
@@ -393,13 +393,13 @@ def test_signals_sent_to_its_whole_process_group_reach_the_command_once(
     for name in PASSED_ON:
         os.killpg(run.process.pid, getattr(signal, f"SIG{name}"))
         assert run.line() == f"SIG{name}"
-    time.sleep(0.2)  # a second one would have come by now
+    time.sleep(0.2)  # long enough for a second one to arrive
     (tmp_path / "gate").touch()
     assert run.line() == ""
 
 
 def test_the_kill_of_timeout_reaches_the_command_once(start: Callable[..., Run], tmp_path: Path) -> None:
-    # timeout(1) signals its child, and then its group.
+    # timeout(1) signals its child and then its group.
     run = start("600", *CLI, *ONE, "--", *python(RECORDER, str(tmp_path / "gate")), within=("timeout",))
     assert run.line() == "ready"
     run.send(signal.SIGTERM)
@@ -480,7 +480,7 @@ def test_a_signal_while_it_ends_what_was_left_ends_that_at_once(cli: Cli, start:
 
 
 def assert_free_only_when_gone(cli: Cli, processes: list[psutil.Process], seconds: float = 15) -> None:
-    """Take the device as soon as it is to be had; none of `processes` may live then."""
+    """Take the device as soon as it is free, and check that none of `processes` is alive then."""
     with FileLedger(cli.pool) as ledger:
         ticket = ledger.enqueue(Request.of(1), simulated_devices(1), Owner(os.getpid(), "test", "test"))
         end = time.monotonic() + seconds
@@ -574,7 +574,7 @@ class Shell:
         self.shows(*expected)
 
     def shows(self, *expected: str) -> None:
-        """Waits until all of these have appeared, in this order, behind what was waited for before."""
+        """Wait until all of these have appeared, in this order, after everything awaited before."""
         for text in expected:
             self.terminal.read_until(lambda text=text: text in self.terminal.text)
             self.terminal.output = self.terminal.text.partition(text)[2].encode()
@@ -654,11 +654,11 @@ def test_in_the_background_it_is_stopped_when_it_reads_and_continued_by_fg(shell
 
 
 def test_programs_that_own_the_terminal_work_in_it(shell: Shell) -> None:
-    # A pager at the end of a pipe, beside the command in the job, reads keys from the terminal.
+    # A pager at the end of a pipe, in the same shell job as the command, reads keys from the terminal.
     shell.says("run -- seq 1000 | less -X", "22", "23", ":")
     shell.terminal.press("q")
     shell.shows(">> ")
-    # An interactive shell has job control of its own.
+    # An interactive shell has its own job control.
     shell.says("run -- bash --norc -i", "bash-")
     shell.says("PS1='inner> '", "inner> ", "inner> ")
     shell.says("sleep 600")
@@ -666,7 +666,7 @@ def test_programs_that_own_the_terminal_work_in_it(shell: Shell) -> None:
     shell.terminal.press("\x1a")
     shell.shows("Stopped", "inner> ")
     shell.says("fg", "sleep 600")
-    for _ in range(10):  # the shell says what it continues just before it gives it the terminal
+    for _ in range(10):  # the shell prints the command just before it gives it the terminal
         shell.terminal.press("\x03")
         end = time.monotonic() + 2
         while "inner> " not in shell.terminal.text and time.monotonic() < end:

@@ -1,4 +1,4 @@
-"""`gpu-launcher status` as people and scripts see it."""
+"""Tests `gpu-launcher status` on terminals, in pipes and as JSON."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def test_a_reader_that_has_had_enough_is_no_error(cli: Cli) -> None:
 
 
 def keys_of(value: Any, path: str = "") -> set[str]:
-    """`devices[].memory.total` and all other paths to a value."""
+    """All paths to a value, such as `devices[].memory.total`."""
     if isinstance(value, dict):
         return {inner for key, one in value.items() for inner in {f"{path}.{key}", *keys_of(one, f"{path}.{key}")}}
     if isinstance(value, list):
@@ -288,7 +288,7 @@ def test_the_document_shows_what_a_terminal_shows(lab: Lab, terminal: Callable[.
     (documented,) = re.findall(r"```text\n(pool .*?)```", DOCUMENT, re.DOTALL)
     seen = terminal("status", size=(80, 24))
     assert seen.wait() == 0
-    # The name of a test's directory is too long for the line that the facts are on.
+    # The path of the test's directory does not fit on the line with the facts.
     where, facts, *rest = re.sub(r"\x1b\[[0-9;]*m", "", seen.text).splitlines()
     assert where == f"pool {lab.cli.pool}"
     assert alike("\n".join([f"pool /var/tmp/gpu-launcher: {facts}", *rest])) == alike(documented)
@@ -300,7 +300,7 @@ def test_the_readme_shows_what_the_document_shows() -> None:
 
 
 def alike(text: str) -> list[str]:
-    """Without what differs from run to run: times, process ids, users, and widths that follow."""
+    """The lines without anything that differs between runs: times, process ids, users, and column widths."""
     text = re.sub(rf"\b(?:anna|bert|carla|dora|{ME})\b", "USER", text).replace("USER, USER", "USER")
     text = re.sub(r"\b\d+ s\b|\b\d+m \d+s\b|\b\d+h \d+m\b", "TIME", text)
     text = re.sub(r"(?<=pid )\d+, \w+", "PID, USER", text)

@@ -1,4 +1,4 @@
-"""Tables fit into whatever width they are given, and say everything where they are given none."""
+"""Tests that tables fit any given width, and are complete without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`gpu-launcher top` in a real terminal: what it shows, and that the terminal is as before whatever ends it."""
+"""Tests `gpu-launcher top` in a real terminal: what it shows, and that it restores the terminal however it ends."""
 
 from __future__ import annotations
 
