@@ -1,8 +1,8 @@
-"""The directory of a sweep or map: which launch has it, which job has which log, and where the newest sweep is.
+"""The directory of a sweep or map: the lock that keeps other launches out, the jobs' log files, the newest sweep.
 
-A launch holds the `flock` of `.gpu_launcher/lock` as long as any of its processes lives: its fork server, and so
-everything below it, has the same open file. The kernel releases the lock when the last of them has ended, for whatever
-reason. The file names the program, for others that the lock keeps out.
+A launch holds the `flock` of `.gpu_launcher/lock` as long as any of its processes lives: the head opens the file, and
+the node and the processes below it inherit the descriptor. The kernel releases the lock when the last of them has
+ended, for whatever reason. The file names the program that has the lock, so that other programs can say who it is.
 """
 
 from __future__ import annotations
@@ -35,31 +35,33 @@ MAX_DIRECTORIES = 5000
 """Maximum number of directories that the search for the newest sweep looks into."""
 
 _held: weakref.WeakValueDictionary[tuple[int, int, int], DirectoryLock] = weakref.WeakValueDictionary()
-"""Locks that this process holds, by process id, device and inode. A second `flock` would lock the process out."""
+"""Locks that this process holds, by process id, device and inode. A second `flock` in one process would fail."""
 
 
 class DirectoryLock:
     """The right to run jobs in a directory. It ends with `close`, or when nothing refers to the object any more.
 
-    On a file system without locks it excludes no other launch. There, `refuse_if_running` is the only protection.
+    On a file system without locks it does not exclude other launches. There, `refuse_if_running` is the only
+    protection.
     """
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         """The lock's descriptor, for processes of the launch that are not forks of this one."""
         self.close = weakref.finalize(self, _release, descriptor, os.getpid())
-        """Close this process's copy. The lock is released when the launch's other processes have ended, too."""
+        """Closes this process's descriptor. The lock is released when the launch's other processes have ended too."""
 
     @classmethod
     def take(
         cls, directory: Path, command: str, remedy: str, notice: Callable[[str], None] = lambda text: None
     ) -> DirectoryLock:
-        """Take the lock of `directory`, which is created if it does not exist. Wait for processes of a killed launch.
+        """Take the lock of `directory`, which is created if it does not exist. Waits for processes of a killed launch.
 
-        Call it before the fork server is started, which must hold the lock, too. `command` names this program to others
-        that want the directory meanwhile. `remedy` says what to do if another program has it. A process that has the
-        lock gets the same object again. Raises ManifestError if another program runs jobs here, or if the processes of
-        a killed launch do not end, and OSError if nothing can be written.
+        Call this before the node is started, because its processes must hold the lock too. `command` is the name that
+        other programs show for this one if they find the directory locked. `remedy` says what to do if another program
+        has it. If this process already has the lock, the same object is returned. Raises ManifestError if another
+        program runs jobs here, or if the processes of a killed launch do not end, and OSError if nothing can be
+        written.
         """
         path = directory / DIRECTORY / LOCK
         make_directories(path.parent)
@@ -108,7 +110,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def _refuse_holder(descriptor: int, directory: Path, remedy: str) -> None:
-    """Raise ManifestError if the program that the lock file names may be alive. Only called while the lock is held."""
+    """Raise ManifestError if the program that the lock file names may be alive. Call this if the lock is taken."""
     try:
         content = load_object(os.pread(descriptor, 64 * 1024, 0))
         holder, command = ProcessIdentity.from_json(content), one_line(Fields(content).text("command"))
@@ -116,14 +118,14 @@ def _refuse_holder(descriptor: int, directory: Path, remedy: str) -> None:
         return  # the lock was taken a moment ago, or is being released
     lives = holder.is_alive(os.fstat(descriptor).st_uid)
     if lives is False:
-        return  # its remaining processes hold the lock
+        return  # it has ended; remaining processes of its launch hold the lock
     where = "" if lives else f" on {holder.host}"
     raise ManifestError(f"{directory} is being run by process {holder.pid} ({command}){where}: {remedy}")
 
 
 def _sign(descriptor: int, command: str) -> None:
     content = json.dumps({**ProcessIdentity.here().to_json(), "command": command}).encode()
-    with suppress(OSError):  # a full disk: the lock still keeps others out, but they cannot say who has it
+    with suppress(OSError):  # a full disk: the lock still works, but other programs cannot say who has it
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, content, 0)
 
@@ -143,7 +145,7 @@ class LogFiles:
     """
 
     def __init__(self, directory: Path, earlier: Mapping[int, Entry], *, shared: str, used: str | None) -> None:
-        """Take `earlier`, the jobs that the directory's manifest already has.
+        """Choose logs in `directory`. `earlier` are the jobs that its manifest already has.
 
         `shared` tells the user what to do about jobs that share an output directory. `used` tells the user what to do
         about an earlier sweep whose files are overwritten; None if the user asked for that.
@@ -157,7 +159,7 @@ class LogFiles:
         self._earlier_owners = {entry.log: number for number, entry in earlier.items() if entry.log is not None}
 
     def claim(self, number: int, prepared: JobPrepared) -> tuple[str, list[str]]:
-        """Return the log file for a prepared job, which opens it next, and notices for the user."""
+        """Return the log file that a prepared job must open, and notices for the user."""
         assert prepared.log is not None
         notices = []
         if self._used is not None and number in self._earlier:
@@ -204,7 +206,7 @@ def newest_sweep(*roots: Path) -> Path | None:
 
 
 def _directories(root: Path, depth: int = 3) -> Iterator[Path]:
-    """Yield the directories that may be a sweep's, breadth first. Directories within a sweep's belong to its jobs."""
+    """Yield directories that may belong to a sweep, breadth first. Subdirectories of a sweep's belong to its jobs."""
     waiting = deque([(root, 0)])
     while waiting:
         directory, level = waiting.popleft()

@@ -17,7 +17,7 @@ from gpu_launcher.processes.linux import start_time
 from gpu_launcher.text import one_line
 
 MAX_NAME_LENGTH = 256
-"""Maximum characters of a namespace, boot or host."""
+"""Maximum length in characters of a namespace, boot or host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class ProcessIdentity:
 
     pid: int
     start: int | None
-    """When it was started, in the kernel's units. None if it has ended."""
+    """Its start time in clock ticks since boot. None if it has ended."""
     namespace: str
     """Its PID namespace. In another one, such as another container's, the same id means another process."""
     boot: str
@@ -53,7 +53,8 @@ class ProcessIdentity:
     def is_alive(self, owner: int | None = None) -> bool | None:
         """Whether the process is alive. None if that cannot be known from here.
 
-        A file that names a process is believed only if that process belongs to the `owner` of the file.
+        `owner` is the owner of the file that names the process. The process counts as alive only if it belongs to that
+        user.
         """
         here = Origin.here()
         if self.boot != here.boot:

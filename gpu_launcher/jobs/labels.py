@@ -13,7 +13,7 @@ from gpu_launcher.text import middle_cut
 LABEL_ROOM = 48
 """Number of characters above which the keys in labels are shortened."""
 MAX_LABEL = 200
-"""Maximum characters of a label."""
+"""Maximum length of a label in characters."""
 MAX_REMEMBERED = 10_000
 """Maximum number of values remembered for a key. They are remembered so that shortened values differ."""
 
@@ -26,14 +26,14 @@ class Labels:
     """Makes the labels of jobs. A job is given as a list of texts such as `lr=0.1`."""
 
     def __init__(self, common: Collection[str] | None = None) -> None:
-        """Take `common`, the texts that all jobs share. None: the texts that all jobs so far have shared."""
+        """Leave out the texts `common`, which all jobs share. None stands for those that all jobs so far share."""
         self._known = common is not None
         self._common: set[str] | None = None if common is None else set(common)
         self._shown: dict[str, dict[str, str]] = {}
-        """By key: full values by their shortened forms."""
+        """For each key: full values by their shortened forms."""
         self._level: dict[str, int] = {}
         self._short_keys = False
-        """Whether keys are shortened, because a label with whole keys was too long."""
+        """Whether keys are shortened because a label with whole keys was too long."""
 
     def of(self, job: Sequence[str]) -> str:
         """Return the label of one more job."""
@@ -57,7 +57,7 @@ class Labels:
         return labels
 
     def _learn(self, jobs: Sequence[Sequence[str]]) -> set[str]:
-        """Return the texts that all jobs share, including these."""
+        """Return the texts that all jobs share, including these `jobs`."""
         if self._known:
             assert self._common is not None
             return self._common

@@ -3,11 +3,11 @@
     <sweep directory>/.gpu_launcher/
         lock                  locked by all processes of the launch that runs jobs here (`jobs.directory`)
         manifest.jsonl        one line per event, each appended in one write; an incomplete line is ignored
-        launch-<id>.json      which program runs jobs here; removed at the end
+        launch-<id>.json      names the program that runs jobs here; removed at the end
         <number>.<id>.report  the report of a job of that launch
 
-A job writes its report itself. So a job that has finished is known to have finished, whatever kills the head or the
-node. The format is private to gpu-launcher: read it with `gpu-launcher jobs DIR --json`.
+A job writes its report itself, so a finished job is known to have finished even if the head or the node is killed. The
+format is private to gpu-launcher: read it with `gpu-launcher jobs DIR --json`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from gpu_launcher.text import one_line
 
 FORMAT = 1
 MAX_LAUNCH_BYTES = 2**20
-"""Maximum bytes read of a file that says who runs jobs."""
+"""Maximum number of bytes read from a file that names a launch's program."""
 DIRECTORY = ".gpu_launcher"
 MANIFEST = "manifest.jsonl"
 MAX_FAILED = 10
@@ -53,7 +53,7 @@ class State(str, Enum):
     CANCELLED = "cancelled"
     PRUNED = "pruned"
     LOST = "lost"
-    """It ran, or waited, when its launch died."""
+    """The job was running or waiting when its launch died."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +66,9 @@ class Entry:
     launch: str
     state: State = State.WAITING
     attempts: int = 0
-    """How many times it was started, by all launches together."""
+    """Number of times it was started, over all launches."""
     devices: tuple[str, ...] = ()
-    """Labels of the devices that it had last."""
+    """Labels of the devices that its last attempt had."""
     started: float | None = None
     """When it was started, in wall-clock seconds since the epoch."""
     ended: float | None = None
@@ -76,7 +76,7 @@ class Entry:
     """Why it failed."""
     log: str | None = None
     report: Path | None = None
-    """The file of its report, if it left one."""
+    """File of its report, if there is one."""
     pid: int | None = None
     """Process id of its main process, while it runs."""
 
@@ -95,7 +95,7 @@ class Launch:
 
 
 class Recorder:
-    """Writes what happens to the jobs of one launch to the manifest."""
+    """Records in the manifest what happens to the jobs of one launch."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Recorder:
         """Record that this launch is to run `jobs` of the sweep in `directory`.
 
         `launch` is the id of the launch, by default a new one. If nothing can be written, `warn` is called once, and
-        the jobs run nevertheless.
+        the jobs run anyway.
         """
         self.directory = directory / DIRECTORY
         self._reports = new_reports(directory) if launch is None else ReportFiles(self.directory, launch)
@@ -123,12 +123,12 @@ class Recorder:
         self.failed: list[Job] = []
         """Jobs that failed, one for each way of failing."""
         self.incomplete = 0
-        """How many jobs failed or were cancelled."""
+        """Number of jobs that failed or were cancelled."""
         self._file = self.directory / f"launch-{self._id}.json"
         self._process = os.getpid()
         make_directories(self.directory)
-        # Reports of earlier launches. They are removed when the job completes again. A source's jobs leave none: their
-        # reports are discarded when they end.
+        # Reports of earlier launches. They are removed when the job completes again. Jobs from a source have none:
+        # their reports are discarded when they end.
         self._old = {number: entry.report for number, entry in read(directory).items() if entry.report} if jobs else {}
         for earlier in launches_in(directory):
             if earlier.is_alive is False:
@@ -144,7 +144,7 @@ class Recorder:
         self._plan(jobs)
 
     def add(self, job: Job) -> None:
-        """Record one more job that is to run."""
+        """Record another job that is to run."""
         self._attempts[job.number] = job.attempts_before
         self._jobs[job.number] = job
         self._plan([job])
@@ -159,12 +159,12 @@ class Recorder:
         return self._reports.path(number)
 
     def discard_report(self, number: int) -> None:
-        """Remove a job's report, which the source has been given."""
+        """Remove a job's report after the source has received it."""
         with suppress(OSError):
             self.report_path(number).unlink()
 
     def handle(self, event: Event) -> None:
-        """Record an event, if it is worth knowing later."""
+        """Record an event, unless it is of interest only while the jobs run."""
         if isinstance(event, JobStarted):
             self._attempts[event.number] += 1
             devices = [device.label for device in event.devices]
@@ -220,7 +220,7 @@ def new_reports(directory: Path) -> ReportFiles:
 
 
 class Recorded:
-    """Records each event before it is displayed."""
+    """A progress display that records each event before it passes the event on."""
 
     def __init__(self, recorder: Recorder, display: Progress) -> None:
         self._recorder = recorder
@@ -268,7 +268,7 @@ def launches_in(directory: Path) -> list[Launch]:
             identity = ProcessIdentity.from_json(content)
             command = one_line(Fields(content).text("command"))
         except (OSError, ValueError):
-            continue  # no launch wrote this
+            continue  # not written by a launch
         id = file.stem.removeprefix("launch-")
         found.append(Launch(id, file, identity.pid, identity.host, command, identity.is_alive(owner)))
     return found
@@ -301,7 +301,7 @@ def finished_before(jobs: Sequence[Job], entries: Mapping[int, Entry]) -> tuple[
 
 
 def devices_of(directory: Path, numbers: Container[int]) -> dict[int, tuple[str, ...]]:
-    """Return the labels of the devices that these jobs had last, by number. Jobs without devices are left out."""
+    """Return the labels of the devices of these jobs' last attempts, by job number. Omits jobs without devices."""
     return {number: entry.devices for number, entry in read(directory).items() if number in numbers and entry.devices}
 
 

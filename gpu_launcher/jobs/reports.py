@@ -1,6 +1,6 @@
-"""Reading the reports that jobs leave in files (`processes.messages.Report`).
+"""Reads the reports that jobs leave in files (`processes.messages.Report`).
 
-A sweep's directory may belong to another user, or be writable for others, and unpickling a payload runs any code that
+A sweep's directory may belong to another user, or be writable by others, and unpickling a payload runs any code that
 it contains. So a payload is read only if the job itself announced the file's digest, over a channel that no other
 process has, or if only this user or root can have written the file. Commands that only show a job read the header.
 """
@@ -18,7 +18,7 @@ from gpu_launcher.safe_files import open_regular, read_all, why_untrusted
 
 MAX_HEADER = 2**20
 MAX_REPORT = 2**36
-"""Maximum bytes of a report: more than any job returns. A larger file, such as a sparse one, is refused unread."""
+"""Maximum size of a report in bytes: more than any job returns. Larger files, such as sparse ones, are not read."""
 
 
 @dataclass(frozen=True, slots=True)

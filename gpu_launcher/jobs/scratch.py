@@ -1,8 +1,8 @@
 """Temporary directories for the files of a program's jobs.
 
 Each directory is locked by its program and by that program's node, and is removed when the node ends. If both are
-killed together, the directory stays, but its lock is free. So a program that makes such a directory first removes those
-that are not locked.
+killed together, the directory stays, but its lock is free. So a program that creates such a directory first removes
+those that are not locked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Scratch:
     """A temporary directory for one program."""
 
     def __init__(self) -> None:
-        """Make the directory, and remove those that dead programs left. Raises OSError."""
+        """Create the directory, and remove those that dead programs left. Raises OSError."""
         _sweep(Path(tempfile.gettempdir()))
         while True:
             self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
