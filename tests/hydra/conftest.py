@@ -16,18 +16,18 @@ Start = Callable[..., subprocess.Popen[str]]
 
 
 NOT_OURS = ("CUDA_", "GPU_LAUNCHER_", "HYDRA_")
-"""What the environment of the tests may hold and a program must not see."""
+"""Prefixes of variables that the tests may have in their environment but programs must not see."""
 
 
 def environment(directory: Path) -> dict[str, str]:
-    """For a program in `directory`: a pool of its own, and no mask of the machine's."""
+    """The environment of a program in `directory`: with its own pool, and without the machine's mask."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(NOT_OURS)}
     return {**kept, "GPU_LAUNCHER_POOL_DIR": str(directory / "pool"), "PYTHONWARNINGS": "ignore"}
 
 
 @pytest.fixture(autouse=True)
 def _pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For launches in the test's own process."""
+    """Set the environment for launches in the test's own process."""
     for name in [name for name in os.environ if name.startswith(NOT_OURS)]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("GPU_LAUNCHER_POOL_DIR", str(tmp_path / "pool"))
@@ -37,8 +37,8 @@ def _pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def start() -> Start:
     """Start one of the programs in a directory: `start(directory, "deaths.py", *arguments, **environment)`.
 
-    Instead of a name, `("-m", "package.train")` and the like say what the interpreter is to run. `within` is a command
-    that runs another.
+    Instead of a name, `program` may be interpreter arguments such as `("-m", "package.train")`. `within` is a command
+    that runs the program, such as `("nohup",)`.
     """
 
     def start(
@@ -64,7 +64,7 @@ def start() -> Start:
 
 @pytest.fixture(scope="session")
 def run(start: Start) -> Run:
-    """The same, to the end; on four simulated devices."""
+    """Run a program to its end, like `start`. Sweeps run on four simulated devices unless the arguments name others."""
 
     def run(
         directory: Path, program: str | tuple[str, ...], *arguments: str, **extra: Any

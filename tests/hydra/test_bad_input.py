@@ -1,4 +1,4 @@
-"""Every mistake gets one message that names the option and the remedy; where only one job is wrong, only it fails."""
+"""Tests that each mistake gets one message with the option and the remedy, and that one job's mistake fails only it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a file system")
 
 
-# The sweep's own config has no `x`, but Hydra looks it up there before it makes the launcher.
+# The sweep's own config has no `x`, but Hydra looks it up there before it creates the launcher.
 NO_NUMBER = "is neither a number of devices nor a part of one: give 0, 1, 2, ... or a fraction such as 0.5"
 OF_THE_JOB = "hydra.launcher.gpus=${oc.select:x,1}"
 
 
 def complaint(run: Run, directory: Path, *arguments: str, **extra: Any) -> str:
-    """What the user reads when nothing can be run."""
+    """The only line on stderr of a sweep that cannot run any job."""
     ran = run(directory, "plain.py", "-m", "+x=1,2", *arguments, **extra)
     assert ran.returncode == 1
     assert ran.stdout == ""
@@ -166,7 +166,7 @@ def test_a_pool_directory_of_somebody_else_is_refused(run: Run, tmp_path: Path) 
     pool = tmp_path / "pool"
     pool.mkdir(mode=0o555)
     within: tuple[str, ...] = ()
-    if os.geteuid() == 0:  # which may write everywhere, unless it gives that up
+    if os.geteuid() == 0:  # root may write everywhere, unless it drops capabilities
         os.chown(pool, 65534, 65534)
         if shutil.which("setpriv") is None:
             pytest.skip("needs setpriv (util-linux), or another user than root")

@@ -1,4 +1,4 @@
-"""What Hydra promises a job, and what this launcher promises beyond that, as jobs find it."""
+"""Tests what Hydra promises to jobs, and what this launcher adds, as jobs see it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Sweep:
 
 @pytest.fixture(scope="module", params=["fork", "spawn"])
 def sweep(request: pytest.FixtureRequest, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    """Two jobs, on one device and on two, each of which starts the program again as DDP does."""
+    """A sweep of two jobs, on one device and on two. Each job starts the program again, as DDP does."""
     directory = tmp_path_factory.mktemp(request.param)
     ran = run(
         directory,
@@ -184,7 +184,7 @@ def test_exit_handlers_run_where_they_were_registered(sweep: Sweep, number: int)
     assert (sweep.job(number) / "at_exit").read_text() == f"{sweep.found(number)['pid']}\n"
     assert (sweep.directory / "program_at_exit").read_text() == f"{sweep.launcher}\n"
     assert (sweep.directory / "program_finalized").read_text() == f"{sweep.launcher}\n"
-    # The program itself asserts that its TemporaryDirectory is still there after the sweep.
+    # The program itself checks that its TemporaryDirectory still exists after the sweep.
 
 
 def test_numpys_global_stream_differs_from_job_to_job_unless_it_was_seeded(
@@ -196,7 +196,7 @@ def test_numpys_global_stream_differs_from_job_to_job_unless_it_was_seeded(
 
 @pytest.fixture(scope="module")
 def seeded(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    """Three jobs without devices, one after the other, of another config found by another way."""
+    """A sweep of three jobs without devices, one at a time. Its config comes from `--config-name` and a search path."""
     directory = tmp_path_factory.mktemp("seeded")
     ran = run(
         directory,

@@ -1,4 +1,4 @@
-"""The table of deaths: however a job ends, it costs that job only, and its JobReturn says what happened."""
+"""Tests each way in which a job can end: only that job is lost, and its JobReturn says what happened."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 class Death:
     kind: str
     type: str = "JobError"
-    """Of the JobReturn's exception."""
+    """The type of the JobReturn's exception."""
     says: tuple[str, ...] = ()
-    """What its traceback and message say, and the summary the last of it."""
+    """Texts in its traceback and message. The last one is also in the summary."""
     log: tuple[str, ...] = ()
-    """What is in the job's log."""
+    """Texts in the job's log."""
 
 
 PROGRAM = Path(__file__).parent / "programs" / "deaths.py"
-FAILED = "JobFailedError"  # without a traceback, for there is none
+FAILED = "JobFailedError"  # for deaths without a traceback
 
 DEATHS = [
     Death(
@@ -118,7 +118,7 @@ def test_a_death_becomes_a_failed_result_with_cause_traceback_and_log(sweep: Swe
     for words in death.says:
         assert words in job["text"]
     log = sweep.log(death.kind)
-    if death.type in ("JobError", FAILED) or sys.version_info >= (3, 11):  # where exceptions take notes
+    if death.type in ("JobError", FAILED) or sys.version_info >= (3, 11):  # where exceptions have notes
         assert str(log) in job["text"]
     printed = log.read_text(errors="replace")
     for words in death.log:

@@ -1,4 +1,4 @@
-"""The example as its README shows it: alone, with Hydra's own launcher, and with ours."""
+"""Tests the digits example as its README shows it: alone, with Hydra's own launcher, and with ours."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GPU_POOL = ("hydra/launcher=gpu_pool", "hydra.launcher.devices=simulated:2")
 
 
 def train(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the example in `directory`, on a pool of its own."""
+    """Run the example in `directory`, with its own pool."""
     environment = {
         **os.environ,
         "GPU_LAUNCHER_POOL_DIR": str(directory / "pool"),
@@ -41,7 +41,7 @@ def accuracies(text: str) -> list[float]:
 
 
 def logs(directory: Path) -> list[str]:
-    """What the four jobs of a sweep logged, in the order of their numbers."""
+    """The logs of a sweep's four jobs, in the order of their numbers."""
     (sweep,) = (directory / "multirun").glob("*/*")
     return [(sweep / str(number) / "train.log").read_text() for number in range(4)]
 

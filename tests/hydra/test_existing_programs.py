@@ -1,4 +1,4 @@
-"""Programs as they are found: however they are started and configured, and whatever processes they have work."""
+"""Tests that existing programs work however they are started and configured, and with their own worker processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def needs(module: str) -> pytest.MarkDecorator:
 
 @dataclass
 class Way:
-    """How a program of the package is started; its module, if it is one."""
+    """One way to start a program of the package. `module` is the module that `-m` runs, if any."""
 
     command: tuple[str, ...]
     module: str | None = None
@@ -45,7 +45,7 @@ WAYS = [
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A directory with the package, and a script as pip writes it for a console-script entry point."""
+    """A directory with the package, and with a console script like those that pip writes."""
     (tmp_path / "package").symlink_to(PROGRAMS / "package")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "train").write_text(CONSOLE_SCRIPT)
@@ -53,7 +53,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def ranks(project: Path) -> dict[tuple[int, int], dict[str, Any]]:
-    """What each job found, and what it found when it had itself started again as DDP does."""
+    """The records of each job and of the rank 1 that it started as DDP does, by job and rank."""
     return {
         (job, rank): json.loads((project / "sweep" / str(job) / f"rank-{rank}.json").read_text())
         for job in (0, 1)

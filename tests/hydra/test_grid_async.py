@@ -1,4 +1,4 @@
-"""`hydra/sweeper=grid_async`: the basic sweeper's grids, of which nothing is composed before the jobs are."""
+"""Tests `hydra/sweeper=grid_async`, which runs the basic sweeper's grids without composing configs in advance."""
 
 from __future__ import annotations
 

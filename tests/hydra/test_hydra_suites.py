@@ -1,4 +1,4 @@
-"""Hydra's own test suites for launchers, with jobs that are forked and with jobs in fresh interpreters."""
+"""Runs Hydra's own test suites for launchers, with forked jobs and with jobs in fresh interpreters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, Inte
 
 Plugins.instance()  # Hydra 1.4: before the first test, whose fixture saves and restores Hydra's singletons
 
-# The suites run with Hydra 1.1's defaults, of which Hydra 1.3 warns.
+# The suites use Hydra 1.1's defaults, and Hydra 1.3 warns about these.
 pytestmark = pytest.mark.filterwarnings(
     r"ignore:\s*Future Hydra versions will no longer change working directory:UserWarning"
 )

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: jobs may clean up, then they are killed; the second time at once."""
+"""Tests Ctrl-C, SIGTERM and SIGHUP: jobs may clean up before they are killed; a second signal kills them at once."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from gpu_launcher.processes.signals import SAME_SIGNAL_SECONDS
 
 Start = Callable[..., subprocess.Popen[str]]
 MANNERS = ["polite", "stubborn", "polite", "stubborn", "waiting"]
-"""On four devices, so that the last one waits."""
+"""One for each job. The sweep has four devices, so the last job waits."""
 
 
 def sweep(
     start: Start, directory: Path, method: str, grace: float, manners: list[str] = MANNERS, **how: tuple[str, ...]
 ) -> subprocess.Popen[str]:
-    """A sweep whose first four jobs are at work."""
+    """Start a sweep; return once its first four jobs run."""
     process = start(
         directory,
         "interrupted.py",
@@ -43,7 +43,7 @@ def sweep(
 
 
 def alive(directory: Path) -> list[int]:
-    """Processes of the jobs and their children that are still there."""
+    """Process ids of jobs and their children that still exist."""
     pids = [int(pid) for file in (directory / "sweep").glob("*/pids") for pid in file.read_text().split()]
     assert len(pids) == 8
     return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
@@ -73,7 +73,7 @@ def test_jobs_may_clean_up_and_are_killed_when_the_grace_is_over(
     assert alive(tmp_path) == []
     for number, manners in enumerate(MANNERS):
         directory = tmp_path / "sweep" / str(number)
-        ran = (directory / "pids").exists()  # the fourth one to be prepared need not be job 3
+        ran = (directory / "pids").exists()  # the fourth job to start need not be job 3
         assert (directory / "cleaned_up").exists() == (ran and manners != "stubborn")
     assert "5 jobs: 4 cancelled, 1 not run" in err
     assert list((tmp_path / "pool" / "queue").iterdir()) == []
@@ -83,8 +83,8 @@ def test_a_second_ctrl_c_kills_at_once(start: Start, tmp_path: Path) -> None:
     process = sweep(start, tmp_path, "fork", grace=300)
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
-    assert any("stopping" in line for line in process.stderr)  # reads no further than that
-    time.sleep(SAME_SIGNAL_SECONDS)  # what comes earlier counts as the same Ctrl-C
+    assert any("stopping" in line for line in process.stderr)  # reads only up to this line
+    time.sleep(SAME_SIGNAL_SECONDS)  # an earlier signal counts as the same Ctrl-C
     asked = time.monotonic()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)

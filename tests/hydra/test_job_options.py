@@ -1,4 +1,4 @@
-"""Options in a swept config group: each is the job's own, or the user is told that it belongs to the sweep."""
+"""Tests launcher options in a swept config group: each applies to the job, or is reported as one of the sweep."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ OTHER_VALUES: dict[str, Any] = {
     "grace": 1.5,
     "pool_dir": "/elsewhere",
 }
-"""For each option a value that is not its default."""
+"""A value other than the default for each option."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A job's process can be found: by its name in `ps`, and by its id in the JSON of `jobs` and `status`."""
+"""Tests that users can find a job's process: by name in `ps`, and by id in the JSON of `jobs` and `status`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ DEADLINE = 60.0
 
 @dataclass
 class Seen:
-    """What could be seen from outside while two jobs ran, and after."""
+    """The view from outside while two jobs ran and after they ended."""
 
     pids: list[int]
     named: list[tuple[str, str]]
-    """What `ps` shows of each: the name, and the command line."""
+    """The name and command line of each job, as `ps` shows them."""
     children: list[str]
-    """Command lines of what the jobs started."""
+    """Command lines of processes that the jobs started."""
     running: dict[str, Any]
     leases: list[dict[str, Any]]
     ended: dict[str, Any]

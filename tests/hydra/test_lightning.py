@@ -1,4 +1,4 @@
-"""Distributed jobs of two processes each, side by side in one sweep: real Lightning DDP on CPU, and torchrun."""
+"""Tests distributed jobs of two processes each, side by side in one sweep: Lightning DDP on CPU, and torchrun."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ JOBS = RANKS = (0, 1)
 
 
 def witnesses(directory: Path) -> dict[tuple[int, int], dict[str, Any]]:
-    """Of each job's ranks."""
+    """The records of all ranks, by job and rank."""
     return {
         (job, rank): json.loads(file.read_text())
         for job in JOBS
@@ -38,7 +38,7 @@ def witnesses(directory: Path) -> dict[tuple[int, int], dict[str, Any]]:
 
 
 def of_this_test(directory: Path) -> list[str]:
-    """All living processes that were started, however indirectly, with this test's pool in their environment."""
+    """All living processes that have this test's pool in their environment, described by id and command line."""
     marker = f"GPU_LAUNCHER_POOL_DIR={directory / 'pool'}".encode()
     found = []
     for process in psutil.process_iter():
@@ -65,7 +65,7 @@ def statuses(directory: Path) -> list[str]:
 
 @pytest.fixture
 def sweep(start: Start, tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start a sweep of two jobs; returns when all of their ranks train."""
+    """Start a sweep of two jobs; return once all of their ranks train."""
     processes = []
 
     def sweep(program: str, *overrides: str) -> subprocess.Popen[str]:
@@ -89,7 +89,7 @@ def test_two_distributed_jobs_run_side_by_side_and_share_nothing(
     ran = run(tmp_path, program, *SWEEP, *how, "note='a b=c, d','{e: [f]}'")
     assert ran.returncode == 0, ran.stderr + log(tmp_path, 0) + log(tmp_path, 1)
     assert statuses(tmp_path) == ["COMPLETED", "COMPLETED"]
-    found = witnesses(tmp_path)  # which no rank passes before all are there
+    found = witnesses(tmp_path)  # no rank continues before all records exist
     for job in JOBS:
         first, second = found[job, 0], found[job, 1]
         assert first["number"] == second["number"] == job
@@ -111,7 +111,7 @@ def test_two_distributed_jobs_run_side_by_side_and_share_nothing(
 
 
 def check_rank_of_lightning(directory: Path, job: int, rank: int, found: dict[str, Any]) -> None:
-    """Lightning starts the program again for it, which is to be the same job."""
+    """Check one rank. Lightning starts the program again for ranks other than 0, and they must see the same job."""
     assert found["output_dir"] == str(directory / "sweep" / str(job))
     assert found["original_cwd"] == str(directory)
     assert found["mode"] == ("RUN" if rank else "MULTIRUN")

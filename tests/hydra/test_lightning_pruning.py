@@ -1,4 +1,4 @@
-"""`gpu_launcher.lightning.PruningCallback` in real trainings, of one process and of two, which a sweep prunes."""
+"""Tests `gpu_launcher.lightning.PruningCallback` in real training runs, of one process and of two."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PRUNER = "hydra.sweeper.pruner={_target_: optuna.pruners.ThresholdPruner, upper:
 GPUS = "hydra.launcher.gpus=${trainer.devices}"
 SWEEP = ["-m", "hydra/sweeper=optuna_async", "hydra.sweep.dir=sweep", PRUNER, "hydra.sweeper.n_trials=2", GPUS]
 ONE_OF_TWO = ["level=choice(0.0,9.0)", "hydra.sweeper.enqueue=[{level: 0.0},{level: 9.0}]"]
-"""Trial 0 completes and trial 1 is pruned, at the same time."""
+"""Overrides with which trial 0 completes and trial 1, which runs at the same time, is pruned."""
 PROGRAM = "ddp_pruned.py"
 
 
@@ -63,7 +63,7 @@ def left(directory: Path) -> list[list[str]]:
 def test_all_ranks_of_a_pruned_trial_leave_at_the_same_epoch_and_the_other_trial_completes(
     run: Run, tmp_path: Path, method: str
 ) -> None:
-    # For longer than Lightning's first rank takes to notice that another has failed, and to kill itself.
+    # With `linger`, rank 0 stays long enough for Lightning to notice that another rank failed, and to kill rank 0.
     ran = run(tmp_path, PROGRAM, *SWEEP, *ONE_OF_TWO, "linger=true", f"hydra.launcher.start_method={method}")
     logs = "".join(log.read_text() for log in tmp_path.glob("sweep/*/job.log"))
     assert ran.returncode == 0, ran.stderr + logs

@@ -1,4 +1,4 @@
-"""Files that are open when a sweep begins."""
+"""Tests that jobs can use files that are open when a sweep begins."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def swept(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The directory of a sweep whose jobs raise where they read something wrong, and what the sweep said."""
+    """The directory and stderr of a sweep whose jobs raise if they read wrong data."""
     directory = tmp_path_factory.mktemp("swept")
     retries = ("hydra.launcher.retries=1", "hydra.launcher.retry_on=[exception]")
     done = run(directory, "open_files.py", "-m", "+i=0,1,2,3", "+reads=400", *retries)

@@ -1,4 +1,4 @@
-"""Options that are interpolations, and the number of GPUs as other programs write it."""
+"""Tests options that are interpolations, and numbers of GPUs in the notation of other programs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROGRAM = {
 
 
 def config_of(**options: Any) -> DictConfig:
-    """The config of a program, as Hydra composes it."""
+    """A program's config, as Hydra composes it, with these launcher options."""
     launcher = OmegaConf.structured(GpuPoolLauncherConf)
     runtime = {"choices": {"hydra/launcher": "gpu_pool"}}
     hydra = {"launcher": launcher, "sweeper": {}, "runtime": runtime}
@@ -39,8 +39,8 @@ def config_of(**options: Any) -> DictConfig:
 
 
 def options_of(config: DictConfig) -> Options:
-    """What the launcher makes of them."""
-    launcher: Any = Plugins.instance()._instantiate(config.hydra.launcher)  # without a sweep's directory
+    """The options that the launcher reads from a config."""
+    launcher: Any = Plugins.instance()._instantiate(config.hydra.launcher)  # does not create the sweep's directory
     return read_options(launcher.options, config)
 
 

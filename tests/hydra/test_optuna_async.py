@@ -1,4 +1,4 @@
-"""`hydra/sweeper=optuna_async`: real sweeps, the studies that they leave, and how they go on."""
+"""Tests `hydra/sweeper=optuna_async` in real sweeps: the studies that they leave, and how later sweeps continue."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def study(directory: Path, name: str = "trials", url: str | None = None) -> optu
 
 
 def trials(directory: Path) -> list[optuna.trial.FrozenTrial]:
-    """None while the study is being made."""
+    """The trials; empty until the study exists."""
     if not (directory / "sweep" / "study.db").exists():
         return []
     try:
@@ -54,9 +54,9 @@ def states(of: optuna.Study) -> list[str]:
 
 
 def stopped(of: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """Those that were stopped with their sweep, each of which waits to be run again.
+    """The trials that were stopped with their sweep. Each must be queued again.
 
-    Except for one that was being sampled, if any was: there is nothing of it to run.
+    A trial that was still being sampled may be missing, because it has no complete parameters to run.
     """
     failed = [trial for trial in of.trials if trial.state is TrialState.FAIL]
     waiting = [trial for trial in of.trials if trial.state is TrialState.WAITING]
@@ -84,14 +84,14 @@ def sweep(run: Run, directory: Path, *arguments: str, ok: bool = True) -> subpro
 
 
 def importances(stdout: str) -> dict[str, list[float]]:
-    """What the table at the end says of each parameter."""
+    """The importances of each parameter, from the table at the end of a sweep."""
     lines = [line.partition("[HYDRA] ")[2] for line in stdout.splitlines()]
     (begin,) = (number for number, line in enumerate(lines) if line.startswith("parameter importances"))
     rows = [line.split() for line in lines[begin + 1 :] if line.startswith("  ")]
     return {name: [float(part) for part in parts] for name, *parts in rows}
 
 
-# What it takes over from the official sweeper
+# Features of the official sweeper
 
 
 @pytest.mark.smoke
@@ -192,7 +192,7 @@ def test_no_trial_waits_for_a_slower_one(run: Run, tmp_path: Path) -> None:
 
 
 def test_sampling_does_not_keep_jobs_from_starting(run: Run, tmp_path: Path) -> None:
-    """Trial 2 is sampled for as long as trial 1 has not ended, and trial 1 starts only when trial 0 has ended."""
+    """Sampling of trial 2 ends only when trial 1 runs, and trial 1 starts only when trial 0 has ended."""
     slow = ("does=second_ends_sampling", "hydra.sweeper.custom_search_space=__main__.as_long_as_trial_1_runs")
     sweep(run, tmp_path, SPACE, *slow, "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1")
     assert states(study(tmp_path)) == ["COMPLETE"] * 3
@@ -247,7 +247,7 @@ def test_ctrl_c_in_a_batch_leaves_no_trial_running_and_says_how_to_go_on(
 @pytest.mark.smoke
 def test_a_pruned_trial_counts_as_pruned_with_its_last_value(run: Run, tmp_path: Path) -> None:
     options = ("hydra.sweeper.pruner={name: threshold, upper: 3.0}", "hydra.sweeper.n_jobs=1")
-    steps = "steps=100"  # enough for a verdict to come in time, on a busy machine too
+    steps = "steps=100"  # enough for a verdict to arrive in time even on a busy machine
     done = sweep(run, tmp_path, SPACE, "does=reports", steps, "hydra.sweeper.n_trials=5", *options)
     trials = study(tmp_path).trials
     assert [trial.state.name for trial in trials] == ["COMPLETE"] * 3 + ["PRUNED"] * 2
@@ -389,7 +389,7 @@ def test_a_node_that_is_killed_ends_the_sweep_and_the_next_one_goes_on(run: Run,
 
 @contextmanager
 def full(file: Path, program: psutil.Process) -> Iterator[None]:
-    """The disk is full, for that process."""
+    """Make writes of a process fail, as on a full disk."""
     before = program.rlimit(psutil.RLIMIT_FSIZE)
     program.rlimit(psutil.RLIMIT_FSIZE, (1, before[1]))
     yield
@@ -398,7 +398,7 @@ def full(file: Path, program: psutil.Process) -> Iterator[None]:
 
 @contextmanager
 def locked(file: Path, program: psutil.Process) -> Iterator[None]:
-    """Somebody else writes."""
+    """Lock the database, as another writer does."""
     with closing(sqlite3.connect(file, isolation_level=None)) as database:
         database.execute("BEGIN EXCLUSIVE")
         yield
@@ -449,7 +449,7 @@ def test_other_storages_work_as_optuna_offers_them(run: Run, tmp_path: Path, sto
         assert states(found) == ["COMPLETE"] * 3, done.stdout
 
 
-# Going on
+# Continuing
 
 
 def test_total_trials_runs_what_the_study_lacks(run: Run, tmp_path: Path) -> None:
@@ -521,7 +521,7 @@ def test_a_second_ctrl_c_kills_jobs_that_do_not_end_and_their_trials_are_told(
     until(lambda: (tmp_path / "witness.jsonl").exists() and sum("clings" in e for e in witness(tmp_path)) == 2)
     program.send_signal(signal.SIGINT)
     wait_for_line(program, "stopping: ")
-    time.sleep(0.5)  # what comes sooner counts as the same
+    time.sleep(0.5)  # an earlier signal counts as the same Ctrl-C
     program.send_signal(signal.SIGINT)
     out, err = program.communicate(timeout=60)
     assert program.returncode in (130, -signal.SIGINT)
@@ -574,7 +574,7 @@ def test_a_second_ctrl_c_does_not_wait_for_a_sampler_that_nothing_ends(run: Run,
 
 
 def running_trials(directory: Path, pid: int) -> list[optuna.trial.FrozenTrial]:
-    """Those of this program whose jobs run, too."""
+    """The running trials of a program whose jobs have started."""
     return [
         trial
         for trial in trials(directory)
@@ -633,7 +633,7 @@ def test_a_trial_that_is_failed_from_elsewhere_is_cancelled(start: Start, tmp_pa
 def test_known_points_are_tried_first(run: Run, tmp_path: Path) -> None:
     (tmp_path / "sweep").mkdir()
     new = optuna.create_study(study_name="trials", storage=gpu_launcher.storage(tmp_path / "sweep" / "study.db"))
-    new.enqueue_trial({"x": 0.125})  # a study that has waiting trials only is one for any search space
+    new.enqueue_trial({"x": 0.125})  # a study with only waiting trials accepts any search space
     (tmp_path / "points.yaml").write_text("- x: 0.25\n- x: 0.75\n")
     sweep(run, tmp_path, SPACE, "hydra.sweeper.enqueue=points.yaml", "hydra.sweeper.n_trials=3")
     assert [trial.params["x"] for trial in study(tmp_path).trials][:3] == [0.125, 0.25, 0.75]
@@ -769,7 +769,7 @@ def test_bad_input_gets_one_message_before_any_job_starts(
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     message = done.stderr.split("\n\n")[0]
-    # Hydra 1.4 itself refuses a key that the chosen sampler's config has not.
+    # Hydra 1.4 itself refuses a key that is not in the chosen sampler's config.
     assert names in message or ("name: tpu" in arguments[-1] and "Key 'name' not in" in message), message
     assert not (tmp_path / "witness.jsonl").exists()
 

@@ -1,4 +1,4 @@
-"""`hydra/sweeper=optuna_async` and its samplers in Hydra's config, alone and beside the official plugin."""
+"""Tests `hydra/sweeper=optuna_async` and its samplers in Hydra's config, alone and beside the official plugin."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SWEEPER = "hydra/sweeper=optuna_async"
 WARNS: dict[str, Any] = {"PYTHONWARNINGS": "default", "HYDRA_FULL_ERROR": "1"}
 SAMPLERS = ("auto", "tpe", "gp", "random", "cmaes", "nsgaii", "nsgaiii", "qmc", "grid", "bruteforce")
 
-# What hydra-optuna-sweeper stores, in its modules' places and under its names; Hydra cannot tell them apart.
+# The configs that hydra-optuna-sweeper stores, under the same module names, so that Hydra sees no difference.
 STUB_CONFIG = """
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,7 +75,7 @@ class OptunaSweeper(Sweeper):
 
 @pytest.fixture(params=["alone", "beside a stub before it", "beside a stub after it", "beside the official plugin"])
 def beside(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
-    """The environment of a program, in which hydra-optuna-sweeper is installed or not; Hydra finds it first or last."""
+    """The environment of a program with or without hydra-optuna-sweeper, which Hydra finds before or after ours."""
     installed = importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is not None
     if request.param == "beside the official plugin":
         if not installed:
@@ -106,7 +106,7 @@ def shown(run: Run, directory: Path, beside: dict[str, str], *overrides: str) ->
 
 
 def clean(stderr: str) -> str:
-    """Without what Hydra 1.4 says of the programs' version_base, which 1.3 needs."""
+    """Remove Hydra 1.4's warning about the programs' version_base, which Hydra 1.3 needs."""
     lines = iter(stderr.splitlines())
     for line in lines:
         if "The version_base parameter is deprecated" not in line:

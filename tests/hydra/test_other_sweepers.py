@@ -1,4 +1,4 @@
-"""Other people's sweepers: what they ask the launcher to run, in batch after batch, runs on the pool."""
+"""Tests that the launcher works with other projects' sweepers, which run batch after batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a job does before it has devices, so that they need not wait for it."""
+"""Tests what a job does before it has devices, so that no device is idle meanwhile."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PROGRAM = textwrap.dedent(
 
 
 def sweep(directory: Path, patience: float, *overrides: str) -> list[str]:
-    """Run two jobs on one device; returns what they printed."""
+    """Run two jobs on one device; return what they printed."""
     (directory / "program.py").write_text(PROGRAM)
     launcher = ("hydra/launcher=gpu_pool", "hydra.launcher.devices=simulated:1", "hydra.sweep.dir=sweep")
     subprocess.run(

@@ -1,4 +1,4 @@
-"""Whole sweeps whose jobs have several ranks: all of them are told the same, in the same order."""
+"""Tests sweeps whose jobs have several ranks: all ranks get the same verdicts in the same order."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def study(directory: Path) -> list[optuna.trial.FrozenTrial]:
 
 
 def told(directory: Path, job: int, attempt: int = 1) -> list[bool]:
-    """What every rank of a job was told."""
+    """The verdicts of a job. All of its ranks must have the same."""
     files = [directory / "sweep" / str(job) / f"attempt-{attempt}.rank-{rank}" for rank in range(3)]
     first, *others = [json.loads(file.read_text()) for file in files]
     assert others == [first, first]

@@ -1,4 +1,4 @@
-"""Each job draws random numbers of its own from what was not seeded, and what a fresh run draws from the rest."""
+"""Tests that unseeded generators differ between jobs, and that seeded ones draw what a fresh run draws."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROGRAM = "generators.py"
 
 @pytest.fixture(scope="module")
 def alone(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What the program draws by itself, seeded."""
+    """The numbers that the seeded program draws when it runs alone."""
     directory = tmp_path_factory.mktemp("alone")
     ran = run(directory, PROGRAM, "hydra.run.dir=.", "hydra.job.chdir=true", SEED="5")
     assert ran.returncode == 0, ran.stderr
@@ -27,14 +27,14 @@ def alone(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module", params=["fork", "spawn"])
 def jobs(run: Run, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What three jobs of the seeded program draw, and the second attempt of one of them."""
+    """The numbers that three jobs of the seeded program draw, including both attempts of one of them."""
     jobs, screen = drawn(run, tmp_path_factory.mktemp("seeded"), request.param, SEED="5")
     assert "cannot tell" not in screen
     return jobs
 
 
 def drawn(run: Run, directory: Path, method: str, **environment: str) -> tuple[list[Any], str]:
-    """What the jobs draw, and what is on the screen."""
+    """Run three jobs; return the numbers that they draw, and stderr."""
     ran = run(
         directory,
         PROGRAM,

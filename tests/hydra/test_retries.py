@@ -1,4 +1,4 @@
-"""Failed jobs are run again, or end the sweep, as the user wants."""
+"""Tests that failed jobs are run again, or end the sweep, as the options say."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_so_many_failures_end_the_sweep_and_the_rest_is_not_run(
     options = ("hydra.launcher.max_parallel=1", "hydra.launcher.retries=1", "hydra.launcher.retry_on=crash", option)
     done = sweep(run, tmp_path, "n=range(6)", "good=2", *options)
     assert done.returncode == 1
-    # The next job may have begun before the last one's result was looked at.
+    # The next job may have started before the last job's result was processed.
     summary = re.search(r"6 jobs: (\d) failed, (?:(\d) cancelled, )?(\d) not run", done.stderr)
     assert summary is not None, done.stderr
     assert int(summary[1]) == failed

@@ -1,4 +1,4 @@
-"""Programs that launch more than once: sweepers with batches, notebooks, several sweeps in one process."""
+"""Tests programs that launch more than once: sweepers with batches, notebooks, several sweeps in one process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Plugins.instance()  # Hydra 1.4: before the first test, whose fixture saves and 
 
 pytestmark = [
     pytest.mark.usefixtures("hydra_restore_singletons"),
-    # The runner runs with Hydra 1.1's defaults, of which Hydra 1.3 warns.
+    # The runner uses Hydra 1.1's defaults, and Hydra 1.3 warns about these.
     pytest.mark.filterwarnings(r"ignore:\s*Future Hydra versions will no longer change working directory:UserWarning"),
 ]
 

@@ -1,4 +1,4 @@
-"""Shared devices, other people's processes, priorities and time limits, in real sweeps, some on a double of NVML."""
+"""Tests shared devices, programs outside the pool, priorities and time limits, in real sweeps."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if __name__ == "__main__":
     main()
 """
 
-# Before APP: the double has no /sys, and so the program is told where the one of its machine is.
+# Goes before APP. The NVML double has no /sys, so the program is told where the machine's /sys is.
 SYS_OF_ITS_OWN = """
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,7 @@ class Sweeps:
         return process
 
     def run(self, *arguments: str, devices: str = "simulated:1") -> str:
-        """What a whole sweep says on stderr."""
+        """Run a sweep to its end; return its stderr."""
         return self.start(*arguments, devices=devices).communicate(timeout=60)[1]
 
     def told(self, name: str) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Sweeps:
             (self.directory / f"end-{name}").touch()
 
     def pool(self) -> PoolView:
-        """Who holds what, and who waits for what."""
+        """The pool's leases and tickets."""
         ledger = FileLedger(self.directory / "pool")
         try:
             return ledger.snapshot()
@@ -123,7 +123,7 @@ def stop(sweeps: Sweeps) -> None:
 
 
 def said(process: subprocess.Popen[str], what: str) -> str:
-    """Wait for a line with `what` in it."""
+    """Wait for a line on stderr that contains `what`, and return it."""
     for line in process.stderr:
         if what in line:
             return line
@@ -179,7 +179,7 @@ def test_enforcing_memory_follows_the_user_to_the_newer_names_of_the_variables(t
 
 
 def test_with_memory_alone_jobs_pack_by_memory(sweeps):
-    # A simulated device has 80 GiB: two times 30 fit, a third does not.
+    # A simulated device has 80 GiB, so two jobs with 30 GiB fit and a third does not.
     sweep = sweeps.start("hydra.launcher.memory=30GiB", "+hold=1", "+name=0,1,2", devices="simulated:2")
     where = [said(sweep, "started on").split("simulated GPU ")[1][0] for _ in range(3)]
     sweeps.end(0, 1, 2)
@@ -314,7 +314,7 @@ def test_the_stagger_is_the_least_time_between_two_starts_on_a_device(sweeps):
     sweep = sweeps.start(*options, "+hold=1", "+name=0,1,2")
     for _ in range(3):
         said(sweep, "started on")
-    # All have the same time limit, so that what is left of it in one moment tells their starts apart.
+    # All have the same time limit, so the remaining times at one moment differ exactly as their starts do.
     left = sorted(lease.left for lease in sweeps.pool().leases)
     assert len(left) == 3
     assert min(later - earlier for earlier, later in itertools.pairwise(left)) > 1 - 1e-6
@@ -397,7 +397,7 @@ def test_nonsense_is_refused_with_the_option_and_the_remedy(sweeps, option, mess
 
 @pytest.fixture
 def stranger():
-    """The pid of a process that is none of the pool's."""
+    """The process id of a program outside the pool."""
     with subprocess.Popen(["sleep", "100"], start_new_session=True) as process:
         yield process.pid
         process.kill()

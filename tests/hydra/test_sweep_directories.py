@@ -1,4 +1,4 @@
-"""Directories that are used twice: by two sweeps at once, one after the other, and by several jobs of one sweep."""
+"""Tests directories that are shared: by two sweeps at once, by one sweep after another, and by several jobs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEADLINE = 60.0
 
 
 def files(directory: Path) -> dict[str, bytes]:
-    """All but what the lock says and the log of the running jobs grows by."""
+    """The contents of all files."""
     return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 

@@ -1,4 +1,4 @@
-"""`GPU_LAUNCHER_LOG` has all processes of a sweep write one log."""
+"""Tests that with `GPU_LAUNCHER_LOG`, all processes of a sweep write one log."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_log_in_the_sweeps_directory_tells_what_each_process_decides(run: Run, t
     assert -1 not in places, story[places.index(-1)]
     assert places == sorted(places)
     assert "Exited(number=0, problem=None): [Release(number=0), Conclude(" in log
-    # A sweep that a job starts has a log of its own.
+    # A sweep that a job starts has its own log.
     assert "GPU_LAUNCHER_LOG=debug\n" in (tmp_path / "sweep" / "0" / "job.log").read_text()
     ours = re.compile(r"\[\d+\] (jobs|leases|processes)\.")
     for other in (tmp_path / "sweep").rglob("*.log"):

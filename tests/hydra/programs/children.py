@@ -1,4 +1,4 @@
-"""A job for every way to have other processes of Python work: `+how=...`."""
+"""A job for each way to use worker processes in Python: `+how=...`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 
 class Point:
-    """Defined in `__main__`, and pickled on the way to and from the children."""
+    """A class of `__main__`, pickled on the way to and from the children."""
 
     def __init__(self, x: int) -> None:
         self.x = x
@@ -59,7 +59,7 @@ def joblib(method: str, points: list[Point]) -> list[Any]:
 
 
 class Points:
-    """A data set of which every item says which process loaded it."""
+    """A data set whose items name the process that loaded them."""
 
     def __init__(self, points: list[Point]) -> None:
         self.points = points

@@ -1,4 +1,4 @@
-"""A program that uses what Hydra offers, and a task that writes down what it finds."""
+"""A program that uses many of Hydra's features. Its task records what it finds."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if "SEED" in os.environ:
 
 @dataclass
 class Result:
-    """Defined in `__main__`, and returned from there."""
+    """A return value whose class is defined in `__main__`."""
 
     number: int
 

@@ -1,4 +1,4 @@
-"""A Lightning program with two processes on CPU; `fail=1` fails in rank 1, with `wait=true` it ends when told to."""
+"""A Lightning program with two processes on CPU. `fail=1` fails in rank 1; with `wait=true`, it waits for `go`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Model(lightning.LightningModule):
         if number == 1 and self.cfg.fail is not None:
             if self.cfg.fail == self.global_rank:
                 raise ArithmeticError(f"rank {self.global_rank} fails")
-            if self.cfg.fail == 0:  # and the other rank does not notice, and does not care to be asked
+            if self.cfg.fail == 0:  # the other rank does not notice, and ignores SIGTERM
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 time.sleep(300)
         if self.cfg.wait and self.cfg.fail is None:

@@ -1,4 +1,4 @@
-"""A Lightning program with two processes on CPU whose `val/loss` is `level`; each rank says how its training ended."""
+"""A Lightning program on CPU whose `val/loss` is `level`. Each rank records how its training ended."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Model(lightning.LightningModule):
         return self.layer(batch[0]).square().mean()
 
     def validation_step(self, batch: Any, number: int) -> None:
-        # In an epoch that nobody stops the sweep has time to judge.
+        # The sweep has time to judge each epoch.
         time.sleep(self.seconds)
         self.log("val/loss", self.level, rank_zero_only=True)
 
@@ -70,7 +70,7 @@ def main(cfg: DictConfig) -> float:
         if trainer.is_global_zero and cfg.linger:
             while any(map(lives, psutil.Process().children())):
                 time.sleep(0.05)
-            time.sleep(6)  # Lightning looks every 5 s at how the other rank ended
+            time.sleep(6)  # Lightning checks every 5 s how the other rank ended
         raise
     finally:
         number = gpu_launcher.current_trial().number

@@ -1,4 +1,4 @@
-"""What each rank of a distributed job writes down, and how the jobs of a sweep meet."""
+"""Records what each rank of a distributed job sees, and lets the jobs of a sweep wait for each other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 
 def testify(rank: int, directory: Path, number: int, sum_over_ranks: Callable[[float], float], **more: Any) -> None:
-    """Leave `rank-N.json`, then wait until every rank of both jobs has: they run side by side."""
+    """Write `rank-N.json`, then wait until every rank of both jobs has written its own: the jobs run side by side."""
     found = {
         "pid": os.getpid(),
         "number": number,

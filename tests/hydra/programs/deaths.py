@@ -1,4 +1,4 @@
-"""A job for every way to end: `+kind=...`."""
+"""A job for each way to end: `+kind=...`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 
 class MainError(Exception):
-    """Its constructor words the message, as many do."""
+    """An exception whose constructor makes the message, as many do."""
 
     def __init__(self, code: int) -> None:
         super().__init__(f"code {code}")
@@ -66,7 +66,7 @@ def sleeper() -> subprocess.Popen[bytes]:
 
 
 def daemon() -> None:
-    """The classical double fork, out of the session."""
+    """Start a daemon by the classic double fork, in another session."""
     if os.fork() == 0:
         os.setsid()
         pid = os.fork()
@@ -77,7 +77,7 @@ def daemon() -> None:
 
 
 class GpuArray:
-    """Pickled as CuPy's arrays are. There is no CuPy here, and the launching program is not to need it."""
+    """An object that pickles as CuPy's arrays do. CuPy is not installed, and the head must not need it."""
 
     def __reduce__(self) -> Any:
         core = sys.modules["cupy._core.core"] = ModuleType("cupy._core.core")
@@ -99,7 +99,7 @@ def with_cause() -> None:
 
 
 def forked_child() -> bool:
-    """Fork; in the child, return when the parent has ended and left its result."""
+    """Fork. Returns in the child once the parent has left its result and ended."""
     parent = os.getpid()
     if os.fork():
         return False
@@ -112,7 +112,7 @@ LEFT_OPEN: list[Any] = []
 
 
 def leave_buffers() -> None:
-    """Write what is only in buffers when the job ends: Python's, and C's."""
+    """Write data that is still in Python's and C's buffers when the job ends."""
     LEFT_OPEN.extend([open("left_open.txt", "w"), open("left_open.bin", "wb")])
     LEFT_OPEN[0].write("kept")
     LEFT_OPEN[1].write(b"kept")

@@ -1,4 +1,4 @@
-"""A job that prints a line of its own, and can wait for the file `go`, or fail."""
+"""A job that prints its own line, and can wait for the file `go`, or fail."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""Stands for imports that take long: remembers which process made them."""
+"""Stands for slow imports. Records the process that imported it."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Generators of all kinds, made at import: each job draws from them."""
+"""A program that creates random generators of all kinds at import. Each job draws from them."""
 
 import json
 import os

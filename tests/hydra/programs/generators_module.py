@@ -1,4 +1,4 @@
-"""A module of the program with generators."""
+"""A module of the program that has random generators."""
 
 import numpy as np
 

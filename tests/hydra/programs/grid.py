@@ -1,4 +1,4 @@
-"""Says who composes jobs' configs: a line with the process id for each in `composed`, in the program's directory."""
+"""A program that appends the process id to the file `composed` whenever a process composes a job's config."""
 
 import os
 from dataclasses import dataclass

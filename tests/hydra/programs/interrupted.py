@@ -1,6 +1,6 @@
-"""Jobs that are still at work when the user has had enough.
+"""Jobs that are still running when the user interrupts the sweep.
 
-`manners=polite` cleans up, `manners=saving` does so on SIGTERM and SIGHUP, `manners=stubborn` goes on.
+`manners=polite` cleans up, `manners=saving` does so on SIGTERM and SIGHUP, `manners=stubborn` ignores Ctrl-C.
 """
 
 from __future__ import annotations

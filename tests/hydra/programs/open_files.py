@@ -1,4 +1,4 @@
-"""Files of many kinds that are open before the sweep; each job reads them in an order of its own, and checks it."""
+"""A program that opens files of many kinds before the sweep. Each job reads them in its own order and checks them."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""Writes down what its options did to it; fails until its `good`-th attempt."""
+"""A job that records the effects of its options. It fails until attempt number `good`."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The shortest Hydra program. Leaves a file behind if a job ever ran."""
+"""A minimal Hydra program. It leaves a file if a job runs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Something to minimise; what each job returned is in `value` in its directory."""
+"""A function to minimise. Each job writes its return value to `value` in its directory."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""A job of three ranks: itself, the program started again, and a fork. Each writes down what it was told, in order.
+"""A job of three ranks: itself, the program started again, and a fork. Each records the verdicts that it gets.
 
-The first attempt fails in the middle where `attempts` is 2.
+With `attempts=2`, the first attempt fails midway.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ConfigStore.instance().store(name="config", node=Config)
 
 
 def train(rank: int, directory: Path, level: float, last: int = STEPS) -> bool:
-    """Whether it was pruned."""
+    """Train one rank; return whether it was pruned."""
     attempt = os.environ["GPU_LAUNCHER_ATTEMPT"]
     trial = gpu_launcher.current_trial()
     verdicts = []

@@ -1,4 +1,4 @@
-"""Import this in a program to have the launcher leave what it returned in `returns.json`, for the test to read."""
+"""Makes the launcher save its returns in `returns.json`, for the test to read, in a program that imports this."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ def describe(job_return: JobReturn) -> dict[str, Any]:
 
 
 _launch.launch = recording_launch
-# Hydra's own sweeper composes all jobs beforehand, and lets none run if one fails. Other sweepers do not.
+# Hydra's own sweeper composes all jobs in advance, and runs none if one fails. Other sweepers do not.
 if "VALIDATE" not in os.environ:
     Sweeper.validate_batch_is_legal = lambda *args: None

@@ -1,4 +1,4 @@
-"""Fails in a way of its choice until its `good`-th attempt, and returns what it found then."""
+"""A job that fails, as `kind` says, until attempt number `good`. It then returns the number of the attempt."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 
 
 class OutOfMemoryError(RuntimeError):
-    """As torch's."""
+    """Looks like torch's."""
 
 
 OutOfMemoryError.__module__ = "torch"

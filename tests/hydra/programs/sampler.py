@@ -1,4 +1,4 @@
-"""Prints what optuna_async makes of the sampler, the pruner and their options, as JSON."""
+"""Prints, as JSON, the sampler and pruner that optuna_async creates from the config."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""A job that starts its ranks with torchrun; `fail=1` fails in rank 1, with `wait=true` it ends when told to."""
+"""A job that starts its ranks with torchrun. `fail=1` fails in rank 1; with `wait=true`, it waits for `go`."""
 
 from __future__ import annotations
 

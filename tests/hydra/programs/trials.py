@@ -1,4 +1,4 @@
-"""A trial for every purpose: `does=...`. What each job was given, and when it ran, is in `witness.jsonl`."""
+"""A trial for every purpose: `does=...`. Each job records its parameters, start and end in `witness.jsonl`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write(**entry: Any) -> None:
 
 
 def more(cfg: DictConfig, trial: optuna.Trial) -> None:
-    """A custom search space: what `y` may be depends on `x`."""
+    """A custom search space in which the range of `y` depends on `x`."""
     trial.suggest_float("y", trial.params["x"], trial.params["x"] + 1)
 
 
@@ -61,7 +61,7 @@ def hangs_in_trial_1(cfg: DictConfig, trial: optuna.Trial) -> None:
 
 
 def clings_in_trial_1(cfg: DictConfig, trial: optuna.Trial) -> None:
-    """A custom search space that nothing ends but a kill."""
+    """A custom search space that only SIGKILL ends."""
     while trial.number == 1:
         with suppress(BaseException):
             time.sleep(600)
@@ -76,7 +76,7 @@ class OddFloat:
 
 
 def as_long_as_trial_1_runs(cfg: DictConfig, trial: optuna.Trial) -> None:
-    """A custom search space that takes long for the third trial."""
+    """A custom search space that, for trial 2, waits until trial 1 runs."""
     while trial.number == 2 and not Path(cfg.hydra.sweep.dir, "second").exists():
         time.sleep(0.01)
 
@@ -102,7 +102,7 @@ def act(cfg: DictConfig, number: int) -> Any:
         case "returns":
             time.sleep(cfg.seconds)
             return result
-        case "first_waits":  # for the last one, which a batch would never come to
+        case "first_waits":  # for the last one, which would never start if trials ran in batches
             if number == 0:
                 wait_for("last")
             elif number == cfg.last:
@@ -120,7 +120,7 @@ def act(cfg: DictConfig, number: int) -> Any:
             return result
         case "reports":
             for step in range(cfg.steps):
-                gpu_launcher.report(number + 1 / (step + 1), step)  # the earlier the better
+                gpu_launcher.report(number + 1 / (step + 1), step)  # earlier trials are better
                 time.sleep(0.01)
             return float(number)
         case "reports_and_ignores":

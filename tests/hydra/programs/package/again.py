@@ -1,4 +1,4 @@
-"""Start the program again in the way Lightning's DDP does for every rank but the first."""
+"""Starts the program again, as Lightning's DDP does for every rank but the first."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class KeepAndTell(Callback):
-    """Keeps a job's config and JobReturn, and logs how it ended, as two callbacks do that came with Hydra 1.3."""
+    """Saves a job's config and JobReturn and logs how it ended, as two callbacks of Hydra 1.3 do."""
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         self.directory = Path(config.hydra.runtime.output_dir)

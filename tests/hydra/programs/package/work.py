@@ -1,4 +1,4 @@
-"""What the programs of this package do."""
+"""The work that the programs of this package share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Schedule:
 
 
 def work(lr: float) -> float:
-    """Leave a witness for this rank, after another that the job starts."""
+    """Start rank 1, then record what this rank sees."""
     value = 10 * float(lr)
     again.start_rank_1()
     config = HydraConfig.get()

@@ -1,4 +1,4 @@
-"""A hydra-zen program: configs made in Python, a task with parameters instead of a config."""
+"""A hydra-zen program: its configs are made in Python, and its task takes parameters instead of a config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""hydra-zen's own entry point, as it is used in notebooks: no command line, the returns as values."""
+"""A program that uses hydra-zen's `launch`, as notebooks do: without a command line, with returns as values."""
 
 from __future__ import annotations
 
