@@ -57,7 +57,7 @@ def receive(channel: socket.socket) -> tuple[Word, int] | None:
 
 
 def use_devnull(*descriptors: int) -> None:
-    """Replace descriptors that this process shares with the command by /dev/null.
+    """Point `descriptors`, which this process shares with the command, at /dev/null.
 
     Otherwise the other end of a pipe would not notice that the command closed its end.
     """

@@ -1,7 +1,7 @@
 """Runs a command in place of this program, with its terminal and signals, and ends everything that it started.
 
-    this program          in the shell's job: stands for the command, passes signals on, ends as the command did
-    ├── witness           in the shell's job: says which signals were sent to the whole job
+    this program          in the shell's job: stands in for the command, passes signals on, ends as the command did
+    ├── witness           in the shell's job: reports which signals were sent to the whole job
     └── supervisor        in its own session, so that a signal for the shell's job does not reach it
         └── the command   in the shell's job, as if the shell had started it
 
@@ -52,9 +52,9 @@ class CommandResult:
 
 
 def fill_standard_descriptors() -> None:
-    """Occupy stdin, stdout and stderr if they are closed, so that nothing else gets their numbers.
+    """Open /dev/null as stdin, stdout and stderr if they are closed, so that no other file gets their numbers.
 
-    In the command they are closed again. Call this before this program opens anything.
+    They are closed again in the command. Call this before this program opens anything.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -96,8 +96,8 @@ def run_command(
     """Run `command` and wait until it and everything that it started are gone.
 
     `lease` is a descriptor that the process tree gets. After `timeout` seconds everything gets SIGTERM, and `grace`
-    seconds later SIGKILL; `tell` informs the user of this. `in_children` closes what forked processes must not keep.
-    This process must be single-threaded; it gives up its stdin and stdout. Raises CommandError.
+    seconds later SIGKILL; `tell` tells the user about this. `in_children` closes what forked processes must not keep
+    open. This process must be single-threaded; it gives up its stdin and stdout. Raises CommandError.
     """
     before = frozenset(children())
     become_child_subreaper()
@@ -112,7 +112,7 @@ def run_command(
         in_children()
 
     witness = Witness(signals, close_in_witness)
-    for arrived in signals.read():  # those that arrived before the command could start
+    for arrived in signals.read():  # signals that arrived before the command could start
         if arrived.signum not in HARMLESS | STOPS:
             witness.close()
             raise InterruptedBySignal(arrived.signum)
@@ -131,7 +131,7 @@ def run_command(
         witness.close()
         ours.close()
         os.waitpid(supervisor, 0)
-        end_descendants(0.0, spare=before)  # some are left if the supervisor was killed
+        end_descendants(0.0, spare=before)  # there are some if the supervisor was killed
 
 
 class InterruptedBySignal(Exception):
@@ -143,7 +143,7 @@ class InterruptedBySignal(Exception):
 
 
 class _Front:
-    """The part of this program that stands for the command while that runs."""
+    """Stands in for the command while it runs."""
 
     def __init__(
         self,
@@ -161,7 +161,7 @@ class _Front:
         self._command: int | None = None
         """Process id of the command; None until it runs."""
         self._suspended: int | None = None
-        """Signal that stopped the command, until this program has stopped itself too."""
+        """Signal that stopped the command and must stop this program too; None if there is none."""
         self._timed_out = False
 
     def wait(self, name: str) -> CommandResult:
@@ -204,7 +204,7 @@ class _Front:
             self._tell(f"the command did not end within {number} s of SIGTERM: it is killed")
 
     def _is_to_be_passed_on(self, arrived: ReceivedSignal) -> bool:
-        """Whether the command has not received this signal itself."""
+        """Whether the command must be sent this signal, because it has not received the signal itself."""
         if arrived.signum == signal.SIGCHLD or arrived.sender == self._supervisor:
             return False
         if not self._shares_our_group():

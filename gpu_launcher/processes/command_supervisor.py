@@ -24,7 +24,7 @@ class CommandSupervisor:
     """The command's parent, a subreaper. It ends what the command leaves behind."""
 
     def __init__(self, channel: socket.socket, front: int, timeout: float | None, grace: float) -> None:
-        """See `command_front.run_command`. `front` is the process id of the program that stands for the command."""
+        """See `command_front.run_command`. `front` is the process id of the program that stands in for the command."""
         self._channel = channel
         self._front = front
         self._timeout = timeout
@@ -40,12 +40,12 @@ class CommandSupervisor:
         signals: CommandSignals,
         lease: int | None,
     ) -> None:
-        """Run the command, wait until it and everything that it started are gone, and report that."""
+        """Run the command, wait until it and everything that it started are gone, and report its status."""
         events = SignalDescriptor({signal.SIGCHLD})
         become_child_subreaper()
         here = os.getpid()
         problem, problem_write = os.pipe()
-        # Signals sent to the whole job after this process was forked into it, and before the command was.
+        # Signals for the whole job that arrived after this process was forked but before the command was.
         missed = signal.sigpending() - HARMLESS - STOPS
         try:
             main = fork_child(lambda: _become(command, environment, signals, lease, here, problem_write))
@@ -128,7 +128,7 @@ class CommandSupervisor:
             tree.kill()
 
     def _let_front_go_on(self) -> None:
-        """Send SIGCONT to the front, which was stopped because the command was."""
+        """Send SIGCONT to the front, which stopped itself because the command was stopped."""
         if os.getppid() == self._front:
             os.kill(self._front, signal.SIGCONT)
 

@@ -15,14 +15,14 @@ from gpu_launcher.processes.linux import die_with_parent
 from gpu_launcher.processes.signals import SAME_SIGNAL_SECONDS, CommandSignals, SignalDescriptor
 
 WITNESS_SECONDS = 0.05
-"""Seconds to wait for the witness to report that it got the same signal."""
+"""Seconds to wait for the witness to report the same signal."""
 
 
 class Witness:
     """A process in this program's process group that only reports which signals it gets."""
 
     def __init__(self, signals: CommandSignals, in_child: Callable[[], None]) -> None:
-        """Fork the process. It calls `in_child` to close what it must not keep open."""
+        """Fork the witness. It calls `in_child` to close what it must not keep open."""
         self._ours, theirs = channel()
         self._seen: dict[int, float] = {}
         here = os.getpid()
