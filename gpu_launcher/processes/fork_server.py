@@ -37,7 +37,7 @@ def serve(control: socket.socket, launcher: int, run_job: RunJob, *, captured: b
     output goes. When this returns, no process that was started through this server is alive, even if the server was
     killed.
     """
-    gc.freeze()  # otherwise the collector of every job would write to, and so copy, the pages that all jobs share
+    gc.freeze()  # otherwise every job's garbage collector would write to, and so copy, pages that all jobs share
     guarded(launcher, lambda lifeline: _serve(control, lifeline, run_job, captured), control.close)
 
 
@@ -48,7 +48,7 @@ def _serve(control: socket.socket, lifeline: int, run_job: RunJob, captured: boo
 
 
 def _why(supervisor: int, status: int) -> SupervisorDied | StartFailed:
-    """Return, based on its exit status, why a supervisor ended before its job."""
+    """Return why a supervisor ended before its job, according to its exit status."""
     error = os.waitstatus_to_exitcode(status) - COULD_NOT_FORK
     return StartFailed(supervisor, _fork_failed(error)) if error > 0 else SupervisorDied(supervisor)
 

@@ -4,8 +4,8 @@ The node asks the fork server for a supervisor, and the supervisor for a job. Af
 its own channel the fork server reports only supervisors that died or could not start. A supervisor whose job has ended
 is used for the next job.
 
-With `start_method=auto` the server is forked from this process if that is safe. Other threads are counted only after
-the fork, because OpenBLAS and similar libraries shut down their threads for a fork. If any remain, the forked server is
+With `start_method=auto` the server is forked from the node if that is safe. Other threads are counted only after the
+fork, because OpenBLAS and similar libraries shut down their threads for a fork. If any remain, the forked server is
 discarded, and a spawning one is started.
 """
 
@@ -71,7 +71,7 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class JobProcess:
-    """A job's two channels: to its supervisor, and to itself."""
+    """A job that was started: its channels to its supervisor and to the job itself."""
 
     number: int
     supervisor: socket.socket
@@ -99,7 +99,7 @@ class JobProcess:
 
 
 class ForkServer:
-    """Runs a program's jobs in their own processes. Must be created before this package starts any thread."""
+    """Runs a program's jobs in their own processes. Create it before this package starts threads in this process."""
 
     def __init__(
         self,
@@ -116,12 +116,12 @@ class ForkServer:
     ) -> None:
         """Start the server. Afterwards `method` says how jobs are started, and `reason` why they are spawned.
 
-        `option` is the name under which the user chooses the method. `unsafe` says why it is not safe to fork from
-        this process, if that is known. `in_child` is called in a server forked from this process, and drops what
-        belongs to this process alone. If `captured`, the output of jobs is kept in memory until they have a log;
-        otherwise it goes where this process's output goes. The descriptors `keep` stay open as long as the server or a
-        job's supervisor lives, even if the server is not a fork of this process. `generators` and `open_files` are
-        those of the user's program, if this process is a fork of it.
+        `option` is the name of the user's option for the method. `unsafe` says why forking from this process is not
+        safe, if that is known. `in_child` is called in a server forked from this process, and drops what belongs to
+        this process alone. If `captured`, the output of jobs is kept in memory until they have a log; otherwise
+        it goes where this process's output goes. The descriptors `keep` stay open as long as the server or a job's
+        supervisor lives, even if the server is not a fork of this process. `generators` and `open_files` are those of
+        the user's program, if this process is a fork of it.
 
         Raises OptionError if the program has to be pickled and cannot be.
         """
@@ -137,9 +137,9 @@ class ForkServer:
         self._handlers = {signum: signal.getsignal(signum) for signum in _OUR_SIGNALS}
         self._slots = itertools.count()
         self._jobs: dict[int, int] = {}
-        """Number of the job that each of this server's supervisors runs."""
+        """The job that each of this server's supervisors runs: job number by slot."""
         self._idle: dict[int, socket.socket] = {}
-        """Channels to supervisors without a job."""
+        """Channels to supervisors without a job, by slot."""
         self._start_server(in_child)
 
     def restart(self, in_child: Callable[[], None]) -> None:
@@ -231,7 +231,7 @@ class ForkServer:
         """Close the channel of a job that JobExited reported as not abandoned. Its supervisor is free again."""
         process.job.close()
         if self._jobs.pop(process.slot, None) is None:
-            process.supervisor.close()  # it belonged to a server that is gone
+            process.supervisor.close()  # it belonged to a server that has died
         else:
             self._idle[process.slot] = process.supervisor
 
@@ -265,12 +265,12 @@ class ForkServer:
         while self._idle:
             self._idle.popitem()[1].close()
         if self._control.fileno() >= 0:
-            # Closing is not enough: a server that was forked after this one has a copy of the descriptor.
+            # Closing is not enough: a process that was forked after this server may have a copy of the descriptor.
             self._control.shutdown(socket.SHUT_RDWR)
             self._control.close()
         if self._pid is not None:
             pid, self._pid = self._pid, None
-            with contextlib.suppress(ChildProcessError):  # the user's program reaps all children itself
+            with contextlib.suppress(ChildProcessError):  # the user's handler or setting of SIGCHLD has reaped it
                 os.waitpid(pid, 0)
 
     def _fork(self, in_child: Callable[[], None]) -> None:
@@ -300,8 +300,8 @@ class ForkServer:
 
     def _spawn(self) -> None:
         try:
-            pickled = pickling.dump(pickling.Afresh(self._program))  # the script is not run again in the jobs
-        except OptionError:  # the program explains better itself what is wrong with it
+            pickled = pickling.dump(pickling.Afresh(self._program))  # jobs do not run the script again
+        except OptionError:  # from the program itself, which explains the problem better
             raise
         except Exception as error:  # whatever the user's objects raise when they are pickled
             raise OptionError(
@@ -329,9 +329,9 @@ class ForkServer:
 
 
 def _threads_in_use() -> str | None:
-    """Say which other threads run; None if there are none.
+    """Return a text that names the other threads of this process; None if there are none.
 
-    Call this right after a fork, for which OpenBLAS and similar libraries shut down their threads.
+    Call this right after a fork: OpenBLAS and similar libraries shut down their threads for it.
     """
     names = other_threads()
     if not names:

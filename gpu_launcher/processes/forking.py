@@ -22,7 +22,7 @@ _thread = threading.local()
 def internal_fork() -> Iterator[None]:
     """Mark forks that this thread makes in this block as internal helpers. They do not inherit the program's leases.
 
-    The user's forks, such as a data loader's workers, do.
+    Forks by the user's code, such as a data loader's workers, do.
     """
     _thread.internal = True
     try:
@@ -40,7 +40,7 @@ def in_internal_fork() -> bool:
 def tqdm_monitors_paused() -> Iterator[None]:
     """Stop the monitor threads of tqdm's progress bars in this block, because forking with other threads is not safe.
 
-    Every bar leaves such a thread behind.
+    These threads outlive their progress bars.
     """
     module = sys.modules.get("tqdm._monitor")
     monitors = [] if module is None else [one for one in threading.enumerate() if type(one) is module.TMonitor]

@@ -1,4 +1,4 @@
-"""The guard: the parent of the fork server. It outlives a killed fork server and ends what that leaves behind.
+"""The guard: the parent of the fork server. It outlives a killed fork server and ends the processes left behind.
 
 When a supervisor is killed, its descendants become children of the fork server. When both are killed together, the
 descendants become children of the guard, which ends them.

@@ -67,7 +67,7 @@ class Keyboard:
             self._set(wanted)
 
     def give_back(self) -> None:
-        """Restore the terminal and discard what was typed meanwhile.
+        """Restore the terminal and discard what was typed since `take`.
 
         Does nothing in the background, because the terminal then belongs to the shell.
         """

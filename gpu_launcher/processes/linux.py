@@ -148,7 +148,7 @@ def start_time(pid: int) -> int | None:
 class ProcessEnding:
     """True once a process has begun to end. A check takes only a few microseconds.
 
-    This becomes true before the kernel closes the process's files and releases its locks; `os.getppid()` changes only
+    It becomes true before the kernel closes the process's files and releases its locks; `os.getppid()` changes only
     afterwards.
     """
 
@@ -203,7 +203,7 @@ def flush_c_streams() -> None:
 
 
 def cuda_in_use() -> str | None:
-    """Say that CUDA is initialised in this process; None if it is not.
+    """Return a text that says that CUDA is initialised in this process; None if it is not.
 
     CUDA cannot be used in a child forked after `cuInit`. Only `cuInit` opens /dev/nvidia-uvm; NVML does not.
     """

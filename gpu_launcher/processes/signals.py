@@ -4,7 +4,7 @@
 - `SignalPipe` turns signals into wake-ups of a loop. `StopSignals` uses it to tell the loop of a sweep which signals
   count as a user's request to stop.
 - `SignalDescriptor` reads blocked signals and their sender, which a handler does not get (signalfd(2)).
-  `CommandSignals` uses it in a program that stands for another.
+  `CommandSignals` uses it in a program that stands in for a command.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class Deferred:
         self._arrived: list[tuple[int, FrameType | None]] = []
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Note a signal. This replaces the signals' handlers."""
+        """Note a signal. This method is the signals' handler in the block."""
         self._arrived.append((number, frame))
 
     def end_in_child(self) -> None:
-        """Restore the handlers in a process that was forked meanwhile. Drops signals that arrived for its parent."""
+        """Restore the handlers in a process forked in the block. Drops signals that arrived for its parent."""
         self._arrived.clear()
         _restore(self.handlers)
 
@@ -251,7 +251,7 @@ class SignalDescriptor:
         os.close(self._descriptor)
 
 
-# This program itself causes faults. Python ignores the last two from its start, so their original state is unknown.
+# Faults concern this program itself. Python ignores SIGPIPE and SIGXFSZ when it starts, which hides their state before.
 _LEFT_ALONE = {signal.SIGKILL, signal.SIGSTOP}
 _LEFT_ALONE |= {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS}
 _LEFT_ALONE |= {signal.SIGPIPE, signal.SIGXFSZ}
@@ -262,7 +262,7 @@ HARMLESS = frozenset({signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGW
 
 
 class CommandSignals:
-    """The signals of a program that stands for a command, from the program's beginning to its end.
+    """The signals of a program that stands in for a command, from the program's beginning to its end.
 
     All signals that can be blocked are blocked and read from a descriptor, except faults and some others. Signals that
     this program ignored from its start, such as SIGHUP under nohup(1), stay ignored, also in the command.
@@ -289,7 +289,7 @@ class CommandSignals:
         return self._descriptor.read()
 
     def hand_over(self) -> None:
-        """Restore the signals as this program was started with them, in a child that is about to become the command.
+        """Restore the signal settings that this program was started with, in a child that will become the command.
 
         Signals that arrived before are then delivered.
         """

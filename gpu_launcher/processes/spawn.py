@@ -65,7 +65,7 @@ def work_spawned(channel: int, payload: int, /) -> NoReturn:
     path, main, log, program, generators = pickle.loads(os.pread(payload, os.fstat(payload).st_size, 0))
     os.close(payload)
     sys.path[:] = path
-    os.environ.pop(debug_log.VARIABLE, None)  # the server's names the launch's log; a sweep in the job has its own log
+    os.environ.pop(debug_log.VARIABLE, None)  # it names the log of the launch; a sweep inside the job has its own
     os.environ.update(log)
     vars(sys.modules["__main__"]).update(main)
     random_generators.expect_globals(generators)

@@ -57,8 +57,9 @@ RunJob = Callable[[socket.socket], NoReturn]
 def supervise(launcher: socket.socket, *, server: int, lifeline: int, run_job: RunJob, captured: bool = True) -> None:
     """Run the jobs that the node asks for, one after another, until the node ends or closes the channel.
 
-    `server` is the process id of the fork server, our parent. `lifeline` reaches its end when the fork server ends.
-    If `captured`, the output of a job before it has a log is kept in memory and reported when the job ends.
+    `server` is the process id of the fork server, our parent. `lifeline` is a pipe whose end of file says that the fork
+    server has ended. If `captured`, the output of a job before it has a log is kept in memory and reported when the job
+    ends.
     """
     signals = note_signals()
     become_child_subreaper()

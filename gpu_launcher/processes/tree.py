@@ -52,7 +52,7 @@ class ProcessTree:
         self._kill_at: float | None = None
 
     def is_gone(self) -> bool:
-        """Return whether no process is left. Ends descendants that outlive the main process for too long."""
+        """Return whether no process is left. Ends descendants that outlive the main process too long."""
         if not self.reap():
             return True
         self._end_leftovers()

@@ -114,7 +114,7 @@ class JobContext:
             os.sched_setaffinity(0, self._grant.cpus)
 
     def say(self, what: Any) -> None:
-        """Send something to the source of the job. Ends this process if the channel is closed."""
+        """Send a message to the source of the job. Ends this process if the channel is closed."""
         try:
             if self._to_source is None:
                 send(self._channel, JobMessage(what))
@@ -165,7 +165,7 @@ def work(channel: socket.socket, output: JobOutput, load_program: Callable[[], P
         with uninterrupted():  # if it were interrupted here, a finished job would leave no result
             if os.getpid() == job and not _leave(report, assignment, channel):
                 status = 1
-    except BaseException as error:  # such as KeyboardInterrupt, if the user stops the sweep now
+    except BaseException as error:  # such as KeyboardInterrupt if the user stops the sweep now
         print_exception(error, error.__traceback__)
     _log.debug("ends with status %d%s", status, "" if report.ok else f": {report.message}")
     _finish()
@@ -208,7 +208,7 @@ def _leave(report: Report, assignment: Assignment, channel: socket.socket) -> bo
 def forget_the_parent(handlers: dict[signal.Signals, Any]) -> None:
     """Drop what belongs to the user's program, in a process forked from it.
 
-    `handlers` are the signal handlers that the program had before the launch. They are restored.
+    `handlers` are the signal handlers that the program had when the node was forked. They are restored.
     """
     for signum, handler in handlers.items():
         # None: the handler was not set from Python and cannot be restored from it
@@ -236,7 +236,7 @@ def use_own_positions(open_files: OpenFiles) -> None:
 
 
 def _forget_executors() -> None:
-    """Keep this process from shutting down the parent's executors at its end: their threads do not exist here."""
+    """Keep this process from shutting down the parent's executors at exit: their threads do not exist here."""
     for name, registry in (("thread", "_threads_queues"), ("process", "_threads_wakeups")):
         module = sys.modules.get(f"concurrent.futures.{name}")
         if module is not None:
@@ -263,7 +263,7 @@ def _is_of_an_event_loop(handler: object) -> bool:
 
 
 def _finish() -> None:
-    """Do what the interpreter does at its end, except for freeing memory, which other processes share."""
+    """Do what the interpreter does at exit, but do not free memory, which other processes share."""
     # `threading._shutdown` waits for the threads that are not daemons.
     for step in (threading._shutdown, atexit._run_exitfuncs, _flush):  # type: ignore[attr-defined]
         try:
