@@ -1,11 +1,11 @@
 """Unpickles what a job sent, without using a GPU: arrays that were on a GPU are created on the CPU.
 
-The head, which reads a result, does not hold a lease. If unpickling initialised CUDA, the head would occupy memory of a
-GPU that others hold, and its next jobs could not be forked.
+The head reads results but does not hold a lease. If unpickling initialised CUDA, the head would occupy memory of a GPU
+that others hold, and its next jobs could not be forked.
 
 Not promised: a class of the user that uses a GPU when it is unpickled still does so.
 
-The table lists the names that the libraries' own `__reduce__` methods refer to.
+`_ON_CPU` lists the names that the libraries' own `__reduce__` methods refer to.
 """
 
 from __future__ import annotations

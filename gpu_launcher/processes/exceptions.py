@@ -27,7 +27,7 @@ MAX_FRAMES = 200
 
 
 class RemoteTraceback(Exception):
-    """The traceback of an exception raised in another process, as text. It is the exception's cause, or replaces it."""
+    """The traceback, as text, of an exception raised in another process. Used as its cause, or in its place."""
 
     def __init__(self, tb: str) -> None:
         super().__init__(tb)
@@ -153,7 +153,7 @@ def _synthetic_traceback(frames: Sequence[tuple[str, str, int]]) -> TracebackTyp
 
 
 def _synthetic_frame(filename: str, function: str) -> FrameType:
-    """Return a frame that looks as if it belonged to that function. Only raising an exception leaves such a frame."""
+    """Return a frame that looks like one of that function. It is taken from an exception: Python cannot create one."""
     code = _raise.__code__.replace(co_filename=filename, co_name=function)
     try:
         FunctionType(code, {_MARK: None})()
@@ -188,7 +188,7 @@ def dump(error: BaseException, known: Mapping[str, object]) -> bytes:
     except Exception as why:  # whatever the user's objects raise
         try:
             return _dump_rebuilt(error, known)
-        except Exception:  # most likely its class is at fault
+        except Exception:  # the first error explains more: it is most likely due to the class
             raise why from None
     if message_of(again) == message_of(error):
         return pickled
@@ -276,7 +276,7 @@ def _look(thing: object) -> str:
 
 
 def users_part(tb: TracebackType | None) -> TracebackType | None:
-    """Return a traceback from where the user's code begins, without Hydra's frames and ours; None if it ends before."""
+    """Return the part of a traceback from where the user's code begins. None if it has no frame of the user's code."""
     while tb is not None and module_of(tb).startswith(_CALLERS):
         tb = tb.tb_next
     return tb
@@ -369,7 +369,7 @@ def message_of(error: BaseException) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return the outcome of a job that raised `error` in one line: `raised ValueError: ...`."""
+    """Describe the outcome of a job that raised `error` in one line: `raised ValueError: ...`."""
     said = f"raised {describe(error)}"
     return f"{said}; {NO_TERMINAL}" if _wanted_terminal(error) else said
 

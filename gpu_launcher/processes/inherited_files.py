@@ -3,8 +3,8 @@
 fork(2) copies descriptors, not the *file descriptions* that they refer to. All processes that inherit a description
 share its position, so a `seek` in one job would change what another job reads. A job therefore reopens each file that
 is open for reading, through /proc/self/fd, which also works for deleted files. The program notes all positions before
-the fork, because it may move them right after it. A fork server does not move them, and once files are reopened the
-positions of the shared descriptions do not matter.
+the fork, because it may move them right afterwards. Once a job has reopened its files, the positions of the shared
+descriptions do not matter.
 
 Not reopened:
 
@@ -85,7 +85,7 @@ class _File:
         return self.flags & os.O_ACCMODE
 
     def is_there(self) -> bool:
-        """Whether the descriptor still refers to this file. A number may be closed after a fork and then reused."""
+        """Whether the descriptor still refers to this file. After a fork, it may be closed and its number reused."""
         return _identity(self.descriptor) == (self.device, self.inode)
 
 
@@ -106,7 +106,7 @@ class OpenFiles:
         noted = cls()
         files = _files()
         if written := {file.descriptor for file in files if file.access != os.O_RDONLY}:
-            # Few programs get here. Looking at all their objects takes milliseconds.
+            # Few programs get here: searching all their objects takes milliseconds.
             noted._writers = _flush_writers(written)
             files = _files()  # flushing has moved positions
         files = [file for file in files if file.access != os.O_WRONLY and file.descriptor not in besides]
@@ -198,7 +198,7 @@ def _look(descriptor: int) -> _File | None:
             os.get_inheritable(descriptor),
             flags & os.O_ACCMODE == os.O_RDWR and _is_locked(descriptor),
         )
-    except OSError:  # the descriptor that listed the others, now closed, or a file that cannot seek
+    except OSError:  # the descriptor that was used to list the others, which is closed now, or a file that cannot seek
         return None
 
 

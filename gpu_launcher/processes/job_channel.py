@@ -31,7 +31,7 @@ class JobChannel:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def say(self, what: Any) -> bool:
-        """Send something to the source. Returns False if the node has ended; the supervisor then ends this process."""
+        """Send a message to the source. Returns False if the node has ended; the supervisor then ends this process."""
         with self.lock:
             try:
                 send(self.channel, JobMessage(what))
@@ -70,7 +70,7 @@ def begin(channel: socket.socket, about: Any, decisions: Path) -> None:
 
 
 def current() -> JobChannel | None:
-    """Return this process's channel; None if it is not a job's main process or its source does not take messages."""
+    """Return this process's channel; None outside a job's main process, or if its source does not take messages."""
     return _current if _current is not None and _current.process == os.getpid() else None
 
 

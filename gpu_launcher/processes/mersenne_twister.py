@@ -1,8 +1,8 @@
 """Tells from the state of a Mersenne Twister (MT19937) whether it was seeded.
 
 Neither Python nor NumPy records whether a generator was seeded. But the generator can be run backwards, and so can its
-initialization. A seeded generator was initialized from one word, or from a key of a few words that is repeated until
-624 words are filled. An unseeded generator was initialized from 624 random words.
+initialisation. A seeded generator was initialised from one word, or from a key of a few words that is repeated until
+624 words are filled. An unseeded generator was initialised from 624 random words.
 
 The algorithm is mt19937ar.c by Makoto Matsumoto and Takuji Nishimura (2002); comments below name its functions. Many
 words are computed at once, as lanes of one large integer. This takes microseconds where a loop takes a millisecond.

@@ -1,7 +1,8 @@
 """Messages between the node, the fork server, supervisors and jobs, and the functions that send and receive them.
 
 One message is one datagram of a `SOCK_SEQPACKET` socket pair. Messages arrive whole or not at all, in order, and may
-carry descriptors. The peers are processes of one program, so pickle is safe here.
+carry descriptors. The peers are processes of one program, so pickle is safe here. The head and the node use the same
+functions for messages of their own (`jobs.node_messages`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _MAX_COMPRESSED = 256 * 1024
 
 _REPORT_FORMAT = 1
 _MAX_MESSAGE = 64 * 1024
-"""Maximum number of characters kept of a job's message."""
+"""Maximum number of characters of a report's message and origin. The rest is cut off."""
 
 
 class ChannelClosedError(ConnectionError):
@@ -43,7 +44,7 @@ class DescriptorsLostError(OSError):
     """Raised when a message arrives without its descriptors because this process has too many open files."""
 
     message: Any = None
-    """The message; None if it was itself in a lost descriptor."""
+    """The message; None if one of the lost descriptors contained it."""
 
 
 def channel() -> tuple[socket.socket, socket.socket]:
@@ -205,7 +206,7 @@ class Assignment:
     result: str
     """Path of the file to write the Report to."""
     attempt: int = 1
-    """Number of this attempt at the job, counted from 1."""
+    """Number of this attempt, counted from 1."""
     about: Any = None
     """Data for the program's code, such as the trial."""
     title: str = ""

@@ -64,8 +64,8 @@ def dump(
 ) -> bytes:
     """Pickle `thing` for a process whose `__main__` contains the objects `known`, which are pickled by name.
 
-    An object whose id is in `instead` is replaced, when it is unpickled, by what that function returns. Raises whatever
-    the user's objects raise when they are pickled.
+    `instead` maps ids of objects to functions: unpickling such an object calls its function and returns the result.
+    Raises whatever the user's objects raise when they are pickled.
     """
     buffer = io.BytesIO()
     dump_to(buffer, thing, known, instead)
@@ -87,7 +87,7 @@ def dump_to(
     known: Mapping[str, object] = NOTHING,
     instead: Mapping[int, Callable[[], object]] = NO_OTHERS,
 ) -> None:
-    """Pickle `thing` into a file, like `dump`. Large objects are not copied an extra time."""
+    """Pickle `thing` into a file, like `dump` but without another copy of large objects."""
     pickler = _pickler_class()(file, known, instead)
     pickler.dump(thing)
     pickler.dump(pickler.used)  # refers to the same classes and functions, because both dumps share one memo

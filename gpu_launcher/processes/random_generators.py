@@ -1,7 +1,7 @@
 """Gives each job the random numbers of a fresh run: its own from unseeded generators, the same from seeded ones.
 
 A forked job has a copy of every generator that the program made. A job in a fresh interpreter has copies of the
-generators that were pickled. In the job, unseeded generators are reinitialized in place; seeded ones continue where
+generators that were pickled. In the job, unseeded generators are reinitialised in place; seeded ones continue where
 the program left off. This package is imported too late to see how generators are made, so it infers from a generator's
 state whether it was seeded:
 
@@ -38,7 +38,7 @@ MAX_DEPTH = 4
 MAX_REFERENTS = 10_000
 """Maximum number of objects searched for generators at each depth."""
 MAX_LEGACY_BLOCKS = 10_000
-"""Maximum number of blocks searched for `numpy.random`. It is likely to be seeded and then used to generate data."""
+"""Maximum number of blocks searched for `numpy.random`. Programs often seed it and then generate data with it."""
 MAX_FRUITLESS_BLOCKS = 50_000
 """Maximum number of blocks searched without finding a seed, over all generators. Later searches use MIN_BLOCKS."""
 MIN_BLOCKS = 2
@@ -103,7 +103,7 @@ class Generators:
         return [text for text, of_module in self._notices if method == "fork" or not of_module]
 
     def renew(self) -> None:
-        """Reinitialize the unseeded generators. Call this in a forked job."""
+        """Reinitialise the unseeded generators. Call this in a forked job."""
         global _inherited
         _new_entropy.clear()
         _inherited = self._unseeded
@@ -156,7 +156,7 @@ def _set_state_and_renew(thing: Any, how: tuple[Any, Any]) -> None:
 
 
 def renew(thing: Any) -> None:
-    """Reinitialize a generator as if it had just been made without a seed. References to it remain valid."""
+    """Reinitialise a generator as if it had just been made without a seed. References to it remain valid."""
     numpy = _numpy()
     match _kind(type(thing)):
         case Kind.PYTHON:
@@ -174,7 +174,7 @@ def renew(thing: Any) -> None:
             thing.state = (type(thing)() if seed is None else type(thing)(seed)).state
         case Kind.NUMPY:
             renew(thing._bit_generator)
-            if isinstance(thing, numpy.RandomState):  # it may hold back the second of two normal numbers
+            if isinstance(thing, numpy.RandomState):  # it makes normal numbers in pairs and may hold the second one
                 thing.set_state({**thing.get_state(legacy=False), "has_gauss": 0, "gauss": 0.0})
 
 
@@ -203,7 +203,7 @@ class SeedJudge:
             case Kind.NUMPY if thing._bit_generator is not None:
                 return self.verdict(thing._bit_generator)
             case _:
-                return SeedVerdict.SEEDED  # not initialized yet
+                return SeedVerdict.SEEDED  # not initialised yet
 
     def _of_bits(self, thing: Any) -> SeedVerdict:
         seed, twister = thing._seed_seq, isinstance(thing, _numpy().MT19937)
@@ -360,7 +360,7 @@ def _torch_generators() -> list[Any]:
 
 
 def _seeded_globals(judge: SeedJudge) -> list[tuple[str, str, Any]]:
-    """Module, function and argument of the calls that restore the state of the seeded global generators."""
+    """Calls that restore the state of the seeded global generators: module, function and argument of each."""
     calls: list[tuple[str, str, Any]] = []
     if judge.verdict(_python()) is SeedVerdict.SEEDED:
         calls.append(("random", "setstate", random.getstate()))

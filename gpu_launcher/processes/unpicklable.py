@@ -17,7 +17,7 @@ MAX_SECONDS = 3.0
 """Time limit for the search, which pickles the parts one by one. After that, the part found so far is named."""
 
 _Part = tuple[str, str, Any]
-"""Text, description and the part itself. With a description the text is a new name, otherwise a suffix of the name."""
+"""Text, description, and the part itself. With a description, the text is a new name; without, it extends the name."""
 
 
 def found_at(
