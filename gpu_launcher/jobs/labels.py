@@ -1,6 +1,7 @@
 """Short names for the jobs of a sweep: the overrides that differ between them, with short numbers. Pure.
 
-A job's label is for people. The manifest keeps its overrides unchanged.
+A job's label is for people. The manifest keeps its overrides unchanged. Values are shortened, but only as far as the
+different values of a key stay different. Keys are shortened only if a label is too long.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""The process tree of a job or command: all descendants of its supervisor, which is a subreaper."""
+"""The process tree of a job or command: all descendants of its supervisor, which is a subreaper.
+
+When the main process has ended, its descendants have LINGER_SECONDS to end too. Then those that are the supervisor's
+children get SIGTERM. TERMINATE_SECONDS later, all remaining processes get SIGKILL.
+"""
 
 from __future__ import annotations
 
