@@ -80,7 +80,7 @@ def find(spec: str, environ: Mapping[str, str]) -> Found:
         return Found((), notices=(str(error),))
     known = _by_uuid(inventory.devices)
     if not isinstance(specification, Auto):
-        names = list(specification.names)  # a list, because a single index must not be read as a number of GPUs
+        names = list(specification.names)  # a list, because a single index would be read as a number of GPUs
         selection = select_devices(names, environ, FixedProbe(inventory), option=OPTION)
         return Found(selection.devices, known=known, notices=selection.notices, only=True)
     seen = visible(inventory, environ)
@@ -91,7 +91,7 @@ def find(spec: str, environ: Mapping[str, str]) -> Found:
 
 
 def measure(devices: Sequence[Device]) -> tuple[tuple[Condition, ...], tuple[str, ...]]:
-    """The conditions of the devices, and notices if NVML cannot tell them."""
+    """The conditions of the devices, and notices if NVML cannot provide them."""
     try:
         if _real(devices):
             return NvmlProbe().conditions(devices), ()
@@ -101,10 +101,10 @@ def measure(devices: Sequence[Device]) -> tuple[tuple[Condition, ...], tuple[str
 
 
 def processes_of(leases: Iterable[LeaseView]) -> dict[str, list[int]]:
-    """Process ids of the jobs with leases, by lease: the children of each job's supervisor, which holds the lease.
+    """The process ids of jobs, by lease: the children of the supervisor that holds the lease.
 
-    A lease has none if a program holds it for itself, or if /proc does not show its processes. The kernel is asked
-    because a lease's file is written before its process exists.
+    A lease has none if a program holds it for itself, or if /proc does not show its processes. The ids come from the
+    kernel, because a lease's file is written before the job's process exists.
     """
     leases = list(leases)
     children = children_of_all()
@@ -117,14 +117,14 @@ def processes_of(leases: Iterable[LeaseView]) -> dict[str, list[int]]:
     found = {}
     for lease_id, pids in holders.items():
         above_the_jobs = {pid for pid in pids if parent[pid] not in pids}
-        # The node, which was granted the lease, is an ancestor of the supervisor.
+        # The node also holds the lease that it was granted. It is an ancestor of the supervisor.
         nodes = {pid for pid in above_the_jobs if above_the_jobs & set(descendants(pid, children))}
         found[lease_id] = sorted(job for pid in above_the_jobs - nodes for job in children.get(pid, ()))
     return found
 
 
 class PoolWindow:
-    """Reads the pool directory repeatedly. It need not exist yet, and is never created."""
+    """Reads the pool directory repeatedly. The directory need not exist yet, and is never created."""
 
     def __init__(self, pool_dir: str | None) -> None:
         """Raises PoolDirectoryError for an invalid name."""

@@ -32,11 +32,11 @@ from gpu_launcher.users import this_process
 from gpu_launcher.wording import device_names
 
 TIMED_OUT = 124
-"""Exit code if the command ran out of time, as for timeout(1)."""
+"""Exit code if the command reaches its time limit, as for timeout(1)."""
 FAILED = 125
 """Exit code if gpu-launcher itself fails, as for env(1), nice(1) and timeout(1)."""
 NO_DEVICES = 75
-"""Exit code if no devices were granted in time: EX_TEMPFAIL of sysexits.h, which means that a retry may succeed."""
+"""Exit code if no devices are granted in time: EX_TEMPFAIL of sysexits.h, which means that a retry may succeed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def _run(command: Sequence[str], options: RunOptions) -> NoReturn:
     for notice in selection.notices:
         _tell(notice)
     directory = resolve_pool_directory(options.pool_dir)
-    # Signals are blocked only from here on. Otherwise no signal could end a program whose driver hangs above.
+    # Signals are blocked only from here on, so that a signal can end the program if the driver hangs above.
     signals = CommandSignals()
     with _dying_of_signals(signals), contextlib.ExitStack() as stack:
         ledger = stack.enter_context(FileLedger(directory, warn=_tell))
@@ -176,7 +176,7 @@ def _tell(text: str) -> None:
 
 
 class _Announcements:
-    """Messages while the command waits for devices. A grant is announced only if something was said before."""
+    """Messages while the command waits for devices. A grant is announced only if there were other messages before."""
 
     def __init__(self) -> None:
         self._told = False
@@ -198,7 +198,7 @@ def _wait_for_devices(
     Raises LeaseTimeout, InterruptedBySignal, and PoolDirectoryError if the directory stays unusable.
     """
     request = options.request
-    if request.timeout is not None:  # others are told the longest time until the devices are free
+    if request.timeout is not None:  # the request declares when the devices are free at the latest
         request = replace(request, timeout=request.timeout + options.grace + ENDING)
     limit = math.inf if options.wait is None else options.wait
     pending = queue.enter(request, this_process(shlex.join(command)), limit=limit)
@@ -216,7 +216,7 @@ def _wait_for_devices(
 
 
 def _heed(signals: CommandSignals) -> None:
-    """Obey the signals that arrive before the command runs. Raises InterruptedBySignal for one that ends it."""
+    """Handle signals that arrive before the command runs. Raises InterruptedBySignal for a signal that ends the run."""
     for arrived in signals.read():
         if arrived.signum in STOPS:
             signals.suspend(arrived.signum)

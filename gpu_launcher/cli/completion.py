@@ -16,7 +16,7 @@ _START_UP = {
     "bash": (".bashrc", "source ~/.bash_completions/gpu-launcher.sh"),
     "zsh": (".zshrc", "fpath+=~/.zfunc; autoload -Uz compinit; compinit"),
 }
-"""For each shell, the line that loads the script and the file for that line. fish finds the script itself."""
+"""Each shell's start-up file, and the line in it that loads the script. fish finds the script itself."""
 
 
 def show_completion(context: click.Context, option: click.Parameter, wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""Shows the jobs of a sweep as a table or as JSON. Pure."""
+"""Formats the jobs of a sweep as a table or as JSON. Pure."""
 
 from __future__ import annotations
 

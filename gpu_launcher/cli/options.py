@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""The options that several commands share."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def _complete_directories(context: click.Context, option: click.Parameter, incom
 
 
 def value(name: str, metavar: str, help: str, default: str | None = None, *names: str, **more: Any) -> Decorator:
-    """An option with a value."""
+    """Create an option with a value."""
     return click.option(name, *names, metavar=metavar, help=help, default=default, **more)
 
 
 def flag(name: str, help: str) -> Decorator:
-    """An option without a value. It is None if it was not given."""
+    """Create an option without a value. It is None if it is not given."""
     return click.option(name, is_flag=True, default=None, help=help)
 
 

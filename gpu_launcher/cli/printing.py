@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def terminal_width() -> int | None:
-    """Width of stdout in columns; None if it is not a terminal."""
+    """The width of stdout in columns; None if it is not a terminal."""
     if not sys.stdout.isatty():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Shows a survey of the pool as text, for `status` and `top`, in pipes and on terminals. Pure."""
+"""Formats a survey of the pool as text, for `status` and `top`, for pipes and terminals. Pure."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _ABOUT_DEVICE = 4
 
 @dataclass(frozen=True, slots=True)
 class StatusText:
-    """The parts of the text, each without empty lines around it."""
+    """The text in three parts, each without empty lines around it."""
 
     head: list[Line]
     devices: list[Line]
@@ -58,7 +58,7 @@ class StatusText:
         return [*self.head, [], *self.devices, [], *self.queue]
 
     def within(self, height: int) -> list[Line]:
-        """At most `height` lines: the first lines of each part, and the number of lines that are not shown."""
+        """At most `height` lines: the first lines of each part, and the number of hidden lines."""
         if len(self.lines()) <= height:
             return self.lines()
         head = _first(self.head, max(2, height - 10))
@@ -68,10 +68,10 @@ class StatusText:
 
 
 def render(survey: PoolSurvey, width: int | None, *, brief: bool = False) -> StatusText:
-    """Show a survey as text for people.
+    """Format a survey as text for people.
 
-    `width` is that of a terminal. For a pipe it is None, and nothing is left out or wrapped. `brief` cuts lines that
-    would otherwise be wrapped.
+    `width` is the terminal's. For a pipe it is None, and nothing is omitted or wrapped. `brief` cuts lines that would
+    otherwise be wrapped.
     """
     rows = [row for group in _alike(survey.devices) for row in _device_rows(group, survey.time)]
     devices = lay_out(DEVICES, rows, width, one_line_each=brief)
@@ -212,13 +212,13 @@ def _since(since: float | None, now: float) -> str:
 
 
 def show_share(share: Share) -> str:
-    """Show a share as `1`, `0.5` or `0.25, 20 GiB`."""
+    """Format a share as `1`, `0.5` or `0.25, 20 GiB`."""
     part = f"{share.millionths / MILLIONTHS:.3g}"
     return f"{part}, {show_memory(share.memory)}" if share.memory else part
 
 
 def show_request(request: Request) -> str:
-    """Show a request as `2 devices`, `1 device, 40 GiB`, `0.5 of one` or `20 GiB of one`."""
+    """Format a request as `2 devices`, `1 device, 40 GiB`, `0.5 of one` or `20 GiB of one`."""
     memory = show_memory(request.share.memory) if request.share.memory else ""
     if request.share.whole:
         return ", ".join(part for part in (count(request.gpus, "device"), memory) if part)

@@ -57,7 +57,7 @@ def run(
 
     fill_standard_descriptors()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is something to clean up
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # SIGINT may end the process until there is something to clean up
     from gpu_launcher.cli.command import RunOptions, run_on_pool
     from gpu_launcher.durations import read_duration
     from gpu_launcher.requests import read_request

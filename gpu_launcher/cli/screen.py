@@ -1,4 +1,4 @@
-"""A view that takes over the terminal and restores it however it ends: a key, Ctrl-C, an error, SIGTERM or Ctrl-Z.
+"""A view that takes over the terminal, and restores it however the view ends: by a key, a signal or an error.
 
 Not promised: the terminal is not restored after SIGKILL; `reset` restores it then.
 """
@@ -21,7 +21,7 @@ from gpu_launcher.jobs.progress.terminal import Size, Terminal, stop_until_conti
 from gpu_launcher.processes.keyboard import Keyboard
 
 _ENTER = "\x1b[?1049h\x1b[?25l"
-"""xterm's control sequences that show the alternate screen, which keeps the normal one intact, and hide the cursor."""
+"""xterm's control sequences that show the alternate screen and hide the cursor. The normal screen stays intact."""
 _LEAVE = "\x1b[?25h\x1b[?1049l"
 _HUNG_UP = (errno.EIO, errno.EPIPE, errno.EBADF, errno.ENXIO)
 
@@ -31,7 +31,7 @@ class HungUpError(Exception):
 
 
 class Screen:
-    """Paints lines on stdout and reads keys from stdin. Must be entered as a context in the main thread."""
+    """Paints lines on stdout and reads keys from stdin. Use it in a `with` block in the main thread."""
 
     def __init__(self) -> None:
         self._output = sys.stdout.fileno()
@@ -39,7 +39,7 @@ class Screen:
         self._keyboard = None if self._input is None else Keyboard(self._input, keys=True)
         self._shown = False
         self.changed = False
-        """Whether the last `wait` was interrupted by a signal, such as a change of the terminal's size."""
+        """Whether a signal ended the last `wait`, for example because the terminal's size changed."""
         self._handlers: dict[signal.Signals, Any] = {}
         self._wake, self._woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._terminal = Terminal(sys.stdout)
@@ -63,7 +63,7 @@ class Screen:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for signum in self._handlers:  # no signal may interrupt the restoring
+        for signum in self._handlers:  # no signal may interrupt this
             signal.signal(signum, signal.SIG_IGN)
         with contextlib.suppress(HungUpError):
             self._hide()
@@ -82,7 +82,7 @@ class Screen:
         """Show the lines from the top, and `footer` on the last line. Lines that do not fit are not shown.
 
         Everything is written at once, so that no terminal shows a partial view. Lines do not reach the last column,
-        because terminals differ in where the cursor is after a character there.
+        because terminals differ in where they leave the cursor then.
         """
         width, height = self.size
         body = list(lines[: height - 1])
@@ -94,7 +94,7 @@ class Screen:
         )
 
     def wait(self, seconds: float, *descriptors: int) -> str:
-        """Wait for keys and return them; returns earlier if the size changes or a descriptor is ready."""
+        """Wait for keys and return them. Returns earlier if the size changes or a descriptor is ready."""
         keys = () if self._input is None else (self._input,)
         ready, _, _ = select.select([*keys, self._wake, *descriptors], [], [], max(0.0, seconds))
         self.changed = self._wake in ready
@@ -146,7 +146,7 @@ class Screen:
             while data:
                 data = data[os.write(self._output, data) :]
         except BlockingIOError:
-            return  # another program made the terminal non-blocking, and it is busy: the next `paint` shows the rest
+            return  # another program made the terminal non-blocking, and it is busy; the next `paint` shows the rest
         except OSError as error:
             if error.errno in _HUNG_UP:
                 raise HungUpError from error

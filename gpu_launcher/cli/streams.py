@@ -1,4 +1,4 @@
-"""Writes to stdout and stderr that may fail: full disks, pipes without a reader, closed terminals."""
+"""Writes to stdout and stderr, which may fail: full disks, pipes without a reader, closed terminals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpu_launcher.text import one_line
 
 
 def tell(text: str) -> None:
-    """Print a message for the user on stderr. If stderr cannot be written to, the message is dropped."""
+    """Print a message for the user on stderr. If stderr cannot be written, the message is lost."""
     if sys.stderr is not None:  # None if it was closed; print would use stdout
         with contextlib.suppress(OSError):
             lines = [one_line(line) for line in text.split("\n")]
@@ -37,7 +37,7 @@ def print_if_possible(text: str) -> None:
 
 
 def lost(*, probed: bool = False) -> list[TextIO]:
-    """Flush stdout and stderr; return those that failed, and direct them to /dev/null.
+    """Flush stdout and stderr; return those that fail, after directing them to /dev/null.
 
     A failure of stdout is reported on stderr, except for a pipe whose reader is gone, such as one to `head`. The data
     of an earlier failure may no longer be buffered; with `probed`, a newline is written to detect the failure.

@@ -1,4 +1,4 @@
-"""A survey of the pool as JSON. docs/status.md documents the fields; incompatible changes increase SCHEMA."""
+"""Converts a survey of the pool to JSON. docs/status.md documents the fields; incompatible changes increase SCHEMA."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCHEMA = 1
 
 
 def to_json(survey: PoolSurvey, processes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """Make JSON data of a survey. `processes` are the process ids of jobs, by lease."""
+    """Convert a survey to JSON data. `processes` are the process ids of jobs, by lease."""
     view = survey.view
     return {
         "schema": SCHEMA,

@@ -26,17 +26,17 @@ class Column:
     right: bool = False
     """Whether cells are right-aligned."""
     optional: int = 0
-    """Order in which columns are dropped on narrow terminals: the highest first; 0 is never dropped."""
+    """Order in which columns are dropped on narrow terminals: highest first. 0 is never dropped."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     cells: Sequence[str]
-    """The cells of the first columns; at most one per column."""
+    """The cells of the first columns, at most one per column."""
     rest: Piece | None = None
-    """Text in place of the columns that have no cell; it may be wider than they are."""
+    """Text that replaces the remaining columns. It may be wider than they are."""
     known: int = 0
-    """Number of leading cells that repeat the row above; a terminal does not show them again."""
+    """Number of leading cells that repeat the row above. Terminals do not show them again."""
 
 
 def lay_out(
@@ -44,8 +44,8 @@ def lay_out(
 ) -> list[Line]:
     """Lay out a table with its head. If `width` is None, every row is complete and on one line.
 
-    Otherwise no line is wider than `width`. To achieve this, empty columns are dropped, then optional ones, and the
-    last column is cut. Text in place of columns is wrapped; with `one_line_each` it is cut.
+    Otherwise no line is wider than `width`: empty columns are dropped, then optional ones, and the last column is cut.
+    Text that replaces columns is wrapped; with `one_line_each`, it is cut.
     """
     head = Row([column.title for column in columns])
     if width is None:
@@ -70,7 +70,7 @@ def lay_out(
 
 
 class _Sheet:
-    """The columns that are shown, and their widths."""
+    """The visible columns and their widths."""
 
     def __init__(self, columns: Sequence[Column], shown: list[int], rows: Sequence[Row]) -> None:
         self._columns = columns

@@ -51,7 +51,7 @@ def top(devices: str, busy_memory: str, pool_dir: str | None) -> None:
     pool = PoolWindow(pool_dir)
     with nvml_kept_open():
         found = find(devices, os.environ)
-    pool.look()  # report problems with the pool before the view takes the screen
+    pool.look()  # report problems with the pool before the view takes over the screen
     monitor = ConditionMonitor(found.measured)
     try:
         with Screen() as screen:
@@ -67,7 +67,7 @@ def _watch(screen: Screen, found: Found, pool: PoolWindow, monitor: ConditionMon
     due = asked = time.monotonic()
     monitor.ask(asked)
     if monitor.latest is None:
-        due += INTERVAL  # wait for the first reading: without it, busy devices would be shown as free
+        due += INTERVAL  # wait for the first reading; without it, busy devices would appear free
     while True:
         now = time.monotonic()
         if now - asked >= INTERVAL:

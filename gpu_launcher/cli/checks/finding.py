@@ -1,4 +1,4 @@
-"""The result of a check: a finding with its level, text and remedy."""
+"""The finding of a check: its level, text and remedy."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ def problem(check: str, text: str, remedy: str | None = None) -> Finding:
 
 
 def halves(message: str) -> tuple[str, str | None]:
-    """Split one of our messages, which have the form `problem: remedy`, into problem and remedy."""
+    """Split a message of the form `problem: remedy` into problem and remedy."""
     wrong, _, remedy = message.partition(": ")
     return wrong, remedy or None

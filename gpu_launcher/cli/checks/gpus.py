@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _NVIDIA = "0x10de"
 _DISPLAY = "0x03"
-"""Prefix of the PCI class of display controllers, which includes GPUs without a display."""
+"""Prefix of the PCI class of display controllers. GPUs without display outputs have it, too."""
 _FIRST_NAMESPACE = "pid:[4026531836]"
 """The machine's initial PID namespace: PROC_PID_INIT_INO in the kernel's include/linux/proc_ns.h."""
 
@@ -142,7 +142,7 @@ def _attribution(root: Path) -> Finding:
 
 
 def in_container(root: Path = Path("/")) -> bool:
-    """Whether this looks like a container: Docker and Podman create these files, others only a PID namespace."""
+    """Whether this seems to be a container. Docker and Podman create marker files; others only use a PID namespace."""
     marks = (root / ".dockerenv", root / "run/.containerenv")
     return any(mark.exists() for mark in marks) or _link(root / "proc/self/ns/pid") != _FIRST_NAMESPACE
 

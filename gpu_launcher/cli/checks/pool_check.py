@@ -58,7 +58,7 @@ def examine_pool(pool_dir: str | None) -> Iterator[Finding]:
     yield from _access(directory, status)
     mutex = _mutex(directory)
     yield mutex
-    if mutex.level is Level.OK:  # the trial takes the mutex, and would otherwise block
+    if mutex.level is Level.OK:  # the trial takes the mutex, and would block if it is held
         yield _tried(directory)
     yield from _content(directory)
 
@@ -146,7 +146,7 @@ def _access(directory: Path, queue: os.stat_result) -> Iterator[Finding]:
 
 
 def _owners(directory: Path, owner: int, of_queue: int, *, open_to_others: bool) -> Iterator[Finding]:
-    """Which users could stop the pool, and which may use a priority above 0."""
+    """Check which users could stop the pool, and which may use a priority above 0."""
     if open_to_others and of_queue not in (0, owner):
         yield warning(
             CHECK,

@@ -14,10 +14,10 @@ from gpu_launcher.cli.checks.finding import Finding, ok, problem, warning
 from gpu_launcher.requirements import DISTRIBUTION, parsed, satisfies
 
 SHOWN = ("hydra-core", "optuna", "nvidia-ml-py")
-"""Dependencies whose versions are always shown; others are named only if their version does not fit."""
+"""Dependencies whose versions are always shown. Others are named only if their version is unsupported."""
 PLUGIN = "hydra_plugins.gpu_pool_launcher"
 FEW_FILES = 512
-"""Limits on open files below this give a warning: a sweep has about five files open per job, besides its own."""
+"""Limits on open files below this cause a warning. A sweep has about five open files per job, besides its own."""
 
 
 def examine_program() -> Iterator[Finding]:
@@ -110,7 +110,7 @@ def _installed(distribution: str) -> bool:
 
 
 def _plugin() -> Finding:
-    """Check that Hydra can find the plugin.
+    """Check that Hydra finds the plugin.
 
     Hydra 1.3 searches the namespace package `hydra_plugins`; Hydra 1.4 also reads entry points.
     """

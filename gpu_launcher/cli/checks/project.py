@@ -13,7 +13,7 @@ from gpu_launcher.cli.checks.finding import Finding, warning
 CHECK = "project"
 MAX_FOLDERS = 2000
 MAX_BYTES = 1_000_000
-"""Largest size of a config file; larger files are taken for data and skipped."""
+"""Largest size of a config file in bytes. Larger files are assumed to be data and are skipped."""
 _NOT_CONFIGS = {"multirun", "outputs", "logs", "tests", "node_modules", "site-packages", "wandb", "mlruns"}
 _OFFICIAL = re.compile(r"\s*_target_\s*:\s*[\"']?(hydra_plugins\.hydra_optuna_sweeper\.[\w.]+)")
 _N_JOBS = re.compile(r"(\s*)n_jobs\s*:\s*(\d+)\b")

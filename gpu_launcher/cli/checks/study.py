@@ -1,4 +1,4 @@
-"""Checks whether many processes can use a study file at once."""
+"""Checks whether many processes can use a study's file at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from gpu_launcher.leases.pool_directory import NETWORK_FILE_SYSTEMS, file_system
 CHECK = "study"
 MAGIC = b"SQLite format 3\0"
 _WAL = b"\2\2"
-"""File format write and read version, at offset 18: 1 is a rollback journal (https://www.sqlite.org/fileformat.html)."""
+"""File format versions for writing and reading, at offset 18; 1 means a rollback journal.
+
+See https://www.sqlite.org/fileformat.html.
+"""
 
 
 def examine_study(study: str) -> Iterator[Finding]:
@@ -46,8 +49,8 @@ def examine_study(study: str) -> Iterator[Finding]:
 
 
 def _contents(path: Path, head: bytes) -> Finding:
-    # In WAL mode, even a reader creates files beside the database, unless it opens it as immutable. That is correct
-    # only as long as there is no log.
+    # In WAL mode, even a reader creates files beside the database, unless it opens it as immutable. Opening it so is
+    # correct only if there is no log.
     in_use = head[18:20] == _WAL and Path(f"{path}-wal").exists()
     uri = f"file:{quote(str(path))}?mode=ro{'' if in_use else '&immutable=1'}"
     try:

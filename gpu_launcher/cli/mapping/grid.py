@@ -1,6 +1,6 @@
-"""Reads `--param name=VALUES` with Hydra's own parser for sweeps, and makes the grid of all combinations.
+"""Reads `--param name=VALUES` with Hydra's own parser for sweeps, and builds the grid of all combinations.
 
-The only file of the command line that knows Hydra.
+No other file of the command line imports Hydra.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 from gpu_launcher.errors import OptionError
 
 MOST = 10**15
-"""Largest number of combinations in a grid; more is taken for a mistake."""
+"""Largest number of combinations in a grid. More are probably a mistake, and are refused."""
 MOST_VALUES = 10**6
-"""Largest number of values of a parameter. They are all in memory."""
+"""Largest number of values of a parameter, which are all kept in memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """All combinations of values, in order: the last parameter varies fastest. Combinations are made on demand."""
+    """All combinations of values, in order: the last parameter varies fastest. Each is computed on demand."""
 
     axes: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     """The name and the values of each parameter."""
@@ -111,7 +111,7 @@ def _range(name: str, sweep: Any) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value of Hydra's parser as a JSON value. Raises ValueError for a range inside another value."""
+    """Convert a value of Hydra's parser to a JSON value. Raises ValueError for a range inside another value."""
     from hydra.core.override_parser.types import QuotedString, Sweep
 
     if isinstance(value, QuotedString):

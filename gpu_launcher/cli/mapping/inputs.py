@@ -1,4 +1,4 @@
-"""The runs of a map, one at a time: a grid, the records of a file or a pipe, or each record with the whole grid."""
+"""The runs of a map, one at a time: a grid, the records of a file or pipe, or each record with the whole grid."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gpu_launcher.errors import OptionError
 CHUNK = 64 * 1024
 STDIN = "-"
 BAD_NAMED = 5
-"""Number of invalid lines that an error names."""
+"""Maximum number of invalid lines that an error names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Input:
     """The file or pipe that records come from. Reading never blocks."""
 
     def __init__(self, name: str) -> None:
-        """Open a file, a pipe or, for `-`, stdin. Raises OptionError."""
+        """Open the file or pipe `name`, or stdin for `-`. Raises OptionError."""
         self.name = "stdin" if name == STDIN else name
         try:
             # Without O_NONBLOCK, opening a FIFO would wait for a writer.
@@ -54,7 +54,7 @@ class Input:
         return self._descriptor
 
     def read(self) -> bytes | None:
-        """Some bytes; empty at the end; None if no data is there yet. Raises OptionError."""
+        """Read some bytes: empty at the end, None if no data has arrived yet. Raises OptionError."""
         if self.waits:
             poll = select.poll()
             poll.register(self._descriptor, select.POLLIN)
@@ -69,7 +69,7 @@ class Input:
             raise OptionError("from", f"{self.name} cannot be read any more: {error.strerror}") from error
 
     def rewind(self) -> None:
-        """Go back to where it was when it was opened: not the beginning if others had read from stdin before.
+        """Return to the position at which the input was opened. It is not 0 if stdin had been read before.
 
         Only for an input that is `seekable`.
         """
@@ -90,17 +90,17 @@ def _is_null(mode: int, descriptor: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What a whole input contains."""
+    """The contents of a whole input."""
 
     runs: int
     lines: int
     """Number of invalid lines."""
     problems: list[str]
-    """What is wrong with the first of them."""
+    """The problems of the first `BAD_NAMED` invalid lines."""
 
 
 def changed(index: int) -> str:
-    """The error message for a run that completed with other parameters."""
+    """The error message about a run that completed earlier with other parameters."""
     return (
         f"run {index} has completed with other parameters than it has now: the input is not what it was. Run it as a "
         "map of its own, with another --dir"
@@ -131,7 +131,7 @@ class RunSequence:
 
     @property
     def total(self) -> int | None:
-        """Number of runs; None if there is an input, which would have to be read."""
+        """Number of runs; None if there is an input, because it would have to be read first."""
         return len(self._grid) if self.source is None else None
 
     @property
@@ -147,9 +147,9 @@ class RunSequence:
         return self._ended and self._record is None
 
     def survey(self, earlier: EarlierRuns) -> Survey:
-        """Read the whole input, which must be `seekable`, and start again from the first run.
+        """Read the whole input, which must be `seekable`, then start again from the first run.
 
-        Raises OptionError, also if a run that completed in `earlier` launches had other parameters.
+        Raises OptionError if it cannot be read, or if a run that completed in `earlier` launches had other parameters.
         """
         assert self.source is not None
         runs, lines, bad = 0, 0, []
@@ -173,7 +173,7 @@ class RunSequence:
             raise OptionError("from", changed(index))
 
     def next(self) -> Run | Bad | None:
-        """The next run or invalid record; None if it is not known yet, or if all are `over`. Raises OptionError."""
+        """The next run or invalid record; None if the input has none yet, or if all are `over`. Raises OptionError."""
         if self._record is None:
             found = self._next_record()
             if found is None or isinstance(found, Bad):
@@ -187,7 +187,7 @@ class RunSequence:
         return Run((self._records - (self._record is None)) * len(self._grid) + at, {**record.params, **self._grid[at]})
 
     def wait(self) -> None:
-        """Wait until `next` may return something."""
+        """Wait until `next` may return a run."""
         if self.source is not None and self.source.waits:
             select.select([self.source], [], [])
 
@@ -215,7 +215,7 @@ class RunSequence:
         for name, _ in self._grid.axes:
             if name in record.params:
                 return f"has {name}, which --param gives, too"
-        # The first combination is enough: all have the same names, and the grid's values were checked before.
+        # Checking the first combination is enough: all have the same names, and the grid's values were checked before.
         if problem := self._template.misfit({**record.params, **self._grid[0]}):
             return f"does not fit: {problem}"
         return None

@@ -1,4 +1,4 @@
-"""`gpu-launcher map`, from its arguments to the exit code."""
+"""Runs `gpu-launcher map`, from its arguments to the exit code."""
 
 from __future__ import annotations
 
@@ -41,28 +41,28 @@ from gpu_launcher.wording import count
 DEFAULT = "map"
 """Name of the directory that holds maps started without --dir."""
 DRY = 20
-"""How many command lines a dry run prints."""
+"""Maximum number of command lines that a dry run prints."""
 
 _INTERPRETER = re.compile(r"(?:python|pypy)[0-9.]*|(?:ba|da|z)?sh|Rscript|julia|perl|ruby")
 
 
 @dataclass(frozen=True, slots=True)
 class MapArguments:
-    """The arguments of a command line, or those kept by a map that is resumed."""
+    """The arguments of a command line, or the saved arguments of a map to resume."""
 
     command: list[str] = field(default_factory=list)
     param: list[str] = field(default_factory=list)
     source: str | None = None
     shell: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
-    """The options that were given, by name."""
+    """The options that the user gave, by name."""
     grid: Grid = Grid()  # noqa: RUF009  (frozen)
     directory: Path = field(default_factory=Path.cwd)
     """Working directory of the commands."""
 
     @classmethod
     def of_settings(cls, settings: Mapping[str, Any]) -> MapArguments:
-        """The arguments that an earlier launch kept. Raises TypeError or ValueError if they are invalid."""
+        """Read the arguments that an earlier launch saved. Raises TypeError or ValueError if they are invalid."""
         if not all(isinstance(word, str) for word in (*settings["command"], *settings["param"])):
             raise TypeError("a word is not text")
         return cls(
@@ -76,7 +76,7 @@ class MapArguments:
         )
 
     def settings(self) -> dict[str, Any]:
-        """These arguments as JSON data, to be kept for a later launch."""
+        """These arguments as JSON data, to save for a later launch."""
         named = self.source is not None and self.source != STDIN
         options = dict(self.options)
         if options.get("pool_dir"):
@@ -115,7 +115,7 @@ class MapArguments:
 def run_map(asked: MapArguments, new: str | None, resume: str | None, *, dry_run: bool) -> int:
     """Run a map and return the exit code.
 
-    Raises OptionError, or UsageError, if nothing was run, and other kinds of GpuLauncherError otherwise.
+    Raises OptionError if nothing was run, and other kinds of GpuLauncherError otherwise.
     """
     directory: MapDirectory | None = None
     for option, name in (("dir", new), ("resume", resume)):
@@ -159,7 +159,7 @@ def _resumed(directory: MapDirectory, later: MapArguments) -> MapArguments:
 
 
 def _ask_before_running(directory: MapDirectory, before: MapArguments, why: str) -> None:
-    """Ask the user to confirm a command that another user may have written. Raises OptionError if it is refused."""
+    """Ask the user to confirm a command that another user may have written. Raises OptionError if the user refuses."""
     command = one_line(shlex.join(before.command))
     where = one_line(str(before.directory))
     tell(f"{short_path(directory.settings)} {why}. The map would run this command as you, in {where}:")
@@ -187,7 +187,7 @@ def _with_grid(asked: MapArguments) -> MapArguments:
 
 
 def _check_grid(template: Template, asked: MapArguments) -> None:
-    """Refuse a grid whose values do not fit the command. Raises UsageError."""
+    """Raise UsageError if a value of the grid does not fit the command."""
     names = [name for name, _ in asked.grid.axes]
     if asked.source is not None:
         return  # each record is checked together with the grid
@@ -200,7 +200,7 @@ def _check_grid(template: Template, asked: MapArguments) -> None:
 
 
 def _check_command(template: Template, asked: MapArguments) -> None:
-    """Refuse a program or a script that does not exist. Raises UsageError."""
+    """Raise UsageError if the program or script does not exist."""
     if asked.shell:
         return
     plain = ["".join(word) if all(isinstance(piece, str) for piece in word) else None for word in template.words]  # type: ignore[arg-type]
@@ -221,7 +221,7 @@ def _check_command(template: Template, asked: MapArguments) -> None:
 
 
 def _found_by(program: str, script: str) -> bool:
-    """Whether the interpreter `program` is a shell and finds the script in $PATH."""
+    """Whether `program` is a shell that finds the script in $PATH."""
     if not Path(program).name.endswith("sh") or "/" in script:
         return False
     return any((Path(directory or ".") / script).is_file() for directory in os.get_exec_path())
@@ -337,7 +337,7 @@ class _Launch:
         source = MapRuns(self.sequence, directory, results, earlier, keep_going=keep_going)
         assert self.options.request is not None
         program = CommandProgram(self.template, directory, self.options.request, self.asked.directory)
-        # Forking is safe: no threads of ours run and CUDA is not initialised. All open files are ours, and the commands
+        # Forking is safe: no other threads run and CUDA is not initialised. All open files are ours, and the commands
         # inherit none of them.
         node = LocalNode(program, method="fork", open_files=OpenFiles())
         try:

@@ -7,9 +7,9 @@
                         outcome.json how the run ended
     <directory>/.gpu_launcher/       map.json (what was asked for), lock, and what `jobs.manifest` keeps
 
-A run's process writes its own outcome before the head writes the line of the results. So a completed run is recognised
-even if the head was killed. All processes of a launch hold the lock, including the fork server and the runs, so a
-launch that gets the lock knows that none of them is alive.
+A run's process writes its outcome before the head writes the line of results.jsonl. So a completed run is recognised
+even if the head was killed. All processes of a launch hold the lock, including the fork server and the runs. So a
+launch that gets the lock knows that no process of an earlier launch is alive.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from gpu_launcher.safe_files import (
 from gpu_launcher.text import short_path
 
 COMMAND = "gpu-launcher map"
-"""Name shown to others who wait for the devices or the directory of a map."""
+"""Name of a map's program, shown to users who wait for its devices or its directory."""
 FORMAT = 1
 MAX_DIGITS = 8
 """Most digits in the index of a run."""
@@ -86,7 +86,7 @@ class RunDirectory:
         return self.path / "stderr.txt"
 
     def prepare(self, params: Params, attempt: int) -> None:
-        """Prepare the directory for an attempt; set the previous attempt's output aside. Raises OSError."""
+        """Prepare the directory for an attempt, and rename the previous attempt's output. Raises OSError."""
         make_directories(self.path)
         if self.path.is_symlink():  # another user may have chosen where it points
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(self.path))
@@ -101,7 +101,7 @@ class RunDirectory:
         self.outcome.unlink(missing_ok=True)
 
     def attempts(self) -> int:
-        """Number of attempts so far, counted by their output files."""
+        """The number of attempts so far, counted by their output files."""
         try:
             return sum(entry.name.startswith("stdout.") for entry in os.scandir(self.path))
         except OSError:
@@ -128,7 +128,7 @@ class MapDirectory:
 
     @property
     def kept_results(self) -> Path:
-        """The results that a resumption keeps; this file later replaces `results`."""
+        """The file with the results that a resumption keeps. It later replaces `results`."""
         return self.path / "results.jsonl.tmp"
 
     @property
@@ -186,7 +186,7 @@ class MapDirectory:
         return next(path for path in (self.path, *self.path.parents) if os.access(path, os.F_OK))
 
     def _refuse_what_is_there(self) -> None:
-        """Raises OptionError if the new map would overwrite something; OSError."""
+        """Raise OptionError if the new map would overwrite anything. Raises OSError."""
         damaged = self.settings.exists()
         if damaged and (_read(self.settings) is not None or not os.access(self.settings, os.R_OK)):
             raise self._is_anothers()
@@ -228,7 +228,7 @@ class MapDirectory:
         return dict(settings)
 
     def whose(self) -> str | None:
-        """A predicate that says why the settings may be another user's; None if only this user or root can write them.
+        """The reason not to trust the settings, as a predicate; None if only this user or root can have written them.
 
         Raises OSError.
         """
@@ -254,7 +254,7 @@ class MapDirectory:
                 self._remove(above)
 
     def _remove(self, above: Path) -> None:
-        """Remove the directories below `above`, as far as they are empty. Raises OSError for one that is not."""
+        """Remove the empty directories below `above`, the innermost first. Raises OSError for one that is not empty."""
         with contextlib.suppress(FileNotFoundError):
             self.settings.parent.rmdir()
         for path in (self.path, *self.path.parents):
@@ -276,9 +276,9 @@ class MapDirectory:
     def locked(self, option: str, notice: Callable[[str], None]) -> Iterator[None]:
         """Hold the map's lock, which all processes of an earlier launch must have released.
 
-        Must be entered before the node is started, so that it and the processes below it hold the lock, too. Raises
-        UsageError if another program runs this map, or if its processes do not end. Raises OptionError, about the
-        `option` that named the directory, if it cannot be written.
+        Must be entered before the node is started, so that the node and the processes below it also hold the lock.
+        Raises UsageError if another program runs this map, or if its processes do not end. Raises OptionError if the
+        directory cannot be written; `option` is the one that named it.
         """
         try:
             lock = DirectoryLock.take(self.path, COMMAND, "wait for it, or stop it, before you resume", notice)
@@ -298,7 +298,7 @@ def quoted(path: Path) -> str:
 
 
 def new_directory() -> Path:
-    """Make `map/<date>/<time>` in the working directory. Raises OptionError."""
+    """Create `map/<date>/<time>` in the working directory. Raises OptionError."""
     now = datetime.now()
     name = Path("map", f"{now:%Y-%m-%d}", f"{now:%H-%M-%S}").absolute()
     try:

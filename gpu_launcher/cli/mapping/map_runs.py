@@ -1,9 +1,9 @@
-"""The runs of a map, as the head's source of jobs.
+"""The source of jobs for the runs of a map.
 
 A resumed map begins with a table that has only the runs that completed (see `resume.py`). Each earlier run that did not
-complete is followed in two sets: `missing` until the input names it again, and `_without_result` until it has a line in
-the new table. When the map ends, the runs still in `_without_result` get their last result back; those still in
-`missing` mean that the input has changed.
+complete is in two sets: in `missing` until the input names it again, and in `_without_result` until it has a line in
+the new table. When the map ends, the runs still in `_without_result` get their last result back. If runs are still in
+`missing`, the input has changed.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from gpu_launcher.text import short_path
 from gpu_launcher.wording import count
 
 TURN = 0.02
-"""Seconds that one `receive` spends on looking for runs before it returns to the loop."""
+"""Longest time in seconds that one `receive` looks for runs before it returns to the loop."""
 BAD_NAMED = 10
-"""Number of invalid records that are reported one by one; more are only counted."""
+"""Maximum number of invalid records that are reported one by one. More are only counted."""
 
 
 class MapRuns:
-    """See `gpu_launcher.jobs.source.JobSource`."""
+    """A `gpu_launcher.jobs.source.JobSource` that offers each run of a map as a job."""
 
     def __init__(
         self,
@@ -50,14 +50,14 @@ class MapRuns:
     ) -> None:
         """Run the `sequence` in `directory`, except the runs that completed in `earlier` launches.
 
-        With `keep_going`, invalid records are skipped. Otherwise no run is started after the first of them.
+        With `keep_going`, invalid records are skipped. Otherwise no run starts after the first of them.
         """
         self._sequence = sequence
         self._directory = directory
         self.results = results
         self._earlier = earlier
         self._kept = earlier is None
-        """Whether the table holds no results of earlier runs that did not complete."""
+        """Whether the table has no results of earlier runs that did not complete."""
         self.missing = set(earlier.incomplete) if earlier else set()
         """Earlier runs that did not complete and that the input has not named yet."""
         self._without_result = set(self.missing)
@@ -76,7 +76,7 @@ class MapRuns:
         self.failed = 0
         """Number of runs of this launch that did not complete."""
         self.problem: str | None = None
-        """Why no more runs are started, or why results could not be written; None if neither happened."""
+        """Why no more runs start, or why results could not be written; None if neither happened."""
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
         self._epoll.register(self._event, select.EPOLLIN)
@@ -108,7 +108,7 @@ class MapRuns:
         return statements
 
     def _look(self, statements: list[Statement]) -> bool:
-        """Take the next run from the input; return whether the input has none yet."""
+        """Take the next run from the input. Return whether the run has not arrived yet."""
         try:
             found = self._sequence.next()
         except GpuLauncherError as error:
@@ -198,7 +198,7 @@ class MapRuns:
             self._cannot_write(error)
 
     def _cannot_write(self, error: OSError) -> None:
-        """Start no more runs. Results of the current runs stay in memory and are written once there is room."""
+        """Start no more runs. Results of running jobs stay in memory until they can be written."""
         if self.problem is None:
             self._give_up(
                 f"results cannot be written to {short_path(self._directory.path)}: {error.strerror}", self._pending
@@ -209,12 +209,12 @@ class MapRuns:
         """See `JobSource`."""
 
     def close(self) -> None:
-        """Restore the last results of runs that failed before and did not run again. Called after the loop."""
+        """Write the last results of runs that failed before and did not run again. Called after the loop."""
         self._epoll.close()
         os.close(self._event)
         for index in sorted(self._without_result) if self._kept else ():
             if (line := last_result(self._directory, index)) is not None:
-                with contextlib.suppress(OSError):  # the line stays in memory until `flush`
+                with contextlib.suppress(OSError):  # the line is kept for `flush`
                     self.results.add(line)
 
     # Waking the loop

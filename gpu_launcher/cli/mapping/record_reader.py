@@ -1,4 +1,4 @@
-"""Reads records of parameters from JSON Lines or CSV as the bytes arrive. Pure."""
+"""Parses records of parameters from JSON Lines or CSV as the bytes arrive. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from gpu_launcher.cli.mapping.values import Written
 
 LONGEST = 16 * 2**20
-"""Largest size of a record in bytes. A longer one is a mistake, such as an unclosed quote, and is not kept."""
+"""Largest size of a record in bytes. A longer one is a mistake, such as an unclosed quote; it is not kept in memory."""
 
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?", re.ASCII)
 
@@ -33,9 +33,9 @@ class Bad:
 
     line: int
     problem: str
-    """What is wrong: a sentence whose subject is the line."""
+    """The problem, as a predicate about the line."""
     all: bool = False
-    """Whether the rest of the input cannot be used either."""
+    """Whether the rest of the input is unusable, too."""
 
 
 class _Format(Protocol):
@@ -47,7 +47,7 @@ class _Format(Protocol):
 
 
 class RecordReader:
-    """Turns the bytes of an input into records."""
+    """Parses the bytes of an input into records."""
 
     def __init__(self, *, of_csv: bool) -> None:
         self._format: _Format = _Csv() if of_csv else _JsonLines()
@@ -112,7 +112,7 @@ class _JsonLines:
 
 
 class _Csv:
-    """CSV as spreadsheets write it: a line of names first; fields with commas, quotes or newlines are quoted."""
+    """CSV as spreadsheets write it: names on the first line; fields with commas, quotes or newlines in quotes."""
 
     def __init__(self) -> None:
         csv.field_size_limit(LONGEST)
@@ -209,7 +209,7 @@ def _end_of_quoted(text: str, position: int) -> int:
 
 
 def _value(field: str) -> str | int | Written:
-    """A number if the field is a valid JSON number; otherwise text, including `007` and `true`."""
+    """The value of a field: a number if it is a valid JSON number; otherwise text, including `007` and `true`."""
     match = _NUMBER.fullmatch(field)
     if match is None or len(field) > 300:
         return field

@@ -1,4 +1,4 @@
-"""A map's table of results: one line for each run, written as soon as it ends."""
+"""A map's table of results: one line for each run, written as soon as the run ends."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from gpu_launcher.json_data import load_object
 from gpu_launcher.safe_files import open_regular, read_lines, write_whole
 
 COLUMNS = ("index", "outcome", "exit_code", "duration", "devices", "attempts", "message")
-"""First columns of results.csv, before parameters and the command's output."""
+"""The first columns of results.csv. Parameters and the command's output follow."""
 OUTCOME = (*COLUMNS[1:], "output")
-"""Fields of a results line that a run's `outcome.json` holds."""
+"""The fields of a results line that a run's `outcome.json` contains."""
 PATHS = ("directory", "stdout", "stderr")
 _FIELDS = {*COLUMNS, *PATHS, "params", "output"}
 
 
 class ResultsFile:
-    """`results.jsonl`, a map's journal. It never has more than one line for a run, however often that was run."""
+    """`results.jsonl`, a map's journal. It has at most one line for a run, however often the run was started."""
 
     def __init__(self, path: Path) -> None:
-        """Create the file, or append to it. Raises OSError."""
+        """Open the file to append to it, and create it if necessary. Raises OSError."""
         self._path = path
         self._descriptor = self._open()
         self._unwritten: list[bytes] = []
@@ -36,13 +36,13 @@ class ResultsFile:
         return open_regular(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
 
     def replace_by(self, path: Path) -> None:
-        """Replace the table by the file `path`, and append to that from now on. Raises OSError."""
+        """Replace the table with the file `path`, and append to that from now on. Raises OSError."""
         path.replace(self._path)
         os.close(self._descriptor)
         self._descriptor = self._open()
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Append a line. Raises OSError if that fails; the next call then retries."""
+        """Append a line. Raises OSError if it cannot be written; the next call then retries."""
         self._unwritten.append(to_json(line).encode() + b"\n")
         self.flush()
 
@@ -95,7 +95,7 @@ def result_line(
 
 
 def write_outcome(directory: MapDirectory, line: Mapping[str, Any]) -> None:
-    """Write a run's outcome into its directory, if there is one. Raises OSError."""
+    """Write a run's outcome into its directory, if that exists. Raises OSError."""
     run = directory.run(line["index"])
     if run.path.is_dir() and not run.path.is_symlink():
         content = {name: line[name] for name in OUTCOME}

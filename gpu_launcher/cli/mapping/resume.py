@@ -1,10 +1,9 @@
-"""Resuming a map: which of its runs completed in earlier launches, and which did not.
+"""Finds out which runs of a map completed in earlier launches, and which did not.
 
-One scan of `results.jsonl` and of the runs' directories finds both. The scan also writes a new table beside the old
-one, with exactly the runs that completed, each once. Runs that failed or were stopped will run again, and truncated
-lines are ignored. If the head died before it wrote the line of a completed run, the outcome in that run's directory
-replaces it. The new table replaces the old one when the loop first asks for runs (`MapRuns.receive`). A resumption
-that is refused before then changes nothing.
+One scan reads `results.jsonl` and the runs' directories. To resume a map, it also writes a new table beside the old
+one, with exactly the runs that completed, each once. Truncated lines are ignored. If the head died before it wrote the
+line of a completed run, the line is made from the outcome in the run's directory. The new table replaces the old one
+when the loop first asks for runs (`MapRuns.receive`). A resumption that is refused before then changes nothing.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ from gpu_launcher.text import short_path
 
 
 class EarlierRuns:
-    """The runs of a map's earlier launches: a container of the indices that completed.
+    """The runs of a map's earlier launches, as a container of the indices of completed runs.
 
-    Takes eight bytes for each run.
+    It takes eight bytes for each run.
     """
 
     def __init__(self) -> None:
         self._digests = array("Q")
-        """By index, the digest of a completed run's parameters; 0 for other runs."""
+        """The digest of a completed run's parameters, by index; 0 for other runs."""
         self.completed = 0
         """Number of runs that completed."""
         self.incomplete: set[int] = set()
-        """Runs that have a result or a directory, and did not complete."""
+        """Indices of runs that have a result or a directory but did not complete."""
         self.runs = 0
         """Highest index seen plus 1: the map had at least this many runs."""
 
@@ -57,7 +56,7 @@ class EarlierRuns:
 
     @classmethod
     def to_resume(cls, directory: MapDirectory) -> EarlierRuns:
-        """Do the same as `of`, and write the results of completed runs to `directory.kept_results`.
+        """Scan like `of`, and write the results of completed runs to `directory.kept_results`.
 
         Raises UsageError if they cannot be written.
         """
@@ -90,7 +89,7 @@ class EarlierRuns:
             yield result_line(directory, index, **{"devices": devices.get(index, ()), **found})
 
     def _note(self, index: int, found: dict[str, Any]) -> bool:
-        """Record what is known of a run, and return whether it completed."""
+        """Record a run and return whether it completed. `found` has the fields of its results line."""
         self.runs = max(self.runs, index + 1)
         if found.get("outcome") != "completed":
             self.incomplete.add(index)
@@ -103,7 +102,7 @@ class EarlierRuns:
 
 
 def last_result(directory: MapDirectory, index: int) -> dict[str, Any] | None:
-    """The results line of a run, made from the files in its directory; None if it has no valid outcome."""
+    """The results line of a run, from the files in its directory; None if they have no valid outcome."""
     found = _left_by(directory, index)
     return result_line(directory, index, **found) if "outcome" in found else None
 
@@ -118,8 +117,8 @@ def unwritable(directory: MapDirectory, error: OSError) -> UsageError:
 def _left_by(directory: MapDirectory, index: int) -> dict[str, Any]:
     """The fields of a results line that a run's directory provides.
 
-    Empty if the outcome or the parameters are missing or invalid. A result without an outcome counts as incomplete, so
-    the run is run again.
+    Empty if the outcome or the parameters are missing or invalid. A run without an outcome counts as incomplete and
+    runs again.
     """
     run = directory.run(index)
     outcome, params = run.read(), run.read_params()

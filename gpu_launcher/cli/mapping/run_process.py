@@ -1,4 +1,4 @@
-"""The process of one run: prepares its directory, waits for devices, runs the command and writes the outcome."""
+"""Runs one command in its process: prepares the directory, waits for devices, writes the outcome."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from gpu_launcher.safe_files import open_regular, write_whole
 from gpu_launcher.wording import duration
 
 LOOKED_AT = 2**20
-"""Bytes at the end of a run's output that are searched for its last JSON object."""
+"""Number of bytes at the end of a run's output that are searched for the last JSON object."""
 
 
 WANTED_TERMINAL = ("EOFError: EOF when reading a line", "bdb.BdbQuit")
-"""Beginnings of the last line that a Python program prints when it asks for input without a terminal."""
+"""Beginnings of the last line of a Python program that asked for input without a terminal."""
 
 
 @dataclass(frozen=True, slots=True)
 class CommandProgram:
-    """Runs one command. Called once in each run's process."""
+    """The program of a map's runs. It is called once, in each run's process."""
 
     template: Template
     place: MapDirectory
@@ -94,10 +94,10 @@ class CommandProgram:
 
 
 def _leave_signals_to_the_command() -> list[int]:
-    """Keep signals from ending this process; return a list to which each one that arrives is added.
+    """Keep signals from ending this process; return a list that collects each signal that arrives.
 
-    The command gets the same signals and ends by them. Handlers are used because the command would inherit an ignored
-    signal across exec, but not a handler. SIGHUP stays ignored under nohup(1).
+    The command gets the same signals, and they end it. Signals are handled instead of ignored because exec keeps
+    ignored signals but resets handlers. SIGHUP stays ignored under nohup(1).
     """
     arrived: list[int] = []
     heeded = [signal.SIGINT, signal.SIGTERM]
@@ -135,7 +135,7 @@ def _end(path: Path) -> bytes:
 
 
 def last_object(printed: bytes) -> dict[str, Any] | None:
-    """The last printed line that is a JSON object; None if there is none."""
+    """The JSON object on the last printed line that is one; None if there is none."""
     for line in reversed(printed.splitlines()):
         if line.strip().startswith(b"{"):
             try:

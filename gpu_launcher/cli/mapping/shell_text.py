@@ -1,4 +1,4 @@
-"""Checks that placeholders in shell text stand only where each is a word or part of a word. Pure."""
+"""Checks that each placeholder in shell text is a word or part of a word. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gpu_launcher.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class Placeholder:
-    """The name between a pair of braces."""
+    """A placeholder: the name between a pair of braces."""
 
     name: str
 
@@ -17,7 +17,7 @@ class Placeholder:
 Word = tuple[str | Placeholder, ...]
 
 
-# Contexts of a character. The first three are text for the shell; parentheses within arithmetic count as arithmetic.
+# The possible contexts of a character. The first three are commands; parentheses in arithmetic count as arithmetic.
 _TOP, _SUBSHELL, _SUBSTITUTION = "", "(", "$("
 _SINGLE, _DOUBLE, _BACKQUOTES, _COMMENT, _ARITHMETIC = "'", '"', "`", "#", "(("
 
@@ -34,7 +34,7 @@ _ORDINARY = "x"
 
 
 class _Reader:
-    """Reads text as a shell does, as far as needed to know where a word may stand."""
+    """Follows text as a shell reads it, enough to know where a word is allowed."""
 
     def __init__(self) -> None:
         self._within = [_TOP]
@@ -42,10 +42,10 @@ class _Reader:
         """The previous character; `_ORDINARY` if that has no effect on the next one."""
         self._escaped = False
         self._lost: str | None = None
-        """The construct after which it cannot tell what the shell does."""
+        """The construct that it cannot follow, if it has met one."""
 
     def refusal(self) -> str | None:
-        """Why a placeholder may not stand here, as the rest of a sentence; None if it may."""
+        """Why a placeholder is not allowed here, as the rest of a sentence; None if it is allowed."""
         if self._lost is not None:
             return f"behind {self._lost}: put it before that"
         if self._escaped:
@@ -57,7 +57,7 @@ class _Reader:
         return None
 
     def pass_placeholder(self) -> None:
-        """Continue after a placeholder that is not refused."""
+        """Continue after a placeholder that is allowed."""
         self._before = _ORDINARY
 
     def read(self, character: str) -> None:
@@ -118,7 +118,7 @@ class _Reader:
 
 
 def refuse_misplaced(text: Word) -> None:
-    """Raises UsageError for a placeholder that the shell would not expand to exactly its value."""
+    """Raise UsageError for a placeholder that the shell would not expand to exactly its value."""
     reader = _Reader()
     for piece in text:
         if isinstance(piece, Placeholder):

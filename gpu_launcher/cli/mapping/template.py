@@ -1,4 +1,4 @@
-"""A map's command with its placeholders, and how parameters replace them. Pure."""
+"""A map's command, in which parameters replace placeholders. Pure."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from gpu_launcher.errors import UsageError
 OURS = ("json", "flags", "index", "gpu")
 """Placeholders that gpu-launcher defines itself; all others name parameters."""
 GPU = "{gpu}"
-"""Placeholder shown for the devices of a run that has none yet."""
+"""The placeholder itself, shown for a run that has no devices yet."""
 
 _SHELL = "/bin/sh"
 _VARIABLE = "gpu_launcher_"
-"""Prefix, followed by a number, of the shell variables that hold values."""
+"""Prefix of the shell variables that hold values. A number follows."""
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
@@ -69,7 +69,7 @@ class Template:
         return None
 
     def misfit(self, params: Params) -> str | None:
-        """Why these parameters cannot be filled in, as a sentence about the command or about them; None if they can."""
+        """Why these parameters cannot be filled in, as a sentence; None if they can."""
         if problem := self.problem(params.keys()):
             return problem
         named = params.keys() if "flags" in self.names else self.names & params.keys()
@@ -79,7 +79,7 @@ class Template:
         return None
 
     def fill(self, params: Params, index: int, gpu: str) -> list[str]:
-        """The arguments of one run; with `shell`, the arguments of a shell. The parameters must fit."""
+        """The command line of one run as a list. With `shell`, it starts a shell. The parameters must fit."""
         if self.shell:
             return self._script(params, index, gpu)
         arguments: list[str] = []
@@ -91,9 +91,9 @@ class Template:
         return arguments
 
     def _script(self, params: Params, index: int, gpu: str) -> list[str]:
-        """The arguments of a shell: its text, and the values as positional parameters, which no shell parses.
+        """The command line of a shell: its text, and the values as positional parameters, which no shell parses.
 
-        The text first copies them to variables, because functions, `set` and `shift` change positional parameters.
+        The text begins by copying them to variables, because functions, `set` and `shift` change positional parameters.
         """
         values: list[str] = []
 
@@ -110,7 +110,7 @@ class Template:
         return [_SHELL, "-c", text, _SHELL, *values]
 
     def line(self, params: Params, index: int, gpu: str) -> str:
-        """The run's command line for a shell, as users read it."""
+        """The run's command line as users would type it in a shell."""
         if not self.shell:
             return " ".join(part if part == GPU == gpu else shlex.quote(part) for part in self.fill(params, index, gpu))
         return "".join(self._quoted(piece, params, index, gpu) for piece in self.words[0])
@@ -138,7 +138,7 @@ class Template:
 
 
 def _no_argument(written: str) -> str | None:
-    """What keeps text from being an argument; None if it can be one."""
+    """The part of a text that no argument can have; None if the text can be an argument."""
     if "\0" in written:
         return "a null character"
     try:

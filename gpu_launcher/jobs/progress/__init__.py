@@ -22,9 +22,9 @@ def open_progress(
 ) -> Progress:
     """Return the display that suits `stream` (default: the current `sys.stderr`). Its lines begin with `name`.
 
-    It is a live view if the stream is a UTF-8 terminal that can move its cursor and this process is in its foreground.
-    It prints plain lines otherwise, and if `TERM=dumb` or `CI` is set. rich is imported only for the live view. No
-    display starts a thread. The live view takes the keyboard, unless the program `reads` what is typed.
+    The display is a live view if the stream is a UTF-8 terminal that can move its cursor, and this process is in its
+    foreground. Otherwise, and with `TERM=dumb` or `CI` set, it prints plain lines. rich is imported only for the live
+    view. No display starts a thread. The live view takes the keyboard unless `reads` says that the program reads it.
     """
     if stream is None:
         stream = sys.stderr
@@ -38,7 +38,7 @@ def open_progress(
 def _keyboard(stream: TextIO) -> Keyboard | None:
     try:
         return Keyboard(stream.fileno())
-    except (OSError, ValueError):  # a stream that the program made, without a descriptor
+    except (OSError, ValueError):  # a stream that the program created without a descriptor
         return None
 
 
@@ -54,5 +54,5 @@ def _can_live(stream: TextIO | None, environ: Mapping[str, str]) -> bool:
         return False
     try:
         return os.tcgetpgrp(stream.fileno()) == os.getpgrp()
-    except OSError:  # not our controlling terminal, such as another pty: no other job uses it
+    except OSError:  # not our controlling terminal, for example another pty: no other shell job uses it
         return True

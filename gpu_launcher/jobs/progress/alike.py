@@ -1,4 +1,4 @@
-"""Groups of equal failures, so that each failure is shown once. Pure."""
+"""Groups jobs that failed in the same way, so that each failure is shown once. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gpu_launcher.jobs.events import JobEnded
 
 MAX_GROUPS = 1000
-"""Maximum number of distinct failures that are remembered. Later ones are shown in full each time."""
+"""Maximum number of distinct failures to remember. Later ones are shown in full each time."""
 MAX_RANGES = 12
 """Maximum number of ranges of job numbers in one line."""
 
@@ -59,9 +59,9 @@ class Failures:
         return group
 
     def tells_more(self, ended: JobEnded) -> bool:
-        """Whether the end of the job's log is worth showing, because it failed at a new place or with a new error.
+        """Whether the end of the job's log is worth showing: the job failed at a new place or with a new error.
 
-        The failure counts as known from then on.
+        The failure counts as known from now on.
         """
         place = _place(ended)
         new = place not in self._quoted
@@ -89,7 +89,7 @@ def what_failed(ended: JobEnded) -> str:
     if ended.log:
         directory = str(Path(ended.log).parent)
         for path in (ended.log, directory, os.path.relpath(directory)):
-            if len(path) > 2:  # `.` and `..` are in every text
+            if len(path) > 2:  # `.` and `..` may occur in any text
                 said = said.replace(path, "<output>")
     said = re.sub(rf"(\bjob |#){ended.number}\b", r"\1N", said)
     return _VARYING.sub("<...>", said)

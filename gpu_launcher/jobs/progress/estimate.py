@@ -1,4 +1,4 @@
-"""The estimate of a sweep's remaining time."""
+"""Estimates a sweep's remaining time."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ if TYPE_CHECKING:
 
 
 def time_left(finished: Sequence[float], running: Sequence[float], waiting: int, parallel: int) -> float | None:
-    """Estimate the seconds until the last job ends. None while nothing is known.
+    """Estimate the seconds until the last job ends. Returns None while there is too little data.
 
-    `finished` are the durations of jobs that ran to their end, `running` the times for which the running jobs have run.
+    `finished` are the durations of finished jobs; `running` are the times for which the running jobs have run so far.
     `waiting` jobs have not started, and `parallel` jobs run at a time.
 
-    A running job is expected to last as long as the average of those finished jobs that lasted longer than it has so
-    far. A waiting job is expected to last as long as the average, and starts where a place becomes free first. Short
-    jobs finish first: while more jobs have outlasted all finished ones than have finished, nothing is known. Not
-    promised: the end of a job that outlasts every finished one. It is expected at once, and if it is the only job left,
-    the answer is None.
+    A running job is expected to last as long as the average finished job that lasted longer than it has so far. A
+    waiting job is expected to last as long as the average job, and takes the place that becomes free first. Because
+    short jobs finish first, the result is None while more jobs have outlasted all finished ones than have finished.
+
+    Not promised: the end of a job that outlasts every finished one. It is expected to end at once, and if it is the
+    only job left, the result is None.
     """
     if not running and waiting <= 0:
         return 0.0

@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _INTERVAL = 0.125
-"""Minimum seconds between two paintings."""
+"""Minimum seconds between two frames."""
 _SUSPENDED = 3.0
-"""Seconds without a tick after which the process must have been stopped (Ctrl-Z), so that a shell has written since."""
+"""Seconds without a tick that mean that the process was stopped (Ctrl-Z), and a shell has written to the terminal."""
 
 
 class LiveProgress:
-    """A view with a header and one row per device, repainted in place. Notices and failures scroll by above it.
+    """A view with a header and one row per device, repainted in place. Notices and failures scroll above it.
 
-    It paints only in `handle` and `tick`, at most eight times a second, and only if something changed. There is no
-    thread. While the process is in the background of its terminal, nothing is painted except notices and failures.
+    It paints only in `handle` and `tick`, at most eight times a second, and only if something changed. It has no
+    thread. While the process is in the background of its terminal, it paints only notices and failures.
 
-    Not promised: a tidy view when another program writes to the same terminal. Its line stays, and so may a piece of
-    the view above it.
+    Not promised: a tidy view when another program writes to the same terminal. That program's line stays, and a piece
+    of the view above it may stay, too.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class LiveProgress:
         *,
         keyboard: Keyboard | None = None,
     ) -> None:
-        """Prepare to write to `stream`. `keyboard` is the terminal's, if this program does not read what is typed."""
+        """Prepare to write to `stream`. `keyboard` is the terminal's; None if the program itself reads it."""
         self._prefix = Text(f"[{name}]", "dim")
         self._output = Output(stream)
         self._stream = stream
@@ -54,7 +54,7 @@ class LiveProgress:
         self._size = size or self._terminal.size
         self._tally = SweepTally()
         self._permanent: list[Text] = []
-        """Lines for the scrollback that wait for the next painting."""
+        """Lines for the scrollback that the next frame will write."""
         self._painted: list[Text] = []
         self._painted_size: Size = (0, 0)
         self._next_painting = 0.0
@@ -62,7 +62,7 @@ class LiveProgress:
         self._closed = False
         self._keyboard = keyboard
         self._on_stop: Any = None
-        """The handler that SIGTSTP had before."""
+        """The previous handler of SIGTSTP."""
 
     def handle(self, event: Event) -> None:
         if event.time - self._tally.now > _SUSPENDED:
@@ -128,7 +128,7 @@ class LiveProgress:
             self._paint(lines, size)
 
     def _paint(self, lines: list[Text], size: Size) -> None:
-        """Replace the last painting in one write, so that no terminal shows half of it."""
+        """Replace the last frame in one write, so that no terminal shows a partial frame."""
         width, height = size
         # If the terminal became narrower, the old lines take more rows than before.
         rows = sum(max(1, -(-line.cell_len // width)) for line in self._painted)
@@ -163,7 +163,7 @@ class LiveProgress:
         assert self._keyboard is not None
         self._keyboard.give_back()
         stop_until_continued()
-        self._painted = []  # a shell has written since
+        self._painted = []  # a shell has written to the terminal since
 
     def _in_background(self) -> bool:
         try:

@@ -9,10 +9,10 @@ from gpu_launcher.text import CONTROL, ESCAPE_SEQUENCE
 
 
 def log_tail(path: str | None, *, lines: int = 10, width: int = 300, window: int = 32 * 1024) -> list[str]:
-    """Return the last lines of a log, cleaned for display. Empty if the log cannot be read, for whatever reason.
+    """Return the last lines of a log, cleaned for display. Empty if the log cannot be read for any reason.
 
-    Reads at most `window` bytes from the end. A line that was rewritten with carriage returns, as progress bars do, is
-    returned as it looked last. Not promised: that a line longer than `window` is returned from its beginning.
+    Reads at most `window` bytes from the end. A line that was rewritten with carriage returns, such as a progress bar,
+    is returned as it looked last. Not promised: that a line longer than `window` is returned from its beginning.
     """
     if path is None:
         return []

@@ -28,9 +28,9 @@ NAME = "gpu_pool"
 
 
 class PlainProgress:
-    """Writes one line per event, and flushes it at once. The format is stable, so that lines can be searched.
+    """Writes one line per event and flushes it at once. The format is stable, so that users can search the lines.
 
-    Jobs that were not started because of a stop have no line of their own: the closing summary counts them.
+    Jobs that did not start because of a stop have no line; the closing summary counts them.
     """
 
     def __init__(self, stream: TextIO | None, name: str = NAME) -> None:
@@ -122,7 +122,7 @@ def waits(event: JobWaiting) -> str:
 
 
 def stopping(event: StopRequested, running: int, seconds: float) -> str:
-    """Format a stop. `running` jobs and `seconds` remain of the event's numbers: a live view counts both down."""
+    """Format a stop. `running` and `seconds` are the current numbers, because a live view counts both down."""
     stopping = "stopping" if event.signal.startswith("SIG") else f"stopping after {event.signal}"
     if running == 0:
         return stopping
@@ -133,7 +133,7 @@ def stopping(event: StopRequested, running: int, seconds: float) -> str:
 
 
 def log_quote(event: JobEnded, tally: SweepTally) -> list[str]:
-    """Return the indented end of a failed job's log. Empty if it was shown for a job that failed in the same way."""
+    """Return the end of a failed job's log, indented. Empty if the log of a similar failure was already shown."""
     if tally.same is not None or not tally.failures.tells_more(event):
         return []
     return [f"    | {line}".rstrip() for line in log_tail(event.log)]

@@ -1,4 +1,4 @@
-"""The stream that a person reads, which may vanish while the sweep continues."""
+"""The output stream of a display, which may be closed while the sweep continues."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EAGAIN})
 
 
 class Output:
-    """Writes and flushes text, until nobody can read it any more. Other errors are raised.
+    """Writes and flushes text until the stream is closed or lost. Other errors are raised.
 
     A sweep of many hours must not end because its terminal does.
     """

@@ -1,4 +1,4 @@
-"""The state of a sweep, counted from its events. Pure, and the same for every display."""
+"""The state of a sweep, computed from its events. Pure, and shared by all displays."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from gpu_launcher.text import one_line
 from gpu_launcher.wording import count, duration, job_name
 
 FAILURES_NAMED = 20
-"""Maximum number of distinct failures that the closing summary names. The others are only counted."""
+"""Maximum number of distinct failures that the closing summary names. More are only counted."""
 FIRST_JOBS = 4
-"""Number of jobs after which the user is told if all of them failed in the same way."""
+"""Number of jobs after which a hint tells the user if all of them failed in the same way."""
 
 
 @dataclass
 class SweepTally:
-    """The state of a sweep, from its events. Times are on the loop's clock."""
+    """The state of a sweep. Times are on the job loop's clock."""
 
     total: int = 0
     devices: tuple[Device, ...] = ()
@@ -50,13 +50,13 @@ class SweepTally:
     pruned: int = 0
     retries: int = 0
     facts: tuple[tuple[str, str], ...] = ()
-    """The state of the search, as `SearchStatus` has it."""
+    """The state of the search, from the last `SearchStatus`."""
     failed: int = 0
     failures: Failures = field(default_factory=Failures)
     same: Group | None = None
     """The jobs that failed in the same way as the latest failed job. None if it is the first of its kind."""
     highest_number: int = 0
-    # Only the latest jobs are kept, because they say most about the next ones.
+    # Only the latest jobs are kept, because they predict the next ones best.
     _durations: deque[float] = field(default_factory=lambda: deque(maxlen=256))
     _ran_together: deque[int] = field(default_factory=lambda: deque(maxlen=8))
 
@@ -121,7 +121,7 @@ class SweepTally:
         elif ended.outcome is Outcome.PRUNED:
             self.pruned += 1
         elif ended.outcome is Outcome.FAILED:
-            # The duration is not counted: a job that fails at once says nothing about how long the others take.
+            # The duration is not counted, because a job that fails at once says nothing about the others' durations.
             self.failed += 1
             self.same = self.failures.add(ended)
         elif ended.duration is None:
@@ -131,7 +131,7 @@ class SweepTally:
         self.total = max(self.total, self.done + len(self.running))
 
     def time_left(self) -> float | None:
-        """Estimate the seconds until the sweep is over. None while nothing is known."""
+        """Estimate the seconds until the sweep ends. Returns None while there is too little data."""
         together = max([*self._ran_together, len(self.running), 1])
         running = [max(0.0, self.now - job.time) for job in self.running.values()]
         return time_left(self._durations, running, self.waiting, together)
@@ -173,7 +173,7 @@ class SweepTally:
         return lines
 
     def all_alike(self) -> str | None:
-        """Return a line for the user if the first jobs all failed in the same way and more are to come."""
+        """Return a hint for the user if the first jobs all failed in the same way and more jobs follow."""
         if self.done != FIRST_JOBS or self.failed != FIRST_JOBS or not self.failures.in_one_place():
             return None
         if self.stopping is not None or self.total == self.done:
@@ -192,8 +192,8 @@ def retry(event: JobRetried) -> str:
 def failure(ended: JobEnded, counts: str = "", same: Group | None = None) -> str:
     """Format a failure: `job 3 (lr=0.1) FAILED after 0.8 s: <cause>; log: <path>`.
 
-    Duration and log are left out if the cause contains them. `same` are jobs that failed in the same way before, and
-    whose cause was shown.
+    Duration and log are omitted if the cause contains them. `same` are jobs that failed in the same way before, whose
+    cause was already shown.
     """
     cause = one_line(ended.message or "no cause is known") if same is None else f"same as job {same.first.number}"
     after = "" if ended.duration is None else f" after {duration(ended.duration)}"

@@ -1,8 +1,8 @@
-"""The terminal behind the live views of a sweep and of `gpu-launcher top`: its size, its colours, Ctrl-Z.
+"""The terminal of the live views of a sweep and of `gpu-launcher top`: its size, its colours, Ctrl-Z.
 
-rich lays out and colours; the views paint. `rich.live.Live` is not suitable: it redirects stdout and stderr (which
-forked jobs would inherit), hides the cursor (which a killed process would leave hidden), loses its position when a
-terminal becomes narrower, and starts a thread to refresh.
+rich formats and colours lines; the views paint them. `rich.live.Live` is not suitable: it redirects stdout and stderr
+(which forked jobs would inherit), hides the cursor (which a killed process would leave hidden), loses its position when
+a terminal becomes narrower, and starts a thread to refresh.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Size = tuple[int, int]
 
 
 class Terminal:
-    """Turns lines into text for the terminal that a stream writes to."""
+    """Formats lines for the terminal that a stream writes to."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        # rich does not write to the stream: each view writes a whole painting at once, and handles its errors.
+        # rich does not write to the stream: each view writes a whole frame at once and handles errors.
         self._console = Console(file=io.StringIO(), force_terminal=True, force_jupyter=False)
 
     def size(self) -> Size:

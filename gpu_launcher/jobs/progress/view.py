@@ -1,4 +1,4 @@
-"""The content of the live view: makes lines from a tally and a terminal's size. Pure."""
+"""The content of the live view: lines made from a tally and a terminal's size. Pure."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from gpu_launcher.jobs.progress.tally import SweepTally
 
 WIDEST = 120
-"""Maximum columns of the view. On wider lines a duration would stand too far from its job."""
+"""Maximum columns of the view. On wider lines, a duration would be too far from its job."""
 MOST_ROWS = 24
 """Maximum rows for devices and jobs, so that the lines above the view stay visible on a tall terminal."""
 NARROW = 60
 """Columns below which the names of devices are shortened."""
 _TIME = 8
-"""Columns of a duration, see `wording.duration`."""
+"""Columns of a duration; see `wording.duration`."""
 _GAP = "  "
 
 
@@ -37,7 +37,7 @@ def frame(tally: SweepTally, width: int, height: int) -> list[Text]:
     lines = [_header(tally, width), _bar(tally, width)]
     if tally.facts:
         lines.append(_facts(tally, width))
-    # This line comes and goes, so it stands below the lines that stay.
+    # This line appears and disappears, so it is below the permanent lines.
     below = [] if tally.waits is None else [_fit(Text(waits(tally.waits), "yellow"), width)]
     room = min(height - 2 - len(lines) - len(below), MOST_ROWS)
     lines += _rows(tally, width, room)
@@ -62,7 +62,7 @@ def _header(tally: SweepTally, width: int) -> Text:
         parts.append((f"{tally.waiting} waiting", ""))
     seconds = tally.time_left()
     estimate = "" if seconds is None else f"{rough_duration(seconds)} left"
-    # Parts that do not fit are left out, the least important first.
+    # Parts that do not fit are omitted, the least important first.
     every = len(parts)
     for shown, right in ((every, estimate + elapsed), (every, short), (every - 1, short), (1, short)):
         text = Text(_GAP).join(Text(part, style) for part, style in parts[:shown])
@@ -75,7 +75,7 @@ def _bar(tally: SweepTally, width: int) -> Text:
     good = tally.completed + tally.pruned
     ends = [good, good + tally.failed, tally.done]
     cells = [width * end // max(1, tally.total) for end in ends]
-    if tally.failed and cells[1] == cells[0] and width > 1:  # one failure among thousands must be visible, too
+    if tally.failed and cells[1] == cells[0] and width > 1:  # even one failure among thousands must be visible
         cells[0] = max(0, cells[0] - 1)
         cells[1:] = [max(cell, cells[0] + 1) for cell in cells[1:]]
     bar = Text("━" * cells[0])
@@ -116,7 +116,7 @@ def _rows(tally: SweepTally, width: int, room: int) -> list[Text]:
                 for row, job in zip(names_of_rows, sharing, strict=True)
             ]
             continue
-        # If it is not known which devices others hold, every device without a job of ours counts as held by others.
+        # If the devices that others hold are unknown, every device without one of our jobs counts as held by others.
         others = held is not None and (device.uuid in held or not held)
         state = "held by others" if others else "idle"
         rows.append((None, _fit(Text(f"{name:<{columns[0]}}{_GAP}{state}", "dim"), width)))
