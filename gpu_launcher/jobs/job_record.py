@@ -9,7 +9,7 @@ from enum import Enum, auto
 from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.allocation.request_queue import PendingRequest
 from gpu_launcher.jobs.failures import RetryState
-from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.jobs.job import Job
 from gpu_launcher.leases import HeldLease
 from gpu_launcher.model import Device, Request, Share
 from gpu_launcher.processes import messages
@@ -121,7 +121,6 @@ class JobRecord:
     """For a POSTPONED job: why it could not be started."""
     pruned: bool = False
     """Whether it was cancelled because other trials are better."""
-    result: JobResult | None = None
 
     @property
     def live(self) -> JobRun | None:

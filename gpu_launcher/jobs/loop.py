@@ -104,11 +104,11 @@ class LoopSource(JobSource, Protocol):
 
 
 class JobLoop:
-    """Runs jobs until all have ended. Call `run` once."""
+    """Runs the jobs of a source until all have ended. Call `run` once."""
 
     def __init__(
         self,
-        jobs: Sequence[Job],
+        source: LoopSource,
         *,
         limits: m.Limits,
         server: Server,
@@ -121,20 +121,21 @@ class JobLoop:
         log_file: Callable[[int, messages.JobPrepared], tuple[str, list[str]]] = as_proposed,
         device_environment: DeviceEnvironment = DeviceEnvironment(),  # noqa: B008  (frozen)
         failures: FailurePolicy = FailurePolicy(),  # noqa: B008  (frozen)
-        source: LoopSource | None = None,
         cap: str | None = None,
         checkpoint: Callable[[str], None] = lambda name: None,
     ) -> None:
-        """Prepare to run `jobs` on the devices of `queue`, in which one job waits at a time.
+        """Prepare to run jobs on the devices of `queue`, in which one job waits at a time.
 
-        `owner` returns the owner of a job's lease, `report_path` the path of a job's report by the job's number, and
-        `title` the name of the job's process in `ps`. `log_file` chooses the log of a prepared job, and returns it with
-        notices for the user. `device_environment` says how jobs are told their devices. `failures` says what to do
-        about jobs that fail. `source` decides on more jobs when there is room for them. `cap` names the option that
-        sets `limits.parallel`, for a notice if it leaves devices idle. `checkpoint` is called with the name of each
-        point in a job's life, so that tests can kill this process there.
+        `source` decides on jobs when there is room for them, and gets their results. `owner` returns the owner of a
+        job's lease, `report_path` the path of a job's report by the job's number, and `title` the name of the job's
+        process in `ps`. `log_file` chooses the log of a prepared job, and returns it with notices for the user.
+        `device_environment` says how jobs are told their devices. `failures` says what to do about jobs that fail.
+        `cap` names the option that sets `limits.parallel`, for a notice if it leaves devices idle. `checkpoint` is
+        called with the name of each point in a job's life, so that tests can kill this process there.
         """
+        self._source = source
         self._jobs: dict[int, JobRecord] = {}
+        """Jobs that have no result yet."""
         self._queue = queue
         self._owner = owner
         self._waiting: int | None = None
@@ -148,14 +149,10 @@ class JobLoop:
         self._log_file = log_file
         self._device_environment = device_environment
         self._failures = failures
-        self._source = source
         self._cap = cap
         self._look_at_cap = -math.inf
         self._checkpoint = checkpoint
-        for job in jobs:
-            self._add(job)
-
-        self._machine = m.Machine(list(self._jobs), limits, more=source is not None)
+        self._machine = m.Machine(limits)
         self._selector = selectors.DefaultSelector()
         self._stimuli: deque[m.Stimulus] = deque()
         """Events that the machine has not been told about."""
@@ -172,28 +169,20 @@ class JobLoop:
         self._ignored: set[str] = set()
         """Options of single jobs that are ignored because they belong to the sweep, and of which the user was told."""
 
-    def _add(self, job: Job) -> None:
-        self._jobs[job.number] = JobRecord(job, RetryState(self._failures, job.attempts_before))
-
     @property
     def stopped(self) -> bool:
         """Whether the sweep was stopped, by the user or by failures."""
         return self._machine.stopping
 
-    def run(self) -> list[JobResult]:
-        """Run every job, and return the results in the order of the jobs.
-
-        With a source, all results go to the source, and the list is empty. If this raises, no job is left alive.
-        """
+    def run(self) -> None:
+        """Run every job. If this raises, no job is left alive."""
         with self._selector:
             try:
                 self._watch(self._server.fileno(), self._on_server)
                 for descriptor in self._queue.descriptors:
                     self._watch(descriptor, lambda: None)  # each turn attends to the queue
-                if self._source is not None:
-                    self._watch(self._source.fileno(), self._on_source)
+                self._watch(self._source.fileno(), self._on_source)
                 self._queue.look()
-                self._handle(m.RunStarted())
                 self._ask_source()
                 while not self._machine.finished:
                     self._turn()
@@ -206,7 +195,6 @@ class JobLoop:
                 for record in self._jobs.values():
                     if record.run is not None:
                         record.run.process.close()
-        return [record.result for record in self._jobs.values() if record.result is not None]
 
     def _in(self, stage: Stage) -> list[int]:
         """Numbers of the jobs at a stage that the machine counts as live."""
@@ -287,30 +275,23 @@ class JobLoop:
 
     # What happens: the source, the fork server, supervisors and jobs
 
-    def stop(self) -> None:
-        """Interrupt the running jobs and start no more. The second call kills them."""
-        self._handle(m.StopAsked())
-
     def _ask_source(self) -> None:
-        if self._source is None:
-            return
         if (more := self._machine.wanted - self._requested) > 0:
             self._requested += more
             self._source.request_jobs(more)
         self._source.tick()
 
     def _on_source(self) -> None:
-        assert self._source is not None
         for statement in self._source.receive():
             match statement:
                 case Offer(job):
                     self._requested -= 1
-                    self._add(job)
+                    self._jobs[job.number] = JobRecord(job, RetryState(self._failures, job.attempts_before))
                     self._handle(m.Arrived(job.number))
                 case Exhausted():
                     self._handle(m.NoMore())
                 case Stop():
-                    self.stop()
+                    self._handle(m.StopAsked())
                 case Withdrawn(number, why, pruned):
                     if pruned and number in self._jobs:
                         self._jobs[number].pruned = True
@@ -369,8 +350,7 @@ class JobLoop:
     def _forget_in_child(self) -> None:
         """Close, in a forked server, what belongs to the node alone: leases, tickets and channels."""
         self._queue.close_in_child()
-        if self._source is not None:
-            self._source.close_in_child()
+        self._source.close_in_child()
         for run in self._runs():
             run.process.close()
         self._selector.close()
@@ -417,8 +397,7 @@ class JobLoop:
     def _heard(self, number: int, run: JobRun, message: object) -> None:
         match message:
             case messages.JobMessage(what):
-                if self._source is not None:
-                    self._source.on_message(number, what)
+                self._source.on_message(number, what)
             case messages.ResultWritten() | messages.ResultLost():
                 run.note_result(message)
             case _:
@@ -587,8 +566,7 @@ class JobLoop:
         self._stimuli.append(m.GiveUp(problem))
 
     def _go(self, number: int) -> None:
-        if self._source is not None:
-            self._source.tick()  # the head may have ended and so freed the devices; this then ends the node
+        self._source.tick()  # the head may have ended and so freed the devices; this then ends the node
         record = self._jobs[number]
         run = record.attempt
         run.started = self._clock()
@@ -600,8 +578,8 @@ class JobLoop:
             how.cpus(run.devices, frozenset(os.sched_getaffinity(0))),
         )
         lease = () if run.lease is None else (run.lease.fileno(),)
-        if self._source is not None:  # before the grant: the job may send messages to its source at once
-            self._source.started(record.job, run.devices, run.log)
+        # Before the grant: the job may send messages to its source at once.
+        self._source.started(record.job, run.devices, run.log)
         self._tell(number, lambda process: process.grant(grant, lease))
         self._checkpoint("granted")
         self._progress.handle(JobStarted(run.started, number, record.job.label, run.devices, run.log, run.pid))
@@ -681,12 +659,10 @@ class JobLoop:
             self._notify(f"{name} left processes behind, which were ended: {_some(left_behind)}")
         self._checkpoint("concluded")
         record.reset()
-        if self._source is None:
-            record.result = result
-        else:  # a source may have any number of jobs, so nothing is kept about those that have ended
-            self._source.ended(result)
-            del self._jobs[result.number]
-            self._machine.forget(result.number)
+        self._source.ended(result)
+        # A source may have any number of jobs, so nothing is kept about those that have ended.
+        del self._jobs[result.number]
+        self._machine.forget(result.number)
         if failed:
             self._count_failure()
 

@@ -100,11 +100,6 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class RunStarted:
-    """The run begins. The first stimulus."""
-
-
-@dataclass(frozen=True, slots=True)
 class Arrived:
     """One more job arrived. If no more jobs are started, it is concluded at once."""
 
@@ -184,20 +179,7 @@ class Tick:
     """Time passed."""
 
 
-Stimulus = (
-    RunStarted
-    | Arrived
-    | NoMore
-    | Cancel
-    | Prepared
-    | LeaseGranted
-    | Exited
-    | Retry
-    | ServerLost
-    | GiveUp
-    | StopAsked
-    | Tick
-)
+Stimulus = Arrived | NoMore | Cancel | Prepared | LeaseGranted | Exited | Retry | ServerLost | GiveUp | StopAsked | Tick
 
 # Instructions
 
@@ -321,14 +303,15 @@ class _Job:
 
 
 class Machine:
-    """The jobs of one sweep, numbered as given."""
+    """The jobs of one sweep."""
 
-    def __init__(self, numbers: list[int], limits: Limits, *, more: bool = False) -> None:
-        """Take the jobs that are known. `more`: whether others may arrive until NoMore."""
+    def __init__(self, limits: Limits) -> None:
+        """Begin without jobs."""
         self._limits = limits
-        self._more = more
-        self._jobs = {number: _Job() for number in numbers}
-        self._queue = deque(numbers)
+        self._more = True
+        """Whether more jobs may arrive."""
+        self._jobs: dict[int, _Job] = {}
+        self._queue: deque[int] = deque()
         self._after_all: deque[int] = deque()
         """Jobs to retry after all others. Used while others may still arrive."""
         self._live: set[int] = set()
@@ -338,7 +321,7 @@ class Machine:
         self._given_up: str | None = None
         self._kill_at: float | None = None
         self._now = 0.0
-        self._stimulus: Stimulus = RunStarted()
+        self._stimulus: Stimulus = Tick()
         """The stimulus that is being handled, for the stories."""
 
     @property
@@ -411,9 +394,9 @@ class Machine:
         return tuple(self._jobs[number].story)
 
     def forget(self, number: int) -> None:
-        """Delete what is known about a job that has been concluded or never arrived."""
+        """Delete what is known about a job that has been concluded."""
         assert number not in self._live
-        self._jobs.pop(number, None)
+        del self._jobs[number]
 
     def handle(self, stimulus: Stimulus, now: float) -> list[Instruction]:
         """Take note of what happened, and return what to do, in this order.
@@ -422,8 +405,6 @@ class Machine:
         """
         self._now, self._stimulus = now, stimulus
         match stimulus:
-            case RunStarted():
-                return self._fill(now)
             case Arrived(number):
                 return self._arrived(number, now)
             case NoMore():

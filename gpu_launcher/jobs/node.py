@@ -196,7 +196,7 @@ class Node:
         )
         cleanup.callback(queue.close)
         return JobLoop(
-            [],
+            link,
             limits=most,
             server=server,
             queue=queue,
@@ -209,7 +209,6 @@ class Node:
             title=lambda job: one_line(f"#{job.number} {command} {job.label}".rstrip()),
             device_environment=replace(options.device_environment, by_uuid=selection.by_uuid),
             failures=options.failures,
-            source=link,
             cap=options.cap,
         )
 

@@ -11,9 +11,9 @@ import random
 import select
 import socket
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from signal import SIGKILL
 from tempfile import TemporaryDirectory
@@ -30,7 +30,8 @@ from gpu_launcher.jobs.events import Event, JobEnded, JobStarted, Outcome
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.loop import MAX_SERVERS_LOST, JobLoop
 from gpu_launcher.jobs.machine import Limits
-from gpu_launcher.model import Owner, Request
+from gpu_launcher.jobs.source import Exhausted, Offer, Statement, Stop
+from gpu_launcher.model import Device, Owner, Request
 from gpu_launcher.processes.fork_server_client import SUPERVISOR_DIED, JobProcess, Lost
 from gpu_launcher.processes.messages import (
     Assignment,
@@ -214,6 +215,56 @@ class FakeServer:
         self._end.close()
 
 
+class ListSource:
+    """Offers the jobs of a list as they are wanted, and keeps their results."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self._left = deque(jobs)
+        self._statements: list[Statement] = []
+        self._ready = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.offered: list[int] = []
+        self.results: dict[int, JobResult] = {}
+
+    def say(self, statement: Statement) -> None:
+        self._statements.append(statement)
+        os.eventfd_write(self._ready, 1)
+
+    def fileno(self) -> int:
+        return self._ready
+
+    def receive(self) -> list[Statement]:
+        os.eventfd_read(self._ready)
+        statements, self._statements = self._statements, []
+        return statements
+
+    def request_jobs(self, count: int) -> None:
+        for _ in range(min(count, len(self._left))):
+            job = self._left.popleft()
+            self.offered.append(job.number)
+            self.say(Offer(job))
+        if not self._left:
+            self.say(Exhausted())
+
+    def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
+        pass
+
+    def on_message(self, number: int, what: object) -> None:
+        raise AssertionError(f"job {number} says {what}")
+
+    def ended(self, result: JobResult) -> None:
+        assert result.number not in self.results, f"job {result.number} has two results"
+        self.results[result.number] = result
+
+    def tick(self) -> None:
+        pass
+
+    def close_in_child(self) -> None:
+        raise AssertionError("nothing is forked")
+
+    def close(self) -> None:
+        os.close(self._ready)
+
+
 class Baton:
     """Lets one sweep's thread run until it hands the baton back."""
 
@@ -245,7 +296,6 @@ class Sweep:
         self.stopped = False
         self.started: Counter[int] = Counter()
         self.ended: list[JobEnded] = []
-        self.results: list[JobResult] | None = None
         self.error: BaseException | None = None
         self.going = True
         self.server = FakeServer(world, self)
@@ -254,9 +304,11 @@ class Sweep:
         self.queue = RequestQueue(
             DEVICES, self.ledger, busy_memory=None, tell=lambda text: None, clock=lambda: world.now
         )
+        self.source = ListSource([Job(number, f"n={number}", None) for number in range(len(wants))])
+        limits = Limits(parallel, 2, ahead=world.chance.randint(1, 4), preparing=2, grace=5.0)
         self.loop = JobLoop(
-            [Job(number, f"n={number}", None) for number in range(len(wants))],
-            limits=Limits(parallel, 2, ahead=world.chance.randint(1, 4), preparing=2, grace=5.0),
+            self.source,
+            limits=replace(limits, at_once=len(DEVICES), listed=world.chance.random() < 0.5),
             server=self.server,
             queue=self.queue,
             owner=lambda job: Owner(1, "ada", f"#{job.number}"),
@@ -271,18 +323,19 @@ class Sweep:
     def _run(self) -> None:
         self.baton.wait()
         try:
-            self.results = self.loop.run()
+            self.loop.run()
         except BaseException as error:
             self.error = error
         self.going = False
         self.server.close()
         self.queue.close()
+        self.source.close()
         self.directory.cleanup()
         self.baton.hand_back()
 
     def stop(self) -> None:
         self.stopped = True
-        self.loop.stop()
+        self.source.say(Stop())
 
     def handle(self, event: Event) -> None:
         match event:
@@ -301,10 +354,12 @@ class Sweep:
     def check(self) -> None:
         if self.error is not None:
             raise self.error
-        assert [result.number for result in self.results] == list(range(len(self.wants)))
-        assert sorted(event.number for event in self.ended) == list(range(len(self.wants)))
+        numbers = list(range(len(self.wants)))
+        assert self.source.offered == numbers[: len(self.source.offered)], "they are offered in order"
+        assert sorted(self.source.results) == sorted(event.number for event in self.ended) == self.source.offered
+        assert self.source.offered == numbers or self.stopped or self.servers_lost > 1, "only who gives up leaves some"
         assert self.started == self.ran or self.servers_lost or self.accidents or self.stopped
-        for result in self.results:
+        for result in self.source.results.values():
             self._check(result)
 
     def _check(self, result: JobResult) -> None:
@@ -414,5 +469,5 @@ def check_history(seed: int) -> None:
     world.end()
 
 
-def test_sweeps_on_one_pool_never_share_a_device_and_bring_every_job_to_one_result_in_order():
+def test_sweeps_on_one_pool_never_share_a_device_and_bring_every_job_to_one_result():
     check_history()

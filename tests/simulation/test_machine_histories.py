@@ -36,8 +36,8 @@ class Histories(RuleBasedStateMachine):
         self.devices = devices
         self.limits = Limits(parallel, without_devices, ahead, preparing, grace, at_once=devices)
         self.jobs = list(range(jobs))
-        self.machine = Machine(self.jobs, self.limits, more=more)
-        self.more = more
+        self.machine = Machine(self.limits)
+        self.more = True
         """Whether others may arrive."""
         self.cancelled: dict[int, float] = {}
         """Jobs that nobody wants any more, and since when."""
@@ -58,7 +58,10 @@ class Histories(RuleBasedStateMachine):
         self.stopped_at: float | None = None
         self.kill_at: float | None = None
         self.given_up = False
-        self.follow(m.RunStarted())
+        for number in self.jobs:
+            self.follow(m.Arrived(number))
+        if not more:
+            self.no_more_will_arrive()
 
     def follow(self, stimulus):
         for instruction in self.machine.handle(stimulus, self.now):

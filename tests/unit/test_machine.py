@@ -23,8 +23,10 @@ def limits(**changes: object) -> Limits:
 
 
 def begun(jobs: int, **changes: object) -> Machine:
-    machine = Machine(list(range(jobs)), limits(**changes))
-    machine.handle(m.RunStarted(), 0.0)
+    machine = Machine(limits(**changes))
+    for number in range(jobs):
+        machine.handle(m.Arrived(number), 0.0)
+    machine.handle(m.NoMore(), 0.0)
     return machine
 
 
@@ -39,20 +41,21 @@ def running(jobs: int, **changes: object) -> Machine:
 
 
 def test_a_sweep_of_no_jobs_is_finished_at_once():
-    machine = Machine([], limits())
-    assert machine.handle(m.RunStarted(), 0.0) == []
+    machine = Machine(limits())
+    assert machine.handle(m.NoMore(), 0.0) == []
     assert machine.finished
 
 
 def test_jobs_start_in_order_as_far_as_the_look_ahead_allows():
-    machine = Machine([7, 8, 9], limits(ahead=2))
-    assert machine.handle(m.RunStarted(), 0.0) == [m.StartProcess(7), m.StartProcess(8)]
+    machine = Machine(limits(ahead=2))
+    instructions = [machine.handle(m.Arrived(number), 0.0) for number in (7, 8, 9)]
+    assert instructions == [[m.StartProcess(7)], [m.StartProcess(8)], []]
     assert [machine.phase(number) for number in (7, 8, 9)] == [Phase.PREPARING, Phase.PREPARING, Phase.QUEUED]
 
 
 def test_no_more_jobs_prepare_themselves_at_once_than_there_are_cpus_for():
-    machine = Machine([0, 1, 2], limits(ahead=3, preparing=1))
-    assert machine.handle(m.RunStarted(), 0.0) == [m.StartProcess(0)]
+    machine = begun(3, ahead=3, preparing=1)
+    assert machine.phase(1) is Phase.QUEUED
     assert machine.handle(m.Prepared(0, ONE), 0.0) == [m.TakeTicket(0, ONE), m.StartProcess(1)]
 
 
@@ -282,8 +285,7 @@ def test_a_job_that_wants_what_may_be_long_in_coming_goes_after_the_others_and_n
 
 
 def test_a_machine_without_jobs_wants_as_many_as_can_run_and_be_prepared():
-    machine = Machine([], limits(preparing=2, at_once=8), more=True)
-    machine.handle(m.RunStarted(), 0.0)
+    machine = Machine(limits(preparing=2, at_once=8))
     assert machine.wanted == 2
     assert not machine.finished
     machine.handle(m.Arrived(5), 0.0)
@@ -291,7 +293,7 @@ def test_a_machine_without_jobs_wants_as_many_as_can_run_and_be_prepared():
 
 
 def test_one_job_that_waits_for_devices_is_ahead_enough_for_a_few():
-    machine = Machine([], limits(at_once=7), more=True)
+    machine = Machine(limits(at_once=7))
     machine.handle(m.Arrived(0), 0.0)
     assert machine.handle(m.Prepared(0, ONE), 0.0) == [m.TakeTicket(0, ONE)]
     assert machine.wanted == 0
@@ -300,7 +302,7 @@ def test_one_job_that_waits_for_devices_is_ahead_enough_for_a_few():
 
 
 def test_where_many_run_two_are_ahead():
-    machine = Machine([], limits(at_once=8), more=True)
+    machine = Machine(limits(at_once=8))
     machine.handle(m.Arrived(0), 0.0)
     machine.handle(m.Prepared(0, ONE), 0.0)
     assert machine.wanted == 1
@@ -309,7 +311,7 @@ def test_where_many_run_two_are_ahead():
 
 
 def test_with_all_devices_busy_one_more_job_is_wanted():
-    machine = Machine([], limits(at_once=1), more=True)
+    machine = Machine(limits(at_once=1))
     machine.handle(m.Arrived(0), 0.0)
     machine.handle(m.Prepared(0, ONE), 0.0)
     machine.handle(m.LeaseGranted(0), 0.0)
@@ -319,7 +321,7 @@ def test_with_all_devices_busy_one_more_job_is_wanted():
 
 
 def test_the_sweep_is_over_when_no_more_jobs_arrive_and_the_last_has_ended():
-    machine = Machine([], limits(), more=True)
+    machine = Machine(limits())
     machine.handle(m.Arrived(0), 0.0)
     machine.handle(m.NoMore(), 0.0)
     assert not machine.finished
@@ -349,8 +351,7 @@ def test_a_job_that_is_cancelled_before_it_runs_never_does():
 def test_a_job_that_only_the_cap_keeps_waiting_is_known():
     machine = running(2, parallel=2)
     assert machine.capped is None, "no other job waits"
-    machine = Machine([0, 1], limits(parallel=1))
-    machine.handle(m.RunStarted(), 0.0)
+    machine = begun(2, parallel=1)
     machine.handle(m.Prepared(0, ONE), 0.0)
     assert machine.capped is None, "the first one's ticket is out"
     machine.handle(m.LeaseGranted(0), 0.0)
@@ -364,22 +365,21 @@ def test_a_job_that_only_the_cap_keeps_waiting_is_known():
 def test_without_a_cap_no_job_is_capped():
     machine = running(1)
     assert machine.capped is None
-    machine = Machine([0, 1], limits(without_devices=1))
-    machine.handle(m.RunStarted(), 0.0)
+    machine = begun(2, without_devices=1)
     for number in (0, 1):
         machine.handle(m.Prepared(number, Request(0)), 0.0)
     assert machine.capped is None
 
 
 def test_job_that_arrives_after_a_stop_is_concluded_at_once():
-    machine = Machine([], limits(), more=True)
+    machine = Machine(limits())
     machine.handle(m.StopAsked(), 0.0)
     assert machine.handle(m.Arrived(0), 1.0) == [m.Conclude(0, stopped=True, problem=None)]
     assert machine.finished
 
 
 def test_job_that_arrives_after_giving_up_is_concluded_with_the_reason():
-    machine = Machine([], limits(), more=True)
+    machine = Machine(limits())
     machine.handle(m.GiveUp("was not run: no pool"), 0.0)
     assert machine.handle(m.Arrived(0), 1.0) == [m.Conclude(0, stopped=False, problem="was not run: no pool")]
 
