@@ -1,1 +1,1 @@
-"""How requests become leases: the queue of a process's requests, the watch over devices, the lease in users' hands."""
+"""Turns requests into leases: a process's queue of requests, the watch over devices, and the lease that users get."""

@@ -1,4 +1,4 @@
-"""Judges by measurements which devices must not be granted now, and which ones are the better choice."""
+"""Decides from measurements which devices must not be granted now, and which ones to prefer."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _log = get_logger("allocation.device_watch")
 WAITING_INTERVAL = 1.0
 """Seconds between two measurements of the devices while a request waits."""
 IDLE_INTERVAL = 5.0
-"""Seconds between two measurements while no request waits, which serve only to notice a broken device."""
+"""Seconds between two measurements while no request waits. They serve only to notice a broken device."""
 
 
 class DeviceWatch:
-    """The devices' last conditions from a ConditionMonitor, and which devices are unavailable. Never blocks."""
+    """Keeps the devices' last conditions from a ConditionMonitor, and judges which are unavailable. Never blocks."""
 
     def __init__(
         self,
@@ -61,19 +61,19 @@ class DeviceWatch:
         self._asked = float("-inf")
         self._released: dict[str, float] = {}
         self.unavailable: dict[str, str] = {}
-        """Why a device must not be granted now, by its UUID: a reason that continues `GPU 1 ...`."""
+        """The reason why a device must not be granted now, by UUID. It continues `GPU 1 ...`."""
         self.faults: dict[str, str] = {}
-        """Why a device is set aside as broken, by its UUID. Part of `unavailable`."""
+        """The reason why a device is set aside as broken, by UUID. Part of `unavailable`."""
         self.problem: str | None = None
-        """Why nothing is known of the devices; None if they could be measured. They are granted nevertheless."""
+        """The reason why the devices could not be measured; None if they could. They are granted nevertheless."""
 
     def fileno(self) -> int:
-        """Readable when `receive` should be called."""
+        """A descriptor that is readable when `receive` should be called."""
         return self._monitor.fileno()
 
     @property
     def seen(self) -> float | None:
-        """When the last completed measurement began; None before the first."""
+        """The time when the last completed measurement began; None before the first."""
         return None if self._monitor.latest is None else self._monitor.latest.asked
 
     @property
@@ -88,7 +88,7 @@ class DeviceWatch:
 
     @property
     def preference(self) -> DevicePreference:
-        """The order in which to choose devices: the least loaded first; for several devices, their connections."""
+        """The preference among devices: the least loaded first; for several devices, also their connections."""
         ranking = tuple(device.uuid for device in by_load(self._devices, self._levels))
         return DevicePreference(ranking, self._links.between if self._links.pairs else None)
 
@@ -107,13 +107,13 @@ class DeviceWatch:
             self._take(self._monitor.latest)
 
     def receive(self) -> None:
-        """Process the answer of the monitor, if there is one."""
+        """Process the monitor's answer, if there is one."""
         reading = self._monitor.receive()
         if reading is not None:
             self._take(reading)
 
     def released(self, uuids: Collection[str], now: float) -> None:
-        """Ignore measurements of devices from before our lease ended, because they show our own job."""
+        """Ignore measurements of these devices from before `now`, when our lease ended: they show our own job."""
         for uuid in uuids:
             self._released[uuid] = now
             if uuid not in self.faults:
@@ -153,7 +153,7 @@ class DeviceWatch:
     def _why_busy(self, device: Device, condition: Condition, pool: PoolView) -> str | None:
         holds = uses_of(device, pool)
         if any(hold.whole for hold in holds):
-            return None  # the device is wholly leased and thus not available anyway
+            return None  # the whole device is leased, so it is unavailable anyway
         owners = owners_of(pool, holds, self._exists)
         return why_busy(
             condition,
@@ -167,8 +167,8 @@ class DeviceWatch:
 def links_among(devices: tuple[Device, ...], request: Request | None = None) -> Links | None:
     """The connections of the GPUs; None if they cannot matter.
 
-    They matter if there is a choice: at least two GPUs and, if `request` is given, fewer than all but more than one
-    device requested.
+    They matter only if there is a choice: there are at least two GPUs, and the `request`, if given, is for more than
+    one device but not for all.
     """
     if request is not None and not 1 < request.gpus < len(devices):
         return None

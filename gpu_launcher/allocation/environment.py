@@ -10,7 +10,7 @@ from gpu_launcher.devices import cpus_near, environment
 from gpu_launcher.model import MILLIONTHS, Device, Share
 
 FRACTION = "GPU_LAUNCHER_MEMORY_FRACTION"
-"""Variable that holds the fraction of its devices' memory that a job may use, between 0 and 1."""
+"""Name of the variable with the fraction of its devices' memory that a job may use, between 0 and 1."""
 _TORCH = "PYTORCH_CUDA_ALLOC_CONF"
 _TORCH_NEWER = "PYTORCH_ALLOC_CONF"
 _TORCH_FRACTION = "per_process_memory_fraction"
@@ -20,14 +20,14 @@ _JAX_NEWER = "XLA_CLIENT_MEM_FRACTION"
 
 @dataclass(frozen=True, slots=True)
 class DeviceEnvironment:
-    """How devices are named and limited in the environment of jobs."""
+    """Settings for the environment of jobs: how it names and limits their devices."""
 
     by_uuid: bool = False
-    """Name devices by UUID instead of index."""
+    """Whether devices are named by UUID instead of index."""
     enforce_memory: bool = False
-    """Make torch and JAX limit themselves to the job's fraction of the memory."""
+    """Whether PyTorch and JAX are limited to the job's fraction of the memory."""
     pin_cpus: bool = False
-    """Pin jobs to the CPUs near their devices."""
+    """Whether jobs are pinned to the CPUs near their devices."""
 
     def variables(
         self, devices: Sequence[Device], shares: Mapping[str, Share], inherited: Mapping[str, str]
@@ -43,14 +43,14 @@ class DeviceEnvironment:
         return variables
 
     def cpus(self, devices: Sequence[Device], allowed: frozenset[int]) -> frozenset[int] | None:
-        """The CPUs of `allowed` to pin the job to; None not to pin it."""
+        """The CPUs among `allowed` to which to pin the job; None not to pin it."""
         return cpus_near(devices, allowed) if self.pin_cpus else None
 
 
 def _for_torch(fraction: str, inherited: Mapping[str, str]) -> dict[str, str]:
-    """Options for torch, added to the user's own.
+    """The options for PyTorch, added to the user's own.
 
-    If the user sets the newer name, both names are set, because torch reads one of them, depending on its version.
+    If the user sets the newer name, both names are set, because each version of PyTorch reads one of them.
     """
     newer = inherited.get(_TORCH_NEWER)
     names = (_TORCH,) if newer is None else (_TORCH, _TORCH_NEWER)
@@ -63,7 +63,7 @@ def _with_fraction(options: str, fraction: str) -> str:
 
 
 def _for_jax(fraction: str, inherited: Mapping[str, str]) -> dict[str, str]:
-    """The option for JAX, by the name that the user sets. JAX rejects both (`generate_pjrt_gpu_plugin_options`)."""
+    """The option for JAX, under the name that the user sets. JAX rejects both (`generate_pjrt_gpu_plugin_options`)."""
     return {_JAX_NEWER if inherited.get(_JAX_NEWER) else _JAX: fraction}
 
 

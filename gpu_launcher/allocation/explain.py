@@ -15,14 +15,14 @@ from gpu_launcher.wording import device_names
 
 MAX_REASONS = 3
 MAX_COMMAND = 60
-"""Most characters shown of a command."""
+"""Maximum number of characters shown of a command."""
 MINE = "this program: release the lease first"
 OUTER = "this job itself until it ends: leave devices for the jobs that it starts, or start them with gpus=0"
 
 
 @dataclass(frozen=True, slots=True)
 class WaitReason:
-    """Why a request waits, not counting its own program's leases."""
+    """The reason why a request waits, without its own program's leases."""
 
     reason: str
     """The reason in words; empty if only its own program is in the way."""
@@ -39,11 +39,11 @@ def explain_wait(
     mine: Collection[str] = (),
     program: int | None = None,
 ) -> WaitReason:
-    """Say who holds, or is in line for, the devices that `ticket` waits for, and why they are `unavailable`.
+    """Say who holds or waits earlier for the devices that `ticket` waits for, and why they are `unavailable`.
 
     Leases and tickets with ids in `own` are ignored. Leases with ids in `mine` are held by the program for other work.
     If `program` is itself a job, it got its lease from another process and cannot release it. At most `most` reasons
-    are named. Without a ticket, all waiting tickets count as ahead.
+    are listed. Without a ticket, all waiting tickets count as ahead.
     """
     others = [lease for lease in pool.leases if lease.id not in own]
     jobs = Counter(_program(lease.owner) for lease in others)
@@ -79,14 +79,14 @@ def explain_wait(
 
 
 def _name(owner: Owner | None) -> str:
-    """A user and a command, such as `anna (train.py)`. Long commands are cut in the middle."""
+    """Format a user and a command as `anna (train.py)`. Long commands are cut in the middle."""
     if owner is None:
         return "somebody"
     return f"{owner.user} ({middle_cut(owner.command, MAX_COMMAND)}{', suspended' if owner.suspended else ''})"
 
 
 def _since(when: float | None) -> str:
-    """The time of day, not a duration, which would change the text every minute."""
+    """Format a time of day. A duration would change the text every minute."""
     if when is None:
         return ""
     try:
@@ -98,12 +98,12 @@ def _since(when: float | None) -> str:
 
 
 def _program(owner: Owner | None) -> str:
-    """The name of a program without the number and overrides of its job, so that it is the same for a whole sweep."""
+    """Format a user and a program, without the job's number and overrides. All jobs of a sweep share it."""
     return _name(owner and replace(owner, command=owner.command.partition(" #")[0]))
 
 
 def describe_request(request: Request, devices: Iterable[Device]) -> str:
-    """A request in words, such as `2 GPUs`, `0.5 of a GPU`, `20 GiB of a GPU` or `1 CPU slot`."""
+    """Format a request in words: `2 GPUs`, `0.5 of a GPU`, `20 GiB of a GPU` or `1 CPU slot`."""
     kinds = {device.kind for device in devices}
     noun = "CPU slot" if kinds == {DeviceKind.CPU} else "GPU"
     memory = show_memory(request.share.memory) if request.share.memory else ""

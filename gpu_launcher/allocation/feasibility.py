@@ -13,7 +13,7 @@ from gpu_launcher.wording import device_names
 
 
 def refusal(request: Request, devices: tuple[Device, ...]) -> str | None:
-    """Why `devices` could never satisfy a request, as a phrase that continues `the request is`; None if they could."""
+    """The reason why `devices` could never satisfy a request, continuing `the request is`; None if they could."""
     try:
         return leases.refusal(request, combinable(devices, request.gpus))
     except RequestError as error:
@@ -21,7 +21,7 @@ def refusal(request: Request, devices: tuple[Device, ...]) -> str | None:
 
 
 def refuse(request: Request, devices: tuple[Device, ...], spell: Callable[[str], str] = str) -> None:
-    """Raise OptionError if `devices` could never satisfy a request. `spell` gives the user's name of an option."""
+    """Raise OptionError if `devices` could never satisfy a request. `spell` gives the user's name for an option."""
     problem = refusal(request, devices)
     if problem is not None:
         labels = device_names(devices)

@@ -1,4 +1,4 @@
-"""Calls brokers around a fork of their process: they finish their work before it and start again in the child."""
+"""Calls lease brokers around a fork of their process, to finish before it and to start again in the child."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ForkListener(Protocol):
     """An object that is called around forks."""
 
     def before_fork(self) -> bool:
-        """Finish and lock, so that the child inherits a consistent state. Returns whether to call `after_fork`."""
+        """Finish and lock, so that the child inherits a consistent state. Return whether to call `after_fork`."""
 
     def after_fork(self) -> None:
         """Unlock. Called in the parent."""
@@ -31,7 +31,7 @@ _forking = threading.local()
 
 
 def register(listener: ForkListener) -> None:
-    """Call `listener` around forks, as long as it is referenced."""
+    """Call `listener` around forks as long as it is referenced."""
     with _registry:
         _known[next(_serial)] = listener
 

@@ -1,4 +1,4 @@
-"""`Lease`: the lease that a user's program gets, and its application to that program's environment."""
+"""The class `Lease` that users' programs get, and its effect on the program's own environment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Lease:
     """The right to use `devices`, from the grant until `release` or the end of its `with` block.
 
     A lease also stays alive while another process has a copy of its descriptor. Forked children have one; other
-    subprocesses get one by `pass_fds`. The devices are free when `release` was called and those processes have ended.
+    subprocesses get one by `pass_fds`. The devices are free once `release` was called and those processes have ended.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class Lease:
         self._give_back = give_back
         self._device_environment = device_environment
         self._released = False
-        # Not __del__: it would swallow an exception from a signal handler, even at the end of every `with` block.
+        # __del__ is not used: it would swallow an exception from a signal handler, even at the end of any `with` block.
         self._finalizer = weakref.finalize(self, _forgotten, held, give_back, device_names(devices))
         self._finalizer.atexit = False
 
     @property
     def released(self) -> bool:
-        """Whether this process has released it."""
+        """Whether this process has released the lease."""
         return self._released or (self._held is not None and not self._held.held)
 
     def environment(self, base: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -58,7 +58,7 @@ class Lease:
         return {**base, **self._variables(base)}
 
     def apply(self) -> None:
-        """Make this process use exactly these devices, by setting `environment` in `os.environ` until `release`.
+        """Make this process use exactly these devices: set `environment` in `os.environ` until `release`.
 
         Raises ApplyError if CUDA is already initialised, or if an applied lease of other devices is still held. Raises
         ValueError after `release`.
@@ -131,10 +131,10 @@ def _forgotten(held: HeldLease | None, give_back: Callable[[HeldLease], None], n
 
 
 class _Application:
-    """The environment variables that an applied lease has set. There is one instance per process."""
+    """The environment variables that the applied lease has set. There is one instance per process."""
 
     def __init__(self) -> None:
-        # Reentrant, because the garbage collector may finalize a lease anywhere.
+        # Reentrant, because the garbage collector may finalize a lease at any point.
         self._lock = threading.RLock()
         self._lease: weakref.ref[Lease] | None = None
         self._set: dict[str, str] = {}
@@ -171,7 +171,7 @@ class _Application:
     def _undo(self) -> None:
         for name, before in self._before.items():
             if os.environ.get(name) != self._set.get(name):
-                continue  # the program has set the variable since
+                continue  # the program has changed the variable since
             if before is None:
                 del os.environ[name]
             else:

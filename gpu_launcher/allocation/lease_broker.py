@@ -36,14 +36,14 @@ T = TypeVar("T")
 
 
 class LeaseBroker:
-    """Gets leases for threads and tasks. Thread-safe. In a forked child it starts again, and keeps the held leases."""
+    """Gets leases for threads and tasks. Thread-safe. In a forked child, it starts again and keeps the held leases."""
 
     def __init__(
         self, open_queue: Callable[[Callable[[str], None]], RequestQueue], tell: Callable[[str], None]
     ) -> None:
-        """`open_queue` is called for the first request, with a function that takes notices.
+        """Call `open_queue` for the first request, with a function that takes notices.
 
-        `tell` gets these notices once the guard is left, because it may run the user's code.
+        `tell` gets these notices only after the guard is left, because it may run the user's code.
         """
         self._open_queue = open_queue
         self._tell = tell
@@ -57,7 +57,7 @@ class LeaseBroker:
     def _begin(self) -> None:
         self._process = os.getpid()
         self.preparing = threading.Lock()
-        """Held while the devices are read, which is slow and happens once, before the queue is opened."""
+        """A lock for reading the devices, which is slow and happens once, before the queue is opened."""
         self._lock = threading.Lock()
         self._holder: int | None = None
         """The thread that holds the lock."""
@@ -74,9 +74,9 @@ class LeaseBroker:
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """Keep all other threads from the queue. Signal handlers and notices are delayed until the end."""
+        """Exclude all other threads from the queue. Signal handlers and notices are delayed until the block ends."""
         if os.getpid() != self._process:
-            self.in_child()  # a fork that Python's hooks did not see
+            self.in_child()  # after a fork that did not run Python's hooks
         with uninterrupted() as signals:
             while not self._lock.acquire(timeout=0.1):
                 signals.handle()
@@ -95,7 +95,7 @@ class LeaseBroker:
             finally:
                 self._holder = None
                 self._lock.release()
-            # Act on notes made in between, unless another thread has taken the lock and will do so.
+            # Act on notes made in the meantime, unless another thread has taken the lock and will do so.
             if not (self._returned or self._orphans) or not self._lock.acquire(blocking=False):
                 return
             self._holder = threading.get_ident()
@@ -121,7 +121,7 @@ class LeaseBroker:
         try:
             return queue.enter(request, owner, wake, limit=limit)
         except PoolDirectoryError:
-            if queue.idle:  # the directory may be created again, which this queue would not notice
+            if queue.idle:  # if the directory is created again, this queue would not notice
                 self._shut()
             raise
 
@@ -136,9 +136,9 @@ class LeaseBroker:
     # Getting leases
 
     def wait(self, request: Request, owner: Owner, limit: float, make: Callable[[HeldLease], T]) -> T:
-        """Wait in this thread for at most `limit` seconds, and return the result of `make` for the lease.
+        """Wait in this thread for at most `limit` seconds, and return the object that `make` creates for the lease.
 
-        That object must have a finalizer that releases the lease. Raises LeaseTimeout, RequestError,
+        The object must have a finalizer that releases the lease. Raises LeaseTimeout, RequestError,
         PoolDirectoryError, ValueError if the pool is closed, and GpuLauncherError if it is closed during the wait.
         """
         waiter, handle = ThreadWaiter(), RequestHandle(self.leave)
@@ -189,7 +189,7 @@ class LeaseBroker:
             waiter.close()
 
     async def wait_in_loop(self, request: Request, owner: Owner, limit: float, make: Callable[[HeldLease], T]) -> T:
-        """Wait in this task, like `wait` in a thread. When cancelled, it leaves the queue at once."""
+        """Wait in this task, as `wait` does in a thread. If the task is cancelled, it leaves the queue at once."""
         waiter = TaskWaiter(asyncio.get_running_loop())
         handle = RequestHandle(self.leave)
         reference = weakref.ref(handle)
@@ -226,7 +226,7 @@ class LeaseBroker:
                         del self._loops[waiter.loop]
 
     def _attend_or_pause(self, queue: RequestQueue, pending: PendingRequest, *, attend: bool) -> float:
-        """Attend if `attend` is set or the request's time is over; return how long to sleep, in seconds."""
+        """Attend if `attend` is true or the request's time is over. Return how many seconds to sleep."""
         left = queue.seconds_left(pending)
         if attend or left <= 0:
             queue.attend()
@@ -242,7 +242,7 @@ class LeaseBroker:
     def _wake_task(self, waiter: TaskWaiter, handle: RequestHandle | None) -> None:
         try:
             waiter.wake()
-        except RuntimeError:  # its event loop is closed, so the task will never take the lease
+        except RuntimeError:  # the event loop is closed, so the task will never take the lease
             if handle is not None:
                 self._orphans.append(handle.pending)
 
@@ -269,7 +269,7 @@ class LeaseBroker:
         return made
 
     def leave(self, pending: PendingRequest) -> None:
-        """Give up a request or the lease that it got. Idempotent."""
+        """Give up a request, or the lease that it got. Idempotent."""
         if self._holder == threading.get_ident() and self._process == os.getpid():
             self._orphans.append(pending)
             return
@@ -280,7 +280,7 @@ class LeaseBroker:
     # Releasing leases
 
     def give_back(self, lease: HeldLease) -> None:
-        """Release a lease, and serve requests of this process that wait. Idempotent."""
+        """Release a lease, and serve waiting requests of this process. Idempotent."""
         if self._holder == threading.get_ident() and self._process == os.getpid():
             self._returned.append(lease)
             return
@@ -292,7 +292,7 @@ class LeaseBroker:
         if self._queue is not None and self._queue.holds(lease):
             self._queue.release(lease)
         elif (descriptor := lease.detach()) >= 0:
-            os.close(descriptor)  # a lease of the process that this one was forked from
+            os.close(descriptor)  # a lease from the process that forked this one
 
     @property
     def in_use(self) -> bool:
@@ -323,7 +323,7 @@ class LeaseBroker:
         self._unlock()
 
     def in_child(self) -> None:
-        """Start again in a forked child: drop all requests, and keep the held leases, except in internal helpers."""
+        """Start again in a forked child: drop all requests but keep the held leases, except in internal helpers."""
         self._process, self._holder = os.getpid(), threading.get_ident()
         queue, self._queue = self._queue, None
         keep = set() if in_internal_fork() else set(self._out)

@@ -3,12 +3,13 @@
 Theory of operation. Requests of many threads, tasks or jobs wait at once. The queue has no thread of its own. Each
 request has a ticket in the pool's ledger. A waiter calls `attend` when one of `descriptors` is readable, and after
 `patience` seconds in any case. One call serves all requests of the queue, so one caller at a time is enough. `attend`
-reads the news of the ledger and the device monitor, has the devices measured again if the last measurement is too old,
-claims leases in the order of the machine-wide queue, fails requests whose time limit is over, and says for whom the
-others wait. It never blocks for long: another process measures the devices, and an unsuccessful claim needs no lock.
+reads what is new in the ledger and from the device monitor, has the devices measured again if the last measurement is
+too old, claims leases in the order of the machine-wide queue, fails requests whose time limit is over, and says whom
+the others wait for. It never blocks for long, because another process measures the devices and an unsuccessful claim
+needs no lock.
 
-Nothing is granted before the first measurement, because programs outside the pool may use the devices. A driver that
-later stops answering blocks nothing; otherwise the pool would stop for a defect that jobs may never notice.
+Nothing is granted before the first measurement, because programs outside the pool may use the devices. If the driver
+stops answering later, grants continue; otherwise a defect that jobs may never notice would stop the pool.
 
 A request ends with `lease` or `error` set and one call of `wake`. That call comes from inside `attend`, `claim` or
 `release`, so it must not use the queue; it only makes a note or wakes a thread.
@@ -34,15 +35,15 @@ from gpu_launcher.leases import HeldLease, Ledger, PoolView, Ticket, leases_of
 from gpu_launcher.model import Device, Owner, Request
 
 EXPLAIN_SECONDS = 1.0
-"""Seconds that a request waits before the reason is announced, and between two checks of the reason."""
+"""Seconds that a request waits before the reason is announced, and seconds between two checks of the reason."""
 FRESH_SECONDS = 2.0
 """Seconds for which a measurement is valid. After that, devices are measured again before one is granted."""
 UNANSWERED_SECONDS = 3.0
-"""Seconds without an answer of the driver after which devices that were measured before are granted anyway."""
+"""Seconds without an answer from the driver after which devices that were measured before are granted anyway."""
 FIRST_LOOK_SECONDS = 30.0
 """Seconds that a request waits for the first measurement of the devices, even if its own limit is shorter."""
 NOT_READY_POLL = 0.05
-"""Seconds between two checks of whether that time is over. An answer is noticed at once."""
+"""Seconds between two calls of `attend` until the devices are measured. An answer is noticed at once."""
 UNUSABLE_SECONDS = 60.0
 """Seconds for which the pool directory may be unusable before requests fail."""
 SAME_VIEW_SECONDS = 0.25
@@ -50,7 +51,7 @@ SAME_VIEW_SECONDS = 0.25
 SPARE_DESCRIPTORS = 32
 """File descriptors that tickets leave free for the rest of the program."""
 ALL_REASONS = 64
-"""Most reasons that a complete explanation names."""
+"""Maximum number of reasons in a complete explanation."""
 
 Kind = tuple[Request, tuple[str, ...]]
 """Grouping key: if the policy refuses a request, it also refuses later requests of the same kind."""
@@ -63,18 +64,18 @@ class PendingRequest:
     request: Request
     owner: Owner
     candidates: tuple[Device, ...]
-    """The devices it may get, best first."""
+    """The devices that it may get, best first."""
     since: float
     limit: float
-    """Seconds after `since` after which it fails."""
+    """Time limit in seconds, counted from `since`. The request fails after it."""
     wake: Callable[[], None]
     explain: Callable[[WaitReason], None] | None
     outlasts: Callable[[], bool] | None
     place: tuple[int, int]
-    """Sorts the requests of this process in the order in which the machine-wide queue serves them."""
+    """Sort key: the order in which the machine-wide queue serves this process's requests."""
     kind: Kind
     ticket: Ticket | None = None
-    """None if it could not get one because the pool directory is unusable."""
+    """Its ticket; None if it could not get one because the pool directory is unusable."""
     lease: HeldLease | None = None
     error: GpuLauncherError | None = None
 
@@ -92,7 +93,7 @@ class PendingRequest:
 
 
 class RequestQueue:
-    """Gets leases of `devices` for the requests of one process. Not thread-safe; only for the process that created it.
+    """Gets leases of `devices` for the requests of one process. Not thread-safe; only for the process that creates it.
 
     Call `attend` when one of `descriptors` is readable, and after `patience` seconds in any case.
     """
@@ -141,10 +142,10 @@ class RequestQueue:
         self._explain_at = -math.inf
         self._explained: dict[Kind, WaitReason] = {}
         self._unusable_since: float | None = None
-        """When the pool directory became unusable; None while it is usable."""
+        """The time when the pool directory became unusable; None while it is usable."""
         self._view: tuple[float, PoolView, frozenset[str]] | None = None
         self._stale_since: float | None = None
-        """When requests began to wait for a new measurement of the devices; None if none is needed."""
+        """The time when requests began to wait for a new measurement of the devices; None if none is needed."""
         self._looked_at = -math.inf
 
     def now(self) -> float:
@@ -155,7 +156,7 @@ class RequestQueue:
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """Descriptors of which one becomes readable when it is time to `attend`."""
+        """Descriptors. One of them becomes readable when it is time to `attend`."""
         descriptor = self._ledger.fileno()
         return (self._watch.fileno(),) if descriptor is None else (self._watch.fileno(), descriptor)
 
@@ -176,7 +177,7 @@ class RequestQueue:
 
     @property
     def ready(self) -> bool:
-        """Whether the state of the devices is known. Nothing is granted before."""
+        """Whether the devices' state is known well enough to grant leases."""
         now = self._clock()
         unanswered = self._stale_since is not None and now - self._stale_since > UNANSWERED_SECONDS
         return self._fresh(now) or (self._watch.ready and unanswered)
@@ -198,7 +199,7 @@ class RequestQueue:
         the pool directory is unusable now, and waits for it without a limit as long as `outlasts()` is true.
 
         Raises RequestError if these devices can never satisfy the request, PoolDirectoryError, and GpuLauncherError if
-        so many requests wait that this process is running out of file descriptors.
+        this process is running out of file descriptors because too many requests wait.
         """
         if problem := self.refusal(request):
             raise RequestError(f"the request is {problem}")
@@ -229,7 +230,7 @@ class RequestQueue:
             self._claim([pending])
 
     def attend(self) -> None:
-        """Claim leases, fail expired requests, measure the devices if it is time, and say for whom requests wait."""
+        """Claim leases, fail expired requests, measure the devices if necessary, and say whom requests wait for."""
         self._hear()
         if not self._pending:
             self._watch.look(self._clock(), waiting=False)
@@ -267,11 +268,11 @@ class RequestQueue:
     # Questions
 
     def refusal(self, request: Request) -> str | None:
-        """Why these devices could never satisfy a request, as a phrase that continues `the request is`."""
+        """The reason why these devices could never satisfy a request, continuing `the request is`; else None."""
         return refusal(request, self.devices)
 
     def refusal_now(self, request: Request) -> str | None:
-        """Why the devices that are not broken could never satisfy a request; see `refusal`."""
+        """Like `refusal`, but without the devices that are broken now."""
         faults = self._watch.faults
         return refusal(request, tuple(device for device in self.devices if device.uuid not in faults))
 
@@ -287,7 +288,7 @@ class RequestQueue:
         return [device for device in self.devices if device.uuid not in taken]
 
     def look(self) -> int | None:
-        """Have the devices measured; return a descriptor to wait on for the answer, or None if it is there already."""
+        """Start a measurement if needed; return a descriptor to wait on for its result, or None if that is known."""
         self._hear()
         self._look()
         return None if self.ready else self._watch.fileno()
@@ -298,7 +299,7 @@ class RequestQueue:
 
     @property
     def watch(self) -> DeviceWatch:
-        """The state of the devices."""
+        """The watch over the devices."""
         return self._watch
 
     # Ending
@@ -339,7 +340,7 @@ class RequestQueue:
             self._stale_since = None
             self._watch.look(now, waiting=True)
         else:
-            if self._stale_since is None or now - self._looked_at > FRESH_SECONDS:  # no request waited in between
+            if self._stale_since is None or now - self._looked_at > FRESH_SECONDS:  # no request waited in the meantime
                 self._stale_since = now
             self._watch.look_again(now)
         self._looked_at = now
@@ -410,7 +411,7 @@ class RequestQueue:
                 self._fail([pending], error)
 
     def _explain(self) -> None:
-        """Say for whom the first request of each kind waits, unless it waits only for this process itself."""
+        """Say whom the first request of each kind waits for, unless it waits only for this process itself."""
         now = self._clock()
         if now < self._explain_at:
             return
@@ -439,7 +440,7 @@ class RequestQueue:
             self._explained[kind] = reason
 
     def _full_reason(self, pending: PendingRequest) -> str:
-        """Say who holds, or is in line for, the devices that a request waits for, including this process."""
+        """Say who holds or waits earlier for the devices that a request waits for, including this process."""
         if not self.ready:
             return "it is not known yet how the devices are doing: the driver has not answered"
         if pending.ticket is None:
@@ -450,7 +451,7 @@ class RequestQueue:
         return reason.reason or "they have just become free"
 
     def _seen(self, ticket: Ticket) -> PoolView:
-        """A snapshot of the pool that contains the ticket and is recent enough for explanations."""
+        """A snapshot of the pool that has the ticket and is recent enough for explanations."""
         now = self._clock()
         if self._view is None or now - self._view[0] > SAME_VIEW_SECONDS or ticket.id not in self._view[2]:
             view = self._ledger.snapshot()

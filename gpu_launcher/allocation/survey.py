@@ -1,4 +1,4 @@
-"""A survey of devices and pool at one moment, for commands and programs. Pure: readings are arguments."""
+"""A survey of the devices and the pool at one moment, for commands and programs. Pure: readings are arguments."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class DeviceState(str, Enum):
 
     FREE = "free"
     PARTLY_HELD = "partly held"
-    """It has leases, and room for more."""
+    """It has leases, and has room for more."""
     HELD = "held"
     BUSY = "busy"
-    """A program outside the pool uses it, so nothing more of it is granted."""
+    """A program outside the pool uses it, so no more of it is granted."""
     SET_ASIDE = "set aside"
     """It is broken, or its settings make it unavailable to jobs."""
 
@@ -44,7 +44,7 @@ class Found:
     """All devices of the machine by UUID, shown or not."""
     notices: tuple[str, ...] = ()
     only: bool = False
-    """Whether the user named devices. Others are then not shown, even if they are held."""
+    """Whether the user named devices. Other devices are then hidden, even if they are held."""
 
     @property
     def measured(self) -> tuple[Device, ...]:
@@ -69,9 +69,9 @@ class DeviceSeen:
     condition: Condition | None = None
     holds: tuple[DeviceUse, ...] = ()
     reason: str | None = None
-    """Why nothing more of it is granted, if it is busy or set aside; continues `GPU 1 ...`."""
+    """The reason why no more of it is granted, if it is busy or set aside. It continues `GPU 1 ...`."""
     strangers: tuple[GpuProcess, ...] = ()
-    """Compute processes on it that provably do not belong to the pool."""
+    """Compute processes on the device that provably do not belong to the pool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class PoolSurvey:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why each ticket of the queue waits."""
+        """The reason why each ticket waits, in queue order."""
         return tuple(describe_wait(self.view, ticket, self.label) for ticket in self.view.tickets)
 
     def label(self, uuid: str) -> str:
@@ -110,7 +110,7 @@ def take_survey(
     busy_memory: int | None,
     notices: Sequence[str] = (),
 ) -> PoolSurvey:
-    """Make a survey of what was read.
+    """Make a survey from readings.
 
     `exists` says whether a process id is visible from here. `busy_memory` is as for `why_busy`.
     """
@@ -144,7 +144,7 @@ def take_survey(
 
 
 def device_of(uuid: str) -> Device:
-    """A device of which only the UUID is known, because this process does not see or simulate it."""
+    """A device that is known only by its UUID, because this process does not see or simulate it."""
     kind, _, number = uuid.partition("-")
     if number.isdecimal() and int(number) <= MAX_INDEX:
         if kind == "SIMULATED":
@@ -224,12 +224,12 @@ class LeaseSeen:
     """A live lease of any program."""
 
     owner: Owner | None
-    """None if the lease cannot be read; it then counts as holding everything."""
+    """The holder; None if the lease cannot be read. It then counts as holding everything."""
     devices: tuple[Device, ...]
     shares: tuple[Share, ...]
     """The share of each device, in the order of `devices`."""
     since: float | None
-    """When it was granted, in seconds since the epoch."""
+    """Time of the grant, in seconds since the epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,12 +237,12 @@ class WaitSeen:
     """A place in the queue."""
 
     owner: Owner | None
-    """None if the ticket cannot be read."""
+    """The waiting user and process; None if the ticket cannot be read."""
     request: Request | None
     since: float | None
-    """When it arrived, in seconds since the epoch."""
+    """Time of arrival, in seconds since the epoch."""
     reason: str
-    """Why it waits."""
+    """The reason why it waits."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,14 +15,14 @@ from gpu_launcher.allocation.request_queue import PendingRequest
 
 
 class RequestHandle:
-    """Gives a request up when it is collected, so that none is lost if a second signal interrupts the cleanup."""
+    """Owns a request, and gives it up when collected. So no request is lost if a second signal interrupts a cleanup."""
 
     def __init__(self, give_up: Callable[[PendingRequest], None]) -> None:
-        """`give_up` gets the request when `leave` is called or this object is collected."""
+        """Call `give_up` with the request when `leave` is called or this object is collected."""
         self._requests: list[PendingRequest] = []
         self._give_up = give_up
         self._process = os.getpid()
-        # Not __del__: it would swallow an exception from a signal handler, even when there is nothing to give up.
+        # __del__ is not used: it would swallow an exception from a signal handler, even with nothing to give up.
         self._finalizer = weakref.finalize(self, _leave, give_up, self._process, self._requests)
         self._finalizer.atexit = False
 
@@ -53,7 +53,7 @@ def _leave(give_up: Callable[[PendingRequest], None], process: int, requests: li
 
 
 class ThreadWaiter:
-    """A waiting thread. threading.Event is not used, because a raising signal handler can leave its lock taken."""
+    """A waiting thread. It does not use threading.Event, whose lock can stay taken if a signal handler raises."""
 
     def __init__(self) -> None:
         self._asleep = threading.Lock()
@@ -122,7 +122,7 @@ class TaskWaiter:
 
 
 class LoopDriver:
-    """Attends to the queue from an event loop while tasks of that loop wait. For use in the loop's thread."""
+    """Attends to the queue from an event loop while tasks of that loop wait. Use it in the loop's thread."""
 
     def __init__(
         self,

@@ -4,12 +4,12 @@ ticket-<rank>-<sequence>-<id>-<edition>   a waiting request; sorted by name they
 lease-<id>, twin-<id>                     one granted lease: two names of one file, so that it outlasts the loss of one
 .new-<id>                                 not yet published
 
-The content of a file never changes. If a ticket changes, it is published again, as its next edition.
+The content of a file never changes. If a ticket changes, it is published again as its next edition.
 
-Every user of the machine can write such a file, so `decode` accepts only what this version could have written: known
-types, finite numbers within bounds, texts and lists of bounded length. A file repeats the id in its name, and a ticket
-also its priority, so that a second name (a hard link) never makes a second entry. A file does not name its owner; only
-the kernel does.
+Every user of the machine can write such files, so `decode` accepts only what this version could have written: known
+types, finite numbers within bounds, and texts and lists of bounded length. A file repeats the id in its name, and a
+ticket also its priority, so a second name (a hard link) never makes a second entry. A file does not name its owner;
+only the kernel does.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from gpu_launcher.model import MAX_PRIORITY, MILLIONTHS, Request, Share
 from gpu_launcher.text import one_line
 
 FORMAT = 3
-"""Version of the format. Other versions of gpu-launcher have others; their leases count as holding everything."""
+"""Version of the format. Leases in other formats, from other gpu-launcher versions, count as holding everything."""
 MAX_ENTRY_BYTES = 512 << 10
 """Largest size of a file in bytes. A longer file is not ours."""
 MAX_CANDIDATES = 4096
 MAX_NAME = 200
-"""Most characters of a device's UUID or the name of a boot or machine."""
+"""Maximum number of characters of a device's UUID, a boot id or a host name."""
 MAX_COMMAND = 2000
-"""Most characters of a command; longer ones are cut before they are written."""
+"""Maximum number of characters of a command. Longer ones are cut before they are written."""
 MAX_SECONDS = 1e10
 MAX_BYTES_OF_DEVICE = 1 << 60
 MAX_PID = 1 << 22
-"""Largest process id: the kernel's own limit (PID_MAX_LIMIT)."""
+"""Largest process id, which is the kernel's own limit (PID_MAX_LIMIT)."""
 MAX_DIGITS = 20
 MAX_SEQUENCE = 10**12 - 1
 
 LEASE_NAME = re.compile(r"(?:lease|twin)-([0-9a-f]{32})")
 TICKET_NAME = re.compile(r"ticket-([0-9]{6})-([0-9]{12})-([0-9a-f]{32})-([0-9]{6})")
 SEQUENCE = operator.itemgetter(slice(14, 26))
-"""Of a ticket's name, as text."""
+"""Gets the sequence, as text, from a ticket's name."""
 OUR_NAME = re.compile(r"(?:lease|twin|\.new)-[0-9a-f]{32}|ticket-(?!0{6})[0-9]{6}-[0-9]{12}-[0-9a-f]{32}-[0-9]{6}")
 
 _LOWEST_RANK = MAX_PRIORITY + 1
 NORMAL = f"ticket-{_LOWEST_RANK:06}"
-"""Beginning of the names of tickets of priority 0. Smaller names belong to tickets with a higher priority."""
+"""Beginning of the names of tickets with priority 0. Smaller names belong to tickets with a higher priority."""
 
 
 class TicketName(NamedTuple):
@@ -70,9 +70,9 @@ class TicketName(NamedTuple):
     @classmethod
     @functools.lru_cache(maxsize=4096)  # the same names are read again and again
     def parse(cls, name: str) -> TicketName | None:
-        """Return None if it is not a ticket's name."""
+        """Parse a file's name; return None if it is not a ticket's."""
         match = TICKET_NAME.fullmatch(name)
-        if match is None or not int(match[1]):  # rank 0 would be above the highest priority
+        if match is None or not int(match[1]):  # rank 0 would be above MAX_PRIORITY
             return None
         return cls(_LOWEST_RANK - int(match[1]), int(match[2]), match[3], int(match[4]))
 
@@ -89,13 +89,13 @@ def unpublished_name(id: str) -> str:
 class Origin:
     """The machine and the boot in which a file was written.
 
-    A boot id is random and the same in all containers of a machine. Locks and CLOCK_BOOTTIME are meaningful only within
-    one boot. A file of another boot of the same machine is left over from before a restart. A file of another machine
-    is left alone.
+    A boot id is random, and the same in all containers of a machine. Locks and CLOCK_BOOTTIME are meaningful only
+    within one boot. A file from another boot of the same machine is left over from before a restart. A file from
+    another machine is not touched.
     """
 
     boot: str
-    """The boot id; empty if the kernel does not tell it."""
+    """The boot id; empty if it cannot be read."""
     machine: str
     """Host name."""
 
@@ -114,7 +114,7 @@ class TicketRecord:
 
     demand: Demand
     pid: int
-    """The process that it belongs to, as that says itself."""
+    """Id of its process, as claimed by that process."""
     command: str
     since: float
     """Wall-clock seconds since the epoch."""
@@ -136,7 +136,7 @@ class TicketRecord:
 
     @classmethod
     def checked(cls, content: dict[str, Any]) -> TicketRecord:
-        """Raises one of `_INVALID` for what is not a ticket's content."""
+        """Check and convert a ticket's content. Raises one of `_INVALID` if it is invalid."""
         candidates = tuple(
             Candidate(_name(uuid), _none_or_bytes(memory), _flag(exclusive))
             for uuid, memory, exclusive in _list(content["candidates"], MAX_CANDIDATES)
@@ -160,13 +160,13 @@ class LeaseRecord:
     """The content of a lease's file."""
 
     shares: Mapping[str, Share]
-    """By device UUID."""
+    """The shares, by device UUID."""
     started: float
-    """CLOCK_BOOTTIME at the grant, which all processes of a boot share and none can set."""
+    """Time of the grant on CLOCK_BOOTTIME, a clock that all processes of a boot share and none can set."""
     timeout: float | None
-    """Seconds after that at which the devices are free at the latest; None where not declared."""
+    """Seconds after `started` at which the devices are free at the latest; None if not declared."""
     pid: int
-    """The process that it belongs to, as that says itself."""
+    """Id of its process, as claimed by that process."""
     command: str
     since: float
     """Wall-clock seconds since the epoch, for display."""
@@ -178,7 +178,7 @@ class LeaseRecord:
 
     @classmethod
     def checked(cls, content: dict[str, Any]) -> LeaseRecord:
-        """Raises one of `_INVALID` for what is not a lease's content."""
+        """Check and convert a lease's content. Raises one of `_INVALID` if it is invalid."""
         listed = _list(content["shares"], MAX_CANDIDATES)
         shares = {_name(uuid): _share(share, 1) for uuid, *share in listed}
         if not shares or len(shares) != len(listed):
@@ -187,11 +187,11 @@ class LeaseRecord:
         return cls(shares, started, timeout, *_common(content))
 
     def started_here(self, origin: Origin) -> float | None:
-        """When it was granted, on the clock of `origin`; None if that cannot be compared."""
+        """The time of the grant on the clock of `origin`; None if the clocks cannot be compared."""
         return self.started if self.origin.boot == origin.boot else None
 
     def ends_here(self, origin: Origin) -> float | None:
-        """When its devices are free at the latest, on the clock of `origin`; None if unknown."""
+        """The time when its devices are free at the latest, on the clock of `origin`; None if unknown."""
         started = self.started_here(origin)
         return None if started is None or self.timeout is None else started + self.timeout
 
@@ -202,7 +202,7 @@ _INVALID = (ValueError, TypeError, KeyError, OverflowError, RecursionError)
 
 
 def decode(name: str, content: bytes) -> Record | None:
-    """Decode the file of this name; None if this version would not write such content into it."""
+    """Decode the content of the file `name`; return None if this version would not write it."""
     try:
         if len(content) > MAX_ENTRY_BYTES:
             raise ValueError("size")
@@ -245,7 +245,7 @@ def _encoded(record: Record, id: str, **fields: object) -> bytes:
 
 
 def _writable(timeout: float | None) -> float | None:
-    """The time limit to write; None if it is longer than `decode` accepts."""
+    """The time limit to write: None if it is longer than `decode` accepts."""
     return timeout if timeout is not None and timeout < MAX_SECONDS else None
 
 

@@ -1,9 +1,9 @@
 """The ledger that every process and user of the machine shares: locked files in the pool directory.
 
-Theory of operation. A device is held by the lock (flock(2)) on a lease's file, which lives as long as any process has a
-copy of the lease's descriptor. File contents are notes; if they cannot be read, a locked lease counts as holding every
-device. `claim` grants a lease: under the mutex, it reads the pool, asks `gpu_launcher.leases.grant_policy`, and
-publishes the locked file of the lease before it withdraws the ticket's file.
+Theory of operation. A device is held by the lock (flock(2)) on a lease's file. The lock lives as long as any process
+has a copy of the lease's descriptor. File contents are only notes: if they cannot be read, a locked lease counts as
+holding every device. `claim` grants a lease: under the mutex, it reads the pool, asks
+`gpu_launcher.leases.grant_policy`, and publishes the locked file of the lease before it withdraws the ticket's file.
 
 Losing a file costs at most waiting, for these reasons:
 
@@ -11,23 +11,24 @@ Losing a file costs at most waiting, for these reasons:
   additions to the pool need the mutex: a new ticket or a lease. Finding that nothing can be granted yet, and releasing,
   do not.
 - A lease's file has two names. A lease counts as long as either name exists.
-- There is no counter to lose: a ticket's sequence is one more than the highest of the live tickets.
-- A ticket whose file is lost is written again, with its old sequence, at its next claim. A ticket that could not be
-  written because another process had the mutex is written at its next claim, too, at the end of the queue at that time.
-- If a queue directory is removed or replaced, every ledger that was open on it raises PoolDirectoryError.
+- There is no counter to lose: a ticket's sequence is one more than the highest sequence of the live tickets.
+- If a ticket's file is lost, its next claim writes it again with the same sequence. If a ticket could not be written
+  because another process had the mutex, its next claim writes it at the end of the queue at that time.
+- If a queue directory is removed or replaced, every ledger that has it open raises PoolDirectoryError.
 
 Not promised:
 
 - Safety against a user who removes the whole queue directory, or both names of a lease, while jobs run and then starts
   new programs; or who locks or unlocks the files by hand.
-- Two directories, such as a container's own `/var/tmp` and the host's, are two pools.
-- A process that is stopped (SIGSTOP) while it has the mutex, which it has for about a millisecond at a time, stops all
-  grants until it continues or is killed. The other processes stay responsive and say who it is.
-- A process chooses its devices among those that are free for it. So among tickets that could all be granted at one
-  moment, a later one may once take a device that an earlier one needs; the earlier one then waits and reserves.
-- A process in its own time namespace (time_namespaces(7)) may misread declared ends, and may thus be delayed, or delay
-  others, by backfill.
-- If another thread forks while a ledger is in use, the child inherits incomplete tickets and leases. Fork from the
+- One pool across two directories. A container's own `/var/tmp` and the host's are two pools.
+- Grants while a process is stopped (SIGSTOP) with the mutex, which it has for about a millisecond at a time. Grants
+  resume when it continues or is killed. The other processes stay responsive and say who it is.
+- Strict order among tickets that could all be granted at one moment. Each process chooses among the devices that are
+  free for it, so a later ticket may once take a device that an earlier one needs. The earlier one then waits and
+  reserves.
+- Backfill without delays for a process in its own time namespace (time_namespaces(7)). It may misread declared ends,
+  so it may be delayed or may delay others.
+- Forks by another thread while a ledger is in use. The child would inherit incomplete tickets and leases. Fork from the
   thread that uses the ledger, and call `close_in_child`.
 """
 
@@ -72,15 +73,16 @@ if TYPE_CHECKING:
     from gpu_launcher.model import Device, Owner, Request
 
 FIRST_POLL = 0.002
-"""Shortest time between polls in seconds after an announced change. In the kernel's __fput(), locks_remove_file()
-runs after fsnotify_close(), so the close of a lease is announced just before its lock disappears."""
+"""Shortest time between polls, in seconds, used after an announced change. In the kernel's __fput(),
+locks_remove_file() runs after fsnotify_close(), so the close of a lease is announced just before its lock disappears.
+"""
 SLOWEST_POLL = 0.25
 EAGER_TICKETS = 4
-"""Number of tickets at the head of the queue that poll after a change. The others hear of it again when one of these is
-granted. If a whole long queue polled, it would only take the CPU from the ticket whose turn it is."""
+"""Number of tickets at the head of the queue that poll after a change. The others are notified again when one of these
+is granted. If all of a long queue polled, it would only take CPU time from the ticket whose turn it is."""
 SLOWEST_POLL_WITHOUT_INOTIFY = 0.02
 SLOW_AFTER_CLAIMS = 16
-"""Number of unsuccessful claims after which the slowest poll is reached."""
+"""Number of unsuccessful claims after which polling is slowest."""
 
 # Events that only make devices scarcer (a new ticket, a new lease) wake no process. Neither does read-only probing,
 # because waiting processes would otherwise wake each other for ever.
@@ -90,13 +92,14 @@ _WATCHED = inotify.CLOSE_WRITE | inotify.DELETE | inotify.DELETE_SELF | inotify.
 def boot_time() -> float:
     """Seconds since the machine started.
 
-    All processes share this clock. It cannot be set, and it does not stop in suspend, like the jobs' time limits.
+    All processes share this clock. It cannot be set, and it continues while the machine is suspended, as the jobs' time
+    limits do.
     """
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def to_stderr(text: str) -> None:
-    """Print a notice."""
+    """Print a notice on stderr."""
     print(f"gpu-launcher: {text}", file=sys.stderr, flush=True)
 
 
@@ -104,14 +107,14 @@ class FileLedger:
     """A `Ledger` on the files of a pool directory. `directory` is what `resolve_pool_directory` returned.
 
     Only the process that created it may use it. In a forked child, every method raises RuntimeError, except
-    `close_in_child` and `close`, which then does the same. Garbage collection closes nothing: call `close`.
+    `close_in_child` and `close`, which there does the same. Garbage collection closes nothing, so call `close`.
 
     `warn` gets two notices, each once: who keeps the pool locked for seconds, and that a priority above 0 counts as 0,
     because only root and the pool's administrator may go before others.
 
-    `wall_clock` gives the times that views show; `clock` and `origin` give those that the policy compares. `checkpoint`
-    is for tests: it is called after each step that a crash could separate from the next, with the step's name, such as
-    `claim: locked`.
+    `wall_clock` gives the times that views show; `clock` and `origin` are for the times that the policy compares.
+    `checkpoint` is for tests. It is called after each step that a crash could separate from the next, with the name of
+    the step, such as `claim: locked`.
     """
 
     def __init__(
@@ -138,9 +141,9 @@ class FileLedger:
         self._warn = warn
         self._warn_of_priority = True
         self._lost: frozenset[str] = frozenset()
-        """UUIDs of devices that, at the last look, were held by leases without a name in the queue."""
+        """UUIDs of devices that leases without a name in the queue held at the last look."""
         self._nameless: set[str] = set()
-        """Ids of this ledger's leases whose loss of all names was reported."""
+        """Ids of this ledger's leases that have lost all names, which was already reported."""
         self._inotify: inotify.Inotify | None = None
         with contextlib.ExitStack() as undo:
             try:
@@ -200,7 +203,7 @@ class FileLedger:
                 return self._claimed(ticket, lease)
         changed = seen != waiting.record.demand.unavailable
         with self._directory() as queue:
-            # Tickets wait most of the time, which needs no mutex.
+            # Most claims find that the ticket must still wait, which needs no mutex.
             pool = self._scan(queue, mutex=False)
             self._find_lost(pool, self._lost)
             in_vain = not changed and str(waiting.name) in pool.names and not self._decide(pool, waiting, preference)
@@ -214,7 +217,7 @@ class FileLedger:
 
     def _claimed(self, ticket: Ticket, lease: HeldLease | None) -> HeldLease | None:
         self._claims_in_vain = 0 if lease else self._claims_in_vain + 1
-        if lease is not None:  # not under the mutex: the log may be on a disk that hangs
+        if lease is not None:  # logged without the mutex, because the log may be on a disk that hangs
             _log.debug("lease %s: granted to ticket %s: %s", lease.id, ticket.id, lease.shares)
         return lease
 
@@ -223,7 +226,7 @@ class FileLedger:
     ) -> HeldLease | None:
         pool = self._scan(queue, mutex=True)
         if unavailable != waiting.record.demand.unavailable:
-            # Others must know which devices this ticket can use. They would otherwise keep devices for it in vain.
+            # Others must know which devices this ticket can use. Otherwise they would reserve devices for it in vain.
             demand = replace(waiting.record.demand, unavailable=unavailable)
             waiting.record = replace(waiting.record, demand=demand)
             self._publish_ticket(waiting, pool)
@@ -271,7 +274,7 @@ class FileLedger:
             self._close_leases([lease])
 
     def snapshot(self, *, thorough: bool = False) -> PoolView:
-        """See `Ledger.snapshot`. With `thorough`, also look for leases without a name in the queue."""
+        """Read the pool, for display. With `thorough`, also look for leases without a name in the queue."""
         self._check_process()
         with self._directory() as queue:
             pool = self._scan(queue, mutex=False)
@@ -358,25 +361,25 @@ class FileLedger:
     def _mutex(self, *, wait: bool = True) -> Iterator[int | None]:
         """Hold the pool's mutex; yield the queue directory's descriptor, or None if another process keeps it too long.
 
-        Without `wait`, None if another process has it now.
+        Without `wait`, yield None if another process has it now.
 
-        The descriptor is a new one each time, so that a forked child that misuses the ledger would still exclude its
-        parent.
+        Each call opens a new descriptor, so that the mutex works even between a parent and a forked child that misuses
+        the ledger.
         """
         with self._directory() as descriptor:
             if not self._pool_mutex.lock(descriptor, wait=wait):
                 yield None
                 return
             try:
-                # It may have been replaced while another process had the mutex.
+                # The directory may have been replaced while another process had the mutex.
                 with self._directory():
                     yield descriptor
             finally:
-                # Closing is not enough: a process that another thread forked since has a copy.
+                # Closing is not enough, because a process that another thread has forked since then has a copy.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
 
     def _in_its_place(self, request: Request) -> Request:
-        """Return the request, with priority 0 instead of a higher one if this user may not go before others."""
+        """Return the request, with priority 0 instead of a higher one if this user may not use that."""
         if request.priority <= 0 or os.geteuid() in self._administrators:
             return request
         if self._warn_of_priority:
@@ -453,7 +456,7 @@ class FileLedger:
         for lease in leases:
             os.close(lease.detach())
             self._checkpoint("release: closed")
-        # The leases are already closed here. Removing their names can only fail if the pool is gone.
+        # The leases are already closed here. Removing their names fails only if the pool is gone.
         with contextlib.suppress(PoolDirectoryError), self._directory() as queue:
             for lease in leases:
                 for name in lease_names(lease.id):
@@ -461,7 +464,7 @@ class FileLedger:
                     self._checkpoint("release: name removed")
 
     def _find_lost(self, pool: PoolScan, uuids: Iterable[str]) -> frozenset[str]:
-        """Look for devices among `uuids` held by leases without a name in the queue, and note them in the pool."""
+        """Find devices among `uuids` that leases without a name in the queue hold, and record them in `pool`."""
         uuids = [uuid for uuid in uuids if uuid not in pool.lost]
         locks = pool.locks() if uuids else None
         if locks is None:
@@ -487,7 +490,7 @@ class FileLedger:
         self._warn_of_lost_names(nameless)
 
     def _warn_of_lost_names(self, ids: Iterable[str], why: str = "") -> None:
-        """Report once per lease that others can see it only in the kernel's table of locks."""
+        """Warn, once per lease, that others can see the lease only in the kernel's table of locks."""
         new = [id for id in ids if id not in self._nameless]
         self._nameless.update(new)
         if new:
@@ -498,7 +501,7 @@ class FileLedger:
             )
 
     def _scan(self, queue: int, *, mutex: bool) -> PoolScan:
-        """Read the pool. For its own tickets and leases, the ledger uses its own records instead of the files."""
+        """Read the pool. The ledger's own tickets and leases come from its records instead of the files."""
         self._keep_names(queue)
         pool = scan(queue, self._origin, self._index, self._clock(), mutex=mutex)
         pool.own = {str(own.name): own.record for own in self._tickets.values() if own.name is not None}
@@ -513,10 +516,10 @@ class _Waiting:
     ticket: Ticket
     record: TicketRecord
     name: TicketName | None = None
-    """None until it is published."""
+    """The name of its file; None until it is published."""
     descriptor: int = -1
     untried: bool = True
-    """Whether it was never claimed."""
+    """Whether it has not been claimed yet."""
 
     def close(self) -> None:
         if self.descriptor >= 0:

@@ -1,7 +1,7 @@
 """The grant policy: which tickets are granted now, and on which devices. Pure functions of a snapshot of the pool.
 
-Theory of operation. Every waiting process applies the policy to the same snapshot and acts on the result for its own
-tickets only. So it is deterministic: equal snapshots give equal grants, in any order of leases and tickets.
+Theory of operation. Every waiting process applies the policy to the same snapshot and acts only on the results for its
+own tickets. So the policy is deterministic: equal snapshots give equal grants, in any order of leases and tickets.
 
 The rules:
 
@@ -33,9 +33,9 @@ from dataclasses import dataclass, field
 from gpu_launcher.model import MILLIONTHS, Request, Share
 
 MAX_SETS = 2000
-"""Most sets of devices that are compared to find the best connected one. If there are more, sets are grown instead."""
+"""Maximum number of sets that are compared to find the best connected one. If there are more, sets are grown."""
 MAX_SEEDS = 32
-"""Most devices from which sets are grown."""
+"""Maximum number of devices from which sets are grown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +44,9 @@ class Candidate:
 
     uuid: str
     memory: int | None = None
-    """Its memory in bytes; None if unknown."""
+    """The device's memory in bytes; None if unknown."""
     exclusive: bool = False
-    """Whether it takes whole shares only."""
+    """Whether the device takes only whole shares."""
 
     def share(self, request: Request) -> Share | None:
         """The share that the request would take of the device; None if the device could never provide it."""
@@ -64,10 +64,9 @@ class Demand:
     candidates: tuple[Candidate, ...]
     """The devices that it may get, best first."""
     unavailable: frozenset[str] = frozenset()
-    """UUIDs of the candidates that its process sees in use outside the pool, or broken."""
+    """UUIDs of the candidates that, as its process sees, are in use outside the pool or broken."""
     able: Mapping[str, tuple[Share, int | None]] = field(init=False, repr=False, compare=False)
-    """For each candidate that could ever satisfy it, the share that it would take and the device's memory; best first.
-    """
+    """The share to take of each candidate that could ever satisfy it, and the device's memory, by UUID; best first."""
 
     def __post_init__(self) -> None:
         shares = {one.uuid: (one.share(self.request), one.memory) for one in self.candidates}
@@ -83,14 +82,14 @@ class LeaseState:
     shares: Mapping[str, Share] | None
     """The shares, by device UUID."""
     started: float | None = None
-    """When it was granted; None if that cannot be compared with now."""
+    """Time of the grant; None if it cannot be compared with now."""
     ends: float | None = None
-    """When its devices are free at the latest; None if unknown."""
+    """Time when its devices are free at the latest; None if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class TicketState:
-    """A live ticket. If it cannot be read, `demand` is None, and it may be for anything."""
+    """A live ticket. If it cannot be read, `demand` is None, and the ticket may be for anything."""
 
     sequence: int
     """Place in the queue: lower is earlier. The id breaks ties."""
@@ -100,7 +99,7 @@ class TicketState:
 
     @property
     def place(self) -> tuple[int, int, str]:
-        """Sorts tickets in queue order."""
+        """The sort key that gives queue order."""
         return -self.priority, self.sequence, self.id
 
 
@@ -126,30 +125,30 @@ class DevicePreference:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Why a ticket is not granted now."""
+    """The reasons why a ticket is not granted now."""
 
     missing: int
-    """Devices that it needs beyond those that are free for it."""
+    """Number of devices that it needs beyond those that are free for it."""
     leases: tuple[str, ...] = ()
     """Ids of the leases on its candidates."""
     behind: tuple[str, ...] = ()
-    """Ids of the earlier tickets that get or reserve its candidates: for each candidate, the first one."""
+    """Ids of the earlier tickets that get or reserve its candidates: the first one for each candidate."""
     unavailable: tuple[str, ...] = ()
     """UUIDs of its candidates that are in use outside the pool, or broken."""
     staggered: tuple[str, ...] = ()
     """UUIDs of its candidates on which another job has just started."""
     unreadable: bool = False
-    """Whether a lease, this ticket or an earlier one cannot be read, so that nothing may be granted."""
+    """Whether nothing may be granted because a lease, this ticket or an earlier ticket cannot be read."""
 
 
 NO_PREFERENCE = DevicePreference()
 
 Grant = Mapping[str, Share]
-"""The shares of a lease by device UUID, in the order in which the job sees the devices."""
+"""The shares of a new lease by device UUID, in the order in which the job sees the devices."""
 
 
 def decide(snapshot: Snapshot) -> dict[str, Grant]:
-    """Return all grants that are possible now, by ticket id, in queue order."""
+    """Return all grants that are possible now, by ticket id and in queue order."""
     grants: dict[str, Grant] = {}
     allocator = _Allocator.opened(snapshot.leases, snapshot.now)
     if allocator is None:
@@ -164,7 +163,7 @@ def decide(snapshot: Snapshot) -> dict[str, Grant]:
 
 
 def waits(snapshot: Snapshot) -> dict[str, Wait]:
-    """Return why tickets are not granted, by ticket id, in queue order. Granted tickets are left out."""
+    """Return the reasons why tickets are not granted, by ticket id and in queue order. Granted tickets are omitted."""
     reasons: dict[str, Wait] = {}
     allocator = _Allocator.opened(snapshot.leases, snapshot.now)
     holders: dict[str, list[str]] = {}
@@ -226,29 +225,29 @@ def grant(
 
 @dataclass(slots=True)
 class _Allocator:
-    """Grants and reserves for tickets in queue order, and records what is taken and reserved so far."""
+    """Grants and reserves devices for tickets in queue order, and records what is taken and reserved."""
 
     now: float
     used: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Millionths and bytes in use, by device."""
+    """The millionths and bytes in use, by device."""
     started: dict[str, float] = field(default_factory=dict)
-    """Latest known start of a lease that is still on a device."""
+    """The latest known start of a lease that is still on a device, by device."""
     ends: dict[str, list[tuple[float, Share]]] = field(default_factory=dict)
-    """For each device, the shares that may be held until a declared time, with that time."""
+    """The shares that may be held until a declared time, with that time, by device."""
     reserved: dict[str, float] = field(default_factory=dict)
-    """The earliest time at which a waiting ticket could start on a device."""
+    """The earliest time at which a waiting ticket could start, by device."""
     closed: set[str] = field(default_factory=set)
-    """Devices of which no later ticket gets anything now."""
+    """The devices of which no later ticket gets anything now."""
     promised: set[str] = field(default_factory=set)
     """The closed devices that a waiting ticket may get at any moment. No reservation on them can be earlier."""
     changes: int = 0
-    """Number of times that a device was closed, or reserved for an earlier time."""
+    """Number of times that a device was closed or reserved for an earlier time."""
     rooms: dict[tuple[str, Share, int | None], float] = field(default_factory=dict)
     """Cached results of `_room_at`."""
 
     @classmethod
     def opened(cls, leases: Iterable[LeaseState], now: float) -> _Allocator | None:
-        """An allocator that knows the leases; None while a lease cannot be read."""
+        """Create an allocator that knows the leases; return None while a lease cannot be read."""
         allocator = cls(now)
         for lease in leases:
             if lease.shares is None:
@@ -289,7 +288,7 @@ class _Allocator:
         return found
 
     def enough(self, demand: Demand) -> bool:
-        """Whether the demand can possibly still be granted now."""
+        """Whether enough devices are left that the demand may still be granted now."""
         left = demand.able.keys() - self.closed
         if demand.request.gpus <= len(left) and not self.reserved.keys().isdisjoint(left):
             left = {
@@ -333,7 +332,7 @@ class _Allocator:
                     self.promised.add(uuid)
 
     def _earliest_start(self, demand: Demand) -> float:
-        """When the demand could start if leases without a declared end ended now, and all others as declared.
+        """The time when the demand could start if leases without a declared end ended now, and all others as declared.
 
         On a device where it cannot pass the tickets ahead of it, it does not start before the first of them could.
         """
@@ -363,7 +362,7 @@ class _Allocator:
             rank = {uuid: place for place, uuid in enumerate(preference.ranking)}
             liked.sort(key=lambda uuid: rank.get(uuid, len(rank)))
         if any(share.millionths < MILLIONTHS for share in free.values()):
-            # Best fit: prefer the fullest devices, so that whole devices stay free. Sorting is stable.
+            # Best fit: prefer the fullest devices, so that whole devices stay free. The sort is stable.
             filled = {uuid: share.millionths for uuid, share in free.items()}
             for uuid in filled.keys() & self.used.keys():
                 filled[uuid] += self.used[uuid][0]
@@ -378,7 +377,7 @@ def _fits(share: Share, used: tuple[int, int], memory: int | None) -> bool:
 
 
 def _best_connected(liked: Sequence[str], count: int, closeness: Callable[[str, str], int]) -> list[str]:
-    """Return the set whose worst connection is best; among equals, the one with the best sum, then the most preferred.
+    """Return the set whose worst connection is best. Ties go to the best sum, then to the most preferred devices.
 
     The worst connection counts because it limits the speed of collective operations.
     """

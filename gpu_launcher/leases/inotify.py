@@ -1,4 +1,4 @@
-"""One inotify watch on one directory, through the C library. Linux only; see inotify(7)."""
+"""An inotify watch on one directory, through the C library. Linux only; see inotify(7)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOVE_SELF = 0x00000800
 
 
 class Inotify:
-    """Becomes readable when an event of `mask` happens in `directory`.
+    """A watch that becomes readable when an event of `mask` happens in `directory`.
 
     Raises OSError if the kernel has no inotify or the user has too many instances (`fs.inotify.*`).
     """

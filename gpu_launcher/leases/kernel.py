@@ -1,13 +1,13 @@
 """Reads facts about files and locks from the kernel: their owners, and which processes hold locks.
 
 The contents of the pool's files are claims of the users who wrote them. The kernel confirms more: the owner of a file,
-the user of a process, and the table of locks, which shows every process which process has locked which file
-(proc_locks(5)). The table has three surprises:
+the user of a process, and the table of locks (proc_locks(5)), which shows every process who has locked which file. The
+table has three surprises:
 
 - It names the process that took a flock(2) lock. A child that inherited the descriptor may hold the lock now, and the
   process id may already belong to another process.
-- In a PID namespace other than the machine's initial one, it leaves out locks of processes that are not in that
-  namespace. It shows locks of open file descriptions (OFD locks, fcntl_locking(2)) everywhere, with -1 as the process.
+- In a PID namespace other than the machine's initial one, it omits locks of processes outside that namespace. It shows
+  locks of open file descriptions (OFD locks, fcntl_locking(2)) everywhere, with -1 as the process.
 - It is read one page at a time. Locks come and go between pages, so a lock may be missing although it always existed.
 """
 
@@ -26,13 +26,13 @@ from gpu_launcher.users import user_name
 LOCKS = Path("/proc/locks")
 MAX_TABLE_BYTES = 32 << 20
 MAX_COMMAND = 100
-"""Most characters shown of a process's command."""
+"""Maximum number of characters shown of a process's command."""
 FIRST_NAMESPACE = 0xEFFFFFFC
 """Inode number of the machine's initial PID namespace (PROC_PID_INIT_INO)."""
 
 _CHUNK = 1 << 16
 _PAGE = 4000
-"""Bytes that the kernel returns at once; a longer table is read in several pages."""
+"""Number of bytes that the kernel returns at most at once. A longer table is read in several pages."""
 
 
 class LockTable:
@@ -43,12 +43,12 @@ class LockTable:
 
     @classmethod
     def read(cls, table: Path = LOCKS) -> LockTable | None:
-        """Read the table; None if it cannot be read."""
+        """Read the table; return None if it cannot be read."""
         content = _read(table)
         return None if content is None else cls(content)
 
     def read_again(self) -> None:
-        """If the table has several pages, read it again and add locks that the first reading may have missed."""
+        """Read a table of several pages again, and add locks that the first reading may have missed."""
         if len(self._content) >= _PAGE:
             self._content += _read(LOCKS) or b""
 
@@ -70,7 +70,7 @@ class LockTable:
         return {int(inode): int(pid) for pid, inode in re.findall(pattern, self._content)}
 
     def marked(self, first: int) -> dict[int, set[int]]:
-        """Return the bytes at or after `first` that have OFD locks, with the files' inode numbers."""
+        """Return the offsets from `first` on that have OFD locks, each with the files' inode numbers."""
         found: dict[int, set[int]] = {}
         for inode, start in re.findall(rb"OFDLCK +\S+ +WRITE +\S+ [0-9a-f]+:[0-9a-f]+:(\d+) (\d+) ", self._content):
             if int(start) >= first:
@@ -103,7 +103,7 @@ def _read(table: Path) -> bytes | None:
         return None
     finally:
         os.close(descriptor)
-    # A line with an arrow is a process that waits for the lock on the line above.
+    # A line with an arrow shows a process that waits for the lock on the line above.
     content = b"".join(parts)
     return re.sub(rb"(?m)^\d+: +-> .*$", b"", content) if b" -> " in content else content
 
@@ -133,14 +133,14 @@ def user_of(pid: int) -> int | None:
 
 def is_stopped(pid: int) -> bool:
     """Whether a process is known to be stopped, by Ctrl-Z, SIGSTOP or a debugger."""
-    # pathlib and text files are avoided, because this is most of the cost of a view of the pool.
+    # Plain system calls instead of pathlib, because this is most of the cost of a view of the pool.
     try:
         descriptor = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
     try:
         return os.read(descriptor, 256).rpartition(b") ")[2][:1] in (b"T", b"t")
-    except ProcessLookupError:  # it has ended
+    except ProcessLookupError:  # the process has ended
         return False
     finally:
         os.close(descriptor)
@@ -154,7 +154,7 @@ class Process:
     user: str | None
     command: str | None
     stopped: bool
-    """Whether it is stopped, by SIGSTOP, Ctrl-Z or a debugger."""
+    """Whether it is stopped by SIGSTOP, Ctrl-Z or a debugger."""
 
     @classmethod
     def of(cls, pid: int) -> Process:
@@ -174,14 +174,14 @@ class Process:
 
 
 def holders_of(status: os.stat_result) -> list[int]:
-    """Return the visible processes that hold a flock lock on the file: all that have the descriptor of the lock.
+    """Return the visible processes that hold a flock lock on the file: all that have the lock's descriptor.
 
-    Only root sees other users' processes. This reads every open file, so it is slow.
+    Only root sees other users' processes. This reads the open files of all processes, so it is slow.
     """
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
-            with contextlib.suppress(OSError):  # it has ended, or this user may not read it
+            with contextlib.suppress(OSError):  # the process has ended, or this user may not read it
                 if any(_holds(process, name, status) for name in os.listdir(process / "fd")):  # noqa: PTH208
                     found.append(int(process.name))
     return sorted(found)

@@ -1,7 +1,7 @@
 """The interface of a ledger: the tickets and leases of one pool, as one process sees and changes them.
 
-`FileLedger` is shared by every process and user of the machine. The tests have another implementation, in memory, for
-simulations within one process. Both pass the same contract tests.
+Every process and user of the machine shares the pool of `FileLedger`. The tests have another implementation, in memory,
+for simulations within one process. Both pass the same contract tests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Ticket:
     id: str
     request: Request
     candidates: tuple[str, ...]
-    """UUIDs of the devices it may get, best first."""
+    """UUIDs of the devices that it may get, best first."""
 
 
 class HeldLease:
@@ -49,20 +49,20 @@ class HeldLease:
         return tuple(self.shares)
 
     def fileno(self) -> int:
-        """Return this process's descriptor (close-on-exec). Raises ValueError once the ledger has closed it."""
+        """Return this process's descriptor, which is close-on-exec. Raises ValueError once the ledger has closed it."""
         if self._descriptor < 0:
             raise ValueError(f"lease {self.id} has been released")
         return self._descriptor
 
     @property
     def held(self) -> bool:
-        """Whether this process has a descriptor of it."""
+        """Whether this process has a descriptor of the lease."""
         return self._descriptor >= 0
 
     def detach(self) -> int:
-        """Return the descriptor and forget it; -1 if that was done before.
+        """Return the descriptor and forget it; return -1 if that was done before.
 
-        For ledgers, and for code that kept the lease in a forked child.
+        Only for ledgers, and for code that kept the lease in a forked child.
         """
         descriptor, self._descriptor = self._descriptor, -1
         return descriptor
@@ -87,11 +87,11 @@ class TicketView:
     since: float | None
     """Wall-clock time of arrival, in seconds since the epoch."""
     wait: Wait | None = None
-    """Why it waits; None if its process is about to take its devices."""
+    """The reason why it waits; None if its process is about to take its devices."""
 
     @property
     def candidates(self) -> tuple[str, ...] | None:
-        """UUIDs of the devices it may get, best first."""
+        """UUIDs of the devices that it may get, best first."""
         return tuple(candidate.uuid for candidate in self.demand.candidates) if self.demand else None
 
 
@@ -119,7 +119,7 @@ class UnreadableFile:
     """A live file of the pool that cannot be read."""
 
     name: str
-    """File name in the queue directory."""
+    """The file's name in the queue directory."""
     user: str
     """The file's owner."""
     problem: str
@@ -136,16 +136,16 @@ class PoolView:
     leases: tuple[LeaseView, ...]
     """The leases in the order of their grants."""
     stale: int
-    """Number of tickets and leases of dead processes, which were ignored."""
+    """Number of ignored tickets and leases of dead processes."""
     elsewhere: tuple[str, ...] = ()
-    """Names of other machines with files in the pool directory. Whether those are live cannot be seen from here."""
+    """Names of other machines with files in the pool directory. This machine cannot see whether those are live."""
     unreadable: tuple[UnreadableFile, ...] = ()
     excessive: tuple[str, ...] = ()
     """Users with so many files in the pool that some of them do not count."""
 
 
 def describe_wait(pool: PoolView, ticket: TicketView, label: Callable[[str], str]) -> str:
-    """Say why a ticket of the view waits, in words. `label` names a device by its UUID."""
+    """Say in words why a ticket of the view waits. `label` converts a UUID to the device's name."""
     wait = ticket.wait
     if wait is None:
         return "its turn has come"
@@ -185,13 +185,13 @@ class Ledger(Protocol):
     """One process's access to a pool. Not thread-safe: use it from one thread.
 
     A loop that waits for devices selects on `fileno()` for reading with a timeout of at most `poll_interval` seconds,
-    calls `drain()` when it is readable, then `claim()` for its tickets in queue order. Changes that this process makes
-    itself need not be announced to it: after `release` or `cancel`, claim at once.
+    calls `drain()` when it is readable, then calls `claim()` for its tickets in queue order. Changes by this process
+    itself may not be announced to it: after `release` or `cancel`, claim at once.
     """
 
     @property
     def poll_interval(self) -> float:
-        """Seconds after which to call `claim` again even if `fileno()` is silent. It changes; read it for every wait.
+        """Seconds after which to call `claim` again even if `fileno()` is silent. Read it before every wait.
 
         It is short after an announced change, because a lock disappears a moment after its end is announced. It grows
         with every unsuccessful claim.
@@ -208,11 +208,11 @@ class Ledger(Protocol):
     def claim(
         self, ticket: Ticket, unavailable: Iterable[str] = (), preference: DevicePreference = NO_PREFERENCE
     ) -> HeldLease | None:
-        """Turn the ticket into a lease if its turn has come; None if not yet. Does not block for long.
+        """Turn the ticket into a lease if its turn has come; return None if not. Does not block for long.
 
         `unavailable` are UUIDs of devices that must not be granted now, because they are in use outside the pool or
-        broken. The ticket keeps its place in the queue, and others see the reason. `preference` says which of the free
-        devices are the best for the job.
+        broken. The ticket keeps its place in the queue, and others see the reason. `preference` says which free devices
+        are best for the job.
 
         Raises ValueError if the ticket does not wait in this ledger. Raises PoolDirectoryError if the pool directory
         has become unusable; the ticket then keeps its place.
@@ -249,7 +249,7 @@ class Ledger(Protocol):
 
 
 def demanded(request: Request, candidates: Sequence[Device]) -> Demand:
-    """Return the demand of a ticket. Raises the errors that `Ledger.enqueue` documents."""
+    """Return the demand of a ticket for `request`. Raises the errors that `Ledger.enqueue` documents."""
     if request.gpus < 1:
         raise ValueError(f"a ticket is for at least 1 device, not {request.gpus}: a job without devices needs none")
     if problem := refusal(request, candidates):

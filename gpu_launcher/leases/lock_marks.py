@@ -1,14 +1,14 @@
-"""Marks of leases in the kernel's table of locks, which no user can remove.
+"""Marks leases in the kernel's table of locks, where no user can remove them.
 
-A lease is found by the names of its file. The owner of the directory can remove or move these names; then the lock is
-still there, but no name leads to it. So a lease also locks one byte of its file for each of its devices, through the
-same open file description (an OFD lock, fcntl_locking(2)). Such a lock lives and dies with the description, as the
-flock(2) of the lease does, and every process sees it in /proc/locks, in other namespaces of process ids too. The byte
-is a hash of the pool and the device. Before a grant, marks are looked for whose files have no name in the queue.
+A lease is found by the names of its file. The owner of the directory can remove or move these names. The lock then
+still exists, but no name leads to it. So a lease also locks bytes of its file that stand for its devices, through the
+same open file description (OFD locks, fcntl_locking(2)). Like the flock(2) of the lease, such a lock lives and dies
+with the description. Every process sees it in /proc/locks, even in another PID namespace. The byte's offset is a hash
+of the pool and the device. Before a grant, the ledger looks for marks whose files have no name in the queue.
 
 There are two marks for each device: one names the pool by its path, the other by the inode of its directory, which is
-the same in a container. Every user can make such marks. They keep others off devices for as long as their process
-lives, as a lease does.
+the same in a container. Every user can make such marks. They keep others off devices as long as their process lives,
+as a lease does.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from gpu_launcher.leases.kernel import LockTable
 
 FIRST_MARK = 1 << 62
-"""Offset of the first mark, beyond the end of every file of ours."""
+"""Smallest offset of a mark, beyond the end of any file of ours."""
 
 
 @functools.lru_cache(maxsize=16384)
 def _mark(pool: str, uuid: str) -> int:
     digest = hashlib.sha256(f"{pool}\0{uuid}".encode(errors="surrogatepass")).digest()
-    # Even, because the kernel joins locks that touch.
+    # Even, because the kernel merges adjacent locks.
     return FIRST_MARK | int.from_bytes(digest[:7], "big") << 1
 
 

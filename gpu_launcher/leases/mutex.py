@@ -1,13 +1,13 @@
-"""The pool's mutex: an exclusive lock on the queue directory. If it is held for long, the holder is named.
+"""The pool's mutex: an exclusive lock on the queue directory. If it is held for long, a warning names the holder.
 
 The mutex is normally held for milliseconds. flock(2) has no time limit, and a signal does not interrupt it (PEP 475),
 so locking is retried at short intervals: a program must react to Ctrl-C even if another program hangs.
 
-Every user can lock the directory, also in shared mode, and keep the lock. Then nothing is granted while that process
-lives, and the others say who it is. The holder is certain only among processes whose open files are visible (one's own;
-for root, all). For others, the table of locks names only the process that took the lock. It may have ended since, a
-child of it may hold the lock, or its process id may belong to another process. So no message advises to signal a
-process that does not certainly hold the lock.
+Every user can lock the directory, even in shared mode, and keep the lock. Nothing is granted while that process lives,
+and the others say who it is. The holder is certain only among processes whose open files are visible: the user's own,
+or all for root. For other processes, the table of locks names only the one that took the lock. That process may have
+ended since, a child of it may hold the lock, or its process id may belong to another process. So no message suggests
+signalling a process unless it certainly holds the lock.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Blame:
     holders: tuple[Process, ...] = ()
     """Processes that certainly hold the lock."""
     takers: tuple[Process, ...] = ()
-    """Processes that took the lock, if no holder is visible. They, or processes that they started, may hold it."""
+    """Processes that took the lock, if no holder is visible. They or their descendants may hold it."""
 
     def __str__(self) -> str:
         if self.holders:
@@ -57,7 +57,7 @@ class Blame:
 
     @property
     def remedy(self) -> str:
-        """What the user can do."""
+        """Advice for the user."""
         if not self.holders:
             return "`gpu-launcher doctor`, run by root outside of containers, names it with certainty"
         stopped = [str(holder.pid) for holder in self.holders if holder.stopped]
@@ -67,13 +67,13 @@ class Blame:
 
 
 class PoolMutex:
-    """The mutex, for one ledger. Warns once per holder if it is held for suspiciously long."""
+    """The mutex as one ledger uses it. Warns once per holder if it is held for suspiciously long."""
 
     def __init__(self, directory: Path, warn: Callable[[str], None]) -> None:
         self._directory = directory
         self._warn = warn
         self._seen: tuple[tuple[int, ...], float] | None = None
-        """The processes that took the lock, and since when they have been seen to hold it up."""
+        """The processes that took the lock, and the time since which they have been seen in the way."""
         self._named = False
 
     def lock(self, descriptor: int, *, wait: bool = True) -> bool:
@@ -93,8 +93,8 @@ class PoolMutex:
                 if now >= deadline:
                     self._suspect(now, descriptor)
                     return False
-                # Random, so that processes that started together do not retry together. The `random` module's own
-                # generator is not used, because the program may have seeded it and rely on its sequence.
+                # Random, so that processes that started together do not retry together. The `random` module's global
+                # generator is not used, because the program may have seeded it and may rely on its sequence.
                 time.sleep(min(pause * (0.5 + SystemRandom().random()), deadline - now))
                 pause = min(2 * pause, LONGEST_PAUSE)
             else:

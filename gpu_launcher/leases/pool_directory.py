@@ -1,22 +1,22 @@
 """Chooses, opens and checks the pool directory.
 
 All processes that share devices must agree on the directory. So a directory that cannot be used is an error, never a
-reason to use another one: two pools on one machine would grant every device twice. No message advises to use another
-one, unless no program at all can use the directory.
+reason to use another one: two pools on one machine would grant every device twice. No message suggests another
+directory unless no program at all can use this one.
 
-    <pool directory>/         made by an administrator, or by the first program that needs it, with mode 1777
+    <pool directory>/         created by an administrator, or by the first program that needs it, with mode 1777
     <pool directory>/queue/   all files, and the mutex; same mode
 
-The owner of the directory, and the owner of the queue in it, can remove and rename other users' files there, and move
-the whole queue away. The possible effects:
+The owners of the directory and of the queue in it can remove and rename other users' files there, and can move the
+whole queue away. The possible effects:
 
 - Granting a device twice: impossible, see `gpu_launcher.leases.lock_marks`.
 - Sending others elsewhere: impossible. The queue is opened relative to the pool directory. Symbolic links are not
   followed, except a link to the pool directory that root or this user made.
-- Stopping the pool: possible. So root does not use another user's directory at the default place, unless it is told to
-  by name.
-- Going before others with `priority`: only if root made the owner the pool's administrator, which is the case if only
-  root can write to the parent directory, such as /var/lib. A program cannot have made it for its user there.
+- Stopping the pool: possible. So root does not use another user's directory at the default place unless an option or
+  variable names it.
+- Going before others with `priority`: only if root made the owner the pool's administrator. That is the case if only
+  root can write to the parent directory, such as /var/lib, where a user's program cannot have created the directory.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def resolve_pool_directory(
     everybodys: Path = EVERYBODYS,
     mountinfo: Path = MOUNTINFO,
 ) -> Path:
-    """Return the absolute path of the pool directory, after creating it if necessary and a trial of writing to it.
+    """Return the absolute path of the pool directory, after creating it if necessary and trying to write to it.
 
     `choose_pool_directory` chooses it. Raises PoolDirectoryError, with the remedy, if it is read-only, not writable for
     this user, full, not a directory, or on a file system that does not support locks or is shared with other machines.
@@ -120,9 +120,9 @@ def make_roots(directory: Path) -> str:
 
 
 def make_directory(directory: Path) -> None:
-    """Create the pool directory with access for everybody, in one step. An existing directory is not changed.
+    """Create the pool directory with access for all users, in one step. An existing directory is not changed.
 
-    If it were created with less access and opened afterwards, another user's program could find it closed in between.
+    If access were granted in a second step, another user's program could fail in between.
     """
     _make(directory, 0o1777)
 
@@ -180,7 +180,7 @@ def _not_a_queue(pool: int, directory: Path) -> PoolDirectoryError:
 
 
 def administrators(pool: int) -> frozenset[int]:
-    """Return the users that may go before others in the pool directory, open as `pool`: root, and whom root gave it."""
+    """Return the users that may use a priority above 0 in the directory open as `pool`: root and its administrator."""
     status, parent = os.fstat(pool), os.stat("..", dir_fd=pool)
     given = parent.st_uid == 0 and not parent.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     return frozenset({0, status.st_uid} if given else {0})
@@ -190,8 +190,8 @@ def check_usable(queue: int, directory: Path) -> None:
     """Try every operation that a ledger needs. Raises OSError, or PoolDirectoryError if locks have no effect."""
     mutex = os.open(".", _DIRECTORY, dir_fd=queue)
     try:
-        # The mutex is needed because others remove, under it, unpublished files that are not locked, as these are at
-        # first.
+        # The files below are unpublished and not locked at first. Other processes remove such files under the mutex, so
+        # it is needed here.
         if _locked_soon(mutex):
             _try_locks_and_links(queue, directory)
     finally:
@@ -199,7 +199,7 @@ def check_usable(queue: int, directory: Path) -> None:
 
 
 def _locked_soon(mutex: int) -> bool:
-    """Take the mutex. Return False if another process keeps it; then locks work, and a ledger names that process."""
+    """Take the mutex. Return False if another process keeps it: then locks work, and a ledger names that process."""
     deadline = time.monotonic() + 1.0
     while True:
         try:
@@ -265,7 +265,7 @@ def file_system_of(directory: Path, mountinfo: Path = MOUNTINFO) -> str | None:
         if not separator or len(columns) < 5 or not rest:
             continue
         point = Path(_unescaped(columns[4]))
-        # A later mount on the same point hides an earlier one.
+        # A later mount at the same point hides an earlier one.
         if real.is_relative_to(point) and len(point.parts) >= depth:
             found, depth = rest.split(" ")[0], len(point.parts)
     return found

@@ -1,25 +1,25 @@
-"""Reads the queue directory: which files are live, which are left over, and which are not ours.
+"""Reads the queue directory: finds files that are live, left over, or not ours.
 
 Reading needs no mutex. A file is locked before it gets its published name and is never locked again later, so a file
-that is not locked is dead for ever. Only unpublished files must be judged under the mutex, by a process that would
-remove them. A reading without the mutex may miss files that were just published or contain files that were just
-withdrawn. It is good enough for display and for finding that a claim would fail, but not for a grant.
+that is not locked is dead for ever. Only unpublished files must be judged under the mutex, before they are removed. A
+reading without the mutex may miss files that were just published, or include files that were just withdrawn. It is
+good enough for display and for finding that a claim would fail, but not for a grant.
 
 Every user of the machine can put anything there. These rules apply:
 
-- A file belongs to the owner that the kernel names (fstat(2)). `decode` decides which content is believed.
+- A file belongs to the owner that the kernel names (fstat(2)). `decode` decides which content is accepted.
 - A locked lease that cannot be read may hold anything, so nothing is granted until it ends. A ticket only decides who
   goes first, so an unreadable one is ignored. Both are named, with their owner, in `PoolView.unreadable`.
 - A lease's file that cannot even be opened (no permission, an fcntl file lease) is live if the kernel's table of locks
-  has a lock on it. If the table is not visible, for example in a container, it is live for `BLIND_SECONDS` after its
-  last change. The time of change comes from the kernel, and our programs never leave such a file.
-- Of each owner, only the first `MAX_ENTRIES` files count, with at most `MAX_BYTES` in them. Our programs never exceed
-  this, so files beyond it need no protection. Root, the pool's administrator and this user are exempt.
+  has a lock on it. If the table is not visible, for example in a container, the file is live for `BLIND_SECONDS` after
+  its last change. The time of the change comes from the kernel, and our programs never leave such a file.
+- Each owner's first `MAX_ENTRIES` files count, with at most `MAX_BYTES` in them. Our programs never exceed this, so
+  files beyond it need no protection. Root, the pool's administrator and this user are exempt.
 - A lease's file has at most two names, both here. If it has more, a user has made hard links. It then counts only if it
   can be read.
-- A name that was found to be meaningless is not read again: names are random, so no other file gets it.
-- Priority above 0 is for root and the pool's administrator; the tickets of others that claim it have priority 0. A
-  sequence beyond what the pool can have reached is ignored.
+- A name that turned out to be meaningless is not read again. Names are random, so no other file gets it.
+- A priority above 0 is for root and the pool's administrator; others' tickets that claim it have priority 0. A ticket
+  with a sequence higher than the pool can have reached is ignored.
 """
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ from gpu_launcher.model import WHOLE, Owner
 from gpu_launcher.users import user_name
 
 MAX_ENTRIES = 4096
-"""Most files of one owner that count."""
+"""Maximum number of files of one owner that count."""
 MAX_BYTES = 8 << 20
-"""Most bytes in these files."""
+"""Maximum number of bytes in these files."""
 MAX_UNREADABLE = 16
-"""Most unreadable entries that one scan records."""
+"""Maximum number of unreadable entries that one scan records."""
 MAX_UNPUBLISHED = 256
-"""Most unpublished files that one scan examines."""
+"""Maximum number of unpublished files that one scan examines."""
 BLIND_SECONDS = 600.0
 LOST = "lost-"
-"""Prefix of the ids of leases whose files have no name in the queue."""
+"""Prefix of the ids that stand for leases without a name in the queue."""
 TICKETS_PER_SECOND = 10_000
-"""More tickets per second than any pool issues."""
+"""Upper bound of the tickets that a pool can issue per second."""
 FIRST_SEQUENCES = 10**6
 
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
@@ -84,7 +84,7 @@ class Liveness(Enum):
     STALE = "stale"
     """No process holds the lock. The file was removed if this user may do that."""
     ELSEWHERE = "elsewhere"
-    """Another machine wrote it, whose locks cannot be seen here."""
+    """Another machine wrote it, and that machine's locks are not visible here."""
     FOREIGN = "foreign"
     """The file is gone or not ours: a directory, a FIFO, a link, or a file beyond its owner's limits."""
 
@@ -113,14 +113,14 @@ class Index:
     """A ledger's knowledge of the names in the queue directory. All of it can be read again."""
 
     def __init__(self, administrators: Collection[int] = (0,), guard: os.stat_result | None = None) -> None:
-        """Of `administrators` everything counts, and may go first. `guard` is of a file that is locked now."""
+        """`administrators` have no limits, and may use a priority above 0. `guard` is the status of a locked file."""
         self.administrators = frozenset(administrators)
         self.guard = guard
         self._trusted = self.administrators | {os.geteuid()}
         self.names: set[str] = set()
         self.tickets: set[str] = set()
         self.leases: dict[str, list[str]] = {}
-        """Names, by id."""
+        """Names of the leases' files, by id."""
         self.unpublished: set[str] = set()
         self.passed_by: set[str] = set()
         """Meaningless names, which are not read again."""
@@ -129,7 +129,7 @@ class Index:
         self.stale: dict[str, str] = {}
         """Names of files that dead processes left and this user may not remove, with the ids in them."""
         self.excessive: set[int] = set()
-        """Owners with more files than count."""
+        """Owners of more files than count."""
         self._ordered: list[str] | None = None
         self._counted: dict[str, tuple[tuple[int, bool], int]] = {}
         """The account and size of each file that was counted, by name."""
@@ -139,7 +139,7 @@ class Index:
         self._bytes: Counter[tuple[int, bool]] = Counter()
 
     def update(self, names: set[str], directory: int) -> None:
-        """Take note of the names that are now in the directory, open as `directory`."""
+        """Record the names that are now in the directory, which is open as `directory`."""
         if names == self.names:
             return
         self._ordered = None
@@ -158,7 +158,7 @@ class Index:
         self.names = names
 
     def _within_limits(self, new: list[str], names: set[str], directory: int) -> list[str]:
-        """Return the names that may count, out of very many new ones, because opening all files would take seconds."""
+        """Return those of many new names that may count. Uses stat, because opening all files would take seconds."""
         found = []
         for name in new:
             try:
@@ -179,13 +179,13 @@ class Index:
         self.tickets.add(name)
 
     def ordered(self) -> list[str]:
-        """Return the names of tickets, sorted."""
+        """Return the sorted names of tickets."""
         if self._ordered is None:
             self._ordered = sorted(self.tickets)
         return self._ordered
 
     def pass_by(self, name: str) -> None:
-        """Never read this name again."""
+        """Ignore this name from now on."""
         self._ordered = None
         self.passed_by.add(name)
         self.entries.pop(name, None)
@@ -201,9 +201,9 @@ class Index:
                 del self.leases[name[-32:]]
 
     def admits(self, name: str, status: os.stat_result, names: int) -> bool:
-        """Whether a file is within what counts of its owner's, and count it as such.
+        """Whether a file is within its owner's limits. If it is, it is counted.
 
-        Those with more names than the `names` here are counted apart: anybody may have made links to the owner's files.
+        Files with more names than the `names` here have a separate account, because any user may have made the links.
         """
         self._discount(name)
         account = status.st_uid, status.st_nlink > names
@@ -243,34 +243,34 @@ class PoolScan:
     """
 
     directory: int
-    """Descriptor of the queue directory."""
+    """The descriptor of the queue directory."""
     origin: Origin
     index: Index
     last_possible: int
-    """The highest sequence that a ticket of this pool can have."""
+    """The highest sequence that the pool can have reached."""
     leases: dict[str, LeaseRecord | None] = field(default_factory=dict)
     """The live leases, by id; None for a lease that cannot be read."""
     holders: dict[str, QueueFile] = field(default_factory=dict)
     """The files of the live leases, by id."""
     own: dict[str, TicketRecord] = field(default_factory=dict)
-    """The tickets of this process, by name. They are live without a look at their files."""
+    """This process's tickets, by name. They are live without a look at their files."""
     stale: set[str] = field(default_factory=set)
     elsewhere: set[str] = field(default_factory=set)
     unreadable: dict[str, QueueFile] = field(default_factory=dict)
     """Live entries that cannot be read, by name."""
     lost: dict[str, int] = field(default_factory=dict)
-    """UUIDs of devices that leases without a name in the queue hold, and the inode numbers of their files."""
+    """Inode numbers of leases without a name in the queue, by the UUID of a device that they hold."""
     _locks: tuple[LockTable | None, ...] = ()
     _exclusive: dict[int, int] | None = None
-    """The process that took the exclusive lock on a file, by the file's inode number."""
+    """The processes that took exclusive locks, by the files' inode numbers."""
     _owners: dict[tuple[int, int, str], Owner] = field(default_factory=dict)
     _users: dict[int, int | None] = field(default_factory=dict)
-    """Users of processes, by process id."""
+    """The users of processes, by process id."""
     _stopped: dict[int, bool] = field(default_factory=dict)
 
     @property
     def names(self) -> set[str]:
-        """The names of all tickets' files."""
+        """The names of all ticket files."""
         return self.index.tickets
 
     def lease_states(self) -> list[LeaseState]:
@@ -281,7 +281,7 @@ class PoolScan:
             else LeaseState(id, shares=None)
             for id, record in self.leases.items()
         ]
-        # Their share of the device is unknown, so they count as holding all of it.
+        # Their shares are unknown, so they count as holding whole devices.
         return states + [LeaseState(f"{LOST}{inode}-{uuid}", {uuid: WHOLE}) for uuid, inode in self.lost.items()]
 
     def wanted(self) -> set[str]:
@@ -294,12 +294,12 @@ class PoolScan:
         return (TicketState(name.sequence, name.id, record.demand, name.priority) for name, record, _ in self.tickets())
 
     def tickets(self) -> Iterator[tuple[TicketName, TicketRecord, QueueFile | None]]:
-        """Go through the live tickets in queue order, with their real priority; those of this process without entry."""
+        """Yield the live tickets in queue order, with the priority that counts. This process's own have no file."""
         last = ""
         texts, demoted = self._ordered()
         for text in texts:
             name = TicketName.parse(text)
-            # While a ticket is published again, two editions of it exist for a moment.
+            # While a ticket is published again, two editions exist for a moment.
             if name is None or name.id == last:
                 if name is None:
                     self.index.pass_by(text)
@@ -320,7 +320,7 @@ class PoolScan:
         return 0
 
     def ahead_of(self, name: TicketName) -> int:
-        """Return the number of tickets, live or dead, that have a better place."""
+        """Return the number of tickets, live or dead, with an earlier place."""
         return bisect_left(self.index.ordered(), str(name))
 
     def look_at_leases(self) -> None:
@@ -332,13 +332,13 @@ class PoolScan:
                 if seen is not None and known is not None and known.inode == seen:
                     continue
                 if known is not None and known.record is None and len(self.unreadable) >= MAX_UNREADABLE:
-                    continue  # as many as that hold everything
+                    continue  # nothing is granted anyway
                 liveness, entry = self._look(name)
                 if liveness is not Liveness.LIVE or entry is None or entry.inode == seen:
                     continue
                 record = entry.record if isinstance(entry.record, LeaseRecord) else None
                 if record is None and entry.links > len(names):
-                    self.index.pass_by(name)  # a link to some other file
+                    self.index.pass_by(name)  # a hard link to an unrelated file
                     continue
                 if record is None:
                     self.unreadable[name] = entry
@@ -347,7 +347,7 @@ class PoolScan:
                 self.holders[id] = entry
 
     def sweep_up(self) -> None:
-        """Remove files that were never published and never will be. Only under the mutex."""
+        """Remove abandoned files that were never published. Only under the mutex."""
         for number, name in enumerate(list(self.index.unpublished)):
             if number >= MAX_UNPUBLISHED:
                 break
@@ -391,9 +391,9 @@ class PoolScan:
         )
 
     def _owner(self, entry: QueueFile | None, record: Record | None) -> Owner:
-        """Return whose a lease or ticket is. Without an `entry` it is this process's, and only now lost its name.
+        """Return the owner of a lease or ticket. Without an `entry`, it is this process's and has just lost its name.
 
-        The process that the file names is believed to be its owner's if it is a process of the file's owner.
+        The process that the file names is accepted only if it runs as the file's owner.
         """
         uid = os.geteuid() if entry is None else entry.uid
         if record is not None and self._user(record.pid) == uid:
@@ -413,14 +413,14 @@ class PoolScan:
         return Owner(pid if self._user(pid) == uid else 0, user_name(uid), "a file that cannot be read")
 
     def _stranger(self, entry: QueueFile) -> int | None:
-        """Return the process of another user than the file's that has locked it, as after the death of its own."""
+        """Return the process that has locked the file, if it runs as another user than the file's owner."""
         pid = self._who_locked().get(entry.inode)
         if pid is None or self._user(pid) in (None, entry.uid):
             return None
         return pid
 
     def _owner_of_lost(self, inode: int) -> Owner:
-        """Return who took the lock on a file that has no name here."""
+        """Return the owner of a lease without a name: the process that took the lock on its file."""
         pid = self._who_locked().get(inode, 0)
         process = Process.of(pid)
         return Owner(pid if process.user else 0, process.user or "unknown", "a lease whose file was removed")
@@ -448,7 +448,7 @@ class PoolScan:
         return self._locks[0]
 
     def _ordered(self) -> tuple[list[str], set[str]]:
-        """Return the tickets' names in queue order, and which of them claim a priority that they do not have."""
+        """Return the tickets' names in queue order, and the names that claim a priority they may not have."""
         texts = self.index.ordered()
         if not self.own.keys() <= self.names:
             texts = sorted(self.names | self.own.keys())
@@ -465,7 +465,7 @@ class PoolScan:
         return entry is not None and entry.uid in self.index.administrators
 
     def _ticket(self, text: str, name: TicketName) -> tuple[TicketRecord | None, QueueFile | None]:
-        """Return what a ticket says, and its file; None if it does not live, or has no place."""
+        """Return a ticket's record and file; (None, None) if it is not live or has no place in the queue."""
         liveness, entry = self._look(text)
         if liveness is not Liveness.LIVE or entry is None or name.sequence > self.last_possible:
             return None, None
@@ -476,7 +476,7 @@ class PoolScan:
         return None, None
 
     def _look(self, name: str) -> tuple[Liveness, QueueFile | None]:
-        """Look at the file of this name again."""
+        """Probe a file, and update the index with the result."""
         index = self.index
         if name in index.passed_by:
             return Liveness.FOREIGN, None
@@ -493,10 +493,10 @@ class PoolScan:
         return liveness, entry
 
     def _probe(self, name: str) -> tuple[Liveness, QueueFile | None]:
-        """Tell whether a process holds the lock of the file, and what it says. Removes it if none does.
+        """Return whether a process holds the file's lock, and the file's content. Removes the file if none does.
 
-        Opened for reading only, so that closing it again wakes no watcher (see `FileLedger`), and locked in shared
-        mode, so that two that probe are not taken for holders by each other.
+        The file is opened only for reading, so that closing it wakes no watcher (see `file_ledger`). It is locked in
+        shared mode, so that two probing processes do not take each other for holders.
         """
         try:
             descriptor = os.open(name, _FLAGS, dir_fd=self.directory)
@@ -521,7 +521,7 @@ class PoolScan:
                 return Liveness.LIVE, entry
             if entry.record is not None and _of_another_machine(entry.record.origin, self.origin):
                 return Liveness.ELSEWHERE, entry
-            # In a sticky directory only the file's owner and the directory's may remove it; others pass it by.
+            # In a sticky directory, only the owners of the file and of the directory may remove it. Others ignore it.
             try:
                 os.unlink(name, dir_fd=self.directory)
             except OSError:
@@ -532,7 +532,7 @@ class PoolScan:
             os.close(descriptor)
 
     def _unopenable(self, name: str, error: OSError) -> tuple[Liveness, QueueFile | None]:
-        """Judge a file that this user may not open, or that cannot be opened now, without removing it."""
+        """Judge a file that cannot be opened by this user or at this time, without removing it."""
         try:
             status = os.stat(name, dir_fd=self.directory, follow_symlinks=False)
         except OSError:
@@ -551,7 +551,7 @@ class PoolScan:
         return self.index.admits(name, status, len(self.index.leases.get(name[-32:], ())) or 1)
 
     def _locked(self, status: os.stat_result) -> bool:
-        """Whether the kernel knows a lock on a file; if that cannot be seen from here, whether it may have one."""
+        """Whether a file has a lock, by the kernel's table; if the table is not visible, whether it may have one."""
         locks, guard = self.locks(), self.index.guard
         if locks is None or guard is None or not sees_all_locks() or not locks.on(guard):
             return abs(time.time() - status.st_ctime) < BLIND_SECONDS
@@ -561,9 +561,9 @@ class PoolScan:
 
 
 def scan(directory: int, origin: Origin, index: Index, now: float, *, mutex: bool) -> PoolScan:
-    """Read the queue directory, open as `directory`, and remove stale leases. `now` is on the clock of the policy.
+    """Read the queue directory, open as `directory`, and remove stale leases. `now` is on the policy's clock.
 
-    With the `mutex`, files that were never published and never will be are removed as well.
+    With the `mutex`, abandoned files that were never published are removed, too.
     """
     index.update(set(os.listdir(directory)), directory)
     pool = PoolScan(directory, origin, index, last_possible=int(max(now, 0.0) * TICKETS_PER_SECOND) + FIRST_SEQUENCES)
@@ -579,7 +579,7 @@ def remove_if_dead(directory: int, name: str) -> None:
 
 
 def id_in(name: str) -> str:
-    """Return the id in a name of ours."""
+    """Return the id in the name of a file of ours."""
     ticket = TicketName.parse(name)
     return ticket.id if ticket else name[-32:]
 
@@ -591,7 +591,7 @@ def _entry(status: os.stat_result, record: Record | None, *problem: str) -> Queu
 
 
 def _content(descriptor: int) -> bytes:
-    """Return the whole content; empty if it is too long or cannot be read."""
+    """Return a file's whole content; empty if it is too long or cannot be read."""
     with contextlib.suppress(OSError):
         content = os.read(descriptor, MAX_ENTRY_BYTES + 1)
         return content if len(content) <= MAX_ENTRY_BYTES else b""
@@ -599,7 +599,7 @@ def _content(descriptor: int) -> bytes:
 
 
 def _lock_shared(descriptor: int) -> bool:
-    """Whether no other process holds an exclusive lock."""
+    """Lock a file in shared mode. Return False if another process holds an exclusive lock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -608,5 +608,8 @@ def _lock_shared(descriptor: int) -> bool:
 
 
 def _of_another_machine(its: Origin, ours: Origin) -> bool:
-    """Containers have host names of their own but one boot id, and after a restart the host name is the same."""
+    """Whether another machine wrote a file: boot id and host name both differ.
+
+    Containers share the boot id but have their own host names; a restart keeps the host name.
+    """
     return bool(its.boot and ours.boot) and its.boot != ours.boot and its.machine != ours.machine

@@ -1,4 +1,4 @@
-"""Who uses a device: the leases that have a share of it, the programs behind them, the leases of a process."""
+"""Finds who uses a device: the leases with a share of it, their programs, and the leases of a process."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DeviceUse:
-    """The share of a device that a lease holds. `share` is None, and counts as everything, if it cannot be read."""
+    """The share of a device that a lease holds. If it cannot be read, `share` is None and counts as everything."""
 
     lease: LeaseView
     share: Share | None
 
     @property
     def whole(self) -> bool:
-        """Whether it is the whole device."""
+        """Whether the lease holds the whole device."""
         return self.share is None or self.share.whole
 
 
@@ -50,8 +50,8 @@ def leased_memory(device: Device, holds: Iterable[DeviceUse]) -> int:
 def owners_of(pool: PoolView, holds: Sequence[DeviceUse], exists: Callable[[int], bool]) -> set[int] | None:
     """Return the process ids of programs that hold leases or wait for them. Their descendants belong to the pool.
 
-    `exists` says whether a process id exists. Returns None if an owner of one of `holds` is not visible from here, for
-    example in a container; then it is unknown who uses that device.
+    `exists` says whether a process id exists. Returns None if an owner of one of `holds` is not visible, for example in
+    a container, because it is then unknown who uses that device.
     """
     if any(hold.lease.owner is None or not exists(hold.lease.owner.pid) for hold in holds):
         return None
@@ -60,7 +60,7 @@ def owners_of(pool: PoolView, holds: Sequence[DeviceUse], exists: Callable[[int]
 
 
 def leases_of(pid: int) -> set[str]:
-    """Ids of the leases of which the process has a descriptor; empty if that is not visible. For display only."""
+    """Return the ids of leases of which a process has a descriptor; empty if they are not visible. For display only."""
     found = set()
     with contextlib.suppress(OSError):  # the process has ended or belongs to another user
         for descriptor in Path(f"/proc/{pid}/fd").iterdir():
