@@ -98,6 +98,8 @@ WHOLE = Share(MILLIONTHS)
 
 
 MAX_PRIORITY = 499_999
+ENDING = 5.0
+"""Seconds within which the processes of a killed job have ended."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal
 
 from gpu_launcher.errors import OptionError
 
@@ -30,8 +29,10 @@ def read_memory(value: object, option: str) -> int:
     match = _SIZE.fullmatch(str(value).strip().lower())
     if match is None or match[2] not in _UNITS:
         raise OptionError(option, f"{_shown(value)} is not an amount of memory: write one like 20GiB, 500MB or 10G")
-    size = int(Decimal(match[1]) * _UNITS[match[2]])
-    if size < MIB and Decimal(match[1]) != 0:
+    whole, _, decimals = match[1].partition(".")
+    digits = int(whole + decimals)
+    size: int = digits * _UNITS[match[2]] // 10 ** len(decimals)
+    if size < MIB and digits:
         unit = "" if match[2] else f"; write {match[1]}GiB if gibibytes are meant"
         raise OptionError(option, f"{_shown(value)} is less than 1 MiB{unit}")
     return size

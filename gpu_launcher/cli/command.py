@@ -22,9 +22,8 @@ from gpu_launcher.cli.streams import tell
 from gpu_launcher.devices import select_devices
 from gpu_launcher.devices.specification import read_specification
 from gpu_launcher.errors import CommandError, GpuLauncherError, LeaseTimeout, OptionError
-from gpu_launcher.jobs.machine import ENDING
 from gpu_launcher.leases import FileLedger, HeldLease, resolve_pool_directory
-from gpu_launcher.model import Device, Request
+from gpu_launcher.model import ENDING, Device, Request
 from gpu_launcher.processes.command_front import CommandResult, InterruptedBySignal, check_command, run_command
 from gpu_launcher.processes.signals import HARMLESS, STOPS, CommandSignals
 from gpu_launcher.text import one_line

@@ -5,6 +5,7 @@ Each command imports its modules when it is called, so that --help, completion a
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Any, NoReturn
 
@@ -85,6 +86,8 @@ def main() -> NoReturn:
         code = end.code
     if sys.stdout in lost():
         code = code or 1
+    # As it exits, Python searches all that was imported for garbage. That is a sixth of a short command's CPU time.
+    gc.freeze()
     sys.exit(code)
 
 

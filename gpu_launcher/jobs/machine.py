@@ -37,12 +37,8 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from itertools import pairwise
 
-from gpu_launcher.model import Request
+from gpu_launcher.model import ENDING, Request
 from gpu_launcher.wording import duration
-
-ENDING = 5.0
-"""Seconds within which the processes of a killed job have ended."""
-
 
 MAX_STORY = 20
 """Maximum number of transitions kept for each job."""

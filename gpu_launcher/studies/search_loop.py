@@ -26,11 +26,10 @@ from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Cause, Job, JobResult
-from gpu_launcher.jobs.machine import ENDING
 from gpu_launcher.jobs.node_client import RemoteLoop
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.jobs.where import GRACE
-from gpu_launcher.model import MILLIONTHS, WHOLE, Device
+from gpu_launcher.model import ENDING, MILLIONTHS, WHOLE, Device
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException
 from gpu_launcher.studies import optimize_messages as d

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from gpu_launcher.jobs.job import Job
+from gpu_launcher.jobs.manifest import Recorder
+
 if TYPE_CHECKING:
     from conftest import Cli  # type: ignore[import-not-found]
 
@@ -103,6 +106,14 @@ SLOW = {
     "sqlite3",
 }
 
+NOT_NEEDED = SLOW - {"rich", "pynvml"} | {
+    "multiprocessing",
+    "asyncio",
+    "decimal",
+    "statistics",
+    "gpu_launcher.jobs.machine",
+}
+
 
 def loaded(cli: Cli, *arguments: str) -> set[str]:
     """The modules that are imported when a command ends."""
@@ -120,6 +131,21 @@ def test_help_and_wrong_options_import_nothing_slow(cli: Cli, arguments: tuple[s
     assert not SLOW & {name.partition(".")[0] for name in modules}
     packages = {name.partition(".")[2].partition(".")[0] for name in modules if name.startswith("gpu_launcher.")}
     assert packages == {"cli", "errors", "text", "redaction"}
+
+
+def test_short_commands_import_only_what_they_need(cli: Cli, tmp_path: Path) -> None:
+    Recorder(tmp_path, [Job(0, "lr=1", ["lr=1"])], "train.py")
+    for arguments in (("status",), ("jobs", str(tmp_path)), ("run", "--devices", "cpu:1", "--", "true")):
+        modules = loaded(cli, *arguments)
+        assert "gpu_launcher.leases.file_ledger" in modules, arguments
+        assert modules.isdisjoint(NOT_NEEDED), arguments
+
+
+def test_at_its_end_a_command_does_not_search_for_garbage(cli: Cli) -> None:
+    code = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0)); "
+    code += "from gpu_launcher.cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "--version"], env=cli.environ, capture_output=True, check=True)
+    assert done.stdout.split()[-1] == b"True"
 
 
 def test_importing_the_package_imports_no_part_of_it(cli: Cli) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def time_left(finished: Sequence[float], running: Sequence[float], waiting: int,
     outlasting = [elapsed for elapsed in running if elapsed > longest]
     if len(outlasting) > len(finished) or not finished:
         return None
-    average = fmean([*finished, *outlasting])
+    average = _mean([*finished, *outlasting])
     places = [_remaining(finished, elapsed) for elapsed in running]
     places += [0.0] * (parallel - len(places))
     places = places or [0.0]
@@ -44,4 +43,8 @@ def time_left(finished: Sequence[float], running: Sequence[float], waiting: int,
 
 def _remaining(finished: Sequence[float], elapsed: float) -> float:
     longer = [duration for duration in finished if duration > elapsed]
-    return fmean(longer) - elapsed if longer else 0.0
+    return _mean(longer) - elapsed if longer else 0.0
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)  # `statistics` takes 9 ms to import
