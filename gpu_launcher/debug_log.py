@@ -1,8 +1,8 @@
 """The log of gpu-launcher's decisions, which `GPU_LAUNCHER_LOG=debug` turns on.
 
 Its loggers are children of `gpu_launcher.decisions`. The logger `gpu_launcher` is an ordinary one, for messages to
-users. All processes of a sweep append to one file. Each line is one write to a descriptor that is open with O_APPEND,
-so lines of several processes never mix:
+users. All processes of a sweep append to one file. Each line is one write to a descriptor that was opened with
+O_APPEND, so lines of different processes never mix:
 
     2026-11-29T08:31:05.123 DEBUG node1 fork server[4711] processes.fork_server: supervisor 3 has process id 4715
 
@@ -39,7 +39,7 @@ _OFF = logging.CRITICAL + 1
 
 
 class _Logger(logging.Logger):
-    """A logger that stays enabled: Hydra uses `logging.config`, which disables all loggers that it does not know."""
+    """A logger that stays enabled. Hydra uses `logging.config`, which disables all loggers that it does not know."""
 
     @property
     def disabled(self) -> bool:
@@ -67,7 +67,7 @@ class _Handler(logging.Handler):
         text = f"{at}.{int(record.msecs):03d} {record.levelname} {where} {area}: {record.getMessage()}"
         poll = select.poll()
         poll.register(self.descriptor, select.POLLOUT)
-        # The log never makes a program fail or wait: not for a full disk, nor for a terminal or pipe without a reader.
+        # The log never makes a program fail or wait, even with a full disk, or a terminal or pipe without a reader.
         with contextlib.suppress(OSError):
             if poll.poll(0) and self._identity() == self._file:  # the program may have closed it
                 os.write(self.descriptor, one_line(text).encode()[: select.PIPE_BUF - 1] + b"\n")
@@ -113,7 +113,7 @@ def log_into(directory: Path) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Variables that make a fresh interpreter log to the same file. Empty if the log is off.
+    """The variables that make a fresh interpreter log to the same file. Empty if the log is off.
 
     If this process logs to standard error, the interpreter does not log, because its standard error may be a job's.
     """
@@ -126,7 +126,7 @@ def environment() -> dict[str, str]:
 
 
 def read_variable(value: str) -> tuple[int, Path | None]:
-    """Read a value of the variable; return the level, and the file if it names one. Raises ValueError."""
+    """Parse a value of the variable; return the level, and the file if it names one. Raises ValueError."""
     level, _, path = value.partition(":")
     if level.strip().lower() not in _LEVELS:
         raise ValueError(f"{VARIABLE}={value!r} is invalid: must be debug, info, warning or error, or one with :PATH")
@@ -134,7 +134,7 @@ def read_variable(value: str) -> tuple[int, Path | None]:
 
 
 def configure(variables: Mapping[str, str]) -> None:
-    """Set the log up from environment variables. An invalid value is reported on standard error and turns it off."""
+    """Set up the log from environment variables. An invalid value is reported on standard error and turns it off."""
     global _named
     _root.propagate = False
     _root.setLevel(_OFF)

@@ -12,7 +12,7 @@ _PART = re.compile(r"([0-9]{1,12}(?:\.[0-9]{0,9})?)\s*([smhd]?)", re.ASCII)
 
 
 def read_duration(value: object, option: str) -> float:
-    """Return `value` in seconds: a number of seconds, or `90s`, `30m`, `2h`, `1d`, also together as `1h30m`.
+    """Return `value` in seconds: a number of seconds, or text such as `90s`, `30m`, `2h`, `1d` or `1h30m`.
 
     Raises OptionError, which names `option`, for anything else.
     """

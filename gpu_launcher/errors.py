@@ -31,8 +31,9 @@
     ├── ManifestError                          a sweep's directory cannot be resumed or read
     └── ReportError                            a job's report cannot be read
 
-All of them survive pickling with their fields: a job's error is raised in one process and read in another. The plugins
-also have errors that are Hydra's. Exceptions that only steer control flow stay where they are raised.
+All of them survive pickling with their fields, because a job's error is raised in one process and read in another. The
+plugins also define errors in Hydra's hierarchy. Exceptions that only steer control flow are defined where they are
+raised.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class GpuLauncherError(Exception):
 class OptionError(GpuLauncherError, ValueError):
     """An argument or option is invalid. The message names it and says what to do.
 
-    `option` is its name: `devices` in a function call. Code that reads `--devices` or `hydra.launcher.devices` raises
-    the error `renamed` to that.
+    `option` is its name, such as `devices` in a function call. Code that reads `--devices` or
+    `hydra.launcher.devices` raises the error `renamed` to that.
     """
 
     def __init__(self, option: str, problem: str) -> None:
@@ -83,7 +84,7 @@ class UsageError(OptionError):
         return self.problem
 
     def renamed(self, spell: object) -> OptionError:
-        """See `OptionError`."""
+        """Return the same error, which names no option."""
         return self
 
 
@@ -125,8 +126,8 @@ class RequestError(GpuLauncherError):
 class LeaseTimeout(GpuLauncherError, TimeoutError):
     """A lease was not granted within the time to wait. The place in the queue is lost.
 
-    `wanted` is what was requested, such as `2 GPUs`; `seconds` is how long the caller waited; `reason` says who holds
-    the devices, or waits before it.
+    `wanted` is the request in words, such as `2 GPUs`; `seconds` is how long the caller waited; `reason` says who holds
+    the devices or waits earlier for them.
     """
 
     def __init__(self, wanted: str, seconds: float, reason: str) -> None:
@@ -141,13 +142,13 @@ class LeaseTimeout(GpuLauncherError, TimeoutError):
 
 
 class ApplyError(GpuLauncherError, RuntimeError):
-    """A lease cannot choose the devices of this process, because they are already chosen."""
+    """A lease cannot be applied, because the devices of this process are already chosen."""
 
 
 class JobError(GpuLauncherError):
     """A job returned no value and raised no exception: it was killed, crashed or exited.
 
-    `problem` is a sentence without its subject, `log` the path of the job's output if it has any.
+    `problem` is a predicate such as `was killed by SIGKILL`; `log` is the path of the job's output, if it has any.
     """
 
     def __init__(self, number: int, label: str, problem: str, log: str | None) -> None:
@@ -168,7 +169,7 @@ class JobTimeoutError(JobError, TimeoutError):
     def __init__(self, number: int, label: str, problem: str, log: str | None) -> None:
         super().__init__(number, label, problem, log)
         self.args = (number, label, problem, log)
-        self.errno = self.strerror = self.filename = None  # which OSError reads into the arguments
+        self.errno = self.strerror = self.filename = None  # OSError takes these from the arguments
 
     def __reduce__(self) -> tuple[type[JobTimeoutError], tuple[object, ...]]:
         return type(self), (self.number, self.label, self.problem, self.log)
@@ -195,8 +196,8 @@ class UnsupportedVersionError(GpuLauncherError, ImportError):
 class RecordError(GpuLauncherError):
     """A record has no result. The message says why.
 
-    `parallel_map(..., on_error="return")` has it among the results; with `on_error="raise"` it is the `__cause__` of
-    the exception that is raised.
+    With `parallel_map(..., on_error="return")`, it is among the results. With `on_error="raise"`, it is the `__cause__`
+    of the exception that is raised.
     """
 
     def __init__(self, index: int, record: Any, exception: BaseException, traceback: str, where: str = "") -> None:
@@ -228,15 +229,15 @@ class UnreadableError(GpuLauncherError):
 
 
 class SetupError(GpuLauncherError):
-    """`setup` raised in a worker: the `__cause__` of the exception that is raised, with the worker's traceback."""
+    """`setup` raised in a worker. This is the `__cause__` of the raised exception, with the worker's traceback."""
 
 
 class NodeDiedError(GpuLauncherError):
-    """The node was killed, and its jobs have ended with it."""
+    """The node was killed, and its jobs ended with it."""
 
 
 class ServerDiedError(GpuLauncherError):
-    """The fork server is gone. Its jobs end by themselves; a new one can be started."""
+    """The fork server was killed. Its jobs end by themselves; another fork server can be started."""
 
 
 class StudyError(GpuLauncherError):
@@ -260,7 +261,7 @@ class CompositionError(GpuLauncherError):
 
 
 class CommandError(GpuLauncherError):
-    """A command cannot be executed. `code` is what a shell would exit with: 126 or 127."""
+    """A command cannot be executed. `code` is the exit code that a shell would use: 126 or 127."""
 
     def __init__(self, command: str, problem: str, code: int) -> None:
         super().__init__(command, problem, code)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 MAX_TEXT = 2**16
-"""Most characters of a text."""
+"""Maximum number of characters of a text."""
 MAX_ITEMS = 1024
-"""Most items of a list of texts, such as the devices of a job."""
+"""Maximum number of items in a list of texts, such as the devices of a job."""
 MAX_TIME = 1e11
 """Latest time, in seconds since the epoch: the year 5138."""
 
@@ -26,7 +26,7 @@ def load_object(data: bytes) -> dict[str, Any]:
 
 
 class Fields:
-    """The values of a JSON object. Each method raises ValueError for a missing or wrong value."""
+    """The values of a JSON object. Each method raises ValueError for a missing or invalid value."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         self._content = content

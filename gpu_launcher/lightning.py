@@ -11,7 +11,7 @@ from gpu_launcher.studies.reporting import in_trial, report
 
 
 def _base() -> Any:
-    """The class Callback from the Lightning package that the program uses."""
+    """The class Callback of the Lightning package that the program uses."""
     names = ["lightning.pytorch", "pytorch_lightning"]
     names.sort(key=lambda name: name not in sys.modules)
     for name in names:
@@ -49,7 +49,7 @@ class PruningCallback(_base()):  # type: ignore[misc]
         """Report the metric. Raises optuna.TrialPruned to prune, OptionError if the metric does not exist."""
         if trainer.sanity_checking or trainer.state.fn != "fit" or not in_trial():
             return
-        # Only rank 0's value is used. The other ranks need not have one.
+        # Only rank 0's value is used, so the other ranks need none.
         value = self._value(trainer.callback_metrics) if trainer.is_global_zero else 0.0
         report(value, trainer.current_epoch)
 

@@ -22,24 +22,24 @@ class DeviceKind(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One allocatable accelerator. `uuid` is its identity on the machine, `index` is for display.
+    """One allocatable accelerator. `uuid` is its identity on the machine; `index` is for display.
 
     Two devices are the same device exactly if their UUIDs are equal.
     """
 
     uuid: str
     index: int
-    """NVML index, which is the order of PCI bus ids; for CPU slots and simulated devices, counted from 0. A MIG
-    instance has its GPU's."""
+    """The NVML index, in the order of PCI bus ids. CPU slots and simulated devices are counted from 0. A MIG instance
+    has its GPU's index."""
     name: str
     """Product name, such as `NVIDIA H100 80GB HBM3`, with the profile of a MIG instance: `... MIG 1g.10gb`."""
     kind: DeviceKind
     memory: int | None = None
     """Total memory in bytes; None if the device does not report it (CPU slots, unified memory)."""
     exclusive: bool = False
-    """Compute mode EXCLUSIVE_PROCESS: one process at a time can use it, so it takes no fractions."""
+    """Whether the compute mode is EXCLUSIVE_PROCESS: one process at a time can use it, so it takes no fractions."""
     parent: str | None = None
-    """UUID of the GPU that a MIG instance is part of, which is not a device itself; None for other devices."""
+    """UUID of the GPU that a MIG instance is part of; None for other devices. That GPU is not a device itself."""
     instance: int | None = None
     """Number of a MIG instance on its GPU, for display; None for other devices."""
     numa_node: int | None = None
@@ -49,7 +49,7 @@ class Device:
 
     @property
     def label(self) -> str:
-        """Name in messages and views: `GPU 2`, `MIG 2:0`, `simulated GPU 2`, `CPU slot 2`."""
+        """The name in messages and views: `GPU 2`, `MIG 2:0`, `simulated GPU 2`, `CPU slot 2`."""
         if self.kind is DeviceKind.MIG:
             return f"MIG {self.index}:{self.instance}"
         prefix = {DeviceKind.GPU: "GPU", DeviceKind.SIMULATED: "simulated GPU", DeviceKind.CPU: "CPU slot"}
@@ -57,7 +57,7 @@ class Device:
 
 
 MILLIONTHS = 1_000_000
-"""Fractions of a device are counted in millionths, so that sums are exact, whatever their order."""
+"""Millionths in a whole device. Fractions are counted in them, so that sums are exact in any order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Share:
     """
 
     millionths: int
-    """Millionths of the device; `MILLIONTHS` is the whole device. A request may have 0: `memory` alone decides."""
+    """Millionths of the device; `MILLIONTHS` is the whole device. In a request, 0 means that `memory` alone decides."""
     memory: int = 0
     """Declared memory in bytes; 0 if none is declared."""
 
@@ -78,14 +78,15 @@ class Share:
 
     @property
     def whole(self) -> bool:
-        """Whether nothing else fits beside it."""
+        """Whether it is the whole device, so that nothing else fits beside it."""
         return self.millionths == MILLIONTHS
 
     def of(self, total: int | None) -> Share:
-        """Return this share of a device with `total` bytes of memory. A share by memory alone is at most the device.
+        """Return this share of a device with `total` bytes of memory.
 
-        Memory alone counts as the same fraction of the device, so that it combines with fractions. If a device does not
-        report its memory (`total` is None), no memory is counted, and a share by memory alone is the whole device.
+        A share by memory alone becomes the same fraction of the device, at most the whole, so that it combines with
+        fractions. If a device does not report its memory (`total` is None), no memory is counted, and a share by memory
+        alone is the whole device.
         """
         if total is None:
             return Share(self.millionths or MILLIONTHS)
@@ -104,18 +105,18 @@ ENDING = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The devices that one job needs. `Request.of` makes one from the numbers that users write."""
+    """The devices that one job needs. `Request.of` creates one from the numbers that users write."""
 
     gpus: int
-    """Number of devices; 0 needs no lease."""
+    """Number of devices. A job with 0 needs no lease."""
     share: Share = WHOLE
     """Share needed of each device. For whole devices, `share.memory` is the memory that each must have."""
     priority: int = 0
-    """Requests with higher priority go first; between -MAX_PRIORITY and MAX_PRIORITY."""
+    """Priority from -MAX_PRIORITY to MAX_PRIORITY. Requests with a higher priority go first."""
     timeout: float | None = None
     """Seconds after the grant within which its devices are free again, including the time to end the job."""
     stagger: float = 0.0
-    """Seconds to wait before using a device on which another running job has started."""
+    """Minimum seconds between this job's start on a device and the start of another running job there."""
 
     def __post_init__(self) -> None:
         if self.gpus < 0:
@@ -145,7 +146,7 @@ class Request:
         if gpus is None:
             count, millionths = 1, 0
         elif 0 < gpus < 1:
-            # Rounded down, so that six sixths are not more than one. 0.57 * MILLIONTHS is slightly less than 570000.
+            # Rounded down, so that six sixths are at most 1. But 0.57 * MILLIONTHS is slightly less than 570000.
             count, millionths = 1, max(1, math.floor(gpus * MILLIONTHS + 1e-6))
         elif gpus >= 0 and float(gpus).is_integer():
             count, millionths = int(gpus), MILLIONTHS
@@ -164,7 +165,7 @@ class Owner:
     """The user and process that request or hold devices. For display only: it never decides who is alive."""
 
     pid: int
-    """0 if unknown."""
+    """Process id; 0 if unknown."""
     user: str
     command: str
     """A short description, such as `train.py #7 lr=0.1`."""

@@ -35,7 +35,7 @@ from gpu_launcher.users import this_process
 
 LOG = logging.getLogger("gpu_launcher")
 ANSWER = 3.0
-"""Seconds that a snapshot waits for the conditions of the devices."""
+"""Maximum seconds that a snapshot waits for the conditions of the devices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +56,11 @@ class _Entrance:
         self.directory = directory
         self.busy_memory = busy_memory
         self.environ = dict(os.environ)
-        """A copy of the environment, whose mask says which GPUs are visible. `Lease.apply` later changes the mask."""
+        """A copy of the environment with the mask of visible GPUs, because `Lease.apply` later changes the mask."""
         self._machine: _Machine | None = None
 
     def machine(self) -> _Machine:
-        """The devices. The first call may take seconds. Raises OptionError, DeviceError."""
+        """Find the devices. The first call may take seconds. Raises OptionError, DeviceError."""
         if self._machine is None:
             selection = select_devices(self.spec, self.environ, option="devices")
             device_environment = DeviceEnvironment(by_uuid=selection.by_uuid)
@@ -85,10 +85,11 @@ class _Entrance:
 class Pool:
     """The GPUs of this machine, shared with every program and user that uses gpu-launcher on it.
 
-    Threads and event loops may share a pool. A forked child can use it, too; leases held at the fork are then held by
-    parent and child. Nothing is opened before the first lease. `close`, or the end of a `with` block, closes the pool.
+    Threads and event loops may share a pool. A forked child can use it, too; parent and child then both hold the leases
+    that were held at the fork. Nothing is opened before the first lease. `close`, or the end of a `with` block, closes
+    the pool.
 
-    If a lease is not granted at once, the logger `gpu_launcher` gets a warning that says what it waits for.
+    If a lease is not granted at once, a warning from the logger `gpu_launcher` says what it waits for.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Pool:
 
         `pool_dir` is a pool directory to use instead of the machine's. GPUs on which programs outside the pool use more
         memory than `busy_memory` are not granted; with None, such use is ignored. All three mean the same as for the
-        launcher. CUDA_VISIBLE_DEVICES restricts the devices, with its value when the pool is created.
+        launcher. CUDA_VISIBLE_DEVICES, as it is when the pool is created, restricts the devices.
 
         Raises OptionError, PoolDirectoryError.
         """
@@ -136,8 +137,8 @@ class Pool:
         """Wait for a lease of `gpus` devices, or of a fraction of one, with `memory` (`20GiB`) on each; 1 by default.
 
         With `memory` alone, the lease is for a fraction of one device with that much memory. 0 devices are granted at
-        once. Requests with a higher `priority` go first. `timeout` is the longest wait, in seconds or as `10m`; 0 tries
-        once, and by default there is no limit.
+        once. Requests with a higher `priority` go first. `timeout` is the longest wait, in seconds or as `10m`. 0 means
+        to try once; by default, there is no limit.
 
         Raises LeaseTimeout; RequestError if these devices can never satisfy the request; OptionError if the request is
         invalid; PoolDirectoryError; DeviceError; ValueError if the pool is closed.
@@ -157,13 +158,13 @@ class Pool:
     ) -> Asking:
         """Like `lease`, for asyncio: `async with pool.alease(gpus=1) as lease:`, or `lease = await pool.alease()`.
 
-        Uses no thread. When cancelled, it leaves the queue at once. Other tasks run while it waits, except for the
-        milliseconds in which the pool is read.
+        It uses no thread. If it is cancelled, it leaves the queue at once. Other tasks run while it waits, except for
+        the milliseconds in which the pool is read.
         """
         return Asking(self, *_read(gpus, memory, priority, timeout))
 
     def snapshot(self) -> PoolSnapshot:
-        """The pool's devices, who holds them and who waits for them. May take seconds if the GPUs were not read before.
+        """The pool's devices, who holds them and who waits for them. Takes seconds if the GPUs were not read before.
 
         Raises OptionError, DeviceError, PoolDirectoryError; ValueError if the pool is closed.
         """
@@ -192,7 +193,7 @@ class Pool:
         return snapshot_of(survey, known)
 
     def close(self) -> None:
-        """Release all leases that this process has from this pool. Waiting calls raise an error. Idempotent."""
+        """Release all leases that this process holds from this pool. Waiting calls raise an error. Idempotent."""
         self._broker.close()
 
     @property
@@ -241,7 +242,7 @@ class Pool:
         return f"Pool(devices={self._entrance.spec!r}, pool_dir={str(self.directory)!r})"
 
     def __reduce__(self) -> tuple[type[Pool], tuple[object, str | None, object]]:
-        """When unpickled in another process, it is a separate pool with the same arguments."""
+        """Pickle the arguments. An unpickled pool is a separate one with the same arguments."""
         return type(self), self._made_of
 
     def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:

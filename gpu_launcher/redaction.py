@@ -1,8 +1,8 @@
 """Hides secrets in text that is shown to other users or written to log files.
 
-Command lines and overrides are shown to everyone who waits for the same devices. What looks like a password or a key in
-them is replaced by `***`. This is a safety net: a secret in an unexpected form is not recognised, and every
-user of a machine can read command lines in /proc.
+Command lines and overrides are shown to all users who wait for the same devices. Text in them that looks like a
+password or a key is replaced by `***`. This is only a safety net: a secret in an unexpected form is not recognised, and
+every user of a machine can read command lines in /proc.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _SECRETS = frozenset(
 )
 """Last words of names whose values are secret."""
 _KEYS = frozenset(["access", "account", "api", "auth", "encryption", "private", "secret", "signing"])
-"""Words before `key` in such names."""
+"""Words before `key` in such names, as in `api_key`."""
 _HARMLESS = re.compile(r"(?i:true|false|null|none|~)|\d{1,3}")
 """Values that are not secret under any name, as in `use_password=true`."""
 _LONG = 16
-"""Fewest characters of a `token` that is secret: shorter ones are words of a model's vocabulary."""
+"""Minimum number of characters of a secret `token`. Shorter ones are words of a model's vocabulary."""
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-# Repeats are bounded, so that the time is linear in the length of any text.
+# Repetitions are bounded, so that the time is linear in the length of any text.
 _QUOTED = r""""(?:[^"\\]|\\.){0,500}"|'(?:[^'\\]|\\.){0,500}'"""
 _ASSIGNMENT = re.compile(
     r"(?P<before>(?<![\w.])(?P<name>[A-Za-z_][\w.@/-]{0,100})"
@@ -44,7 +44,7 @@ _ASSIGNMENT = re.compile(
 _SCHEME = re.compile(r"(?P<before>\b(?:Bearer|Basic)\s{1,3})(?P<value>[\w.~+/=-]{8,500})")
 # user:password@host; a password may contain slashes and at-signs.
 _USERINFO = re.compile(r"(?P<before>\b[a-zA-Z][\w+.-]{0,40}://[^\s:/@?#]{0,100}:)(?P<value>[^\s]{0,200})(?=@)")
-# Keys that services issue, recognised by the prefixes that exist for scanners.
+# Keys that services issue. They have prefixes so that scanners recognise them.
 _ISSUED = re.compile(
     r"\b(?:hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[abeprs]-|AKIA|ASIA|AIza|npm_|pypi-)[A-Za-z0-9_-]{12,200}"
     r"|\beyJ[\w-]{8,200}\.[\w-]{8,500}\.[\w-]{0,500}"
@@ -58,7 +58,7 @@ _HINT = re.compile(
 
 
 def redact(text: str) -> str:
-    """Return the text with what looks like a secret replaced by `***`. Idempotent."""
+    """Replace all parts of a text that look like secrets by `***`. Idempotent."""
     if _HINT.search(text) is None:
         return text
     text = _USERINFO.sub(rf"\g<before>{HIDDEN}", text)
@@ -84,9 +84,9 @@ def _assignments(text: str) -> str:
 
 
 def _is_secret(name: str, sign: str, value: str, *, option: bool) -> bool:
-    """Whether a value belongs to a secret: `db.password=x`, `--api-key x`, `"token": "..."`; not `max_tokens=5`."""
+    """Whether a value is secret, as in `db.password=x`, `--api-key x`, `"token": "..."`; not in `max_tokens=5`."""
     if not sign.strip() and not option:
-        return False  # consecutive words of a sentence
+        return False  # two consecutive words of a sentence
     words = [word.lower() for word in _WORD.findall(name)]
     bare = value.strip("\"'")
     if not words or _HARMLESS.fullmatch(bare):

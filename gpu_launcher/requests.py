@@ -1,6 +1,6 @@
-"""Reads requests from options: values mean the same in Hydra's options, on the command line and in Python.
+"""Reads requests from options. Values mean the same in Hydra's options, on the command line and in Python.
 
-Errors name options as they are named here; callers rename them to what the user wrote (`OptionError.renamed`).
+Errors use the names of options here; callers rename them to what the user wrote (`OptionError.renamed`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from gpu_launcher.sizes import read_memory
 from gpu_launcher.validation import read_integer, read_number
 
 MIN_SHARE = 0.001
-"""Smallest share of a device: less is likely a mistake."""
+"""Smallest share of a device. Less is probably a mistake."""
 
 
 def read_request(options: Mapping[str, object]) -> Request:
-    """Read a request from `gpus`, `memory`, `priority`, `timeout` and `stagger`. Each may be left out.
+    """Read a request from `gpus`, `memory`, `priority`, `timeout` and `stagger`. Each may be omitted.
 
     Raises OptionError.
     """

@@ -1,4 +1,4 @@
-"""Checks of installed distributions against the versions that gpu-launcher's metadata requires."""
+"""Checks installed distributions against the versions that gpu-launcher's metadata requires."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_version(name: str) -> None:
 
 
 def parsed(requirement: str) -> tuple[str, str]:
-    """Name and versions of a requirement such as `optuna<6,>=4.8`."""
+    """Split a requirement such as `optuna<6,>=4.8` into name and versions."""
     match = re.match(r"([A-Za-z0-9._-]+)\s*\(?([^;)]*)", requirement)
     assert match is not None, requirement
     clauses = sorted(match[2].replace(" ", "").split(","), key=lambda clause: clause.startswith("<"))

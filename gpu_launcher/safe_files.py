@@ -1,8 +1,8 @@
 """Files in directories that other users may write to.
 
-In such a directory a name of ours can be anything: a symbolic link to another file, a FIFO that blocks its opener, a
-device, a hard link, or another user's file. The functions here open only regular files, and never block. The content of
-such a file is data of its owner; `why_untrusted` says whether to trust that owner.
+In such a directory, one of our names can be anything: a symbolic link to another file, a FIFO that blocks its opener, a
+device, a hard link, or another user's file. The functions here open only regular files and never block. The content of
+such a file is data of its owner; `why_untrusted` says whether to trust it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ MAX_LINE = 16 * 2**20
 def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY, mode: int = PRIVATE_FILE) -> int:
     """Open a regular file and return its descriptor, which is not inherited.
 
-    A file opened for writing must not have other names. Otherwise another user could make a hard link, and our lines
-    would be appended to any file of this user. Raises OSError.
+    A file opened for writing must not have other names. Otherwise, by a hard link, another user could make us write to
+    any file of this user. Raises OSError.
     """
-    # O_NONBLOCK: opening a FIFO would wait for its other end, and opening a file under a lease (fcntl(2), F_SETLEASE)
-    # for the lease's holder. On a regular file that is open it has no effect. O_TRUNC has to wait for the checks.
+    # O_NONBLOCK: otherwise, opening a FIFO would wait for its other end, and opening a file under a lease (fcntl(2),
+    # F_SETLEASE) for the lease's holder. It has no effect on an open regular file. O_TRUNC must wait for the checks.
     wanted = flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     descriptor = os.open(path, wanted, mode)
     try:
@@ -81,8 +81,8 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that is complete as soon as it exists, even if this process is killed. Raises OSError.
 
-    There is no fsync. The readers do not survive a crash of the machine either, and fsync may take seconds while the
-    disk is writing checkpoints, during which a job's devices would be idle.
+    It does not use fsync. The readers do not survive a crash of the machine either. And while the disk is writing
+    checkpoints, fsync may take seconds, in which a job's devices would be idle.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -106,7 +106,7 @@ def why_untrusted(descriptor: int) -> str | None:
 
 
 def make_directories(path: Path) -> None:
-    """Make a directory, and those above it, that only their owner may change. Raises OSError."""
+    """Create a directory and missing parents, which only their owner may change. Raises OSError."""
     try:
         path.mkdir(PRIVATE_DIRECTORY)
     except FileExistsError:
@@ -116,4 +116,4 @@ def make_directories(path: Path) -> None:
         if path.parent == path:
             raise
         make_directories(path.parent)
-        path.mkdir(PRIVATE_DIRECTORY, exist_ok=True)  # in /proc this fails again, so it is not retried
+        path.mkdir(PRIVATE_DIRECTORY, exist_ok=True)  # fails again in /proc, so it is not retried

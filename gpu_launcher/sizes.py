@@ -1,4 +1,4 @@
-"""Reads and shows amounts of memory, such as `20GiB`."""
+"""Reads and formats amounts of memory, such as `20GiB`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def read_memory(value: object, option: str) -> int:
     KiB, MiB, GiB and TiB are powers of 1024, and so are K, M, G and T alone, as in Slurm and Docker; KB, MB, GB and TB
     are powers of 1000. Case does not matter.
 
-    Raises OptionError, which names `option`, for anything else. It is also raised for amounts between 0 and 1 MiB,
-    because the unit was probably forgotten.
+    Raises OptionError, which names `option`, for anything else. An amount between 0 and 1 MiB is refused, too, because
+    the unit was probably forgotten.
     """
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise OptionError(option, f"{_shown(value)} is not an amount of memory: write one like 20GiB")

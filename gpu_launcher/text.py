@@ -14,7 +14,7 @@ from pathlib import Path
 from gpu_launcher.redaction import redact
 
 MAX_SHOWN = 4096
-"""Most characters shown of such a text."""
+"""Maximum number of characters shown of such a text."""
 
 ESCAPE_SEQUENCE = re.compile(
     r"""\x1b\[ [0-?]* [ -/]* [@-~]                       # CSI: colours, cursor movement
@@ -29,7 +29,7 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-
 
 def one_line(text: str, limit: int = MAX_SHOWN) -> str:
     """Return the text as one line without control characters and secrets, cut to `limit` characters."""
-    # Cut first, because the rest is slow for megabytes. The cut leaves room for escape sequences.
+    # Cut first, because the rest is slow for megabytes. The factor leaves room for escape sequences.
     return _one_line(text[: 4 * limit], limit)
 
 
@@ -42,7 +42,7 @@ def _one_line(text: str, limit: int) -> str:
 
 
 def middle_cut(text: str, room: int) -> str:
-    """Shorten a text to `room` characters by cutting its middle, because texts often differ at their ends."""
+    """Shorten a text to `room` characters. The middle is cut, because texts often differ at their ends."""
     if len(text) <= room:
         return text
     end = max(0, room - 1) // 2
@@ -50,7 +50,7 @@ def middle_cut(text: str, room: int) -> str:
 
 
 def short_path(path: Path) -> str:
-    """Return the path relative to the working directory if it is below that."""
+    """Return the path, relative to the working directory if it is below that."""
     try:
         return str(path.relative_to(Path.cwd()))
     except (OSError, ValueError):

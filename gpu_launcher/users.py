@@ -1,4 +1,4 @@
-"""Names of users, and the description of this process for other users."""
+"""Gets the names of users, and describes this process to other users."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from gpu_launcher.model import Owner
 from gpu_launcher.text import one_line
 
 MAX_COMMAND = 1000
-"""Most characters shown of a command."""
+"""Maximum number of characters shown of a command."""
 
 
 @functools.lru_cache(maxsize=1024)
 def user_name(uid: int) -> str:
-    """Return the name of a user; `uid 1234` for a user without an entry in the user database."""
+    """Return a user's name, or `uid 1234` if the user database has no entry."""
     import pwd  # not on Windows
 
     try:
@@ -24,10 +24,10 @@ def user_name(uid: int) -> str:
 
 
 def this_user(command: str, pid: int) -> Owner:
-    """Describe a process of this user that runs `command`, for other users. Secrets in it are hidden."""
+    """Describe a process of this user that runs `command` to other users. Secrets in the command are hidden."""
     return Owner(pid, user_name(os.getuid()), one_line(command, MAX_COMMAND))
 
 
 def this_process(command: str) -> Owner:
-    """Describe this process for other users."""
+    """Describe this process, which runs `command`, to other users."""
     return this_user(command, os.getpid())

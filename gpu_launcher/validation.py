@@ -1,4 +1,4 @@
-"""Checks of option values that several entry points share. They raise OptionError, with the same wording everywhere."""
+"""Checks option values for all entry points. The checks raise OptionError, with the same wording everywhere."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Literal, TypeVar, cast, get_args
 from gpu_launcher.errors import OptionError
 
 StartMethod = Literal["auto", "fork", "spawn"]
-"""How jobs are started: `fork` from the program, `spawn` in fresh interpreters, `auto` forks if that is safe."""
+"""The way jobs are started: `fork` from the program, `spawn` in fresh interpreters, `auto` forks if that is safe."""
 
 T = TypeVar("T")
 
 
 def read_number(value: object) -> float | None:
-    """Return `value` as a number if it is a finite number or the text of one; None for anything else."""
+    """Return `value` as a number if it is a finite number or the text of one; otherwise return None."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:

@@ -1,4 +1,4 @@
-"""The version of gpu-launcher."""
+"""Finds the version of gpu-launcher."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
 
 def find_version() -> str:
-    """The installed version; in a source tree that is not installed, the one in `pyproject.toml`; else `unknown`."""
+    """Return the installed version, or the one in `pyproject.toml` in a source tree, or `unknown`."""
     try:
         return version("gpu-launcher")
     except PackageNotFoundError:

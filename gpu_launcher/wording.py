@@ -64,7 +64,7 @@ def device_names(devices: Iterable[Device]) -> str:
 
 
 def join_labels(labels: Iterable[str]) -> str:
-    """Join labels of devices; three or more in a row become a range: `GPU 0-3, GPU 6`."""
+    """Join labels of devices. Three or more consecutive ones become a range: `GPU 0-3, GPU 6`."""
     runs: list[list[str]] = []
     before = ("", -1)
     for label in labels:

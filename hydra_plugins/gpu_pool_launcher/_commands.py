@@ -22,17 +22,17 @@ from ._override_text import override_text
 from ._program import config_options
 
 MAX_ALONE = 3
-"""Failed jobs for which a sweep shows the command that runs them alone."""
+"""Maximum number of failed jobs for which a sweep shows the command that runs the job alone."""
 
 _OF_THE_SWEEP = re.compile(r"[+~]*hydra[./](?:launcher|sweeper|sweep|mode)\b")
 """Overrides that do not matter to a single job."""
 _SET_ANEW = re.compile(r"\+*hydra\.(?:sweep\.dir|launcher\.resume)=")
 _PATH = re.compile(r"(?:/|[A-Za-z_]\w*[./:-])[\w./:-]*", re.ASCII)
-"""Text that `override_text` would quote but Hydra reads unchanged: not a number, and not a word of Hydra's grammar."""
+"""Text that `override_text` would quote but that Hydra reads unchanged, because its grammar gives it no meaning."""
 
 
 def closing_lines(config: DictConfig, directory: Path, failed: Sequence[Job], incomplete: int) -> list[str]:
-    """Lines to show at the end of a sweep.
+    """The lines to show at the end of a sweep.
 
     `failed` holds one job for each way in which jobs failed; `incomplete` is the number of jobs that did not complete.
     """
@@ -47,13 +47,13 @@ def closing_lines(config: DictConfig, directory: Path, failed: Sequence[Job], in
 
 def _line(what: str, command: list[str]) -> list[str]:
     text = shlex.join(command)
-    return [f"{what}: {text}"] if text.isprintable() else []  # escaped, it would run something else
+    return [f"{what}: {text}"] if text.isprintable() else []  # escaped text would run something else
 
 
 def typed_program(argv: Sequence[str], original: Sequence[str]) -> list[str]:
-    """What the user typed before the arguments: `python train.py`, `python -m package.train`, a console script.
+    """The command that the user typed, without arguments: `python train.py`, `python -m package.train`, or a script.
 
-    `argv` is `sys.argv`, which the program may have changed, `original` is `sys.orig_argv`.
+    `argv` is `sys.argv`, which the program may have changed; `original` is `sys.orig_argv`.
     """
     arguments = list(argv[1:])
     head = list(original[: len(original) - len(arguments)])
@@ -68,11 +68,11 @@ def typed_program(argv: Sequence[str], original: Sequence[str]) -> list[str]:
 
 
 def alone_command(program: Sequence[str], arguments: Sequence[str], config: DictConfig, job: Job) -> list[str]:
-    """The command that runs one job of a sweep as a program of its own."""
+    """The command that runs one job of a sweep alone."""
     of_all = cast("list[str]", OmegaConf.to_container(config.hydra.overrides.hydra))
     overrides = [text for text in (*of_all, *filter_overrides(job.spec)) if not _OF_THE_SWEEP.match(text)]
     if not {"-m", "--multirun"} & set(arguments):
-        overrides.append("hydra.mode=RUN")  # the config, or an override, says that it is a sweep
+        overrides.append("hydra.mode=RUN")  # the config or an override makes it a sweep
     own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     if re.search(r"hydra[:.]job\.num", f"{OmegaConf.to_yaml(own)}{overrides}"):
         overrides.append(f"hydra.job.num={job.number}")
@@ -94,6 +94,6 @@ def override(name: str, value: object) -> str:
 def _is_grid(config: DictConfig) -> bool:
     """Whether the sweeper runs the same jobs each time, so that `resume` can identify them by number."""
     sweeper = get_class(config.hydra.sweeper._target_)
-    # Compared by name: when Hydra looks for plugins again it imports them again, as new classes of the same names.
+    # Compared by name: when Hydra looks for plugins again, it imports them again as new classes with the same names.
     names = {f"{one.__module__}.{one.__qualname__}" for one in sweeper.__mro__}
     return f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}" in names

@@ -29,7 +29,7 @@ class LaunchError(CompactHydraException):
 
 
 def sweep_directory(config: DictConfig) -> Path:
-    """The sweep's directory, as the sweep's own config says."""
+    """The sweep's directory, from the sweep's own config."""
     setup_globals()
     return Path(str(config.hydra.sweep.dir)).absolute()
 
@@ -62,7 +62,7 @@ def make_directory(config: DictConfig) -> Path:
 
 
 def unwritable(directory: Path, error: OSError) -> str:
-    """The message about a sweep's directory that cannot be used, as one line."""
+    """The message, on one line, about a sweep directory that cannot be used."""
     return f"cannot write to the sweep directory ({error.strerror}): {short_path(directory)}; {ANOTHER}"
 
 
@@ -93,7 +93,7 @@ def open_logs(
 
 
 def _is_dated(config: DictConfig) -> bool:
-    """Whether the directory is named after the time, as it is by default. No later sweep uses such a directory."""
+    """Whether the directory is named after the time, as by default. No later sweep uses such a directory."""
     raw = OmegaConf.to_container(config.hydra.sweep, resolve=False)
     return isinstance(raw, dict) and "${now:" in str(raw.get("dir"))
 

@@ -1,4 +1,4 @@
-"""Ends a Hydra program with an error of ours."""
+"""Ends a Hydra program with one of our errors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from gpu_launcher.errors import JobError
 
 
 def final(error: CompactHydraException | JobError, before: str = "") -> BaseException:
-    """Return the exception to raise so that the program ends with only the error's message.
+    """Return the exception to raise to end the program with only the error's message.
 
     Hydra 1.3 prints the message and then advises the user to set HYDRA_FULL_ERROR=1, which would only show our own
-    frames. If Hydra is about to do that, this function prints `before` and the message itself and returns a SystemExit
-    that ends the program as Hydra does. Otherwise it returns the error.
+    frames. If Hydra would do that, this function itself prints `before` and the message, and returns a SystemExit that
+    ends the program as Hydra does. Otherwise it returns the error.
     """
     full = os.environ.get("HYDRA_FULL_ERROR", "0") != "0" or sys.gettrace() is not None
     if full or not any(_is(frame, "hydra._internal.utils", "run_and_report") for frame in _stack()):
@@ -28,7 +28,7 @@ def final(error: CompactHydraException | JobError, before: str = "") -> BaseExce
 
 
 def is_for_basic_sweeper() -> bool:
-    """Whether Hydra's own sweeper called the launcher. It raises the first error among the jobs' returns."""
+    """Whether Hydra's own sweeper called the launcher. That sweeper raises the first error among the jobs' returns."""
     caller = next(frame for frame in _stack() if not _module(frame).startswith(__package__))
     return _is(caller, BasicSweeper.__module__, "sweep") and type(caller.f_locals.get("self")) is BasicSweeper
 

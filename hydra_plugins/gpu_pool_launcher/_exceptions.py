@@ -1,4 +1,4 @@
-"""Prepares a job's exceptions for Hydra, which then shows only the user's frames, and its own messages in full."""
+"""Prepares a job's exceptions so that Hydra shows only the user's frames, and shows its own messages in full."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpu_launcher.processes.exceptions import message_of, module_of, users_part
 
 
 def whole_message(error: BaseException) -> str:
-    """All that Hydra would show of its own or OmegaConf's error: the message and, on the next lines, the cause's."""
+    """The full text of an error of Hydra's or OmegaConf's: its message and, on the next lines, its cause's."""
     parts = [message_of(error).strip()]
     if isinstance(cause := error.__cause__, OmegaConfBaseException) and message_of(cause) not in parts[0]:
         parts.append(message_of(cause).strip())
@@ -19,9 +19,9 @@ def whole_message(error: BaseException) -> str:
 
 
 def dumps(value: object) -> bytes:
-    """Pickle a value; with cloudpickle if plain pickle cannot, as for a class defined in a function.
+    """Pickle a value. Uses cloudpickle if plain pickle fails, for example for a class defined in a function.
 
-    Raises whatever cloudpickle raises.
+    Raises any exception that cloudpickle raises.
     """
     try:
         return pickle.dumps(value)
@@ -35,7 +35,7 @@ def dumps(value: object) -> bytes:
 def frames_for_hydra(error: BaseException) -> TracebackType | None:
     """The traceback from Hydra's `run_job` on, if that called the user's code; otherwise the whole traceback.
 
-    Hydra shows only the frames after one of that name. It fails if the first of these is OmegaConf's.
+    Hydra shows only the frames after a frame of that name, and fails if the first of them is OmegaConf's.
     """
     caller = tb = error.__traceback__
     users = users_part(tb)

@@ -13,15 +13,15 @@ from omegaconf.errors import OmegaConfBaseException
 from gpu_launcher.errors import OptionError
 
 MAX_NEIGHBOURS = 12
-"""Keys that a message lists."""
+"""Maximum number of keys that a message lists."""
 _MISSING_KEY = re.compile(r"Interpolation key '(.*)' not found", re.DOTALL)
 _MISSING_VALUE = re.compile(r"Missing mandatory value: (\S+)")
 _SYNONYMS = ("devices", "gpus", "num_gpus", "n_gpus", "num_devices")
-"""Usual names for the number of GPUs. Lightning's was `gpus` and is now `devices`."""
+"""Common names for the number of GPUs. Lightning's was `gpus` and is now `devices`."""
 
 
 def resolve(launcher: DictConfig, option: str) -> Any:
-    """The value of an option, with interpolations resolved. Raises OptionError if it has no value."""
+    """Return an option's value with interpolations resolved. Raises OptionError if they cannot be resolved."""
     try:
         value = launcher[option]
         if OmegaConf.is_dict(value):
@@ -33,7 +33,7 @@ def resolve(launcher: DictConfig, option: str) -> Any:
 
 
 def unresolvable(launcher: DictConfig, besides: Sequence[str] = ()) -> list[str]:
-    """The options that have no value."""
+    """The options, except `besides`, that cannot be resolved."""
     return [name for name in map(str, launcher) if name not in besides and not _is_resolvable(launcher, name)]
 
 
@@ -85,7 +85,7 @@ def _explain_missing_key(launcher: DictConfig, option: str, written: str, key: s
 
 
 def _absolute(launcher: DictConfig, written: str, key: str) -> list[str]:
-    """The parts of the absolute key. OmegaConf's messages leave out the leading dots of a relative one."""
+    """The parts of the absolute key. OmegaConf's messages omit the leading dots of a relative key."""
     names = _parts(key)
     if relative := re.search(rf"\$\{{(\.+){re.escape(key)}\}}", written):
         base: Any = launcher

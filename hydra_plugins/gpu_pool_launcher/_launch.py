@@ -39,7 +39,7 @@ from .launcher import GpuPoolLauncher
 def launch(
     launcher: GpuPoolLauncher, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
 ) -> Sequence[JobReturn]:
-    """Run one job for each list of overrides; returns their JobReturns in that order.
+    """Run one job for each list of overrides; return their JobReturns in the same order.
 
     Raises LaunchError if no job can run, and KeyboardInterrupt or SystemExit when the user stopped the sweep.
     """
@@ -55,7 +55,7 @@ def launch(
 
 
 def fail_with_first(returns: Sequence[JobReturn]) -> None:
-    """End the program, as Hydra would, with our message about the first job that failed, if there is one."""
+    """If a job failed, end the program as Hydra would, with our message about the first such job."""
     failed = next((one for one in returns if one.status is JobStatus.FAILED), None)
     if failed is not None and isinstance(failed._return_value, (JobError, JobOptionError)):
         raise final(failed._return_value, f"Error executing job with overrides: {failed.overrides}{os.linesep}")
@@ -94,9 +94,9 @@ def _launch(launcher: GpuPoolLauncher, job_overrides: list[list[str]], first: in
 
 
 def _with_culprit(sweep: SweepResult, returns: list[JobReturn]) -> list[JobReturn]:
-    """The returns; if failures stopped the sweep, cancelled jobs get the return of the first job that failed.
+    """The returns. If failures stopped the sweep, cancelled jobs get the return of the first job that failed.
 
-    Sweepers raise the first error that they find. Without this, that error could name a cancelled job.
+    Sweepers raise the first error that they find. Otherwise that error could name a cancelled job.
     """
     outcomes = [result.outcome for result in sweep.results]
     if not sweep.stopped or Outcome.FAILED not in outcomes:
@@ -114,7 +114,7 @@ def stream(
 ) -> SweepResult:
     """Run the jobs of a source, at most `max_parallel` at a time.
 
-    `cap` is the user's name for the option that sets `max_parallel`. `open_source` is called once the node runs. It
+    `cap` is the user's name for the option that sets `max_parallel`. `open_source` is called once the node runs, and
     returns the source and, if known, the number of jobs. Raises GpuLauncherError if no job can run.
     """
     assert launcher.config is not None
@@ -136,9 +136,9 @@ def stream(
 
 
 def _with_failures_so_far(options: Options, failed: int) -> Options:
-    """The options, with the limit on failures reduced by those of earlier batches. Raises LaunchError if it is used up.
+    """The options, with the limit on failures reduced by earlier batches. Raises LaunchError if it is used up.
 
-    Some sweepers launch several batches. `failed` is the number of the sweep's jobs that failed in earlier batches.
+    Some sweepers launch several batches. `failed` is the number of jobs that failed in earlier batches.
     """
     policy = options.failures
     if policy.most is None or not failed:
@@ -151,7 +151,7 @@ def _with_failures_so_far(options: Options, failed: int) -> Options:
 
 
 def _node(launcher: GpuPoolLauncher, logs: LogFiles) -> LocalNode:
-    """The node of this launcher. Its first launch starts the node, which ends with the launcher."""
+    """The launcher's node. The first launch starts the node, which ends with the launcher."""
     if launcher.node is None or not launcher.node.is_running:
         assert launcher.config is not None
         assert launcher.hydra_context is not None
@@ -175,7 +175,7 @@ def _close_node(launcher: GpuPoolLauncher) -> None:
 
 
 def stop(signum: signal.Signals) -> NoReturn:
-    """End the program as the signal would, but without a traceback: the summary already says what happened."""
+    """End the program as the signal would, but without a traceback, because the summary already says what happened."""
     if signum is signal.SIGINT:
         sys.excepthook = _quietly(sys.excepthook)
         raise KeyboardInterrupt

@@ -26,12 +26,12 @@ from gpu_launcher.validation import StartMethod, one_of, read_integer
 from ._interpolations import resolve
 
 MAX_SHOWN = 60
-"""Characters of a value in a message."""
+"""Maximum number of characters of a value in a message."""
 
 
 _REQUEST = ("gpus", "memory", "priority", "timeout", "stagger")
 PER_JOB = (*_REQUEST, "retries", "retry_on", "enforce_memory", "visible", "cpu_affinity")
-"""Options that each job's own config may set, including as interpolations of it."""
+"""Options that each job's own config may set, also by interpolations."""
 OF_SWEEP = (
     "devices",
     "on_failure",
@@ -43,7 +43,7 @@ OF_SWEEP = (
     "grace",
     "pool_dir",
 )
-"""Options of the sweep as a whole. A job cannot set them."""
+"""Options of the whole sweep. A job cannot set them."""
 
 
 def spell(option: str) -> str:
@@ -88,9 +88,9 @@ def read_options(options: dict[str, Any], config: DictConfig) -> Options:
 
 
 def _count_of_gpus(value: object, *, literal: bool) -> object:
-    """The number of GPUs that a value of Lightning's `devices` means: for a list, or text such as `0,2`, its length.
+    """Convert a value of Lightning's `devices` to a number of GPUs: a list, or text such as `0,2`, by its length.
 
-    A list written in this option itself (`literal`) is refused, because it most probably names particular GPUs.
+    A list in this option itself (`literal`) is refused, because it most probably names particular GPUs.
     """
     if isinstance(value, str) and "," in value:
         value = [entry.strip() for entry in value.split(",") if entry.strip()]
@@ -109,7 +109,7 @@ def _count_of_gpus(value: object, *, literal: bool) -> object:
 
 @_as_written()
 def read_job_options(sweep: DictConfig, job: DictConfig) -> tuple[Request, JobOptions]:
-    """Read what one job needs, and its other options.
+    """Read the request of one job, and its other options.
 
     `sweep` is the sweep's config, `job` the job's own. Raises OptionError.
     """
@@ -137,14 +137,14 @@ def _differing(node: str, sweep: DictConfig, job: DictConfig, names: Iterable[st
     for name in names:
         try:
             here, there = (_plain(config.get(name)) for config in (job, sweep))
-        except OmegaConfBaseException:  # the job does not use what it cannot resolve
+        except OmegaConfBaseException:  # the job does not use an option that it cannot resolve
             continue
         if here != there:
             yield f"{node}.{name}={_shown(here)}"
 
 
 def _shown(value: object) -> str:
-    """The value roughly as written on the command line, on one short line."""
+    """Format a value about as users write it on the command line, on one short line."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, list):
@@ -187,7 +187,7 @@ def _most_failures(options: Mapping[str, Any]) -> int | None:
 
 @_as_written()
 def read_start_method(value: object) -> StartMethod:
-    """Read how to start jobs. Raises OptionError."""
+    """Read the option `start_method`. Raises OptionError."""
     return validation.read_start_method(value)
 
 

@@ -1,4 +1,4 @@
-"""Writes values as text that Hydra's override parser reads back with the same value and type."""
+"""Writes values as text that Hydra's override parser reads back as the same value and type."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ _ESCAPED_IN_KEYS = re.compile(r"([\\()\[\]{}:=, \t])")
 
 
 def override_text(value: Any) -> str:
-    """The text of a value, to be written after the `=` of an override.
+    """The text of a value, to write after the `=` of an override.
 
-    Takes None, bool, int, float (also numpy's), str, and lists and mappings of these. OmegaConf's special strings keep
-    their meaning: `${x}` is an interpolation, and `???` is a missing value.
-    Raises TypeError for other types.
+    Accepts None, bool, int, float (also numpy's), str, and lists and mappings of these. Raises TypeError for other
+    types. OmegaConf's special strings keep their meaning: `${x}` is an interpolation, and `???` is a missing value.
     """
     if value is None:
         return "null"
@@ -43,9 +42,9 @@ def _string(text: str) -> str:
 
 
 def _quote(text: str) -> str:
-    r"""Quote so that Hydra's lexer finds the end and its parser reads the same text.
+    r"""Quote text so that Hydra's lexer finds its end and Hydra's parser reads the same text.
 
-    Both treat a backslash as an ordinary character, unless it precedes a quote: the closing one, or one in the text.
+    Both treat a backslash as an ordinary character unless it precedes a quote: the closing one, or one in the text.
     Hydra halves the backslashes before such a quote, so they are doubled here; `a\b` stays `'a\b'`.
     """
     quote = '"' if "'" in text and '"' not in text else "'"
@@ -55,5 +54,5 @@ def _quote(text: str) -> str:
 
 
 def _key(key: Any) -> str:
-    """The text of a mapping's key. The grammar allows no quotes there."""
+    """The text of a mapping's key. Hydra's grammar does not allow quotes there."""
     return _ESCAPED_IN_KEYS.sub(r"\\\1", key) if isinstance(key, str) else override_text(key)

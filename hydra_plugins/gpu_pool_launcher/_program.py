@@ -1,4 +1,4 @@
-"""Runs one job of a Hydra sweep in its process: compose the config, wait for devices, run the task, report."""
+"""Runs one job of a Hydra sweep in its process: composes the config, waits for devices, runs the task, reports."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ If the directory's name depends on the job's devices, the file is `<number>.job.
 
 @dataclass
 class HydraProgram:
-    """The program of a Hydra sweep's jobs, callable once in each job's process.
+    """The program of a Hydra sweep's jobs. It is called once, in each job's process.
 
     With `spawn`, cloudpickle carries it there together with Hydra's state.
     """
@@ -49,7 +49,7 @@ class HydraProgram:
     hydra_context: HydraContext
     task_function: TaskFunction
     command: list[str]
-    """The command line that runs one job once overrides are appended."""
+    """The command line that runs one job when its overrides are appended."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # `_blank_program` is called before the state is unpickled.
@@ -76,16 +76,16 @@ class HydraProgram:
             except OptionError as error:
                 raise JobOptionError(str(error)) from None
             except OmegaConfBaseException as error:
-                raise ConfigCompositionException(str(error)) from None  # Hydra shows no traceback of this one
+                raise ConfigCompositionException(str(error)) from None  # Hydra shows this one without a traceback
             except OSError as error:
                 directory = os.fsdecode(error.filename)
                 problem = f"cannot write to the output directory ({error.strerror}): {directory}"
                 raise JobOptionError(f"{problem}; name another with hydra.sweep.subdir=...") from None
             job_return = self._run(config, context)
-        except BaseException as error:  # whatever ends the task ends this job, and this job only
+        except BaseException as error:  # any exception of the task ends only this job
             if os.getpid() != job:
-                raise  # from a child that the task forked
-            # Hydra 1.4 attaches the JobReturn to an exception it lets through; each keeps the other from being pickled.
+                raise  # raised in a child that the task forked
+            # Hydra 1.4 attaches the JobReturn to an exception that it passes on. The two then cannot be pickled.
             vars(error).pop("_hydra_job_return_handoff", None)
             job_return.status = JobStatus.FAILED
             job_return.return_value = error
@@ -98,9 +98,9 @@ class HydraProgram:
         return pack(job_return, composed)
 
     def _overrides_of_sweep(self) -> list[str]:
-        """Overrides that the user chose for all jobs.
+        """The overrides of Hydra's own config that the user gave for all jobs.
 
-        Without them a job may fail to compose, for example without `hydra.searchpath=[...]`.
+        Without them, for example without `hydra.searchpath=[...]`, a job may fail to compose.
         """
         overrides = cast("list[str]", OmegaConf.to_container(self.config.hydra.overrides.hydra))
         return [override for override in overrides if not override.startswith("hydra.mode=")]
@@ -110,9 +110,9 @@ class HydraProgram:
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.job.id = str(number)
             config.hydra.job.num = number
-            config.hydra.launcher.help = {}  # it would only clutter each job's hydra.yaml
+            config.hydra.launcher.help = {}  # would only clutter each job's hydra.yaml
             config.hydra.launcher.unresolved = []
-        # For `${hydra:...}`, until `run_job` sets the config properly. `set_config` would copy all of it.
+        # For `${hydra:...}`, until `run_job` sets the config properly. `set_config` would copy the whole config.
         HydraConfig.instance().cfg = cast("HydraConf", config)
         return config
 
@@ -133,24 +133,24 @@ class HydraProgram:
 def _blank_program() -> HydraProgram:
     """Create an empty program in a fresh interpreter, after Hydra has looked for plugins.
 
-    Looking for plugins runs their modules, again if they were already imported, and so replaces their classes. It must
-    happen before their classes have instances, of which the config consists: an instance of a class that its module no
-    longer has cannot be pickled.
+    Hydra's search for plugins runs their modules, even if they were already imported, and so replaces their classes. It
+    must happen before the config's objects are created from these classes: an instance of a replaced class cannot be
+    pickled.
     """
     Plugins.instance()
     return HydraProgram.__new__(HydraProgram)
 
 
 def _as_single_run(number: int) -> list[str]:
-    """Overrides with which the program, if the job starts it again, runs as this job and not as a sweep."""
+    """Overrides that make the program, if the job starts it again, run as this job and not as a sweep."""
     return ["hydra.mode=RUN", f"hydra.job.num={number}", f"hydra.job.id='{number}'"]
 
 
 class _GatedCallbacks:
-    """The user's callbacks, delayed so that none of the user's code runs before the job has its devices.
+    """Hydra's callbacks, delayed so that none of the user's code runs before the job has its devices.
 
     `run_job` creates the output directory, saves the config and sets up logging before it calls `on_job_start`. All of
-    that happens ahead of the grant.
+    that happens before the grant.
     """
 
     def __init__(self, callbacks: Any, context: JobContext) -> None:
@@ -166,9 +166,9 @@ class _GatedCallbacks:
 
 
 def _prepare(number: int, sweep: DictConfig, config: DictConfig, context: JobContext) -> Path:
-    """Tell the node what the job needs and where its log is; returns the output directory."""
+    """Tell the node what the job needs and where its log is; return the output directory."""
     request, options = read_job_options(sweep, config)
-    if _depends_on_devices(config.hydra.sweep):  # then the output directory is not known before the grant
+    if _depends_on_devices(config.hydra.sweep):  # the output directory is unknown before the grant
         context.prepared(request, Path(str(config.hydra.sweep.dir), f"{number}.{LOG}").absolute(), options)
         context.wait()
         return _choose_directory(config)
@@ -185,12 +185,12 @@ def _choose_directory(config: DictConfig) -> Path:
 
 
 def _depends_on_devices(node: DictConfig) -> bool:
-    """Whether a part of Hydra's own config depends on what only the grant sets, such as a log file named by GPU."""
+    """Whether a part of Hydra's own config depends on the job's devices, such as a log file named after the GPU."""
     return _reads_mask(OmegaConf.to_container(node, resolve=False))
 
 
 def _reads_mask(value: object) -> bool:
-    """Whether the value contains an interpolation of the mask. Plain text may mention it, as our options' help does."""
+    """Whether a value contains an interpolation of the mask. Plain text may mention it, as our options' help does."""
     if isinstance(value, str):
         return "${" in value and "CUDA_VISIBLE_DEVICES" in value
     if isinstance(value, dict):
@@ -206,8 +206,8 @@ def _without_hydra_node(config: DictConfig) -> DictConfig:
 def job_command(argv: list[str]) -> list[str]:
     """The sweep's command line without its overrides. With a job's overrides appended, it runs that job.
 
-    It keeps options that choose the config (`--config-name` and the like) and drops `--multirun`. Paths are made
-    absolute, because a job may have another working directory.
+    It keeps options that choose the config, such as `--config-name`, and drops `--multirun`. Paths are made absolute,
+    because a job may have another working directory.
     """
     script, *arguments = argv
     program = str(Path(script).absolute()) if Path(script).exists() else script
@@ -215,7 +215,7 @@ def job_command(argv: list[str]) -> list[str]:
 
 
 def config_options(arguments: Sequence[str], path: Callable[[str], str] = str) -> list[str]:
-    """The arguments of a command line that choose the config. `path` transforms those that are paths."""
+    """The arguments of a command line that choose the config. `path` converts those that are paths."""
     kept: list[str] = []
     rest = iter(arguments)
     for argument in rest:

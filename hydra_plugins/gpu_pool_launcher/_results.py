@@ -32,7 +32,7 @@ from gpu_launcher.processes.unpicklable import found_at
 from ._exceptions import dumps, frames_for_hydra, whole_message
 
 MAX_VALUES = 16
-"""Numbers of a job's return value that are kept for tables."""
+"""Maximum length of a job's return value that is kept for tables."""
 
 
 class JobFailedError(JobError, CompactHydraException):
@@ -52,16 +52,15 @@ class _Parcel:
     value: bytes | None
     """The return value; None for a failed job."""
     error: list[PortableException] | None
-    """For a failed job: what it raised. None if the failure is that its return value cannot be pickled."""
+    """The exceptions of a failed job; None if it failed because its return value cannot be pickled."""
     problem: str | None
-    """For a failed job: one line, a sentence without its subject."""
+    """The problem of a failed job, as a predicate on one line."""
 
 
 def pack(job_return: JobReturn, composed: DictConfig | None) -> Report:
-    """Make the report on what `run_job` returned. Called in the job.
+    """Create the report from the return of `run_job`. Called in the job.
 
-    `composed` is the job's config before the task received it. It is sent if the config as the task left it cannot be
-    pickled.
+    `composed` is the job's config before the task received it. It is sent if the task made the config unpicklable.
     """
     value = job_return._return_value
     job_return._return_value = None
@@ -70,7 +69,7 @@ def pack(job_return: JobReturn, composed: DictConfig | None) -> Report:
         if job_return.status is JobStatus.COMPLETED:
             try:
                 pickled = dumps(value)
-                cpu_unpickler.loads(pickled)  # a failure here is better than one in the head
+                cpu_unpickler.loads(pickled)  # better to fail here than in the head
                 parcel = _Parcel(_shell(job_return, composed), pickled, None, None)
             except Exception as error:  # an object that pickles itself can raise anything
                 job_return.status = JobStatus.FAILED
@@ -93,7 +92,7 @@ def pack(job_return: JobReturn, composed: DictConfig | None) -> Report:
 
 
 def _numbers(value: object) -> tuple[float, ...]:
-    """A job's return value if it is one number or a few. A zero-dimensional array or tensor counts as a number."""
+    """The numbers in a job's return value: one, or a few. A zero-dimensional array or tensor counts as a number."""
     try:
         if isinstance(value, (list, tuple)) and len(value) <= MAX_VALUES:
             return tuple(float(one) for one in value if not isinstance(one, str))
@@ -103,13 +102,13 @@ def _numbers(value: object) -> tuple[float, ...]:
 
 
 def is_pruned(error: object) -> bool:
-    """Whether the error is Optuna's TrialPruned, with which a trial ends itself early."""
+    """Whether the error is Optuna's TrialPruned, which a trial raises to end early."""
     optuna = sys.modules.get("optuna.exceptions")
     return optuna is not None and isinstance(error, optuna.TrialPruned)
 
 
 def _shell(job_return: JobReturn, composed: DictConfig | None) -> bytes:
-    """The JobReturn, its value already removed, pickled with as much of the configs as possible."""
+    """Pickle a JobReturn, whose value was removed, with as much of its configs as possible."""
     try:
         return dumps(job_return)
     except Exception:  # the task may have put anything into its config
@@ -117,7 +116,7 @@ def _shell(job_return: JobReturn, composed: DictConfig | None) -> bytes:
 
 
 def unpack(result: JobResult, overrides: list[str], directory: Path) -> JobReturn:
-    """The job's JobReturn, however the job ended. Called in the head."""
+    """Create the JobReturn of a job, however it ended. Called in the head."""
     if not result.payload:
         assert result.outcome is not Outcome.COMPLETED, "a completed job has reported"
         error = JobFailedError(result.number, result.label, result.message or "did not run", result.log)
@@ -149,14 +148,14 @@ def _unpack_shell(parcel: _Parcel, overrides: list[str], directory: Path) -> Job
 
 
 def outcome(error: BaseException) -> str:
-    """How a job ended, as one line without a subject."""
+    """The way a job ended, as a predicate on one line."""
     if isinstance(error, SystemExit):
         return f"called sys.exit({error.code!r}) before it returned a value"
     if isinstance(error, KeyboardInterrupt):
         return "was interrupted"
     if isinstance(error, JobOptionError):
         return f"cannot be run: {error}"
-    # The later lines of Hydra's messages say where, and what to do. An InstantiationException has a cause of its own.
+    # The later lines of Hydra's messages say where, and what to do. An InstantiationException has its own cause.
     if isinstance(error, HydraException) and not isinstance(error, InstantiationException):
         lines = [line.strip().rstrip(".") for line in whole_message(error).splitlines() if line.strip()]
         return f"raised {type(error).__qualname__}: {'. '.join(lines)}".replace(":. ", ": ")

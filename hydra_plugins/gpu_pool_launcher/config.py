@@ -75,15 +75,15 @@ class GpuPoolLauncherConf:
 
 
 def find_unresolved(*, _parent_: DictConfig) -> list[str]:
-    """The options that cannot be resolved, which get their defaults in their place.
+    """Find the options that cannot be resolved, and replace them by their defaults.
 
-    Hydra resolves all options before it makes the launcher, and shows 80 lines of traceback if one of them cannot be.
-    This one comes first, and so lets the launcher be made, which then says what is wrong.
+    Hydra resolves all options before it creates the launcher. If one cannot be resolved, it shows a long traceback.
+    The option `unresolved` comes first and calls this function. So the launcher is created, and can say what is wrong.
     """
-    from ._interpolations import unresolvable  # which is not for every start of a Hydra program
+    from ._interpolations import unresolvable  # too slow for every start of a Hydra program
 
     names = unresolvable(_parent_, besides=("unresolved", "help"))
-    if names and not OmegaConf.is_readonly(_parent_):  # such as a config that is only shown
+    if names and not OmegaConf.is_readonly(_parent_):  # read-only if the config is only shown
         defaults = OmegaConf.structured(GpuPoolLauncherConf)
         for name in names:
             _parent_[name] = defaults.get(name)

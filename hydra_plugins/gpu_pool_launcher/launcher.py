@@ -31,7 +31,7 @@ class GpuPoolLauncher(Launcher):
         self.node: Any = None
         """The node, kept for sweepers that launch several batches."""
         self.labels: Any = None
-        """The jobs' labels, made of what differs between the jobs of all batches."""
+        """The jobs' labels, made of the overrides that differ between the jobs of all batches."""
         self.lock: Any = None
         """The lock on the sweep's directory, held as long as this launcher or its node lives."""
         self.logs: Any = None
@@ -50,7 +50,7 @@ class GpuPoolLauncher(Launcher):
             take_directory(self)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run the jobs; see `hydra.plugins.launcher.Launcher`. A job's failure is in its JobReturn, never raised."""
+        """Run the jobs; see `hydra.plugins.launcher.Launcher`. A job's failure is in its JobReturn, not raised."""
         if sys.platform != "linux":
             raise CompactHydraException("hydra/launcher=gpu_pool: runs on Linux only; use another launcher here")
         from ._launch import launch

@@ -1,4 +1,4 @@
-"""Registers OmegaConf resolvers with the function that the installed release has for it."""
+"""Registers OmegaConf resolvers with the function that the installed release provides."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 
 
 def register_resolver(name: str, resolver: Callable[..., Any]) -> None:
-    """Register a resolver, replacing any of that name.
+    """Register a resolver, and replace any with the same name.
 
     In OmegaConf 2.3, `register_resolver` is a different, deprecated function. Later releases deprecate
-    `register_new_resolver` instead, with a warning at every start of a Hydra program.
+    `register_new_resolver` instead, with a warning whenever a Hydra program starts.
     """
     register: Any = OmegaConf.register_resolver
     if "replace" not in inspect.signature(register).parameters:

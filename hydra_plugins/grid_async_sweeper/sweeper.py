@@ -32,7 +32,7 @@ class GridAsyncSweeper(basic_sweeper.BasicSweeper):
         super().__init__(max_batch_size, params)
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
-        """Launch every job, batch after batch; returns the JobReturns of each batch.
+        """Launch all jobs, batch after batch; return the JobReturns of each batch.
 
         Raises the first failed job's exception once all jobs have run.
         """
@@ -63,5 +63,5 @@ class GridAsyncSweeper(basic_sweeper.BasicSweeper):
 
             fail_with_first([job for batch in returns for job in batch])
         for job in itertools.chain.from_iterable(returns):
-            _ = job.return_value  # raises if it failed, as Hydra's own sweeper does after each batch
+            _ = job.return_value  # raises if the job failed, as Hydra's own sweeper does after each batch
         return returns

@@ -28,12 +28,12 @@ class Family(Generic[T]):
     base: type
     module: ModuleType
     names: Mapping[str, str]
-    """Short names, in the order in which messages list them, and the names of their classes."""
+    """Class names by short name, in the order in which messages list them."""
     nested: tuple[str, ...]
-    """Options whose values are themselves of this family."""
+    """Options whose values belong to this family, too."""
 
     def find(self, name: str) -> type[T]:
-        """The class with this short name or class name. Raises OptionError, which suggests the nearest name."""
+        """Find a class by its short name or class name. Raises OptionError, which suggests the most similar name."""
         wanted = {short.replace("_", ""): cls for short, cls in self.names.items()}
         found = getattr(self.module, wanted.get(name.lower().replace("_", ""), name), None)
         if isinstance(found, type) and issubclass(found, self.base) and not inspect.isabstract(found):
@@ -82,7 +82,7 @@ class Family(Generic[T]):
         cls = self.class_of(str(node["_target_"]))
         if cls is not None and "_args_" not in node:
             return self.build(cls, own_options(node), make)
-        if "name" in node:  # it overrides a named node, whose options remain as null
+        if "name" in node:  # the user replaced a named node, whose options remain as null
             node = {key: value for key, value in node.items() if value is not None}
         made = instantiate({key: value for key, value in node.items() if key not in ("name", "_partial_")}, self.option)
         return self.checked(made)
@@ -115,7 +115,7 @@ def plain(node: object) -> Any:
 
 
 def instantiate(node: Mapping[str, Any], option: str) -> Any:
-    """Call Hydra's `instantiate` on what the user's config names. Raises OptionError, whatever the object raises."""
+    """Create the object that the user's config names, with Hydra's `instantiate`. Raises only OptionError."""
     named = tuple(_targets(node))
     # Hydra 1.4 must be told what a config may execute. Hydra 1.3 would pass the list on as an option.
     allowed = {"_execution_whitelist_": named} if hasattr(hydra.utils, "UNSAFE_DISABLE_EXECUTION_CHECKS") else {}

@@ -1,4 +1,4 @@
-"""Composes some of the trials' configs before the first trial, to find overrides that do not fit or have no effect."""
+"""Composes some trial configs before the first trial, to find overrides that do not fit or have no effect."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ._mistakes import instead_of_list, instead_of_text
 from ._search_space import SearchSpace
 
 MAX_COMPOSED = 24
-"""Configs that are composed; each takes 50 to 100 ms. If a group has more options, only the first are tried."""
+"""Maximum number of composed configs, which take 50 to 100 ms each. Further options of a group are not tried."""
 MAX_ASSIGNED = 200
-"""Values of one parameter that are tried in a composed config."""
+"""Maximum number of values of one parameter that are tried in a composed config."""
 
 _UNKNOWN = object()
 
@@ -65,7 +65,7 @@ def _compose(loader: ConfigLoader, config: DictConfig, space: SearchSpace, point
 
 
 def _assign_all(composed: DictConfig, key: str, values: tuple[Any, ...]) -> None:
-    """Assign each choice in the composed config, which checks its type where the config declares one."""
+    """Assign each choice in the composed config, which checks types that the config declares."""
     with open_dict(composed):
         for value in values[:MAX_ASSIGNED]:
             try:
@@ -77,7 +77,7 @@ def _assign_all(composed: DictConfig, key: str, values: tuple[Any, ...]) -> None
 def _check_fixed(
     loader: ConfigLoader, config: DictConfig, space: SearchSpace, composed: DictConfig, point: Mapping[str, Any]
 ) -> None:
-    """Refuse a fixed list, dictionary or text where the config without it has a single value: a search was meant."""
+    """Refuse a fixed list, dictionary or text that replaces a single value: the user probably meant a search."""
     suspect = dict(_suspects(space, composed))
     if not suspect:
         return
@@ -123,7 +123,7 @@ def _groups(composed: DictConfig) -> set[str]:
 
 
 def _node(composed: DictConfig, key: str) -> Any:
-    """A config's value, with interpolations as written; _UNKNOWN if it cannot be found."""
+    """The value of a key, with interpolations as written; _UNKNOWN if it cannot be found."""
     parent, _, name = _bare(key).rpartition(".")
     try:
         node = OmegaConf.select(composed, parent) if parent else composed

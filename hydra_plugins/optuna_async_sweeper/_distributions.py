@@ -1,4 +1,4 @@
-"""Translates a sweep in Hydra's override grammar to one of Optuna's distributions."""
+"""Converts a sweep in Hydra's override grammar to one of Optuna's distributions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MAX_ENUMERATED = 100_000
 
 @dataclass(frozen=True)
 class Searched:
-    """A searched parameter. For categoricals, `texts` and `values` are the choices as override texts and as values."""
+    """A searched parameter. If it has choices, `texts` and `values` are these as override texts and as values."""
 
     distribution: BaseDistribution
     texts: tuple[str, ...] | None = None
@@ -36,9 +36,9 @@ class Searched:
 
 
 def searched(override: Override, options: Sequence[str] | None = None) -> Searched:
-    """The searched parameter for an override that is a sweep. `options` are the names that a glob matches.
+    """Convert an override that is a sweep. `options` are the names that a glob matches.
 
-    Raises ValueError with a sentence that ends with the fix.
+    Raises ValueError with a message that ends with the fix.
     """
     sweep = override.value()
     if isinstance(sweep, Glob):
@@ -55,7 +55,7 @@ def searched(override: Override, options: Sequence[str] | None = None) -> Search
 
 
 def on_grid(distribution: FloatDistribution, value: float) -> float:
-    """The value, or the exact value of the range if it differs only by rounding."""
+    """The exact value of the range if `value` differs from it only by rounding; otherwise `value`."""
     if distribution.step is None or not math.isfinite(value):
         return value
     low, step = Decimal(str(distribution.low)), Decimal(str(distribution.step))
@@ -83,7 +83,7 @@ def _glob(options: Sequence[str] | None) -> Searched:
 
 
 def _choices(values: Sequence[Any]) -> Searched:
-    """A categorical parameter with these choices.
+    """Create a categorical parameter with these choices.
 
     Optuna stores only None, bool, int, float and str, and treats 1, True and 1.0 as the same choice. So lists and
     dictionaries are stored as their text. If two choices would be the same to Optuna, all choices are stored as text.
@@ -101,7 +101,7 @@ def _choices(values: Sequence[Any]) -> Searched:
 
 
 def unquoted(value: Any) -> Any:
-    """A value from Hydra's parser, without quotes."""
+    """Remove quotes from a value of Hydra's parser."""
     if isinstance(value, QuotedString):
         return value.text
     if isinstance(value, list):
@@ -134,7 +134,7 @@ def _interval(sweep: IntervalSweep) -> Searched:
 
 
 def _range(sweep: RangeSweep) -> Searched:
-    """The parameter for Hydra's range, which excludes its stop. Floats use decimal arithmetic, as in Hydra 1.4."""
+    """Convert Hydra's range, which excludes its stop. Floats use decimal arithmetic, as in Hydra 1.4."""
     assert sweep.start is not None
     assert sweep.stop is not None
     if not all(math.isfinite(number) for number in (sweep.start, sweep.stop, sweep.step)):
@@ -154,8 +154,8 @@ def _range(sweep: RangeSweep) -> Searched:
     last = start + (count - 1) * step
     low, high, step = min(start, last), max(start, last), abs(step)
     whole = all(isinstance(number, int) for number in (sweep.start, sweep.stop, sweep.step))
-    # Hydra 1.3 casts bounds and step, 1.4 casts each value. Casts that keep the grid give a range with both versions;
-    # other casts give choices.
+    # Hydra 1.3 casts bounds and step; Hydra 1.4 casts each value. A cast that keeps the grid gives a range with both
+    # versions. Other casts give choices.
     for cast in getattr(sweep, "transformers", ()):
         name = getattr(cast, "__name__", "")
         if not (name == "cast_float" or (name == "cast_int" and whole)):

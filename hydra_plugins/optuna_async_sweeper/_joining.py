@@ -1,7 +1,8 @@
 """Lets a sweep join a study. It must search the study's space, and must not repeat the points of earlier sweeps.
 
-The study itself stores what its sweeps search, how many there have been, and which may still be running. Its trials do
-not tell: a trial shows its search space only once it is sampled, and two sweeps that start together have no trial yet.
+The study itself records the search space, the number of its sweeps so far, and the sweeps that may still be running.
+Its trials are not enough: a trial shows its search space only once it is sampled, and two sweeps that start together
+have no trial yet.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class _Search:
 
     space: dict[str, BaseDistribution] = field(default_factory=dict)
     custom: bool = True
-    """Whether trials may have more parameters, which only a function knows."""
+    """Whether a function may add parameters to trials."""
     sweeps: int = 0
     """Number of sweeps that have begun."""
     at_work: list[Any] = field(default_factory=list)
@@ -38,7 +39,7 @@ class _Search:
 def join(
     study: optuna.Study, storage: StudyStorage, space: Space, difference: Callable[[Space], str | None], *, custom: bool
 ) -> int:
-    """Record this sweep in the study; returns how many sweeps the study had before: 0 for a new study.
+    """Record this sweep in the study; return the number of earlier sweeps, which is 0 for a new study.
 
     `storage` is the study's. With `custom`, a function adds parameters to the space. `difference` says how the sweep's
     search space differs from another. Raises StudyError if the study has a different search space.
@@ -68,7 +69,7 @@ def join(
 
 
 def derived_seed(seed: int | None, sweeps_before: int) -> int | None:
-    """The seed for a sweep of a study: as given for the first, and for each later one a different number from it."""
+    """The seed for a sweep of a study: `seed` itself for the first, and a different number derived from it later."""
     if seed is None or not sweeps_before:
         return seed
     digest = hashlib.sha256(f"{seed}:{sweeps_before}".encode()).digest()
@@ -76,7 +77,7 @@ def derived_seed(seed: int | None, sweeps_before: int) -> int | None:
 
 
 def _counts(trial: FrozenTrial) -> bool:
-    """Whether a trial binds its study to a search space. Failed trials do not, because the space may be the reason."""
+    """Whether a trial binds its study to a search space. Failed trials do not: the space may be the reason."""
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING) or (
         trial.state is TrialState.WAITING and RETRY_OF in trial.user_attrs
     )
@@ -85,8 +86,8 @@ def _counts(trial: FrozenTrial) -> bool:
 def _searched(trials: list[FrozenTrial], kept: _Search, space: Space) -> Space:
     """The space that a study searches; empty if it is still open.
 
-    It is that of the latest finished trial. Without one it is what the study has recorded, with the parameters of
-    running trials. These may be sampled only in part; the rest is assumed to be what this sweep searches.
+    It is the space of the latest finished trial. Without one, it is the recorded space with the parameters of running
+    trials. These may be sampled only in part, so the rest is assumed to be the space of this sweep.
     """
     for trial in reversed(trials):
         if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
@@ -101,7 +102,7 @@ def _searched(trials: list[FrozenTrial], kept: _Search, space: Space) -> Space:
 
 
 def _read(written: Any) -> _Search:
-    """Read the study's record. It is not trusted to be well-formed, because others can write it too."""
+    """Read the study's record. It may be malformed, because other programs can write it, too."""
     try:
         space = {str(name): json_to_distribution(text) for name, text in written["space"].items()}
         return _Search(space, bool(written["custom"]), int(written["sweeps"]), list(written["at_work"]))

@@ -25,11 +25,11 @@ _CHOICES = ("choices", "values", "options", "categories", "choice", "categorical
 _STEP = ("step", "q")
 _LOG = ("log", "log_scale", "logscale")
 _KEYS = {*_KIND, *_LOW, *_HIGH, *_BOTH, *_CHOICES, *_STEP, *_LOG, "value_type", "scale", "base", "name", "default"}
-"""Keys used by the official sweeper's former `search_space`, Hydra's Ax sweeper, Ray Tune, W&B and others."""
+"""Keys in the search spaces of the official sweeper (formerly), Hydra's Ax sweeper, Ray Tune, W&B and others."""
 
 
 def is_call(text: str) -> bool:
-    """Whether a text is a sweep in Hydra's grammar, such as `interval(0,1)`.
+    """Whether a text is a call of a sweep in Hydra's grammar, such as `interval(0,1)`.
 
     A comma-separated list does not count, because it may be plain text.
     """
@@ -59,7 +59,7 @@ def described_search(value: Any) -> str | None:
 
 
 def nested_searches(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """The searches described within a dictionary or a list, as pairs of key and sweep."""
+    """Yield the searches described within a dictionary or a list, as pairs of key and sweep."""
     if (found := described_search(value)) is not None:
         yield key, found
     elif isinstance(value, Mapping):

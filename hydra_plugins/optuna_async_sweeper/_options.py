@@ -66,7 +66,7 @@ def read_options(options: Mapping[str, Any]) -> SweeperOptions:
 
 
 def plain(value: object) -> Any:
-    """The value as plain Python objects."""
+    """Convert a value to plain Python objects."""
     if isinstance(value, (DictConfig, ListConfig)):
         return OmegaConf.to_container(value, resolve=True)
     return value

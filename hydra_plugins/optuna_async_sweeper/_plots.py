@@ -15,15 +15,15 @@ PLOTS = "plots"
 
 
 def write_plots(study: optuna.Study, directory: Path) -> list[str]:
-    """Write the plots for which the study has enough trials; returns lines for the user.
+    """Write the plots for which the study has enough trials; return lines for the user.
 
-    The files are HTML by plotly, or PNG by matplotlib if plotly is not installed.
+    The files are HTML made by plotly, or PNG made by matplotlib if plotly is not installed.
     """
     if find_spec("plotly"):
         import optuna.visualization as visual
 
         def save(figure: Any, name: str) -> None:
-            # All plots share one copy of plotly's program beside them, so they work without a network.
+            # All plots share one copy of plotly.js beside them, so they work without a network.
             figure.write_html(home / f"{name}.html", include_plotlyjs="directory")
     elif find_spec("matplotlib"):
         import matplotlib as mpl  # type: ignore[import-not-found,unused-ignore]
@@ -45,7 +45,7 @@ def write_plots(study: optuna.Study, directory: Path) -> list[str]:
         try:
             save(plot(study), name)
             written += 1
-        except Exception as error:  # from a plotting library or the file system; the other plots are still made
+        except Exception as error:  # raised by a plotting library or the file system; the other plots are still written
             lines.append(f"plot {name} cannot be made: {str(error).splitlines()[0] if str(error) else error!r}")
     return [*lines, f"{written} plots are in {home}"]
 

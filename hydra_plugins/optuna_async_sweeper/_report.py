@@ -1,4 +1,4 @@
-"""Reports on a sweep at its end: best trials, parameter importances, plots. Runs in the process that has the study."""
+"""Reports on a sweep at its end: best trials, parameter importances, plots. Runs in the head, which has the study."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from ._study import StudyPlan
 
 MAX_SHOWN = 10
-"""Trials of a Pareto front that are listed, and parameters in the table of importances."""
+"""Maximum number of listed trials of a Pareto front, and of parameters in the table of importances."""
 ENOUGH = 4
-"""Completed trials that importances need before they mean anything."""
+"""Minimum number of completed trials for meaningful importances."""
 
 
 def finish(session: StudySession, summary: SearchSummary, plan: StudyPlan, directory: Path) -> list[str]:
-    """Write plots to `directory` if the user wants them; returns lines for the user."""
+    """Report on a sweep: return lines for the user, and write plots to `directory` if the user wants them."""
     lines = [_best(best, plan) for best in summary.best[:MAX_SHOWN]]
     if len(summary.best) > MAX_SHOWN:
         lines.append(f"... and {len(summary.best) - MAX_SHOWN} more trials on the Pareto front")
@@ -49,7 +49,7 @@ def _best(best: Best, plan: StudyPlan) -> str:
 
 
 def _importances(study: optuna.Study) -> list[str]:
-    """The table of importances, most important first, one column per objective; empty if they cannot be computed."""
+    """The lines of the table of importances, most important first; empty if they cannot be computed."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(done) < ENOUGH or len(done[0].params) < 2:
         return []
@@ -57,7 +57,7 @@ def _importances(study: optuna.Study) -> list[str]:
         return []  # all trials are equally good
     found = []
     with warnings.catch_warnings():
-        # It warns that it is experimental in Optuna 4, and that it seeks low values, which `_value` gives it.
+        # The evaluator warns that it is experimental in Optuna 4, and that it seeks low values, as `_value` provides.
         warnings.simplefilter("ignore")
         with _ped_anova() as (get_param_importances, evaluator):
             for number, direction in enumerate(study.directions):
@@ -73,11 +73,11 @@ def _importances(study: optuna.Study) -> list[str]:
 
 @contextmanager
 def _ped_anova() -> Iterator[tuple[Callable[..., dict[str, float]], Any]]:
-    """Optuna's `get_param_importances` and its PED-ANOVA evaluator, without the import of scikit-learn.
+    """Provide Optuna's `get_param_importances` and its PED-ANOVA evaluator without importing scikit-learn.
 
-    `optuna.importance` imports scikit-learn for its other evaluators, which takes more than a second, but works without
-    it if it cannot be imported. So this block hides scikit-learn, imports `optuna.importance`, and removes it again
-    afterwards.
+    `optuna.importance` imports scikit-learn for its other evaluators. That takes more than a second, but the module
+    works without scikit-learn if that cannot be imported. So this context manager hides scikit-learn, imports
+    `optuna.importance`, and removes it again afterwards.
     """
     name, needless = "optuna.importance", "sklearn"
     spared = needless not in sys.modules and name not in sys.modules
@@ -97,5 +97,5 @@ def _ped_anova() -> Iterator[tuple[Callable[..., dict[str, float]], Any]]:
 
 
 def _value(number: int, sign: float, trial: FrozenTrial) -> float:
-    """A trial's value for one objective, with the sign changed where needed so that lower is better."""
+    """A trial's value for one objective, with its sign changed if necessary so that lower is better."""
     return sign * float(trial.values[number])

@@ -1,4 +1,4 @@
-"""Creates one of Optuna's samplers from `hydra.sweeper.sampler`, and says why it is that one."""
+"""Creates one of Optuna's samplers from `hydra.sweeper.sampler`, and explains the choice."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _NAMES = {
     "nsgaii": "NSGAIISampler",
     "nsgaiii": "NSGAIIISampler",
     "qmc": "QMCSampler",
-    # Optuna's GridSampler does not see that queued points have been tried, and never resumes interrupted ones.
+    # Optuna's GridSampler does not see that queued points were tried, and never retries interrupted ones.
     "grid": "BruteForceSampler",
     "bruteforce": "BruteForceSampler",
     "partial_fixed": "PartialFixedSampler",
@@ -51,20 +51,21 @@ _OFFICIAL = "optuna_sweeper"
 """The provider name under which hydra-optuna-sweeper stores its configs."""
 
 GP_TRIALS = 300
-"""Most trials for which `auto` chooses the GP sampler.
+"""Maximum number of trials for which `auto` chooses the GP sampler.
 
-It fits to all finished trials at each ask. On one core that takes 2 s with 300 trials and 3 s with 500 (measured with
-Optuna 5.0 and 7 parameters). That is more than a short job takes, and by then TPE has caught up."""
+At each ask, that sampler fits to all finished trials. On one core, this takes 2 s with 300 trials and 3 s with 500
+(measured with Optuna 5.0 and 7 parameters). That is more than a short job takes, and by then TPE has caught up."""
 GP_PARAMETERS = 20
-"""Most parameters for which `auto` chooses the GP sampler.
+"""Maximum number of parameters for which `auto` chooses the GP sampler.
 
-With more, distances between points say little, and Gaussian processes are known to do no better than TPE."""
+With more, distances between points say little, and Gaussian processes are known not to beat TPE."""
 MAX_GRID_POINTS = 1_000_000
 
 _OF_THE_STUDY = (optuna.samplers.QMCSampler, optuna.samplers.GridSampler)
-"""Samplers whose sequence or grid belongs to the study and is shuffled by the seed.
+"""Samplers whose sequence or grid belongs to the study, and is shuffled by the seed.
 
-The study knows which points are taken. Another seed would give another sequence, which may contain the same points."""
+The study knows which points are taken. A different seed would give another sequence, which may contain the same points.
+"""
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,12 @@ class _Seeds:
     """Number of earlier sweeps of the study."""
 
     def derived(self, seed: Any) -> Any:
-        """The seed for this sweep, see `derived_seed`. The sampler itself refuses a seed that is not a number."""
+        """The seed for this sweep; see `derived_seed`. The sampler itself refuses a seed that is not an integer."""
         return derived_seed(seed, self.sweeps_before) if isinstance(seed, int) else seed
 
 
 def takes_turns(sampler: BaseSampler) -> bool:
-    """Whether sweeps on one study must sample one after another, because two could otherwise take the same point."""
+    """Whether sweeps on one study must sample one at a time, because they could otherwise take the same point."""
     return isinstance(sampler, (*_OF_THE_STUDY, BruteForceSampler))
 
 
@@ -95,15 +96,15 @@ def make_sampler(
     sweeps_before: int = 0,
     overrides: Sequence[str] = (),
 ) -> tuple[BaseSampler, str]:
-    """Create the sampler; returns it with one sentence for the log that says which one it is, and why.
+    """Create the sampler; return it with one sentence for the log that names it and explains the choice.
 
     `node` is a name (`tpe`, `TPESampler`), None for `auto`, a mapping with `name` or `_target_` and options, or a
     sampler. `choice` is the name chosen in the config group hydra/sweeper/sampler. A node of the official plugin is
-    read as that name, with those options that differ from the official defaults or are given on the command line
-    (`overrides`, from hydra.overrides.hydra). `n_trials` is None for a search without end.
+    read as that name, with the options that differ from the official defaults or are given on the command line
+    (`overrides`, from hydra.overrides.hydra). `n_trials` is None if the number of trials is open.
 
-    `seed` goes to samplers that take one, unless the node has its own. A later sweep of a study (`sweeps_before`) gets
-    another seed derived from it; otherwise it would repeat the points of the first. Raises OptionError.
+    `seed` goes to samplers that accept one, unless the node has its own. A later sweep of a study (`sweeps_before`)
+    gets another seed derived from it; otherwise it would repeat the points of the first sweep. Raises OptionError.
     """
     seeds = _Seeds(seed, sweeps_before)
     node = plain(node)
@@ -111,7 +112,7 @@ def make_sampler(
         node = {"_target_": f"{node.func.__module__}.{getattr(node.func, '__name__', '')}", **node.keywords}
     if isinstance(node, BaseSampler):
         if sweeps_before:
-            node.reseed_rng()  # its seed cannot be read
+            node.reseed_rng()  # a new seed, because its own cannot be read
         return node, f"Sampler: {type(node).__name__}, as given"
     name, options = _read(node, choice, overrides)
     if name is None:
@@ -134,7 +135,7 @@ def grid_size(space: SearchSpace) -> int:
 
 
 def _read(node: object, choice: str | None, overrides: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
-    """The name and the options in a node. The name is None for a `_target_`."""
+    """Read the name and the options from a node. The name is None for a `_target_`."""
     if node is None:
         return "auto", {}
     if isinstance(node, str):
@@ -161,14 +162,14 @@ def _read(node: object, choice: str | None, overrides: Sequence[str]) -> tuple[s
 
 
 def _official(choice: str | None) -> dict[str, Any] | None:
-    """The official plugin's config of this name, if there is one."""
+    """The official plugin's config with this name, if there is one."""
     if choice is None:
         return None
     store = ConfigStore.instance()
     try:
         if f"{choice}.yaml" not in store.list("hydra/sweeper/sampler"):
             return None
-    except OSError:  # there is no such group
+    except OSError:  # the group does not exist
         return None
     stored = store.load(f"hydra/sweeper/sampler/{choice}.yaml")
     return OmegaConf.to_container(stored.node) if stored.provider == _OFFICIAL else None  # type: ignore[return-value]
@@ -236,7 +237,7 @@ def _made(cls: type[BaseSampler], options: Mapping[str, Any], space: SearchSpace
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Argument ``(multivariate|constant_liar)``", ExperimentalWarning)
-        warnings.filterwarnings("ignore", "BruteForceSampler", ExperimentalWarning)  # it is our grid
+        warnings.filterwarnings("ignore", "BruteForceSampler", ExperimentalWarning)  # it implements `grid`
         return _SAMPLERS.build(cls, options, nested)
 
 

@@ -1,4 +1,4 @@
-"""Reads a search space from overrides, and translates sampled values back to a job's overrides."""
+"""Reads a search space from overrides, and converts sampled values back to a job's overrides."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The searched parameters and the fixed overrides. Keys are those of the overrides: `lr`, `+lr`, `db@source`."""
+    """The searched parameters and the fixed overrides. Keys are as in overrides: `lr`, `+lr`, `db@source`."""
 
     entries: tuple[tuple[str, str | Searched], ...] = ()
-    """Each key with its fixed override as given, or its searched parameter; in the order of the user's overrides."""
+    """Each key with its fixed override as written, or with its searched parameter, in the user's order."""
     distributions: dict[str, BaseDistribution] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -43,9 +43,9 @@ class SearchSpace:
         """The overrides of the job that runs with these sampled values.
 
         A parameter that is not in the space comes from a custom search space function and is added at the end.
-        The job gets values of the type that the space says, whatever type the storage or the user gave them. The values
-        of a float range with a step are exact: 0.3, where Optuna computes 0.1 + 2 * 0.1.
-        Raises SearchSpaceError for a value that is not among its choices, and for a parameter that is also fixed.
+        The job gets values of the space's types, whatever their types in the storage are. The values of a float range
+        with a step are exact: 0.3, where Optuna computes 0.1 + 2 * 0.1.
+        Raises SearchSpaceError for a value that is not among the choices, and for a parameter that is also fixed.
         """
         made = []
         for key, entry in self.entries:
@@ -66,14 +66,14 @@ class SearchSpace:
         return made
 
     def values(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Sampled values as the job sees them: lists and dictionaries where the storage has their text."""
+        """Convert sampled values to those that the job sees: lists and dictionaries instead of their text."""
         entries = dict(self.entries)
         return {key: _value(key, entries.get(key), value) for key, value in params.items()}
 
     def encode(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Values as a user writes them, encoded for Optuna (`study.enqueue_trial`).
+        """Encode values as users write them for Optuna (`study.enqueue_trial`).
 
-        Keys may leave out a `+` or `++`. Keys that are not in the space are kept unchanged, for a custom search space.
+        Keys may omit a `+` or `++`. Keys that are not in the space are kept unchanged, for a custom search space.
         Raises SearchSpaceError for a value that is not in the space.
         """
         keys = {_bare(key): key for key in self.distributions} | {key: key for key in self.distributions}
@@ -81,7 +81,7 @@ class SearchSpace:
         return {keys.get(key, key): _encoded(key, entries.get(keys.get(key, key)), v) for key, v in params.items()}
 
     def describe(self) -> dict[str, Any]:
-        """The distributions as JSON, by key."""
+        """The distributions as JSON data, by key."""
         return {key: _describe(distribution) for key, distribution in self.distributions.items()}
 
 
@@ -104,7 +104,7 @@ def read_search_space(
     for source in (from_params, arguments):
         for key, entry in _read_source(source, parser).items():
             for other in [other for other, known in entries.items() if _collide(other, known, key, entry)]:
-                if other != key:  # the prefix differs; the same key keeps its position
+                if other != key:  # with another prefix; the same key keeps its position
                     del entries[other]
             entries[key] = entry
     return SearchSpace(tuple(entries.items()))
@@ -113,8 +113,8 @@ def read_search_space(
 def difference(space: SearchSpace, others: Mapping[str, BaseDistribution], *, custom: bool = False) -> str | None:
     """The differences between the space and that of a study's trials, in words; None if there are none.
 
-    Different bounds count. Optuna would accept trials with several bounds, but they are not one search. With `custom`,
-    parameters that only the study has come from a custom search space function.
+    Different bounds are a difference. Optuna would accept trials with other bounds, but they would not be one search.
+    With `custom`, parameters that only the study has come from a custom search space function.
     """
     found = []
     for key, distribution in space.distributions.items():
@@ -168,7 +168,7 @@ def _read(text: str, parser: OverridesParser) -> tuple[str, str | Searched]:
 
 
 def _check_fixed(text: str, key: str, value: Any) -> None:
-    """Refuse a fixed value that only looks like a search."""
+    """Refuse a fixed value that looks like a search."""
     if isinstance(value, str) and (instead := instead_of_words(value)):
         raise SearchSpaceError(text, f"{value!r} is text, not a search: write {key}={instead}")
     if isinstance(value, str) and is_call(value):
@@ -183,21 +183,21 @@ def _kind(value: Any) -> str:
 
 
 def _remedy(text: str) -> str:
-    """The end of a message about an override that Hydra cannot read: what to write instead."""
+    """The end of a message about an override that Hydra cannot read, with the text to write instead."""
     key, _, value = text.partition("=")
     instead = instead_of_call(value)
     return f": write {key}={instead}" if instead else f". Write key=value; {FORMS}"
 
 
 def _options(override: Override) -> list[str] | None:
-    """The names that a glob matches; None if the override is not a glob, or there is no config loader."""
+    """The names that a glob matches; None if the override is not a glob or there is no config loader."""
     if not isinstance(override.value(), Glob) or override.config_loader is None:
         return None
     return [str(name) for name in override.sweep_iterator()]
 
 
 def _param(key: str, value: Any) -> str:
-    """An entry of hydra.sweeper.params as an override."""
+    """Convert an entry of hydra.sweeper.params to an override."""
     name = f"hydra.sweeper.params.{key}"
     if key.lstrip("+~").startswith("hydra.sweeper."):
         option = key.lstrip("+~").removeprefix("hydra.sweeper.")
@@ -222,7 +222,7 @@ def _fixed_text(name: str, value: Any) -> str:
 
 
 def _one_line(error: HydraException) -> str:
-    """Hydra's own message, without the lines that repeat the override and point into it."""
+    """Hydra's message on one line, without the parts that repeat the override and point into it."""
     lines = [line.strip() for line in str(error).splitlines()]
     noise = ("Error parsing override", "Error when parsing index", "^")
     message = ". ".join(line.rstrip(".:") for line in lines if line and not line.startswith(noise))
@@ -300,7 +300,7 @@ def _encoded(key: str, entry: str | Searched | None, value: Any) -> Any:
     try:
         return choices[entry.texts.index(override_text(value))]
     except (ValueError, TypeError):
-        pass  # written differently from all choices, it may still equal one, as 1.0 equals 1
+        pass  # a value whose text is not a choice may still equal one, as 1.0 equals 1
     for choice, known in zip(choices, entry.values, strict=True):
         if known == value or choice == value:
             return choice

@@ -1,4 +1,4 @@
-"""Opens the study of a sweep if the sweep fits it, and defines the overrides of its trials."""
+"""Opens the study of a sweep, checks that the two fit, and defines the overrides of its trials."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ._samplers import grid_size, make_sampler, takes_turns
 from ._search_space import SearchSpace, difference
 
 FILE = "study.db"
-"""Name of the study's database in the sweep's directory, used if no storage is named."""
+"""Name of the study's database in the sweep's directory. It is used if no storage is named."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class StudyPlan:
     sweep: Sweep
 
     def open(self) -> tuple[StudySession, list[str]]:
-        """Open the study; returns the session and lines for the user.
+        """Open the study; return the session and lines for the user.
 
         Raises GpuLauncherError if the sweep cannot begin.
         """
@@ -111,7 +111,7 @@ class StudyPlan:
         """The study's name: `study_name`, or by default one made from the job's name.
 
         Without a named storage, a sweep's directory has one study, named after the job. In a named storage, which other
-        sweeps may use, every sweep has its own study, and the name also contains the sweep's directory.
+        sweeps may use, each sweep has its own study, whose name also contains the sweep's directory.
         """
         if name := self.raw.get("study_name"):
             return str(name)
@@ -122,7 +122,7 @@ class StudyPlan:
 
     @property
     def where(self) -> str:
-        """The storage as shown to users, without passwords."""
+        """The storage as users see it, without passwords."""
         given = plain(self.raw.get("storage"))
         if given is None:
             return f"sqlite:///{self._file}"
@@ -156,7 +156,7 @@ class StudyPlan:
         return custom
 
     def _combinations(self, sampler: BaseSampler) -> int | None:
-        """The number of combinations, for a sampler that tries each once; None if only the sampler knows it."""
+        """The number of combinations, if the sampler tries each once; None if it is unknown."""
         if self._custom is not None or not isinstance(sampler, BruteForceSampler):
             return None
         return grid_size(self.space)
@@ -180,5 +180,5 @@ class StudyPlan:
 
 
 def _import_torch() -> None:
-    """Import PyTorch, which takes seconds. Otherwise the GP sampler does so when it first fits."""
+    """Import PyTorch in advance, which takes seconds. Otherwise the GP sampler imports it when it first fits."""
     import_module("torch")

@@ -1,7 +1,7 @@
 """Runs the search of `OptunaAsyncSweeper.sweep`.
 
-With our launcher the trials are streamed: each is asked for when one more job can be prepared. Other launchers take
-batches, and each batch waits for its slowest job.
+With our launcher, trials are streamed: the study is asked for each when one more job can be prepared. Other launchers
+take batches, and each batch waits for its slowest job.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ from .sweeper import OptunaAsyncSweeper
 log = logging.getLogger(__name__)
 
 BATCH = 2
-"""Trials in a batch for a launcher that takes batches, as in the official sweeper."""
+"""Number of trials in a batch, for launchers that take batches, as in the official sweeper."""
 
 
 MAX_CLOSING_SECONDS = 20.0
-"""Seconds to wait for the search to end after the sweep was stopped."""
+"""Seconds to wait for the search to end after the sweep is stopped."""
 
 
 class SweepError(CompactHydraException):
-    """The sweep cannot begin, or has no result. Hydra shows the message without a traceback."""
+    """The sweep cannot begin or has no result. Hydra shows the message without a traceback."""
 
 
 def sweep(sweeper: OptunaAsyncSweeper, arguments: list[str]) -> None:
@@ -69,7 +69,7 @@ def sweep(sweeper: OptunaAsyncSweeper, arguments: list[str]) -> None:
     try:
         options = read_options(sweeper.options)
         space = read_search_space(arguments, sweeper.hydra_context.config_loader, params=options.params)
-        if sweeper.options.get("custom_search_space") is None:  # a config may need the parameters of a custom one
+        if sweeper.options.get("custom_search_space") is None:  # the config may need parameters from a custom one
             check_composition(sweeper.hydra_context.config_loader, sweeper.config, space)
         directory = make_directory(sweeper.config)
         plan = StudyPlan(sweeper.config, sweeper.options, options, space, Sweep(ProcessIdentity.here()))
@@ -147,7 +147,7 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
 
 
 def _open(plan: StudyPlan) -> tuple[StudySession, list[str]]:
-    """Open the study; returns the session and lines for the user."""
+    """Open the study; return the session and lines for the user."""
     try:
         return plan.open()
     except GpuLauncherError:
@@ -158,7 +158,7 @@ def _open(plan: StudyPlan) -> tuple[StudySession, list[str]]:
 
 
 def _close(search: SweepSearch, patience: float | None) -> tuple[SearchSummary, list[str]]:
-    """Tell the study about running trials, if that is still possible. The study is not used afterwards."""
+    """End the search, and tell the study about running trials if possible. The study is not used afterwards."""
     try:
         return search.close(patience)
     except BaseException:
@@ -168,7 +168,7 @@ def _close(search: SweepSearch, patience: float | None) -> tuple[SearchSummary, 
 
 @contextlib.contextmanager
 def _quiet_optuna() -> Iterator[None]:
-    """Context in which Optuna logs only warnings, because the display shows the rest."""
+    """Make Optuna log only warnings in this block, because the display shows the rest."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -215,7 +215,7 @@ def _batches(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> N
                         log.warning(f"trial {number} failed: {told.message}")
                     session.tell(number, told)
     except BaseException:
-        session.close()  # leaves no trial untold
+        session.close()  # tells the study about all trials
         log.info(_how_to_go_on(plan, directory, session.summary().left))
         raise
     session.close()
@@ -227,7 +227,7 @@ def _batches(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> N
 
 
 def _directory_of(job_return: JobReturn) -> str | None:
-    """The job's output directory, if known, because all jobs may share one working directory."""
+    """The job's output directory if known, because all jobs may share one working directory."""
     found = OmegaConf.select(job_return.hydra_cfg, "hydra.runtime.output_dir") if job_return.hydra_cfg else None
     return str(found) if found else job_return.working_dir
 
@@ -243,7 +243,7 @@ def _consecutive(batch: Sequence[AskedTrial]) -> list[list[AskedTrial]]:
 
 
 def ending(result: JobResult, objectives: int, directory: Path) -> TrialEnding:
-    """How a trial ended, from the result of its job."""
+    """Convert the result of a job to the ending of its trial."""
     from hydra_plugins.gpu_pool_launcher._results import unpack
 
     if result.outcome is Outcome.PRUNED:
@@ -274,13 +274,13 @@ class _NotANumberError(ValueError):
 
 
 def values_of(returned: Any, objectives: int) -> tuple[float, ...]:
-    """The values of a trial. Raises ValueError for anything that Optuna does not accept or no search can use."""
+    """Read the values of a trial. Raises ValueError for a return value that Optuna refuses or no search can use."""
     if objectives == 1:
         given = [returned]
     else:
         try:
             given = [] if isinstance(returned, (str, bytes)) else list(returned)
-        except Exception:  # from a user's class
+        except Exception:  # raised by a user's class
             given = []
         if not given:
             raise _NotANumberError(f"returned {_shown(returned)} instead of {objectives} numbers")
@@ -290,7 +290,7 @@ def values_of(returned: Any, objectives: int) -> tuple[float, ...]:
     for one in given:
         try:
             value = float(one)
-        except Exception:  # from a user's class, a number too large for a float, or a tensor of several elements
+        except Exception:  # a user's class, a number too large for a float, or a tensor of several elements
             raise _NotANumberError(f"returned {_shown(one)}, which is not a number") from None
         if not math.isfinite(value):
             raise ValueError(f"returned {value}, which no search can use")
@@ -303,7 +303,7 @@ def _shown(value: object) -> str:
         return "None (does the task function return its value?)"
     try:
         text = repr(value)
-    except Exception:  # from a user's class
+    except Exception:  # raised by a user's class
         text = f"a {type(value).__qualname__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 

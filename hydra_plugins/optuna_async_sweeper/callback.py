@@ -16,7 +16,7 @@ OFFICIAL = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
 class ChooseSweeper(Callback):
     """Replaces the official sweeper's `_target_` if optuna_async was chosen.
 
-    Hydra calls it before it creates the sweeper. Only the config of optuna_async names it.
+    Only the config of optuna_async names this callback. Hydra calls it before it creates the sweeper.
 
     The lightning-hydra-template and projects made from it set `_target_` beside `override /hydra/sweeper: optuna`.
     Choosing the group on the command line does not change that line.

@@ -45,7 +45,7 @@ class OptunaAsyncSweeperConf:
     """The options, with their defaults; HELP has their documentation."""
 
     _target_: str = "hydra_plugins.optuna_async_sweeper.sweeper.OptunaAsyncSweeper"
-    # Hydra 1.4 leaves sampler and pruner to the sweeper anyway; 1.3 would make objects of them.
+    # Without this, Hydra 1.3 would create the sampler and pruner. Hydra 1.4 leaves them to the sweeper anyway.
     _recursive_: bool = False
     defaults: list[Any] = field(
         default_factory=lambda: ["_self_", {"sampler": "auto"}, "/hydra/gpu_launcher/choose_sweeper"]
@@ -88,16 +88,16 @@ SAMPLERS = {
     "grid": "seed",
     "bruteforce": "seed",
 }
-"""The configs of hydra/sweeper/sampler and their options. null there is Optuna's default, for tpe ours."""
+"""The configs of hydra/sweeper/sampler and their options. null means Optuna's default, or ours for tpe."""
 
 
 def _store_samplers() -> None:
-    """Store those that the official plugin has not: Hydra 1.4 warns of a name that is stored twice.
+    """Store the configs that the official plugin does not have: Hydra 1.4 warns about a name that is stored twice.
 
-    Hydra imports plugins in no order to rely on. So where the official one is installed it gets the first turn, which
-    costs nothing, because Hydra imports it anyway.
+    Hydra imports plugins in no fixed order. So the official plugin is imported first if it is installed. That costs
+    nothing, because Hydra imports it anyway.
     """
-    with suppress(ImportError):  # not installed; or Hydra itself says what is wrong with it
+    with suppress(ImportError):  # not installed, or broken, as Hydra itself will say
         import_module("hydra_plugins.hydra_optuna_sweeper.config")
     store = ConfigStore.instance()
     group = "hydra/sweeper/sampler"
@@ -113,13 +113,13 @@ _store_samplers()
 
 
 def _callback() -> dict[str, str]:
-    """The callback's config. Hydra 1.4 warns of every callback, unless the program itself allows it."""
+    """The callback's config. Hydra 1.4 would warn about it, as about any callback that the program does not allow."""
     warnings.filterwarnings("ignore", rf"hydra\.utils\.instantiate\(\) resolved _target_='{re.escape(CALLBACK)}'")
     return {"_target_": CALLBACK}
 
 
 register_resolver("gpu_pool.choose_sweeper", _callback)
-# In `_global_`, since it would otherwise be placed within hydra.sweeper.
+# In `_global_`, because it would otherwise be placed within hydra.sweeper.
 ConfigStore.instance().store(
     group="hydra/gpu_launcher",
     name="choose_sweeper",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class OptunaAsyncSweeper(Sweeper):
-    """Asks Optuna for a trial whenever a job can start, and tells it each result as soon as there is one."""
+    """Asks Optuna for a trial whenever a job can start, and tells it each result immediately."""
 
     def __init__(self, **options: Any) -> None:
         """Take the options of `OptunaAsyncSweeperConf`; `sweep` checks them."""
