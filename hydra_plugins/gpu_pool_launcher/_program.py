@@ -1,4 +1,13 @@
-"""Runs one job of a Hydra sweep in its process: composes the config, waits for devices, runs the task, reports."""
+"""Runs one job of a Hydra sweep in its process: composes the config, waits for devices, runs the task, reports.
+
+Theory of operation. The job composes its own config, so its request may depend on it. Before the grant, Hydra's
+`run_job` also creates the output directory, saves the config and sets up logging, so that no device is idle meanwhile.
+The job then waits in `on_job_start`, which Hydra calls just before the task. If Hydra's own config reads the mask
+(CUDA_VISIBLE_DEVICES), for example in the name of a directory or log file, the job waits earlier.
+
+`sys.argv` is set so that the program, if started again, runs this job alone. Lightning's DDP starts other ranks that
+way. Any exception ends only this job, and reaches the head in the report (`_results.py`).
+"""
 
 from __future__ import annotations
 
