@@ -141,7 +141,7 @@ class PoolView:
     """Names of other machines with files in the pool directory. This machine cannot see whether those are live."""
     unreadable: tuple[UnreadableFile, ...] = ()
     excessive: tuple[str, ...] = ()
-    """Users with so many files in the pool that some of them do not count."""
+    """Users with too many files in the pool, some of which therefore do not count."""
 
 
 def describe_wait(pool: PoolView, ticket: TicketView, label: Callable[[str], str]) -> str:

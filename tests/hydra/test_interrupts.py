@@ -15,7 +15,7 @@ from gpu_launcher.processes.signals import SAME_SIGNAL_SECONDS
 
 Start = Callable[..., subprocess.Popen[str]]
 MANNERS = ["polite", "stubborn", "polite", "stubborn", "waiting"]
-"""One for each job. The sweep has four devices, so the last job waits."""
+"""The manners of each job. The sweep has four devices, so the last job waits."""
 
 
 def sweep(
