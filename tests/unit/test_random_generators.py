@@ -378,6 +378,11 @@ def test_objects_of_the_program_are_not_asked_anything(module: Callable[..., Any
     assert any(f"{made.__name__}.USED" in text for text in Generators().notices("fork"))
 
 
+def test_modules_of_gpu_launcher_are_not_searched() -> None:
+    ours = {name for name in sys.modules if name.startswith("gpu_launcher.")}
+    assert ours.isdisjoint(module.__name__ for module in random_generators._modules_of_program())
+
+
 def test_generators_of_installed_packages_cause_no_notice() -> None:
     import tempfile
 
