@@ -412,7 +412,8 @@ class NodeGroup:
         self._running.pop(number, None)
         if self._dealer.node_of(number) != member.name:
             return []
-        if member.leaving and not self._stopping and result.outcome is not Outcome.COMPLETED and result.payload is None:
+        interrupted = result.outcome is Outcome.CANCELLED or (result.outcome is Outcome.FAILED and not result.payload)
+        if member.leaving and interrupted and not self._stopping:
             returned = JobReturned(event.time, number, result.label)
             return [returned, *self._carry_out(self._dealer.returned(number)), *self._give_up_if_alone()]
         return self._conclude(result, event)

@@ -1,0 +1,147 @@
+"""Sweeps on several nodes, of which any may be lost. No two copies of a job run at the same time."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.waiting import alive, until
+
+# The head and its agents lose patience with each other sooner than usual.
+QUICK = """
+import functools
+from gpu_launcher.nodes import node_group
+from gpu_launcher.nodes.agent_messages import Timing
+from watched import watch as watch_all
+
+
+def watch():
+    watch_all()
+    timing = Timing(beat=0.2, quiet=1.0, silence=1.5, lost=5.0)
+    node_group.NodeGroup = functools.partial(node_group.NodeGroup, timing=timing)
+"""
+
+# `relay.py COMMAND ...` connects to an agent by other pipes, as srun does. The agent's input outlives it.
+RELAY = """
+import os, subprocess, sys, threading
+reads, writes = os.pipe()
+holder = os.dup(writes)
+os.set_inheritable(holder, True)
+keeper = subprocess.Popen(["sleep", "600"], pass_fds=[holder], stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL)
+os.close(holder)
+agent = subprocess.Popen(sys.argv[1:], stdin=reads, stdout=subprocess.PIPE)
+os.close(reads)
+
+
+def pump(source, sink):
+    while data := os.read(source, 65536):
+        os.write(sink, data)
+
+
+threading.Thread(target=pump, args=(0, writes), daemon=True).start()
+pump(agent.stdout.fileno(), 1)
+"""
+
+
+def on_nodes(world: Any, *more: str) -> str:
+    """The option for two nodes with pools of their own, reached by `more` words before the agent's command."""
+    (world.directory / "quick.py").write_text(QUICK)
+    world.app.write_text(world.app.read_text().replace("from watched import", "from quick import"))
+    words = [f"env GPU_LAUNCHER_POOL_DIR={world.directory}/pool-{name} {' '.join(more)}" for name in "ab"]
+    return "hydra.launcher.nodes=[" + ",".join(f"'command:{one.strip()}'" for one in words) + "]"
+
+
+def agents(sweep: Any) -> list[psutil.Process]:
+    """The agents of a sweep. What they fork has the same command line."""
+
+    def is_agent(process: psutil.Process | None) -> bool:
+        words = process.cmdline() if process is not None else []
+        return words[1:2] == ["-c"] and "nodes.agent" in words[-1]
+
+    children = psutil.Process(sweep.process.pid).children(recursive=True)
+    return [child for child in children if is_agent(child) and not is_agent(child.parent())]
+
+
+def agent_of(sweep: Any, number: int) -> psutil.Process:
+    main = psutil.Process(sweep.witness(number)["main"])
+    return next(agent for agent in agents(sweep) if agent in main.parents())
+
+
+def test_jobs_run_on_all_nodes_and_results_come_in_order(world: Any) -> None:
+    sweep = world.start(f"n={','.join(map(str, range(8)))}", on_nodes(world))
+    assert sweep.running(4)
+    assert {agent_of(sweep, number).pid for number in sweep.running(4)} == {agent.pid for agent in agents(sweep)}
+    sweep.finish(8)
+    assert sweep.returns() == [("COMPLETED", number) for number in range(8)]
+    until(lambda: world.marked() == [], "something is left")
+
+
+def test_jobs_of_a_killed_agent_run_elsewhere(world: Any) -> None:
+    sweep = world.start("n=0,1,2,3", on_nodes(world))
+    sweep.running(4)
+    lost = agent_of(sweep, 0)
+    moved = [number for number in range(4) if agent_of(sweep, number) == lost]
+    trees = sweep.processes(moved)
+    for number in moved:
+        (world.directory / f"witness-{number}").unlink()
+    lost.kill()
+    sweep.finish(4)
+    sweep.running(4)
+    assert not any(alive(process) for process in trees), "the first copies had ended before the second ones began"
+    assert sweep.returns() == [("COMPLETED", number) for number in range(4)]
+    assert "its 2 jobs can run elsewhere" in sweep.output.read_text()
+    until(lambda: world.marked() == [], "something is left")
+
+
+def test_agent_ends_by_itself_when_it_hears_nothing(world: Any) -> None:
+    (world.directory / "relay.py").write_text(RELAY)
+    sweep = world.start("n=0,1,2,3", on_nodes(world, sys.executable, str(world.directory / "relay.py")))
+    sweep.running(4)
+    lost = agent_of(sweep, 0)
+    trees = [psutil.Process(sweep.witness(number)["main"]) for number in range(4) if agent_of(sweep, number) == lost]
+    numbers = [number for number in range(4) if agent_of(sweep, number) == lost]
+    for number in numbers:
+        (world.directory / f"witness-{number}").unlink()
+    lost.parent().kill()
+    until(lambda: not any(alive(process) for process in trees), "the agent has not ended its jobs")
+    assert not any((world.directory / f"witness-{number}").exists() for number in numbers)
+    sweep.finish(4)
+    assert sweep.returns() == [("COMPLETED", number) for number in range(4)]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_left_when_the_head_ends(world: Any, signum: int) -> None:
+    sweep = world.start("n=0,1,2,3,4,5", on_nodes(world))
+    sweep.running(4)
+    sweep.process.send_signal(signum)
+    sweep.process.wait(60)
+    until(lambda: world.marked() == [], "something is left")
+
+
+def test_jobs_of_an_agent_that_is_asked_to_end_run_elsewhere(world: Any) -> None:
+    sweep = world.start("n=0,1,2,3", on_nodes(world))
+    sweep.running(4)
+    leaving = agent_of(sweep, 0)
+    for number in range(4):
+        if agent_of(sweep, number) == leaving:
+            (world.directory / f"witness-{number}").unlink()
+    leaving.terminate()
+    sweep.finish(4)
+    assert sweep.returns() == [("COMPLETED", number) for number in range(4)]
+    assert "got SIGTERM and ends" in sweep.output.read_text()
+
+
+def test_sweep_without_nodes_ends_and_says_why(world: Any) -> None:
+    sweep = world.start("n=0,1,2,3,4,5", on_nodes(world))
+    sweep.running(4)
+    for agent in agents(sweep):
+        agent.kill()
+    returns = sweep.returns()
+    assert [status for status, _ in returns] == ["FAILED"] * 6
+    assert "no node is left" in sweep.output.read_text()
+    until(lambda: world.marked() == [], "something is left")
