@@ -15,6 +15,7 @@ the jobs of another.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import time
@@ -57,6 +58,10 @@ _log = get_logger("nodes.node_group")
 
 LATECOMER_SECONDS = 2.0
 """Seconds for which a sweep waits for more nodes once it has one."""
+MAX_FAILURES = 3
+"""Number of times in a row that a lost node is started again in vain."""
+LOCAL_END_SECONDS = 5.0
+"""Seconds in which the processes below a local node that was killed end by themselves."""
 POLL_SECONDS = 0.1
 
 
@@ -76,13 +81,19 @@ class _Member:
     """Whether its run is over, or can never begin."""
     error: GpuLauncherError | None = None
     """What kept its run from beginning, if that is an error of ours."""
+    failures: int = 0
+    """How many times in a row it was lost before it could run jobs."""
+    restart_at: float | None = None
+    """When to start it again, in seconds of the monotonic clock. None if it is not to be started."""
+    ends_at: float = -math.inf
+    """When the processes below a local node that was killed have ended, in seconds of the monotonic clock."""
 
     @property
     def gone(self) -> bool:
         """Whether no process of the node is left."""
         if isinstance(self.node, RemoteNode):
             return self.node.life is Life.GONE
-        return not self.node.is_running
+        return not self.node.is_running and time.monotonic() >= self.ends_at
 
     @property
     def silent(self) -> bool:
@@ -178,8 +189,11 @@ class NodeGroup:
                 except OSError as error:
                     raise NodeStartError(f"node {spec.name}: cannot run its command: {error}") from None
         for member in self._members.values():
-            self._epoll.register(member.node, select.EPOLLIN)
-            self._registered[member.name] = member.node.fileno()
+            self._listen_to(member)
+
+    def _listen_to(self, member: _Member) -> None:
+        self._epoll.register(member.node, select.EPOLLIN)
+        self._registered[member.name] = member.node.fileno()
 
     def _make_probe(self, directory: Path) -> tuple[str, bytes]:
         """Write a file that the nodes must see."""
@@ -215,8 +229,7 @@ class NodeGroup:
             elif not waiting:
                 self._refuse()
         self._opened = True
-        method = "spawn" if self._begin is None else "fork"
-        return Opened(self._devices(), len(self._devices()), method)
+        return Opened(self._devices(), len(self._devices()), "fork")
 
     def _refuse(self) -> None:
         errors = [member.error for member in self._members.values()]
@@ -289,15 +302,22 @@ class NodeGroup:
         self._failed = 0
         self._stopping = self._given_up = self._closed = self._opened = self._exhausted_told = False
         self._running.clear()
+        for member in self._members.values():
+            if member.gone:
+                member.opened, member.closed = False, True
+            else:
+                self._begin_at(member)
+
+    def _begin_at(self, member: _Member) -> None:
+        assert self._begin is not None
+        member.opened = member.leaving = member.closed = False
+        member.error = None
+        options = self._begin.options
+        environ = None if isinstance(member.node, RemoteNode) else options.environ
         # Failures are counted here, over all nodes. One node alone cannot say that the cap leaves devices idle.
         failures = replace(options.failures, most=None)
-        shared = replace(options, failures=failures, cap=None, environ=None)
-        for member in self._members.values():
-            member.opened = member.leaving = False
-            member.closed = member.gone
-            if not member.gone:
-                mine = shared if isinstance(member.node, RemoteNode) else replace(shared, environ=options.environ)
-                self._tell(member, replace(begin, options=mine, node=member.name, listed=False))
+        options = replace(options, failures=failures, cap=None, environ=environ)
+        self._tell(member, replace(self._begin, options=options, node=member.name, listed=False))
 
     def _devices(self) -> tuple[Device, ...]:
         return tuple(
@@ -340,6 +360,7 @@ class NodeGroup:
             arrived = member.node.receive_ready()
         except NodeDiedError as error:
             member.error = member.error or error
+            member.ends_at = time.monotonic() + LOCAL_END_SECONDS
             member.node.close()
             return []
         return [passed for message in arrived for passed in self._take(member, message)]
@@ -349,12 +370,15 @@ class NodeGroup:
         messages: list[Message] = []
         for member in self._members.values():
             member.node.tick()
-            if (member.gone or member.silent) and member.name in self._registered:
+            over = isinstance(member.node, LocalNode) and not member.node.is_running
+            if (member.gone or member.silent or over) and member.name in self._registered:
                 descriptor = self._registered.pop(member.name)
                 with contextlib.suppress(OSError):  # closed, and so removed
                     self._epoll.unregister(descriptor)
             if member.gone and not member.closed:
                 messages += self._lose(member)
+            if member.restart_at is not None and time.monotonic() >= member.restart_at:
+                messages += self._restart(member)
         return messages
 
     def _take(self, member: _Member, message: Any) -> list[Message]:
@@ -390,7 +414,7 @@ class NodeGroup:
         return [message]
 
     def _join(self, member: _Member, devices: tuple[Device, ...]) -> list[Message]:
-        member.opened, member.devices = True, devices
+        member.opened, member.devices, member.failures = True, devices, 0
         messages: list[Message] = []
         if isinstance(member.node, RemoteNode) and member.node.differs:
             messages.append(Notice(time.monotonic(), f"{member.name}: the program's script is not the same as here"))
@@ -446,9 +470,28 @@ class NodeGroup:
         return self._drop(member, why)
 
     def _lose(self, member: _Member) -> list[Message]:
-        """Deal the jobs of a node again of which nothing is left."""
+        """Deal the jobs of a node again of which nothing is left, and connect to its machine once more."""
         member.closed = True
-        return self._drop(member, self._problem(member))
+        why = self._problem(member)
+        if isinstance(member.node, RemoteNode) and self._opened and member.failures < MAX_FAILURES:
+            member.restart_at = time.monotonic() + 2.0**member.failures
+            member.failures += 1
+        return self._drop(member, why)
+
+    def _restart(self, member: _Member) -> list[Message]:
+        assert isinstance(member.node, RemoteNode)
+        member.restart_at = None
+        if self._closed or self._stopping or self._exhausted_told:
+            return []
+        member.node.close()
+        _log.info("%s is started again", member.name)
+        try:
+            member.node = member.node.again()
+        except OSError as error:
+            return self._drop(member, f"cannot be started again: {error}")
+        self._listen_to(member)
+        self._begin_at(member)
+        return []
 
     def _drop(self, member: _Member, why: str) -> list[Message]:
         jobs = len(self._dealer.jobs_at(member.name))
@@ -470,6 +513,8 @@ class NodeGroup:
         if self._closed or self._stopping or self._given_up or not self._opened:
             return []
         if any(not member.leaving for member in self._at_work()) or (self._dealer.idle and self._dealer.exhausted):
+            return []
+        if any(member.restart_at is not None for member in self._members.values()):
             return []
         self._given_up = True
         reasons = "; ".join(f"{member.name} {self._problem(member)}" for member in self._members.values())

@@ -52,6 +52,7 @@ class RemoteNode:
         self.life = Life.STARTING
         self.problem: str | None = None
         """Why the node cannot be used, or not any more."""
+        self._spec = spec
         self.differs = False
         """Whether the program's script is not the same on the node."""
         self._setup = setup
@@ -79,6 +80,10 @@ class RemoteNode:
         """Messages for the node that are sent when the agent is there and can be heard."""
         self._began = self._heard = self._sent = time.monotonic()
         self._greeted = False
+
+    def again(self) -> RemoteNode:
+        """Start the command once more, for a new agent. Raises OSError if it cannot be executed."""
+        return RemoteNode(self._spec, self._setup)
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when the agent has sent something, or the connection has ended."""

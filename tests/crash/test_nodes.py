@@ -114,6 +114,19 @@ def test_agent_ends_by_itself_when_it_hears_nothing(world: Any) -> None:
     assert sweep.returns() == [("COMPLETED", number) for number in range(4)]
 
 
+def test_suspended_head_loses_jobs_of_other_machines_and_runs_them_again(world: Any) -> None:
+    sweep = world.start("n=0,1,2,3", on_nodes(world))
+    sweep.running(4)
+    jobs = sweep.processes([0, 1, 2, 3])
+    for number in range(4):
+        (world.directory / f"witness-{number}").unlink()
+    sweep.process.send_signal(signal.SIGSTOP)
+    until(lambda: not any(alive(process) for process in jobs), "a suspended head keeps devices of other machines")
+    sweep.finish(4)
+    sweep.process.send_signal(signal.SIGCONT)
+    assert sweep.returns() == [("COMPLETED", number) for number in range(4)]
+
+
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_nothing_is_left_when_the_head_ends(world: Any, signum: int) -> None:
     sweep = world.start("n=0,1,2,3,4,5", on_nodes(world))
@@ -137,11 +150,13 @@ def test_jobs_of_an_agent_that_is_asked_to_end_run_elsewhere(world: Any) -> None
 
 
 def test_sweep_without_nodes_ends_and_says_why(world: Any) -> None:
-    sweep = world.start("n=0,1,2,3,4,5", on_nodes(world))
+    (world.directory / "once.sh").write_text('f=$GPU_LAUNCHER_POOL_DIR.used; [ -e $f ] && exit 3; : > $f; exec "$@"\n')
+    sweep = world.start("n=0,1,2,3,4,5", on_nodes(world, "sh", str(world.directory / "once.sh")))
     sweep.running(4)
     for agent in agents(sweep):
         agent.kill()
     returns = sweep.returns()
     assert [status for status, _ in returns] == ["FAILED"] * 6
     assert "no node is left" in sweep.output.read_text()
+    assert "exit status 3" in sweep.output.read_text()
     until(lambda: world.marked() == [], "something is left")
