@@ -24,7 +24,6 @@ import contextlib
 import functools
 import os
 import select
-import socket
 import threading
 import time
 import weakref
@@ -36,6 +35,7 @@ from typing import Any
 
 from gpu_launcher.errors import GpuLauncherError, JobError, JobTimeoutError, NodeDiedError, UnpicklableError
 from gpu_launcher.executors.calls import CallOutcome, FunctionCall, IsWanted
+from gpu_launcher.executors.process_channels import ProcessChannels
 from gpu_launcher.executors.transport import NoValue, ReturnedValue, pack
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs import source as s
@@ -45,7 +45,6 @@ from gpu_launcher.jobs.node_client import RemoteLoop, busy, calling_back, harmle
 from gpu_launcher.jobs.node_messages import Closed, Ended, Remarked, Wanted
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException, RemoteTraceback, describe
-from gpu_launcher.processes.messages import ChannelClosedError, receive, send
 from gpu_launcher.processes.unpicklable import found_at
 
 AT_ONCE_SECONDS = 5.0
@@ -73,8 +72,6 @@ class _Offered:
     future: Future[Any]
     name: str
     """Name of the function."""
-    channel: socket.socket
-    """Channel to the call's process."""
     begun: bool = False
     """Whether it can no longer be cancelled."""
     outcome: CallOutcome | None = None
@@ -95,9 +92,7 @@ class ExecutorThread:
         self._may_fork = may_fork
         self._pending: deque[Submitted] = deque()
         self._offered: dict[int, _Offered] = {}
-        self._by_channel: dict[int, int] = {}
-        """Numbers of offered calls, by the descriptors of their channels."""
-        self._poll = select.poll()
+        self._channels = ProcessChannels(loop)
         self._cancelled: deque[int] = deque()
         """Numbers of offered calls that the user has cancelled."""
         self._wanted = 0
@@ -195,13 +190,13 @@ class ExecutorThread:
 
     def _serve(self) -> str:
         """Carry calls until the run has ended. Returns why calls that are left are not made."""
-        self._poll.register(self._loop.fileno(), select.POLLIN)
-        self._poll.register(self._wake, select.POLLIN)
+        self._channels.poll.register(self._wake, select.POLLIN)
         while True:
-            ready = {descriptor for descriptor, _ in self._poll.poll(self._patience())}
+            ready = {descriptor for descriptor, _ in self._channels.poll.poll(self._patience())}
             if self._wake in ready:
                 os.eventfd_read(self._wake)
-            for number in [self._by_channel[descriptor] for descriptor in ready & self._by_channel.keys()]:
+            numbers = self._channels.numbers
+            for number in [numbers[descriptor] for descriptor in ready & numbers.keys()]:
                 self._hear_call(number)
             if self._loop.fileno() in ready:
                 message = self._loop.receive()
@@ -232,31 +227,18 @@ class ExecutorThread:
 
     def _hear_call(self, number: int) -> bool:
         """Handle the next message of a call's process. Returns whether there was one."""
-        call = self._offered[number]
-        try:
-            message, _ = receive(call.channel, wait=False)
-        except BlockingIOError:
-            return False
-        except ChannelClosedError:  # the process has ended, and the node will report that
-            self._forget(call)
-            return False
+        message = self._channels.receive(number)
         if isinstance(message, IsWanted):
             self._flowing = True
             if self._begin(number) is not None:
-                _answer(call, True)
-        else:
-            call.outcome = message
-        return True
-
-    def _forget(self, call: _Offered) -> None:
-        """Stop listening to a call's process."""
-        if self._by_channel.pop(call.channel.fileno(), None) is not None:
-            self._poll.unregister(call.channel)
+                self._channels.send(number, True)
+        elif message is not None:
+            self._offered[number].outcome = message
+        return message is not None
 
     def _remove(self, number: int) -> None:
-        call = self._offered.pop(number)
-        self._forget(call)
-        call.channel.close()
+        del self._offered[number]
+        self._channels.close(number)
 
     def _say(self) -> None:
         """Send the node what it should know: calls that it wants, cancelled calls, stops, and the end of calls."""
@@ -299,7 +281,7 @@ class ExecutorThread:
         if call is not None and not call.begun:
             call.begun = call.future.set_running_or_notify_cancel()
             if not call.begun:
-                _answer(call, False)
+                self._channels.send(number, False)
                 self._remove(number)
                 return None
         return call
@@ -317,7 +299,7 @@ class ExecutorThread:
                 call.future.set_running_or_notify_cancel()
             elif (job := self._job(call)) is not None:
                 try:
-                    channel = self._loop.offer_with_channel(job)
+                    self._channels.offer(job)
                 except NodeDiedError:
                     self._pending.appendleft(call)
                     raise
@@ -327,9 +309,7 @@ class ExecutorThread:
                             call.future.set_exception(self._not_handed_over(job.label, call, None, error))
                     self._unlink(job.number)
                     continue
-                self._offered[job.number] = _Offered(call.future, job.label, channel)
-                self._by_channel[channel.fileno()] = job.number
-                self._poll.register(channel, select.POLLIN)
+                self._offered[job.number] = _Offered(call.future, job.label)
                 call.future.add_done_callback(functools.partial(_note, weakref.ref(self), job.number))
                 return True
         return False
@@ -418,11 +398,6 @@ def _note(owner: weakref.ref[ExecutorThread], number: int, future: Future[Any]) 
     """Tell the thread if an offered call was cancelled. Called when its future is done."""
     if future.cancelled() and (this := owner()) is not None:
         this.cancelled(number)
-
-
-def _answer(call: _Offered, wanted: bool) -> None:
-    with contextlib.suppress(ChannelClosedError):  # the process has ended, and the node will report that
-        send(call.channel, wanted)
 
 
 def _open(result: JobResult, name: str, outcome: CallOutcome | None) -> tuple[Any, BaseException | None]:

@@ -12,9 +12,7 @@ no record is to blame: after two such deaths in a row, workers that die are not 
 
 from __future__ import annotations
 
-import contextlib
 import select
-import socket
 import threading
 import time
 import weakref
@@ -27,6 +25,7 @@ from typing import Any
 from gpu_launcher.errors import NodeDiedError, OptionError, RecordError, SetupError, UnreadableError, WorkerDiedError
 from gpu_launcher.executors import record_worker as w
 from gpu_launcher.executors.chunk_scheduler import Chunk, ChunkScheduler, RaisedByRecord
+from gpu_launcher.executors.process_channels import ProcessChannels
 from gpu_launcher.executors.progress import Bar
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
@@ -36,7 +35,6 @@ from gpu_launcher.jobs.node_messages import Closed, Ended, Message, Opened, Rema
 from gpu_launcher.jobs.remarks import log
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException, traceback_of
-from gpu_launcher.processes.messages import ChannelClosedError, receive, send
 from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.wording import count, device_names
 
@@ -62,7 +60,6 @@ class _WorkerState(Enum):
 @dataclass(slots=True)
 class _Worker:
     slot: int
-    channel: socket.socket
     where: str = ""
     """Names of its devices."""
     state: _WorkerState = _WorkerState.STARTING
@@ -102,13 +99,10 @@ class RecordEngine:
         self._most = most
         self._returning = returning
         self._capped = capped
-        self._poll = select.poll()
-        self._poll.register(loop.fileno(), select.POLLIN)
+        self._channels = ProcessChannels(loop)
         self._node_poll = select.poll()
         self._node_poll.register(loop.fileno(), select.POLLIN)
         self._workers: dict[int, _Worker] = {}
-        self._by_channel: dict[int, int] = {}
-        """Numbers of workers, by the descriptors of their channels."""
         self._number = 0
         """Number of the next worker."""
         self._wanted = 0
@@ -165,8 +159,8 @@ class RecordEngine:
             self._closed = True
             self.bar.close()
             self._end()
-            for worker in self._workers.values():
-                worker.channel.close()
+            for number in self._workers:
+                self._channels.close(number)
             self._positions.close()
 
     def _work(self) -> bool:
@@ -212,7 +206,7 @@ class RecordEngine:
         if not worker.dealt:
             worker.heard = time.monotonic()
         worker.dealt.append(chunk)
-        _tell(worker, w.Work(chunk.first, records))
+        self._channels.send(number, w.Work(chunk.first, records))
         return True
 
     def _may_have_more(self, worker: _Worker) -> bool:
@@ -235,13 +229,11 @@ class RecordEngine:
         self._wanted -= 1
         spec = w.WorkerSlot(str(self._loop.directory / "positions"), len(self._positions.at), slot)
         try:
-            channel = self._loop.offer_with_channel(Job(number, "worker", spec))
+            self._channels.offer(Job(number, "worker", spec))
         except NodeDiedError as error:
             self._fatal = error
             return True
-        self._workers[number] = _Worker(slot, channel)
-        self._by_channel[channel.fileno()] = number
-        self._poll.register(channel, select.POLLIN)
+        self._workers[number] = _Worker(slot)
         return True
 
     def _stop_idle(self) -> None:
@@ -252,7 +244,7 @@ class RecordEngine:
             if worker.dealt or worker.state is _WorkerState.STOPPED:
                 continue
             if worker.state is _WorkerState.READY:
-                _tell(worker, w.NoMoreWork())
+                self._channels.send(number, w.NoMoreWork())
             else:
                 self._say(s.Withdrawn(number, "is not needed any more"))
             worker.state = _WorkerState.STOPPED
@@ -285,12 +277,12 @@ class RecordEngine:
         """Handle all messages that have arrived. With `wait`, first wait until there is one."""
         patience = min((one for one in (most, self.bar.patience) if one is not None), default=None)
         milliseconds = 0.0 if not wait else None if patience is None else patience * 1000
-        while not self._over and self._fatal is None and (ready := self._poll.poll(milliseconds)):
+        while not self._over and self._fatal is None and (ready := self._channels.poll.poll(milliseconds)):
             milliseconds = 0.0
             self._hear_node()  # first, because it says which devices a worker has
             for descriptor, _ in ready:
-                if (number := self._by_channel.get(descriptor)) is not None and self._fatal is None:
-                    self._hear_worker(number)
+                if (number := self._channels.numbers.get(descriptor)) is not None and self._fatal is None:
+                    self._hear(number)
         if wait:
             self._show()
 
@@ -300,24 +292,6 @@ class RecordEngine:
                 self._handle(self._loop.receive())
             except NodeDiedError as error:
                 self._fatal = error
-
-    def _hear_worker(self, number: int) -> bool:
-        """Handle the next message of a worker. Returns whether there was one."""
-        worker = self._workers[number]
-        try:
-            message, _ = receive(worker.channel, wait=False)
-        except BlockingIOError:
-            return False
-        except ChannelClosedError:  # the worker has ended, and the node will report how
-            self._forget(worker)
-            return False
-        self._hear(number, worker, message)
-        return True
-
-    def _forget(self, worker: _Worker) -> None:
-        """Stop listening to a worker."""
-        if self._by_channel.pop(worker.channel.fileno(), None) is not None:
-            self._poll.unregister(worker.channel)
 
     def _handle(self, message: Message) -> None:
         match message:
@@ -336,8 +310,12 @@ class RecordEngine:
             case Opened():
                 raise TypeError(f"the node says {message!r}")
 
-    def _hear(self, number: int, worker: _Worker, what: object) -> None:
-        match what:
+    def _hear(self, number: int) -> bool:
+        """Handle the next message of a worker. Returns whether there was one."""
+        worker = self._workers[number]
+        match what := self._channels.receive(number):
+            case None:
+                return False
             case w.Ready():
                 worker.state = _WorkerState.READY
                 self._died_starting = 0
@@ -356,6 +334,7 @@ class RecordEngine:
                     self._fail(chunk, _unloadable(chunk, _load(failure)), failure.traceback, worker.where)
             case _:
                 raise TypeError(f"worker {number} says {what!r}")
+        return True
 
     def _results(self, worker: _Worker, results: w.RecordResults) -> None:
         chunk = worker.dealt[0]
@@ -412,11 +391,10 @@ class RecordEngine:
     # Deaths
 
     def _ended(self, result: JobResult) -> None:
-        while self._fatal is None and self._hear_worker(result.number):
+        while self._fatal is None and self._hear(result.number):
             pass  # messages that the worker sent before it ended
         worker = self._workers.pop(result.number)
-        self._forget(worker)
-        worker.channel.close()
+        self._channels.close(result.number)
         self._slots.append(worker.slot)
         if worker.state is _WorkerState.STOPPED:
             if result.outcome is Outcome.FAILED:
@@ -453,11 +431,6 @@ class RecordEngine:
             log(Remarked(f"{problem}; so did the one before, and it goes on with {self._most}"))
         else:
             self._fatal = WorkerDiedError(f"{problem}; so did the one before")
-
-
-def _tell(worker: _Worker, what: w.Work | w.NoMoreWork) -> None:
-    with contextlib.suppress(ChannelClosedError):  # the worker has ended, and the node will report that
-        send(worker.channel, what)
 
 
 def _end(loop: RemoteLoop, begun: threading.Event) -> None:

@@ -28,7 +28,6 @@ from typing import Any
 from gpu_launcher.errors import NodeDiedError
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.directory import as_proposed
-from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.node import LogFile, Node
 from gpu_launcher.jobs.node_messages import Begin, BeginRun, Closed, End, Message, NodeReady, Opened, Remarked
 from gpu_launcher.jobs.reports import ReportFiles
@@ -202,26 +201,11 @@ class LocalNode:
     def tick(self) -> None:
         """Do nothing: this node needs no sign that the head lives."""
 
-    def say(self, what: s.Statement | Begin | BeginRun) -> None:
-        """Send a message to the node, such as the offer of a job that it wanted. Raises NodeDiedError."""
-        self._send(what)
+    def say(self, what: s.Statement | Begin | BeginRun, descriptors: tuple[int, ...] = ()) -> None:
+        """Send a message to the node, such as the offer of a job that it wanted. Raises NodeDiedError.
 
-    def offer_with_channel(self, job: Job) -> socket.socket:
-        """Offer a job that was wanted, and return this program's end of a channel to the job's process.
-
-        What the job says has arrived before its end is known. When the job has ended, read the channel until it is
-        empty. Raises NodeDiedError.
+        An offer may bring the descriptor of the job's end of a channel.
         """
-        mine, theirs = channel()
-        with theirs:
-            try:
-                self._send(s.Offer(job), (theirs.fileno(),))
-            except BaseException:
-                mine.close()
-                raise
-        return mine
-
-    def _send(self, what: s.Statement | Begin | BeginRun, descriptors: tuple[int, ...] = ()) -> None:
         try:
             with self._saying:
                 send(self._channel, what, descriptors)
