@@ -15,6 +15,7 @@ The agent has one thread, so the node can be forked from it at any time.
 from __future__ import annotations
 
 import ast
+import math
 import multiprocessing.spawn
 import os
 import select
@@ -26,8 +27,9 @@ from typing import cast
 
 from gpu_launcher.debug_log import get_logger, set_role
 from gpu_launcher.errors import GpuLauncherError, NodeDiedError
+from gpu_launcher.jobs.job import Cause
 from gpu_launcher.jobs.node_client import LocalNode
-from gpu_launcher.jobs.node_messages import BeginRun
+from gpu_launcher.jobs.node_messages import BeginRun, Ended, Message
 from gpu_launcher.jobs.source import Statement, Stop
 from gpu_launcher.jobs.sweep import portable
 from gpu_launcher.nodes.agent_messages import (
@@ -55,6 +57,8 @@ MAX_PENDING = 4 * 2**20
 """Number of unsent bytes at which the agent reads no more from the node. The node then keeps its messages itself."""
 FIRST_MESSAGE_SECONDS = 60.0
 """Maximum seconds to wait for the program, because the head may start many nodes at once."""
+HOLD_SECONDS = 0.25
+"""Seconds for which the end of a job that was killed is held back, in case this agent is asked to end, too."""
 LAST_WORDS_SECONDS = 5.0
 """Maximum seconds for which an agent that ends tries to send what it has not sent."""
 
@@ -115,6 +119,9 @@ class _Agent:
         self._heard = time.monotonic()
         self._next_beat = self._heard
         self._over = False
+        self._held: list[Message] = []
+        """Messages of the node that wait for `_held_until`."""
+        self._held_until = -math.inf
 
     def run(self) -> None:
         """Pass messages on until the head, the node or the engine ends this."""
@@ -132,11 +139,12 @@ class _Agent:
         poll = select.poll()
         poll.register(self._stream, select.POLLIN)
         poll.register(signals, select.POLLIN)
-        if self._stream.pending < MAX_PENDING:
+        if self._stream.pending < MAX_PENDING and not self._held:
             poll.register(self._node, select.POLLIN)
         if self._stream.pending:
             poll.register(self._stream.writes, select.POLLOUT)
-        ready = {descriptor for descriptor, _ in poll.poll(1000 * max(0.0, self._next_beat - time.monotonic()))}
+        wake = min(self._next_beat, self._held_until) if self._held else self._next_beat
+        ready = {descriptor for descriptor, _ in poll.poll(1000 * max(0.0, wake - time.monotonic()))}
         if self._stream.fileno() in ready:
             self._hear()
         if signals.fileno() in ready:
@@ -145,11 +153,16 @@ class _Agent:
                 _log.warning("asked to end by %s", signals.last.name)
                 self._stream.send(Leaving(f"got {signals.last.name}"))
                 self._node.say(Stop())
-        if self._node.fileno() in ready:
-            for message in self._node.receive_ready():
-                self._stream.send(message)
-        self._stream.flush()
         now = time.monotonic()
+        if self._node.fileno() in ready:
+            self._held = self._node.receive_ready()
+            if any(map(_may_be_the_engines_doing, self._held)):
+                self._held_until = now + HOLD_SECONDS
+        if now >= self._held_until:
+            for message in self._held:
+                self._stream.send(message)
+            self._held.clear()
+        self._stream.flush()
         if now >= self._next_beat:
             self._next_beat = now + self._timing.beat
             self._stream.send(Beat())
@@ -180,6 +193,11 @@ class _Agent:
                     self._node.say(replace(message, options=portable(replace(message.options, environ=None))))
                 case _:
                     self._node.say(cast("Statement", message))
+
+
+def _may_be_the_engines_doing(message: Message) -> bool:
+    """Whether a job was killed. An engine that ends a node signals the jobs and the agent at nearly the same time."""
+    return isinstance(message, Ended) and message.result.cause is Cause.CRASH and message.result.payload is None
 
 
 def _load(setup: Setup) -> tuple[HostedProgram, bool]:

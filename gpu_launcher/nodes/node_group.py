@@ -56,6 +56,8 @@ from gpu_launcher.wording import count, device_counts
 
 _log = get_logger("nodes.node_group")
 
+FIRST_NODE_SECONDS = 10.0
+"""Seconds to wait for the first node. Nodes may be in a queue for hours."""
 LATECOMER_SECONDS = 2.0
 """Seconds for which a sweep waits for more nodes once it has one."""
 MAX_FAILURES = 3
@@ -213,11 +215,11 @@ class NodeGroup:
         return self._epoll.fileno()
 
     def open(self) -> Opened:
-        """Wait until a node can run jobs, and a moment for the others.
+        """Wait until a node can run jobs, and a moment for the others. Do not wait for long: nodes may join later.
 
         Raises the error of all nodes, if they have the same one, and else NodeStartError with the reason of each.
         """
-        first: float | None = None
+        begin, first = time.monotonic(), None
         while True:
             self.early += self._advance(POLL_SECONDS)
             waiting = [member for member in self._members.values() if not member.opened and not member.closed]
@@ -228,6 +230,10 @@ class NodeGroup:
                     break
             elif not waiting:
                 self._refuse()
+            elif time.monotonic() - begin > FIRST_NODE_SECONDS:
+                names = ", ".join(member.name for member in waiting)
+                self._post([Notice(time.monotonic(), f"waiting for a node: none of {names} is ready yet")])
+                break
         self._opened = True
         return Opened(self._devices(), len(self._devices()), "fork")
 

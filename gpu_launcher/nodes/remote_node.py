@@ -23,9 +23,11 @@ from gpu_launcher.text import one_line
 _log = get_logger("nodes.remote_node")
 
 START_SECONDS = 300.0
-"""Maximum seconds until the program is imported on a node."""
+"""Maximum seconds for an agent to import the program. Before there is an agent, it may wait in an engine's queue."""
 END_SECONDS = 10.0
 """Maximum seconds for an agent to end its node when it is asked to."""
+COMMAND_END_SECONDS = 5.0
+"""Maximum seconds for the command to end when its agent is gone, and again when it is asked to."""
 MAX_ERRORS = 16 * 1024
 """Maximum number of bytes kept of what the connecting command prints to its standard error."""
 
@@ -133,7 +135,7 @@ class RemoteNode:
         theirs, ours = hello["versions"], versions()
         wrong = [name for name in ours if theirs.get(name) != ours[name]]
         _log.info("%s: agent %s on %s", self.name, hello["pid"], hello["host"])
-        self._greeted = True
+        self._greeted, self._began = True, time.monotonic()
         if wrong:
             there = ", ".join(f"{name} {theirs.get(name)}" for name in wrong)
             here = ", ".join(f"{name} {ours[name]}" for name in wrong)
@@ -155,8 +157,8 @@ class RemoteNode:
         if self.life is Life.SILENT:
             if now - self._sent > self._timing.lost:
                 self._finish()
-        elif self.life is Life.STARTING and now - self._began > START_SECONDS:
-            self._disconnect(f"was not ready after {START_SECONDS:.0f} s")
+        elif self._greeted and self.life is Life.STARTING and now - self._began > START_SECONDS:
+            self._disconnect(f"has not imported the program after {START_SECONDS:.0f} s")
         elif self._is_quiet(now):
             if now - self._sent > self._timing.lost:
                 self._disconnect(f"has been silent for {now - self._heard:.0f} s")
@@ -217,10 +219,26 @@ class RemoteNode:
                 self.receive_ready()
                 self._stream.flush()
                 time.sleep(0.005)
+            self._stream.close()  # the end of its input ends the agent, too
+            # Slurm keeps the allocation of an srun that is killed, but not of one that ends by itself or by SIGTERM.
+            if not self._ends_within(COMMAND_END_SECONDS if self._greeted else 0.0):
+                self._signal(signal.SIGTERM)
+                self._ends_within(COMMAND_END_SECONDS)
         finally:
             self.life = Life.GONE
-            self._stream.close()  # the end of its input ends the agent, too
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            self._stream.close()
+            self._signal(signal.SIGKILL)
             self._process.wait()
             self._stderr.close()
+
+    def _ends_within(self, seconds: float) -> bool:
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def _signal(self, signum: signal.Signals) -> None:
+        """Signal the command, and what it has started in its process group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signum)
