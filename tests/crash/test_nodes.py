@@ -68,9 +68,9 @@ def agents(sweep: Any, *, everywhere: bool = False) -> list[psutil.Process]:
     found = []
     for child in psutil.process_iter() if everywhere else psutil.Process(sweep.process.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if is_agent(child) and not is_agent(child.parent()):
-                if child.environ().get(MARKER) == str(sweep.output.parent):
-                    found.append(child)
+            of_this_test = is_agent(child) and child.environ().get(MARKER) == str(sweep.output.parent)
+            if of_this_test and not is_agent(child.parent()):
+                found.append(child)
     return found
 
 
