@@ -375,8 +375,19 @@ class _Head:
         # A source may run a job later that never began, so the job counts as cancelled.
         if outcome is Outcome.FAILED and (self.stopped or (started is None and job.number not in self._listed)):
             outcome, cause = Outcome.CANCELLED, None
-        attempts = job.attempts_before + 1
-        return JobResult(job.number, job.label, outcome, payload, message, devices, duration, log, cause, attempts)
+        return JobResult(
+            number=job.number,
+            label=job.label,
+            outcome=outcome,
+            payload=payload,
+            message=message,
+            devices=devices,
+            duration=duration,
+            log=log,
+            cause=cause,
+            attempts=job.attempts_before + 1,
+            unsupervised=cause is Cause.CRASH,
+        )
 
     # What to run
 

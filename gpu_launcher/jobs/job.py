@@ -68,6 +68,6 @@ class JobResult:
     attempts: int = 1
     """How many times it was started. The other fields are about the last attempt."""
     unsupervised: bool = False
-    """Whether it failed because its supervisor or the fork server was killed, not through a fault of its own."""
+    """Whether it failed because a process of ours was killed, such as its supervisor, and not through its own fault."""
     origin: str = ""
     """Where it failed, if it failed and left a report. See `Report`."""

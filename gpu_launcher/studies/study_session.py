@@ -334,6 +334,7 @@ class StudySession:
         self._note_end(number, message)
         if not queue_again(self.study, trial, lost, message):
             return None
+        self._first_failure = self._first_failure or f"trial {number} {message}"
         self.drop(number)
         return self.storage.get_trial(trial._trial_id)
 

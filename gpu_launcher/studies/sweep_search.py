@@ -123,7 +123,7 @@ class SweepSearch(SearchEngine):
     def ended(self, result: JobResult) -> None:
         """See `JobSource`."""
         ending = self._ending(result)
-        self._happens(lambda: self._tell(result.number, ending))
+        self._happens(lambda: self._tell(result.number, ending, lost=result.unsupervised))
 
     def tick(self) -> None:
         """See `JobSource`."""
@@ -250,8 +250,11 @@ class SweepSearch(SearchEngine):
         if verdict and self._kill_pruned:
             self._withdraw(job, "was ended because it was to be pruned", pruned=True)
 
-    def _tell(self, number: int, ending: TrialEnding) -> None:
+    def _tell(self, number: int, ending: TrialEnding, *, lost: bool) -> None:
         del self._trial_of[number]
+        if lost and self._session.retry_lost(number, ending.message or "was lost") is not None:
+            self._say(s.Remark(f"trial {number} was lost, and is queued again"))
+            return
         self._session.tell(number, ending)
         if ending.remarkable:
             self._say(s.Remark(f"trial {number} failed: it {ending.message}"))

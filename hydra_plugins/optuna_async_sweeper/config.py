@@ -30,7 +30,10 @@ HELP = {
     "custom_search_space": "Dotted name of a function of the config and the trial that suggests more parameters.",
     "timeout": "Time after which no new trial starts, such as 90, 30m or 2h. null: no limit.",
     "patience": "Number of completed trials without a better value after which no new trial starts. null: no limit.",
-    "retry_stale": "How many times to queue a trial again that a dead sweep left running.",
+    "retry_stale": (
+        "How many times to queue a lost trial again: one that was running when its sweep, or a process that runs its "
+        "jobs, died."
+    ),
     "enqueue": "Known good points to try first: a list of {parameter: value}, or a YAML file with one.",
     "kill_pruned": "Stop a job that should be pruned but does not ask.",
     "plots": "Write plots of the study to the sweep directory at the end.",

@@ -383,7 +383,10 @@ def test_a_node_that_is_killed_ends_the_sweep_and_the_next_one_goes_on(run: Run,
     assert program.returncode == 1
     assert "the process that starts jobs was killed" in err
     assert not [child for child in children if child.is_running()]
-    sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=3")
+    lost = stopped(study(tmp_path))
+    sweep(run, tmp_path, SPACE, f"hydra.sweeper.n_trials={len(lost)}")
+    again = [trial for trial in study(tmp_path).trials if trial.state is TrialState.COMPLETE]
+    assert sorted(trial.params["x"] for trial in again) == sorted(trial.params["x"] for trial in lost)
     assert "RUNNING" not in states(study(tmp_path))
 
 

@@ -15,7 +15,7 @@ from gpu_launcher.errors import StudyError
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.identity import ProcessIdentity
-from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.study_session import How, StudySession, TrialEnding
 from gpu_launcher.studies.study_storage import StudyStorage
@@ -128,6 +128,19 @@ def test_a_search_space_that_exits_ends_the_search() -> None:
     assert select.select([search.fileno()], [], [], MANY_SECONDS)[0]
     with pytest.raises(StudyError, match="SystemExit: no such space"):
         search.close()
+
+
+def test_a_trial_whose_process_of_ours_died_is_queued_again() -> None:
+    search, session = begin(InMemoryStorage(), optuna.samplers.RandomSampler())
+    session.max_retries = 1
+    search.request_jobs(1)
+    search.started(hear(search, s.Offer).job, (), None)
+    lost = JobResult(0, "", Outcome.FAILED, None, "was killed", (), None, None, Cause.CRASH, unsupervised=True)
+    search.ended(lost)
+    assert hear(search, s.Remark).text == "trial 0 was lost, and is queued again"
+    summary, _ = search.close()
+    assert states(session) == ["FAIL", "WAITING"]
+    assert summary.first_failure == "trial 0 was lost"
 
 
 class Held(InMemoryStorage):
