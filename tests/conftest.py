@@ -225,7 +225,7 @@ class Machine:
             env=self.environment(**environ),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=250,
         )
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""

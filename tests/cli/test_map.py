@@ -56,7 +56,7 @@ class Map:
             env=self.environ,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=250,
             check=False,
             **({"stdin": subprocess.DEVNULL} if input is None else {"input": input}),
         )
@@ -197,7 +197,7 @@ def test_what_runs_is_looked_after_while_a_producer_thinks(run_map: Map) -> None
     process.stdin.write('{"n": 600}\n{"n": ')
     process.stdin.flush()
     assert any("ran longer than its timeout" in line for line in process.stderr)
-    process.communicate("0}\n", timeout=60)
+    process.communicate("0}\n", timeout=250)
     assert process.returncode == 1
     assert [line["exit_code"] for line in run_map.results()] == [-15, 0]
 
@@ -439,7 +439,7 @@ def test_resuming_runs_what_did_not_complete(run_map: Map, tmp_path: Path) -> No
         env=run_map.environ,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=250,
         check=False,
     )
     assert elsewhere.returncode == 0, elsewhere.stderr

@@ -40,7 +40,7 @@ class Map:
             input=input,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=250,
             check=False,
         )
 

@@ -22,7 +22,7 @@ from gpu_launcher.model import Owner, Request
 from gpu_launcher.processes.linux import die_with_parent
 from tests.waiting import alive, until
 
-PATIENCE = 60.0
+PATIENCE = 100.0
 """Seconds until a test gives up on what should happen soon."""
 
 MARKER = "GPU_LAUNCHER_TEST_RUN"

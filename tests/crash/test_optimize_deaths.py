@@ -27,7 +27,7 @@ from gpu_launcher.processes.linux import die_with_parent
 from gpu_launcher.studies.trial_attrs import RETRY_OF
 from tests.waiting import alive, until
 
-PATIENCE = 30.0
+PATIENCE = 100.0
 """Seconds until a test gives up on what should happen soon."""
 
 SCRIPT = """

@@ -32,7 +32,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     def run(what: str) -> str:
         command = ["bash", str(SLURM_HERE), what]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120).stdout
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250).stdout
 
     if run("start").count("idle") < 3:
         run("stop")

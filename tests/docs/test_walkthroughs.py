@@ -50,7 +50,7 @@ def test_the_walk_through_goes_as_it_says(name: str, script: str, tmp_path: Path
         env=environment,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=250,
         check=False,
     )
     printed = done.stdout.split(f"{MARK}\n")

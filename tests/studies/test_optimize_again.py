@@ -22,7 +22,7 @@ def run(tmp_path: Path, body: str) -> subprocess.CompletedProcess[str]:
         "    return trial.suggest_float('x', 0, 1)\n" + body
     )
     done = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100, env=dict(os.environ)
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=250, env=dict(os.environ)
     )
     assert done.returncode == 0, done.stderr
     return done
@@ -80,7 +80,18 @@ def test_progress_bars_do_not_keep_a_program_from_being_forked(tmp_path: Path) -
 
 
 HELD = """
+class Said(logging.Handler):
+    def emit(self, record):
+        if "waiting for devices" in record.getMessage():
+            said.set()
+
+def release_when_said():
+    said.wait(60)
+    lease.release()
+
+said = threading.Event()
 logging.basicConfig()
+logging.getLogger().addHandler(Said())
 with pool.lease(gpus=1) as lease:
     try:
         pool.lease(timeout=0)
@@ -90,13 +101,16 @@ with pool.lease(gpus=1) as lease:
 """
 OWN = "simulated GPU 0 held by this program: release the lease first"
 CALLS = {
-    "optimize": "gpu_launcher.optimize(optuna.create_study(), objective, 1, timeout=3, pool=pool)",
+    "optimize": (
+        "threading.Thread(target=release_when_said).start()\n"
+        "    gpu_launcher.optimize(optuna.create_study(), objective, 1, pool=pool, start_method='fork')"
+    ),
     "PoolExecutor": (
-        "executor = gpu_launcher.PoolExecutor(pool=pool); future = executor.submit(abs, -1); time.sleep(3)\n"
-        "    lease.release(); print(future.result()); executor.shutdown()"
+        "executor = gpu_launcher.PoolExecutor(pool=pool); future = executor.submit(abs, -1)\n"
+        "    release_when_said(); print(future.result()); executor.shutdown()"
     ),
     "parallel_map": (
-        "threading.Timer(3, lease.release).start()\n"
+        "threading.Thread(target=release_when_said).start()\n"
         "    print(list(gpu_launcher.parallel_map([-1], function=abs, pool=pool, start_method='fork')))"
     ),
 }
