@@ -25,7 +25,7 @@ STUDY_ATTRIBUTES = frozenset(
 )
 STUDY_METHODS = frozenset(("enqueue_trial", "get_trials", "set_user_attr", "stop"))
 TRIAL_ATTRIBUTES = frozenset(
-    ("constraints", "distributions", "number", "params", "relative_params", "system_attrs", "user_attrs")
+    ("constraints", "distributions", "params", "relative_params", "system_attrs", "user_attrs")
 )
 TRIAL_METHODS = frozenset(
     (
@@ -34,14 +34,6 @@ TRIAL_METHODS = frozenset(
         *("set_user_attr", "set_system_attr", "set_constraint"),
     )
 )
-
-
-MAX_REPORTS_AHEAD = 100
-"""Reports that a trial sends before it waits until the head has stored them.
-
-Messages reach the head in the order in which they were sent. So a trial that reports faster than the head stores would
-make all other trials wait longer and longer.
-"""
 
 
 class ObjectiveChannel:
@@ -103,8 +95,8 @@ class WorkerTrial(BaseTrial):
     """The trial of an objective that `gpu_launcher.optimize` runs, used like Optuna's own.
 
     `suggest_*`, attributes and constraints are those of the trial in the head, so everything behaves as in Optuna,
-    including errors. `report` costs one message; every hundredth also waits until it is stored. Everything else costs a
-    round trip to the head, and waits while the head samples for another trial or runs a callback.
+    including errors. `report` costs one message. Everything else costs a round trip to the head, and waits while the
+    head samples for another trial or runs a callback.
 
     Several threads may use it. In processes that the objective starts, `report` has no effect, `should_prune` returns
     False, and everything that needs the head raises RuntimeError.
@@ -187,7 +179,7 @@ class WorkerTrial(BaseTrial):
         return value
 
     def report(self, value: float, step: int) -> None:
-        """See `optuna.trial.Trial`. Sends one message. Every hundredth report waits until it is stored."""
+        """See `optuna.trial.Trial`. Sends one message and does not wait for its arrival."""
         self._refuse_several_objectives("report")
         number, whole = _number(value), _step(step)
         if whole in self._reported:
@@ -198,8 +190,6 @@ class WorkerTrial(BaseTrial):
         self._reported.add(whole)
         if self._channel.mine:
             self._channel.say(Intermediate(whole, number))
-            if len(self._reported) % MAX_REPORTS_AHEAD == 0:
-                self._call("number")
 
     def should_prune(self) -> bool:
         """See `optuna.trial.Trial`. Waits for the verdict on everything reported so far."""

@@ -696,37 +696,6 @@ def test_several_searches_of_one_program_on_one_study(tmp_path: Path, pool: Wher
     assert [trial.params["x"] for trial in study.trials[:6]] == list(range(6))
 
 
-def test_a_trial_reports_at_most_a_hundred_steps_ahead(pool: Where, tmp_path: Path) -> None:
-    counter, done = tmp_path / "counter", tmp_path / "done"
-    counter.touch()
-
-    def objective(trial: Any) -> float:
-        if trial.number == 0:
-            while not counter.stat().st_size:
-                time.sleep(0.01)
-            return 0.0
-        with counter.open("ab", buffering=0) as reported:
-            for step in range(1_000_000):
-                if done.exists():
-                    break
-                trial.report(0.0, step)
-                reported.write(b".")
-        return 0.0
-
-    ahead: list[int] = []
-
-    def callback(study: optuna.Study, trial: FrozenTrial) -> None:
-        if trial.number == 0:  # the head handles no message before this returns
-            before = counter.stat().st_size
-            time.sleep(1.0)
-            ahead.append(counter.stat().st_size - before)
-            done.touch()
-
-    gpu_launcher.optimize(optuna.create_study(), objective, n_trials=2, callbacks=[callback], pool=pool)
-    (most,) = ahead
-    assert most <= 100
-
-
 def test_many_trials_that_prune_and_fail(pool: Where, tmp_path: Path) -> None:
     wide = Where("simulated:8", tmp_path / "pool")
 
