@@ -19,7 +19,7 @@ from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.processes.worker import JobContext, print_exception
 from gpu_launcher.studies import reporting, trial
-from gpu_launcher.studies.optimize_messages import NotANumber, ObjectiveEnding, Pruned, Raised, Returned
+from gpu_launcher.studies.optimize_messages import NotANumber, ObjectiveEnding, Pruned, Raised, Returned, TrialToRun
 from gpu_launcher.studies.study_proxy import install_proxy, unpickled
 from gpu_launcher.studies.worker_trial import ObjectiveChannel, WorkerTrial
 
@@ -66,7 +66,7 @@ class Objective:
             seen = channel.hear()
         except KeyboardInterrupt:
             return Report(ok=False, message="was interrupted before it had a trial", payload=b"")
-        if not isinstance(seen, trial.TrialSeen):
+        if not isinstance(seen, TrialToRun):
             return DONE
         try:
             ending = self._run(WorkerTrial(seen, channel), channel)

@@ -6,6 +6,7 @@ sent as bytes.
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 
 from gpu_launcher.errors import JobError
@@ -22,7 +23,20 @@ def unpack(carried: PortableException, number: int) -> BaseException:
         return error
 
 
-# From the head. The first message to a job is the TrialSeen of its trial, unless there is no trial for it.
+# From the head.
+
+
+@dataclass(frozen=True, slots=True)
+class TrialToRun:
+    """The trial of a job: the first message that the job receives, unless there is no trial for it."""
+
+    number: int
+    study: str
+    directions: tuple[int, ...]
+    """As the values of optuna.study.StudyDirection."""
+    datetime_start: datetime.datetime | None
+    prunes: bool
+    """Whether the study has a pruner."""
 
 
 @dataclass(frozen=True, slots=True)

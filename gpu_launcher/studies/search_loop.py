@@ -11,9 +11,9 @@ import logging
 import math
 import select
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -34,9 +34,8 @@ from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException
 from gpu_launcher.studies import optimize_messages as d
 from gpu_launcher.studies.deferred_sigint import DeferredSigint
-from gpu_launcher.studies.search_engine import SearchEngine
-from gpu_launcher.studies.study_session import STATES, AskedTrial, How, StudySession, TrialEnding
-from gpu_launcher.studies.trial import TrialSeen
+from gpu_launcher.studies.rank_reporters import Intermediate
+from gpu_launcher.studies.study_session import LOOK_SECONDS, STATES, AskedTrial, How, StudySession, TrialEnding
 from gpu_launcher.studies.worker_trial import STUDY_ATTRIBUTES, STUDY_METHODS, TRIAL_ATTRIBUTES, TRIAL_METHODS
 
 log = logging.getLogger("gpu_launcher")
@@ -52,10 +51,8 @@ INTERRUPTED = "was interrupted"
 Callback = Callable[[optuna.Study, FrozenTrial], None]
 
 
-class SearchLoop(SearchEngine):
+class SearchLoop:
     """Runs the trials of one call of `optimize`. Call `run` once, in the thread that called `optimize`."""
-
-    _judges_reports = False
 
     def __init__(
         self,
@@ -67,7 +64,7 @@ class SearchLoop(SearchEngine):
         options: Options,
     ) -> None:
         """`loop` must be open and have these `options`."""
-        super().__init__(session, loop.say)
+        self._session = session
         self._study = session.study
         self._loop = loop
         self._catch = catch
@@ -76,12 +73,24 @@ class SearchLoop(SearchEngine):
         self._options = options
         self._sigint = DeferredSigint()
         self._began = time.monotonic()
+        self._next_look = self._began + LOOK_SECONDS
+
+        self._heard: deque[node.Message] = deque()
+        """Messages received but not yet handled. They are kept here because KeyboardInterrupt may come in between."""
         self._jobs = 0
         """Number of jobs offered so far, and so the number of the next job."""
+        self._wanted = 0
+        """Number of jobs that the node still wants."""
         self._waiting: set[int] = set()
         """Jobs that have no trial yet."""
+        self._trial_of: dict[int, int] = {}
+        """Numbers of the trials that have not ended, by job number."""
         self._devices: dict[int, tuple[Device, ...]] = {}
-        """Devices of the jobs that have started and not yet ended, in the order in which they started."""
+        """Devices of the jobs that have started and not yet ended."""
+        self._early: list[int] = []
+        """Jobs that have started but wait for a trial until the end of the job that had their devices is known."""
+        self._withdrawn: set[int] = set()
+        """Jobs that were told to end."""
         self._sampled: set[int] = set()
         """Trials that have asked for a parameter."""
         self._lost = 0
@@ -117,7 +126,11 @@ class SearchLoop(SearchEngine):
         while not self._closed and time.monotonic() < until:
             self._offer()
             self._hear(until)
-            self._turn()
+            self._take()
+            if (now := time.monotonic()) >= self._next_look:
+                self._next_look = now + LOOK_SECONDS
+                for number in self._session.ended_elsewhere():
+                    self._withdraw_trial(number)
 
     def _hear(self, until: float) -> None:
         """Receive messages. Waits until there is one or something else must be done."""
@@ -127,38 +140,47 @@ class SearchLoop(SearchEngine):
         patience = max(0.0, min(moments) - time.monotonic())
         poll = select.poll()
         poll.register(self._loop, select.POLLIN)
-        for _ in range(MAX_MESSAGES):
+        while len(self._heard) < MAX_MESSAGES:
             with self._sigint.allowed():
                 # One millisecond more; otherwise poll would return slightly too early again and again.
                 if not poll.poll(patience and patience * 1000 + 1):
                     break
-            self._take(self._loop.receive())
+            self._heard.append(self._loop.receive())
             patience = 0.0
-            if self._closed:
+            if isinstance(self._heard[-1], node.Closed):
                 break
 
-    def _take(self, message: node.Message) -> None:
-        match message:
-            case node.Wanted(count):
-                self.request_jobs(count)
-            case node.Started(job, devices):
-                self._happens(lambda: self._devices.update({job: devices}))
-            case node.Heard(job, what):
-                self.on_message(job, what)
-            case node.Ended(result):
-                self._happens(lambda: self._gone(result))
-            case node.Remarked() as remark:
-                remarks.log(remark)
-            case node.Closed(error):
-                self._closed = True
-                if error is not None:
-                    self._happens(lambda: self._give_up(error))
-
-    def _turn(self) -> None:
-        super()._turn()
-        for job in self._devices:
-            if job in self._waiting and self._has_room(job):
+    def _take(self) -> None:
+        self._report()
+        judged: dict[int, d.ShallPrune] = {}
+        while self._heard:
+            match self._heard.popleft():
+                case node.Wanted(count):
+                    self._wanted += count
+                case node.Started(job, devices):
+                    self._devices[job] = devices
+                    self._early.append(job)
+                case node.Heard(job, d.ShallPrune() as question):
+                    judged[job] = question
+                case node.Heard(job, d.Call() as call):
+                    self._call(job, call)
+                case node.Heard(job, (d.Returned() | d.Pruned() | d.Raised()) as ending):
+                    self._ended(job, ending)
+                case node.Ended(result):
+                    self._gone(result)
+                case node.Remarked() as remark:
+                    remarks.log(remark)
+                case node.Closed(error):
+                    self._closed = True
+                    if error is not None:
+                        self._give_up(error)
+        self._judge(judged)
+        early, self._early = self._early, []
+        for job in early:
+            if self._has_room(job):
                 self._started(job)
+            else:
+                self._early.append(job)
 
     # Jobs
 
@@ -177,14 +199,14 @@ class SearchLoop(SearchEngine):
             self._exhausted = True
             for job in self._waiting:
                 self._withdraw(job, "is not needed any more")
-            self._say(s.Exhausted())
+            self._loop.say(s.Exhausted())
             return
         n_trials = self._session.bounds.n_trials
         left = math.inf if n_trials is None else n_trials - self._session.asked - len(self._waiting)
         for _ in range(int(min(self._wanted, left))):
             self._wanted -= 1
             self._waiting.add(self._jobs)
-            self._say(s.Offer(Job(self._jobs, "", None)))
+            self._loop.say(s.Offer(Job(self._jobs, "", None)))
             self._jobs += 1
 
     def _has_room(self, job: int) -> bool:
@@ -207,17 +229,20 @@ class SearchLoop(SearchEngine):
         """Answer a job that has started: with a trial, or that there is none."""
         self._waiting.discard(job)
         self._lost = 0
-        answer: TrialSeen | d.NothingToRun = d.NothingToRun()
+        answer: d.TrialToRun | d.NothingToRun = d.NothingToRun()
         if not self._over and job not in self._withdrawn:
             try:
                 asked = self._session.ask()
                 if isinstance(asked, AskedTrial):
-                    self._session.started(asked.seen.number, [device.label for device in self._devices[job]])
-                    self._trial_of[job] = asked.seen.number
-                    answer = replace(asked.seen, user_attrs={})  # the node may lack the classes of their values
+                    trial = asked.trial
+                    self._session.started(trial.number, [device.label for device in self._devices[job]])
+                    answer = d.TrialToRun(
+                        trial.number, asked.study, asked.directions, trial.datetime_start, asked.prunes
+                    )
+                    self._trial_of[job] = trial.number
             except Exception as error:  # from the sampler or the storage
                 self._give_up(error)
-        self._say(s.Reply(job, answer))
+        self._loop.say(s.Reply(job, answer))
 
     def _gone(self, result: JobResult) -> None:
         """Handle the end of a job. If its trial has already ended, only its entries here are removed."""
@@ -233,13 +258,26 @@ class SearchLoop(SearchEngine):
             accident = result.outcome is Outcome.CANCELLED or result.cause in (Cause.CRASH, Cause.OOM)
             if not accident or self._lost == MAX_LOST:
                 self._give_up(JobError(job, "", result.message or "ended before it began", result.log))
+        self._withdrawn.discard(job)
         self._devices.pop(job, None)
+        if job in self._early:
+            self._early.remove(job)
+
+    def _withdraw(self, job: int, why: str) -> None:
+        if job not in self._withdrawn:
+            self._withdrawn.add(job)
+            self._loop.say(s.Withdrawn(job, why))
+
+    def _withdraw_trial(self, number: int) -> None:
+        """End the job of a trial that was ended elsewhere."""
+        for job in [job for job, trial in self._trial_of.items() if trial == number]:
+            self._withdraw(job, "was ended because its trial was ended elsewhere")
 
     def _interrupt(self) -> None:
         """Give running trials some time to end, unless the user presses Ctrl-C again."""
         self._interrupted = True
         with suppress(KeyboardInterrupt, GpuLauncherError):
-            self._say(s.Stop())
+            self._loop.say(s.Stop())
             self._serve(time.monotonic() + GRACE + ENDING)
 
     def _give_up(self, error: BaseException) -> None:
@@ -249,37 +287,51 @@ class SearchLoop(SearchEngine):
 
     # Messages from jobs
 
-    def _store(self, reports: Mapping[int, Mapping[int, float]]) -> None:
+    def _report(self) -> None:
+        """Store the reports of all jobs together, before handling messages that were sent later."""
+        reports: dict[int, dict[int, float]] = {}
+        for message in self._heard:
+            match message:
+                case node.Heard(job, Intermediate(step, value)) if job in self._trial_of:
+                    reports.setdefault(self._trial_of[job], {})[step] = value
         try:
-            super()._store(reports)
+            ended = self._session.report(reports)
         except Exception as error:  # from the storage
             self._give_up(error)
+            return
+        for number in ended:
+            self._withdraw_trial(number)
 
-    def _heard(self, job: int, what: Any) -> None:
-        match what:
-            case _ if job not in self._trial_of:
-                pass  # its trial has ended
-            case d.Call():
-                self._call(job, what)
-            case d.Returned() | d.Pruned() | d.Raised():
-                self._ended(job, what)
-
-    def _verdict(self, job: int, about: int, verdict: bool | Exception) -> None:
-        """`should_prune` raises the exception."""
-        known = self._loop.known
-        answer = PortableException.of(verdict, known) if isinstance(verdict, Exception) else pickling.dump(verdict)
-        self._say(s.Reply(job, d.Answer(about, answer)))
+    def _judge(self, questions: dict[int, d.ShallPrune]) -> None:
+        """Judge all trials that ask, from one reading of the study. `should_prune` raises what the pruner raises."""
+        asking = {job: self._trial_of[job] for job in questions if job in self._trial_of}
+        verdicts: Mapping[int, bool | Exception]
+        try:
+            verdicts = self._session.judge(list(asking.values()))
+        except Exception as error:  # from the storage
+            verdicts = dict.fromkeys(asking.values(), error)
+        for job, number in asking.items():
+            verdict = verdicts.get(number, False)
+            if isinstance(verdict, Exception):
+                answer: bytes | PortableException = PortableException.of(verdict, self._loop.known)
+            else:
+                answer = pickling.dump(verdict)
+            self._loop.say(s.Reply(job, d.Answer(questions[job].number, answer)))
 
     def _call(self, job: int, call: d.Call) -> None:
+        number = self._trial_of.get(job)
+        if number is None:
+            return
         try:
-            answer: bytes | PortableException = pickling.dump(self._called(self._trial_of[job], call), self._loop.known)
+            positional, named = pickling.load(call.arguments, on_cpu=True)
+            result = self._called(number, call, positional, named)
+            answer: bytes | PortableException = pickling.dump(result, self._loop.known)
         except Exception as error:  # any error is raised in the objective
             answer = PortableException.of(error, self._loop.known)
-        self._say(s.Reply(job, d.Answer(call.number, answer)))
+        self._loop.say(s.Reply(job, d.Answer(call.number, answer)))
 
-    def _called(self, number: int, call: d.Call) -> Any:
+    def _called(self, number: int, call: d.Call, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
         """Call a method, or read an attribute, of the trial or its study. Raises what it raises."""
-        positional, named = pickling.load(call.arguments, on_cpu=True)
         thing: object = self._study
         attributes, methods = STUDY_ATTRIBUTES, STUDY_METHODS
         if call.target == "trial":
@@ -298,6 +350,8 @@ class SearchLoop(SearchEngine):
     # Ends of trials
 
     def _ended(self, job: int, ending: d.ObjectiveEnding) -> None:
+        if job not in self._trial_of:
+            return
         match ending:
             case d.Raised(carried, caught):
                 self._failed(job, d.unpack(carried, self._trial_of[job]), carried.summary, caught=caught)
@@ -312,10 +366,15 @@ class SearchLoop(SearchEngine):
                     self._tell(job, How.FAILED, said=problem, returned=shown)
 
     def _failed(self, job: int, error: BaseException, said: str, *, caught: bool = False) -> None:
+        number = self._trial_of[job]
         if (self._interrupted or job in self._withdrawn) and isinstance(error, (KeyboardInterrupt, JobError)):
-            self._session.tell(self._trial_of.pop(job), TrialEnding(How.INTERRUPTED, message=INTERRUPTED))
-        else:
-            self._tell(job, How.FAILED, said=said, error=error, caught=caught or isinstance(error, self._catch))
+            del self._trial_of[job]
+            if job in self._withdrawn:
+                self._session.drop(number)
+            else:
+                self._session.tell(number, TrialEnding(How.INTERRUPTED, message=INTERRUPTED))
+            return
+        self._tell(job, How.FAILED, said=said, error=error, caught=caught or isinstance(error, self._catch))
 
     def _lose(self, job: int, problem: str) -> bool:
         """Queue a lost job's trial again, because the trial did not cause the loss; returns whether that is settled."""

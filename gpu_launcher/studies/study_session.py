@@ -29,7 +29,6 @@ from gpu_launcher.studies.pruning import Judge
 from gpu_launcher.studies.stale_trials import fail, losses, queue_again
 from gpu_launcher.studies.stopping import ENDED, Bounds, SearchEnded, Stopping, Tally
 from gpu_launcher.studies.study_storage import StudyStorage
-from gpu_launcher.studies.trial import TrialSeen
 from gpu_launcher.studies.trial_attrs import FAILURE, JOB, LOST
 
 _log = get_logger("studies.study_session")
@@ -76,8 +75,11 @@ class AskedTrial:
     """The trial as it is at its beginning, with parameters, distributions and attributes."""
     spec: list[str]
     """The result of `define`, such as a list of overrides."""
-    seen: TrialSeen
-    """What its job is told about it."""
+    study: str
+    prunes: bool
+    """Whether the study has a pruner, which can give a verdict on reports."""
+    directions: tuple[int, ...]
+    """As the values of optuna.study.StudyDirection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,17 +241,8 @@ class StudySession:
             self.asked += 1
             self.running[trial.number] = RunningTrial(trial)
             self._sampling_seconds += self.clock() - began
-        seen = TrialSeen(
-            number=trial.number,
-            study=self.study.study_name,
-            params=dict(frozen.params),
-            distributions=dict(frozen.distributions),
-            user_attrs=dict(frozen.user_attrs),
-            datetime_start=frozen.datetime_start,
-            prunes=self._prunes,
-            directions=tuple(direction.value for direction in self.study.directions),
-        )
-        return AskedTrial(frozen, spec, seen)
+        directions = tuple(direction.value for direction in self.study.directions)
+        return AskedTrial(frozen, spec, self.study.study_name, self._prunes, directions)
 
     def started(
         self, number: int, devices: Sequence[str], directory: str | None = None, log: str | None = None

@@ -3,7 +3,7 @@
 Theory of operation. Sampling can take seconds, and must neither stop the display nor make jobs wait. So one thread of
 the head, the worker, does the search's work, and only the worker uses the study. The head's main thread tells the
 worker what happens to jobs, and receives statements from it: trials to run, verdicts, lines for the user. In each turn
-the worker handles all events (`search_engine.py`), and then samples one trial if one is wanted.
+the worker first stores and judges reports, then handles all other events, and then samples one trial if one is wanted.
 
 If the user stops the sweep while the worker samples a trial, the sweep does not wait for the sampler. A new worker
 takes over and tells the study about the running trials. The old worker must not use the study any more: its next
@@ -27,8 +27,7 @@ from gpu_launcher.errors import GpuLauncherError, StudyError
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.model import Device
-from gpu_launcher.studies.rank_reporters import Attribute, Verdict
-from gpu_launcher.studies.search_engine import SearchEngine
+from gpu_launcher.studies.rank_reporters import Attribute, Intermediate, Verdict
 from gpu_launcher.studies.stopping import SearchEnded
 from gpu_launcher.studies.storage_retry import StorageRetry
 from gpu_launcher.studies.study_session import (
@@ -39,6 +38,7 @@ from gpu_launcher.studies.study_session import (
     TrialEnding,
     UnusablePoint,
 )
+from gpu_launcher.studies.trial import TrialSeen
 
 
 class SamplingInterrupted(BaseException):
@@ -48,10 +48,8 @@ class SamplingInterrupted(BaseException):
     """
 
 
-class SweepSearch(SearchEngine):
-    """Runs the search of one sweep in a worker thread; see the module."""
-
-    _judges_reports = True
+class SweepSearch:
+    """Runs the search of one sweep in a worker thread; see the module. Nothing else may use the session from now on."""
 
     def __init__(
         self,
@@ -68,13 +66,18 @@ class SweepSearch(SearchEngine):
         called at the end and returns lines for the user. With `kill_pruned`, a trial that is to be pruned is ended even
         if it does not ask.
         """
-        super().__init__(session, self._tell_head)
+        self._session = session
         self._make_job = make_job
         self._ending = ending
         self._finish = finish
         self._kill_pruned = kill_pruned
         self.failed: str | None = None
         """Why the search failed, if it did."""
+        self._news = threading.Condition()
+        """Guards the fields that the main thread and the worker exchange: `_reports` to `_error`."""
+        self._reports: dict[int, dict[int, float]] = {}
+        self._happened: list[Callable[[], None]] = []
+        self._wanted = 0
         self._closing = False
         self._said: list[s.Statement] = []
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -89,7 +92,9 @@ class SweepSearch(SearchEngine):
         """Whether the worker is sampling a trial. `close` replaces the worker only if it is."""
         self._hurried = False
         """Whether `close` has a time limit. If so, no further trial is sampled."""
+        self._cancelled: set[int] = set()
         self._facts: tuple[tuple[str, str], ...] = ()
+        self._next_look = 0.0
         self._warm = False
         """Whether the imports that the sampler needs later have been started or done."""
         session.storage.uninterrupted = self._use
@@ -114,11 +119,27 @@ class SweepSearch(SearchEngine):
                     raise self._error
         return said
 
+    def request_jobs(self, count: int) -> None:
+        """See `JobSource`."""
+        with self._news:
+            self._wanted += count
+            self._news.notify()
+
     def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
         """See `JobSource`."""
         directory = None if log is None else os.path.dirname(log)  # noqa: PTH120
         labels = [device.label for device in devices]
         self._happens(lambda: self._session.started(job.number, labels, directory, log))
+
+    def on_message(self, number: int, what: Any) -> None:
+        """See `JobSource`."""
+        match what:
+            case Intermediate(step, value):
+                with self._news:
+                    self._reports.setdefault(number, {})[step] = value
+                    self._news.notify()
+            case Attribute(name, text):
+                self._happens(lambda: self._session.annotate(number, name, json.loads(text)))
 
     def ended(self, result: JobResult) -> None:
         """See `JobSource`."""
@@ -164,6 +185,11 @@ class SweepSearch(SearchEngine):
         """Stop using the study. The next sweep on it fails the trials that are running."""
         self._worker = None
 
+    def _happens(self, what: Callable[[], None]) -> None:
+        with self._news:
+            self._happened.append(what)
+            self._news.notify()
+
     # Methods of the worker.
 
     def _new_worker(self) -> threading.Thread:
@@ -182,14 +208,14 @@ class SweepSearch(SearchEngine):
                 raise SamplingInterrupted
             yield
 
-    def _tell_head(self, statement: s.Statement) -> None:
+    def _say(self, statement: s.Statement) -> None:
         with self._news:
             self._said.append(statement)
             os.eventfd_write(self._wakeup, 1)
 
     def _work(self) -> None:
         try:
-            while self._work_on():
+            while self._turn():
                 pass
             self._session.close()
             summary = self._session.summary()
@@ -222,13 +248,18 @@ class SweepSearch(SearchEngine):
             traceback.print_exc()
             return [f"the report on the study could not be made: {type(error).__name__}: {error}"]
 
-    def _work_on(self) -> bool:
+    def _turn(self) -> bool:
         """Do the pending work, or wait for some. Returns False when the search is to close."""
         with self._news:
             if not (self._reports or self._happened or self._wanted or self._closing):
                 self._news.wait(LOOK_SECONDS)
+            reports, self._reports = self._reports, {}
+            happened, self._happened = self._happened, []
             wanted, closing = self._wanted, self._closing
-        self._turn()
+        if reports:
+            self._judge(reports)
+        for happens in happened:
+            happens()
         if closing:
             return False
         if wanted:
@@ -237,21 +268,24 @@ class SweepSearch(SearchEngine):
             # A good moment, because nothing waits for a trial.
             self._warm = True
             self._session.warm_up()
+        if (now := self._session.clock()) >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            for number in set(self._session.ended_elsewhere()) - self._cancelled:
+                self._cancelled.add(number)
+                self._say(s.Withdrawn(number, "was ended because its trial was ended elsewhere"))
         return True
 
-    def _heard(self, job: int, what: Any) -> None:
-        if isinstance(what, Attribute):
-            self._session.annotate(job, what.name, json.loads(what.text))
-
-    def _verdict(self, job: int, about: int, verdict: bool | Exception) -> None:
-        if isinstance(verdict, Exception):
-            raise verdict
-        self._say(s.Reply(job, Verdict(about, verdict)))
-        if verdict and self._kill_pruned:
-            self._withdraw(job, "was ended because it was to be pruned", pruned=True)
+    def _judge(self, reports: dict[int, dict[int, float]]) -> None:
+        """Store the trials' reports and send their verdicts."""
+        ended = self._session.report(reports)
+        for number, verdict in self._session.judge(reports.keys() - ended).items():
+            if isinstance(verdict, Exception):
+                raise verdict
+            self._say(s.Reply(number, Verdict(max(reports[number]), verdict)))
+            if verdict and self._kill_pruned:
+                self._say(s.Withdrawn(number, "was ended because it was to be pruned", pruned=True))
 
     def _tell(self, number: int, ending: TrialEnding, *, lost: bool) -> None:
-        del self._trial_of[number]
         if lost and self._session.retry_lost(number, ending.message or "was lost") is not None:
             self._say(s.Remark(f"trial {number} was lost, and is queued again"))
             return
@@ -277,12 +311,27 @@ class SweepSearch(SearchEngine):
                 self._say(s.Remark(message))
                 return  # the next turn asks again, after handling what has arrived meanwhile
             case AskedTrial():
-                self._trial_of[answer.trial.number] = answer.trial.number  # the job has the same number
                 self._say(s.Offer(self._make_job(answer)))
                 with self._news:
                     self._wanted -= 1
             case SearchEnded(reason, failed):
-                self.failed = reason if failed else None
+                if failed:
+                    self.failed = reason
                 self._say(s.Exhausted(reason))
                 with self._news:
                     self._wanted = 0
+
+
+def seen(asked: AskedTrial) -> TrialSeen:
+    """What a job is told about its trial."""
+    trial = asked.trial
+    return TrialSeen(
+        number=trial.number,
+        study=asked.study,
+        params=dict(trial.params),
+        distributions=dict(trial.distributions),
+        user_attrs=dict(trial.user_attrs),
+        datetime_start=trial.datetime_start,
+        prunes=asked.prunes,
+        objectives=len(asked.directions),
+    )

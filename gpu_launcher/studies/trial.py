@@ -37,7 +37,7 @@ LONGEST_NAME = 512
 
 @dataclass(frozen=True, slots=True)
 class TrialSeen:
-    """What a job knows about its trial from the beginning."""
+    """What a job knows about its trial."""
 
     number: int
     study: str
@@ -47,8 +47,7 @@ class TrialSeen:
     datetime_start: datetime.datetime | None
     prunes: bool
     """Whether the study has a pruner."""
-    directions: tuple[int, ...]
-    """As the values of optuna.study.StudyDirection."""
+    objectives: int
 
 
 class JobTrial(BaseTrial):
@@ -86,7 +85,7 @@ class JobTrial(BaseTrial):
         ValueError for a negative step, NotImplementedError in a study with several objectives. In the later ranks of a
         distributed job it has no effect, whatever the value, because often only the first rank has the value.
         """
-        if len(self._seen.directions) > 1:
+        if self._seen.objectives > 1:
             raise NotImplementedError("Trial.report is not supported for multi-objective optimization.")
         reporter = self._reporter
         if not isinstance(reporter, FollowerReporter):
@@ -101,7 +100,7 @@ class JobTrial(BaseTrial):
         In the later ranks of a distributed job, each call waits for the same call of the first rank and returns its
         result, so all ranks stop at the same step. Call it only in the first rank, or alike in all ranks.
         """
-        if len(self._seen.directions) > 1:
+        if self._seen.objectives > 1:
             raise NotImplementedError("Trial.should_prune is not supported for multi-objective optimization.")
         return self._seen.prunes and self._reporter.should_prune()
 
@@ -218,7 +217,7 @@ class NoTrial(JobTrial):
     """
 
     def __init__(self) -> None:
-        super().__init__(TrialSeen(0, "", {}, {}, {}, None, prunes=False, directions=(1,)), NullReporter())
+        super().__init__(TrialSeen(0, "", {}, {}, {}, None, prunes=False, objectives=1), NullReporter())
 
 
 def refuse_attribute(key: object) -> None:

@@ -16,9 +16,9 @@ from optuna.trial import BaseTrial
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException
 from gpu_launcher.processes.worker import JobContext
-from gpu_launcher.studies.optimize_messages import Answer, Call, ObjectiveEnding, ShallPrune, unpack
+from gpu_launcher.studies.optimize_messages import Answer, Call, ObjectiveEnding, ShallPrune, TrialToRun, unpack
 from gpu_launcher.studies.rank_reporters import Intermediate
-from gpu_launcher.studies.trial import TrialSeen, _number, _step, refuse_attribute
+from gpu_launcher.studies.trial import _number, _step, refuse_attribute
 
 STUDY_ATTRIBUTES = frozenset(
     ("best_params", "best_trial", "best_trials", "best_value", "metric_names", "trials", "user_attrs")
@@ -102,7 +102,7 @@ class WorkerTrial(BaseTrial):
     False, and everything that needs the head raises RuntimeError.
     """
 
-    def __init__(self, seen: TrialSeen, channel: ObjectiveChannel) -> None:
+    def __init__(self, seen: TrialToRun, channel: ObjectiveChannel) -> None:
         self._seen = seen
         self._channel = channel
         channel.trial = seen.number
@@ -265,7 +265,7 @@ class StudyView:
     `get_trials`, `enqueue_trial` and `set_user_attr`.
     """
 
-    def __init__(self, seen: TrialSeen, channel: ObjectiveChannel) -> None:
+    def __init__(self, seen: TrialToRun, channel: ObjectiveChannel) -> None:
         self._channel = channel
         self.study_name = seen.study
         self.directions = [StudyDirection(direction) for direction in seen.directions]

@@ -31,7 +31,7 @@ from gpu_launcher.processes.exceptions import reason
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.stopping import SearchEnded
 from gpu_launcher.studies.study_session import AskedTrial, How, SearchSummary, StudySession, TrialEnding, UnusablePoint
-from gpu_launcher.studies.sweep_search import SweepSearch
+from gpu_launcher.studies.sweep_search import SweepSearch, seen
 from hydra_plugins.gpu_pool_launcher._commands import override
 from hydra_plugins.gpu_pool_launcher._directory import make_directory
 from hydra_plugins.gpu_pool_launcher._ending import final
@@ -104,7 +104,7 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
         expected = session.expected
         search = SweepSearch(
             session,
-            lambda asked: Job(asked.trial.number, labels.of(asked.spec), asked.spec, about=asked.seen),
+            lambda asked: Job(asked.trial.number, labels.of(asked.spec), asked.spec, about=seen(asked)),
             lambda result: ending(result, objectives, directory),
             finish=lambda session, summary: finish(session, summary, plan, directory),
             kill_pruned=plan.options.kill_pruned,

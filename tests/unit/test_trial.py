@@ -48,7 +48,7 @@ SEEN = TrialSeen(
     user_attrs={"owner": "me"},
     datetime_start=None,
     prunes=True,
-    directions=(1,),
+    objectives=1,
 )
 
 
@@ -210,7 +210,7 @@ def test_an_attribute_is_seen_here_and_told(sweep: Sweep) -> None:
 
 
 def test_several_objectives_have_no_reports_as_in_optuna(sweep: Sweep) -> None:
-    trial = sweep.begin(replace(SEEN, directions=(1, 1)))
+    trial = sweep.begin(replace(SEEN, objectives=2))
     with pytest.raises(NotImplementedError):
         trial.report(1.0, 0)
     with pytest.raises(NotImplementedError):
@@ -450,7 +450,7 @@ def later_rank(start):
 
 if __name__ == "__main__":
     end, job = messages.channel()
-    job_channel.begin(job, TrialSeen(7, "s", {}, {}, {}, None, prunes=True, directions=(1,)), Path(sys.argv[1]))
+    job_channel.begin(job, TrialSeen(7, "s", {}, {}, {}, None, prunes=True, objectives=1), Path(sys.argv[1]))
     before = gpu_launcher.current_trial()
     for step in range(3):  # before there are other ranks
         before.report(0.0, step)
