@@ -47,35 +47,32 @@ def read_nodes(value: object) -> tuple[NodeSpec, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
         raise OptionError("nodes", f"{value!r} names no nodes: {_EXAMPLES}")
-    stripped = [text.strip() for text in texts]
-    if stripped.count(LOCAL) > 1:
-        raise OptionError("nodes", "local is named twice: this machine is one node")
-    names = {LOCAL}  # no other node gets this name
-    return tuple(spec for text in stripped for spec in _read_entry(text, names))
+    names: set[str] = set()
+    return tuple(spec for text in texts for spec in _read_entry(text.strip(), names))
 
 
 def _read_entry(text: str, names: set[str]) -> Iterator[NodeSpec]:
     kind, _, rest = text.partition(":")
     rest = rest.strip()
-    command: tuple[str, ...]
+    command: tuple[str, ...] | None
     if text == LOCAL:
-        yield NodeSpec(LOCAL, None)
-        return
-    if "\0" in text:
-        raise OptionError("nodes", f"{text!r} contains a null character, which no command line can have")
-    if kind == "ssh" and rest:
+        name, command = LOCAL, None
+        if LOCAL in names:
+            raise OptionError("nodes", "local is named twice: this machine is one node")
+    elif kind == "ssh" and rest:
         if rest.startswith("-") or any(mark.isspace() for mark in rest):
             raise OptionError("nodes", f"{rest!r} is not the name of a host: give ssh:HOST or ssh:USER@HOST")
         # ssh joins its arguments to one line for a shell on the other side.
         name, command = rest, (*_SSH, "--", rest, shlex.join(_agent()))
     elif kind == "command" and rest:
-        words = _split(text, rest)
+        try:
+            words = shlex.split(rest)
+        except ValueError as error:
+            raise OptionError("nodes", f"{text!r} cannot be split into words: {error}") from None
         name, command = words[0].rpartition("/")[2], (*words, *_agent())
-        if not name:
-            raise OptionError("nodes", f"{words[0]!r} in {text!r} is not the name of a program")
     elif kind == "slurm" and rest:
-        number, *arguments = _split(text, rest)
-        if not number.isdecimal() or len(number) > 9 or not 1 <= int(number) <= MAX_SLURM_NODES:
+        number, *arguments = shlex.split(rest)
+        if not number.isdecimal() or not 1 <= int(number) <= MAX_SLURM_NODES:
             raise OptionError(
                 "nodes",
                 f"{text!r} has no number of nodes from 1 to {MAX_SLURM_NODES}: give slurm:COUNT, and behind it options "
@@ -87,14 +84,6 @@ def _read_entry(text: str, names: set[str]) -> Iterator[NodeSpec]:
     else:
         raise OptionError("nodes", f"{text!r} names no node: {_EXAMPLES}")
     yield NodeSpec(_unique(name, names), command)
-
-
-def _split(text: str, rest: str) -> list[str]:
-    """Split the rest of an entry into words, as a shell does."""
-    try:
-        return shlex.split(rest)
-    except ValueError as error:
-        raise OptionError("nodes", f"{text!r} cannot be split into words: {error}") from None
 
 
 def _unique(name: str, names: set[str]) -> str:

@@ -6,6 +6,7 @@ started, so pickle is safe here. Neither end ever waits for the other: what does
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import struct
@@ -34,7 +35,8 @@ class FrameStream:
         self._unsent = bytearray()
         self._in_frames = not after_magic
         self._ended = False
-        self._noise = b""
+        self.noise = b""
+        """The end of what came before MAGIC."""
         for descriptor in (reads, writes):
             os.set_blocking(descriptor, False)
 
@@ -46,11 +48,6 @@ class FrameStream:
     def writes(self) -> int:
         """The descriptor that is writable when `flush` can continue."""
         return self._writes
-
-    @property
-    def noise(self) -> bytes:
-        """The end of what came before MAGIC, or of all that has arrived while MAGIC has not."""
-        return self._noise if self._in_frames else bytes(self._unread)
 
     @property
     def pending(self) -> int:
@@ -78,20 +75,16 @@ class FrameStream:
                 del self._unsent[:sent]
         except BlockingIOError:
             pass
-        except ConnectionError:  # a broken pipe, or a reset connection
+        except BrokenPipeError:
             self._unsent.clear()
 
     def receive(self) -> list[Any]:
         """Return the messages that have arrived. Raises ChannelClosedError once the other end has closed."""
         if not self._ended:
-            try:
+            with contextlib.suppress(BlockingIOError):
                 data = os.read(self._reads, READ_BYTES)
                 self._ended = not data
                 self._unread += data
-            except BlockingIOError:
-                pass
-            except ConnectionResetError:  # a socket whose other end has closed without reading everything
-                self._ended = True
         messages = []
         if not self._in_frames:
             self._find_magic()
@@ -109,11 +102,13 @@ class FrameStream:
     def _find_magic(self) -> None:
         noise, magic, rest = bytes(self._unread).partition(MAGIC)
         if magic:
-            self._noise = noise[-MAX_NOISE:]
+            self.noise = (self.noise + noise)[-MAX_NOISE:]
             self._unread[:] = rest
             self._in_frames = True
         elif len(self._unread) > MAX_NOISE:
             del self._unread[:-MAX_NOISE]
+        if self._ended and not self._in_frames:
+            self.noise = bytes(self._unread)
 
     def close(self) -> None:
         """Close both descriptors. Idempotent."""

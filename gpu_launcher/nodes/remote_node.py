@@ -92,12 +92,13 @@ class RemoteNode:
         return self._stream.fileno()
 
     def say(self, what: Statement | BeginRun) -> None:
-        """Send a message to the node, now or when the agent is there. Drop it if the connection is gone."""
-        if self.life in (Life.SILENT, Life.GONE):
-            return
-        self._queue.append(what)
-        if self._greeted and not self._is_quiet(time.monotonic()):
-            self._send_queue()
+        """Send a message to the node, now or when the agent is there."""
+        now = time.monotonic()
+        if self._greeted and not self._is_quiet(now):
+            self._stream.send(what)
+            self._sent = now
+        else:
+            self._queue.append(what)
 
     def receive_ready(self) -> list[Any]:
         """Return messages of the node, and `Leaving`. Changes `life`."""
@@ -139,11 +140,13 @@ class RemoteNode:
             there = ", ".join(f"{name} {theirs.get(name)}" for name in wrong)
             here = ", ".join(f"{name} {ours[name]}" for name in wrong)
             self.problem = f"has {there}, but this program runs with {here}: install the same versions there"
-            self._send(EndAgent())
+            self._stream.send(EndAgent())
             self._finish()
             return
-        self._send(self._setup)
-        self._send_queue()
+        self._stream.send(self._setup)
+        for message in self._queue:
+            self._stream.send(message)
+        self._queue.clear()
 
     def tick(self) -> None:
         """Send what waits, a sign of life if it is time, and notice a silent agent."""
@@ -161,21 +164,13 @@ class RemoteNode:
                 self._disconnect(f"has been silent for {now - self._heard:.0f} s")
                 self._finish()
         elif self._greeted:
-            self._send_queue()
+            for message in self._queue:
+                self._stream.send(message)
+            self._queue.clear()
             if now - self._sent >= self._timing.beat:
-                self._send(Beat())
-            elif self._stream.pending:
-                self._stream.flush()
+                self._stream.send(Beat())
                 self._sent = now
-
-    def _send(self, message: object) -> None:
-        self._stream.send(message)
-        self._sent = time.monotonic()
-
-    def _send_queue(self) -> None:
-        for message in self._queue:
-            self._send(message)
-        self._queue.clear()
+            self._stream.flush()
 
     def _is_quiet(self, now: float) -> bool:
         """Whether the agent has not been heard for so long that nothing may be sent to it."""
@@ -211,7 +206,7 @@ class RemoteNode:
         """Ask the agent to end everything. `close` waits for that."""
         if self.life in (Life.STARTING, Life.LIVES):
             if self._greeted:
-                self._send(EndAgent())
+                self._stream.send(EndAgent())
             else:
                 self._disconnect("was not needed any more")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import sys
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.crash.conftest import MARKER
 from tests.waiting import alive, until
 
 # The head and its agents lose patience with each other sooner than usual.
@@ -58,25 +56,20 @@ def on_nodes(world: Any, *more: str) -> str:
     return "hydra.launcher.nodes=[" + ",".join(f"'command:{one.strip()}'" for one in words) + "]"
 
 
-def is_agent(process: psutil.Process | None) -> bool:
-    words = process.cmdline() if process is not None else []
-    return words[1:2] == ["-c"] and "nodes.agent" in words[-1]
+def agents(sweep: Any) -> list[psutil.Process]:
+    """The agents of a sweep. What they fork has the same command line."""
+
+    def is_agent(process: psutil.Process | None) -> bool:
+        words = process.cmdline() if process is not None else []
+        return words[1:2] == ["-c"] and "nodes.agent" in words[-1]
+
+    children = psutil.Process(sweep.process.pid).children(recursive=True)
+    return [child for child in children if is_agent(child) and not is_agent(child.parent())]
 
 
-def agents(sweep: Any, *, everywhere: bool = False) -> list[psutil.Process]:
-    """The agents of a sweep, even those that it did not start itself. What they fork has the same command line."""
-    found = []
-    for child in psutil.process_iter() if everywhere else psutil.Process(sweep.process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            of_this_test = is_agent(child) and child.environ().get(MARKER) == str(sweep.output.parent)
-            if of_this_test and not is_agent(child.parent()):
-                found.append(child)
-    return found
-
-
-def agent_of(sweep: Any, number: int, *, everywhere: bool = False) -> psutil.Process:
-    parents = psutil.Process(sweep.witness(number)["main"]).parents()
-    return next(agent for agent in agents(sweep, everywhere=everywhere) if agent in parents)
+def agent_of(sweep: Any, number: int) -> psutil.Process:
+    main = psutil.Process(sweep.witness(number)["main"])
+    return next(agent for agent in agents(sweep) if agent in main.parents())
 
 
 def test_jobs_run_on_all_nodes_and_results_come_in_order(world: Any) -> None:
