@@ -121,26 +121,6 @@ class JobRetried:
 
 
 @dataclass(frozen=True, slots=True)
-class JobReturned:
-    """The job's node was lost, or ends, before the job had a result. The job waits again, for any node."""
-
-    time: float
-    number: int
-    label: str
-
-
-@dataclass(frozen=True, slots=True)
-class NodesChanged:
-    """A node has joined the sweep, or is lost to it."""
-
-    time: float
-    devices: tuple[Device, ...]
-    """All devices that the sweep has now."""
-    text: str
-    """A line for the user."""
-
-
-@dataclass(frozen=True, slots=True)
 class StopRequested:
     """The sweep is to stop. `forced` after the second request: jobs are killed instead of waited for."""
 
@@ -185,8 +165,6 @@ Event = (
     | JobStarted
     | JobEnded
     | JobRetried
-    | JobReturned
-    | NodesChanged
     | StopRequested
     | GaveUp
     | SweepEnded

@@ -12,6 +12,7 @@ itself. The node concludes the others; if it died, the head does so from the rep
 from __future__ import annotations
 
 import contextlib
+import select
 import selectors
 import time
 from collections import deque
@@ -19,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
-from typing import Protocol
 
 from gpu_launcher.debug_log import get_logger
 from gpu_launcher.errors import NodeDiedError, ReportError
@@ -27,10 +27,8 @@ from gpu_launcher.jobs.events import (
     GaveUp,
     JobEnded,
     JobRetried,
-    JobReturned,
     JobStarted,
     JobWaiting,
-    NodesChanged,
     Notice,
     Outcome,
     Progress,
@@ -41,11 +39,12 @@ from gpu_launcher.jobs.events import (
 )
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.manifest import Entry, Recorded, Recorder, finished_before, new_reports, read
-from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Heard, Message, Opened, Wanted
+from gpu_launcher.jobs.node_client import LocalNode
+from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Heard, Message, Wanted
 from gpu_launcher.jobs.outcome import not_started
 from gpu_launcher.jobs.progress import open_progress
 from gpu_launcher.jobs.reports import read_report
-from gpu_launcher.jobs.source import Exhausted, Facts, JobSource, Offer, Remark, Statement, Stop
+from gpu_launcher.jobs.source import Exhausted, Facts, JobSource, Offer, Remark, Stop
 from gpu_launcher.jobs.sweep import Options, portable
 from gpu_launcher.processes.signals import StopSignals
 from gpu_launcher.wording import count, device_names
@@ -58,6 +57,8 @@ TICK_SECONDS = 0.125
 """Maximum seconds between two updates of the live view."""
 ENDED = "was ended because the process that starts jobs was killed"
 NOT_RUN = "was not run: the process that starts jobs was killed"
+MAX_MESSAGES = 64
+"""Maximum number of messages that are handled before the source and the display get a turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,34 +75,9 @@ class SweepResult:
     """Why no more jobs were started although the sweep was not stopped, as a sentence whose subject is a job."""
 
 
-class JobRunner(Protocol):
-    """What runs the jobs of a head: a node, or several nodes that share the jobs."""
-
-    early: list[Message]
-    """Messages that arrived before `open` returned."""
-
-    def open(self) -> Opened:
-        """Wait until jobs can run. Raises the error that prevents that, such as PoolDirectoryError."""
-
-    def fileno(self) -> int:
-        """Return a descriptor that is readable when `receive_ready` has something to return."""
-
-    def receive_ready(self) -> list[Message]:
-        """Return messages that have arrived. Raises NodeDiedError if no more can arrive."""
-
-    def say(self, what: Statement | BeginRun) -> None:
-        """Send a message, such as the offer of a job that was wanted. Raises NodeDiedError."""
-
-    def tick(self) -> None:
-        """Called at least a few times a second."""
-
-    def close(self) -> None:
-        """End every job that still runs. Idempotent."""
-
-
 def run_jobs(
     jobs: Sequence[Job],
-    node: JobRunner,
+    node: LocalNode,
     options: Options,
     directory: Path,
     command: str,
@@ -142,7 +118,7 @@ def run_jobs(
 
 def _run_jobs(
     jobs: Sequence[Job],
-    node: JobRunner,
+    node: LocalNode,
     options: Options,
     directory: Path,
     command: str,
@@ -204,7 +180,7 @@ class _Head:
     def __init__(
         self,
         jobs: Sequence[Job],
-        node: JobRunner,
+        node: LocalNode,
         source: JobSource | None,
         recorder: Recorder,
         progress: Progress,
@@ -252,7 +228,6 @@ class _Head:
                             key.data()
                     if self._source is not None:
                         self._source.tick()
-                    self._node.tick()
                     self._progress.tick(time.monotonic())
                 if self._signals.take() or self._signals.last is not None:  # may be too late for the node
                     self.stopped, self.stopped_by = True, self._signals.last
@@ -284,9 +259,12 @@ class _Head:
     # The node
 
     def _on_node(self) -> None:
-        for message in self._node.receive_ready():
-            if not self._closed:
-                self._take(message)
+        poll = select.poll()
+        poll.register(self._node.fileno(), select.POLLIN)
+        for _ in range(MAX_MESSAGES):
+            self._take(self._node.receive())
+            if self._closed or not poll.poll(0):
+                break
 
     def _take(self, message: Message) -> None:
         match message:
@@ -298,7 +276,7 @@ class _Head:
                 self._shown.handle(message)
                 if self._source is not None and number not in self._listed:
                     self._source.started(self._offered[number], message.devices, message.log)
-            case JobRetried(number=number) | JobReturned(number=number):
+            case JobRetried(number=number):
                 self._running.pop(number, None)
                 self._shown.handle(message)
             case Heard(number, what):
@@ -313,7 +291,7 @@ class _Head:
                 self.given_up = problem
                 self._shown.handle(Notice(message.time, message.text))
                 self._drop_waiting(problem)
-            case Notice() | JobWaiting() | NodesChanged():
+            case Notice() | JobWaiting():
                 self._shown.handle(message)
             case Closed():
                 self._close(message)
@@ -344,9 +322,8 @@ class _Head:
         """Conclude all jobs after the node was killed. Jobs that left a report of success count as completed."""
         with contextlib.suppress(NodeDiedError):
             while not self._closed:  # messages that the node sent before it died
-                for message in self._node.receive_ready():
-                    if not isinstance(message, Wanted):
-                        self._take(message)
+                if not isinstance(message := self._node.receive(), Wanted):
+                    self._take(message)
         self._node.close()
         if self._closed:
             return

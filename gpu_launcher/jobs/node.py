@@ -170,7 +170,7 @@ class Node:
         options, command = run.options, run.command
         environ = os.environ if options.environ is None else options.environ
         selection = select_devices(options.devices, environ, option=options.spell("devices"))
-        devices = tuple(replace(device, node=run.node) for device in selection.devices)
+        devices = selection.devices
         _log.info("run of %s on %s", command, device_names(devices))
         if options.request is not None:
             refuse(options.request, devices, options.spell)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import threading
@@ -51,9 +50,6 @@ _calling: set[int] = set()
 
 _busy = threading.RLock()
 """Held by a harmless thread that may hold other locks, and by a thread that forks a node."""
-
-MAX_MESSAGES = 64
-"""Maximum number of messages that are received together, so that the head also attends to its source and display."""
 
 FORK_WAIT_SECONDS = 1.0
 """Seconds that a fork waits for user code in our threads to return. That code may itself be waiting for the fork."""
@@ -183,23 +179,6 @@ class LocalNode:
         except (ChannelClosedError, OSError):  # OSError: `close` was called meanwhile
             raise self._died() from None
         return message
-
-    def receive_ready(self) -> list[Message]:
-        """Return some of the messages that have arrived, at least one if `fileno` is readable. Raises NodeDiedError."""
-        poll = select.poll()
-        poll.register(self._channel, select.POLLIN)
-        messages: list[Message] = []
-        while len(messages) < MAX_MESSAGES and poll.poll(0):
-            try:
-                messages.append(self.receive())
-            except NodeDiedError:
-                if not messages:
-                    raise
-                break  # the next call raises it
-        return messages
-
-    def tick(self) -> None:
-        """Do nothing: this node needs no sign that the head lives."""
 
     def say(self, what: s.Statement | Begin | BeginRun, descriptors: tuple[int, ...] = ()) -> None:
         """Send a message to the node, such as the offer of a job that it wanted. Raises NodeDiedError.

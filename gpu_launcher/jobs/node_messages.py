@@ -6,17 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpu_launcher.errors import GpuLauncherError
-from gpu_launcher.jobs.events import (
-    GaveUp,
-    JobEnded,
-    JobRetried,
-    JobReturned,
-    JobStarted,
-    JobWaiting,
-    NodesChanged,
-    Notice,
-    StopRequested,
-)
+from gpu_launcher.jobs.events import GaveUp, JobEnded, JobRetried, JobStarted, JobWaiting, Notice, StopRequested
 from gpu_launcher.jobs.job import JobResult
 from gpu_launcher.jobs.reports import ReportFiles
 from gpu_launcher.jobs.sweep import Options
@@ -95,7 +85,7 @@ class Closed:
     """Whether the run was stopped, by the user or by failures."""
 
 
-ShownEvent = Notice | JobWaiting | JobStarted | JobRetried | JobReturned | NodesChanged | StopRequested | GaveUp
+ShownEvent = Notice | JobWaiting | JobStarted | JobRetried | StopRequested | GaveUp
 """Events that a node sends unchanged to a head that shows them."""
 
 Message = NodeReady | Opened | Wanted | Started | Heard | Ended | Remarked | Closed | ShownEvent
@@ -123,8 +113,6 @@ class BeginRun:
     """Whether no other run follows, so that the fork server ends with this one."""
     listed: bool = False
     """Whether the next jobs are known in advance, so that the node may ask for many ahead of need."""
-    node: str = ""
-    """The node's name in messages, if there are several nodes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import NoReturn
 
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 
@@ -19,7 +19,7 @@ from gpu_launcher.debug_log import log_into
 from gpu_launcher.errors import GpuLauncherError, JobError
 from gpu_launcher.jobs.directory import LogFiles
 from gpu_launcher.jobs.events import Outcome
-from gpu_launcher.jobs.head import JobRunner, SweepResult, run_jobs
+from gpu_launcher.jobs.head import SweepResult, run_jobs
 from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.labels import Labels
 from gpu_launcher.jobs.node_client import LocalNode
@@ -30,15 +30,10 @@ from gpu_launcher.wording import count
 from ._commands import closing_lines
 from ._directory import LaunchError, open_logs, sweep_directory
 from ._ending import final, is_for_basic_sweeper
-from ._options import read_node_specs, read_options, read_start_method, spell
+from ._options import read_options, read_start_method, spell
 from ._program import HydraProgram, job_command
 from ._results import JobOptionError, unpack
 from .launcher import GpuPoolLauncher
-
-if TYPE_CHECKING:
-    from gpu_launcher.nodes.engines import NodeSpec
-    from gpu_launcher.nodes.node_group import NodeGroup
-    from gpu_launcher.validation import StartMethod
 
 
 def launch(
@@ -113,7 +108,7 @@ def _with_culprit(sweep: SweepResult, returns: list[JobReturn]) -> list[JobRetur
 
 def stream(
     launcher: GpuPoolLauncher,
-    open_source: Callable[[], tuple[JobSource, int | None]],
+    open_source: Callable[[LocalNode], tuple[JobSource, int | None]],
     max_parallel: int | None,
     cap: str,
 ) -> SweepResult:
@@ -132,7 +127,7 @@ def stream(
     log_into(directory)
     try:
         node = _node(launcher, logs)
-        source, total = open_source()
+        source, total = open_source(node)
         command = Path(sys.argv[0]).name
         closing = partial(closing_lines, launcher.config, directory)
         return run_jobs([], node, options, directory, command, source=source, total=total, closing=closing)
@@ -155,8 +150,8 @@ def _with_failures_so_far(options: Options, failed: int) -> Options:
     return replace(options, failures=replace(policy, most=policy.most - failed))
 
 
-def _node(launcher: GpuPoolLauncher, logs: LogFiles) -> JobRunner:
-    """The launcher's node or nodes. The first launch starts them, and they end with the launcher."""
+def _node(launcher: GpuPoolLauncher, logs: LogFiles) -> LocalNode:
+    """The launcher's node. The first launch starts the node, which ends with the launcher."""
     if launcher.node is None or not launcher.node.is_running:
         assert launcher.config is not None
         assert launcher.hydra_context is not None
@@ -164,31 +159,13 @@ def _node(launcher: GpuPoolLauncher, logs: LogFiles) -> JobRunner:
         program = HydraProgram(launcher.config, launcher.hydra_context, launcher.task_function, job_command(sys.argv))
         method = read_start_method(launcher.options.get("start_method", "auto"))
         keep = (launcher.lock.descriptor,)
-        specs = read_node_specs(launcher.options.get("nodes"))
-        node = _start_node(specs, program, sweep_directory(launcher.config), method, keep, logs)
+        node = LocalNode(program, method=method, option=spell("start_method"), keep=keep, log_file=logs.claim)
         weakref.finalize(launcher, node.close)
         launcher.node = node
         node.wait_until_ready()
-    return cast("JobRunner", launcher.node)
-
-
-def _start_node(
-    specs: Sequence[NodeSpec],
-    program: HydraProgram,
-    directory: Path,
-    method: StartMethod,
-    keep: tuple[int, ...],
-    logs: LogFiles,
-) -> LocalNode | NodeGroup:
-    option, log_file = spell("start_method"), logs.claim
-    if all(spec.command is None for spec in specs):
-        return LocalNode(program, method=method, option=option, keep=keep, log_file=log_file)
-    from gpu_launcher.nodes.node_group import NodeGroup  # most sweeps run on one machine
-
-    arguments = program.command
-    return NodeGroup(
-        specs, program, directory, method=method, option=option, keep=keep, log_file=log_file, arguments=arguments
-    )
+    node = launcher.node
+    assert isinstance(node, LocalNode)
+    return node
 
 
 def _close_node(launcher: GpuPoolLauncher) -> None:

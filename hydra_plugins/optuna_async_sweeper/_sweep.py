@@ -27,6 +27,7 @@ from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.labels import Labels
+from gpu_launcher.jobs.node_client import LocalNode
 from gpu_launcher.processes.exceptions import reason
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.stopping import SearchEnded
@@ -97,7 +98,7 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
     labels = Labels(common=[entry for _, entry in plan.space.entries if isinstance(entry, str)])
     searches: list[SweepSearch] = []
 
-    def open_search() -> tuple[SweepSearch, int | None]:
+    def open_search(node: LocalNode) -> tuple[SweepSearch, int | None]:
         session, remarks = _open(plan)
         for remark in remarks:
             log.info(remark)

@@ -10,7 +10,6 @@ from gpu_launcher.jobs.events import (
     JobRetried,
     JobStarted,
     JobWaiting,
-    NodesChanged,
     Notice,
     Outcome,
     StopRequested,
@@ -46,7 +45,7 @@ class PlainProgress:
         match event:
             case SweepStarted():
                 self._say(opening(event))
-            case Notice() | NodesChanged():
+            case Notice():
                 self._say(one_line(event.text))
             case JobWaiting():
                 self._waiting(event)
