@@ -6,11 +6,12 @@ import contextlib
 import os
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 
-from gpu_launcher.processes.linux import flush_c_streams
+from gpu_launcher.processes.linux import flush_c_streams, is_thread
 
 MONITOR_JOIN_SECONDS = 1.0
 """Seconds to wait for a tqdm monitor to end. If it waits for a lock that this thread holds, it keeps running."""
@@ -47,6 +48,10 @@ def tqdm_monitors_paused() -> Iterator[None]:
     for monitor in monitors:
         monitor.was_killed.set()  # type: ignore[attr-defined]
         monitor.join(MONITOR_JOIN_SECONDS)
+        # Before Python 3.13, `join` may return a moment before the kernel's thread has ended.
+        end = time.monotonic() + MONITOR_JOIN_SECONDS
+        while not monitor.is_alive() and is_thread(monitor.native_id) and time.monotonic() < end:
+            time.sleep(0.001)
     try:
         yield
     finally:

@@ -132,6 +132,11 @@ def other_threads(besides: Container[int] = ()) -> list[str]:
     return sorted(names)
 
 
+def is_thread(native_id: int | None) -> bool:
+    """Whether the kernel has a thread of this process with this id."""
+    return Path(f"/proc/self/task/{native_id}").exists()
+
+
 def start_time(pid: int) -> int | None:
     """Start time of a process in clock ticks since boot (proc_pid_stat(5)); None if there is no live process.
 
