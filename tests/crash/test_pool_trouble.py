@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -53,11 +54,12 @@ def until_announced(process: subprocess.Popen[str], what: str) -> str:
 
 
 def test_jobs_that_run_go_on_when_the_pool_directory_is_gone_and_the_others_fail_with_that_reason(sweep, tmp_path):
-    until_announced(sweep, "started on simulated GPU 0")
-    (running,) = (number for number in range(3) if (tmp_path / "sweep" / str(number) / "job.log").exists())
-    for path in (tmp_path / "pool" / "queue").iterdir():
-        path.unlink()
-    (tmp_path / "pool" / "queue").rmdir()
+    started = re.search(
+        r"job (\d) .* started on simulated GPU 0", until_announced(sweep, " started on simulated GPU 0")
+    )
+    assert started is not None
+    running = started[1]
+    (tmp_path / "pool" / "queue").rename(tmp_path / "elsewhere")  # at once: the sweep makes files in it at any time
 
     assert "were removed or moved away" in until_announced(sweep, "pool directory")
     assert "pool directory" in until_announced(sweep, "Running jobs continue")
