@@ -109,7 +109,7 @@ def visible(inventory: Inventory, environ: Mapping[str, str]) -> Visible:
 
 
 def why_nothing_is_visible(inventory: Inventory, seen: Visible) -> str:
-    """Say in one clause why `seen` has no device, and the remedy: no driver, the user's mask, or broken GPUs."""
+    """Explain in one clause why `seen` has no device (no driver, a mask, or broken GPUs), and name the remedy."""
     if inventory.nothing_because:
         return inventory.nothing_because
     if seen.unusable:

@@ -34,7 +34,7 @@ _exiting = False
 class PoolExecutor(Executor):
     """Calls functions in processes that have devices of the machine's pool: one process, and one lease, for each call.
 
-    A call waits until its devices are free, whoever holds them, and begins with `CUDA_VISIBLE_DEVICES` set. If it
+    A call waits until its devices are free, and starts with `CUDA_VISIBLE_DEVICES` set to them. If it
     raises an exception, `Future.result` raises the same exception, with the traceback as its cause. If a process dies,
     its own call fails with `JobError`, and the others continue. Calls print to this program's output.
 

@@ -83,7 +83,7 @@ class JobStarted:
 
 @dataclass(frozen=True, slots=True)
 class JobEnded:
-    """The job's process tree is gone. A job that never started (cancelled, or failed early) has no devices."""
+    """The job and all its processes have ended. A job that never started (cancelled or failed early) has no devices."""
 
     time: float
     number: int

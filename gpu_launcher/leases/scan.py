@@ -294,7 +294,7 @@ class PoolScan:
         return (TicketState(name.sequence, name.id, record.demand, name.priority) for name, record, _ in self.tickets())
 
     def tickets(self) -> Iterator[tuple[TicketName, TicketRecord, QueueFile | None]]:
-        """Yield the live tickets in queue order, with the priority that counts. This process's own have no file."""
+        """Yield the live tickets in queue order, with their allowed priority. Those of this process have no file."""
         last = ""
         texts, demoted = self._ordered()
         for text in texts:

@@ -15,7 +15,7 @@ from gpu_launcher.errors import UsageError
 OURS = ("json", "flags", "index", "gpu")
 """Placeholders that gpu-launcher defines itself; all others name parameters."""
 GPU = "{gpu}"
-"""The placeholder itself, shown for a run that has no devices yet."""
+"""The placeholder for the devices. A run that has none yet is shown with it."""
 
 _SHELL = "/bin/sh"
 _VARIABLE = "gpu_launcher_"
