@@ -39,10 +39,10 @@ from gpu_launcher.executors.process_channels import ProcessChannels
 from gpu_launcher.executors.transport import NoValue, ReturnedValue, pack
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs import source as s
-from gpu_launcher.jobs.events import Outcome
+from gpu_launcher.jobs.events import GaveUp, JobWaiting, Notice, Outcome
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.node_client import RemoteLoop, busy, calling_back, harmless_thread
-from gpu_launcher.jobs.node_messages import Closed, Ended, Remarked, Wanted
+from gpu_launcher.jobs.node_messages import Closed, Ended, Wanted
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException, RemoteTraceback, describe
 from gpu_launcher.processes.unpicklable import found_at
@@ -115,8 +115,8 @@ class ExecutorThread:
         """How many times `stop` was called."""
         self._stops_said = 0
         """How many of these stops the node was told about."""
-        self._remark = ""
-        """The last line that the node sent for the user."""
+        self._given_up = "the process that makes the calls has ended"
+        """Why the node makes no more calls."""
         self._process = os.getpid()
         self.broken: str | None = None
         """Why no more calls can be made. None while they can."""
@@ -219,11 +219,13 @@ class ExecutorThread:
                 self._ready = True
             case Ended(result):
                 self._conclude(result)
-            case Remarked() as remark:
-                self._flowing = self._flowing or remark.passing
-                self._remark = remark.text
+            case Notice() | GaveUp() | JobWaiting():
+                if isinstance(message, JobWaiting):
+                    self._flowing = self._flowing or bool(message.reason)
+                elif isinstance(message, GaveUp):
+                    self._given_up = message.text
                 with calling_back():
-                    remarks.log(remark)
+                    remarks.log_event(message)
 
     def _hear_call(self, number: int) -> bool:
         """Handle the next message of a call's process. Returns whether there was one."""
@@ -375,7 +377,7 @@ class ExecutorThread:
             return str(closed.error)
         if self._stops:
             return "the executor was stopped"
-        return self._remark or "the process that makes the calls has ended"
+        return self._given_up
 
     def _fail_all(self, problem: str) -> None:
         """Fail all calls that have not ended."""

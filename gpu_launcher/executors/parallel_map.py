@@ -14,7 +14,7 @@ from gpu_launcher.executors.chunk_scheduler import ChunkScheduler
 from gpu_launcher.executors.progress import open_bar
 from gpu_launcher.executors.record_engine import RecordEngine
 from gpu_launcher.jobs.node_client import RemoteLoop
-from gpu_launcher.jobs.node_messages import Opened, Remarked
+from gpu_launcher.jobs.node_messages import Opened
 from gpu_launcher.jobs.remarks import log
 from gpu_launcher.jobs.where import this_program
 from gpu_launcher.model import MILLIONTHS, Device, Request
@@ -97,11 +97,9 @@ def parallel_map(
     loop = RemoteLoop(w.RecordWorker(request, setup, function), options, this_program(), method=start_method)
     try:
         opened = loop.open()
-        for remark in loop.remarks:
-            log(remark)
         most = _most_workers(num_workers, request, opened)
         slots = w.Positions(loop.directory / "positions", most, new=True)
-        capped = _cap_remark(num_workers, request, opened)
+        capped = _cap_notice(num_workers, request, opened)
         engine = RecordEngine(loop, scheduler, slots, most, returning=on_error == "return", capped=capped)
     except BaseException:
         loop.close()
@@ -197,17 +195,17 @@ def _most_workers(wanted: int | None, request: Request, opened: Opened) -> int:
     if wanted is None or wanted <= most:
         return wanted or most
     text = f"num_workers={wanted}, but all devices of the pool ({device_counts(opened.devices)}) are enough for "
-    log(Remarked(text + f"{count(most, 'such worker')}: there will be no more"))
+    log(text + f"{count(most, 'such worker')}: there will be no more")
     return most
 
 
-def _cap_remark(wanted: int | None, request: Request, opened: Opened) -> Remarked | None:
+def _cap_notice(wanted: int | None, request: Request, opened: Opened) -> str | None:
     """Return a line for the user if the pool has devices for more workers than the user wants; otherwise None."""
     possible = min(MAX_WORKERS, _grantable(request, opened.devices)) if request.gpus else 0
     if wanted is None or wanted >= possible:
         return None
     devices = device_counts(opened.devices)
-    return Remarked(
+    return (
         f"num_workers={wanted}, but all devices of the pool ({devices}) are enough for {possible} such workers: "
         "raise or remove it to use them"
     )

@@ -15,7 +15,6 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from gpu_launcher.executors.calls import CallProgram
 from gpu_launcher.executors.executor_thread import BrokenPoolExecutor, ExecutorThread, Submitted
-from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.node_client import RemoteLoop
 from gpu_launcher.jobs.where import this_program
 from gpu_launcher.pool import Pool, read_pool
@@ -187,8 +186,6 @@ class PoolExecutor(Executor):
         loop = RemoteLoop(CallProgram(self._request), self._options, this_program(), method=self._start_method)
         try:
             opened = loop.open()
-            for remark in loop.remarks:
-                remarks.log(remark)
             may_fork = opened.method == "spawn" and loop.unsafe is None and not cuda_in_use()
             thread = ExecutorThread(loop, may_fork=may_fork)
         except BaseException:

@@ -28,11 +28,11 @@ from gpu_launcher.executors.chunk_scheduler import Chunk, ChunkScheduler, Raised
 from gpu_launcher.executors.process_channels import ProcessChannels
 from gpu_launcher.executors.progress import Bar
 from gpu_launcher.jobs import source as s
-from gpu_launcher.jobs.events import Outcome
+from gpu_launcher.jobs.events import GaveUp, JobStarted, JobWaiting, Notice, Outcome
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.node_client import RemoteLoop
-from gpu_launcher.jobs.node_messages import Closed, Ended, Message, Opened, Remarked, Started, Wanted
-from gpu_launcher.jobs.remarks import log
+from gpu_launcher.jobs.node_messages import Closed, Ended, Message, Opened, Wanted
+from gpu_launcher.jobs.remarks import log, log_event
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException, traceback_of
 from gpu_launcher.processes.unpicklable import found_at
@@ -84,7 +84,7 @@ class RecordEngine:
         most: int,
         *,
         returning: bool,
-        capped: Remarked | None = None,
+        capped: str | None = None,
     ) -> None:
         """Prepare to run at most `most` workers.
 
@@ -258,11 +258,7 @@ class RecordEngine:
         while self._workers and not self._over and self._fatal is None and (left := until - time.monotonic()) > 0:
             self._receive(wait=True, most=left)
         if self._workers and not self._over and self._fatal is None:
-            log(
-                Remarked(
-                    f"{count(len(self._workers), 'worker')} did not end within {END_SECONDS:.0f} s, and are killed"
-                )
-            )
+            log(f"{count(len(self._workers), 'worker')} did not end within {END_SECONDS:.0f} s, and are killed")
 
     # What happens
 
@@ -297,12 +293,12 @@ class RecordEngine:
         match message:
             case Wanted(more):
                 self._wanted += more
-            case Started(number, devices):
+            case JobStarted(number=number, devices=devices):
                 self._workers[number].where = device_names(devices)
             case Ended(result):
                 self._ended(result)
-            case Remarked():
-                log(message)
+            case Notice() | GaveUp() | JobWaiting():
+                log_event(message)
             case Closed(error) if error or not self._ending:
                 self._fatal = error or WorkerDiedError(f"no more workers can be started: the last one {self._problem}")
             case Closed():
@@ -398,7 +394,7 @@ class RecordEngine:
         self._slots.append(worker.slot)
         if worker.state is _WorkerState.STOPPED:
             if result.outcome is Outcome.FAILED:
-                log(Remarked(f"a worker {result.message} when it had done its work"))
+                log(f"a worker {result.message} when it had done its work")
             return
         self._problem = result.message
         another = result.number >= self._newer
@@ -428,7 +424,7 @@ class RecordEngine:
             return
         if self._workers:
             self._most = len(self._workers)
-            log(Remarked(f"{problem}; so did the one before, and it goes on with {self._most}"))
+            log(f"{problem}; so did the one before, and it goes on with {self._most}")
         else:
             self._fatal = WorkerDiedError(f"{problem}; so did the one before")
 
@@ -437,10 +433,8 @@ def _end(loop: RemoteLoop, begun: threading.Event) -> None:
     """End the workers. Log a warning if no result was ever asked for, which is most likely a mistake."""
     if not begun.is_set() and loop.is_ours:
         log(
-            Remarked(
-                "parallel_map was not iterated over, so that nothing was called: its work is done while its results "
-                "are asked for. Remedy: `for result in parallel_map(...)`, or `list(parallel_map(...))`"
-            )
+            "parallel_map was not iterated over, so that nothing was called: its work is done while its results "
+            "are asked for. Remedy: `for result in parallel_map(...)`, or `list(parallel_map(...))`"
         )
     loop.close()
 

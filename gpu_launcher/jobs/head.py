@@ -282,9 +282,8 @@ class _Head:
             case Heard(number, what):
                 if self._source is not None:
                     self._source.on_message(number, what)
-            case Ended(result, event):
-                assert event is not None
-                self._end(result, event)
+            case Ended(result):
+                self._end(result)
             case StopRequested():
                 self._show_stop(message)
             case GaveUp(problem=problem):
@@ -306,12 +305,25 @@ class _Head:
         self._waiting.extend(self._offered.values())
         self._drop_waiting(self.given_up)
 
-    def _end(self, result: JobResult, event: JobEnded) -> None:
+    def _end(self, result: JobResult) -> None:
         number = result.number
         _log.info("job %d attempt %d has its result: %s", number, result.attempts, result.outcome.value)
         self._running.pop(number, None)
         self._offered.pop(number, None)
-        self._shown.handle(event)
+        self._shown.handle(
+            JobEnded(
+                time=time.monotonic(),
+                number=number,
+                label=result.label,
+                devices=result.devices,
+                outcome=result.outcome,
+                duration=result.duration,
+                message=result.message if result.outcome is Outcome.FAILED else None,
+                log=result.log,
+                origin=result.origin,
+                left_behind=result.left_behind,
+            )
+        )
         if number in self._listed:
             self.results[number] = result
         elif self._source is not None:
@@ -333,8 +345,7 @@ class _Head:
         self.stopped_by = self._signals.last
         self.given_up = NOT_RUN
         for job in list(self._offered.values()):
-            result = self._left_by(job)
-            self._end(result, _ending(result))
+            self._end(self._left_by(job))
         self._drop_waiting(NOT_RUN)
 
     def _left_by(self, job: Job) -> JobResult:
@@ -418,22 +429,8 @@ class _Head:
             result = not_started(job, job.attempts_before + 1, problem)
             if stopped and self._stopping is not None and self._signals.last is None:
                 result = replace(result, message=f"was stopped because of {self._stopping}")
-            self._end(result, _ending(result))
+            self._end(result)
         # The node starts no more jobs, so it ends without Exhausted. If its request for jobs is still on the way, the
         # answer would come when the run is over.
         if self._source is None:
             self._exhausted = True
-
-
-def _ending(result: JobResult) -> JobEnded:
-    failed = result.outcome is Outcome.FAILED
-    return JobEnded(
-        time=time.monotonic(),
-        number=result.number,
-        label=result.label,
-        devices=result.devices,
-        outcome=result.outcome,
-        duration=result.duration,
-        message=result.message if failed else None,
-        log=result.log,
-    )

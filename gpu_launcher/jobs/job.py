@@ -71,3 +71,5 @@ class JobResult:
     """Whether it failed because a process of ours was killed, such as its supervisor, and not through its own fault."""
     origin: str = ""
     """Where it failed, if it failed and left a report. See `Report`."""
+    left_behind: tuple[str, ...] = ()
+    """Processes that outlived it and had to be ended."""

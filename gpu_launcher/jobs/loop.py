@@ -7,7 +7,7 @@ calls `_handle`, so no method of the loop runs while another one is half done. C
 disk, are carried out last: the devices of a job that ended go to the next job before its result is read.
 
 What the loop knows about a job is in its `JobRecord`; the machine decides what the job does next. Everything that the
-loop needs is passed in: the fork server, the request queue, the receiver of events, the clock.
+loop needs is passed in: the fork server, the request queue, the source of jobs, the clock.
 """
 
 from __future__ import annotations
@@ -32,24 +32,15 @@ from gpu_launcher.debug_log import get_logger
 from gpu_launcher.errors import ReportError, ServerDiedError
 from gpu_launcher.jobs import machine as m
 from gpu_launcher.jobs.directory import as_proposed
-from gpu_launcher.jobs.events import (
-    GaveUp,
-    JobEnded,
-    JobRetried,
-    JobStarted,
-    JobWaiting,
-    Notice,
-    Outcome,
-    Progress,
-    StopRequested,
-)
+from gpu_launcher.jobs.events import GaveUp, JobRetried, JobStarted, JobWaiting, Notice, Outcome, StopRequested
 from gpu_launcher.jobs.failures import FailurePolicy, RetryState, set_aside
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.job_options import JobOptions
 from gpu_launcher.jobs.job_record import JobRecord, JobRun, Stage
+from gpu_launcher.jobs.node_messages import Ended, Heard, Message
 from gpu_launcher.jobs.outcome import result_of
 from gpu_launcher.jobs.reports import read_report
-from gpu_launcher.jobs.source import Exhausted, JobSource, Offer, Reply, Stop, Withdrawn
+from gpu_launcher.jobs.source import Exhausted, Offer, Reply, Statement, Stop, Withdrawn
 from gpu_launcher.model import Owner, Request
 from gpu_launcher.processes import messages, rank_decisions
 from gpu_launcher.processes.fork_server_client import JobProcess, Lost
@@ -96,8 +87,23 @@ class Server(Protocol):
         """End the server and all its jobs, and wait until they have ended."""
 
 
-class LoopSource(JobSource, Protocol):
-    """The head, as the loop of its node uses it. `tick` is also called before a job gets its devices."""
+class LoopSource(Protocol):
+    """The head, as the loop of its node uses it. No method waits for the head."""
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when `receive` has something to return."""
+
+    def receive(self) -> list[Statement]:
+        """Return what the head has said since the last call."""
+
+    def request_jobs(self, count: int) -> None:
+        """Ask for `count` more jobs."""
+
+    def send(self, message: Message) -> None:
+        """Tell the head what happened."""
+
+    def tick(self) -> None:
+        """Called at least a few times a second, and before a job gets its devices."""
 
     def close_in_child(self) -> None:
         """Close, in a fork of this process, what belongs to this process alone."""
@@ -114,7 +120,6 @@ class JobLoop:
         server: Server,
         queue: RequestQueue,
         owner: Callable[[Job], Owner],
-        progress: Progress,
         clock: Callable[[], float],
         report_path: Callable[[int], Path],
         title: Callable[[Job], str] = lambda job: "",
@@ -142,7 +147,6 @@ class JobLoop:
         """Number of the job whose request is in the queue."""
         self._limits = limits
         self._server = server
-        self._progress = progress
         self._clock = clock
         self._report_path = report_path
         self._title = title
@@ -205,7 +209,7 @@ class JobLoop:
         return (self._jobs[number].attempt for number in self._in(Stage.LIVE))
 
     def _notify(self, text: str) -> None:
-        self._progress.handle(Notice(self._clock(), text))
+        self._source.send(Notice(self._clock(), text))
 
     # Waiting
 
@@ -228,7 +232,6 @@ class JobLoop:
         self._mention_cap()
         self._handle(m.Tick())
         self._ask_source()
-        self._progress.tick(self._clock())
 
     def _timeout(self) -> float:
         """Seconds until the loop has something to do even if no descriptor becomes readable."""
@@ -397,7 +400,7 @@ class JobLoop:
     def _heard(self, number: int, run: JobRun, message: object) -> None:
         match message:
             case messages.JobMessage(what):
-                self._source.on_message(number, what)
+                self._source.send(Heard(number, what))
             case messages.ResultWritten() | messages.ResultLost():
                 run.note_result(message)
             case _:
@@ -557,12 +560,13 @@ class JobLoop:
     def _explain(self, job: Job, request: Request, reason: WaitReason) -> None:
         _log.info("job %d waits: %s", job.number, reason.reason or "for its own jobs only")
         wanted = describe_request(request, self._queue.devices)
-        waiting = JobWaiting(self._clock(), job.number, job.label, reason.reason, reason.held_by_others, wanted)
-        self._progress.handle(waiting)
+        self._source.send(
+            JobWaiting(self._clock(), job.number, job.label, reason.reason, reason.held_by_others, wanted)
+        )
 
     def _give_up(self, problem: str) -> None:
         _log.warning("no more jobs are started; each %s", problem)
-        self._progress.handle(GaveUp(self._clock(), problem))
+        self._source.send(GaveUp(self._clock(), problem))
         self._stimuli.append(m.GiveUp(problem))
 
     def _go(self, number: int) -> None:
@@ -579,10 +583,9 @@ class JobLoop:
         )
         lease = () if run.lease is None else (run.lease.fileno(),)
         # Before the grant: the job may send messages to its source at once.
-        self._source.started(record.job, run.devices, run.log)
+        self._source.send(JobStarted(run.started, number, record.job.label, run.devices, run.log, run.pid))
         self._tell(number, lambda process: process.grant(grant, lease))
         self._checkpoint("granted")
-        self._progress.handle(JobStarted(run.started, number, record.job.label, run.devices, run.log, run.pid))
 
     def _tell(self, number: int, say: Callable[[JobProcess], None]) -> None:
         record = self._jobs[number]
@@ -631,7 +634,6 @@ class JobLoop:
         return result
 
     def _finish(self, record: JobRecord, result: JobResult) -> None:
-        left_behind = () if record.run is None else record.run.left_behind
         _log.info(
             "job %d attempt %d: %s%s",
             result.number,
@@ -639,31 +641,16 @@ class JobLoop:
             result.outcome.value,
             f": {result.message}" if result.message else "",
         )
-        failed = result.outcome is Outcome.FAILED
-        self._progress.handle(
-            JobEnded(
-                time=self._clock(),
-                number=result.number,
-                label=result.label,
-                devices=result.devices,
-                outcome=result.outcome,
-                duration=result.duration,
-                message=result.message if failed else None,
-                log=result.log,
-                left_behind=left_behind,
-                origin=result.origin,
-            )
-        )
-        if left_behind and result.outcome is not Outcome.CANCELLED:
-            name = job_name(result.number, result.label)
-            self._notify(f"{name} left processes behind, which were ended: {_some(left_behind)}")
         self._checkpoint("concluded")
         record.reset()
-        self._source.ended(result)
+        self._source.send(Ended(result))
+        if result.left_behind and result.outcome is not Outcome.CANCELLED:
+            name = job_name(result.number, result.label)
+            self._notify(f"{name} left processes behind, which were ended: {_some(result.left_behind)}")
         # A source may have any number of jobs, so nothing is kept about those that have ended.
         del self._jobs[result.number]
         self._machine.forget(result.number)
-        if failed:
+        if result.outcome is Outcome.FAILED:
             self._count_failure()
 
     def _run_again(self, result: JobResult, record: JobRecord, run: JobRun) -> bool:
@@ -687,7 +674,7 @@ class JobLoop:
         _log.info(
             "job %d attempt %d: failed and is retried: %s", result.number, result.attempts, result.message or "failed"
         )
-        self._progress.handle(event)
+        self._source.send(event)
         with contextlib.suppress(OSError):  # the next attempt overwrites the report
             self._report_path(result.number).unlink()
         self._checkpoint("retried")
@@ -701,7 +688,7 @@ class JobLoop:
             self._stopped_by = count(self._failed, "failure")
             running = len(self._machine.running())
             stopping = StopRequested(self._clock(), running, self._limits.grace, forced=False, signal=self._stopped_by)
-            self._progress.handle(stopping)
+            self._source.send(stopping)
             self._stimuli.append(m.StopAsked())
 
     def _read_report(self, number: int, run: JobRun) -> Report | None:

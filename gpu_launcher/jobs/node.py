@@ -35,8 +35,7 @@ from gpu_launcher.devices import select_devices, usable_cpus
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs import source as s
-from gpu_launcher.jobs.events import Event, GaveUp, JobEnded, JobStarted, JobWaiting, Notice, Progress
-from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.jobs.events import JobStarted, JobWaiting, Notice
 from gpu_launcher.jobs.loop import JobLoop
 from gpu_launcher.jobs.node_messages import (
     Begin,
@@ -44,18 +43,13 @@ from gpu_launcher.jobs.node_messages import (
     Closed,
     End,
     Ended,
-    Heard,
     Message,
     NodeReady,
     Opened,
-    Remarked,
-    ShownEvent,
-    Started,
     Wanted,
 )
 from gpu_launcher.jobs.sweep import limits
 from gpu_launcher.leases import FileLedger, resolve_pool_directory
-from gpu_launcher.model import Device
 from gpu_launcher.processes.fork_server_client import ForkServer
 from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.processes.linux import ProcessEnding
@@ -151,11 +145,10 @@ class Node:
         )
 
     def _run(self, run: BeginRun, server: ForkServer, link: _Link) -> Closed:
-        progress: Progress = _Shown(link) if run.shown else _Logged(link)
         link.begin_run(run)
         try:
             with contextlib.ExitStack() as cleanup:
-                loop = self._open(run, server, link, progress, cleanup)
+                loop = self._open(run, server, link, cleanup)
                 loop.run()
         except GpuLauncherError as error:
             _log.error("the run ended: %s", error)
@@ -163,9 +156,7 @@ class Node:
         _log.info("the run ended%s", ", stopped" if loop.stopped else "")
         return Closed(None, loop.stopped)
 
-    def _open(
-        self, run: BeginRun, server: ForkServer, link: _Link, progress: Progress, cleanup: contextlib.ExitStack
-    ) -> JobLoop:
+    def _open(self, run: BeginRun, server: ForkServer, link: _Link, cleanup: contextlib.ExitStack) -> JobLoop:
         """Open the pool until `cleanup` is closed, and return the job loop. Raises OptionError, PoolDirectoryError."""
         options, command = run.options, run.command
         environ = os.environ if options.environ is None else options.environ
@@ -176,7 +167,7 @@ class Node:
             refuse(options.request, devices, options.spell)
 
         def notice(text: str) -> None:
-            progress.handle(Notice(time.monotonic(), text))
+            link.send(Notice(time.monotonic(), text))
 
         ledger = cleanup.enter_context(FileLedger(resolve_pool_directory(options.pool_dir), warn=notice))
         most = replace(limits(options, len(devices), usable_cpus()), listed=run.listed)
@@ -202,7 +193,6 @@ class Node:
             queue=queue,
             # The owner of the leases is the head, because that is the process that users know and can stop.
             owner=lambda job: this_user(f"{command} #{job.number} {job.label}".rstrip(), self.program_process),
-            progress=progress,
             clock=time.monotonic,
             report_path=run.reports.path,
             log_file=self.log_file,
@@ -224,7 +214,7 @@ def _leave_signals_to_the_head() -> None:
 
 
 class _Link:
-    """The source of the node's jobs: the head. See `gpu_launcher.jobs.source.JobSource`."""
+    """The source of the node's jobs: the head. See `gpu_launcher.jobs.loop.LoopSource`."""
 
     def __init__(self, channel: socket.socket, program_process: int, scratch: Path | None) -> None:
         self._channel = channel
@@ -243,13 +233,10 @@ class _Link:
         """How many jobs the head was asked for and has not offered yet."""
         self._inbox: deque[Any] = deque()
         """Messages from the head that have not been handled."""
-        self._ending: JobEnded | None = None
-        """The end of a job whose result the loop has not passed on yet. Both are sent in one message, `Ended`."""
-        self._after_ending: list[ShownEvent] = []
-        """Events that the loop reported after `_ending`, such as processes that the job left behind.
-
-        They wait for the result: otherwise the head would show them before the end of the job.
-        """
+        self._waiting: JobWaiting | None = None
+        """The latest wait of a job that still waits for devices."""
+        self._repeat_at = 0.0
+        """When to send it again. The head drops waits that follow each other too quickly."""
         self._epoll = select.epoll()
         self._epoll.register(channel, select.EPOLLIN)
         self._program: int | None = None
@@ -286,6 +273,7 @@ class _Link:
         """Serve this run from now on."""
         self._run = run
         self._to_request = self._expected = 0
+        self._waiting = None
 
     def fileno(self) -> int:
         return self._epoll.fileno()
@@ -346,38 +334,6 @@ class _Link:
         free = limit - sum(1 for _ in Path("/proc/self/fd").iterdir()) - SPARE_DESCRIPTORS
         return max(free // DESCRIPTORS_PER_JOB - self._expected, 0 if jobs else 1)
 
-    def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
-        assert self._run is not None
-        if job.number in self._channels:  # the job's process has a copy, and the job will not be started again
-            os.close(self._channels.pop(job.number))
-        if not self._run.shown:  # a head that shows events gets JobStarted
-            self.send(Started(job.number, devices))
-
-    def on_message(self, number: int, what: Any) -> None:
-        self.send(Heard(number, what))
-
-    def show(self, event: ShownEvent | JobEnded) -> None:
-        """Send an event to the head. The end of a job is sent with its result."""
-        if isinstance(event, JobEnded):
-            self._ending = event
-        elif self._ending is not None:
-            self._after_ending.append(event)
-        else:
-            self.send(event)
-
-    def ended(self, result: JobResult) -> None:
-        assert self._run is not None
-        if self._scratch is not None:
-            with contextlib.suppress(OSError):
-                self._run.reports.path(result.number).unlink()
-        if result.number in self._channels:  # the job never began; until now it might have been started again
-            os.close(self._channels.pop(result.number))
-        self.send(Ended(result, self._ending))
-        self._ending = None
-        after, self._after_ending = self._after_ending, []
-        for event in after:
-            self.send(event)
-
     def tick(self) -> None:
         if os.getppid() != self._program_process or self._program_ends:
             self._vanish()
@@ -393,6 +349,8 @@ class _Link:
             self._listen()
         if self._to_request:  # more descriptors may be free now
             self._request()
+        if self._waiting is not None and time.monotonic() >= self._repeat_at:
+            self.send(self._waiting)
 
     def _has_room(self) -> bool:
         """Whether the socket has room, so that a large message is not pickled in vain."""
@@ -402,11 +360,31 @@ class _Link:
 
     def send(self, message: Message) -> None:
         """Send a message as soon as the head has room for it."""
+        match message:
+            case JobWaiting():
+                logged = self._run is not None and not self._run.shown
+                self._waiting = message if message.reason and logged else None
+                self._repeat_at = time.monotonic() + remarks.REPEAT_SECONDS
+            case JobStarted(number=number):
+                self._forget(number)  # the job's process has a copy of the channel, and will not be started again
+            case Ended(result):
+                self._forget(result.number)
+                if self._scratch is not None:
+                    assert self._run is not None
+                    with contextlib.suppress(OSError):
+                        self._run.reports.path(result.number).unlink()
         waited = bool(self._backlog)
         self._backlog.append(message)
         if not waited:
             self.tick()
             self._listen()
+
+    def _forget(self, number: int) -> None:
+        """Forget that a job waits, and close its channel."""
+        if self._waiting is not None and self._waiting.number == number:
+            self._waiting = None
+        if number in self._channels:
+            os.close(self._channels.pop(number))
 
     def _listen(self) -> None:
         """Make `fileno` also readable when there is room for the backlog."""
@@ -427,60 +405,3 @@ class _Link:
         self._program_ends.close()
         if self._program is not None:
             os.close(self._program)
-
-
-class _Shown:
-    """Sends events to a head that shows them. See `gpu_launcher.jobs.events.Progress`."""
-
-    def __init__(self, link: _Link) -> None:
-        self._link = link
-
-    def handle(self, event: Event) -> None:
-        self._link.show(event)  # type: ignore[arg-type]  # the others are the head's
-
-    def tick(self, now: float) -> None:
-        """Do nothing: the head has a clock of its own."""
-
-    def close(self) -> None:
-        """Nothing was opened."""
-
-
-class _Logged:
-    """Sends lines for a log to a head that shows no events. See `gpu_launcher.jobs.events.Progress`."""
-
-    def __init__(self, link: _Link) -> None:
-        self._link = link
-        self._waiting: JobWaiting | None = None
-        """The job that waits for devices, if there is one."""
-        self._waits = 0
-        """How many times the state of waiting changed. Identifies the current one."""
-        self._said_at = 0.0
-        """When it was last logged."""
-
-    def handle(self, event: Event) -> None:
-        match event:
-            case Notice(text=text):
-                self._link.send(Remarked(text))
-            case GaveUp():
-                self._link.send(Remarked(event.text))
-            case JobWaiting(time=now, reason=reason):
-                self._waiting = event if reason else None
-                self._waits += 1
-                self._remark(now)
-            case JobStarted(number=number) | JobEnded(number=number):
-                if self._waiting is not None and self._waiting.number == number:
-                    self._waiting = None
-
-    def tick(self, now: float) -> None:
-        """Repeat from time to time that a job waits. The head drops lines that follow each other too quickly."""
-        if now - self._said_at >= remarks.REPEAT_SECONDS:
-            self._remark(now)
-
-    def _remark(self, now: float) -> None:
-        if self._waiting is not None:
-            self._said_at = now
-            text = f"waiting for devices: {self._waiting.reason}"
-            self._link.send(Remarked(text, passing=True, about=f"{os.getpid()} {self._waits}"))
-
-    def close(self) -> None:
-        """Nothing was opened."""

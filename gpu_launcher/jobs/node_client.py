@@ -25,10 +25,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gpu_launcher.errors import NodeDiedError
+from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.directory import as_proposed
+from gpu_launcher.jobs.events import Notice
 from gpu_launcher.jobs.node import LogFile, Node
-from gpu_launcher.jobs.node_messages import Begin, BeginRun, Closed, End, Message, NodeReady, Opened, Remarked
+from gpu_launcher.jobs.node_messages import Begin, BeginRun, Closed, End, Message, NodeReady, Opened
 from gpu_launcher.jobs.reports import ReportFiles
 from gpu_launcher.jobs.scratch import Scratch
 from gpu_launcher.jobs.sweep import Options, portable
@@ -261,8 +263,9 @@ class RemoteLoop(LocalNode):
     def open(self) -> Opened:
         """Wait until jobs can run. Raises the error that prevents that, such as OptionError or PoolDirectoryError."""
         opened = super().open()
-        self.remarks = [message for message in self.early if isinstance(message, Remarked)]
-        """Lines for the user that arrived before the pool was open."""
+        for message in self.early:
+            if isinstance(message, Notice):
+                remarks.log(message.text)
         if opened.method == "spawn":
             self.known = NOTHING
         return opened

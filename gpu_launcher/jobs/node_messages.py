@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpu_launcher.errors import GpuLauncherError
-from gpu_launcher.jobs.events import GaveUp, JobEnded, JobRetried, JobStarted, JobWaiting, Notice, StopRequested
+from gpu_launcher.jobs.events import GaveUp, JobRetried, JobStarted, JobWaiting, Notice, StopRequested
 from gpu_launcher.jobs.job import JobResult
 from gpu_launcher.jobs.reports import ReportFiles
 from gpu_launcher.jobs.sweep import Options
@@ -40,14 +40,6 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
-    """A job has its devices and runs."""
-
-    number: int
-    devices: tuple[Device, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Heard:
     """A job sent a message with `JobContext.say`."""
 
@@ -60,19 +52,6 @@ class Ended:
     """A job has ended, or will not be started."""
 
     result: JobResult
-    event: JobEnded | None = None
-    """The end as an event, for a head that shows events."""
-
-
-@dataclass(frozen=True, slots=True)
-class Remarked:
-    """A line for the user."""
-
-    text: str
-    passing: bool = False
-    """Whether the line describes the current state, and may be repeated."""
-    about: str = ""
-    """Identifies a passing state: the line is repeated with the same value while the state lasts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +64,20 @@ class Closed:
     """Whether the run was stopped, by the user or by failures."""
 
 
-ShownEvent = Notice | JobWaiting | JobStarted | JobRetried | StopRequested | GaveUp
-"""Events that a node sends unchanged to a head that shows them."""
-
-Message = NodeReady | Opened | Wanted | Started | Heard | Ended | Remarked | Closed | ShownEvent
+Message = (
+    NodeReady
+    | Opened
+    | Wanted
+    | Heard
+    | Ended
+    | Closed
+    | Notice
+    | JobWaiting
+    | JobStarted
+    | JobRetried
+    | StopRequested
+    | GaveUp
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +97,7 @@ class BeginRun:
     command: str
     """The name of the head's program, for others who wait for devices."""
     shown: bool = False
-    """Whether the head shows events. If not, it gets lines for a log."""
+    """Whether the head shows events. Otherwise it logs them, waits are repeated, and offers may bring channels."""
     last: bool = False
     """Whether no other run follows, so that the fork server ends with this one."""
     listed: bool = False

@@ -75,6 +75,7 @@ def result_of(
         attempts=record.retries.attempt,
         unsupervised=run.unsupervised and cause is Cause.CRASH,
         origin="" if report is None else report.origin,
+        left_behind=run.left_behind,
     )
 
 

@@ -14,7 +14,6 @@ from optuna.progress_bar import _ProgressBar
 
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import OptionError
-from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.node_client import RemoteLoop
 from gpu_launcher.jobs.where import this_program
@@ -105,8 +104,6 @@ def optimize(
     study._thread_local.in_optimize_loop = True
     try:
         loop.open()
-        for remark in loop.remarks:
-            remarks.log(remark)
         with working(sweep):
             session = StudySession(study, storage, bounds=bounds, max_retries=retries)
             for line in session.fail_stale_trials("program"):

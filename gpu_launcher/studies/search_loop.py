@@ -22,11 +22,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.errors import GpuLauncherError, JobError
 from gpu_launcher.jobs import node_messages as node
-from gpu_launcher.jobs import remarks
 from gpu_launcher.jobs import source as s
-from gpu_launcher.jobs.events import Outcome
+from gpu_launcher.jobs.events import GaveUp, JobStarted, JobWaiting, Notice, Outcome
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.node_client import RemoteLoop
+from gpu_launcher.jobs.remarks import log_event
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.jobs.where import GRACE
 from gpu_launcher.model import ENDING, MILLIONTHS, WHOLE, Device
@@ -157,7 +157,7 @@ class SearchLoop:
             match self._heard.popleft():
                 case node.Wanted(count):
                     self._wanted += count
-                case node.Started(job, devices):
+                case JobStarted(number=job, devices=devices):
                     self._devices[job] = devices
                     self._early.append(job)
                 case node.Heard(job, d.ShallPrune() as question):
@@ -168,8 +168,8 @@ class SearchLoop:
                     self._ended(job, ending)
                 case node.Ended(result):
                     self._gone(result)
-                case node.Remarked() as remark:
-                    remarks.log(remark)
+                case Notice() | GaveUp() | JobWaiting() as event:
+                    log_event(event)
                 case node.Closed(error):
                     self._closed = True
                     if error is not None:

@@ -26,12 +26,13 @@ from gpu_launcher.allocation.request_queue import RequestQueue
 from gpu_launcher.devices.simulated import simulated_devices
 from gpu_launcher.errors import ServerDiedError
 from gpu_launcher.jobs import loop as loop_module
-from gpu_launcher.jobs.events import Event, JobEnded, JobStarted, Outcome
+from gpu_launcher.jobs.events import JobStarted, Outcome
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.loop import MAX_SERVERS_LOST, JobLoop
 from gpu_launcher.jobs.machine import Limits
+from gpu_launcher.jobs.node_messages import Ended, Message
 from gpu_launcher.jobs.source import Exhausted, Offer, Statement, Stop
-from gpu_launcher.model import Device, Owner, Request
+from gpu_launcher.model import Owner, Request
 from gpu_launcher.processes.fork_server_client import SUPERVISOR_DIED, JobProcess, Lost
 from gpu_launcher.processes.messages import (
     Assignment,
@@ -218,11 +219,13 @@ class FakeServer:
 class ListSource:
     """Offers the jobs of a list as they are wanted, and keeps their results."""
 
-    def __init__(self, jobs: list[Job]) -> None:
+    def __init__(self, jobs: list[Job], tick: Callable[[], None]) -> None:
+        self.tick = tick
         self._left = deque(jobs)
         self._statements: list[Statement] = []
         self._ready = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.offered: list[int] = []
+        self.started: Counter[int] = Counter()
         self.results: dict[int, JobResult] = {}
 
     def say(self, statement: Statement) -> None:
@@ -245,18 +248,13 @@ class ListSource:
         if not self._left:
             self.say(Exhausted())
 
-    def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
-        pass
-
-    def on_message(self, number: int, what: object) -> None:
-        raise AssertionError(f"job {number} says {what}")
-
-    def ended(self, result: JobResult) -> None:
-        assert result.number not in self.results, f"job {result.number} has two results"
-        self.results[result.number] = result
-
-    def tick(self) -> None:
-        pass
+    def send(self, message: Message) -> None:
+        match message:
+            case JobStarted(number=number):
+                self.started[number] += 1
+            case Ended(result):
+                assert result.number not in self.results, f"job {result.number} has two results"
+                self.results[result.number] = result
 
     def close_in_child(self) -> None:
         raise AssertionError("nothing is forked")
@@ -284,7 +282,7 @@ class Baton:
 
 
 class Sweep:
-    """One launching program: a job loop in a thread, which is its progress display as well."""
+    """One launching program: a job loop in a thread."""
 
     def __init__(self, world: World, wants: list[int], parallel: int | None) -> None:
         self.wants = wants
@@ -294,8 +292,6 @@ class Sweep:
         self.accidents: dict[int, str] = {}
         self.servers_lost = 0
         self.stopped = False
-        self.started: Counter[int] = Counter()
-        self.ended: list[JobEnded] = []
         self.error: BaseException | None = None
         self.going = True
         self.server = FakeServer(world, self)
@@ -304,7 +300,7 @@ class Sweep:
         self.queue = RequestQueue(
             DEVICES, self.ledger, busy_memory=None, tell=lambda text: None, clock=lambda: world.now
         )
-        self.source = ListSource([Job(number, f"n={number}", None) for number in range(len(wants))])
+        self.source = ListSource([Job(number, f"n={number}", None) for number in range(len(wants))], self._tick)
         limits = Limits(parallel, 2, ahead=world.chance.randint(1, 4), preparing=2, grace=5.0)
         self.loop = JobLoop(
             self.source,
@@ -312,7 +308,6 @@ class Sweep:
             server=self.server,
             queue=self.queue,
             owner=lambda job: Owner(1, "ada", f"#{job.number}"),
-            progress=self,
             clock=lambda: world.now,
             report_path=lambda number: Path(self.directory.name) / f"{number}.report",
         )
@@ -337,28 +332,18 @@ class Sweep:
         self.stopped = True
         self.source.say(Stop())
 
-    def handle(self, event: Event) -> None:
-        match event:
-            case JobStarted(number=number):
-                self.started[number] += 1
-            case JobEnded():
-                self.ended.append(event)
-
-    def tick(self, now: float) -> None:
+    def _tick(self) -> None:
         self.baton.hand_back()
         self.baton.wait()
-
-    def close(self) -> None:
-        raise AssertionError("the loop does not close the display")
 
     def check(self) -> None:
         if self.error is not None:
             raise self.error
         numbers = list(range(len(self.wants)))
         assert self.source.offered == numbers[: len(self.source.offered)], "they are offered in order"
-        assert sorted(self.source.results) == sorted(event.number for event in self.ended) == self.source.offered
+        assert sorted(self.source.results) == self.source.offered
         assert self.source.offered == numbers or self.stopped or self.servers_lost > 1, "only who gives up leaves some"
-        assert self.started == self.ran or self.servers_lost or self.accidents or self.stopped
+        assert self.source.started == self.ran or self.servers_lost or self.accidents or self.stopped
         for result in self.source.results.values():
             self._check(result)
 

@@ -19,10 +19,10 @@ import pytest
 
 from gpu_launcher.errors import NodeDiedError, OptionError
 from gpu_launcher.jobs import source as s
-from gpu_launcher.jobs.events import Outcome
+from gpu_launcher.jobs.events import JobStarted, Notice, Outcome
 from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.node_client import RemoteLoop, busy, calling_back, harmless_thread
-from gpu_launcher.jobs.node_messages import Closed, Ended, Heard, Message, Remarked, Started, Wanted
+from gpu_launcher.jobs.node_messages import Closed, Ended, Heard, Message, Wanted
 from gpu_launcher.jobs.where import Where
 from gpu_launcher.model import Request
 from gpu_launcher.processes.messages import Report
@@ -127,10 +127,10 @@ def test_jobs_are_asked_for_run_and_told_of(start: Start) -> None:
     loop = start()
     opened = loop.open()
     assert (len(opened.devices), opened.at_once, opened.method) == (2, 2, "fork")
-    assert hear(loop, Remarked).text.startswith("2 devices are simulated")
+    assert hear(loop, Notice).text.startswith("2 devices are simulated")
     assert hear(loop, Wanted).count == 2
     offer(loop, 7, pid)
-    started = hear(loop, Started)
+    started = hear(loop, JobStarted)
     assert started.number == 7
     result = hear(loop, Ended).result
     assert (result.number, result.outcome, result.devices) == (7, Outcome.COMPLETED, started.devices)
@@ -289,7 +289,7 @@ def test_a_thread_of_which_nothing_is_known_keeps_jobs_from_being_forked(start: 
     try:
         loop = start(method="auto")
         assert loop.open().method == "spawn"
-        assert "somebody" in hear(loop, Remarked).text + hear(loop, Remarked).text
+        assert "somebody" in hear(loop, Notice).text + hear(loop, Notice).text
     finally:
         over.set()
         thread.join()
@@ -340,7 +340,7 @@ def test_a_harmless_thread_is_none_while_it_calls_back_for_which_a_fork_waits_a_
         loop = start(method="auto")
         opened = loop.open()
         assert opened.method == method
-        texts = " ".join(hear(loop, Remarked).text for _ in range(2 if method == "spawn" else 1))
+        texts = " ".join(hear(loop, Notice).text for _ in range(2 if method == "spawn" else 1))
         assert ("add_done_callback" in texts) == (method == "spawn")
     finally:
         over.set()
