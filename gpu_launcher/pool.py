@@ -23,7 +23,7 @@ from gpu_launcher.devices import Links, select_devices
 from gpu_launcher.devices.specification import read_specification
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import OptionError
-from gpu_launcher.jobs import remarks
+from gpu_launcher.jobs import notice_log
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.jobs.where import Where, this_program
 from gpu_launcher.leases import FileLedger, HeldLease, choose_pool_directory, resolve_pool_directory
@@ -65,7 +65,7 @@ class _Entrance:
             device_environment = DeviceEnvironment(by_uuid=selection.by_uuid)
             self._machine = _Machine(selection.devices, links_among(selection.devices), device_environment)
             for notice in selection.notices:
-                remarks.log(notice)
+                notice_log.log(notice)
         return self._machine
 
     def open(self, tell: Callable[[str], None]) -> RequestQueue:

@@ -131,12 +131,12 @@ def process_state() -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget which remarks were made. A program makes each only once, and all tests run in one program."""
-    from gpu_launcher.jobs import remarks  # imported late, because some tests check what imports it
+    """Forget which notices were logged. A program logs each only once, and all tests run in one program."""
+    from gpu_launcher.jobs import notice_log  # imported late, because some tests check what imports it
 
-    monkeypatch.setattr(remarks, "_said", set())
-    monkeypatch.setattr(remarks, "_told", deque(maxlen=64))
-    monkeypatch.setattr(remarks, "_last", -math.inf)
+    monkeypatch.setattr(notice_log, "_said", set())
+    monkeypatch.setattr(notice_log, "_told", deque(maxlen=64))
+    monkeypatch.setattr(notice_log, "_last", -math.inf)
 
 
 @pytest.fixture(autouse=True)

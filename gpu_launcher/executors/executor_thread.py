@@ -37,7 +37,7 @@ from gpu_launcher.errors import GpuLauncherError, JobError, JobTimeoutError, Nod
 from gpu_launcher.executors.calls import CallOutcome, FunctionCall, IsWanted
 from gpu_launcher.executors.process_channels import ProcessChannels
 from gpu_launcher.executors.transport import NoValue, ReturnedValue, pack
-from gpu_launcher.jobs import remarks
+from gpu_launcher.jobs import notice_log
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import GaveUp, JobWaiting, Notice, Outcome
 from gpu_launcher.jobs.job import Cause, Job, JobResult
@@ -225,7 +225,7 @@ class ExecutorThread:
                 elif isinstance(message, GaveUp):
                     self._given_up = message.text
                 with calling_back():
-                    remarks.log_event(message)
+                    notice_log.log_event(message)
 
     def _hear_call(self, number: int) -> bool:
         """Handle the next message of a call's process. Returns whether there was one."""
@@ -250,7 +250,7 @@ class ExecutorThread:
             self._cancel_pending()
             if self._flowing or self._stops or time.monotonic() >= self._cancel_by:
                 self._cancel_offered()
-        self._withdraw()
+        self._say_cancelled()
         while self._stops_said < self._stops:
             self._stops_said += 1
             self._loop.say(s.Stop())
@@ -270,12 +270,12 @@ class ExecutorThread:
                 if not call.begun:
                     call.future.cancel()
 
-    def _withdraw(self) -> None:
+    def _say_cancelled(self) -> None:
         """Tell the node which calls were cancelled."""
         while self._cancelled:
             number = self._cancelled.popleft()
             if number in self._offered and self._begin(number) is None:
-                self._loop.say(s.Withdrawn(number, "was cancelled"))
+                self._loop.say(s.Cancel(number, "was cancelled"))
 
     def _begin(self, number: int) -> _Offered | None:
         """Return an offered call, which cannot be cancelled from now on. If it was cancelled, remove it instead."""

@@ -15,7 +15,7 @@ from gpu_launcher.executors.progress import open_bar
 from gpu_launcher.executors.record_engine import RecordEngine
 from gpu_launcher.jobs.node_client import RemoteLoop
 from gpu_launcher.jobs.node_messages import Opened
-from gpu_launcher.jobs.remarks import log
+from gpu_launcher.jobs.notice_log import log
 from gpu_launcher.jobs.where import this_program
 from gpu_launcher.model import MILLIONTHS, Device, Request
 from gpu_launcher.pool import Pool, read_pool

@@ -32,7 +32,7 @@ from gpu_launcher.jobs.events import GaveUp, JobStarted, JobWaiting, Notice, Out
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.node_client import RemoteLoop
 from gpu_launcher.jobs.node_messages import Closed, Ended, Message, Opened, Wanted
-from gpu_launcher.jobs.remarks import log, log_event
+from gpu_launcher.jobs.notice_log import log, log_event
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException, traceback_of
 from gpu_launcher.processes.unpicklable import found_at
@@ -246,7 +246,7 @@ class RecordEngine:
             if worker.state is _WorkerState.READY:
                 self._channels.send(number, w.NoMoreWork())
             else:
-                self._say(s.Withdrawn(number, "is not needed any more"))
+                self._say(s.Cancel(number, "is not needed any more"))
             worker.state = _WorkerState.STOPPED
 
     def _finish(self) -> None:

@@ -40,7 +40,7 @@ from gpu_launcher.jobs.job_record import JobRecord, JobRun, Stage
 from gpu_launcher.jobs.node_messages import Ended, Heard, Message
 from gpu_launcher.jobs.outcome import result_of
 from gpu_launcher.jobs.reports import read_report
-from gpu_launcher.jobs.source import Exhausted, Offer, Reply, Statement, Stop, Withdrawn
+from gpu_launcher.jobs.source import Cancel, Exhausted, Offer, Reply, Statement, Stop
 from gpu_launcher.model import Owner, Request
 from gpu_launcher.processes import messages, rank_decisions
 from gpu_launcher.processes.fork_server_client import JobProcess, Lost
@@ -295,10 +295,10 @@ class JobLoop:
                     self._handle(m.NoMore())
                 case Stop():
                     self._handle(m.StopAsked())
-                case Withdrawn(number, why, pruned):
-                    if pruned and number in self._jobs:
+                case Cancel(number):
+                    if statement.pruned and number in self._jobs:
                         self._jobs[number].pruned = True
-                    self._handle(m.Cancel(number, why))
+                    self._handle(statement)
                 case Reply(number, what):
                     self._answer(number, messages.JobReply(what))
 

@@ -37,6 +37,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from itertools import pairwise
 
+from gpu_launcher.jobs.source import Cancel
 from gpu_launcher.model import ENDING, Request
 from gpu_launcher.wording import duration
 
@@ -92,7 +93,7 @@ class Limits:
     """Whether the next jobs do not depend on the results of others, so that up to `ahead` of them are wanted early."""
 
 
-# Stimuli
+# Stimuli. `Cancel`, which the head says, is one, too.
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,15 +106,6 @@ class Arrived:
 @dataclass(frozen=True, slots=True)
 class NoMore:
     """All jobs have arrived."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    """A job is no longer wanted. Ignored if it has ended."""
-
-    number: int
-    problem: str
-    """The reason: a sentence without its subject, which is the job."""
 
 
 @dataclass(frozen=True, slots=True)

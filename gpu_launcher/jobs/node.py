@@ -33,7 +33,7 @@ from gpu_launcher.allocation.request_queue import RequestQueue
 from gpu_launcher.debug_log import get_logger, set_role
 from gpu_launcher.devices import select_devices, usable_cpus
 from gpu_launcher.errors import GpuLauncherError
-from gpu_launcher.jobs import remarks
+from gpu_launcher.jobs import notice_log
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import JobStarted, JobWaiting, Notice
 from gpu_launcher.jobs.loop import JobLoop
@@ -296,9 +296,9 @@ class _Link:
                     if not isinstance(lost.message, s.Offer):
                         raise
                     self._expected -= 1
-                    self._inbox.append(lost.message)  # without its channel the job cannot run, so it is withdrawn
+                    self._inbox.append(lost.message)  # without its channel the job cannot run, so it is cancelled
                     why = "could not be started: its launching program has too many open files (`ulimit -n`)"
-                    self._inbox.append(s.Withdrawn(lost.message.job.number, why))
+                    self._inbox.append(s.Cancel(lost.message.job.number, why))
                     continue
                 if isinstance(message, End):
                     raise _EndedError
@@ -364,7 +364,7 @@ class _Link:
             case JobWaiting():
                 logged = self._run is not None and not self._run.shown
                 self._waiting = message if message.reason and logged else None
-                self._repeat_at = time.monotonic() + remarks.REPEAT_SECONDS
+                self._repeat_at = time.monotonic() + notice_log.REPEAT_SECONDS
             case JobStarted(number=number):
                 self._forget(number)  # the job's process has a copy of the channel, and will not be started again
             case Ended(result):

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gpu_launcher.errors import NodeDiedError
-from gpu_launcher.jobs import remarks
+from gpu_launcher.jobs import notice_log
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.directory import as_proposed
 from gpu_launcher.jobs.events import Notice
@@ -265,7 +265,7 @@ class RemoteLoop(LocalNode):
         opened = super().open()
         for message in self.early:
             if isinstance(message, Notice):
-                remarks.log(message.text)
+                notice_log.log(message.text)
         if opened.method == "spawn":
             self.known = NOTHING
         return opened

@@ -32,12 +32,12 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
-class Withdrawn:
-    """Cancel a job."""
+class Cancel:
+    """A job is no longer wanted. Ignored if it has ended."""
 
     number: int
-    why: str
-    """A sentence without its subject, which is the job."""
+    problem: str
+    """The reason: a sentence without its subject, which is the job."""
     pruned: bool = False
     """Whether the job counts as pruned because others are better."""
 
@@ -64,7 +64,7 @@ class Facts:
     facts: tuple[tuple[str, str], ...]
 
 
-Statement = Offer | Exhausted | Stop | Withdrawn | Reply | Remark | Facts
+Statement = Offer | Exhausted | Stop | Cancel | Reply | Remark | Facts
 
 
 class JobSource(Protocol):

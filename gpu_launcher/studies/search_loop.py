@@ -26,7 +26,7 @@ from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import GaveUp, JobStarted, JobWaiting, Notice, Outcome
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.node_client import RemoteLoop
-from gpu_launcher.jobs.remarks import log_event
+from gpu_launcher.jobs.notice_log import log_event
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.jobs.where import GRACE
 from gpu_launcher.model import ENDING, MILLIONTHS, WHOLE, Device
@@ -89,7 +89,7 @@ class SearchLoop:
         """Devices of the jobs that have started and not yet ended."""
         self._early: list[int] = []
         """Jobs that have started but wait for a trial until the end of the job that had their devices is known."""
-        self._withdrawn: set[int] = set()
+        self._cancelled: set[int] = set()
         """Jobs that were told to end."""
         self._sampled: set[int] = set()
         """Trials that have asked for a parameter."""
@@ -130,7 +130,7 @@ class SearchLoop:
             if (now := time.monotonic()) >= self._next_look:
                 self._next_look = now + LOOK_SECONDS
                 for number in self._session.ended_elsewhere():
-                    self._withdraw_trial(number)
+                    self._cancel_trial(number)
 
     def _hear(self, until: float) -> None:
         """Receive messages. Waits until there is one or something else must be done."""
@@ -198,7 +198,7 @@ class SearchLoop:
         if self._over:
             self._exhausted = True
             for job in self._waiting:
-                self._withdraw(job, "is not needed any more")
+                self._cancel(job, "is not needed any more")
             self._loop.say(s.Exhausted())
             return
         n_trials = self._session.bounds.n_trials
@@ -230,7 +230,7 @@ class SearchLoop:
         self._waiting.discard(job)
         self._lost = 0
         answer: d.TrialToRun | d.NothingToRun = d.NothingToRun()
-        if not self._over and job not in self._withdrawn:
+        if not self._over and job not in self._cancelled:
             try:
                 asked = self._session.ask()
                 if isinstance(asked, AskedTrial):
@@ -258,20 +258,20 @@ class SearchLoop:
             accident = result.outcome is Outcome.CANCELLED or result.cause in (Cause.CRASH, Cause.OOM)
             if not accident or self._lost == MAX_LOST:
                 self._give_up(JobError(job, "", result.message or "ended before it began", result.log))
-        self._withdrawn.discard(job)
+        self._cancelled.discard(job)
         self._devices.pop(job, None)
         if job in self._early:
             self._early.remove(job)
 
-    def _withdraw(self, job: int, why: str) -> None:
-        if job not in self._withdrawn:
-            self._withdrawn.add(job)
-            self._loop.say(s.Withdrawn(job, why))
+    def _cancel(self, job: int, why: str) -> None:
+        if job not in self._cancelled:
+            self._cancelled.add(job)
+            self._loop.say(s.Cancel(job, why))
 
-    def _withdraw_trial(self, number: int) -> None:
+    def _cancel_trial(self, number: int) -> None:
         """End the job of a trial that was ended elsewhere."""
         for job in [job for job, trial in self._trial_of.items() if trial == number]:
-            self._withdraw(job, "was ended because its trial was ended elsewhere")
+            self._cancel(job, "was ended because its trial was ended elsewhere")
 
     def _interrupt(self) -> None:
         """Give running trials some time to end, unless the user presses Ctrl-C again."""
@@ -300,7 +300,7 @@ class SearchLoop:
             self._give_up(error)
             return
         for number in ended:
-            self._withdraw_trial(number)
+            self._cancel_trial(number)
 
     def _judge(self, questions: dict[int, d.ShallPrune]) -> None:
         """Judge all trials that ask, from one reading of the study. `should_prune` raises what the pruner raises."""
@@ -367,9 +367,9 @@ class SearchLoop:
 
     def _failed(self, job: int, error: BaseException, said: str, *, caught: bool = False) -> None:
         number = self._trial_of[job]
-        if (self._interrupted or job in self._withdrawn) and isinstance(error, (KeyboardInterrupt, JobError)):
+        if (self._interrupted or job in self._cancelled) and isinstance(error, (KeyboardInterrupt, JobError)):
             del self._trial_of[job]
-            if job in self._withdrawn:
+            if job in self._cancelled:
                 self._session.drop(number)
             else:
                 self._session.tell(number, TrialEnding(How.INTERRUPTED, message=INTERRUPTED))
@@ -378,7 +378,7 @@ class SearchLoop:
 
     def _lose(self, job: int, problem: str) -> bool:
         """Queue a lost job's trial again, because the trial did not cause the loss; returns whether that is settled."""
-        if self._interrupted or job in self._withdrawn:
+        if self._interrupted or job in self._cancelled:
             return False
         number = self._trial_of[job]
         try:

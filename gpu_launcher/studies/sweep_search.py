@@ -272,7 +272,7 @@ class SweepSearch:
             self._next_look = now + LOOK_SECONDS
             for number in set(self._session.ended_elsewhere()) - self._cancelled:
                 self._cancelled.add(number)
-                self._say(s.Withdrawn(number, "was ended because its trial was ended elsewhere"))
+                self._say(s.Cancel(number, "was ended because its trial was ended elsewhere"))
         return True
 
     def _judge(self, reports: dict[int, dict[int, float]]) -> None:
@@ -283,7 +283,7 @@ class SweepSearch:
                 raise verdict
             self._say(s.Reply(number, Verdict(max(reports[number]), verdict)))
             if verdict and self._kill_pruned:
-                self._say(s.Withdrawn(number, "was ended because it was to be pruned", pruned=True))
+                self._say(s.Cancel(number, "was ended because it was to be pruned", pruned=True))
 
     def _tell(self, number: int, ending: TrialEnding, *, lost: bool) -> None:
         if lost and self._session.retry_lost(number, ending.message or "was lost") is not None:

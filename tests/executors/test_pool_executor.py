@@ -28,7 +28,7 @@ import pytest
 
 from gpu_launcher import Pool, PoolExecutor
 from gpu_launcher.errors import JobError, JobTimeoutError, OptionError, PoolDirectoryError, UnpicklableError
-from gpu_launcher.jobs import remarks
+from gpu_launcher.jobs import notice_log
 from gpu_launcher.jobs.where import Where
 from tests.waiting import until
 
@@ -581,7 +581,7 @@ def test_devices_that_others_hold_are_waited_for_and_that_is_said(
     pool: Where, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, "gpu_launcher")
-    monkeypatch.setattr(remarks, "_last", -math.inf)  # nothing was said a moment ago
+    monkeypatch.setattr(notice_log, "_last", -math.inf)  # nothing was said a moment ago
     with PoolExecutor(gpus=2, pool=pool) as holder, PoolExecutor(pool=pool) as executor:
         holder.submit(touch_and_wait, tmp_path)
         until((tmp_path / "begun").exists)
@@ -600,8 +600,8 @@ def test_devices_that_others_hold_are_waited_for_and_that_is_said(
 def test_a_wait_that_begins_soon_after_another_one_is_told_of_later_and_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remarks, "REPEAT_SECONDS", 3.0)  # in the process that is forked, too
-    monkeypatch.setattr(remarks, "_last", -math.inf)
+    monkeypatch.setattr(notice_log, "REPEAT_SECONDS", 3.0)  # in the process that is forked, too
+    monkeypatch.setattr(notice_log, "_last", -math.inf)
 
     def told() -> int:
         return sum("waiting for devices: " in record.message for record in caplog.records)
