@@ -162,10 +162,13 @@ def test_fractions_of_devices_make_more_workers(pool: Where) -> None:
 
 def test_many_workers_without_devices_wait_together(pool: Where, tmp_path: Path) -> None:
     (tmp_path / "here").mkdir()
+    everybody = tmp_path / "everybody"
 
     def work(record: int) -> str:
         (tmp_path / "here" / str(os.getpid())).touch()
-        until(lambda: len(list((tmp_path / "here").iterdir())) == 64, seconds=40)
+        if len(list((tmp_path / "here").iterdir())) == 64:  # only once, because all 64 look
+            everybody.touch()
+        until(everybody.exists, seconds=40)
         return os.environ["CUDA_VISIBLE_DEVICES"]
 
     assert set(parallel_map(range(64), function=work, num_workers=64, gpus=0, pool=pool)) == {""}

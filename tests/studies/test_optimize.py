@@ -672,7 +672,7 @@ def test_threads_of_an_objective_may_share_its_trial(pool: Where) -> None:
 def test_several_searches_of_one_program_on_one_study(tmp_path: Path, pool: Where) -> None:
     study_url = f"sqlite:///{tmp_path}/study.db"
     study = optuna.create_study(study_name="shared", storage=gpu_launcher.storage(study_url))
-    for number in range(6):
+    for number in range(3):
         study.enqueue_trial({"x": number})
     errors: list[BaseException] = []
 
@@ -682,7 +682,7 @@ def test_several_searches_of_one_program_on_one_study(tmp_path: Path, pool: Wher
 
     def search() -> None:
         try:
-            gpu_launcher.optimize(study, objective, n_trials=4, n_jobs=1, pool=pool)
+            gpu_launcher.optimize(study, objective, n_trials=2, n_jobs=1, pool=pool)
         except BaseException as error:
             errors.append(error)
 
@@ -692,8 +692,8 @@ def test_several_searches_of_one_program_on_one_study(tmp_path: Path, pool: Wher
     for thread in threads:
         thread.join()
     assert errors == []
-    assert states(study) == ["complete"] * 8
-    assert [trial.params["x"] for trial in study.trials[:6]] == list(range(6))
+    assert states(study) == ["complete"] * 4
+    assert [trial.params["x"] for trial in study.trials[:3]] == list(range(3))
 
 
 def test_many_trials_that_prune_and_fail(pool: Where, tmp_path: Path) -> None:
@@ -764,27 +764,34 @@ def test_classes_of_the_script_are_the_same_in_both_processes(tmp_path: Path) ->
     ], done.stderr
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"gpus": 3}, "gpus"),
-        ({"gpus": -1}, "gpus"),
-        ({"memory": "much"}, "memory"),
-        ({"n_jobs": 0}, "n_jobs"),
-        ({"n_trials": -1}, "n_trials"),
-        ({"n_trials": 1.5}, "n_trials"),
-        ({"timeout": "soon"}, "timeout"),
-        ({"trial_timeout": 0}, "trial_timeout"),
-        ({"trial_timeout": "soon"}, "trial_timeout"),
-        ({"retry_stale": "often"}, "retry_stale"),
-        ({"start_method": "forkserver"}, "start_method"),
-    ],
-)
+WRONG_OPTIONS = [
+    ({"gpus": 3}, "gpus"),
+    ({"gpus": -1}, "gpus"),
+    ({"memory": "much"}, "memory"),
+    ({"n_jobs": 0}, "n_jobs"),
+    ({"n_trials": -1}, "n_trials"),
+    ({"n_trials": 1.5}, "n_trials"),
+    ({"timeout": "soon"}, "timeout"),
+    ({"trial_timeout": 0}, "trial_timeout"),
+    ({"trial_timeout": "soon"}, "trial_timeout"),
+    ({"retry_stale": "often"}, "retry_stale"),
+    ({"start_method": "forkserver"}, "start_method"),
+]
+
+
+@pytest.mark.parametrize(("options", "named"), WRONG_OPTIONS)
 def test_wrong_options_are_named(options: dict[str, Any], named: str, pool: Where) -> None:
     study = optuna.create_study()
     with pytest.raises(OptionError, match=f"^{named}: "):
         gpu_launcher.optimize(study, lambda trial: 1.0, **{"n_trials": 1, "pool": pool, **options})
     assert states(study) == []
+
+
+def test_a_study_can_be_optimized_after_wrong_options(pool: Where) -> None:
+    study = optuna.create_study()
+    for options, named in WRONG_OPTIONS:
+        with pytest.raises(OptionError, match=f"^{named}: "):
+            gpu_launcher.optimize(study, lambda trial: 1.0, **{"n_trials": 1, "pool": pool, **options})  # type: ignore[arg-type]
     gpu_launcher.optimize(study, lambda trial: 1.0, n_trials=1, pool=pool)
     assert states(study) == ["complete"]
 
