@@ -40,6 +40,7 @@ THOROUGH = (
     "tests/executors/test_parallel_map_misuse.py",
     "tests/executors/test_random_numbers.py",
     "tests/hydra",
+    "tests/nvml_double/test_gpu_check.py",
     "tests/studies/test_example_optuna_study.py",
     "tests/studies/test_optimize_again.py",
     "tests/studies/test_optimize_errors.py",

@@ -18,6 +18,12 @@ from tests.waiting import alive, until
 LIMIT = 5.0
 """Seconds."""
 
+
+def smoke(*values):
+    """Parameters that `make test` runs. There, test_launcher_deaths.py kills what stands below the node."""
+    return pytest.param(*values, marks=pytest.mark.smoke)
+
+
 # Each call starts grandchildren of all kinds, as those of `app` do, and waits for the file `finish-<n>`.
 PROGRAM = """
 import json, os, subprocess, sys, time
@@ -104,9 +110,9 @@ def assert_another_program_runs_at_once(world, sweep, start, method="fork"):
 @pytest.mark.parametrize(
     ("who", "method"),
     [
-        ("program", "fork"),
-        ("program", "spawn"),
-        ("program and node", "fork"),
+        smoke("program", "fork"),
+        smoke("program", "spawn"),
+        smoke("program and node", "fork"),
         ("program and node", "spawn"),
         ("program and guard", "fork"),
         ("program and server", "fork"),
@@ -116,7 +122,6 @@ def assert_another_program_runs_at_once(world, sweep, start, method="fork"):
         ("program and node and server", "fork"),
     ],
 )
-@pytest.mark.smoke
 def test_when_the_program_is_killed_nothing_of_it_is_left(world, start, kill_together, gone, who, method):
     sweep = start(method)
     running = sweep.running(2)
@@ -129,15 +134,14 @@ def test_when_the_program_is_killed_nothing_of_it_is_left(world, start, kill_tog
 @pytest.mark.parametrize(
     ("who", "method"),
     [
-        ("node", "fork"),
-        ("node", "spawn"),
-        ("node and guard", "fork"),
+        smoke("node", "fork"),
+        smoke("node", "spawn"),
+        smoke("node and guard", "fork"),
         ("node and server", "fork"),
         ("node and supervisor", "fork"),
-        ("node and main", "fork"),
+        smoke("node and main", "fork"),
     ],
 )
-@pytest.mark.smoke
 def test_when_the_node_is_killed_every_future_says_so_and_nothing_is_left(
     world, start, kill_together, gone, who, method
 ):

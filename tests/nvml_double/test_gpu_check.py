@@ -63,6 +63,7 @@ def check(machine: Machine, *arguments: str, **environ: str) -> tuple[int, dict[
 
 
 @needs_tools
+@pytest.mark.smoke
 def test_without_a_gpu_it_says_so_and_exits_with_77(machine_without_driver: Machine) -> None:
     command = [sys.executable, str(CHECK)]
     environ = machine_without_driver.environment()
