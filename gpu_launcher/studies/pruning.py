@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial
 
 from gpu_launcher.studies.study_storage import StudyStorage
@@ -63,5 +64,7 @@ class Judge:
     def _one(self, trial: FrozenTrial) -> bool | Exception:
         try:
             return bool(self._study.pruner.prune(self._study, trial))
+        except UpdateFinishedTrialError:  # the pruner writes to trials, and this one was ended elsewhere
+            return False
         except Exception as error:  # the user's pruner can raise anything
             return error

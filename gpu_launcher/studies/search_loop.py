@@ -20,7 +20,7 @@ import optuna
 from optuna.progress_bar import _ProgressBar
 from optuna.trial import FrozenTrial, TrialState
 
-from gpu_launcher.errors import GpuLauncherError, JobError
+from gpu_launcher.errors import GpuLauncherError, JobError, NodeDiedError
 from gpu_launcher.jobs import node_messages as node
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import GaveUp, JobStarted, JobWaiting, Notice, Outcome
@@ -145,7 +145,10 @@ class SearchLoop:
                 # One millisecond more; otherwise poll would return slightly too early again and again.
                 if not poll.poll(patience and patience * 1000 + 1):
                     break
-            self._heard.append(self._loop.receive())
+            try:
+                self._heard.append(self._loop.receive())
+            except NodeDiedError as error:  # raised when the messages before it have been handled
+                self._heard.append(node.Closed(error))
             patience = 0.0
             if isinstance(self._heard[-1], node.Closed):
                 break
@@ -199,14 +202,14 @@ class SearchLoop:
             self._exhausted = True
             for job in self._waiting:
                 self._cancel(job, "is not needed any more")
-            self._loop.say(s.Exhausted())
+            self._say(s.Exhausted())
             return
         n_trials = self._session.bounds.n_trials
         left = math.inf if n_trials is None else n_trials - self._session.asked - len(self._waiting)
         for _ in range(int(min(self._wanted, left))):
             self._wanted -= 1
             self._waiting.add(self._jobs)
-            self._loop.say(s.Offer(Job(self._jobs, "", None)))
+            self._say(s.Offer(Job(self._jobs, "", None)))
             self._jobs += 1
 
     def _has_room(self, job: int) -> bool:
@@ -242,7 +245,7 @@ class SearchLoop:
                     self._trial_of[job] = trial.number
             except Exception as error:  # from the sampler or the storage
                 self._give_up(error)
-        self._loop.say(s.Reply(job, answer))
+        self._say(s.Reply(job, answer))
 
     def _gone(self, result: JobResult) -> None:
         """Handle the end of a job. If its trial has already ended, only its entries here are removed."""
@@ -266,7 +269,7 @@ class SearchLoop:
     def _cancel(self, job: int, why: str) -> None:
         if job not in self._cancelled:
             self._cancelled.add(job)
-            self._loop.say(s.Cancel(job, why))
+            self._say(s.Cancel(job, why))
 
     def _cancel_trial(self, number: int) -> None:
         """End the job of a trial that was ended elsewhere."""
@@ -277,8 +280,12 @@ class SearchLoop:
         """Give running trials some time to end, unless the user presses Ctrl-C again."""
         self._interrupted = True
         with suppress(KeyboardInterrupt, GpuLauncherError):
-            self._loop.say(s.Stop())
+            self._say(s.Stop())
             self._serve(time.monotonic() + GRACE + ENDING)
+
+    def _say(self, statement: s.Statement) -> None:
+        with suppress(NodeDiedError):  # `_hear` finds out, too, when it has received what the node sent before
+            self._loop.say(statement)
 
     def _give_up(self, error: BaseException) -> None:
         """Stop asking for trials, and raise this error when the running trials have ended."""
@@ -316,7 +323,7 @@ class SearchLoop:
                 answer: bytes | PortableException = PortableException.of(verdict, self._loop.known)
             else:
                 answer = pickling.dump(verdict)
-            self._loop.say(s.Reply(job, d.Answer(questions[job].number, answer)))
+            self._say(s.Reply(job, d.Answer(questions[job].number, answer)))
 
     def _call(self, job: int, call: d.Call) -> None:
         number = self._trial_of.get(job)
@@ -328,7 +335,7 @@ class SearchLoop:
             answer: bytes | PortableException = pickling.dump(result, self._loop.known)
         except Exception as error:  # any error is raised in the objective
             answer = PortableException.of(error, self._loop.known)
-        self._loop.say(s.Reply(job, d.Answer(call.number, answer)))
+        self._say(s.Reply(job, d.Answer(call.number, answer)))
 
     def _called(self, number: int, call: d.Call, positional: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
         """Call a method, or read an attribute, of the trial or its study. Raises what it raises."""

@@ -3,7 +3,8 @@
 Theory of operation. Sampling can take seconds, and must neither stop the display nor make jobs wait. So one thread of
 the head, the worker, does the search's work, and only the worker uses the study. The head's main thread tells the
 worker what happens to jobs, and receives statements from it: trials to run, verdicts, lines for the user. In each turn
-the worker first stores and judges reports, then handles all other events, and then samples one trial if one is wanted.
+the worker stores all reports, handles all other events, gives verdicts on the reports, and then samples one trial if
+one is wanted. In this order pruners see what ended before a report.
 
 If the user stops the sweep while the worker samples a trial, the sweep does not wait for the sampler. A new worker
 takes over and tells the study about the running trials. The old worker must not use the study any more: its next
@@ -136,7 +137,9 @@ class SweepSearch:
         match what:
             case Intermediate(step, value):
                 with self._news:
-                    self._reports.setdefault(number, {})[step] = value
+                    reports = self._reports.setdefault(number, {})
+                    reports.pop(step, None)  # so that the last report comes last
+                    reports[step] = value
                     self._news.notify()
             case Attribute(name, text):
                 self._happens(lambda: self._session.annotate(number, name, json.loads(text)))
@@ -256,10 +259,10 @@ class SweepSearch:
             reports, self._reports = self._reports, {}
             happened, self._happened = self._happened, []
             wanted, closing = self._wanted, self._closing
-        if reports:
-            self._judge(reports)
+        ended = self._session.report(reports)
         for happens in happened:
             happens()
+        self._judge({number: [*steps][-1] for number, steps in reports.items() if number not in ended})
         if closing:
             return False
         if wanted:
@@ -275,13 +278,12 @@ class SweepSearch:
                 self._say(s.Cancel(number, "was ended because its trial was ended elsewhere"))
         return True
 
-    def _judge(self, reports: dict[int, dict[int, float]]) -> None:
-        """Store the trials' reports and send their verdicts."""
-        ended = self._session.report(reports)
-        for number, verdict in self._session.judge(reports.keys() - ended).items():
+    def _judge(self, reported: dict[int, int]) -> None:
+        """Send the verdicts on trials, each with the step that the trial reported last."""
+        for number, verdict in self._session.judge(reported).items():
             if isinstance(verdict, Exception):
                 raise verdict
-            self._say(s.Reply(number, Verdict(max(reports[number]), verdict)))
+            self._say(s.Reply(number, Verdict(reported[number], verdict)))
             if verdict and self._kill_pruned:
                 self._say(s.Cancel(number, "was ended because it was to be pruned", pruned=True))
 
