@@ -218,6 +218,9 @@ class ExecutorThread:
                 self._wanted += count
                 self._ready = True
             case Ended(result):
+                if result.left_behind:
+                    with calling_back():
+                        notice_log.log_left_behind(result)
                 self._conclude(result)
             case Notice() | GaveUp() | JobWaiting():
                 if isinstance(message, JobWaiting):

@@ -32,7 +32,7 @@ from gpu_launcher.jobs.events import GaveUp, JobStarted, JobWaiting, Notice, Out
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.node_client import RemoteLoop
 from gpu_launcher.jobs.node_messages import Closed, Ended, Message, Opened, Wanted
-from gpu_launcher.jobs.notice_log import log, log_event
+from gpu_launcher.jobs.notice_log import log, log_event, log_left_behind
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException, traceback_of
 from gpu_launcher.processes.unpicklable import found_at
@@ -296,6 +296,7 @@ class RecordEngine:
             case JobStarted(number=number, devices=devices):
                 self._workers[number].where = device_names(devices)
             case Ended(result):
+                log_left_behind(result)
                 self._ended(result)
             case Notice() | GaveUp() | JobWaiting():
                 log_event(message)

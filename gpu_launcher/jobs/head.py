@@ -324,6 +324,8 @@ class _Head:
                 left_behind=result.left_behind,
             )
         )
+        if (text := result.left_behind_text) is not None:
+            self._shown.handle(Notice(time.monotonic(), text))
         if number in self._listed:
             self.results[number] = result
         elif self._source is not None:

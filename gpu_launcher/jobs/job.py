@@ -9,6 +9,10 @@ from typing import Any
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.model import Device
 from gpu_launcher.text import one_line
+from gpu_launcher.wording import job_name
+
+MAX_NAMED = 3
+"""Maximum number of left-behind processes that a message names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +77,12 @@ class JobResult:
     """Where it failed, if it failed and left a report. See `Report`."""
     left_behind: tuple[str, ...] = ()
     """Processes that outlived it and had to be ended."""
+
+    @property
+    def left_behind_text(self) -> str | None:
+        """A line for the user about the processes left behind. None if there are none, or if the job was cancelled."""
+        if not self.left_behind or self.outcome is Outcome.CANCELLED:
+            return None
+        names = ", ".join(self.left_behind[:MAX_NAMED])
+        more = f", and {len(self.left_behind) - MAX_NAMED} more" if len(self.left_behind) > MAX_NAMED else ""
+        return f"{job_name(self.number, self.label)} left processes behind, which were ended: {names}{more}"

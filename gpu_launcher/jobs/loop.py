@@ -18,7 +18,7 @@ import math
 import os
 import selectors
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from signal import SIGINT, SIGTERM
@@ -54,8 +54,6 @@ CAP_CHECK_SECONDS = 1.0
 """Seconds between two checks whether the cap leaves devices idle."""
 TICK = 0.125
 """Maximum seconds between two turns of the loop."""
-MAX_NAMED = 3
-"""Maximum number of left-behind processes that a message names."""
 MAX_SERVERS_LOST = 5
 """Number of lost fork servers at which the run is given up: another server would most likely be lost, too."""
 
@@ -644,9 +642,6 @@ class JobLoop:
         self._checkpoint("concluded")
         record.reset()
         self._source.send(Ended(result))
-        if result.left_behind and result.outcome is not Outcome.CANCELLED:
-            name = job_name(result.number, result.label)
-            self._notify(f"{name} left processes behind, which were ended: {_some(result.left_behind)}")
         # A source may have any number of jobs, so nothing is kept about those that have ended.
         del self._jobs[result.number]
         self._machine.forget(result.number)
@@ -699,11 +694,6 @@ class JobLoop:
         except ReportError as error:
             run.problem = run.problem or f"left a result that cannot be used: {error}"
             return None
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f", and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(names[:MAX_NAMED]) + more
 
 
 def _not_started(error: OSError) -> str:

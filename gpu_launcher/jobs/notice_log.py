@@ -8,6 +8,7 @@ from collections import deque
 from time import monotonic
 
 from gpu_launcher.jobs.events import GaveUp, JobWaiting, Notice
+from gpu_launcher.jobs.job import JobResult
 
 logger = logging.getLogger("gpu_launcher")
 
@@ -31,6 +32,12 @@ def log(text: str) -> None:
         _said.add(text)
         level = logging.INFO if any(words in text for words in _ASKED_FOR) else logging.WARNING
         logger.log(level, "%s", text)
+
+
+def log_left_behind(result: JobResult) -> None:
+    """Log which processes a job left behind, if any."""
+    if (text := result.left_behind_text) is not None:
+        log(text)
 
 
 def log_event(event: Notice | GaveUp | JobWaiting) -> None:

@@ -26,7 +26,7 @@ from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import GaveUp, JobStarted, JobWaiting, Notice, Outcome
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.node_client import RemoteLoop
-from gpu_launcher.jobs.notice_log import log_event
+from gpu_launcher.jobs.notice_log import log_event, log_left_behind
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.jobs.where import GRACE
 from gpu_launcher.model import ENDING, MILLIONTHS, WHOLE, Device
@@ -170,6 +170,7 @@ class SearchLoop:
                 case node.Heard(job, (d.Returned() | d.Pruned() | d.Raised()) as ending):
                     self._ended(job, ending)
                 case node.Ended(result):
+                    log_left_behind(result)
                     self._gone(result)
                 case Notice() | GaveUp() | JobWaiting() as event:
                     log_event(event)

@@ -21,7 +21,7 @@ METHODS = ["fork", "spawn"]
 
 
 def smoke(*values):
-    """Parameters that `make test` runs. tests/unit/test_processes_jobs.py kills several processes of one job loop."""
+    """Parameters that `make test` runs. tests/unit/test_processes_jobs.py kills several processes below a node."""
     return pytest.param(*values, marks=pytest.mark.smoke)
 
 

@@ -547,6 +547,17 @@ def test_more_workers_than_the_pool_has_devices_for_are_not_promised(
     ]
 
 
+@pytest.mark.usefixtures("pause_after_ends")
+def test_processes_that_the_last_workers_left_behind_are_named(pool: Where, caplog: pytest.LogCaptureFixture) -> None:
+    def work(record: int) -> int:
+        return os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "300")
+
+    pids = list(parallel_map(range(4), function=work, num_workers=2, pool=pool))
+    assert "worker) left processes behind, which were ended: sleep 300 (pid " in caplog.text
+    for pid in pids:
+        assert caplog.text.count(f"sleep 300 (pid {pid})") == 1
+
+
 @pytest.mark.parametrize(("records", "said"), [(4, ["num_workers=1"]), (1, [])])
 def test_a_cap_is_named_where_devices_and_records_are_enough_for_more_workers(
     pool: Where, caplog: pytest.LogCaptureFixture, records: int, said: list[str]

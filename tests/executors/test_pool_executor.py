@@ -597,6 +597,15 @@ def test_devices_that_others_hold_are_waited_for_and_that_is_said(
     assert {record.levelname for record in caplog.records if "simulated: no real" in record.message} <= {"INFO"}
 
 
+@pytest.mark.usefixtures("pause_after_ends")
+def test_processes_that_a_call_left_behind_are_named_before_its_result(
+    pool: Where, caplog: pytest.LogCaptureFixture
+) -> None:
+    with PoolExecutor(pool=pool) as executor:
+        pid = executor.submit(os.spawnlp, os.P_NOWAIT, "sleep", "sleep", "300").result()
+        assert caplog.text.count(f"left processes behind, which were ended: sleep 300 (pid {pid})") == 1
+
+
 def test_a_wait_that_begins_soon_after_another_one_is_told_of_later_and_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
