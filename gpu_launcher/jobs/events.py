@@ -1,6 +1,6 @@
-"""The events of a sweep, as values: the loop emits them; progress displays and the manifest consume them.
+"""The events of a sweep, as values. The node and the head emit them; displays and the manifest consume them.
 
-`time` is in seconds on the loop's monotonic clock, never wall time.
+`time` is in seconds on the system's monotonic clock, never wall time.
 """
 
 from __future__ import annotations
@@ -158,17 +158,9 @@ class SweepEnded:
 
 
 Event = (
-    SweepStarted
-    | Notice
-    | SearchStatus
-    | JobWaiting
-    | JobStarted
-    | JobEnded
-    | JobRetried
-    | StopRequested
-    | GaveUp
-    | SweepEnded
+    SweepStarted | Notice | SearchStatus | JobWaiting | JobStarted | JobEnded | JobRetried | StopRequested | SweepEnded
 )
+"""What displays get. They get `GaveUp` as a Notice."""
 
 
 class Progress(Protocol):

@@ -93,7 +93,7 @@ class Limits:
     """Whether the next jobs do not depend on the results of others, so that up to `ahead` of them are wanted early."""
 
 
-# Stimuli. `Cancel`, which the head says, is one, too.
+# Stimuli. `Cancel`, a statement of the head, is another one.
 
 
 @dataclass(frozen=True, slots=True)
