@@ -18,6 +18,7 @@
     ├── UnreadableError                        a record or result cannot be unpickled
     ├── SetupError                             the setup function of parallel_map raised
     ├── NodeDiedError                          the process that runs the jobs was killed
+    ├── NodeStartError                         no node can be started
     ├── ServerDiedError                        the fork server was killed; the job loop starts another one
     ├── BrokenPoolExecutor (BrokenExecutor)    in executors/executor_thread.py, as concurrent.futures is slow to import
     │
@@ -234,6 +235,10 @@ class SetupError(GpuLauncherError):
 
 class NodeDiedError(GpuLauncherError):
     """The node was killed, and its jobs ended with it."""
+
+
+class NodeStartError(GpuLauncherError):
+    """No node can be started, so no job can run."""
 
 
 class ServerDiedError(GpuLauncherError):

@@ -46,10 +46,16 @@ class Device:
     """NUMA node of the host that the device is attached to; None if unknown."""
     cpus: tuple[int, ...] = ()
     """Nearby CPUs of the host, in ascending order; empty if unknown."""
+    node: str = ""
+    """Name of the node that has it, if a sweep runs on several nodes; otherwise empty."""
 
     @property
     def label(self) -> str:
-        """The name in messages and views: `GPU 2`, `MIG 2:0`, `simulated GPU 2`, `CPU slot 2`."""
+        """The name in messages and views: `GPU 2`, `MIG 2:0`, `simulated GPU 2`, `CPU slot 2`, `gpu1 GPU 2`."""
+        return f"{self.node} {self._label}" if self.node else self._label
+
+    @property
+    def _label(self) -> str:
         if self.kind is DeviceKind.MIG:
             return f"MIG {self.index}:{self.instance}"
         prefix = {DeviceKind.GPU: "GPU", DeviceKind.SIMULATED: "simulated GPU", DeviceKind.CPU: "CPU slot"}

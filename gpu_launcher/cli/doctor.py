@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from gpu_launcher.cli.checks.finding import Finding
     from gpu_launcher.cli.table import Line
+    from gpu_launcher.nodes.engines import NodeSpec
 
 SCHEMA = 1
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
@@ -21,22 +22,28 @@ _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 @click.command()
 @options.pool_dir
 @options.value("--study", "FILE", "SQLite file of a study to check.")
+@options.nodes
 @options.as_json
-def doctor(pool_dir: str | None, study: str | None, as_json: bool) -> int:
+def doctor(pool_dir: str | None, study: str | None, nodes: tuple[str, ...], as_json: bool) -> int:
     """Check this machine, this Python and this project for problems.
 
     Looks at the driver, the GPUs, the pool directory, the installed packages, the configs in the current directory, and
     a study. Each finding is ok, a warning or a problem, and says what to do about it. Changes nothing. The exit code
     is 1 if there is a problem, else 0.
 
+    With --nodes, it also tries each node: starts an agent there as a sweep does, compares versions, looks for the
+    current directory, measures a message's way there and back, lists the devices, and ends the agent.
+
     Examples:
 
     \b
       gpu-launcher doctor
       gpu-launcher doctor --study study.db
+      gpu-launcher doctor --nodes ssh:gpu2 --nodes 'slurm:1 --partition=gpu'
       gpu-launcher doctor | grep -v ^ok
     """
-    findings = list(_examine(pool_dir, study))
+    specs = _read_nodes(nodes)
+    findings = list(_examine(pool_dir, study, specs))
     problems = sum(finding.level.value == "problem" for finding in findings)
     if as_json:
         from gpu_launcher.cli.printing import print_json
@@ -49,7 +56,16 @@ def doctor(pool_dir: str | None, study: str | None, as_json: bool) -> int:
     return 1 if problems else 0
 
 
-def _examine(pool_dir: str | None, study: str | None) -> Iterator[Finding]:
+def _read_nodes(nodes: Sequence[str]) -> tuple[NodeSpec, ...]:
+    """Read the nodes. Raises OptionError."""
+    if not nodes:
+        return ()
+    from gpu_launcher.nodes.engines import read_nodes
+
+    return read_nodes(nodes)
+
+
+def _examine(pool_dir: str | None, study: str | None, specs: Sequence[NodeSpec]) -> Iterator[Finding]:
     import os
     from pathlib import Path
 
@@ -66,6 +82,10 @@ def _examine(pool_dir: str | None, study: str | None) -> Iterator[Finding]:
         from gpu_launcher.cli.checks.study import examine_study
 
         yield from _safely("study", lambda: examine_study(study))
+    if specs:
+        from gpu_launcher.cli.checks.nodes_check import examine_nodes
+
+        yield from _safely("nodes", lambda: examine_nodes(specs))
 
 
 def _safely(check: str, examine: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:

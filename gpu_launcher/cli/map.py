@@ -46,6 +46,13 @@ from gpu_launcher.cli import options
 @click.option("--shell", is_flag=True, help="Run the command with /bin/sh, for pipes and such. Values stay quoted.")
 @options.flag("--csv", "Write results.csv, too, at the end.")
 @click.option("--dry-run", is_flag=True, help="Print the first command lines and the number of runs; run nothing.")
+@options.value(
+    "--nodes",
+    "NODE",
+    "Machine to run on: local, ssh:HOST, slurm:COUNT or command:'COMMAND ...'. Give the option once for each. See "
+    "docs/nodes.md. Default: this machine.",
+    multiple=True,
+)
 @options.devices("Devices to choose from", default=None)
 @options.pool_dir
 @options.value("--grace", "TIME", "Time between Ctrl-C, or --timeout, and killing what has not ended. Default: 10s.")
@@ -53,6 +60,7 @@ def map_command(
     command: tuple[str, ...],
     param: tuple[str, ...],
     source: str | None,
+    nodes: tuple[str, ...],
     dir: str | None,
     resume: str | None,
     shell: bool,
@@ -74,10 +82,12 @@ def map_command(
       gpu-launcher map --param lr=1e-3,1e-4 -- python evaluate.py --params {json}
       gpu-launcher map --from params.jsonl --gpus 0.5 --csv -- python evaluate.py {flags}
       make-params | gpu-launcher map --from - --dir results -- ./simulate {flags}
+      gpu-launcher map --nodes slurm:4 --param lr=1e-3,1e-4 -- python train.py --lr {lr}
       gpu-launcher map --resume map/2026-11-21/09-00-00
     """
     from gpu_launcher.cli.mapping.launch import MapArguments, run_map
 
+    others["nodes"] = list(nodes) or None
     given = {name: value for name, value in others.items() if value is not None}
     asked = MapArguments(command=list(command), param=list(param), source=source, shell=shell, options=given)
     try:

@@ -60,6 +60,13 @@ busy_memory = value(
     "for any amount. Default: 512MiB.",
     "512MiB",
 )
+nodes = click.option(
+    "--nodes",
+    metavar="NODE",
+    multiple=True,
+    help="A node to try, as in hydra.launcher.nodes: ssh:HOST, slurm:COUNT with options of srun, or command:'COMMAND "
+    "...'. Can be repeated.",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON; docs/status.md documents it.")
 
 gpus = value(

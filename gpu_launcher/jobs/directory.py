@@ -10,8 +10,10 @@ from __future__ import annotations
 import fcntl
 import itertools
 import json
+import math
 import os
 import time
+import uuid
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +33,10 @@ from gpu_launcher.wording import count
 LOCK = "lock"
 WAIT_SECONDS = 15.0
 """Seconds to wait for the processes of a killed launch to end."""
+NODES = "nodes-"
+"""Beginning of the names of files that launches with nodes on other machines touch."""
+NODES_END_SECONDS = 40.0
+"""Seconds after which all nodes of a head that was killed have ended. See `nodes.agent_messages.Timing`."""
 MAX_DIRECTORIES = 5000
 """Maximum number of directories that the search for the newest sweep looks into."""
 
@@ -76,6 +82,7 @@ class DirectoryLock:
             _wait_for(descriptor, directory, remedy, notice)
             refuse_if_running(directory, remedy)
             _sign(descriptor, command)
+            _wait_for_other_machines(descriptor, directory, notice)
         except BaseException:
             os.close(descriptor)
             raise
@@ -128,6 +135,31 @@ def _sign(descriptor: int, command: str) -> None:
     with suppress(OSError):  # a full disk: the lock still works, but other programs cannot say who has it
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, content, 0)
+
+
+def sign_of_nodes(directory: Path) -> Path:
+    """Return a new name for the file that a launch with nodes on other machines keeps touching while it lives."""
+    return directory / DIRECTORY / f"{NODES}{uuid.uuid4().hex[:12]}"
+
+
+def _wait_for_other_machines(descriptor: int, directory: Path, notice: Callable[[str], None]) -> None:
+    """Wait until nodes of a killed launch must have ended. They cannot hold the lock, and end when they hear nothing.
+
+    The file system's times are compared, because the clocks of machines differ: the lock was written a moment ago. A
+    sign of another user, or with a time in the future, counts as fresh: it costs one wait, however many there are.
+    """
+    signs = list((directory / DIRECTORY).glob(f"{NODES}{'[0-9a-f]' * 12}"))
+    age = math.inf
+    for sign in signs:
+        with suppress(OSError):
+            age = min(age, os.fstat(descriptor).st_mtime - sign.lstat().st_mtime)
+    left = min(NODES_END_SECONDS, NODES_END_SECONDS - age)
+    if left > 0:
+        notice(f"waiting {left:.0f} s for the nodes of an earlier launch in {directory} to end")
+        time.sleep(left)
+    for sign in signs:
+        with suppress(OSError):
+            sign.unlink()
 
 
 def _release(descriptor: int, process: int) -> None:

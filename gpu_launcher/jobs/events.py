@@ -121,6 +121,26 @@ class JobRetried:
 
 
 @dataclass(frozen=True, slots=True)
+class JobReturned:
+    """The job's node was lost, or ends, before the job had a result. The job waits again, for any node."""
+
+    time: float
+    number: int
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodesChanged:
+    """A node has joined the sweep, or is lost to it."""
+
+    time: float
+    devices: tuple[Device, ...]
+    """All devices that the sweep has now."""
+    text: str
+    """A line for the user."""
+
+
+@dataclass(frozen=True, slots=True)
 class StopRequested:
     """The sweep is to stop. `forced` after the second request: jobs are killed instead of waited for."""
 
@@ -158,7 +178,17 @@ class SweepEnded:
 
 
 Event = (
-    SweepStarted | Notice | SearchStatus | JobWaiting | JobStarted | JobEnded | JobRetried | StopRequested | SweepEnded
+    SweepStarted
+    | Notice
+    | SearchStatus
+    | JobWaiting
+    | JobStarted
+    | JobEnded
+    | JobRetried
+    | JobReturned
+    | NodesChanged
+    | StopRequested
+    | SweepEnded
 )
 """What displays get. They get `GaveUp` as a Notice."""
 

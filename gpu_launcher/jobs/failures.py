@@ -32,11 +32,15 @@ class FailurePolicy:
 class RetryState:
     """The attempts of one job: which one is the latest, whether another follows, and what that one needs."""
 
-    def __init__(self, policy: FailurePolicy, before: int) -> None:
-        """Begin with the first attempt of this launch. `before`: number of attempts in earlier launches."""
+    def __init__(self, policy: FailurePolicy, before: int, failed: int = 0) -> None:
+        """Begin with the first attempt on this node. `before`: number of earlier attempts.
+
+        `failed`: how many of these failed in this launch.
+        """
         self.policy = policy
         """The sweep's policy, unless the job has its own."""
-        self._before = before
+        self._before = before - failed
+        """Number of earlier attempts that do not count as failed."""
         self.attempt = before + 1
         """The attempt that runs, or is the next to run, counted from 1."""
         self._share: Share | None = None

@@ -12,7 +12,6 @@ itself. The node concludes the others; if it died, the head does so from the rep
 from __future__ import annotations
 
 import contextlib
-import select
 import selectors
 import time
 from collections import deque
@@ -20,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from signal import Signals
+from typing import Protocol
 
 from gpu_launcher.debug_log import get_logger
 from gpu_launcher.errors import NodeDiedError, ReportError
@@ -27,8 +27,10 @@ from gpu_launcher.jobs.events import (
     GaveUp,
     JobEnded,
     JobRetried,
+    JobReturned,
     JobStarted,
     JobWaiting,
+    NodesChanged,
     Notice,
     Outcome,
     Progress,
@@ -39,12 +41,11 @@ from gpu_launcher.jobs.events import (
 )
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.manifest import Entry, Recorded, Recorder, finished_before, new_reports, read
-from gpu_launcher.jobs.node_client import LocalNode
-from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Heard, Message, Wanted
+from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Heard, Message, Opened, Wanted
 from gpu_launcher.jobs.outcome import not_started
 from gpu_launcher.jobs.progress import open_progress
 from gpu_launcher.jobs.reports import read_report
-from gpu_launcher.jobs.source import Exhausted, Facts, JobSource, Offer, Remark, Stop
+from gpu_launcher.jobs.source import Exhausted, Facts, JobSource, Offer, Remark, Statement, Stop
 from gpu_launcher.jobs.sweep import Options, portable
 from gpu_launcher.processes.signals import StopSignals
 from gpu_launcher.wording import count, device_names
@@ -57,8 +58,6 @@ TICK_SECONDS = 0.125
 """Maximum seconds between two updates of the live view."""
 ENDED = "was ended because the process that starts jobs was killed"
 NOT_RUN = "was not run: the process that starts jobs was killed"
-MAX_MESSAGES = 64
-"""Maximum number of messages that are handled before the source and the display get a turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +74,34 @@ class SweepResult:
     """Why no more jobs were started although the sweep was not stopped, as a sentence whose subject is a job."""
 
 
+class JobRunner(Protocol):
+    """What runs the jobs of a head: a node, or several nodes that share the jobs."""
+
+    early: list[Message]
+    """Messages that arrived before `open` returned."""
+
+    def open(self) -> Opened:
+        """Wait until jobs can run. Raises the error that prevents that, such as PoolDirectoryError."""
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when `receive_ready` has something to return."""
+
+    def receive_ready(self) -> list[Message]:
+        """Return messages that have arrived. Raises NodeDiedError if no more can arrive."""
+
+    def say(self, what: Statement | BeginRun) -> None:
+        """Send a message, such as the offer of a job that was wanted. Raises NodeDiedError."""
+
+    def tick(self) -> None:
+        """Called at least a few times a second."""
+
+    def close(self) -> None:
+        """End every job that still runs. Idempotent."""
+
+
 def run_jobs(
     jobs: Sequence[Job],
-    node: LocalNode,
+    node: JobRunner,
     options: Options,
     directory: Path,
     command: str,
@@ -118,7 +142,7 @@ def run_jobs(
 
 def _run_jobs(
     jobs: Sequence[Job],
-    node: LocalNode,
+    node: JobRunner,
     options: Options,
     directory: Path,
     command: str,
@@ -180,7 +204,7 @@ class _Head:
     def __init__(
         self,
         jobs: Sequence[Job],
-        node: LocalNode,
+        node: JobRunner,
         source: JobSource | None,
         recorder: Recorder,
         progress: Progress,
@@ -190,6 +214,8 @@ class _Head:
         """Jobs of the list that have not been offered."""
         self._listed = {job.number for job in jobs}
         self._node = node
+        self._arrived: deque[Message] = deque()
+        """Messages of the node that were received and not handled. They hold even if the node has died since."""
         self._source = source
         self._recorder = recorder
         self._progress = progress
@@ -213,21 +239,24 @@ class _Head:
 
     def run(self) -> None:
         """Run all jobs until they have ended. Raises GpuLauncherError if the node or the source cannot continue."""
-        early, self._node.early = self._node.early, []
+        self._arrived.extend(self._node.early)
+        self._node.early = []
         with self._signals, selectors.DefaultSelector() as selector:
             selector.register(self._signals.fileno(), selectors.EVENT_READ, self._on_signals)
             selector.register(self._node.fileno(), selectors.EVENT_READ, self._on_node)
             if self._source is not None:
                 selector.register(self._source.fileno(), selectors.EVENT_READ, self._on_source)
             try:
-                for message in early:
-                    self._take(message)
+                self._take_arrived()
+                if self._source is None and not self._waiting:  # a node that asks for jobs may be hours away
+                    self._exhaust()
                 while not self._closed:
                     for key, _ in selector.select(TICK_SECONDS):
                         if not self._closed:
                             key.data()
                     if self._source is not None:
                         self._source.tick()
+                    self._node.tick()
                     self._progress.tick(time.monotonic())
                 if self._signals.take() or self._signals.last is not None:  # may be too late for the node
                     self.stopped, self.stopped_by = True, self._signals.last
@@ -259,12 +288,12 @@ class _Head:
     # The node
 
     def _on_node(self) -> None:
-        poll = select.poll()
-        poll.register(self._node.fileno(), select.POLLIN)
-        for _ in range(MAX_MESSAGES):
-            self._take(self._node.receive())
-            if self._closed or not poll.poll(0):
-                break
+        self._arrived.extend(self._node.receive_ready())
+        self._take_arrived()
+
+    def _take_arrived(self) -> None:
+        while self._arrived and not self._closed:
+            self._take(self._arrived.popleft())
 
     def _take(self, message: Message) -> None:
         match message:
@@ -276,7 +305,7 @@ class _Head:
                 self._shown.handle(message)
                 if self._source is not None and number not in self._listed:
                     self._source.started(self._offered[number], message.devices, message.log)
-            case JobRetried(number=number):
+            case JobRetried(number=number) | JobReturned(number=number):
                 self._running.pop(number, None)
                 self._shown.handle(message)
             case Heard(number, what):
@@ -290,7 +319,7 @@ class _Head:
                 self.given_up = problem
                 self._shown.handle(Notice(message.time, message.text))
                 self._drop_waiting(problem)
-            case Notice() | JobWaiting():
+            case Notice() | JobWaiting() | NodesChanged():
                 self._shown.handle(message)
             case Closed():
                 self._close(message)
@@ -336,8 +365,11 @@ class _Head:
         """Conclude all jobs after the node was killed. Jobs that left a report of success count as completed."""
         with contextlib.suppress(NodeDiedError):
             while not self._closed:  # messages that the node sent before it died
-                if not isinstance(message := self._node.receive(), Wanted):
-                    self._take(message)
+                while self._arrived and not self._closed:
+                    message = self._arrived.popleft()
+                    if not isinstance(message, Wanted):
+                        self._take(message)
+                self._arrived.extend(self._node.receive_ready())
         self._node.close()
         if self._closed:
             return
@@ -428,7 +460,9 @@ class _Head:
         stopped = problem is None
         while self._waiting:
             job = self._waiting.popleft()
-            result = not_started(job, job.attempts_before + 1, problem)
+            # A source may run a job later that never began, so the job counts as cancelled.
+            cancelled = job.number not in self._listed
+            result = not_started(job, job.attempts_before + 1, problem, cancelled=cancelled)
             if stopped and self._stopping is not None and self._signals.last is None:
                 result = replace(result, message=f"was stopped because of {self._stopping}")
             self._end(result)

@@ -29,7 +29,9 @@ class Job:
     channel: int | None = None
     """Descriptor of the job's end of a channel to its source, if the two exchange messages directly."""
     attempts_before: int = 0
-    """How many times earlier launches started it, as far as its source knows."""
+    """How many times earlier launches, or other nodes of this one, started it, as far as its source knows."""
+    failed_before: int = 0
+    """How many of these attempts failed on other nodes of this launch. They count as retries."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", one_line(self.label))
@@ -77,6 +79,8 @@ class JobResult:
     """Where it failed, if it failed and left a report. See `Report`."""
     left_behind: tuple[str, ...] = ()
     """Processes that outlived it and had to be ended."""
+    refused: bool = False
+    """Whether it failed because its node's devices could never grant its request."""
 
     @property
     def left_behind_text(self) -> str | None:

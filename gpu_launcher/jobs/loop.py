@@ -287,18 +287,27 @@ class JobLoop:
             match statement:
                 case Offer(job):
                     self._requested -= 1
-                    self._jobs[job.number] = JobRecord(job, RetryState(self._failures, job.attempts_before))
+                    retries = RetryState(self._failures, job.attempts_before, job.failed_before)
+                    self._jobs[job.number] = JobRecord(job, retries)
                     self._handle(m.Arrived(job.number))
                 case Exhausted():
                     self._handle(m.NoMore())
                 case Stop():
                     self._handle(m.StopAsked())
+                case Cancel(number, unstarted=True) if self._was_started(number):
+                    _log.debug("job %d was started and is not taken back", number)
                 case Cancel(number):
                     if statement.pruned and number in self._jobs:
                         self._jobs[number].pruned = True
                     self._handle(statement)
                 case Reply(number, what):
                     self._answer(number, messages.JobReply(what))
+
+    def _was_started(self, number: int) -> bool:
+        """Whether a job has run here, or runs. False if it has its result."""
+        record = self._jobs.get(number)
+        again = record is not None and record.retries.latest_failure is not None
+        return again or number in self._machine.running()
 
     def _answer(self, number: int, answer: messages.JobReply) -> None:
         record = self._jobs.get(number)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_launcher.errors import ManifestError, ReportError
-from gpu_launcher.jobs.events import Event, JobEnded, JobRetried, JobStarted, Outcome, Progress
+from gpu_launcher.jobs.events import Event, JobEnded, JobRetried, JobReturned, JobStarted, Outcome, Progress
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.progress.alike import Failures
@@ -173,6 +173,8 @@ class Recorder:
         elif isinstance(event, JobRetried):
             self._attempts[event.number] = event.attempt - 1  # an attempt that never ran counts, too
             self._append(ended=event.number, outcome="failed", message=event.message, log=event.log)
+        elif isinstance(event, JobReturned):
+            self._append(ended=event.number, outcome=State.WAITING.value)
         elif isinstance(event, JobEnded):
             outcome = event.outcome.value
             self._attempts.pop(event.number, None)
@@ -368,7 +370,10 @@ def _take(event: dict[str, Any], entries: dict[int, Entry]) -> None:
     else:
         state = State(fields.text("outcome"))
         message = fields.text_or_none("message")
-        entries[number] = replace(entry, state=state, ended=time, message=message, log=log or entry.log, pid=None)
+        entry = replace(entry, state=state, ended=time, message=message, log=log or entry.log, pid=None)
+        if state is State.WAITING:  # its node was lost
+            entry = replace(entry, started=None, ended=None, devices=())
+        entries[number] = entry
 
 
 def _plan(job: object, launch: str, entries: dict[int, Entry]) -> None:

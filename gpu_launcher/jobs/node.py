@@ -43,6 +43,7 @@ from gpu_launcher.jobs.node_messages import (
     Closed,
     End,
     Ended,
+    HeadLives,
     Message,
     NodeReady,
     Opened,
@@ -161,7 +162,7 @@ class Node:
         options, command = run.options, run.command
         environ = os.environ if options.environ is None else options.environ
         selection = select_devices(options.devices, environ, option=options.spell("devices"))
-        devices = selection.devices
+        devices = tuple(replace(device, node=run.node) for device in selection.devices)
         _log.info("run of %s on %s", command, device_names(devices))
         if options.request is not None:
             refuse(options.request, devices, options.spell)
@@ -221,6 +222,8 @@ class _Link:
         self._program_process = program_process
         self._scratch = scratch
         self._run: BeginRun | None = None
+        self._heard = 0.0
+        """When the head was last heard."""
         self._backlog: deque[Message] = deque()
         """Messages that could not be sent yet. The node never waits for the head, which may be busy or suspended."""
         self._full = False
@@ -272,6 +275,7 @@ class _Link:
     def begin_run(self, run: BeginRun) -> None:
         """Serve this run from now on."""
         self._run = run
+        self._heard = time.monotonic()
         self._to_request = self._expected = 0
         self._waiting = None
 
@@ -302,6 +306,9 @@ class _Link:
                     continue
                 if isinstance(message, End):
                     raise _EndedError
+                if isinstance(message, HeadLives):
+                    self._heard = max(self._heard, message.time)
+                    continue
                 if isinstance(message, s.Offer):
                     self._expected -= 1
                 if descriptors:
@@ -337,6 +344,9 @@ class _Link:
     def tick(self) -> None:
         if os.getppid() != self._program_process or self._program_ends:
             self._vanish()
+        if self._is_cut_off():
+            _log.error("the head has been silent for %.0f s", time.monotonic() - self._heard)
+            self._vanish()
         waited = bool(self._backlog)
         # If the channel is closed, `receive` will notice, after the last messages of the head.
         with contextlib.suppress(BlockingIOError, ChannelClosedError):
@@ -351,6 +361,14 @@ class _Link:
             self._request()
         if self._waiting is not None and time.monotonic() >= self._repeat_at:
             self.send(self._waiting)
+
+    def _is_cut_off(self) -> bool:
+        """Whether a head on another machine has been silent for too long, and all its messages are read."""
+        if self._run is None or self._run.silence is None or time.monotonic() - self._heard <= self._run.silence:
+            return False
+        poll = select.poll()
+        poll.register(self._channel, select.POLLIN)
+        return not poll.poll(0)
 
     def _has_room(self) -> bool:
         """Whether the socket has room, so that a large message is not pickled in vain."""

@@ -16,7 +16,9 @@ the fork. A fork waits a moment for such code to return; then its thread counts 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import select
 import signal
 import socket
 import threading
@@ -30,13 +32,13 @@ from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.directory import as_proposed
 from gpu_launcher.jobs.events import Notice
 from gpu_launcher.jobs.node import LogFile, Node
-from gpu_launcher.jobs.node_messages import Begin, BeginRun, Closed, End, Message, NodeReady, Opened
+from gpu_launcher.jobs.node_messages import Begin, BeginRun, Closed, End, HeadLives, Message, NodeReady, Opened
 from gpu_launcher.jobs.reports import ReportFiles
 from gpu_launcher.jobs.scratch import Scratch
 from gpu_launcher.jobs.sweep import Options, portable
 from gpu_launcher.processes.forking import flush_all, fork_child, tqdm_monitors_paused
 from gpu_launcher.processes.inherited_files import OpenFiles
-from gpu_launcher.processes.linux import other_threads
+from gpu_launcher.processes.linux import ends_within, other_threads
 from gpu_launcher.processes.messages import ChannelClosedError, channel, receive, send
 from gpu_launcher.processes.pickling import NOTHING, main_namespace, prepare
 from gpu_launcher.processes.random_generators import Generators
@@ -52,6 +54,9 @@ _calling: set[int] = set()
 
 _busy = threading.RLock()
 """Held by a harmless thread that may hold other locks, and by a thread that forks a node."""
+
+MAX_MESSAGES = 64
+"""Maximum number of messages that are received together, so that the head also attends to its source and display."""
 
 FORK_WAIT_SECONDS = 1.0
 """Seconds that a fork waits for user code in our threads to return. That code may itself be waiting for the fork."""
@@ -74,6 +79,8 @@ class LocalNode:
     _pid: int | None = None
     """The node's process id, until the process was waited for."""
     _scratch: Scratch | None = None
+    was_killed = False
+    """Whether `close` killed the node, so that the processes below it end by themselves soon after."""
     _process = -1
     """Process id of the program. A fork of it must not end the node."""
 
@@ -182,7 +189,24 @@ class LocalNode:
             raise self._died() from None
         return message
 
-    def say(self, what: s.Statement | Begin | BeginRun, descriptors: tuple[int, ...] = ()) -> None:
+    def receive_ready(self) -> list[Message]:
+        """Return some of the messages that have arrived, at least one if `fileno` is readable. Raises NodeDiedError."""
+        poll = select.poll()
+        poll.register(self._channel, select.POLLIN)
+        messages: list[Message] = []
+        while len(messages) < MAX_MESSAGES and poll.poll(0):
+            try:
+                messages.append(self.receive())
+            except NodeDiedError:
+                if not messages:
+                    raise
+                break  # the next call raises it
+        return messages
+
+    def tick(self) -> None:
+        """Do nothing: this node needs no sign that the head lives."""
+
+    def say(self, what: s.Statement | Begin | BeginRun | HeadLives, descriptors: tuple[int, ...] = ()) -> None:
         """Send a message to the node, such as the offer of a job that it wanted. Raises NodeDiedError.
 
         An offer may bring the descriptor of the job's end of a channel.
@@ -193,8 +217,10 @@ class LocalNode:
         except (ChannelClosedError, OSError):
             raise self._died() from None
 
-    def close(self) -> None:
+    def close(self, seconds: float | None = None) -> None:
         """End the node, and with it every job that still runs. Idempotent. Does nothing in a forked process.
+
+        The node is killed if it has not ended after `seconds`.
 
         If a signal handler raises meanwhile, such as KeyboardInterrupt, the node is killed, and the exception is raised
         at the end.
@@ -204,7 +230,7 @@ class LocalNode:
         raised: BaseException | None = None
         while self._pid is not None:
             try:
-                self._end(self._pid)
+                self._end(self._pid, seconds)
             except BaseException as error:
                 raised = error
                 with contextlib.suppress(ProcessLookupError):
@@ -212,13 +238,16 @@ class LocalNode:
         if raised is not None:
             raise raised
 
-    def _end(self, pid: int) -> None:
+    def _end(self, pid: int, seconds: float | None) -> None:
         """End the node. If a signal handler interrupts this, it can be called again."""
         with contextlib.suppress(OSError):  # the node has closed it, or does not listen
             send(self._channel, End(), wait=False)
         # Closing is not enough: processes forked from this one have a copy of the descriptor.
         with contextlib.suppress(OSError):  # the node has closed it
             self._channel.shutdown(socket.SHUT_RDWR)
+        if seconds is not None and not ends_within(pid, seconds):
+            os.kill(pid, signal.SIGKILL)
+            self.was_killed = True
         with contextlib.suppress(ChildProcessError):  # raised if the user's program reaps all children itself
             os.waitpid(pid, 0)
         self._channel.close()
@@ -236,6 +265,11 @@ class LocalNode:
 
 class RemoteLoop(LocalNode):
     """A node with one run, for a program that does other things meanwhile and logs what the user should know."""
+
+    tick_seconds = math.inf
+    """Maximum seconds between two calls of `receive_ready`."""
+    moves_jobs = False
+    """Whether a job that is interrupted may run again, on another node."""
 
     def __init__(
         self,

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpu_launcher.errors import GpuLauncherError
-from gpu_launcher.jobs.events import GaveUp, JobRetried, JobStarted, JobWaiting, Notice, StopRequested
+from gpu_launcher.jobs.events import (
+    GaveUp,
+    JobRetried,
+    JobReturned,
+    JobStarted,
+    JobWaiting,
+    NodesChanged,
+    Notice,
+    StopRequested,
+)
 from gpu_launcher.jobs.job import JobResult
 from gpu_launcher.jobs.reports import ReportFiles
 from gpu_launcher.jobs.sweep import Options
@@ -75,6 +84,8 @@ Message = (
     | JobWaiting
     | JobStarted
     | JobRetried
+    | JobReturned
+    | NodesChanged
     | StopRequested
     | GaveUp
 )
@@ -102,6 +113,17 @@ class BeginRun:
     """Whether no other run follows, so that the fork server ends with this one."""
     listed: bool = False
     """Whether the next jobs are known in advance, so that the node may ask for many ahead of need."""
+    node: str = ""
+    """The node's name in messages, if there are several nodes."""
+    silence: float | None = None
+    """Seconds without HeadLives after which the node ends everything. None if it can see that the head lives."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadLives:
+    """A sign of life of a head on another machine, which has arrived at `time` on this machine's monotonic clock."""
+
+    time: float
 
 
 @dataclass(frozen=True, slots=True)

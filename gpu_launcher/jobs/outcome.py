@@ -8,10 +8,11 @@ processes killed because the host's memory ran out (`killed_for_memory`).
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from signal import SIGKILL
 
-from gpu_launcher.jobs.events import Outcome
+from gpu_launcher.jobs.events import JobStarted, Outcome
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.job_record import JobRecord, JobRun
 from gpu_launcher.jobs.machine import Conclude
@@ -40,7 +41,7 @@ def classify_exit(
         return Outcome.FAILED, Cause.DEVICE_LOST
     if out_of_memory or (report is not None and report.out_of_memory):
         return Outcome.FAILED, Cause.OOM
-    return Outcome.FAILED, Cause.CRASH if report is None else Cause.EXCEPTION
+    return Outcome.FAILED, Cause.CRASH if report is None or report.killed else Cause.EXCEPTION
 
 
 def result_of(
@@ -76,6 +77,29 @@ def result_of(
         unsupervised=run.unsupervised and cause is Cause.CRASH,
         origin="" if report is None else report.origin,
         left_behind=run.left_behind,
+        refused=conclusion.refused and outcome is Outcome.FAILED,
+    )
+
+
+def left_by(job: Job, report: Report, started: JobStarted | None, attempts: int, *, unwanted: bool) -> JobResult:
+    """Return the result of a job that wrote its report before its node was lost.
+
+    `started` is its latest start, if that is known, and `attempts` the number of its starts. `unwanted`: the job was
+    cancelled, or its sweep was stopped.
+    """
+    outcome, cause = classify_exit(report, unwanted=unwanted, timed_out=False, device_lost=False, out_of_memory=False)
+    return JobResult(
+        number=job.number,
+        label=job.label,
+        outcome=outcome,
+        payload=report.payload,
+        message=None if report.ok else report.message,
+        devices=() if started is None else started.devices,
+        duration=None if started is None else time.monotonic() - started.time,
+        log=None if started is None else started.log,
+        cause=cause,
+        attempts=attempts,
+        origin=report.origin,
     )
 
 

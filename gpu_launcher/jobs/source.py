@@ -40,6 +40,8 @@ class Cancel:
     """The reason: a sentence without its subject, which is the job."""
     pruned: bool = False
     """Whether the job counts as pruned because others are better."""
+    unstarted: bool = False
+    """Whether to leave the job alone if it runs: another node has free devices, and can start it instead."""
 
 
 @dataclass(frozen=True, slots=True)

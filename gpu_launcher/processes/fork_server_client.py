@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from gpu_launcher.debug_log import environment, get_logger
-from gpu_launcher.errors import OptionError, ServerDiedError
-from gpu_launcher.processes import pickling, spawn
+from gpu_launcher.errors import ServerDiedError
+from gpu_launcher.processes import spawn
 from gpu_launcher.processes.fork_server import serve
 from gpu_launcher.processes.forking import flush_all, fork_child, tqdm_monitors_paused
 from gpu_launcher.processes.inherited_files import OpenFiles
@@ -46,7 +46,6 @@ from gpu_launcher.processes.messages import (
     send,
 )
 from gpu_launcher.processes.random_generators import Generators
-from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.processes.worker import Program, forget_the_parent, use_own_positions, work
 from gpu_launcher.validation import StartMethod
 
@@ -299,17 +298,12 @@ class ForkServer:
         self._files_notice = open_files.notice()
 
     def _spawn(self) -> None:
-        try:
-            pickled = pickling.dump(pickling.Afresh(self._program))  # jobs do not run the script again
-        except OptionError:  # from the program itself, which explains the problem better
-            raise
-        except Exception as error:  # whatever the user's objects raise when they are pickled
-            raise OptionError(
-                self._option,
-                f"jobs start in fresh interpreters (spawn: {self.reason}), to which the program cannot be sent: "
-                f"{type(error).__name__}: {error}{found_at({'': self._program})}. Remedy: make it inside the function "
-                f"that the jobs run, or set {self._option}=fork",
-            ) from error
+        pickled = spawn.pickled_program(
+            self._program,
+            self._option,
+            f"jobs start in fresh interpreters (spawn: {self.reason})",
+            f"set {self._option}=fork",
+        )
         self._control, server_end = channel()
         payload = os.memfd_create("gpu-launcher-program")
         try:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
+import shutil
 import signal
+import sys
 import threading
+import time
 from collections.abc import Container, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -46,6 +50,46 @@ def die_with_parent(parent: int, signum: signal.Signals = signal.SIGKILL) -> Non
     _prctl(_PR_SET_PDEATHSIG, signum)
     if os.getppid() != parent:  # it died before the call, so the kernel will not send the signal
         os._exit(1)
+
+
+_EXECUTE = f"""
+import ctypes, os, signal, sys
+parent, signum, name, *words = sys.argv[1:]
+ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, ctypes.c_ulong(int(signum)), 0, 0, 0)
+if os.getppid() != int(parent):
+    os._exit(1)
+for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and the command would inherit that
+    signal.signal(ignored, signal.SIG_DFL)
+try:
+    os.execv(name, words)
+except OSError as error:
+    sys.exit(f"{{name}}: {{error.strerror}}")
+"""
+
+
+def dying_with_parent(command: Sequence[str], signum: signal.Signals) -> list[str]:
+    """Return a command line for `subprocess` that runs `command`, and gets `signum` when this process ends.
+
+    See `die_with_parent`. A short-lived interpreter asks the kernel and then becomes the command. This is safe in a
+    program with threads, unlike `preexec_fn`, which runs Python code in a fork. Raises FileNotFoundError if there is
+    no such program.
+    """
+    path = shutil.which(command[0])
+    if path is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command[0])
+    here = (str(os.getpid()), str(int(signum)))
+    return [sys.executable, "-I", "-S", "-c", _EXECUTE, *here, path, *command]
+
+
+def ends_within(pid: int, seconds: float) -> bool:
+    """Wait at most `seconds` for a child to end, and return whether it has. The child can still be waited for."""
+    end = time.monotonic() + seconds
+    with contextlib.suppress(ChildProcessError):  # the user's program reaps all children itself
+        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.005)
+    return True
 
 
 def children() -> list[int]:

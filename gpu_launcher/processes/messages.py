@@ -277,6 +277,10 @@ class ResultLost:
     """Error message. It names only the directory, so that jobs that fail on a full disk share one message."""
 
 
+INTERRUPTED = "was interrupted"
+"""The message of a report of a job that got SIGINT and let it end itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """The result of a job, as stored in its result file.
@@ -298,6 +302,8 @@ class Report:
     """Origin of a failure: the user's line that raised, or the last line that a command printed to stderr."""
     values: tuple[float, ...] = ()
     """The number or numbers that a completed job returned; empty for anything else."""
+    killed: bool = False
+    """Whether a signal ended the command that a job runs."""
 
     def dump(self, number: int) -> bytes:
         """Return the content of the result file of job `number`.
@@ -313,6 +319,7 @@ class Report:
             "pruned": self.pruned,
             "origin": self.origin[:_MAX_MESSAGE],
             "values": self.values,
+            "killed": self.killed,
         }
         payload = zlib.compress(self.payload, 1 if len(self.payload) <= _MAX_COMPRESSED else 0)
         return json.dumps(header).encode() + b"\n" + payload
@@ -333,10 +340,12 @@ class Report:
         if not newline:
             raise ValueError("invalid report: no header")
         try:
-            fields = Fields(load_object(line))
+            header = load_object(line)
+            fields = Fields(header)
             fields.integer("format", _REPORT_FORMAT, _REPORT_FORMAT)
             ok, out_of_memory, pruned = (fields.boolean(name) for name in ("ok", "out_of_memory", "pruned"))
+            killed = "killed" in header and fields.boolean("killed")  # earlier versions did not write it
             message, origin = fields.text_or_none("message"), fields.text("origin")
-            return cls(ok, message, b"", out_of_memory, pruned, origin, fields.numbers("values"))
+            return cls(ok, message, b"", out_of_memory, pruned, origin, fields.numbers("values"), killed)
         except ValueError as error:
             raise ValueError(f"invalid report: {error}") from error

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 _PACKAGE = Path(__file__).resolve().parents[1] / "__init__.py"
 
@@ -54,26 +54,56 @@ def serve_spawning(control: int, launcher: int, payload: int, captured: int, /) 
 
 def work_spawned(channel: int, payload: int, /) -> NoReturn:
     """Run as a job. `channel` is its channel to the node, and `payload` is that of `serve_spawning`."""
-    from gpu_launcher import debug_log
-    from gpu_launcher.processes import pickling, random_generators
+    from gpu_launcher.processes import pickling
     from gpu_launcher.processes.job_output import JobOutput
     from gpu_launcher.processes.worker import work
 
     output = JobOutput()
     for descriptor in (channel, payload):
         os.set_inheritable(descriptor, False)
-    path, main, log, program, generators = pickle.loads(os.pread(payload, os.fstat(payload).st_size, 0))
+    program = resemble(os.pread(payload, os.fstat(payload).st_size, 0))
     os.close(payload)
-    sys.path[:] = path
-    os.environ.pop(debug_log.VARIABLE, None)  # it names the log of the launch; a sweep inside the job has its own
-    os.environ.update(log)
-    vars(sys.modules["__main__"]).update(main)
-    random_generators.expect_globals(generators)
     work(socket.socket(fileno=channel), output, lambda: pickling.load(program))
 
 
+def resemble(description: bytes) -> bytes:
+    """Make this interpreter resemble the one that `describe_interpreter` described. Returns the pickled program."""
+    from gpu_launcher import debug_log
+    from gpu_launcher.processes import random_generators
+
+    path, main, log, program, generators = pickle.loads(description)
+    sys.path[:] = path
+    os.environ.pop(debug_log.VARIABLE, None)  # the server's names the launch's log; a sweep in the job has its own log
+    os.environ.update(log)
+    vars(sys.modules["__main__"]).update(main)
+    random_generators.expect_globals(generators)
+    return cast("bytes", program)
+
+
+def pickled_program(program: object, option: str, situation: str, otherwise: str) -> bytes:
+    """Pickle a program for `describe_interpreter`. Raises OptionError if that is not possible.
+
+    `option` is the user's name of the option that is to blame, `situation` says why the program is sent elsewhere, and
+    `otherwise` what the user can do instead.
+    """
+    from gpu_launcher.errors import OptionError
+    from gpu_launcher.processes import pickling
+    from gpu_launcher.processes.unpicklable import found_at
+
+    try:
+        return pickling.dump(pickling.Afresh(program))  # the script is not run again in the jobs
+    except OptionError:  # the program explains better itself what is wrong with it
+        raise
+    except Exception as error:  # whatever the user's objects raise when they are pickled
+        raise OptionError(
+            option,
+            f"{situation}, to which the program cannot be sent: {type(error).__name__}: {error}"
+            f"{found_at({'': program})}. Remedy: make it inside the function that the jobs run, or {otherwise}",
+        ) from error
+
+
 def describe_interpreter(program: bytes, generators: bytes) -> bytes:
-    """Pickle what `work_spawned` needs: search path, identity of `__main__`, log, program and generators."""
+    """Pickle what `resemble` needs: search path, identity of `__main__`, log, program and generators."""
     from gpu_launcher import debug_log
 
     main = sys.modules["__main__"]

@@ -19,7 +19,15 @@ from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.processes.worker import JobContext, print_exception
 from gpu_launcher.studies import reporting, trial
-from gpu_launcher.studies.optimize_messages import NotANumber, ObjectiveEnding, Pruned, Raised, Returned, TrialToRun
+from gpu_launcher.studies.optimize_messages import (
+    NotANumber,
+    NothingToRun,
+    ObjectiveEnding,
+    Pruned,
+    Raised,
+    Returned,
+    TrialToRun,
+)
 from gpu_launcher.studies.study_proxy import install_proxy, unpickled
 from gpu_launcher.studies.worker_trial import ObjectiveChannel, WorkerTrial
 
@@ -52,8 +60,9 @@ class Objective:
             where = found_at({"objective": self.function, "catch": self.catch}, instead=instead)
             raise OptionError(
                 "objective",
-                f"trials start in fresh interpreters (spawn), to which it cannot be sent: {describe(error)}{where}. "
-                'Remedy: make it inside the objective, or use start_method="fork"',
+                "trials start in fresh interpreters (spawn) or on other machines, to which it cannot be sent: "
+                f"{describe(error)}{where}. Remedy: make it inside the objective, or run on this machine with "
+                'start_method="fork"',
             ) from error
         return _load, (dumped, self.request)
 
@@ -63,7 +72,8 @@ class Objective:
         context.wait()
         channel = ObjectiveChannel(context)
         try:
-            seen = channel.hear()
+            while not isinstance(seen := channel.hear(), (TrialToRun, NothingToRun)):
+                pass  # an answer for a copy of this job, on a node that was lost
         except KeyboardInterrupt:
             return Report(ok=False, message="was interrupted before it had a trial", payload=b"")
         if not isinstance(seen, TrialToRun):
@@ -74,6 +84,8 @@ class Objective:
             return _left(error)
         if channel.mine:  # False in a fork that the objective made and that has returned from it
             channel.say(ending)
+        if isinstance(ending, Raised) and ending.interrupted:
+            return Report(ok=False, message="was interrupted", payload=b"")
         return DONE
 
     def _run(self, mine: WorkerTrial, channel: ObjectiveChannel) -> ObjectiveEnding:
@@ -85,7 +97,8 @@ class Objective:
         except TrialPruned as pruned:
             return Pruned(str(pruned))
         except (Exception, KeyboardInterrupt) as error:
-            return Raised(PortableException.of(error, channel.known), isinstance(error, self.catch))
+            carried = PortableException.of(error, channel.known)
+            return Raised(carried, isinstance(error, self.catch), isinstance(error, KeyboardInterrupt))
 
 
 def _left(error: BaseException) -> Report:

@@ -106,6 +106,8 @@ class Raised:
     error: PortableException
     caught: bool
     """Whether the exception is of a class in `catch`. The process that raised it knows best."""
+    interrupted: bool
+    """Whether the exception is KeyboardInterrupt."""
 
 
 ObjectiveEnding = Returned | Pruned | Raised

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.progress_bar import _ProgressBar
@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 from gpu_launcher.errors import GpuLauncherError, JobError, NodeDiedError
 from gpu_launcher.jobs import node_messages as node
 from gpu_launcher.jobs import source as s
-from gpu_launcher.jobs.events import GaveUp, JobStarted, JobWaiting, Notice, Outcome
+from gpu_launcher.jobs.events import GaveUp, JobReturned, JobStarted, JobWaiting, NodesChanged, Notice, Outcome
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.node_client import RemoteLoop
 from gpu_launcher.jobs.notice_log import log_event, log_left_behind
@@ -37,6 +37,9 @@ from gpu_launcher.studies.deferred_sigint import DeferredSigint
 from gpu_launcher.studies.rank_reporters import Intermediate
 from gpu_launcher.studies.study_session import LOOK_SECONDS, STATES, AskedTrial, How, StudySession, TrialEnding
 from gpu_launcher.studies.worker_trial import STUDY_ATTRIBUTES, STUDY_METHODS, TRIAL_ATTRIBUTES, TRIAL_METHODS
+
+if TYPE_CHECKING:
+    from gpu_launcher.nodes.group_loop import GroupLoop
 
 log = logging.getLogger("gpu_launcher")
 _logger = optuna.logging.get_logger("optuna.study._optimize")
@@ -57,7 +60,7 @@ class SearchLoop:
     def __init__(
         self,
         session: StudySession,
-        loop: RemoteLoop,
+        loop: RemoteLoop | GroupLoop,
         catch: tuple[type[BaseException], ...],
         callbacks: list[Callback],
         bar: _ProgressBar,
@@ -85,6 +88,10 @@ class SearchLoop:
         """Jobs that have no trial yet."""
         self._trial_of: dict[int, int] = {}
         """Numbers of the trials that have not ended, by job number."""
+        self._told: dict[int, d.TrialToRun] = {}
+        """The trial that each job was told to run, until the job has ended."""
+        self._interruptions: dict[int, d.Raised] = {}
+        """Interruptions of jobs that have not ended. If the job's node ends, the job runs again on another node."""
         self._devices: dict[int, tuple[Device, ...]] = {}
         """Devices of the jobs that have started and not yet ended."""
         self._early: list[int] = []
@@ -134,24 +141,25 @@ class SearchLoop:
 
     def _hear(self, until: float) -> None:
         """Receive messages. Waits until there is one or something else must be done."""
-        moments = [until, self._next_look]
+        moments = [until, self._next_look, time.monotonic() + self._loop.tick_seconds]
         if not self._exhausted and self._session.bounds.timeout is not None:
             moments.append(self._began + self._session.bounds.timeout)
         patience = max(0.0, min(moments) - time.monotonic())
         poll = select.poll()
         poll.register(self._loop, select.POLLIN)
-        while len(self._heard) < MAX_MESSAGES:
-            with self._sigint.allowed():
-                # One millisecond more; otherwise poll would return slightly too early again and again.
-                if not poll.poll(patience and patience * 1000 + 1):
-                    break
-            try:
-                self._heard.append(self._loop.receive())
-            except NodeDiedError as error:  # raised when the messages before it have been handled
-                self._heard.append(node.Closed(error))
-            patience = 0.0
-            if isinstance(self._heard[-1], node.Closed):
+        with self._sigint.allowed():
+            # One millisecond more; otherwise poll would return slightly too early again and again.
+            poll.poll(patience and patience * 1000 + 1)
+        while len(self._heard) < MAX_MESSAGES and (arrived := self._receive()):
+            self._heard += arrived
+            if any(isinstance(message, node.Closed) for message in arrived):
                 break
+
+    def _receive(self) -> list[node.Message]:
+        try:
+            return self._loop.receive_ready()
+        except NodeDiedError as error:  # raised when the messages before it have been handled
+            return [node.Closed(error)]
 
     def _take(self) -> None:
         self._report()
@@ -169,11 +177,15 @@ class SearchLoop:
                     self._call(job, call)
                 case node.Heard(job, (d.Returned() | d.Pruned() | d.Raised()) as ending):
                     self._ended(job, ending)
+                case JobReturned(number=job):
+                    self._returned(job)
                 case node.Ended(result):
                     log_left_behind(result)
                     self._gone(result)
                 case Notice() | GaveUp() | JobWaiting() as event:
                     log_event(event)
+                case NodesChanged(text=text):
+                    log.warning("%s", text)
                 case node.Closed(error):
                     self._closed = True
                     if error is not None:
@@ -220,11 +232,12 @@ class SearchLoop:
         arrives, the next job appears to be one too many.
         """
         most = self._options.max_parallel
-        if most is not None and len(self._trial_of) >= most:
+        running = [other for other in self._trial_of if other in self._devices and other != job]
+        if most is not None and len(running) >= most:
             return False
         share = self._options.request.share if self._options.request is not None else WHOLE
         for device in self._devices[job]:
-            others = sum(device in self._devices[other] for other in self._trial_of)
+            others = sum(device in self._devices[other] for other in running)
             if (others + 1) * share.of(device.memory).millionths > MILLIONTHS:
                 return False
         return True
@@ -233,24 +246,41 @@ class SearchLoop:
         """Answer a job that has started: with a trial, or that there is none."""
         self._waiting.discard(job)
         self._lost = 0
+        devices = [device.label for device in self._devices[job]]
         answer: d.TrialToRun | d.NothingToRun = d.NothingToRun()
-        if not self._over and job not in self._cancelled:
-            try:
+        try:
+            if job in self._trial_of:  # the node that ran it was lost
+                answer = self._told[job]
+                self._session.started(answer.number, devices)
+            elif not self._over and job not in self._cancelled:
                 asked = self._session.ask()
                 if isinstance(asked, AskedTrial):
                     trial = asked.trial
-                    self._session.started(trial.number, [device.label for device in self._devices[job]])
+                    self._session.started(trial.number, devices)
                     answer = d.TrialToRun(
                         trial.number, asked.study, asked.directions, trial.datetime_start, asked.prunes
                     )
-                    self._trial_of[job] = trial.number
-            except Exception as error:  # from the sampler or the storage
-                self._give_up(error)
+                    self._trial_of[job], self._told[job] = trial.number, answer
+        except Exception as error:  # from the sampler or the storage
+            self._give_up(error)
         self._say(s.Reply(job, answer))
+
+    def _returned(self, job: int) -> None:
+        """Take note that a job will be started again, on another node, with the trial that it has."""
+        self._devices.pop(job, None)
+        self._interruptions.pop(job, None)
+        if job in self._early:
+            self._early.remove(job)
+        elif job not in self._trial_of:  # its trial has ended, or it got none
+            self._waiting.add(job)
+            if self._exhausted:
+                self._cancel(job, "is not needed any more")
 
     def _gone(self, result: JobResult) -> None:
         """Handle the end of a job. If its trial has already ended, only its entries here are removed."""
         job = result.number
+        if (interruption := self._interruptions.pop(job, None)) is not None:
+            self._raised(job, interruption)
         if job in self._trial_of:
             number = self._trial_of[job]
             problem = INTERRUPTED if self._interrupted else result.message or "ended without a result"
@@ -258,12 +288,13 @@ class SearchLoop:
                 self._failed(job, JobError(number, f"trial {number}", problem, result.log), problem)
         elif job in self._waiting:
             self._waiting.discard(job)
-            self._lost += 1
+            self._lost += job not in self._cancelled
             accident = result.outcome is Outcome.CANCELLED or result.cause in (Cause.CRASH, Cause.OOM)
             if not accident or self._lost == MAX_LOST:
                 self._give_up(JobError(job, "", result.message or "ended before it began", result.log))
         self._cancelled.discard(job)
         self._devices.pop(job, None)
+        self._told.pop(job, None)
         if job in self._early:
             self._early.remove(job)
 
@@ -361,8 +392,10 @@ class SearchLoop:
         if job not in self._trial_of:
             return
         match ending:
-            case d.Raised(carried, caught):
-                self._failed(job, d.unpack(carried, self._trial_of[job]), carried.summary, caught=caught)
+            case d.Raised(interrupted=True) if self._loop.moves_jobs:
+                self._interruptions[job] = ending
+            case d.Raised():
+                self._raised(job, ending)
             case d.Pruned(text):
                 self._tell(job, How.PRUNED, said=text)
             case d.Returned(values):
@@ -372,6 +405,11 @@ class SearchLoop:
                 else:
                     shown = values[0] if values is not None and len(values) == 1 else values
                     self._tell(job, How.FAILED, said=problem, returned=shown)
+
+    def _raised(self, job: int, ending: d.Raised) -> None:
+        if job in self._trial_of:
+            error = d.unpack(ending.error, self._trial_of[job])
+            self._failed(job, error, ending.error.summary, caught=ending.caught)
 
     def _failed(self, job: int, error: BaseException, said: str, *, caught: bool = False) -> None:
         number = self._trial_of[job]

@@ -15,7 +15,7 @@ from gpu_launcher.jobs.directory import DirectoryLock, LogFiles, newest_sweep
 from gpu_launcher.jobs.manifest import read
 from gpu_launcher.text import short_path
 
-from ._ending import final
+from ._ending import final, quiet_interrupt
 from ._options import spell
 from .launcher import GpuPoolLauncher
 
@@ -43,7 +43,8 @@ def take_directory(launcher: GpuPoolLauncher) -> None:
     try:
         if resume and dated and not read(directory):
             raise ManifestError(_nothing_to_resume(directory, launcher.config))
-        launcher.lock = DirectoryLock.take(directory, Path(sys.argv[0]).name, _remedy(resume, dated), log.info)
+        with quiet_interrupt():
+            launcher.lock = DirectoryLock.take(directory, Path(sys.argv[0]).name, _remedy(resume, dated), log.info)
     except ManifestError as error:
         raise final(LaunchError(str(error))) from error
     except OSError as error:

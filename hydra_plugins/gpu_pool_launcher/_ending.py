@@ -1,11 +1,14 @@
-"""Ends a Hydra program with one of our errors."""
+"""Ends a Hydra program with one of our errors, or because the user has stopped it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Iterator
-from types import FrameType
+from collections.abc import Callable, Iterator
+from types import FrameType, TracebackType
+from typing import NoReturn
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.errors import CompactHydraException
@@ -31,6 +34,33 @@ def is_for_basic_sweeper() -> bool:
     """Whether Hydra's own sweeper called the launcher. That sweeper raises the first error among the jobs' returns."""
     caller = next(frame for frame in _stack() if not _module(frame).startswith(__package__))
     return _is(caller, BasicSweeper.__module__, "sweep") and type(caller.f_locals.get("self")) is BasicSweeper
+
+
+@contextlib.contextmanager
+def quiet_interrupt() -> Iterator[None]:
+    """End the program with one line if Ctrl-C comes in this block, which may wait for other machines."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("[gpu_pool] stopped by SIGINT", file=sys.stderr)
+        stop(signal.SIGINT)
+
+
+def stop(signum: signal.Signals) -> NoReturn:
+    """End the program as the signal would, but without a traceback, because the summary already says what happened."""
+    if signum is signal.SIGINT:
+        sys.excepthook = _quietly(sys.excepthook)
+        raise KeyboardInterrupt
+    sys.exit(128 + signum)
+
+
+def _quietly(hook: Callable[..., object]) -> Callable[..., object]:
+    def excepthook(kind: type[BaseException], error: BaseException, tb: TracebackType | None) -> None:
+        sys.excepthook = hook
+        if kind is not KeyboardInterrupt:
+            hook(kind, error, tb)
+
+    return excepthook
 
 
 def _is(frame: FrameType, module: str, function: str) -> bool:

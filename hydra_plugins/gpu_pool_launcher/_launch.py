@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import NoReturn
+from typing import cast
 
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 
@@ -19,18 +17,20 @@ from gpu_launcher.debug_log import log_into
 from gpu_launcher.errors import GpuLauncherError, JobError
 from gpu_launcher.jobs.directory import LogFiles
 from gpu_launcher.jobs.events import Outcome
-from gpu_launcher.jobs.head import SweepResult, run_jobs
+from gpu_launcher.jobs.head import JobRunner, SweepResult, run_jobs
 from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.labels import Labels
+from gpu_launcher.jobs.manifest import finished_before, read
 from gpu_launcher.jobs.node_client import LocalNode
 from gpu_launcher.jobs.source import JobSource
 from gpu_launcher.jobs.sweep import Options
+from gpu_launcher.nodes.start import start_nodes
 from gpu_launcher.wording import count
 
 from ._commands import closing_lines
 from ._directory import LaunchError, open_logs, sweep_directory
-from ._ending import final, is_for_basic_sweeper
-from ._options import read_options, read_start_method, spell
+from ._ending import final, is_for_basic_sweeper, quiet_interrupt, stop
+from ._options import read_node_specs, read_options, read_start_method, spell
 from ._program import HydraProgram, job_command
 from ._results import JobOptionError, unpack
 from .launcher import GpuPoolLauncher
@@ -78,11 +78,14 @@ def _launch(launcher: GpuPoolLauncher, job_overrides: list[list[str]], first: in
     try:
         command = Path(sys.argv[0]).name
         closing = partial(closing_lines, launcher.config, directory)
-        node = _node(launcher, logs)
-        sweep = run_jobs(jobs, node, options, directory, command, notices=notices, closing=closing)
+        node = _node(launcher, logs, idle=lambda: options.resume and _all_finished(jobs, directory))
+        with quiet_interrupt():
+            sweep = run_jobs(jobs, node, options, directory, command, notices=notices, closing=closing)
     except BaseException:
         _close_node(launcher)  # the next launch starts a new one
         raise
+    if not isinstance(node, LocalNode):
+        _close_node(launcher)  # a group of nodes is for one run
     launcher.failed += sum(result.outcome is Outcome.FAILED for result in sweep.results)
     if sweep.stopped_by is not None:
         stop(sweep.stopped_by)
@@ -91,6 +94,11 @@ def _launch(launcher: GpuPoolLauncher, job_overrides: list[list[str]], first: in
         ran_in = Path(result.log).parent if result.log else directory
         returns.append(unpack(result, list(filter_overrides(overrides)), ran_in))
     return _with_culprit(sweep, returns)
+
+
+def _all_finished(jobs: Sequence[Job], directory: Path) -> bool:
+    """Whether all jobs completed in earlier launches."""
+    return len(finished_before(jobs, read(directory))[0]) == len(jobs)
 
 
 def _with_culprit(sweep: SweepResult, returns: list[JobReturn]) -> list[JobReturn]:
@@ -108,7 +116,7 @@ def _with_culprit(sweep: SweepResult, returns: list[JobReturn]) -> list[JobRetur
 
 def stream(
     launcher: GpuPoolLauncher,
-    open_source: Callable[[LocalNode], tuple[JobSource, int | None]],
+    open_source: Callable[[], tuple[JobSource, int | None]],
     max_parallel: int | None,
     cap: str,
 ) -> SweepResult:
@@ -127,10 +135,11 @@ def stream(
     log_into(directory)
     try:
         node = _node(launcher, logs)
-        source, total = open_source(node)
+        source, total = open_source()
         command = Path(sys.argv[0]).name
         closing = partial(closing_lines, launcher.config, directory)
-        return run_jobs([], node, options, directory, command, source=source, total=total, closing=closing)
+        with quiet_interrupt():
+            return run_jobs([], node, options, directory, command, source=source, total=total, closing=closing)
     finally:
         _close_node(launcher)
 
@@ -150,8 +159,11 @@ def _with_failures_so_far(options: Options, failed: int) -> Options:
     return replace(options, failures=replace(policy, most=policy.most - failed))
 
 
-def _node(launcher: GpuPoolLauncher, logs: LogFiles) -> LocalNode:
-    """The launcher's node. The first launch starts the node, which ends with the launcher."""
+def _node(launcher: GpuPoolLauncher, logs: LogFiles, *, idle: Callable[[], bool] = lambda: False) -> JobRunner:
+    """The launcher's node or nodes. The first launch starts them, and they end with the launcher.
+
+    `idle` says whether there is nothing to run. Then other machines are not reached.
+    """
     if launcher.node is None or not launcher.node.is_running:
         assert launcher.config is not None
         assert launcher.hydra_context is not None
@@ -159,33 +171,25 @@ def _node(launcher: GpuPoolLauncher, logs: LogFiles) -> LocalNode:
         program = HydraProgram(launcher.config, launcher.hydra_context, launcher.task_function, job_command(sys.argv))
         method = read_start_method(launcher.options.get("start_method", "auto"))
         keep = (launcher.lock.descriptor,)
-        node = LocalNode(program, method=method, option=spell("start_method"), keep=keep, log_file=logs.claim)
+        specs = read_node_specs(launcher.options)
+        node = start_nodes(
+            specs,
+            program,
+            sweep_directory(launcher.config),
+            arguments=sys.argv,
+            method=method,
+            option=spell("start_method"),
+            keep=keep,
+            log_file=logs.claim,
+            idle=idle,
+        )
         weakref.finalize(launcher, node.close)
         launcher.node = node
         node.wait_until_ready()
-    node = launcher.node
-    assert isinstance(node, LocalNode)
-    return node
+    return cast("JobRunner", launcher.node)
 
 
 def _close_node(launcher: GpuPoolLauncher) -> None:
     node, launcher.node = launcher.node, None
     if node is not None:
         node.close()
-
-
-def stop(signum: signal.Signals) -> NoReturn:
-    """End the program as the signal would, but without a traceback, because the summary already says what happened."""
-    if signum is signal.SIGINT:
-        sys.excepthook = _quietly(sys.excepthook)
-        raise KeyboardInterrupt
-    sys.exit(128 + signum)
-
-
-def _quietly(hook: Callable[..., object]) -> Callable[..., object]:
-    def excepthook(kind: type[BaseException], error: BaseException, tb: TracebackType | None) -> None:
-        sys.excepthook = hook
-        if kind is not KeyboardInterrupt:
-            hook(kind, error, tb)
-
-    return excepthook

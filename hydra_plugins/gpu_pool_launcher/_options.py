@@ -19,6 +19,7 @@ from gpu_launcher.jobs.job import Cause
 from gpu_launcher.jobs.job_options import JobOptions
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.model import Request
+from gpu_launcher.nodes.engines import NodeSpec, read_nodes
 from gpu_launcher.sizes import read_memory
 from gpu_launcher.text import one_line
 from gpu_launcher.validation import StartMethod, one_of, read_integer
@@ -34,6 +35,7 @@ PER_JOB = (*_REQUEST, "retries", "retry_on", "enforce_memory", "visible", "cpu_a
 """Options that each job's own config may set, also by interpolations."""
 OF_SWEEP = (
     "devices",
+    "nodes",
     "on_failure",
     "max_failures",
     "resume",
@@ -189,6 +191,12 @@ def _most_failures(options: Mapping[str, Any]) -> int | None:
 def read_start_method(value: object) -> StartMethod:
     """Read the option `start_method`. Raises OptionError."""
     return validation.read_start_method(value)
+
+
+@_as_written()
+def read_node_specs(options: dict[str, Any]) -> tuple[NodeSpec, ...]:
+    """Read where jobs run. Empty for this machine. Raises OptionError."""
+    return read_nodes(_plain(options.get("nodes")), _grace(options.get("grace", 10.0)))
 
 
 def _max_parallel(value: object) -> int | None:

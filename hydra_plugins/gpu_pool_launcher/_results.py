@@ -24,7 +24,7 @@ from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import JobResult
 from gpu_launcher.processes import cpu_unpickler
 from gpu_launcher.processes.exceptions import PortableException, describe, load_chain, origin, pack_chain, reason
-from gpu_launcher.processes.messages import Report
+from gpu_launcher.processes.messages import INTERRUPTED, Report
 from gpu_launcher.processes.out_of_memory import is_out_of_gpu_memory
 from gpu_launcher.processes.pickling import main_namespace
 from gpu_launcher.processes.unpicklable import found_at
@@ -152,7 +152,7 @@ def outcome(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return f"called sys.exit({error.code!r}) before it returned a value"
     if isinstance(error, KeyboardInterrupt):
-        return "was interrupted"
+        return INTERRUPTED
     if isinstance(error, JobOptionError):
         return f"cannot be run: {error}"
     # The later lines of Hydra's messages say where, and what to do. An InstantiationException has its own cause.

@@ -11,6 +11,8 @@ from .resolvers import register_resolver
 HELP = {
     "devices": "Devices to run on: auto (all GPUs, or CPU slots if there is no GPU), a list of GPUs such as [0,2] or "
     "UUIDs, cpu:4, or simulated:8. CUDA_VISIBLE_DEVICES restricts auto and lists.",
+    "nodes": "Machines to run on, such as [local,ssh:gpu2]: local, ssh:HOST, slurm:COUNT, 'command:COMMAND ...', "
+    "or a list of these. See docs/nodes.md. null: this machine.",
     "gpus": "GPUs per job: a whole number, or a fraction such as 0.5. Can be an interpolation on the job's own "
     "config, if the sweep's config has that key too; a list, such as Lightning's devices, then counts by its length. "
     "null: one, or with memory the share that it needs.",
@@ -53,6 +55,7 @@ class GpuPoolLauncherConf:
     _target_: str = "hydra_plugins.gpu_pool_launcher.launcher.GpuPoolLauncher"
     unresolved: Any = "${gpu_pool.unresolved:}"
     devices: Any = "auto"
+    nodes: Any = None
     gpus: Any = None
     memory: Any = None
     priority: Any = 0

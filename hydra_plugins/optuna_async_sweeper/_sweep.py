@@ -27,7 +27,6 @@ from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.labels import Labels
-from gpu_launcher.jobs.node_client import LocalNode
 from gpu_launcher.processes.exceptions import reason
 from gpu_launcher.studies.ownership import Sweep
 from gpu_launcher.studies.stopping import SearchEnded
@@ -35,7 +34,7 @@ from gpu_launcher.studies.study_session import AskedTrial, How, SearchSummary, S
 from gpu_launcher.studies.sweep_search import SweepSearch, seen
 from hydra_plugins.gpu_pool_launcher._commands import override
 from hydra_plugins.gpu_pool_launcher._directory import make_directory
-from hydra_plugins.gpu_pool_launcher._ending import final
+from hydra_plugins.gpu_pool_launcher._ending import final, stop
 from hydra_plugins.gpu_pool_launcher.launcher import GpuPoolLauncher
 
 from ._composition import check_composition
@@ -85,7 +84,7 @@ def sweep(sweeper: OptunaAsyncSweeper, arguments: list[str]) -> None:
 
 
 def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> None:
-    from hydra_plugins.gpu_pool_launcher._launch import stop, stream
+    from hydra_plugins.gpu_pool_launcher._launch import stream
 
     launcher = sweeper.launcher
     assert isinstance(launcher, GpuPoolLauncher)
@@ -98,7 +97,7 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
     labels = Labels(common=[entry for _, entry in plan.space.entries if isinstance(entry, str)])
     searches: list[SweepSearch] = []
 
-    def open_search(node: LocalNode) -> tuple[SweepSearch, int | None]:
+    def open_search() -> tuple[SweepSearch, int | None]:
         session, remarks = _open(plan)
         for remark in remarks:
             log.info(remark)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_launcher.jobs.events import JobEnded, JobRetried, JobStarted, Outcome
+from gpu_launcher.jobs.events import JobEnded, JobRetried, JobReturned, JobStarted, Outcome
 from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.manifest import Recorder
 from gpu_launcher.model import Device, DeviceKind
@@ -55,6 +55,15 @@ def test_it_lists_what_became_of_each_job(sweep: Path) -> None:
         ["2", "running", "1", "-", "GPU", "1", "lr=2", "-"],
         ["3", "waiting", "-", "-", "-", "lr=3", "-"],
     ]
+
+
+def test_job_whose_node_was_lost_waits(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, [Job(0, "lr=0", ["lr=0"])], "train.py")
+    recorder.handle(JobStarted(0.0, 0, "lr=0", (GPU,), str(tmp_path / "job.log"), 1))
+    recorder.handle(JobReturned(0.0, 0, "lr=0"))
+    (job,) = json.loads(jobs("--json", str(tmp_path)).stdout)["jobs"]
+    assert (job["state"], job["attempts"], job["devices"], job["pid"]) == ("waiting", 1, [], None)
+    assert (job["started"], job["ended"]) == (None, None)
 
 
 def test_it_lists_only_those_that_failed_as_json(sweep: Path) -> None:

@@ -305,6 +305,9 @@ def test_a_dry_run_prints_command_lines_and_runs_nothing(run_map: Map, tmp_path:
 # Bad input
 
 
+TWICE_HERE = ("--nodes", "local", "--nodes", "local")
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
@@ -323,6 +326,11 @@ def test_a_dry_run_prints_command_lines_and_runs_nothing(run_map: Map, tmp_path:
         (["--param", "n=1", "--gpus", "3", *SIMULATED[:2], "--", "echo", "{n}"], "--gpus: the request"),
         (["--param", "n=1", "--devices", "x", "--", "echo", "{n}"], "--devices: "),
         (["--param", "n=1", "--timeout", "x", "--", "echo", "{n}"], "--timeout: 'x' is not a time span"),
+        (["--param", "n=1", "--nodes", "x", "--", "echo", "{n}"], "--nodes: 'x' names no node: give local, ssh:HOST"),
+        (["--param", "n=1", "--nodes", "", "--", "echo", "{n}"], "--nodes: '' names no node"),
+        (["--param", "n=1", "--nodes", "slurm:x", "--dry-run", "--", "echo", "{n}"], "--nodes: 'slurm:x' has no"),
+        (["--param", "n=1", *TWICE_HERE, "--", "echo", "{n}"], "--nodes: local is named twice"),
+        (["--param", "n=1", "--nodes", "command:no-such-program", "--", "echo", "{n}"], "node no-such-program: cannot"),
         (["--param", "n=1", "--max-parallel", "0", "--", "echo", "{n}"], "--max-parallel: 0 is too few"),
         (["--param", "n=1", "--retries", "-1", "--", "echo", "{n}"], "--retries: -1 is too few"),
         (["--param", "n=1", "--dir", "/proc/x", "--", "echo", "{n}"], "--dir: /proc/x cannot be written to"),

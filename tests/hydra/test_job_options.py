@@ -38,6 +38,7 @@ OTHER_VALUES: dict[str, Any] = {
     "visible": "uuid",
     "cpu_affinity": "auto",
     "devices": [0, 2],
+    "nodes": ["local", "ssh:gpu2"],
     "on_failure": "stop",
     "max_failures": 3,
     "resume": True,

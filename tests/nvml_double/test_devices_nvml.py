@@ -50,7 +50,7 @@ def select(machine: Machine, spec: object = "auto", **environ: str) -> Any:
 
 def test_several_gpus_are_listed_in_nvml_order(machine: Machine) -> None:
     machine.has("count 2", *machine.gpu(0, "GPU-b", name="NVIDIA A"), *machine.gpu(1, "GPU-a", memory=8 * GIB))
-    plain = {"exclusive": False, "parent": None, "instance": None, "numa_node": None, "cpus": []}
+    plain = {"exclusive": False, "parent": None, "instance": None, "numa_node": None, "cpus": [], "node": ""}
     assert show(machine) == {
         "devices": [
             {"uuid": "GPU-b", "index": 0, "name": "NVIDIA A", "kind": "gpu", "memory": 24 * GIB, **plain},
@@ -116,6 +116,7 @@ def test_mig_instances_are_devices_in_place_of_their_gpu_and_handed_over_by_uuid
         "parent": "GPU-b",
         "instance": 2,
         "numa_node": None,
+        "node": "",
         "cpus": [],
     }
     assert select(machine) == [["GPU-a", "MIG-aaaa", "MIG-bbbb"], "GPU-a,MIG-aaaa,MIG-bbbb", []]

@@ -312,6 +312,21 @@ def test_command_that_is_given_again_is_not_asked_for(mapped: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_nodes_of_another_users_map_are_shown_and_asked_for(mapped: Path) -> None:
+    settings = json.loads(settings_of(mapped).read_text())
+    settings["options"]["nodes"] = ["command:touch entered"]
+    settings_of(mapped).write_text(json.dumps(settings))
+    settings_of(mapped).chmod(0o666)
+    command = ("--", "sh", "-c", "test -e ok; exit $?", "{x}")
+    refused = cli("map", "--resume", "m", *command, cwd=mapped, stdin=subprocess.DEVNULL)
+    assert refused.returncode == 2
+    assert "on the nodes ['command:touch entered']" in refused.stderr
+    assert "give --nodes and the command itself" in refused.stderr
+    done = cli("map", "--resume", "m", "--nodes", "local", *command, cwd=mapped)
+    assert done.returncode == 0, done.stderr
+    assert not (mapped / "entered").exists()
+
+
 @pytest.mark.parametrize("name", ["0", "0/stdout.txt", "0/stderr.txt", "results.jsonl"])
 def test_map_writes_through_no_link(mapped: Path, name: str) -> None:
     victim = mapped / "victim"

@@ -41,6 +41,7 @@ LAYERS = (
     {"gpu_launcher.devices", "gpu_launcher.leases", "gpu_launcher.processes"},
     {"gpu_launcher.allocation"},
     {"gpu_launcher.jobs"},
+    {"gpu_launcher.nodes"},
     {"gpu_launcher.pool"},
     {"gpu_launcher.studies", "gpu_launcher.executors"},
     {"gpu_launcher.cli", "gpu_launcher.lightning", "hydra_plugins"},

@@ -185,3 +185,10 @@ def test_the_kernels_count_of_processes_killed_for_want_of_memory_is_read(tmp_pa
     assert oom_kills(tmp_path) == 3
     assert oom_kills() >= 0
     assert "for want of memory" in describe_exit(9, out_of_memory=True)
+
+
+def test_attempts_that_failed_on_another_node_use_up_retries() -> None:
+    made = RetryState(FailurePolicy(2), 3, failed=1)
+    assert made.attempt == 4
+    assert made.next(failed(Cause.CRASH, 4), ran(), never) == NextAttempt(5, 5, last=False)
+    assert made.next(failed(Cause.CRASH, 5), ran(), never) is None

@@ -265,6 +265,22 @@ def test_to_be_stopped_interrupts_the_jobs_and_to_be_stopped_again_kills_them(st
     assert gone(*jobs)
 
 
+def test_job_is_taken_back_only_if_it_was_not_started(start: Start) -> None:
+    loop = start("simulated:1")
+    loop.open()
+    hear(loop, Wanted)
+    offer(loop, 0, ask)
+    assert hear(loop, Heard).what == "a question"
+    offer(loop, 1, pid)
+    for number in range(2):
+        loop.say(s.Cancel(number, "was not started", unstarted=True))
+    result = hear(loop, Ended).result
+    assert (result.number, result.outcome, result.duration) == (1, Outcome.CANCELLED, None)
+    loop.say(s.Reply(0, "an answer"))
+    result = hear(loop, Ended).result
+    assert (result.number, result.outcome) == (0, Outcome.COMPLETED)
+
+
 def test_the_jobs_files_stay_until_this_program_has_heard_everything(start: Start) -> None:
     loop = start()
     loop.open()
@@ -345,3 +361,16 @@ def test_a_harmless_thread_is_none_while_it_calls_back_for_which_a_fork_waits_a_
     finally:
         over.set()
         thread.join()
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_close_with_a_time_limit_kills_a_node_that_does_not_end(start: Start, stopped: bool) -> None:
+    loop = start()
+    loop.open()
+    assert loop._pid is not None
+    node = psutil.Process(loop._pid)
+    if stopped:
+        node.suspend()
+    loop.close(0.1 if stopped else 100.0)
+    assert not node.is_running()
+    assert loop.was_killed is stopped

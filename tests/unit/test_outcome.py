@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ DONE = Report(True, None, b"")
 RAISED = Report(False, "raised ValueError", b"")
 NO_MEMORY = Report(False, "raised OutOfMemoryError", b"", out_of_memory=True)
 PRUNED = Report(False, "was pruned", b"", pruned=True)
+KILLED = Report(False, "was killed by SIGTERM", b"{}", killed=True)
 SILENT = None
 
 
@@ -35,6 +38,8 @@ SILENT = None
         (NO_MEMORY, "", Outcome.FAILED, Cause.OOM),
         (SILENT, "out_of_memory", Outcome.FAILED, Cause.OOM),
         (RAISED, "", Outcome.FAILED, Cause.EXCEPTION),
+        (KILLED, "", Outcome.FAILED, Cause.CRASH),
+        (KILLED, "unwanted", Outcome.CANCELLED, None),
         (SILENT, "", Outcome.FAILED, Cause.CRASH),
     ],
 )
@@ -85,3 +90,16 @@ def test_sigkill_is_blamed_on_memory_only_if_the_kernel_killed_meanwhile() -> No
     assert not killed_for_memory(record(status=15, oom_kills=before).attempt)
     assert not killed_for_memory(record(status=9, oom_kills=before + 1).attempt)
     assert not killed_for_memory(record(status=9, oom_kills=before, problem="its supervisor died").attempt)
+
+
+@pytest.mark.parametrize(("cancelled", "refused"), [(False, True), (True, False)])
+def test_result_says_that_the_devices_can_never_grant_the_request(cancelled: bool, refused: bool) -> None:
+    conclusion = Conclude(0, False, "cannot be run", refused=True, cancelled=cancelled)
+    assert result_of(record(status=9), conclusion, None, {}).refused is refused
+
+
+def test_report_of_an_earlier_version_says_that_no_signal_ended_its_command():
+    header, payload = KILLED.dump(7).split(b"\n", 1)
+    fields = json.loads(header)
+    del fields["killed"]
+    assert Report.load(json.dumps(fields).encode() + b"\n" + payload) == replace(KILLED, killed=False)

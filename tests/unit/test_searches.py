@@ -5,6 +5,7 @@ The node is not run: each test says what the jobs do, and all events that it nam
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import signal
@@ -174,11 +175,14 @@ class OfSweep:
 class FakeNode:
     """The node of `optimize`, as far as its search uses it."""
 
+    tick_seconds = math.inf
+    moves_jobs = False
+
     def __init__(self) -> None:
         self.known = dict(pickling.main_namespace())
         self.said = Said()
         self._messages: deque[node.Message | Exception | Callable[[], None]] = deque()
-        self._count = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_CLOEXEC)
+        self._count = os.eventfd(0, os.EFD_SEMAPHORE | os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def fileno(self) -> int:
         return self._count
@@ -188,8 +192,11 @@ class FakeNode:
         self._messages.extend(messages)
         os.eventfd_write(self._count, sum(not callable(message) for message in messages))
 
-    def receive(self) -> node.Message:
-        os.eventfd_read(self._count)
+    def receive_ready(self) -> list[node.Message]:
+        try:
+            os.eventfd_read(self._count)
+        except BlockingIOError:
+            return []
         message = self._messages.popleft()
         if callable(message):
             message()
@@ -197,7 +204,7 @@ class FakeNode:
         assert not callable(message)
         if isinstance(message, Exception):
             raise message
-        return message
+        return [message]
 
     def say(self, statement: s.Statement) -> None:
         self.said.add(statement)
@@ -508,7 +515,7 @@ def test_a_trial_of_optimize_that_returned_before_ctrl_c_is_complete() -> None:
     def play() -> None:
         try:
             case.search.begin(2)
-            # The signal is deferred until the search waits again, when it has received the first messages.
+            # The signal is deferred until the search waits again, when it has handled the first messages.
             returned = case.search.messages(Returned(0, 1.0))
             case.search.node.deliver(lambda: signal.raise_signal(signal.SIGINT), *returned)
             case.search.said.wait(lambda statement: isinstance(statement, s.Stop))
@@ -524,4 +531,18 @@ def test_a_trial_of_optimize_that_returned_before_ctrl_c_is_complete() -> None:
     player.join(MANY_SECONDS)
     assert not failed
     assert case.states() == ["COMPLETE", "FAIL", "WAITING"], "what Ctrl-C interrupted is queued again"
-    assert case.search.called_back == []
+    assert case.search.called_back == [0]
+
+
+def test_no_trial_is_begun_after_an_objective_of_optimize_raised_keyboard_interrupt() -> None:
+    case = Case("optimize", 3, Watched())
+    case.search.begin(1)
+    case.search.node.deliver(node.Wanted(1))
+    case.search.said.wait(lambda statement: isinstance(statement, s.Offer) and statement.job.number == 1)
+    raised = d.Raised(PortableException.of(KeyboardInterrupt(), {}), caught=False, interrupted=True)
+    case.search.node.deliver(node.Heard(0, raised), JobStarted(time.monotonic(), 1, "", (), None, None))
+    case.search.said.wait(lambda statement: isinstance(statement, s.Reply) and statement.number == 1)
+    case.search.together(Ended(0, Outcome.FAILED))
+    with pytest.raises(KeyboardInterrupt):
+        case.search.close()
+    assert len(case.trials) == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,12 +77,18 @@ def _on_the_bus(root: Path) -> int:
     )
 
 
+def kinds(devices: Iterable[Device]) -> Iterator[str]:
+    """Yield a line for each kind of device: `GPU 0-3: NVIDIA H100 80GB HBM3, 80 GiB`."""
+    labels: dict[str, list[str]] = {}
+    for device in devices:
+        labels.setdefault(_kind(device), []).append(device.label)
+    for kind, those in labels.items():
+        yield f"{join_labels(those)}: {kind}"
+
+
 def _present(inventory: Inventory) -> Iterator[Finding]:
-    kinds: dict[str, list[str]] = {}
-    for device in inventory.devices:
-        kinds.setdefault(_kind(device), []).append(device.label)
-    for kind, labels in kinds.items():
-        yield ok("gpus", f"{join_labels(labels)}: {kind}")
+    for text in kinds(inventory.devices):
+        yield ok("gpus", text)
     for device in inventory.devices:
         if device.exclusive:
             yield warning(

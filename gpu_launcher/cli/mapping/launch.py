@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from gpu_launcher.cli.mapping.map_runs import MapRuns
 from gpu_launcher.cli.mapping.record_reader import Bad
 from gpu_launcher.cli.mapping.results import ResultsFile, write_table
 from gpu_launcher.cli.mapping.resume import EarlierRuns, unwritable
-from gpu_launcher.cli.mapping.run_process import CommandProgram
+from gpu_launcher.cli.mapping.run_process import CommandProgram, search_path, why_not_runnable
 from gpu_launcher.cli.mapping.template import GPU, Template
 from gpu_launcher.cli.streams import print_if_possible, printable, tell
 from gpu_launcher.debug_log import log_into
@@ -30,9 +30,10 @@ from gpu_launcher.errors import GpuLauncherError, MapError, OptionError, UsageEr
 from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.head import SweepResult, run_jobs
 from gpu_launcher.jobs.job import Cause
-from gpu_launcher.jobs.node_client import LocalNode
 from gpu_launcher.jobs.progress import open_progress
 from gpu_launcher.jobs.sweep import Options
+from gpu_launcher.nodes.engines import NodeSpec, read_nodes
+from gpu_launcher.nodes.start import start_nodes
 from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.requests import read_request
 from gpu_launcher.text import one_line, short_path
@@ -42,8 +43,6 @@ DEFAULT = "map"
 """Name of the directory that holds maps started without --dir."""
 DRY = 20
 """Maximum number of command lines that a dry run prints."""
-
-_INTERPRETER = re.compile(r"(?:python|pypy)[0-9.]*|(?:ba|da|z)?sh|Rscript|julia|perl|ruby")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +130,15 @@ def run_map(asked: MapArguments, new: str | None, resume: str | None, *, dry_run
     else:
         asked = _with_grid(asked)
     template = Template.parse(asked.command, shell=asked.shell)
-    _check_command(template, asked)
+    if problem := why_not_runnable(template, asked.directory, search_path()):
+        raise UsageError(problem)
     _check_grid(template, asked)
     options = _options(asked.options)
+    nodes = read_nodes(asked.options.get("nodes"), options.grace)
     sequence = RunSequence(template, asked.grid, None if asked.source is None else Input(asked.source))
     if dry_run:
         return _dry_run(sequence, template, EarlierRuns() if directory is None else EarlierRuns.of(directory), asked)
-    launch = _Launch(asked, template, options, sequence)
+    launch = _Launch(asked, template, options, nodes, sequence)
     return launch.begin(new) if directory is None else launch.resume(directory)
 
 
@@ -147,8 +148,9 @@ def _resumed(directory: MapDirectory, later: MapArguments) -> MapArguments:
         before = MapArguments.of_settings(settings)
     except (TypeError, ValueError) as error:
         raise directory.damaged() from error
-    if later.command != before.command and (why := directory.whose()) is not None:
-        _ask_before_running(directory, before, why)
+    nodes = [] if "nodes" in later.options else before.options.get("nodes", [])
+    if (nodes or later.command != before.command) and (why := directory.whose()) is not None:
+        _ask_before_running(directory, before, nodes, why)
     if before.source == STDIN and later.source is None and os.isatty(0):
         raise OptionError(
             "resume",
@@ -158,12 +160,17 @@ def _resumed(directory: MapDirectory, later: MapArguments) -> MapArguments:
     return before.resumed_by(later)
 
 
-def _ask_before_running(directory: MapDirectory, before: MapArguments, why: str) -> None:
-    """Ask the user to confirm a command that another user may have written. Raises OptionError if the user refuses."""
+def _ask_before_running(directory: MapDirectory, before: MapArguments, nodes: object, why: str) -> None:
+    """Ask the user to confirm a command and `nodes` that another user may have written, because nodes are commands.
+
+    Raises OptionError if the user refuses.
+    """
     command = one_line(shlex.join(before.command))
     where = one_line(str(before.directory))
     tell(f"{short_path(directory.settings)} {why}. The map would run this command as you, in {where}:")
     tell(f"    {command}")
+    if nodes:
+        tell(f"    on the nodes {one_line(str(nodes))}")
     if os.isatty(0):
         print("Run it? [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() in ("y", "yes"):
@@ -171,7 +178,7 @@ def _ask_before_running(directory: MapDirectory, before: MapArguments, why: str)
     raise OptionError(
         "resume",
         f"{short_path(directory.path)} may be another user's map, and its command was not confirmed: answer y on a "
-        "terminal, or give the command itself after --",
+        f"terminal, or give {'--nodes and ' if nodes else ''}the command itself after --",
     )
 
 
@@ -197,34 +204,6 @@ def _check_grid(template: Template, asked: MapArguments) -> None:
             if problem := template.misfit({**first, name: value}):
                 raise UsageError(problem)
     assert names, "there are parameters, or records"
-
-
-def _check_command(template: Template, asked: MapArguments) -> None:
-    """Raise UsageError if the program or script does not exist."""
-    if asked.shell:
-        return
-    plain = ["".join(word) if all(isinstance(piece, str) for piece in word) else None for word in template.words]  # type: ignore[arg-type]
-    program = plain[0]
-    if program is None:
-        return
-    path = str(asked.directory / program) if "/" in program else program
-    if not program or shutil.which(path) is None:
-        raise UsageError(
-            f"{program!r} cannot be run: "
-            + ("it is not executable" if Path(path).is_file() else "there is no such program")
-            + (f" (meant is {sys.executable} {program}?)" if program.endswith(".py") else "")
-        )
-    script = plain[1] if len(plain) > 1 else None
-    is_script = script and _INTERPRETER.fullmatch(Path(program).name) and not script.startswith("-")
-    if script and is_script and not (asked.directory / script).exists() and not _found_by(program, script):
-        raise UsageError(f"{script!r}, which {program} is to run, does not exist in {asked.directory}")
-
-
-def _found_by(program: str, script: str) -> bool:
-    """Whether `program` is a shell that finds the script in $PATH."""
-    if not Path(program).name.endswith("sh") or "/" in script:
-        return False
-    return any((Path(directory or ".") / script).is_file() for directory in os.get_exec_path())
 
 
 def _options(given: Mapping[str, Any]) -> Options:
@@ -283,6 +262,7 @@ class _Launch:
     asked: MapArguments
     template: Template
     options: Options
+    nodes: tuple[NodeSpec, ...]
     sequence: RunSequence
 
     def begin(self, name: str | None) -> int:
@@ -336,24 +316,32 @@ class _Launch:
         keep_going = bool(self.asked.options.get("keep_going"))
         source = MapRuns(self.sequence, directory, results, earlier, keep_going=keep_going)
         assert self.options.request is not None
-        program = CommandProgram(self.template, directory, self.options.request, self.asked.directory)
+        program = CommandProgram(self.template, directory, self.options.request, self.asked.directory, search_path())
+        left = None if total is None else total - (earlier.completed if earlier else 0)
         # Forking is safe: no other threads run and CUDA is not initialised. All open files are ours, and the commands
         # inherit none of them.
-        node = LocalNode(program, method="fork", open_files=OpenFiles())
+        start = partial(
+            start_nodes,
+            self.nodes if left != 0 else (),  # if all completed, do not wait for a node
+            program,
+            directory.path,
+            arguments=sys.argv,
+            method="fork",
+            open_files=OpenFiles(),
+            imports_script=False,
+            check=program.check,
+        )
         try:
-            node.wait_until_ready()
-            left = None if total is None else total - (earlier.completed if earlier else 0)
-            display = open_progress(name="gpu-launcher", reads=self.asked.source == STDIN and os.isatty(0))
-            sweep = run_jobs(
-                [], node, self.options, directory.path, COMMAND, source=source, total=left, display=display
-            )
+            with closing(source), closing(start()) as node:
+                node.wait_until_ready()
+                display = open_progress(name="gpu-launcher", reads=self.asked.source == STDIN and os.isatty(0))
+                sweep = run_jobs(
+                    [], node, self.options, directory.path, COMMAND, source=source, total=left, display=display
+                )
         except GpuLauncherError as error:
             if source.ran or isinstance(error, OptionError):
                 raise
             raise UsageError(str(error)) from error
-        finally:
-            node.close()
-            source.close()
         return self._conclude(directory, source, sweep)
 
     def _conclude(self, directory: MapDirectory, source: MapRuns, sweep: SweepResult) -> int:

@@ -93,7 +93,7 @@ class RunDirectory:
         if self.stdout.exists():  # otherwise no command has run
             for file in (self.stdout, self.stderr):
                 if file.exists():
-                    set_aside(str(file), attempt - 1)
+                    set_aside(str(file), max(1, attempt - 1))  # no attempt is known if its node was lost at once
         write_whole(self.params, f"{to_json(params)}\n".encode())
 
     def begin(self) -> None:

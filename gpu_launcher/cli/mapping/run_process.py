@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +33,8 @@ LOOKED_AT = 2**20
 WANTED_TERMINAL = ("EOFError: EOF when reading a line", "bdb.BdbQuit")
 """Beginnings of the last line of a Python program that asked for input without a terminal."""
 
+_INTERPRETER = re.compile(r"(?:python|pypy)[0-9.]*|(?:ba|da|z)?sh|Rscript|julia|perl|ruby")
+
 
 @dataclass(frozen=True, slots=True)
 class CommandProgram:
@@ -40,6 +45,16 @@ class CommandProgram:
     request: Request
     directory: Path
     """Working directory of the commands."""
+    path: str
+    """The head's `$PATH`, so that the name of a program means the same on all nodes."""
+
+    def check(self) -> str | None:
+        """Why this machine cannot run the commands, as a sentence; None if it can."""
+        return why_not_runnable(self.template, self.directory, self._search_path())
+
+    def _search_path(self) -> str:
+        own = search_path()
+        return own if own == self.path else f"{self.path}{os.pathsep}{own}"
 
     def __call__(self, number: int, spec: Params, context: JobContext) -> Report:
         """Run the command with the parameters `spec`."""
@@ -50,6 +65,7 @@ class CommandProgram:
         except OSError as error:
             return _not_started(f"could not be prepared: {_why(error)}")
         context.wait()
+        os.environ["PATH"] = self._search_path()
         arrived = _leave_signals_to_the_command()
         try:
             run.begin()
@@ -70,6 +86,7 @@ class CommandProgram:
             json.dumps(outcome).encode(),
             out_of_memory=outcome["outcome"] == "failed" and tells_of_gpu_memory(printed),
             origin=last,
+            killed=outcome["exit_code"] < 0,
         )
 
     def _run(self, words: list[str], run: RunDirectory, arrived: list[int]) -> dict[str, Any]:
@@ -91,6 +108,43 @@ class CommandProgram:
             "duration": round(took, 3),
             "output": last_object(_end(run.stdout)),
         }
+
+
+def search_path() -> str:
+    """Where this process searches programs."""
+    return os.environ.get("PATH", os.defpath)
+
+
+def why_not_runnable(template: Template, directory: Path, path: str) -> str | None:
+    """Why the program or script of a command cannot be run, as a sentence; None if it can.
+
+    `directory` is the working directory of the command, and `path` has the directories in which programs are searched.
+    """
+    if template.shell:
+        return None
+    plain = ["".join(word) if all(isinstance(piece, str) for piece in word) else None for word in template.words]  # type: ignore[arg-type]
+    program = plain[0]
+    if program is None:
+        return None
+    file = str(directory / program) if "/" in program else program
+    if not program or shutil.which(file, path=path) is None:
+        return (
+            f"{program!r} cannot be run: "
+            + ("it is not executable" if Path(file).is_file() else "there is no such program")
+            + (f" (meant is {sys.executable} {program}?)" if program.endswith(".py") else "")
+        )
+    script = plain[1] if len(plain) > 1 else None
+    is_script = script and _INTERPRETER.fullmatch(Path(program).name) and not script.startswith("-")
+    if script and is_script and not (directory / script).exists() and not _found_by(program, script, path):
+        return f"{script!r}, which {program} is to run, does not exist in {directory}"
+    return None
+
+
+def _found_by(program: str, script: str, path: str) -> bool:
+    """Whether `program` is a shell that finds the script in `path`."""
+    if not Path(program).name.endswith("sh") or "/" in script:
+        return False
+    return any((Path(directory or ".") / script).is_file() for directory in path.split(os.pathsep))
 
 
 def _leave_signals_to_the_command() -> list[int]:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.text import Text
 
-from gpu_launcher.jobs.events import Event, JobEnded, JobRetried, Notice, Outcome, SweepEnded, SweepStarted
+from gpu_launcher.jobs.events import (
+    Event,
+    JobEnded,
+    JobRetried,
+    NodesChanged,
+    Notice,
+    Outcome,
+    SweepEnded,
+    SweepStarted,
+)
 from gpu_launcher.jobs.progress.plain import NAME, log_quote, opening
 from gpu_launcher.jobs.progress.stream import Output
 from gpu_launcher.jobs.progress.tally import SweepTally, failure, retry
@@ -71,7 +80,7 @@ class LiveProgress:
         match event:
             case SweepStarted():
                 self._keep(Text(opening(event)))
-            case Notice():
+            case Notice() | NodesChanged():
                 self._keep(Text(one_line(event.text)))
             case JobEnded(outcome=Outcome.FAILED):
                 line = Text(failure(event, same=self._tally.same))

@@ -10,6 +10,7 @@ from gpu_launcher.jobs.events import (
     JobRetried,
     JobStarted,
     JobWaiting,
+    NodesChanged,
     Notice,
     Outcome,
     StopRequested,
@@ -45,7 +46,7 @@ class PlainProgress:
         match event:
             case SweepStarted():
                 self._say(opening(event))
-            case Notice():
+            case Notice() | NodesChanged():
                 self._say(one_line(event.text))
             case JobWaiting():
                 self._waiting(event)

@@ -9,8 +9,10 @@ from gpu_launcher.jobs.events import (
     Event,
     JobEnded,
     JobRetried,
+    JobReturned,
     JobStarted,
     JobWaiting,
+    NodesChanged,
     Outcome,
     SearchStatus,
     StopRequested,
@@ -99,6 +101,11 @@ class SweepTally:
                 self.retries += 1
                 self.running.pop(event.number, None)
                 self._settle(event.number)
+            case JobReturned():
+                self.running.pop(event.number, None)
+                self._settle(event.number)
+            case NodesChanged():
+                self.devices = event.devices
             case StopRequested():
                 self.stopping = event
                 self.waits = None

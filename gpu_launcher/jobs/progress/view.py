@@ -100,16 +100,16 @@ def _rows(tally: SweepTally, width: int, room: int) -> list[Text]:
     A device has one row, or one for each job if jobs share it. If the rows do not fit, the first ones keep their places
     and a last line counts the rest, so that nothing moves.
     """
-    by_device: dict[str, list[JobStarted]] = {}
+    by_device: dict[tuple[str, str], list[JobStarted]] = {}
     for job in tally.running.values():
         for device in job.devices:
-            by_device.setdefault(device.uuid, []).append(job)
-    held = None if tally.waits is None else {device.uuid for device in tally.waits.held_by_others}
+            by_device.setdefault((device.node, device.uuid), []).append(job)
+    held = None if tally.waits is None else {(device.node, device.uuid) for device in tally.waits.held_by_others}
     names = [_label(device, width) for device in tally.devices]
     columns = (max(map(len, names), default=0), len(f"#{tally.highest_number}"))
     rows: list[tuple[JobStarted | None, Text]] = []
     for device, name in zip(tally.devices, names, strict=True):
-        if sharing := by_device.get(device.uuid):
+        if sharing := by_device.get((device.node, device.uuid)):
             names_of_rows = [name, *[""] * (len(sharing) - 1)]
             rows += [
                 (job, _job_row(row, job, tally.now, columns, width))
@@ -117,7 +117,7 @@ def _rows(tally: SweepTally, width: int, room: int) -> list[Text]:
             ]
             continue
         # If the devices that others hold are unknown, every device without one of our jobs counts as held by others.
-        others = held is not None and (device.uuid in held or not held)
+        others = held is not None and ((device.node, device.uuid) in held or not held)
         state = "held by others" if others else "idle"
         rows.append((None, _fit(Text(f"{name:<{columns[0]}}{_GAP}{state}", "dim"), width)))
     for job in tally.running.values():

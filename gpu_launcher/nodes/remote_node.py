@@ -1,0 +1,366 @@
+"""The head's side of an agent: the command that connects to it, and what is known about its life."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+from gpu_launcher.debug_log import get_logger
+from gpu_launcher.jobs.node_messages import BeginRun
+from gpu_launcher.jobs.source import Statement
+from gpu_launcher.nodes.agent_messages import Beat, Bye, Echo, EndAgent, Loaded, Refused, Setup, versions
+from gpu_launcher.nodes.engines import NodeSpec
+from gpu_launcher.nodes.frames import FrameStream
+from gpu_launcher.processes.linux import dying_with_parent
+from gpu_launcher.processes.messages import ChannelClosedError
+from gpu_launcher.text import one_line
+
+_log = get_logger("nodes.remote_node")
+
+START_SECONDS = 300.0
+"""Maximum seconds for an agent to import the program. Before there is an agent, it may wait in an engine's queue."""
+COMMAND_END_SECONDS = 5.0
+"""Seconds after the end of its connection at which a command that still runs is killed."""
+STATUS_SECONDS = 1.0
+"""Maximum seconds to wait for the exit status of a command that never led to a node."""
+BYE_SECONDS = 4.0
+"""Maximum seconds for an agent to say that it has ended, when the run is over."""
+END_SECONDS = 15.0
+"""Maximum seconds for all commands to end when the run is over."""
+MAX_READS = 16
+"""Maximum number of reads of the command's standard error at a time."""
+MAX_ERRORS = 16 * 1024
+"""Maximum number of bytes kept of what the connecting command prints to its standard error."""
+
+MAX_GREETING = 1024 * 1024
+"""Maximum number of bytes that the command prints before the agent is there, such as a message of the day."""
+
+
+class Life(Enum):
+    """What is known about the agent."""
+
+    STARTING = "starting"
+    """The command was started. There may be no agent yet."""
+    LIVES = "lives"
+    SILENT = "silent"
+    """The connection is gone. The agent may still be there until it notices."""
+    GONE = "gone"
+    """No process of the node is left."""
+
+
+class RemoteNode:
+    """A node at the other end of a command's standard input and output."""
+
+    def __init__(self, spec: NodeSpec, setup: Setup, *, captured: bool = True) -> None:
+        """Start the command. Raises OSError if there is no such program.
+
+        The command ends with the calling thread (`dying_with_parent`), which must live as long as the node. Unless it
+        is `captured`, what jobs print is shown on standard error.
+        """
+        assert spec.command is not None
+        self.name = spec.name
+        self.life = Life.STARTING
+        self.problem: str | None = None
+        """Why the node cannot be used, as a sentence without its subject. None if it can."""
+        self.unfit = False
+        """Whether the machine cannot run this program, so that starting an agent again is in vain."""
+        self._spec = spec
+        self.nothing_left = True
+        """Whether no process of a node can be there now."""
+        self.differs = False
+        """Whether the program's script is not the same on the node."""
+        self.hello: Mapping[str, Any] = {}
+        """What the agent said about itself first. Empty until it is there."""
+        self._setup = setup
+        self._captured = captured
+        self._timing = setup.timing
+        self._process = subprocess.Popen(
+            # Without an agent, nothing else ends the command with the head: an srun could wait in the queue for hours.
+            dying_with_parent(spec.command, spec.orphaned),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,  # a terminal's Ctrl-C is for the head alone
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        self._stream = FrameStream(
+            os.dup(self._process.stdout.fileno()), os.dup(self._process.stdin.fileno()), after_magic=True
+        )
+        self._process.stdout.close()
+        self._process.stdin.close()
+        self._stderr = self._process.stderr
+        os.set_blocking(self._stderr.fileno(), False)
+        self._printed = b""
+        self._unshown = b""
+        """The beginning of a line that jobs print, which is shown when it is complete."""
+        self._shows = False
+        """Whether what the command prints is shown, because jobs print it."""
+        self._queue: list[Statement | BeginRun | Echo] = []
+        """Messages for the node that are sent when the agent is there and can be heard."""
+        self._began = self._heard = self._sent = time.monotonic()
+        self._greeted = False
+        self._how = "has ended"
+        """How the connection was lost, as a sentence without its subject."""
+        self._loaded = False
+        """Whether the agent has loaded the program, and so may have jobs."""
+        self._imports = False
+        """Whether the agent imports the program, and so does not read."""
+        self._silent_since = math.inf
+        self._signalled: signal.Signals | None = None
+        """The last signal that the command was sent."""
+        self._ended = math.inf
+        """When the connection was closed."""
+
+    def again(self) -> RemoteNode:
+        """Start the command once more, for a new agent. Raises OSError if there is no such program."""
+        return RemoteNode(self._spec, self._setup, captured=self._captured)
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when the agent has sent something, or the connection has ended."""
+        return self._stream.fileno()
+
+    def say(self, what: Statement | BeginRun | Echo) -> None:
+        """Send a message to the node, now or when the agent is there. Drop it if the connection is gone."""
+        if self.life in (Life.SILENT, Life.GONE):
+            return
+        self._queue.append(what)
+        if self._greeted and not self.quiet:
+            self._send_queue()
+
+    def receive_ready(self) -> list[Any]:
+        """Return messages of the node, `Leaving` and `Echo`. Changes `life`."""
+        if self.life in (Life.SILENT, Life.GONE):
+            return []
+        before = self._stream.received
+        try:
+            arrived = self._stream.receive()
+        except ChannelClosedError:
+            self._disconnect("lost its connection" if self._greeted else "did not start")
+            return []
+        if self._stream.received > before:  # a large message may arrive for long
+            self._heard = time.monotonic()
+        if not self._stream.greeted and self._stream.received > MAX_GREETING:
+            said = f"did not start, but prints all the time: {self.said[-40:].strip()}"
+            self.problem = f"{said}. Remedy: {self._spec.remedy(0, '')}"
+            self._finish()
+            return []
+        messages = []
+        for message in arrived:
+            if not self._greeted:
+                self._greet(message)
+                continue
+            match message:
+                case Beat():
+                    pass
+                case Loaded(differs):
+                    self._loaded, self._imports = True, False
+                    self.nothing_left = False
+                    self._read_errors()  # what the program printed while it was imported; it did so here, too
+                    self._shows = not self._captured
+                    self.life, self.differs = Life.LIVES, differs
+                case Refused(problem):
+                    self.problem, self.unfit = problem, self.life is Life.STARTING
+                case Bye():
+                    self.problem = self.problem or "has ended"
+                    self._finish()
+                case _:
+                    messages.append(message)
+        return messages
+
+    def _greet(self, hello: Mapping[str, Any]) -> None:
+        """Compare versions, and send the program."""
+        self.hello = hello
+        theirs, ours = hello["versions"], versions()
+        wrong = [name for name in ours if theirs.get(name) != ours[name]]
+        _log.info("%s: agent %s on %s", self.name, hello["pid"], hello["host"])
+        self._greeted, self._began = True, time.monotonic()
+        if wrong:
+            there = ", ".join(f"{name} {theirs.get(name)}" for name in wrong)
+            here = ", ".join(f"{name} {ours[name]}" for name in wrong)
+            self.problem = f"has {there}, but this program runs with {here}. Remedy: install the same versions there"
+            self.unfit = True
+            self._send(EndAgent())
+            self._finish()
+            return
+        self._send(self._setup)
+        self._imports = True
+        self._send_queue()
+
+    def tick(self) -> None:
+        """Send what waits, and notice a silent agent. Never waits."""
+        now = time.monotonic()
+        self._read_errors()
+        if self.life is Life.GONE:
+            self._end_command()
+        elif self.life is Life.SILENT:
+            if self._must_have_ended(now):
+                self._finish()
+        elif self._greeted and self.life is Life.STARTING and now - self._began > START_SECONDS:
+            self._disconnect(f"has not imported the program after {START_SECONDS:.0f} s")
+        elif self.quiet:
+            if now - self._sent > self._timing.lost and not self._stream.readable:
+                self.problem = f"has been silent for {now - self._heard:.0f} s"
+                self._finish()
+        elif self._greeted:
+            self._send_queue()
+            if self._stream.pending:
+                self._stream.flush()
+                self._sent = now
+
+    def beat(self) -> None:
+        """Send a sign of life, from any thread, unless the agent is quiet."""
+        # If something has arrived, the agent is not quiet, but the head is too busy to receive it.
+        heard = not self.quiet or self._stream.readable
+        if self._greeted and self.life in (Life.STARTING, Life.LIVES) and heard:
+            self._send(Beat())
+
+    def _send(self, message: object) -> None:
+        self._stream.send(message)
+        self._sent = time.monotonic()
+
+    def _send_queue(self) -> None:
+        for message in self._queue:
+            self._send(message)
+        self._queue.clear()
+
+    @property
+    def quiet(self) -> bool:
+        """Whether the agent has not been heard for so long that nothing may be sent to it."""
+        return self.life is Life.LIVES and time.monotonic() - self._heard > self._timing.quiet
+
+    @property
+    def seconds_left(self) -> float:
+        """For how many seconds a silent node may still run jobs."""
+        return max(0.0, self._timing.lost - (time.monotonic() - self._sent))
+
+    def _read_errors(self) -> None:
+        with contextlib.suppress(BlockingIOError, ValueError):
+            for _ in range(MAX_READS):
+                printed = os.read(self._stderr.fileno(), 4096)
+                self._printed = (self._printed + printed)[-MAX_ERRORS:]
+                if self._shows:
+                    self._show(printed)
+
+    def _show(self, printed: bytes) -> None:
+        """Print whole lines on standard error, or long beginnings of lines, so that nodes do not mix theirs."""
+        lines, newline, rest = (self._unshown + printed).rpartition(b"\n")
+        shown, self._unshown = lines + newline, rest
+        if not printed or len(rest) > MAX_ERRORS:  # the end, or no lines at all
+            shown, self._unshown = shown + rest, b""
+        with contextlib.suppress(OSError):  # nothing reads it any more
+            while shown:
+                shown = shown[os.write(2, shown) :]
+
+    @property
+    def said(self) -> str:
+        """The end of what the command has printed as one line: to its standard error, or before the agent was there."""
+        return _end_of((self._printed or self._stream.noise).decode(errors="replace"))
+
+    def _disconnect(self, problem: str) -> None:
+        """Take note that nothing more comes from the agent. It may live until it notices."""
+        self._how = problem
+        self._silent_since = time.monotonic()
+        self.life = Life.SILENT
+
+    def _must_have_ended(self, now: float) -> bool:
+        """Whether nothing of a silent node can be left. An agent that never loaded the program has no jobs."""
+        if self._loaded:
+            return now - self._sent > self._timing.lost
+        return self.command_ended or now - self._silent_since > STATUS_SECONDS
+
+    def _finish(self) -> None:
+        if self.problem is None:
+            status = self._process.poll()
+            self._read_errors()
+            said = self.said
+            how = f"{self._how} (exit status {status})" if status is not None else self._how
+            how = f"{how}: {said}" if said else how
+            self.problem = how if self._greeted else f"{how}. Remedy: {self._spec.remedy(status, said)}"
+        _log.warning("%s: %s", self.name, self.problem)
+        self.life, self.nothing_left = Life.GONE, True
+        self._stream.close()  # the end of its input ends the agent, too, if there is one
+        self._ended = time.monotonic()
+        self._end_command()
+
+    def _end_command(self) -> None:
+        """Let the command end by itself for a moment, and then end it. Never waits.
+
+        An agent that imports the program does not read, and has no jobs, so its command is ended at once.
+        Slurm keeps the allocation of an srun that is killed, but not of one that ends by itself or gets SIGTERM.
+        """
+        since = time.monotonic() - self._ended
+        signum = None
+        if since > 2 * COMMAND_END_SECONDS:
+            signum = signal.SIGKILL
+        elif since > COMMAND_END_SECONDS or not self._greeted or self._imports:
+            signum = signal.SIGTERM
+        if signum is not None and signum is not self._signalled and not self.command_ended:
+            self._signal(signum)
+
+    @property
+    def command_ended(self) -> bool:
+        """Whether the command has ended."""
+        return self._process.poll() is not None
+
+    def ask_to_end(self) -> None:
+        """Ask the agent to end everything. Continue with `receive_ready` and `tick` until `command_ended`."""
+        if self.life is Life.LIVES:
+            self._send(EndAgent())
+        elif self.life is not Life.GONE:
+            self.problem = self.problem or "was not needed"
+            self._finish()
+
+    def disconnect(self) -> None:
+        """End the connection. An agent that has not ended ends by itself."""
+        if self.life is not Life.GONE:
+            nothing_left = self.nothing_left
+            self._finish()
+            self.nothing_left = nothing_left
+
+    def close(self) -> None:
+        """End the connection, and kill the command if it has not ended. Idempotent."""
+        self.disconnect()
+        if not self.command_ended:
+            self._signal(signal.SIGKILL)
+            self._process.wait()
+        if not self._stderr.closed:
+            self._read_errors()
+        self._stderr.close()
+
+    def _signal(self, signum: signal.Signals) -> None:
+        """Signal the command, which has not ended, and what it has started in its process group."""
+        self._signalled = signum
+        with contextlib.suppress(OSError):  # it has just ended, or runs as another user
+            os.killpg(self._process.pid, signum)
+
+
+def end_all(nodes: Sequence[RemoteNode]) -> None:
+    """Ask the agents to end, and wait until their commands have ended. Follow with `close`."""
+    for node in nodes:
+        node.ask_to_end()
+    begin = time.monotonic()
+    while not all(node.command_ended for node in nodes) and time.monotonic() < begin + END_SECONDS:
+        for node in nodes:
+            node.receive_ready()
+            node.tick()
+            if time.monotonic() > begin + BYE_SECONDS:
+                node.disconnect()
+        time.sleep(0.005)
+
+
+def _end_of(printed: str) -> str:
+    """Return the end of what a command has printed as one line. Of a traceback, only the exception."""
+    printed = printed.strip()
+    if "Traceback (most recent call last)" in printed:
+        printed = printed.splitlines()[-1]
+    return one_line(" ".join(printed[-300:].split())).rstrip(".")

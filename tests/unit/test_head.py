@@ -1,0 +1,178 @@
+"""The head of a node that the test plays: what it makes of messages, also when the node dies."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpu_launcher.allocation.environment import DeviceEnvironment
+from gpu_launcher.devices.simulated import simulated_devices
+from gpu_launcher.errors import NodeDiedError
+from gpu_launcher.jobs.events import Event, GaveUp, JobStarted, Outcome
+from gpu_launcher.jobs.head import NOT_RUN, SweepResult, run_jobs
+from gpu_launcher.jobs.job import Cause, Job, JobResult
+from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Message, Opened, Wanted
+from gpu_launcher.jobs.source import Offer, Statement
+from gpu_launcher.jobs.sweep import Options
+from gpu_launcher.model import Device
+
+OPTIONS = Options(
+    devices=None,
+    request=None,
+    max_parallel=None,
+    grace=10.0,
+    pool_dir=None,
+    busy_memory=None,
+    device_environment=DeviceEnvironment(),
+)
+
+
+class Node:
+    """A node that says what it is told to say. After `offers` offers it is dead."""
+
+    def __init__(self, *batches: list[Message], offers: int) -> None:
+        self.early: list[Message] = []
+        self.batches = deque(batches)
+        self.offers = offers
+        self.offered: list[int] = []
+        self.closed = False
+        self._readable = os.eventfd(1, os.EFD_CLOEXEC)
+
+    def open(self) -> Opened:
+        return Opened(simulated_devices(2), 2, "fork")
+
+    def fileno(self) -> int:
+        return self._readable
+
+    def receive_ready(self) -> list[Message]:
+        if not self.batches:
+            raise NodeDiedError("the node was killed")
+        return self.batches.popleft()
+
+    def say(self, what: Statement | BeginRun) -> None:
+        if isinstance(what, Offer):
+            if len(self.offered) == self.offers:
+                raise NodeDiedError("the node was killed")
+            self.offered.append(what.job.number)
+
+    def tick(self) -> None:
+        pass
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._readable)
+        self.closed = True
+
+
+class Display:
+    """Remembers the events."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def handle(self, event: Event) -> None:
+        self.events.append(event)
+
+    def tick(self, now: float) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def display() -> Display:
+    return Display()
+
+
+def run(node: Node, jobs: int, directory: Path, display: Display) -> SweepResult:
+    listed = [Job(number, f"n={number}", None) for number in range(jobs)]
+    return run_jobs(listed, node, OPTIONS, directory, "program", display=display)
+
+
+def started(number: int) -> JobStarted:
+    return JobStarted(0.0, number, f"n={number}", simulated_devices(1), None)
+
+
+def failed(number: int) -> Ended:
+    message = "raised ValueError"
+    result = JobResult(number, f"n={number}", Outcome.FAILED, b"error", message, (), 1.0, None, Cause.EXCEPTION)
+    return Ended(result)
+
+
+def test_messages_that_arrived_before_the_node_died_are_handled(tmp_path: Path, display: Display) -> None:
+    batch = [started(0), Wanted(1), failed(0), Wanted(1), started(1), failed(1)]
+    node = Node([Wanted(2)], batch, [started(2)], offers=2)
+    results = run(node, 5, tmp_path, display).results
+    assert node.closed
+    assert [result.message for result in results[:2]] == ["raised ValueError"] * 2
+    assert [event.number for event in display.events if isinstance(event, JobStarted)] == [0, 1, 2]
+    assert [result.message for result in results[3:]] == [NOT_RUN] * 2
+
+
+def test_early_messages_are_handled_when_the_node_has_died(tmp_path: Path, display: Display) -> None:
+    node = Node(offers=1)
+    node.early = [Wanted(1), Wanted(1), started(0), failed(0)]
+    results = run(node, 2, tmp_path, display).results
+    assert [result.message for result in results] == ["raised ValueError", NOT_RUN]
+
+
+class GivesUp(Node):
+    """A node that starts no more jobs when it is offered the first one."""
+
+    def receive_ready(self) -> list[Message]:
+        return self.batches.popleft() if self.batches else []
+
+    def say(self, what: Statement | BeginRun) -> None:
+        if isinstance(what, Offer):
+            self.batches.append([GaveUp(0.0, "was not run: no node is left"), Closed()])
+
+
+class Source:
+    """Has one job."""
+
+    def __init__(self) -> None:
+        self.results: list[JobResult] = []
+        self._readable = os.eventfd(0, os.EFD_CLOEXEC)
+
+    def fileno(self) -> int:
+        return self._readable
+
+    def receive(self) -> list[Statement]:
+        os.eventfd_read(self._readable)
+        return [Offer(Job(0, "n=0", None))]
+
+    def request_jobs(self, count: int) -> None:
+        os.eventfd_write(self._readable, 1)
+
+    def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
+        pass
+
+    def on_message(self, number: int, what: Any) -> None:
+        pass
+
+    def ended(self, result: JobResult) -> None:
+        self.results.append(result)
+
+    def tick(self) -> None:
+        pass
+
+    def close(self) -> None:
+        os.close(self._readable)
+
+
+def test_job_of_a_source_that_was_not_started_when_its_node_gave_up_can_run_later(
+    tmp_path: Path, display: Display
+) -> None:
+    node, source = GivesUp([Wanted(1)], offers=1), Source()
+    try:
+        run_jobs([], node, OPTIONS, tmp_path, "program", source=source, display=display)
+    finally:
+        node.close()
+        source.close()
+    (result,) = source.results
+    assert (result.outcome, result.message) == (Outcome.CANCELLED, "was not run: no node is left")
