@@ -122,7 +122,7 @@ class Dealer:
         self._refused.pop(number, None)
         return list(self._deal())
 
-    def withdrawn(self, number: int) -> Job | None:
+    def cancelled(self, number: int) -> Job | None:
         """Remove a job that is at no node. None if there is no such job."""
         for job in self._waiting:
             if job.number == number:

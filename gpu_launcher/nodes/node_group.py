@@ -175,7 +175,7 @@ class NodeGroup:
         self._exhausted_told = False
         self._dealer = Dealer()
         self._process = os.getpid()
-        self._withdrawn: dict[int, Cancel] = {}
+        self._cancelled: dict[int, Cancel] = {}
         """Statements that jobs are to be ended, by number. They also hold for a node that gets the job later."""
         self._probe: Path | None = None
         self._over = threading.Event()
@@ -344,8 +344,8 @@ class NodeGroup:
                 self._stop_nodes()
                 self._post(self._finish_if_done())
             case Cancel(number):
-                self._withdrawn[number] = what
-                self._post(self._withdraw(number))
+                self._cancelled[number] = what
+                self._post(self._cancel(number))
             case Reply(number):
                 self._tell_node_of(number, what)
 
@@ -570,19 +570,19 @@ class NodeGroup:
         # Many programs turn SIGTERM into an exception.
         failed = result.outcome is Outcome.FAILED and (member.interrupted or killed)
         interrupted = failed or result.outcome is Outcome.CANCELLED
-        if member.leaving and interrupted and not self._stopping and number not in self._withdrawn:
+        if member.leaving and interrupted and not self._stopping and number not in self._cancelled:
             self._remove_report(number)
             returned = JobReturned(time.monotonic(), number, result.label)
             return [returned, *self._carry_out(self._dealer.returned(number)), *self._give_up_if_alone()]
-        if taken_back and result.outcome is Outcome.CANCELLED and not self._stopping and number not in self._withdrawn:
+        if taken_back and result.outcome is Outcome.CANCELLED and not self._stopping and number not in self._cancelled:
             return self._carry_out(self._dealer.taken(number))
-        if result.refused and not self._stopping and number not in self._withdrawn:
+        if result.refused and not self._stopping and number not in self._cancelled:
             self._refusals[number] = result
             return [*self._carry_out(self._dealer.refused(number)), *self._conclude_refused()]
         return self._conclude(result)
 
     def _conclude(self, result: JobResult) -> list[Message]:
-        self._withdrawn.pop(result.number, None)
+        self._cancelled.pop(result.number, None)
         self._running.pop(result.number, None)
         self._attempts.pop(result.number, None)
         self._refusals.pop(result.number, None)
@@ -683,23 +683,25 @@ class NodeGroup:
         for job in self._dealer.jobs_at(member.name):
             self._offered.pop(job.number, None)
             self._taking.discard(job.number)
-            report = self._report_of(job)
-            if report is not None and (report.ok or report.pruned or not _ended_with_its_node(member, report)):
+            if (report := self._report_of(job, member)) is not None:
                 messages += self._conclude_left(job, report)
-            elif job.number in self._withdrawn:
-                messages += self._conclude_withdrawn(job)
+            elif job.number in self._cancelled:
+                messages += self._conclude_cancelled(job)
             elif self._running.pop(job.number, None) is not None:
                 messages.append(JobReturned(time.monotonic(), job.number, job.label))
             if self._dealer.node_of(job.number) is not None:  # it is dealt again
                 self._remove_report(job.number)
         return messages + self._carry_out(self._dealer.lost(member.name))
 
-    def _report_of(self, job: Job) -> Report | None:
+    def _report_of(self, job: Job, member: _Member) -> Report | None:
+        """Return the report of a job of a lost node, unless the job failed because the node ended it."""
         assert self._begin is not None
         if self._probe is None:  # the jobs of other machines leave their reports there, and tell more in messages
             return None
         with contextlib.suppress(FileNotFoundError, ReportError):
-            return read_report(self._begin.reports.path(job.number))
+            report = read_report(self._begin.reports.path(job.number))
+            if report.ok or report.pruned or not _ended_with_its_node(member, report):
+                return report
         return None
 
     def _conclude_left(self, job: Job, report: Report) -> list[Message]:
@@ -709,12 +711,12 @@ class NodeGroup:
         if job.number not in self._running:  # its node did not come to report the start
             messages += self._note_start(JobStarted(time.monotonic(), job.number, job.label, (), None, None))
         started, now = self._running[job.number], self._history_of(job)
-        unwanted = self._stopping or job.number in self._withdrawn
+        unwanted = self._stopping or job.number in self._cancelled
         result = left_by(job, report, started, now.attempts_before, unwanted=unwanted)
         policy = self._begin.options.failures
         retry = result.cause in policy.retry_on and now.failed_before < policy.retries
-        if result.outcome is Outcome.CANCELLED and job.number in self._withdrawn:
-            return messages + self._conclude_withdrawn(job)
+        if result.outcome is Outcome.CANCELLED and job.number in self._cancelled:
+            return messages + self._conclude_cancelled(job)
         if not retry:
             return messages + self._conclude(result)
         limit = now.attempts_before + policy.retries - now.failed_before
@@ -803,7 +805,7 @@ class NodeGroup:
             if self._history_of(job).attempts_before > job.attempts_before:
                 message = "was ended because its node was lost, and no node is left"
                 result = self._unfinished(job, Outcome.FAILED, message, Cause.CRASH)
-                self._dealer.withdrawn(job.number)
+                self._dealer.cancelled(job.number)
                 messages += self._conclude(replace(result, unsupervised=True))
         return messages
 
@@ -811,8 +813,7 @@ class NodeGroup:
         """Conclude the jobs of a node that cannot be reached after the run was stopped. It ends them by itself."""
         messages: list[Message] = []
         for job in self._dealer.jobs_at(member.name):
-            report = self._report_of(job)
-            if report is not None and (report.ok or report.pruned or not _ended_with_its_node(member, report)):
+            if (report := self._report_of(job, member)) is not None:
                 messages += self._conclude_left(job, report)
                 continue
             started = self._running.pop(job.number, None)
@@ -830,15 +831,15 @@ class NodeGroup:
             messages.append(Notice(time.monotonic(), text))
         return messages
 
-    def _withdraw(self, number: int) -> list[Message]:
-        job = self._dealer.withdrawn(number)
+    def _cancel(self, number: int) -> list[Message]:
+        job = self._dealer.cancelled(number)
         if job is not None:
-            return self._conclude_withdrawn(job)
-        self._tell_node_of(number, self._withdrawn[number])
+            return self._conclude_cancelled(job)
+        self._tell_node_of(number, self._cancelled[number])
         return []
 
-    def _conclude_withdrawn(self, job: Job) -> list[Message]:
-        what = self._withdrawn[job.number]
+    def _conclude_cancelled(self, job: Job) -> list[Message]:
+        what = self._cancelled[job.number]
         outcome = Outcome.PRUNED if what.pruned else Outcome.CANCELLED
         return self._conclude(self._unfinished(job, outcome, what.problem, None))
 

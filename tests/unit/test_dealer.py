@@ -205,12 +205,12 @@ class History:
         if self.offered:
             number = self.random.choice(list(self.offered))
             waits = number in self.waiting
-            self.tell(f"job {number} is withdrawn")
-            assert self.dealer.withdrawn(number) == (self.offered[number] if waits else None)
+            self.tell(f"job {number} is cancelled")
+            assert self.dealer.cancelled(number) == (self.offered[number] if waits else None)
             if waits:
                 self.waiting.remove(number)
                 self.endings.append(number)
-                self.seen["withdrawn"] += 1
+                self.seen["cancelled"] += 1
                 self.carry_out(self.dealer.ended(number))
 
     # What follows
@@ -293,7 +293,7 @@ def test_dealer_keeps_its_rules_in_random_histories():
             story = "\n".join(history.story)
             raise AssertionError(f"History(Random({seed})), most {history.most}, fails: {error}\n{story}") from error
         seen.update(history.seen.keys())
-    expected = ("Ask", "Give", "MovedTooOften", "returned", "withdrawn", "kept back")
+    expected = ("Ask", "Give", "MovedTooOften", "returned", "cancelled", "kept back")
     assert not [name for name in expected if seen[name] < HISTORIES // 200], f"hardly any history shows some of {seen}"
 
 
