@@ -9,7 +9,7 @@ it can be left, so a job is never at two nodes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from dataclasses import dataclass
 
 from gpu_launcher.jobs.job import Job
@@ -134,13 +134,14 @@ class Dealer:
         """Take a job back from a node that will not finish it."""
         return [*self._take_back(self._at[number][1]), *self._deal()]
 
-    def take_back(self, late: Iterable[int], at_once: Mapping[str, int]) -> list[Deal]:
-        """Take back jobs for nodes that are idle: that have room, although what could be dealt was dealt.
+    def deal_late(self, late: Collection[int], at_once: Mapping[str, int]) -> list[Deal]:
+        """Find nodes that are idle for jobs that have waited long.
 
-        `late` are jobs that were offered long ago and have not been started, and `at_once` how many jobs each node can
-        run.
+        `late` are jobs that have waited long, here or at a node, and have not been started. `at_once` is how many jobs
+        each node can run. A job that waits here goes to any node, even to one that has lost it. One that waits at a
+        node is taken back for a node that has room, although what could be dealt was dealt.
         """
-        deals: list[Deal] = []
+        deals: list[Deal] = list(self._deal_to(self._able, late))
         for number in late:
             if number not in self._at or number in self._targets:
                 continue
@@ -215,15 +216,19 @@ class Dealer:
         return []
 
     def _deal(self) -> Iterator[Deal]:
-        for job in list(self._waiting):
-            node = max(self._suitable(job), key=self._room.__getitem__, default=None)
-            if self._open() > 0 and node is not None and self._room[node] > 0:
-                self._waiting.remove(job)
-                yield self._give(node, job)
+        yield from self._deal_to(self._suitable, [job.number for job in self._waiting])
         more = self._open() - self._asked
         if more > 0 and not self.exhausted:
             self._asked += more
             yield Ask(more)
+
+    def _deal_to(self, nodes: Callable[[Job], list[str]], numbers: Collection[int]) -> Iterator[Deal]:
+        """Give those of these jobs that wait to the nodes that are right for each."""
+        for job in [job for job in self._waiting if job.number in numbers]:
+            node = max(nodes(job), key=self._room.__getitem__, default=None)
+            if self._open() > 0 and node is not None and self._room[node] > 0:
+                self._waiting.remove(job)
+                yield self._give(node, job)
 
     def _suitable(self, job: Job) -> list[str]:
         """Return the nodes that have not lost a job, or all if each has. Without those that can never run it."""

@@ -68,7 +68,7 @@ FIRST_NODE_SECONDS = 10.0
 LATECOMER_SECONDS = 2.0
 """Seconds for which a sweep waits for more nodes once it has one."""
 LATE_SECONDS = 10.0
-"""Seconds after which a job that its node has not started is taken back for another node that is idle."""
+"""Seconds after which a job that was not started goes to any node that is idle, even to one that has lost it."""
 MAX_FAILURES = 3
 """Number of times in a row that a node is started again without having completed a job."""
 LOCAL_END_SECONDS = 5.0
@@ -156,8 +156,8 @@ class NodeGroup:
         """Messages for the head that did not come from a node."""
         self._begin: BeginRun | None = None
         self._running: dict[int, JobStarted] = {}
-        self._offered: dict[int, float] = {}
-        """When each job at a node was offered to it, unless it was started there since, or is taken back."""
+        self._since: dict[int, float] = {}
+        """Since when each job waits to be started: at no node, or at the one to which it was offered."""
         self._refusals: dict[int, JobResult] = {}
         """What becomes of jobs whose requests some nodes can never grant, if the other nodes cannot either."""
         self._taking: set[int] = set()
@@ -455,7 +455,7 @@ class NodeGroup:
                 messages += self._lose(member)
             if member.restart_at is not None and time.monotonic() >= member.restart_at:
                 messages += self._restart(member)
-        messages += self._take_back_late()
+        messages += self._deal_late()
         messages += self._conclude_refused()
         for node in list(self._replaced):
             node.tick()
@@ -473,14 +473,16 @@ class NodeGroup:
         may = f"its {count(len(jobs), 'job')} may still run there for {member.node.seconds_left:.0f} s"
         return [Notice(time.monotonic(), f"node {member.name} lost its connection: {may}, and can run elsewhere then")]
 
-    def _take_back_late(self) -> list[Message]:
-        """Take back jobs that nodes have not started, if others are idle."""
-        since = time.monotonic() - LATE_SECONDS
-        late = [number for number, offered in self._offered.items() if offered <= since]
+    def _deal_late(self) -> list[Message]:
+        """Deal jobs that have waited long to nodes that are idle."""
+        now = time.monotonic()
+        for job in self._dealer.waiting:
+            self._since.setdefault(job.number, now)
+        late = [number for number, since in self._since.items() if since <= now - LATE_SECONDS]
         if not late or self._stopping:
             return []
         at_once = {member.name: member.at_once for member in self._members.values()}
-        return self._carry_out(self._dealer.take_back(late, at_once))
+        return self._carry_out(self._dealer.deal_late(late, at_once))
 
     def _conclude_refused(self) -> list[Message]:
         """Fail jobs whose requests no node can grant. A node that is not there yet may be able to."""
@@ -561,7 +563,7 @@ class NodeGroup:
         self._running.pop(number, None)
         if self._dealer.node_of(number) != member.name:
             return []
-        self._offered.pop(number, None)
+        self._since.pop(number, None)
         taken_back = number in self._taking
         self._taking.discard(number)
         if result.outcome in (Outcome.COMPLETED, Outcome.PRUNED):
@@ -586,6 +588,7 @@ class NodeGroup:
         self._running.pop(result.number, None)
         self._attempts.pop(result.number, None)
         self._refusals.pop(result.number, None)
+        self._since.pop(result.number, None)
         messages: list[Message] = [Ended(result)]
         if result.outcome is Outcome.FAILED:
             messages += self._count_failure()  # first: it may stop the dealing
@@ -681,7 +684,7 @@ class NodeGroup:
         messages: list[Message] = []
         messages += self._carry_out(self._dealer.leaves(member.name))
         for job in self._dealer.jobs_at(member.name):
-            self._offered.pop(job.number, None)
+            self._since.pop(job.number, None)
             self._taking.discard(job.number)
             if (report := self._report_of(job, member)) is not None:
                 messages += self._conclude_left(job, report)
@@ -746,7 +749,7 @@ class NodeGroup:
             self._attempts[number] = job.attempts_before + 1, job.failed_before
             self._dealer.started(number)
         self._running[number] = started
-        self._offered.pop(number, None)
+        self._since.pop(number, None)
         self._taking.discard(number)
         return [started]
 
@@ -851,12 +854,14 @@ class NodeGroup:
                     messages.append(Wanted(number))
                 case Give(node, job):
                     job = self._history_of(job)
-                    if not job.failed_before:  # otherwise its node may know that it needs more memory
-                        self._offered[job.number] = time.monotonic()
+                    if job.failed_before:  # its node may know that it needs more memory
+                        self._since.pop(job.number, None)
+                    else:
+                        self._since[job.number] = time.monotonic()
                     self._tell(self._members[node], Offer(job))
                 case TakeBack(node, job):
                     _log.info("job %d is taken back from %s", job.number, node)
-                    self._offered.pop(job.number, None)
+                    self._since.pop(job.number, None)
                     self._taking.add(job.number)
                     self._tell(self._members[node], Cancel(job.number, "was not started", unstarted=True))
                 case MovedTooOften(job):

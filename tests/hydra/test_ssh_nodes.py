@@ -174,7 +174,7 @@ def test_jobs_of_a_killed_ssh_run_again(start: Start, server: Ssh, tmp_path: Pat
             ]
             (client,) = clients
             client.kill()
-            until(lambda: any(len((tmp_path / f"runs-{number}").read_text()) >= 2 for number in lost))
+            until(lambda: any(len((tmp_path / f"runs-{number}").read_text()) >= 2 for number in lost), seconds=200)
             (tmp_path / "release").touch()
             _, said = sweep.communicate(timeout=100)
         except BaseException:

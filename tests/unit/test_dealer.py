@@ -407,17 +407,17 @@ def busy_and_idle() -> Dealer:
 
 def test_late_job_is_taken_back_once_for_an_idle_node():
     dealer = busy_and_idle()
-    assert dealer.take_back([1], {"a": 1, "b": 1}) == [TakeBack("a", job(1))]
-    assert dealer.take_back([1], {"a": 1, "b": 1}) == []
+    assert dealer.deal_late([1], {"a": 1, "b": 1}) == [TakeBack("a", job(1))]
+    assert dealer.deal_late([1], {"a": 1, "b": 1}) == []
     dealer.wanted("a", 5)
     assert dealer.taken(1) == [Give("b", job(1))], "it does not go back to the node with most room"
-    assert dealer.take_back([1], {"a": 9, "b": 1}) == []
+    assert dealer.deal_late([1], {"a": 9, "b": 1}) == []
 
 
 @pytest.mark.parametrize("at_once", [{"a": 1, "b": 1}, {"a": 1}])
 def test_no_more_jobs_are_taken_back_than_idle_nodes_can_run(at_once: dict[str, int]):
     dealer = busy_and_idle()
-    assert len(dealer.take_back([0, 1], at_once)) == len(at_once) - 1
+    assert len(dealer.deal_late([0, 1], at_once)) == len(at_once) - 1
 
 
 def test_job_is_taken_back_even_if_the_head_may_have_more():
@@ -425,25 +425,38 @@ def test_job_is_taken_back_even_if_the_head_may_have_more():
     dealer.wanted("a", 1)
     dealer.offered(job(0))
     dealer.wanted("b", 1)
-    assert dealer.take_back([0], {"a": 1, "b": 1}) == [TakeBack("a", job(0))]
+    assert dealer.deal_late([0], {"a": 1, "b": 1}) == [TakeBack("a", job(0))]
+
+
+def test_job_that_waits_long_goes_even_to_a_node_that_has_lost_it():
+    dealer = Dealer()
+    dealer.wanted("a", 1)
+    dealer.offered(job(0))
+    dealer.started(0)
+    dealer.wanted("b", 1)
+    dealer.offered(job(1))
+    dealer.lost("a")
+    assert dealer.wanted("a", 1) == [Ask(1)], "it waits for node b"
+    assert dealer.deal_late([], {"a": 1, "b": 1}) == []
+    assert dealer.deal_late([0], {"a": 1, "b": 1}) == [Give("a", job(0))]
 
 
 def test_no_job_is_taken_back_for_a_node_that_gets_no_more_jobs():
     dealer = busy_and_idle()
     dealer.leaves("b")
-    assert dealer.take_back([0], {"a": 1, "b": 1}) == []
+    assert dealer.deal_late([0], {"a": 1, "b": 1}) == []
 
 
 def test_job_that_was_started_after_all_takes_no_room_elsewhere():
     dealer = busy_and_idle()
-    assert dealer.take_back([0], {"a": 1, "b": 1}) == [TakeBack("a", job(0))]
+    assert dealer.deal_late([0], {"a": 1, "b": 1}) == [TakeBack("a", job(0))]
     dealer.started(0)
-    assert dealer.take_back([1], {"a": 1, "b": 1}) == [TakeBack("a", job(1))]
+    assert dealer.deal_late([1], {"a": 1, "b": 1}) == [TakeBack("a", job(1))]
 
 
 def test_job_that_is_given_back_when_its_target_is_gone_is_dealt_to_any_node():
     dealer = busy_and_idle()
-    dealer.take_back([1], {"a": 1, "b": 1})
+    dealer.deal_late([1], {"a": 1, "b": 1})
     dealer.lost("b")
     assert dealer.taken(1) == []
     assert dealer.wanted("a", 1) == [Give("a", job(1))]

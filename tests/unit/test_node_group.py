@@ -637,6 +637,19 @@ def test_job_that_another_node_has_lost_is_taken_back_for_it_when_it_is_idle(
 
 
 @pytest.mark.usefixtures("impatient")
+def test_lost_job_that_no_other_node_has_room_for_runs_where_it_was_lost(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_group, "LATE_SECONDS", 0.0)
+    group = start("a", "b")
+    group.begin()
+    loses(group, 0)
+    returns(group)
+    group.says("a", Wanted(1))
+    group.gets("a", 0)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_job_that_is_kept_back_does_not_keep_others_from_idle_nodes(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
