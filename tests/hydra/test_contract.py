@@ -143,7 +143,9 @@ def test_callbacks_of_the_job_run_in_it_and_those_of_the_sweep_in_the_launcher(s
 def test_each_job_has_as_many_devices_as_its_own_config_says_and_nobody_elses(sweep: Sweep) -> None:
     masks = [sweep.found(number)["environment"]["CUDA_VISIBLE_DEVICES"].split(",") for number in (0, 1)]
     assert [len(mask) for mask in masks] == [1, 2]
-    assert len({*masks[0], *masks[1]}) == 3
+    shown = sweep.ran.stdout + sweep.ran.stderr
+    if shown.rindex("started on") < shown.index("completed in"):  # otherwise a busy machine ran one after the other
+        assert len({*masks[0], *masks[1]}) == 3
     assert "7" not in {*masks[0], *masks[1]}, "env_set does not take a device"
 
 
