@@ -22,7 +22,7 @@ _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 @click.command()
 @options.pool_dir
 @options.value("--study", "FILE", "SQLite file of a study to check.")
-@options.nodes
+@options.nodes("Node to try")
 @options.as_json
 def doctor(pool_dir: str | None, study: str | None, nodes: tuple[str, ...], as_json: bool) -> int:
     """Check this machine, this Python and this project for problems.

@@ -46,13 +46,7 @@ from gpu_launcher.cli import options
 @click.option("--shell", is_flag=True, help="Run the command with /bin/sh, for pipes and such. Values stay quoted.")
 @options.flag("--csv", "Write results.csv, too, at the end.")
 @click.option("--dry-run", is_flag=True, help="Print the first command lines and the number of runs; run nothing.")
-@options.value(
-    "--nodes",
-    "NODE",
-    "Machine to run on: local, ssh:HOST, slurm:COUNT or command:'COMMAND ...'. Give the option once for each. See "
-    "docs/nodes.md. Default: this machine.",
-    multiple=True,
-)
+@options.nodes("Node to run on (default: local)")
 @options.devices("Devices to choose from", default=None)
 @options.pool_dir
 @options.value("--grace", "TIME", "Time between Ctrl-C, or --timeout, and killing what has not ended. Default: 10s.")

@@ -47,6 +47,11 @@ def directory(name: str, help: str) -> Decorator:
     return value(name, "DIRECTORY", help, shell_complete=_complete_directories)
 
 
+def nodes(what: str) -> Decorator:
+    kinds = "local, ssh:HOST, slurm:COUNT with options of srun, or command:'COMMAND ...'"
+    return value("--nodes", "NODE", f"{what}: {kinds}. Can be repeated. See docs/nodes.md.", multiple=True)
+
+
 def devices(what: str, default: str | None = "auto") -> Decorator:
     text = f"{what}: {HOW_DEVICES_ARE_WRITTEN}"
     return value("--devices", "DEVICES", text, default, shell_complete=_complete_devices)
@@ -59,13 +64,6 @@ busy_memory = value(
     "Memory that programs outside the pool may use on a GPU before it counts as busy: an amount such as 2GiB, or null "
     "for any amount. Default: 512MiB.",
     "512MiB",
-)
-nodes = click.option(
-    "--nodes",
-    metavar="NODE",
-    multiple=True,
-    help="A node to try, as in hydra.launcher.nodes: ssh:HOST, slurm:COUNT with options of srun, or command:'COMMAND "
-    "...'. Can be repeated.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON; docs/status.md documents it.")
 

@@ -123,7 +123,7 @@ class Dealer:
         return list(self._deal())
 
     def cancelled(self, number: int) -> Job | None:
-        """Remove a job that is at no node. None if there is no such job."""
+        """Remove a job that waits for a node, and return it. Returns None if no such job waits."""
         for job in self._waiting:
             if job.number == number:
                 self._waiting.remove(job)

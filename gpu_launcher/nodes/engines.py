@@ -122,8 +122,8 @@ def _read_entry(text: str, names: set[str], grace: float) -> Iterator[NodeSpec]:
         if not number.isdecimal() or len(number) > 9 or not 1 <= int(number) <= MAX_SLURM_NODES:
             raise OptionError(
                 "nodes",
-                f"{text!r} has no number of nodes from 1 to {MAX_SLURM_NODES}: give slurm:COUNT, and behind it options "
-                "of srun, such as 'slurm:4 --partition=gpu --gpus=8 --time=8:00:00'",
+                f"{text!r} has no number of nodes from 1 to {MAX_SLURM_NODES}: give slurm:COUNT, followed by "
+                "options of srun, such as 'slurm:4 --partition=gpu --gpus=8 --time=8:00:00'",
             )
         check = shlex.join(("srun", *arguments, "true"))
         # The agent ends its jobs before the allocation ends. The user's own --signal comes later, so it counts.

@@ -299,7 +299,7 @@ class NodeGroup:
         if waiting:
             self._post([Notice(time.monotonic(), _not_ready([member.name for member in waiting], bool(opened)))])
         self._opened = True
-        if self._members:  # otherwise there are no jobs
+        if self._members:  # a group without nodes is for a run without jobs
             self._post(self._give_up_if_alone())
         return Opened(self._devices(), len(self._devices()), "fork")
 
