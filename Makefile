@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 WORKERS ?= $(shell echo $$(( 2 * $$(nproc) > 16 ? 16 : 2 * $$(nproc) )))
 PYTEST := $(BIN)/python -m pytest --workers $(WORKERS)
 
-.PHONY: help setup demo lint test test-rest test-all matrix slow soak bench clean
+.PHONY: help setup demo lint test test-rest test-all matrix docs docs-serve slow soak bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -50,6 +50,13 @@ test-all: test test-rest ## both: all tests but those for which make matrix has 
 matrix: $(INSTALLED) ## tests of installed packages on four Pythons, with the newest and the lowest dependencies
 	$(BIN)/python tools/matrix.py $(MATRIX)
 
+docs: $(INSTALLED) ## the documentation site, in build/docs; a warning, a dead link or a dead anchor is an error
+	$(PIP) install --quiet --editable '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going --quiet -c docs . build/docs
+
+docs-serve: docs ## make the site, and serve it on http://localhost:8000
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory build/docs 8000
+
 slow: $(INSTALLED) ## the slow tests: minutes of random kills, 100,000 entries in a pool
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
@@ -61,6 +68,8 @@ bench: $(INSTALLED) ## the benchmarks, each against the launchers it is compared
 	$(BIN)/python benchmarks/launch_overhead.py
 	$(BIN)/python benchmarks/async_vs_batch.py
 	$(BIN)/python benchmarks/reporting.py
+	$(BIN)/python benchmarks/nodes.py
+	$(BIN)/python benchmarks/steering.py
 	$(BIN)/python benchmarks/functions.py --rounds 1
 	$(BIN)/python benchmarks/functions_map.py
 	$(BIN)/python benchmarks/functions.py

@@ -23,8 +23,8 @@ from typing import Any
 from overhead import handover, machine, memory, startup, sweep
 from overhead.launchers import LAUNCHERS, Launcher
 from overhead.programs import ProgramError, Run
+from overhead.tables import figures, judge, new_table, show_machine, show_targets
 from rich.console import Console
-from rich.table import Table
 
 Results = dict[str, Any]
 
@@ -50,12 +50,9 @@ def main() -> int:
         results["parts"][part] = PARTS[part](options, launchers)
         SHOW[part](console, results["parts"][part])
         console.print(f"[dim]{part}: {time.monotonic() - began:.0f} s[/dim]\n")
-    results["targets"] = [
-        {"target": what, "limit": limit, "measured": value, "reached": value <= limit}
-        for what, limit, value in _targets(results["parts"])
-    ]
+    results["targets"] = judge(_targets(results["parts"]))
     results["machine"]["load_average_after"] = machine.describe()["load_average"]
-    _show_targets(console, results)
+    show_targets(console, results["targets"])
     if options.json:
         Path(options.json).write_text(json.dumps(results, indent=2) + "\n")
     return 0
@@ -153,14 +150,8 @@ def _targets(parts: Results) -> Iterator[tuple[str, float, float]]:
 
 
 def _show_machine(console: Console, results: Results) -> None:
-    about = results["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
-    console.print(
-        f"{about['date']}: {about['cores']} cores, {about['memory_gib']} GiB, Linux {about['kernel']}, "
-        f"Python {about['python']}, load {' '.join(map(str, about['load_average']))}\n{versions}\n"
-        f"programs import {results['heavy_import']}",
-        highlight=False,
-    )
+    show_machine(console, results["machine"])
+    console.print(f"programs import {results['heavy_import']}", highlight=False)
     if results["heavy_import"] != "torch" and not results["quick"]:
         console.print("torch is not what they import: the figures are not comparable with those that were promised")
     for name, reason in results["skipped"].items():
@@ -169,36 +160,36 @@ def _show_machine(console: Console, results: Results) -> None:
 
 
 def _show_sweep(console: Console, found: Results) -> None:
-    table = _table(
+    table = new_table(
         f"{found['jobs']} empty jobs, {found['at_once']} at a time, median of {found['rounds']} rounds",
         ("launcher", "seconds", "from", "to", "factor", "CPU s", "others"),
     )
     for name, of in found["launchers"].items():
         low, high = of["wall_range"]
         factor = of["factor"] or 1.0
-        table.add_row(name, *_figures(of["wall"], low, high, factor, of["cpu"], of["others_cores"]))
+        table.add_row(name, *figures(of["wall"], low, high, factor, of["cpu"], of["others_cores"]))
     console.print(table)
 
 
 def _show_handover(console: Console, found: Results) -> None:
     first = next(iter(found.values()))
-    table = _table(
+    table = new_table(
         f"idle between two jobs of {first['seconds']} s on {first['devices']} devices, ms",
         ("devices become free", "pauses", "median", "p90", "p99", "max", "others"),
     )
     for name, of in found.items():
         values = (of[key] for key in ("median_ms", "p90_ms", "p99_ms", "max_ms"))
-        table.add_row(name, str(of["pauses"]), *_figures(*values), *_figures(of["others_cores"]))
+        table.add_row(name, str(of["pauses"]), *figures(*values), *figures(of["others_cores"]))
     console.print(table)
-    steps = _table("where it goes, median of each step, ms", ("up to", *found))
+    steps = new_table("where it goes, median of each step, ms", ("up to", *found))
     for step in first["steps_median_ms"]:
-        steps.add_row(step, *_figures(*(of["steps_median_ms"][step] for of in found.values())))
+        steps.add_row(step, *figures(*(of["steps_median_ms"][step] for of in found.values())))
     console.print(steps)
 
 
 def _show_memory(console: Console, found: Results) -> None:
     jobs = found["all jobs run"]["jobs"]
-    table = _table(f"{jobs} jobs at the same time, launcher included: PSS", ("launcher", "MB", "processes"))
+    table = new_table(f"{jobs} jobs at the same time, launcher included: PSS", ("launcher", "MB", "processes"))
     for situation, of in found.items():
         for name, look in of["launchers"].items():
             label = name if situation == "all jobs run" else f"{name}, {of['ahead']} more jobs wait"
@@ -207,23 +198,15 @@ def _show_memory(console: Console, found: Results) -> None:
 
 
 def _show_startup(console: Console, found: Results) -> None:
-    table = _table(
+    table = new_table(
         f"start of a Hydra program that does not use the plugin, {found['pairs']} pairs, ms",
         ("", "without", "with", "added", "quartiles", "others"),
     )
     for kind, label in (("cpu", "CPU"), ("wall", "elapsed")):
         of = found[kind]
         low, high = of["added_quartiles_ms"]
-        figures = _figures(of["without_ms"], of["with_ms"], of["added_ms"])
-        table.add_row(label, *figures, f"{low:.1f} to {high:.1f}", *_figures(found["others_cores"]))
-    console.print(table)
-
-
-def _show_targets(console: Console, results: Results) -> None:
-    table = _table("targets", ("what", "at most", "measured", ""))
-    for row in results["targets"]:
-        verdict = "[green]reached[/green]" if row["reached"] else "[red]missed[/red]"
-        table.add_row(row["target"], *_figures(row["limit"], row["measured"]), verdict)
+        shown = figures(of["without_ms"], of["with_ms"], of["added_ms"])
+        table.add_row(label, *shown, f"{low:.1f} to {high:.1f}", *figures(found["others_cores"]))
     console.print(table)
 
 
@@ -233,18 +216,6 @@ SHOW: dict[str, Callable[[Console, Results], None]] = {
     "memory": _show_memory,
     "startup": _show_startup,
 }
-
-
-def _table(title: str, columns: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    return table
-
-
-def _figures(*values: float) -> tuple[str, ...]:
-    """Three digits that count."""
-    return tuple(f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}" for value in values)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import json
 import re
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -89,8 +90,11 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def measure(*, jobs: int, trials: int, steps: int, interval: float) -> dict[str, Any]:
-    """Run the sweep. Raises ProgramError if it fails, and ValueError if a trial is missing."""
+def measure(*, jobs: int, trials: int, steps: int, interval: float, where: Sequence[str] = ()) -> dict[str, Any]:
+    """Run the sweep. Raises ProgramError if it fails, and ValueError if a trial is missing.
+
+    `where` are the launcher's options for the devices; by default there are as many as jobs, on this machine.
+    """
     with scratch() as directory:
         place = directory / "records"
         place.mkdir()
@@ -101,7 +105,7 @@ def measure(*, jobs: int, trials: int, steps: int, interval: float) -> dict[str,
             f"+steps={steps}",
             f"+interval={interval}",
             "hydra/launcher=gpu_pool",
-            f"hydra.launcher.devices=simulated:{jobs}",
+            *(where or (f"hydra.launcher.devices=simulated:{jobs}",)),
             "hydra.launcher.start_method=fork",
             "hydra/sweeper=optuna_async",
             # What is measured is reporting, so asking is to cost little.
@@ -127,6 +131,7 @@ def measure(*, jobs: int, trials: int, steps: int, interval: float) -> dict[str,
             "own_cores": usage.cpu / usage.wall,
             "others_cores": usage.others,
             "at_once": _at_once(records),
+            "verdicts_ms": [time / 1e6 for record in records for time in record["verdict_ns"]],
             **{key: _spread([time / 1e6 for record in records for time in record[key]]) for key, _ in CALLS},
             "late": sum(record["late"] for record in records),
             "stored": sum(len(trial.intermediate_values) for trial in stored),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         JobError,
         JobTimeoutError,
         LeaseTimeout,
+        ManifestError,
         NodeDiedError,
         NodeStartError,
         OptionError,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         RecordError,
         RequestError,
         SetupError,
+        SteeringError,
         StorageError,
         UnpicklableError,
         UnreadableError,
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from gpu_launcher.executors.executor_thread import BrokenPoolExecutor
     from gpu_launcher.executors.parallel_map import ParallelMap, parallel_map
     from gpu_launcher.executors.pool_executor import PoolExecutor
+    from gpu_launcher.jobs.result_table import load_results
+    from gpu_launcher.jobs.steering import Sweep
     from gpu_launcher.pool import Pool
     from gpu_launcher.studies.optimize import optimize
     from gpu_launcher.studies.reporting import report
@@ -52,6 +56,7 @@ else:
         "JobTimeoutError": "gpu_launcher.errors",
         "Lease": "gpu_launcher.allocation.lease",
         "LeaseTimeout": "gpu_launcher.errors",
+        "ManifestError": "gpu_launcher.errors",
         "NodeDiedError": "gpu_launcher.errors",
         "NodeStartError": "gpu_launcher.errors",
         "OptionError": "gpu_launcher.errors",
@@ -62,12 +67,15 @@ else:
         "RecordError": "gpu_launcher.errors",
         "RequestError": "gpu_launcher.errors",
         "SetupError": "gpu_launcher.errors",
+        "SteeringError": "gpu_launcher.errors",
         "StorageError": "gpu_launcher.errors",
+        "Sweep": "gpu_launcher.jobs.steering",
         "UnpicklableError": "gpu_launcher.errors",
         "UnreadableError": "gpu_launcher.errors",
         "UnsupportedVersionError": "gpu_launcher.errors",
         "WorkerDiedError": "gpu_launcher.errors",
         "current_trial": "gpu_launcher.studies.trial",
+        "load_results": "gpu_launcher.jobs.result_table",
         "optimize": "gpu_launcher.studies.optimize",
         "parallel_map": "gpu_launcher.executors.parallel_map",
         "report": "gpu_launcher.studies.reporting",
@@ -101,6 +109,7 @@ __all__ = [
     "JobTimeoutError",
     "Lease",
     "LeaseTimeout",
+    "ManifestError",
     "NodeDiedError",
     "NodeStartError",
     "OptionError",
@@ -111,12 +120,15 @@ __all__ = [
     "RecordError",
     "RequestError",
     "SetupError",
+    "SteeringError",
     "StorageError",
+    "Sweep",
     "UnpicklableError",
     "UnreadableError",
     "UnsupportedVersionError",
     "WorkerDiedError",
     "current_trial",
+    "load_results",
     "optimize",
     "parallel_map",
     "report",

@@ -26,6 +26,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from gpu_launcher.descriptors import has_room
 from gpu_launcher.safe_files import open_regular
 from gpu_launcher.text import one_line
 
@@ -65,11 +66,9 @@ class _Handler(logging.Handler):
         where = f"{os.uname().nodename} {_role}[{os.getpid()}]"
         area = record.name.removeprefix(f"{_ROOT}.")
         text = f"{at}.{int(record.msecs):03d} {record.levelname} {where} {area}: {record.getMessage()}"
-        poll = select.poll()
-        poll.register(self.descriptor, select.POLLOUT)
         # The log never makes a program fail or wait, even with a full disk, or a terminal or pipe without a reader.
         with contextlib.suppress(OSError):
-            if poll.poll(0) and self._identity() == self._file:  # the program may have closed it
+            if has_room(self.descriptor) and self._identity() == self._file:  # the program may have closed it
                 os.write(self.descriptor, one_line(text).encode()[: select.PIPE_BUF - 1] + b"\n")
 
     def _identity(self) -> tuple[int, int]:

@@ -30,6 +30,8 @@
     ├── CommandError                           the command of `gpu-launcher run` cannot be executed
     ├── MapError                               a `gpu-launcher map` cannot continue
     ├── ManifestError                          a sweep's directory cannot be resumed or read
+    ├── SteeringError                          a sweep cannot be steered, or refuses a request
+    ├── WebError                               the pages of `gpu-launcher web` cannot be served
     └── ReportError                            a job's report cannot be read
 
 All of them survive pickling with their fields, because a job's error is raised in one process and read in another. The
@@ -39,13 +41,11 @@ raised.
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable
 from pickle import PicklingError
 from typing import Any
 
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 120
+from gpu_launcher.text import short_repr
 
 
 class GpuLauncherError(Exception):
@@ -286,12 +286,20 @@ class ManifestError(GpuLauncherError):
     """A sweep's directory cannot be resumed or read. The message says what to do."""
 
 
+class SteeringError(GpuLauncherError):
+    """A sweep cannot be steered, or refuses a request. The message says what to do."""
+
+
+class WebError(GpuLauncherError):
+    """The pages of `gpu-launcher web` cannot be served. The message says why."""
+
+
 class ReportError(GpuLauncherError):
     """A report cannot be read or must not be unpickled. The message names the file and the reason."""
 
 
 def _show(record: object) -> str:
     try:
-        return _short.repr(record)
+        return short_repr(record, 120)
     except Exception:  # the user's __repr__ may raise anything
         return f"of type {type(record).__name__}"

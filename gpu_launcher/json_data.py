@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +11,35 @@ MAX_TEXT = 2**16
 """Maximum number of characters of a text."""
 MAX_ITEMS = 1024
 """Maximum number of items in a list of texts, such as the devices of a job."""
+MAX_VALUES = 64
+"""Maximum number of values of one job."""
+MAX_NAME = 100
+"""Maximum number of characters in the name of a value."""
+MAX_VALUE_TEXT = 200
+"""Maximum number of characters of a value that is a text."""
+MAX_INTEGER = 2**53
+"""Largest integer among the values: up to here, each has a float of its own."""
 MAX_TIME = 1e11
 """Latest time, in seconds since the epoch: the year 5138."""
+
+
+Value = float | str
+"""A value in a table of results. Whole numbers and booleans are numbers."""
+Values = dict[str, Value]
+"""The values of one job, by name."""
+
+
+def is_value(value: object) -> bool:
+    """Whether a value that came from JSON or from a program fits into a table."""
+    if type(value) is int:
+        return -MAX_INTEGER <= value <= MAX_INTEGER
+    return type(value) in (float, bool) or (type(value) is str and len(value) <= MAX_VALUE_TEXT)
+
+
+def values_in(content: Mapping[Any, Any]) -> Values:
+    """Return those of a program's values that fit into a table. The names of the others are not in the result."""
+    fitting = ((name, value) for name, value in content.items() if type(name) is str and len(name) <= MAX_NAME)
+    return dict(itertools.islice(((name, value) for name, value in fitting if is_value(value)), MAX_VALUES))
 
 
 def load_object(data: bytes) -> dict[str, Any]:
@@ -47,7 +75,9 @@ class Fields:
         values = self._content.get(name)
         if not isinstance(values, list) or len(values) > MAX_ITEMS:
             raise ValueError(f"{name} is not a list of at most {MAX_ITEMS} texts")
-        return tuple(Fields({name: value}).text(name) for value in values)
+        if any(not isinstance(value, str) or len(value) > MAX_TEXT for value in values):
+            raise ValueError(f"{name} has an item that is not a text of at most {MAX_TEXT} characters")
+        return tuple(values)
 
     def integer(self, name: str, least: int = 0, most: int = 2**31) -> int:
         value = self._content.get(name)
@@ -61,14 +91,13 @@ class Fields:
             raise ValueError(f"{name} is not true or false")
         return value
 
-    def numbers(self, name: str) -> tuple[float, ...]:
+    def values(self, name: str) -> Values:
         values = self._content.get(name)
-        if not isinstance(values, list) or not all(isinstance(value, (int, float)) for value in values):
-            raise ValueError(f"{name} is not a list of numbers")
-        try:
-            return tuple(map(float, values))
-        except OverflowError as error:
-            raise ValueError(f"{name} has a number out of range") from error
+        if not isinstance(values, dict) or len(values) > MAX_VALUES:
+            raise ValueError(f"{name} is not an object of at most {MAX_VALUES} values")
+        if not all(len(key) <= MAX_NAME and is_value(value) for key, value in values.items()):
+            raise ValueError(f"{name} has a value that does not fit into a table")
+        return values
 
     def time(self, name: str) -> float:
         value = self._content.get(name)

@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+LOCAL = "local"
+"""Name of this machine among the nodes of a sweep."""
+
 
 class DeviceKind(str, Enum):
     """The kind of a device."""
@@ -123,6 +126,9 @@ class Request:
     """Seconds after the grant within which its devices are free again, including the time to end the job."""
     stagger: float = 0.0
     """Minimum seconds between this job's start on a device and the start of another running job there."""
+    auto_memory: bool = False
+    """Whether it gets, instead of a whole device, the memory that earlier jobs of its sweep needed, once that is known.
+    The pool does not see this."""
 
     def __post_init__(self) -> None:
         if self.gpus < 0:

@@ -11,20 +11,19 @@ import warnings
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from gpu_launcher.allocation.device_watch import links_among
 from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.allocation.lease import Lease
 from gpu_launcher.allocation.lease_broker import LeaseBroker
+from gpu_launcher.allocation.readings import put_together
 from gpu_launcher.allocation.request_queue import RequestQueue
-from gpu_launcher.allocation.survey import Found, PoolSeen, PoolSnapshot, snapshot_of, take_survey
+from gpu_launcher.allocation.survey import Found, PoolSeen, PoolSnapshot, snapshot_of
 from gpu_launcher.devices import Links, select_devices
 from gpu_launcher.devices.specification import read_specification
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs import notice_log
-from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.jobs.where import Where, this_program
 from gpu_launcher.leases import FileLedger, HeldLease, choose_pool_directory, resolve_pool_directory
 from gpu_launcher.model import Device, Request
@@ -120,12 +119,6 @@ class Pool:
         """
         return self._prepare().devices
 
-    def options(self, request: Request, max_parallel: int | None = None, cap: str | None = None) -> Options:
-        """Options for running jobs on this pool; see `gpu_launcher.jobs.where.Where`. Raises OptionError."""
-        if self.closed:
-            raise OptionError("pool", f"{self!r} is closed: make another one, or call this before its block ends")
-        return Where(*self._made_of, environ=self._entrance.environ).options(request, max_parallel, cap)
-
     def lease(
         self,
         gpus: float | None = None,
@@ -180,16 +173,8 @@ class Pool:
             poll.register(waiting, select.POLLIN)
             poll.poll(50)
         known = {device.uuid: device for device in machine.devices}
-        survey = take_survey(
-            Found(machine.devices, known=known, only=True),
-            conditions,
-            PoolSeen(self.directory, view),
-            time=time.time(),
-            machine=os.uname().nodename,
-            exists=lambda pid: Path(f"/proc/{pid}").exists(),
-            busy_memory=self._entrance.busy_memory,
-        )
-        return snapshot_of(survey, known)
+        found, pool = Found(machine.devices, known=known, only=True), PoolSeen(self.directory, view)
+        return snapshot_of(put_together(found, conditions, pool, self._entrance.busy_memory), known)
 
     def close(self) -> None:
         """Release all leases that this process holds from this pool. Waiting calls raise an error. Idempotent."""
@@ -232,9 +217,7 @@ class Pool:
     def __enter__(self) -> Pool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -251,13 +234,17 @@ class Pool:
             broker.close()
 
 
-def read_pool(pool: object) -> Pool | Where:
-    """Read the option `pool`; None means all of the machine's devices. Raises OptionError if it is not a pool."""
+def read_pool(pool: object) -> Where:
+    """Read the option `pool`; None means all of the machine's devices. Raises OptionError if it is not an open pool."""
     if pool is None:
         return Where()
-    if not isinstance(pool, (Pool, Where)):
+    if isinstance(pool, Where):
+        return pool
+    if not isinstance(pool, Pool):
         raise OptionError("pool", f"{pool!r} is not a pool: give a gpu_launcher.Pool, such as Pool({_example(pool)!r})")
-    return pool
+    if pool.closed:
+        raise OptionError("pool", f"{pool!r} is closed: make another one, or call this before its block ends")
+    return Where(*pool._made_of, environ=pool._entrance.environ)
 
 
 def _example(pool: object) -> object:
@@ -283,9 +270,7 @@ class Asking:
         self._lease = await self
         return self._lease
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         if self._lease is not None:
             self._lease.release()
 

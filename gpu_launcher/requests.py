@@ -6,6 +6,7 @@ Errors use the names of options here; callers rename them to what the user wrote
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import OptionError
@@ -13,28 +14,37 @@ from gpu_launcher.model import MAX_PRIORITY, Request
 from gpu_launcher.sizes import read_memory
 from gpu_launcher.validation import read_integer, read_number
 
+AUTO = "auto"
+"""The value of `memory` for what earlier jobs of the sweep needed."""
 MIN_SHARE = 0.001
 """Smallest share of a device. Less is probably a mistake."""
 
 
-def read_request(options: Mapping[str, object]) -> Request:
+def read_request(options: Mapping[str, object], *, learns: bool = False) -> Request:
     """Read a request from `gpus`, `memory`, `priority`, `timeout` and `stagger`. Each may be omitted.
 
+    `learns`: whether it is of a job whose memory may be `auto`, because the sweep learns from earlier ones.
     Raises OptionError.
     """
-    memory = _memory(options.get("memory"), "memory")
+    auto = options.get("memory") == AUTO
+    if auto and not learns:
+        raise OptionError("memory", "auto is for the jobs of a sweep or a map: give an amount such as 20GiB")
+    memory = None if auto else _memory(options.get("memory"), "memory")
     gpus = _gpus(options.get("gpus"), "gpus")
+    if auto and gpus is not None:
+        raise OptionError("memory", "with auto, the memory decides what share of one GPU a job gets: leave out gpus")
     if gpus is None and memory is None:
         gpus = 1
     if gpus == 0 and memory is not None:
         raise OptionError("memory", "a job without a GPU has no GPU memory: leave it out, or ask for a GPU")
-    return Request.of(
+    request = Request.of(
         gpus,
         memory,
         priority=read_integer("priority", options.get("priority", 0), least=-MAX_PRIORITY, most=MAX_PRIORITY),
         timeout=_timeout(options.get("timeout"), "timeout"),
         stagger=read_duration(options.get("stagger", 0), "stagger"),
     )
+    return replace(request, auto_memory=auto)
 
 
 def _gpus(value: object, option: str) -> float | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,7 +22,9 @@ MAX_LINE = 16 * 2**20
 """Longest line that is kept in memory, in bytes."""
 
 
-def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY, mode: int = PRIVATE_FILE) -> int:
+def open_regular(
+    path: str | os.PathLike[str], flags: int = os.O_RDONLY, mode: int = PRIVATE_FILE, *, dir_fd: int | None = None
+) -> int:
     """Open a regular file and return its descriptor, which is not inherited.
 
     A file opened for writing must not have other names. Otherwise, by a hard link, another user could make us write to
@@ -31,7 +33,7 @@ def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY, mode: i
     # O_NONBLOCK: otherwise, opening a FIFO would wait for its other end, and opening a file under a lease (fcntl(2),
     # F_SETLEASE) for the lease's holder. It has no effect on an open regular file. O_TRUNC must wait for the checks.
     wanted = flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    descriptor = os.open(path, wanted, mode)
+    descriptor = os.open(path, wanted, mode, dir_fd=dir_fd)
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -46,13 +48,40 @@ def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY, mode: i
     return descriptor
 
 
+def open_beneath(root: str | os.PathLike[str], parts: Sequence[str], *, directory: bool = False) -> int:
+    """Open the regular file, or the directory, `root/part/part/...` for reading, and return its descriptor.
+
+    No symbolic link below `root` is followed, so what is opened lies beneath it. Raises OSError.
+    """
+    if not all(map(_is_name, parts)):
+        raise OSError(errno.EINVAL, "not a path beneath the directory", "/".join(parts))
+    no_link = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    for number, part in enumerate(parts, 1):
+        above = descriptor
+        try:
+            if directory or number < len(parts):
+                descriptor = os.open(part, no_link | os.O_DIRECTORY, dir_fd=above)
+            else:
+                descriptor = open_regular(part, dir_fd=above)
+        finally:
+            os.close(above)
+    return descriptor
+
+
+def _is_name(part: str) -> bool:
+    """Whether a text from elsewhere can be the name of a file."""
+    try:
+        os.fsencode(part)
+    except UnicodeEncodeError:  # JSON may have lone surrogates
+        return False
+    return part not in ("", ".", "..") and "/" not in part and "\0" not in part
+
+
 def read_regular(path: str | os.PathLike[str], limit: int) -> bytes:
     """Read a whole regular file of at most `limit` bytes. Raises OSError."""
-    descriptor = open_regular(path)
-    try:
-        return read_all(descriptor, limit)
-    finally:
-        os.close(descriptor)
+    with open(open_regular(path), "rb") as file:
+        return read_all(file.fileno(), limit)
 
 
 def read_all(descriptor: int, limit: int) -> bytes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+import reprlib
 from pathlib import Path
 
 from gpu_launcher.redaction import redact
@@ -47,6 +48,13 @@ def middle_cut(text: str, room: int) -> str:
         return text
     end = max(0, room - 1) // 2
     return f"{text[: max(0, room - 1 - end)]}…{text[len(text) - end :]}"[:room]
+
+
+def short_repr(value: object, limit: int = 60) -> str:
+    """Return the representation of a value. Long texts and unknown objects in it are cut to `limit` characters."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = limit
+    return short.repr(value)
 
 
 def short_path(path: Path) -> str:

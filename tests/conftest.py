@@ -40,6 +40,7 @@ THOROUGH = (
     "tests/docs",
     "tests/executors/test_cpython_suite.py",
     "tests/executors/test_example_folds.py",
+    "tests/executors/test_functions_on_nodes.py",
     "tests/executors/test_open_files.py",
     "tests/executors/test_parallel_map_misuse.py",
     "tests/executors/test_random_numbers.py",
@@ -49,12 +50,38 @@ THOROUGH = (
     "tests/studies/test_optimize_again.py",
     "tests/studies/test_optimize_errors.py",
     "tests/unit/test_joining.py",
+    "tests/web",
 )
 """Paths with slow tests. `make test` runs only those marked `smoke`; `make test-rest` runs the others."""
 
 
+CALLERS = (
+    "CUDA_",
+    "HYDRA_",
+    "SLURM_",
+    "SSH_",
+    "CI",
+    "COLUMNS",
+    "LINES",
+    "NO_COLOR",
+    "FORCE_COLOR",
+    "TMUX",
+    "STY",
+    "COLORTERM",
+    "TTY_",
+    "PYTHONUNBUFFERED",
+)
+"""Prefixes of variables that change what the programs under test do or show, and that tests set themselves."""
+
+
 def pytest_configure() -> None:
-    """Restore signals that a script or nohup ignores. Otherwise programs that tests start would ignore them too."""
+    """Let programs under test behave alike, whatever the environment says and whichever signals are ignored here.
+
+    A script or nohup may ignore signals. With CI or TERM=dumb, which a CI service may set, there is no live view.
+    """
+    for name in [name for name in os.environ if name.startswith(CALLERS)]:
+        del os.environ[name]
+    os.environ["TERM"] = "xterm-256color"
     as_usual = {
         signal.SIGQUIT: signal.SIG_DFL,
         signal.SIGHUP: signal.SIG_DFL,

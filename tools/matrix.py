@@ -84,6 +84,8 @@ LOWEST = (
     *DEPENDENT,
     "tests/hydra/test_grid_async.py",
     "tests/hydra/test_optuna_async.py",
+    "tests/web/test_attacks.py",
+    "tests/web/test_pages.py",
 )
 NEXT_HYDRA = (
     *DEPENDENT,
@@ -100,10 +102,12 @@ PACKAGED = (
     "tests/unit/test_packaging.py",
     "tests/unit/test_public_names.py",
     "tests/crash/test_stress.py",
+    "tests/web/test_pages.py",
 )
 """What depends on what was packaged, and a sweep on each start method."""
 DISTRIBUTED = (
     *PACKAGED,
+    "tests/docs/test_readme_in_order.py",
     "tests/hydra/test_existing_programs.py",
     "tests/hydra/test_lightning.py",
     "tests/hydra/test_lightning_pruning.py",
@@ -149,7 +153,17 @@ ENVIRONMENTS = (
 )
 
 # What the tests read, apart from the packages.
-COPIED = ("tests", "examples", "benchmarks", "docs", "README.md", "CHANGELOG.md", "LICENSE", "pyproject.toml")
+COPIED = (
+    "tests",
+    "examples",
+    "benchmarks",
+    "docs",
+    "README.md",
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "LICENSE",
+    "pyproject.toml",
+)
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "outputs", "multirun")
 
 RUNNING: set[subprocess.Popen[bytes]] = set()
@@ -222,14 +236,19 @@ def main() -> int:
 
 
 def build() -> None:
-    """Make the sdist, and the wheel from the sdist."""
+    """Make the sdist, and the wheel from the sdist, and have twine check that PyPI would take them."""
     shutil.rmtree(DIST, ignore_errors=True)
     log = MATRIX / "build.log"
     print("building sdist and wheel", flush=True)
     with log.open("w") as output:
-        command = [sys.executable, "-m", "build", "--outdir", str(DIST), str(TREE)]
-        if subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode != 0:
-            sys.exit(f"{tail(log)}\nthe package cannot be built; see {log}")
+        for module, *arguments in (
+            ("build", "--outdir", str(DIST), str(TREE)),
+            ("twine", "check", "--strict", str(DIST / "*")),
+        ):
+            command = [sys.executable, "-m", module, *arguments]
+            if subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode != 0:
+                output.flush()
+                sys.exit(f"{tail(log)}\n{module} failed; see {log}")
 
 
 def run(environment: Environment, options: argparse.Namespace) -> Report:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -46,13 +46,21 @@ class Run:
     patience: ClassVar[float] = 0.0
     """Seconds to wait before each run for an idle machine."""
 
-    def __init__(self, command: Sequence[str], directory: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        directory: Path,
+        environment: dict[str, str],
+        elsewhere: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        """Start it. `elsewhere` returns seconds of CPU that others have used for it: Slurm's jobs are not below it."""
         # Workers that outlive their launcher become our children, to be counted and ended.
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1), 0, 0, 0)
         wait_until_idle(self.patience)
         self._output = directory / "output.txt"
         self._others = Others()
-        self._cpu_before = _children_cpu()
+        self._elsewhere = elsewhere
+        self._cpu_before = _children_cpu() + elsewhere()
         self._started = time.monotonic()
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
@@ -94,7 +102,7 @@ class Run:
         if status != 0:
             tail = self._output.read_text(errors="replace")[-2000:]
             raise ProgramError(f"{self._process.args} ended with status {status}:\n{tail}")
-        cpu = _children_cpu() - self._cpu_before
+        cpu = _children_cpu() + self._elsewhere() - self._cpu_before
         return Usage(wall, cpu, self._others.cores(cpu))
 
     def _reap(self, *, kill: bool) -> None:

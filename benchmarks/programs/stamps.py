@@ -31,7 +31,7 @@ def install(path: str) -> None:
     _wrap(worker, "write_whole", before="pickled", after="written")
     _wrap(worker, "_finish", after="finished")
     # In its supervisor: `_note(self, pid, status)`
-    _wrap(tree.ProcessTree, "_note", before="reaped", pid=lambda _, pid, status: pid)
+    _wrap(tree.ProcessTree, "_note", before="reaped", pid=lambda _, pid, *rest: pid)
     _wrap(supervisor, "send", before="reported", pid=lambda *rest: None)
     # In the launching program
     _wrap(JobLoop, "_ended", before="exited", number=lambda _, number: number)

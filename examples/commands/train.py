@@ -31,7 +31,7 @@ def main():
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     print(f"{name}: loss {loss:.3f} with {len(gpus.split(',')) if gpus else 0} GPUs")
     if loss > 0.1:
-        sys.exit(f"{name} is no good")
+        sys.exit(f"{name} does not fit")
 
 
 if __name__ == "__main__":

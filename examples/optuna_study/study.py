@@ -35,7 +35,7 @@ def objective(trial):
 
 
 def main():
-    """Go on with the study in study.db, or begin it."""
+    """Continue the study in study.db, or begin it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--devices", default="auto", help="auto, 0,1, cpu:4, simulated:4")

@@ -81,7 +81,7 @@ def explain_wait(
 def _name(owner: Owner | None) -> str:
     """Format a user and a command as `anna (train.py)`. Long commands are cut in the middle."""
     if owner is None:
-        return "somebody"
+        return "an unknown program"
     return f"{owner.user} ({middle_cut(owner.command, MAX_COMMAND)}{', suspended' if owner.suspended else ''})"
 
 

@@ -7,7 +7,6 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import NoReturn, SupportsIndex
 
 from gpu_launcher.allocation.environment import DeviceEnvironment
@@ -106,9 +105,7 @@ class Lease:
         self._check()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:

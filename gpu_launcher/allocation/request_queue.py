@@ -20,15 +20,15 @@ from __future__ import annotations
 import math
 import os
 import resource
-import select
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from gpu_launcher.allocation.device_watch import DeviceWatch
 from gpu_launcher.allocation.explain import WaitReason, describe_request, explain_wait
 from gpu_launcher.allocation.feasibility import refusal
+from gpu_launcher.descriptors import is_readable
 from gpu_launcher.devices import ConditionMonitor, Links, combinable
 from gpu_launcher.errors import GpuLauncherError, LeaseTimeout, PoolDirectoryError, RequestError
 from gpu_launcher.leases import HeldLease, Ledger, PoolView, Ticket, leases_of
@@ -121,7 +121,7 @@ class RequestQueue:
         """
         self.devices = devices
         self._ledger = ledger
-        self._watch = DeviceWatch(
+        self.watch = DeviceWatch(
             devices,
             ledger.snapshot,
             launcher=os.getpid() if program is None else program,
@@ -158,7 +158,7 @@ class RequestQueue:
     def descriptors(self) -> tuple[int, ...]:
         """Descriptors. One of them becomes readable when it is time to `attend`."""
         descriptor = self._ledger.fileno()
-        return (self._watch.fileno(),) if descriptor is None else (self._watch.fileno(), descriptor)
+        return (self.watch.fileno(),) if descriptor is None else (self.watch.fileno(), descriptor)
 
     @property
     def patience(self) -> float:
@@ -180,7 +180,7 @@ class RequestQueue:
         """Whether the devices' state is known well enough to grant leases."""
         now = self._clock()
         unanswered = self._stale_since is not None and now - self._stale_since > UNANSWERED_SECONDS
-        return self._fresh(now) or (self._watch.ready and unanswered)
+        return self._fresh(now) or (self.watch.ready and unanswered)
 
     def enter(
         self,
@@ -191,8 +191,11 @@ class RequestQueue:
         limit: float = math.inf,
         explain: Callable[[WaitReason], None] | None = None,
         outlasts: Callable[[], bool] | None = None,
+        among: Container[str] | None = None,
     ) -> PendingRequest:
         """Take a ticket. Call `claim` to get the lease at once if it is available.
+
+        `among`, if given, has the UUIDs of the devices that may be granted.
 
         The request fails with LeaseTimeout after `limit` seconds. `explain`, if given, replaces `tell`: it gets the
         reason for the wait after a moment, and again whenever it changes. A request with `outlasts` is accepted even if
@@ -201,10 +204,10 @@ class RequestQueue:
         Raises RequestError if these devices can never satisfy the request, PoolDirectoryError, and GpuLauncherError if
         this process is running out of file descriptors because too many requests wait.
         """
-        if problem := self.refusal(request):
+        if problem := self.refusal(request, among):
             raise RequestError(f"the request is {problem}")
         _check_descriptors(len(self._pending))
-        candidates = combinable(self.devices, request.gpus)
+        candidates = combinable(self._devices_among(among), request.gpus)
         kind = (request, tuple(device.uuid for device in candidates))
         pending = PendingRequest(
             request, owner, candidates, self._clock(), limit, wake, explain, outlasts, (0, 0), kind
@@ -233,7 +236,7 @@ class RequestQueue:
         """Claim leases, fail expired requests, measure the devices if necessary, and say whom requests wait for."""
         self._hear()
         if not self._pending:
-            self._watch.look(self._clock(), waiting=False)
+            self.watch.look(self._clock(), waiting=False)
             return
         self._look()
         if self.ready:
@@ -257,7 +260,7 @@ class RequestQueue:
         if self._leases.pop(lease.id, None) is None:
             return
         self._ledger.release(lease)
-        self._watch.released(lease.uuids, self._clock())
+        self.watch.released(lease.uuids, self._clock())
         if self._pending:
             self.attend()
 
@@ -267,13 +270,19 @@ class RequestQueue:
 
     # Questions
 
-    def refusal(self, request: Request) -> str | None:
-        """The reason why these devices could never satisfy a request, continuing `the request is`; else None."""
-        return refusal(request, self.devices)
+    def refusal(self, request: Request, among: Container[str] | None = None) -> str | None:
+        """The reason why these devices could never satisfy a request, continuing `the request is`; else None.
+
+        `among`, if given, has the UUIDs of those that count.
+        """
+        return refusal(request, self._devices_among(among))
+
+    def _devices_among(self, uuids: Container[str] | None) -> tuple[Device, ...]:
+        return self.devices if uuids is None else tuple(device for device in self.devices if device.uuid in uuids)
 
     def refusal_now(self, request: Request) -> str | None:
         """Like `refusal`, but without the devices that are broken now."""
-        faults = self._watch.faults
+        faults = self.watch.faults
         return refusal(request, tuple(device for device in self.devices if device.uuid not in faults))
 
     def idle_devices(self) -> list[Device]:
@@ -284,41 +293,32 @@ class RequestQueue:
             return []
         if any(lease.uuids is None for lease in leases):
             return []
-        taken = {uuid for lease in leases for uuid in lease.uuids or ()} | set(self._watch.unavailable)
+        taken = {uuid for lease in leases for uuid in lease.uuids or ()} | set(self.watch.unavailable)
         return [device for device in self.devices if device.uuid not in taken]
 
     def look(self) -> int | None:
         """Start a measurement if needed; return a descriptor to wait on for its result, or None if that is known."""
         self._hear()
         self._look()
-        return None if self.ready else self._watch.fileno()
+        return None if self.ready else self.watch.fileno()
 
     def snapshot(self) -> PoolView:
         """Read the pool, for display. Raises PoolDirectoryError."""
         return self._ledger.snapshot()
 
-    @property
-    def watch(self) -> DeviceWatch:
-        """The watch over the devices."""
-        return self._watch
-
     # Ending
-
-    def stop_watching(self) -> None:
-        """Stop measuring the devices, because no more requests will enter. Leases stay."""
-        self._watch.close()
 
     def close(self) -> None:
         """Fail all requests and release all leases."""
         self._fail(self._pending.values(), closed_meanwhile())
         self._leases.clear()
         self._ledger.close()
-        self._watch.close()
+        self.watch.close()
 
     def close_in_child(self, keep: Iterable[HeldLease] = ()) -> None:
         """Drop everything that belongs to the parent, except the leases to `keep`. Called in a forked child."""
         self._ledger.close_in_child(list(keep))
-        self._watch.close_in_child()
+        self.watch.close_in_child()
         self._pending.clear()
         self._kinds.clear()
         self._leases.clear()
@@ -326,27 +326,27 @@ class RequestQueue:
     # Inside
 
     def _hear(self) -> None:
-        self._watch.receive()
+        self.watch.receive()
         descriptor = self._ledger.fileno()
-        if descriptor is not None and _readable(descriptor):
+        if descriptor is not None and is_readable(descriptor):
             self._ledger.drain()
-            if self._watch.unavailable:
+            if self.watch.unavailable:
                 # The job that ended may have looked like a program outside the pool.
-                self._watch.look_again(self._clock())
+                self.watch.look_again(self._clock())
 
     def _look(self) -> None:
         now = self._clock()
         if self._fresh(now):
             self._stale_since = None
-            self._watch.look(now, waiting=True)
+            self.watch.look(now, waiting=True)
         else:
             if self._stale_since is None or now - self._looked_at > FRESH_SECONDS:  # no request waited in the meantime
                 self._stale_since = now
-            self._watch.look_again(now)
+            self.watch.look_again(now)
         self._looked_at = now
 
     def _fresh(self, now: float) -> bool:
-        return self._watch.seen is not None and now - self._watch.seen <= FRESH_SECONDS
+        return self.watch.seen is not None and now - self.watch.seen <= FRESH_SECONDS
 
     def _take_ticket(self, pending: PendingRequest) -> Ticket:
         if pending.ticket is None:
@@ -360,7 +360,7 @@ class RequestQueue:
                 continue
             try:
                 ticket = self._take_ticket(pending)
-                lease = self._ledger.claim(ticket, self._watch.unavailable, self._watch.preference)
+                lease = self._ledger.claim(ticket, self.watch.unavailable, self.watch.preference)
             except PoolDirectoryError as error:
                 self._note_unusable(error)
                 return
@@ -430,7 +430,7 @@ class RequestQueue:
             except PoolDirectoryError:
                 return  # the next claim reports it
             reason = explain_wait(
-                view, pending.candidates, own, pending.ticket, self._watch.unavailable, mine=mine, program=self._program
+                view, pending.candidates, own, pending.ticket, self.watch.unavailable, mine=mine, program=self._program
             )
             if reason != self._explained.get(kind, WaitReason("", ())):
                 if pending.explain is not None:
@@ -446,7 +446,7 @@ class RequestQueue:
         if pending.ticket is None:
             return "the pool directory is unusable"
         view, mine = self._seen(pending.ticket), self._leases.keys()
-        unavailable = self._watch.unavailable
+        unavailable = self.watch.unavailable
         reason = explain_wait(view, pending.candidates, (), pending.ticket, unavailable, ALL_REASONS, mine=mine)
         return reason.reason or "they have just become free"
 
@@ -477,9 +477,3 @@ def _check_descriptors(waiting: int) -> None:
             f"too much waits for leases at once: each is an open file, and this program may have {most} of them: "
             "raise that limit (`ulimit -n`), or let fewer wait at the same time"
         )
-
-
-def _readable(descriptor: int) -> bool:
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    return bool(poll.poll(0))

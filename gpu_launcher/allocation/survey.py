@@ -208,7 +208,7 @@ def _about(view: PoolView, not_shown: Sequence[str]) -> Iterator[str]:
             f"({entry.name}, a file of {entry.user}: {entry.problem})"
         )
     for user in view.excessive:
-        yield f"{user} has so many files in the pool that some of them do not count"
+        yield f"{user} has too many files in the pool: some of them are ignored"
     if view.elsewhere:
         yield (
             f"files of other machines lie in the pool directory ({', '.join(view.elsewhere)}): whether their jobs "

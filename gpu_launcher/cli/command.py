@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -78,7 +78,15 @@ def _run_without_devices(command: Sequence[str], options: RunOptions) -> NoRetur
     environment = {**os.environ, **DeviceEnvironment().variables((), {}, os.environ)}
     signals = CommandSignals()
     with _dying_of_signals(signals):
-        ended = _run_with(command, environment, options, signals, lease=None, in_children=lambda: None)
+        ended = run_command(
+            command,
+            environment,
+            signals,
+            lease=None,
+            timeout=options.request.timeout,
+            grace=options.grace,
+            tell=_tell,
+        )
     _end_as(ended, signals)
 
 
@@ -104,48 +112,24 @@ def _run(command: Sequence[str], options: RunOptions) -> NoReturn:
         )
         stack.callback(queue.close)
         lease = _wait_for_devices(command, options, queue, signals)
-        queue.stop_watching()
+        queue.watch.close()  # no more requests will enter
         devices = {device.uuid: device for device in selection.devices}
         granted = [devices[uuid] for uuid in lease.uuids]
         announcements.granted(granted)
         telling = DeviceEnvironment(by_uuid=selection.by_uuid).variables(granted, lease.shares, os.environ)
-        with _copy_of(lease) as descriptor:
-            environment = {**os.environ, **telling}
-            ended = _run_with(
-                command, environment, options, signals, lease=descriptor, in_children=queue.close_in_child
-            )
+        descriptor = os.dup(lease.fileno())
+        stack.callback(os.close, descriptor)
+        ended = run_command(
+            command,
+            {**os.environ, **telling},
+            signals,
+            lease=descriptor,
+            timeout=options.request.timeout,
+            grace=options.grace,
+            tell=_tell,
+            in_children=queue.close_in_child,
+        )
     _end_as(ended, signals)
-
-
-def _run_with(
-    command: Sequence[str],
-    environment: Mapping[str, str],
-    options: RunOptions,
-    signals: CommandSignals,
-    *,
-    lease: int | None,
-    in_children: Callable[[], None],
-) -> CommandResult:
-    return run_command(
-        command,
-        environment,
-        signals,
-        lease=lease,
-        timeout=options.request.timeout,
-        grace=options.grace,
-        tell=_tell,
-        in_children=in_children,
-    )
-
-
-@contextlib.contextmanager
-def _copy_of(lease: HeldLease) -> Iterator[int]:
-    """A duplicate of the lease's descriptor, which stays open when the ledger is closed."""
-    descriptor = os.dup(lease.fileno())
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

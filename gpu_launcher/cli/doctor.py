@@ -32,7 +32,7 @@ def doctor(pool_dir: str | None, study: str | None, nodes: tuple[str, ...], as_j
     is 1 if there is a problem, else 0.
 
     With --nodes, it also tries each node: starts an agent there as a sweep does, compares versions, looks for the
-    current directory, measures a message's way there and back, lists the devices, and ends the agent.
+    current directory, measures the round trip of a message, lists the devices, and ends the agent.
 
     Examples:
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ def lines(directory: Path, entries: Sequence[Entry], shown: Sequence[Entry], wid
             [
                 str(entry.number),
                 entry.state.value,
-                str(entry.attempts or ""),
-                duration(time) if (time := seconds(entry)) is not None else "",
+                str(entry.counted_attempts or ""),
+                "" if entry.seconds is None else duration(entry.seconds),
                 one_line(", ".join(entry.devices)),
                 one_line(entry.label),
                 one_line(entry.message or ""),
@@ -51,10 +51,9 @@ def lines(directory: Path, entries: Sequence[Entry], shown: Sequence[Entry], wid
     return [head, *(lay_out(COLUMNS, rows, width) if rows else [])]
 
 
-def to_json(directory: Path, shown: Sequence[Entry], values: Mapping[int, Sequence[float]]) -> dict[str, Any]:
-    """Make the JSON data that docs/resume.md documents. `values` are the values that jobs returned, by job number."""
-    jobs = [{**_job(entry), "values": list(values.get(entry.number, ()))} for entry in shown]
-    return {"schema": SCHEMA, "directory": str(directory.absolute()), "jobs": jobs}
+def to_json(directory: Path, shown: Sequence[Entry]) -> dict[str, Any]:
+    """Make the JSON data that docs/resume.md documents."""
+    return {"schema": SCHEMA, "directory": str(directory.absolute()), "jobs": [_job(entry) for entry in shown]}
 
 
 def _job(entry: Entry) -> dict[str, Any]:
@@ -62,7 +61,8 @@ def _job(entry: Entry) -> dict[str, Any]:
         "number": entry.number,
         "state": entry.state.value,
         "overrides": entry.spec,
-        "attempts": entry.attempts,
+        "attempts": entry.counted_attempts,
+        "moves": entry.moves,
         "devices": list(entry.devices),
         "pid": entry.pid,
         "started": entry.started,
@@ -70,10 +70,3 @@ def _job(entry: Entry) -> dict[str, Any]:
         "message": entry.message,
         "log": entry.log,
     }
-
-
-def seconds(entry: Entry) -> float | None:
-    """How long the last attempt ran, in seconds; None if it is running or its end was not recorded."""
-    if entry.started is None or entry.ended is None:
-        return None
-    return max(0.0, entry.ended - entry.started)

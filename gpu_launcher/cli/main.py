@@ -11,15 +11,24 @@ from typing import Any, NoReturn
 
 import click
 
+from gpu_launcher.cli.attach import attach, wait
 from gpu_launcher.cli.completion import install_completion, show_completion
+from gpu_launcher.cli.demo import demo
 from gpu_launcher.cli.doctor import doctor
+from gpu_launcher.cli.guide import guide
+from gpu_launcher.cli.job_log import job_log
 from gpu_launcher.cli.jobs import jobs
 from gpu_launcher.cli.map import map_command
-from gpu_launcher.cli.options import Decorator
+from gpu_launcher.cli.options import Decorator, as_flag
+from gpu_launcher.cli.rerun import rerun
+from gpu_launcher.cli.results import results
 from gpu_launcher.cli.run import run
 from gpu_launcher.cli.status import status
+from gpu_launcher.cli.steer import cancel, continue_, limit, pause, retry, stop
 from gpu_launcher.cli.streams import lost, tell
+from gpu_launcher.cli.sweeps import sweeps
 from gpu_launcher.cli.top import top
+from gpu_launcher.cli.web import web
 from gpu_launcher.errors import GpuLauncherError, OptionError
 
 NAME = "gpu-launcher"
@@ -56,11 +65,34 @@ def _flag(name: str, callback: Any, help: str) -> Decorator:
 def program() -> None:
     """Share the GPUs of this machine between all programs and users.
 
-    Hydra sweeps join with `hydra/launcher=gpu_pool`. Each command has examples in its --help.
+    Start with `gpu-launcher demo`. A Hydra program uses the GPUs with `-m hydra/launcher=gpu_pool`, any other with
+    `run` or `map`. Each command has examples in its --help.
     """
 
 
-for _command in (run, map_command, status, top, doctor, jobs):
+for _command in (
+    run,
+    map_command,
+    status,
+    top,
+    doctor,
+    sweeps,
+    attach,
+    wait,
+    jobs,
+    results,
+    job_log,
+    cancel,
+    retry,
+    rerun,
+    stop,
+    pause,
+    continue_,
+    limit,
+    web,
+    demo,
+    guide,
+):
     program.add_command(_command)
 
 
@@ -74,7 +106,7 @@ def main() -> NoReturn:
         code: Any = _run()
     except GpuLauncherError as error:
         if isinstance(error, OptionError):
-            error = error.renamed(_as_flag)
+            error = error.renamed(as_flag)
         tell(str(error))
         code = 2 if isinstance(error, OptionError) else 1
     except OSError as error:
@@ -101,7 +133,3 @@ def _run() -> int | None:
     except click.Abort:
         return INTERRUPTED
     return code
-
-
-def _as_flag(option: str) -> str:
-    return option if option.startswith("-") else f"--{option.replace('_', '-')}"

@@ -34,19 +34,40 @@ from gpu_launcher.cli import options
     "be given again to change them.",
 )
 @options.gpus
-@options.memory
+@options.value(
+    "--memory",
+    "MEMORY",
+    "Memory that a run needs on each GPU, such as 20GiB. Lets it share a GPU with others. auto: as much as earlier "
+    "runs used, with head-room.",
+)
 @options.priority
 @options.timeout
-@options.value("--retries", "NUMBER", "How often to rerun a failed run. Default: 0.", type=int)
+@options.value("--retries", "NUMBER", "How many times to run a failed run again. Default: 0.", type=int)
 @options.value(
-    "--max-parallel", "NUMBER", "Most runs at the same time. Default: as many as there are devices for.", type=int
+    "--max-parallel", "NUMBER", "Maximum number of runs at the same time. Default: as many as get devices.", type=int
 )
+@options.value("--on-end", "COMMAND", "Command that runs when the map is over. See docs/notifications.md.")
+@options.value("--on-job-failure", "COMMAND", "Command that runs for each run that fails and has no retries left.")
 @options.flag("--stop-on-failure", "Stop all runs as soon as one has failed and has no retries left.")
 @options.flag("--keep-going", "Skip invalid lines of the input.")
 @click.option("--shell", is_flag=True, help="Run the command with /bin/sh, for pipes and such. Values stay quoted.")
-@options.flag("--csv", "Write results.csv, too, at the end.")
-@click.option("--dry-run", is_flag=True, help="Print the first command lines and the number of runs; run nothing.")
+@options.flag("--csv", "At the end, also write results.csv.")
+@options.flag(
+    "--detach",
+    "Continue without the terminal: the prompt returns when the runs begin, and gpu-launcher attach shows the map.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Run nothing: print the first command lines, the number of runs, and what they need of the pool.",
+)
 @options.nodes("Node to run on (default: local)")
+@options.value(
+    "--outputs",
+    "WHERE",
+    "Where runs on other machines leave their files: shared (a file system that all share; the default), or fetch "
+    "(each run's directory is brought here when it ends).",
+)
 @options.devices("Devices to choose from", default=None)
 @options.pool_dir
 @options.value("--grace", "TIME", "Time between Ctrl-C, or --timeout, and killing what has not ended. Default: 10s.")
@@ -77,6 +98,7 @@ def map_command(
       gpu-launcher map --from params.jsonl --gpus 0.5 --csv -- python evaluate.py {flags}
       make-params | gpu-launcher map --from - --dir results -- ./simulate {flags}
       gpu-launcher map --nodes slurm:4 --param lr=1e-3,1e-4 -- python train.py --lr {lr}
+      gpu-launcher map --detach --param seed=1,2,3 -- python train.py --seed {seed}
       gpu-launcher map --resume map/2026-11-21/09-00-00
     """
     from gpu_launcher.cli.mapping.launch import MapArguments, run_map

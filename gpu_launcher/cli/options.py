@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -32,6 +33,11 @@ def _complete_directories(context: click.Context, option: click.Parameter, incom
     return [CompletionItem(incomplete, type="dir")]
 
 
+def as_flag(option: str) -> str:
+    """Return the name of an option as users write it."""
+    return option if option.startswith("-") else f"--{option.replace('_', '-')}"
+
+
 def value(name: str, metavar: str, help: str, default: str | None = None, *names: str, **more: Any) -> Decorator:
     """Create an option with a value."""
     return click.option(name, *names, metavar=metavar, help=help, default=default, **more)
@@ -47,8 +53,20 @@ def directory(name: str, help: str) -> Decorator:
     return value(name, "DIRECTORY", help, shell_complete=_complete_directories)
 
 
+sweep = click.argument("directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
+"""The directory of a sweep or a map. `jobs.sweep_finder` finds it if it is not given."""
+
+
+sweep_option = directory(
+    "--dir",
+    "Directory of the sweep. Default: the newest running sweep below the current directory, else the newest sweep.",
+)
+job_numbers = click.argument("jobs", metavar="JOB...", nargs=-1, required=True)
+
+
 def nodes(what: str) -> Decorator:
-    kinds = "local, ssh:HOST, slurm:COUNT with options of srun, or command:'COMMAND ...'"
+    kinds = "local, ssh:HOST, slurm:COUNT with options of srun, sbatch:COUNT with options of sbatch, ray:COUNT, or "
+    kinds += "command:'COMMAND ...'"
     return value("--nodes", "NODE", f"{what}: {kinds}. Can be repeated. See docs/nodes.md.", multiple=True)
 
 
@@ -78,12 +96,12 @@ memory = value(
 priority = value(
     "--priority",
     "NUMBER",
-    "Rank among all that waits on this machine, a whole number: higher goes first, below 0 goes last. Above 0 is "
-    "reserved for root and the owner of the pool directory. Default: 0.",
+    "Rank among waiting requests on this machine, a whole number: higher goes first, below 0 goes after others. Above "
+    "0 is for root and the owner of the pool directory. Default: 0.",
 )
 timeout = value(
     "--timeout",
     "TIME",
-    "Longest run time, such as 90s, 30m or 2h. The command then gets SIGTERM, and SIGKILL after --grace. A short "
+    "Time limit, such as 90s, 30m or 2h. The command then gets SIGTERM, and SIGKILL after --grace. A short "
     "command may start while a large one waits. Default: no limit.",
 )

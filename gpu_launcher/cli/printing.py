@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from gpu_launcher.cli.streams import printable
 from gpu_launcher.cli.table import Line, plain
 from gpu_launcher.text import CONTROL
 
@@ -28,9 +29,8 @@ def terminal_width() -> int | None:
 def print_lines(lines: Iterable[Line]) -> None:
     """Print lines; in colour if stdout is a terminal."""
     if not sys.stdout.isatty():
-        encoding = sys.stdout.encoding or "utf-8"
         for line in lines:
-            print(plain(line).encode(encoding, "backslashreplace").decode(encoding))
+            print(printable(plain(line), sys.stdout))
     else:
         from rich.console import Console
 
@@ -46,6 +46,18 @@ def to_text(line: Line) -> Text:
     text = Text.assemble(*((CONTROL.sub("?", piece), style) for piece, style in line))
     text.rstrip()
     return text
+
+
+def print_text(text: str) -> None:
+    """Print text as it is. It must have no control characters but newlines."""
+    sys.stdout.write(printable(text, sys.stdout))
+    sys.stdout.flush()
+
+
+def print_jsonl(values: Iterable[object]) -> None:
+    for value in values:
+        print(json.dumps(value))
+    sys.stdout.flush()
 
 
 def print_json(value: object) -> None:

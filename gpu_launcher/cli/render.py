@@ -13,10 +13,11 @@ from gpu_launcher.allocation.survey import DeviceSeen, DeviceState, PoolSurvey, 
 from gpu_launcher.cli.table import Column, Line, Piece, Row, lay_out, wrap
 from gpu_launcher.model import MILLIONTHS, DeviceKind, Share
 from gpu_launcher.sizes import GIB, show_memory
-from gpu_launcher.text import one_line
+from gpu_launcher.text import one_line, short_path
 from gpu_launcher.wording import count, duration
 
 if TYPE_CHECKING:
+    from gpu_launcher.jobs.node_devices import NodeDevice
     from gpu_launcher.leases import DeviceUse, TicketView
     from gpu_launcher.model import Device, Owner, Request
 
@@ -42,20 +43,33 @@ QUEUE = (
     Column("COMMAND"),
     Column("WHY IT WAITS"),
 )
+NODES = (
+    Column("NODES"),
+    Column("NAME", optional=2),
+    Column("FOR", right=True, optional=1),
+    Column("SWEEP"),
+    Column("JOB"),
+)
+BARS_FROM = 120
+"""Columns from which a live view has bars for memory and utilisation."""
+BAR = 8
+"""Columns of such a bar."""
 _ABOUT_DEVICE = 4
 """Number of leading columns that describe the device itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class StatusText:
-    """The text in three parts, each without empty lines around it."""
+    """The text in parts, each without empty lines around it."""
 
     head: list[Line]
     devices: list[Line]
     queue: list[Line]
+    nodes: list[Line]
+    """The devices of other machines; empty if there are none."""
 
     def lines(self) -> list[Line]:
-        return [*self.head, [], *self.devices, [], *self.queue]
+        return [*self.head, [], *self.devices, [], *self.queue, *([[], *self.nodes] if self.nodes else ())]
 
     def within(self, height: int) -> list[Line]:
         """At most `height` lines: the first lines of each part, and the number of hidden lines."""
@@ -63,24 +77,42 @@ class StatusText:
             return self.lines()
         head = _first(self.head, max(2, height - 10))
         room = max(0, height - len(head) - 2)
+        nodes = [[], *_first(self.nodes, max(2, room // 3))] if self.nodes else []
+        room = max(0, room - len(nodes))
         for_queue = min(len(self.queue), max(room // 3, room - len(self.devices)))
-        return [*head, [], *_first(self.devices, room - for_queue), [], *_first(self.queue, for_queue)][:height]
+        shown = [*head, [], *_first(self.devices, room - for_queue), [], *_first(self.queue, for_queue), *nodes]
+        return shown[:height]
 
 
-def render(survey: PoolSurvey, width: int | None, *, brief: bool = False) -> StatusText:
-    """Format a survey as text for people.
+def render(
+    survey: PoolSurvey, width: int | None, *, nodes: Sequence[NodeDevice] = (), brief: bool = False
+) -> StatusText:
+    """Format a survey, and the `nodes` of running sweeps, as text for people.
 
     `width` is the terminal's. For a pipe it is None, and nothing is omitted or wrapped. `brief` cuts lines that would
     otherwise be wrapped.
     """
-    rows = [row for group in _alike(survey.devices) for row in _device_rows(group, survey.time)]
+    bars = brief and width is not None and width >= BARS_FROM
+    rows = [row for group in _alike(survey.devices) for row in _device_rows(group, survey.time, bars=bars)]
     devices = lay_out(DEVICES, rows, width, one_line_each=brief)
     names = [] if any(text.strip() == "NAME" for text, _ in devices[0]) else list(_names(survey, width))
     return StatusText(
         head=[*_summary(survey, width), *names, *_notices(survey, None if brief else width)],
         devices=devices if rows else [[("no devices", "")]],
         queue=_queue(survey, width, brief),
+        nodes=lay_out(NODES, [*map(_node_row, nodes)], width, one_line_each=brief) if nodes else [],
     )
+
+
+def _node_row(seen: NodeDevice) -> Row:
+    cells = (seen.device.label, one_line(seen.device.name))
+    sweep = short_path(seen.sweep)
+    if seen.is_silent:
+        return Row((*cells, "", sweep, "lost contact"))
+    if not seen.jobs:
+        return Row((*cells, "", sweep, "idle"))
+    jobs = "; ".join(f"#{job.number} {one_line(job.label)}".rstrip() for job in seen.jobs)
+    return Row((*cells, duration(max(seen.seconds), tenths=False), sweep, jobs))
 
 
 def _first(lines: list[Line], most: int) -> list[Line]:
@@ -142,13 +174,19 @@ def _follows(one: Device, other: Device) -> bool:
     return (other.kind, other.index, other.memory) == (one.kind, one.index + 1, one.memory)
 
 
-def _device_rows(group: list[DeviceSeen], now: float) -> Iterator[Row]:
+def _device_rows(group: list[DeviceSeen], now: float, *, bars: bool) -> Iterator[Row]:
     seen = group[0]
     name = label(seen.device)
     if len(group) > 1:
         first, _, index = name.rpartition(" ")
         name = f"{first}s {index}-{group[-1].device.index}"
-    about = (name, one_line(seen.device.name), _memory(seen), _utilisation(seen))
+    memory, utilisation = _memory(seen), _utilisation(seen)
+    if bars and seen.condition is not None:
+        used, total = seen.condition.memory_used, seen.device.memory
+        memory = f"{_bar(used / total)} {memory}" if used is not None and total else memory
+        busy = seen.condition.utilisation
+        utilisation = f"{_bar(busy)} {utilisation:>4}" if busy is not None else utilisation
+    about = (name, one_line(seen.device.name), memory, utilisation)
     shown = 0
     for hold in seen.holds:
         yield _hold_row(about, hold, now, shown)
@@ -239,3 +277,8 @@ def _memory(seen: DeviceSeen) -> str:
 def _utilisation(seen: DeviceSeen) -> str:
     utilisation = None if seen.condition is None else seen.condition.utilisation
     return "" if utilisation is None else f"{utilisation:.0%}"
+
+
+def _bar(part: float) -> str:
+    filled = round(BAR * max(0.0, min(1.0, part)))
+    return "━" * filled + "─" * (BAR - filled)

@@ -12,17 +12,17 @@ import select
 import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
-from gpu_launcher.cli.printing import to_text
-from gpu_launcher.cli.table import Line
-from gpu_launcher.jobs.progress.terminal import Size, Terminal, stop_until_continued
+from rich.text import Text
+
+from gpu_launcher.jobs.progress.terminal import ALTERNATE, NORMAL, Terminal, stop_until_continued
 from gpu_launcher.processes.keyboard import Keyboard
 
-_ENTER = "\x1b[?1049h\x1b[?25l"
-"""xterm's control sequences that show the alternate screen and hide the cursor. The normal screen stays intact."""
-_LEAVE = "\x1b[?25h\x1b[?1049l"
+_ENTER = f"{ALTERNATE}\x1b[?25l"
+"""Shows the alternate screen and hides the cursor."""
+_LEAVE = f"\x1b[?25h{NORMAL}"
 _HUNG_UP = (errno.EIO, errno.EPIPE, errno.EBADF, errno.ENXIO)
 
 
@@ -56,13 +56,11 @@ class Screen:
         try:
             self._show()
         except BaseException:
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for signum in self._handlers:  # no signal may interrupt this
             signal.signal(signum, signal.SIG_IGN)
         with contextlib.suppress(HungUpError):
@@ -78,22 +76,25 @@ class Screen:
         """Width and height of the terminal, in characters."""
         return self._terminal.size()
 
-    def paint(self, lines: Sequence[Line], footer: Line) -> None:
-        """Show the lines from the top, and `footer` on the last line. Lines that do not fit are not shown.
+    def paint(self, lines: Sequence[Text], below: Sequence[Text]) -> None:
+        """Show the lines from the top, and `below` on the last lines. Lines that do not fit are not shown.
 
         Everything is written at once, so that no terminal shows a partial view. Lines do not reach the last column,
         because terminals differ in where they leave the cursor then.
         """
         width, height = self.size
-        body = list(lines[: height - 1])
-        body += [[] for _ in range(height - 1 - len(body))]
-        self._write(
-            "\x1b[H"
-            + "\r\n".join(f"{self._rendered(line, (width, height))}\x1b[K" for line in [*body, footer])
-            + "\x1b[J"
-        )
+        room = max(0, height - len(below))
+        body = list(lines[:room])
+        texts = [*body, *(Text() for _ in range(room - len(body))), *below][-height:]
+        for text in texts:
+            text.truncate(width - 1, overflow="ellipsis")
+        self.show(texts)
 
-    def wait(self, seconds: float, *descriptors: int) -> str:
+    def show(self, lines: Sequence[Text]) -> None:
+        """Replace all that the terminal shows."""
+        self._write(self._terminal.whole_screen(lines, self.size))
+
+    def wait(self, seconds: float, *descriptors: int) -> bytes:
         """Wait for keys and return them. Returns earlier if the size changes or a descriptor is ready."""
         keys = () if self._input is None else (self._input,)
         ready, _, _ = select.select([*keys, self._wake, *descriptors], [], [], max(0.0, seconds))
@@ -102,14 +103,14 @@ class Screen:
             with contextlib.suppress(BlockingIOError):
                 os.read(self._wake, 1024)
         if self._input is None or self._input not in ready:
-            return ""
+            return b""
         try:
             pressed = os.read(self._input, 1024)
         except OSError as error:
             raise HungUpError from error
         if not pressed:
             raise HungUpError
-        return pressed.decode(errors="replace")
+        return pressed
 
     def _show(self) -> None:
         if self._keyboard is not None:
@@ -134,11 +135,6 @@ class Screen:
         self._hide()
         stop_until_continued()
         self._show()
-
-    def _rendered(self, line: Line, size: Size) -> str:
-        text = to_text(line)
-        text.truncate(size[0] - 1, overflow="ellipsis")
-        return self._terminal.render(text, size)
 
     def _write(self, text: str) -> None:
         data = text.encode("utf-8", "backslashreplace")

@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 
     from gpu_launcher.allocation.survey import DeviceSeen, PoolSurvey
     from gpu_launcher.devices import GpuProcess
+    from gpu_launcher.jobs.node_devices import NodeDevice
     from gpu_launcher.leases import LeaseView, TicketView
     from gpu_launcher.model import Owner, Share
 
 SCHEMA = 1
 
 
-def to_json(survey: PoolSurvey, processes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """Convert a survey to JSON data. `processes` are the process ids of jobs, by lease."""
+def to_json(survey: PoolSurvey, processes: Mapping[str, Sequence[int]], nodes: Sequence[NodeDevice]) -> dict[str, Any]:
+    """Convert a survey and the `nodes` of running sweeps to JSON data. `processes` are those of jobs, by lease."""
     view = survey.view
     return {
         "schema": SCHEMA,
@@ -38,6 +39,7 @@ def to_json(survey: PoolSurvey, processes: Mapping[str, Sequence[int]]) -> dict[
             _ticket(position, ticket, why, survey.time)
             for position, (ticket, why) in enumerate(zip(view.tickets, survey.reasons, strict=True), 1)
         ],
+        "nodes": [_node_device(seen) for seen in nodes],
         "notices": list(survey.notices),
     }
 
@@ -47,6 +49,24 @@ def installed_version(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
+
+
+def _node_device(seen: NodeDevice) -> dict[str, Any]:
+    device = seen.device
+    return {
+        "node": device.node,
+        "uuid": device.uuid,
+        "label": device.label,
+        "kind": device.kind.value,
+        "name": device.name,
+        "memory": device.memory,
+        "in_contact": not seen.is_silent,
+        "sweep": str(seen.sweep.absolute()),
+        "jobs": [
+            {"number": job.number, "label": job.label, "seconds": seconds}
+            for job, seconds in zip(seen.jobs, seen.seconds, strict=True)
+        ],
+    }
 
 
 def _device(seen: DeviceSeen) -> dict[str, Any]:

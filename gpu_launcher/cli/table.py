@@ -26,7 +26,7 @@ class Column:
     right: bool = False
     """Whether cells are right-aligned."""
     optional: int = 0
-    """Order in which columns are dropped on narrow terminals: highest first. 0 is never dropped."""
+    """Order in which columns are dropped on narrow terminals: highest first, of equals the last. 0 is never dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +75,11 @@ class _Sheet:
     def __init__(self, columns: Sequence[Column], shown: list[int], rows: Sequence[Row]) -> None:
         self._columns = columns
         self._shown = shown
-        self._widths = {place: max(cell_len(cell) for row in rows for cell in row.cells[place:][:1]) for place in shown}
+        self._widths = {place: max(width_of(cell) for row in rows for cell in row.cells[place:][:1]) for place in shown}
 
     def narrow(self, width: int) -> None:
         """Drop optional columns until the others fit."""
-        for place in sorted(self._shown, key=lambda place: self._columns[place].optional, reverse=True):
+        for place in sorted(self._shown, key=lambda place: (self._columns[place].optional, place), reverse=True):
             *fixed, last = self._shown
             needed = sum(self._widths[one] + len(GAP) for one in fixed) + min(self._widths[last], ROOM)
             if needed <= width or not self._columns[place].optional:
@@ -93,7 +93,7 @@ class _Sheet:
         last = cells[places[-1]]
         if self._columns[places[-1]].right:
             last = self._padded(places[-1], last)
-        left = cell_len(last) if width is None else max(1, width - sum(cell_len(text) for text, _ in line))
+        left = width_of(last) if width is None else max(1, width - sum(width_of(text) for text, _ in line))
         return [*line, (cut(last, left), style)]
 
     def row(self, row: Row) -> Line:
@@ -103,12 +103,12 @@ class _Sheet:
 
     def followed(self, cells: Sequence[str], rest: Piece, width: int) -> Line:
         before = self._before(cells)
-        left = width - sum(cell_len(text) for text, _ in before)
+        left = width - sum(width_of(text) for text, _ in before)
         return [*before, (cut(rest[0], max(1, left)), rest[1])]
 
     def wrapped(self, cells: Sequence[str], rest: Piece, width: int) -> list[Line]:
         before = self._before(cells)
-        indent = sum(cell_len(text) for text, _ in before)
+        indent = sum(width_of(text) for text, _ in before)
         first, *more = wrap(rest[0], max(ROOM, width - indent))
         return [[*before, (first, rest[1])], *([(" " * indent, ""), (text, rest[1])] for text in more)]
 
@@ -116,22 +116,27 @@ class _Sheet:
         return [(self._padded(place, cells[place]) + GAP, "") for place in self._shown if place < len(cells)]
 
     def _padded(self, place: int, cell: str) -> str:
-        pad = " " * (self._widths[place] - cell_len(cell))
-        return pad + cell if self._columns[place].right else cell + pad
+        pad = " " * (self._widths[place] - width_of(cell))
+        return f"{pad}{cell}" if self._columns[place].right else f"{cell}{pad}"
+
+
+def width_of(text: str) -> int:
+    """The width of a text on a terminal, in characters."""
+    return len(text) if text.isascii() else cell_len(text)
 
 
 def cut(text: str, width: int) -> str:
     """The text, shortened with an ellipsis if it is wider than `width`."""
-    return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
+    return text if width_of(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
 
 
 def wrap(text: str, width: int) -> list[str]:
     """Wrap text to lines of at most `width` columns, between words if possible. Returns at least one line."""
     lines = [""]
     for word in text.split():
-        for piece in chop_cells(word, width) if cell_len(word) > width else [word]:
+        for piece in chop_cells(word, width) if width_of(word) > width else [word]:
             joined = f"{lines[-1]} {piece}".strip()
-            if cell_len(joined) <= width:
+            if width_of(joined) <= width:
                 lines[-1] = joined
             else:
                 lines.append(piece)

@@ -2,7 +2,7 @@
 
 from gpu_launcher.devices.affinity import cpus_near
 from gpu_launcher.devices.choice import LinkKind, Links, by_load, combinable, load_levels
-from gpu_launcher.devices.condition import BUSY_MEMORY, Condition, GpuProcess, foreign_processes, why_busy
+from gpu_launcher.devices.condition import BUSY_MEMORY, Condition, GpuProcess, foreign_processes, memory_of, why_busy
 from gpu_launcher.devices.cpu import cpu_slots, usable_cpus
 from gpu_launcher.devices.monitor import ConditionMonitor, Reading
 from gpu_launcher.devices.nvml import NvmlProbe
@@ -32,6 +32,7 @@ __all__ = [
     "environment",
     "foreign_processes",
     "load_levels",
+    "memory_of",
     "select_devices",
     "simulated_devices",
     "usable_cpus",

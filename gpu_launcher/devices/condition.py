@@ -63,6 +63,16 @@ class Condition:
     """Why it must be set aside, and the remedy; continues `GPU 1 ...`, such as `has fallen off the bus: ...`."""
 
 
+def memory_of(pid: int, condition: Condition) -> int | None:
+    """The bytes that a process and its descendants use on a device; None if none of them can be seen on it."""
+    seen = [
+        process.memory
+        for process in condition.processes or ()
+        if process.ancestors is not None and process.memory is not None and pid in (process.pid, *process.ancestors)
+    ]
+    return sum(seen) if seen else None
+
+
 def foreign_processes(condition: Condition, owners: Collection[int] | None) -> tuple[GpuProcess, ...]:
     """The processes on a device that provably do not belong to the pool.
 

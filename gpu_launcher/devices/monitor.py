@@ -65,7 +65,8 @@ class ConditionMonitor:
         self._ours.setblocking(False)
         self._process: subprocess.Popen[bytes] | None = None
         self._starts = 0
-        self._asked: float | None = None
+        self.asking: float | None = None
+        """When the question that is not answered yet was asked; None if there is none."""
         self._received = b""
         self.latest: Reading | None = None
         """The last reading; None before the first."""
@@ -74,11 +75,6 @@ class ConditionMonitor:
         """Readable when there is something to `receive`."""
         return self._ours.fileno()
 
-    @property
-    def asking(self) -> float | None:
-        """When the question that is not answered yet was asked; None if there is none."""
-        return self._asked
-
     def ask(self, now: float) -> None:
         """Request a reading, unless one is pending. `receive` returns it later."""
         if not self._real:
@@ -86,14 +82,14 @@ class ConditionMonitor:
             return
         if self._process is not None and self._process.poll() is not None:
             self._forget()
-        if self._asked is not None:
+        if self.asking is not None:
             return
         if self._process is None:
             if self._starts == MAX_STARTS:
                 self.latest = Reading(now, problem="the process that watches the GPUs ended again and again")
                 return
             self._start()
-        self._asked = now
+        self.asking = now
         self._ours.send(b"?")
 
     def receive(self) -> Reading | None:
@@ -101,15 +97,15 @@ class ConditionMonitor:
         with contextlib.suppress(BlockingIOError):
             while chunk := self._ours.recv(1 << 16):
                 self._received += chunk
-        if self._asked is None or len(self._received) < _LENGTH.size:
+        if self.asking is None or len(self._received) < _LENGTH.size:
             return None
         (length,) = _LENGTH.unpack_from(self._received)
         if len(self._received) < _LENGTH.size + length:
             return None
         conditions, problem = pickle.loads(self._received[_LENGTH.size :])
-        self.latest = Reading(self._asked, conditions, problem)
+        self.latest = Reading(self.asking, conditions, problem)
         self._received = b""
-        self._asked = None
+        self.asking = None
         return self.latest
 
     def close(self) -> None:
@@ -149,7 +145,7 @@ class ConditionMonitor:
     def _forget(self) -> None:
         """Forget a watching process that died, and all data that was sent in either direction."""
         self._process = None
-        self._asked = None
+        self.asking = None
         self._received = b""
         self._theirs.setblocking(False)
         for end in (self._ours, self._theirs):

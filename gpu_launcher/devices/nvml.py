@@ -60,12 +60,12 @@ REMEDY = {
     NO_PERMISSION: "this process may not open /dev/nvidia*: check their permissions, and in a container that "
     "it was started with its GPUs (docker run --gpus all)",
     LIB_RM_VERSION_MISMATCH: "the NVIDIA driver was updated while the old one is still loaded: reboot; in a "
-    "container, start the container anew",
+    "container, restart the container",
     GPU_IS_LOST: "a GPU has fallen off the bus: `dmesg | grep Xid` says more; reset it or reboot",
     RESET_REQUIRED: "a GPU needs a reset: nvidia-smi --gpu-reset, or reboot",
 }
-GONE = "is gone: `dmesg | grep Xid` says more, or `nvidia-smi -L` where MIG instances were made anew"
-ELSE = "see whether `nvidia-smi` works; after a driver update or a fault of a GPU, reboot"
+GONE = "is gone: `dmesg | grep Xid` says more, or `nvidia-smi -L` if MIG instances were recreated"
+ELSE = "check whether `nvidia-smi` works; after a driver update or a fault of a GPU, reboot"
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,15 +332,14 @@ class OpenNvml:
             processes.append(process)
         return tuple(processes)
 
-    def _newest(self, handle: Any, *versions: Callable[[Any], Any]) -> Any:
-        """The answer of the first function in `versions` that the driver has."""
-        for ask in versions[:-1]:
-            try:
-                return ask(handle)
-            except self.pynvml.NVMLError as error:
-                if _code(error) != FUNCTION_NOT_FOUND:
-                    raise
-        return versions[-1](handle)
+    def _newest(self, handle: Any, newer: Callable[[Any], Any], older: Callable[[Any], Any]) -> Any:
+        """The answer of `newer`, or of `older` if the driver does not have it."""
+        try:
+            return newer(handle)
+        except self.pynvml.NVMLError as error:
+            if _code(error) != FUNCTION_NOT_FOUND:
+                raise
+        return older(handle)
 
     def _memory_fault(self, handle: Any, index: int) -> str | None:
         """The fault of a GPU's memory, if any, by the rules of NVIDIA's DCGM.
@@ -356,7 +355,8 @@ class OpenNvml:
         )
         if errors:
             count = "an uncorrectable memory error" if errors == 1 else f"{errors} uncorrectable memory errors"
-            return f"has had {count}: `nvidia-smi --gpu-reset -i {index}` (as root, while nobody uses it), or reboot"
+            remedy = f"`nvidia-smi --gpu-reset -i {index}` (as root, while no program uses it), or reboot"
+            return f"has had {count}: {remedy}"
         return None
 
     # Connections
@@ -388,28 +388,23 @@ class OpenNvml:
 
     def _optional(self, ask: Callable[[], Any]) -> Any:
         """Return the answer, or None if this GPU or driver does not support the question."""
-        try:
-            return ask()
-        except self.pynvml.NVMLError as error:
-            if _code(error) in (NOT_SUPPORTED, FUNCTION_NOT_FOUND):
-                return None
-            raise
+        return self._or_none(ask, lambda code: code in (NOT_SUPPORTED, FUNCTION_NOT_FOUND))
 
     def _if_told(self, ask: Callable[[], Any]) -> Any:
         """Return the answer, or None if NVML gives none for any reason. Only for values that are merely displayed."""
-        try:
-            return ask()
-        except self.pynvml.NVMLError:
-            return None
+        return self._or_none(ask, lambda code: True)
 
     def _unless_lost(self, ask: Callable[[], Any]) -> Any:
         """Return the answer, or None if NVML gives none. Errors that mean that the GPU is lost are raised."""
+        return self._or_none(ask, lambda code: code not in (UNINITIALIZED, GPU_IS_LOST, RESET_REQUIRED))
+
+    def _or_none(self, ask: Callable[[], Any], ignored: Callable[[int], bool]) -> Any:
         try:
             return ask()
         except self.pynvml.NVMLError as error:
-            if _code(error) in (UNINITIALIZED, GPU_IS_LOST, RESET_REQUIRED):
-                raise
-            return None
+            if ignored(_code(error)):
+                return None
+            raise
 
 
 def _no_answer(error: Exception) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from reprlib import Repr
 
 from gpu_launcher.errors import OptionError
+from gpu_launcher.text import short_repr
 
 MAX_COUNT = 4096
 """Most CPU slots or simulated devices; a larger number is taken for a typing error."""
@@ -65,7 +65,7 @@ def _counted(spec: str, kind: str, count: str, option: str) -> Specification:
     if kind == "cpu" == spec.strip().lower():
         return CpuSlots(None)
     if not (count.isdecimal() and len(count) < 10 and 1 <= int(count) <= MAX_COUNT):
-        raise OptionError(option, f"{_shown(spec)} needs a number from 1 to {MAX_COUNT}, such as {kind}:4")
+        raise OptionError(option, f"{short_repr(spec)} needs a number from 1 to {MAX_COUNT}, such as {kind}:4")
     return CpuSlots(int(count)) if kind == "cpu" else SimulatedDevices(int(count))
 
 
@@ -75,24 +75,17 @@ def _name(entry: object, option: str) -> int | str:
         if not text:
             raise OptionError(option, f"an entry is empty; use {FORMS}")
         if text.lower().partition(":")[0] in ALONE:
-            raise OptionError(option, f"{_shown(text)} stands alone, not in a list; use {FORMS}")
+            raise OptionError(option, f"{short_repr(text)} stands alone, not in a list; use {FORMS}")
         if text.lower().startswith(("gpu-", "mig-")):
             return text
         try:
             entry = int(text)
         except ValueError:
             raise OptionError(
-                option, f"{_shown(text)} is neither a GPU's index nor its UUID (GPU-...); use {FORMS}"
+                option, f"{short_repr(text)} is neither a GPU's index nor its UUID (GPU-...); use {FORMS}"
             ) from None
     if isinstance(entry, bool) or not isinstance(entry, int):
-        raise OptionError(option, f"{_shown(entry)} is not a device; use {FORMS}")
+        raise OptionError(option, f"{short_repr(entry)} is not a device; use {FORMS}")
     if entry < 0:
         raise OptionError(option, f"{entry} is negative; GPUs are counted from 0; use {FORMS}")
     return entry
-
-
-def _shown(value: object) -> str:
-    """Any value as one short line."""
-    short = Repr()
-    short.maxstring = short.maxother = 60
-    return short.repr(value)

@@ -19,17 +19,18 @@ from gpu_launcher.processes.worker import JobContext
 
 @dataclass(frozen=True, slots=True)
 class FunctionCall:
-    """A call to make, and a place for its value."""
+    """A call to make."""
 
-    packed: Payload
-    """The function, its arguments and its keyword arguments."""
-    value: str
-    """Path of the file for a large value."""
+    value: str | None
+    """Path of the file for a large value. None if the program could not read it."""
 
 
 @dataclass(frozen=True, slots=True)
 class IsWanted:
-    """Asks whether the call is still wanted, once its process has its devices. The answer is a bool."""
+    """Asks whether the call is still wanted, once its process has its devices.
+
+    The answer is a Payload with the function, its arguments and its keyword arguments, or None.
+    """
 
 
 CallOutcome = ReturnedValue | NoValue | PortableException
@@ -47,10 +48,11 @@ class CallProgram:
         context.prepared(self.request, None)
         context.wait()  # before the arguments are unpickled, which may use a GPU
         context.say(IsWanted())
-        if not context.hear():
+        packed: Payload | None = context.hear()
+        if packed is None:
             return Report(True, None, b"")
         job = os.getpid()
-        made = _make(spec)
+        made = _make(packed, None if spec.value is None else Path(spec.value))
         if os.getpid() == job:  # a fork that the call made may arrive here, too, and must not report
             made = _say(context, made)
         return Report(made.problem is None, made.problem, b"", out_of_memory=made.out_of_memory)
@@ -76,9 +78,11 @@ def _say(context: JobContext, made: _Made) -> _Made:
     return made
 
 
-def _make(call: FunctionCall) -> _Made:
+def _make(packed: Payload, file: Path | None) -> _Made:
+    """Make the call. A large value goes into `file`, unless that is None."""
     try:
-        function, args, kwargs = call.packed.unpack()
+        function, args, kwargs = packed.unpack()
+        del packed  # it may be large
     except BaseException as error:  # user objects may raise anything when they are unpickled
         problem = f"was not made, as its function and arguments cannot be unpickled: {describe(error)}"
         return _failed(problem, error, NoValue(traceback_of(error)))
@@ -87,7 +91,7 @@ def _make(call: FunctionCall) -> _Made:
         value = _call(function, args, kwargs)
         del function, args, kwargs
         try:
-            return _Made(ReturnedValue(pack(value, Path(call.value), known)))
+            return _Made(ReturnedValue(pack(value, file, known)))
         except OSError as error:
             return _not_handed_over(error)
         except Exception as error:

@@ -7,7 +7,7 @@ only put something into a queue and wake the thread. It waits on three kinds of 
     submit ── _pending, _wake ──►                     ◄── Wanted ──
                                     pickles the call  ─── Offer, one end of a socket pair ──►  starts ──►
                                                       ◄──────────────── IsWanted? ─────────────────  has its devices
-                                    future: running   ───────────────── True / False ────────────►   unpickles, calls
+                                    future: running   ─────────── function and arguments ────────►   unpickles, calls
                                                       ◄── ReturnedValue, NoValue or PortableException ──
     result  ◄── callbacks ────────  future: done      ◄── Ended ──                  ◄── exits
 
@@ -16,12 +16,15 @@ can be cancelled until its process asks whether it is still wanted. Messages of 
 and are in the channel before the node says `Ended`: the thread empties the channel first, then concludes the call. If
 there is no outcome by then, the process died, and `Ended` says how. The node relays nothing that it would have to
 unpickle. It does not wait for this thread, which may be in one of the user's callbacks for any time.
+
+With several nodes, all this holds. A call that has asked whether it is wanted is not made again if its node is lost.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import select
 import threading
@@ -31,12 +34,12 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Future
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpu_launcher.errors import GpuLauncherError, JobError, JobTimeoutError, NodeDiedError, UnpicklableError
 from gpu_launcher.executors.calls import CallOutcome, FunctionCall, IsWanted
 from gpu_launcher.executors.process_channels import ProcessChannels
-from gpu_launcher.executors.transport import NoValue, ReturnedValue, pack
+from gpu_launcher.executors.transport import NoValue, Payload, ReturnedValue, pack
 from gpu_launcher.jobs import notice_log
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import GaveUp, JobWaiting, Notice, Outcome
@@ -46,6 +49,9 @@ from gpu_launcher.jobs.node_messages import Closed, Ended, Wanted
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException, RemoteTraceback, describe
 from gpu_launcher.processes.unpicklable import found_at
+
+if TYPE_CHECKING:
+    from gpu_launcher.nodes.group_loop import GroupLoop
 
 AT_ONCE_SECONDS = 5.0
 """Seconds that `cancel` waits for the executor's first call to begin. Later, the call did not begin at once."""
@@ -72,6 +78,8 @@ class _Offered:
     future: Future[Any]
     name: str
     """Name of the function."""
+    packed: Payload
+    """The function and its arguments."""
     begun: bool = False
     """Whether it can no longer be cancelled."""
     outcome: CallOutcome | None = None
@@ -83,7 +91,7 @@ class ExecutorThread:
 
     _wake = -1
 
-    def __init__(self, loop: RemoteLoop, *, may_fork: bool) -> None:
+    def __init__(self, loop: RemoteLoop | GroupLoop, *, may_fork: bool) -> None:
         """Start the thread.
 
         `loop` is open; the thread closes it at the end. `may_fork`: calls are spawned although they could be forked.
@@ -198,8 +206,8 @@ class ExecutorThread:
             numbers = self._channels.numbers
             for number in [numbers[descriptor] for descriptor in ready & numbers.keys()]:
                 self._hear_call(number)
-            if self._loop.fileno() in ready:
-                message = self._loop.receive()
+            self._loop.tick()
+            for message in self._loop.receive_ready() if self._loop.fileno() in ready else ():
                 if isinstance(message, Closed):
                     return self._why_closed(message)
                 self._hear(message)
@@ -208,9 +216,10 @@ class ExecutorThread:
 
     def _patience(self) -> float | None:
         """Return the milliseconds until there is something to do even if no message arrives. None: never."""
-        if self._cancel_by is None or all(call.begun for call in self._offered.values()):
-            return None
-        return max(0.0, self._cancel_by - time.monotonic()) * 1000
+        seconds = self._loop.tick_seconds
+        if self._cancel_by is not None and not all(call.begun for call in self._offered.values()):
+            seconds = min(seconds, max(0.0, self._cancel_by - time.monotonic()))
+        return None if seconds == math.inf else seconds * 1000
 
     def _hear(self, message: object) -> None:
         match message:
@@ -235,11 +244,24 @@ class ExecutorThread:
         message = self._channels.receive(number)
         if isinstance(message, IsWanted):
             self._flowing = True
-            if self._begin(number) is not None:
-                self._channels.send(number, True)
+            if (call := self._begin(number)) is not None:
+                self._hand_over(number, call)
         elif message is not None:
             self._offered[number].outcome = message
         return message is not None
+
+    def _hand_over(self, number: int, call: _Offered) -> None:
+        """Send a call's process the function and its arguments."""
+        try:
+            packed = call.packed if self._loop.shares_files else call.packed.without_file()
+            call.packed = Payload(b"")  # it may be large
+            self._channels.send(number, packed)
+        except OSError as error:
+            self._channels.send(number, None)
+            self._remove(number)
+            self._unlink(number)
+            with calling_back():
+                call.future.set_exception(_not_handed_over(call.name, error))
 
     def _remove(self, number: int) -> None:
         del self._offered[number]
@@ -286,7 +308,7 @@ class ExecutorThread:
         if call is not None and not call.begun:
             call.begun = call.future.set_running_or_notify_cancel()
             if not call.begun:
-                self._channels.send(number, False)
+                self._channels.send(number, None)
                 self._remove(number)
                 return None
         return call
@@ -302,7 +324,8 @@ class ExecutorThread:
         while (call := self._next_pending()) is not None:
             if call.future.cancelled():
                 call.future.set_running_or_notify_cancel()
-            elif (job := self._job(call)) is not None:
+            elif (made := self._job(call)) is not None:
+                job, packed = made
                 try:
                     self._channels.offer(job)
                 except NodeDiedError:
@@ -314,13 +337,13 @@ class ExecutorThread:
                             call.future.set_exception(self._not_handed_over(job.label, call, None, error))
                     self._unlink(job.number)
                     continue
-                self._offered[job.number] = _Offered(call.future, job.label)
+                self._offered[job.number] = _Offered(call.future, job.label, packed)
                 call.future.add_done_callback(functools.partial(_note, weakref.ref(self), job.number))
                 return True
         return False
 
-    def _job(self, call: Submitted) -> Job | None:
-        """Make the job of a call. If the call cannot be pickled, it fails, and the result is None."""
+    def _job(self, call: Submitted) -> tuple[Job, Payload] | None:
+        """Make the job of a call, and pickle it. If the call cannot be pickled, it fails, and the result is None."""
         number, name = self._number, _name(call.function)
         self._number += 1
         directory = self._loop.directory
@@ -333,13 +356,13 @@ class ExecutorThread:
                 with calling_back():
                     call.future.set_exception(self._not_handed_over(name, call, made, error))
             return None
-        return Job(number, name, FunctionCall(packed, str(directory / f"{number}.value")))
+        value = str(directory / f"{number}.value") if self._loop.shares_files else None
+        return Job(number, name, FunctionCall(value)), packed
 
     def _not_handed_over(self, name: str, call: Submitted, made: object, error: BaseException) -> BaseException:
         """Make the exception for a call whose function and arguments could not be packed."""
         if isinstance(error, OSError):
-            problem = f"{name}() was not called: its arguments could not be handed over: {describe(error)}"
-            return _caused(GpuLauncherError(problem), error)
+            return _not_handed_over(name, error)
         parts = {name: call.function, "args": call.args, "kwargs": call.kwargs}
         problem = (
             f"{name}() cannot be called in another process: {describe(error)}{found_at(parts, self._loop.known)}. "
@@ -430,6 +453,11 @@ def _error(result: JobResult, name: str, outcome: NoValue | PortableException | 
     if isinstance(outcome, NoValue) and outcome.unpicklable:
         return UnpicklableError(f"{name}() {message}")
     return JobError(result.number, name, message, None)
+
+
+def _not_handed_over(name: str, error: OSError) -> BaseException:
+    problem = f"{name}() was not called: its arguments could not be handed over: {describe(error)}"
+    return _caused(GpuLauncherError(problem), error)
 
 
 def _caused(error: BaseException, cause: BaseException) -> BaseException:

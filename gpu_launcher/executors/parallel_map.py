@@ -13,11 +13,11 @@ from gpu_launcher.executors import record_worker as w
 from gpu_launcher.executors.chunk_scheduler import ChunkScheduler
 from gpu_launcher.executors.progress import open_bar
 from gpu_launcher.executors.record_engine import RecordEngine
-from gpu_launcher.jobs.node_client import RemoteLoop
 from gpu_launcher.jobs.node_messages import Opened
 from gpu_launcher.jobs.notice_log import log
-from gpu_launcher.jobs.where import this_program
 from gpu_launcher.model import MILLIONTHS, Device, Request
+from gpu_launcher.nodes.engines import read_nodes
+from gpu_launcher.nodes.start import start_loop
 from gpu_launcher.pool import Pool, read_pool
 from gpu_launcher.requests import read_request
 from gpu_launcher.validation import StartMethod, integer, one_of, read_start_method, true_or_false
@@ -42,6 +42,7 @@ def parallel_map(
     total: int | None = None,
     read_ahead: int | None = None,
     start_method: StartMethod = "auto",
+    nodes: str | Sequence[str] | None = None,
 ) -> ParallelMap:
     """Call `function` on every record, in worker processes that have devices of their own, and yield the results.
 
@@ -65,6 +66,8 @@ def parallel_map(
     - `progress`: show a progress bar if stderr is a terminal. `total`: number of records if `records` has no length,
       for the bar and for small chunks at the end.
     - `start_method`: fork, spawn (fresh interpreters), or auto, which forks unless threads or CUDA make that unsafe.
+    - `nodes`: machines to run workers on, as a list of `local`, `ssh:HOST`, `slurm:COUNT`, `sbatch:COUNT`, `ray:COUNT`
+      and `command:COMMAND`. Each uses its own devices. See docs/nodes.md. Default: this machine.
 
     No worker is started and no record is read before the first result is asked for. `records` is read in this thread,
     while it waits for results. Breaking out of the iteration, closing it, or an exception ends the workers at once.
@@ -74,9 +77,9 @@ def parallel_map(
     it is not known which one was to blame, and each is first dealt alone to find out.) Not promised: that a record is
     worked on only once. Results are sent about every 50 ms, and what a dying worker did since then is done again.
 
-    Raises OptionError for invalid arguments, DeviceError and PoolDirectoryError, before any worker is started. The
-    iteration raises the exceptions of `setup`; those of `records`, after the results of the records before; a
-    WorkerDiedError if workers die while they set themselves up; and NodeDiedError.
+    Raises OptionError for invalid arguments, DeviceError, PoolDirectoryError and NodeStartError, before any worker is
+    started. The iteration raises the exceptions of `setup`; those of `records`, after the results of the records
+    before; a WorkerDiedError if workers die while they set themselves up; and NodeDiedError.
     """
     iterator = _iterate(records)
     function = _checked(setup, function)
@@ -94,12 +97,16 @@ def parallel_map(
     length = len(records) if isinstance(records, Sized) else total
     scheduler = ChunkScheduler(iterator, ordered=ordered, read_ahead=read_ahead, clock=time.monotonic, length=length)
     options = read_pool(pool).options(request, num_workers)
-    loop = RemoteLoop(w.RecordWorker(request, setup, function), options, this_program(), method=start_method)
+    specs = read_nodes(nodes)
+    worker = w.RecordWorker(request, setup, function)
+    loop = start_loop(specs, worker, options, method=start_method, channels=True)
     try:
         opened = loop.open()
-        most = _most_workers(num_workers, request, opened)
-        slots = w.Positions(loop.directory / "positions", most, new=True)
-        capped = _cap_notice(num_workers, request, opened)
+        slots, most, capped = None, num_workers or MAX_WORKERS, None
+        if loop.shares_files:  # one node, whose devices are all that there will be
+            most = _most_workers(num_workers, request, opened)
+            slots = w.Positions(loop.directory / "positions", most, new=True)
+            capped = _cap_notice(num_workers, request, opened)
         engine = RecordEngine(loop, scheduler, slots, most, returning=on_error == "return", capped=capped)
     except BaseException:
         loop.close()

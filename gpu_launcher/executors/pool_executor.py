@@ -8,15 +8,15 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from types import TracebackType
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from gpu_launcher.executors.calls import CallProgram
 from gpu_launcher.executors.executor_thread import BrokenPoolExecutor, ExecutorThread, Submitted
-from gpu_launcher.jobs.node_client import RemoteLoop
-from gpu_launcher.jobs.where import this_program
+from gpu_launcher.nodes.engines import read_nodes
+from gpu_launcher.nodes.start import start_loop
 from gpu_launcher.pool import Pool, read_pool
 from gpu_launcher.processes.linux import cuda_in_use
 from gpu_launcher.requests import read_request
@@ -51,6 +51,7 @@ class PoolExecutor(Executor):
         timeout: object = None,
         pool: Pool | None = None,
         start_method: StartMethod = "auto",
+        nodes: str | Sequence[str] | None = None,
     ) -> None:
         """Create an executor. All arguments are given by name. Nothing is started before the first `submit`.
 
@@ -67,14 +68,16 @@ class PoolExecutor(Executor):
             pool: the devices to use. Default: all devices of the machine.
             start_method: `fork` from this program, or `spawn` fresh interpreters. Default: fork, unless other threads
                 run or CUDA is initialised when the first call is submitted.
+            nodes: machines to make calls on, as a list of `local`, `ssh:HOST`, `slurm:COUNT`, `sbatch:COUNT`,
+                `ray:COUNT` and `command:COMMAND`. Each uses its own devices. See docs/nodes.md. Default: this machine.
 
         Raises ValueError, most often an OptionError, and TypeError for positional arguments.
         """
         if positional:
             given, first = ", ".join(map(repr, positional)), repr(positional[0])
             raise TypeError(
-                f"PoolExecutor({given}) does not say what is meant. Remedy: PoolExecutor(max_workers={first}) for so "
-                f"many calls at a time, PoolExecutor(gpus={first}) for so many devices per call"
+                f"PoolExecutor({given}) is ambiguous. Remedy: PoolExecutor(max_workers={first}) for that "
+                f"many calls at the same time, PoolExecutor(gpus={first}) for that many devices per call"
             )
         options = {"gpus": gpus, "memory": memory, "priority": priority, "timeout": timeout}
         self._request = read_request(options)
@@ -84,6 +87,7 @@ class PoolExecutor(Executor):
             integer("max_workers", max_workers, least=1)
         self._start_method = read_start_method(start_method)
         self._options = read_pool(pool).options(self._request, max_workers, "max_workers")
+        self._nodes = read_nodes(nodes)
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._shut = False
@@ -94,8 +98,8 @@ class PoolExecutor(Executor):
 
         The call runs as soon as it has its devices, and cannot be cancelled from then on. The first `submit` starts the
         processes. It raises an error if they cannot be started: OptionError, for example if a device does not exist,
-        PoolDirectoryError or DeviceError. Raises RuntimeError after `shutdown`, and BrokenPoolExecutor, a subclass of
-        RuntimeError, if the executor cannot make calls any more.
+        PoolDirectoryError, DeviceError or NodeStartError. Raises RuntimeError after `shutdown`, and BrokenPoolExecutor,
+        a subclass of RuntimeError, if the executor cannot make calls any more.
         """
         with self._lock:
             if self._process != os.getpid():
@@ -183,7 +187,8 @@ class PoolExecutor(Executor):
             self._thread.join()
 
     def _start(self) -> ExecutorThread:
-        loop = RemoteLoop(CallProgram(self._request), self._options, this_program(), method=self._start_method)
+        program = CallProgram(self._request)
+        loop = start_loop(self._nodes, program, self._options, method=self._start_method, channels=True)
         try:
             opened = loop.open()
             may_fork = opened.method == "spawn" and loop.unsafe is None and not cuda_in_use()

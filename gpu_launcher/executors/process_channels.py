@@ -1,22 +1,28 @@
-"""The program's channels to the processes of its jobs. What they exchange does not pass through the node."""
+"""The program's channels to the processes of its jobs. What they exchange does not pass through the node.
+
+For nodes on other machines, it is relayed (`nodes.channel_relay`). This side is the same.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import select
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.node_client import RemoteLoop
 from gpu_launcher.jobs.source import Offer
 from gpu_launcher.processes.messages import ChannelClosedError, channel, receive, send
 
+if TYPE_CHECKING:
+    from gpu_launcher.nodes.group_loop import GroupLoop
+
 
 class ProcessChannels:
     """The channels of the offered jobs, by number."""
 
-    def __init__(self, loop: RemoteLoop) -> None:
+    def __init__(self, loop: RemoteLoop | GroupLoop) -> None:
         self._loop = loop
         self._channels: dict[int, socket.socket] = {}
         self.numbers: dict[int, int] = {}

@@ -25,12 +25,12 @@ class Bar(Protocol):
         """Restore the terminal. Idempotent."""
 
 
-def open_bar(wanted: bool, total: int | None, what: str = "records") -> Bar:
+def open_bar(wanted: bool, total: int | None) -> Bar:
     """Return a bar on stderr if that is a terminal and a bar is `wanted`; otherwise one that shows nothing."""
     stream = sys.stderr
     if not wanted or stream is None or stream.closed or not stream.isatty() or os.environ.get("TERM") == "dumb":
         return _NoBar()
-    return _RichBar(total, what)
+    return _RichBar(total)
 
 
 class _NoBar:
@@ -46,7 +46,7 @@ class _NoBar:
 class _RichBar:
     patience: float | None = 0.25
 
-    def __init__(self, total: int | None, what: str) -> None:
+    def __init__(self, total: int | None) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -62,7 +62,7 @@ class _RichBar:
             redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),  # else it would go to stderr
             transient=False,
         )
-        self._task = self._bar.add_task(what, total=total, rate="", state="")
+        self._task = self._bar.add_task("records", total=total, rate="", state="")
         self._gone = False
         """Whether the terminal is gone. The work continues without a bar."""
         self._began = time.monotonic()

@@ -8,10 +8,14 @@ there is work for it (`_offer`), deals chunks of records to workers that are rea
 A worker notes which records it has begun (`Positions`). If it dies, these are suspects and are dealt again one by one,
 the others as before. A record at which two workers died has failed. If a worker dies during setup or without a record,
 no record is to blame: after two such deaths in a row, workers that die are not replaced (`_do_without`).
+
+Workers on several nodes cannot note their records where this program sees it. If one dies, or its node is lost, all
+records of the chunk that it worked on are suspects.
 """
 
 from __future__ import annotations
 
+import math
 import select
 import threading
 import time
@@ -20,7 +24,7 @@ from collections import deque
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpu_launcher.errors import NodeDiedError, OptionError, RecordError, SetupError, UnreadableError, WorkerDiedError
 from gpu_launcher.executors import record_worker as w
@@ -37,6 +41,9 @@ from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException, traceback_of
 from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.wording import count, device_names
+
+if TYPE_CHECKING:
+    from gpu_launcher.nodes.group_loop import GroupLoop
 
 END_SECONDS = 10.0
 """Seconds that workers get to end by themselves when there is no more work."""
@@ -59,7 +66,7 @@ class _WorkerState(Enum):
 
 @dataclass(slots=True)
 class _Worker:
-    slot: int
+    slot: int | None
     where: str = ""
     """Names of its devices."""
     state: _WorkerState = _WorkerState.STARTING
@@ -78,15 +85,15 @@ class RecordEngine:
 
     def __init__(
         self,
-        loop: RemoteLoop,
+        loop: RemoteLoop | GroupLoop,
         scheduler: ChunkScheduler,
-        positions: w.Positions,
+        positions: w.Positions | None,
         most: int,
         *,
         returning: bool,
         capped: str | None = None,
     ) -> None:
-        """Prepare to run at most `most` workers.
+        """Prepare to run at most `most` workers, which note their records in `positions`, unless that is None.
 
         `returning`: whether errors are returned as results. `capped`: a line to log once there are more than `most`
         records.
@@ -94,7 +101,7 @@ class RecordEngine:
         self._loop = loop
         self._scheduler = scheduler
         self._positions = positions
-        self._slots = list(range(most))
+        self._slots = [] if positions is None else list(range(most))
         """Free slots for workers."""
         self._most = most
         self._returning = returning
@@ -161,7 +168,8 @@ class RecordEngine:
             self._end()
             for number in self._workers:
                 self._channels.close(number)
-            self._positions.close()
+            if self._positions is not None:
+                self._positions.close()
 
     def _work(self) -> bool:
         """Attend to the workers until there is a result. Returns whether there is one."""
@@ -224,10 +232,12 @@ class RecordEngine:
         starting = sum(worker.state is _WorkerState.STARTING for worker in self._workers.values())
         if not self._scheduler.has(starting + 1, len(self._workers) + 1):
             return False
-        number, slot = self._number, self._slots.pop()
+        number, slot, spec = self._number, None, None
         self._number += 1
         self._wanted -= 1
-        spec = w.WorkerSlot(str(self._loop.directory / "positions"), len(self._positions.at), slot)
+        if self._positions is not None:
+            slot = self._slots.pop()
+            spec = w.WorkerSlot(str(self._loop.directory / "positions"), len(self._positions.at), slot)
         try:
             self._channels.offer(Job(number, "worker", spec))
         except NodeDiedError as error:
@@ -271,8 +281,9 @@ class RecordEngine:
 
     def _receive(self, *, wait: bool, most: float | None = None) -> None:
         """Handle all messages that have arrived. With `wait`, first wait until there is one."""
-        patience = min((one for one in (most, self.bar.patience) if one is not None), default=None)
-        milliseconds = 0.0 if not wait else None if patience is None else patience * 1000
+        patience = min(one for one in (most, self.bar.patience, self._loop.tick_seconds) if one is not None)
+        milliseconds = 0.0 if not wait else None if patience == math.inf else patience * 1000
+        self._loop.tick()
         while not self._over and self._fatal is None and (ready := self._channels.poll.poll(milliseconds)):
             milliseconds = 0.0
             self._hear_node()  # first, because it says which devices a worker has
@@ -285,9 +296,13 @@ class RecordEngine:
     def _hear_node(self) -> None:
         while not self._over and self._fatal is None and self._node_poll.poll(0.0):
             try:
-                self._handle(self._loop.receive())
+                messages = self._loop.receive_ready()
             except NodeDiedError as error:
                 self._fatal = error
+                break
+            for message in messages:
+                if self._fatal is None:
+                    self._handle(message)
 
     def _handle(self, message: Message) -> None:
         match message:
@@ -392,7 +407,8 @@ class RecordEngine:
             pass  # messages that the worker sent before it ended
         worker = self._workers.pop(result.number)
         self._channels.close(result.number)
-        self._slots.append(worker.slot)
+        if worker.slot is not None:
+            self._slots.append(worker.slot)
         if worker.state is _WorkerState.STOPPED:
             if result.outcome is Outcome.FAILED:
                 log(f"a worker {result.message} when it had done its work")
@@ -403,7 +419,7 @@ class RecordEngine:
             self._died_starting += another
             self._do_without(self._died_starting, another, f"a worker {result.message}, before it had set itself up")
             return
-        suspects = self._scheduler.lost(worker.dealt, self._positions.begun(worker.slot))
+        suspects = self._scheduler.lost(worker.dealt, self._may_have_begun(worker))
         if suspects is None:
             self._died_idle += another
             self._do_without(self._died_idle, another, f"a worker {result.message}, without a record")
@@ -412,6 +428,15 @@ class RecordEngine:
         else:
             twice = WorkerDiedError(f"its worker {result.message}, as had the one before, which was at it, too")
             self._fail(suspects, twice, "", worker.where)
+
+    def _may_have_begun(self, worker: _Worker) -> range:
+        """Return the indices of the records that a worker that died may have begun."""
+        if self._positions is not None and worker.slot is not None:
+            return self._positions.begun(worker.slot)
+        if not worker.dealt:
+            return range(0)
+        chunk = worker.dealt[0]
+        return range(chunk.first, chunk.first + len(chunk.records))
 
     def _do_without(self, deaths: int, another: bool, problem: str) -> None:
         """Handle the death of a worker for which no record is to blame. After two such deaths it is not replaced.
@@ -425,12 +450,12 @@ class RecordEngine:
             return
         if self._workers:
             self._most = len(self._workers)
-            log(f"{problem}; so did the one before, and it goes on with {self._most}")
+            log(f"{problem}; so did the one before; continuing with {self._most}")
         else:
             self._fatal = WorkerDiedError(f"{problem}; so did the one before")
 
 
-def _end(loop: RemoteLoop, begun: threading.Event) -> None:
+def _end(loop: RemoteLoop | GroupLoop, begun: threading.Event) -> None:
     """End the workers. Log a warning if no result was ever asked for, which is most likely a mistake."""
     if not begun.is_set() and loop.is_ours:
         log(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class Positions:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSlot:
-    """The place where a worker notes its position. The worker gets it at its start."""
+    """Where a worker notes its position. A worker on another machine gets None: the head cannot read it there."""
 
     positions: str
     slots: int
@@ -141,22 +142,27 @@ class RecordWorker:
         ]
         return _SpawnedRecordWorker, (self._request, *dumped)
 
-    def __call__(self, number: int, spec: WorkerSlot, context: JobContext) -> Report:
+    def __call__(self, number: int, spec: WorkerSlot | None, context: JobContext) -> Report:
         context.prepared(self._request, None)
         context.wait()
+        if spec is None:
+            # A node that ends interrupts its jobs. As an exception, that would be the result of a record.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         try:
             setup, function = self._program()
             objects = _objects(setup)
         except BaseException as error:
             context.say(SetupFailed(_portable(error)))
             return Report(False, f"raised {type(error).__name__}: {error}", b"")
-        try:
-            positions = Positions(Path(spec.positions), spec.slots)
-        except FileNotFoundError:
-            os._exit(1)  # the program has ended, because its directory is gone
-        positions.at[spec.slot] = NO_RECORD
+        at, slot = memoryview(bytearray(8)).cast("q"), 0
+        if spec is not None:
+            try:
+                at, slot = Positions(Path(spec.positions), spec.slots).at, spec.slot
+            except FileNotFoundError:
+                os._exit(1)  # the program has ended, because its directory is gone
+        at[slot] = NO_RECORD
         context.say(Ready())
-        calls = _Calls(context, positions.at, spec.slot, function, objects)
+        calls = _Calls(context, at, slot, function, objects)
         while isinstance(work := context.hear(), Work):
             calls.do(work)
         return Report(True, None, b"")
@@ -178,9 +184,9 @@ def _dump_for_spawn(name: str, thing: object) -> bytes:
     except Exception as error:  # user objects may raise anything when they are pickled
         raise OptionError(
             name,
-            f"workers start in fresh interpreters (spawn), to which {thing!r} cannot be sent: "
+            f"workers start in fresh interpreters (spawn) or on other machines, to which {thing!r} cannot be sent: "
             f"{type(error).__name__}: {error}{found_at({name: thing})}. Remedy: build in `setup` what cannot "
-            'be pickled instead of referring to it, or use start_method="fork".',
+            'be pickled instead of referring to it, or run on this machine with start_method="fork".',
         ) from error
 
 

@@ -1,6 +1,7 @@
 """The form in which calls and values travel between the program and the process that makes the call.
 
-A large object goes into a file that both can read, so it does not pass through the processes in between.
+A large object goes into a file, so it does not pass through the processes in between. If the process runs on another
+machine, it travels in a message.
 """
 
 from __future__ import annotations
@@ -40,9 +41,17 @@ class Payload:
             Path(self.path).unlink()  # no other process reads it, and the open file vanishes with this process
             return pickling.load_from(file, on_cpu=on_cpu)
 
+    def without_file(self) -> Payload:
+        """Return the payload with its data instead of the file, which is removed. Raises OSError."""
+        if self.path is None:
+            return self
+        data = Path(self.path).read_bytes()
+        Path(self.path).unlink()
+        return Payload(data)
 
-def pack(thing: object, path: Path, known: Mapping[str, object]) -> Payload:
-    """Pickle an object, into the file `path` if it is large. `known` is as in `pickling.dump`.
+
+def pack(thing: object, path: Path | None, known: Mapping[str, object]) -> Payload:
+    """Pickle an object, into the file `path` if it is large and there is one. `known` is as in `pickling.dump`.
 
     Raises whatever the user's objects raise when they are pickled, and OSError if the file cannot be written.
     """
@@ -54,7 +63,7 @@ def pack(thing: object, path: Path, known: Mapping[str, object]) -> Payload:
 class _Spilling:
     """A file that is kept in memory until it becomes large."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self._path = path
         self._memory = io.BytesIO()
         self._file: IO[bytes] | None = None
@@ -68,13 +77,13 @@ class _Spilling:
         try:
             self._file.close()
         finally:
-            if kind is not None:
+            if kind is not None and self._path is not None:
                 with contextlib.suppress(OSError):  # the first error of the disk is already raised
                     self._path.unlink()
 
     def write(self, data: bytes) -> None:
         if self._file is None:
-            if self._memory.tell() + memoryview(data).nbytes <= LARGE:
+            if self._path is None or self._memory.tell() + memoryview(data).nbytes <= LARGE:
                 self._memory.write(data)
                 return
             self._file = open(self._path, "wb")
@@ -110,8 +119,8 @@ def unreturnable(value: object, why: BaseException) -> str:
     if isinstance(value, Coroutine):
         value.close()  # otherwise Python would warn, too, that it was never awaited
         remedy = (
-            "an `async def` function only makes a coroutine, which nobody has run: call `asyncio.run(...)` of it in an "
-            "ordinary function, and give that"
+            "an `async def` function only returns a coroutine, which has not run: call `asyncio.run(...)` on it in an "
+            "ordinary function, and use that"
         )
     elif isinstance(value, Generator):
         remedy = "return a list of what the generator yields"

@@ -1,4 +1,4 @@
-"""The directory of a sweep or map: the lock that keeps other launches out, the jobs' log files, the newest sweep.
+"""The directory of a sweep or map: the lock that keeps other launches out, and the jobs' log files.
 
 A launch holds the `flock` of `.gpu_launcher/lock` as long as any of its processes lives: the head opens the file, and
 the node and the processes below it inherit the descriptor. The kernel releases the lock when the last of them has
@@ -8,22 +8,22 @@ ended, for whatever reason. The file names the program that has the lock, so tha
 from __future__ import annotations
 
 import fcntl
-import itertools
 import json
 import math
 import os
 import time
 import uuid
 import weakref
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from gpu_launcher.errors import ManifestError
 from gpu_launcher.jobs.failures import set_aside
 from gpu_launcher.jobs.identity import ProcessIdentity
-from gpu_launcher.jobs.manifest import DIRECTORY, MANIFEST, Entry, State, refuse_if_running
+from gpu_launcher.jobs.manifest import DIRECTORY, Entry, State, refuse_if_running
 from gpu_launcher.json_data import Fields, load_object
 from gpu_launcher.processes.messages import JobPrepared
 from gpu_launcher.safe_files import make_directories, open_regular
@@ -37,8 +37,6 @@ NODES = "nodes-"
 """Beginning of the names of files that launches with nodes on other machines touch."""
 NODES_END_SECONDS = 40.0
 """Seconds after which all nodes of a head that was killed have ended. See `nodes.agent_messages.Timing`."""
-MAX_DIRECTORIES = 5000
-"""Maximum number of directories that the search for the newest sweep looks into."""
 
 _held: weakref.WeakValueDictionary[tuple[int, int, int], DirectoryLock] = weakref.WeakValueDictionary()
 """Locks that this process holds, by process id, device and inode. A second `flock` in one process would fail."""
@@ -106,6 +104,12 @@ def _wait_for(descriptor: int, directory: Path, remedy: str, notice: Callable[[s
         time.sleep(0.05)
 
 
+def refuse_if_locked(directory: Path, remedy: str) -> None:
+    """Raise ManifestError if another program has the directory, even if it has not begun to run jobs there."""
+    with suppress(OSError), open(open_regular(directory / DIRECTORY / LOCK), "rb") as file:
+        _refuse_holder(file.fileno(), directory, remedy)
+
+
 def _lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,18 +120,41 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _refuse_holder(descriptor: int, directory: Path, remedy: str) -> None:
-    """Raise ManifestError if the program that the lock file names may be alive. Call this if the lock is taken."""
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The program that has taken a directory, and has not released it."""
+
+    pid: int
+    command: str
+    host: str
+    is_alive: bool | None
+    """Whether it is alive. None if that cannot be known from here."""
+
+
+def holder_of(directory: Path) -> Holder | None:
+    """Return the program that has taken the directory. None if it was released, or was never taken."""
+    with suppress(OSError), open(open_regular(directory / DIRECTORY / LOCK), "rb") as file:
+        return _holder(file.fileno())
+    return None
+
+
+def _holder(descriptor: int) -> Holder | None:
+    """Return the program that the lock file names. A program that releases the lock empties the file."""
     try:
         content = load_object(os.pread(descriptor, 64 * 1024, 0))
         holder, command = ProcessIdentity.from_json(content), one_line(Fields(content).text("command"))
     except ValueError:
-        return  # the lock was taken a moment ago, or is being released
-    lives = holder.is_alive(os.fstat(descriptor).st_uid)
-    if lives is False:
+        return None  # the lock was taken a moment ago, or is being released
+    return Holder(holder.pid, command, holder.host, holder.is_alive(os.fstat(descriptor).st_uid))
+
+
+def _refuse_holder(descriptor: int, directory: Path, remedy: str) -> None:
+    """Raise ManifestError if the program that the lock file names may be alive."""
+    holder = _holder(descriptor)
+    if holder is None or holder.is_alive is False:
         return  # it has ended; remaining processes of its launch hold the lock
-    where = "" if lives else f" on {holder.host}"
-    raise ManifestError(f"{directory} is being run by process {holder.pid} ({command}){where}: {remedy}")
+    where = "" if holder.is_alive else f" on {holder.host}"
+    raise ManifestError(f"{directory} is being run by process {holder.pid} ({holder.command}){where}: {remedy}")
 
 
 def _sign(descriptor: int, command: str) -> None:
@@ -195,7 +222,7 @@ class LogFiles:
         assert prepared.log is not None
         notices = []
         if self._used is not None and number in self._earlier:
-            notices.append(f"{self._directory} has {_summary(self._earlier)} from an earlier sweep: {self._used}")
+            notices.append(f"{self._directory} has {summary(self._earlier)} from an earlier sweep: {self._used}")
             self._used = None
         path = Path(prepared.log)
         owner = self._owners.setdefault((prepared.place, path.name), number)
@@ -220,33 +247,8 @@ def as_proposed(number: int, prepared: JobPrepared) -> tuple[str, list[str]]:
     return str(prepared.log), []
 
 
-def _summary(entries: Mapping[int, Entry]) -> str:
+def summary(entries: Mapping[int, Entry]) -> str:
     """Summarise jobs by state: `6 jobs (4 completed, 2 lost)`."""
     states = Counter(entry.state for entry in entries.values())
     said = ", ".join(f"{states[state]} {state.value}" for state in State if states[state])
     return f"{count(len(entries), 'job')} ({said})"
-
-
-def newest_sweep(*roots: Path) -> Path | None:
-    """Return the directory, at most three levels below one of `roots`, whose manifest was written last."""
-    found: list[tuple[float, Path]] = []
-    for root in roots:
-        for directory in itertools.islice(_directories(root), MAX_DIRECTORIES):
-            with suppress(OSError):
-                found.append(((directory / DIRECTORY / MANIFEST).stat().st_mtime, directory))
-    return max(found, default=(0.0, None))[1]
-
-
-def _directories(root: Path, depth: int = 3) -> Iterator[Path]:
-    """Yield directories that may belong to a sweep, breadth first. Subdirectories of a sweep's belong to its jobs."""
-    waiting = deque([(root, 0)])
-    while waiting:
-        directory, level = waiting.popleft()
-        yield directory
-        with suppress(OSError):
-            if level == depth or (directory / DIRECTORY / MANIFEST).exists():
-                continue
-            with os.scandir(directory) as entries:
-                below = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
-            # Names are often dates, so in reverse order the newest sweeps come first.
-            waiting.extend((Path(path), level + 1) for path in sorted(below, reverse=True))

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+from gpu_launcher.json_data import Values
 from gpu_launcher.model import Device
 
 
@@ -21,6 +22,18 @@ class Outcome(str, Enum):
     """Ended or never started, because the sweep was stopped or the job was cancelled."""
     PRUNED = "pruned"
     """A trial that ended early because others are better."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What is known about a job for tables of results."""
+
+    values: Values = field(default_factory=dict)
+    """What it returned, by name."""
+    peak_memory: int | None = None
+    """Most bytes of the host's memory that one of its processes had resident. None if it is not known."""
+    peak_device_memory: int | None = None
+    """Most bytes that its processes were seen to use on one of its devices. None if they were not seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +62,19 @@ class SearchStatus:
     time: float
     facts: tuple[tuple[str, str], ...]
     """Names and values such as `("best", "0.12 (lr=0.1)")`, in order of importance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Throttled:
+    """The user changed how much may run from now on. Running jobs continue."""
+
+    time: float
+    paused: bool
+    """Whether no job is started."""
+    devices: int | None
+    """Maximum number of devices in use. None for no limit."""
+    text: str
+    """A line for the user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +125,7 @@ class JobEnded:
     """For FAILED: where it failed. Jobs with the same message and origin failed in the same way; see `Report`."""
     left_behind: tuple[str, ...] = ()
     """Processes that outlived the job and had to be ended."""
+    figures: Figures = Figures()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +148,20 @@ class JobRetried:
 
 
 @dataclass(frozen=True, slots=True)
+class JobsRequeued:
+    """The user runs jobs again that had failed or were cancelled. They wait again; how they ended no longer counts."""
+
+    time: float
+    numbers: frozenset[int]
+    failed: int
+    """How many of them had failed."""
+    not_run: int
+    """How many were cancelled before they started."""
+    text: str
+    """A line for the user."""
+
+
+@dataclass(frozen=True, slots=True)
 class JobReturned:
     """The job's node was lost, or ends, before the job had a result. The job waits again, for any node."""
 
@@ -138,6 +179,18 @@ class NodesChanged:
     """All devices that the sweep has now."""
     text: str
     """A line for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutOfContact:
+    """Nodes that have not been heard for a while, and the jobs that may still run there. It replaces the previous one.
+
+    Both come back if the node is heard again. Otherwise, JobReturned follows for each job when none can be left there.
+    """
+
+    time: float
+    nodes: frozenset[str]
+    jobs: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,12 +234,15 @@ Event = (
     SweepStarted
     | Notice
     | SearchStatus
+    | Throttled
     | JobWaiting
     | JobStarted
     | JobEnded
     | JobRetried
+    | JobsRequeued
     | JobReturned
     | NodesChanged
+    | OutOfContact
     | StopRequested
     | SweepEnded
 )

@@ -50,7 +50,7 @@ class RetryState:
 
     def request(self, request: Request) -> Request:
         """Return the request for the next attempt: the job's own, or more if that was not enough before."""
-        return request if self._share is None else replace(request, share=self._share)
+        return request if self._share is None else replace(request, share=self._share, auto_memory=False)
 
     def next(self, result: JobResult, run: JobRun, refusal: Callable[[Request], str | None]) -> NextAttempt | None:
         """Return the next attempt of a job that failed. None if the job is not retried.
@@ -58,7 +58,11 @@ class RetryState:
         `refusal` says why the working devices could never grant a request. It returns None if they could.
         """
         made = result.attempts - self._before
-        if result.cause not in self.policy.retry_on or made > self.policy.retries or run.final:
+        if run.final:
+            return None
+        if self._share is None and packed_too_tightly(result, run):
+            self._before += 1  # our guess was too low, so this attempt does not count
+        elif result.cause not in self.policy.retry_on or made > self.policy.retries:
             return None
         if run.started is None and result.cause is Cause.EXCEPTION:
             return None  # its config cannot be composed, and another attempt would not change that
@@ -89,6 +93,12 @@ class NextAttempt:
     """Maximum number of attempts."""
     last: bool
     """Whether it runs after the sweep's other jobs, because it may wait long for the memory that it needs."""
+
+
+def packed_too_tightly(result: JobResult, run: JobRun) -> bool:
+    """Whether a job ran out of GPU memory that `memory=auto` had chosen for it."""
+    guessed = run.request is not None and run.request.auto_memory and not run.request.share.whole
+    return guessed and bool(run.devices) and result.cause is Cause.OOM and result.payload is not None
 
 
 def larger_share(share: Share, devices: Sequence[Device], shares: Mapping[str, Share]) -> Share | None:

@@ -3,7 +3,12 @@
 Theory of operation. A node asks for jobs when it has room (`Wanted`). The head offers the jobs of a list, in order, and
 then those of a `JobSource`, if there is one. Everything that happens comes back as messages, most of which are events:
 the head writes them to the manifest and shows them. Signals arrive here, and the head tells the node to stop. A head
-that is suspended or busy only delays new jobs: the node never waits for it.
+that is suspended or busy only delays new jobs: the node never waits for it. Requests from other terminals arrive at the
+control socket (`jobs.control_socket`).
+
+A job that did not complete is kept, so that the user can run it again (`RetryJobs`). So the node is told only that all
+jobs were offered, and that there are no more when all of them have ended. Requests arrive before that or are refused:
+none is lost.
 
 Once no more jobs are started (a stop, the node gave up, or it died), the head concludes the jobs that were not offered
 itself. The node concludes the others; if it died, the head does so from the reports that the jobs left.
@@ -12,50 +17,108 @@ itself. The node concludes the others; if it died, the head does so from the rep
 from __future__ import annotations
 
 import contextlib
+import itertools
 import selectors
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from signal import Signals
 from typing import Protocol
 
 from gpu_launcher.debug_log import get_logger
 from gpu_launcher.errors import NodeDiedError, ReportError
+from gpu_launcher.jobs.alone import AloneCommand
+from gpu_launcher.jobs.control import (
+    MAX_RANGES,
+    Answer,
+    AskStatus,
+    CancelJobs,
+    ContinueSweep,
+    LimitDevices,
+    PauseSweep,
+    Ranges,
+    RetryJobs,
+    Steering,
+    StopSweep,
+    WatchSweep,
+    contains,
+    is_one,
+    merged,
+    name_of,
+    named,
+    overlap,
+    ranges_of,
+    spell,
+    without,
+)
+from gpu_launcher.jobs.control_socket import ControlSocket
 from gpu_launcher.jobs.events import (
+    Event,
     GaveUp,
     JobEnded,
     JobRetried,
     JobReturned,
+    JobsRequeued,
     JobStarted,
     JobWaiting,
     NodesChanged,
     Notice,
     Outcome,
+    OutOfContact,
     Progress,
     SearchStatus,
     StopRequested,
     SweepEnded,
     SweepStarted,
+    Throttled,
 )
+from gpu_launcher.jobs.failures import set_aside
 from gpu_launcher.jobs.job import Cause, Job, JobResult
-from gpu_launcher.jobs.manifest import Entry, Recorded, Recorder, finished_before, new_reports, read
+from gpu_launcher.jobs.leaving import leave_while_running
+from gpu_launcher.jobs.manifest import Entry, Recorder, finished_before, new_reports, read
 from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Heard, Message, Opened, Wanted
-from gpu_launcher.jobs.outcome import not_started
-from gpu_launcher.jobs.progress import open_progress
+from gpu_launcher.jobs.notifications import Notifier
+from gpu_launcher.jobs.outcome import left_by, not_started
+from gpu_launcher.jobs.progress import PlainProgress, open_progress
+from gpu_launcher.jobs.progress.alike import Failures
+from gpu_launcher.jobs.progress.interactive import Interactive
+from gpu_launcher.jobs.progress.screen_state import Detach
 from gpu_launcher.jobs.reports import read_report
-from gpu_launcher.jobs.source import Exhausted, Facts, JobSource, Offer, Remark, Statement, Stop
+from gpu_launcher.jobs.source import (
+    UNTHROTTLED,
+    AllOffered,
+    Cancel,
+    Exhausted,
+    Facts,
+    JobSource,
+    Offer,
+    Remark,
+    Statement,
+    Stop,
+    Throttle,
+)
 from gpu_launcher.jobs.sweep import Options, portable
+from gpu_launcher.jobs.watched import Watched
 from gpu_launcher.processes.signals import StopSignals
 from gpu_launcher.wording import count, device_names
 
 _log = get_logger("jobs.head")
 
+KEYS = {"cancel": "key c", "retry": "key r", "pause": "key p", "continue": "key p", "limit": "a key"}
+"""What to call the keys of the live view that ask for something."""
 MAX_SKIPPED = 5
 """Maximum number of unusable earlier results that are reported one by one."""
+MAX_FAILED = 10
+"""Maximum number of failed jobs, one for each way of failing, for which the last lines are made."""
+MAX_KEPT = 20_000
+"""Maximum number of jobs of a source that are kept because they did not complete. Others cannot be run again."""
 TICK_SECONDS = 0.125
 """Maximum seconds between two updates of the live view."""
+INCOMPLETE = (Outcome.FAILED, Outcome.CANCELLED)
+"""Outcomes of jobs that `resume` and `RetryJobs` run again."""
 ENDED = "was ended because the process that starts jobs was killed"
 NOT_RUN = "was not run: the process that starts jobs was killed"
 
@@ -72,6 +135,8 @@ class SweepResult:
     """Whether a signal or failures stopped the sweep."""
     given_up: str | None = None
     """Why no more jobs were started although the sweep was not stopped, as a sentence whose subject is a job."""
+    throttle: Throttle = UNTHROTTLED
+    """How much might run at the end."""
 
 
 class JobRunner(Protocol):
@@ -111,49 +176,28 @@ def run_jobs(
     display: Progress | None = None,
     notices: Sequence[str] = (),
     closing: Callable[[Sequence[Job], int], Sequence[str]] = lambda failed, incomplete: (),
+    how_to_resume: str = "",
+    alone: AloneCommand | None = None,
+    notifier: Notifier | None = None,
+    begun: Callable[[], None] = lambda: None,
+    anew: bool = False,
+    throttle: Throttle = UNTHROTTLED,
 ) -> SweepResult:
     """Run `jobs` on `node`, and show progress on `display`, by default on stderr. The display is closed at the end.
 
     `directory` is the sweep's directory, which keeps its manifest and reports. `command` names this program to others
     who wait for devices. If there is a `source`, its jobs are run, too: `total` in all, if that is known. Their results
     go to the source alone. `notices` are shown first. `closing` returns the last lines; it is called with one job for
-    each way in which jobs failed, and with the number of jobs that did not complete.
+    each way in which jobs failed, and with the number of jobs that did not complete. `how_to_resume` is the command
+    line that runs the rest when this sweep has ended; empty if there is none. `alone` is as for `Recorder`.
+    `notifier` is told how jobs and the sweep end. `begun` is called when the sweep has begun, and other programs can
+    watch it. `anew` is as for `Recorder`. `throttle` is how much may run at first: an earlier batch of the same sweep
+    may have been paused.
 
     Raises OptionError, PoolDirectoryError and ManifestError before any job is started. If anything is raised, the node
     is closed.
     """
-    try:
-        return _run_jobs(
-            jobs,
-            node,
-            options,
-            directory,
-            command,
-            source=source,
-            total=total,
-            display=display,
-            notices=notices,
-            closing=closing,
-        )
-    except BaseException:
-        node.close()
-        raise
-
-
-def _run_jobs(
-    jobs: Sequence[Job],
-    node: JobRunner,
-    options: Options,
-    directory: Path,
-    command: str,
-    *,
-    source: JobSource | None,
-    total: int | None,
-    display: Progress | None,
-    notices: Sequence[str],
-    closing: Callable[[Sequence[Job], int], Sequence[str]],
-) -> SweepResult:
-    with contextlib.ExitStack() as cleanup:
+    with _closed_on_error(node), contextlib.ExitStack() as cleanup:
         if display is not None:
             cleanup.callback(display.close)
         reports = new_reports(directory)
@@ -166,19 +210,29 @@ def _run_jobs(
             before = read(directory)
             finished, skipped = finished_before(jobs, before)
         left = [_with_attempts(job, before) for job in jobs if job.number not in finished]
-        progress = display or open_progress()
-        if display is None:
-            cleanup.callback(progress.close)
+        progress = Watched(display or open_progress())
+        cleanup.callback(progress.close)
 
         def notice(text: str) -> None:
             progress.handle(Notice(time.monotonic(), text))
 
-        recorder = Recorder(directory, left, command, launch=reports.launch, warn=notice)
+        recorder = Recorder(
+            directory,
+            left,
+            command,
+            launch=reports.launch,
+            how_to_resume=how_to_resume,
+            alone=alone,
+            directions=options.directions,
+            objectives=options.objectives,
+            anew=anew,
+            warn=notice,
+        )
         cleanup.callback(recorder.close)
         expected = len(left) if source is None else total
         progress.handle(SweepStarted(time.monotonic(), expected, opened.devices, options.max_parallel))
         if before:
-            notice(f"resumed: {len(finished)} of {count(len(jobs), 'job')} completed before, and not run again")
+            notice(f"resumed: {len(finished)} of {count(len(jobs), 'job')} completed before, and are not run again")
         for number, why in list(skipped.items())[:MAX_SKIPPED]:
             notice(f"job {number} is run again, because its earlier result is not used: {why}")
         if len(skipped) > MAX_SKIPPED:
@@ -186,16 +240,60 @@ def _run_jobs(
         for text in notices:
             notice(text)
         _log.info("%s runs %s jobs in %s", command, "any number of" if expected is None else expected, directory)
-        head = _Head(left, node, source, recorder, progress, options.grace)
+        control = _open_control(recorder)
+        if control is not None:
+            cleanup.callback(control.close)
+        progress.control = control
+        leave = partial(leave_while_running, directory=directory, option=options.spell("detach"))
+        head = _Head(left, node, source, recorder, progress, options.grace, expected, control, notifier, leave)
+        if throttle != UNTHROTTLED:
+            head.begin_with(throttle)
+        begun()
         head.run()
-        progress.handle(SweepEnded(time.monotonic(), tuple(closing(recorder.failed, recorder.incomplete))))
+        progress.handle(SweepEnded(time.monotonic(), tuple(closing(head.failed_jobs(), head.incomplete))))
         results = {**finished, **head.results}
-        return SweepResult([results[job.number] for job in jobs], head.stopped_by, head.stopped, head.given_up)
+        listed = [results[job.number] for job in jobs]
+        return SweepResult(listed, head.stopped_by, head.stopped, head.given_up, head.throttle)
+
+
+@contextlib.contextmanager
+def _closed_on_error(node: JobRunner) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        node.close()
+        raise
+
+
+def _open_control(recorder: Recorder) -> ControlSocket | None:
+    """Return the sweep's control socket. None if its directory cannot hold one; the jobs run anyway."""
+    try:
+        return ControlSocket(recorder.directory, recorder.socket)
+    except OSError as error:
+        _log.warning("no control socket in %s: %s", recorder.directory, error)
+        return None
 
 
 def _with_attempts(job: Job, before: Mapping[int, Entry]) -> Job:
     entry = before.get(job.number)
     return replace(job, attempts_before=entry.attempts) if entry is not None and entry.attempts else job
+
+
+def _ended(result: JobResult) -> JobEnded:
+    """Return the event that a job has ended."""
+    return JobEnded(
+        time=time.monotonic(),
+        number=result.number,
+        label=result.label,
+        devices=result.devices,
+        outcome=result.outcome,
+        duration=result.duration,
+        message=result.message if result.outcome is Outcome.FAILED else None,
+        log=result.log,
+        origin=result.origin,
+        left_behind=result.left_behind,
+        figures=result.figures,
+    )
 
 
 class _Head:
@@ -207,9 +305,17 @@ class _Head:
         node: JobRunner,
         source: JobSource | None,
         recorder: Recorder,
-        progress: Progress,
+        progress: Watched,
         grace: float,
+        total: int | None,
+        control: ControlSocket | None,
+        notifier: Notifier | None,
+        leave: Callable[[Interactive], PlainProgress | str],
     ) -> None:
+        self._total = total
+        """Number of jobs of this run, if it is known."""
+        self._control = control
+        self._notifier = notifier
         self._waiting = deque(jobs)
         """Jobs of the list that have not been offered."""
         self._listed = {job.number for job in jobs}
@@ -219,19 +325,35 @@ class _Head:
         self._source = source
         self._recorder = recorder
         self._progress = progress
-        self._shown = Recorded(recorder, progress)
         self._grace = grace
+        self._leave = leave
         self._offered: dict[int, Job] = {}
         """Jobs that were offered to the node and have not ended."""
         self._running: dict[int, JobStarted] = {}
+        self._dropped: dict[str, Ranges] = {}
+        """Ranges of jobs that were cancelled before the source offered them, by what cancelled them."""
+        self._cancelled: set[int] = set()
+        """Offered jobs that were cancelled by a request, and have not ended."""
+        self._counts: Counter[Outcome] = Counter()
+        """How many jobs have ended, by outcome."""
+        self._facts: tuple[tuple[str, str], ...] = ()
+        """The state of the search."""
+        self._incomplete: dict[int, tuple[Job, JobResult]] = {}
+        """Jobs that failed or were cancelled, by number."""
+        self._earlier: dict[int, JobResult] = {}
+        """The results of jobs before the user ran them again, until they are started."""
+        self._all_offered = False
+        """Whether the node knows, or need not know, that all jobs were offered."""
         self._exhausted = False
-        """Whether the node knows, or need not know, that there are no more jobs."""
+        """Whether the node was told that there are no more jobs, so that it ends the run."""
         self._stopping: str | None = None
         """What stopped the run: the name of a signal, or text such as "3 failures". None if it was not stopped."""
         self.given_up: str | None = None
         """Why the node gave up starting jobs, or that it died. None otherwise, even if the run was stopped."""
         self._signals = StopSignals()
         self._closed = False
+        self.throttle = UNTHROTTLED
+        """How much may run."""
         self.results: dict[int, JobResult] = {}
         """Results of the listed jobs, by number."""
         self.stopped = False
@@ -246,17 +368,27 @@ class _Head:
             selector.register(self._node.fileno(), selectors.EVENT_READ, self._on_node)
             if self._source is not None:
                 selector.register(self._source.fileno(), selectors.EVENT_READ, self._on_source)
+            if self._control is not None:
+                selector.register(self._control.fileno(), selectors.EVENT_READ, self._on_control)
+            if self._notifier is not None:
+                selector.register(self._notifier.begin(), selectors.EVENT_READ, self._on_notifier)
+            display = self._progress.display
+            if isinstance(display, Interactive) and (keys := display.fileno()) is not None:
+                selector.register(keys, selectors.EVENT_READ, partial(self._on_keys, display, selector, keys))
             try:
                 self._take_arrived()
                 if self._source is None and not self._waiting:  # a node that asks for jobs may be hours away
-                    self._exhaust()
+                    self._note_all_offered()
                 while not self._closed:
+                    self._exhaust_if_done()
                     for key, _ in selector.select(TICK_SECONDS):
                         if not self._closed:
                             key.data()
                     if self._source is not None:
                         self._source.tick()
                     self._node.tick()
+                    if self._notifier is not None:
+                        self._on_notifier()
                     self._progress.tick(time.monotonic())
                 if self._signals.take() or self._signals.last is not None:  # may be too late for the node
                     self.stopped, self.stopped_by = True, self._signals.last
@@ -265,6 +397,26 @@ class _Head:
             except BaseException:
                 self._node.close()  # end the jobs before anything reports that the run is over
                 raise
+
+        if self._notifier is not None:
+            self._conclude(self._notifier)
+
+    # Notifications
+
+    def _show(self, event: Event) -> None:
+        """Record an event, and then show it."""
+        self._recorder.handle(event)
+        self._progress.handle(event)
+
+    def _on_notifier(self) -> None:
+        assert self._notifier is not None
+        for line in self._notifier.tick():
+            self._show(Notice(time.monotonic(), line))
+
+    def _conclude(self, notifier: Notifier) -> None:
+        reason = "given_up" if self.given_up is not None else "stopped" if self.stopped else "completed"
+        message = self.given_up if self.given_up is not None else self._stopping
+        notifier.conclude(reason, message, self._counts, stopped=self.stopped_by is not None)
 
     # Signals
 
@@ -282,8 +434,210 @@ class _Head:
 
     def _show_stop(self, event: StopRequested) -> None:
         self._stopping = self._stopping or event.signal
-        self._shown.handle(event)
+        self._show(event)
         self._drop_waiting(None)
+
+    # Requests from other terminals, and keys
+
+    def _on_control(self) -> None:
+        assert self._control is not None
+
+        def carry_out(request: Steering) -> Answer:
+            return self._carry_out(request, f"`gpu-launcher {name_of(request)}`")
+
+        self._control.serve(carry_out, self._progress.state)
+
+    def _on_keys(self, display: Interactive, selector: selectors.BaseSelector, keys: int) -> None:
+        """Do what the keys ask for that were pressed. `selector` waits for more at the descriptor `keys`."""
+        if isinstance(display.serve(self._carry_out_key), Detach):
+            left = self._leave(display)
+            if isinstance(left, str):
+                self._progress.display.handle(Notice(time.monotonic(), left))
+            else:
+                self._signals.ignore_hangups()
+                selector.unregister(keys)
+                self._progress.display = left
+
+    def _carry_out_key(self, request: Steering) -> str:
+        """Carry out what a key asks for, and return a line about it. Raises ValueError if that is not possible."""
+        answer = self._carry_out(request, KEYS[name_of(request)])
+        match request:
+            case CancelJobs(jobs):
+                if not (cancelled := merged([*answer["ending"], *answer["dropped"]])):
+                    if answer["already"]:
+                        raise ValueError(f"{spell(answer['already'])}: cancelled already")
+                    raise ValueError(f"{spell(jobs)}: neither running nor waiting")
+                return f"{spell(cancelled)} cancelled"
+            case RetryJobs():
+                if not (again := merged([*answer["again"], *answer["ahead"]])):
+                    raise ValueError("nothing to retry: these jobs wait, run or have completed")
+                return f"{spell(again)} {'runs' if is_one(again) else 'run'} again"
+            case PauseSweep():
+                return "paused: no job is started until p continues"
+            case ContinueSweep():
+                return "jobs are started again"
+            case LimitDevices(None):
+                return "no limit on devices from now on"
+        return f"at most {count(answer['devices'], 'device')} from now on"
+
+    def _carry_out(self, request: Steering, by: str) -> Answer:
+        """Carry out a request. Raises ValueError if that is not possible, with a message for the sender.
+
+        `by` says to the user where the request comes from.
+        """
+        match request:
+            case AskStatus():
+                return self._status()
+            case WatchSweep():  # the control socket answers it
+                return {}
+            case CancelJobs(jobs):
+                return self._cancel(jobs, by)
+            case RetryJobs(jobs):
+                return self._retry(jobs, by)
+            case StopSweep(now):
+                return self._stop_by_request(by, now=now)
+            case PauseSweep():
+                return self._change(replace(self.throttle, paused=True), "no job is started", by)
+            case ContinueSweep():
+                return self._change(replace(self.throttle, paused=False), "jobs are started again", by)
+            case LimitDevices(devices):
+                limit = "no limit on devices" if devices is None else f"at most {count(devices, 'device')}"
+                return self._change(replace(self.throttle, devices=devices), limit, by)
+
+    def _status(self) -> Answer:
+        return {
+            "stopping": self._stopping,
+            "paused": self.throttle.paused,
+            "devices": self.throttle.devices,
+            "total": self._total,
+            "running": len(self._running),
+            "ended": {outcome.value: number for outcome, number in self._counts.items() if number},
+            "facts": self._facts,
+        }
+
+    def _cancel(self, jobs: Ranges, by: str) -> Answer:
+        """End those of these jobs that run, and conclude those that wait."""
+        already = named(jobs, self._cancelled)
+        running = [number for number in named(jobs, self._running) if number not in self._cancelled]
+        offered = [
+            number for number in named(jobs, self._offered) if number not in self._running.keys() | self._cancelled
+        ]
+        waiting = named(jobs, [job.number for job in self._waiting])
+        coming = range(0) if self._source is None else self._source.coming()
+        ahead = overlap(jobs, coming.start, coming.stop - 1) if coming else ()
+        ahead = without(ahead, merged(dropped for ranges in self._dropped.values() for dropped in ranges))
+        dropped = merged([*ranges_of([*offered, *waiting]), *ahead])
+        for number in [*running, *offered]:
+            self._cancelled.add(number)
+            self._node.say(Cancel(number, f"was cancelled by {by}"))
+        self._dropped[by] = merged([*self._dropped.get(by, ()), *ahead])
+        unwanted = [job for job in self._waiting if contains(jobs, job.number)]
+        self._waiting = deque(job for job in self._waiting if not contains(jobs, job.number))
+        for job in unwanted:
+            self._end(self._not_wanted(job, by), job)
+        if self._source is None and not self._waiting:
+            self._note_all_offered()
+        if running or dropped:
+            all_of_them = spell(merged([*ranges_of(running), *dropped]))
+            self._show(Notice(time.monotonic(), f"{all_of_them} cancelled by {by}"))
+        return {
+            "ending": ranges_of(running)[:MAX_RANGES],
+            "dropped": dropped[:MAX_RANGES],
+            "already": ranges_of(already)[:MAX_RANGES],
+            "coming": [(coming.start, coming.stop - 1)] if coming else [],
+            "grace": self._grace,
+        }
+
+    def _retry(self, jobs: Ranges | None, by: str) -> Answer:
+        """Run those of these jobs again that did not complete. None: all that failed."""
+        if self._exhausted or self._stopping is not None or self.given_up is not None:
+            return {"over": True, "again": [], "ahead": [], "unfinished": []}
+        if jobs is None:
+            numbers = [number for number, (_, result) in self._incomplete.items() if result.outcome is Outcome.FAILED]
+            jobs = ranges_of(numbers)
+        coming = range(0) if self._source is None else self._source.coming()
+        later = overlap(jobs, coming.start, coming.stop - 1) if coming else ()
+        not_later = without(later, merged(dropped for ranges in self._dropped.values() for dropped in ranges))
+        ahead = without(later, not_later)
+        again = [self._incomplete[number] for number in named(jobs, self._incomplete)]
+        if again:
+            self._run_again(again, by)
+        self._dropped = {by: without(ranges, ahead) for by, ranges in self._dropped.items()}
+        started = ranges_of(job.number for job, _ in again)
+        unfinished = ranges_of(named(jobs, [*self._offered, *(job.number for job in self._waiting)]))
+        return {
+            "over": False,
+            "again": started[:MAX_RANGES],
+            "ahead": ahead[:MAX_RANGES],
+            "unfinished": without(merged([*unfinished, *not_later]), started)[:MAX_RANGES],
+        }
+
+    def _run_again(self, ended: Sequence[tuple[Job, JobResult]], by: str) -> None:
+        """Offer jobs again that had ended. Raises ValueError if the source refuses that."""
+        jobs = []
+        for job, result in ended:
+            attempts = result.attempts - (result.duration is None)  # one that never began does not count
+            jobs.append(replace(job, attempts_before=attempts, failed_before=0))
+        if self._source is not None:
+            self._source.retry(jobs)
+        results = [result for _, result in ended]
+        results = [replace(one, log=set_aside(one.log, one.attempts) if one.log else None) for one in results]
+        self._recorder.requeue(jobs, {one.number: one.log for one in results})
+        names = spell(ranges_of(job.number for job in jobs))
+        text = f"{names} {'runs' if len(jobs) == 1 else 'run'} again, because of {by}"
+        failed = sum(one.outcome is Outcome.FAILED for one in results)
+        not_run = sum(one.outcome is Outcome.CANCELLED and one.duration is None for one in results)
+        numbers = frozenset(job.number for job in jobs)
+        self._show(JobsRequeued(time.monotonic(), numbers, failed, not_run, text))
+        for job, result in zip(jobs, results, strict=True):
+            number = job.number
+            _log.info("job %d runs again after it %s", number, result.outcome.value)
+            self._counts[result.outcome] -= 1
+            self.results.pop(number, None)
+            del self._incomplete[number]
+            self._earlier[number] = result
+            self._offer(job, forgiven=result.outcome is Outcome.FAILED)
+
+    @staticmethod
+    def _not_wanted(job: Job, by: str) -> JobResult:
+        """Return the result of a job that was cancelled before it was offered to the node."""
+        result = not_started(job, job.attempts_before + 1, None)
+        return replace(result, message=f"was cancelled by {by}", withdrawn=True)
+
+    def _stop_by_request(self, by: str, *, now: bool) -> Answer:
+        already = self._stopping is not None
+        self._signals.note(Signals.SIGINT)  # the program ends as after Ctrl-C
+        if now:
+            by = by.replace("stop", "stop --now")
+        if now and not already:
+            self._stop(by)
+        if now or not already:
+            self._stop(by)
+        return {"already": already, "running": len(self._running), "grace": self._grace}
+
+    def _change(self, throttle: Throttle, what: str, by: str) -> Answer:
+        """Change how much may run. `what` says so to the user."""
+        if self._stopping is not None:
+            raise ValueError("it is stopping, so no more jobs are started")
+        changed = throttle != self.throttle
+        if changed:
+            self._set_throttle(throttle, f"{what} from now on, because of {by}")
+        running = len(self._running)
+        return {"changed": changed, "paused": throttle.paused, "devices": throttle.devices, "running": running}
+
+    def begin_with(self, throttle: Throttle) -> None:
+        """Let no more run than an earlier batch of the sweep was last allowed to."""
+        still = []
+        if throttle.paused:
+            still.append("no job is started before `gpu-launcher continue`")
+        if throttle.devices is not None:
+            still.append(f"at most {count(throttle.devices, 'device')} before `gpu-launcher limit none`")
+        self._set_throttle(throttle, f"as in the batch before: {', and '.join(still)}")
+
+    def _set_throttle(self, throttle: Throttle, text: str) -> None:
+        self.throttle = throttle
+        self._node.say(throttle)
+        self._show(Throttled(time.monotonic(), throttle.paused, throttle.devices, text))
 
     # The node
 
@@ -302,25 +656,29 @@ class _Head:
             case JobStarted(number=number):
                 _log.info("job %d runs on %s, log %s", number, device_names(message.devices), message.log)
                 self._running[number] = message
-                self._shown.handle(message)
+                self._earlier.pop(number, None)
+                self._show(message)
                 if self._source is not None and number not in self._listed:
                     self._source.started(self._offered[number], message.devices, message.log)
             case JobRetried(number=number) | JobReturned(number=number):
                 self._running.pop(number, None)
-                self._shown.handle(message)
+                self._show(message)
             case Heard(number, what):
                 if self._source is not None:
                     self._source.on_message(number, what)
             case Ended(result):
+                job = self._offered.get(result.number)
+                if self._notifier is not None and job is not None and result.outcome is Outcome.FAILED:
+                    self._notifier.job_failed(job, result)
                 self._end(result)
             case StopRequested():
                 self._show_stop(message)
             case GaveUp(problem=problem):
                 self.given_up = problem
-                self._shown.handle(Notice(message.time, message.text))
+                self._show(Notice(message.time, message.text))
                 self._drop_waiting(problem)
-            case Notice() | JobWaiting() | NodesChanged():
-                self._shown.handle(message)
+            case Notice() | JobWaiting() | NodesChanged() | OutOfContact():
+                self._show(message)
             case Closed():
                 self._close(message)
 
@@ -334,32 +692,43 @@ class _Head:
         self._waiting.extend(self._offered.values())
         self._drop_waiting(self.given_up)
 
-    def _end(self, result: JobResult) -> None:
+    def _end(self, result: JobResult, job: Job | None = None) -> None:
+        """Take note of the result of a job. `job` is needed if the job was not offered."""
         number = result.number
         _log.info("job %d attempt %d has its result: %s", number, result.attempts, result.outcome.value)
         self._running.pop(number, None)
-        self._offered.pop(number, None)
-        self._shown.handle(
-            JobEnded(
-                time=time.monotonic(),
-                number=number,
-                label=result.label,
-                devices=result.devices,
-                outcome=result.outcome,
-                duration=result.duration,
-                message=result.message if result.outcome is Outcome.FAILED else None,
-                log=result.log,
-                origin=result.origin,
-                left_behind=result.left_behind,
-            )
-        )
+        job = self._offered.pop(number, job)
+        earlier, of_source = self._earlier.pop(number, None), result
+        if number in self._cancelled:
+            self._cancelled.remove(number)
+            result = of_source = replace(result, withdrawn=result.outcome is Outcome.CANCELLED)
+        elif earlier is not None and (self._stopping is not None or self.given_up is not None):
+            result = earlier  # it did not begin again
+        self._counts[result.outcome] += 1
+        self._show(_ended(result))
         if (text := result.left_behind_text) is not None:
-            self._shown.handle(Notice(time.monotonic(), text))
+            self._show(Notice(time.monotonic(), text))
         if number in self._listed:
             self.results[number] = result
         elif self._source is not None:
-            self._source.ended(result)
+            self._source.ended(of_source)
             self._recorder.discard_report(number)
+            result = replace(result, payload=None)
+        listed = number in self._listed
+        if job is not None and result.outcome in INCOMPLETE and (listed or len(self._incomplete) < MAX_KEPT):
+            self._incomplete[number] = job, result
+
+    @property
+    def incomplete(self) -> int:
+        """Number of jobs that failed or were cancelled."""
+        return sum(self._counts[outcome] for outcome in INCOMPLETE)
+
+    def failed_jobs(self) -> list[Job]:
+        """Return jobs that failed, one for each way of failing."""
+        ways = Failures()
+        ended = ((job, _ended(result)) for job, result in self._incomplete.values())
+        failed = (job for job, event in ended if event.outcome is Outcome.FAILED and ways.add(event) is None)
+        return list(itertools.islice(failed, MAX_FAILED))
 
     def _lose_node(self, problem: str) -> None:
         """Conclude all jobs after the node was killed. Jobs that left a report of success count as completed."""
@@ -374,7 +743,7 @@ class _Head:
         if self._closed:
             return
         _log.error("%s", problem)
-        self._shown.handle(Notice(time.monotonic(), f"{problem}. No more jobs are started"))
+        self._show(Notice(time.monotonic(), f"{problem}. No more jobs are started"))
         self.stopped = self._stopping is not None
         self.stopped_by = self._signals.last
         self.given_up = NOT_RUN
@@ -384,31 +753,25 @@ class _Head:
 
     def _left_by(self, job: Job) -> JobResult:
         """Make the result of a job whose node died before it sent one."""
-        started = self._running.get(job.number)
-        devices = () if started is None else started.devices
-        duration = None if started is None else time.monotonic() - started.time
-        log = None if started is None else started.log
-        outcome, cause, payload = Outcome.FAILED, None if started is None else Cause.CRASH, None
-        message: str | None = NOT_RUN if started is None else ENDED
+        started, attempts = self._running.get(job.number), job.attempts_before + 1
         with contextlib.suppress(FileNotFoundError, ReportError):
             report = read_report(self._recorder.report_path(job.number))
             if report.ok:
-                outcome, cause, message, payload = Outcome.COMPLETED, None, None, report.payload
-        # A source may run a job later that never began, so the job counts as cancelled.
-        if outcome is Outcome.FAILED and (self.stopped or (started is None and job.number not in self._listed)):
-            outcome, cause = Outcome.CANCELLED, None
+                return left_by(job, report, started, attempts, unwanted=False)
+        if started is None:  # a source may run it later
+            return not_started(job, attempts, NOT_RUN, cancelled=self.stopped or job.number not in self._listed)
         return JobResult(
-            number=job.number,
-            label=job.label,
-            outcome=outcome,
-            payload=payload,
-            message=message,
-            devices=devices,
-            duration=duration,
-            log=log,
-            cause=cause,
-            attempts=job.attempts_before + 1,
-            unsupervised=cause is Cause.CRASH,
+            job.number,
+            job.label,
+            outcome=Outcome.CANCELLED if self.stopped else Outcome.FAILED,
+            payload=None,
+            message=ENDED,
+            devices=started.devices,
+            duration=time.monotonic() - started.time,
+            log=started.log,
+            cause=None if self.stopped else Cause.CRASH,
+            attempts=attempts,
+            unsupervised=not self.stopped,
         )
 
     # What to run
@@ -418,18 +781,24 @@ class _Head:
         while count and self._waiting:
             count -= 1
             self._offer(self._waiting.popleft())
-        if self._source is not None:
-            if count:
-                self._source.request_jobs(count)
-        elif not self._waiting:
-            self._exhaust()
+        if self._source is None:
+            if not self._waiting:
+                self._note_all_offered()
+        elif count and not self._all_offered:
+            self._source.request_jobs(count)
 
-    def _offer(self, job: Job) -> None:
+    def _offer(self, job: Job, *, forgiven: bool = False) -> None:
         self._offered[job.number] = job
-        self._node.say(Offer(job))
+        self._node.say(Offer(job, forgiven))
 
-    def _exhaust(self) -> None:
-        if not self._exhausted:
+    def _note_all_offered(self) -> None:
+        if not self._all_offered:
+            self._all_offered = True
+            self._node.say(AllOffered())
+
+    def _exhaust_if_done(self) -> None:
+        """Let the node end the run when all jobs have ended."""
+        if self._all_offered and not self._exhausted and not self._offered and not self._waiting:
             self._exhausted = True
             self._node.say(Exhausted())
 
@@ -439,15 +808,21 @@ class _Head:
             match statement:
                 case Offer(job):
                     self._recorder.add(job)
-                    self._offer(job)
+                    by = next((by for by, ranges in self._dropped.items() if contains(ranges, job.number)), None)
+                    if by is not None:
+                        self._end(self._not_wanted(job, by), job)
+                        self._source.request_jobs(1)  # instead of this one
+                    else:
+                        self._offer(job)
                 case Exhausted(reason):
                     if reason is not None:
-                        self._shown.handle(Notice(time.monotonic(), reason))
-                    self._exhaust()
+                        self._show(Notice(time.monotonic(), reason))
+                    self._note_all_offered()
                 case Remark(text):
-                    self._shown.handle(Notice(time.monotonic(), text))
+                    self._show(Notice(time.monotonic(), text))
                 case Facts(facts):
-                    self._shown.handle(SearchStatus(time.monotonic(), facts))
+                    self._facts = facts
+                    self._show(SearchStatus(time.monotonic(), facts))
                 case _:
                     self._node.say(statement)
 
@@ -465,8 +840,8 @@ class _Head:
             result = not_started(job, job.attempts_before + 1, problem, cancelled=cancelled)
             if stopped and self._stopping is not None and self._signals.last is None:
                 result = replace(result, message=f"was stopped because of {self._stopping}")
-            self._end(result)
+            self._end(result, job)
         # The node starts no more jobs, so it ends without Exhausted. If its request for jobs is still on the way, the
         # answer would come when the run is over.
         if self._source is None:
-            self._exhausted = True
+            self._all_offered = self._exhausted = True

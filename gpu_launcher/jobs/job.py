@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from gpu_launcher.jobs.events import Outcome
+from gpu_launcher.jobs.events import Figures, Outcome
 from gpu_launcher.model import Device
 from gpu_launcher.text import one_line
 from gpu_launcher.wording import job_name
@@ -51,6 +51,15 @@ class Cause(str, Enum):
     """One of its devices reports an error or is gone."""
 
 
+class Refusal(Enum):
+    """Why a node does not run a job, although another may."""
+
+    NEVER = "never"
+    """It can never grant the job's request, or never lasts as long as the job may run."""
+    TOO_LATE = "too late"
+    """It ends too soon. If its engine starts it again, it lasts long enough."""
+
+
 @dataclass(frozen=True, slots=True)
 class JobResult:
     """The result of a job. Every job has exactly one."""
@@ -79,8 +88,11 @@ class JobResult:
     """Where it failed, if it failed and left a report. See `Report`."""
     left_behind: tuple[str, ...] = ()
     """Processes that outlived it and had to be ended."""
-    refused: bool = False
-    """Whether it failed because its node's devices could never grant its request."""
+    figures: Figures = Figures()  # noqa: RUF009  (frozen)
+    refused: Refusal | None = None
+    """Why its node could not run it, if it failed because of that."""
+    withdrawn: bool = False
+    """Whether the user cancelled this job, and not the whole sweep."""
 
     @property
     def left_behind_text(self) -> str | None:

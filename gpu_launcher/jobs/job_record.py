@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.allocation.request_queue import PendingRequest
+from gpu_launcher.devices import Condition, memory_of
 from gpu_launcher.jobs.failures import RetryState
 from gpu_launcher.jobs.job import Job
 from gpu_launcher.leases import HeldLease
@@ -65,6 +66,12 @@ class JobRun:
     """The end of its output before it had a log."""
     left_behind: tuple[str, ...] = ()
     """Processes that outlived it and had to be ended."""
+    peak_memory: int | None = None
+    """See `Figures`."""
+    peak_device_memory: int | None = None
+    """See `Figures`."""
+    measurements: int = 0
+    """How many measurements have shown it on a device."""
     unsupervised: bool = False
     """Whether its supervisor is gone. The fork server reports its end, unless that is dead, too."""
     problem: str | None = None
@@ -87,6 +94,18 @@ class JobRun:
         self.printed = message.printed.decode(errors="replace").strip()
         self.unsupervised = message.abandoned
         self.left_behind = message.left_behind
+        self.peak_memory = message.peak_memory or None
+
+    def note_conditions(self, conditions: Iterable[Condition]) -> None:
+        """Take note of a measurement of devices."""
+        ours = {device.uuid for device in self.devices}
+        if self.pid is None:
+            return
+        seen = [memory_of(self.pid, condition) for condition in conditions if condition.uuid in ours]
+        used = [memory for memory in seen if memory is not None]
+        if used:
+            self.peak_device_memory = max(*used, self.peak_device_memory or 0)
+            self.measurements += 1
 
     def note_supervisor_death(self) -> None:
         """Take note that its supervisor was killed. The fork server ends the rest of the job and reports that."""

@@ -33,14 +33,15 @@ from gpu_launcher.errors import ReportError, ServerDiedError
 from gpu_launcher.jobs import machine as m
 from gpu_launcher.jobs.directory import as_proposed
 from gpu_launcher.jobs.events import GaveUp, JobRetried, JobStarted, JobWaiting, Notice, Outcome, StopRequested
-from gpu_launcher.jobs.failures import FailurePolicy, RetryState, set_aside
+from gpu_launcher.jobs.failures import FailurePolicy, RetryState, packed_too_tightly, set_aside
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.job_options import JobOptions
 from gpu_launcher.jobs.job_record import JobRecord, JobRun, Stage
 from gpu_launcher.jobs.node_messages import Ended, Heard, Message
 from gpu_launcher.jobs.outcome import result_of
+from gpu_launcher.jobs.peak_memory import PeakMemory
 from gpu_launcher.jobs.reports import read_report
-from gpu_launcher.jobs.source import Cancel, Exhausted, Offer, Reply, Statement, Stop
+from gpu_launcher.jobs.source import AllOffered, Cancel, Exhausted, Offer, Reply, Statement, Stop, Throttle
 from gpu_launcher.model import Owner, Request
 from gpu_launcher.processes import messages, rank_decisions
 from gpu_launcher.processes.fork_server_client import JobProcess, Lost
@@ -151,8 +152,11 @@ class JobLoop:
         self._log_file = log_file
         self._device_environment = device_environment
         self._failures = failures
+        self._peaks = PeakMemory(queue.devices)
         self._cap = cap
         self._look_at_cap = -math.inf
+        self._measured: float | None = None
+        """When the measurement of the devices that the jobs know was made."""
         self._checkpoint = checkpoint
         self._machine = m.Machine(limits)
         self._selector = selectors.DefaultSelector()
@@ -227,6 +231,7 @@ class JobLoop:
                 key.data()
         self._queue.attend()
         self._take_lease()
+        self._note_conditions()
         self._mention_cap()
         self._handle(m.Tick())
         self._ask_source()
@@ -239,6 +244,13 @@ class JobLoop:
         if self._machine.deadline is not None:
             timeout = min(timeout, max(0.0, self._machine.deadline - self._clock()))
         return timeout
+
+    def _note_conditions(self) -> None:
+        """Give the jobs the last measurement of the devices, which is made for other reasons."""
+        if self._queue.watch.seen != self._measured:
+            self._measured = self._queue.watch.seen
+            for run in self._runs():
+                run.note_conditions(self._queue.watch.conditions)
 
     def _mention_cap(self) -> None:
         """Say once that the user's cap, and nothing else, leaves devices idle."""
@@ -285,8 +297,9 @@ class JobLoop:
     def _on_source(self) -> None:
         for statement in self._source.receive():
             match statement:
-                case Offer(job):
-                    self._requested -= 1
+                case Offer(job, forgiven):
+                    self._requested = max(0, self._requested - 1)
+                    self._failed -= forgiven
                     retries = RetryState(self._failures, job.attempts_before, job.failed_before)
                     self._jobs[job.number] = JobRecord(job, retries)
                     self._handle(m.Arrived(job.number))
@@ -294,6 +307,8 @@ class JobLoop:
                     self._handle(m.NoMore())
                 case Stop():
                     self._handle(m.StopAsked())
+                case AllOffered() | Throttle():
+                    self._handle(statement)
                 case Cancel(number, unstarted=True) if self._was_started(number):
                     _log.debug("job %d was started and is not taken back", number)
                 case Cancel(number):
@@ -400,6 +415,8 @@ class JobLoop:
         if prepared.options is not None:
             self._take_options(number, run, prepared.options)
         request = self._jobs[number].retries.request(prepared.request)
+        if request.auto_memory and self._peaks.share is not None:
+            request = replace(request, share=self._peaks.share)
         self._any_prepared = True
         self._checkpoint("prepared")
         self._handle(m.Prepared(number, request, self._queue.refusal(request)))
@@ -473,8 +490,8 @@ class JobLoop:
         match instruction:
             case m.StartProcess(number):
                 self._start(number)
-            case m.TakeTicket(number, request):
-                self._take_ticket(number, request)
+            case m.TakeTicket(number, request, among):
+                self._take_ticket(number, request, among)
             case m.DropTicket(number):
                 self._drop_ticket(number)
             case m.Go(number):
@@ -518,15 +535,18 @@ class JobLoop:
         self._watch(process.job.fileno(), lambda: self._on_job(number))
         self._checkpoint("started")
 
-    def _take_ticket(self, number: int, request: Request) -> None:
+    def _take_ticket(self, number: int, request: Request, among: frozenset[str] | None) -> None:
         run, job = self._jobs[number].attempt, self._jobs[number].job
         run.request = request
+        if among is not None and self._queue.refusal(request, among) is not None:
+            return  # none of them can ever grant it; the machine drops the ticket when others may
         run.pending = self._queue.enter(
-            request,
+            replace(request, auto_memory=False),
             self._owner(job),
             explain=lambda reason: self._explain(job, request, reason),
             # If the pool directory becomes unusable, running jobs continue. While one runs, the others keep waiting.
             outlasts=lambda: bool(self._machine.running()),
+            among=among,
         )
         self._waiting = number
         self._checkpoint("queued")
@@ -562,7 +582,7 @@ class JobLoop:
             run.lease.id,
         )
         self._checkpoint("claimed")
-        self._stimuli.append(m.LeaseGranted(number))
+        self._stimuli.append(m.LeaseGranted(number, frozenset(run.lease.uuids)))
 
     def _explain(self, job: Job, request: Request, reason: WaitReason) -> None:
         _log.info("job %d waits: %s", job.number, reason.reason or "for its own jobs only")
@@ -626,9 +646,27 @@ class JobLoop:
             {} if run is None else {device.label: self._queue.watch.faults.get(device.uuid) for device in run.devices}
         )
         result = result_of(record, conclusion, report, faults)
-        if run is not None and not conclusion.refused and self._run_again(result, record, run):
+        if run is not None and run.started is not None and run.request is not None and run.request.gpus:
+            self._learn(run, result)
+        if run is not None and conclusion.refused is None and self._run_again(result, record, run):
             return
         self._finish(record, self._adjusted(result, record))
+
+    def _learn(self, run: JobRun, result: JobResult) -> None:
+        """Take note of the memory that a job needed, for later ones with `memory=auto`."""
+        before = self._peaks.share
+        completed = result.outcome is Outcome.COMPLETED
+        self._peaks.note(run.peak_device_memory, run.measurements, completed=completed)
+        assert run.request is not None
+        if packed_too_tightly(result, run):
+            self._peaks.note_too_small(run.request.share)
+        if self._peaks.share != before:
+            self._stimuli.append(m.ShareLearned(self._peaks.share))
+        if run.request.auto_memory and self._peaks.blind:
+            self._notify(
+                "memory=auto: the device memory of the first jobs could not be measured, because they were too short "
+                "or the driver does not report it; until it can be, each job gets a whole device"
+            )
 
     def _adjusted(self, result: JobResult, record: JobRecord) -> JobResult:
         """Return the final result of a job, which may be that of an earlier attempt."""
@@ -678,9 +716,9 @@ class JobLoop:
         _log.info(
             "job %d attempt %d: failed and is retried: %s", result.number, result.attempts, result.message or "failed"
         )
-        self._source.send(event)
         with contextlib.suppress(OSError):  # the next attempt overwrites the report
             self._report_path(result.number).unlink()
+        self._source.send(event)  # only now: if this node is lost, a report that is there is of an attempt after it
         self._checkpoint("retried")
         record.reset()
         self._stimuli.append(m.Retry(result.number, last=attempt.last))

@@ -35,10 +35,11 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
-from itertools import pairwise
 
-from gpu_launcher.jobs.source import Cancel
-from gpu_launcher.model import ENDING, Request
+from gpu_launcher.jobs.job import Refusal
+from gpu_launcher.jobs.source import UNTHROTTLED, AllOffered, Cancel, Throttle
+from gpu_launcher.jobs.term import Term
+from gpu_launcher.model import ENDING, WHOLE, Request, Share
 from gpu_launcher.wording import duration
 
 MAX_STORY = 20
@@ -91,9 +92,11 @@ class Limits:
     """How many jobs are expected to run at the same time."""
     listed: bool = False
     """Whether the next jobs do not depend on the results of others, so that up to `ahead` of them are wanted early."""
+    term: Term | None = None
+    """How long jobs can run here. None if that is not limited, or unknown."""
 
 
-# Stimuli. `Cancel`, a statement of the head, is another one.
+# Stimuli. `AllOffered`, `Cancel` and `Throttle`, statements of the head, are others.
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +123,19 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
+class ShareLearned:
+    """Jobs with `memory=auto` need this share of a device, as far as earlier ones have shown. None: a whole one."""
+
+    share: Share | None
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseGranted:
     """The ticket of a job became a lease."""
 
     number: int
+    devices: frozenset[str] = frozenset()
+    """UUIDs of the devices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +179,22 @@ class Tick:
     """Time passed."""
 
 
-Stimulus = Arrived | NoMore | Cancel | Prepared | LeaseGranted | Exited | Retry | ServerLost | GiveUp | StopAsked | Tick
+Stimulus = (
+    Arrived
+    | AllOffered
+    | NoMore
+    | Cancel
+    | Throttle
+    | Prepared
+    | ShareLearned
+    | LeaseGranted
+    | Exited
+    | Retry
+    | ServerLost
+    | GiveUp
+    | StopAsked
+    | Tick
+)
 
 # Instructions
 
@@ -185,6 +212,8 @@ class TakeTicket:
 
     number: int
     request: Request
+    among: frozenset[str] | None = None
+    """UUIDs of the devices that it may get. None for any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,8 +268,8 @@ class Conclude:
     problem: str | None
     """What went wrong, as far as the machine knows."""
     timed_out: bool = False
-    refused: bool = False
-    """Whether its request can never be granted."""
+    refused: Refusal | None = None
+    """Why it cannot run here, if it ended because of that."""
     cancelled: bool = False
     """Whether its source cancelled it."""
 
@@ -271,12 +300,21 @@ class Transition:
         return f"{self.time:.3f} {self.before.name} -> {self.after.name}, upon {self.stimulus}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """That a request may get devices now: `among` these, or any if that is None."""
+
+    among: frozenset[str] | None
+
+
 @dataclass(slots=True)
 class _Job:
     story: deque[Transition] = field(default_factory=lambda: deque(maxlen=MAX_STORY))
     """The last transitions, over all attempts."""
     phase: Phase = Phase.QUEUED
     request: Request | None = None
+    devices: frozenset[str] = frozenset()
+    """UUIDs of its devices, once they were granted."""
     problem: str | None = None
     lost: bool = False
     """Whether its fork server died before it ran."""
@@ -284,8 +322,8 @@ class _Job:
     """When to end it: with SIGTERM when its time limit is reached, with SIGKILL once it was told to end."""
     told: bool = False
     """Whether it was told that its time is over."""
-    refused: bool = False
-    """Whether its request can never be granted."""
+    refused: Refusal | None = None
+    """Why it cannot run here, if it ends because of that."""
     cancelled: bool = False
     """Whether its source cancelled it."""
 
@@ -298,6 +336,8 @@ class Machine:
         self._limits = limits
         self._more = True
         """Whether more jobs may arrive."""
+        self._listed = limits.listed
+        """Whether the next jobs are known, so that all of them arrive some time."""
         self._jobs: dict[int, _Job] = {}
         self._queue: deque[int] = deque()
         self._after_all: deque[int] = deque()
@@ -305,6 +345,9 @@ class Machine:
         self._live: set[int] = set()
         """Jobs that have a process."""
         self._ticket: int | None = None
+        self._among: frozenset[str] | None = None
+        """To which devices the ticket that is out is restricted."""
+        self._throttle = UNTHROTTLED
         self._stops = 0
         self._given_up: str | None = None
         self._kill_at: float | None = None
@@ -327,8 +370,10 @@ class Machine:
         """
         if not self._more or not self.takes_more or self._queue:
             return 0
+        if self._throttle.paused or self._throttle.devices == 0:
+            return 0
         preparing, prepared = len(self._in(Phase.PREPARING)), len(self._in(Phase.PREPARED))
-        ahead = (self._limits.ahead if self._limits.listed else self._few_ahead) - prepared
+        ahead = (self._limits.ahead if self._listed else self._few_ahead) - prepared
         if prepared:  # a prepared job waits, so no device is free
             return max(0, ahead - preparing)
         free = self._limits.at_once - len(self._in(Phase.RUNNING)) - preparing
@@ -352,6 +397,8 @@ class Machine:
     def capped(self) -> Request | None:
         """The request of a prepared job that waits only because the maximum number of jobs is running."""
         if not self.takes_more or self._ticket is not None or not self._parallel_full():
+            return None
+        if self._throttle != UNTHROTTLED:
             return None
         for number in sorted(self._in(Phase.PREPARED)):
             job = self._jobs[number]
@@ -395,17 +442,22 @@ class Machine:
         match stimulus:
             case Arrived(number):
                 return self._arrived(number, now)
+            case AllOffered():
+                return self._end_of_list(now)
             case NoMore():
                 self._more = False
-                self._queue.extend(self._after_all)
-                self._after_all.clear()
-                return self._fill(now)
+                return self._end_of_list(now)
             case Cancel(number, problem):
                 return self._cancel(number, problem, now)
+            case Throttle():
+                self._throttle = stimulus
+                return self._fill(now)
             case Prepared(number, request, refusal):
                 return self._prepared(number, request, refusal, now)
-            case LeaseGranted(number):
-                return self._granted(number, now)
+            case ShareLearned(share):
+                return self._share_learned(share, now)
+            case LeaseGranted(number, devices):
+                return self._granted(number, devices, now)
             case Exited(number, problem):
                 return self._exited(number, problem, now)
             case Retry(number, last):
@@ -429,6 +481,12 @@ class Machine:
         self._queue.append(number)
         return self._fill(now)
 
+    def _end_of_list(self, now: float) -> list[Instruction]:
+        self._listed = False
+        self._queue.extend(self._after_all)
+        self._after_all.clear()
+        return self._fill(now)
+
     def _cancel(self, number: int, problem: str, now: float) -> list[Instruction]:
         job = self._jobs.get(number)
         if job is None or job.phase is Phase.ENDED or job.cancelled:
@@ -442,11 +500,7 @@ class Machine:
         if job.phase is Phase.RUNNING:
             job.ends = now + self._limits.grace
             return [Terminate(number)]
-        instructions: list[Instruction] = [Kill(number)]
-        if self._ticket == number:
-            self._ticket = None
-            instructions.append(DropTicket(number))
-        return [*instructions, *self._fill(now)]
+        return [Kill(number), *self._drop_ticket(number), *self._fill(now)]
 
     def _prepared(self, number: int, request: Request, refusal: str | None, now: float) -> list[Instruction]:
         job = self._expect(number, Phase.PREPARING)
@@ -456,30 +510,52 @@ class Machine:
             return []  # it is being killed
         if refusal is not None:
             job.problem = f"cannot be run: its request is {refusal}"
-            job.refused = True
+            job.refused = Refusal.NEVER
             return [Kill(number)]
+        return [*self._refuse_late(number, now), *self._fill(now)]
+
+    def _share_learned(self, share: Share | None, now: float) -> list[Instruction]:
+        """Change what prepared jobs ask for, but not the ticket that is out: it would lose its place in the queue."""
+        for number in self._in(Phase.PREPARED):
+            job = self._jobs[number]
+            if number != self._ticket and job.request is not None and job.request.auto_memory:
+                job.request = replace(job.request, share=share or WHOLE)
         return self._fill(now)
 
-    def _granted(self, number: int, now: float) -> list[Instruction]:
+    def _refuse_late(self, number: int, now: float) -> list[Instruction]:
+        """End a prepared job that can no longer run here until its timeout."""
+        job = self._jobs[number]
+        assert job.request is not None
+        if self._limits.term is None or job.problem is not None or job.lost or not self.takes_more:
+            return []
+        why = self._limits.term.refusal(job.request.timeout, now)
+        if why is None:
+            return []
+        assert job.request.timeout is not None
+        job.problem = f"cannot be run: {self._limits.term.explain(job.request.timeout, why, now)}"
+        job.refused = why
+        return [Kill(number), *self._drop_ticket(number)]
+
+    def _granted(self, number: int, devices: frozenset[str], now: float) -> list[Instruction]:
         self._expect(number, Phase.PREPARED)
         if number != self._ticket:
             raise self._illegal(number, f"job {number} was granted devices, but the ticket out is {self._ticket}'s")
         self._ticket = None
+        self._jobs[number].devices = devices
         return [self._go(number, now), *self._fill(now)]
 
     def _exited(self, number: int, problem: str | None, now: float) -> list[Instruction]:
         job = self._expect(number, Phase.PREPARING, Phase.PREPARED, Phase.RUNNING)
         job.problem = job.problem or problem
-        instructions: list[Instruction] = []
-        if self._ticket == number:
-            self._ticket = None
-            instructions.append(DropTicket(number))
-        if job.phase is Phase.RUNNING and job.request is not None and job.request.gpus:
-            instructions.append(Release(number))
+        instructions = self._drop_ticket(number)
+        has_devices = job.phase is Phase.RUNNING and job.request is not None and job.request.gpus > 0
         if job.lost and self.takes_more and not job.cancelled:
             self._requeue(number)
             return [*instructions, *self._fill(now)]
         self._move(number, Phase.ENDED)
+        if has_devices:
+            # Drop first: to release devices may grant them to the ticket that is out.
+            instructions += [*self._withdraw_ticket(), Release(number)]
         # The next job starts before this one's result is read: devices should not wait for that.
         problem = job.problem or (self._given_up if job.lost else None)
         conclusion = Conclude(
@@ -501,19 +577,13 @@ class Machine:
                 job.problem = "was ended because the fork server was killed"
             elif job.problem is None:
                 job.lost = True
-        if self._ticket is None:
-            return []
-        ticket, self._ticket = self._ticket, None
-        return [DropTicket(ticket)]  # otherwise a dying job might be granted devices
+        return self._drop_ticket()  # otherwise a dying job might be granted devices
 
     def _give_up(self, problem: str) -> list[Instruction]:
         if self._given_up is not None:
             return []
         self._given_up = problem
-        instructions: list[Instruction] = []
-        if self._ticket is not None:
-            instructions.append(DropTicket(self._ticket))
-            self._ticket = None
+        instructions = self._drop_ticket()
         for number in sorted(self._live):
             job = self._jobs[number]
             if job.phase is not Phase.RUNNING:
@@ -537,10 +607,7 @@ class Machine:
             self._kill_at = None
             return [Kill(number) for number in sorted(self._live)]
         self._kill_at = now + self._limits.grace
-        instructions: list[Instruction] = []
-        if self._ticket is not None:
-            instructions.append(DropTicket(self._ticket))
-            self._ticket = None
+        instructions = self._drop_ticket()
         for number in sorted(self._live):
             ask = Interrupt if self._jobs[number].phase is Phase.RUNNING else Kill
             instructions.append(ask(number))
@@ -550,7 +617,10 @@ class Machine:
         if self._kill_at is not None and now >= self._kill_at:
             self._kill_at = None
             return [Kill(number) for number in sorted(self._live)]
-        return [self._time_is_over(number, now) for number in sorted(self._live) if self._is_due(number, now)]
+        over = [self._time_is_over(number, now) for number in sorted(self._live) if self._is_due(number, now)]
+        # While it waited for devices, a job may have become too late.
+        late = [one for number in sorted(self._in(Phase.PREPARED)) for one in self._refuse_late(number, now)]
+        return [*over, *late, *(self._fill(now) if late else ())]
 
     def _is_due(self, number: int, now: float) -> bool:
         ends = self._jobs[number].ends
@@ -585,7 +655,9 @@ class Machine:
         """Start as many jobs, and let as many run, as the limits allow."""
         if not self.takes_more:
             return []
-        instructions: list[Instruction] = []
+        instructions = self._withdraw_ticket()
+        if self._throttle.paused:
+            return instructions
         for number in sorted(self._in(Phase.PREPARED)):
             job = self._jobs[number]
             assert job.request is not None
@@ -594,14 +666,43 @@ class Machine:
             if job.request.gpus == 0:
                 if len(self._running_without_devices()) < self._limits.without_devices:
                     instructions.append(self._go(number, now))
-            elif self._ticket is None:
-                self._ticket = number
-                instructions.append(TakeTicket(number, self._declared(job.request)))
+            elif self._ticket is None and (where := self._where(job.request)) is not None:
+                self._ticket, self._among = number, where.among
+                instructions.append(TakeTicket(number, self._declared(job.request), where.among))
         while self._queue and self._room_to_prepare():
             number = self._queue.popleft()
             self._move(number, Phase.PREPARING)
             instructions.append(StartProcess(number))
         return instructions
+
+    def _withdraw_ticket(self) -> list[Instruction]:
+        """Drop the ticket that is out if it would not be taken now, or not for the same devices."""
+        if self._ticket is None:
+            return []
+        request = self._jobs[self._ticket].request
+        assert request is not None
+        where = None if self._throttle.paused else self._where(request)
+        return [] if where is not None and where.among == self._among else self._drop_ticket()
+
+    def _drop_ticket(self, number: int | None = None) -> list[Instruction]:
+        """Drop the ticket that is out, if there is one. With a `number`, only if it is that job's."""
+        ticket = self._ticket
+        if ticket is None or number not in (None, ticket):
+            return []
+        self._ticket = None
+        return [DropTicket(ticket)]
+
+    def _where(self, request: Request) -> _Where | None:
+        """Return which devices a request may get without exceeding the limit. None if it must wait."""
+        limit = self._throttle.devices
+        if limit is None:
+            return _Where(None)
+        used = frozenset(uuid for number in self._in(Phase.RUNNING) for uuid in self._jobs[number].devices)
+        if len(used) + request.gpus <= limit:
+            return _Where(None)
+        if not request.share.whole and 0 < len(used) <= limit:
+            return _Where(used)  # it may still share a device that is in use
+        return None
 
     def _parallel_full(self) -> bool:
         taken = len(self._in(Phase.RUNNING)) + (self._ticket is not None)
@@ -645,22 +746,6 @@ class Machine:
         self._move(number, Phase.QUEUED)
         self._jobs[number] = _Job(self._jobs[number].story)
         if last:
-            (self._after_all if self._more and self._limits.listed else self._queue).append(number)
+            (self._after_all if self._more and self._listed else self._queue).append(number)
         else:
             self._queue.appendleft(number)
-
-    def validate_state(self) -> None:
-        """Assert what must hold between any two stimuli. For tests."""
-        queued = [number for number, job in self._jobs.items() if job.phase is Phase.QUEUED]
-        assert sorted([*self._queue, *self._after_all]) == sorted(queued), "each queued job is in one queue once"
-        assert self._live == {number for number, job in self._jobs.items() if job.phase in _LIVE}
-        if self._ticket is not None:
-            assert self._jobs[self._ticket].phase is Phase.PREPARED, "only a prepared job waits for devices"
-            assert self.takes_more, "nobody waits for devices after the end was wanted"
-        for number, job in self._jobs.items():
-            if job.phase in (Phase.PREPARED, Phase.RUNNING):
-                assert job.request is not None
-            assert job.ends is None or job.phase in (Phase.RUNNING, Phase.ENDED), f"job {number} has no time limit yet"
-            steps = list(job.story)
-            assert all(one.after is two.before for one, two in pairwise(steps))
-            assert not steps or steps[-1].after is job.phase, "the story ends where the job is"

@@ -31,6 +31,7 @@ from gpu_launcher.allocation.device_watch import links_among
 from gpu_launcher.allocation.feasibility import refuse
 from gpu_launcher.allocation.request_queue import RequestQueue
 from gpu_launcher.debug_log import get_logger, set_role
+from gpu_launcher.descriptors import has_room, is_readable
 from gpu_launcher.devices import select_devices, usable_cpus
 from gpu_launcher.errors import GpuLauncherError
 from gpu_launcher.jobs import notice_log
@@ -166,12 +167,14 @@ class Node:
         _log.info("run of %s on %s", command, device_names(devices))
         if options.request is not None:
             refuse(options.request, devices, options.spell)
+            if run.term is not None:
+                run.term.refuse(options.request, options.spell)
 
         def notice(text: str) -> None:
             link.send(Notice(time.monotonic(), text))
 
         ledger = cleanup.enter_context(FileLedger(resolve_pool_directory(options.pool_dir), warn=notice))
-        most = replace(limits(options, len(devices), usable_cpus()), listed=run.listed)
+        most = replace(limits(options, len(devices), usable_cpus()), listed=run.listed, term=run.term)
         link.send(Opened(devices, most.at_once, server.method))
         needs_none = options.request is not None and options.request.gpus == 0
         for text in [*(() if needs_none else selection.notices), *server.notices]:
@@ -299,7 +302,7 @@ class _Link:
                 except DescriptorsLostError as lost:
                     if not isinstance(lost.message, s.Offer):
                         raise
-                    self._expected -= 1
+                    self._expected = max(0, self._expected - 1)
                     self._inbox.append(lost.message)  # without its channel the job cannot run, so it is cancelled
                     why = "could not be started: its launching program has too many open files (`ulimit -n`)"
                     self._inbox.append(s.Cancel(lost.message.job.number, why))
@@ -310,7 +313,7 @@ class _Link:
                     self._heard = max(self._heard, message.time)
                     continue
                 if isinstance(message, s.Offer):
-                    self._expected -= 1
+                    self._expected = max(0, self._expected - 1)
                 if descriptors:
                     (channel,) = descriptors
                     message = s.Offer(replace(message.job, channel=channel))
@@ -350,7 +353,7 @@ class _Link:
         waited = bool(self._backlog)
         # If the channel is closed, `receive` will notice, after the last messages of the head.
         with contextlib.suppress(BlockingIOError, ChannelClosedError):
-            while self._backlog and (not self._full or self._has_room()):
+            while self._backlog and (not self._full or has_room(self._channel)):
                 self._full = True
                 send(self._channel, self._backlog[0], wait=False)
                 self._full = False
@@ -366,15 +369,7 @@ class _Link:
         """Whether a head on another machine has been silent for too long, and all its messages are read."""
         if self._run is None or self._run.silence is None or time.monotonic() - self._heard <= self._run.silence:
             return False
-        poll = select.poll()
-        poll.register(self._channel, select.POLLIN)
-        return not poll.poll(0)
-
-    def _has_room(self) -> bool:
-        """Whether the socket has room, so that a large message is not pickled in vain."""
-        poll = select.poll()
-        poll.register(self._channel, select.POLLOUT)
-        return bool(poll.poll(0))
+        return not is_readable(self._channel)
 
     def send(self, message: Message) -> None:
         """Send a message as soon as the head has room for it."""

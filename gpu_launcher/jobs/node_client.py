@@ -268,6 +268,8 @@ class RemoteLoop(LocalNode):
 
     tick_seconds = math.inf
     """Maximum seconds between two calls of `receive_ready`."""
+    shares_files = True
+    """Whether the jobs can read files of this program that are not the user's."""
     moves_jobs = False
     """Whether a job that is interrupted may run again, on another node."""
 

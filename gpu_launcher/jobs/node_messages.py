@@ -14,11 +14,13 @@ from gpu_launcher.jobs.events import (
     JobWaiting,
     NodesChanged,
     Notice,
+    OutOfContact,
     StopRequested,
 )
 from gpu_launcher.jobs.job import JobResult
 from gpu_launcher.jobs.reports import ReportFiles
 from gpu_launcher.jobs.sweep import Options
+from gpu_launcher.jobs.term import Term
 from gpu_launcher.model import Device
 
 
@@ -86,6 +88,7 @@ Message = (
     | JobRetried
     | JobReturned
     | NodesChanged
+    | OutOfContact
     | StopRequested
     | GaveUp
 )
@@ -117,6 +120,8 @@ class BeginRun:
     """The node's name in messages, if there are several nodes."""
     silence: float | None = None
     """Seconds without HeadLives after which the node ends everything. None if it can see that the head lives."""
+    term: Term | None = None
+    """How long jobs can run on the node. None if that is not limited, or unknown."""
 
 
 @dataclass(frozen=True, slots=True)

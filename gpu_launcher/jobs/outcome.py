@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from signal import SIGKILL
 
-from gpu_launcher.jobs.events import JobStarted, Outcome
+from gpu_launcher.jobs.events import Figures, JobStarted, Outcome
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.job_record import JobRecord, JobRun
 from gpu_launcher.jobs.machine import Conclude
@@ -77,7 +77,8 @@ def result_of(
         unsupervised=run.unsupervised and cause is Cause.CRASH,
         origin="" if report is None else report.origin,
         left_behind=run.left_behind,
-        refused=conclusion.refused and outcome is Outcome.FAILED,
+        figures=Figures({} if report is None else report.values, run.peak_memory, run.peak_device_memory),
+        refused=conclusion.refused if outcome is Outcome.FAILED else None,
     )
 
 
@@ -100,6 +101,7 @@ def left_by(job: Job, report: Report, started: JobStarted | None, attempts: int,
         cause=cause,
         attempts=attempts,
         origin=report.origin,
+        figures=Figures(report.values),
     )
 
 

@@ -31,7 +31,11 @@ class ReportFiles:
 
     def path(self, number: int) -> Path:
         """Return the report file of one job."""
-        return self.directory / (f"{number}.{self.launch}.report" if self.launch else f"{number}.report")
+        return self.directory / self.name(number)
+
+    def name(self, number: int) -> str:
+        """Return the name of that file."""
+        return f"{number}.{self.launch}.report" if self.launch else f"{number}.report"
 
 
 def read_report(path: Path, digest: bytes | None = None) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,9 +14,16 @@ from gpu_launcher.model import Device
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """One of the jobs that were requested."""
+    """One of the jobs that were requested, or one that the user runs again."""
 
     job: Job
+    forgiven: bool = False
+    """Whether the job failed before in this run, and that failure no longer counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class AllOffered:
+    """All jobs were offered. Others follow only if the user runs some again, before `Exhausted`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,19 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class Throttle:
+    """How much may run from now on. Running jobs continue. It replaces the previous one."""
+
+    paused: bool = False
+    """Whether no job is started."""
+    devices: int | None = None
+    """Maximum number of devices in use. While more are in use, no job that needs one is started. None for no limit."""
+
+
+UNTHROTTLED = Throttle()
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """A message for a job. It is dropped if the job does not listen."""
 
@@ -66,7 +87,7 @@ class Facts:
     facts: tuple[tuple[str, str], ...]
 
 
-Statement = Offer | Exhausted | Stop | Cancel | Reply | Remark | Facts
+Statement = Offer | AllOffered | Exhausted | Stop | Cancel | Throttle | Reply | Remark | Facts
 
 
 class JobSource(Protocol):
@@ -81,6 +102,9 @@ class JobSource(Protocol):
     def request_jobs(self, count: int) -> None:
         """Ask for `count` more jobs."""
 
+    def coming(self) -> range:
+        """Return the numbers of jobs that it has not offered and may offer later, as far as they are known."""
+
     def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
         """Take note that the job runs."""
 
@@ -88,7 +112,13 @@ class JobSource(Protocol):
         """Take note of a message from a running job. Messages arrive in the order in which they were sent."""
 
     def ended(self, result: JobResult) -> None:
-        """Take note that the job has ended, whether it was started or not. It will not run again."""
+        """Take note that the job has ended, whether it was started or not. It runs again only after `retry`."""
+
+    def retry(self, jobs: Sequence[Job]) -> None:
+        """Take note that these jobs, which had not completed, run again.
+
+        Raises ValueError if they cannot, with a message for the user. Nothing has changed then.
+        """
 
     def tick(self) -> None:
         """Called at least a few times a second."""

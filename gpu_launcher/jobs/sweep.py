@@ -33,6 +33,10 @@ class Options:
     """Limit on memory in use, as `gpu_launcher.devices.why_busy` takes it."""
     device_environment: DeviceEnvironment
     failures: FailurePolicy = FailurePolicy()  # noqa: RUF009  (frozen)
+    directions: tuple[str, ...] = ()
+    """For each value that jobs return, whether `minimize` or `maximize` finds the best. Empty if that is not known."""
+    objectives: tuple[str, ...] = ()
+    """The names of the values that `directions` are about. Empty if jobs may call their one value as they like."""
     resume: bool = False
     """Whether to leave out the jobs that completed in an earlier launch."""
     spell: Callable[[str], str] = str

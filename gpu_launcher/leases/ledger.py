@@ -178,7 +178,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _who(owner: Owner | None) -> str:
-    return "somebody" if owner is None else owner.user
+    return "an unknown program" if owner is None else owner.user
 
 
 class Ledger(Protocol):

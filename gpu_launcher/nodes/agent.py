@@ -24,35 +24,45 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from socket import socket
 from typing import cast
 
 from gpu_launcher.debug_log import get_logger, set_role
 from gpu_launcher.errors import GpuLauncherError, NodeDiedError
 from gpu_launcher.jobs.events import Outcome
+from gpu_launcher.jobs.job import JobResult
 from gpu_launcher.jobs.node_client import LocalNode
 from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, HeadLives, Message
 from gpu_launcher.jobs.reports import ReportFiles
 from gpu_launcher.jobs.scratch import Scratch
-from gpu_launcher.jobs.source import Statement, Stop
+from gpu_launcher.jobs.source import Cancel, Offer, Statement, Stop
 from gpu_launcher.jobs.sweep import portable
 from gpu_launcher.nodes.agent_messages import (
     Beat,
     Bye,
+    ChannelData,
+    ChannelEnd,
+    ChannelRead,
     Echo,
     EndAgent,
     HostedProgram,
     Leaving,
     Loaded,
+    OfferWithChannel,
     Refused,
     Script,
     Setup,
+    StopOutputs,
     digest_of,
     hello,
 )
+from gpu_launcher.nodes.channel_relay import ChannelRelay, FarEnd
 from gpu_launcher.nodes.frames import FrameStream
+from gpu_launcher.nodes.outputs import OutputSender, PrivateDirectory
+from gpu_launcher.nodes.slurm_time import term_of_allocation
 from gpu_launcher.processes import pickling, spawn
 from gpu_launcher.processes.exceptions import reason
-from gpu_launcher.processes.messages import ChannelClosedError
+from gpu_launcher.processes.messages import ChannelClosedError, channel
 from gpu_launcher.processes.signals import StopSignals
 from gpu_launcher.safe_files import open_regular
 
@@ -120,7 +130,12 @@ class _Agent:
         """Load the program, and start the node. Raises _CannotHostError."""
         self._stream = stream
         self._timing = setup.timing
+        self._term = term_of_allocation(setup.notice, setup.allocation)
         hosted, differs = _load(setup)
+        self._private = _private_directory(setup)
+        """The sweep's directory, if the head does not share its own with this machine."""
+        self._outputs: OutputSender | None = None
+        """Sends what jobs leave in it."""
         try:
             self._node = LocalNode(
                 hosted.program,
@@ -129,10 +144,17 @@ class _Agent:
                 captured=hosted.captured,
                 log_file=hosted.log_file,
             )
-            stream.send(Loaded(differs))
+            stream.send(Loaded(differs, private=self._private is not None))
         except GpuLauncherError as error:
+            if self._private is not None:
+                self._private.remove()
             raise _CannotHostError(str(error)) from error
-        self._scratch = Scratch() if setup.probe is None else None
+        # After the start of the node, which does not inherit them.
+        self._relay_poll = select.epoll()
+        self._relay = ChannelRelay(stream, self._relay_poll)
+        self._sockets: dict[int, socket] = {}
+        """The far ends of the jobs' channels, by job number."""
+        self._scratch = Scratch() if setup.probe is None or self._private is not None else None
         """Directory for reports, if the head shares none with this machine."""
         self._heard = time.monotonic()
         self._silence = 0.0
@@ -143,6 +165,10 @@ class _Agent:
         """Whether the node has a run."""
         self._leaving = False
         """Whether the engine has asked this agent to end."""
+        self._stopped = False
+        """Whether the head has stopped the run. The second time, outputs are given up."""
+        self._closed: Closed | None = None
+        """The end of the run, until all outputs are sent."""
         self._held: list[Message] = []
         """Messages of the node that wait for `_held_until`."""
         self._held_until = -math.inf
@@ -154,8 +180,10 @@ class _Agent:
                 while not self._over:
                     self._turn(signals)
             except NodeDiedError:
-                for message in self._held:
-                    self._stream.send(message)
+                if self._outputs is None:  # otherwise their outputs are not sent, so these jobs run again
+                    for message in self._held:
+                        self._pass_on(message)
+                    self._relay_channels()
                 # The node is as patient as this agent, so it may have been first.
                 silence = max(self._silence, time.monotonic() - self._heard)
                 if silence > self._timing.silence - self._timing.beat:
@@ -169,17 +197,22 @@ class _Agent:
                     time.sleep(TREE_END_SECONDS)  # the processes below the node notice by themselves
                 if self._scratch is not None:
                     self._scratch.remove()
+                if self._private is not None:
+                    self._private.remove()
         self._stream.send(Bye())
 
     def _turn(self, signals: StopSignals) -> None:
         poll = select.poll()
         poll.register(self._stream, select.POLLIN)
         poll.register(signals, select.POLLIN)
+        poll.register(self._relay_poll, select.POLLIN)
         if self._stream.pending < MAX_PENDING and not self._held:
             poll.register(self._node, select.POLLIN)
         if self._stream.pending:
             poll.register(self._stream.writes, select.POLLOUT)
         wake = min(self._next_beat, self._held_until) if self._held else self._next_beat
+        if self._outputs is not None and self._outputs.ready:
+            wake = -math.inf
         ready = {descriptor for descriptor, _ in poll.poll(1000 * max(0.0, wake - time.monotonic()))}
         if self._stream.fileno() in ready:
             self._hear()
@@ -189,7 +222,6 @@ class _Agent:
                 _log.warning("asked to end by %s", signals.last.name)
                 self._leaving = True
                 self._held_until = -math.inf
-                self._over = not self._runs
                 self._stream.send(Leaving(f"got {signals.last.name}"))
                 self._node.say(Stop())
         now = time.monotonic()
@@ -199,11 +231,17 @@ class _Agent:
                 self._held_until = now + HOLD_SECONDS
         if now >= self._held_until:
             for message in self._held:
-                self._stream.send(message)
-                if isinstance(message, Closed):
-                    self._runs = False
-                    self._over = self._over or self._leaving
+                self._pass_on(message)
             self._held.clear()
+        self._relay_channels()
+        if self._outputs is not None:
+            self._outputs.send()
+        if self._closed is not None and not (self._outputs is not None and self._outputs.busy):
+            self._stream.send(self._closed)
+            self._closed = None
+            self._runs = False
+        if self._leaving and not self._runs and self._relay.is_idle:
+            self._over = True
         self._stream.flush()
         if now >= self._next_beat:
             self._next_beat = now + self._timing.beat
@@ -211,6 +249,43 @@ class _Agent:
         if now - self._heard > self._timing.silence:
             self._blame(now - self._heard)
             self._over = True
+
+    def _pass_on(self, message: Message) -> None:
+        """Send a message of the node to the head. A result follows the job's outputs."""
+        match message:
+            case Closed():
+                self._closed = message
+            case Ended(result) if self._outputs is not None and not (self._leaving and _will_move(result)):
+                self._outputs.add(message)
+            case Ended(result):
+                self._stream.send(message)
+                self._relay.end(result.number)
+                if self._scratch is not None and self._outputs is None:  # the head does not read it
+                    with contextlib.suppress(OSError):
+                        ReportFiles(self._scratch.path).path(result.number).unlink()
+            case _:
+                self._stream.send(message)
+
+    def _relay_channels(self) -> None:
+        self._relay.deliver()
+        for number in self._relay.send():
+            self._relay.forget(number)
+            self._sockets.pop(number).close()
+
+    def _offer(self, offer: OfferWithChannel) -> None:
+        """Offer a job to the node, with its end of a channel that is relayed."""
+        number = offer.job.number
+        try:
+            here, theirs = channel()
+        except OSError:
+            self._node.say(Offer(offer.job))
+            self._node.say(Cancel(number, "could not be started: its node has too many open files (`ulimit -n`)"))
+            self._stream.send(ChannelEnd(offer.channel))
+            return
+        with theirs:
+            self._node.say(Offer(offer.job), (theirs.fileno(),))
+        self._sockets[number] = here
+        self._relay.open(number, FarEnd(here), offer.channel)
 
     def _blame(self, seconds: float) -> None:
         """Say that the silence of the head is why this agent ends."""
@@ -238,20 +313,54 @@ class _Agent:
                     self._stream.send(message)
                 case EndAgent():
                     self._over = True
+                case OfferWithChannel():
+                    self._offer(message)
+                case ChannelData() | ChannelRead() | ChannelEnd():
+                    self._relay.take(message)
                 case BeginRun():
                     # The mask of this machine's GPUs is in this process's environment, not in the head's.
                     self._runs = True
                     options = portable(replace(message.options, environ=None))
                     reports = message.reports if self._scratch is None else ReportFiles(self._scratch.path)
+                    if self._private is not None:
+                        self._outputs = OutputSender(self._stream, self._private.path, reports)
                     begin = replace(message, options=options, reports=reports, silence=self._timing.silence)
-                    self._node.say(begin)
+                    self._node.say(replace(begin, term=self._term))
+                case StopOutputs(number):
+                    if self._outputs is not None:
+                        self._outputs.stop(number)
                 case _:
+                    if isinstance(message, Stop):
+                        if self._stopped and self._outputs is not None:
+                            self._outputs.give_up()
+                        self._stopped = True
                     self._node.say(cast("Statement", message))
 
 
 def _may_be_the_engines_doing(message: Message) -> bool:
     """Whether a job failed. An engine that ends a node signals the jobs and the agent at nearly the same time."""
     return isinstance(message, Ended) and message.result.outcome is Outcome.FAILED
+
+
+def _will_move(result: JobResult) -> bool:
+    """Whether a job of an agent that ends runs on another node, so that its outputs do not count."""
+    return result.outcome in (Outcome.FAILED, Outcome.CANCELLED)
+
+
+def _private_directory(setup: Setup) -> PrivateDirectory | None:
+    """Make the sweep's directory, if this machine does not see the head's. Raises _CannotHostError."""
+    if setup.probe is None or not setup.fetches or _sees(*setup.probe):
+        return None
+    probe, content = setup.probe
+    path = Path(probe).parents[1]
+    try:
+        return PrivateDirectory(path, content)
+    except OSError as error:
+        if _sees(probe, content):  # NFS may show files late, and has looked now
+            return None
+        raise _CannotHostError(
+            f"cannot make the sweep's directory {path}: {error.strerror}. Remedy: remove it there, or name another"
+        ) from None
 
 
 def _load(setup: Setup) -> tuple[HostedProgram, bool]:
@@ -263,8 +372,11 @@ def _load(setup: Setup) -> tuple[HostedProgram, bool]:
             f"cannot enter the program's working directory {setup.directory}: {error.strerror}. Remedy: use a "
             "directory on a file system that all nodes share"
         ) from None
-    if setup.probe is not None:
-        _look_for(*setup.probe)
+    if setup.probe is not None and not setup.fetches and not _sees(*setup.probe):
+        raise _CannotHostError(
+            f"does not see the files in {Path(setup.probe[0]).parents[1]}. Remedy: use a directory on a file system "
+            "that all nodes share, or outputs=fetch"
+        )
     sys.argv = list(setup.arguments)
     pickled = spawn.resemble(setup.interpreter)
     differs = False
@@ -281,15 +393,12 @@ def _load(setup: Setup) -> tuple[HostedProgram, bool]:
     return hosted, differs
 
 
-def _look_for(probe: str, content: bytes) -> None:
+def _sees(probe: str, content: bytes) -> bool:
+    """Whether this machine shares the sweep's directory with the head."""
     found = b""
     with contextlib.suppress(OSError), open(open_regular(Path(probe)), "rb") as file:
         found = file.read(len(content) + 1)
-    if found != content:
-        raise _CannotHostError(
-            f"does not see the files in {Path(probe).parents[1]}. Remedy: use a directory on a file system that all "
-            "nodes share"
-        )
+    return found == content
 
 
 def _run_script(script: Script) -> None:

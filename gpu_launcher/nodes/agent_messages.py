@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.node import LogFile
 from gpu_launcher.processes.worker import Program
 from gpu_launcher.validation import StartMethod
@@ -71,6 +72,8 @@ class Loaded:
 
     differs: bool
     """Whether the program's script is not the same on the node."""
+    private: bool = False
+    """Whether the node has a sweep's directory of its own, so that it sends the outputs of jobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,110 @@ class Bye:
     """No process of the node is left. The last message."""
 
 
+# The outputs of a job that has ended, from an agent without the sweep's directory. See `nodes.outputs`.
+
+
+@dataclass(frozen=True, slots=True)
+class OutputsBegin:
+    """The outputs of a job follow: its directory, piece by piece, and then its report."""
+
+    number: int
+    directory: str | None
+    """Its directory in that of the sweep. None if only a report follows."""
+    size: int
+    """Number of bytes of all files."""
+    log: str
+    """The name of its log. Empty if it has none."""
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutputDirectory:
+    """A directory in the job's directory."""
+
+    number: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """A file, whose content follows."""
+
+    number: int
+    path: str | None
+    """Its path in the job's directory. None for the report."""
+    mode: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutputData:
+    """A part of the content of the file that was named last."""
+
+    number: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLink:
+    """A symbolic link."""
+
+    number: int
+    path: str
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
+class OutputsEnd:
+    """All outputs of a job were sent. Its result follows."""
+
+    number: int
+    problem: str | None
+    """Why some were not sent. None if all were."""
+    left_out: int
+    """How many links and special files were left out."""
+
+
+OutputPiece = OutputsBegin | OutputDirectory | OutputFile | OutputData | OutputLink | OutputsEnd
+
+
+# In both directions, about a channel between a head and the process of a job. See `nodes.channel_relay`.
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelData:
+    """A part of a message in a channel."""
+
+    channel: int
+    data: bytes
+    last: bool
+    """Whether the message ends with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelRead:
+    """The reader of a channel has taken `count` more bytes, so as many more may be sent."""
+
+    channel: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelEnd:
+    """The job of a channel has ended, and everything that it said was sent. The last message about the channel."""
+
+    channel: int
+
+
 # From a head to an agent.
+
+
+@dataclass(frozen=True, slots=True)
+class OfferWithChannel:
+    """An `Offer` of a job that has a channel to its source."""
+
+    job: Job
+    channel: int
+    """The channel's number in ChannelData and the like. A job that is offered again gets another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +223,12 @@ class Setup:
     method: StartMethod
     option: str
     """The name of the user's option for the start method."""
+    notice: float = 0.0
+    """Seconds before the end of its allocation at which the node's jobs are interrupted."""
+    allocation: str | None = None
+    """The id of the Slurm allocation in which the head runs, if it runs in one."""
+    fetches: bool = False
+    """Whether the outputs of jobs are sent to the head, if the node does not see the probe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +261,13 @@ class HostedProgram:
     """Whether output of jobs without a log is kept for messages. Otherwise the head passes it on to its terminal."""
     check: Callable[[], str | None] | None = None
     """Returns why the machine of a node cannot run the program; None if it can."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopOutputs:
+    """The head cannot keep the outputs of this job. No more of them are sent."""
+
+    number: int
 
 
 @dataclass(frozen=True, slots=True)

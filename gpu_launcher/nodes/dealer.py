@@ -8,8 +8,9 @@ it can be left, so a job is never at two nodes.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Set
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from gpu_launcher.jobs.job import Job
@@ -46,9 +47,26 @@ class TakeBack:
 
     node: str
     job: Job
+    target: str
+    """The node for which it is taken back."""
 
 
 Deal = Ask | Give | MovedTooOften | TakeBack
+
+
+def quotas(limit: int | None, devices: Sequence[int]) -> list[int | None]:
+    """Deal a limit on devices to nodes that have this many `devices`: each gets as many as it has, while there are any.
+
+    So a job that needs several devices of one node finds them, if the limit allows it.
+    """
+    found: list[int | None] = []
+    for number in devices:
+        if limit is None:
+            found.append(None)
+        else:
+            found.append(min(limit, number))
+            limit -= min(limit, number)
+    return found
 
 
 class Dealer:
@@ -68,9 +86,12 @@ class Dealer:
         self._losses: dict[int, list[str]] = {}
         """The nodes that have lost each job after they had started it."""
         self._targets: dict[int, str] = {}
-        """The node for which each job was taken back from another one, if it was. That happens once at most."""
+        """The node for which each job is taken back from the one where it is. Or the node where it is, if it was taken
+        back for that one or has been started: then it is not taken back again."""
         self._refused: dict[int, set[str]] = {}
         """Nodes that can never run a job, for jobs that were refused."""
+        self._too_late: dict[int, set[str]] = {}
+        """Nodes that end too soon for a job, for jobs that were refused for that reason."""
         self._asked = 0
         """How many jobs the head was asked for and has not offered."""
         self.exhausted = False
@@ -89,6 +110,10 @@ class Dealer:
     def jobs_at(self, node: str) -> list[Job]:
         """Return the jobs at a node."""
         return [job for where, job in self._at.values() if where == node]
+
+    def counts(self) -> Counter[str]:
+        """Return how many jobs are at each node."""
+        return Counter(node for node, _ in self._at.values())
 
     def node_of(self, number: int) -> str | None:
         """Return the node of a job. None if it is at none."""
@@ -120,6 +145,7 @@ class Dealer:
         self._losses.pop(number, None)
         self._targets.pop(number, None)
         self._refused.pop(number, None)
+        self._too_late.pop(number, None)
         return list(self._deal())
 
     def cancelled(self, number: int) -> Job | None:
@@ -134,6 +160,19 @@ class Dealer:
         """Take a job back from a node that will not finish it."""
         return [*self._take_back(self._at[number][1]), *self._deal()]
 
+    def waiting_for(self, node: str, late: Collection[int], *, limited: bool = False) -> float:
+        """Return how many jobs a node could get that is not there, infinitely many if the head may have more.
+
+        `late` are jobs that have waited long, here or at a node, and have not been started. If the devices that are
+        there are as many as may be used (`limited`), only jobs at no node count.
+        """
+        here = {job.number for job in self._waiting}
+        movable = {number for number in late if number in self._at and number not in self._targets and not limited}
+        able = sum(node not in self._refused.get(number, ()) for number in here | movable)
+        may_come = not self.exhausted and not self._asked and not limited
+        cap = math.inf if self._most is None else self._most - len(self._at) + len(movable)
+        return min(cap, math.inf if may_come else able)
+
     def deal_late(self, late: Collection[int], at_once: Mapping[str, int]) -> list[Deal]:
         """Find nodes that are idle for jobs that have waited long.
 
@@ -142,21 +181,25 @@ class Dealer:
         node is taken back for a node that has room, although what could be dealt was dealt.
         """
         deals: list[Deal] = list(self._deal_to(self._able, late))
+        here = Counter(node for node, _ in self._at.values())
+        coming = Counter(
+            target for number, target in self._targets.items() if number in self._at and self._at[number][0] != target
+        )
         for number in late:
             if number not in self._at or number in self._targets:
                 continue
             node, job = self._at[number]
-            idle = [other for other in self._able(job) if other != node and self._room[other] > 0]
+            idle = [
+                other
+                for other in self._able(job)
+                if other != node and coming[other] < min(at_once.get(other, 0) - here[other], self._room[other])
+            ]
             losses = self._losses.get(number, ())
             target = max(idle, key=lambda other: (other not in losses, self._room[other]), default=None)
-            if target is None:
-                continue
-            expected = len(self.jobs_at(target)) + sum(
-                self._targets.get(other) == target for other, (where, _) in self._at.items() if where != target
-            )
-            if expected < min(at_once.get(target, 0), len(self.jobs_at(target)) + self._room[target]):
+            if target is not None:
                 self._targets[number] = target
-                deals.append(TakeBack(node, job))
+                coming[target] += 1
+                deals.append(TakeBack(node, job, target))
         return deals
 
     def started(self, number: int) -> None:
@@ -171,15 +214,29 @@ class Dealer:
         target = self._targets[number]
         if self._room.get(target, 0) > 0 and target in self._able(job):
             return [self._give(target, job), *self._deal()]
+        del self._targets[number]
         self._waiting.appendleft(job)
         return list(self._deal())
 
-    def refused(self, number: int) -> list[Deal]:
-        """Take a job back from a node whose devices can never grant its request. It waits for another node."""
+    def refused(self, number: int, *, too_late: bool = False) -> list[Deal]:
+        """Take a job back from a node that can never run it, or ends too soon (`too_late`). It waits for another.
+
+        A node that ends too soon may get it when it was lost and is there again.
+        """
         node, job = self._at.pop(number)
-        self._refused.setdefault(number, set()).add(node)
+        self._targets.pop(number, None)
+        (self._too_late if too_late else self._refused).setdefault(number, set()).add(node)
         self._waiting.appendleft(job)
         return list(self._deal())
+
+    def too_late_for(self, node: str) -> list[Job]:
+        """Return the waiting jobs for which a node ends too soon."""
+        return [job for job in self._waiting if node in self._too_late.get(job.number, ())]
+
+    @property
+    def has_refused(self) -> bool:
+        """Whether there are jobs that a node can never run."""
+        return bool(self._refused)
 
     def refused_by_all(self, nodes: Set[str]) -> list[Job]:
         """Remove the waiting jobs that all of these nodes have refused, and return them."""
@@ -201,11 +258,14 @@ class Dealer:
     def lost(self, node: str) -> list[Deal]:
         """Take back all jobs of a node of which nothing is left."""
         self._room.pop(node, None)
+        for nodes in self._too_late.values():
+            nodes.discard(node)
         failed = [deal for job in self.jobs_at(node) for deal in self._take_back(job)]
         return [*failed, *self._deal()]
 
     def _take_back(self, job: Job) -> list[Deal]:
         node, _ = self._at.pop(job.number)
+        self._targets.pop(job.number, None)
         if job.number in self._started:
             self._started.remove(job.number)
             losses = self._losses.setdefault(job.number, [])
@@ -237,7 +297,7 @@ class Dealer:
 
     def _able(self, job: Job) -> list[str]:
         """Return the nodes that have not refused a job."""
-        refused = self._refused.get(job.number, ())
+        refused = {*self._refused.get(job.number, ()), *self._too_late.get(job.number, ())}
         return [node for node in self._room if node not in refused]
 
     def _give(self, node: str, job: Job) -> Give:

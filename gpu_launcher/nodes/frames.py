@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import pickle
-import select
 import struct
 import threading
 from typing import Any
 
+from gpu_launcher.descriptors import is_readable
 from gpu_launcher.processes.messages import ChannelClosedError
 
 MAGIC = b"\n\0gpu-launcher agent\0\n"
@@ -31,11 +31,13 @@ class FrameStream:
     def __init__(self, reads: int, writes: int, *, after_magic: bool = False) -> None:
         """Take over two descriptors. If `after_magic`, what comes before MAGIC is kept as `noise`."""
         self._reads = reads
-        self._writes = writes
+        self.writes = writes
+        """The descriptor that is writable when `flush` can continue."""
         self._unread = bytearray()
         self._unsent = bytearray()
         self._sending = threading.RLock()
-        self._in_frames = not after_magic
+        self.greeted = not after_magic
+        """Whether MAGIC has arrived, if it was to be waited for."""
         self._ended = False
         self.received = 0
         """Number of bytes that have arrived."""
@@ -48,19 +50,9 @@ class FrameStream:
         return self._reads
 
     @property
-    def writes(self) -> int:
-        """The descriptor that is writable when `flush` can continue."""
-        return self._writes
-
-    @property
     def noise(self) -> bytes:
         """The end of what came before MAGIC, or of all that has arrived while MAGIC has not."""
-        return self._noise if self._in_frames else bytes(self._unread)
-
-    @property
-    def greeted(self) -> bool:
-        """Whether MAGIC has arrived, if it was to be waited for."""
-        return self._in_frames
+        return self._noise if self.greeted else bytes(self._unread)
 
     @property
     def pending(self) -> int:
@@ -71,11 +63,7 @@ class FrameStream:
     def readable(self) -> bool:
         """Whether something has arrived that was not received. False once the stream is closed, by any thread."""
         with self._sending:
-            if self._reads < 0:
-                return False
-            poll = select.poll()
-            poll.register(self._reads, select.POLLIN)
-            return bool(poll.poll(0))
+            return self._reads >= 0 and is_readable(self._reads)
 
     def greet(self) -> None:
         """Send MAGIC."""
@@ -95,9 +83,9 @@ class FrameStream:
         """Send what there is room for. Does nothing once the stream is closed."""
         with self._sending:
             try:
-                while self._unsent and self._writes >= 0:
+                while self._unsent and self.writes >= 0:
                     with memoryview(self._unsent) as view:
-                        sent = os.write(self._writes, view[:READ_BYTES])
+                        sent = os.write(self.writes, view[:READ_BYTES])
                     del self._unsent[:sent]
             except BlockingIOError:
                 pass
@@ -117,9 +105,9 @@ class FrameStream:
             except ConnectionResetError:  # a socket whose other end has closed without reading everything
                 self._ended = True
         messages = []
-        if not self._in_frames:
+        if not self.greeted:
             self._find_magic()
-        while self._in_frames and len(self._unread) >= _LENGTH.size:
+        while self.greeted and len(self._unread) >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._unread)
             end = _LENGTH.size + length
             if len(self._unread) < end:
@@ -135,7 +123,7 @@ class FrameStream:
         if magic:
             self._noise = noise[-MAX_NOISE:]
             self._unread[:] = rest
-            self._in_frames = True
+            self.greeted = True
         elif len(self._unread) > MAX_NOISE:
             del self._unread[:-MAX_NOISE]
 
@@ -143,6 +131,6 @@ class FrameStream:
         """Close both descriptors. Idempotent."""
         with self._sending:
             if self._reads >= 0:
-                for descriptor in {self._reads, self._writes}:
+                for descriptor in {self._reads, self.writes}:
                     os.close(descriptor)
-            self._reads = self._writes = -1
+            self._reads = self.writes = -1

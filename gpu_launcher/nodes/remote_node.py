@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import select
 import signal
 import subprocess
 import time
@@ -13,9 +14,25 @@ from enum import Enum
 from typing import Any
 
 from gpu_launcher.debug_log import get_logger
-from gpu_launcher.jobs.node_messages import BeginRun
-from gpu_launcher.jobs.source import Statement
-from gpu_launcher.nodes.agent_messages import Beat, Bye, Echo, EndAgent, Loaded, Refused, Setup, versions
+from gpu_launcher.jobs.job import Job
+from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended
+from gpu_launcher.jobs.source import Offer, Statement
+from gpu_launcher.nodes.agent_messages import (
+    Beat,
+    Bye,
+    ChannelData,
+    ChannelEnd,
+    ChannelRead,
+    Echo,
+    EndAgent,
+    Loaded,
+    OfferWithChannel,
+    Refused,
+    Setup,
+    StopOutputs,
+    versions,
+)
+from gpu_launcher.nodes.channel_relay import ChannelRelay, FarEnd
 from gpu_launcher.nodes.engines import NodeSpec
 from gpu_launcher.nodes.frames import FrameStream
 from gpu_launcher.processes.linux import dying_with_parent
@@ -26,8 +43,8 @@ _log = get_logger("nodes.remote_node")
 
 START_SECONDS = 300.0
 """Maximum seconds for an agent to import the program. Before there is an agent, it may wait in an engine's queue."""
-COMMAND_END_SECONDS = 5.0
-"""Seconds after the end of its connection at which a command that still runs is killed."""
+KILL_SECONDS = 5.0
+"""Seconds after SIGTERM at which a command that still runs is killed."""
 STATUS_SECONDS = 1.0
 """Maximum seconds to wait for the exit status of a command that never led to a node."""
 BYE_SECONDS = 4.0
@@ -69,6 +86,10 @@ class RemoteNode:
         self.life = Life.STARTING
         self.problem: str | None = None
         """Why the node cannot be used, as a sentence without its subject. None if it can."""
+        self.lasts = spec.lasts
+        """Seconds for which jobs can run on it, if its options say so."""
+        self.elastic = spec.elastic
+        """Whether it is worth giving back while no job needs it."""
         self.unfit = False
         """Whether the machine cannot run this program, so that starting an agent again is in vain."""
         self._spec = spec
@@ -76,6 +97,8 @@ class RemoteNode:
         """Whether no process of a node can be there now."""
         self.differs = False
         """Whether the program's script is not the same on the node."""
+        self.private = False
+        """Whether it has a sweep's directory of its own, so that it sends the outputs of jobs."""
         self.hello: Mapping[str, Any] = {}
         """What the agent said about itself first. Empty until it is there."""
         self._setup = setup
@@ -98,6 +121,15 @@ class RemoteNode:
         )
         self._process.stdout.close()
         self._process.stdin.close()
+        self._poll = select.epoll()
+        self._poll.register(self._stream.fileno(), select.EPOLLIN)
+        self._writes_watched = False
+        """Whether `fileno` is readable when there is room for what waits to be sent."""
+        self._relay = ChannelRelay(self._stream, self._poll)
+        self._held: dict[int, Ended] = {}
+        """Ends of jobs, by number, that wait until what the jobs said is delivered."""
+        self._held_closed: Closed | None = None
+        """The end of the run, if it waits for these."""
         self._stderr = self._process.stderr
         os.set_blocking(self._stderr.fileno(), False)
         self._printed = b""
@@ -105,7 +137,7 @@ class RemoteNode:
         """The beginning of a line that jobs print, which is shown when it is complete."""
         self._shows = False
         """Whether what the command prints is shown, because jobs print it."""
-        self._queue: list[Statement | BeginRun | Echo] = []
+        self._queue: list[Statement | BeginRun | Echo | StopOutputs | OfferWithChannel] = []
         """Messages for the node that are sent when the agent is there and can be heard."""
         self._began = self._heard = self._sent = time.monotonic()
         self._greeted = False
@@ -126,10 +158,26 @@ class RemoteNode:
         return RemoteNode(self._spec, self._setup, captured=self._captured)
 
     def fileno(self) -> int:
-        """Return a descriptor that is readable when the agent has sent something, or the connection has ended."""
-        return self._stream.fileno()
+        """Return a descriptor that is readable when the agent has sent something, or the connection has ended.
 
-    def say(self, what: Statement | BeginRun | Echo) -> None:
+        It is also readable when `tick` can send something that waited, or `receive_ready` can deliver it.
+        """
+        return self._poll.fileno()
+
+    def offer(self, job: Job, channel: FarEnd | None) -> None:
+        """Offer a job, with its channel if it has one, which is relayed until the job has ended."""
+        if channel is None:
+            self.say(Offer(job))
+        elif self.life not in (Life.SILENT, Life.GONE):
+            self.say(OfferWithChannel(job, self._relay.open(job.number, channel)))
+
+    def stop_relaying(self, number: int) -> None:
+        """Relay the channel of a job no more, if it is relayed."""
+        self._held.pop(number, None)
+        if self._relay.has(number):
+            self._relay.forget(number)
+
+    def say(self, what: Statement | BeginRun | Echo | StopOutputs | OfferWithChannel) -> None:
         """Send a message to the node, now or when the agent is there. Drop it if the connection is gone."""
         if self.life in (Life.SILENT, Life.GONE):
             return
@@ -162,19 +210,39 @@ class RemoteNode:
             match message:
                 case Beat():
                     pass
-                case Loaded(differs):
+                case Loaded(differs, private):
                     self._loaded, self._imports = True, False
                     self.nothing_left = False
                     self._read_errors()  # what the program printed while it was imported; it did so here, too
                     self._shows = not self._captured
-                    self.life, self.differs = Life.LIVES, differs
+                    self.life, self.differs, self.private = Life.LIVES, differs, private
                 case Refused(problem):
                     self.problem, self.unfit = problem, self.life is Life.STARTING
                 case Bye():
+                    self._relay.deliver()
+                    messages += self._delivered()
                     self.problem = self.problem or "has ended"
                     self._finish()
+                case ChannelData() | ChannelRead() | ChannelEnd():
+                    self._relay.take(message)
+                case Ended(result) if self._relay.has(result.number):
+                    self._held[result.number] = message
+                case Closed() if self._held:
+                    self._held_closed = message
                 case _:
                     messages.append(message)
+        self._relay.deliver()
+        return messages + self._delivered()
+
+    def _delivered(self) -> list[Ended | Closed]:
+        """Return what waited until what jobs said was delivered, and has been."""
+        messages: list[Ended | Closed] = []
+        for number in [number for number in self._held if self._relay.has_ended(number)]:
+            self._relay.forget(number)
+            messages.append(self._held.pop(number))
+        if self._held_closed is not None and not self._held:
+            messages.append(self._held_closed)
+            self._held_closed = None
         return messages
 
     def _greet(self, hello: Mapping[str, Any]) -> None:
@@ -208,14 +276,19 @@ class RemoteNode:
         elif self._greeted and self.life is Life.STARTING and now - self._began > START_SECONDS:
             self._disconnect(f"has not imported the program after {START_SECONDS:.0f} s")
         elif self.quiet:
+            self._relay.rest()
+            self._watch_writes(False)
             if now - self._sent > self._timing.lost and not self._stream.readable:
                 self.problem = f"has been silent for {now - self._heard:.0f} s"
                 self._finish()
         elif self._greeted:
             self._send_queue()
+            self._relay.send()
             if self._stream.pending:
                 self._stream.flush()
+            if self._stream.pending or not self._relay.is_idle:  # the relay may have sent something
                 self._sent = now
+            self._watch_writes(self._stream.pending > 0)
 
     def beat(self) -> None:
         """Send a sign of life, from any thread, unless the agent is quiet."""
@@ -242,6 +315,20 @@ class RemoteNode:
     def seconds_left(self) -> float:
         """For how many seconds a silent node may still run jobs."""
         return max(0.0, self._timing.lost - (time.monotonic() - self._sent))
+
+    def _watch_writes(self, watched: bool) -> None:
+        if watched is not self._writes_watched:
+            if watched:
+                self._poll.register(self._stream.writes, select.EPOLLOUT)
+            else:
+                self._poll.unregister(self._stream.writes)
+            self._writes_watched = watched
+
+    def _lose_channels(self) -> None:
+        """Take note that nothing more arrives. The jobs that have not ended are lost with the node."""
+        self._relay.close()
+        self._held.clear()
+        self._held_closed = None
 
     def _read_errors(self) -> None:
         with contextlib.suppress(BlockingIOError, ValueError):
@@ -271,6 +358,7 @@ class RemoteNode:
         self._how = problem
         self._silent_since = time.monotonic()
         self.life = Life.SILENT
+        self._lose_channels()
 
     def _must_have_ended(self, now: float) -> bool:
         """Whether nothing of a silent node can be left. An agent that never loaded the program has no jobs."""
@@ -288,6 +376,10 @@ class RemoteNode:
             self.problem = how if self._greeted else f"{how}. Remedy: {self._spec.remedy(status, said)}"
         _log.warning("%s: %s", self.name, self.problem)
         self.life, self.nothing_left = Life.GONE, True
+        self._lose_channels()
+        # Before they are closed: a process forked from this one may have copies, which would be watched on.
+        self._watch_writes(False)
+        self._poll.unregister(self._stream.fileno())
         self._stream.close()  # the end of its input ends the agent, too, if there is one
         self._ended = time.monotonic()
         self._end_command()
@@ -300,9 +392,10 @@ class RemoteNode:
         """
         since = time.monotonic() - self._ended
         signum = None
-        if since > 2 * COMMAND_END_SECONDS:
+        patience = self._spec.end_seconds
+        if since > patience + KILL_SECONDS:
             signum = signal.SIGKILL
-        elif since > COMMAND_END_SECONDS or not self._greeted or self._imports:
+        elif since > patience or not self._greeted or self._imports:
             signum = signal.SIGTERM
         if signum is not None and signum is not self._signalled and not self.command_ended:
             self._signal(signum)
@@ -318,7 +411,7 @@ class RemoteNode:
             self._send(EndAgent())
         elif self.life is not Life.GONE:
             self.problem = self.problem or "was not needed"
-            self._finish()
+            self.disconnect()  # jobs of a silent node may still run
 
     def disconnect(self) -> None:
         """End the connection. An agent that has not ended ends by itself."""
@@ -336,6 +429,7 @@ class RemoteNode:
         if not self._stderr.closed:
             self._read_errors()
         self._stderr.close()
+        self._poll.close()
 
     def _signal(self, signum: signal.Signals) -> None:
         """Signal the command, which has not ended, and what it has started in its process group."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import signal
 
-_OUT_OF_MEMORY = "most likely by the kernel, which killed for want of memory at the time (see `dmesg`)"
+_OUT_OF_MEMORY = "most likely by the kernel, because the host ran out of memory at that time (see `dmesg`)"
 _LIKELY = {
-    signal.SIGKILL: "most often the host ran out of memory (see `dmesg`), or somebody killed it",
+    signal.SIGKILL: "most often the host ran out of memory (see `dmesg`), or a user killed it",
     signal.SIGSEGV: "a crash in native code; `PYTHONFAULTHANDLER=1` shows where",
     signal.SIGBUS: "often /dev/shm is full: data loader workers need more shared memory",
     signal.SIGABRT: "native code gave up, often on a failed assertion or a CUDA error",

@@ -58,7 +58,7 @@ def guarded(launcher: int, serve: Callable[[int], None], close_in_guard: Callabl
             break
         # Otherwise SIGTERM means that the thread that forked us has ended, or systemd sent it; then the head reacts.
     os.close(guards_end)
-    _log.debug("%s: ending what is left", "the fork server ended" if os.getppid() == launcher else "the program ended")
+    _log.debug("%s: ending the rest", "the fork server ended" if os.getppid() == launcher else "the program ended")
     end_descendants(1.5 * TREE_END_SECONDS)
     if os.getppid() != launcher:
         time.sleep(SHELL_SECONDS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import termios
 from collections.abc import Iterator
@@ -16,7 +17,9 @@ from typing import Any
 Modes = list[Any]
 """Terminal modes as `termios.tcgetattr` returns them."""
 
-_INPUT, _LOCAL = 0, 3
+_INPUT, _LOCAL, _CONTROL = 0, 3, 6
+_MAX_TYPED = 2**16
+"""Maximum number of bytes that are read at once, or a few more."""
 
 
 def modes(descriptor: int) -> Modes | None:
@@ -37,8 +40,8 @@ def silent(before: Modes, *, keys: bool = False) -> Modes:
     after[_LOCAL] &= ~(termios.ECHO | termios.ECHONL)
     if keys:
         after[_LOCAL] &= ~termios.ICANON
-        control = after[6]
-        control[termios.VMIN], control[termios.VTIME] = 1, 0
+        control = after[_CONTROL]
+        control[termios.VMIN], control[termios.VTIME] = 1, 1  # pagers set VTIME to 0, so these modes are ours
     return after
 
 
@@ -52,11 +55,17 @@ class Keyboard:
         self._process = os.getpid()
         self._before: Modes | None = None
         """Modes of the terminal before it was taken; None while it is not taken."""
+        self._ours: Modes | None = None
+        """The modes that were set last."""
+        self._typed: int | None = None
+        """The terminal, opened for reading without waiting."""
+        self._epoll: select.epoll | None = None
 
     def take(self) -> None:
         """Take the terminal, if this process is in its foreground.
 
-        Call this again to retake a terminal whose modes a shell has restored.
+        Call this again to retake a terminal whose modes a shell has restored. What was typed before is discarded: it
+        was not meant for this process.
         """
         now = modes(self._descriptor)
         if now is None or not self._in_foreground() or self._is_anothers(now):
@@ -65,25 +74,68 @@ class Keyboard:
         if now != wanted:
             self._before = now
             self._set(wanted)
+            self._ours = modes(self._descriptor)
+            if self._keys:
+                self._discard()
+
+    def fileno(self) -> int | None:
+        """Return a descriptor that is readable when keys may have been typed. None if keys cannot be read."""
+        if self._epoll is None and self._keys:
+            try:
+                # Not the descriptor itself: the shell shares its flags, and must not find it non-blocking.
+                self._typed = os.open("/dev/tty", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+            except OSError:
+                self._keys = False
+                return None
+            self._epoll = select.epoll()
+            # Edge-triggered: no busy loop over what is typed for another program.
+            self._epoll.register(self._typed, select.EPOLLIN | select.EPOLLET)
+        return None if self._epoll is None else self._epoll.fileno()
+
+    def read(self) -> bytes:
+        """Return what was typed since the last call, without waiting. Nothing while another program reads the keys."""
+        if self._epoll is None or self._typed is None:
+            return b""
+        self._epoll.poll(0)
+        if modes(self._descriptor) != self._ours or not self._in_foreground():
+            return b""
+        typed = b""
+        with _not_stopped(), contextlib.suppress(OSError):  # no more was typed, or the terminal is gone
+            # To the end: the rest of a long paste would otherwise count as typed after the next key.
+            while len(typed) < _MAX_TYPED and (part := os.read(self._typed, _MAX_TYPED)):
+                typed += part
+        return typed
+
+    def close(self) -> None:
+        """Give the terminal back, and close the descriptors. Idempotent."""
+        self.give_back()
+        if self._epoll is not None and self._typed is not None:
+            self._epoll.close()
+            os.close(self._typed)
+            self._epoll = self._typed = None
 
     def give_back(self) -> None:
         """Restore the terminal and discard what was typed since `take`.
 
         Does nothing in the background, because the terminal then belongs to the shell.
         """
-        before, self._before = self._before, None
+        before, ours = self._before, self._ours
+        self._before = self._ours = None
         if before is None or os.getpid() != self._process or not self._in_foreground():
             return
         now = modes(self._descriptor)
-        if now is None or self._is_anothers(now):
+        if now is None or (now != ours and self._is_anothers(now)):
             return
-        with _not_stopped(), contextlib.suppress(termios.error):  # the terminal is gone
-            termios.tcflush(self._descriptor, termios.TCIFLUSH)
+        self._discard()
         self._set(before)
 
     def _is_anothers(self, now: Modes) -> bool:
         """Whether another program reads each key, such as a pager that shows our stdout."""
-        return not self._keys and not now[_LOCAL] & termios.ICANON
+        return not now[_LOCAL] & termios.ICANON and now != self._ours
+
+    def _discard(self) -> None:
+        with _not_stopped(), contextlib.suppress(termios.error):  # the terminal is gone
+            termios.tcflush(self._descriptor, termios.TCIFLUSH)
 
     def _set(self, wanted: Modes) -> None:
         with _not_stopped(), contextlib.suppress(termios.error):
@@ -98,11 +150,11 @@ class Keyboard:
 
 @contextlib.contextmanager
 def _not_stopped() -> Iterator[None]:
-    """Block SIGTTOU, which stops a background process that changes its terminal.
+    """Block SIGTTOU and SIGTTIN, which stop a background process that changes or reads its terminal.
 
     This process may just have moved to the background.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU, signal.SIGTTIN})
     try:
         yield
     finally:
@@ -115,7 +167,7 @@ def give_back_after_death(descriptor: int, before: Modes | None) -> None:
     Does nothing if another program has changed the modes since.
     """
     now = None if before is None else modes(descriptor)
-    if before is not None and now is not None and now == silent(before) != before:
+    if before is not None and now in (silent(before), silent(before, keys=True)) and now != before:
         with contextlib.suppress(termios.error):
             termios.tcflush(descriptor, termios.TCIFLUSH)
             termios.tcsetattr(descriptor, termios.TCSANOW, before)

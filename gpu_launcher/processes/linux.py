@@ -128,7 +128,7 @@ def children_of_all() -> dict[int, list[int]]:
         if entry.name.isdigit():
             try:
                 stat = (entry / "stat").read_text(errors="replace")
-            except (FileNotFoundError, ProcessLookupError):
+            except OSError:  # just ended, or hidden from us
                 continue
             # The command name is in parentheses and may contain any character, even parentheses.
             fields = stat[stat.rindex(")") + 2 :].split()

@@ -14,10 +14,10 @@ import os
 import pickle
 import socket
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gpu_launcher.json_data import Fields, load_object
+from gpu_launcher.json_data import Fields, Values, load_object
 from gpu_launcher.model import Request
 
 _MAX_DATAGRAM = 64 * 1024
@@ -58,7 +58,11 @@ def send(to: socket.socket, message: object, descriptors: tuple[int, ...] = (), 
     Raises ChannelClosedError if the other end is closed. Without `wait`, raises BlockingIOError if the socket's buffer
     is full.
     """
-    data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    send_data(to, pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL), descriptors, wait=wait)
+
+
+def send_data(to: socket.socket, data: bytes, descriptors: tuple[int, ...] = (), *, wait: bool = True) -> None:
+    """Send one message that is pickled already. See `send`."""
     memory: int | None = None
     try:
         if len(data) > _MAX_DATAGRAM:
@@ -81,13 +85,19 @@ def receive(source: socket.socket, *, wait: bool = True) -> tuple[Any, tuple[int
     Raises ChannelClosedError if the other end is closed. Without `wait`, or if the socket is non-blocking, raises
     BlockingIOError if there is no message.
     """
+    data, descriptors = receive_data(source, wait=wait)
+    return pickle.loads(data), descriptors
+
+
+def receive_data(source: socket.socket, *, wait: bool = True) -> tuple[bytes, tuple[int, ...]]:
+    """Wait for one message, and return it pickled. See `receive`."""
     how = 0 if wait else socket.MSG_DONTWAIT
     try:
-        data, descriptors, flags, _ = socket.recv_fds(source, 2 * _MAX_DATAGRAM, _MAX_DESCRIPTORS, how)
+        data, descriptors, flags = _receive_datagram(source, how)
     except ConnectionResetError:
         # The other end closed without reading everything that we sent. The kernel reports this once, before it
         # delivers what the other end had sent.
-        data, descriptors, flags, _ = socket.recv_fds(source, 2 * _MAX_DATAGRAM, _MAX_DESCRIPTORS, how)
+        data, descriptors, flags = _receive_datagram(source, how)
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)  # SCM_RIGHTS descriptors arrive without close-on-exec
     if flags & socket.MSG_CTRUNC:
@@ -103,11 +113,31 @@ def receive(source: socket.socket, *, wait: bool = True) -> tuple[Any, tuple[int
     if data == b"\0":
         *rest, memory = descriptors
         try:
-            data = os.pread(memory, os.fstat(memory).st_size, 0)
+            data = _read_all(memory)
         finally:
             os.close(memory)
         descriptors = rest
-    return pickle.loads(data), tuple(descriptors)
+    return data, tuple(descriptors)
+
+
+def _receive_datagram(source: socket.socket, how: int) -> tuple[bytes, list[int], int]:
+    """Receive a datagram with its descriptors, and flags. Like `socket.recv_fds`, which ignores `how`."""
+    received = array.array("i")
+    room = socket.CMSG_LEN(_MAX_DESCRIPTORS * received.itemsize)
+    data, ancillary, flags, _ = source.recvmsg(2 * _MAX_DATAGRAM, room, how)
+    for level, kind, descriptors in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            received.frombytes(descriptors[: len(descriptors) // received.itemsize * received.itemsize])
+    return data, received.tolist(), flags
+
+
+def _read_all(descriptor: int) -> bytes:
+    """Return the content of a file from its beginning. One call of pread(2) returns less than 2 GiB."""
+    size, parts, read = os.fstat(descriptor).st_size, [], 0
+    while part := os.pread(descriptor, size - read, read):
+        parts.append(part)
+        read += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
@@ -188,6 +218,9 @@ class JobExited:
     """The end of what the job printed before it had a log."""
     left_behind: tuple[str, ...] = ()
     """Processes that outlived the job's main process and had to be ended: `tensorboard --logdir runs (pid 4711)`."""
+    peak_memory: int = field(default=0, compare=False)
+    """Most bytes of memory that one of its processes had resident. A measurement, which does not count in tests of
+    equality."""
 
 
 # From the node to a job.
@@ -300,8 +333,8 @@ class Report:
     """Whether the job is a trial that was pruned. `ok` is then False, but it is not a failure."""
     origin: str = ""
     """Origin of a failure: the user's line that raised, or the last line that a command printed to stderr."""
-    values: tuple[float, ...] = ()
-    """The number or numbers that a completed job returned; empty for anything else."""
+    values: Values = field(default_factory=dict)
+    """What a completed job returned for tables, by name; empty for anything that has no place in one."""
     killed: bool = False
     """Whether a signal ended the command that a job runs."""
 
@@ -346,6 +379,6 @@ class Report:
             ok, out_of_memory, pruned = (fields.boolean(name) for name in ("ok", "out_of_memory", "pruned"))
             killed = "killed" in header and fields.boolean("killed")  # earlier versions did not write it
             message, origin = fields.text_or_none("message"), fields.text("origin")
-            return cls(ok, message, b"", out_of_memory, pruned, origin, fields.numbers("values"), killed)
+            return cls(ok, message, b"", out_of_memory, pruned, origin, fields.values("values"), killed)
         except ValueError as error:
             raise ValueError(f"invalid report: {error}") from error

@@ -133,6 +133,12 @@ class SignalPipe:
         """Return a descriptor that is readable when a signal has arrived."""
         return self._read
 
+    def ignore(self, signum: signal.Signals) -> None:
+        """Ignore a signal that was taken over from now on, also after `restore`."""
+        if signum in self._before:
+            signal.signal(signum, signal.SIG_IGN)
+            self._before[signum] = signal.SIG_IGN
+
     def read(self) -> list[int]:
         """Return the signals that arrived since the last call, including others that Python handles. Never waits."""
         with contextlib.suppress(BlockingIOError):
@@ -174,6 +180,7 @@ class StopSignals:
         """The last signal that counted."""
         self._counted = -math.inf
         """Time of that signal."""
+        self._ignores_hangups = False
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
@@ -188,6 +195,15 @@ class StopSignals:
         """Return a descriptor that is readable when a signal has arrived."""
         return self._pipe.fileno()
 
+    def note(self, signum: signal.Signals) -> None:
+        """Take note of a request that ends the program as `signum` would, unless a signal does so already."""
+        self.last = self.last or signum
+
+    def ignore_hangups(self) -> None:
+        """Ignore SIGHUP from now on, also one that has arrived and was not taken, and after this context."""
+        self._ignores_hangups = True
+        self._pipe.ignore(signal.SIGHUP)
+
     def take(self) -> int:
         """Return how many of the signals that arrived since the last call count.
 
@@ -196,7 +212,7 @@ class StopSignals:
         """
         arrived = [number for number in self._pipe.read() if number in _STOPPING]
         now = self._clock()
-        if self.last is not None:
+        if self.last is not None or self._ignores_hangups:
             arrived = [number for number in arrived if number != signal.SIGHUP]
         if not arrived or now - self._counted < SAME_SIGNAL_SECONDS:
             return 0

@@ -176,7 +176,8 @@ class _Supervision:
         for descriptor in lease:
             os.close(descriptor)
         assert self._tree.status is not None, "no children, so the job was reaped"
-        return JobExited(self._tree.status, self._abandoned, printed, tuple(self._tree.left_behind[:MAX_LEFT_BEHIND]))
+        left_behind = tuple(self._tree.left_behind[:MAX_LEFT_BEHIND])
+        return JobExited(self._tree.status, self._abandoned, printed, left_behind, self._tree.peak_memory)
 
     def abandon(self) -> None:
         """Kill the job because the fork server is gone."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import signal
 import time
@@ -51,6 +52,8 @@ class ProcessTree:
         """The signal that stopped the main process; None while it runs."""
         self.left_behind: list[str] = []
         """Command lines of processes that outlived the main process and were terminated."""
+        self.peak_memory = 0
+        """Most bytes that one process of the tree had resident, of those that have ended and been waited for."""
         self._terminated = False
         self._terminate_at: float | None = None
         self._kill_at: float | None = None
@@ -66,12 +69,12 @@ class ProcessTree:
         """Reap dead children. Returns whether any child is left."""
         while True:
             try:
-                pid, status = os.waitpid(-1, self._options)
+                pid, status, usage = os.wait4(-1, self._options)
             except ChildProcessError:
                 return False
             if pid == 0:
                 return True
-            self._note(pid, status)
+            self._note(pid, status, usage)
 
     def kill(self) -> None:
         """Kill all processes with SIGKILL, and wait until they are gone."""
@@ -80,7 +83,7 @@ class ProcessTree:
             for pid in killed:
                 kill(pid)
             for pid in killed:  # afterwards their own children are ours
-                self._note(*os.waitpid(pid, 0))
+                self._note(*os.wait4(pid, 0))
             if not killed:  # /proc does not show the child, for example because of its mount option hidepid
                 select.select([self._signals], [], [], HIDDEN_CHILD_SECONDS)
                 self._signals.read()
@@ -92,7 +95,8 @@ class ProcessTree:
             return None
         return max(0.0, deadline - time.monotonic()) * 1000 + 1
 
-    def _note(self, pid: int, status: int) -> None:
+    def _note(self, pid: int, status: int, usage: resource.struct_rusage) -> None:
+        self.peak_memory = max(self.peak_memory, usage.ru_maxrss * 1024)
         if pid != self.main:
             return
         if os.WIFSTOPPED(status):

@@ -19,15 +19,7 @@ from gpu_launcher.processes.messages import Report
 from gpu_launcher.processes.unpicklable import found_at
 from gpu_launcher.processes.worker import JobContext, print_exception
 from gpu_launcher.studies import reporting, trial
-from gpu_launcher.studies.optimize_messages import (
-    NotANumber,
-    NothingToRun,
-    ObjectiveEnding,
-    Pruned,
-    Raised,
-    Returned,
-    TrialToRun,
-)
+from gpu_launcher.studies.optimize_messages import NotANumber, NothingToRun, ObjectiveEnding, Pruned, Raised, Returned
 from gpu_launcher.studies.study_proxy import install_proxy, unpickled
 from gpu_launcher.studies.worker_trial import ObjectiveChannel, WorkerTrial
 
@@ -72,16 +64,16 @@ class Objective:
         context.wait()
         channel = ObjectiveChannel(context)
         try:
-            while not isinstance(seen := channel.hear(), (TrialToRun, NothingToRun)):
+            while not isinstance(info := channel.hear(), (trial.TrialInfo, NothingToRun)):
                 pass  # an answer for a copy of this job, on a node that was lost
         except KeyboardInterrupt:
             return Report(ok=False, message="was interrupted before it had a trial", payload=b"")
-        if not isinstance(seen, TrialToRun):
+        if not isinstance(info, trial.TrialInfo):
             return DONE
         try:
-            ending = self._run(WorkerTrial(seen, channel), channel)
+            ending = self._run(WorkerTrial(info, channel), channel)
         except BaseException as error:  # not an Exception or KeyboardInterrupt, so not an end of an objective
-            return _left(error)
+            return _abnormal_report(error)
         if channel.mine:  # False in a fork that the objective made and that has returned from it
             channel.say(ending)
         if isinstance(ending, Raised) and ending.interrupted:
@@ -101,7 +93,7 @@ class Objective:
             return Raised(carried, isinstance(error, self.catch), isinstance(error, KeyboardInterrupt))
 
 
-def _left(error: BaseException) -> Report:
+def _abnormal_report(error: BaseException) -> Report:
     """The report of a process that ends with `error`. Prints the error as Python does, without our frames."""
     if not isinstance(error, SystemExit):
         print_exception(error, users_part(error.__traceback__))

@@ -7,7 +7,7 @@ the calls of the objective, and tells the trial when the objective has ended. Th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 from optuna.progress_bar import _ProgressBar
@@ -15,14 +15,12 @@ from optuna.progress_bar import _ProgressBar
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs.identity import ProcessIdentity
-from gpu_launcher.jobs.node_client import RemoteLoop
-from gpu_launcher.jobs.sweep import Options
-from gpu_launcher.jobs.where import this_program
-from gpu_launcher.nodes.engines import NodeSpec, read_nodes
+from gpu_launcher.nodes.engines import read_nodes
+from gpu_launcher.nodes.start import start_loop
 from gpu_launcher.pool import Pool, read_pool
 from gpu_launcher.requests import read_request
 from gpu_launcher.studies.objective import Objective
-from gpu_launcher.studies.ownership import Sweep, working
+from gpu_launcher.studies.ownership import TrialOwner, working
 from gpu_launcher.studies.search_loop import Callback, SearchLoop, log
 from gpu_launcher.studies.stale_trials import NEVER
 from gpu_launcher.studies.stopping import Bounds
@@ -30,9 +28,6 @@ from gpu_launcher.studies.storage import keep_connections_from_jobs
 from gpu_launcher.studies.study_session import StudySession
 from gpu_launcher.studies.study_storage import StudyStorage
 from gpu_launcher.validation import StartMethod, read_integer, read_start_method
-
-if TYPE_CHECKING:
-    from gpu_launcher.nodes.group_loop import GroupLoop
 
 
 def optimize(
@@ -76,8 +71,8 @@ def optimize(
       fail.
     - `gc_after_trial`: accepted for compatibility with `study.optimize`; a process's memory is freed when it ends.
     - `pool`: devices to use instead of all of the machine's. `start_method`: how processes are started, fork or spawn.
-    - `nodes`: machines to run trials on, as a list of `local`, `ssh:HOST`, `slurm:COUNT` and `command:COMMAND`. Each
-      uses its own devices. See docs/nodes.md. By default, only this machine.
+    - `nodes`: machines to run trials on, as a list of `local`, `ssh:HOST`, `slurm:COUNT`, `sbatch:COUNT`, `ray:COUNT`
+      and `command:COMMAND`. Each uses its own devices. See docs/nodes.md. By default, only this machine.
 
     Ctrl-C interrupts the running trials. They fail, and KeyboardInterrupt is raised.
 
@@ -105,11 +100,11 @@ def optimize(
     )
     retries = read_integer("retry_stale", retry_stale, least=0) or NEVER
     specs = read_nodes(nodes)
-    sweep = Sweep(ProcessIdentity.here())
+    sweep = TrialOwner(ProcessIdentity.here())
     storage = StudyStorage(study._storage, sweep)
     keep_connections_from_jobs(study._storage)
     # Must come before the progress bar, which starts a thread.
-    loop = _start(specs, Objective(objective, request, caught, study), options, start_method)
+    loop = start_loop(specs, Objective(objective, request, caught, study), options, method=start_method)
     study._stop_flag = False
     study._thread_local.in_optimize_loop = True
     try:
@@ -127,16 +122,6 @@ def optimize(
         loop.close()
         study._thread_local.in_optimize_loop = False
     study._storage.remove_session()
-
-
-def _start(
-    specs: Sequence[NodeSpec], program: Objective, options: Options, method: StartMethod
-) -> RemoteLoop | GroupLoop:
-    if all(spec.command is None for spec in specs):
-        return RemoteLoop(program, options, this_program(), method=method)
-    from gpu_launcher.nodes.group_loop import GroupLoop  # most searches run on one machine
-
-    return GroupLoop(specs, program, options, this_program(), method=method)
 
 
 def _exceptions(catch: object) -> tuple[type[BaseException], ...]:

@@ -6,7 +6,6 @@ sent as bytes.
 
 from __future__ import annotations
 
-import datetime
 from dataclasses import dataclass
 
 from gpu_launcher.errors import JobError
@@ -23,20 +22,7 @@ def unpack(carried: PortableException, number: int) -> BaseException:
         return error
 
 
-# From the head.
-
-
-@dataclass(frozen=True, slots=True)
-class TrialToRun:
-    """The trial of a job: the first message that the job receives, unless there is no trial for it."""
-
-    number: int
-    study: str
-    directions: tuple[int, ...]
-    """As the values of optuna.study.StudyDirection."""
-    datetime_start: datetime.datetime | None
-    prunes: bool
-    """Whether the study has a pruner."""
+# From the head. The first message to a job is the TrialInfo of its trial, unless there is no trial for it.
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +55,15 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class ShallPrune:
+class ShouldPrune:
     """Asks for a verdict. The reply is an Answer."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Asks for an answer once all that the job has sent before is handled. The reply is an Answer."""
 
     number: int
 

@@ -23,8 +23,8 @@ _working: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
-class Sweep:
-    """One sweep of one program."""
+class TrialOwner:
+    """A sweep of a program, as the owner of its trials."""
 
     identity: ProcessIdentity
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
@@ -44,7 +44,7 @@ class Sweep:
         claims = [value for name, value in trial.user_attrs.items() if name.startswith(CLAIM)]
         return bool(claims) and all(map(self._dead, claims))
 
-    def may_be_at_work(self, written: Any) -> bool:
+    def may_be_running(self, written: Any) -> bool:
         """Whether another sweep, as `to_json` wrote it, may still be running. Unknown means alive."""
         return not self._dead(written)
 
@@ -59,7 +59,7 @@ class Sweep:
 
 
 @contextmanager
-def working(sweep: Sweep) -> Iterator[None]:
+def working(sweep: TrialOwner) -> Iterator[None]:
     """Context in which other sweeps of this process see that this sweep is running."""
     _working.add(sweep.id)
     try:

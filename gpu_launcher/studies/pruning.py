@@ -59,9 +59,9 @@ class Judge:
                 changed.intermediate_values = {**changed.intermediate_values, **steps}
         with self._storage.used_by(self._study), self._storage.showing(self._found):
             known = {number: id for number, id in trials.items() if id in self._found}
-            return {number: self._one(self._found[id]) for number, id in known.items()}
+            return {number: self._should_prune(self._found[id]) for number, id in known.items()}
 
-    def _one(self, trial: FrozenTrial) -> bool | Exception:
+    def _should_prune(self, trial: FrozenTrial) -> bool | Exception:
         try:
             return bool(self._study.pruner.prune(self._study, trial))
         except UpdateFinishedTrialError:  # the pruner writes to trials, and this one was ended elsewhere

@@ -69,7 +69,7 @@ class Reporter(Protocol):
 
 
 class NullReporter:
-    """Reports nothing. For processes that do not matter to the sweep."""
+    """Ignores all reports. For processes that the sweep does not listen to."""
 
     def report(self, value: float, step: int) -> None:
         """Do nothing."""
@@ -167,8 +167,9 @@ class DetachedReporter(NullReporter):
         if not self._warned:
             self._warned = True
             log.warning(
-                "the sweep does not hear what this process reports, and prunes nothing: it is the first rank of a "
-                "distributed job, but not the job's own process. Let that be the first rank, as Lightning's ddp does"
+                "reports of this process are ignored and its trial is not pruned: this process is the first rank of a "
+                "distributed job, but not the job's main process; make the main process the first rank, as "
+                "Lightning's ddp does"
             )
 
 

@@ -12,8 +12,9 @@ import math
 import select
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import optuna
@@ -34,8 +35,9 @@ from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException
 from gpu_launcher.studies import optimize_messages as d
 from gpu_launcher.studies.deferred_sigint import DeferredSigint
-from gpu_launcher.studies.rank_reporters import Intermediate
-from gpu_launcher.studies.study_session import LOOK_SECONDS, STATES, AskedTrial, How, StudySession, TrialEnding
+from gpu_launcher.studies.search_engine import SearchEngine
+from gpu_launcher.studies.study_session import STATES, AskedTrial, StudySession, TrialEnding, TrialOutcome
+from gpu_launcher.studies.trial import TrialInfo
 from gpu_launcher.studies.worker_trial import STUDY_ATTRIBUTES, STUDY_METHODS, TRIAL_ATTRIBUTES, TRIAL_METHODS
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ INTERRUPTED = "was interrupted"
 Callback = Callable[[optuna.Study, FrozenTrial], None]
 
 
-class SearchLoop:
+class SearchLoop(SearchEngine):
     """Runs the trials of one call of `optimize`. Call `run` once, in the thread that called `optimize`."""
 
     def __init__(
@@ -67,7 +69,7 @@ class SearchLoop:
         options: Options,
     ) -> None:
         """`loop` must be open and have these `options`."""
-        self._session = session
+        super().__init__(session)
         self._study = session.study
         self._loop = loop
         self._catch = catch
@@ -76,7 +78,6 @@ class SearchLoop:
         self._options = options
         self._sigint = DeferredSigint()
         self._began = time.monotonic()
-        self._next_look = self._began + LOOK_SECONDS
 
         self._heard: deque[node.Message] = deque()
         """Messages received but not yet handled. They are kept here because KeyboardInterrupt may come in between."""
@@ -86,18 +87,12 @@ class SearchLoop:
         """Number of jobs that the node still wants."""
         self._waiting: set[int] = set()
         """Jobs that have no trial yet."""
-        self._trial_of: dict[int, int] = {}
-        """Numbers of the trials that have not ended, by job number."""
-        self._told: dict[int, d.TrialToRun] = {}
-        """The trial that each job was told to run, until the job has ended."""
         self._interruptions: dict[int, d.Raised] = {}
         """Interruptions of jobs that have not ended. If the job's node ends, the job runs again on another node."""
         self._devices: dict[int, tuple[Device, ...]] = {}
         """Devices of the jobs that have started and not yet ended."""
-        self._early: list[int] = []
+        self._early: set[int] = set()
         """Jobs that have started but wait for a trial until the end of the job that had their devices is known."""
-        self._cancelled: set[int] = set()
-        """Jobs that were told to end."""
         self._sampled: set[int] = set()
         """Trials that have asked for a parameter."""
         self._lost = 0
@@ -120,7 +115,7 @@ class SearchLoop:
                 raise
             finally:
                 self._loop.close()  # ends all jobs that are still running
-                self._tell_the_rest(why)
+                self._close_session(why)
         if self._error is not None:
             try:
                 raise self._error
@@ -133,15 +128,15 @@ class SearchLoop:
         while not self._closed and time.monotonic() < until:
             self._offer()
             self._hear(until)
-            self._take()
-            if (now := time.monotonic()) >= self._next_look:
-                self._next_look = now + LOOK_SECONDS
-                for number in self._session.ended_elsewhere():
-                    self._cancel_trial(number)
+            self._turn(self._heard)
+            for job in sorted(self._early):
+                if self._has_room(job):
+                    self._early.remove(job)
+                    self._job_started(job)
 
     def _hear(self, until: float) -> None:
         """Receive messages. Waits until there is one or something else must be done."""
-        moments = [until, self._next_look, time.monotonic() + self._loop.tick_seconds]
+        moments = [until, self._next_check, time.monotonic() + self._loop.tick_seconds]
         if not self._exhausted and self._session.bounds.timeout is not None:
             moments.append(self._began + self._session.bounds.timeout)
         patience = max(0.0, min(moments) - time.monotonic())
@@ -161,42 +156,32 @@ class SearchLoop:
         except NodeDiedError as error:  # raised when the messages before it have been handled
             return [node.Closed(error)]
 
-    def _take(self) -> None:
-        self._report()
-        judged: dict[int, d.ShallPrune] = {}
-        while self._heard:
-            match self._heard.popleft():
-                case node.Wanted(count):
-                    self._wanted += count
-                case JobStarted(number=job, devices=devices):
-                    self._devices[job] = devices
-                    self._early.append(job)
-                case node.Heard(job, d.ShallPrune() as question):
-                    judged[job] = question
-                case node.Heard(job, d.Call() as call):
-                    self._call(job, call)
-                case node.Heard(job, (d.Returned() | d.Pruned() | d.Raised()) as ending):
-                    self._ended(job, ending)
-                case JobReturned(number=job):
-                    self._returned(job)
-                case node.Ended(result):
-                    log_left_behind(result)
-                    self._gone(result)
-                case Notice() | GaveUp() | JobWaiting() as event:
-                    log_event(event)
-                case NodesChanged(text=text):
-                    log.warning("%s", text)
-                case node.Closed(error):
-                    self._closed = True
-                    if error is not None:
-                        self._give_up(error)
-        self._judge(judged)
-        early, self._early = self._early, []
-        for job in early:
-            if self._has_room(job):
-                self._started(job)
-            else:
-                self._early.append(job)
+    def _handle(self, event: node.Message) -> None:
+        match event:
+            case node.Wanted(count):
+                self._wanted += count
+            case JobStarted(number=job, devices=devices):
+                self._devices[job] = devices
+                self._early.add(job)
+            case node.Heard(job, d.Call() as call):
+                self._call(job, call)
+            case node.Heard(job, d.Ping(number)):
+                self._say(s.Reply(job, d.Answer(number, pickling.dump(None))))
+            case node.Heard(job, (d.Returned() | d.Pruned() | d.Raised()) as ending):
+                self._objective_ended(job, ending)
+            case JobReturned(number=job):
+                self._job_returned(job)
+            case node.Ended(result):
+                log_left_behind(result)
+                self._job_ended(result)
+            case Notice() | GaveUp() | JobWaiting():
+                log_event(event)
+            case NodesChanged(text=text):
+                log.warning("%s", text)
+            case node.Closed(error):
+                self._closed = True
+                if error is not None:
+                    self._end_with(error)
 
     # Jobs
 
@@ -232,7 +217,7 @@ class SearchLoop:
         arrives, the next job appears to be one too many.
         """
         most = self._options.max_parallel
-        running = [other for other in self._trial_of if other in self._devices and other != job]
+        running = [other for other in self._trials if other in self._devices and other != job]
         if most is not None and len(running) >= most:
             return False
         share = self._options.request.share if self._options.request is not None else WHOLE
@@ -242,71 +227,55 @@ class SearchLoop:
                 return False
         return True
 
-    def _started(self, job: int) -> None:
+    def _job_started(self, job: int) -> None:
         """Answer a job that has started: with a trial, or that there is none."""
         self._waiting.discard(job)
         self._lost = 0
         devices = [device.label for device in self._devices[job]]
-        answer: d.TrialToRun | d.NothingToRun = d.NothingToRun()
+        answer: TrialInfo | d.NothingToRun = d.NothingToRun()
         try:
-            if job in self._trial_of:  # the node that ran it was lost
-                answer = self._told[job]
+            if job in self._trials:  # the node that ran it was lost
+                answer = self._trials[job]
                 self._session.started(answer.number, devices)
             elif not self._over and job not in self._cancelled:
                 asked = self._session.ask()
                 if isinstance(asked, AskedTrial):
-                    trial = asked.trial
-                    self._session.started(trial.number, devices)
-                    answer = d.TrialToRun(
-                        trial.number, asked.study, asked.directions, trial.datetime_start, asked.prunes
-                    )
-                    self._trial_of[job], self._told[job] = trial.number, answer
+                    self._session.started(asked.trial.number, devices)
+                    # The objective asks for these when it needs them. The node may lack the classes of their values.
+                    self._trials[job] = answer = replace(asked.trial, params={}, distributions={}, user_attrs={})
         except Exception as error:  # from the sampler or the storage
-            self._give_up(error)
+            self._end_with(error)
         self._say(s.Reply(job, answer))
 
-    def _returned(self, job: int) -> None:
+    def _job_returned(self, job: int) -> None:
         """Take note that a job will be started again, on another node, with the trial that it has."""
         self._devices.pop(job, None)
         self._interruptions.pop(job, None)
-        if job in self._early:
-            self._early.remove(job)
-        elif job not in self._trial_of:  # its trial has ended, or it got none
+        self._early.discard(job)
+        if job not in self._trials:  # its trial has ended, or it got none
             self._waiting.add(job)
             if self._exhausted:
                 self._cancel(job, "is not needed any more")
 
-    def _gone(self, result: JobResult) -> None:
+    def _job_ended(self, result: JobResult) -> None:
         """Handle the end of a job. If its trial has already ended, only its entries here are removed."""
         job = result.number
-        if (interruption := self._interruptions.pop(job, None)) is not None:
+        interruption = self._interruptions.pop(job, None)
+        if job in self._trials and interruption is not None:
             self._raised(job, interruption)
-        if job in self._trial_of:
-            number = self._trial_of[job]
+        elif job in self._trials:
+            number = self._trials[job].number
             problem = INTERRUPTED if self._interrupted else result.message or "ended without a result"
-            if not (result.unsupervised and self._lose(job, problem)):
-                self._failed(job, JobError(number, f"trial {number}", problem, result.log), problem)
+            error = JobError(number, f"trial {number}", problem, result.log)
+            self._failed(job, error, problem, lost=result.unsupervised)
         elif job in self._waiting:
             self._waiting.discard(job)
             self._lost += job not in self._cancelled
             accident = result.outcome is Outcome.CANCELLED or result.cause in (Cause.CRASH, Cause.OOM)
             if not accident or self._lost == MAX_LOST:
-                self._give_up(JobError(job, "", result.message or "ended before it began", result.log))
-        self._cancelled.discard(job)
+                self._end_with(JobError(job, "", result.message or "ended before it began", result.log))
         self._devices.pop(job, None)
-        self._told.pop(job, None)
-        if job in self._early:
-            self._early.remove(job)
-
-    def _cancel(self, job: int, why: str) -> None:
-        if job not in self._cancelled:
-            self._cancelled.add(job)
-            self._say(s.Cancel(job, why))
-
-    def _cancel_trial(self, number: int) -> None:
-        """End the job of a trial that was ended elsewhere."""
-        for job in [job for job, trial in self._trial_of.items() if trial == number]:
-            self._cancel(job, "was ended because its trial was ended elsewhere")
+        self._early.discard(job)
 
     def _interrupt(self) -> None:
         """Give running trials some time to end, unless the user presses Ctrl-C again."""
@@ -319,51 +288,37 @@ class SearchLoop:
         with suppress(NodeDiedError):  # `_hear` finds out, too, when it has received what the node sent before
             self._loop.say(statement)
 
-    def _give_up(self, error: BaseException) -> None:
+    def _end_with(self, error: BaseException) -> None:
         """Stop asking for trials, and raise this error when the running trials have ended."""
         if self._error is None:
             self._error = error
 
     # Messages from jobs
 
-    def _report(self) -> None:
-        """Store the reports of all jobs together, before handling messages that were sent later."""
-        reports: dict[int, dict[int, float]] = {}
-        for message in self._heard:
-            match message:
-                case node.Heard(job, Intermediate(step, value)) if job in self._trial_of:
-                    reports.setdefault(self._trial_of[job], {})[step] = value
+    def _store(self, events: Iterable[Any]) -> None:
         try:
-            ended = self._session.report(reports)
+            super()._store(events)
         except Exception as error:  # from the storage
-            self._give_up(error)
-            return
-        for number in ended:
-            self._cancel_trial(number)
+            self._end_with(error)
 
-    def _judge(self, questions: dict[int, d.ShallPrune]) -> None:
-        """Judge all trials that ask, from one reading of the study. `should_prune` raises what the pruner raises."""
-        asking = {job: self._trial_of[job] for job in questions if job in self._trial_of}
-        verdicts: Mapping[int, bool | Exception]
+    def _check_trials(self) -> None:
         try:
-            verdicts = self._session.judge(list(asking.values()))
+            super()._check_trials()
         except Exception as error:  # from the storage
-            verdicts = dict.fromkeys(asking.values(), error)
-        for job, number in asking.items():
-            verdict = verdicts.get(number, False)
-            if isinstance(verdict, Exception):
-                answer: bytes | PortableException = PortableException.of(verdict, self._loop.known)
-            else:
-                answer = pickling.dump(verdict)
-            self._say(s.Reply(job, d.Answer(questions[job].number, answer)))
+            self._end_with(error)
+
+    def _answer(self, job: int, question: int, verdict: bool | Exception) -> None:
+        """`should_prune` raises the exception."""
+        known = self._loop.known
+        answer = PortableException.of(verdict, known) if isinstance(verdict, Exception) else pickling.dump(verdict)
+        self._say(s.Reply(job, d.Answer(question, answer)))
 
     def _call(self, job: int, call: d.Call) -> None:
-        number = self._trial_of.get(job)
-        if number is None:
+        if job not in self._trials:
             return
         try:
             positional, named = pickling.load(call.arguments, on_cpu=True)
-            result = self._called(number, call, positional, named)
+            result = self._called(self._trials[job].number, call, positional, named)
             answer: bytes | PortableException = pickling.dump(result, self._loop.known)
         except Exception as error:  # any error is raised in the objective
             answer = PortableException.of(error, self._loop.known)
@@ -388,8 +343,8 @@ class SearchLoop:
 
     # Ends of trials
 
-    def _ended(self, job: int, ending: d.ObjectiveEnding) -> None:
-        if job not in self._trial_of:
+    def _objective_ended(self, job: int, ending: d.ObjectiveEnding) -> None:
+        if job not in self._trials:
             return
         match ending:
             case d.Raised(interrupted=True) if self._loop.moves_jobs:
@@ -397,72 +352,57 @@ class SearchLoop:
             case d.Raised():
                 self._raised(job, ending)
             case d.Pruned(text):
-                self._tell(job, How.PRUNED, said=text)
+                self._tell(job, TrialOutcome.PRUNED, said=text)
             case d.Returned(values):
                 problem = _infeasible(values, len(self._study.directions))
                 if problem is None:
-                    self._tell(job, How.COMPLETE, values)
+                    self._tell(job, TrialOutcome.COMPLETE, values)
                 else:
                     shown = values[0] if values is not None and len(values) == 1 else values
-                    self._tell(job, How.FAILED, said=problem, returned=shown)
+                    self._tell(job, TrialOutcome.FAILED, said=problem, returned=shown)
 
     def _raised(self, job: int, ending: d.Raised) -> None:
-        if job in self._trial_of:
-            error = d.unpack(ending.error, self._trial_of[job])
-            self._failed(job, error, ending.error.summary, caught=ending.caught)
+        error = d.unpack(ending.error, self._trials[job].number)
+        self._failed(job, error, ending.error.summary, caught=ending.caught)
 
-    def _failed(self, job: int, error: BaseException, said: str, *, caught: bool = False) -> None:
-        number = self._trial_of[job]
+    def _failed(self, job: int, error: BaseException, said: str, *, caught: bool = False, lost: bool = False) -> None:
         if (self._interrupted or job in self._cancelled) and isinstance(error, (KeyboardInterrupt, JobError)):
-            del self._trial_of[job]
-            if job in self._cancelled:
-                self._session.drop(number)
-            else:
-                self._session.tell(number, TrialEnding(How.INTERRUPTED, message=INTERRUPTED))
-            return
-        self._tell(job, How.FAILED, said=said, error=error, caught=caught or isinstance(error, self._catch))
-
-    def _lose(self, job: int, problem: str) -> bool:
-        """Queue a lost job's trial again, because the trial did not cause the loss; returns whether that is settled."""
-        if self._interrupted or job in self._cancelled:
-            return False
-        number = self._trial_of[job]
-        try:
-            trial = self._session.retry_lost(number, problem)
-        except Exception as error:  # from the storage; `_tell_the_rest` fails the trial
-            del self._trial_of[job]
-            self._give_up(error)
-            return True
-        if trial is None:
-            return False
-        del self._trial_of[job]
-        _logger.warning(f"Trial {number} {problem}; it failed, and is queued again.")
-        self._call_back(trial)
-        return True
+            self._tell(job, TrialOutcome.INTERRUPTED, said=INTERRUPTED)
+        else:
+            caught = caught or isinstance(error, self._catch)
+            self._tell(job, TrialOutcome.FAILED, said=said, error=error, caught=caught, lost=lost)
 
     def _tell(
         self,
         job: int,
-        how: How,
+        outcome: TrialOutcome,
         values: tuple[float | d.NotANumber, ...] | None = None,
         *,
         said: str = "",
         error: BaseException | None = None,
         caught: bool = False,
         returned: object = None,
+        lost: bool = False,
     ) -> None:
-        number = self._trial_of.pop(job)
+        """End a trial. If its job was `lost`, the trial did not cause that, and is queued again."""
+        number = self._trials.pop(job).number
         numbers = tuple(float(value) for value in values or () if not isinstance(value, d.NotANumber))
         try:
-            trial = self._session.tell(number, TrialEnding(how, numbers, said if how is How.FAILED else None))
+            if lost and (trial := self._session.retry_lost(number, said)) is not None:
+                _logger.warning(f"Trial {number} {said}; it failed, and is queued again.")
+                self._call_back(trial)
+                return
+            trial = self._session.tell(
+                number, TrialEnding(outcome, numbers, None if outcome is TrialOutcome.PRUNED else said or None)
+            )
         except Exception as wrong:  # from the sampler or the storage
-            self._give_up(wrong)
+            self._end_with(wrong)
             return
-        if trial.state is not STATES[how]:
-            return  # it was already ended elsewhere
+        if trial.state is not STATES.get(outcome):
+            return  # it was interrupted, or already ended elsewhere
         self._log(trial, said, error, returned)
         if error is not None and not caught:
-            self._give_up(error)
+            self._end_with(error)
         elif not self._interrupted:
             self._call_back(trial)
 
@@ -485,10 +425,10 @@ class SearchLoop:
             for callback in self._callbacks:
                 callback(self._study, copy.deepcopy(trial))
         except Exception as error:
-            self._give_up(error)
+            self._end_with(error)
         self._bar.update(time.monotonic() - self._began, self._study)
 
-    def _tell_the_rest(self, why: str) -> None:
+    def _close_session(self, why: str) -> None:
         try:
             self._session.close(why, interrupted=why is INTERRUPTED)
         except Exception:  # from the storage, whose failure may have ended the search

@@ -11,21 +11,21 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from gpu_launcher.studies.ownership import Sweep
-from gpu_launcher.studies.trial_attrs import FAILURE, JOB, LOST, OURS, RETRY_OF
+from gpu_launcher.studies.ownership import TrialOwner
+from gpu_launcher.studies.trial_attrs import FAILURE, JOB, LOST, PREFIX, RETRY_OF
 from gpu_launcher.wording import count
 
 NEVER = -1
 """Value of `max_retries` with which no trial is queued again, not even one that never ran."""
 
 
-def fail_stale_trials(study: optuna.Study, sweep: Sweep, max_retries: int, who: str = "sweep") -> list[str]:
+def fail_stale_trials(study: optuna.Study, sweep: TrialOwner, max_retries: int, who: str = "sweep") -> list[str]:
     """Fail the trials that dead sweeps left running, and queue each again, at most `max_retries` times.
 
     Returns lines for the user that say what was done; they call a sweep `who`. Trials whose owner is alive, may be
     alive or is unknown are not changed.
     """
-    died = f"its {who} ended without telling"
+    died = f"its {who} ended before the trial did"
     storage = study._storage
     trials = storage.get_all_trials(study._study_id, deepcopy=False)
     have_copies = {trial.user_attrs[RETRY_OF][-1] for trial in trials if RETRY_OF in trial.user_attrs}
@@ -42,7 +42,7 @@ def fail_stale_trials(study: optuna.Study, sweep: Sweep, max_retries: int, who: 
     if not failed:
         return []
     again_said = f", and {queued} of them queued again" if queued else ""
-    return [f"marked {count(failed, 'trial')} as failed that a dead {who} had left running{again_said}"]
+    return [f"marked {count(failed, 'trial')} of a dead {who} as failed{again_said}"]
 
 
 def losses(trial: FrozenTrial) -> int:
@@ -57,7 +57,7 @@ def queue_again(study: optuna.Study, trial: FrozenTrial, lost: int, message: str
     if storage.get_trial(trial._trial_id).state.is_finished():
         return False  # checked first, so that a failed copy is left only if the trial ends in this moment
     params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-    kept = {name: value for name, value in trial.user_attrs.items() if not name.startswith(OURS)}
+    kept = {name: value for name, value in trial.user_attrs.items() if not name.startswith(PREFIX)}
     before = [*trial.user_attrs.get(RETRY_OF, []), trial.number]
     copy = create_trial(
         state=TrialState.WAITING,
@@ -67,7 +67,7 @@ def queue_again(study: optuna.Study, trial: FrozenTrial, lost: int, message: str
     copied = storage.create_new_trial(study._study_id, copy)
     if fail(storage, trial._trial_id, message):
         return True
-    fail(storage, copied, f"trial {trial.number}, which it was to repeat, has ended after all")
+    fail(storage, copied, f"trial {trial.number}, which it was to repeat, ended by itself")
     return False
 
 

@@ -9,7 +9,9 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+from gpu_launcher.studies.trial_attrs import LEFT_OUT
+
+FINISHED_STATES = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 MIN_ENDED = 10
 """Trials that must have ended before `max_failure_rate` applies, unless it is 0."""
 
@@ -21,7 +23,7 @@ class Bounds:
     n_trials: int | None = None
     """Trials that this sweep asks for."""
     total_trials: int | None = None
-    """The study's completed, pruned and running trials, plus this sweep's failed ones."""
+    """The study's completed, pruned and running trials, plus this sweep's failed ones; not those that are left out."""
     timeout: float | None = None
     """Seconds since the session was opened."""
     patience: int | None = None
@@ -80,7 +82,7 @@ class Stopping:
         if bounds.n_trials is not None and tally.asked >= bounds.n_trials:
             return SearchEnded(None)
         if bounds.timeout is not None and tally.seconds >= bounds.timeout:
-            return SearchEnded("no more trials are asked for: the timeout is over")
+            return SearchEnded("no more trials are asked for: the timeout has passed")
         if tally.all_tried and not self._trials(TrialState.WAITING):
             return SearchEnded("no more trials are asked for: every combination has been tried")
         if self.combinations is not None and not self._left(self.combinations):
@@ -90,22 +92,27 @@ class Stopping:
         if bounds.max_failure_rate is not None and failed:
             few = ended < MIN_ENDED and bounds.max_failure_rate > 0
             if not few and failed / ended > bounds.max_failure_rate:
-                reason = f"no more trials are asked for: {failed} of {ended} failed"
-                return SearchEnded(f"{reason}, more than max_failure_rate={bounds.max_failure_rate} lets", failed=True)
+                reason = f"no more trials are asked for: {failed} of {ended} trials failed"
+                return SearchEnded(
+                    f"{reason}, more than max_failure_rate={bounds.max_failure_rate} allows", failed=True
+                )
         if bounds.patience is not None and (since := self._since_best()) >= bounds.patience:
-            return SearchEnded(f"no more trials are asked for: {since} completed without improving on the best")
+            return SearchEnded(
+                f"no more trials are asked for: {since} trials in a row completed without improving on the best"
+            )
         return None
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study._storage.get_all_trials(self.study._study_id, deepcopy=False, states=states)
 
     def _total(self, failed: int) -> int:
-        return len(self._trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)) + failed
+        trials = self._trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+        return sum(LEFT_OUT not in trial.user_attrs for trial in trials) + failed
 
     def _left(self, combinations: int) -> int:
         """The number of combinations that are neither tried nor being tried, plus queued trials."""
         queued = self._trials(TrialState.WAITING)
-        tried = {repr(sorted(trial.params.items())) for trial in self._trials(*ENDED, TrialState.RUNNING)}
+        tried = {repr(sorted(trial.params.items())) for trial in self._trials(*FINISHED_STATES, TrialState.RUNNING)}
         return max(0, combinations - len(tried)) + len(queued)
 
     def _since_best(self) -> int:

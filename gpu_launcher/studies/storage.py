@@ -177,7 +177,7 @@ def keep_connections_from_jobs(storage: BaseStorage) -> None:
 
 
 @contextmanager
-def alone(storage: BaseStorage) -> Iterator[None]:
+def locked(storage: BaseStorage) -> Iterator[None]:
     """Exclude other programs that enter this context for the same storage, for example to check and then add something.
 
     For a file it locks the directory, as opening the file does. In other databases it locks a row that nothing else

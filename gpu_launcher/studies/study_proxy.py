@@ -18,9 +18,9 @@ else:
     _Base = object
 
 _VIEW = "_gpu_launcher_view"
-SEEN = frozenset(("direction", "directions", "study_name"))
+KNOWN_ATTRIBUTES = frozenset(("direction", "directions", "study_name"))
 """Attributes that a view knows without asking the head."""
-NOT_HERE = frozenset(
+UNAVAILABLE = frozenset(
     (
         *("add_trial", "add_trials", "ask", "optimize", "set_metric_names", "set_system_attr", "tell"),
         *("_storage", "_thread_local"),  # these would be the copy's
@@ -35,9 +35,9 @@ class StudyProxy(_Base):
     """
 
     def __getattribute__(self, name: str) -> Any:
-        if name in STUDY_ATTRIBUTES or name in STUDY_METHODS or name in SEEN:
+        if name in STUDY_ATTRIBUTES or name in STUDY_METHODS or name in KNOWN_ATTRIBUTES:
             return getattr(_view(self), name)
-        if name in NOT_HERE:
+        if name in UNAVAILABLE:
             raise AttributeError(absent(name))
         return super().__getattribute__(name)
 
@@ -68,6 +68,6 @@ def _proxy_class(kind: type[optuna.Study]) -> type[optuna.Study]:
 def _view(proxy: StudyProxy) -> StudyView:
     view = vars(proxy).get(_VIEW)
     if view is None:
-        raise RuntimeError("a study can be used by the objective only, and not before it is called")
+        raise RuntimeError("the study is not available here yet: use it inside the objective")
     assert isinstance(view, StudyView)
     return view

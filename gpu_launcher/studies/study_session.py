@@ -11,6 +11,7 @@ A session is used in one thread at a time.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,20 +28,31 @@ from gpu_launcher.debug_log import get_logger
 from gpu_launcher.studies import stale_trials
 from gpu_launcher.studies.pruning import Judge
 from gpu_launcher.studies.stale_trials import fail, losses, queue_again
-from gpu_launcher.studies.stopping import ENDED, Bounds, SearchEnded, Stopping, Tally
+from gpu_launcher.studies.stopping import FINISHED_STATES, Bounds, SearchEnded, Stopping, Tally
 from gpu_launcher.studies.study_storage import StudyStorage
-from gpu_launcher.studies.trial_attrs import FAILURE, JOB, LOST
+from gpu_launcher.studies.trial import TrialInfo
+from gpu_launcher.studies.trial_attrs import FAILURE, JOB, LEFT_OUT, LOST
 
 _log = get_logger("studies.study_session")
 
 STOPPED = "the sweep was stopped"
-LOOK_SECONDS = 2.0
+CHECK_SECONDS = 2.0
 """Seconds between two checks for trials that were ended elsewhere."""
+MAX_LEFT_OUT = 100
+"""Trials in a row that are left out after which the sweep ends, so that it cannot ask for ever."""
+DRAW_EVERY = 10
+"""Trials in a row that are left out after which a random point that is not left out is queued.
+
+Some samplers learn only from completed trials, and would propose the same excluded point again and again."""
 MAX_HOPELESS = 3
 """Trials without a usable value after which the sweep ends, if no other trial has ended."""
 
 
-class How(str, Enum):
+class LeftOutError(Exception):
+    """Raised by `define` for a trial that is not to run, because the user has excluded its values."""
+
+
+class TrialOutcome(str, Enum):
     """How a trial ended."""
 
     COMPLETE = "complete"
@@ -50,14 +62,18 @@ class How(str, Enum):
     """The search was stopped. The trial is queued again for the next sweep that continues the study."""
 
 
-STATES = {How.COMPLETE: TrialState.COMPLETE, How.PRUNED: TrialState.PRUNED, How.FAILED: TrialState.FAIL}
+STATES = {
+    TrialOutcome.COMPLETE: TrialState.COMPLETE,
+    TrialOutcome.PRUNED: TrialState.PRUNED,
+    TrialOutcome.FAILED: TrialState.FAIL,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class TrialEnding:
     """How a trial ended, as told to the study."""
 
-    how: How
+    outcome: TrialOutcome
     values: tuple[float, ...] = ()
     message: str | None = None
     """Why the trial did not complete."""
@@ -71,22 +87,21 @@ class TrialEnding:
 class AskedTrial:
     """A trial to run."""
 
-    trial: FrozenTrial
+    trial: TrialInfo
     """The trial as it is at its beginning, with parameters, distributions and attributes."""
     spec: list[str]
     """The result of `define`, such as a list of overrides."""
-    study: str
-    prunes: bool
-    """Whether the study has a pruner, which can give a verdict on reports."""
-    directions: tuple[int, ...]
-    """As the values of optuna.study.StudyDirection."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnusablePoint:
-    """A queued trial whose values do not define a job. It has failed; ask again."""
+    """A trial that does not become a job; ask again.
 
-    message: str
+    Either it was queued with values that do not define a job, and has failed. Or it is left out, and has been pruned.
+    """
+
+    message: str | None
+    """A line for the user; None for a trial that the sampler proposed and that is left out."""
 
 
 @dataclass(slots=True)
@@ -117,11 +132,8 @@ class Best:
 class SearchSummary:
     """The outcome of a search."""
 
-    study: str
     best: list[Best]
     """The best trial, or for several objectives the Pareto front; empty if none completed."""
-    states: dict[str, int]
-    """The number of the study's trials in each state, by Optuna's name for the state."""
     first_failure: str | None
     left: int | None
     """Trials that this sweep should still have run; None if `n_trials` was not set."""
@@ -139,7 +151,7 @@ class StudySession:
     storage: StudyStorage
     """The study's own storage, or a wrapper of it."""
     define: Callable[[optuna.Trial], list[str]] = _no_spec
-    """Suggests a trial's parameters and returns what its job is called with."""
+    """Suggests a trial's parameters and returns what its job is called with. Raises LeftOutError for excluded ones."""
     bounds: Bounds = Bounds()  # noqa: RUF009  (frozen)
     max_retries: int = 0
     """How often a lost trial's parameters are queued again; `stale_trials.NEVER`: not even after an interruption."""
@@ -149,17 +161,23 @@ class StudySession:
     """Whether sweeps on the study must sample one after another; see `ask`."""
     warm_up: Callable[[], object] = lambda: None
     """Imports what the sampler needs later, which may take seconds. Call it while no trial is needed."""
+    draw: Callable[[], Mapping[str, Any] | None] = lambda: None
+    """Draws random parameters that are not left out; returns None if it finds none."""
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
     running: dict[int, RunningTrial] = field(default_factory=dict)
     """The trials of this session that have not been told, by number."""
     asked: int = 0
-    """The number of trials that this session has asked for."""
+    """The number of trials that this session has asked for, without those that were left out."""
+    left_out: int = 0
+    """The number of trials that were left out."""
 
     def __post_init__(self) -> None:
         self._opened = self.clock()
-        self._ended: Counter[How] = Counter()
+        self._ended: Counter[TrialOutcome] = Counter()
         self._hopeless = 0
+        self._left_out_in_a_row = 0
+        self._why_left_out = ""
         self._exhausted = False
         """Whether the sampler has said that it has tried every combination."""
         self._sampling_seconds = 0.0
@@ -173,19 +191,24 @@ class StudySession:
 
     def fail_stale_trials(self, who: str = "sweep") -> list[str]:
         """See `stale_trials`. Only one session does this at a time, or two would queue the same trial again."""
-        with self.storage.alone():
+        with self.storage.locked():
             return stale_trials.fail_stale_trials(self.study, self.storage.sweep, self.max_retries, who)
 
     def enqueue(self, points: Sequence[Mapping[str, Any]]) -> None:
         """Queue these parameters to be tried first, unless the study already has them."""
-        with self.storage.alone() if points else nullcontext():
+        with self.storage.locked() if points else nullcontext():
             for point in points:
                 self.study.enqueue_trial(dict(point), skip_if_exists=True)
 
     @property
+    def is_new(self) -> bool:
+        """Whether no trial of the study has begun."""
+        return not self._trials(TrialState.RUNNING, *FINISHED_STATES)
+
+    @property
     def expected(self) -> int | None:
         """The number of trials that this session will run, as far as known now."""
-        return self._stopping.expected(self._ended[How.FAILED])
+        return self._stopping.expected(self._ended[TrialOutcome.FAILED])
 
     # While it runs
 
@@ -193,8 +216,13 @@ class StudySession:
         """Why no more trials are asked for; None if more may be."""
         if (over := self._stopping.over(self._tally)) is not None:
             return over
+        if self._left_out_in_a_row >= MAX_LEFT_OUT and self.combinations is None:
+            return SearchEnded(
+                f"no more trials are asked for: {self._left_out_in_a_row} proposals in a row were left out, the "
+                f"last because {self._why_left_out}; allow more, or change the search space"
+            )
         if self._hopeless >= MAX_HOPELESS and self._hopeless == self._ended.total():
-            reason = f"no more trials are asked for: none of the first {self._hopeless} returned a value to search by"
+            reason = f"no more trials are asked for: none of the first {self._hopeless} returned a usable value"
             return SearchEnded(f"{reason}; the task function must return a number for each direction", failed=True)
         return None
 
@@ -210,7 +238,7 @@ class StudySession:
         """
         if (over := self.over()) is not None:
             return over
-        with self.storage.alone() if self.in_turn else nullcontext():
+        with self.storage.locked() if self.in_turn else nullcontext():
             return self._sample()
 
     def _sample(self) -> AskedTrial | UnusablePoint:
@@ -224,6 +252,8 @@ class StudySession:
             raise
         try:
             spec = self.define(trial)
+        except LeftOutError as error:
+            return self._leave_out(trial, str(error))
         except BaseException as error:
             stopped = not isinstance(error, Exception)
             asked = self.storage.get_trial(trial._trial_id)
@@ -231,7 +261,7 @@ class StudySession:
             if not queued or stopped:
                 raise
             values = ", ".join(f"{name}={value!r}" for name, value in queued.items())
-            message = f"trial {trial.number} failed: it was queued with {values}, of which no job can be made: {error}"
+            message = f"trial {trial.number} failed: it was queued with {values}, which do not define a job: {error}"
             self._first_failure = self._first_failure or message
             return UnusablePoint(message)
         frozen = self.storage.get_trial(trial._trial_id)
@@ -239,10 +269,33 @@ class StudySession:
         # the new worker tells all trials in `running`, and must not find it half updated.
         with self.storage.uninterrupted():
             self.asked += 1
+            self._left_out_in_a_row = 0
             self.running[trial.number] = RunningTrial(trial)
             self._sampling_seconds += self.clock() - began
-        directions = tuple(direction.value for direction in self.study.directions)
-        return AskedTrial(frozen, spec, self.study.study_name, self._prunes, directions)
+        info = TrialInfo(
+            number=trial.number,
+            study=self.study.study_name,
+            params=dict(frozen.params),
+            distributions=dict(frozen.distributions),
+            user_attrs=dict(frozen.user_attrs),
+            datetime_start=frozen.datetime_start,
+            prunes=self._prunes,
+            directions=tuple(direction.value for direction in self.study.directions),
+        )
+        return AskedTrial(info, spec)
+
+    def _leave_out(self, trial: optuna.Trial, why: str) -> UnusablePoint:
+        """Tell a trial that is not to run as pruned. Samplers that learn from pruned trials then avoid its values."""
+        trial.set_user_attr(LEFT_OUT, why)
+        self._tell(trial, None, TrialState.PRUNED)
+        _log.info("trial %d is left out: %s", trial.number, why)
+        self.left_out += 1
+        self._why_left_out = why
+        self._left_out_in_a_row += 1
+        if self.combinations is None and self._left_out_in_a_row % DRAW_EVERY == 0 and (point := self.draw()):
+            self.study.enqueue_trial(dict(point), skip_if_exists=True)
+        queued = self.storage.get_trial(trial._trial_id).system_attrs.get("fixed_params")
+        return UnusablePoint(f"trial {trial.number} was queued, but is left out: {why}" if queued else None)
 
     def started(
         self, number: int, devices: Sequence[str], directory: str | None = None, log: str | None = None
@@ -293,28 +346,23 @@ class StudySession:
         Raises whatever the sampler or the storage raises.
         """
         running = self.running[number]
-        _log.info("trial %d: %s%s", number, ending.how.name, f": {ending.message}" if ending.message else "")
-        self._ended[ending.how] += 1
+        _log.info("trial %d: %s%s", number, ending.outcome.name, f": {ending.message}" if ending.message else "")
+        self._ended[ending.outcome] += 1
         self._hopeless += ending.hopeless
-        if ending.how is How.FAILED and self._first_failure is None:
+        if ending.outcome is TrialOutcome.FAILED and self._first_failure is None:
             self._first_failure = f"trial {number} {ending.message or 'failed'}"
         try:
             self._note_end(number, ending.message)
-            if ending.how is How.INTERRUPTED:
-                self._give_up(running.id, ending.message, interrupted=True)
+            if ending.outcome is TrialOutcome.INTERRUPTED:
+                self._fail_or_retry(running.id, ending.message, interrupted=True)
             else:
-                if ending.how is How.FAILED and ending.message is not None:
+                if ending.outcome is TrialOutcome.FAILED and ending.message is not None:
                     self._note(number, FAILURE, ending.message)
-                values = list(ending.values) if ending.how is How.COMPLETE else None
-                self._tell(running.trial, values, STATES[ending.how])
+                values = list(ending.values) if ending.outcome is TrialOutcome.COMPLETE else None
+                self._tell(running.trial, values, STATES[ending.outcome])
             return self.storage.get_trial(running.id)
         finally:
-            self.drop(number)
-
-    def drop(self, number: int) -> None:
-        """Forget a trial that was ended elsewhere."""
-        del self.running[number]
-        self._judge.forget()
+            self._forget(number)
 
     def retry_lost(self, number: int, message: str) -> FrozenTrial | None:
         """Fail a lost trial and queue its parameters again; returns the failed trial.
@@ -328,14 +376,14 @@ class StudySession:
         if not queue_again(self.study, trial, lost, message):
             return None
         self._first_failure = self._first_failure or f"trial {number} {message}"
-        self.drop(number)
+        self._forget(number)
         return self.storage.get_trial(trial._trial_id)
 
     def ended_elsewhere(self) -> list[int]:
         """Numbers of this session's trials that were ended elsewhere, for example from a dashboard."""
         if not self.running:
             return []
-        ended = {trial._trial_id for trial in self._trials(*ENDED)}  # one query instead of one per trial
+        ended = {trial._trial_id for trial in self._trials(*FINISHED_STATES)}  # one query instead of one per trial
         return [number for number, trial in self.running.items() if trial.id in ended]
 
     def facts(self) -> tuple[tuple[str, str], ...]:
@@ -366,14 +414,13 @@ class StudySession:
             self._note_end(number, message)
         self.running.clear()
         for trial in self._mine():
-            self._give_up(trial._trial_id, message, interrupted=interrupted)
+            self._fail_or_retry(trial._trial_id, message, interrupted=interrupted)
 
     def summary(self) -> SearchSummary:
         """The outcome of the search."""
-        states = Counter(trial.state.name.lower() for trial in self._trials())
-        done = self._ended.total() - self._ended[How.INTERRUPTED]
+        done = self._ended.total() - self._ended[TrialOutcome.INTERRUPTED]
         left = None if self.bounds.n_trials is None else max(0, self.bounds.n_trials - done)
-        return SearchSummary(self.study.study_name, self.best(), dict(states), self._first_failure, left)
+        return SearchSummary(self.best(), self._first_failure, left)
 
     def best(self) -> list[Best]:
         """The best trial, or the Pareto front."""
@@ -391,13 +438,17 @@ class StudySession:
 
     # Internal
 
+    def _forget(self, number: int) -> None:
+        del self.running[number]
+        self._judge.forget()
+
     @property
     def _stopping(self) -> Stopping:
         return Stopping(self.study, self.bounds, self.combinations)
 
     @property
     def _tally(self) -> Tally:
-        ended, failed = self._ended.total(), self._ended[How.FAILED]
+        ended, failed = self._ended.total(), self._ended[TrialOutcome.FAILED]
         return Tally(self.asked, ended, failed, self.clock() - self._opened, self._exhausted)
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
@@ -416,12 +467,12 @@ class StudySession:
         """End a trial that was asked for and will not run; returns the values with which it was queued, if any."""
         queued: dict[str, Any] = trial.system_attrs.get("fixed_params", {})
         if stopped and queued:  # the user may know it to be a good point
-            self._give_up(trial._trial_id, STOPPED, interrupted=True)
+            self._fail_or_retry(trial._trial_id, STOPPED, interrupted=True)
         else:
             fail(self.storage, trial._trial_id, STOPPED if stopped else why)
         return queued
 
-    def _give_up(self, id: int, message: str | None, *, interrupted: bool) -> None:
+    def _fail_or_retry(self, id: int, message: str | None, *, interrupted: bool) -> None:
         """Fail an interrupted or lost trial, and queue its parameters again unless they were lost too often."""
         trial = self.storage.get_trial(id)
         lost = trial.user_attrs.get(LOST, 0) if interrupted else losses(trial)
@@ -438,7 +489,8 @@ class StudySession:
             self._note_job(number)
 
     def _note_job(self, number: int) -> None:
-        self._note(number, JOB, self.running[number].job)
+        # A copy, because a storage in memory keeps what it is given, and the trial may have ended when this changes.
+        self._note(number, JOB, copy.copy(self.running[number].job))
 
     def _note(self, number: int, name: str, value: Any) -> None:
         with suppress(UpdateFinishedTrialError):  # it was ended elsewhere

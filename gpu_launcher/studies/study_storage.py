@@ -25,7 +25,7 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.studies import storage as databases
-from gpu_launcher.studies.ownership import Sweep
+from gpu_launcher.studies.ownership import TrialOwner
 from gpu_launcher.studies.storage_retry import StorageRetry
 from gpu_launcher.studies.trial_attrs import CLAIM, OWNER
 
@@ -39,7 +39,7 @@ _swapping = threading.RLock()
 class StudyStorage(BaseStorage):
     """Wraps the storage of a study for one sweep; see the module."""
 
-    def __init__(self, backend: BaseStorage, sweep: Sweep) -> None:
+    def __init__(self, backend: BaseStorage, sweep: TrialOwner) -> None:
         self.backend = backend
         self.sweep = sweep
         self.retry: StorageRetry | None = None
@@ -75,9 +75,9 @@ class StudyStorage(BaseStorage):
             finally:
                 study._storage = before
 
-    def alone(self) -> AbstractContextManager[None]:
-        """See `storage.alone`."""
-        return databases.alone(self.backend)
+    def locked(self) -> AbstractContextManager[None]:
+        """See `storage.locked`."""
+        return databases.locked(self.backend)
 
     def store_reports(self, reports: Mapping[int, Mapping[int, float]]) -> set[int]:
         """See `storage.store_reports`."""

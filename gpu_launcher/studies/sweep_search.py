@@ -3,8 +3,7 @@
 Theory of operation. Sampling can take seconds, and must neither stop the display nor make jobs wait. So one thread of
 the head, the worker, does the search's work, and only the worker uses the study. The head's main thread tells the
 worker what happens to jobs, and receives statements from it: trials to run, verdicts, lines for the user. In each turn
-the worker stores all reports, handles all other events, gives verdicts on the reports, and then samples one trial if
-one is wanted. In this order pruners see what ended before a report.
+the worker handles all events (`search_engine.py`), and then samples one trial if one is wanted.
 
 If the user stops the sweep while the worker samples a trial, the sweep does not wait for the sampler. A new worker
 takes over and tells the study about the running trials. The old worker must not use the study any more: its next
@@ -18,7 +17,8 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,19 +27,21 @@ from optuna.exceptions import StorageInternalError
 from gpu_launcher.errors import GpuLauncherError, StudyError
 from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.job import Job, JobResult
+from gpu_launcher.jobs.node_messages import Heard
 from gpu_launcher.model import Device
+from gpu_launcher.studies.optimize_messages import ShouldPrune
 from gpu_launcher.studies.rank_reporters import Attribute, Intermediate, Verdict
+from gpu_launcher.studies.search_engine import SearchEngine
 from gpu_launcher.studies.stopping import SearchEnded
 from gpu_launcher.studies.storage_retry import StorageRetry
 from gpu_launcher.studies.study_session import (
-    LOOK_SECONDS,
+    CHECK_SECONDS,
     AskedTrial,
     SearchSummary,
     StudySession,
     TrialEnding,
     UnusablePoint,
 )
-from gpu_launcher.studies.trial import TrialSeen
 
 
 class SamplingInterrupted(BaseException):
@@ -49,8 +51,8 @@ class SamplingInterrupted(BaseException):
     """
 
 
-class SweepSearch:
-    """Runs the search of one sweep in a worker thread; see the module. Nothing else may use the session from now on."""
+class SweepSearch(SearchEngine):
+    """Runs the search of one sweep in a worker thread; see the module."""
 
     def __init__(
         self,
@@ -67,20 +69,19 @@ class SweepSearch:
         called at the end and returns lines for the user. With `kill_pruned`, a trial that is to be pruned is ended even
         if it does not ask.
         """
-        self._session = session
+        super().__init__(session)
         self._make_job = make_job
         self._ending = ending
         self._finish = finish
         self._kill_pruned = kill_pruned
         self.failed: str | None = None
         """Why the search failed, if it did."""
-        self._news = threading.Condition()
-        """Guards the fields that the main thread and the worker exchange: `_reports` to `_error`."""
-        self._reports: dict[int, dict[int, float]] = {}
-        self._happened: list[Callable[[], None]] = []
+        self._changed = threading.Condition()
+        """Guards the fields that the main thread and the worker exchange: `_events` to `_error`."""
+        self._events: deque[Heard | Callable[[], None]] = deque()
         self._wanted = 0
         self._closing = False
-        self._said: list[s.Statement] = []
+        self._statements: list[s.Statement] = []
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._error: GpuLauncherError | None = None
         self._result: tuple[SearchSummary, list[str]] | None = None
@@ -93,9 +94,7 @@ class SweepSearch:
         """Whether the worker is sampling a trial. `close` replaces the worker only if it is."""
         self._hurried = False
         """Whether `close` has a time limit. If so, no further trial is sampled."""
-        self._cancelled: set[int] = set()
         self._facts: tuple[tuple[str, str], ...] = ()
-        self._next_look = 0.0
         self._warm = False
         """Whether the imports that the sampler needs later have been started or done."""
         session.storage.uninterrupted = self._use
@@ -111,43 +110,50 @@ class SweepSearch:
 
     def receive(self) -> list[s.Statement]:
         """See `JobSource`."""
-        with self._news:
+        with self._changed:
             os.eventfd_read(self._wakeup)
-            said, self._said = self._said, []
+            statements, self._statements = self._statements, []
             if self._error is not None:
                 os.eventfd_write(self._wakeup, 1)
-                if not said:
+                if not statements:
                     raise self._error
-        return said
+        return statements
 
     def request_jobs(self, count: int) -> None:
         """See `JobSource`."""
-        with self._news:
+        with self._changed:
             self._wanted += count
-            self._news.notify()
+            self._changed.notify()
+
+    def coming(self) -> range:
+        """See `JobSource`. A trial is known only when it is offered."""
+        return range(0)
 
     def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
         """See `JobSource`."""
         directory = None if log is None else os.path.dirname(log)  # noqa: PTH120
         labels = [device.label for device in devices]
-        self._happens(lambda: self._session.started(job.number, labels, directory, log))
+        self._post(lambda: self._session.started(job.number, labels, directory, log))
 
     def on_message(self, number: int, what: Any) -> None:
         """See `JobSource`."""
         match what:
-            case Intermediate(step, value):
-                with self._news:
-                    reports = self._reports.setdefault(number, {})
-                    reports.pop(step, None)  # so that the last report comes last
-                    reports[step] = value
-                    self._news.notify()
+            case Intermediate(step):
+                self._post(Heard(number, what), Heard(number, ShouldPrune(step)))  # every report gets a verdict
             case Attribute(name, text):
-                self._happens(lambda: self._session.annotate(number, name, json.loads(text)))
+                self._post(lambda: self._session.annotate(number, name, json.loads(text)))
 
     def ended(self, result: JobResult) -> None:
         """See `JobSource`."""
         ending = self._ending(result)
-        self._happens(lambda: self._tell(result.number, ending, lost=result.unsupervised))
+        self._post(lambda: self._tell(result.number, ending, lost=result.unsupervised))
+
+    def retry(self, jobs: Sequence[Job]) -> None:
+        """See `JobSource`. The study knows how these trials ended, and that cannot be changed."""
+        raise ValueError(
+            "a trial of a search ends once: run the program alone with the trial's parameters, which `gpu-launcher "
+            "jobs` shows"
+        )
 
     def tick(self) -> None:
         """See `JobSource`."""
@@ -159,9 +165,9 @@ class SweepSearch:
         is raised when the time is over. None waits as long as it takes.
         """
         until = None if patience is None else time.monotonic() + patience
-        with self._news:
+        with self._changed:
             self._closing = True
-            self._news.notify()
+            self._changed.notify()
         if patience is not None and self._using.acquire(timeout=patience):
             try:
                 self._hurried = True
@@ -178,8 +184,8 @@ class SweepSearch:
             raise self._error
         if self._result is None:
             raise StudyError(
-                f"the search did not end in {patience:.0f} s, and is left alone; the next sweep on the study fails the "
-                "trials that ran"
+                f"the search did not end within {patience:.0f} s and was abandoned; the next sweep on the study marks "
+                "the running trials as failed"
             )
         os.close(self._wakeup)
         return self._result
@@ -188,10 +194,10 @@ class SweepSearch:
         """Stop using the study. The next sweep on it fails the trials that are running."""
         self._worker = None
 
-    def _happens(self, what: Callable[[], None]) -> None:
-        with self._news:
-            self._happened.append(what)
-            self._news.notify()
+    def _post(self, *what: Heard | Callable[[], None]) -> None:
+        with self._changed:
+            self._events.extend(what)
+            self._changed.notify()
 
     # Methods of the worker.
 
@@ -212,13 +218,13 @@ class SweepSearch:
             yield
 
     def _say(self, statement: s.Statement) -> None:
-        with self._news:
-            self._said.append(statement)
+        with self._changed:
+            self._statements.append(statement)
             os.eventfd_write(self._wakeup, 1)
 
     def _work(self) -> None:
         try:
-            while self._turn():
+            while self._work_on():
                 pass
             self._session.close()
             summary = self._session.summary()
@@ -233,13 +239,13 @@ class SweepSearch:
         failed = error if isinstance(error, GpuLauncherError) else None
         if failed is None:
             traceback.print_exc()
-            failed = StudyError(f"the search ended: {type(error).__name__}: {error}")
+            failed = StudyError(f"the search failed: {type(error).__name__}: {error}")
         if not isinstance(error, StorageInternalError):  # that was already retried for the longest time
             try:
                 self._session.close()
             except Exception:  # from the storage; the next sweep fails the trials that cannot be told now
                 traceback.print_exc()
-        with self._news:
+        with self._changed:
             self._error = failed
             os.eventfd_write(self._wakeup, 1)
 
@@ -249,20 +255,16 @@ class SweepSearch:
             return self._finish(self._session, summary)
         except (Exception, SystemExit) as error:
             traceback.print_exc()
-            return [f"the report on the study could not be made: {type(error).__name__}: {error}"]
+            return [f"the report on the study failed: {type(error).__name__}: {error}"]
 
-    def _turn(self) -> bool:
+    def _work_on(self) -> bool:
         """Do the pending work, or wait for some. Returns False when the search is to close."""
-        with self._news:
-            if not (self._reports or self._happened or self._wanted or self._closing):
-                self._news.wait(LOOK_SECONDS)
-            reports, self._reports = self._reports, {}
-            happened, self._happened = self._happened, []
+        with self._changed:
+            if not (self._events or self._wanted or self._closing):
+                self._changed.wait(CHECK_SECONDS)
+            events, self._events = self._events, deque()
             wanted, closing = self._wanted, self._closing
-        ended = self._session.report(reports)
-        for happens in happened:
-            happens()
-        self._judge({number: [*steps][-1] for number, steps in reports.items() if number not in ended})
+        self._turn(events)
         if closing:
             return False
         if wanted:
@@ -271,23 +273,20 @@ class SweepSearch:
             # A good moment, because nothing waits for a trial.
             self._warm = True
             self._session.warm_up()
-        if (now := self._session.clock()) >= self._next_look:
-            self._next_look = now + LOOK_SECONDS
-            for number in set(self._session.ended_elsewhere()) - self._cancelled:
-                self._cancelled.add(number)
-                self._say(s.Cancel(number, "was ended because its trial was ended elsewhere"))
         return True
 
-    def _judge(self, reported: dict[int, int]) -> None:
-        """Send the verdicts on trials, each with the step that the trial reported last."""
-        for number, verdict in self._session.judge(reported).items():
-            if isinstance(verdict, Exception):
-                raise verdict
-            self._say(s.Reply(number, Verdict(reported[number], verdict)))
-            if verdict and self._kill_pruned:
-                self._say(s.Cancel(number, "was ended because it was to be pruned", pruned=True))
+    def _handle(self, event: Callable[[], None]) -> None:
+        event()
+
+    def _answer(self, job: int, question: int, verdict: bool | Exception) -> None:
+        if isinstance(verdict, Exception):
+            raise verdict
+        self._say(s.Reply(job, Verdict(question, verdict)))
+        if verdict and self._kill_pruned:
+            self._say(s.Cancel(job, "was ended because its trial was pruned", pruned=True))
 
     def _tell(self, number: int, ending: TrialEnding, *, lost: bool) -> None:
+        self._trials.pop(number, None)
         if lost and self._session.retry_lost(number, ending.message or "was lost") is not None:
             self._say(s.Remark(f"trial {number} was lost, and is queued again"))
             return
@@ -310,30 +309,17 @@ class SweepSearch:
                 self._sampling = False
         match answer:
             case UnusablePoint(message):
-                self._say(s.Remark(message))
+                if message is not None:
+                    self._say(s.Remark(message))
                 return  # the next turn asks again, after handling what has arrived meanwhile
             case AskedTrial():
+                self._trials[answer.trial.number] = answer.trial  # the job has the same number
                 self._say(s.Offer(self._make_job(answer)))
-                with self._news:
+                with self._changed:
                     self._wanted -= 1
             case SearchEnded(reason, failed):
                 if failed:
                     self.failed = reason
                 self._say(s.Exhausted(reason))
-                with self._news:
+                with self._changed:
                     self._wanted = 0
-
-
-def seen(asked: AskedTrial) -> TrialSeen:
-    """What a job is told about its trial."""
-    trial = asked.trial
-    return TrialSeen(
-        number=trial.number,
-        study=asked.study,
-        params=dict(trial.params),
-        distributions=dict(trial.distributions),
-        user_attrs=dict(trial.user_attrs),
-        datetime_start=trial.datetime_start,
-        prunes=asked.prunes,
-        objectives=len(asked.directions),
-    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import math
 import os
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
@@ -24,20 +25,20 @@ from optuna.trial import BaseTrial
 from gpu_launcher.processes import job_channel
 from gpu_launcher.processes.rank_decisions import RankDecisions, is_later_rank
 from gpu_launcher.studies.rank_reporters import DetachedReporter, FollowerReporter, MainReporter, NullReporter, Reporter
-from gpu_launcher.studies.trial_attrs import OURS
+from gpu_launcher.studies.trial_attrs import PREFIX
 
 if TYPE_CHECKING:
     from gpu_launcher.studies.worker_trial import WorkerTrial
 
-LAST_STEP = 2**31
-"""The first step that databases cannot store, because they store steps as 32-bit integers."""
-LONGEST_NAME = 512
-"""Characters that databases store of a user attribute's name. A longer one would fail in the head, for all trials."""
+STEP_LIMIT = 2**31
+"""Steps must be less than this, because databases store them as 32-bit integers."""
+MAX_NAME_LENGTH = 512
+"""Maximum number of characters of a user attribute's name. A longer one would fail in the head, for all trials."""
 
 
 @dataclass(frozen=True, slots=True)
-class TrialSeen:
-    """What a job knows about its trial."""
+class TrialInfo:
+    """What a job knows about its trial from the beginning."""
 
     number: int
     study: str
@@ -47,27 +48,77 @@ class TrialSeen:
     datetime_start: datetime.datetime | None
     prunes: bool
     """Whether the study has a pruner."""
-    objectives: int
+    directions: tuple[int, ...]
+    """As the values of optuna.study.StudyDirection."""
 
 
-class JobTrial(BaseTrial):
+class RemoteTrial(BaseTrial):
+    """A trial whose study is in another process.
+
+    A copied or unpickled trial is what `current_trial` returns in the process that copies or unpickles it.
+    """
+
+    def __init__(self, info: TrialInfo) -> None:
+        self._info = info
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return current_trial, ()
+
+    @property
+    def number(self) -> int:
+        """The trial's number in its study. In a sweep, it is also the job's."""
+        return self._info.number
+
+    @property
+    def study_name(self) -> str:
+        """The name of the trial's study."""
+        return self._info.study
+
+    @property
+    def datetime_start(self) -> datetime.datetime | None:
+        """When the trial was asked for."""
+        return self._info.datetime_start
+
+    @overload
+    def suggest_categorical(self, name: str, choices: Sequence[None]) -> None: ...
+    @overload
+    def suggest_categorical(self, name: str, choices: Sequence[bool]) -> bool: ...
+    @overload
+    def suggest_categorical(self, name: str, choices: Sequence[int]) -> int: ...
+    @overload
+    def suggest_categorical(self, name: str, choices: Sequence[float]) -> float: ...
+    @overload
+    def suggest_categorical(self, name: str, choices: Sequence[str]) -> str: ...
+    @overload
+    def suggest_categorical(self, name: str, choices: Sequence[CategoricalChoiceType]) -> CategoricalChoiceType: ...
+    def suggest_categorical(self, name: str, choices: Sequence[CategoricalChoiceType]) -> CategoricalChoiceType:
+        """See `BaseTrial`. The returned value equals one of the `choices` and may be a copy of it."""
+        value: CategoricalChoiceType = self._choose(name, choices)
+        return value
+
+    @abstractmethod
+    def _choose(self, name: str, choices: Sequence[CategoricalChoiceType]) -> Any:
+        """See `suggest_categorical`."""
+
+    def _refuse_several_objectives(self, method: str) -> None:
+        if len(self._info.directions) > 1:
+            raise NotImplementedError(f"Trial.{method} is not supported for multi-objective optimization.")
+
+
+class JobTrial(RemoteTrial):
     """The trial of a job of `hydra/sweeper=optuna_async`, as `gpu_launcher.current_trial` returns it there.
 
     Its parameters are fixed: `suggest_*` returns the job's value. It raises ValueError for a parameter that the job
     does not have, and for a distribution that does not contain the value.
 
     In other processes of the job it is a view of the same trial: the later ranks of a distributed job follow the first.
-    Several threads may use it, and it works after a fork. A copied or unpickled trial is what `current_trial` returns
-    in the process that copies or unpickles it.
+    Several threads may use it, and it works after a fork.
     """
 
-    def __init__(self, seen: TrialSeen, reporter: Reporter) -> None:
-        self._seen = seen
+    def __init__(self, info: TrialInfo, reporter: Reporter) -> None:
+        super().__init__(info)
         self._reporters = (os.getpid(), reporter)
-        self._user_attrs = dict(seen.user_attrs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return current_trial, ()
+        self._user_attrs = dict(info.user_attrs)
 
     @property
     def _reporter(self) -> Reporter:
@@ -85,8 +136,7 @@ class JobTrial(BaseTrial):
         ValueError for a negative step, NotImplementedError in a study with several objectives. In the later ranks of a
         distributed job it has no effect, whatever the value, because often only the first rank has the value.
         """
-        if self._seen.objectives > 1:
-            raise NotImplementedError("Trial.report is not supported for multi-objective optimization.")
+        self._refuse_several_objectives("report")
         reporter = self._reporter
         if not isinstance(reporter, FollowerReporter):
             reporter.report(_number(value), _step(step))
@@ -100,9 +150,8 @@ class JobTrial(BaseTrial):
         In the later ranks of a distributed job, each call waits for the same call of the first rank and returns its
         result, so all ranks stop at the same step. Call it only in the first rank, or alike in all ranks.
         """
-        if self._seen.objectives > 1:
-            raise NotImplementedError("Trial.should_prune is not supported for multi-objective optimization.")
-        return self._seen.prunes and self._reporter.should_prune()
+        self._refuse_several_objectives("should_prune")
+        return self._info.prunes and self._reporter.should_prune()
 
     def set_user_attr(self, key: str, value: Any) -> None:
         """Store a user attribute with the trial. Only the job's main process can do this.
@@ -117,34 +166,19 @@ class JobTrial(BaseTrial):
             self._user_attrs[str(key)] = value
 
     @property
-    def number(self) -> int:
-        """The number of the trial, and also of the job."""
-        return self._seen.number
-
-    @property
-    def study_name(self) -> str:
-        """The name of the trial's study."""
-        return self._seen.study
-
-    @property
     def params(self) -> dict[str, Any]:
         """The values of all parameters by name. The name is the key of the override."""
-        return dict(self._seen.params)
+        return dict(self._info.params)
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
         """The distribution from which each parameter was sampled, by name."""
-        return dict(self._seen.distributions)
+        return dict(self._info.distributions)
 
     @property
     def user_attrs(self) -> dict[str, Any]:
         """The user attributes that the trial had when the job began, and those that this job has set."""
         return dict(self._user_attrs)
-
-    @property
-    def datetime_start(self) -> datetime.datetime | None:
-        """When the trial was asked for."""
-        return self._seen.datetime_start
 
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
@@ -156,22 +190,8 @@ class JobTrial(BaseTrial):
         """See `BaseTrial`."""
         return int(self._settled(name, IntDistribution(low, high, step=step, log=log)))
 
-    @overload
-    def suggest_categorical(self, name: str, choices: Sequence[None]) -> None: ...
-    @overload
-    def suggest_categorical(self, name: str, choices: Sequence[bool]) -> bool: ...
-    @overload
-    def suggest_categorical(self, name: str, choices: Sequence[int]) -> int: ...
-    @overload
-    def suggest_categorical(self, name: str, choices: Sequence[float]) -> float: ...
-    @overload
-    def suggest_categorical(self, name: str, choices: Sequence[str]) -> str: ...
-    @overload
-    def suggest_categorical(self, name: str, choices: Sequence[CategoricalChoiceType]) -> CategoricalChoiceType: ...
-    def suggest_categorical(self, name: str, choices: Sequence[CategoricalChoiceType]) -> CategoricalChoiceType:
-        """See `BaseTrial`."""
-        value: CategoricalChoiceType = self._settled(name, CategoricalDistribution(choices))
-        return value
+    def _choose(self, name: str, choices: Sequence[CategoricalChoiceType]) -> Any:
+        return self._settled(name, CategoricalDistribution(choices))
 
     def suggest_uniform(self, name: str, low: float, high: float) -> float:
         """Deprecated by Optuna in favour of `suggest_float`."""
@@ -199,33 +219,33 @@ class JobTrial(BaseTrial):
         raise NotImplementedError("constraints are not supported in a job: return another objective instead")
 
     def _settled(self, name: str, distribution: BaseDistribution) -> Any:
-        if name not in self._seen.params:
-            known = ", ".join(self._seen.params) or "none"
+        if name not in self._info.params:
+            known = ", ".join(self._info.params) or "none"
             raise ValueError(
-                f"{name!r} is not a parameter of this sweep (which has {known}): add it to the sweep's search space"
+                f"{name!r} is not a parameter of this sweep (it has {known}): add {name!r} to the search space"
             )
-        value = self._seen.params[name]
+        value = self._info.params[name]
         if not distribution._contains(distribution.to_internal_repr(value)):
-            raise ValueError(f"{name!r} is {value!r} in this sweep, which {distribution} does not contain")
+            raise ValueError(f"{name!r} is {value!r} in this trial, which {distribution} does not contain")
         return value
 
 
-class NoTrial(JobTrial):
+class NullTrial(JobTrial):
     """The trial outside a sweep: it ignores reports, is never pruned and has no parameters.
 
     With it, the same program also runs alone.
     """
 
     def __init__(self) -> None:
-        super().__init__(TrialSeen(0, "", {}, {}, {}, None, prunes=False, objectives=1), NullReporter())
+        super().__init__(TrialInfo(0, "", {}, {}, {}, None, prunes=False, directions=(1,)), NullReporter())
 
 
 def refuse_attribute(key: object) -> None:
     """Raise ValueError for a name that a user's attribute must not have."""
-    if (length := len(str(key))) > LONGEST_NAME:
-        raise ValueError(f"a user attribute's name has at most {LONGEST_NAME} characters, and this one {length}")
-    if str(key).startswith(OURS):
-        raise ValueError(f"{key!r} is one of gpu-launcher's own: use a name that does not begin with {OURS!r}")
+    if (length := len(str(key))) > MAX_NAME_LENGTH:
+        raise ValueError(f"the name of a user attribute must have at most {MAX_NAME_LENGTH} characters, got {length}")
+    if str(key).startswith(PREFIX):
+        raise ValueError(f"names that begin with {PREFIX!r} are reserved, got {key!r}: use another name")
 
 
 _here: tuple[int, JobTrial] | None = None
@@ -259,8 +279,8 @@ def _trial_of_job() -> JobTrial:
         return _here[1]
     channel = job_channel.current()
     decisions = RankDecisions.find() if channel is None else channel.decisions
-    if decisions is None or not isinstance(decisions.about, TrialSeen):
-        return NoTrial()
+    if decisions is None or not isinstance(decisions.about, TrialInfo):
+        return NullTrial()
     later = None if channel is not None else is_later_rank(decisions.inherited)
     if channel is None and later is None:
         return JobTrial(decisions.about, NullReporter())  # not kept: the process may still learn that it is a rank
@@ -288,6 +308,6 @@ def _step(step: Any) -> int:
         number = int(step)
     except (TypeError, ValueError):
         raise TypeError(f"The `step` argument is of type {type(step)} but supposed to be an int.") from None
-    if not 0 <= number < LAST_STEP:
-        raise ValueError(f"The `step` argument is {step} but cannot be negative, or {LAST_STEP} or more.")
+    if not 0 <= number < STEP_LIMIT:
+        raise ValueError(f"The `step` argument is {step} but cannot be negative, or {STEP_LIMIT} or more.")
     return number

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalChoiceType
 from optuna.study import StudyDirection
-from optuna.trial import BaseTrial
 
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException
 from gpu_launcher.processes.worker import JobContext
-from gpu_launcher.studies.optimize_messages import Answer, Call, ObjectiveEnding, ShallPrune, TrialToRun, unpack
+from gpu_launcher.studies.optimize_messages import Answer, Call, ObjectiveEnding, Ping, ShouldPrune, unpack
 from gpu_launcher.studies.rank_reporters import Intermediate
-from gpu_launcher.studies.trial import _number, _step, refuse_attribute
+from gpu_launcher.studies.trial import RemoteTrial, TrialInfo, _number, _step, current_trial, refuse_attribute
 
 STUDY_ATTRIBUTES = frozenset(
     ("best_params", "best_trial", "best_trials", "best_value", "metric_names", "trials", "user_attrs")
@@ -35,6 +33,12 @@ TRIAL_METHODS = frozenset(
     )
 )
 
+MAX_UNANSWERED = 200
+"""Maximum number of a trial's reports that the head may still have to handle. The next report waits for the head.
+
+Otherwise a trial that reports in a tight loop would delay all others, whose calls would wait behind its reports.
+"""
+
 
 class ObjectiveChannel:
     """The objective's channel to the head. Threads of the job's process may use it; processes that it forks may not."""
@@ -44,6 +48,8 @@ class ObjectiveChannel:
         self._process = os.getpid()
         self._lock = threading.RLock()
         self._calls = 0
+        self._unanswered = 0
+        """The number of reports since the last answer."""
         self.trial = -1
         """The trial's number."""
         self.known = dict(pickling.main_namespace())
@@ -58,24 +64,32 @@ class ObjectiveChannel:
         """Wait for the next message from the head."""
         return self._context.hear()
 
-    def say(self, what: Intermediate | ObjectiveEnding) -> None:
+    def say(self, what: ObjectiveEnding) -> None:
         """Send a message that has no answer."""
         with self._lock:
             self._context.say(what)
+
+    def report(self, report: Intermediate) -> None:
+        """Send a report. If the head may still have to handle `MAX_UNANSWERED` others, wait for it first."""
+        with self._lock:
+            if self._unanswered == MAX_UNANSWERED:
+                self._ask(Ping)
+            self._unanswered += 1
+            self._context.say(report)
 
     def call(self, target: str, name: str, *positional: Any, **named: Any) -> Any:
         """Call a method, or read an attribute, of the trial or study in the head. Raises what it raises."""
         arguments = pickling.dump((positional, named), self.known)
         return self._ask(lambda number: Call(number, target, name, arguments))
 
-    def shall_prune(self) -> bool:
+    def should_prune(self) -> bool:
         """Whether the trial is to be pruned, judged by all that it has reported."""
-        return bool(self._ask(ShallPrune))
+        return bool(self._ask(ShouldPrune))
 
-    def _ask(self, question: Callable[[int], Call | ShallPrune]) -> Any:
+    def _ask(self, question: Callable[[int], Call | Ping | ShouldPrune]) -> Any:
         if not self.mine:
             raise RuntimeError(
-                "a trial can be asked only in the process that runs the objective: ask there, and pass on the values"
+                "the trial can be used only in the process that runs the objective: call it there, then pass values on"
             )
         with self._lock:
             self._calls += 1
@@ -86,53 +100,34 @@ class ObjectiveChannel:
                 # Other answers belong to calls that a KeyboardInterrupt ended.
                 if isinstance(answer, Answer) and answer.call == number:
                     break
+            self._unanswered = 0
         if isinstance(answer.result, PortableException):
             raise unpack(answer.result, self.trial)
         return pickling.load(answer.result)
 
 
-class WorkerTrial(BaseTrial):
+class WorkerTrial(RemoteTrial):
     """The trial of an objective that `gpu_launcher.optimize` runs, used like Optuna's own.
 
     `suggest_*`, attributes and constraints are those of the trial in the head, so everything behaves as in Optuna,
-    including errors. `report` costs one message. Everything else costs a round trip to the head, and waits while the
-    head samples for another trial or runs a callback.
+    including errors. `report` costs one message, and waits only if the head has `MAX_UNANSWERED` to handle. Everything
+    else costs a round trip to the head, and waits while the head samples for another trial or runs a callback.
 
     Several threads may use it. In processes that the objective starts, `report` has no effect, `should_prune` returns
     False, and everything that needs the head raises RuntimeError.
     """
 
-    def __init__(self, seen: TrialToRun, channel: ObjectiveChannel) -> None:
-        self._seen = seen
+    def __init__(self, info: TrialInfo, channel: ObjectiveChannel) -> None:
+        super().__init__(info)
         self._channel = channel
-        channel.trial = seen.number
+        channel.trial = info.number
         self._reported: set[int] = set()
-        self._study = StudyView(seen, channel)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        from gpu_launcher.studies.trial import current_trial
-
-        return current_trial, ()
-
-    @property
-    def number(self) -> int:
-        """The trial's number in its study."""
-        return self._seen.number
-
-    @property
-    def datetime_start(self) -> datetime.datetime | None:
-        """When the trial was asked for."""
-        return self._seen.datetime_start
+        self._study = StudyView(info, channel)
 
     @property
     def study(self) -> StudyView:
         """A view of the study, which is in the head."""
         return self._study
-
-    @property
-    def study_name(self) -> str:
-        """The name of the trial's study."""
-        return self._seen.study
 
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
@@ -146,22 +141,8 @@ class WorkerTrial(BaseTrial):
         value: int = self._call("suggest_int", name, low, high, step=step, log=log)
         return value
 
-    @overload
-    def suggest_categorical(self, name: str, choices: Sequence[None]) -> None: ...
-    @overload
-    def suggest_categorical(self, name: str, choices: Sequence[bool]) -> bool: ...
-    @overload
-    def suggest_categorical(self, name: str, choices: Sequence[int]) -> int: ...
-    @overload
-    def suggest_categorical(self, name: str, choices: Sequence[float]) -> float: ...
-    @overload
-    def suggest_categorical(self, name: str, choices: Sequence[str]) -> str: ...
-    @overload
-    def suggest_categorical(self, name: str, choices: Sequence[CategoricalChoiceType]) -> CategoricalChoiceType: ...
-    def suggest_categorical(self, name: str, choices: Sequence[CategoricalChoiceType]) -> CategoricalChoiceType:
-        """See `optuna.trial.Trial`. The returned value equals one of the `choices` and may be a copy of it."""
-        value: CategoricalChoiceType = self._call("suggest_categorical", name, tuple(choices))
-        return value
+    def _choose(self, name: str, choices: Sequence[CategoricalChoiceType]) -> Any:
+        return self._call("suggest_categorical", name, tuple(choices))
 
     def suggest_uniform(self, name: str, low: float, high: float) -> float:
         """Deprecated by Optuna in favour of `suggest_float`."""
@@ -179,7 +160,7 @@ class WorkerTrial(BaseTrial):
         return value
 
     def report(self, value: float, step: int) -> None:
-        """See `optuna.trial.Trial`. Sends one message and does not wait for its arrival."""
+        """See `optuna.trial.Trial`. Sends one message. Waits only as `ObjectiveChannel.report` says."""
         self._refuse_several_objectives("report")
         number, whole = _number(value), _step(step)
         if whole in self._reported:
@@ -189,12 +170,12 @@ class WorkerTrial(BaseTrial):
             return
         self._reported.add(whole)
         if self._channel.mine:
-            self._channel.say(Intermediate(whole, number))
+            self._channel.report(Intermediate(whole, number))
 
     def should_prune(self) -> bool:
         """See `optuna.trial.Trial`. Waits for the verdict on everything reported so far."""
         self._refuse_several_objectives("should_prune")
-        return self._seen.prunes and self._channel.mine and self._channel.shall_prune()
+        return self._info.prunes and self._channel.mine and self._channel.should_prune()
 
     def set_user_attr(self, key: str, value: Any) -> None:
         """See `optuna.trial.Trial`. Raises ValueError for a name that is too long for databases or reserved for us."""
@@ -243,19 +224,14 @@ class WorkerTrial(BaseTrial):
     def storage(self) -> Any:
         """Not available here."""
         raise AttributeError(
-            "the trial of an objective in a process of its own has neither 'storage' nor '_trial_id', as the study's "
-            "storage is used by the program alone: use the trial's other methods, or a callback of the study, which "
-            "runs in the program"
+            "the trial has neither 'storage' nor '_trial_id' here, because only the program that called optimize uses "
+            "the study's storage: use other methods of the trial, or a callback, which runs in the program"
         )
 
     _trial_id = storage
 
     def _call(self, name: str, *positional: Any, **named: Any) -> Any:
         return self._channel.call("trial", name, *positional, **named)
-
-    def _refuse_several_objectives(self, method: str) -> None:
-        if len(self._seen.directions) > 1:
-            raise NotImplementedError(f"Trial.{method} is not supported for multi-objective optimization.")
 
 
 class StudyView:
@@ -265,14 +241,12 @@ class StudyView:
     `get_trials`, `enqueue_trial` and `set_user_attr`.
     """
 
-    def __init__(self, seen: TrialToRun, channel: ObjectiveChannel) -> None:
+    def __init__(self, info: TrialInfo, channel: ObjectiveChannel) -> None:
         self._channel = channel
-        self.study_name = seen.study
-        self.directions = [StudyDirection(direction) for direction in seen.directions]
+        self.study_name = info.study
+        self.directions = [StudyDirection(direction) for direction in info.directions]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from gpu_launcher.studies.trial import current_trial
-
         return getattr, (current_trial(), "study")
 
     @property
@@ -293,6 +267,6 @@ class StudyView:
 def absent(name: str) -> str:
     """The message for a study's attribute that is not available in an objective."""
     return (
-        f"the study of a trial that runs in a process of its own has no {name!r}; the program's study may have: use a "
-        "callback, which runs in the program"
+        f"{name!r} of a study is not available in an objective, which runs in its own process: use a callback, which "
+        "runs in the program"
     )

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
+import weakref
+from functools import partial
 from pathlib import Path
 
 from hydra.core.utils import setup_globals
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
-from gpu_launcher.errors import ManifestError
-from gpu_launcher.jobs.directory import DirectoryLock, LogFiles, newest_sweep
+from gpu_launcher.errors import ManifestError, OptionError
+from gpu_launcher.jobs.directory import DirectoryLock, LogFiles
+from gpu_launcher.jobs.leaving import OUTPUT, detached_text, over_ssh
 from gpu_launcher.jobs.manifest import read
+from gpu_launcher.jobs.sweep_finder import newest_sweep
+from gpu_launcher.processes.detaching import continue_detached
 from gpu_launcher.text import short_path
 
 from ._ending import final, quiet_interrupt
@@ -21,6 +28,8 @@ from .launcher import GpuPoolLauncher
 
 log = logging.getLogger(__name__)
 
+CONFIG = "multirun.yaml"
+"""Name of the file in which Hydra saves the sweep's config."""
 ANOTHER = "name another directory with hydra.sweep.dir=..."
 
 
@@ -34,21 +43,73 @@ def sweep_directory(config: DictConfig) -> Path:
     return Path(str(config.hydra.sweep.dir)).absolute()
 
 
+def detach(launcher: GpuPoolLauncher) -> None:
+    """Continue in a process without a terminal: see `processes.detaching`. Raises LaunchError.
+
+    This is the first thing that a launcher does: no sweeper has begun yet.
+    """
+    assert launcher.config is not None
+    directory = sweep_directory(launcher.config)
+    try:
+        launcher.detachment = continue_detached(directory / OUTPUT, partial(detached_text, "gpu_pool", directory))
+    except OptionError as error:
+        raise final(LaunchError(str(error.renamed(spell)))) from error
+
+
 def take_directory(launcher: GpuPoolLauncher) -> None:
-    """Create the sweep's directory and lock it for this launcher. Raises LaunchError."""
+    """Create the sweep's directory and lock it for this launcher. Then leave the terminal, if detached.
+
+    Raises LaunchError.
+    """
     assert launcher.config is not None
     directory = sweep_directory(launcher.config)
     dated = _is_dated(launcher.config)
     resume = bool(launcher.options.get("resume"))
     try:
-        if resume and dated and not read(directory):
-            raise ManifestError(_nothing_to_resume(directory, launcher.config))
+        _check_resume(launcher, directory)
         with quiet_interrupt():
             launcher.lock = DirectoryLock.take(directory, Path(sys.argv[0]).name, _remedy(resume, dated), log.info)
+        if launcher.detachment is not None:
+            launcher.detachment.redirect(directory / OUTPUT)
     except ManifestError as error:
         raise final(LaunchError(str(error))) from error
     except OSError as error:
         raise final(LaunchError(unwritable(directory, error))) from error
+
+
+def _check_resume(launcher: GpuPoolLauncher, directory: Path) -> None:
+    """Raise ManifestError if there can be nothing to resume, because the directory's name is new each time."""
+    assert launcher.config is not None
+    if launcher.options.get("resume") and _is_dated(launcher.config) and not read(directory):
+        raise ManifestError(_nothing_to_resume(directory, launcher.config))
+
+
+def leave_directory(launcher: GpuPoolLauncher) -> None:
+    """Make the sweep's directory as it is now again when the launcher or the program ends, for a dry run.
+
+    Most sweepers save the config there before they call the launcher. Raises LaunchError.
+    """
+    assert launcher.config is not None
+    directory = sweep_directory(launcher.config)
+    file = directory / CONFIG
+    made = [one for one in (directory, *directory.parents) if not one.exists()]
+    try:
+        _check_resume(launcher, directory)
+        before = file.read_bytes() if file.exists() else None
+    except ManifestError as error:
+        raise final(LaunchError(str(error))) from error
+    except OSError as error:
+        raise final(LaunchError(unwritable(directory, error))) from error
+    weakref.finalize(launcher, _restore, file, before, OmegaConf.to_yaml(launcher.config), made)
+
+
+def _restore(file: Path, before: bytes | None, saved: str, made: list[Path]) -> None:
+    """Undo that `saved` was written to a file. Directories in `made` are removed if they are empty."""
+    with contextlib.suppress(OSError):  # best effort: the file does no harm
+        if file.read_bytes() == saved.encode():
+            file.unlink() if before is None else file.write_bytes(before)
+        for directory in made:
+            directory.rmdir()
 
 
 def make_directory(config: DictConfig) -> Path:
@@ -56,7 +117,7 @@ def make_directory(config: DictConfig) -> Path:
     directory = sweep_directory(config)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(config, directory / "multirun.yaml")
+        OmegaConf.save(config, directory / CONFIG)
     except OSError as error:
         raise final(LaunchError(unwritable(directory, error))) from error
     return directory
@@ -78,13 +139,16 @@ def open_logs(
         return launcher.logs, []
     assert launcher.config is not None
     earlier = read(directory)
-    notices = []
+    notices = over_ssh(sys.stderr, os.environ, f"{spell('detach')}=true")
     if resume and not earlier:
         notices.append(f"{_nothing_to_resume(directory, launcher.config)}; all jobs are run")
     used = None
     if not resume:
         used = "files of jobs with the same numbers are overwritten, their logs are kept"
-        used += f"; {ANOTHER}" if continued else f"; {spell('resume')}=true runs only what did not complete"
+        if continued:
+            used += f"; {ANOTHER}"
+        else:
+            used = f"its results are dropped, {used}; {spell('resume')}=true runs only what did not complete"
     shared = (
         "each logs to a file of its own, but files of the same name, such as .hydra/config.yaml, are overwritten, "
         "and all jobs append to Hydra's log. hydra.sweep.subdir='${hydra.job.num}' gives each job a directory"

@@ -18,6 +18,14 @@ def whole_message(error: BaseException) -> str:
     return "\n".join(parts)
 
 
+def parser_message(error: BaseException) -> str:
+    """The message of Hydra's parser on one line, without the parts that repeat the override and point into it."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    noise = ("Error parsing override", "Error when parsing index", "^")
+    message = ". ".join(line.rstrip(".:") for line in lines if line and not line.startswith(noise))
+    return message + (". For null among the choices write x=null,a" if "NoneType is incompatible" in message else "")
+
+
 def dumps(value: object) -> bytes:
     """Pickle a value. Uses cloudpickle if plain pickle fails, for example for a class defined in a function.
 

@@ -17,9 +17,11 @@ from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.job import Cause
 from gpu_launcher.jobs.job_options import JobOptions
+from gpu_launcher.jobs.manifest import DIRECTIONS
+from gpu_launcher.jobs.notifications import ON_END, ON_JOB_FAILURE, Hooks, read_hook
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.model import Request
-from gpu_launcher.nodes.engines import NodeSpec, read_nodes
+from gpu_launcher.nodes.engines import NodeSpec, fetches, read_nodes
 from gpu_launcher.sizes import read_memory
 from gpu_launcher.text import one_line
 from gpu_launcher.validation import StartMethod, one_of, read_integer
@@ -36,9 +38,15 @@ PER_JOB = (*_REQUEST, "retries", "retry_on", "enforce_memory", "visible", "cpu_a
 OF_SWEEP = (
     "devices",
     "nodes",
+    "outputs",
     "on_failure",
     "max_failures",
     "resume",
+    "dry_run",
+    "detach",
+    "direction",
+    "on_end",
+    "on_job_failure",
     "busy_memory",
     "max_parallel",
     "start_method",
@@ -76,7 +84,7 @@ def read_options(options: dict[str, Any], config: DictConfig) -> Options:
     retries, retry_on = _retries(options)
     return Options(
         devices=_plain(options.get("devices", "auto")),
-        request=None if per_job else requests.read_request(options),
+        request=None if per_job else requests.read_request(options, learns=True),
         max_parallel=_max_parallel(options.get("max_parallel")),
         cap=spell("max_parallel"),
         grace=_grace(options.get("grace", 10.0)),
@@ -84,6 +92,7 @@ def read_options(options: dict[str, Any], config: DictConfig) -> Options:
         busy_memory=_busy_memory(options.get("busy_memory", BUSY_MEMORY)),
         device_environment=_device_environment(options),
         failures=FailurePolicy(retries, retry_on, _most_failures(options)),
+        directions=_directions(options.get("direction")),
         resume=bool(options.get("resume", False)),
         spell=spell,
     )
@@ -129,7 +138,7 @@ def read_job_options(sweep: DictConfig, job: DictConfig) -> tuple[Request, JobOp
     literal = not OmegaConf.is_interpolation(launcher, "gpus")
     options["gpus"] = _count_of_gpus(options.get("gpus"), literal=literal)
     retries, retry_on = _retries(options)
-    return requests.read_request(options), JobOptions(
+    return requests.read_request(options, learns=True), JobOptions(
         _device_environment(options), FailurePolicy(retries, retry_on), tuple(ignored)
     )
 
@@ -187,6 +196,11 @@ def _most_failures(options: Mapping[str, Any]) -> int | None:
     return most
 
 
+def _directions(value: object) -> tuple[str, ...]:
+    direction = one_of("direction", value, (None, *DIRECTIONS))
+    return () if direction is None else (str(direction),)
+
+
 @_as_written()
 def read_start_method(value: object) -> StartMethod:
     """Read the option `start_method`. Raises OptionError."""
@@ -197,6 +211,18 @@ def read_start_method(value: object) -> StartMethod:
 def read_node_specs(options: dict[str, Any]) -> tuple[NodeSpec, ...]:
     """Read where jobs run. Empty for this machine. Raises OptionError."""
     return read_nodes(_plain(options.get("nodes")), _grace(options.get("grace", 10.0)))
+
+
+@_as_written()
+def read_fetches(options: dict[str, Any]) -> bool:
+    """Read whether outputs are fetched from nodes that do not share the sweep's directory. Raises OptionError."""
+    return fetches(options.get("outputs", "shared"))
+
+
+@_as_written()
+def read_hooks(options: dict[str, Any]) -> Hooks:
+    """Read the commands to run when a job fails and when the sweep is over. Raises OptionError."""
+    return Hooks(*(read_hook(name, _plain(options.get(name))) for name in (ON_END, ON_JOB_FAILURE)))
 
 
 def _max_parallel(value: object) -> int | None:

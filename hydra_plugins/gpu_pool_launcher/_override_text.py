@@ -1,11 +1,13 @@
-"""Writes values as text that Hydra's override parser reads back as the same value and type."""
+"""Writes values as text that Hydra's override parser reads back as the same value and type, and reads its values."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
+
+from hydra.core.override_parser.types import Glob, QuotedString, Sweep
 
 _BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
 _READ_AS_OTHERS = ("null", "true", "false", "inf", "nan")
@@ -33,6 +35,25 @@ def override_text(value: Any) -> str:
     if isinstance(value, Sequence):
         return "[" + ",".join(map(override_text, value)) + "]"
     raise TypeError(f"{value!r} of type {type(value).__name__} has no form as an override")
+
+
+def unquoted(value: Any) -> Any:
+    """Remove quotes from a value of Hydra's parser."""
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, list):
+        return [unquoted(item) for item in value]
+    if isinstance(value, dict):
+        return {key: unquoted(item) for key, item in value.items()}
+    return value
+
+
+def holds_sweep(value: Any) -> bool:
+    """Whether a value of Hydra's parser is a sweep or contains one."""
+    if isinstance(value, (Sweep, Glob)):
+        return True
+    items: Iterable[Any] = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(map(holds_sweep, items))
 
 
 def _string(text: str) -> str:

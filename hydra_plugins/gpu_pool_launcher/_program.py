@@ -77,7 +77,7 @@ class HydraProgram:
         composed = None
         job_return = JobReturn(overrides=list(filter_overrides(spec)))
         try:
-            config = self._compose(number, spec)
+            config = self.compose(number, spec)
             sys.argv = [*self.command, *self._overrides_of_sweep(), *spec, *_as_single_run(number)]
             job_return.cfg = composed = _without_hydra_node(config)
             try:
@@ -114,7 +114,8 @@ class HydraProgram:
         overrides = cast("list[str]", OmegaConf.to_container(self.config.hydra.overrides.hydra))
         return [override for override in overrides if not override.startswith("hydra.mode=")]
 
-    def _compose(self, number: int, overrides: list[str]) -> DictConfig:
+    def compose(self, number: int, overrides: list[str]) -> DictConfig:
+        """Compose the config of job `number`. Raises what Hydra, OmegaConf and the user's resolvers raise."""
         config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.job.id = str(number)

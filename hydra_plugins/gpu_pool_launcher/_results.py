@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from omegaconf import DictConfig
 from gpu_launcher.errors import JobError
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import JobResult
+from gpu_launcher.json_data import Values, is_value, values_in
 from gpu_launcher.processes import cpu_unpickler
 from gpu_launcher.processes.exceptions import PortableException, describe, load_chain, origin, pack_chain, reason
 from gpu_launcher.processes.messages import INTERRUPTED, Report
@@ -31,8 +33,8 @@ from gpu_launcher.processes.unpicklable import found_at
 
 from ._exceptions import dumps, frames_for_hydra, whole_message
 
-MAX_VALUES = 16
-"""Maximum length of a job's return value that is kept for tables."""
+MAX_LISTED = 16
+"""Maximum length of a list that a job returns for its numbers to get into tables."""
 
 
 class JobFailedError(JobError, CompactHydraException):
@@ -87,18 +89,41 @@ def pack(job_return: JobReturn, composed: DictConfig | None) -> Report:
     ok = parcel.problem is None
     pruned = not ok and is_pruned(value)
     failed_at = origin(value) if isinstance(value, BaseException) and not ok else ""
-    values = _numbers(value) if ok else ()
+    values = table_values(value) if ok else {}
     return Report(ok, parcel.problem, pickle.dumps(parcel), out_of_memory, pruned, failed_at, values)
 
 
-def _numbers(value: object) -> tuple[float, ...]:
-    """The numbers in a job's return value: one, or a few. A zero-dimensional array or tensor counts as a number."""
+def table_values(returned: object) -> Values:
+    """What a table of results shows of a job's return value: a number, a few, or what a dictionary names.
+
+    Without names they are called `value`, or `values_0`, `values_1`, as Optuna calls them. An array or tensor with one
+    element counts as a number.
+    """
     try:
-        if isinstance(value, (list, tuple)) and len(value) <= MAX_VALUES:
-            return tuple(float(one) for one in value if not isinstance(one, str))
-        return () if value is None or isinstance(value, (str, bytes)) else (float(value),)  # type: ignore[arg-type]
+        if isinstance(returned, Mapping):
+            return values_in({name: one if isinstance(one, str) else _number(one) for name, one in returned.items()})
+        if isinstance(returned, (list, tuple)):
+            named = {f"values_{place}": _number(one) for place, one in enumerate(returned)}
+            return values_in(named) if len(returned) <= MAX_LISTED else {}
+        return values_in({"value": _number(returned)})
+    except Exception:  # a user's mapping can raise anything
+        return {}
+
+
+def value_names(objectives: int) -> list[str]:
+    """Return the names under which `table_values` has the values of this number of objectives."""
+    return ["value"] if objectives == 1 else [f"values_{place}" for place in range(objectives)]
+
+
+def _number(value: object) -> float | None:
+    """A value as a number; None if it is not one."""
+    if value is None or isinstance(value, (str, bytes)):
+        return None
+    try:
+        number = float(value)  # type: ignore[arg-type]
     except Exception:  # a user's object that is not a number can raise anything
-        return ()
+        return None
+    return value if type(value) in (bool, int) and is_value(value) else number  # type: ignore[return-value]
 
 
 def is_pruned(error: object) -> bool:

@@ -11,13 +11,16 @@ from .resolvers import register_resolver
 HELP = {
     "devices": "Devices to run on: auto (all GPUs, or CPU slots if there is no GPU), a list of GPUs such as [0,2] or "
     "UUIDs, cpu:4, or simulated:8. CUDA_VISIBLE_DEVICES restricts auto and lists.",
-    "nodes": "Machines to run on, such as [local,ssh:gpu2]: local, ssh:HOST, slurm:COUNT, 'command:COMMAND ...', "
-    "or a list of these. See docs/nodes.md. null: this machine.",
+    "nodes": "Machines to run on, such as [local,ssh:gpu2]: local, ssh:HOST, slurm:COUNT, sbatch:COUNT, ray:COUNT, "
+    "'command:COMMAND ...', or a list of these. See docs/nodes.md. null: this machine.",
+    "outputs": "Where jobs on other machines leave their outputs: shared (a file system that all machines share), or "
+    "fetch (each job's directory is brought here when it ends).",
     "gpus": "GPUs per job: a whole number, or a fraction such as 0.5. Can be an interpolation on the job's own "
     "config, if the sweep's config has that key too; a list, such as Lightning's devices, then counts by its length. "
     "null: one, or with memory the share that it needs.",
     "memory": "Memory that a job declares on each of its devices, such as 20GiB. Jobs share a device as long as its "
-    "memory suffices.",
+    "memory suffices. auto: the first jobs get whole devices, later ones the most memory that earlier ones used, with "
+    "head-room.",
     "priority": "Rank among waiting jobs on this machine: higher goes first, below 0 goes after others. Above 0 is "
     "for root, and for the owner of a pool directory that root made for them.",
     "timeout": "Time limit for a job, such as 90, 30m or 2h. At the limit, it gets SIGTERM, and after grace it is "
@@ -31,6 +34,15 @@ HELP = {
     "max_failures": "Number of failed jobs that ends the sweep. null: no limit.",
     "resume": "Run only the jobs that did not complete in an earlier launch with the same hydra.sweep.dir and "
     "overrides.",
+    "dry_run": "Run nothing: show the first commands, the jobs whose configs do not compose, and what all jobs need of "
+    "the pool. The exit code is 1 if a job cannot run. Needs --multirun, as every sweep does.",
+    "detach": "Continue without the terminal when the first job can start: the prompt returns, and the output goes to "
+    "sweep.log in the sweep's directory. gpu-launcher attach shows the sweep. See docs/howto/leave.md.",
+    "direction": "minimize or maximize: which value that the jobs return is best. The sweep then names its best job at "
+    "its end. null: not known. optuna_async uses hydra.sweeper.direction instead.",
+    "on_end": "Command that runs when the sweep is over, with a JSON document on its standard input: a list of words, "
+    "or text that is split as a shell does. See docs/notifications.md. null: none.",
+    "on_job_failure": "Command that runs for each job that fails and is not retried, like on_end.",
     "stagger": "Time between the starts of two jobs on one device, such as 5 or 1m.",
     "busy_memory": "Memory in use on a device, beyond what is leased, above which jobs do not start on it. null: "
     "ignore programs outside the pool.",
@@ -56,6 +68,7 @@ class GpuPoolLauncherConf:
     unresolved: Any = "${gpu_pool.unresolved:}"
     devices: Any = "auto"
     nodes: Any = None
+    outputs: str = "shared"
     gpus: Any = None
     memory: Any = None
     priority: Any = 0
@@ -65,6 +78,11 @@ class GpuPoolLauncherConf:
     on_failure: str = "continue"
     max_failures: int | None = None
     resume: bool = False
+    dry_run: bool = False
+    detach: bool = False
+    direction: str | None = None
+    on_end: Any = None
+    on_job_failure: Any = None
     stagger: Any = 0
     busy_memory: Any = "512MiB"
     enforce_memory: bool = False

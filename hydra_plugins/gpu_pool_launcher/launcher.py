@@ -36,18 +36,29 @@ class GpuPoolLauncher(Launcher):
         """The lock on the sweep's directory, held as long as this launcher or its node lives."""
         self.logs: Any = None
         """The log file of each job, kept for sweepers that launch several batches."""
+        self.throttle: Any = None
+        """How much might run at the end of the batch before."""
+        self.detachment: Any = None
+        """What ties this process to the terminal's, if the sweep is to continue without the terminal."""
         self.failed = 0
         """Number of failed jobs in all batches."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Lock the sweep's directory before Hydra writes into it; see `hydra.plugins.launcher.Launcher`."""
+        """Prepare the sweep's directory before Hydra writes into it; see `hydra.plugins.launcher.Launcher`."""
         self.config = config
         self.hydra_context = hydra_context
         self.task_function = task_function
         if sys.platform == "linux":  # elsewhere `launch` says what is wrong
-            from ._directory import take_directory
+            from ._directory import detach, leave_directory, take_directory
+            from ._large_grid import announce_large_grid
 
-            take_directory(self)
+            if self.options.get("dry_run"):
+                leave_directory(self)
+            else:
+                if self.options.get("detach"):
+                    detach(self)
+                take_directory(self)
+            announce_large_grid(config, hydra_context.config_loader)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs; see `hydra.plugins.launcher.Launcher`. A job's failure is in its JobReturn, not raised."""

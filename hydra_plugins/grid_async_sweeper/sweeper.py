@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins import basic_sweeper
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
 
 
+log = logging.getLogger(__name__)
+
+
 class GridAsyncSweeper(basic_sweeper.BasicSweeper):
     """Hydra's basic sweeper, except that it does not compose every job's config before the first job starts.
 
@@ -27,9 +32,12 @@ class GridAsyncSweeper(basic_sweeper.BasicSweeper):
     batches from running.
     """
 
-    def __init__(self, max_batch_size: int | None, params: dict[str, Any] | None, **_: Any) -> None:
+    def __init__(
+        self, max_batch_size: int | None, params: dict[str, Any] | None, filter: str | None = None, **_: Any
+    ) -> None:
         """Take the options of `GridAsyncSweeperConf`."""
         super().__init__(max_batch_size, params)
+        self.filter = filter
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
         """Launch all jobs, batch after batch; return the JobReturns of each batch.
@@ -39,29 +47,43 @@ class GridAsyncSweeper(basic_sweeper.BasicSweeper):
         assert self.config is not None
         assert self.launcher is not None
         assert self.hydra_context is not None
+        from gpu_launcher.errors import GpuLauncherError
+        from gpu_launcher.jobs.ending import recorded_end
         from hydra_plugins.gpu_pool_launcher._directory import make_directory
         from hydra_plugins.gpu_pool_launcher._ending import final
 
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
-        for override in overrides:
-            if override.is_interval_sweep():
-                key = override.get_key_element()
-                raise final(
-                    CompactHydraException(
-                        f"{override.input_line}: hydra/sweeper=grid_async runs every value, and an interval has "
-                        "infinitely many: use hydra/sweeper=optuna_async to search it, or give values, as in "
-                        f"{key}=0.1,0.2 or {key}=range(0.1,1.0,0.1)"
-                    )
-                )
-        make_directory(self.config)
+        try:
+            jobs = self._jobs(arguments)
+        except GpuLauncherError as error:
+            raise final(CompactHydraException(str(error))) from error
+        except CompactHydraException as error:
+            raise final(error) from error.__cause__
+        if isinstance(self.launcher, GpuPoolLauncher) and self.launcher.options.get("dry_run"):
+            self.launcher.launch(jobs, initial_job_idx=0)  # of all batches; it ends the program
+        directory = make_directory(self.config)
         returns: list[Sequence[JobReturn]] = []
-        for batch in self.split_arguments(overrides, self.max_batch_size):
-            returns.append(self.launcher.launch(batch, initial_job_idx=sum(map(len, returns))))
-        if isinstance(self.launcher, GpuPoolLauncher):
-            from hydra_plugins.gpu_pool_launcher._launch import fail_with_first
+        with recorded_end(directory) if isinstance(self.launcher, GpuPoolLauncher) else nullcontext():
+            for batch in self.split_overrides_to_chunks(jobs, self.max_batch_size):
+                returns.append(self.launcher.launch(batch, initial_job_idx=sum(map(len, returns))))
+            if isinstance(self.launcher, GpuPoolLauncher):
+                from hydra_plugins.gpu_pool_launcher._launch import fail_with_first
 
-            fail_with_first([job for batch in returns for job in batch])
-        for job in itertools.chain.from_iterable(returns):
-            _ = job.return_value  # raises if the job failed, as Hydra's own sweeper does after each batch
+                fail_with_first([job for batch in returns for job in batch])
+            for job in itertools.chain.from_iterable(returns):
+                _ = job.return_value  # raises if the job failed, as Hydra's own sweeper does after each batch
         return returns
+
+    def _jobs(self, arguments: list[str]) -> list[list[str]]:
+        """The overrides of all jobs, in order."""
+        assert self.hydra_context is not None
+        from hydra_plugins.gpu_pool_launcher._filter import OPTION, read_filter
+
+        from ._grid import read_dimensions, read_jobs, size
+
+        chosen = None if self.filter is None else read_filter(self.filter)
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        dimensions = read_dimensions([*self._parse_config(), *arguments], parser, self.config)
+        jobs = read_jobs(dimensions, chosen)
+        if chosen is not None:
+            log.info(f"{OPTION} leaves {len(jobs)} of {size(dimensions)} combinations")
+        return jobs

@@ -13,6 +13,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from gpu_launcher.errors import CompositionError, SearchSpaceError
 from hydra_plugins.gpu_pool_launcher._exceptions import whole_message
+from hydra_plugins.gpu_pool_launcher._zip import bare
 
 from ._mistakes import instead_of_list, instead_of_text
 from ._search_space import SearchSpace
@@ -25,20 +26,20 @@ MAX_ASSIGNED = 200
 _UNKNOWN = object()
 
 
-def check_composition(loader: ConfigLoader, config: DictConfig, space: SearchSpace) -> None:
+def check_composition(loader: ConfigLoader, config: DictConfig, space: SearchSpace) -> list[dict[str, Any]]:
     """Compose trial configs in advance: each option of a searched group once, and both ends of each numeric range.
 
-    Raises CompositionError and SearchSpaceError. `config` is the sweep's own.
+    Returns the points that were composed. Raises CompositionError and SearchSpaceError. `config` is the sweep's own.
     """
     entries = {key: entry for key, entry in space.entries if not isinstance(entry, str)}
     points = [{key: _value(entry.distribution, turn) for key, entry in entries.items()} for turn in (0, 1)]
     composed = [_compose(loader, config, space, point) for point in points]
     groups = _groups(composed[0])
-    options = [_choices(entry.distribution) for key, entry in entries.items() if _bare(key) in groups]
+    options = [_choices(entry.distribution) for key, entry in entries.items() if entry.zipped or bare(key) in groups]
     for turn in range(2, min(max(options, default=0), MAX_COMPOSED)):
         points.append({key: _value(entry.distribution, turn) for key, entry in entries.items()})
         composed.append(_compose(loader, config, space, points[-1]))
-    values = [key for key in entries if _bare(key) not in groups]
+    values = [key for key in entries if bare(key) not in groups]
     for key in values:
         first, second = (space.overrides({key: point[key]}) for point in points[:2])
         before = _node(composed[0], key)
@@ -47,8 +48,14 @@ def check_composition(loader: ConfigLoader, config: DictConfig, space: SearchSpa
                 _override(space, key, points[0]),
                 "it has no effect, because another override sets the same key: remove one of them",
             )
-        _assign_all(composed[0], key, entries[key].values)
+        if entries[key].zipped is None:
+            _assign_all(composed[0], key, entries[key].values)
+            continue
+        for member in map(bare, entries[key].values[0]):
+            if member not in groups:
+                _assign_all(composed[0], member, tuple(row[member] for row in entries[key].values))
     _check_fixed(loader, config, space, composed[0], points[0])
+    return points
 
 
 def _compose(loader: ConfigLoader, config: DictConfig, space: SearchSpace, point: Mapping[str, Any]) -> DictConfig:
@@ -69,7 +76,7 @@ def _assign_all(composed: DictConfig, key: str, values: tuple[Any, ...]) -> None
     with open_dict(composed):
         for value in values[:MAX_ASSIGNED]:
             try:
-                OmegaConf.update(composed, _bare(key), value, force_add=True)
+                OmegaConf.update(composed, bare(key), value, force_add=True)
             except OmegaConfBaseException as error:
                 raise CompositionError(f"cannot compose {key}={value}:\n{whole_message(error)}") from error
 
@@ -124,7 +131,7 @@ def _groups(composed: DictConfig) -> set[str]:
 
 def _node(composed: DictConfig, key: str) -> Any:
     """The value of a key, with interpolations as written; _UNKNOWN if it cannot be found."""
-    parent, _, name = _bare(key).rpartition(".")
+    parent, _, name = bare(key).rpartition(".")
     try:
         node = OmegaConf.select(composed, parent) if parent else composed
         found = node._get_node(name) if isinstance(node, DictConfig) else None
@@ -149,7 +156,3 @@ def _value(distribution: BaseDistribution, turn: int) -> Any:
 
 def _choices(distribution: BaseDistribution) -> int:
     return len(distribution.choices) if isinstance(distribution, CategoricalDistribution) else 0
-
-
-def _bare(key: str) -> str:
-    return key.lstrip("+~")

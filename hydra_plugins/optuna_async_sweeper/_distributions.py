@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -15,13 +15,13 @@ from hydra.core.override_parser.types import (
     Glob,
     IntervalSweep,
     Override,
-    QuotedString,
     RangeSweep,
     Sweep,
 )
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from hydra_plugins.gpu_pool_launcher._override_text import override_text
+from hydra_plugins.gpu_pool_launcher._override_text import override_text, unquoted
+from hydra_plugins.gpu_pool_launcher._zip import Zip, bare
 
 _MAX_ENUMERATED = 100_000
 
@@ -33,6 +33,8 @@ class Searched:
     distribution: BaseDistribution
     texts: tuple[str, ...] | None = None
     values: tuple[Any, ...] = ()
+    zipped: Zip | None = None
+    """The zip whose rows are the choices, if they are. Each value is then a dictionary of the members' values."""
 
 
 def searched(override: Override, options: Sequence[str] | None = None) -> Searched:
@@ -52,6 +54,18 @@ def searched(override: Override, options: Sequence[str] | None = None) -> Search
     if isinstance(sweep, IntervalSweep):
         return _interval(sweep)
     raise ValueError(f"a {type(sweep).__name__} cannot be searched: use choice, range or interval")
+
+
+def searched_rows(zipped: Zip) -> Searched:
+    """Convert a zip to one categorical parameter, whose choices are the texts of its rows."""
+    rows = dict(zip(zipped.rows, zipped.values, strict=True))  # without duplicates
+    keys = [bare(key) for key in zipped.keys]
+    return Searched(
+        CategoricalDistribution([" ".join(row) for row in rows]),
+        tuple(" ".join(row) for row in rows),
+        tuple(dict(zip(keys, values, strict=True)) for values in rows.values()),
+        replace(zipped, rows=tuple(rows), values=tuple(rows.values())),
+    )
 
 
 def on_grid(distribution: FloatDistribution, value: float) -> float:
@@ -98,17 +112,6 @@ def _choices(values: Sequence[Any]) -> Searched:
     if len(set(held)) < len(held):
         held = list(by_text)
     return Searched(CategoricalDistribution(held), tuple(by_text), tuple(by_text.values()))
-
-
-def unquoted(value: Any) -> Any:
-    """Remove quotes from a value of Hydra's parser."""
-    if isinstance(value, QuotedString):
-        return value.text
-    if isinstance(value, list):
-        return [unquoted(item) for item in value]
-    if isinstance(value, dict):
-        return {key: unquoted(item) for key, item in value.items()}
-    return value
 
 
 def _plain(value: Any) -> bool:

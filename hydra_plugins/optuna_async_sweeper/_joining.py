@@ -33,7 +33,7 @@ class _Search:
     sweeps: int = 0
     """Number of sweeps that have begun."""
     at_work: list[Any] = field(default_factory=list)
-    """The sweeps that may still be running, as `Sweep.to_json` writes them."""
+    """The sweeps that may still be running, as `TrialOwner.to_json` writes them."""
 
 
 def join(
@@ -45,10 +45,10 @@ def join(
     search space differs from another. Raises StudyError if the study has a different search space.
     """
     sweep = storage.sweep
-    with storage.alone():
+    with storage.locked():
         trials = storage.get_all_trials(study._study_id, deepcopy=False)
         kept = _read(storage.get_study_user_attrs(study._study_id).get(SEARCH))
-        at_work = [one for one in kept.at_work if sweep.may_be_at_work(one)]
+        at_work = [one for one in kept.at_work if sweep.may_be_running(one)]
         if not at_work and not any(map(_counts, trials)):
             kept = _Search(sweeps=kept.sweeps)
         known = _searched(trials, kept, space)

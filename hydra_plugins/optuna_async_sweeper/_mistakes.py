@@ -43,7 +43,7 @@ def described_search(value: Any) -> str | None:
     said = {str(key).lower(): one for key, one in value.items()}
     choices = _first(said, _CHOICES)
     if isinstance(choices, Sequence) and not isinstance(choices, str):
-        return _choice(choices)
+        return instead_of_list(choices)
     both = _first(said, _BOTH)
     if isinstance(both, Sequence) and not isinstance(both, str) and len(both) == 2:
         low, high = both
@@ -70,11 +70,6 @@ def nested_searches(value: Any, key: str) -> Iterator[tuple[str, str]]:
             yield from nested_searches(one, key)
     elif isinstance(value, str) and is_call(value):
         yield key, value.strip()
-
-
-def instead_of_list(values: Sequence[Any]) -> str:
-    """The sweep over the items of a list."""
-    return _choice(values)
 
 
 def instead_of_text(text: str) -> str | None:
@@ -136,7 +131,8 @@ def _sum(high: Any, step: Any) -> Any:
     return float(f"{high + step:.12g}") if isinstance(high, float) or isinstance(step, float) else high + step
 
 
-def _choice(values: Sequence[Any]) -> str:
+def instead_of_list(values: Sequence[Any]) -> str:
+    """The sweep over the items of a list."""
     try:
         return f"choice({', '.join(map(override_text, values))})"
     except TypeError:

@@ -8,15 +8,17 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import OptionError
+from gpu_launcher.jobs.manifest import DIRECTIONS
 from gpu_launcher.studies.stopping import Bounds
 from gpu_launcher.validation import integer
+from hydra_plugins.gpu_pool_launcher._filter import Filter, read_filter
 
-DIRECTIONS = ("minimize", "maximize")
+from ._classes import plain
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class SweeperOptions:
     kill_pruned: bool
     plots: bool
     seed: int | None
+    filter: Filter | None
 
 
 def read_options(options: Mapping[str, Any]) -> SweeperOptions:
@@ -62,14 +65,8 @@ def read_options(options: Mapping[str, Any]) -> SweeperOptions:
         kill_pruned=bool(options.get("kill_pruned", False)),
         plots=bool(options.get("plots", False)),
         seed=_count("seed", options.get("seed"), least=0),
+        filter=None if options.get("filter") is None else read_filter(str(options["filter"])),
     )
-
-
-def plain(value: object) -> Any:
-    """Convert a value to plain Python objects."""
-    if isinstance(value, (DictConfig, ListConfig)):
-        return OmegaConf.to_container(value, resolve=True)
-    return value
 
 
 def _directions(value: object) -> tuple[str, ...]:

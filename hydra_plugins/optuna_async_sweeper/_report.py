@@ -16,6 +16,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.studies.study_session import Best, SearchSummary, StudySession
+from gpu_launcher.wording import count
+from hydra_plugins.gpu_pool_launcher._filter import OPTION
 
 if TYPE_CHECKING:
     from ._study import StudyPlan
@@ -31,6 +33,8 @@ def finish(session: StudySession, summary: SearchSummary, plan: StudyPlan, direc
     lines = [_best(best, plan) for best in summary.best[:MAX_SHOWN]]
     if len(summary.best) > MAX_SHOWN:
         lines.append(f"... and {len(summary.best) - MAX_SHOWN} more trials on the Pareto front")
+    if session.left_out:
+        lines.append(f"{count(session.left_out, 'proposal')} did not satisfy {OPTION}, and did not run")
     lines += _importances(session.study)
     if plan.options.plots:
         from ._plots import write_plots

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, Sweep
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from gpu_launcher.errors import SearchSpaceError
-from hydra_plugins.gpu_pool_launcher._override_text import override_text
+from hydra_plugins.gpu_pool_launcher._exceptions import parser_message
+from hydra_plugins.gpu_pool_launcher._override_text import holds_sweep, override_text, unquoted
+from hydra_plugins.gpu_pool_launcher._zip import bare, check_zips, read_zip
 
-from ._distributions import Searched, on_grid, searched, unquoted
+from ._distributions import Searched, on_grid, searched, searched_rows
 from ._mistakes import FORMS, instead_of_call, instead_of_words, is_call, nested_searches
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader
+    from omegaconf import DictConfig
 
 
 @dataclass(frozen=True)
@@ -51,19 +54,35 @@ class SearchSpace:
         for key, entry in self.entries:
             if isinstance(entry, str):
                 made.append(entry)
+            elif key in params and entry.zipped is not None:
+                made += entry.zipped.rows[_index(key, entry, params[key])]
             elif key in params:
                 made.append(f"{key}={_text(key, entry, params[key])}")
-        fixed = {_bare(key): entry for key, entry in self.entries if isinstance(entry, str) and not _deletes(key)}
+        fixed = {bare(key): entry for key, entry in self.entries if isinstance(entry, str) and not _deletes(key)}
         for key, value in params.items():
             if key in self.distributions:
                 continue
-            if _bare(key) in fixed:
+            if bare(key) in fixed:
                 raise SearchSpaceError(
-                    fixed[_bare(key)],
+                    fixed[bare(key)],
                     "it is fixed here, and the custom search space suggests it, too: leave out one of them",
                 )
             made.append(f"{key}={override_text(value)}")
         return made
+
+    @property
+    def job_keys(self) -> list[str]:
+        """The keys, without prefix, of the overrides that every job gets."""
+        keys: list[str] = []
+        for key, entry in self.entries:
+            zipped = entry.zipped if isinstance(entry, Searched) else None
+            keys += map(bare, zipped.keys) if zipped else [] if _deletes(key) else [bare(key)]
+        return keys
+
+    def job_values(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of the overrides of the job with these sampled values, by their keys without prefix."""
+        overrides = OverridesParser.create().parse_overrides(self.overrides(params))
+        return {bare(one.get_key_element()): unquoted(one.value()) for one in overrides if not one.is_delete()}
 
     def values(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Convert sampled values to those that the job sees: lists and dictionaries instead of their text."""
@@ -76,9 +95,13 @@ class SearchSpace:
         Keys may omit a `+` or `++`. Keys that are not in the space are kept unchanged, for a custom search space.
         Raises SearchSpaceError for a value that is not in the space.
         """
-        keys = {_bare(key): key for key in self.distributions} | {key: key for key in self.distributions}
+        keys = {bare(key): key for key in self.distributions} | {key: key for key in self.distributions}
         entries = dict(self.entries)
         return {keys.get(key, key): _encoded(key, entries.get(keys.get(key, key)), v) for key, v in params.items()}
+
+    def words(self) -> list[str]:
+        """The distributions in words, one line for each."""
+        return [f"{key}: {_words(distribution)}" for key, distribution in self.distributions.items()]
 
     def describe(self) -> dict[str, Any]:
         """The distributions as JSON data, by key."""
@@ -90,12 +113,14 @@ def read_search_space(
     config_loader: ConfigLoader | None = None,
     *,
     params: Mapping[str, Any] | None = None,
+    config: DictConfig | None = None,
 ) -> SearchSpace:
     """Read the search space from `params` (as in `hydra.sweeper.params`) and then the command line's overrides.
 
     If several overrides have the same key, the last one counts, in the position of the first, as in Hydra's basic
     sweeper. The command line takes precedence over `params`: a key that it fixes is not searched, and a key that it
-    searches is not fixed. Globs need the config loader. `shuffle` has no effect, because the sampler chooses the order.
+    searches is not fixed. Globs need the config loader. `config` is the sweep's own, whose keys no
+    zip may have as its name. `shuffle` has no effect, because the sampler chooses the order.
     Raises SearchSpaceError.
     """
     parser = OverridesParser.create(config_loader=config_loader)
@@ -107,6 +132,9 @@ def read_search_space(
                 if other != key:  # with another prefix; the same key keeps its position
                     del entries[other]
             entries[key] = entry
+    zips = [entry.zipped for entry in entries.values() if isinstance(entry, Searched) and entry.zipped is not None]
+    names = {zipped.name for zipped in zips}
+    check_zips(zips, [key for key in entries if key not in names and not _deletes(key)], config)
     return SearchSpace(tuple(entries.items()))
 
 
@@ -145,17 +173,19 @@ def _read_source(source: Sequence[str], parser: OverridesParser) -> dict[str, st
 
 
 def _read(text: str, parser: OverridesParser) -> tuple[str, str | Searched]:
+    if (zipped := read_zip(text, parser)) is not None:
+        return zipped.name, searched_rows(zipped)
     try:
         (override,) = parser.parse_overrides([text])
     except HydraException as error:
-        raise SearchSpaceError(text, f"{_one_line(error)}{_remedy(text)}") from error
+        raise SearchSpaceError(text, f"{parser_message(error)}{_remedy(text)}") from error
     key = override.get_key_element()
-    if not _bare(key):
+    if not bare(key):
         raise SearchSpaceError(text, "there is no key before the =: write key=value")
     if override.is_delete():
         return key, text
     if not override.is_sweep_override():
-        if _holds_sweep(override.value()):
+        if holds_sweep(override.value()):
             raise SearchSpaceError(
                 text, "a list or a dictionary cannot contain a sweep: sweep over whole ones, as in choice([1],[2])"
             )
@@ -221,25 +251,6 @@ def _fixed_text(name: str, value: Any) -> str:
         raise SearchSpaceError(name, str(error)) from None
 
 
-def _one_line(error: HydraException) -> str:
-    """Hydra's message on one line, without the parts that repeat the override and point into it."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    noise = ("Error parsing override", "Error when parsing index", "^")
-    message = ". ".join(line.rstrip(".:") for line in lines if line and not line.startswith(noise))
-    return message + (". For null among the choices write x=null,a" if "NoneType is incompatible" in message else "")
-
-
-def _holds_sweep(value: Any) -> bool:
-    if isinstance(value, (Sweep, Glob)):
-        return True
-    items: Iterable[Any] = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(map(_holds_sweep, items))
-
-
-def _bare(key: str) -> str:
-    return key.lstrip("+~")
-
-
 def _deletes(key: str) -> bool:
     return key.startswith("~")
 
@@ -250,7 +261,7 @@ def _collide(before: str, known: str | Searched, key: str, entry: str | Searched
     Two fixed overrides do not collide, because Hydra has an order for them. Nor does a deletion before an addition
     (`~db +db=a,b`). If a key is searched twice, the second search replaces the first, as in Hydra's own sweepers.
     """
-    if _bare(before) != _bare(key) or _deletes(before):
+    if bare(before) != bare(key) or _deletes(before):
         return False
     either = isinstance(known, Searched) or isinstance(entry, Searched)
     return either and not (before == key and isinstance(known, Searched) and isinstance(entry, Searched))

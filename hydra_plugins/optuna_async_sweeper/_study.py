@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,26 +12,28 @@ from typing import Any
 import optuna
 from hydra.utils import get_method
 from omegaconf import DictConfig
-from optuna.samplers import BaseSampler, BruteForceSampler, GPSampler
+from optuna.samplers import BaseSampler, BruteForceSampler, GPSampler, RandomSampler
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 
 from gpu_launcher.errors import OptionError, StudyError
-from gpu_launcher.studies.ownership import Sweep
+from gpu_launcher.studies.ownership import TrialOwner
+from gpu_launcher.studies.report_curves import STUDY_FILE
 from gpu_launcher.studies.storage import storage as open_storage
 from gpu_launcher.studies.storage_url import without_password
-from gpu_launcher.studies.study_session import StudySession
+from gpu_launcher.studies.study_session import LeftOutError, StudySession
 from gpu_launcher.studies.study_storage import StudyStorage
+from hydra_plugins.gpu_pool_launcher._filter import OPTION
 
-from ._classes import instantiate
+from ._classes import instantiate, plain
 from ._joining import join
-from ._options import SweeperOptions, plain
+from ._options import SweeperOptions
 from ._pruners import make_pruner
 from ._samplers import grid_size, make_sampler, takes_turns
 from ._search_space import SearchSpace, difference
 
-FILE = "study.db"
-"""Name of the study's database in the sweep's directory. It is used if no storage is named."""
+MAX_DRAWS = 1000
+"""Maximum number of random points that are tried against the filter, at about 1 ms each."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class StudyPlan:
     """`hydra.sweeper`, unchecked."""
     options: SweeperOptions
     space: SearchSpace
-    sweep: Sweep
+    sweep: TrialOwner
 
     def open(self) -> tuple[StudySession, list[str]]:
         """Open the study; return the session and lines for the user.
@@ -86,7 +89,8 @@ class StudyPlan:
             sweeps_before=sweeps_before,
             overrides=list(self.config.hydra.overrides.hydra),
         )
-        warm_up = _import_torch if isinstance(study.sampler, GPSampler) else lambda: None
+        # The import takes seconds, and the GP sampler would do it when it first fits.
+        warm_up = partial(import_module, "torch") if isinstance(study.sampler, GPSampler) else lambda: None
         session = StudySession(
             study,
             storage,
@@ -96,6 +100,7 @@ class StudyPlan:
             combinations=self._combinations(study.sampler),
             in_turn=takes_turns(study.sampler),
             warm_up=warm_up,
+            draw=self._draw,
         )
         remarks = [f"study {self.name!r} in {self.where}, with {len(trials)} trials" if trials else self._opened, why]
         if not self.space.distributions and self._custom is None:
@@ -130,7 +135,7 @@ class StudyPlan:
 
     @property
     def _file(self) -> Path:
-        return Path(str(self.config.hydra.sweep.dir)).absolute() / FILE
+        return Path(str(self.config.hydra.sweep.dir)).absolute() / STUDY_FILE
 
     @property
     def _opened(self) -> str:
@@ -176,9 +181,19 @@ class StudyPlan:
             trial._suggest(name, distribution)
         if (custom := self._custom) is not None:
             custom(self.config, trial)
-        return self.space.overrides(trial.params)
+        overrides = self.space.overrides(trial.params)
+        if (chosen := self.options.filter) is not None and not chosen.keeps(self.space.job_values(trial.params)):
+            raise LeftOutError(f"it does not satisfy {OPTION}={chosen.text}")
+        return overrides
 
-
-def _import_torch() -> None:
-    """Import PyTorch in advance, which takes seconds. Otherwise the GP sampler imports it when it first fits."""
-    import_module("torch")
+    def _draw(self) -> dict[str, Any] | None:
+        """Draw random parameters that satisfy the filter; None if none of `MAX_DRAWS` does."""
+        chosen = self.options.filter
+        if chosen is None or self._custom is not None:
+            return None
+        study = optuna.create_study(sampler=RandomSampler())  # in memory, and for this only
+        for _ in range(MAX_DRAWS):
+            point = study.ask(dict(self.space.distributions)).params
+            if chosen.keeps(self.space.job_values(point)):
+                return point
+        return None

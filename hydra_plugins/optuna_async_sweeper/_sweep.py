@@ -12,9 +12,9 @@ import math
 import shlex
 import signal
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import optuna
 from hydra.core.utils import JobReturn, JobStatus
@@ -23,22 +23,32 @@ from omegaconf import OmegaConf
 from optuna import TrialPruned
 
 from gpu_launcher.errors import GpuLauncherError, StudyError
+from gpu_launcher.jobs.ending import recorded_end
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.labels import Labels
+from gpu_launcher.jobs.notifications import Notifier
 from gpu_launcher.processes.exceptions import reason
-from gpu_launcher.studies.ownership import Sweep
+from gpu_launcher.studies.ownership import TrialOwner
 from gpu_launcher.studies.stopping import SearchEnded
-from gpu_launcher.studies.study_session import AskedTrial, How, SearchSummary, StudySession, TrialEnding, UnusablePoint
-from gpu_launcher.studies.sweep_search import SweepSearch, seen
+from gpu_launcher.studies.study_session import (
+    AskedTrial,
+    SearchSummary,
+    StudySession,
+    TrialEnding,
+    TrialOutcome,
+    UnusablePoint,
+)
+from gpu_launcher.studies.sweep_search import SweepSearch
 from hydra_plugins.gpu_pool_launcher._commands import override
 from hydra_plugins.gpu_pool_launcher._directory import make_directory
 from hydra_plugins.gpu_pool_launcher._ending import final, stop
+from hydra_plugins.gpu_pool_launcher._results import value_names
 from hydra_plugins.gpu_pool_launcher.launcher import GpuPoolLauncher
 
 from ._composition import check_composition
-from ._options import read_options
+from ._options import SweeperOptions, read_options
 from ._report import finish
 from ._search_space import SearchSpace, read_search_space
 from ._study import StudyPlan
@@ -67,14 +77,23 @@ def sweep(sweeper: OptunaAsyncSweeper, arguments: list[str]) -> None:
     assert sweeper.hydra_context is not None
     try:
         options = read_options(sweeper.options)
-        space = read_search_space(arguments, sweeper.hydra_context.config_loader, params=options.params)
+        space = read_search_space(
+            arguments, sweeper.hydra_context.config_loader, params=options.params, config=sweeper.config
+        )
+        points: list[dict[str, Any]] = []
         if sweeper.options.get("custom_search_space") is None:  # the config may need parameters from a custom one
-            check_composition(sweeper.hydra_context.config_loader, sweeper.config, space)
+            if options.filter is not None:
+                options.filter.check_names(space.job_keys)
+            points = check_composition(sweeper.hydra_context.config_loader, sweeper.config, space)
+        if isinstance(sweeper.launcher, GpuPoolLauncher) and sweeper.launcher.options.get("dry_run"):
+            _show(sweeper.launcher, options, space, points)
         directory = make_directory(sweeper.config)
-        plan = StudyPlan(sweeper.config, sweeper.options, options, space, Sweep(ProcessIdentity.here()))
+        plan = StudyPlan(sweeper.config, sweeper.options, options, space, TrialOwner(ProcessIdentity.here()))
         if isinstance(sweeper.launcher, GpuPoolLauncher):
-            with _quiet_optuna():
-                _stream(sweeper, plan, directory)
+            from hydra_plugins.gpu_pool_launcher._launch import open_notifier
+
+            with recorded_end(directory), open_notifier(sweeper.launcher) as notifier, _quiet_optuna():
+                _stream(sweeper, plan, directory, notifier)
         else:
             _batches(sweeper, plan, directory)
     except GpuLauncherError as error:
@@ -83,7 +102,29 @@ def sweep(sweeper: OptunaAsyncSweeper, arguments: list[str]) -> None:
         raise final(error) from error.__cause__
 
 
-def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> None:
+def _show(
+    launcher: GpuPoolLauncher, options: SweeperOptions, space: SearchSpace, points: Sequence[Mapping[str, Any]]
+) -> NoReturn:
+    """Show the search and what its trials need, with the `points` of the search space as examples. Ends the program."""
+    from hydra_plugins.gpu_pool_launcher._dry_run import show_jobs
+
+    for line in space.words():
+        log.info(line)
+    if not points:
+        log.info("hydra.sweeper.custom_search_space suggests parameters as trials run: no trial can be shown before")
+    specs = []
+    for point in points:
+        if options.filter is None or options.filter.keeps(space.job_values(point)):
+            specs.append(space.overrides(point))
+    labels = Labels(common=space.fixed).of_all(specs)
+    jobs = [Job(number, label, spec) for number, (label, spec) in enumerate(zip(labels, specs, strict=True))]
+    trials = options.bounds.n_trials or options.bounds.total_trials
+    if options.bounds.total_trials is not None:
+        log.info("hydra.sweeper.total_trials includes the trials that the study has already")
+    show_jobs(launcher, jobs, trials, "trial")
+
+
+def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path, notifier: Notifier | None) -> None:
     from hydra_plugins.gpu_pool_launcher._launch import stream
 
     launcher = sweeper.launcher
@@ -97,23 +138,24 @@ def _stream(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> No
     labels = Labels(common=[entry for _, entry in plan.space.entries if isinstance(entry, str)])
     searches: list[SweepSearch] = []
 
-    def open_search() -> tuple[SweepSearch, int | None]:
+    def open_search() -> tuple[SweepSearch, int | None, bool]:
         session, remarks = _open(plan)
         for remark in remarks:
             log.info(remark)
-        expected = session.expected
+        expected, is_new = session.expected, session.is_new
         search = SweepSearch(
             session,
-            lambda asked: Job(asked.trial.number, labels.of(asked.spec), asked.spec, about=seen(asked)),
+            lambda asked: Job(asked.trial.number, labels.of(asked.spec), asked.spec, about=asked.trial),
             lambda result: ending(result, objectives, directory),
             finish=lambda session, summary: finish(session, summary, plan, directory),
             kill_pruned=plan.options.kill_pruned,
         )
         searches.append(search)
-        return search, expected
+        return search, expected, is_new
 
     try:
-        result = stream(launcher, open_search, plan.options.n_jobs, "hydra.sweeper.n_jobs")
+        named = dict(zip(value_names(objectives), plan.options.directions, strict=True))
+        result = stream(launcher, open_search, plan.options.n_jobs, "hydra.sweeper.n_jobs", named, notifier)
     except BaseException:
         for search in searches:
             with contextlib.suppress(GpuLauncherError):  # the original error is raised instead
@@ -153,7 +195,7 @@ def _open(plan: StudyPlan) -> tuple[StudySession, list[str]]:
         raise
     except Exception as error:  # a sampler, a storage or the user's search space can raise anything
         traceback.print_exc()
-        raise StudyError(f"the search ended: {type(error).__name__}: {error}") from error
+        raise StudyError(f"the search failed: {type(error).__name__}: {error}") from error
 
 
 def _close(search: SweepSearch, patience: float | None) -> tuple[SearchSummary, list[str]]:
@@ -198,7 +240,8 @@ def _batches(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> N
                     case SearchEnded():
                         over = answer
                     case UnusablePoint(message):
-                        log.warning(message)
+                        if message is not None:
+                            log.warning(message)
                     case AskedTrial():
                         batch.append(answer)
             for run in _consecutive(batch):
@@ -210,7 +253,7 @@ def _batches(sweeper: OptunaAsyncSweeper, plan: StudyPlan, directory: Path) -> N
                     number = asked.trial.number
                     session.ran_in(number, _directory_of(job_return))
                     told = _ending_of(job_return, len(plan.options.directions))
-                    if told.how is How.FAILED:
+                    if told.outcome is TrialOutcome.FAILED:
                         log.warning(f"trial {number} failed: {told.message}")
                     session.tell(number, told)
     except BaseException:
@@ -246,25 +289,27 @@ def ending(result: JobResult, objectives: int, directory: Path) -> TrialEnding:
     from hydra_plugins.gpu_pool_launcher._results import unpack
 
     if result.outcome is Outcome.PRUNED:
-        return TrialEnding(How.PRUNED, message=result.message)
+        return TrialEnding(TrialOutcome.PRUNED, message=result.message)
+    if result.withdrawn:
+        return TrialEnding(TrialOutcome.FAILED, message=result.message)
     if result.outcome is Outcome.CANCELLED:
-        return TrialEnding(How.INTERRUPTED, message="the sweep was stopped")
+        return TrialEnding(TrialOutcome.INTERRUPTED, message="the sweep was stopped")
     if result.outcome is Outcome.FAILED:
-        return TrialEnding(How.FAILED, message=result.message)
+        return TrialEnding(TrialOutcome.FAILED, message=result.message)
     return _ending_of(unpack(result, [], directory), objectives)
 
 
 def _ending_of(job_return: JobReturn, objectives: int) -> TrialEnding:
     if job_return.status is not JobStatus.COMPLETED:
         error = job_return._return_value
-        how = How.PRUNED if isinstance(error, TrialPruned) else How.FAILED
-        return TrialEnding(how, message=reason(error))
+        outcome = TrialOutcome.PRUNED if isinstance(error, TrialPruned) else TrialOutcome.FAILED
+        return TrialEnding(outcome, message=reason(error))
     returned = job_return.return_value
     try:
-        return TrialEnding(How.COMPLETE, values_of(returned, objectives))
+        return TrialEnding(TrialOutcome.COMPLETE, values_of(returned, objectives))
     except ValueError as error:
         return TrialEnding(
-            How.FAILED, message=str(error), remarkable=True, hopeless=isinstance(error, _NotANumberError)
+            TrialOutcome.FAILED, message=str(error), remarkable=True, hopeless=isinstance(error, _NotANumberError)
         )
 
 
@@ -278,7 +323,7 @@ def values_of(returned: Any, objectives: int) -> tuple[float, ...]:
         given = [returned]
     else:
         try:
-            given = [] if isinstance(returned, (str, bytes)) else list(returned)
+            given = [] if isinstance(returned, (str, bytes, Mapping)) else list(returned)
         except Exception:  # raised by a user's class
             given = []
         if not given:

@@ -26,7 +26,9 @@ HELP = {
     "n_jobs": "Maximum number of trials at the same time. null: as many as get devices.",
     "max_failure_rate": "Fraction of the finished trials, from 0 to 1, that may fail before the sweep ends. null: "
     "failures do not end the sweep.",
-    "params": "What to search or fix, as on the command line: lr: interval(0, 1). The command line takes precedence.",
+    "params": "What to search or fix, as on the command line: lr: interval(0, 1). The command line takes precedence. "
+    "zip(lr=choice(1,2),n=choice(3,4)) varies several keys together.",
+    "filter": "Expression that a trial must satisfy to run: batch * accumulate <= 512. null: all do.",
     "custom_search_space": "Dotted name of a function of the config and the trial that suggests more parameters.",
     "timeout": "Time after which no new trial starts, such as 90, 30m or 2h. null: no limit.",
     "patience": "Number of completed trials without a better value after which no new trial starts. null: no limit.",
@@ -63,6 +65,7 @@ class OptunaAsyncSweeperConf:
     n_jobs: int | None = None
     max_failure_rate: float | None = None
     params: dict[str, Any] | None = None
+    filter: str | None = None
     custom_search_space: str | None = None
     timeout: Any = None
     patience: int | None = None

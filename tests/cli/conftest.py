@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pkgutil
-import pty
 import re
 import select
 import struct
@@ -30,14 +29,14 @@ GIB = 2**30
 CLI = (sys.executable, "-m", "gpu_launcher.cli")
 USED_BY_COMMANDS = ("gpu_launcher.jobs.sweep", "hydra.core.override_parser.overrides_parser", "rich.live", "sqlite3")
 """Modules outside gpu_launcher.cli that commands import when they need them."""
-NOT_OURS = ("CUDA_", "GPU_LAUNCHER_", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "LD_LIBRARY_PATH")
+NOT_OURS = ("GPU_LAUNCHER_", "LD_LIBRARY_PATH")
 
 Done = subprocess.CompletedProcess[str]
 
 
 def environment(**extra: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(NOT_OURS)}
-    return {**kept, "PYTHONPATH": str(REPOSITORY), "TERM": "xterm-256color", **extra}
+    return {**kept, "PYTHONPATH": str(REPOSITORY), **extra}
 
 
 @dataclass
@@ -50,7 +49,7 @@ class Cli:
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def __call__(self, *arguments: str, **environ: str) -> Done:
-        return self.warm.run("gpu_launcher.cli", arguments, {**self.environ, **environ}, timeout=60)
+        return self.warm.run("gpu_launcher.cli", arguments, {**self.environ, **environ}, timeout=200)
 
     def lines(self, *arguments: str, **environ: str) -> list[str]:
         """The lines that a command prints. It must succeed and write nothing to stderr."""
@@ -147,13 +146,20 @@ class Terminal:
 
     def __init__(self, command: Sequence[str], environ: dict[str, str], size: tuple[int, int] = (80, 24)) -> None:
         self.output = b""
-        self.pid, self.master = pty.fork()
+        self.master, slave = os.openpty()
+        self.initial_attributes = self.attributes()
+        ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
+        self.pid = os.fork()
         if self.pid == 0:
             try:
-                ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
+                os.setsid()
+                ioctl(slave, termios.TIOCSCTTY, 0)
+                for stream in (0, 1, 2):
+                    os.dup2(slave, stream)
                 os.execvpe(command[0], command, environ)
             finally:
                 os._exit(99)
+        os.close(slave)
         self.status: int | None = None
 
     def resize(self, columns: int, lines: int) -> None:
@@ -172,14 +178,14 @@ class Terminal:
         shown = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", frame) for frame in self.text.split("\x1b[H")[1:]]
         return [frame.split("\n") for frame in shown]
 
-    def read_until(self, holds: Callable[[], bool], seconds: float = 30) -> None:
+    def read_until(self, holds: Callable[[], bool], seconds: float = 120) -> None:
         end = time.monotonic() + seconds
         while not holds():
             assert time.monotonic() < end, self.text
             if not self._read():
                 assert holds(), self.text
 
-    def wait(self, seconds: float = 30) -> int:
+    def wait(self, seconds: float = 120) -> int:
         """Wait for the end, and return the exit code, or the negative number of the signal."""
         end = time.monotonic() + seconds
         while self.status is None:

@@ -99,7 +99,7 @@ def test_a_lost_gpu_and_one_with_memory_errors_are_problems(lab: Lab) -> None:
     assert lost[0].startswith("GPU 1 is set aside: it does not answer")
     assert memory == (
         "GPU 2 is set aside: it has had 3 uncorrectable memory errors",
-        "`nvidia-smi --gpu-reset -i 2` (as root, while nobody uses it), or reboot",
+        "`nvidia-smi --gpu-reset -i 2` (as root, while no program uses it), or reboot",
     )
 
 
@@ -365,7 +365,7 @@ def test_a_study_with_a_rollback_journal_is_a_problem_with_a_remedy_that_works(c
     assert code == 1
     ((text, remedy),) = of(findings, "study", "problem")
     assert text.startswith("its journal mode is not WAL")
-    assert remedy == f"`sqlite3 {study} 'PRAGMA journal_mode=WAL'`, while nobody uses it"
+    assert remedy == f"`sqlite3 {study} 'PRAGMA journal_mode=WAL'`, while no program uses it"
 
 
 def test_a_study_in_use_is_read_with_what_is_still_in_its_log(cli: Cli, study: Path) -> None:
@@ -416,7 +416,7 @@ def test_lines_in_a_pipe_have_level_check_text_and_remedy(lab: Lab) -> None:
 
 
 def test_the_document_has_every_check_and_the_keys_of_the_json(lab: Lab) -> None:
-    documented = DOCUMENT[DOCUMENT.index("| check | what |") :]
+    documented = DOCUMENT[DOCUMENT.index("| check | what is checked |") :]
     checks = set(re.findall(r"^\| `([^`]+)` \|", documented, re.MULTILINE))
     _, findings = examine(lab.cli, "--study", "none.db", "--nodes", "local")
     assert {check for check, *_ in findings} == checks

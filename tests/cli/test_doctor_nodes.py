@@ -120,7 +120,7 @@ def test_a_directory_that_is_not_shared_is_a_problem(doctor: Callable[..., Findi
     project = tmp_path / "project"
     elsewhere = f"'mount -t tmpfs none {project} && exec \"$@\"'"
     (_, *found) = doctor(f"command:unshare -m sh -c {elsewhere} sh")
-    remedy = "use a directory on a file system that all nodes share"
+    remedy = "use a directory on a file system that all nodes share, or outputs=fetch"
     assert found == [("problem", f"unshare: does not see the files in {project}", remedy)]
 
 

@@ -62,8 +62,25 @@ def test_job_whose_node_was_lost_waits(tmp_path: Path) -> None:
     recorder.handle(JobStarted(0.0, 0, "lr=0", (GPU,), str(tmp_path / "job.log"), 1))
     recorder.handle(JobReturned(0.0, 0, "lr=0"))
     (job,) = json.loads(jobs("--json", str(tmp_path)).stdout)["jobs"]
-    assert (job["state"], job["attempts"], job["devices"], job["pid"]) == ("waiting", 1, [], None)
-    assert (job["started"], job["ended"]) == (None, None)
+    assert (job["state"], job["attempts"], job["moves"]) == ("waiting", 0, 1)
+    assert (job["devices"], job["pid"], job["started"], job["ended"]) == ([], None, None, None)
+
+
+def test_moves_of_a_job_are_not_counted_as_attempts(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, [Job(0, "lr=0", ["lr=0"])], "train.py")
+    started, returned = JobStarted(0.0, 0, "lr=0", (GPU,), None), JobReturned(0.0, 0, "lr=0")
+    recorder.handle(started)
+    recorder.handle(returned)
+    recorder.handle(returned)  # it was dealt to a node that left before it had started the job
+    recorder.close()
+    resumed = Recorder(tmp_path, [Job(0, "lr=0", ["lr=0"], attempts_before=1)], "train.py")
+    resumed.handle(started)
+    resumed.handle(JobRetried(0.0, 0, "lr=0", 2.0, "was killed by SIGKILL", None, 3, 3))
+    resumed.handle(started)
+    resumed.handle(JobEnded(0.0, 0, "lr=0", (GPU,), Outcome.COMPLETED, 30.0, None, None))
+    (job,) = json.loads(jobs("--json", str(tmp_path)).stdout)["jobs"]
+    assert (job["state"], job["attempts"], job["moves"]) == ("completed", 2, 1)
+    assert jobs(str(tmp_path)).stdout.splitlines()[-1].split()[:3] == ["0", "completed", "2"]
 
 
 def test_it_lists_only_those_that_failed_as_json(sweep: Path) -> None:
@@ -77,13 +94,13 @@ def test_it_lists_only_those_that_failed_as_json(sweep: Path) -> None:
                 "state": "failed",
                 "overrides": ["lr=1"],
                 "attempts": 1,
+                "moves": 0,
                 "devices": ["GPU 1"],
                 "pid": None,
                 "started": 1050.0,
                 "ended": 1052.5,
                 "message": "raised ValueError: no\nway",
                 "log": None,
-                "values": [],
             }
         ],
     }

@@ -18,7 +18,22 @@ if TYPE_CHECKING:
     from conftest import Cli  # type: ignore[import-not-found]
 
 REPOSITORY = Path(__file__).parents[2]
-COMMANDS = {"status": "status", "top": "status", "doctor": "status", "jobs": "resume", "run": "run", "map": "map"}
+COMMANDS = {
+    "status": "status",
+    "top": "status",
+    "doctor": "status",
+    "jobs": "resume",
+    "results": "results",
+    "run": "run",
+    "map": "map",
+    **dict.fromkeys(
+        ("sweeps", "log", "cancel", "retry", "rerun", "stop", "pause", "continue", "limit", "attach", "wait"),
+        "steering",
+    ),
+    "web": "web",
+    "demo": "index",
+    "guide": "guide",
+}
 """All commands, each with the page of docs that describes it."""
 
 
@@ -135,7 +150,8 @@ def test_help_and_wrong_options_import_nothing_slow(cli: Cli, arguments: tuple[s
 
 def test_short_commands_import_only_what_they_need(cli: Cli, tmp_path: Path) -> None:
     Recorder(tmp_path, [Job(0, "lr=1", ["lr=1"])], "train.py")
-    for arguments in (("status",), ("jobs", str(tmp_path)), ("run", "--devices", "cpu:1", "--", "true")):
+    of_the_sweep = (("jobs", str(tmp_path)), ("results", str(tmp_path)))
+    for arguments in (("status",), *of_the_sweep, ("run", "--devices", "cpu:1", "--", "true")):
         modules = loaded(cli, *arguments)
         assert "gpu_launcher.leases.file_ledger" in modules, arguments
         assert modules.isdisjoint(NOT_NEEDED), arguments
@@ -156,6 +172,7 @@ def test_importing_the_package_imports_no_part_of_it(cli: Cli) -> None:
 
 
 def test_a_look_imports_neither_hydra_nor_optuna(cli: Cli) -> None:
-    code = "import sys; from gpu_launcher.cli.collect import look; look('auto', '1GiB', None); print(*sys.modules)"
+    code = "import sys; from gpu_launcher.allocation.observation import look; "
+    code += "look('auto', '1GiB', None); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], env=cli.environ, capture_output=True, text=True, check=True)
     assert {"hydra", "optuna", "sqlalchemy"}.isdisjoint(done.stdout.split())

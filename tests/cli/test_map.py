@@ -18,6 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gpu_launcher import Sweep
+from gpu_launcher.jobs.manifest import read
 from tests.waiting import until
 
 CLI = (sys.executable, "-m", "gpu_launcher.cli")
@@ -162,7 +164,7 @@ def test_parameters_come_from_files_and_pipes(run_map: Map, tmp_path: Path, kind
         os.mkfifo(tmp_path / name)
         process = run_map.start(*words)
         (tmp_path / name).write_text(data)
-        assert process.wait(60) == 0
+        assert process.wait(100) == 0
         process.communicate()
     else:
         if kind != "-":
@@ -183,7 +185,7 @@ def test_a_slow_producer_is_not_waited_for_and_does_not_wait(run_map: Map, tmp_p
         process.stdin.flush()
         until(lambda seen=number: results.exists() and results.read_text().count("\n") == seen + 1)
     process.send_signal(2)
-    assert process.wait(20) == 130
+    assert process.wait(100) == 130
     _, said = process.communicate()
     assert "Traceback" not in said
     assert run_map.argv() == [["0"], ["1"]]
@@ -293,12 +295,32 @@ def test_nothing_goes_through_a_shell_unless_it_is_to(run_map: Map, tmp_path: Pa
 
 
 def test_a_dry_run_prints_command_lines_and_runs_nothing(run_map: Map, tmp_path: Path) -> None:
-    done = run_map("--param", "n=range(50)", "--param", "s='a b'", "--dry-run", "--", "echo", "{n}", "{s}", "{gpu}")
+    dry = ("--dry-run", "--devices", "simulated:4", "--timeout", "30m")
+    done = run_map("--param", "n=range(50)", "--param", "s='a b'", *dry, "--", "echo", "{n}", "{s}", "{gpu}")
     assert done.returncode == 0
     assert done.stdout.splitlines() == [f"echo {number} 'a b' {{gpu}}" for number in range(20)]
-    assert done.stderr == "... and 30 more: 50 runs\n"
-    piped = run_map("--from", "-", "--dry-run", "--", "echo", "{n}", input='{"n": 1}\n{"n": 2}\n')
-    assert (piped.stdout, piped.stderr) == ("echo 1\necho 2\n", "2 runs\n")
+    assert done.stderr.splitlines() == [
+        "... and 30 more: 50 runs",
+        "gpu-launcher: 4 devices are simulated: no real GPU is reserved, so jobs must not use those that "
+        "CUDA_VISIBLE_DEVICES names",
+        "gpu-launcher: 50 runs need 1 GPU each: 4 can start now, the others when those end",
+        "gpu-launcher: GPU hours: at most 25, if each run takes as long as --timeout and is not retried",
+    ]
+    piped = run_map("--from", "-", *dry, "--", "echo", "{n}", input='{"n": 1}\n{"n": 2}\n')
+    assert piped.stdout == "echo 1\necho 2\n"
+    assert piped.stderr.startswith("2 runs\n")
+    assert "gpu-launcher: 2 runs need 1 GPU each: all can start now\n" in piped.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["echo.py"]
+
+
+def test_a_dry_run_finds_a_request_that_is_never_granted(run_map: Map, tmp_path: Path) -> None:
+    words = ("--param", "n=1,2", "--dry-run", "--gpus", "3", "--devices", "simulated:2", "--", "echo", "{n}")
+    done = run_map(*words)
+    assert (done.returncode, done.stdout) == (1, "echo 1\necho 2\n")
+    assert "2 runs need 3 GPUs each, which is never granted: the request is for 3 devices" in done.stderr
+    elsewhere = run_map("--nodes", "command:no-such-program", *words)
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert "2 runs need 3 GPUs each; the nodes say whether they can grant that once they run" in elsewhere.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["echo.py"]
 
 
@@ -321,7 +343,7 @@ TWICE_HERE = ("--nodes", "local", "--nodes", "local")
         (["--param", "n=1", "--", "echo"], "no placeholder"),
         (["--param", "n=1", "--from", "p.jsonl"], "there is no command"),
         (["--", "echo", "{n}"], "there are no parameters"),
-        (["--param", "n", "--", "echo", "{n}"], "--param: 'n' is no name=VALUES"),
+        (["--param", "n", "--", "echo", "{n}"], "--param: 'n' is not NAME=VALUES"),
         (["--param", "n=1", "--gpus", "x", "--", "echo", "{n}"], "--gpus: 'x' is neither"),
         (["--param", "n=1", "--gpus", "3", *SIMULATED[:2], "--", "echo", "{n}"], "--gpus: the request"),
         (["--param", "n=1", "--devices", "x", "--", "echo", "{n}"], "--devices: "),
@@ -329,6 +351,7 @@ TWICE_HERE = ("--nodes", "local", "--nodes", "local")
         (["--param", "n=1", "--nodes", "x", "--", "echo", "{n}"], "--nodes: 'x' names no node: give local, ssh:HOST"),
         (["--param", "n=1", "--nodes", "", "--", "echo", "{n}"], "--nodes: '' names no node"),
         (["--param", "n=1", "--nodes", "slurm:x", "--dry-run", "--", "echo", "{n}"], "--nodes: 'slurm:x' has no"),
+        (["--param", "n=1", "--on-end", "a 'b", "--dry-run", "--", "echo", "{n}"], "--on-end: "),
         (["--param", "n=1", *TWICE_HERE, "--", "echo", "{n}"], "--nodes: local is named twice"),
         (["--param", "n=1", "--nodes", "command:no-such-program", "--", "echo", "{n}"], "node no-such-program: cannot"),
         (["--param", "n=1", "--max-parallel", "0", "--", "echo", "{n}"], "--max-parallel: 0 is too few"),
@@ -501,7 +524,7 @@ from gpu_launcher.cli.mapping.grid import Grid
 from gpu_launcher.cli.mapping.inputs import Input, RunSequence
 from gpu_launcher.cli.mapping.map_directory import MapDirectory
 from gpu_launcher.cli.mapping.map_runs import MapRuns
-from gpu_launcher.cli.mapping.results import ResultsFile, write_table
+from gpu_launcher.cli.mapping.results_file import ResultsFile, write_table
 from gpu_launcher.cli.mapping.resume import EarlierRuns
 from gpu_launcher.cli.mapping.template import Template
 from gpu_launcher.jobs.events import Outcome
@@ -594,3 +617,53 @@ def mounted() -> Any:
     yield mount
     for point in points:
         subprocess.run(["umount", "-l", str(point)], check=True)
+
+
+def test_failed_runs_run_again_in_the_same_map(run_map: Map, tmp_path: Path) -> None:
+    (tmp_path / "bad").touch()
+    script = "if [ -e bad ] && [ {n} != 1 ]; then exit 3; fi; while ! [ -e go ]; do sleep 0.02; done"
+    process = run_map.start(*SIMULATED, "--param", "n=0,1,2", "--shell", "--", script)
+    try:
+        until(lambda: [state for _, state in states(tmp_path)] == ["failed", "running", "failed"], "no run fails")
+        assert sorted(line["index"] for line in run_map.results()) == [0, 2]
+        (tmp_path / "bad").unlink()
+        assert Sweep(tmp_path / "out").retry(0) == "job 0 runs again"
+        until(lambda: [line["index"] for line in run_map.results()] == [2], "run 0 has no result now")
+        (tmp_path / "go").touch()
+        _, err = process.communicate(timeout=100)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 1, err
+    assert "3 jobs: 2 completed, 1 failed in" in err
+    assert {line["index"]: (line["outcome"], line["attempts"]) for line in run_map.results()} == {
+        0: ("completed", 2),
+        1: ("completed", 1),
+        2: ("failed", 1),
+    }
+    assert len(run_map.results()) == 3
+    assert (tmp_path / "out/0/stderr.attempt-1.txt").exists()
+
+
+def test_run_that_did_not_begin_again_keeps_its_result(run_map: Map, tmp_path: Path) -> None:
+    (tmp_path / "bad").touch()
+    script = "[ {n} = 0 ] && exit 3; sleep 600"
+    process = run_map.start(*SIMULATED, "--param", "n=0,1,2", "--shell", "--", script)
+    try:
+        until(
+            lambda: [state for _, state in states(tmp_path)] == ["failed", "running", "running"], "run 0 does not fail"
+        )
+        sweep = Sweep(tmp_path / "out")
+        sweep.retry(0)
+        sweep.stop(now=True)
+        process.communicate(timeout=100)
+    finally:
+        process.kill()
+        process.communicate()
+    (line,) = [line for line in run_map.results() if line["index"] == 0]
+    assert (line["outcome"], line["exit_code"]) == ("failed", 3)
+    assert dict(states(tmp_path))[0] == "failed"
+
+
+def states(directory: Path) -> list[tuple[int, str]]:
+    return [(number, entry.state.value) for number, entry in read(directory / "out").items()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.emulated_terminal import EmulatedTerminal
 from tests.waiting import alive, until
 
 REPOSITORY = Path(__file__).parents[2]
@@ -209,6 +211,27 @@ def test_failed_runs_are_resumed_on_the_same_nodes_or_on_others(maps: Maps) -> N
     assert maps.outcomes() == [("completed", 2 if number in (1, 4) else 1) for number in range(6)]
 
 
+def test_files_of_runs_are_fetched_from_nodes_that_do_not_share_the_directory(maps: Maps) -> None:
+    if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount file systems")
+    hidden = f"'mount -t tmpfs none {maps.path}/out && exec \"$@\"'"
+    nodes = [word for name in "ab" for word in maps.node(name, "unshare", "-m", "sh", "-c", hidden, "sh")]
+    first = maps(*grid(6, *nodes, "--outputs", "fetch"), FAILS="[1, 4]", MEET="4")
+    assert first.returncode == 1, first.stderr
+    assert "6 jobs: 4 completed, 2 failed" in first.stderr
+    assert maps.pools() == {"pool-a", "pool-b"}
+    (maps.path / "healed").write_text("1")
+    again = maps("--resume", "out", FAILS="[1, 4]")
+    assert again.returncode == 0, again.stderr
+    assert "4 of 6 runs completed before" in again.stderr
+    assert maps.outcomes() == [("completed", 2 if number in (1, 4) else 1) for number in range(6)]
+    for number in range(6):
+        names = {file.name for file in (maps.path / "out" / str(number)).iterdir()}
+        earlier = {"stdout.attempt-1.txt", "stderr.attempt-1.txt"} if number in (1, 4) else set()
+        assert names == {"params.json", "outcome.json", "stdout.txt", "stderr.txt", *earlier}
+        assert json.loads((maps.path / "out" / str(number) / "stdout.txt").read_text())["n"] == number
+
+
 def test_nodes_of_a_map_can_be_replaced_when_it_is_resumed(maps: Maps) -> None:
     assert maps(*grid(3, *maps.node("a")), FAILS="[1]").returncode == 1
     assert maps.pools() == {"pool-a"}
@@ -300,6 +323,50 @@ def test_node_without_the_program_is_not_used(maps: Maps, command: str, said: st
     assert done.returncode == 0, done.stderr
     assert f"env {said}" in done.stderr
     assert {device for line in maps.results() for device in line["devices"]} == {"env-2 simulated GPU 0"}
+
+
+# What others see
+
+
+def test_status_and_top_show_the_devices_of_nodes(maps: Maps) -> None:
+    process = maps.start(*grid(4, *on_two(maps)), HOLDS="", MEET="4")
+    maps.running(0, 1, 2, 3)
+
+    def status(*words: str, directory: Path = maps.path) -> str:
+        command = [sys.executable, "-m", "gpu_launcher.cli", "status", "--devices", "cpu:1", *words]
+        done = subprocess.run(command, cwd=directory, env=maps.environ({}), capture_output=True, text=True, check=True)
+        return done.stdout
+
+    def devices_with_jobs() -> list[dict[str, Any]]:
+        """The devices once all jobs are shown on them. A head that does not answer at once is left out."""
+        devices: list[dict[str, Any]] = json.loads(status("--json"))["nodes"]
+        return devices if sum(len(device["jobs"]) for device in devices) == 4 else []
+
+    seen = until(devices_with_jobs, "the jobs are not shown")
+    assert len({(device["node"], device["uuid"]) for device in seen}) == len(seen) == 4
+    assert len({device["node"] for device in seen}) == 2
+    assert {device["sweep"] for device in seen} == {str(maps.path / "out")}
+    assert sorted(job["number"] for device in seen for job in device["jobs"]) == [0, 1, 2, 3]
+    assert all(device["in_contact"] for device in seen)
+    rows = until(lambda: status().partition("NODES")[2], "no nodes are shown")
+    for device in seen:
+        (job,) = device["jobs"]
+        assert re.search(rf"{device['label']} .* out +#{job['number']} n={job['number']}$", rows, re.MULTILINE)
+    top = EmulatedTerminal(
+        [sys.executable, "-m", "gpu_launcher.cli", "top", "--devices", "cpu:1"], maps.environ({}), maps.path, (100, 30)
+    )
+    try:
+        for device in seen:
+            top.until(device["label"])
+    finally:
+        top.close()
+    elsewhere = maps.path / "elsewhere"
+    elsewhere.mkdir()
+    assert "NODES" not in status(directory=elsewhere)
+    (maps.path / "release").touch()
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, maps.said
+    assert "NODES" not in status()
 
 
 # Nodes that are lost

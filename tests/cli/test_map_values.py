@@ -39,7 +39,7 @@ def run_cli(tmp_path: Path) -> RunCli:
             del how["stdin"]
         how = {"cwd": tmp_path, "env": {**environment(tmp_path), **how.pop("environ", {})}, **how}
         command = [*how.pop("within", ()), *CLI, *words]
-        return subprocess.run(command, **how, text=True, timeout=100, check=False)
+        return subprocess.run(command, **how, text=True, timeout=250, check=False)
 
     return run
 
@@ -185,7 +185,7 @@ def test_no_value_is_ever_parsed_by_a_shell(run_map: RunCli, tmp_path: Path, tex
     if "<<EOF" in text or "<<'EOF'" in text:
         assert done.returncode == 2
         assert "{index} stands" not in done.stderr, "which is before it"
-        assert "gpu-launcher: {json} stands behind <<, which begins text that is no command" in done.stderr
+        assert "gpu-launcher: {json} stands behind <<, after which text follows that is not a command" in done.stderr
         return
     assert done.returncode == 0, done.stderr
     said = [(tmp_path / f"{index}.said").read_text() for index in range(len(ODD))]
@@ -210,15 +210,15 @@ def test_a_dry_run_for_a_shell_prints_what_does_the_same_in_one(run_map: RunCli,
     ("param", "problem"),
     [
         ("n=range(1,2,0)", "range() arg 3 must not be zero"),
-        ("n=range(1,2,nan)", "is no name=VALUES"),
-        ("n=range(0.5,2,0)", "is no name=VALUES"),
+        ("n=range(1,2,nan)", "is not NAME=VALUES"),
+        ("n=range(0.5,2,0)", "is not NAME=VALUES"),
         ("n=range(0,inf)", "more than 1000000 values"),
         ("n=range(0,50000000)", "more than 1000000 values"),
         ("n=shuffle(range(0,50000000))", "more than 1000000 values"),
-        ("n=1,range(3)", "a range is no value among others"),
-        ("n=[1,2],[range(3)]", "is no name=VALUES"),
+        ("n=1,range(3)", "a range cannot be one value of several"),
+        ("n=[1,2],[range(3)]", "is not NAME=VALUES"),
         ("=1", "'=1' has no name"),
-        ("n=sort(1,x)", "is no name=VALUES"),
+        ("n=sort(1,x)", "is not NAME=VALUES"),
     ],
 )
 def test_a_grid_that_cannot_be_meant_is_refused_before_it_takes_memory(
@@ -235,7 +235,7 @@ def test_a_grid_that_cannot_be_meant_is_refused_before_it_takes_memory(
 def test_a_range_as_long_as_may_be_is_taken(run_map: RunCli) -> None:
     done = run_map("--param", "n=shuffle(range(1000000))", "--dry-run", "--", "echo", "{n}")
     assert done.returncode == 0
-    assert done.stderr == "... and 999980 more: 1000000 runs\n"
+    assert done.stderr.startswith("... and 999980 more: 1000000 runs\n")
 
 
 def test_half_a_character_is_no_argument_and_can_be_in_json(run_map: RunCli, tmp_path: Path) -> None:

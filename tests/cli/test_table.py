@@ -65,9 +65,13 @@ def test_wide_characters_are_counted_as_terminals_show_them() -> None:
     assert cut("\u6f22\u5b57\u6f22\u5b57", 5) == "\u6f22\u5b57\u2026"
 
 
-@given(st.integers(0, 20), st.integers(0, 60), st.integers(0, 60), st.integers(3, 60))
-def test_a_report_is_never_higher_than_the_terminal(head: int, devices: int, queue: int, height: int) -> None:
-    report = StatusText([[("h", "")]] * (head + 1), [[("d", "")]] * (devices + 1), [[("q", "")]] * (queue + 1))
+@given(st.integers(0, 20), st.integers(0, 60), st.integers(0, 60), st.integers(0, 60), st.integers(3, 60))
+def test_a_report_is_never_higher_than_the_terminal(
+    head: int, devices: int, queue: int, nodes: int, height: int
+) -> None:
+    report = StatusText(
+        [[("h", "")]] * (head + 1), [[("d", "")]] * (devices + 1), [[("q", "")]] * (queue + 1), [[("n", "")]] * nodes
+    )
     lines = report.within(height)
     assert len(lines) <= height
     assert len(report.lines()) > height or lines == report.lines()

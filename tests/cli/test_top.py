@@ -6,11 +6,12 @@ import os
 import re
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +31,7 @@ def test_it_shows_what_status_shows_and_changes_with_it(lab: Lab, terminal: Call
     top = terminal("top")
     top.read_until(painted(top, "train.py #0 lr=0.1"))
     top.read_until(painted(top, "busy: it is used by jupyter"))
-    assert painted(top, "waits for 2 more of GPU 0")()
+    top.read_until(painted(top, "waits for 2 more of GPU 0"))
     lab.machine.now("0.utilisation 12")
     top.read_until(painted(top, " 12%  1 "))
     lab.cli.started[1].communicate()  # the holder ends
@@ -87,7 +88,7 @@ def test_the_terminal_is_as_before_whatever_ends_it(
     cli: Cli, terminal: Callable[..., Terminal], end: str | signal.Signals, code: int
 ) -> None:
     top = terminal("top")
-    before = top.attributes()
+    before = top.initial_attributes
     top.read_until(lambda: len(top.frames) >= 1)
     assert top.attributes() != before
     if isinstance(end, str):
@@ -95,13 +96,7 @@ def test_the_terminal_is_as_before_whatever_ends_it(
     else:
         os.kill(top.pid, end)
     top.read_until(lambda: LEAVE in top.text)
-    after = None
-    for _ in range(100):
-        after = top.attributes()
-        if after == before:
-            break
-        time.sleep(0.02)
-    assert after == before
+    until(lambda: top.attributes() == before, "the terminal is not as before")
     assert top.wait() == code
     assert top.text.count(ENTER) == top.text.count(LEAVE) == 1
     assert "Traceback" not in top.text
@@ -154,13 +149,8 @@ def test_a_terminal_that_hangs_up_ends_it(cli: Cli, terminal: Callable[..., Term
     top.read_until(lambda: len(top.frames) >= 1)
     os.close(top.master)
     top.master = os.open(os.devnull, os.O_RDONLY)
-    for _ in range(500):
-        pid, status = os.waitpid(top.pid, os.WNOHANG)
-        if pid:
-            break
-        time.sleep(0.02)
+    _, status = until(lambda: ended if any(ended := os.waitpid(top.pid, os.WNOHANG)) else None, "it does not end")
     top.status = os.waitstatus_to_exitcode(status)
-    assert pid
     assert top.status in (0, 128 + signal.SIGHUP)
 
 

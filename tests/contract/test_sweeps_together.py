@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 
 import gpu_launcher
 from gpu_launcher.jobs.identity import ProcessIdentity
-from gpu_launcher.studies.ownership import Sweep
+from gpu_launcher.studies.ownership import TrialOwner
 from gpu_launcher.studies.study_session import StudySession
 from gpu_launcher.studies.study_storage import StudyStorage
 from gpu_launcher.studies.trial_attrs import RETRY_OF
@@ -43,7 +43,7 @@ def name() -> str:
 
 def session(url: str, name: str, identity: ProcessIdentity) -> StudySession:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = StudyStorage(optuna.storages.get_storage(gpu_launcher.storage(url)), Sweep(identity))
+    storage = StudyStorage(optuna.storages.get_storage(gpu_launcher.storage(url)), TrialOwner(identity))
     study = optuna.create_study(
         study_name=name, storage=storage, sampler=optuna.samplers.RandomSampler(), load_if_exists=True
     )

@@ -641,7 +641,7 @@ def test_who_keeps_the_mutex_is_named_and_nobody_hangs(start, directory, monkeyp
     assert {view.owner.pid for view in ledger.snapshot().tickets} == {OWNER.pid, stopped.pid}
     assert time.monotonic() - begin < 3.9
     assert said == []
-    until(lambda: ledger.claim(waiting) or said, seconds=20)
+    until(lambda: ledger.claim(waiting) or said, seconds=60)
     assert ledger.claim(late) is None
     (sentence,) = said
     assert f"process {stopped.pid} (" in sentence

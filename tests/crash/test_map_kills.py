@@ -24,7 +24,7 @@ APP = """
 import functools, itertools, os, signal, sys, time
 
 from gpu_launcher.cli.main import main
-from gpu_launcher.cli.mapping import results
+from gpu_launcher.cli.mapping import results_file
 from gpu_launcher.jobs import node
 
 passed = itertools.count(1)
@@ -41,7 +41,7 @@ def checkpoint(name):
             time.sleep(0.001)
 
 
-class ResultsFile(results.ResultsFile):
+class ResultsFile(results_file.ResultsFile):
     def add(self, line):
         checkpoint("outcome left")
         if point == "line half written" and next(passed) == int(times):
@@ -159,7 +159,8 @@ def test_killed_at_any_point_a_map_is_resumed_at_once_and_nothing_completed_runs
     results = lines(app)
     assert sorted(line["index"] for line in results) == list(range(RUNS)), "each exactly once"
     assert {line["outcome"] for line in results} == {"completed"}
-    assert all(line["devices"] for line in results)
+    # A run that got its devices as the node was killed may complete before it ends. Its devices were never recorded.
+    assert sum(not line["devices"] for line in results) <= (point == "granted")
     (before,) = [int(line.split()[1]) for line in resumed.stderr.splitlines() if "completed before" in line]
     again = {number for number, times in ran(app).items() if times > 1}
     assert not again & known, "what had completed before"

@@ -16,6 +16,26 @@ from tests.crash.conftest import MARKER
 from tests.waiting import alive, until
 
 # The head and its agents lose patience with each other sooner than usual.
+TRAIN = """
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.config_store import ConfigStore
+
+ConfigStore.instance().store(name="config", node={"lr": 0.1})
+
+
+@hydra.main(version_base="1.3", config_path=None, config_name="config")
+def main(cfg):
+    (Path(HydraConfig.get().runtime.output_dir) / "lr").write_text(str(cfg.lr))
+
+
+if __name__ == "__main__":
+    main()
+"""
+"""The program of the pages about nodes."""
+
 QUICK = """
 import functools
 from gpu_launcher.nodes import node_group
@@ -62,7 +82,7 @@ def on_nodes(world: Any, *more: str) -> str:
 
 def is_agent(process: psutil.Process | None) -> bool:
     words = process.cmdline() if process is not None else []
-    return words[1:2] == ["-c"] and "nodes.agent" in words[-1]
+    return words[1:2] == ["-c"] and "nodes.agent" in "".join(words[2:3])
 
 
 def agents(sweep: Any, *, everywhere: bool = False) -> list[psutil.Process]:

@@ -173,13 +173,13 @@ def test_a_killed_program_leaves_no_process_and_its_trials_fail_with_the_next_on
     assert len(processes) >= 4
     program.kill()
     program.wait()
-    until(lambda: not any(map(alive, processes)), "its processes outlive it", seconds=15)
+    until(lambda: not any(map(alive, processes)), "its processes outlive it", seconds=60)
     assert world.states() == ["running", "running"]
     assert world.run(n_trials=2, seconds=0) == 0
     assert world.states() == ["fail", "fail", "complete", "complete"]
     why = {trial.user_attrs.get("gpu_launcher:failure") for trial in world.study.trials[:2]}
-    assert why == {"its program ended without telling"}
-    assert "marked 2 trials as failed" in world.output(1).read_text()
+    assert why == {"its program ended before the trial did"}
+    assert "marked 2 trials of a dead program as failed" in world.output(1).read_text()
 
 
 def test_lost_trials_are_queued_again_if_that_is_wanted(world: World) -> None:
@@ -227,7 +227,7 @@ def test_without_its_node_the_program_ends_and_its_trials_fail(world: World) -> 
     node.kill()
     assert program.wait(PATIENCE) == 1
     assert "NodeDiedError" in world.output().read_text()
-    until(lambda: not any(map(alive, rest)), "jobs outlive their node", seconds=15)
+    until(lambda: not any(map(alive, rest)), "jobs outlive their node", seconds=60)
     assert world.states() == ["fail", "fail"]
 
 
@@ -238,7 +238,7 @@ def test_who_loses_a_process_loses_its_trial_alone(world: World, who: str) -> No
     victim = {"job": first, "supervisor": first.parent(), "server": family(program)[1]}[who]
     assert victim is not None
     victim.kill()
-    until(lambda: not alive(first), "the job lives on", seconds=15)
+    until(lambda: not alive(first), "the job lives on", seconds=60)
     for number in range(3):
         world.finish(number)
     assert program.wait(PATIENCE) == 0, world.output().read_text()
@@ -294,7 +294,7 @@ def test_a_second_ctrl_c_waits_for_nobody(world: World) -> None:
     assert program.poll() is None, "the first one waits for a while"
     program.send_signal(signal.SIGINT)
     assert program.wait(60) == -signal.SIGINT
-    until(lambda: not any(map(alive, processes)), "stubborn jobs live on", seconds=15)
+    until(lambda: not any(map(alive, processes)), "stubborn jobs live on", seconds=60)
     assert world.states() == ["fail", "fail"]
 
 
@@ -328,7 +328,7 @@ def test_what_is_lost_is_queued_again_as_often_as_that_is_wanted_and_no_more(wor
         job = psutil.Process(world.witness("began")[run]["pid"])
         ours(who, job).kill()
         program.wait(PATIENCE)
-        until(lambda job=job: not alive(job), "the job lives on", seconds=15)  # type: ignore[misc]
+        until(lambda job=job: not alive(job), "the job lives on", seconds=60)  # type: ignore[misc]
     first, second, third = (entry["x"] for entry in world.witness("began"))
     assert first == second
     assert third != first
@@ -341,7 +341,7 @@ def test_what_is_queued_again_at_once_ends_no_search(world: World, who: str) -> 
     program = world.start(n_trials=5, retry_stale=1)
     first, _ = world.running(2)[:2]
     ours(who, first).kill()
-    until(lambda: not alive(first), "the job lives on", seconds=15)
+    until(lambda: not alive(first), "the job lives on", seconds=60)
     for number in range(5):
         world.finish(number)
     assert program.wait(PATIENCE) == 0, world.output().read_text()

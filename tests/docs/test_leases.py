@@ -19,6 +19,7 @@ def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python in `directory`, on a pool of its own."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CUDA_")}
     environment |= {"GPU_LAUNCHER_POOL_DIR": str(directory / "pool"), "PYTHONWARNINGS": "error"}
+    environment["PYTHONUNBUFFERED"] = "1"  # lines appear in the order of the page, as on a terminal
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=directory,

@@ -18,7 +18,10 @@ CLASSES["DeadlockTest"] = 13
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("method", "gpus"), [("fork", 1), pytest.param("spawn", 0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("method", "gpus"),
+    [("fork", 1), pytest.param("spawn", 0, marks=pytest.mark.slow), pytest.param("nodes", 1, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_standard_librarys_tests_pass(tmp_path: Path, name: str, method: str, gpus: int) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("CUDA_")}

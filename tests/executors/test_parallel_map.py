@@ -132,7 +132,7 @@ def test_slow_records_are_dealt_one_by_one_to_who_is_free(pool: Where) -> None:
         return os.getpid()
 
     list(parallel_map([0.0, 0.0], function=work, pool=pool))
-    pids = list(parallel_map([0.6, *[0.12] * 5], function=work, pool=pool))
+    pids = list(parallel_map([2.0, *[0.12] * 5], function=work, pool=pool))
     assert pids.count(pids[0]) == 1
 
 
@@ -153,7 +153,7 @@ def test_fractions_of_devices_make_more_workers(pool: Where) -> None:
         return os.environ["CUDA_VISIBLE_DEVICES"]
 
     def work(record: int, device: str) -> tuple[str, int]:
-        time.sleep(0.1)
+        time.sleep(0.4)
         return device, os.getpid()
 
     results = set(parallel_map(range(12), setup, work, gpus=0.5, pool=pool))
@@ -552,7 +552,8 @@ def test_processes_that_the_last_workers_left_behind_are_named(pool: Where, capl
     def work(record: int) -> int:
         return os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "300")
 
-    pids = list(parallel_map(range(4), function=work, num_workers=2, pool=pool))
+    # A line names three processes, and one worker may get all records.
+    pids = list(parallel_map(range(3), function=work, num_workers=2, pool=pool))
     assert "worker) left processes behind, which were ended: sleep 300 (pid " in caplog.text
     for pid in pids:
         assert caplog.text.count(f"sleep 300 (pid {pid})") == 1

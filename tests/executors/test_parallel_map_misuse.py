@@ -121,7 +121,7 @@ def test_an_executor_says_what_to_do_about_such_values(
         asynchronous = executor.submit(soon).exception()
     assert isinstance(error, UnpicklableError)
     assert re.search(r"\(\) returned what cannot be pickled: TypeError: .* Remedy: .*(a list|asyncio\.run)", str(error))
-    assert re.match(r"soon\(\) returned .* Remedy: an `async def` function only makes", str(asynchronous))
+    assert re.match(r"soon\(\) returned .* Remedy: an `async def` function only returns", str(asynchronous))
     assert capfd.readouterr().err == ""
 
 

@@ -15,20 +15,16 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 Start = Callable[..., subprocess.Popen[str]]
 
 
-NOT_OURS = ("CUDA_", "GPU_LAUNCHER_", "HYDRA_")
-"""Prefixes of variables that the tests may have in their environment but programs must not see."""
-
-
 def environment(directory: Path) -> dict[str, str]:
-    """The environment of a program in `directory`: with its own pool, and without the machine's mask."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(NOT_OURS)}
+    """The environment of a program in `directory`: with its own pool."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GPU_LAUNCHER_")}
     return {**kept, "GPU_LAUNCHER_POOL_DIR": str(directory / "pool"), "PYTHONWARNINGS": "ignore"}
 
 
 @pytest.fixture(autouse=True)
 def _pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set the environment for launches in the test's own process."""
-    for name in [name for name in os.environ if name.startswith(NOT_OURS)]:
+    for name in [name for name in os.environ if name.startswith("GPU_LAUNCHER_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("GPU_LAUNCHER_POOL_DIR", str(tmp_path / "pool"))
 

@@ -78,7 +78,8 @@ def test_a_program_runs_and_runs_again_however_it_is_started(run: Run, project: 
         assert one["module"] == way.module
         assert one["mask"] == found[job, 0]["mask"] != ""
     assert len({one["pid"] for one in found.values()}) == 4
-    assert {path.name for path in (project / "sweep").iterdir()} == {".gpu_launcher", "multirun.yaml", "0", "1"}
+    left = {path.name for path in (project / "sweep").iterdir()}
+    assert left == {".gpu_launcher", "multirun.yaml", "results.csv", "0", "1"}
     assert {path.name for path in project.iterdir()} == {"package", "bin", "pool", "sweep"}
 
 

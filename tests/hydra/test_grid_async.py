@@ -108,6 +108,66 @@ def test_a_failure_does_not_keep_later_batches_from_running(
     assert "ValueError: 1 was meant to fail" in done.stderr
 
 
+ZIP = '+pair="zip(kind=choice(a,b), lr=[0.5,0.25])"'
+PARAMS_WITH_ZIP = """
+# @package _global_
+hydra:
+  sweeper:
+    params:
+      pair: >-
+        zip(kind=choice(a,b),
+            lr=[0.5,0.25])
+      n: 1,2,3
+    filter: lr * n < 1
+"""
+LEFT = [["kind=a", "lr=0.5", "n=1"], ["kind=b", "lr=0.25", "n=1"], ["kind=b", "lr=0.25", "n=2"]]
+LEFT.append(["kind=b", "lr=0.25", "n=3"])
+
+
+@pytest.mark.parametrize(
+    "grid", [(ZIP, "n=1,2,3", 'hydra.sweeper.filter="lr * n < 1"'), ("--config-dir=conf", "+more=params")]
+)
+def test_a_filtered_grid_with_a_zip_numbers_its_jobs_densely_and_resumes(
+    run: Run, tmp_path: Path, grid: tuple[str, ...]
+) -> None:
+    (tmp_path / "conf" / "more").mkdir(parents=True)
+    (tmp_path / "conf" / "more" / "params.yaml").write_text(PARAMS_WITH_ZIP)
+
+    def ran() -> list[list[str]]:
+        return [[text for text in job if text not in grid] for job in jobs(tmp_path / "sweep")]
+
+    command = (PROGRAM, "-m", *grid, GRID_ASYNC, *GPU_POOL, "hydra.sweep.dir=sweep")
+    done = run(tmp_path, *command, "hydra.sweeper.max_batch_size=3")
+    assert done.returncode == 0, done.stderr
+    assert "hydra.sweeper.filter leaves 4 of 6 combinations" in done.stdout + done.stderr
+    assert ran() == LEFT
+    again = run(tmp_path, *command, "hydra.launcher.resume=true")
+    assert again.returncode == 0, again.stderr
+    assert "4 of 4 jobs completed before" in again.stderr
+    assert ran() == LEFT
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (('hydra.sweeper.filter="n >> 1"',), "hydra.sweeper.filter: n >> 1: 'n >> 1' at character 1 is not supported"),
+        (('hydra.sweeper.filter="m > 1"',), "m is not the key of an override (there are: n)"),
+        (('hydra.sweeper.filter="n > 9"',), "leaves out all 2 combinations: nothing would run"),
+        (('+pair="zip(n=[1,2], lr=[1,2])"',), "n is also swept or fixed on its own"),
+        (('+pair="zip(kind=[a,b], lr=[1])"',), "kind has 2, lr has 1"),
+    ],
+)
+def test_a_wrong_zip_or_filter_is_answered_before_any_job_runs(
+    run: Run, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    done = run(tmp_path, PROGRAM, "-m", "n=1,2", *arguments, GRID_ASYNC, *GPU_POOL, "hydra.sweep.dir=sweep")
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "HYDRA_FULL_ERROR" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "sweep" / "0").exists()
+
+
 def test_hydra_shows_it_and_its_options(run: Run, tmp_path: Path) -> None:
     assert "GridAsyncSweeper" in run(tmp_path, PROGRAM, "--info", "plugins").stdout
     shown = yaml.safe_load(run(tmp_path, PROGRAM, "--cfg=hydra", "-p=hydra.sweeper", GRID_ASYNC).stdout)

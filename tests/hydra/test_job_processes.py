@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from gpu_launcher.cli.collect import look, processes_of
+from gpu_launcher.allocation.observation import look, processes_of
 from gpu_launcher.cli.job_table import to_json
 from gpu_launcher.cli.survey_json import to_json as survey_to_json
 from gpu_launcher.jobs.manifest import read
@@ -54,14 +54,14 @@ def seen(start: Start, tmp_path_factory: pytest.TempPathFactory, request: pytest
             pids = [one["pid"] for one in said]
             ps = [_ps(pid) for pid in pids]
             children = [_ps(child.pid)[1] for pid in pids for child in psutil.Process(pid).children()]
-            running = to_json(directory, list(read(directory / "sweep").values()), {})
+            running = to_json(directory, list(read(directory / "sweep").values()))
             survey = look("simulated:2", "null", str(directory / "pool"))
-            leases = survey_to_json(survey, processes_of(survey.view.leases))["leases"]
+            leases = survey_to_json(survey, processes_of(survey.view.leases), ())["leases"]
         finally:
             (directory / "go").touch()
         _, err = sweep.communicate(timeout=DEADLINE)
     assert sweep.returncode == 0, err
-    ended = to_json(directory, list(read(directory / "sweep").values()), {})
+    ended = to_json(directory, list(read(directory / "sweep").values()))
     return Seen(pids, ps, children, running, leases, ended, [one["argv"] for one in said])
 
 

@@ -395,6 +395,17 @@ def test_nonsense_is_refused_with_the_option_and_the_remedy(sweeps, option, mess
     assert not sweeps.has_begun(0)
 
 
+def test_jobs_whose_memory_is_not_reported_keep_whole_devices_and_one_line_says_so(run, tmp_path):
+    done = run(tmp_path, "grid.py", "-m", "n=range(6)", "hydra.launcher.memory=auto")
+    assert done.returncode == 0, done.stderr
+    assert "6 jobs: 6 completed" in done.stderr
+    assert done.stderr.count("memory=auto: the device memory of the first jobs could not be measured") == 1
+    planned = run(tmp_path, "grid.py", "-m", "n=range(6)", "hydra.launcher.memory=auto", "hydra.launcher.dry_run=true")
+    assert planned.returncode == 0, planned.stderr
+    assert "6 jobs need 1 GPU each: 4 can start now, the others when those end" in planned.stderr
+    assert "memory=auto: later jobs share devices, as far as the memory that earlier ones used allows" in planned.stderr
+
+
 @pytest.fixture
 def stranger():
     """The process id of a program outside the pool."""

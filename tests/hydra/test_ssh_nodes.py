@@ -11,6 +11,7 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,15 @@ def pools(directory: Path) -> set[str]:
     return {path.read_text().split()[0] for path in directory.glob("witness-*")}
 
 
+def test_example_of_the_page_runs(run: Run, server: Ssh, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "ssh.md").read_text()
+    (words,) = map(shlex.split, re.findall(r"^python train\.py (.*ssh:gpu2\].*)", page, flags=re.MULTILINE))
+    words = [word.replace("gpu2", "node1").replace("lr=1e-3,1e-4", "n=1,2") for word in words]
+    done = run(tmp_path, PROGRAM, *words, "hydra.launcher.devices=simulated:2", **server.environment(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"2 jobs: 2 completed", done.stderr), done.stderr
+
+
 def test_grid_runs_on_two_hosts(run: Run, server: Ssh, tmp_path: Path) -> None:
     nodes = "hydra.launcher.nodes=[ssh:node1,ssh:node2]"
     done = run(tmp_path, PROGRAM, *GRID, "n=range(6)", "meet=4", nodes, **server.environment(tmp_path))
@@ -186,3 +196,40 @@ def test_jobs_of_a_killed_ssh_run_again(start: Start, server: Ssh, tmp_path: Pat
     assert "its 2 jobs can run elsewhere" in said, said
     assert not (tmp_path / "twice").exists(), "two copies of a job ran at the same time"
     assert "4 jobs: 4 completed" in said
+
+
+def test_functions_run_on_the_hosts(tmp_path: Path, server: Ssh) -> None:
+    program = """
+import os, time
+from pathlib import Path
+from gpu_launcher import PoolExecutor, parallel_map
+from gpu_launcher.jobs.where import Where
+
+def work(number):
+    Path(f"began-{number}").touch()
+    while number < 4 and len(list(Path().glob("began-*"))) < 4:  # so that both hosts run some
+        time.sleep(0.01)
+    return number + 1, os.environ["GPU_LAUNCHER_POOL_DIR"].rpartition("-")[2]
+
+if __name__ == "__main__":
+    options = {"pool": Where("simulated:2"), "nodes": ["ssh:node1", "ssh:node2"]}
+    with PoolExecutor(**options) as executor:
+        large = executor.submit(len, bytes(20_000_000))
+        results = list(executor.map(work, range(40)))
+        assert large.result() == 20_000_000
+    assert [number for number, _ in results] == list(range(1, 41))
+    records = list(parallel_map(range(2000), function=work, progress=False, **options))
+    assert [number for number, _ in records] == list(range(1, 2001))
+    print(*sorted({node for _, node in results + records}))
+"""
+    (tmp_path / "program.py").write_text(program)
+    ran = subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=tmp_path,
+        env={**os.environ, **server.environment(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout) == (0, "node1 node2\n"), ran.stderr

@@ -9,9 +9,11 @@ import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gpu_launcher import load_results
 from gpu_launcher.jobs.manifest import State, read
 from hydra_plugins.gpu_pool_launcher._commands import override
 from tests.waiting import until
@@ -74,7 +76,7 @@ def test_after_a_killed_sweep_the_next_says_what_it_left(tmp_path: Path, start: 
         first.send_signal(signal.SIGKILL)
     second = run(tmp_path, PROGRAM, "-m", "x=3", "hydra.sweep.dir=s")
     assert second.returncode == 0, second.stderr
-    assert f"{tmp_path / 's'} has 2 jobs (2 lost) from an earlier sweep: " in second.stderr
+    assert f"{tmp_path / 's'} has 2 jobs (2 lost) from an earlier sweep: its results are dropped, " in second.stderr
     assert "hydra.launcher.resume=true runs only what did not complete" in second.stderr
     assert (tmp_path / "s" / "0" / "job.log").read_text() == "this is job 3\n"
     assert (tmp_path / "s" / "0" / "job.attempt-1.log").read_text() == "this is job 1\n"
@@ -88,6 +90,34 @@ def test_batches_of_one_sweep_are_no_earlier_sweep(tmp_path: Path, run: Run, swe
     assert "earlier" not in first.stderr
     second = run(tmp_path, PROGRAM, "-m", "x=1,2,3", *batches)
     assert second.stderr.count("has 3 jobs (3 completed) from an earlier sweep") == 1
+
+
+@pytest.mark.parametrize("batches", [(), ("hydra.sweeper.max_batch_size=2",)])
+def test_results_are_those_of_the_last_sweep_in_the_directory(
+    tmp_path: Path, run: Run, batches: tuple[str, ...]
+) -> None:
+    def rows(*arguments: str) -> list[tuple[int, Any]]:
+        done = run(tmp_path, PROGRAM, "-m", "hydra.sweep.dir=s", *batches, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert len((tmp_path / "s/results.csv").read_text().splitlines()) == 1 + len(load_results(tmp_path / "s"))
+        return [(row.number, row.params["x"]) for row in load_results(tmp_path / "s")]
+
+    assert rows("x=1,2,3,4,5") == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
+    assert rows("x=6,7,8") == [(0, 6), (1, 7), (2, 8)]
+    assert rows("x=6,7,8,9", "hydra.launcher.resume=true") == [(0, 6), (1, 7), (2, 8), (3, 9)]
+    assert rows("x=6,7", "hydra.launcher.resume=true") == [(0, 6), (1, 7), (2, 8), (3, 9)], "it continues that sweep"
+
+
+def test_a_study_keeps_the_results_of_its_earlier_sweeps_alone(tmp_path: Path, run: Run) -> None:
+    grid = run(tmp_path, PROGRAM, "-m", "hydra.sweep.dir=s", "x=1,2,3,4,5,6")
+    assert grid.returncode == 0, grid.stderr
+    search = (PROGRAM, "-m", "hydra.sweep.dir=s", "hydra/sweeper=optuna_async", "x=range(0,99)")
+    for trials in (2, 4):
+        done = run(tmp_path, *search, "hydra.sweeper.n_trials=2")
+        assert done.returncode == 0, done.stderr
+        table = load_results(tmp_path / "s")
+        assert [row.number for row in table] == list(range(trials))
+        assert table.directions == {"value": "minimize"}
 
 
 def test_a_launch_on_another_machine_may_still_run(tmp_path: Path, run: Run) -> None:

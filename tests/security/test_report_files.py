@@ -23,7 +23,7 @@ from gpu_launcher.processes.rank_decisions import RankDecisions
 from gpu_launcher.safe_files import make_directories, open_regular, read_lines, read_regular, why_untrusted
 
 NOBODY = 65534
-GOOD = Report(True, None, b"payload", values=(0.5, 2.0))
+GOOD = Report(True, None, b"payload", values={"values_0": 0.5, "values_1": 2.0})
 
 
 class Trap:
@@ -45,7 +45,11 @@ class Trap:
         st.booleans(),
         st.booleans(),
         st.text(),
-        st.lists(st.floats(allow_nan=False)).map(tuple),
+        st.dictionaries(
+            st.text(max_size=9),
+            st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text(max_size=9),
+            max_size=9,
+        ),
     ),
     st.integers(0, 10**6),
 )
@@ -77,11 +81,11 @@ def test_other_bytes_are_a_value_error(data: bytes) -> None:
     "header",
     [
         b"[" * 100_000,
-        b'{"format": 1, "values": [' + b"9" * 400 + b"]}",
-        b'{"format": 1, "values": [' + b"9" * 5000 + b"]}",
-        b'{"format": 1, "ok": true, "out_of_memory": false, "pruned": false, "origin": "", "values": [1'
+        b'{"format": 1, "values": {"value": ' + b"9" * 400 + b"}}",
+        b'{"format": 1, "values": {"value": ' + b"9" * 5000 + b"}}",
+        b'{"format": 1, "ok": true, "out_of_memory": false, "pruned": false, "origin": "", "values": {"value": 1'
         + b"0" * 400
-        + b"]}",
+        + b"}}",
     ],
     ids=["nested", "400 digits", "5000 digits", "out of range"],
 )
@@ -110,7 +114,7 @@ def test_report_that_others_can_write_needs_its_digest(tmp_path: Path, mode: int
     assert read_report(report, digest) == GOOD
     with pytest.raises(ReportError, match="is not what the job wrote"):
         read_report(report, hashlib.sha256(b"").digest())
-    assert read_header(report) == Report(True, None, b"", values=(0.5, 2.0))
+    assert read_header(report) == Report(True, None, b"", values={"values_0": 0.5, "values_1": 2.0})
 
 
 @pytest.mark.root

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from gpu_launcher.cli.job_table import lines as table
 from gpu_launcher.cli.job_table import to_json
 from gpu_launcher.cli.mapping.map_directory import MapDirectory
-from gpu_launcher.cli.mapping.results import lines
+from gpu_launcher.cli.mapping.results_file import lines
 from gpu_launcher.cli.mapping.resume import EarlierRuns
 from gpu_launcher.cli.printing import to_text
 from gpu_launcher.errors import ManifestError
@@ -103,7 +103,7 @@ def test_forged_manifest_neither_crashes_nor_reaches_the_screen(
     for width in (None, 80):
         for line in table(directory, entries, entries, width):
             assert "\x1b" not in to_text(line).plain
-    json.dumps(to_json(directory, entries, {}))
+    json.dumps(to_json(directory, entries))
 
 
 @pytest.mark.parametrize("content", [b"[" * 10**6, b'{"format": ' + b"9" * 5000 + b"}", b"\xff\xfe", b"null\n[]\n1\n"])
@@ -133,9 +133,10 @@ def test_jobs_shows_a_forged_report_without_loading_it(tmp_path: Path) -> None:
     (tmp_path / DIRECTORY / "0.abc.report").write_bytes(report)
     for arguments in (["jobs"], ["jobs", "--json"]):
         assert cli(*arguments, str(tmp_path), cwd=tmp_path).returncode == 0
-    (tmp_path / DIRECTORY / "0.abc.report").write_bytes(Report(True, None, report, values=(0.25,)).dump(0))
+    (tmp_path / DIRECTORY / "0.abc.report").write_bytes(Report(True, None, report, values={"value": 0.25}).dump(0))
     (job,) = json.loads(cli("jobs", "--json", str(tmp_path), cwd=tmp_path).stdout)["jobs"]
-    assert (job["state"], job["values"]) == ("completed", [0.25])
+    assert job["state"] == "completed"
+    assert read(tmp_path)[0].figures.values == {"value": 0.25}
     assert not mark.exists()
 
 

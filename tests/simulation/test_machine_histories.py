@@ -11,7 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from gpu_launcher.jobs import machine as m
 from gpu_launcher.jobs.machine import IllegalTransitionError, Limits, Machine, Phase
+from gpu_launcher.jobs.source import Throttle
 from gpu_launcher.model import Request
+from tests.machine_state import check_state
 
 MOST_JOBS = 8
 
@@ -58,6 +60,8 @@ class Histories(RuleBasedStateMachine):
         self.stopped_at: float | None = None
         self.kill_at: float | None = None
         self.given_up = False
+        self.throttle = Throttle()
+        self.granting: int | None = None
         for number in self.jobs:
             self.follow(m.Arrived(number))
         if not more:
@@ -90,6 +94,9 @@ class Histories(RuleBasedStateMachine):
         assert instruction.number not in self.dying
         assert instruction.request == Request(self.requests[instruction.number])
         assert 1 <= instruction.request.gpus <= self.devices
+        assert not self.throttle.paused
+        used = sum(self.requests[number] for number in self.held)
+        assert self.throttle.devices is None or used + instruction.request.gpus <= self.throttle.devices
         self.ticket = instruction.number
 
     def do_DropTicket(self, instruction):
@@ -100,6 +107,7 @@ class Histories(RuleBasedStateMachine):
         number = instruction.number
         assert self.stopped_at is None, "nothing runs after a stop"
         assert not self.given_up
+        assert not self.throttle.paused or self.granting == number
         assert self.processes[number] == "prepared"
         assert number not in self.dying
         self.processes[number] = "running"
@@ -180,7 +188,9 @@ class Histories(RuleBasedStateMachine):
     def the_ticket_is_granted(self):
         number, self.ticket = self.ticket, None
         self.held.add(number)
-        self.follow(m.LeaseGranted(number))
+        self.granting = number
+        self.follow(m.LeaseGranted(number, frozenset(f"{number}.{place}" for place in range(self.requests[number]))))
+        self.granting = None
 
     @precondition(lambda self: self.processes)
     @rule(data=st.data())
@@ -198,6 +208,11 @@ class Histories(RuleBasedStateMachine):
         del self.processes[number]
         self.dying.discard(number)
         self.follow(m.Exited(number, problem))
+
+    @rule(paused=st.booleans(), devices=st.none() | st.integers(1, 3))
+    def the_user_throttles(self, paused, devices):
+        self.throttle = Throttle(paused, devices)
+        self.follow(self.throttle)
 
     @rule()
     def the_fork_server_is_killed(self):
@@ -272,7 +287,7 @@ class Histories(RuleBasedStateMachine):
 
     @invariant()
     def the_state_is_consistent(self):
-        self.machine.validate_state()
+        check_state(self.machine)
 
     @invariant()
     def the_machine_knows_what_is_going_on(self):
@@ -306,10 +321,13 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def nothing_waits_for_nothing(self):
         """Unless the sweep is at its end, something is under way that will move it on."""
+        if self.throttle.paused:
+            return
         if not self.machine.finished and not self.processes and not self.machine.wanted:
             raise AssertionError("jobs are queued, and nobody starts them")
         healthy = {n for n, phase in self.processes.items() if n not in self.dying}
-        prepared = {n for n in healthy if self.processes[n] == "prepared"}
+        most = self.devices if self.throttle.devices is None else self.throttle.devices
+        prepared = {n for n in healthy if self.processes[n] == "prepared" and self.requests[n] <= most}
         moving = self.ticket is not None or self.dying or any(self.processes[n] == "running" for n in healthy)
         still = self.stopped_at is None and not self.given_up
         if prepared and not moving and "preparing" not in self.processes.values() and still:
@@ -319,6 +337,7 @@ class Histories(RuleBasedStateMachine):
         """Play the history to its end, in which every job ends."""
         if self.more:
             self.no_more_will_arrive()
+        self.the_user_throttles(False, None)
         for _ in range(20 * MOST_JOBS):
             if self.machine.finished:
                 break

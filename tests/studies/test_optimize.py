@@ -596,7 +596,7 @@ def test_trials_ended_elsewhere_are_cancelled(tmp_path: Path, pool: Where) -> No
     def objective(trial: Any) -> float:
         if trial.number == 0:
             (tmp_path / "runs").touch()
-            time.sleep(60)
+            time.sleep(600)  # longer than a test may take
         return 1.0
 
     def from_a_dashboard() -> None:
@@ -611,7 +611,6 @@ def test_trials_ended_elsewhere_are_cancelled(tmp_path: Path, pool: Where) -> No
         subprocess.run([sys.executable, "-c", code, study.study_name], check=True)
 
     meddler = threading.Thread(target=from_a_dashboard)
-    began = time.monotonic()
     told: list[int] = []
 
     def callback(_: optuna.Study, trial: FrozenTrial) -> None:
@@ -621,7 +620,6 @@ def test_trials_ended_elsewhere_are_cancelled(tmp_path: Path, pool: Where) -> No
 
     gpu_launcher.optimize(study, objective, n_trials=3, callbacks=[callback], pool=pool)
     meddler.join()
-    assert time.monotonic() - began < 40
     assert states(study) == ["fail", "complete", "complete"]
     assert sorted(told) == [1, 2]
 

@@ -356,7 +356,7 @@ def test_what_a_trial_here_has_not_is_said(pool: Where) -> None:
         trial.storage.set_trial_system_attr(0, "x", 1)
         return 1.0
 
-    with pytest.raises(AttributeError, match=r"'storage'.* used by the program alone"):
+    with pytest.raises(AttributeError, match=r"'storage'.* only the program that called optimize"):
         gpu_launcher.optimize(optuna.create_study(), objective, n_trials=1, pool=pool)
 
 

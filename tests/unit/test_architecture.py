@@ -23,6 +23,7 @@ if not (TREE / "gpu_launcher").is_dir():
 LAYERS = (
     {
         "gpu_launcher.debug_log",
+        "gpu_launcher.descriptors",
         "gpu_launcher.errors",
         "gpu_launcher.json_data",
         "gpu_launcher.model",
@@ -44,6 +45,7 @@ LAYERS = (
     {"gpu_launcher.nodes"},
     {"gpu_launcher.pool"},
     {"gpu_launcher.studies", "gpu_launcher.executors"},
+    {"gpu_launcher.web"},
     {"gpu_launcher.cli", "gpu_launcher.lightning", "hydra_plugins"},
 )
 # The first layer is the vocabulary: the only one in which siblings may meet.
@@ -51,10 +53,11 @@ VOCABULARY = LAYERS[0]
 
 # Where a library may be imported. A pattern is matched against the file's path in the tree, from its start.
 ONLY_IN = {
-    "hydra": ("hydra_plugins/*/*.py", "gpu_launcher/cli/mapping/grid.py"),
+    "hydra": ("hydra_plugins/*/*.py", "gpu_launcher/cli/mapping/grid.py", "gpu_launcher/cli/demo_program.py"),
     "omegaconf": ("hydra_plugins/*/*.py",),
     "optuna": ("gpu_launcher/studies/**/*.py", "hydra_plugins/*_sweeper/_*.py"),
     "pynvml": ("gpu_launcher/devices/nvml.py",),
+    "ray": ("gpu_launcher/nodes/ray_bridge.py",),
     "lightning": ("gpu_launcher/lightning.py",),
     "pytorch_lightning": ("gpu_launcher/lightning.py",),
     "sqlalchemy": ("gpu_launcher/studies/storage.py",),
@@ -64,9 +67,13 @@ ONLY_IN = {
         "gpu_launcher/cli/**/*.py",
     ),
     "click": ("gpu_launcher/cli/**/*.py",),
+    "starlette": ("gpu_launcher/web/*.py",),
+    "uvicorn": ("gpu_launcher/web/listener.py",),
+    "jinja2": ("gpu_launcher/web/templating.py",),
+    "gpu_launcher.web": ("gpu_launcher/web/*.py", "gpu_launcher/cli/web.py", "gpu_launcher/cli/result_page.py"),
 }
 # Of these libraries, one file at most may know, wherever it lies.
-IN_ONE_FILE = ("pynvml", "sqlalchemy")
+IN_ONE_FILE = ("pynvml", "ray", "sqlalchemy")
 
 # What only tests may import. Doubles of other libraries lie in tests/*_double.
 TEST_ONLY = ("pytest", "hypothesis", "unittest", "tests", "conftest", "hydra.test_utils")
@@ -182,7 +189,7 @@ def through_the_door(tree: Path) -> list[str]:
         if within(found.module, "gpu_launcher")
         and part_of(found.target) is None
         and found.file.startswith("gpu_launcher/")
-        and found.file != "gpu_launcher/__init__.py"
+        and found.file not in ("gpu_launcher/__init__.py", "gpu_launcher/cli/demo_program.py")  # a user's program
     ]
 
 
@@ -408,6 +415,7 @@ Check = Callable[[Path], list[str]]
         (misplaced_libraries, "hydra_plugins/optuna_async_sweeper/config.py", "import optuna"),
         (misplaced_libraries, "hydra_plugins/gpu_pool_launcher/_launch.py", "from optuna import Trial"),
         (misplaced_libraries, "gpu_launcher/devices/simulated.py", "import pynvml"),
+        (misplaced_libraries, "gpu_launcher/nodes/engines.py", "def f():\n    import ray"),
         (misplaced_libraries, "gpu_launcher/studies/b.py", "def f():\n    from sqlalchemy import event"),
         (misplaced_libraries, "gpu_launcher/jobs/loop.py", "import optuna"),
         (misplaced_libraries, "gpu_launcher/jobs/loop.py", "from rich.live import Live"),

@@ -79,3 +79,27 @@ def test_it_compares_storages_of_a_study_and_counts_trials_that_run_twice(tmp_pa
     found = storages["gpu_launcher.storage"]
     assert (found["errors"], found["ran_again"], found["left_running"]) == ({}, 0, 0)
     assert 0 < found["ask"]["median_ms"] <= found["ask"]["p99_ms"]
+
+
+def test_it_measures_sweeps_verdicts_and_the_head_on_several_nodes(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    command = [sys.executable, str(SCRIPT.with_name("nodes.py")), "--quick", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = json.loads(file.read_text())["parts"]
+    assert {"one machine", "two nodes"} <= set(parts["sweep"]["launchers"])
+    assert all(found["wall"] > 0 and found["cpu"] > 0 for found in parts["sweep"]["launchers"].values())
+    assert all(0 < found["median_ms"] <= found["p95_ms"] for found in parts["verdicts"].values())
+    assert parts["many"]["memory"][0][0] == 0
+    assert parts["many"]["memory"][-1][1] > 0
+    assert parts["many"]["jobs_per_second"] > 0
+
+
+def test_it_compares_sweeps_that_are_steered_and_watched_with_those_that_cannot_be(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    command = [sys.executable, str(SCRIPT.with_name("steering.py")), "--quick", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ways = json.loads(file.read_text())["ways"]
+    assert list(ways) == ["no socket", "socket", "asked", "watched"]
+    assert all(found["wall"] > 0 and found["cpu"] > 0 for found in ways.values())

@@ -88,21 +88,27 @@ def test_a_sweep_is_continued_by_its_command_with_directory_and_resume(
 
 def test_what_is_told_depends_on_what_is_left(tmp_path: Path) -> None:
     jobs = [Job(number, "", [f"x={number}"]) for number in range(5)]
-    assert closing_lines(config(), tmp_path, [], 0) == [f"results: {tmp_path}"]
+    assert closing_lines(config(), tmp_path, [], 0) == [
+        f"results: {tmp_path}",
+        f"table: gpu-launcher results {tmp_path}",
+    ]
     told = closing_lines(config(), tmp_path, jobs, 9)
     assert [line.partition(":")[0] for line in told] == [
         "results",
+        "table",
         "to run the rest",
         *(f"to run job {number} alone" for number in range(3)),
     ]
     told = closing_lines(config(sweeper=dict), tmp_path, jobs[:1], 9)
-    assert [line.partition(":")[0] for line in told] == ["results", "to run job 0 alone"], "it asks for other jobs"
+    assert [line.partition(":")[0] for line in told] == ["results", "table", "to run job 0 alone"], (
+        "it asks for other jobs"
+    )
 
 
 @given(st.lists(st.text(st.characters(blacklist_categories=("C", "Z"), whitelist_characters=" "), min_size=1)))
 def test_a_shell_reads_the_command_back(values: list[str]) -> None:
     spec = [f"x{number}={value}" for number, value in enumerate(values)]
-    (line,) = closing_lines(config(sweeper=dict), Path("s"), [Job(0, "", spec)], 1)[1:]
+    (line,) = closing_lines(config(sweeper=dict), Path("s"), [Job(0, "", spec)], 1)[2:]
     assert [word for word in shlex.split(line.partition(": ")[2]) if word.startswith("x")] == spec
 
 
@@ -118,4 +124,4 @@ def test_hydra_reads_the_directory_back(name: str) -> None:
 
 def test_a_command_that_cannot_be_shown_as_it_is_is_left_out(tmp_path: Path) -> None:
     jobs = [Job(0, "", ["x='a\nb'"]), Job(1, "", ["x=1"])]
-    assert len(closing_lines(config(sweeper=dict), tmp_path, jobs, 2)) == 2
+    assert len(closing_lines(config(sweeper=dict), tmp_path, jobs, 2)) == 3

@@ -2,128 +2,188 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from random import Random
+from typing import NamedTuple
 
 import pytest
 
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.nodes.dealer import MAX_MOVES, Ask, Deal, Dealer, Give, MovedTooOften, TakeBack
+from gpu_launcher.nodes.dealer import MAX_MOVES, Ask, Deal, Dealer, Give, MovedTooOften, TakeBack, quotas
 
-HISTORIES = int(os.environ.get("GPU_LAUNCHER_HISTORIES", "2000"))
-MAX_STEPS = 150
+HISTORIES = int(os.environ.get("GPU_LAUNCHER_HISTORIES", "500"))
+MAX_LINES = 200
 MAX_NODES = 5
+MAX_TURNS = 1000
+"""Maximum number of turns in which nodes that stay must finish everything."""
 pytestmark = pytest.mark.timeout(120 + HISTORIES // 10)
 
 
-class Member:
-    """A node: the room that it has asked for, and its jobs."""
+class Told(NamedTuple):
+    """A message on its way, from the head to a node or back."""
 
-    def __init__(self) -> None:
+    what: str
+    number: int
+
+
+class Node:
+    """A node, the messages on their way to and from it, and what the head knows about it."""
+
+    def __init__(self, at_once: int, refused: int) -> None:
+        self.at_once = at_once
+        """How many jobs it can run at the same time."""
+        self.refused = refused
+        """How many of ten jobs have requests that it can never grant."""
+        self.inbox: deque[Told] = deque()
+        self.outbox: deque[Told] = deque()
+        self.jobs: list[int] = []
+        """Jobs that it has and has not started."""
+        self.running: list[int] = []
+        self.interrupted = False
+        """Whether its engine has asked it to end."""
+        self.connected = True
         self.room = 0
-        self.jobs: dict[int, Job] = {}
-        self.started: set[int] = set()
+        """How many more jobs it has asked for, as the head knows."""
         self.known = False
-        """Whether it has asked for jobs."""
+        """Whether the head knows that it asks for jobs."""
         self.leaving = False
+        """Whether the head gives it no more jobs."""
+
+    @property
+    def placed(self) -> list[int]:
+        """The jobs that run here, may run here, or will when their offers arrive."""
+        return [*self.running, *self.jobs, *(number for what, number in self.inbox if what == "offer")]
 
 
 class History:
-    """A head and its nodes, in which anything may happen next. Each step checks what the dealer decides."""
+    """A head and its nodes, in which anything may happen next, and messages take any time. Each step is checked.
+
+    A node's messages arrive in their order, those of several nodes in any order. A connection that is lost loses the
+    messages that are under way, and the node may go on for a while. The head counts it as lost when it has ended.
+    """
 
     def __init__(self, random: Random) -> None:
         self.random = random
         self.most = random.choice([None, None, 1, 2, 5])
         self.dealer = Dealer(self.most)
-        self.nodes: dict[str, Member] = {}
+        self.nodes: dict[str, Node] = {}
         self.names = 0
         self.total = random.choice([1, 5, 20, 60])
         """Number of jobs after which the head has no more."""
+        self.refused = random.choice([0, 0, 3, 10])
+        """How many of ten jobs some nodes can never run."""
         self.offered: dict[int, Job] = {}
         self.asked = 0
         """How many jobs the head was asked for and has not offered."""
         self.exhausted = False
         self.waiting: list[int] = []
-        """Jobs that are at no node, in the order in which they came or came back."""
+        """Jobs that are at no node, in the order in which they are to be dealt."""
+        self.at: dict[int, str] = {}
+        """The node of each job that is at one, as the head knows."""
+        self.started: set[int] = set()
+        """Jobs that were started at the nodes where they are, as the head knows."""
+        self.cancelled: set[int] = set()
         self.losses: Counter[int] = Counter()
         """How many nodes have lost each job after they had started it."""
         self.lost_at: dict[int, set[str]] = {}
         """The names of these nodes."""
-        self.eager = random.choice([True, False])
-        """Whether nodes start their jobs at once."""
+        self.refused_by: dict[int, set[str]] = {}
+        self.taking: dict[int, str] = {}
+        """Jobs that are taken back, and whose nodes have not answered, with the nodes that are to get them."""
+        self.moved: set[int] = set()
+        """Jobs at the nodes for which they were taken back."""
         self.endings: list[int] = []
         self.story: list[str] = []
         self.seen: Counter[str] = Counter()
         # Nodes are lost all the time in some histories, and hardly ever in others.
-        rates = {"join": (5, 10), "want": (5, 10), "offer": (5, 20), "end": (0.2, 5), "lose": (1, 10), "start": (0, 5)}
-        rates |= {"give_back": (0, 5), "leave": (0, 3), "withdraw": (0, 0.2, 2), "exhaust": (0, 0.05)}
+        rates = {"join": (2, 10), "want": (3, 10), "offer": (3, 10), "end": (0.2, 5), "start": (0, 5, 10)}
+        rates |= {"cut": (0.3, 3, 10), "lose": (1, 10, 20), "interrupt": (0, 0.5, 3), "give_back": (1, 10)}
+        rates |= {"withdraw": (0, 0.2, 2), "exhaust": (0, 0.05), "refuse": (0, 10), "late": (0, 1, 5)}
+        rates |= {"arrive": (2, 10, 30), "hear": (2, 10, 30)}
         self.weights = {step: random.choice(choices) for step, choices in rates.items()}
-
-    @property
-    def at(self) -> int:
-        return sum(len(node.jobs) for node in self.nodes.values())
+        if random.random() < 0.1:  # few jobs, and one node after the other is lost with them
+            self.total = random.choice([1, 5])
+            self.weights |= {"join": 10, "want": 5, "start": 20, "cut": 3, "lose": 20, "arrive": 30, "hear": 30}
+            self.weights |= {"end": 0, "interrupt": 0, "withdraw": 0, "exhaust": 0, "refuse": 0}
 
     @property
     def open(self) -> int:
         room = sum(node.room for node in self.nodes.values() if not node.leaving)
-        return room if self.most is None else min(room, self.most - self.at)
+        return room if self.most is None else min(room, self.most - len(self.at))
 
     # What happens
 
     def run(self) -> None:
         names, weights = list(self.weights), list(self.weights.values())
-        for _ in range(self.random.randint(1, MAX_STEPS)):
-            self.step(self.random.choices(names, weights)[0])
+        length = self.random.randint(1, MAX_LINES)
+        for step in self.random.choices(names, weights, k=10 * length):  # many are not possible when they are chosen
+            self.step(step)
+            if len(self.story) >= length:
+                break
         self.finish()
 
     def step(self, name: str, *arguments: object) -> None:
+        before = len(self.story)
         getattr(self, name)(*arguments)
-        self.check()
+        if len(self.story) > before:
+            self.check()
 
     def finish(self) -> None:
-        """Let a node that stays finish everything."""
-        stays = self.add_node()
-        self.step("want", stays)
-        while self.asked or not self.dealer.idle:
-            for name in self.nodes:  # a job may wait for any of them
-                if not self.nodes[name].leaving:
-                    self.step("want", name)
-            self.step("offer")
-            for name, node in self.nodes.items():
-                for number in list(node.jobs):
-                    self.step("end", name, number)
-            self.step("want", stays)
+        """Let a node that stays finish everything. Others do nothing any more, but answer.
+
+        A job that was taken back for another node waits there until it is started.
+        """
+        stays = self.add_node(new=True)
+        self.nodes[stays].at_once, self.nodes[stays].refused = 100, 0
+        for _ in range(MAX_TURNS):
+            if self.exhausted and self.dealer.idle:
+                break
+            while self.asked:
+                self.step("offer")
+            for name, node in list(self.nodes.items()):
+                while node.outbox:
+                    self.step("hear", name)
+                if not node.connected:
+                    self.step("lose", name)
+                    continue
+                while node.inbox:
+                    self.step("arrive", name)
+                for number in [*node.running, *node.jobs]:
+                    if number in node.jobs and (name == stays or node.interrupted or number in self.moved):
+                        self.step("start", name, number)
+                    if number in node.running:
+                        self.step("end", name, number)
+            self.step("late", True)
+            if self.nodes[stays].room < len(self.waiting) + 1:
+                self.step("want", stays)
+        assert self.exhausted
+        assert self.dealer.idle, "nobody starves"
         assert self.waiting == []
         assert sorted(self.endings) == sorted(self.offered), "each job has exactly one end"
-        assert self.exhausted
 
     def join(self) -> None:
         if len(self.nodes) < MAX_NODES:
             self.add_node()
 
-    def add_node(self) -> str:
+    def add_node(self, *, new: bool = False) -> str:
         """A new node joins, or one that was lost comes back."""
         gone = [name for number in range(self.names) if (name := f"node-{number + 1}") not in self.nodes]
-        if gone and self.random.random() < 0.5:
+        if gone and not new and self.random.random() < 0.5:
             name = self.random.choice(gone)
         else:
             self.names += 1
             name = f"node-{self.names}"
-        self.nodes[name] = Member()
+        self.nodes[name] = Node(self.random.choice([1, 1, 2, 4]), self.random.choice([0, self.refused]))
         return name
 
     def want(self, name: str | None = None) -> None:
         """A node has room for more jobs."""
-        if name is None:
-            name = self.any_node(lambda node: not node.leaving)
+        name = name or self.any_node(lambda node: node.connected and not node.interrupted)
         if name is not None:
-            count = self.random.choice([1, 1, 2, 8])
-            self.nodes[name].room += count
-            self.nodes[name].known = True
-            self.tell(f"{name} wants {count}")
-            self.carry_out(self.dealer.wanted(name, count))
+            self.says(name, "wants", self.random.choice([1, 1, 2, 8]))
 
     def offer(self) -> None:
         """The head offers a job that it was asked for, or has no more."""
@@ -143,119 +203,293 @@ class History:
         self.dealer.exhaust()
 
     def start(self, name: str | None = None, number: int | None = None) -> None:
-        """A node starts a job."""
-        name, number = (name, number) if name is not None else self.any_job()
+        """A node starts a job. It may be cut off, and not know it yet."""
+        if name is None or number is None:
+            name, number = self.any_job(lambda node: node.jobs)
         if name is not None and number is not None:
-            self.nodes[name].started.add(number)
-            self.tell(f"{name} starts job {number}")
-            self.dealer.started(number)
+            self.nodes[name].jobs.remove(number)
+            self.nodes[name].running.append(number)
+            self.says(name, "starts", number)
 
-    def lose_job(self, name: str, node: Member, number: int) -> None:
-        if number in node.started:
-            node.started.remove(number)
+    def end(self, name: str | None = None, number: int | None = None) -> None:
+        """A job ends."""
+        if name is None or number is None:
+            name, number = self.any_job(lambda node: node.running)
+        if name is not None and number is not None:
+            self.leave_node(name, number)
+            self.says(name, "ends", number)
+
+    def refuse(self) -> None:
+        """A node cannot grant the request of a job."""
+        name, number = self.any_job(lambda node: [job for job in node.jobs if job % 10 < node.refused])
+        if name is not None and number is not None:
+            self.leave_node(name, number)
+            self.says(name, "refuses", number)
+
+    def give_back(self) -> None:
+        """A node that was asked to end gives a job back that it has interrupted."""
+        name, number = self.any_job(lambda node: [*node.running, *node.jobs] if node.interrupted else [])
+        if name is not None and number is not None:
+            self.leave_node(name, number)
+            self.says(name, "returns", number)
+
+    def interrupt(self) -> None:
+        """An engine asks a node to end."""
+        name = self.any_node(lambda node: node.connected and not node.interrupted)
+        if name is not None:
+            self.nodes[name].interrupted = True
+            self.says(name, "leaves", 0)
+
+    def cut(self) -> None:
+        """A node dies or its connection is lost, with messages that are under way."""
+        name = self.any_node(lambda node: node.connected)
+        if name is not None:
+            node = self.nodes[name]
+            node.connected = False
+            node.inbox.clear()
+            for _ in range(self.random.randint(0, len(node.outbox))):
+                node.outbox.pop()
+            self.tell(f"{name} is cut off, {len(node.outbox)} messages arrive")
+
+    def lose(self, name: str | None = None) -> None:
+        """The head learns that no process of a node is left."""
+        name = name or self.any_node(lambda node: not node.connected and not node.outbox)
+        if name is None:
+            return
+        self.tell(f"{name} is lost")
+        self.nodes[name].leaving = True
+        self.carry_out(self.dealer.leaves(name))
+        del self.nodes[name]
+        lost = [number for number, where in self.at.items() if where == name]
+        for number in lost:
+            if number in self.cancelled:
+                self.conclude(number)
+        lost = [number for number in lost if number in self.at]
+        for number in lost:
+            self.lose_job(name, number)
+        deals = self.dealer.lost(name)
+        failed = {deal.job.number for deal in deals if isinstance(deal, MovedTooOften)}
+        assert failed == {number for number in lost if self.losses[number] > MAX_MOVES}
+        self.carry_out(deals)
+
+    def late(self, everything: bool = False) -> None:
+        """Time passes, so that jobs that were not started have waited long."""
+        late = [number for number in [*self.waiting, *self.at] if number not in {*self.started, *self.taking}]
+        if not everything:
+            late = self.random.sample(late, self.random.randint(0, len(late)))
+        if not late:
+            return
+        self.tell(f"{late} are late")
+        at_once = {name: node.at_once for name, node in self.nodes.items()}
+        idle = {
+            name: node
+            for name, node in self.nodes.items()
+            if node.known and not node.leaving and node.room > 0 and len(self.dealer.jobs_at(name)) < node.at_once
+        }
+        stuck = [
+            number
+            for number in late
+            if number in self.at
+            and number not in self.moved
+            and any(name != self.at[number] and name not in self.refused_by.get(number, ()) for name in idle)
+        ]
+        nothing_moves = not self.waiting and not self.taking
+        deals = self.dealer.deal_late(late, at_once)
+        if stuck and nothing_moves:
+            assert deals, f"none of {stuck} is taken back although {list(idle)} are idle"
+        for deal in deals:
+            match deal:
+                case Give(name, job):
+                    self.tell(f"  {deal}")
+                    assert job.number in late
+                    self.give(name, job.number)
+                case TakeBack(name, job, target):
+                    self.tell(f"  {deal}")
+                    self.seen["TakeBack"] += 1
+                    assert self.at[job.number] == name != target
+                    assert job.number in late
+                    assert job.number not in self.moved, "a job that was taken back waits where it is then"
+                    assert target not in self.refused_by.get(job.number, ())
+                    self.taking[job.number] = target
+                    coming = sum(other == target for other in self.taking.values())
+                    assert coming <= self.nodes[target].room
+                    assert coming + len(self.dealer.jobs_at(target)) <= self.nodes[target].at_once
+                    self.nodes[name].inbox.append(Told("take back", job.number))
+                case _:
+                    raise AssertionError(f"{deal} is not about time")
+
+    def withdraw(self) -> None:
+        """The head cancels a job. If it waits, that is its end."""
+        alive = [number for number in [*self.waiting, *self.at] if number not in self.cancelled]
+        if alive:
+            number = self.random.choice(alive)
+            waits = number in self.waiting
+            self.tell(f"job {number} is cancelled")
+            assert self.dealer.cancelled(number) == (self.offered[number] if waits else None)
+            self.cancelled.add(number)
+            if waits:
+                self.conclude(number)
+                self.seen["cancelled"] += 1
+            elif self.nodes[self.at[number]].connected:
+                self.nodes[self.at[number]].inbox.append(Told("cancel", number))
+
+    def arrive(self, name: str | None = None) -> None:
+        """A message of the head arrives at its node."""
+        name = name or self.any_node(lambda node: bool(node.inbox))
+        if name is None:
+            return
+        node = self.nodes[name]
+        what, number = node.inbox.popleft()
+        self.tell(f"{name} receives: {what} {number}")
+        if what == "offer":
+            node.jobs.append(number)
+        elif what == "cancel" and number in [*node.jobs, *node.running]:
+            self.leave_node(name, number)
+            self.says(name, "ends", number)
+        elif what == "take back" and number in node.jobs:
+            self.leave_node(name, number)
+            self.says(name, "gives", number)
+
+    def hear(self, name: str | None = None) -> None:
+        """A message of a node arrives at the head."""
+        name = name or self.any_node(lambda node: bool(node.outbox))
+        if name is None:
+            return
+        node = self.nodes[name]
+        what, number = node.outbox.popleft()
+        self.tell(f"the head hears that {name} {what} {number}")
+        if what == "wants":
+            if not node.leaving:
+                node.room += number
+                node.known = True
+                self.carry_out(self.dealer.wanted(name, number))
+            return
+        if what == "leaves":
+            node.leaving = True
+            self.carry_out(self.dealer.leaves(name))
+            return
+        assert self.at[number] == self.dealer.node_of(number) == name, "it says nothing about jobs of others"
+        if what == "starts":
+            self.taking.pop(number, None)
+            self.started.add(number)
+            self.dealer.started(number)
+            return
+        target = self.taking.pop(number, None)
+        if what == "ends" or number in self.cancelled:
+            self.conclude(number)
+        elif what == "returns" or node.leaving:
+            self.lose_job(name, number)
+            self.seen["returned"] += 1
+            self.carry_out(self.dealer.returned(number))
+        elif what == "gives":
+            assert target is not None
+            assert number not in self.started, "a job that runs is not taken back"
+            del self.at[number]
+            self.waiting.insert(0, number)
+            self.seen["given back"] += 1
+            deals = self.dealer.taken(number)
+            if deals and deals[0] == Give(target, self.offered[number]):
+                self.tell(f"  {deals.pop(0)}")
+                self.give(target, number)
+                self.moved.add(number)
+            self.carry_out(deals)
+        else:
+            self.refused_by.setdefault(number, set()).add(name)
+            self.moved.discard(number)
+            del self.at[number]
+            self.waiting.insert(0, number)
+            self.seen["refused"] += 1
+            self.carry_out(self.dealer.refused(number))
+            everywhere = {name for name, node in self.nodes.items() if not node.leaving}
+            for job in self.dealer.refused_by_all(everywhere):
+                assert everywhere <= self.refused_by[job.number]
+                self.waiting.remove(job.number)
+                self.ends(job.number)
+                self.seen["refused by all"] += 1
+
+    # What follows
+
+    def says(self, name: str, what: str, number: int) -> None:
+        self.tell(f"{name} {what} {number}")
+        if self.nodes[name].connected:
+            self.nodes[name].outbox.append(Told(what, number))
+
+    def leave_node(self, name: str, number: int) -> None:
+        node = self.nodes[name]
+        (node.jobs if number in node.jobs else node.running).remove(number)
+
+    def lose_job(self, name: str, number: int) -> None:
+        """A job comes back from its node without a result."""
+        del self.at[number]
+        self.taking.pop(number, None)
+        self.moved.discard(number)
+        if number in self.started:
+            self.started.remove(number)
             self.losses[number] += 1
             self.lost_at.setdefault(number, set()).add(name)
         if self.losses[number] <= MAX_MOVES:
             self.waiting.append(number)
 
-    def end(self, name: str | None = None, number: int | None = None) -> None:
-        """A node reports a job's result."""
-        name, number = (name, number) if name is not None else self.any_job()
-        if name is not None and number is not None:
-            assert self.dealer.node_of(number) == name
-            del self.nodes[name].jobs[number]
-            self.nodes[name].started.discard(number)
-            self.endings.append(number)
-            self.tell(f"job {number} ends at {name}")
-            self.carry_out(self.dealer.ended(number))
+    def conclude(self, number: int) -> None:
+        self.at.pop(number, None)
+        if number in self.waiting:
+            self.waiting.remove(number)
+        self.ends(number)
 
-    def give_back(self) -> None:
-        """A node that leaves returns a job that it has interrupted."""
-        name, number = self.any_job(lambda node: node.leaving)
-        if name is not None and number is not None:
-            del self.nodes[name].jobs[number]
-            self.lose_job(name, self.nodes[name], number)
-            self.tell(f"{name} returns job {number}")
-            self.seen["returned"] += 1
-            self.carry_out(self.dealer.returned(number))
+    def ends(self, number: int) -> None:
+        self.endings.append(number)
+        self.started.discard(number)
+        self.taking.pop(number, None)
+        self.carry_out(self.dealer.ended(number))
 
-    def leave(self) -> None:
-        """A node will start no more jobs."""
-        name = self.any_node(lambda node: not node.leaving)
-        if name is not None:
-            self.nodes[name].leaving = True
-            self.tell(f"{name} leaves")
-            self.carry_out(self.dealer.leaves(name))
-
-    def lose(self) -> None:
-        """No process of a node is left."""
-        name = self.any_node()
-        if name is not None:
-            lost = self.nodes.pop(name)
-            for number in lost.jobs:
-                self.lose_job(name, lost, number)
-            self.tell(f"{name} is lost with jobs {list(lost.jobs)}")
-            deals = self.dealer.lost(name)
-            failed = {deal.job.number for deal in deals if isinstance(deal, MovedTooOften)}
-            assert failed == {number for number in lost.jobs if self.losses[number] > MAX_MOVES}
-            self.carry_out(deals)
-
-    def withdraw(self) -> None:
-        """The head cancels a job. If it waits, that is its end."""
-        if self.offered:
-            number = self.random.choice(list(self.offered))
-            waits = number in self.waiting
-            self.tell(f"job {number} is cancelled")
-            assert self.dealer.cancelled(number) == (self.offered[number] if waits else None)
-            if waits:
-                self.waiting.remove(number)
-                self.endings.append(number)
-                self.seen["cancelled"] += 1
-                self.carry_out(self.dealer.ended(number))
-
-    # What follows
+    def give(self, name: str, number: int) -> None:
+        """A job is offered to a node."""
+        node = self.nodes[name]
+        assert not node.leaving
+        assert node.room > 0, "the node has not asked for a job"
+        assert name not in self.refused_by.get(number, ()), "it can never run there"
+        self.seen["Give"] += 1
+        self.waiting.remove(number)
+        node.room -= 1
+        self.at[number] = name
+        assert self.most is None or len(self.at) <= self.most
+        if node.connected:
+            node.inbox.append(Told("offer", number))
 
     def carry_out(self, deals: list[Deal]) -> None:
         for deal in deals:
             self.tell(f"  {deal}")
-            self.seen[type(deal).__name__] += 1
             match deal:
                 case Ask(count):
+                    self.seen["Ask"] += 1
                     assert count > 0
                     assert not self.exhausted, "the head has no more jobs"
                     assert not any(map(self.may_go_to, self.waiting)), "jobs that wait come first"
                     self.asked += count
                     assert self.asked <= self.open, "more is asked for than nodes have room for"
                 case Give(name, job):
-                    node = self.nodes[name]
-                    assert not node.leaving
-                    assert node.room > 0, "the node has not asked for a job"
                     assert name in self.may_go_to(job.number), "a node that has not lost it comes first"
                     first = next(number for number in self.waiting if self.may_go_to(number))
                     assert first == job.number, "the job that has waited for longest comes first"
                     assert job is self.offered[job.number]
-                    self.waiting.remove(job.number)
-                    node.room -= 1
-                    node.jobs[job.number] = job
-                    assert self.most is None or self.at <= self.most
-                    if self.eager:
-                        self.start(name, job.number)
+                    self.give(name, job.number)
                 case MovedTooOften(job):
+                    self.seen["MovedTooOften"] += 1
                     assert self.losses[job.number] == MAX_MOVES + 1
-                    self.endings.append(job.number)
-                    self.carry_out(self.dealer.ended(job.number))
+                    self.ends(job.number)
+                case TakeBack():
+                    raise AssertionError("only time takes jobs back")
 
     def check(self) -> None:
-        places = [number for node in self.nodes.values() for number in node.jobs]
-        assert len(places) == len(set(places)), "a job is at two nodes"
-        known = sorted([*places, *self.waiting, *self.endings])
+        placed = [number for node in self.nodes.values() for number in node.placed]
+        assert len(placed) == len(set(placed)), "a job is at two nodes"
+        assert not set(placed) & {*self.waiting, *self.endings}, "a job that is elsewhere or has ended is at a node"
+        known = sorted([*self.at, *self.waiting, *self.endings])
         assert known == sorted(self.offered), "each job is at a node, waits or has ended"
-        for name, node in self.nodes.items():
-            assert self.dealer.jobs_at(name) == list(node.jobs.values())
         for number in self.offered:
-            where = [name for name, node in self.nodes.items() if number in node.jobs]
-            assert self.dealer.node_of(number) == (where[0] if where else None)
-        assert self.dealer.idle == (not places and not self.waiting)
+            assert self.dealer.node_of(number) == self.at.get(number)
+        assert [job.number for job in self.dealer.waiting] == self.waiting
+        assert self.dealer.idle == (not self.at and not self.waiting)
         assert not any(map(self.may_go_to, self.waiting)), "a job waits although a node has room for it"
         if self.waiting and self.open > 0:
             self.seen["kept back"] += 1
@@ -265,19 +499,23 @@ class History:
         """Return the nodes with room for a waiting job. Those that have lost it count only when no other lives."""
         if self.open <= 0:
             return []
-        known = {name: node for name, node in self.nodes.items() if node.known and not node.leaving}
-        names = set(known) - self.lost_at.get(number, set()) or set(known)
-        return [name for name in names if known[name].room > 0]
+        able = {
+            name: node
+            for name, node in self.nodes.items()
+            if node.known and not node.leaving and name not in self.refused_by.get(number, ())
+        }
+        names = set(able) - self.lost_at.get(number, set()) or set(able)
+        return [name for name in names if able[name].room > 0]
 
     # Choices
 
-    def any_node(self, fits: Callable[[Member], bool] = lambda node: True) -> str | None:
+    def any_node(self, fits: Callable[[Node], bool]) -> str | None:
         names = [name for name, node in self.nodes.items() if fits(node)]
         return self.random.choice(names) if names else None
 
-    def any_job(self, fits: Callable[[Member], bool] = lambda node: True) -> tuple[str | None, int | None]:
-        name = self.any_node(lambda node: bool(node.jobs) and fits(node))
-        return (None, None) if name is None else (name, self.random.choice(list(self.nodes[name].jobs)))
+    def any_job(self, choose: Callable[[Node], list[int]]) -> tuple[str | None, int | None]:
+        name = self.any_node(lambda node: bool(choose(node)))
+        return (None, None) if name is None else (name, self.random.choice(choose(self.nodes[name])))
 
     def tell(self, line: str) -> None:
         self.story.append(line)
@@ -293,7 +531,8 @@ def test_dealer_keeps_its_rules_in_random_histories():
             story = "\n".join(history.story)
             raise AssertionError(f"History(Random({seed})), most {history.most}, fails: {error}\n{story}") from error
         seen.update(history.seen.keys())
-    expected = ("Ask", "Give", "MovedTooOften", "returned", "cancelled", "kept back")
+    expected = ["Ask", "Give", "MovedTooOften", "TakeBack", "given back", "refused", "refused by all", "returned"]
+    expected += ["cancelled", "kept back"]
     assert not [name for name in expected if seen[name] < HISTORIES // 200], f"hardly any history shows some of {seen}"
 
 
@@ -407,7 +646,7 @@ def busy_and_idle() -> Dealer:
 
 def test_late_job_is_taken_back_once_for_an_idle_node():
     dealer = busy_and_idle()
-    assert dealer.deal_late([1], {"a": 1, "b": 1}) == [TakeBack("a", job(1))]
+    assert dealer.deal_late([1], {"a": 1, "b": 1}) == [TakeBack("a", job(1), "b")]
     assert dealer.deal_late([1], {"a": 1, "b": 1}) == []
     dealer.wanted("a", 5)
     assert dealer.taken(1) == [Give("b", job(1))], "it does not go back to the node with most room"
@@ -425,7 +664,7 @@ def test_job_is_taken_back_even_if_the_head_may_have_more():
     dealer.wanted("a", 1)
     dealer.offered(job(0))
     dealer.wanted("b", 1)
-    assert dealer.deal_late([0], {"a": 1, "b": 1}) == [TakeBack("a", job(0))]
+    assert dealer.deal_late([0], {"a": 1, "b": 1}) == [TakeBack("a", job(0), "b")]
 
 
 def test_job_that_waits_long_goes_even_to_a_node_that_has_lost_it():
@@ -449,9 +688,9 @@ def test_no_job_is_taken_back_for_a_node_that_gets_no_more_jobs():
 
 def test_job_that_was_started_after_all_takes_no_room_elsewhere():
     dealer = busy_and_idle()
-    assert dealer.deal_late([0], {"a": 1, "b": 1}) == [TakeBack("a", job(0))]
+    assert dealer.deal_late([0], {"a": 1, "b": 1}) == [TakeBack("a", job(0), "b")]
     dealer.started(0)
-    assert dealer.deal_late([1], {"a": 1, "b": 1}) == [TakeBack("a", job(1))]
+    assert dealer.deal_late([1], {"a": 1, "b": 1}) == [TakeBack("a", job(1), "b")]
 
 
 def test_job_that_is_given_back_when_its_target_is_gone_is_dealt_to_any_node():
@@ -460,3 +699,103 @@ def test_job_that_is_given_back_when_its_target_is_gone_is_dealt_to_any_node():
     dealer.lost("b")
     assert dealer.taken(1) == []
     assert dealer.wanted("a", 1) == [Give("a", job(1))]
+
+
+def test_late_job_goes_to_a_node_with_free_devices_even_if_a_busy_one_asks_for_more():
+    dealer = Dealer()
+    dealer.wanted("a", 1)
+    dealer.offered(job(0))
+    dealer.wanted("busy", 1)
+    dealer.offered(job(1))
+    dealer.wanted("busy", 8)
+    dealer.wanted("idle", 1)
+    dealer.started(1)
+    assert dealer.deal_late([0], {"a": 1, "busy": 1, "idle": 1}) == [TakeBack("a", job(0), "idle")]
+
+
+def test_job_for_which_a_node_ends_too_soon_waits_for_another_or_until_it_was_lost():
+    dealer = Dealer()
+    dealer.wanted("a", 1)
+    dealer.offered(job(0))
+    dealer.exhaust()
+    assert dealer.refused(0, too_late=True) == []
+    assert dealer.too_late_for("a") == [job(0)]
+    assert dealer.wanted("a", 3) == []
+    assert dealer.refused_by_all({"a"}) == [], "it can run there later"
+    dealer.lost("a")
+    assert dealer.wanted("a", 1) == [Give("a", job(0))]
+    assert dealer.too_late_for("a") == []
+
+
+def test_other_nodes_get_a_job_for_which_one_ends_too_soon():
+    dealer = Dealer()
+    dealer.wanted("a", 1)
+    dealer.offered(job(0))
+    dealer.exhaust()
+    dealer.refused(0, too_late=True)
+    assert dealer.wanted("b", 1) == [Give("b", job(0))]
+
+
+def test_node_that_is_not_there_could_get_any_number_of_jobs_until_the_head_holds_back():
+    dealer = Dealer()
+    dealer.wanted("a", 1)
+    assert dealer.waiting_for("b", []) == 0, "the head was asked, and has not answered"
+    dealer.offered(job(0))
+    assert dealer.waiting_for("b", []) == math.inf
+    dealer.exhaust()
+    assert dealer.waiting_for("b", []) == 0
+    assert dealer.waiting_for("b", [0]) == 1, "job 0 was not started for a long time"
+
+
+def test_node_that_is_not_there_gets_no_job_beyond_the_cap():
+    dealer = Dealer(most=3)
+    dealer.wanted("a", 1)
+    dealer.offered(job(0))
+    assert dealer.waiting_for("b", []) == 2
+    dealer.wanted("a", 2)
+    dealer.offered(job(1))
+    dealer.offered(job(2))
+    assert dealer.waiting_for("b", []) == 0
+    assert dealer.waiting_for("b", [1]) == 1, "job 1 would move"
+
+
+def test_node_that_refused_a_job_is_not_asked_for_because_of_it():
+    dealer = Dealer()
+    dealer.wanted("a", 1)
+    dealer.offered(job(0))
+    dealer.exhaust()
+    dealer.refused(0)
+    assert (dealer.waiting_for("a", []), dealer.waiting_for("b", [])) == (0, 1)
+
+
+def test_job_that_was_taken_back_once_is_no_reason_to_ask_for_a_node():
+    dealer = busy_and_idle()
+    dealer.deal_late([1], {"a": 1, "b": 1})
+    assert dealer.waiting_for("c", [0, 1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "devices", "shares"),
+    [
+        (None, [4, 2], [None, None]),
+        (3, [4, 4], [3, 0]),
+        (6, [4, 4], [4, 2]),
+        (20, [4, 0, 4], [4, 0, 4]),
+        (1, [], []),
+    ],
+)
+def test_limit_on_devices_is_dealt_in_the_order_of_the_nodes(
+    limit: int | None, devices: list[int], shares: list[int | None]
+) -> None:
+    assert quotas(limit, devices) == shares
+
+
+def test_node_is_not_asked_for_while_those_that_are_there_may_use_no_more_devices():
+    dealer = Dealer()
+    dealer.wanted("a", 2)
+    dealer.offered(job(0))
+    dealer.offered(job(1))
+    assert dealer.waiting_for("b", [1]) == math.inf
+    assert dealer.waiting_for("b", [1], limited=True) == 0
+    dealer.lost("a")
+    assert dealer.waiting_for("b", [], limited=True) == 2

@@ -1,4 +1,4 @@
-"""The lock of a sweep's directory, who logs where, and the search for the newest sweep."""
+"""The lock of a sweep's directory, and who logs where."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from gpu_launcher.errors import ManifestError
 from gpu_launcher.jobs import directory as module
-from gpu_launcher.jobs.directory import DirectoryLock, LogFiles, newest_sweep
+from gpu_launcher.jobs.directory import DirectoryLock, LogFiles
 from gpu_launcher.jobs.manifest import Entry, State
 from gpu_launcher.model import Request
 from gpu_launcher.processes.messages import JobPrepared
@@ -197,16 +197,3 @@ def test_a_resumed_job_does_not_take_the_log_of_one_that_completed(tmp_path: Pat
     path = tmp_path / "job.log"
     earlier = {0: Entry(0, "", [], "x", State.COMPLETED, attempts=1, log=str(path))}
     assert logs(tmp_path, earlier).claim(3, log(tmp_path))[0] == str(tmp_path / "3.job.log")
-
-
-def test_the_newest_sweep_is_the_one_that_wrote_last(tmp_path: Path) -> None:
-    assert newest_sweep(tmp_path / "nothing", tmp_path) is None
-    times = {"multirun/2026-01-01/10-00-00": 30, "multirun/2026-01-02/09-00-00": 20, "grid": 10, "a/b/c/too-deep": 99}
-    for name, at in {**times, "grid/0/inner": 99}.items():
-        manifest = tmp_path / name / ".gpu_launcher" / "manifest.jsonl"
-        manifest.parent.mkdir(parents=True)
-        manifest.touch()
-        os.utime(manifest, (at, at))
-    assert newest_sweep(tmp_path) == tmp_path / "multirun/2026-01-01/10-00-00"
-    assert newest_sweep(tmp_path / "grid") == tmp_path / "grid"
-    assert newest_sweep(tmp_path / "multirun", tmp_path / "a") == tmp_path / "a/b/c/too-deep"

@@ -85,6 +85,24 @@ def test_what_would_be_no_use_or_would_do_finished_work_twice_is_not_tried_again
     assert attempts(1).next(failed(Cause.CRASH), unborn, never) is not None
 
 
+def test_job_that_was_packed_too_tightly_runs_again_whole_and_once_without_a_retry() -> None:
+    share, auto = Share(0, 4 * GIB), Request(1, auto_memory=True)
+    packed, whole = ran(LARGE, share), ran(LARGE)
+    packed.request = Request(1, share, auto_memory=True)
+    whole.request = auto
+    made = attempts(0, set())
+    assert made.next(failed(Cause.OOM), packed, never) == NextAttempt(2, 2, last=True)
+    assert made.request(auto) == Request(1, Share(MILLIONTHS, 4 * GIB)), "and later peaks do not change that"
+    assert made.next(failed(Cause.OOM, 2), ran(LARGE, Share(MILLIONTHS, 4 * GIB)), never) is None
+    assert attempts(0).next(failed(Cause.OOM), whole, never) is None, "it had a whole device"
+    assert attempts(0).next(failed(Cause.EXCEPTION), packed, never) is None
+    assert attempts(0).next(failed(Cause.OOM), ran(LARGE, share), never) is None, "the user declared that share"
+    later = attempts(1)
+    assert later.next(failed(Cause.OOM), packed, never) == NextAttempt(2, 3, last=True)
+    assert later.next(failed(Cause.CRASH, 2), ran(LARGE), never) == NextAttempt(3, 3, last=False)
+    assert later.next(failed(Cause.CRASH, 3), ran(LARGE), never) is None
+
+
 def test_after_memory_ran_out_a_job_gets_what_it_shared_for_itself_and_else_a_larger_device() -> None:
     assert larger_share(HALF, [SMALL], {"a": HALF}) == Share(MILLIONTHS, 4 * GIB)
     assert larger_share(WHOLE, [SMALL], {"a": WHOLE}) == Share(MILLIONTHS, 16 * GIB + 1)
@@ -184,7 +202,7 @@ def test_the_kernels_count_of_processes_killed_for_want_of_memory_is_read(tmp_pa
     (tmp_path / "sys/fs/cgroup/lab/session/memory.events").unlink()
     assert oom_kills(tmp_path) == 3
     assert oom_kills() >= 0
-    assert "for want of memory" in describe_exit(9, out_of_memory=True)
+    assert "because the host ran out of memory" in describe_exit(9, out_of_memory=True)
 
 
 def test_attempts_that_failed_on_another_node_use_up_retries() -> None:

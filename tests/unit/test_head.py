@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import deque
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.devices.simulated import simulated_devices
 from gpu_launcher.errors import NodeDiedError
-from gpu_launcher.jobs.events import Event, GaveUp, JobStarted, Outcome
+from gpu_launcher.jobs.events import Event, GaveUp, JobStarted, Notice, Outcome
 from gpu_launcher.jobs.head import NOT_RUN, SweepResult, run_jobs
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Message, Opened, Wanted
+from gpu_launcher.jobs.notifications import Hooks, Notifier
 from gpu_launcher.jobs.source import Offer, Statement
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.model import Device
@@ -89,9 +91,9 @@ def display() -> Display:
     return Display()
 
 
-def run(node: Node, jobs: int, directory: Path, display: Display) -> SweepResult:
+def run(node: Node, jobs: int, directory: Path, display: Display, notifier: Notifier | None = None) -> SweepResult:
     listed = [Job(number, f"n={number}", None) for number in range(jobs)]
-    return run_jobs(listed, node, OPTIONS, directory, "program", display=display)
+    return run_jobs(listed, node, OPTIONS, directory, "program", display=display, notifier=notifier)
 
 
 def started(number: int) -> JobStarted:
@@ -146,6 +148,9 @@ class Source:
         os.eventfd_read(self._readable)
         return [Offer(Job(0, "n=0", None))]
 
+    def coming(self) -> range:
+        return range(0)
+
     def request_jobs(self, count: int) -> None:
         os.eventfd_write(self._readable, 1)
 
@@ -176,3 +181,25 @@ def test_job_of_a_source_that_was_not_started_when_its_node_gave_up_can_run_late
         source.close()
     (result,) = source.results
     assert (result.outcome, result.message) == (Outcome.CANCELLED, "was not run: no node is left")
+
+
+def test_hooks_are_told_failures_and_why_the_sweep_ended(tmp_path: Path, display: Display) -> None:
+    node = Node([Wanted(2)], [started(0), failed(0)], offers=2)
+    hooks = Hooks(("sh", "-c", f"cat > {tmp_path}/end"), ("sh", "-c", f"cat >> {tmp_path}/failures"))
+    with Notifier(hooks, tmp_path, "program", spell=str, tell=print) as notifier:
+        run(node, 4, tmp_path, display, notifier)
+    assert json.loads((tmp_path / "failures").read_text())["number"] == 0  # the others did not fail by themselves
+    ending = json.loads((tmp_path / "end").read_text())
+    assert (ending["reason"], ending["message"]) == ("given_up", NOT_RUN)
+    assert ending["jobs"]["failed"] == 4
+
+
+def test_a_hook_that_fails_is_a_notice(tmp_path: Path, display: Display) -> None:
+    node = Node([Wanted(1)], [started(0), failed(0)], [Closed()], offers=1)
+    told: list[str] = []
+    with Notifier(Hooks(None, ("no-such-program",)), tmp_path, "program", spell=str, tell=told.append) as notifier:
+        run(node, 1, tmp_path, display, notifier)
+    shown = [event.text for event in display.events if isinstance(event, Notice)]
+    assert [*shown, *told] == [
+        "the command of on_job_failure cannot be run: no-such-program: No such file or directory"
+    ]

@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 import gpu_launcher
 from gpu_launcher.errors import StudyError
 from gpu_launcher.jobs.identity import ProcessIdentity
-from gpu_launcher.studies.ownership import Sweep, working
-from gpu_launcher.studies.study_session import AskedTrial, How, StudySession, TrialEnding
+from gpu_launcher.studies.ownership import TrialOwner, working
+from gpu_launcher.studies.study_session import AskedTrial, StudySession, TrialEnding, TrialOutcome
 from hydra_plugins.optuna_async_sweeper._options import read_options
 from hydra_plugins.optuna_async_sweeper._search_space import read_search_space
 from hydra_plugins.optuna_async_sweeper._study import StudyPlan
@@ -32,14 +32,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalW
 
 
 @pytest.fixture
-def at_work() -> Iterator[Sweep]:
+def at_work() -> Iterator[TrialOwner]:
     """A sweep of this program that works as long as the test."""
-    sweep = Sweep(HERE)
+    sweep = TrialOwner(HERE)
     with working(sweep):
         yield sweep
 
 
-def begin(directory: Path, *space: str, sweep: Sweep | None = None, **options: Any) -> StudySession:
+def begin(directory: Path, *space: str, sweep: TrialOwner | None = None, **options: Any) -> StudySession:
     """A sweep on the study of that directory."""
     config = OmegaConf.create(
         {
@@ -52,43 +52,49 @@ def begin(directory: Path, *space: str, sweep: Sweep | None = None, **options: A
         }
     )
     raw = {"sampler": RANDOM, "n_trials": 50, **options}
-    plan = StudyPlan(config, raw, read_options(raw), read_search_space(space), sweep or Sweep(HERE))
+    plan = StudyPlan(config, raw, read_options(raw), read_search_space(space), sweep or TrialOwner(HERE))
     return plan.open()[0]
 
 
-def ask(session: StudySession, count: int = 1, how: How | None = How.COMPLETE) -> list[dict[str, Any]]:
-    """The parameters of trials, which end as `how` says; None lets them run."""
+def ask(
+    session: StudySession, count: int = 1, outcome: TrialOutcome | None = TrialOutcome.COMPLETE
+) -> list[dict[str, Any]]:
+    """The parameters of trials, which end with `outcome`; None lets them run."""
     found = []
     for number in range(count):
         asked = session.ask()
         assert isinstance(asked, AskedTrial)
         found.append(asked.trial.params)
-        if how is not None:
-            session.tell(asked.trial.number, TrialEnding(how, (float(number),) if how is How.COMPLETE else ()))
+        if outcome is not None:
+            session.tell(
+                asked.trial.number, TrialEnding(outcome, (float(number),) if outcome is TrialOutcome.COMPLETE else ())
+            )
     return found
 
 
-@pytest.mark.parametrize("how", [None, How.COMPLETE, How.PRUNED, How.INTERRUPTED])
-def test_another_search_is_refused_whatever_state_the_trials_are_in(tmp_path: Path, how: How | None) -> None:
-    ask(begin(tmp_path, "x=interval(0.0,1.0)"), 1, how)
+@pytest.mark.parametrize("outcome", [None, TrialOutcome.COMPLETE, TrialOutcome.PRUNED, TrialOutcome.INTERRUPTED])
+def test_another_search_is_refused_whatever_state_the_trials_are_in(
+    tmp_path: Path, outcome: TrialOutcome | None
+) -> None:
+    ask(begin(tmp_path, "x=interval(0.0,1.0)"), 1, outcome)
     with pytest.raises(StudyError, match="the study does not search y; the study searches x too"):
         begin(tmp_path, "y=interval(0.0,1.0)")
     begin(tmp_path, "x=interval(0.0,1.0)")
 
 
-def test_another_search_is_refused_before_the_first_has_a_trial(tmp_path: Path, at_work: Sweep) -> None:
+def test_another_search_is_refused_before_the_first_has_a_trial(tmp_path: Path, at_work: TrialOwner) -> None:
     begin(tmp_path, "x=interval(0.0,1.0)", sweep=at_work)
     with pytest.raises(StudyError, match="another search space"):
         begin(tmp_path, "x=interval(0.0,2.0)")
 
 
 def test_a_sweep_that_died_without_a_trial_leaves_the_space_open(tmp_path: Path) -> None:
-    begin(tmp_path, "x=interval(0.0,1.0)", sweep=Sweep(DEAD))
+    begin(tmp_path, "x=interval(0.0,1.0)", sweep=TrialOwner(DEAD))
     begin(tmp_path, "y=interval(0.0,1.0)")
 
 
 def test_a_space_whose_trials_all_failed_can_be_replaced(tmp_path: Path) -> None:
-    ask(begin(tmp_path, "x=interval(0.0,1.0)"), 2, How.FAILED)
+    ask(begin(tmp_path, "x=interval(0.0,1.0)"), 2, TrialOutcome.FAILED)
     begin(tmp_path, "y=interval(0.0,1.0)")
 
 
@@ -103,7 +109,7 @@ def test_running_trials_of_a_foreign_program_count_as_far_as_sampled(tmp_path: P
 def begin_and_stay(directory: Path, number: int, meet: Any, outcomes: Any) -> None:
     meet.wait()
     try:
-        begin(directory, f"x{number}=interval(0.0,1.0)", sweep=Sweep(ProcessIdentity.here()))
+        begin(directory, f"x{number}=interval(0.0,1.0)", sweep=TrialOwner(ProcessIdentity.here()))
         outcomes.put("began")
     except StudyError as error:
         outcomes.put(str(error))
@@ -156,12 +162,14 @@ def test_a_seed_repeats_a_new_study_and_no_point_of_an_old_one(tmp_path: Path, s
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
 def test_sweeps_that_share_a_study_propose_no_point_twice(tmp_path: Path, sampler: Any) -> None:
-    sweeps = [Sweep(HERE) for _ in range(3)]
+    sweeps = [TrialOwner(HERE) for _ in range(3)]
     with ExitStack() as stack:
         for sweep in sweeps:
             stack.enter_context(working(sweep))
         desks = [begin(tmp_path, *SPACE, sampler=sampler, sweep=sweep) for sweep in sweeps]
-        found = [xs(ask(session, 1, None if turn % 2 else How.COMPLETE)) for turn in range(4) for session in desks]
+        found = [
+            xs(ask(session, 1, None if turn % 2 else TrialOutcome.COMPLETE)) for turn in range(4) for session in desks
+        ]
     assert len({x for (x,) in found}) == 12
 
 
@@ -171,7 +179,9 @@ def test_the_sweepers_own_seed_is_treated_as_the_samplers(tmp_path: Path) -> Non
 
 
 def explore(directory: Path, sampler: Any, meet: Any, outcomes: Any) -> None:
-    session = begin(directory, "a=range(0,6)", "b=range(0,6)", sampler=sampler, sweep=Sweep(ProcessIdentity.here()))
+    session = begin(
+        directory, "a=range(0,6)", "b=range(0,6)", sampler=sampler, sweep=TrialOwner(ProcessIdentity.here())
+    )
     meet.wait()
     outcomes.put([tuple(point.values()) for point in ask(session, 12)])
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from gpu_launcher.jobs import machine as m
+from gpu_launcher.jobs.job import Refusal
 from gpu_launcher.jobs.machine import IllegalTransitionError, Limits, Machine, Phase
-from gpu_launcher.model import Request
+from gpu_launcher.jobs.source import Throttle
+from gpu_launcher.jobs.term import Term
+from gpu_launcher.model import Request, Share
+from tests.machine_state import check_state
 
 ONE = Request(1)
 
@@ -79,6 +85,17 @@ def test_only_one_ticket_is_out_and_the_next_one_is_taken_when_it_was_granted():
     assert machine.handle(m.Prepared(1, ONE), 0.0) == [m.TakeTicket(1, ONE)]
     assert machine.handle(m.Prepared(0, ONE), 0.0) == []
     assert machine.handle(m.LeaseGranted(1), 0.0) == [m.Go(1), m.TakeTicket(0, ONE)]
+
+
+def test_learned_share_changes_what_jobs_with_auto_memory_ask_for_next():
+    auto, share = replace(ONE, auto_memory=True), Share(0, 4 << 30)
+    machine = begun(3, ahead=3, preparing=3)
+    assert machine.handle(m.Prepared(0, auto), 0.0) == [m.TakeTicket(0, auto)]
+    assert machine.handle(m.Prepared(1, auto), 0.0) == []
+    assert machine.handle(m.Prepared(2, ONE), 0.0) == []
+    assert machine.handle(m.ShareLearned(share), 0.0) == [], "the ticket that is out keeps its place in the queue"
+    assert machine.handle(m.LeaseGranted(0), 0.0) == [m.Go(0), m.TakeTicket(1, replace(auto, share=share))]
+    assert machine.handle(m.LeaseGranted(1), 0.0) == [m.Go(1), m.TakeTicket(2, ONE)], "it declared its own"
 
 
 def test_a_job_that_dies_in_line_leaves_the_line_to_the_next_one():
@@ -266,7 +283,39 @@ def test_a_conclusion_says_what_speaks_against_running_a_job_again():
     machine = begun(2)
     machine.handle(m.Prepared(0, Request(3), "for 3 devices, but the pool has 2"), 0.0)
     *_, conclusion = machine.handle(m.Exited(0), 0.0)
-    assert conclusion.refused
+    assert conclusion.refused is Refusal.NEVER
+
+
+LIMITED = Request(1, timeout=60.0)
+
+
+@pytest.mark.parametrize(("length", "why"), [(60.0, Refusal.TOO_LATE), (59.0, Refusal.NEVER)])
+def test_job_that_would_outlast_its_node_is_refused(length, why):
+    machine = begun(1, term=Term(ends=60.0, length=length))
+    assert machine.handle(m.Prepared(0, LIMITED), 1.0) == [m.Kill(0)]
+    (conclusion,) = machine.handle(m.Exited(0), 2.0)
+    assert conclusion.refused is why
+    assert "its timeout of 1m 00s is longer than its node can run jobs" in conclusion.problem
+
+
+def test_job_that_waits_for_devices_is_refused_when_it_becomes_too_late():
+    machine = begun(2, term=Term(ends=100.0, length=100.0))
+    assert machine.handle(m.Prepared(0, LIMITED), 0.0) == [m.TakeTicket(0, replace(LIMITED, timeout=75.0))]
+    machine.handle(m.Prepared(1, ONE), 0.0)
+    assert machine.handle(m.Tick(), 40.0) == []
+    assert machine.handle(m.Tick(), 41.0) == [m.Kill(0), m.DropTicket(0), m.TakeTicket(1, ONE)]
+    assert machine.handle(m.Tick(), 42.0) == []
+    check_state(machine)
+    (conclusion,) = machine.handle(m.Exited(0), 42.0)
+    assert conclusion.refused is Refusal.TOO_LATE
+
+
+@pytest.mark.parametrize("request_", [ONE, replace(LIMITED, timeout=5.0)])
+def test_job_without_a_timeout_or_with_a_short_one_runs_on_a_node_that_ends(request_):
+    machine = begun(1, term=Term(ends=60.0, length=60.0))
+    assert isinstance(machine.handle(m.Prepared(0, request_), 50.0)[0], m.TakeTicket)
+    assert machine.handle(m.LeaseGranted(0), 50.0) == [m.Go(0)]
+    assert not any(isinstance(one, m.Kill) for one in machine.handle(m.Tick(), 54.0)), "jobs that run are left alone"
 
 
 def test_a_job_that_wants_what_may_be_long_in_coming_goes_after_the_others_and_none_once_the_sweep_is_given_up():
@@ -401,11 +450,111 @@ def test_story_spans_attempts_and_is_bounded():
         machine.handle(m.Exited(0), 0.0)
         machine.handle(m.Retry(0), 0.0)
     assert len(machine.story(0)) == m.MAX_STORY
-    machine.validate_state()
+    check_state(machine)
 
 
 def test_state_that_contradicts_itself_is_found():
     machine = begun(2)
     machine._queue.append(0)
     with pytest.raises(AssertionError):
-        machine.validate_state()
+        check_state(machine)
+
+
+# Throttling
+
+
+HALF = Request.of(0.5)
+
+
+def granted(machine: Machine, number: int, *devices: str) -> list[m.Instruction]:
+    return machine.handle(m.LeaseGranted(number, frozenset(devices)), 0.0)
+
+
+def prepared(jobs: int, request: Request = ONE) -> Machine:
+    """All `jobs` are prepared, and the ticket of the first is out."""
+    machine = begun(jobs, ahead=jobs, preparing=jobs, without_devices=jobs)
+    for number in range(jobs):
+        machine.handle(m.Prepared(number, request), 0.0)
+    return machine
+
+
+def test_paused_sweep_starts_nothing_until_it_is_continued():
+    machine = begun(4, ahead=2, preparing=2)
+    machine.handle(m.Prepared(0, ONE), 0.0)
+    assert machine.handle(Throttle(paused=True), 0.0) == [m.DropTicket(0)]
+    assert machine.handle(m.Prepared(1, Request(0)), 0.0) == []
+    assert machine.handle(m.Exited(1), 0.0) == [m.Conclude(1, False, None)]
+    assert not machine.finished
+    assert machine.handle(Throttle(), 0.0) == [m.TakeTicket(0, ONE), m.StartProcess(2)]
+
+
+def test_running_jobs_of_a_paused_sweep_continue_and_free_their_devices():
+    machine = running(1)
+    assert machine.handle(Throttle(paused=True), 0.0) == []
+    assert machine.handle(m.Exited(0), 0.0) == [m.Release(0), m.Conclude(0, False, None)]
+    assert machine.finished
+
+
+def test_paused_sweep_asks_for_no_jobs_and_blames_no_cap():
+    machine = Machine(limits(parallel=1))
+    assert machine.wanted
+    machine.handle(Throttle(paused=True), 0.0)
+    assert not machine.wanted
+
+
+def test_paused_sweep_can_be_stopped():
+    machine = begun(2)
+    machine.handle(m.Prepared(0, ONE), 0.0)
+    machine.handle(Throttle(paused=True), 0.0)
+    assert machine.handle(m.StopAsked(), 0.0) == [m.Kill(0), m.Kill(1)]
+
+
+def test_no_more_devices_than_the_limit_are_asked_for():
+    machine = prepared(3)
+    assert granted(machine, 0, "A") == [m.Go(0), m.TakeTicket(1, ONE)]
+    assert machine.handle(Throttle(devices=1), 0.0) == [m.DropTicket(1)]
+    assert machine.handle(m.Exited(0), 0.0) == [m.Release(0), m.TakeTicket(1, ONE), m.Conclude(0, False, None)]
+    assert granted(machine, 1, "B") == [m.Go(1)]
+    assert machine.handle(Throttle(devices=2), 0.0) == [m.TakeTicket(2, ONE)]
+
+
+def test_lower_limit_waits_until_fewer_devices_are_in_use():
+    machine = prepared(3)
+    granted(machine, 0, "A")
+    granted(machine, 1, "B")
+    assert machine.handle(Throttle(devices=1), 0.0) == [m.DropTicket(2)]
+    assert machine.handle(m.Exited(0), 0.0) == [m.Release(0), m.Conclude(0, False, None)]
+    assert machine.handle(m.Exited(1), 0.0) == [m.Release(1), m.TakeTicket(2, ONE), m.Conclude(1, False, None)]
+
+
+def test_job_that_needs_more_than_the_limit_lets_smaller_ones_pass():
+    machine = begun(2)
+    machine.handle(Throttle(devices=1), 0.0)
+    assert machine.handle(m.Prepared(0, Request(2)), 0.0) == []
+    assert machine.handle(m.Prepared(1, ONE), 0.0) == [m.TakeTicket(1, ONE)]
+
+
+def test_jobs_that_share_get_only_devices_in_use_at_the_limit():
+    machine = prepared(3, HALF)
+    machine.handle(Throttle(devices=1), 0.0)
+    assert granted(machine, 0, "A") == [m.Go(0), m.TakeTicket(1, HALF, frozenset("A"))]
+    assert granted(machine, 1, "A") == [m.Go(1), m.TakeTicket(2, HALF, frozenset("A"))]
+    assert machine.handle(Throttle(devices=2), 0.0) == [m.DropTicket(2), m.TakeTicket(2, HALF)]
+
+
+def test_restricted_ticket_is_renewed_when_no_device_is_in_use_any_more():
+    machine = prepared(2, HALF)
+    machine.handle(Throttle(devices=1), 0.0)
+    granted(machine, 0, "A")
+    assert machine.handle(m.Exited(0), 0.0) == [
+        m.DropTicket(1),  # first: the released device might be granted to it
+        m.Release(0),
+        m.TakeTicket(1, HALF),
+        m.Conclude(0, False, None),
+    ]
+
+
+def test_jobs_without_devices_run_at_any_limit():
+    machine = begun(1)
+    machine.handle(Throttle(devices=1), 0.0)
+    assert machine.handle(m.Prepared(0, Request(0)), 0.0) == [m.Go(0)]

@@ -154,14 +154,14 @@ def test_the_last_parameter_varies_fastest_and_no_combination_is_held() -> None:
 @pytest.mark.parametrize(
     ("given_", "problem"),
     [
-        (["lr"], "is no name=VALUES"),
+        (["lr"], "is not NAME=VALUES"),
         (["lr=interval(0,1)"], "a grid needs single values"),
         (["lr=glob(*)"], "a grid needs single values"),
         (["+lr=1"], "without +"),
         (["~lr=1"], "without +"),
         (["a@b=1"], "without +"),
         (["lr=1", "lr=2"], "lr is given twice"),
-        (["lr=("], "is no name=VALUES"),
+        (["lr=("], "is not NAME=VALUES"),
         (["lr=range(1,1)"], "has no value at all"),
         ([f"p{number}=range(10000)" for number in range(4)], "combinations"),
     ],

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ import psutil
 import pytest
 
 from gpu_launcher.errors import NodeDiedError, OptionError
+from gpu_launcher.jobs import node, node_client
 from gpu_launcher.jobs import source as s
-from gpu_launcher.jobs.events import JobStarted, Notice, Outcome
-from gpu_launcher.jobs.job import Job
+from gpu_launcher.jobs.events import JobRetried, JobStarted, Notice, Outcome
+from gpu_launcher.jobs.failures import FailurePolicy
+from gpu_launcher.jobs.job import Cause, Job
 from gpu_launcher.jobs.node_client import RemoteLoop, busy, calling_back, harmless_thread
 from gpu_launcher.jobs.node_messages import Closed, Ended, Heard, Message, Wanted
 from gpu_launcher.jobs.where import Where
@@ -281,6 +284,38 @@ def test_job_is_taken_back_only_if_it_was_not_started(start: Start) -> None:
     assert (result.number, result.outcome) == (0, Outcome.COMPLETED)
 
 
+class FailingProgram(Program):
+    """Fails, and leaves a report."""
+
+    def __call__(self, number: int, spec: Callable[[JobContext], Any], context: JobContext) -> Report:
+        super().__call__(number, spec, context)
+        return Report(False, "raised OSError", b"error")
+
+
+def test_report_of_a_failed_attempt_is_removed_before_its_retry_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = node._Link.send
+
+    def note_report(self: node._Link, message: Message) -> None:
+        if isinstance(message, JobRetried):
+            assert self._run is not None
+            there = self._run.reports.path(message.number).exists()
+            message = replace(message, message=f"{message.message}, report {'left' if there else 'removed'}")
+        send(self, message)
+
+    monkeypatch.setattr(node._Link, "send", note_report)
+    failures = FailurePolicy(retries=1, retry_on=frozenset(Cause))
+    options = replace(Where("simulated:1", tmp_path / "pool").options(Request.of(1)), failures=failures)
+    loop = RemoteLoop(FailingProgram(), options, "a test", method="fork")
+    with contextlib.closing(loop):
+        loop.open()
+        hear(loop, Wanted)
+        offer(loop, 0, pid)
+        assert hear(loop, JobRetried).message == "raised OSError, report removed"
+        assert hear(loop, Ended).result.attempts == 2
+
+
 def test_the_jobs_files_stay_until_this_program_has_heard_everything(start: Start) -> None:
     loop = start()
     loop.open()
@@ -337,8 +372,10 @@ def test_a_harmless_thread_does_not_and_the_fork_waits_while_it_is_busy(start: S
 
 @pytest.mark.parametrize(("seconds", "method"), [(0.3, "fork"), (600.0, "spawn")])
 def test_a_harmless_thread_is_none_while_it_calls_back_for_which_a_fork_waits_a_moment_only(
-    start: Start, seconds: float, method: str
+    start: Start, monkeypatch: pytest.MonkeyPatch, seconds: float, method: str
 ) -> None:
+    if method == "fork":
+        monkeypatch.setattr(node_client, "FORK_WAIT_SECONDS", 60.0)
     over, ready = threading.Event(), threading.Event()
 
     def work() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.failures import FailurePolicy, RetryState
-from gpu_launcher.jobs.job import Cause, Job
+from gpu_launcher.jobs.job import Cause, Job, Refusal
 from gpu_launcher.jobs.job_record import JobRecord, JobRun
 from gpu_launcher.jobs.machine import Conclude
 from gpu_launcher.jobs.outcome import classify_exit, killed_for_memory, result_of
@@ -92,10 +92,11 @@ def test_sigkill_is_blamed_on_memory_only_if_the_kernel_killed_meanwhile() -> No
     assert not killed_for_memory(record(status=9, oom_kills=before, problem="its supervisor died").attempt)
 
 
-@pytest.mark.parametrize(("cancelled", "refused"), [(False, True), (True, False)])
-def test_result_says_that_the_devices_can_never_grant_the_request(cancelled: bool, refused: bool) -> None:
-    conclusion = Conclude(0, False, "cannot be run", refused=True, cancelled=cancelled)
-    assert result_of(record(status=9), conclusion, None, {}).refused is refused
+@pytest.mark.parametrize("why", Refusal)
+def test_result_says_why_the_node_cannot_run_the_job_unless_it_was_cancelled(why: Refusal) -> None:
+    for cancelled, refused in ((False, why), (True, None)):
+        conclusion = Conclude(0, False, "cannot be run", refused=why, cancelled=cancelled)
+        assert result_of(record(status=9), conclusion, None, {}).refused is refused
 
 
 def test_report_of_an_earlier_version_says_that_no_signal_ended_its_command():

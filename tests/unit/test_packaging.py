@@ -37,7 +37,7 @@ MODULES = {
     "rich": {"rich"},
     "click": {"click"},
 }
-OPTIONAL = {"matplotlib"}
+OPTIONAL = {"jinja2", "markupsafe", "matplotlib", "pandas", "plotly", "ray", "starlette", "uvicorn"}
 """Used where it is installed."""
 
 
@@ -62,6 +62,21 @@ def test_no_source_repeats_the_version() -> None:
 
 def test_the_changelog_has_a_section_for_the_version() -> None:
     assert f"## {declared_version()}" in (TREE / "CHANGELOG.md").read_text()
+
+
+def test_the_citation_has_the_version() -> None:
+    assert f"version: {declared_version()}\n" in (TREE / "CITATION.cff").read_text()
+
+
+def test_the_metadata_names_what_is_supported() -> None:
+    metadata = importlib.metadata.metadata("gpu-launcher")
+    classifiers = metadata.get_all("Classifier") or []
+    for python in ("3.10", "3.11", "3.12", "3.13"):
+        assert f"Programming Language :: Python :: {python}" in classifiers
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["License-Expression"] == "MIT"
+    assert {"hydra", "launcher", "gpu"} <= set(metadata["Keywords"].split(","))
+    assert metadata["Summary"]
 
 
 def test_the_dependencies_are_the_ones_that_have_a_reason() -> None:
@@ -132,11 +147,16 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
         names = archive.namelist()
         info = f"gpu_launcher-{declared_version()}.dist-info"
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
+        metadata = archive.read(f"{info}/METADATA").decode()
+        guide = archive.read("gpu_launcher/cli/guide.md").decode()
     assert {name.partition("/")[0] for name in names} == {*PACKAGES, info}
     assert {"gpu_launcher/py.typed", "hydra_plugins/gpu_pool_launcher/__init__.py"} <= set(names)
     assert f"{info}/licenses/LICENSE" in names
     assert "hydra_plugins/__init__.py" not in names, "other plugins must be able to share the namespace"
+    assert not [name for name in names if "/tests/" in name or name.endswith((".pyc", ".so"))]
     assert "[hydra.plugins]\ngpu_pool = " in entry_points
+    assert metadata.endswith((TREE / "README.md").read_text())
+    assert guide == (TREE / "docs" / "guide.md").read_text()
 
 
 @pytest.mark.slow
@@ -145,11 +165,18 @@ def test_the_sdist_holds_what_is_needed_to_build_and_test(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         top = f"gpu_launcher-{declared_version()}/"
         names = {name.removeprefix(top) for name in archive.getnames()}
+    pages = {
+        str(path.relative_to(TREE)) for path in (TREE / "docs").rglob("*") if path.is_file() and path.suffix != ".pyc"
+    }
+    assert pages <= names
     assert {
         "CHANGELOG.md",
+        "CITATION.cff",
+        "CONTRIBUTING.md",
         "LICENSE",
         "Makefile",
         "README.md",
+        "SECURITY.md",
         "examples/digits/conf/config.yaml",
         "gpu_launcher/py.typed",
         "hydra_plugins/gpu_pool_launcher/__init__.py",
@@ -189,3 +216,5 @@ def test_it_installs_with_its_dependencies_alone_and_hydra_sees_it(
     run(python, "app.py", "-m", "+x=1,2,3", *options, cwd=tmp_path)
     (sweep,) = (tmp_path / "multirun").glob("*/*")
     assert {path.name for path in sweep.iterdir() if path.is_dir()} >= {"0", "1", "2"}
+    assert run(str(home / "bin" / "gpu-launcher"), "guide") == (TREE / "docs" / "guide.md").read_text()
+    assert "8 jobs: 7 completed, 1 failed" in run(str(home / "bin" / "gpu-launcher"), "demo", cwd=tmp_path)

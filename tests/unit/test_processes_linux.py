@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -262,3 +263,18 @@ def test_process_title_is_bounded_and_changes_nothing_else() -> None:
     assert texts[4] == "#9 学習率=0.1 ?   b"
     assert [name for _, name in shown[:2]] == ["#7 train.py lr=", "#8 a"]
     assert shown[-1] == ["library", "#8 of the library"]
+
+
+def test_processes_that_proc_hides_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Path.read_text
+
+    def hiding(path: Path, *arguments: str, **keywords: str) -> str:
+        if str(path) == f"/proc/{os.getppid()}/stat":
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+        return read(path, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "read_text", hiding)
+    with child() as pid:
+        found = linux.children_of_all()
+    assert pid in found[os.getpid()]
+    assert not any(os.getppid() in children for children in found.values())

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,18 +21,24 @@ from rich.cells import cell_len
 from gpu_launcher.jobs.events import (
     Event,
     JobEnded,
+    JobReturned,
     JobStarted,
     JobWaiting,
+    NodesChanged,
     Notice,
     Outcome,
+    OutOfContact,
     StopRequested,
     SweepEnded,
     SweepStarted,
+    Throttled,
 )
 from gpu_launcher.jobs.progress.live import LiveProgress
 from gpu_launcher.jobs.progress.tally import SweepTally
+from gpu_launcher.jobs.progress.terminal import ALTERNATE, NORMAL
 from gpu_launcher.jobs.progress.view import frame
 from gpu_launcher.model import Device, DeviceKind
+from gpu_launcher.processes.keyboard import Keyboard
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,6 +111,27 @@ def test_a_wait_ends_when_its_job_starts_or_nobody_else_holds_anything() -> None
     assert "alice" not in "".join(view(start, wait, JobStarted(2.0, 0, "lr=3", GPUS[:1], None)))
 
 
+def test_jobs_and_devices_of_a_node_that_is_not_heard_are_not_shown_as_running_or_idle() -> None:
+    here = (replace(GPUS[0], node="a"), replace(GPUS[1], node="a"), replace(GPUS[2], node="b"))
+    events: list[Event] = [
+        SweepStarted(0.0, 4, here, None),
+        JobStarted(0.0, 0, "lr=0", here[:1], None),
+        JobStarted(0.0, 1, "lr=1", here[2:], None),
+        OutOfContact(2.0, frozenset("a"), frozenset([0])),
+    ]
+    lines = view(*events, now=3.0)
+    assert lines[0].startswith("0/4 done  1 running  1 lost contact  2 waiting")
+    assert [" ".join(line.split()) for line in lines[2:]] == [
+        "a GPU 0 #0 lost contact lr=0 3 s",
+        "a GPU 1 lost contact",
+        "b GPU 2 #1 lr=1 3 s",
+    ]
+    assert "lost contact" not in "".join(view(*events, OutOfContact(4.0, frozenset(), frozenset())))
+    lost = (JobReturned(5.0, 0, "lr=0"), NodesChanged(5.0, here[2:], "node a is lost"))
+    lines = view(*events, *lost, OutOfContact(5.0, frozenset(), frozenset()), now=5.0)
+    assert lines[0].startswith("0/4 done  1 running  3 waiting"), "it waits until it runs elsewhere"
+
+
 def test_jobs_without_devices_have_rows_too() -> None:
     lines = view(SweepStarted(0.0, 2, (), None), JobStarted(0.0, 0, "x=1", (), None), now=3.0)
     assert lines[2].split() == ["-", "#0", "x=1", "3", "s"]
@@ -132,6 +160,19 @@ def test_rows_stay_where_they_are_while_jobs_come_and_go() -> None:
     history: list[Event] = [start, first, completed(5.0, 0, 5.0)]
     for events in (history[:1], history[:2], history):
         assert [line.split("  ")[0] for line in view(*events)[2:]] == ["GPU 0", "GPU 1", "GPU 2", "GPU 3"]
+
+
+def test_header_says_how_much_may_run() -> None:
+    waits = JobWaiting(0.0, 0, "lr=3", "held by alice", (), "1 GPU")
+    events = [SweepStarted(0.0, 4, GPUS, None), waits]
+    limited = view(*events, Throttled(0.0, False, 2, ""))
+    assert "at most 2 devices" in limited[0]
+    assert any("held by alice" in line for line in limited)
+    paused = view(*events, Throttled(0.0, True, 2, ""))
+    assert "paused" in paused[0]
+    assert not any("held by alice" in line for line in paused), "it does not wait for her now"
+    continued = view(*events, Throttled(0.0, True, None, ""), Throttled(0.0, False, None, ""))
+    assert "paused" not in continued[0]
 
 
 def test_a_stop_says_how_long_it_waits_and_how_to_hurry_it() -> None:
@@ -200,6 +241,7 @@ from gpu_launcher.jobs.events import *
 from gpu_launcher.jobs.progress import PlainProgress, open_progress
 from gpu_launcher.jobs.progress.live import LiveProgress
 from gpu_launcher.model import Device, DeviceKind
+from gpu_launcher.processes.keyboard import Keyboard
 gpus = tuple(Device(f"s{i}", i, "made up", DeviceKind.SIMULATED) for i in range(4))
 progress = open_progress()
 """
@@ -212,8 +254,6 @@ class OnTerminal:
         self.master, slave = os.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         environ = {**os.environ, "TERM": "xterm-256color", "PYTHONUTF8": "1"}
-        for name in ("CI", "COLUMNS", "LINES", "NO_COLOR"):
-            environ.pop(name, None)
         stdout, ours = socket.socketpair()
         self.process = subprocess.Popen(
             [sys.executable, "-c", DRIVER + script],
@@ -474,6 +514,24 @@ def test_the_keyboard_is_left_to_a_pager_that_has_taken_it(when: str) -> None:
     terminal.finish()
 
 
+def test_long_paste_is_read_to_its_end() -> None:
+    terminal = OnTerminal("""
+from gpu_launcher.processes.keyboard import Keyboard
+keyboard = Keyboard(0, keys=True)
+keyboard.take()
+keyboard.fileno()
+os.write(1, b"shown\\n")
+while int.from_bytes(fcntl.ioctl(0, termios.FIONREAD, bytes(4)), sys.byteorder) < 3000:
+    pass
+os.write(1, str(len(keyboard.read())).encode())
+keyboard.close()
+""")
+    shown(terminal)
+    os.write(terminal.master, 3000 * b"y")
+    terminal.read_until(None)
+    assert terminal.finish() == b"3000"
+
+
 def test_the_terminal_is_as_before_when_a_sweep_breaks_off() -> None:
     terminal = OnTerminal(
         "before = termios.tcgetattr(0)\n"
@@ -557,3 +615,73 @@ while termios.tcgetattr(0) != before:
 """)
     terminal.read_until(None)
     terminal.finish()
+
+
+class Typist(Keyboard):
+    """A keyboard of a test."""
+
+    def __init__(self) -> None:
+        super().__init__(-1, keys=True)
+        self.typed = b""
+        self.is_taken = False
+
+    def take(self) -> None:
+        self.is_taken = True
+
+    def fileno(self) -> int:
+        return -1
+
+    def read(self) -> bytes:
+        typed, self.typed = self.typed, b""
+        return typed
+
+    def close(self) -> None:
+        self.is_taken = False
+
+
+def with_page(stream: Recorder) -> tuple[LiveProgress, Typist]:
+    """Return the view of a sweep on which the help is open."""
+    typist = Typist()
+    progress = LiveProgress(stream, lambda: (80, 24), keyboard=typist)  # type: ignore[arg-type]
+    progress.handle(SweepStarted(0.0, 8, GPUS, None))
+    assert progress.fileno() is not None
+    typist.typed = b"?"
+    progress.serve(lambda request: "")
+    assert stream.writes[-2] == ALTERNATE
+    return progress, typist
+
+
+def test_page_gives_way_to_the_view_when_the_sweep_is_stopped() -> None:
+    stream = Recorder()
+    progress, _ = with_page(stream)
+    progress.handle(StopRequested(1.0, 4, 10.0, False, "SIGINT"))
+    assert stream.writes[-2] == NORMAL
+    assert "stopping" in stream.writes[-1]
+    progress.close()
+
+
+def test_lines_that_come_while_a_page_is_open_are_not_kept_without_bound() -> None:
+    stream = Recorder()
+    progress, _ = with_page(stream)
+    before = len(stream.writes)
+    for number in range(2500):
+        progress.handle(Notice(1.0 + number, f"notice {number}."))
+    written = "".join(stream.writes[before:])
+    assert [f"notice {number}." in written for number in (0, 999, 2400)] == [True, True, False]
+    assert stream.writes[-1].startswith("\x1b[H"), "the page is open again"
+    progress.handle(SweepEnded(9000.0))
+    assert "notice 2499." in "".join(stream.writes)
+    progress.close()
+
+
+def test_keyboard_is_given_back_if_the_summary_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Recorder()
+    progress, typist = with_page(stream)
+
+    def interrupted(text: str) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        progress.close()
+    assert not typist.is_taken

@@ -8,7 +8,7 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from gpu_launcher.jobs.identity import ProcessIdentity
-from gpu_launcher.studies.ownership import Sweep
+from gpu_launcher.studies.ownership import TrialOwner
 from gpu_launcher.studies.pruning import VIEW_SECONDS, Judge
 from gpu_launcher.studies.study_storage import StudyStorage
 
@@ -61,7 +61,7 @@ class Clock:
 
 
 def judge_with(study: optuna.Study, clock: Clock) -> Judge:
-    return Judge(study, StudyStorage(study._storage, Sweep(ProcessIdentity.here())), clock)
+    return Judge(study, StudyStorage(study._storage, TrialOwner(ProcessIdentity.here())), clock)
 
 
 def judge(study: optuna.Study) -> Judge:

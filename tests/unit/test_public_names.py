@@ -29,6 +29,7 @@ OF_COMMANDS_AND_SWEEPS = {
     "SearchSpaceError",
     "StudyError",
     "UsageError",
+    "WebError",
 }
 """Errors of the command line, of sweep directories and of `hydra/sweeper=optuna_async`, which no function raises."""
 CAUGHT_INSIDE = {"ServerDiedError"}

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -32,9 +32,10 @@ from gpu_launcher.nodes.agent_messages import (
     hello,
     versions,
 )
-from gpu_launcher.nodes.engines import NodeSpec
+from gpu_launcher.nodes.engines import NodeSpec, read_nodes
 from gpu_launcher.nodes.frames import MAGIC, FrameStream
 from gpu_launcher.nodes.remote_node import START_SECONDS, Life, RemoteNode
+from tests.descriptors import open_descriptors
 from tests.waiting import alive, until
 
 TIMING = Timing()
@@ -73,7 +74,7 @@ HEAD = """
 import os, sys, threading, time
 threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 from gpu_launcher.nodes.agent_messages import Setup, Timing
-from gpu_launcher.nodes.engines import NodeSpec
+from gpu_launcher.nodes.engines import NodeSpec, read_nodes
 from gpu_launcher.nodes.remote_node import RemoteNode
 os.register_at_fork(before=lambda: print("fork", flush=True))
 setup = Setup(Timing(), "/", (), b"", None, None, "auto", "start_method")
@@ -245,10 +246,10 @@ def reply(number: int, size: int = 0) -> Statement:
 
 
 def test_command_that_does_not_exist_raises(start):
-    before = set(Path("/proc/self/fd").iterdir())
+    before = open_descriptors()
     with pytest.raises(FileNotFoundError, match="no-such-program"):
         start("/opt/no-such-program", "--", "python")
-    assert set(Path("/proc/self/fd").iterdir()) <= before
+    assert open_descriptors() <= before
 
 
 def test_command_is_started_without_python_code_in_a_fork_and_ends_with_the_head():
@@ -556,6 +557,25 @@ def test_close_does_not_wait_for_an_agent(agent):
     assert not agent.node.nothing_left
 
 
+@pytest.mark.parametrize(("kind", "seconds"), [("ssh:gpu2", 5.0), ("slurm:1", 5.0), ("sbatch:1", 5.0), ("ray:1", 25.0)])
+def test_command_has_as_long_to_end_as_its_engine_needs(agent, clock, monkeypatch, kind, seconds):
+    (engine,) = read_nodes(kind)
+    agent.node._spec = replace(agent.node._spec, end_seconds=engine.end_seconds)
+    signals: list[signal.Signals] = []
+    monkeypatch.setattr(agent.node, "_signal", signals.append)
+    monkeypatch.setattr(RemoteNode, "command_ended", False)
+    agent.node.disconnect()
+    clock.now += seconds - TICK
+    agent.node.tick()
+    assert signals == []
+    clock.now += 2 * TICK
+    agent.node.tick()
+    assert signals == [signal.SIGTERM]
+    clock.now += remote_node.KILL_SECONDS
+    agent.node.tick()
+    assert signals[-1] == signal.SIGKILL
+
+
 def test_command_that_ignores_signals_is_killed_in_the_end(start, clock):
     node = start("sh", "-c", "trap '' TERM HUP INT; sleep 1000 & echo ready; wait; wait")
     until(lambda: node.receive_ready() == [] and b"ready" in node._stream.noise)
@@ -564,7 +584,7 @@ def test_command_that_ignores_signals_is_killed_in_the_end(start, clock):
     assert len(processes) == 2
     node.ask_to_end()
     assert all(map(alive, processes))
-    clock.now += 3 * remote_node.COMMAND_END_SECONDS
+    clock.now += 3 * remote_node.KILL_SECONDS
     node.tick()
     until(lambda: not any(map(alive, processes)), "something is left")
     node.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from gpu_launcher.errors import OptionError
@@ -25,6 +27,17 @@ def test_text_means_what_numbers_mean(written: dict[str, object], request_: Requ
     assert read_request(written) == request_
 
 
+def test_auto_memory_begins_with_a_whole_device() -> None:
+    request = read_request({"memory": "auto", "timeout": 60}, learns=True)
+    assert request == replace(Request.of(1, timeout=60), auto_memory=True)
+
+
+@pytest.mark.parametrize("gpus", [0, 0.5, 1, 2])
+def test_auto_memory_decides_the_share_alone(gpus: float) -> None:
+    with pytest.raises(OptionError, match=r"memory: with auto, the memory decides .* leave out gpus"):
+        read_request({"memory": "auto", "gpus": gpus}, learns=True)
+
+
 @pytest.mark.parametrize(
     ("option", "written"),
     [
@@ -32,6 +45,7 @@ def test_text_means_what_numbers_mean(written: dict[str, object], request_: Requ
         ("gpus", {"gpus": "0.0000001"}),
         ("gpus", {"gpus": 0.0009}),
         ("memory", {"memory": "0GiB"}),
+        ("memory", {"memory": "auto"}),
         ("memory", {"gpus": "0", "memory": "1GiB"}),
         ("priority", {"priority": "high"}),
         ("timeout", {"timeout": "0"}),

@@ -435,3 +435,37 @@ def test_a_study_with_another_space_differs_in_words(arguments: list[str], messa
 def test_what_a_custom_search_space_added_is_no_difference() -> None:
     study = read_search_space(["a=interval(0,1)", "b=1,2"]).distributions
     assert difference(read_search_space(["a=interval(0,1)"]), study, custom=True) is None
+
+
+# Zips and filters
+
+PAIR = '+pair="zip(kind=choice(a,b), opt.lr=[0.5,0.25])"'
+
+
+def test_a_zip_is_one_categorical_parameter_whose_choice_sets_all_members() -> None:
+    space = read_search_space([PAIR, "n=range(1,4)", "z=7"])
+    assert space.distributions["pair"] == CategoricalDistribution(["kind=a opt.lr=0.5", "kind=b opt.lr=0.25"])
+    params = {"pair": "kind=b opt.lr=0.25", "n": 2}
+    assert space.overrides(params) == ["kind=b", "opt.lr=0.25", "n=2", "z=7"]
+    assert space.values(params) == {"pair": {"kind": "b", "opt.lr": 0.25}, "n": 2}
+    assert space.job_values(params) == {"kind": "b", "opt.lr": 0.25, "n": 2, "z": 7}
+    assert space.job_keys == ["kind", "opt.lr", "n", "z"]
+    assert space.encode({"pair": {"kind": "b", "opt.lr": 0.25}}) == {"pair": "kind=b opt.lr=0.25"}
+    assert space.encode({"pair": "kind=a opt.lr=0.5"}) == {"pair": "kind=a opt.lr=0.5"}
+    assert read_search_space(
+        ["n=range(1,4)", "z=7"], params={"pair": PAIR.partition("=")[2].strip('"')}
+    ).describe() == {name: space.describe()[name] for name in ("pair", "n")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([PAIR, "kind=a,b"], "kind is also swept or fixed on its own"),
+        ([PAIR, "opt.lr=0.5"], "opt.lr is also swept or fixed on its own"),
+        ([PAIR, "q=zip(a=[1,2], kind=[x,y])"], "kind is also a member of the zip pair"),
+        (["q=zip(a=[1,2], b=[x])"], "a has 2, b has 1"),
+    ],
+)
+def test_a_zip_that_conflicts_is_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(SearchSpaceError, match=message):
+        read_search_space(arguments)

@@ -5,8 +5,10 @@ The node is not run: each test says what the jobs do, and all events that it nam
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+import pickle
 import select
 import signal
 import threading
@@ -26,18 +28,18 @@ from optuna.trial import FrozenTrial, TrialState
 from gpu_launcher.errors import NodeDiedError, StudyError
 from gpu_launcher.jobs import node_messages as node
 from gpu_launcher.jobs import source as s
-from gpu_launcher.jobs.events import JobStarted, Outcome
+from gpu_launcher.jobs.events import JobReturned, JobStarted, Outcome
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException
 from gpu_launcher.studies import optimize_messages as d
-from gpu_launcher.studies import search_loop, sweep_search
-from gpu_launcher.studies.ownership import Sweep
+from gpu_launcher.studies import search_engine, sweep_search
+from gpu_launcher.studies.ownership import TrialOwner
 from gpu_launcher.studies.rank_reporters import Intermediate, Verdict
 from gpu_launcher.studies.search_loop import SearchLoop
 from gpu_launcher.studies.stopping import Bounds
-from gpu_launcher.studies.study_session import How, StudySession, TrialEnding
+from gpu_launcher.studies.study_session import StudySession, TrialEnding, TrialOutcome
 from gpu_launcher.studies.study_storage import StudyStorage
 from gpu_launcher.studies.sweep_search import SweepSearch
 
@@ -126,9 +128,9 @@ class OfSweep:
     @staticmethod
     def _ending(result: JobResult) -> TrialEnding:
         if result.outcome is Outcome.COMPLETED:
-            return TrialEnding(How.COMPLETE, (float(result.label),))
-        how = How.FAILED if result.outcome is Outcome.FAILED else How.INTERRUPTED
-        return TrialEnding(how, message=result.message)
+            return TrialEnding(TrialOutcome.COMPLETE, (float(result.label),))
+        outcome = TrialOutcome.FAILED if result.outcome is Outcome.FAILED else TrialOutcome.INTERRUPTED
+        return TrialEnding(outcome, message=result.message)
 
     def _listen(self) -> None:
         while not self._over:
@@ -145,7 +147,7 @@ class OfSweep:
             self._search.started(offer.job, (), None)
 
     def together(self, *happenings: Happening) -> None:
-        with self._search._news:
+        with self._search._changed:
             for happening in happenings:
                 match happening:
                     case Reported(trial, step, value):
@@ -207,6 +209,7 @@ class FakeNode:
         return [message]
 
     def say(self, statement: s.Statement) -> None:
+        pickle.dumps(statement)  # as a real node's channel does
         self.said.add(statement)
 
     def close(self) -> None:
@@ -263,7 +266,7 @@ class OfOptimize:
             match happening:
                 case Reported(_, step, value):
                     messages.append(node.Heard(job, Intermediate(step, value)))
-                    messages.append(node.Heard(job, d.ShallPrune(step)))
+                    messages.append(node.Heard(job, d.ShouldPrune(step)))
                 case Returned(_, value):
                     messages.append(node.Heard(job, d.Returned((value,))))
                     messages.append(node.Ended(result_of(job, happening)))
@@ -313,7 +316,7 @@ class Case:
 
     def __init__(self, kind: str, n_trials: int, pruner: optuna.pruners.BasePruner) -> None:
         self.backend = InMemoryStorage()
-        storage = StudyStorage(self.backend, Sweep(ProcessIdentity.here()))
+        storage = StudyStorage(self.backend, TrialOwner(ProcessIdentity.here()))
         self.study = optuna.create_study(storage=storage, sampler=optuna.samplers.RandomSampler(), pruner=pruner)
         self.session = StudySession(self.study, storage, bounds=Bounds(n_trials=n_trials), max_retries=1)
         self.search: Any = SEARCHES[kind](self.session)
@@ -332,9 +335,9 @@ class Case:
 
 
 @pytest.fixture(autouse=True)
-def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (search_loop, sweep_search):
-        monkeypatch.setattr(module, "LOOK_SECONDS", 0.1)
+def check_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (search_engine, sweep_search):
+        monkeypatch.setattr(module, "CHECK_SECONDS", 0.1)
 
 
 @pytest.fixture(params=SEARCHES)
@@ -399,11 +402,13 @@ def test_a_trial_ended_elsewhere_stays_as_it_is(kind: str, state: TrialState, ha
     case = Case(kind, 2, optuna.pruners.NopPruner())
     case.search.begin(2)
     case.end_elsewhere(0, state)
+    attributes = copy.deepcopy(case.trials[0].user_attrs)
     case.search.said.wait(case.search.cancels(0))
     case.search.together(happens, Returned(1, 1.0))
     case.search.close()
     assert case.states() == [state.name, "COMPLETE"]
     assert case.trials[0].value == (5.0 if state is TrialState.COMPLETE else None)
+    assert case.trials[0].user_attrs == attributes
 
 
 class Watched(optuna.pruners.BasePruner):
@@ -467,6 +472,25 @@ def test_a_trial_gets_the_verdict_on_its_last_report_whatever_its_step(kind: str
     case.search.close()
 
 
+class Prunes(optuna.pruners.BasePruner):
+    """Prunes every trial."""
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        return True
+
+
+def test_a_job_that_is_ended_because_it_is_pruned_is_told_so_at_each_report() -> None:
+    case = Case("optuna_async", 1, Prunes())
+    case.search._search._kill_pruned = True
+    case.search.begin(1)
+    for step in (1, 2):
+        case.search.together(Reported(0, step, 0.5))
+        assert case.search.verdict(0, step) is True
+    assert case.search.said.wait(case.search.cancels(0))[0].pruned
+    case.search.together(Ended(0, Outcome.CANCELLED))
+    case.search.close()
+
+
 def test_a_trial_of_optimize_that_asks_gets_an_answer_even_if_it_was_ended_elsewhere() -> None:
     case = Case("optimize", 1, Noting())
     case.search.begin(1)
@@ -477,6 +501,24 @@ def test_a_trial_of_optimize_that_asks_gets_an_answer_even_if_it_was_ended_elsew
     case.search.answer(0, 2)
     case.search.together(Ended(0, Outcome.CANCELLED))
     case.search.close()
+
+
+@pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.FAIL])
+def test_trial_of_optimize_that_moves_after_it_was_ended_elsewhere_stays_as_it_is(state: TrialState) -> None:
+    case = Case("optimize", 2, optuna.pruners.NopPruner())
+    case.search.node.moves_jobs = True
+    case.search.begin(2)
+    case.search.node.deliver(
+        lambda: case.end_elsewhere(0, state),
+        JobReturned(time.monotonic(), 0, ""),
+        JobStarted(time.monotonic(), 0, "", (), None, None),
+    )
+    again = case.search.said.wait(lambda said: isinstance(said, s.Reply) and said.number == 0, 2)
+    assert [reply.what.number for reply in again] == [0, 0], "it gets the same trial"
+    case.search.said.wait(case.search.cancels(0))
+    case.search.together(Ended(0, Outcome.CANCELLED), Returned(1, 1.0))
+    case.search.close()
+    assert case.states() == [state.name, "COMPLETE"]
 
 
 def test_reports_that_cannot_be_stored_fail_no_trial_of_optimize(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -532,6 +574,106 @@ def test_a_trial_of_optimize_that_returned_before_ctrl_c_is_complete() -> None:
     assert not failed
     assert case.states() == ["COMPLETE", "FAIL", "WAITING"], "what Ctrl-C interrupted is queued again"
     assert case.search.called_back == [0]
+
+
+def test_ctrl_c_is_raised_even_if_the_study_cannot_be_used_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("optimize", 1, Watched())
+    case.search.threaded = False
+    failed: list[BaseException] = []
+    looked = threading.Event()
+
+    def refuse(*arguments: object) -> None:
+        raise OSError("the disk is full")
+
+    def look() -> list[int]:
+        looked.set()
+        raise OSError("the disk is broken")
+
+    def play() -> None:
+        try:
+            case.search.begin(1)
+            monkeypatch.setattr(case.backend, "set_trial_state_values", refuse)
+            case.search.node.deliver(lambda: signal.raise_signal(signal.SIGINT), node.Wanted(1))
+            case.search.said.wait(lambda statement: isinstance(statement, s.Stop))
+            monkeypatch.setattr(case.session, "ended_elsewhere", look)
+            assert looked.wait(MANY_SECONDS)
+            case.search.together(Ended(0, Outcome.CANCELLED))
+        except BaseException as error:
+            failed.append(error)
+        case.search.node.deliver(node.Closed())
+
+    player = threading.Thread(target=play)
+    player.start()
+    with pytest.raises(KeyboardInterrupt):
+        case.search.search.run()
+    player.join(MANY_SECONDS)
+    assert not failed
+    assert case.states() == ["RUNNING", "WAITING"], "the next search fails the trial, and finds that it is queued again"
+
+
+def test_a_study_of_optimize_that_cannot_be_read_lets_running_trials_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("optimize", 2, Watched())
+    case.search.begin(1)
+    looked = threading.Event()
+
+    def look() -> list[int]:
+        looked.set()
+        raise OSError("the disk is broken")
+
+    monkeypatch.setattr(case.session, "ended_elsewhere", look)
+    assert looked.wait(MANY_SECONDS)
+    case.search.together(Returned(0, 1.0))
+    with pytest.raises(OSError, match="the disk is broken"):
+        case.search.close()
+    assert case.states() == ["COMPLETE"]
+
+
+def test_a_trial_of_optimize_that_is_lost_is_queued_again_and_called_back() -> None:
+    case = Case("optimize", 1, Watched())
+    case.search.begin(1)
+    case.search.together(Ended(0, Outcome.FAILED, unsupervised=True))
+    case.search.close()
+    assert case.states() == ["FAIL", "WAITING"]
+    assert case.search.called_back == [0]
+
+
+def test_a_ping_is_answered_when_the_reports_before_it_are_stored() -> None:
+    case = Case("optimize", 1, Watched())
+    case.search.begin(1)
+    job = case.search._job_of[0]
+    reports = [node.Heard(job, Intermediate(step, 0.5)) for step in range(3)]
+    case.search.node.deliver(*reports, node.Heard(job, d.Ping(7)))
+    case.search.answer(0, 7)
+    assert case.trials[0].intermediate_values == dict.fromkeys(range(3), 0.5)
+    case.search.together(Returned(0, 1.0))
+    case.search.close()
+
+
+def test_a_ping_is_answered_even_if_its_trial_has_ended() -> None:
+    case = Case("optimize", 1, Watched())
+    case.search.begin(1)
+    job = case.search._job_of[0]
+    case.search.node.deliver(node.Heard(job, d.Returned((1.0,))), node.Heard(job, d.Ping(7)))
+    case.search.answer(0, 7)
+    case.search.node.deliver(node.Ended(result_of(job, Returned(0, 1.0))))
+    case.search.close()
+
+
+@pytest.mark.filterwarnings("ignore:Choices for a categorical distribution")
+def test_a_queued_trial_of_optimize_may_have_values_that_cannot_be_sent() -> None:
+    case = Case("optimize", 1, optuna.pruners.NopPruner())
+    choices = (lambda: 0, lambda: 1)
+    queued = optuna.trial.create_trial(
+        state=TrialState.WAITING,
+        params={"f": choices[0]},
+        distributions={"f": optuna.distributions.CategoricalDistribution(choices)},  # type: ignore[arg-type]
+        user_attrs={"g": choices[1]},
+    )
+    case.study.add_trial(queued)
+    case.search.begin(1)
+    case.search.together(Returned(0, 1.0))
+    case.search.close()
+    assert case.states() == ["COMPLETE"]
 
 
 def test_no_trial_is_begun_after_an_objective_of_optimize_raised_keyboard_interrupt() -> None:

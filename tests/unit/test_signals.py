@@ -97,6 +97,22 @@ def test_a_signal_that_the_program_ignores_stays_ignored(ignored):
             signal.signal(signum, handler)
 
 
+def test_hangup_is_ignored_from_then_on_even_one_that_came_before():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        with StopSignals() as signals:
+            send(signal.SIGHUP)
+            signals.ignore_hangups()
+            send(signal.SIGHUP)
+            assert signals.take() == 0
+            send(signal.SIGTERM)
+            assert signals.take() == 1
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_handlers_and_wakeup_descriptor_are_those_from_before_afterwards():
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

@@ -11,7 +11,7 @@ from optuna.storages import InMemoryStorage
 
 from gpu_launcher.errors import StudyError
 from gpu_launcher.jobs.identity import ProcessIdentity
-from gpu_launcher.studies.ownership import Sweep
+from gpu_launcher.studies.ownership import TrialOwner
 from gpu_launcher.studies.pruning import Judge
 from gpu_launcher.studies.storage_retry import MAX_OUTAGE_SECONDS, StorageRetry
 from gpu_launcher.studies.study_session import StudySession
@@ -36,7 +36,7 @@ class World:
             raise StorageInternalError("An exception is raised during the commit.") from OSError("disk full")
 
     def storage(self) -> StudyStorage:
-        storage = StudyStorage(Fragile(self), Sweep(ProcessIdentity.here()))
+        storage = StudyStorage(Fragile(self), TrialOwner(ProcessIdentity.here()))
         storage.retry = self.retry
         return storage
 
@@ -104,7 +104,7 @@ def test_a_database_that_was_given_up_is_not_waited_for_again_to_tell_the_rest()
         def close(self, *arguments, **options):
             tries.append("waits for ten minutes more")
 
-    storage = StudyStorage(InMemoryStorage(), Sweep(ProcessIdentity.here()))
+    storage = StudyStorage(InMemoryStorage(), TrialOwner(ProcessIdentity.here()))
     session = Out(optuna.create_study(storage=storage), storage)
     search = SweepSearch(session, lambda asked: None, lambda result: None, lambda session, summary: [])
     search.request_jobs(1)

@@ -11,11 +11,20 @@ from optuna.trial import TrialState
 import gpu_launcher
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.studies import stale_trials
-from gpu_launcher.studies.ownership import Sweep
+from gpu_launcher.studies.ownership import TrialOwner
 from gpu_launcher.studies.stopping import Bounds, SearchEnded
-from gpu_launcher.studies.study_session import AskedTrial, How, StudySession, TrialEnding, UnusablePoint
+from gpu_launcher.studies.study_session import (
+    DRAW_EVERY,
+    MAX_LEFT_OUT,
+    AskedTrial,
+    LeftOutError,
+    StudySession,
+    TrialEnding,
+    TrialOutcome,
+    UnusablePoint,
+)
 from gpu_launcher.studies.study_storage import StudyStorage
-from gpu_launcher.studies.trial_attrs import FAILURE, JOB, LOST, OWNER, RETRY_OF
+from gpu_launcher.studies.trial_attrs import FAILURE, JOB, LEFT_OUT, LOST, OWNER, RETRY_OF
 
 HERE = ProcessIdentity.here()
 DEAD = replace(HERE, pid=2**22)
@@ -33,7 +42,7 @@ def define(trial):
 
 def session(storage, bounds=Bounds(), identity=HERE, define=define, pruner=None):  # noqa: B008  (frozen)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    used = StudyStorage(storage, Sweep(identity))
+    used = StudyStorage(storage, TrialOwner(identity))
     study = optuna.create_study(
         study_name="one",
         storage=used,
@@ -84,10 +93,10 @@ def test_a_queued_trial_of_which_no_job_can_be_made_fails_alone(storage):
     asking.enqueue([{"x": 7}])
     answer = asking.ask()
     assert isinstance(answer, UnusablePoint)
-    assert answer.message.startswith("trial 0 failed: it was queued with x=7, of which no job can be made: ")
+    assert answer.message.startswith("trial 0 failed: it was queued with x=7, which do not define a job: ")
     assert asking.study.trials[0].state is TrialState.FAIL
     assert isinstance(asking.ask(), AskedTrial)
-    asking.tell(1, TrialEnding(How.COMPLETE, (1.0,)))
+    asking.tell(1, TrialEnding(TrialOutcome.COMPLETE, (1.0,)))
     assert asking.ask() == SearchEnded(None)
 
 
@@ -111,22 +120,27 @@ def test_a_trial_whose_sampling_is_interrupted_is_told_and_queued_again_if_it_wa
         assert session(storage).ask().trial.params == {"x": 0.5}
 
 
-@pytest.mark.parametrize("how", list(How))
-def test_what_is_told_is_in_the_study(storage, how):
+@pytest.mark.parametrize("outcome", list(TrialOutcome))
+def test_what_is_told_is_in_the_study(storage, outcome):
     asking = session(storage)
     asking.ask()
     asking.started(0, ["GPU 3"], "/there/0", "/there/0/job.log")
     asking.report({0: {0: 4.0, 1: 2.0}})
     asking.tell(
-        0, TrialEnding(how, (1.5,) if how is How.COMPLETE else (), "because" if how is not How.COMPLETE else None)
+        0,
+        TrialEnding(
+            outcome,
+            (1.5,) if outcome is TrialOutcome.COMPLETE else (),
+            "because" if outcome is not TrialOutcome.COMPLETE else None,
+        ),
     )
     trial = asking.study.trials[0]
-    states = {How.COMPLETE: TrialState.COMPLETE, How.PRUNED: TrialState.PRUNED}
-    assert trial.state is states.get(how, TrialState.FAIL)
-    assert trial.values == {How.COMPLETE: [1.5], How.PRUNED: [2.0]}.get(how)
+    states = {TrialOutcome.COMPLETE: TrialState.COMPLETE, TrialOutcome.PRUNED: TrialState.PRUNED}
+    assert trial.state is states.get(outcome, TrialState.FAIL)
+    assert trial.values == {TrialOutcome.COMPLETE: [1.5], TrialOutcome.PRUNED: [2.0]}.get(outcome)
     assert trial.intermediate_values == {0: 4.0, 1: 2.0}
     assert trial.user_attrs[JOB].items() >= {"devices": ["GPU 3"], "directory": "/there/0"}.items()
-    assert len(asking.study.trials) == (2 if how is How.INTERRUPTED else 1)
+    assert len(asking.study.trials) == (2 if outcome is TrialOutcome.INTERRUPTED else 1)
 
 
 def test_a_trial_that_was_ended_elsewhere_is_not_told_again(storage):
@@ -135,7 +149,7 @@ def test_a_trial_that_was_ended_elsewhere_is_not_told_again(storage):
     storage.set_trial_state_values(asking.running[0].id, TrialState.FAIL)
     assert asking.ended_elsewhere() == [0]
     asking.started(0, [], None, None)
-    asking.tell(0, TrialEnding(How.COMPLETE, (1.0,)))
+    asking.tell(0, TrialEnding(TrialOutcome.COMPLETE, (1.0,)))
     assert asking.study.trials[0].state is TrialState.FAIL
     assert asking.ended_elsewhere() == []
 
@@ -145,9 +159,8 @@ def test_closing_tells_whatever_was_not(storage):
     asking.ask()
     asking.ask()
     asking.close()
-    summary = asking.summary()
-    assert summary.states == {"fail": 2, "waiting": 2}
-    assert summary.best == []
+    assert sorted(trial.state.name for trial in asking.study.trials) == ["FAIL", "FAIL", "WAITING", "WAITING"]
+    assert asking.summary().best == []
 
 
 def test_trials_of_the_dead_are_settled_and_those_of_others_left_alone(storage):
@@ -159,7 +172,7 @@ def test_trials_of_the_dead_are_settled_and_those_of_others_left_alone(storage):
     elsewhere.ask()
     mine = session(storage)
     (remark,) = mine.fail_stale_trials()
-    assert remark == "marked 2 trials as failed that a dead sweep had left running, and 2 of them queued again"
+    assert remark == "marked 2 trials of a dead sweep as failed, and 2 of them queued again"
     states = [trial.state.name for trial in mine.study.trials]
     assert states == ["FAIL", "FAIL", "RUNNING", "WAITING", "WAITING"]
     assert [(t.user_attrs[RETRY_OF], t.user_attrs[LOST]) for t in mine.study.trials[3:]] == [([0], 1), ([1], 0)]
@@ -199,7 +212,7 @@ def test_failures_do_not_keep_a_total_from_being_reached(storage):
     asking = session(storage, Bounds(total_trials=2))
     for number in range(2):
         asking.ask()
-        asking.tell(number, TrialEnding(How.FAILED, message="raised"))
+        asking.tell(number, TrialEnding(TrialOutcome.FAILED, message="raised"))
     assert asking.ask() == SearchEnded(None)
 
 
@@ -207,12 +220,12 @@ def test_a_rate_of_failures_means_something_when_there_are_a_few_trials(storage)
     asking = session(storage, Bounds(max_failure_rate=0.5))
     for number in range(9):
         asking.ask()
-        asking.tell(number, TrialEnding(How.FAILED, message="raised"))
+        asking.tell(number, TrialEnding(TrialOutcome.FAILED, message="raised"))
     last = asking.ask()
     assert isinstance(last, AskedTrial)
-    asking.tell(9, TrialEnding(How.FAILED, message="raised"))
+    asking.tell(9, TrialEnding(TrialOutcome.FAILED, message="raised"))
     assert asking.ask() == SearchEnded(
-        "no more trials are asked for: 10 of 10 failed, more than max_failure_rate=0.5 lets", failed=True
+        "no more trials are asked for: 10 of 10 trials failed, more than max_failure_rate=0.5 allows", failed=True
     )
 
 
@@ -227,7 +240,7 @@ def test_verdicts_are_those_of_the_studys_pruner(storage):
 def test_an_earlier_sweep_of_the_same_program_is_dead(storage):
     session(storage).ask()
     assert session(storage).fail_stale_trials() == [
-        "marked 1 trial as failed that a dead sweep had left running, and 1 of them queued again"
+        "marked 1 trial of a dead sweep as failed, and 1 of them queued again"
     ]
 
 
@@ -239,7 +252,7 @@ def test_who_loses_the_race_for_a_queued_trial_does_not_become_its_owner(tmp_pat
     winner.ask()
     assert not loser.study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING)
     assert winner.storage.sweep.owns(storage.get_trial(waiting._trial_id))
-    winner.tell(0, TrialEnding(How.COMPLETE, (1.0,)))
+    winner.tell(0, TrialEnding(TrialOutcome.COMPLETE, (1.0,)))
     assert not loser.study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING), "it is over"
 
 
@@ -273,12 +286,12 @@ def test_a_grid_is_over_when_everything_was_tried_and_nothing_is_queued(storage)
     assert asking.expected == 2
     asking.ask()
     asking.ask()
-    asking.tell(0, TrialEnding(How.INTERRUPTED))
+    asking.tell(0, TrialEnding(TrialOutcome.INTERRUPTED))
     again = asking.ask()
     assert isinstance(again, AskedTrial), "what was interrupted is tried again"
     assert again.trial.user_attrs[RETRY_OF] == [0]
-    asking.tell(1, TrialEnding(How.FAILED))
-    asking.tell(2, TrialEnding(How.COMPLETE, (1.0,)))
+    asking.tell(1, TrialEnding(TrialOutcome.FAILED))
+    asking.tell(2, TrialEnding(TrialOutcome.COMPLETE, (1.0,)))
     assert isinstance(asking.ask(), SearchEnded)
 
 
@@ -294,9 +307,7 @@ def test_who_dies_between_queueing_a_trial_again_and_failing_it_has_it_queued_on
             session(storage).fail_stale_trials()
     next_one = session(storage)
     assert [trial.state.name for trial in next_one.study.trials] == ["RUNNING", "WAITING"]
-    assert next_one.fail_stale_trials() == [
-        "marked 1 trial as failed that a dead sweep had left running, and 1 of them queued again"
-    ]
+    assert next_one.fail_stale_trials() == ["marked 1 trial of a dead sweep as failed, and 1 of them queued again"]
     assert [trial.state.name for trial in next_one.study.trials] == ["FAIL", "WAITING"]
 
 
@@ -304,7 +315,7 @@ def test_a_trial_that_has_ended_leaves_no_copy(storage):
     dead = session(storage, identity=DEAD)
     dead.ask()
     (trial,) = storage.get_all_trials(dead.study._study_id)
-    dead.tell(0, TrialEnding(How.COMPLETE, (1.0,)))
+    dead.tell(0, TrialEnding(TrialOutcome.COMPLETE, (1.0,)))
     assert not stale_trials.queue_again(dead.study, trial, 0, "lost")
     assert [trial.state.name for trial in dead.study.trials] == ["COMPLETE"]
 
@@ -317,7 +328,7 @@ def test_a_trial_that_ends_while_it_is_queued_again_is_not_repeated(storage, mon
 
     def ends_now(*arguments):
         monkeypatch.undo()
-        dead.tell(0, TrialEnding(How.COMPLETE, (1.0,)))
+        dead.tell(0, TrialEnding(TrialOutcome.COMPLETE, (1.0,)))
         return create(*arguments)
 
     monkeypatch.setattr(storage, "create_new_trial", ends_now)
@@ -330,20 +341,79 @@ def test_a_search_ends_when_none_of_the_first_returns_a_value(storage):
     for _ in range(3):
         asked = one.ask()
         assert isinstance(asked, AskedTrial)
-        one.tell(asked.trial.number, TrialEnding(How.FAILED, message="returned None", hopeless=True))
+        one.tell(asked.trial.number, TrialEnding(TrialOutcome.FAILED, message="returned None", hopeless=True))
     over = one.ask()
     assert isinstance(over, SearchEnded)
     assert over.failed
-    assert "none of the first 3 returned a value" in (over.reason or "")
+    assert "none of the first 3 returned a usable value" in (over.reason or "")
 
 
 @pytest.mark.parametrize(
-    "other", [TrialEnding(How.COMPLETE, (1.0,)), TrialEnding(How.FAILED, message="raised"), TrialEnding(How.PRUNED)]
+    "other",
+    [
+        TrialEnding(TrialOutcome.COMPLETE, (1.0,)),
+        TrialEnding(TrialOutcome.FAILED, message="raised"),
+        TrialEnding(TrialOutcome.PRUNED),
+    ],
 )
 def test_a_search_goes_on_if_another_trial_ended_otherwise(storage, other):
     one = session(storage, Bounds(n_trials=20))
-    for ending in [other, *[TrialEnding(How.FAILED, message="returned None", hopeless=True)] * 5]:
+    for ending in [other, *[TrialEnding(TrialOutcome.FAILED, message="returned None", hopeless=True)] * 5]:
         asked = one.ask()
         assert isinstance(asked, AskedTrial)
         one.tell(asked.trial.number, ending)
     assert isinstance(one.ask(), AskedTrial)
+
+
+def even_only(trial):
+    x = trial.suggest_int("x", 0, 9)
+    if x % 2:
+        raise LeftOutError("x is odd")
+    return [f"x={x}"]
+
+
+def test_a_trial_that_is_left_out_is_pruned_and_counts_for_nothing(storage):
+    one = session(storage, Bounds(total_trials=6), define=even_only)
+    one.study.sampler = optuna.samplers.RandomSampler(seed=3)
+    asked = []
+    while not isinstance(answer := one.ask(), SearchEnded):
+        if isinstance(answer, UnusablePoint):
+            assert answer.message is None
+        else:
+            asked.append(answer)
+            one.tell(answer.trial.number, TrialEnding(TrialOutcome.COMPLETE, (1.0,)))
+    assert len(asked) == one.asked == 6
+    assert all(asked.trial.params["x"] % 2 == 0 for asked in asked)
+    out = [trial for trial in one.study.trials if trial.state is TrialState.PRUNED]
+    assert len(out) == one.left_out > 0
+    assert {trial.user_attrs[LEFT_OUT] for trial in out} == {"x is odd"}
+
+
+def test_a_queued_trial_that_is_left_out_is_named(storage):
+    one = session(storage, define=even_only)
+    one.enqueue([{"x": 3}])
+    assert one.ask() == UnusablePoint("trial 0 was queued, but is left out: x is odd")
+
+
+class AlwaysOne(optuna.samplers.RandomSampler):
+    def sample_independent(self, *_):
+        return 1
+
+
+def test_a_sampler_that_proposes_only_what_is_left_out_gets_drawn_points(storage):
+    one = session(storage, define=even_only)
+    one.study.sampler = AlwaysOne()
+    one.draw = lambda: {"x": 4}
+    answers = [one.ask() for _ in range(DRAW_EVERY + 1)]
+    assert isinstance(answers[-1], AskedTrial)
+    assert answers[-1].spec == ["x=4"]
+    assert all(isinstance(answer, UnusablePoint) for answer in answers[:-1])
+
+
+def test_a_search_ends_when_everything_is_left_out(storage):
+    one = session(storage, define=even_only)
+    one.study.sampler = AlwaysOne()
+    answers = [one.ask() for _ in range(MAX_LEFT_OUT + 1)]
+    assert isinstance(answers[-1], SearchEnded)
+    assert "100 proposals in a row were left out, the last because x is odd; allow more" in answers[-1].reason
+    assert all(isinstance(answer, UnusablePoint) for answer in answers[:-1])

@@ -16,8 +16,8 @@ from gpu_launcher.jobs import source as s
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Cause, Job, JobResult
-from gpu_launcher.studies.ownership import Sweep
-from gpu_launcher.studies.study_session import How, StudySession, TrialEnding
+from gpu_launcher.studies.ownership import TrialOwner
+from gpu_launcher.studies.study_session import StudySession, TrialEnding, TrialOutcome
 from gpu_launcher.studies.study_storage import StudyStorage
 from gpu_launcher.studies.sweep_search import SweepSearch
 
@@ -46,12 +46,12 @@ class Sampler(optuna.samplers.RandomSampler):
 
 def begin(backend: InMemoryStorage, sampler: optuna.samplers.BaseSampler) -> tuple[SweepSearch, StudySession]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = StudyStorage(backend, Sweep(ProcessIdentity.here()))
+    storage = StudyStorage(backend, TrialOwner(ProcessIdentity.here()))
     session = StudySession(optuna.create_study(storage=storage, sampler=sampler), storage, _define)
     search = SweepSearch(
         session,
         lambda asked: Job(asked.trial.number, "", asked.spec),
-        lambda result: TrialEnding(How.COMPLETE, (1.0,)),
+        lambda result: TrialEnding(TrialOutcome.COMPLETE, (1.0,)),
         lambda session, summary: ["the report"],
     )
     return search, session
@@ -92,8 +92,8 @@ def states(session: StudySession) -> list[str]:
 def test_a_stopped_search_does_not_wait_for_a_sample_and_tells_what_ended() -> None:
     search, session, sampler = sampling(InMemoryStorage())
     complete(search, Job(0, "", []))
-    summary, lines = search.close(patience=MANY_SECONDS)
-    assert summary.states == {"complete": 1, "fail": 1}
+    _, lines = search.close(patience=MANY_SECONDS)
+    assert sorted(states(session)) == ["COMPLETE", "FAIL"]
     assert lines == ["the report"]
     sampler.go_on.set()
     for thread in threading.enumerate():
@@ -168,18 +168,18 @@ def _held() -> tuple[SweepSearch, StudySession, Held]:
 
 
 def test_an_operation_on_the_database_that_has_begun_is_waited_for() -> None:
-    search, _, backend = _held()
+    search, session, backend = _held()
     complete(search, Job(0, "", []))
     threading.Timer(0.1, backend.go_on.set).start()
-    summary, _ = search.close(patience=MANY_SECONDS)
+    search.close(patience=MANY_SECONDS)
     # If it came as far as an offer before the end was noticed, it is queued again.
-    told = {state: count for state, count in summary.states.items() if state != "waiting"}
-    assert told == {"complete": 1, "fail": 1}, "the second trial was created, and is told"
+    told = sorted(state for state in states(session) if state != "WAITING")
+    assert told == ["COMPLETE", "FAIL"], "the second trial was created, and is told"
 
 
 def test_a_database_that_does_not_answer_is_not_waited_for_longer() -> None:
     search, _, backend = _held()
-    with pytest.raises(StudyError, match="did not end in 0 s"):
+    with pytest.raises(StudyError, match="did not end within 0 s"):
         search.close(patience=0.1)
     search.abandon()
     backend.go_on.set()
@@ -192,6 +192,6 @@ def test_an_error_of_the_sampler_ends_the_search_with_nothing_untold() -> None:
 
     search, session = begin(InMemoryStorage(), Broken())
     search.request_jobs(1)
-    with pytest.raises(StudyError, match="the search ended: ArithmeticError: singular"):
+    with pytest.raises(StudyError, match="the search failed: ArithmeticError: singular"):
         hear(search, s.Offer)
     assert states(session) == ["FAIL"]

@@ -34,9 +34,9 @@ from gpu_launcher.studies.rank_reporters import (
     NullReporter,
     Verdict,
 )
-from gpu_launcher.studies.trial import JobTrial, NoTrial, TrialSeen
+from gpu_launcher.studies.trial import JobTrial, NullTrial, TrialInfo
 
-SEEN = TrialSeen(
+INFO = TrialInfo(
     number=7,
     study="digits",
     params={"lr": 0.1, "layers": 3, "kind": "a"},
@@ -48,7 +48,7 @@ SEEN = TrialSeen(
     user_attrs={"owner": "me"},
     datetime_start=None,
     prunes=True,
-    objectives=1,
+    directions=(1,),
 )
 
 
@@ -60,8 +60,8 @@ class Sweep:
     job: Any
     path: Path
 
-    def begin(self, seen: TrialSeen = SEEN) -> JobTrial:
-        job_channel.begin(self.job, seen, self.path)
+    def begin(self, info: TrialInfo = INFO) -> JobTrial:
+        job_channel.begin(self.job, info, self.path)
         return gpu_launcher.current_trial()
 
     def heard(self) -> list[Any]:
@@ -109,8 +109,8 @@ def test_it_is_the_trial_that_optuna_knows(sweep: Sweep) -> None:
     assert (trial.number, trial.study_name, trial.params, trial.distributions) == (
         7,
         "digits",
-        SEEN.params,
-        SEEN.distributions,
+        INFO.params,
+        INFO.distributions,
     )
     assert gpu_launcher.current_trial() is trial
 
@@ -141,7 +141,7 @@ def test_a_verdict_that_takes_long_is_heard_by_a_later_call(sweep: Sweep) -> Non
 
 
 def test_without_a_pruner_nothing_is_waited_for(sweep: Sweep) -> None:
-    trial = sweep.begin(replace(SEEN, prunes=False))
+    trial = sweep.begin(replace(INFO, prunes=False))
     trial.report(1.0, 0)
     before = time.monotonic()
     assert not any(trial.should_prune() for _ in range(10))
@@ -186,17 +186,17 @@ def test_parameters_are_settled(sweep: Sweep) -> None:
     assert trial.suggest_float("lr", 0.01, 1.0, log=True) == 0.1
     assert trial.suggest_int("layers", 1, 8) == 3
     assert trial.suggest_categorical("kind", ["a", "b", "c"]) == "a"
-    with pytest.raises(ValueError, match=r"'width' is not a parameter of this sweep \(which has lr, layers, kind\)"):
+    with pytest.raises(ValueError, match=r"'width' is not a parameter of this sweep \(it has lr, layers, kind\)"):
         trial.suggest_int("width", 1, 2)
-    with pytest.raises(ValueError, match="'layers' is 3 in this sweep, which IntDistribution"):
+    with pytest.raises(ValueError, match="'layers' is 3 in this trial, which IntDistribution"):
         trial.suggest_int("layers", 4, 8)
 
 
 def test_a_name_that_no_database_takes_or_that_is_the_sweeps_own_is_refused_in_the_job(sweep: Sweep) -> None:
     trial = sweep.begin()
-    with pytest.raises(ValueError, match="at most 512 characters, and this one 513"):
+    with pytest.raises(ValueError, match="at most 512 characters, got 513"):
         trial.set_user_attr("a" * 513, 1)
-    with pytest.raises(ValueError, match="'gpu_launcher:owner' is one of gpu-launcher's own"):
+    with pytest.raises(ValueError, match="are reserved, got 'gpu_launcher:owner'"):
         trial.set_user_attr("gpu_launcher:owner", {})
     assert trial.user_attrs.keys() == gpu_launcher.current_trial().user_attrs.keys()
     assert "gpu_launcher:owner" not in trial.user_attrs
@@ -210,7 +210,7 @@ def test_an_attribute_is_seen_here_and_told(sweep: Sweep) -> None:
 
 
 def test_several_objectives_have_no_reports_as_in_optuna(sweep: Sweep) -> None:
-    trial = sweep.begin(replace(SEEN, objectives=2))
+    trial = sweep.begin(replace(INFO, directions=(1, 1)))
     with pytest.raises(NotImplementedError):
         trial.report(1.0, 0)
     with pytest.raises(NotImplementedError):
@@ -279,7 +279,7 @@ def test_what_is_withdrawn_is_gone_and_leads_nobody(sweep: Sweep, monkeypatch: p
     monkeypatch.setattr(job_channel, "_current", None)
     monkeypatch.setattr(trial_module, "_here", None)
     monkeypatch.setenv("RANK", "1")
-    assert isinstance(gpu_launcher.current_trial(), NoTrial)
+    assert isinstance(gpu_launcher.current_trial(), NullTrial)
 
 
 # No job at all
@@ -291,7 +291,7 @@ def test_outside_a_sweep_nothing_happens(sweep: Sweep) -> None:
     trial.set_user_attr("a", 1)
     assert not trial.should_prune()
     assert trial.params == {}
-    assert isinstance(copy.deepcopy(trial), NoTrial)
+    assert isinstance(copy.deepcopy(trial), NullTrial)
     gpu_launcher.report(1.0, 0)
 
 
@@ -427,7 +427,7 @@ def test_where_the_first_rank_is_not_the_jobs_process_no_rank_is_pruned_and_it_s
         assert later.communicate(timeout=250) == ("done\n", "")
         out, err = first.communicate(timeout=250)
     assert out == "done\n"
-    assert err.count("the sweep does not hear what this process reports") == 1
+    assert err.count("reports of this process are ignored") == 1
     assert sweep.decisions() == "000"
     assert sweep.heard() == []
 
@@ -438,7 +438,7 @@ from pathlib import Path
 import gpu_launcher
 from gpu_launcher.processes import job_channel, messages
 from gpu_launcher.processes.messages import JobReply
-from gpu_launcher.studies.trial import TrialSeen
+from gpu_launcher.studies.trial import TrialInfo
 from gpu_launcher.studies.rank_reporters import Verdict
 
 def later_rank(start):
@@ -450,7 +450,7 @@ def later_rank(start):
 
 if __name__ == "__main__":
     end, job = messages.channel()
-    job_channel.begin(job, TrialSeen(7, "s", {}, {}, {}, None, prunes=True, objectives=1), Path(sys.argv[1]))
+    job_channel.begin(job, TrialInfo(7, "s", {}, {}, {}, None, prunes=True, directions=(1,)), Path(sys.argv[1]))
     before = gpu_launcher.current_trial()
     for step in range(3):  # before there are other ranks
         before.report(0.0, step)
@@ -519,7 +519,7 @@ def test_a_forked_process_that_is_no_rank_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_who_is_left_alone_has_a_voice_that_says_nothing() -> None:
-    trial = JobTrial(SEEN, NullReporter())
+    trial = JobTrial(INFO, NullReporter())
     trial.report(1.0, 0)
     assert not trial.should_prune()
 

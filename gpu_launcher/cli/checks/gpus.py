@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpu_launcher.allocation.readings import nvml_kept_open
 from gpu_launcher.cli.checks.finding import Finding, halves, ok, problem, warning
-from gpu_launcher.cli.collect import nvml_kept_open
 from gpu_launcher.devices import NvmlProbe, usable_cpus
 from gpu_launcher.devices.visibility import ORDER, VISIBLE, visible, why_nothing_is_visible
 from gpu_launcher.errors import DeviceError

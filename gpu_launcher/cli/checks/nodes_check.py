@@ -144,7 +144,7 @@ class _Trial:
             poll.register(self.node, select.POLLIN)
 
     def advance(self) -> None:
-        """Take note of what the node says, and go on to the next step."""
+        """Record what the node says, and proceed to the next step."""
         assert self.node is not None
         messages = self.node.receive_ready()
         now = time.monotonic()

@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gpu_launcher.cli.checks.finding import Finding, Level, halves, ok, problem, warning
@@ -56,21 +56,25 @@ def examine_pool(pool_dir: str | None) -> Iterator[Finding]:
         yield _failed(explained(directory, error))
         return
     yield from _access(directory, status)
-    mutex = _mutex(directory)
+    mutex = _examine_queue(directory, _lock)
     yield mutex
     if mutex.level is Level.OK:  # the trial takes the mutex, and would block if it is held
-        yield _tried(directory)
+        yield _examine_queue(directory, lambda queue: _try_files(queue, directory))
     yield from _content(directory)
 
 
-def _tried(directory: Path) -> Finding:
+def _examine_queue(directory: Path, examine: Callable[[int], Finding]) -> Finding:
     try:
         with _opened(directory) as (_, queue):
-            check_usable(queue, directory)
+            return examine(queue)
     except OSError as error:
         return _failed(explained(directory, error))
     except PoolDirectoryError as error:
         return _failed(error)
+
+
+def _try_files(queue: int, directory: Path) -> Finding:
+    check_usable(queue, directory)
     return ok(CHECK, "files can be made, locked and removed in it")
 
 
@@ -169,16 +173,6 @@ def _owners(directory: Path, owner: int, of_queue: int, *, open_to_others: bool)
         yield ok(CHECK, "no administrator made it: priority above 0 is for root alone")
 
 
-def _mutex(directory: Path) -> Finding:
-    try:
-        with _opened(directory) as (_, queue):
-            return _lock(queue)
-    except OSError as error:
-        return _failed(explained(directory, error))
-    except PoolDirectoryError as error:
-        return _failed(error)
-
-
 def _lock(queue: int) -> Finding:
     descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=queue)
     try:
@@ -186,7 +180,7 @@ def _lock(queue: int) -> Finding:
         while True:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return ok(CHECK, "nobody keeps it locked")
+                return ok(CHECK, "no program keeps it locked")
             if time.monotonic() >= until:
                 found = blame(descriptor)
                 break

@@ -72,5 +72,5 @@ def _journal(path: Path, head: bytes) -> Finding:
     return problem(
         CHECK,
         "its journal mode is not WAL: parallel programs wait for each other, up to 'database is locked'",
-        f"`sqlite3 {path} 'PRAGMA journal_mode=WAL'`, while nobody uses it",
+        f"`sqlite3 {path} 'PRAGMA journal_mode=WAL'`, while no program uses it",
     )

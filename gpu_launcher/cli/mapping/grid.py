@@ -59,7 +59,7 @@ def read_grid(texts: Sequence[str]) -> Grid:
         axes[name] = values
     grid = Grid(tuple(axes.items()))
     if grid.size > MOST:
-        raise OptionError("param", f"that makes {grid.size} combinations, which nobody has the time for")
+        raise OptionError("param", f"that makes {grid.size} combinations, which are too many")
     return grid
 
 
@@ -89,7 +89,7 @@ def _axis(parser: Any, text: str) -> tuple[str, tuple[Any, ...]]:
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise OptionError(
             "param",
-            f"{text!r} is no name=VALUES in Hydra's syntax ({why}): write lr=1e-3,1e-4 or n=range(1,5), and values "
+            f"{text!r} is not NAME=VALUES in Hydra's syntax ({why}): write lr=1e-3,1e-4 or n=range(1,5), and values "
             "with special characters between quotes, as in \"text='a, b','c'\"",
         ) from error
     if not values:
@@ -117,7 +117,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, QuotedString):
         return value.text
     if isinstance(value, Sweep):
-        raise ValueError("a range is no value among others")
+        raise ValueError("a range cannot be one value of several")
     if isinstance(value, dict):
         return {str(_plain(key)): _plain(one) for key, one in value.items()}
     return [_plain(one) for one in value] if isinstance(value, list) else value

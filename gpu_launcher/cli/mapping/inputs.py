@@ -14,6 +14,7 @@ from gpu_launcher.cli.mapping.record_reader import Bad, Record, RecordReader
 from gpu_launcher.cli.mapping.resume import EarlierRuns
 from gpu_launcher.cli.mapping.template import Template
 from gpu_launcher.cli.mapping.values import Params, words
+from gpu_launcher.descriptors import is_readable
 from gpu_launcher.errors import OptionError
 
 CHUNK = 64 * 1024
@@ -55,12 +56,9 @@ class Input:
 
     def read(self) -> bytes | None:
         """Read some bytes: empty at the end, None if no data has arrived yet. Raises OptionError."""
-        if self.waits:
-            poll = select.poll()
-            poll.register(self._descriptor, select.POLLIN)
-            # The end of a pipe, or of a terminal that hung up, also counts as readable.
-            if not poll.poll(0):
-                return None
+        # The end of a pipe, or of a terminal that hung up, also counts as readable.
+        if self.waits and not is_readable(self._descriptor):
+            return None
         try:
             return os.read(self._descriptor, CHUNK)
         except BlockingIOError:

@@ -5,42 +5,56 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.cli.mapping.grid import Grid, read_grid
 from gpu_launcher.cli.mapping.inputs import STDIN, Input, RunSequence
-from gpu_launcher.cli.mapping.map_directory import COMMAND, MapDirectory, new_directory, quoted
+from gpu_launcher.cli.mapping.map_directory import COMMAND, PRINTED, MapDirectory, new_directory, quoted
 from gpu_launcher.cli.mapping.map_runs import MapRuns
 from gpu_launcher.cli.mapping.record_reader import Bad
-from gpu_launcher.cli.mapping.results import ResultsFile, write_table
+from gpu_launcher.cli.mapping.results_file import ResultsFile, write_table
 from gpu_launcher.cli.mapping.resume import EarlierRuns, unwritable
 from gpu_launcher.cli.mapping.run_process import CommandProgram, search_path, why_not_runnable
 from gpu_launcher.cli.mapping.template import GPU, Template
+from gpu_launcher.cli.options import as_flag
+from gpu_launcher.cli.steer import check_directory
 from gpu_launcher.cli.streams import print_if_possible, printable, tell
 from gpu_launcher.debug_log import log_into
 from gpu_launcher.devices import BUSY_MEMORY
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import GpuLauncherError, MapError, OptionError, UsageError
+from gpu_launcher.jobs.dry_run import examine_needs
+from gpu_launcher.jobs.ending import recorded_end
 from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.head import SweepResult, run_jobs
 from gpu_launcher.jobs.job import Cause
+from gpu_launcher.jobs.leaving import OUTPUT, detached_text, over_ssh
+from gpu_launcher.jobs.notifications import ON_END, ON_JOB_FAILURE, Hooks, Notifier, read_hook
 from gpu_launcher.jobs.progress import open_progress
 from gpu_launcher.jobs.sweep import Options
-from gpu_launcher.nodes.engines import NodeSpec, read_nodes
+from gpu_launcher.nodes.engines import NodeSpec, fetches, read_nodes
 from gpu_launcher.nodes.start import start_nodes
+from gpu_launcher.processes.detaching import Detachment, continue_detached
 from gpu_launcher.processes.inherited_files import OpenFiles
 from gpu_launcher.requests import read_request
 from gpu_launcher.text import one_line, short_path
 from gpu_launcher.wording import count
 
+if TYPE_CHECKING:
+    from gpu_launcher.jobs.node_client import LocalNode
+    from gpu_launcher.nodes.node_group import NodeGroup
+
 DEFAULT = "map"
 """Name of the directory that holds maps started without --dir."""
+HOOKS = (ON_END, ON_JOB_FAILURE)
+OF_ONE_LAUNCH = (*HOOKS, "detach")
+"""Options that are not stored: they belong to one launch, and the command of a stored hook may be another user's."""
 DRY = 20
 """Maximum number of command lines that a dry run prints."""
 
@@ -69,7 +83,7 @@ class MapArguments:
             param=settings["param"],
             source=settings["from"],
             shell=settings["shell"],
-            options=settings["options"],
+            options={name: value for name, value in dict(settings["options"]).items() if name not in OF_ONE_LAUNCH},
             grid=Grid(tuple((name, tuple(values)) for name, values in settings["grid"])),
             directory=Path(settings["directory"]),
         )
@@ -77,7 +91,7 @@ class MapArguments:
     def settings(self) -> dict[str, Any]:
         """These arguments as JSON data, to save for a later launch."""
         named = self.source is not None and self.source != STDIN
-        options = dict(self.options)
+        options = {name: value for name, value in self.options.items() if name not in OF_ONE_LAUNCH}
         if options.get("pool_dir"):
             options["pool_dir"] = str(Path(options["pool_dir"]).expanduser().absolute())
         return {
@@ -100,15 +114,7 @@ class MapArguments:
             if now and now != before:
                 problem = f"{name} is not that of the map to be resumed: leave it out, or start a map of its own"
                 raise OptionError("resume", problem)
-        return MapArguments(
-            self.command,
-            self.param,
-            later.source or self.source,
-            self.shell,
-            {**self.options, **later.options},
-            self.grid,
-            self.directory,
-        )
+        return replace(self, source=later.source or self.source, options={**self.options, **later.options})
 
 
 def run_map(asked: MapArguments, new: str | None, resume: str | None, *, dry_run: bool) -> int:
@@ -118,8 +124,7 @@ def run_map(asked: MapArguments, new: str | None, resume: str | None, *, dry_run
     """
     directory: MapDirectory | None = None
     for option, name in (("dir", new), ("resume", resume)):
-        if name == "":
-            raise OptionError(option, "names nothing: is the variable set from which it was to come?")
+        check_directory(option, name)
     if resume is not None:
         if new is not None:
             raise OptionError("dir", "--resume says already in which directory: leave one of them out")
@@ -128,17 +133,20 @@ def run_map(asked: MapArguments, new: str | None, resume: str | None, *, dry_run
     elif not asked.param and asked.source is None:
         raise UsageError("there are no parameters: give --param name=1,2,3, or --from a file")
     else:
-        asked = _with_grid(asked)
+        asked = replace(asked, grid=read_grid(asked.param))
     template = Template.parse(asked.command, shell=asked.shell)
     if problem := why_not_runnable(template, asked.directory, search_path()):
         raise UsageError(problem)
     _check_grid(template, asked)
     options = _options(asked.options)
     nodes = read_nodes(asked.options.get("nodes"), options.grace)
+    fetching = fetches(asked.options.get("outputs", "shared"))
+    hooks = Hooks(*(read_hook(name, asked.options.get(name)) for name in HOOKS))
     sequence = RunSequence(template, asked.grid, None if asked.source is None else Input(asked.source))
     if dry_run:
-        return _dry_run(sequence, template, EarlierRuns() if directory is None else EarlierRuns.of(directory), asked)
-    launch = _Launch(asked, template, options, nodes, sequence)
+        earlier = EarlierRuns() if directory is None else EarlierRuns.of(directory)
+        return _dry_run(sequence, template, earlier, asked, options, here=not nodes)
+    launch = _Launch(asked, template, options, nodes, sequence, fetching, hooks)
     return launch.begin(new) if directory is None else launch.resume(directory)
 
 
@@ -188,14 +196,8 @@ def _how_to_resume(directory: MapDirectory, source: str | None) -> str:
     return f"<the same stream> | {command}" if source == STDIN else command
 
 
-def _with_grid(asked: MapArguments) -> MapArguments:
-    grid = read_grid(asked.param)
-    return MapArguments(asked.command, asked.param, asked.source, asked.shell, asked.options, grid, asked.directory)
-
-
 def _check_grid(template: Template, asked: MapArguments) -> None:
     """Raise UsageError if a value of the grid does not fit the command."""
-    names = [name for name, _ in asked.grid.axes]
     if asked.source is not None:
         return  # each record is checked together with the grid
     first = asked.grid[0]
@@ -203,7 +205,6 @@ def _check_grid(template: Template, asked: MapArguments) -> None:
         for value in values:
             if problem := template.misfit({**first, name: value}):
                 raise UsageError(problem)
-    assert names, "there are parameters, or records"
 
 
 def _options(given: Mapping[str, Any]) -> Options:
@@ -213,7 +214,7 @@ def _options(given: Mapping[str, Any]) -> Options:
     grace = read_duration(given.get("grace", 10.0), "grace")
     return Options(
         devices=given.get("devices", "auto"),
-        request=read_request(given),
+        request=read_request(given, learns=True),
         max_parallel=given.get("max_parallel"),
         cap="--max-parallel",
         grace=grace,
@@ -222,10 +223,20 @@ def _options(given: Mapping[str, Any]) -> Options:
         device_environment=DeviceEnvironment(),
         # With --retries, every failure of a command is retried, because its cause is unknown.
         failures=FailurePolicy(given.get("retries", 0), frozenset(Cause), 1 if given.get("stop_on_failure") else None),
+        spell=as_flag,
     )
 
 
-def _dry_run(sequence: RunSequence, template: Template, earlier: EarlierRuns, asked: MapArguments) -> int:
+def _dry_run(
+    sequence: RunSequence,
+    template: Template,
+    earlier: EarlierRuns,
+    asked: MapArguments,
+    options: Options,
+    *,
+    here: bool,
+) -> int:
+    """Print the first command lines, the number of runs and what they need. Returns 1 if a run could not start."""
     runs = bad = 0
     while not sequence.over:
         found = sequence.next()
@@ -245,7 +256,13 @@ def _dry_run(sequence: RunSequence, template: Template, earlier: EarlierRuns, as
                 break
     more = f"... and {runs - DRY} more: " if runs > DRY else ""
     print(f"{more}{count(runs, 'run')}" + (f", {count(bad, 'line')} left out" if bad else ""), file=sys.stderr)
-    return 1 if bad else 0
+    if not runs:
+        return 1 if bad else 0
+    assert options.request is not None
+    needs = examine_needs({options.request: runs}, runs, options, "run", here=here)
+    for line in needs.lines:
+        tell(line)
+    return 1 if bad or not needs.possible else 0
 
 
 def _refused(problems: Sequence[str], lines: int) -> OptionError:
@@ -264,6 +281,9 @@ class _Launch:
     options: Options
     nodes: tuple[NodeSpec, ...]
     sequence: RunSequence
+    fetches: bool
+    """Whether files of runs are fetched from nodes that do not share the map's directory."""
+    hooks: Hooks
 
     def begin(self, name: str | None) -> int:
         """Run a new map."""
@@ -272,20 +292,45 @@ class _Launch:
         directory = MapDirectory(new_directory() if name is None else Path(name).absolute())
         directory.create(self.asked.settings(), above)
         try:
-            with directory.locked("dir", tell):
-                return self._run(directory, total, None)
+            detachment = self._detach(directory)
+            with directory.locked("dir", tell), recorded_end(directory.path) as end:
+                self._leave_terminal(directory, detachment)
+                end.value = self._run(directory, total, None, detachment)
+            return end.value
         except GpuLauncherError:
             directory.withdraw(above)  # so that the corrected command can use the same directory
             raise
 
     def resume(self, directory: MapDirectory) -> int:
         """Run the runs that earlier launches of a map did not complete."""
-        with directory.locked("resume", tell), directory.without_kept_results():
+        detachment = self._detach(directory)
+        with (
+            directory.locked("resume", tell),
+            recorded_end(directory.path) as end,
+            directory.without_kept_results(),
+        ):
             earlier = EarlierRuns.to_resume(directory)
             total = self._survey(earlier)
             of = "" if total is None else f" of {total}"
             tell(f"{earlier.completed}{of} runs completed before, and are not run again")
-            return self._run(directory, total, earlier)
+            self._leave_terminal(directory, detachment)
+            end.value = self._run(directory, total, earlier, detachment)
+        return end.value
+
+    def _detach(self, directory: MapDirectory) -> Detachment | None:
+        """Continue in a process without a terminal, if asked to. Raises OptionError if that is not possible."""
+        if not self.asked.options.get("detach"):
+            return None
+        if self.asked.source == STDIN and os.isatty(0):
+            raise OptionError("detach", "the parameters are typed on the terminal: give them in a file, or by a pipe")
+        return continue_detached(directory.path / OUTPUT, partial(detached_text, "gpu-launcher", directory.path))
+
+    def _leave_terminal(self, directory: MapDirectory, detachment: Detachment | None) -> None:
+        if detachment is not None:
+            try:
+                detachment.redirect(directory.path / OUTPUT, keeps_stdin=self.asked.source == STDIN)
+            except OSError as error:
+                raise unwritable(directory, error) from error
 
     def _survey(self, earlier: EarlierRuns) -> int | None:
         """Check the whole input before anything is run, if it can be read twice.
@@ -307,14 +352,16 @@ class _Launch:
             )
         return survey.runs
 
-    def _run(self, directory: MapDirectory, total: int | None, earlier: EarlierRuns | None) -> int:
+    def _run(
+        self, directory: MapDirectory, total: int | None, earlier: EarlierRuns | None, detachment: Detachment | None
+    ) -> int:
         try:
             results = ResultsFile(directory.results)
         except OSError as error:
             raise unwritable(directory, error) from error
         log_into(directory.path)
         keep_going = bool(self.asked.options.get("keep_going"))
-        source = MapRuns(self.sequence, directory, results, earlier, keep_going=keep_going)
+        source = MapRuns(self.sequence, directory, results, earlier, total=total, keep_going=keep_going)
         assert self.options.request is not None
         program = CommandProgram(self.template, directory, self.options.request, self.asked.directory, search_path())
         left = None if total is None else total - (earlier.completed if earlier else 0)
@@ -322,7 +369,7 @@ class _Launch:
         # inherit none of them.
         start = partial(
             start_nodes,
-            self.nodes if left != 0 else (),  # if all completed, do not wait for a node
+            self.nodes,
             program,
             directory.path,
             arguments=sys.argv,
@@ -330,19 +377,50 @@ class _Launch:
             open_files=OpenFiles(),
             imports_script=False,
             check=program.check,
+            at_once=lambda: min((one for one in (left, self.options.max_parallel) if one is not None), default=None),
+            fetches=self.fetches,
+            logs=PRINTED,
         )
+        command_line = shlex.join(["gpu-launcher", *sys.argv[1:]])
+        notifying = Notifier(self.hooks, directory.path, command_line, spell=as_flag, tell=tell)
+        with notifying if self.hooks else nullcontext() as notifier:
+            sweep = self._run_jobs(directory, source, start, left, notifier, detachment)
+            code = self._conclude(directory, source, sweep)
+        return code if notifier is None or notifier.interrupted is None else 128 + notifier.interrupted
+
+    def _run_jobs(
+        self,
+        directory: MapDirectory,
+        source: MapRuns,
+        start: Callable[[], LocalNode | NodeGroup],
+        left: int | None,
+        notifier: Notifier | None,
+        detachment: Detachment | None,
+    ) -> SweepResult:
         try:
             with closing(source), closing(start()) as node:
                 node.wait_until_ready()
                 display = open_progress(name="gpu-launcher", reads=self.asked.source == STDIN and os.isatty(0))
-                sweep = run_jobs(
-                    [], node, self.options, directory.path, COMMAND, source=source, total=left, display=display
+                return run_jobs(
+                    [],
+                    node,
+                    self.options,
+                    directory.path,
+                    COMMAND,
+                    source=source,
+                    total=left,
+                    display=display,
+                    how_to_resume=self._how(directory),
+                    closing=lambda failed, incomplete: [f"table: gpu-launcher results {quoted(directory.path)}"],
+                    notices=over_ssh(sys.stderr, os.environ, "--detach"),
+                    notifier=notifier,
+                    begun=(lambda: None) if detachment is None else detachment.begun,
+                    anew=source.is_new,
                 )
         except GpuLauncherError as error:
             if source.ran or isinstance(error, OptionError):
                 raise
             raise UsageError(str(error)) from error
-        return self._conclude(directory, source, sweep)
 
     def _conclude(self, directory: MapDirectory, source: MapRuns, sweep: SweepResult) -> int:
         try:

@@ -44,6 +44,8 @@ from gpu_launcher.text import short_path
 COMMAND = "gpu-launcher map"
 """Name of a map's program, shown to users who wait for its devices or its directory."""
 FORMAT = 1
+STDOUT, STDERR = PRINTED = ("stdout.txt", "stderr.txt")
+"""Names of the files with what a run prints."""
 MAX_DIGITS = 8
 """Most digits in the index of a run."""
 MAX_SIZE = 2**30
@@ -79,11 +81,11 @@ class RunDirectory:
 
     @property
     def stdout(self) -> Path:
-        return self.path / "stdout.txt"
+        return self.path / STDOUT
 
     @property
     def stderr(self) -> Path:
-        return self.path / "stderr.txt"
+        return self.path / STDERR
 
     def prepare(self, params: Params, attempt: int) -> None:
         """Prepare the directory for an attempt, and rename the previous attempt's output. Raises OSError."""
@@ -232,11 +234,8 @@ class MapDirectory:
 
         Raises OSError.
         """
-        descriptor = open_regular(self.settings)
-        try:
-            return why_untrusted(descriptor)
-        finally:
-            os.close(descriptor)
+        with open(open_regular(self.settings), "rb") as file:
+            return why_untrusted(file.fileno())
 
     def damaged(self) -> OptionError:
         """The error for invalid settings."""

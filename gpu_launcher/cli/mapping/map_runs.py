@@ -13,12 +13,13 @@ import json
 import os
 import select
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from gpu_launcher.cli.mapping.inputs import RunSequence, changed
 from gpu_launcher.cli.mapping.map_directory import MapDirectory
 from gpu_launcher.cli.mapping.record_reader import Bad
-from gpu_launcher.cli.mapping.results import ResultsFile, result_line, write_outcome
+from gpu_launcher.cli.mapping.results_file import ResultsFile, result_line, write_outcome
 from gpu_launcher.cli.mapping.resume import EarlierRuns, last_result, unwritable
 from gpu_launcher.cli.mapping.values import Params, words
 from gpu_launcher.errors import GpuLauncherError
@@ -46,13 +47,15 @@ class MapRuns:
         results: ResultsFile,
         earlier: EarlierRuns | None = None,
         *,
+        total: int | None = None,
         keep_going: bool,
     ) -> None:
-        """Run the `sequence` in `directory`, except the runs that completed in `earlier` launches.
+        """Run the `sequence` of `total` runs in `directory`, except those that completed in `earlier` launches.
 
         With `keep_going`, invalid records are skipped. Otherwise no run starts after the first of them.
         """
         self._sequence = sequence
+        self._total = total
         self._directory = directory
         self.results = results
         self._earlier = earlier
@@ -66,6 +69,8 @@ class MapRuns:
         """Whether any run was started."""
         self._keep_going = keep_going
         self._wanted = 0
+        self._next = 0
+        """Index of the run after the last one that was offered."""
         self._params: dict[int, Params] = {}
         """The parameters of runs that were offered and have not ended, by index."""
         self._labels = Labels(sequence.fixed)
@@ -83,6 +88,11 @@ class MapRuns:
         self._watches = False
         """Whether `fileno` also becomes readable when the input does."""
 
+    @property
+    def is_new(self) -> bool:
+        """Whether the map has no earlier launch."""
+        return self._earlier is None
+
     def fileno(self) -> int:
         """See `JobSource`."""
         return self._epoll.fileno()
@@ -91,6 +101,10 @@ class MapRuns:
         """See `JobSource`."""
         self._wanted += count
         self._wake()
+
+    def coming(self) -> range:
+        """See `JobSource`. The runs of a stream are known only when they have arrived."""
+        return range(0) if self._over or self._total is None else range(self._next, self._total)
 
     def receive(self) -> list[Statement]:
         """See `JobSource`. Raises UsageError if the table of an earlier launch cannot be replaced."""
@@ -123,6 +137,7 @@ class MapRuns:
             self._skip(found, statements)
         elif self._earlier is None or found.index not in self._earlier:
             self._wanted -= 1
+            self._next = found.index + 1
             self.missing.discard(found.index)
             self._params[found.index] = found.params
             before = self._directory.run(found.index).attempts() if self._earlier else 0
@@ -196,6 +211,19 @@ class MapRuns:
             write_outcome(self._directory, line)
         except OSError as error:
             self._cannot_write(error)
+
+    def retry(self, jobs: Sequence[Job]) -> None:
+        """See `JobSource`. Until they end, these runs have no line in the table."""
+        if self.problem is not None:
+            raise ValueError(self.problem)
+        numbers = {job.number for job in jobs}
+        try:
+            self.results.drop(numbers, self._directory.kept_results)
+        except OSError as error:
+            raise ValueError(f"{short_path(self._directory.path)} cannot be written: {error.strerror}") from error
+        self._params.update({job.number: job.spec for job in jobs})
+        self._without_result |= numbers
+        self.failed -= len(numbers)
 
     def _cannot_write(self, error: OSError) -> None:
         """Start no more runs. Results of running jobs stay in memory until they can be written."""

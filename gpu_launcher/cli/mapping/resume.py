@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_launcher.cli.mapping.map_directory import MapDirectory
-from gpu_launcher.cli.mapping.results import OUTCOME, is_row, lines, result_line
+from gpu_launcher.cli.mapping.results_file import OUTCOME, is_row, lines, result_line
 from gpu_launcher.cli.mapping.values import Params, digest, to_json
 from gpu_launcher.errors import OptionError, UsageError
 from gpu_launcher.jobs.manifest import devices_of

@@ -17,6 +17,7 @@ from typing import Any
 from gpu_launcher.cli.mapping.map_directory import MapDirectory, RunDirectory
 from gpu_launcher.cli.mapping.template import Template
 from gpu_launcher.cli.mapping.values import Params
+from gpu_launcher.json_data import values_in
 from gpu_launcher.model import Request
 from gpu_launcher.processes.exceptions import NO_TERMINAL
 from gpu_launcher.processes.exit_status import describe_exit
@@ -86,6 +87,7 @@ class CommandProgram:
             json.dumps(outcome).encode(),
             out_of_memory=outcome["outcome"] == "failed" and tells_of_gpu_memory(printed),
             origin=last,
+            values=values_in(outcome["output"] or {}) if outcome["outcome"] == "completed" else {},
             killed=outcome["exit_code"] < 0,
         )
 

@@ -110,7 +110,7 @@ class _Reader:
         elif character == ")" and len(self._within) > 1:
             self._leave()
         elif character == before == "<":
-            self._lost = "<<, which begins text that is no command"
+            self._lost = "<<, after which text follows that is not a command"
 
     def _leave(self) -> None:
         if self._within.pop() != _SUBSHELL:

@@ -109,6 +109,13 @@ class Template:
             text = f"{taken}; set --; {text}"
         return [_SHELL, "-c", text, _SHELL, *values]
 
+    def by_hand(self, params: Params, index: int) -> list[str]:
+        """The command line of one run for `gpu-launcher run`. Where it names devices, a shell fills them in."""
+        if not self.shell and "gpu" not in self.names:
+            return self.fill(params, index, "")
+        # No argument can contain a null character, and shlex.quote puts what contains one between single quotes.
+        return ["sh", "-c", self.line(params, index, "\0").replace("\0", "'\"$CUDA_VISIBLE_DEVICES\"'")]
+
     def line(self, params: Params, index: int, gpu: str) -> str:
         """The run's command line as users would type it in a shell."""
         if not self.shell:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import re
 from array import array
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpu_launcher.jobs.control import ranges_of
 from gpu_launcher.wording import device_names, duration
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Set
 
     from gpu_launcher.jobs.events import JobEnded
 
@@ -58,6 +58,22 @@ class Failures:
             self.groups[key] = Group(ended)
         return group
 
+    def restore(self, first: JobEnded, others: array[int]) -> None:
+        """Take over a group of failed jobs whose first failure was shown elsewhere."""
+        self.groups[what_failed(first), first.origin] = Group(first, others)
+        self.tells_more(first)
+
+    def discard(self, numbers: Set[int]) -> None:
+        """Remove jobs that run again."""
+        for key, group in list(self.groups.items()):
+            group.others = array("q", (number for number in group.others if number not in numbers))
+            if group.first.number not in numbers:
+                continue
+            if group.others:  # only the number of that job is kept
+                group.first = replace(group.first, number=group.others.pop(0), label="", duration=None, log=None)
+            else:
+                del self.groups[key]
+
     def tells_more(self, ended: JobEnded) -> bool:
         """Whether the end of the job's log is worth showing: the job failed at a new place or with a new error.
 
@@ -97,11 +113,9 @@ def what_failed(ended: JobEnded) -> str:
 
 def ranges(numbers: Iterable[int]) -> str:
     """Format numbers in order, with consecutive ones as ranges: `0-3, 7`."""
-    ordered = sorted(set(numbers))
-    starts = [i for i, (one, other) in enumerate(pairwise(ordered), 1) if other != one + 1]
-    runs = [ordered[begin:end] for begin, end in pairwise([0, *starts, len(ordered)])] if ordered else []
+    runs = ranges_of(numbers)
     texts = []
-    for run in runs[:MAX_RANGES]:
-        joint = "-" if len(run) > 2 else ", "
-        texts.append(str(run[0]) if len(run) == 1 else f"{run[0]}{joint}{run[-1]}")
+    for first, last in runs[:MAX_RANGES]:
+        joint = "-" if last - first > 1 else ", "
+        texts.append(str(first) if first == last else f"{first}{joint}{last}")
     return ", ".join(texts) + (", ..." if len(runs) > MAX_RANGES else "")

@@ -36,7 +36,7 @@ def log_tail(path: str | None, *, lines: int = 10, width: int = 300, window: int
         del raw[0]
     shown: list[str] = []
     for line in reversed(raw):
-        line = _as_it_looked(line)
+        line = as_it_looked(line)
         if not line and not shown:
             continue
         shown.append(line if len(line) <= width else line[: width - 1] + "…")
@@ -46,7 +46,7 @@ def log_tail(path: str | None, *, lines: int = 10, width: int = 300, window: int
     return shown
 
 
-def _as_it_looked(line: str) -> str:
+def as_it_looked(line: str) -> str:
     line = ESCAPE_SEQUENCE.sub("", line).expandtabs(4)
     last = next((part for part in reversed(line.split("\r")) if part.strip()), "")
     return CONTROL.sub("", last).rstrip()

@@ -8,6 +8,7 @@ from gpu_launcher.jobs.events import (
     Event,
     JobEnded,
     JobRetried,
+    JobsRequeued,
     JobStarted,
     JobWaiting,
     NodesChanged,
@@ -16,6 +17,7 @@ from gpu_launcher.jobs.events import (
     StopRequested,
     SweepEnded,
     SweepStarted,
+    Throttled,
 )
 from gpu_launcher.jobs.progress.log_tail import log_tail
 from gpu_launcher.jobs.progress.stream import Output
@@ -46,7 +48,7 @@ class PlainProgress:
         match event:
             case SweepStarted():
                 self._say(opening(event))
-            case Notice() | NodesChanged():
+            case Notice() | NodesChanged() | Throttled() | JobsRequeued():
                 self._say(one_line(event.text))
             case JobWaiting():
                 self._waiting(event)
@@ -65,6 +67,16 @@ class PlainProgress:
 
     def tick(self, now: float) -> None:
         self._tally.advance(now)
+
+    def join(self, tally: SweepTally) -> None:
+        """Show a sweep that runs already, from its present state. Its events follow."""
+        self._tally = tally
+        self._say(present(tally))
+
+    def leave(self, text: str) -> None:
+        """Show a last line instead of a summary, because the sweep continues without this display."""
+        self._summed_up = True
+        self._say(text)
 
     def close(self) -> None:
         self._sum_up()
@@ -111,6 +123,14 @@ def opening(event: SweepStarted) -> str:
     cap = f", at most {event.parallel} at a time" if event.parallel is not None else ""
     jobs = "jobs" if event.total is None else count(event.total, "job")
     return f"{jobs} on {device_counts(event.devices)}{name}{cap}"
+
+
+def present(tally: SweepTally) -> str:
+    """Format the state of a sweep that runs already: `8 jobs on 4 GPUs: 3 done, 4 running, 1 waiting`."""
+    counts = ((tally.done, "done"), (len(tally.running), "running"), (tally.waiting, "waiting"))
+    known = ", ".join(f"{number} {word}" for number, word in counts if number)
+    first = opening(SweepStarted(tally.now, tally.total or None, tally.devices, None))
+    return f"{first}: {known}" if known else first
 
 
 def waits(event: JobWaiting) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from typing import TextIO
 
 _NOBODY_READS = frozenset({errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET})
@@ -36,5 +37,22 @@ class Output:
         except OSError as error:
             if error.errno in _NOBODY_READS:
                 self._stream = None
+                _discard(stream, error)
             elif error.errno not in _NO_ROOM:
                 raise
+
+
+def _discard(stream: TextIO, error: OSError) -> None:
+    """Let a lost stream accept everything, or else the interpreter could not flush it at the end, and exits with 120.
+
+    https://docs.python.org/3/library/signal.html#note-on-sigpipe
+    """
+    if error.errno == errno.EBADF:  # the program closed the descriptor, and may open another file with its number
+        return
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):  # io.UnsupportedOperation is both: there is no descriptor
+        return
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, descriptor)
+    os.close(nothing)

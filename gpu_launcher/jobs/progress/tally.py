@@ -10,14 +10,17 @@ from gpu_launcher.jobs.events import (
     JobEnded,
     JobRetried,
     JobReturned,
+    JobsRequeued,
     JobStarted,
     JobWaiting,
     NodesChanged,
     Outcome,
+    OutOfContact,
     SearchStatus,
     StopRequested,
     SweepEnded,
     SweepStarted,
+    Throttled,
 )
 from gpu_launcher.jobs.progress.alike import Failures, Group, ranges
 from gpu_launcher.jobs.progress.estimate import time_left
@@ -40,8 +43,14 @@ class SweepTally:
     started_at: float | None = None
     now: float = 0.0
     running: dict[int, JobStarted] = field(default_factory=dict)
+    silent_nodes: frozenset[str] = frozenset()
+    """Nodes that have not been heard for a while."""
+    silent_jobs: frozenset[int] = frozenset()
+    """Jobs that may still run there."""
     waits: JobWaiting | None = None
     stopping: StopRequested | None = None
+    throttled: Throttled | None = None
+    """How much may run, if the user has changed that."""
     over: bool = False
     closing: tuple[str, ...] = ()
     completed: int = 0
@@ -59,8 +68,8 @@ class SweepTally:
     """The jobs that failed in the same way as the latest failed job. None if it is the first of its kind."""
     highest_number: int = 0
     # Only the latest jobs are kept, because they predict the next ones best.
-    _durations: deque[float] = field(default_factory=lambda: deque(maxlen=256))
-    _ran_together: deque[int] = field(default_factory=lambda: deque(maxlen=8))
+    durations: deque[float] = field(default_factory=lambda: deque(maxlen=256))
+    ran_together: deque[int] = field(default_factory=lambda: deque(maxlen=8))
 
     @property
     def done(self) -> int:
@@ -87,13 +96,17 @@ class SweepTally:
                 self.highest_number = max(0, self.total - 1)
             case SearchStatus():
                 self.facts = event.facts
+            case Throttled():
+                self.throttled = event
+                if event.paused:
+                    self.waits = None
             case JobWaiting():
                 self.waits = event if event.reason else None
             case JobStarted():
                 self.running[event.number] = event
                 self._settle(event.number)
             case JobEnded():
-                self._ran_together.append(len(self.running))
+                self.ran_together.append(len(self.running))
                 self.running.pop(event.number, None)
                 self._settle(event.number)
                 self._count(event)
@@ -101,11 +114,18 @@ class SweepTally:
                 self.retries += 1
                 self.running.pop(event.number, None)
                 self._settle(event.number)
+            case JobsRequeued():
+                self.failed -= event.failed
+                self.not_run -= event.not_run
+                self.cancelled -= len(event.numbers) - event.failed - event.not_run
+                self.failures.discard(event.numbers)
             case JobReturned():
                 self.running.pop(event.number, None)
                 self._settle(event.number)
             case NodesChanged():
                 self.devices = event.devices
+            case OutOfContact():
+                self.silent_nodes, self.silent_jobs = event.nodes, event.jobs
             case StopRequested():
                 self.stopping = event
                 self.waits = None
@@ -124,7 +144,7 @@ class SweepTally:
         if ended.outcome is Outcome.COMPLETED:
             self.completed += 1
             if ended.duration is not None:
-                self._durations.append(ended.duration)
+                self.durations.append(ended.duration)
         elif ended.outcome is Outcome.PRUNED:
             self.pruned += 1
         elif ended.outcome is Outcome.FAILED:
@@ -139,9 +159,9 @@ class SweepTally:
 
     def time_left(self) -> float | None:
         """Estimate the seconds until the sweep ends. Returns None while there is too little data."""
-        together = max([*self._ran_together, len(self.running), 1])
+        together = max([*self.ran_together, len(self.running), 1])
         running = [max(0.0, self.now - job.time) for job in self.running.values()]
-        return time_left(self._durations, running, self.waiting, together)
+        return time_left(self.durations, running, self.waiting, together)
 
     def summary(self) -> list[str]:
         """Return the closing lines: one line of counts, then each distinct failure with its cause and log."""

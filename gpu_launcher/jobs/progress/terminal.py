@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+from collections.abc import Sequence
 from typing import TextIO
 
 from rich.console import Console, ConsoleDimensions
@@ -17,6 +18,9 @@ from rich.text import Text
 
 Size = tuple[int, int]
 """Columns and rows."""
+ALTERNATE = "\x1b[?1049h"
+"""xterm's control sequence that shows the alternate screen. The normal screen and its scrollback stay intact."""
+NORMAL = "\x1b[?1049l"
 
 
 class Terminal:
@@ -40,6 +44,10 @@ class Terminal:
         with self._console.capture() as capture:
             self._console.print(line, soft_wrap=True, end="", highlight=False)
         return capture.get()
+
+    def whole_screen(self, lines: Sequence[Text], size: Size) -> str:
+        """Return what replaces all that the alternate screen shows. The cursor stays behind the last line."""
+        return "\x1b[H" + "\r\n".join(f"{self.render(line, size)}\x1b[K" for line in lines) + "\x1b[J"
 
 
 def stop_until_continued() -> None:

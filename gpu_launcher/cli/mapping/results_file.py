@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ COLUMNS = ("index", "outcome", "exit_code", "duration", "devices", "attempts", "
 OUTCOME = (*COLUMNS[1:], "output")
 """The fields of a results line that a run's `outcome.json` contains."""
 PATHS = ("directory", "stdout", "stderr")
+_INDEX = re.compile(rb'\{"index": ?([0-9]+),')
+"""The beginning of a line that `result_line` has made."""
 _FIELDS = {*COLUMNS, *PATHS, "params", "output"}
 
 
@@ -40,6 +43,16 @@ class ResultsFile:
         path.replace(self._path)
         os.close(self._descriptor)
         self._descriptor = self._open()
+
+    def drop(self, indices: Set[int], temporary: Path) -> None:
+        """Remove the lines of these runs. Writes `temporary` on the way. Raises OSError."""
+        self.flush()
+        with open(open_regular(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as kept:
+            for line in read_lines(self._path):
+                begin = _INDEX.match(line)  # quicker than to read the JSON
+                if begin is None or int(begin[1]) not in indices:
+                    kept.write(line)
+        self.replace_by(temporary)
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Append a line. Raises OSError if it cannot be written; the next call then retries."""

@@ -1,22 +1,19 @@
-"""Reads the machine and the pool for a `PoolSurvey`."""
+"""Surveys the devices that the user names and the pool, and finds the processes of jobs."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 
-from gpu_launcher.allocation.survey import Found, PoolSeen, PoolSurvey, take_survey
-from gpu_launcher.devices import Condition, FixedProbe, Inventory, NvmlProbe, select_devices
-from gpu_launcher.devices.nvml import NoGpuError, open_nvml
+from gpu_launcher.allocation.readings import PoolWindow, measure, nvml_kept_open, put_together
+from gpu_launcher.allocation.survey import Found, PoolSurvey
+from gpu_launcher.devices import FixedProbe, Inventory, NvmlProbe, select_devices
 from gpu_launcher.devices.specification import Auto, CpuSlots, SimulatedDevices, read_specification
 from gpu_launcher.devices.visibility import VISIBLE, visible
-from gpu_launcher.errors import DeviceError, PoolDirectoryError
-from gpu_launcher.leases import FileLedger, LeaseView, PoolView, choose_pool_directory, leases_of
-from gpu_launcher.leases.pool_directory import QUEUE, explained
-from gpu_launcher.model import Device, DeviceKind
+from gpu_launcher.errors import DeviceError
+from gpu_launcher.leases import LeaseView, leases_of
+from gpu_launcher.model import Device
 from gpu_launcher.processes.linux import children_of_all, descendants
 from gpu_launcher.sizes import read_memory
 
@@ -36,34 +33,6 @@ def look(devices: str, busy_memory: str, pool_dir: str | None) -> PoolSurvey:
 def read_busy_memory(value: str) -> int | None:
     """Read a value as `hydra.launcher.busy_memory` does. Raises OptionError."""
     return None if value == "null" else read_memory(value, BUSY_MEMORY_OPTION)
-
-
-def put_together(
-    found: Found,
-    conditions: Sequence[Condition],
-    pool: PoolSeen,
-    busy_memory: int | None,
-    notices: Sequence[str] = (),
-) -> PoolSurvey:
-    return take_survey(
-        found,
-        conditions,
-        pool,
-        time=time.time(),
-        machine=os.uname().nodename,
-        exists=lambda pid: Path(f"/proc/{pid}").exists(),
-        busy_memory=busy_memory,
-        notices=notices,
-    )
-
-
-@contextlib.contextmanager
-def nvml_kept_open() -> Iterator[None]:
-    """Initialise NVML once for all queries in the block, because initialising may take seconds per GPU."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(NoGpuError, DeviceError):  # each query in the block raises them itself
-            stack.enter_context(open_nvml())
-        yield
 
 
 def find(spec: str, environ: Mapping[str, str]) -> Found:
@@ -90,16 +59,6 @@ def find(spec: str, environ: Mapping[str, str]) -> Found:
     return Found(seen.devices, seen.unusable, known, seen.notices + _hidden(inventory, len(seen.devices), environ))
 
 
-def measure(devices: Sequence[Device]) -> tuple[tuple[Condition, ...], tuple[str, ...]]:
-    """The conditions of the devices, and notices if NVML cannot provide them."""
-    try:
-        if _real(devices):
-            return NvmlProbe().conditions(devices), ()
-    except DeviceError as error:
-        return (), (str(error),)
-    return (), ()
-
-
 def processes_of(leases: Iterable[LeaseView]) -> dict[str, list[int]]:
     """The process ids of jobs, by lease: the children of the supervisor that holds the lease.
 
@@ -123,48 +82,8 @@ def processes_of(leases: Iterable[LeaseView]) -> dict[str, list[int]]:
     return found
 
 
-class PoolWindow:
-    """Reads the pool directory repeatedly. The directory need not exist yet, and is never created."""
-
-    def __init__(self, pool_dir: str | None) -> None:
-        """Raises PoolDirectoryError for an invalid name."""
-        self.directory, self.why = choose_pool_directory(pool_dir)
-        self._ledger: FileLedger | None = None
-
-    def look(self) -> PoolSeen:
-        """The pool's current state. Raises PoolDirectoryError if it cannot be read."""
-        try:
-            return PoolSeen(self.directory, self._snapshot())
-        except PoolDirectoryError:
-            if self._ledger is None:
-                raise
-        self.close()  # the directory may have been removed and created again
-        return PoolSeen(self.directory, self._snapshot())
-
-    def _snapshot(self) -> PoolView | None:
-        if self._ledger is None:
-            try:
-                (self.directory / QUEUE).stat()
-            except FileNotFoundError:
-                return None
-            except OSError as error:
-                raise explained(self.directory, error) from error
-            self._ledger = FileLedger(self.directory)
-        self._ledger.drain()
-        return self._ledger.snapshot(thorough=True)
-
-    def close(self) -> None:
-        if self._ledger is not None:
-            self._ledger.close()
-            self._ledger = None
-
-
 def _by_uuid(devices: Sequence[Device]) -> dict[str, Device]:
     return {device.uuid: device for device in devices}
-
-
-def _real(devices: Sequence[Device]) -> bool:
-    return any(device.kind in (DeviceKind.GPU, DeviceKind.MIG) for device in devices)
 
 
 def _hidden(inventory: Inventory, seen: int, environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -173,4 +92,4 @@ def _hidden(inventory: Inventory, seen: int, environ: Mapping[str, str]) -> tupl
         return ()
     devices = "1 device" if hidden == 1 else f"{hidden} devices"
     mask = f"{VISIBLE}={environ.get(VISIBLE)!r}"
-    return (f"{mask} hides {devices} here; what somebody holds or waits for is shown all the same",)
+    return (f"{mask} hides {devices} here; devices with leases or tickets are shown anyway",)

@@ -1,0 +1,103 @@
+"""What it costs a sweep that it can be steered, and that others look at it.
+
+    python benchmarks/steering.py            two minutes
+    python benchmarks/steering.py --quick    seconds: whether it works
+
+The same map runs without a control socket, with one that nobody uses, while another program asks for its status ten
+times a second, and while one watches all that happens. They take turns, and the ratios compare with the first of the
+same round. The jobs do nothing, so what the head does weighs as much as it can.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import select
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from overhead import machine
+from overhead.programs import ProgramError, Run, Usage, program, scratch
+from rich.console import Console
+from rich.table import Table
+
+from gpu_launcher import SteeringError, Sweep
+
+WAYS = ("no socket", "socket", "asked", "watched")
+ASK = 0.1
+"""Seconds between two questions."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="few jobs, one round")
+    parser.add_argument("--jobs", type=int, default=500)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", metavar="FILE", help="write the results there as well")
+    options = parser.parse_args()
+    if options.quick:
+        options.jobs, options.rounds = 20, 1
+    found: dict[str, Any] = {"machine": machine.describe(), "quick": options.quick, "jobs": options.jobs}
+    rounds: list[dict[str, Usage]] = [{way: measure(way, options.jobs) for way in WAYS} for _ in range(options.rounds)]
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    table = Table(title=f"a map of {options.jobs} jobs, {options.rounds} rounds", title_justify="left")
+    for place, column in enumerate(("", "seconds", "ratio", "CPU seconds", "ratio", "others")):
+        table.add_column(column, justify="right" if place else "left")
+    found["ways"] = {}
+    for way in WAYS:
+        figures = {
+            "wall": median(one[way].wall for one in rounds),
+            "wall_ratio": median(one[way].wall / one[WAYS[0]].wall for one in rounds),
+            "cpu": median(one[way].cpu for one in rounds),
+            "cpu_ratio": median(one[way].cpu / one[WAYS[0]].cpu for one in rounds),
+            "others": median(one[way].others for one in rounds),
+        }
+        found["ways"][way] = figures
+        table.add_row(way, *(f"{value:.3g}" for value in figures.values()))
+    console.print(table)
+    if options.json:
+        Path(options.json).write_text(json.dumps(found, indent=2) + "\n")
+    return 0
+
+
+def measure(way: str, jobs: int) -> Usage:
+    """Run the map once."""
+    answers = 0
+    with scratch() as directory:
+        sweep = directory / "sweep"
+        numbers = f"n={','.join(map(str, range(jobs)))}"
+        arguments = ["map", "--devices", "simulated:4", "--dir", str(sweep), "--param", numbers, "--", "true", "{n}"]
+        command = program("steered.py", "closed" if way == WAYS[0] else "open", *arguments)
+        with Run(command, directory, {}) as run:
+            while way in ("asked", "watched") and not run.ended:
+                with contextlib.suppress(SteeringError):  # it has not begun yet, or has just ended
+                    if way == "asked":
+                        Sweep(sweep).status()
+                        answers += 1
+                    else:
+                        answers += watch(Sweep(sweep))
+                time.sleep(ASK)
+            usage = run.wait()
+    if way in ("asked", "watched") and not answers:
+        raise ProgramError("the sweep did not answer once")
+    return usage
+
+
+def watch(sweep: Sweep) -> int:
+    """Read what the sweep sends until it ends, and return how many times something came."""
+    arrivals = 0
+    with contextlib.closing(sweep.watch()) as watched:
+        while not watched.is_over:
+            select.select([watched], [], [])
+            arrivals += bool(watched.receive())
+    return arrivals
+
+
+if __name__ == "__main__":
+    sys.exit(main())
