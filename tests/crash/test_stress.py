@@ -11,6 +11,7 @@ import itertools
 import json
 import random
 import shutil
+import signal
 import stat
 import time
 from collections import Counter, defaultdict
@@ -281,20 +282,22 @@ class Chaos:
     def leave_leases(self) -> None:
         """Kill a launching program of each user at a moment when all of them have leases, which nobody tidies up."""
         attacks = [self.start(user, list(NEEDS)) for user in self.users]
-        launchers = [psutil.Process(attack.sweep.process.pid) for attack in attacks]
 
         def stopped_with_leases() -> bool:
-            for launcher in launchers:
-                launcher.suspend()
+            for place, attack in enumerate(attacks):
+                if attack.sweep.process.poll() is not None:  # it ended before the other one had a lease
+                    attacks[place] = self.start(self.users[place], list(NEEDS))
+            for attack in attacks:
+                attack.sweep.process.send_signal(signal.SIGSTOP)
             if len(self.owners("lease-*")) == len(self.users):
                 return True
-            for launcher in launchers:
-                launcher.resume()
+            for attack in attacks:
+                attack.sweep.process.send_signal(signal.SIGCONT)
             return False
 
         until(stopped_with_leases)
-        for attack, launcher in zip(attacks, launchers, strict=True):
-            launcher.kill()
+        for attack in attacks:
+            attack.sweep.process.kill()
             attack.kills["launcher"] += 1
 
     def owners(self, pattern: str) -> set[int]:
