@@ -12,7 +12,7 @@ from gpu_launcher.cli import options
 @click.command()
 @options.sweep
 @click.option("--failed", is_flag=True, help="Show only jobs that failed, were cancelled, or died with their launcher.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON; docs/resume.md documents it.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; `gpu-launcher guide resume` describes it.")
 def jobs(directory: Path | None, failed: bool, as_json: bool) -> None:
     """List the jobs of a sweep or a map.
 

@@ -46,7 +46,7 @@ from gpu_launcher.cli import options
 @options.value(
     "--max-parallel", "NUMBER", "Maximum number of runs at the same time. Default: as many as get devices.", type=int
 )
-@options.value("--on-end", "COMMAND", "Command that runs when the map is over. See docs/notifications.md.")
+@options.value("--on-end", "COMMAND", "Command that runs when the map is over. See `gpu-launcher guide notifications`.")
 @options.value("--on-job-failure", "COMMAND", "Command that runs for each run that fails and has no retries left.")
 @options.flag("--stop-on-failure", "Stop all runs as soon as one has failed and has no retries left.")
 @options.flag("--keep-going", "Skip invalid lines of the input.")

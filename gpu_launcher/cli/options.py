@@ -67,7 +67,7 @@ job_numbers = click.argument("jobs", metavar="JOB...", nargs=-1, required=True)
 def nodes(what: str) -> Decorator:
     kinds = "local, ssh:HOST, slurm:COUNT with options of srun, sbatch:COUNT with options of sbatch, ray:COUNT, or "
     kinds += "command:'COMMAND ...'"
-    return value("--nodes", "NODE", f"{what}: {kinds}. Can be repeated. See docs/nodes.md.", multiple=True)
+    return value("--nodes", "NODE", f"{what}: {kinds}. Can be repeated. See `gpu-launcher guide nodes`.", multiple=True)
 
 
 def devices(what: str, default: str | None = "auto") -> Decorator:
@@ -83,7 +83,7 @@ busy_memory = value(
     "for any amount. Default: 512MiB.",
     "512MiB",
 )
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON; docs/status.md documents it.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON; `gpu-launcher guide status` describes it.")
 
 gpus = value(
     "--gpus",

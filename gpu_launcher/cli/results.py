@@ -28,7 +28,7 @@ from gpu_launcher.cli import options
 @options.value("--plot", "FILE", "Draw the value by parameter and over time into FILE.html, FILE.png or FILE.svg.")
 @options.value("--html", "FILE", "Write the sweep's page into FILE.html: table, failures and charts.")
 @click.option("--csv", "how", flag_value="csv", help="Print CSV.")
-@click.option("--json", "how", flag_value="json", help="Print JSON; docs/results.md documents it.")
+@click.option("--json", "how", flag_value="json", help="Print JSON; `gpu-launcher guide results` describes it.")
 @click.option("--jsonl", "how", flag_value="jsonl", help="Print a line of JSON for each job.")
 def results(
     directory: Path | None,

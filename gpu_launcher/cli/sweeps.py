@@ -9,7 +9,7 @@ from gpu_launcher.cli import options
 
 @click.command()
 @options.sweep
-@click.option("--json", "as_json", is_flag=True, help="Print JSON; docs/steering.md documents it.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; `gpu-launcher guide steering` describes it.")
 def sweeps(directory: object, as_json: bool) -> None:
     """List the sweeps and maps below a directory, running ones first.
 

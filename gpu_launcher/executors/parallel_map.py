@@ -67,7 +67,7 @@ def parallel_map(
       for the bar and for small chunks at the end.
     - `start_method`: fork, spawn (fresh interpreters), or auto, which forks unless threads or CUDA make that unsafe.
     - `nodes`: machines to run workers on, as a list of `local`, `ssh:HOST`, `slurm:COUNT`, `sbatch:COUNT`, `ray:COUNT`
-      and `command:COMMAND`. Each uses its own devices. See docs/nodes.md. Default: this machine.
+      and `command:COMMAND`. Each uses its own devices. See `gpu-launcher guide nodes`. Default: this machine.
 
     No worker is started and no record is read before the first result is asked for. `records` is read in this thread,
     while it waits for results. Breaking out of the iteration, closing it, or an exception ends the workers at once.

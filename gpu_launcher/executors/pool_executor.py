@@ -69,7 +69,8 @@ class PoolExecutor(Executor):
             start_method: `fork` from this program, or `spawn` fresh interpreters. Default: fork, unless other threads
                 run or CUDA is initialised when the first call is submitted.
             nodes: machines to make calls on, as a list of `local`, `ssh:HOST`, `slurm:COUNT`, `sbatch:COUNT`,
-                `ray:COUNT` and `command:COMMAND`. Each uses its own devices. See docs/nodes.md. Default: this machine.
+                `ray:COUNT` and `command:COMMAND`. Each uses its own devices. See `gpu-launcher guide nodes`. Default:
+                this machine.
 
         Raises ValueError, most often an OptionError, and TypeError for positional arguments.
         """

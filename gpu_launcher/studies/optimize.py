@@ -72,7 +72,7 @@ def optimize(
     - `gc_after_trial`: accepted for compatibility with `study.optimize`; a process's memory is freed when it ends.
     - `pool`: devices to use instead of all of the machine's. `start_method`: how processes are started, fork or spawn.
     - `nodes`: machines to run trials on, as a list of `local`, `ssh:HOST`, `slurm:COUNT`, `sbatch:COUNT`, `ray:COUNT`
-      and `command:COMMAND`. Each uses its own devices. See docs/nodes.md. By default, only this machine.
+      and `command:COMMAND`. Each uses its own devices. See `gpu-launcher guide nodes`. By default, only this machine.
 
     Ctrl-C interrupts the running trials. They fail, and KeyboardInterrupt is raised.
 

@@ -12,7 +12,7 @@ HELP = {
     "devices": "Devices to run on: auto (all GPUs, or CPU slots if there is no GPU), a list of GPUs such as [0,2] or "
     "UUIDs, cpu:4, or simulated:8. CUDA_VISIBLE_DEVICES restricts auto and lists.",
     "nodes": "Machines to run on, such as [local,ssh:gpu2]: local, ssh:HOST, slurm:COUNT, sbatch:COUNT, ray:COUNT, "
-    "'command:COMMAND ...', or a list of these. See docs/nodes.md. null: this machine.",
+    "'command:COMMAND ...', or a list of these. See `gpu-launcher guide nodes`. null: this machine.",
     "outputs": "Where jobs on other machines leave their outputs: shared (a file system that all machines share), or "
     "fetch (each job's directory is brought here when it ends).",
     "gpus": "GPUs per job: a whole number, or a fraction such as 0.5. Can be an interpolation on the job's own "
@@ -37,11 +37,11 @@ HELP = {
     "dry_run": "Run nothing: show the first commands, the jobs whose configs do not compose, and what all jobs need of "
     "the pool. The exit code is 1 if a job cannot run. Needs --multirun, as every sweep does.",
     "detach": "Continue without the terminal when the first job can start: the prompt returns, and the output goes to "
-    "sweep.log in the sweep's directory. gpu-launcher attach shows the sweep. See docs/howto/leave.md.",
+    "sweep.log in the sweep's directory. gpu-launcher attach shows the sweep. See `gpu-launcher guide leave`.",
     "direction": "minimize or maximize: which value that the jobs return is best. The sweep then names its best job at "
     "its end. null: not known. optuna_async uses hydra.sweeper.direction instead.",
     "on_end": "Command that runs when the sweep is over, with a JSON document on its standard input: a list of words, "
-    "or text that is split as a shell does. See docs/notifications.md. null: none.",
+    "or text that is split as a shell does. See `gpu-launcher guide notifications`. null: none.",
     "on_job_failure": "Command that runs for each job that fails and is not retried, like on_end.",
     "stagger": "Time between the starts of two jobs on one device, such as 5 or 1m.",
     "busy_memory": "Memory in use on a device, beyond what is leased, above which jobs do not start on it. null: "

@@ -148,7 +148,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
         info = f"gpu_launcher-{declared_version()}.dist-info"
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
         metadata = archive.read(f"{info}/METADATA").decode()
-        guide = archive.read("gpu_launcher/cli/guide.md").decode()
+        pages = {name: archive.read(name).decode() for name in names if "/cli/pages/" in name}
     assert {name.partition("/")[0] for name in names} == {*PACKAGES, info}
     assert {"gpu_launcher/py.typed", "hydra_plugins/gpu_pool_launcher/__init__.py"} <= set(names)
     assert f"{info}/licenses/LICENSE" in names
@@ -156,7 +156,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     assert not [name for name in names if "/tests/" in name or name.endswith((".pyc", ".so"))]
     assert "[hydra.plugins]\ngpu_pool = " in entry_points
     assert metadata.endswith((TREE / "README.md").read_text())
-    assert guide == (TREE / "docs" / "guide.md").read_text()
+    assert pages == {f"gpu_launcher/cli/pages/{path.name}": path.read_text() for path in (TREE / "docs").rglob("*.md")}
 
 
 @pytest.mark.slow
