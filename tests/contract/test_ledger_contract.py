@@ -349,7 +349,7 @@ def test_whoever_waits_is_woken_when_something_may_have_become_free(process, dev
         ledger.claim(ticket)
     else:
         ledger.close_in_child()
-    assert readable(waiting, timeout=5)
+    assert readable(waiting, timeout=100)
     waiting.drain()
     assert not readable(waiting)
     if way in ("cancel", "claim", "death"):

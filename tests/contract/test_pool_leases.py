@@ -12,7 +12,6 @@ import pickle
 import random
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -26,12 +25,14 @@ import pytest
 import gpu_launcher
 from gpu_launcher import LeaseTimeout, Pool, RequestError
 from gpu_launcher.allocation import lease as lease_module
+from gpu_launcher.allocation import request_queue
 from gpu_launcher.errors import ApplyError, GpuLauncherError, OptionError, PoolDirectoryError
+from gpu_launcher.leases import FileLedger
 from gpu_launcher.processes.forking import internal_fork
 from tests.descriptors import open_descriptors
 from tests.waiting import until
 
-SOON = 20.0
+SOON = 100.0
 """Seconds after which something does not happen any more, on a machine that is busy with other things."""
 
 
@@ -291,25 +292,20 @@ def test_a_task_that_waits_gets_the_devices_of_a_holder_that_is_killed(
     assert asyncio.run(main()) < SOON
 
 
-def test_devices_pass_from_thread_to_thread_without_polling(pool: Pool) -> None:
-    took = []
+def test_devices_pass_from_thread_to_thread_without_polling(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FileLedger, "poll_interval", 600.0)  # longer than a test may take
+    monkeypatch.setattr(request_queue, "EXPLAIN_SECONDS", 600.0)
     for _ in range(15):
         lease = pool.lease(gpus=4)
-        granted: list[float] = []
 
-        def wait(granted: list[float] = granted) -> None:
-            with pool.lease(gpus=4):
-                granted.append(time.monotonic())
+        def wait() -> None:
+            pool.lease(gpus=4).release()
 
         thread = threading.Thread(target=wait)
         thread.start()
         until(lambda: pool.snapshot().queue)
-        time.sleep(0.05)  # until it polls seldom
-        began = time.monotonic()
         lease.release()
         thread.join()
-        took.append(granted[0] - began)
-    assert statistics.median(took) < 0.05
 
 
 def test_it_is_said_once_for_whom_somebody_waits(
@@ -322,8 +318,11 @@ def test_it_is_said_once_for_whom_somebody_waits(
         with pytest.raises(LeaseTimeout):
             pool.lease(timeout=0.3)
         assert caplog.messages == [], "a moment is not worth a word"
-        with pytest.raises(LeaseTimeout):
-            pool.lease(timeout=3.5)
+        thread = threading.Thread(target=lambda: pool.lease().release())
+        thread.start()
+        until(lambda: caplog.messages, "nothing is said")
+        other.tell()
+        thread.join()
     (message,) = caplog.messages
     assert message.startswith("waiting for 1 GPU: simulated GPU 0-3 held by ")
     assert re.search(r"\(train\.py\) since \d\d:\d\d$", message)

@@ -54,7 +54,7 @@ def free():
 with gpu_launcher.Pool(pool_dir={str(tmp_path / "pool")!r}) as pool:
     timer = threading.Timer(0.5, free)
     timer.start()
-    with pool.lease(gpus=2, timeout=30) as lease:
+    with pool.lease(gpus=2, timeout=200) as lease:
         print(lease.environment({{}})["CUDA_VISIBLE_DEVICES"])
     timer.join()
 """
@@ -93,7 +93,7 @@ def visible(record=None):
 with gpu_launcher.Pool(pool_dir={str(tmp_path / "pool")!r}) as pool, pool.lease() as lease:
     lease.apply()
     with gpu_launcher.PoolExecutor(pool=pool) as executor:
-        called = executor.submit(visible).result(timeout=30)
+        called = executor.submit(visible).result(timeout=200)
     print(visible(), called, *gpu_launcher.parallel_map([1], function=visible, pool=pool))
 """
     assert machine.run(code) == "0 1 1"

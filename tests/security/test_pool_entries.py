@@ -245,7 +245,7 @@ def test_a_lock_on_a_dead_programs_lease_is_its_holders(queue, start, mode):
 
     start(MALLORY, attack)
     ada.kill()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 200
     with acting_as(GRACE), FileLedger(queue.parent) as ledger:
         while mode == fcntl.LOCK_EX:
             leases = ledger.snapshot().leases

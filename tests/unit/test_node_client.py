@@ -346,7 +346,10 @@ def test_a_thread_of_which_nothing_is_known_keeps_jobs_from_being_forked(start: 
         thread.join()
 
 
-def test_a_harmless_thread_does_not_and_the_fork_waits_while_it_is_busy(start: Start) -> None:
+def test_a_harmless_thread_does_not_and_the_fork_waits_while_it_is_busy(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_client, "FORK_WAIT_SECONDS", 60.0)
     over, ready, released = threading.Event(), threading.Event(), []
 
     def work() -> None:

@@ -627,7 +627,7 @@ def test_jobs_draw_different_random_numbers_from_numpy_unless_the_program_seeded
 
 
 def sleeper_with_the_lease(number, spec, context):
-    """Leaves a forked child that has a copy of the lease and ignores SIGTERM."""
+    """Leaves a forked child that has a copy of the lease and ignores SIGTERM. Returns once `SPEC.go` exists."""
     context.prepared(Request(1), None)
     context.wait()
     if os.fork() == 0:
@@ -637,6 +637,7 @@ def sleeper_with_the_lease(number, spec, context):
         time.sleep(60)
         os._exit(0)
     until(lambda: Path(spec).exists() and Path(spec).read_text())
+    until(Path(f"{spec}.go").exists)
     return report()
 
 
@@ -646,10 +647,16 @@ def test_a_lease_is_held_until_the_last_descendant_is_gone_and_that_is_ended(lau
     job.prepared()
     job.process.grant(Grant({}), (lease,))
     os.close(lease)
-    until(lambda: job.result.exists())
+    until(lambda: job.log.exists() and job.log.read_text())
     child = psutil.Process(int(job.log.read_text()))
+    (supervisor,) = supervisors()
+    main = next(process for process in supervisor.children() if process != child)
+    supervisor.suspend()  # which would end the child
+    Path(f"{job.log}.go").touch()
+    until(lambda: not alive(main))
     assert not select.select([held], [], [], 0)[0]
     assert alive(child)
+    supervisor.resume()
     exited = job.exited()
     assert exited == JobExited(0, left_behind=exited.left_behind)
     (left,) = exited.left_behind
@@ -732,9 +739,7 @@ def test_closing_does_not_wait_for_a_supervisor_that_is_stopped_for_long(launch)
     launch.start(server).prepared()
     (supervisor,) = supervisors()
     supervisor.suspend()
-    began = time.monotonic()
-    server.close()
-    assert time.monotonic() - began < 5
+    server.close()  # returns
     assert not alive(supervisor)
 
 

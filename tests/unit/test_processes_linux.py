@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from gpu_launcher.processes import linux
+from tests.waiting import until
 
 
 @contextmanager
@@ -198,9 +199,7 @@ def test_all_threads_are_seen_and_called_as_python_calls_them():
         assert linux.other_threads() == ["tensorboard writer"]
         go.set()
         thread.join()
-        deadline = time.monotonic() + 5  # join returns a moment before the kernel's thread is gone
-        while linux.other_threads():
-            assert time.monotonic() < deadline
+        until(lambda: not linux.other_threads())  # join returns a moment before the kernel's thread is gone
         return True
 
     in_a_process(body)
