@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from gpu_launcher.jobs.job import Cause, JobResult
 from gpu_launcher.model import MILLIONTHS, Device, Request, Share
+from gpu_launcher.wording import count
 
 if TYPE_CHECKING:
     from gpu_launcher.jobs.job_record import JobRun
@@ -27,6 +28,24 @@ class FailurePolicy:
     """Causes of failure after which a job is retried."""
     most: int | None = None
     """Number of failed jobs at which the sweep is stopped. None: it is never stopped for that reason."""
+
+
+class FailureCount:
+    """How many jobs of a run have failed, and whether the run is stopped because of that."""
+
+    def __init__(self, limit: int | None) -> None:
+        """`limit` is `FailurePolicy.most`."""
+        self._limit = limit
+        self._failed = 0
+
+    def forgive(self) -> None:
+        """Do not count one of the failures any longer, because its job runs again."""
+        self._failed -= 1
+
+    def add(self) -> str | None:
+        """Count a failure. Return all of them as text, such as "3 failures", if the run is to be stopped now."""
+        self._failed += 1
+        return count(self._failed, "failure") if self._failed == self._limit else None
 
 
 class RetryState:

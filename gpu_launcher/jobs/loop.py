@@ -33,7 +33,7 @@ from gpu_launcher.errors import ReportError, ServerDiedError
 from gpu_launcher.jobs import machine as m
 from gpu_launcher.jobs.directory import as_proposed
 from gpu_launcher.jobs.events import GaveUp, JobRetried, JobStarted, JobWaiting, Notice, Outcome, StopRequested
-from gpu_launcher.jobs.failures import FailurePolicy, RetryState, packed_too_tightly, set_aside
+from gpu_launcher.jobs.failures import FailureCount, FailurePolicy, RetryState, packed_too_tightly, set_aside
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.job_options import JobOptions
 from gpu_launcher.jobs.job_record import JobRecord, JobRun, Stage
@@ -169,7 +169,7 @@ class JobLoop:
         """How many jobs the source was asked for and has not offered yet."""
         self._servers_lost = 0
         self._any_prepared = False
-        self._failed = 0
+        self._failed = FailureCount(failures.most)
         self._stopped_by: str | None = None
         """The failures that stopped the sweep, as text such as "3 failures". None if failures did not stop it."""
         self._ignored: set[str] = set()
@@ -299,7 +299,8 @@ class JobLoop:
             match statement:
                 case Offer(job, forgiven):
                     self._requested = max(0, self._requested - 1)
-                    self._failed -= forgiven
+                    if forgiven:
+                        self._failed.forgive()
                     retries = RetryState(self._failures, job.attempts_before, job.failed_before)
                     self._jobs[job.number] = JobRecord(job, retries)
                     self._handle(m.Arrived(job.number))
@@ -725,11 +726,11 @@ class JobLoop:
         return True
 
     def _count_failure(self) -> None:
-        self._failed += 1
-        if self._failed == self._failures.most and self._machine.takes_more and not self._machine.finished:
-            self._stopped_by = count(self._failed, "failure")
+        too_many = self._failed.add()
+        if too_many is not None and self._machine.takes_more and not self._machine.finished:
+            self._stopped_by = too_many
             running = len(self._machine.running())
-            stopping = StopRequested(self._clock(), running, self._limits.grace, forced=False, signal=self._stopped_by)
+            stopping = StopRequested(self._clock(), running, self._limits.grace, forced=False, signal=too_many)
             self._source.send(stopping)
             self._stimuli.append(m.StopAsked())
 

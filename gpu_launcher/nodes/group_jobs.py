@@ -22,6 +22,7 @@ from enum import Enum, auto
 from gpu_launcher.debug_log import get_logger
 from gpu_launcher.errors import ReportError
 from gpu_launcher.jobs.events import JobRetried, JobReturned, JobStarted, Notice, Outcome, StopRequested
+from gpu_launcher.jobs.failures import FailureCount
 from gpu_launcher.jobs.job import Cause, Job, JobResult, Refusal
 from gpu_launcher.jobs.node_messages import BeginRun, Ended, Message, Wanted
 from gpu_launcher.jobs.outcome import left_by
@@ -125,12 +126,12 @@ class GroupJobs:
         self._post = post
         self._shares_reports = shares_reports
         self._unfinished: defaultdict[int, _Unfinished] = defaultdict(_Unfinished)
-        self._failed = 0
 
     def begin(self, begin: BeginRun, max_jobs: int | None) -> None:
         """Begin the run. At most `max_jobs` are at the nodes at the same time."""
         self.begun, self.dealer = begin, Dealer(max_jobs)
         self._options = begin.options
+        self._failed = FailureCount(begin.options.failures.most)
         self._reports = begin.reports
 
     def close(self) -> None:
@@ -161,7 +162,8 @@ class GroupJobs:
 
         `forgiven` is as in `Offer`.
         """
-        self._failed -= forgiven
+        if forgiven:
+            self._failed.forgive()
         self._unfinished.pop(job.number, None)  # if it runs again: it may have been cancelled after its end
         for descriptor in descriptors:
             self._unfinished[job.number].channel = FarEnd(socket.socket(fileno=os.dup(descriptor)))
@@ -418,13 +420,12 @@ class GroupJobs:
         self._carry_out(self.dealer.ended(result.number))
 
     def _count_failure(self) -> None:
-        self._failed += 1
-        if self._failed != self._options.failures.most or self.stopping:
+        too_many = self._failed.add()
+        if too_many is None or self.stopping:
             return
         self.stop()
         running = sum(job.running is not None for job in self._unfinished.values())
-        why = count(self._failed, "failure")
-        self._post(StopRequested(time.monotonic(), running, self._options.grace, forced=False, signal=why))
+        self._post(StopRequested(time.monotonic(), running, self._options.grace, forced=False, signal=too_many))
 
     def _history_of(self, job: Job) -> Job:
         """Return the job with the number of its attempts until now, which it takes along to another node."""
