@@ -14,14 +14,12 @@ import copy
 import threading
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ParamSpec, TypeVar
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
-from optuna.study import StudyDirection
-from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.studies import storage as databases
@@ -34,6 +32,17 @@ T = TypeVar("T")
 
 _swapping = threading.RLock()
 """Held while a study's storage is replaced, because several threads may optimize one study."""
+
+
+def _delegated(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """Return a method of StudyStorage that calls the backend's method of the same name."""
+
+    @wraps(method, updated=())  # not its attributes: one of them says that it is abstract
+    def delegated(self: Any, /, *arguments: P.args, **options: P.kwargs) -> T:
+        operation: Callable[P, T] = getattr(self.backend, method.__name__)
+        return cast("T", self._do(operation, *arguments, **options))
+
+    return delegated
 
 
 class StudyStorage(BaseStorage):
@@ -133,72 +142,20 @@ class StudyStorage(BaseStorage):
 
     # Methods that only delegate to the backend.
 
-    def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
-        """See `BaseStorage`."""
-        return self._do(self.backend.create_new_study, directions, study_name)
-
-    def delete_study(self, study_id: int) -> None:
-        """See `BaseStorage`."""
-        self._do(self.backend.delete_study, study_id)
-
-    def set_study_user_attr(self, study_id: int, key: str, value: Any) -> None:
-        """See `BaseStorage`."""
-        self._do(self.backend.set_study_user_attr, study_id, key, value)
-
-    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
-        """See `BaseStorage`."""
-        self._do(self.backend.set_study_system_attr, study_id, key, value)
-
-    def get_study_id_from_name(self, study_name: str) -> int:
-        """See `BaseStorage`."""
-        return self._do(self.backend.get_study_id_from_name, study_name)
-
-    def get_study_name_from_id(self, study_id: int) -> str:
-        """See `BaseStorage`."""
-        return self._do(self.backend.get_study_name_from_id, study_id)
-
-    def get_study_directions(self, study_id: int) -> list[StudyDirection]:
-        """See `BaseStorage`."""
-        return self._do(self.backend.get_study_directions, study_id)
-
-    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
-        """See `BaseStorage`."""
-        return self._do(self.backend.get_study_user_attrs, study_id)
-
-    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
-        """See `BaseStorage`."""
-        return self._do(self.backend.get_study_system_attrs, study_id)
-
-    def get_all_studies(self) -> list[FrozenStudy]:
-        """See `BaseStorage`."""
-        return self._do(self.backend.get_all_studies)
-
-    def set_trial_param(
-        self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
-    ) -> None:
-        """See `BaseStorage`."""
-        self._do(self.backend.set_trial_param, trial_id, param_name, param_value_internal, distribution)
-
-    def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
-        """See `BaseStorage`."""
-        return self._do(self.backend.get_trial_id_from_study_id_trial_number, study_id, trial_number)
-
-    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
-        """See `BaseStorage`."""
-        self._do(self.backend.set_trial_intermediate_value, trial_id, step, intermediate_value)
-
-    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        """See `BaseStorage`."""
-        self._do(self.backend.set_trial_user_attr, trial_id, key, value)
-
-    def get_trial(self, trial_id: int) -> FrozenTrial:
-        """See `BaseStorage`."""
-        return self._do(self.backend.get_trial, trial_id)
-
-    def get_best_trial(self, study_id: int) -> FrozenTrial:
-        """See `BaseStorage`."""
-        return self._do(self.backend.get_best_trial, study_id)
-
-    def remove_session(self) -> None:
-        """See `BaseStorage`."""
-        self._do(self.backend.remove_session)
+    create_new_study = _delegated(BaseStorage.create_new_study)
+    delete_study = _delegated(BaseStorage.delete_study)
+    set_study_user_attr = _delegated(BaseStorage.set_study_user_attr)
+    set_study_system_attr = _delegated(BaseStorage.set_study_system_attr)
+    get_study_id_from_name = _delegated(BaseStorage.get_study_id_from_name)
+    get_study_name_from_id = _delegated(BaseStorage.get_study_name_from_id)
+    get_study_directions = _delegated(BaseStorage.get_study_directions)
+    get_study_user_attrs = _delegated(BaseStorage.get_study_user_attrs)
+    get_study_system_attrs = _delegated(BaseStorage.get_study_system_attrs)
+    get_all_studies = _delegated(BaseStorage.get_all_studies)
+    set_trial_param = _delegated(BaseStorage.set_trial_param)
+    get_trial_id_from_study_id_trial_number = _delegated(BaseStorage.get_trial_id_from_study_id_trial_number)
+    set_trial_intermediate_value = _delegated(BaseStorage.set_trial_intermediate_value)
+    set_trial_user_attr = _delegated(BaseStorage.set_trial_user_attr)
+    get_trial = _delegated(BaseStorage.get_trial)
+    get_best_trial = _delegated(BaseStorage.get_best_trial)
+    remove_session = _delegated(BaseStorage.remove_session)
