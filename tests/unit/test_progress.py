@@ -31,7 +31,7 @@ from gpu_launcher.jobs.events import (
 from gpu_launcher.jobs.progress import PlainProgress, open_progress
 from gpu_launcher.jobs.progress.alike import ranges
 from gpu_launcher.jobs.progress.estimate import time_left
-from gpu_launcher.jobs.progress.log_tail import log_tail
+from gpu_launcher.jobs.progress.log_window import log_tail
 from gpu_launcher.leases import LeaseView, PoolView
 from gpu_launcher.model import WHOLE, Device, DeviceKind, Owner
 from gpu_launcher.text import one_line

@@ -1,4 +1,4 @@
-"""A window into a job's log, which may be large and may grow while it is read."""
+"""The end of a job's log, and a window into it. It may be large, and may grow while it is read."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 import stat
 from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, dropwhile, islice
 from pathlib import Path
 
-from gpu_launcher.jobs.progress.log_tail import as_it_looked
+from gpu_launcher.text import CONTROL, ESCAPE_SEQUENCE
 
 REACH = 64 * 1024
 """Bytes that are read before and after the line that is shown first."""
@@ -37,7 +37,7 @@ class LogWindow:
     def lines(self, at: int | None, rows: int) -> list[str]:
         """Return at most `rows` lines, cleaned for display."""
         first = self.first(at, rows)
-        return [as_it_looked(line.decode("utf-8", "replace")) for line in self.raw[first : first + rows]]
+        return [_cleaned(line) for line in self.raw[first : first + rows]]
 
 
 def read_window(path: str | None, at: int | None) -> LogWindow:
@@ -85,6 +85,25 @@ def _lines(data: bytes) -> list[bytes]:
     lines = [line + b"\n" for line in data.split(b"\n")]
     lines[-1] = lines[-1][:-1]
     return lines if lines[-1] else lines[:-1]
+
+
+def log_tail(path: str | None, *, lines: int = 10, width: int = 300) -> list[str]:
+    """Return the last lines of a log, cleaned for display. Empty if the log cannot be read for any reason.
+
+    Not promised: that a line longer than REACH is returned from its beginning.
+    """
+    window = read_window(path, None)
+    cut_off = len(window.raw) > 1 and window.starts[0] > 0
+    cleaned = (_cleaned(line) for line in reversed(window.raw[cut_off:]))
+    shown = list(islice(dropwhile(lambda line: not line, cleaned), lines))
+    return [line if len(line) <= width else line[: width - 1] + "…" for line in reversed(shown)]
+
+
+def _cleaned(line: bytes) -> str:
+    """Return a line as a terminal showed it last, after it was rewritten with carriage returns."""
+    text = ESCAPE_SEQUENCE.sub("", line.decode("utf-8", "replace")).expandtabs(4)
+    last = next((part for part in reversed(text.split("\r")) if part.strip()), "")
+    return CONTROL.sub("", last).rstrip()
 
 
 def files_of(log: str | None) -> list[tuple[str, str]]:

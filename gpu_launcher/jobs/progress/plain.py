@@ -19,7 +19,7 @@ from gpu_launcher.jobs.events import (
     SweepStarted,
     Throttled,
 )
-from gpu_launcher.jobs.progress.log_tail import log_tail
+from gpu_launcher.jobs.progress.log_window import log_tail
 from gpu_launcher.jobs.progress.stream import Output
 from gpu_launcher.jobs.progress.tally import SweepTally, failure, retry
 from gpu_launcher.model import DeviceKind
