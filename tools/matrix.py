@@ -48,8 +48,6 @@ class Environment:
     """Files and directories whose tests are run, but for the slow ones."""
     hydra: str | None = None
     optuna: str | None = None
-    slow: tuple[str, ...] = ()
-    """Where the tests marked slow run, too; one environment is enough for each."""
     beside: tuple[str, ...] = ()
     """What is installed beside, if it can be: the tests that need it are skipped without."""
     ddp: bool = False
@@ -107,6 +105,7 @@ PACKAGED = (
 """What depends on what was packaged, and a sweep on each start method."""
 DISTRIBUTED = (
     *PACKAGED,
+    "tests/docs/test_howto_frameworks.py",
     "tests/docs/test_readme_in_order.py",
     "tests/hydra/test_existing_programs.py",
     "tests/hydra/test_lightning.py",
@@ -114,9 +113,11 @@ DISTRIBUTED = (
     "tests/hydra/test_pruning_ranks.py",
     "tests/unit/test_cpu_unpickler.py",
     "tests/unit/test_random_generators.py",
+    "tests/unit/test_result_table.py",
     "tests/unit/test_samplers.py",
 )
-"""That, and what needs torch or Lightning."""
+"""That, and what needs torch, Lightning, or one of these."""
+FRAMEWORKS = ("tensorboard", "wandb", "mlflow-skinny", "pandas", "matplotlib")
 HISTORIES = (*PACKAGED, "tests/simulation/test_policy_state_machine.py")
 SWEEPERS = ("hydra-optuna-sweeper==1.4.0rc3", "hydra-nevergrad-sweeper==1.4.0rc3")
 """Other people's that run on this Hydra."""
@@ -148,7 +149,7 @@ ENVIRONMENTS = (
         artifact="wheel",
         tests=DISTRIBUTED,
         ddp=True,
-        beside=("torch==2.13.0",),
+        beside=("torch==2.13.0", *FRAMEWORKS),
     ),
 )
 
@@ -217,7 +218,7 @@ def main() -> int:
     chosen = [e for e in ENVIRONMENTS if not options.only or any(e.name.startswith(o) for o in options.only)]
     if not chosen:
         parser.error(f"no environment is called so; there are {', '.join(e.name for e in ENVIRONMENTS)}")
-    for path in {path for environment in chosen for path in (*environment.tests, *environment.slow)}:
+    for path in {path for environment in chosen for path in environment.tests}:
         if not (TREE / path).exists():
             parser.error(f"{path}, which an environment in {__file__} runs, does not exist")
     MATRIX.mkdir(exist_ok=True)
@@ -352,12 +353,9 @@ def test(environment: Environment, home: Path, seed: int, pytest_arguments: Sequ
     step("installed", check, output, cwd=copy)
     print(f"{environment.name}: {last_line(Path(output.name))}", flush=True)
     order = ["--random-order", f"--random-order-seed={seed}"]
-    pytest = [str(binaries / "python"), "-m", "pytest", "--workers", str(WORKERS), *order, "-m"]
-    paths = environment.tests
+    pytest = [str(binaries / "python"), "-m", "pytest", "--workers", str(WORKERS), *order, "-m", "not slow"]
     histories = {} if environment.histories is None else {"GPU_LAUNCHER_HISTORIES": str(environment.histories)}
-    step("tests", [*pytest, "not slow", *(pytest_arguments or paths)], output, cwd=copy, **histories)
-    if environment.slow and not pytest_arguments:
-        step("slow tests", [*pytest, "slow", *environment.slow], output, cwd=copy)
+    step("tests", [*pytest, *(pytest_arguments or environment.tests)], output, cwd=copy, **histories)
 
 
 def step(name: str, command: Sequence[str], output: IO[str], cwd: Path = TREE, **variables: str) -> None:

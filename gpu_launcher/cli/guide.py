@@ -21,7 +21,7 @@ def _complete_pages(context: click.Context, option: click.Parameter, incomplete:
 @click.command()
 @click.argument("page", default="guide", metavar="[PAGE]", shell_complete=_complete_pages)
 def guide(page: str) -> None:
-    """Print a guide for coding agents and scripts, or another page of the documentation.
+    """Print a guide for coding agents, or another page of the documentation.
 
     The guide is one page of Markdown: how to check the machine, run commands and many jobs without blocking, read
     results as JSON, and steer. PAGE names another page, such as options, nodes or faq. A name that does not exist

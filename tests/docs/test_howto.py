@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import pytest
 import gpu_launcher.errors
 from hydra_plugins.gpu_pool_launcher.config import HELP as LAUNCHER
 from hydra_plugins.optuna_async_sweeper.config import HELP as SWEEPER
-from tests.docs.test_walkthroughs import DOCS, blocks, follow
+from tests.docs.test_walkthroughs import DOCS, blocks, follow, pattern, write_programs
 
 ROOT = DOCS.parent
 HOWTO = DOCS / "howto"
@@ -81,13 +83,6 @@ if __name__ == "__main__":
 """The lightning-hydra-template, as far as its configs meet the launcher and the sweeper."""
 
 
-def write_programs(text: str, directory: Path) -> None:
-    """Write each block of Python that begins with the name of a file."""
-    for block in blocks(text, "python"):
-        if named := re.match(r"# (\w+\.py)\n", block):
-            (directory / named[1]).write_text(block)
-
-
 def apply(diff: str, directory: Path) -> int:
     """Change files as the page's diff says. Return the number of lines that it adds."""
     added = 0
@@ -104,11 +99,13 @@ def apply(diff: str, directory: Path) -> int:
     return added
 
 
-@pytest.mark.parametrize("name", ["best_run", "hydra_zen", "leave", "out_of_memory", "trackers"])
+@pytest.mark.parametrize(
+    "name", ["howto/best_run", "howto/hydra_zen", "howto/leave", "howto/out_of_memory", "notifications"]
+)
 def test_the_commands_of_the_page_print_what_it_says(name: str, tmp_path: Path) -> None:
-    if name == "hydra_zen":
+    if name == "howto/hydra_zen":
         pytest.importorskip("hydra_zen")
-    text = (HOWTO / f"{name}.md").read_text()
+    text = (DOCS / f"{name}.md").read_text()
     write_programs(text, tmp_path)
     assert follow(text, tmp_path) >= 3
 
@@ -196,3 +193,23 @@ def test_every_class_of_error_is_explained() -> None:
         if isinstance(value, type) and issubclass(value, gpu_launcher.errors.GpuLauncherError)
     }
     assert {name for name in classes if f"`{name}`" not in text} == set()
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda: gpu_launcher.Pool(devices="gpu9").lease(),
+        lambda: gpu_launcher.PoolExecutor(max_workers=0),
+        lambda: gpu_launcher.parallel_map([], None, 3),
+        lambda: gpu_launcher.storage("redis://there"),
+        lambda: gpu_launcher.load_results("/proc/version"),
+    ],
+)
+def test_message_of_an_error_is_in_the_list_that_the_site_has(mistake: Callable[[], object]) -> None:
+    conf = runpy.run_path(str(DOCS / "conf.py"))
+    source = [(DOCS / "faq.md").read_text()]
+    conf["add_error_messages"](None, "docs/faq", source)
+    listed = source[0].partition("## The message of each error")[2].splitlines()
+    with pytest.raises(Exception) as raised:  # noqa: PT011
+        mistake()
+    assert [one for one in listed if " " in one and re.search(pattern(one), str(raised.value))], raised.value

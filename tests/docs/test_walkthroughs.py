@@ -27,7 +27,7 @@ def pattern(expected: str) -> str:
     )
 
 
-def follow(text: str, directory: Path) -> int:
+def follow(text: str, directory: Path, timeout: float = 250) -> int:
     """Run the commands of a page in order in `directory`, and compare what they print. Return how many there are."""
     steps = [
         part.partition("\n") for block in blocks(text, "console") for part in re.split(r"^\$ ", block, flags=re.M)[1:]
@@ -43,7 +43,7 @@ def follow(text: str, directory: Path) -> int:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=timeout,
         check=False,
     )
     printed = done.stdout.split(f"{MARK}\n")
@@ -52,6 +52,13 @@ def follow(text: str, directory: Path) -> int:
             assert re.fullmatch(pattern(expected), output), f"$ {command}\n{output}"
     assert len(printed) == len(steps) + 1
     return len(steps)
+
+
+def write_programs(text: str, directory: Path) -> None:
+    """Write each block of Python on a page that begins with the name of a file."""
+    for block in blocks(text, "python"):
+        if named := re.match(r"# (\w+\.py)\n", block):
+            (directory / named[1]).write_text(block)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +78,7 @@ def test_the_walk_through_goes_as_it_says(name: str, script: str, tmp_path: Path
     text = (DOCS / f"{name}.md").read_text()
     program, *_ = blocks(text, "python")
     (tmp_path / f"{script}.py").write_text(program)
+    write_programs(text, tmp_path)
     assert follow(text, tmp_path) >= 6
 
 

@@ -18,8 +18,6 @@ from tests.waiting import alive, until
 pytest.importorskip("torch", reason="needs torch: pip install 'gpu-launcher[ddp]'")
 pytest.importorskip("lightning", reason="needs Lightning: pip install 'gpu-launcher[ddp]'")
 
-pytestmark = pytest.mark.slow
-
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Start = Callable[..., subprocess.Popen[str]]
 

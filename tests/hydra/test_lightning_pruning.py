@@ -21,8 +21,6 @@ from gpu_launcher.errors import OptionError
 pytest.importorskip("torch", reason="needs torch: pip install 'gpu-launcher[ddp]'")
 pytest.importorskip("lightning", reason="needs Lightning: pip install 'gpu-launcher[ddp]'")
 
-pytestmark = pytest.mark.slow
-
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 PRUNER = "hydra.sweeper.pruner={_target_: optuna.pruners.ThresholdPruner, upper: 5.0}"

@@ -1,6 +1,6 @@
 """What is shipped: one version, the declared dependencies, and archives that install and work.
 
-The slow tests take the archives from `GPU_LAUNCHER_DIST` if it is set, as the matrix does, and else build them.
+The tests of archives take them from `GPU_LAUNCHER_DIST` if it is set, as the matrix does, and else build them.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def run(*command: str, cwd: Path | None = None) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(300)
 def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
@@ -159,7 +159,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     assert pages == {f"gpu_launcher/cli/pages/{path.name}": path.read_text() for path in (TREE / "docs").rglob("*.md")}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(300)
 def test_the_sdist_holds_what_is_needed_to_build_and_test(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:

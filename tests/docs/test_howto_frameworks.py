@@ -1,0 +1,45 @@
+"""The how-to pages on PyTorch, Lightning and trackers do what they show. `make matrix` has these packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.docs.test_walkthroughs import DOCS, blocks, follow, write_programs
+
+HOWTO = DOCS / "howto"
+
+
+def sections(name: str) -> dict[str, str]:
+    """The text of each section of a page by its title, and what is above the first."""
+    return dict(part.split("\n", 1) for part in re.split("^## ", f"\n{(HOWTO / f'{name}.md').read_text()}", flags=re.M))
+
+
+NEEDS = {
+    ("trackers", ""): [],
+    ("trackers", "Weights & Biases"): ["wandb"],
+    ("trackers", "MLflow"): ["mlflow"],
+    ("trackers", "TensorBoard"): ["torch", "tensorboard"],
+    ("pytorch", ""): ["torch"],
+    ("distributed", "Lightning DDP"): ["torch", "lightning"],
+    ("distributed", "torchrun"): ["torch"],
+}
+"""What must be installed to follow a section of a page, or what is above the first."""
+
+
+@pytest.mark.timeout(900)  # importing torch takes half a minute in each process of a busy machine
+@pytest.mark.parametrize(("name", "section"), NEEDS)
+def test_the_commands_of_the_section_print_what_it_says(name: str, section: str, tmp_path: Path) -> None:
+    for package in NEEDS[name, section]:
+        if importlib.util.find_spec(package) is None:  # not imported: that changes the environment
+            pytest.skip(f"needs {package}")
+    write_programs((HOWTO / f"{name}.md").read_text(), tmp_path)
+    assert follow(sections(name)[section], tmp_path, timeout=850) >= 1
+
+
+def test_all_sections_with_commands_are_followed() -> None:
+    for name in {name for name, _ in NEEDS}:
+        assert {(name, title) for title, text in sections(name).items() if blocks(text, "console")} <= set(NEEDS)
