@@ -83,5 +83,5 @@ def _timeout(value: object, option: str) -> float | None:
         return None
     seconds = read_duration(value, option)
     if seconds == 0:
-        raise OptionError(option, "0 would end every job at once: give a time, or leave it out for none")
+        raise OptionError(option, "0 would end every job at once: give a time, or leave it out for no limit")
     return seconds

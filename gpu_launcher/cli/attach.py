@@ -34,8 +34,8 @@ def attach(dir: str | None) -> int:
 def wait(dir: str | None) -> int:
     """Wait until a sweep has ended, and return its exit code.
 
-    Returns at once if it has ended. The exit code is 0 if all went well, and otherwise that with which the sweep ended
-    its program: 1 if jobs failed, 130 after Ctrl-C or `stop`. It is 1 if the program was killed.
+    Returns at once if it has ended. The exit code is that of the sweep's program: 0 if all went well, 1 if jobs
+    failed, 130 after Ctrl-C or `stop`. It is 1 if the program was killed.
 
     Examples:
 

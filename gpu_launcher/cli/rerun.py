@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 def rerun(job: str, dir: str | None, runs: bool) -> None:
     """Print the command that runs one job again, alone.
 
-    The job can be of a sweep or a map, in any state. The command has its program, overrides or parameters, and working
-    directory, and waits for as many devices of the pool. The sweep keeps the job's result. A Hydra program gets a new
-    directory, rerun/JOB/<time> in that of the sweep. With --run, the command runs in this terminal.
+    The job can be of a sweep or a map, in any state. The command uses the job's program, overrides or parameters,
+    and working directory, and waits for as many devices of the pool. The sweep keeps the job's result. A Hydra
+    program gets a new directory, rerun/JOB/<time> in that of the sweep. With --run, the command runs in this terminal.
 
     Exit code with --run: as for `gpu-launcher run`.
 

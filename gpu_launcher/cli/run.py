@@ -38,8 +38,8 @@ def run(
     """Run a command with devices of its own.
 
     Waits for the devices, and says on stderr who holds them. The command gets CUDA_VISIBLE_DEVICES, this terminal, and
-    the signals sent to gpu-launcher. When the command ends, processes that it left behind are ended, the devices are
-    free, and gpu-launcher ends as the command did.
+    the signals sent to gpu-launcher. When the command ends, gpu-launcher ends the processes that it left behind, frees
+    the devices, and exits as the command did.
 
     Exit codes: the command's own; 75 if --wait expired, 124 if --timeout did, 125 if the pool cannot be used, 126 if
     the command cannot be executed, 127 if it is not found, 2 if an option is invalid.

@@ -39,7 +39,7 @@ def cancel(jobs: tuple[str, ...], dir: str | None) -> None:
 
 @click.command()
 @click.argument("jobs", metavar="[JOB]...", nargs=-1)
-@click.option("--failed", is_flag=True, help="All jobs that have failed until now.")
+@click.option("--failed", is_flag=True, help="Retry all jobs that have failed so far.")
 @options.sweep_option
 def retry(jobs: tuple[str, ...], failed: bool, dir: str | None) -> None:
     """Run failed or cancelled jobs of a running sweep again.
@@ -170,7 +170,7 @@ def check_directory(option: str, directory: str | None) -> None:
     from gpu_launcher.errors import OptionError
 
     if directory == "":
-        raise OptionError(option, "names nothing: is the variable set from which it was to come?")
+        raise OptionError(option, "the name is empty: if it comes from a variable, is that set?")
 
 
 def _done(line: str) -> None:

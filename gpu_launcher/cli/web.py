@@ -41,8 +41,8 @@ def web(
     """Show the pool and sweeps in a browser.
 
     Prints a link and serves until Ctrl-C. Shows the sweeps and maps below each DIR, by default below the current
-    directory, and starts new ones. Who has the link can run programs as you, so do not pass it on. Needs `pip install
-    'gpu-launcher[web]'`.
+    directory, and starts new ones. Anyone who has the link can run programs as you, so do not pass it on. Needs
+    `pip install 'gpu-launcher[web]'`.
 
     Examples:
 

@@ -124,7 +124,7 @@ class Sweep:
         return _line(parts, self._why_not(without(jobs, known), coming, any_cancelled=bool(parts)))
 
     def retry(self, *jobs: int, failed: bool = False) -> str:
-        """Run jobs again that failed or were cancelled, in this sweep. With `failed`, all that have failed until now.
+        """Run jobs again that failed or were cancelled, in this sweep. With `failed`, all that have failed so far.
 
         Each job ends in one result, that of its last attempt.
         """

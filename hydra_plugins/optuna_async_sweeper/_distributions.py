@@ -80,7 +80,7 @@ def on_grid(distribution: FloatDistribution, value: float) -> float:
 def _check_tags(sweep: Sweep) -> None:
     for tag in sorted(sweep.tags):
         if tag != "log":
-            raise ValueError(f"the tag {tag!r} is unknown: the one there is is log, as in tag(log, interval(1e-4, 1))")
+            raise ValueError(f"the tag {tag!r} is unknown: the only one is log, as in tag(log, interval(1e-4, 1))")
         if not isinstance(sweep, IntervalSweep):
             raise ValueError(
                 "only an interval can be logarithmic: use tag(log, interval(a, b)), for whole numbers "
@@ -147,7 +147,9 @@ def _range(sweep: RangeSweep) -> Searched:
     start, stop, step = (Decimal(str(number)) for number in (sweep.start, sweep.stop, sweep.step))
     count = math.ceil((Fraction(stop) - Fraction(start)) / Fraction(step))
     if count <= 0:
-        raise ValueError(f"the range from {start} to {stop} by {step} is empty: turn the bounds around, or the step")
+        raise ValueError(
+            f"the range from {start} to {stop} by {step} is empty: swap the bounds, or change the sign of the step"
+        )
     if count == 1 and not (isinstance(sweep.start, int) and isinstance(sweep.stop, int) and sweep.step == 1):
         floats = f"interval({float(start)}, {float(stop)})"
         raise ValueError(

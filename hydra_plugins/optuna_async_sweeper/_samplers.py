@@ -218,7 +218,7 @@ def _made(cls: type[BaseSampler], options: Mapping[str, Any], space: SearchSpace
     if cls is optuna.samplers.GridSampler and options.get("search_space") is None:
         options["search_space"] = _grid(space)
     if cls is optuna.samplers.BruteForceSampler and (size := grid_size(space)) > MAX_GRID_POINTS:
-        raise OptionError(OPTION, f"a grid of {size} points is too large: make ranges coarser, or take random")
+        raise OptionError(OPTION, f"a grid of {size} points is too large: make ranges coarser, or use random")
     if options.get("reference_points") is not None:
         import numpy
 
@@ -273,7 +273,7 @@ def _kind(cls: type[BaseSampler], options: Mapping[str, Any]) -> str:
 
 def _grid(space: SearchSpace) -> dict[str, list[Any]]:
     if (size := grid_size(space)) > MAX_GRID_POINTS:
-        raise OptionError(OPTION, f"a grid of {size} points is too large: make ranges coarser, or take random")
+        raise OptionError(OPTION, f"a grid of {size} points is too large: make ranges coarser, or use random")
     return {key: _points(distribution) for key, distribution in space.distributions.items()}
 
 

@@ -293,7 +293,7 @@ def _number(key: str, entry: Searched, value: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         number = None
     if number is None or (whole and number != value):
-        raise SearchSpaceError(f"{key}={value!r}", f"is no {'whole ' if whole else ''}number")
+        raise SearchSpaceError(f"{key}={value!r}", f"is not a {'whole ' if whole else ''}number")
     return on_grid(entry.distribution, number) if isinstance(entry.distribution, FloatDistribution) else number
 
 

@@ -237,7 +237,7 @@ def test_nothing_of_the_users_is_written_over(run_map: Map, name: str) -> None:
 def test_an_empty_name_is_no_directory(run_map: Map, option: str) -> None:
     refused = run_map("--param", "n=1", *SIMULATED, option, "", "--", "echo", "{n}")
     assert refused.returncode == 2
-    assert f"{option}: names nothing" in refused.stderr
+    assert f"{option}: the name is empty" in refused.stderr
     assert list(run_map.path.iterdir()) == []
 
 
@@ -282,7 +282,7 @@ def test_nobody_waits_for_a_stream_from_the_keyboard(run_map: Map, terminal: Any
     assert run_map("--from", "-", *SIMULATED, "--dir", "out", "--", *FAIL_AT_2, input=ONE_TO_THREE).returncode == 1
     shown = terminal("map", "--resume", str(directory), *more)
     assert shown.wait() == 2
-    assert "came in on stdin, which is a terminal now" in shown.text
+    assert "came from stdin, which is a terminal now" in shown.text
     assert f"<the same stream> | gpu-launcher map --resume {directory}" in shown.text
     assert run_map.results()[1] == "failed"
 

@@ -162,7 +162,7 @@ def test_the_last_parameter_varies_fastest_and_no_combination_is_held() -> None:
         (["a@b=1"], "without +"),
         (["lr=1", "lr=2"], "lr is given twice"),
         (["lr=("], "is not NAME=VALUES"),
-        (["lr=range(1,1)"], "has no value at all"),
+        (["lr=range(1,1)"], "has no value"),
         ([f"p{number}=range(10000)" for number in range(4)], "combinations"),
     ],
 )

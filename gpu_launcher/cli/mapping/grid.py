@@ -93,7 +93,7 @@ def _axis(parser: Any, text: str) -> tuple[str, tuple[Any, ...]]:
             "with special characters between quotes, as in \"text='a, b','c'\"",
         ) from error
     if not values:
-        raise OptionError("param", f"{text!r} has no value at all")
+        raise OptionError("param", f"{text!r} has no value")
     return name, plain
 
 
@@ -102,8 +102,8 @@ def _range(name: str, sweep: Any) -> list[Any]:
     if len(values) > MOST_VALUES:
         raise OptionError(
             "param",
-            f"{name} has more than {MOST_VALUES} values: write what is to be run to a file or a pipe, and give that by "
-            "--from",
+            f"{name} has more than {MOST_VALUES} values: write the parameters to a file or a pipe, and name that "
+            "with --from",
         )
     if sweep.shuffle:
         shuffle(values)

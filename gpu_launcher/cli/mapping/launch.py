@@ -127,7 +127,7 @@ def run_map(asked: MapArguments, new: str | None, resume: str | None, *, dry_run
         check_directory(option, name)
     if resume is not None:
         if new is not None:
-            raise OptionError("dir", "--resume says already in which directory: leave one of them out")
+            raise OptionError("dir", "--resume names the directory, too: leave out one of them")
         directory = MapDirectory(Path(resume).absolute())
         asked = _resumed(directory, asked)
     elif not asked.param and asked.source is None:
@@ -162,7 +162,7 @@ def _resumed(directory: MapDirectory, later: MapArguments) -> MapArguments:
     if before.source == STDIN and later.source is None and os.isatty(0):
         raise OptionError(
             "resume",
-            "its parameters came in on stdin, which is a terminal now: feed it the same ones, as in "
+            "its parameters came from stdin, which is a terminal now: send the same ones again, as in "
             f"{_how_to_resume(directory, STDIN)}",
         )
     return before.resumed_by(later)
@@ -322,7 +322,9 @@ class _Launch:
         if not self.asked.options.get("detach"):
             return None
         if self.asked.source == STDIN and os.isatty(0):
-            raise OptionError("detach", "the parameters are typed on the terminal: give them in a file, or by a pipe")
+            raise OptionError(
+                "detach", "the parameters are typed on the terminal: give them in a file or through a pipe"
+            )
         return continue_detached(directory.path / OUTPUT, partial(detached_text, "gpu-launcher", directory.path))
 
     def _leave_terminal(self, directory: MapDirectory, detachment: Detachment | None) -> None:

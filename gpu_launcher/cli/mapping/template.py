@@ -182,7 +182,7 @@ def _pieces(word: str) -> Iterator[str | Placeholder]:
         elif match[0] in ("{{", "}}"):
             literal += match[0][0]
         else:
-            raise UsageError(f"a {match[0]} stands alone in {word!r}: write {{{{ and }}}} for braces of the command's")
+            raise UsageError(f"{word!r} has a {match[0]} without its partner: write {{{{ and }}}} for literal braces")
     literal += word[position:]
     if literal or not word:
         yield literal
