@@ -56,7 +56,7 @@ COMMAND_LINES = f"""
 python train.py {SWEEP} hydra.sweep.dir=grid +lr=1,2 +fails=true hydra.launcher.retries=1 hydra.launcher.retry_on=exception
 gpu-launcher rerun 1 --dir grid --run
 python train.py {SWEEP} hydra.sweep.dir=search hydra/sweeper=optuna_async '+lr=interval(0,1)' hydra.sweeper.n_trials=2 hydra.sweeper.plots=true hydra.launcher.detach=true
-gpu-launcher wait search
+gpu-launcher wait --dir search
 gpu-launcher map --devices simulated:2 --dir map --csv --retries 1 --param n=1 -- sh -c 'exit $((2 - GPU_LAUNCHER_ATTEMPT))' {{n}}
 """  # noqa: E501
 
