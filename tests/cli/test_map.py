@@ -363,7 +363,7 @@ TWICE_HERE = ("--nodes", "local", "--nodes", "local")
         (["--from", ".", "--", "echo", "{n}"], "--from: . cannot be read: "),
         (["--from", "empty.jsonl", "--", "echo", "{n}"], "--from: empty.jsonl is empty"),
         (["--resume", "."], "--resume: "),
-        (["--resume", ".", "--dir", "out"], "--dir: --resume says already"),
+        (["--resume", ".", "--dir", "out"], "--dir: --resume names the directory, too"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_runs(
