@@ -145,6 +145,8 @@ class JobRetried:
     """The next attempt, counted from 1."""
     attempts: int
     """How many attempts the job may have."""
+    failed: int
+    """How many of its attempts in this launch count as failed."""
 
 
 @dataclass(frozen=True, slots=True)

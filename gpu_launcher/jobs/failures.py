@@ -99,7 +99,8 @@ class RetryState:
                 self._share = request.share
         self.attempt += 1
         self.latest_failure = result
-        return NextAttempt(self.attempt, self._before + self.policy.retries + 1, more_memory)
+        failed = self.attempt - 1 - self._before
+        return NextAttempt(self.attempt, self._before + self.policy.retries + 1, failed, more_memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,8 @@ class NextAttempt:
     """The attempt's number, counted from 1."""
     limit: int
     """Maximum number of attempts."""
+    failed: int
+    """How many attempts in this launch count as failed."""
     last: bool
     """Whether it runs after the sweep's other jobs, because it may wait long for the memory that it needs."""
 

@@ -31,7 +31,7 @@ class Job:
     attempts_before: int = 0
     """How many times earlier launches, or other nodes of this one, started it, as far as its source knows."""
     failed_before: int = 0
-    """How many of these attempts failed on other nodes of this launch. They count as retries."""
+    """How many of these attempts failed on other nodes of this launch and used a retry."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", one_line(self.label))

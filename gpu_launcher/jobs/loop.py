@@ -713,6 +713,7 @@ class JobLoop:
             log=set_aside(result.log, result.attempts) if result.log else None,
             attempt=attempt.number,
             attempts=attempt.limit,
+            failed=attempt.failed,
         )
         _log.info(
             "job %d attempt %d: failed and is retried: %s", result.number, result.attempts, result.message or "failed"

@@ -214,9 +214,9 @@ class GroupJobs:
         """Take note that an attempt of a job has failed, and another one follows."""
         now = self._unfinished[retried.number]
         now.running = None
-        if (job := self.dealer.job(retried.number)) is not None:
+        if self.dealer.node_of(retried.number) is not None:
             # An attempt that never ran counts, too.
-            now.attempts, now.failed = retried.attempt - 1, self._history_of(job).failed_before + 1
+            now.attempts, now.failed = retried.attempt - 1, retried.failed
         self._post(retried)
 
     def ended(self, member: Member, result: JobResult) -> None:
@@ -380,6 +380,7 @@ class GroupJobs:
                 log=result.log,
                 attempt=result.attempts + 1,
                 attempts=known.attempts_before + policy.retries - known.failed_before,
+                failed=known.failed_before + 1,
             )
             self.retried(retried)
         else:

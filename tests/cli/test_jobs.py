@@ -34,7 +34,7 @@ def sweep(tmp_path: Path) -> Path:
     )
     log = str(directory / "0" / "job.log")
     recorder.handle(JobStarted(0.0, 0, names[0], (GPU,), log))
-    recorder.handle(JobRetried(0.0, 0, names[0], 2.0, "was killed by SIGKILL", f"{log}.1", 2, 2))
+    recorder.handle(JobRetried(0.0, 0, names[0], 2.0, "was killed by SIGKILL", f"{log}.1", 2, 2, 1))
     recorder.handle(JobStarted(0.0, 0, names[0], (GPU,), log))
     recorder.handle(JobEnded(0.0, 0, names[0], (GPU,), Outcome.COMPLETED, 30.0, None, log))
     recorder.handle(JobStarted(0.0, 1, names[1], (GPU,), None))
@@ -75,7 +75,7 @@ def test_moves_of_a_job_are_not_counted_as_attempts(tmp_path: Path) -> None:
     recorder.close()
     resumed = Recorder(tmp_path, [Job(0, "lr=0", ["lr=0"], attempts_before=1)], "train.py")
     resumed.handle(started)
-    resumed.handle(JobRetried(0.0, 0, "lr=0", 2.0, "was killed by SIGKILL", None, 3, 3))
+    resumed.handle(JobRetried(0.0, 0, "lr=0", 2.0, "was killed by SIGKILL", None, 3, 3, 1))
     resumed.handle(started)
     resumed.handle(JobEnded(0.0, 0, "lr=0", (GPU,), Outcome.COMPLETED, 30.0, None, None))
     (job,) = json.loads(jobs("--json", str(tmp_path)).stdout)["jobs"]

@@ -56,14 +56,14 @@ def test_attempts_are_counted_over_all_launches_and_retries_in_this_one() -> Non
     made = attempts(2, before=3)
     assert made.attempt == 4
     first, second, third = (made.next(failed(Cause.CRASH, 4 + n), ran(), never) for n in range(3))
-    assert (first, second, third) == (NextAttempt(5, 6, last=False), NextAttempt(6, 6, last=False), None)
+    assert (first, second, third) == (NextAttempt(5, 6, 1, last=False), NextAttempt(6, 6, 2, last=False), None)
     assert made.attempt == 6
     assert made.latest_failure == failed(Cause.CRASH, 5)
 
 
 def test_after_memory_ran_out_more_is_asked_for_with_patience_and_only_if_it_is_to_be_had() -> None:
     made = attempts(1)
-    assert made.next(failed(Cause.OOM), ran(LARGE, HALF), never) == NextAttempt(2, 2, last=True)
+    assert made.next(failed(Cause.OOM), ran(LARGE, HALF), never) == NextAttempt(2, 2, 1, last=True)
     assert made.request(Request(1, HALF, priority=3)) == Request(1, Share(MILLIONTHS, 4 * GIB), priority=3)
     asked: list[Request] = []
 
@@ -91,15 +91,15 @@ def test_job_that_was_packed_too_tightly_runs_again_whole_and_once_without_a_ret
     packed.request = Request(1, share, auto_memory=True)
     whole.request = auto
     made = attempts(0, set())
-    assert made.next(failed(Cause.OOM), packed, never) == NextAttempt(2, 2, last=True)
+    assert made.next(failed(Cause.OOM), packed, never) == NextAttempt(2, 2, 0, last=True)
     assert made.request(auto) == Request(1, Share(MILLIONTHS, 4 * GIB)), "and later peaks do not change that"
     assert made.next(failed(Cause.OOM, 2), ran(LARGE, Share(MILLIONTHS, 4 * GIB)), never) is None
     assert attempts(0).next(failed(Cause.OOM), whole, never) is None, "it had a whole device"
     assert attempts(0).next(failed(Cause.EXCEPTION), packed, never) is None
     assert attempts(0).next(failed(Cause.OOM), ran(LARGE, share), never) is None, "the user declared that share"
     later = attempts(1)
-    assert later.next(failed(Cause.OOM), packed, never) == NextAttempt(2, 3, last=True)
-    assert later.next(failed(Cause.CRASH, 2), ran(LARGE), never) == NextAttempt(3, 3, last=False)
+    assert later.next(failed(Cause.OOM), packed, never) == NextAttempt(2, 3, 0, last=True)
+    assert later.next(failed(Cause.CRASH, 2), ran(LARGE), never) == NextAttempt(3, 3, 1, last=False)
     assert later.next(failed(Cause.CRASH, 3), ran(LARGE), never) is None
 
 
@@ -208,5 +208,5 @@ def test_the_kernels_count_of_processes_killed_for_want_of_memory_is_read(tmp_pa
 def test_attempts_that_failed_on_another_node_use_up_retries() -> None:
     made = RetryState(FailurePolicy(2), 3, failed=1)
     assert made.attempt == 4
-    assert made.next(failed(Cause.CRASH, 4), ran(), never) == NextAttempt(5, 5, last=False)
+    assert made.next(failed(Cause.CRASH, 4), ran(), never) == NextAttempt(5, 5, 2, last=False)
     assert made.next(failed(Cause.CRASH, 5), ran(), never) is None

@@ -36,7 +36,7 @@ class RunningSweep:
     def retry(self) -> None:
         aside = self.log.with_name("job.attempt-1.log")
         self.log.rename(aside)
-        self.recorder.handle(JobRetried(0.0, 0, "", 1.0, "failed", str(aside), 2, 3))
+        self.recorder.handle(JobRetried(0.0, 0, "", 1.0, "failed", str(aside), 2, 3, 1))
 
     def end(self) -> None:
         self.recorder.handle(JobEnded(0.0, 0, "", (), Outcome.COMPLETED, 1.0, None, str(self.log)))

@@ -362,7 +362,7 @@ def test_job_that_moves_takes_its_attempts_along(start: Start) -> None:
     group = start("a", "b", "c")
     group.begin(failures=FailurePolicy(retries=3))
     dealt_to_a(group)
-    retried = JobRetried(0.0, 0, "n=0", 1.0, "was killed", None, attempt=2, attempts=4)
+    retried = JobRetried(0.0, 0, "n=0", 1.0, "was killed", None, attempt=2, attempts=4, failed=1)
     group.says("a", started(), retried, started(), Bye())
     moved = group.gets("b", 0)
     assert (moved.attempts_before, moved.failed_before) == (2, 1)
@@ -370,6 +370,16 @@ def test_job_that_moves_takes_its_attempts_along(start: Start) -> None:
     group.says("b", started(), Bye())
     moved = group.gets("c", 0)
     assert (moved.attempts_before, moved.failed_before) == (3, 1)
+
+
+def test_attempt_that_does_not_count_uses_no_retry_after_a_move(start: Start) -> None:
+    group = start("a", "b")
+    group.begin(failures=FailurePolicy(retries=1))
+    dealt_to_a(group)
+    retried = JobRetried(0.0, 0, "n=0", 1.0, "ran out of learned memory", None, attempt=2, attempts=3, failed=0)
+    group.says("a", started(), retried, started(), Bye())
+    moved = group.gets("b", 0)
+    assert (moved.attempts_before, moved.failed_before) == (2, 0)
 
 
 def test_job_that_is_not_started_before_its_node_is_lost_has_no_attempt(start: Start) -> None:
