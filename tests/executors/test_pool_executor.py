@@ -28,7 +28,7 @@ import pytest
 
 from gpu_launcher import Pool, PoolExecutor
 from gpu_launcher.errors import JobError, JobTimeoutError, OptionError, PoolDirectoryError, UnpicklableError
-from gpu_launcher.jobs import notice_log
+from gpu_launcher.jobs import notice_log, where
 from gpu_launcher.jobs.where import Where
 from tests.waiting import until
 
@@ -351,11 +351,11 @@ def test_a_value_for_which_there_is_no_room_on_the_disk_fails_its_own_call_only(
 
 
 def test_a_call_that_takes_too_long_is_ended(pool: Where) -> None:
-    with PoolExecutor(pool=pool, timeout=0.3) as executor:
+    with PoolExecutor(pool=pool, timeout=3) as executor:
         error = executor.submit(time.sleep, 600).exception()
         assert type(error) is JobTimeoutError
         assert isinstance(error, TimeoutError)
-        assert "job 0 (sleep) ran longer than its timeout of 0.3 s" in str(error)
+        assert "job 0 (sleep) ran longer than its timeout of 3.0 s" in str(error)
         copy = pickle.loads(pickle.dumps(error))
         assert (type(copy), str(copy), copy.number) == (JobTimeoutError, str(error), 0)
         assert executor.submit(abs, -1).result() == 1
@@ -392,7 +392,7 @@ def test_a_call_that_runs_cannot_be_cancelled_and_one_that_was_cancelled_never_r
         later = [executor.submit(touch_and_wait, tmp_path, f"later-{number}") for number in range(20)]
         assert not any(future.running() for future in later)
         assert all(future.cancel() for future in later)
-        assert all(future.cancelled() for future in as_completed(later, timeout=30))
+        assert all(future.cancelled() for future in as_completed(later, timeout=200))
         (tmp_path / "go on").touch()
     assert running.result() > 0
     assert not list(tmp_path.glob("later-*"))
@@ -419,7 +419,7 @@ def test_calls_that_wait_for_devices_of_others_can_be_cancelled(tmp_path: Path) 
             until(lambda: pool.snapshot().queue)
             assert [(future.running(), future.cancel()) for future in futures] == [(False, True)] * 5
             until(lambda: not pool.snapshot().queue)
-        assert executor.submit(abs, -1).result(30) == 1
+        assert executor.submit(abs, -1).result(200) == 1
     assert not (tmp_path / "ran").exists()
 
 
@@ -439,7 +439,7 @@ def test_shutting_down_lets_calls_that_have_begun_finish_and_cancels_the_others(
     futures = [executor.submit(touch_and_wait, tmp_path, f"begun-{number}") for number in range(5)]
     until(lambda: len(list(tmp_path.glob("begun-*"))) == 2)
     executor.shutdown(wait=False, cancel_futures=True)
-    assert len(list(as_completed(futures[2:], timeout=30))) == 3
+    assert len(list(as_completed(futures[2:], timeout=200))) == 3
     assert [future.cancelled() for future in futures] == [False, False, True, True, True]
     (tmp_path / "go on").touch()
     executor.shutdown()
@@ -463,10 +463,13 @@ def test_tasks_that_wait_for_devices_are_cancelled_with_their_calls(pool: Where,
     assert not (tmp_path / "ran").exists()
 
 
-def test_values_come_as_they_are_ready_or_in_order(pool: Where) -> None:
+def test_values_come_as_they_are_ready_or_in_order(pool: Where, tmp_path: Path) -> None:
     with PoolExecutor(pool=pool) as executor:
-        slow, fast = executor.submit(time.sleep, 1), executor.submit(abs, -1)
-        assert list(as_completed([slow, fast])) == [fast, slow]
+        slow, fast = executor.submit(touch_and_wait, tmp_path), executor.submit(abs, -1)
+        ready = as_completed([slow, fast])
+        assert next(ready) is fast
+        (tmp_path / "go on").touch()
+        assert list(ready) == [slow]
         assert list(executor.map(abs, range(-5, 0))) == [5, 4, 3, 2, 1]
 
 
@@ -546,13 +549,13 @@ def test_an_executor_that_is_started_during_the_callback_of_another_one_does_not
     def note(future: object) -> None:
         with LOCK:
             holds.set()
-            over.wait(60)
+            over.wait(250)
 
     with PoolExecutor(pool=pool) as one, PoolExecutor(pool=pool) as two:
         one.submit(abs, -1).add_done_callback(note)
         holds.wait()
         try:
-            assert two.submit(with_the_lock).result(timeout=30) == "had it"
+            assert two.submit(with_the_lock).result(timeout=200) == "had it"
         finally:
             over.set()
 
@@ -702,7 +705,10 @@ CALL = """
 import asyncio, os, signal, sys, time
 from pathlib import Path
 from gpu_launcher import PoolExecutor
+from gpu_launcher.jobs import where
 from gpu_launcher.jobs.where import Where
+
+where.GRACE = 600.0  # calls end by themselves, or at a second Ctrl-C
 
 def call(n, stubborn):
     if stubborn:
@@ -735,10 +741,8 @@ except KeyboardInterrupt:
 def test_ctrl_c_interrupts_the_calls_that_run_and_cancels_the_others(tmp_path: Path, method: str, where: str) -> None:
     process = run(INTERRUPTED, tmp_path, method, where)
     until(lambda: (tmp_path / "began-0").exists() and (tmp_path / "began-1").exists())
-    began = time.monotonic()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=250)
-    assert time.monotonic() - began < 8  # less than the time after which they are killed
     assert err == ""
     said = out.split()
     assert said[:2] == ["JobError", "JobError"]
@@ -750,12 +754,10 @@ def test_ctrl_c_interrupts_the_calls_that_run_and_cancels_the_others(tmp_path: P
 def test_a_second_ctrl_c_kills_the_calls_that_did_not_heed_the_first(tmp_path: Path) -> None:
     process = run(INTERRUPTED, tmp_path, "fork", "stubborn")
     until(lambda: (tmp_path / "began-0").exists() and (tmp_path / "began-1").exists())
-    began = time.monotonic()
     process.send_signal(signal.SIGINT)
     until((tmp_path / "interrupted-1").exists)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=250)
-    assert time.monotonic() - began < 8
     assert err == ""
     assert out.split()[:2] == ["JobError", "JobError"]
 
@@ -788,20 +790,22 @@ except (KeyboardInterrupt, asyncio.CancelledError) as error:
 def test_under_asyncio_ctrl_c_and_cancellation_interrupt_the_calls_that_run(tmp_path: Path, how: str) -> None:
     process = run(UNDER_ASYNCIO, tmp_path, how)
     until(lambda: (tmp_path / "began-0").exists() and (tmp_path / "began-1").exists())
-    began = time.monotonic()
     if how != "cancelled":
         process.send_signal(signal.SIGINT)
     until((tmp_path / "interrupted-1").exists)
     if how == "stubborn":
         process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=250)
-    assert time.monotonic() - began < 8  # less than the time after which they are killed
     assert (out, err) == ("CancelledError\n" if how == "cancelled" else "KeyboardInterrupt\n", "")
     assert (tmp_path / "interrupted-0").exists() == (how != "stubborn")
     assert not (tmp_path / "began-2").exists()
 
 
-def test_a_handler_of_the_event_loop_does_not_keep_a_call_from_being_ended(pool: Where) -> None:
+def test_a_handler_of_the_event_loop_does_not_keep_a_call_from_being_ended(
+    pool: Where, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(where, "GRACE", 600.0)  # it ends by itself
+
     async def main() -> None:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, lambda: None)
@@ -811,6 +815,4 @@ def test_a_handler_of_the_event_loop_does_not_keep_a_call_from_being_ended(pool:
         finally:
             loop.remove_signal_handler(signal.SIGTERM)
 
-    began = time.monotonic()
     asyncio.run(main())
-    assert time.monotonic() - began < 8  # less than the time after which it is killed
