@@ -58,13 +58,20 @@ def forked():
         if os.fork():
             os._exit(0)
         time.sleep(600)
+    os.wait()
 forked()
 sleepers = [subprocess.Popen(["sleep", "600"]), subprocess.Popen(["sleep", "600"], start_new_session=True)]
-stubborn = subprocess.Popen(["sh", "-c", "trap '' TERM INT HUP; sleep 600; sleep 600"], start_new_session=True)
+deaf = "trap '' TERM INT HUP; sleep 600 & echo deaf; wait; sleep 600"
+stubborn = subprocess.Popen(["sh", "-c", deaf], start_new_session=True, stdout=subprocess.PIPE)
+stubborn.stdout.readline()
 print("ready", flush=True)
-time.sleep(float(sys.argv[1]) if len(sys.argv) > 1 else 600)
+while len(sys.argv) == 1 or not os.path.exists(sys.argv[1]):
+    time.sleep(0.01)
 """
-"""A program that starts processes of all kinds: forked, executed, in other sessions, ignoring signals."""
+"""A program that starts processes of all kinds: forked, executed, in other sessions, ignoring signals.
+
+It ends when a file exists, if it is given one.
+"""
 
 
 @dataclass
@@ -99,7 +106,7 @@ class Run:
     def send(self, signum: int) -> None:
         self.process.send_signal(signum)
 
-    def wait(self, seconds: float = 30) -> int:
+    def wait(self, seconds: float = 100) -> int:
         return self.process.wait(seconds)
 
 
@@ -211,7 +218,7 @@ def test_status_shows_whose_the_lease_is(cli: Cli, start: Callable[..., Run]) ->
     (lease,) = cli.json("status")["leases"]
     assert lease["command"] == "sh -c 'echo ready; sleep 600 # a b'"
     assert lease["pid"] == run.process.pid
-    assert 3600 < lease["seconds_left"] < 3620
+    assert 3300 < lease["seconds_left"] < 3620
 
 
 def test_without_a_gpu_it_takes_a_cpu_slot_and_says_so_in_one_line(cli: Cli) -> None:
@@ -227,18 +234,19 @@ def test_a_command_that_needs_no_device_waits_for_none_and_sees_none(cli: Cli) -
 
 def test_it_gets_the_gpu_that_nobody_uses(lab: Lab) -> None:
     lab.cli.started[-1].communicate()  # the program that waits for all four
-    done = lab.cli("run", "--wait", "20", "sh", "-c", "echo $CUDA_VISIBLE_DEVICES")
+    done = lab.cli("run", "--wait", "200", "sh", "-c", "echo $CUDA_VISIBLE_DEVICES")
     assert (done.stdout, done.returncode) == ("3\n", 0), done.stderr
 
 
-def test_it_says_who_uses_a_gpu_without_asking_the_pool(lab: Lab) -> None:
-    done = lab.cli("run", "--devices", "2", "--wait", "3", "true")
-    assert done.returncode == 75
-    reason = f"GPU 2 is used by jupyter 600 (pid {lab.stranger}"
-    assert f"gpu-launcher: waiting for 1 GPU: {reason}" in done.stderr
-    assert re.search(rf"timed out after 3 s waiting for 1 GPU: {re.escape(reason)}", done.stderr)
+def test_it_says_who_uses_a_gpu_without_asking_the_pool(lab: Lab, start: Callable[..., Run]) -> None:
+    run = start("run", "--devices", "2", "--wait", "200", "true")
+    assert run.complaint().startswith(
+        f"gpu-launcher: waiting for 1 GPU: GPU 2 is used by jupyter 600 (pid {lab.stranger}"
+    )
+    run.send(signal.SIGTERM)
+    assert run.wait() == -signal.SIGTERM
     lab.cli.started[-1].communicate()
-    assert lab.cli("run", "--devices", "2", "--busy-memory", "null", "--wait", "3", "true").returncode == 0
+    assert lab.cli("run", "--devices", "2", "--busy-memory", "null", "--wait", "200", "true").returncode == 0
 
 
 # Invalid commands and requests
@@ -438,7 +446,7 @@ def test_a_reader_sees_that_the_command_closed_its_output(start: Callable[..., R
     run = start(*ONE, "sh", "-c", "exec >&- 2>&-; read line")
     assert run.line() == ""
     assert run.process.poll() is None
-    run.process.communicate("\n", timeout=10)
+    run.process.communicate("\n", timeout=100)
     assert run.process.returncode == 0
 
 
@@ -457,37 +465,40 @@ def test_what_is_closed_stays_closed_and_nothing_else_takes_its_place(cli: Cli, 
 
 
 @pytest.mark.smoke
-def test_what_the_command_leaves_is_ended_before_its_devices_are_free(cli: Cli, start: Callable[..., Run]) -> None:
-    run = start(*ONE, "--", *python(FAMILY, "1"))
+def test_what_the_command_leaves_is_ended_before_its_devices_are_free(
+    cli: Cli, start: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = start(*ONE, "--", *python(FAMILY, str(tmp_path / "gate")))
     assert run.line() == "ready"
     left = run.parts["supervisor"].children(recursive=True)
     assert len(left) >= 5
     began = time.monotonic()
+    (tmp_path / "gate").touch()
     assert_free_only_when_gone(cli, left)
-    assert 2 < time.monotonic() - began < 8, "SIGTERM, and what is deaf to that gets SIGKILL two seconds later"
+    assert time.monotonic() - began > 2, "SIGTERM, and what is deaf to that gets SIGKILL two seconds later"
     assert run.wait() == 0
 
 
-def test_a_signal_while_it_ends_what_was_left_ends_that_at_once(cli: Cli, start: Callable[..., Run]) -> None:
-    run = start(*ONE, "--", *python(FAMILY, "0.5"))
+def test_a_signal_while_it_ends_what_was_left_ends_that_at_once(
+    cli: Cli, start: Callable[..., Run], tmp_path: Path
+) -> None:
+    patient = "from gpu_launcher.cli.main import main; from gpu_launcher.processes import tree; "
+    patient += "tree.TERMINATE_SECONDS = 600.0; main()"
+    run = start(*ONE, "--", *python(FAMILY, str(tmp_path / "gate")), within=python(patient))
     assert run.line() == "ready"
     command = run.parts["command"]
+    (tmp_path / "gate").touch()
     until(lambda: not command.is_running())
     run.send(signal.SIGTERM)
-    began = time.monotonic()
     assert run.wait() == 0, "the command had ended well"
-    assert time.monotonic() - began < 2
     assert not held(cli)
 
 
-def assert_free_only_when_gone(cli: Cli, processes: list[psutil.Process], seconds: float = 15) -> None:
+def assert_free_only_when_gone(cli: Cli, processes: list[psutil.Process]) -> None:
     """Take the device as soon as it is free, and check that none of `processes` is alive then."""
     with FileLedger(cli.pool) as ledger:
         ticket = ledger.enqueue(Request.of(1), simulated_devices(1), Owner(os.getpid(), "test", "test"))
-        end = time.monotonic() + seconds
-        while ledger.claim(ticket) is None:
-            assert time.monotonic() < end, [process for process in processes if alive(process)]
-            time.sleep(0.002)
+        until(lambda: ledger.claim(ticket), "the device is not free")
         assert [process for process in processes if alive(process)] == []
 
 
@@ -505,7 +516,7 @@ def test_whoever_is_killed_the_tree_ends_within_seconds_and_then_its_devices_are
     else:
         for name in who.split(" and "):
             parts[name].kill()
-    assert_free_only_when_gone(cli, everything, 20)
+    assert_free_only_when_gone(cli, everything)
     until(lambda: not any(alive(part) for part in parts.values()), seconds=60)
     code = run.wait(100)
     assert code == (137 if who == "supervisor" else -signal.SIGKILL)
@@ -542,11 +553,11 @@ def test_when_its_time_is_over_the_whole_tree_gets_sigterm_and_then_sigkill(
     trap = "trap '' TERM" if deaf else "trap 'echo ended; exit 0' TERM"
     inner = f"{trap}; echo $$ $PPID; while :; do sleep 0.05; done"
     began = time.monotonic()
-    run = start(*ONE, "--timeout", "2", "--grace", "3s", "--", "bash", "-c", f"bash -c {shlex.quote(inner)}; true")
+    run = start(*ONE, "--timeout", "5", "--grace", "3s", "--", "bash", "-c", f"bash -c {shlex.quote(inner)}; true")
     tree = [int(pid) for pid in run.line().split()]
     assert len(tree) == 2
     assert run.wait(100) == 124
-    assert not deaf or time.monotonic() - began > 4.9
+    assert not deaf or time.monotonic() - began > 7.9
     assert run.line() == ("" if deaf else "ended"), "a part of the tree got SIGTERM, too, and could clean up"
     assert not any(psutil.pid_exists(pid) for pid in tree)
     assert run.process.stderr is not None
@@ -580,6 +591,19 @@ class Shell:
             self.terminal.read_until(lambda text=text: text in self.terminal.text)
             self.terminal.output = self.terminal.text.partition(text)[2].encode()
 
+    def job_in_front(self) -> psutil.Process:
+        """Wait until a job of the shell has the terminal and is not stopped. Returns its first process."""
+
+        def job() -> psutil.Process | None:
+            group = os.tcgetpgrp(self.terminal.master)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(group)
+                if group != self.terminal.pid and process.status() != psutil.STATUS_STOPPED:
+                    return process
+            return None
+
+        return until(job, "no job has the terminal")
+
 
 @pytest.fixture
 def shell(terminal: Callable[..., Terminal], tmp_path: Path) -> Shell:
@@ -603,8 +627,7 @@ def test_ctrl_c_at_the_terminal_reaches_the_command_once_and_the_shell_goes_on(s
     shell.shows("SIGQUIT")
     (tmp_path / "gate").touch()
     shell.shows(">> ")
-    shell.says("run -- sleep 600; echo never")
-    time.sleep(1.5)
+    shell.says("run -- sh -c 'echo rea''dy; exec sleep 600'; echo never", "ready")
     shell.terminal.press("\x03")
     shell.shows(">> ")
     shell.says("echo code $?", "code 130", ">> ")
@@ -618,7 +641,7 @@ def test_ctrl_z_stops_and_fg_continues_it_again_and_again(shell: Shell, tmp_path
         shell.shows("Stopped", ">> ")
         shell.says("jobs", "Stopped", ">> ")
         shell.says("fg", "run")
-        time.sleep(0.1)
+        shell.job_in_front()
     shell.terminal.press("typed\n")
     shell.shows("[typed]", ">> ")
     shell.says("echo code $?", "code 7")
@@ -647,9 +670,11 @@ def test_in_the_background_it_is_stopped_when_it_reads_and_continued_by_fg(shell
     shell.says("run -- sh -c 'echo rea''dy; read line; echo [$line]' &", "ready")
     shell.terminal.press("\n")
     shell.shows(">> ")
-    shell.says("sleep 0.3; jobs", "Stopped")
+    (job,) = psutil.Process(shell.terminal.pid).children()
+    until(lambda: job.status() == psutil.STATUS_STOPPED, "it is not stopped")
+    shell.says("jobs", "Stopped")
     shell.says("fg", "run")
-    time.sleep(0.1)
+    shell.job_in_front()
     shell.terminal.press("typed\n")
     shell.shows("[typed]", ">> ")
 
@@ -663,7 +688,7 @@ def test_programs_that_own_the_terminal_work_in_it(shell: Shell) -> None:
     shell.says("run -- bash --norc -i", "bash-")
     shell.says("PS1='inner> '", "inner> ", "inner> ")
     shell.says("sleep 600")
-    time.sleep(0.3)
+    until(lambda: shell.job_in_front().name() == "sleep")
     shell.terminal.press("\x1a")
     shell.shows("Stopped", "inner> ")
     shell.says("fg", "sleep 600")
