@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import time
@@ -12,10 +13,11 @@ import psutil
 import pytest
 
 from gpu_launcher.processes.signals import SAME_SIGNAL_SECONDS
+from tests.waiting import until
 
 Start = Callable[..., subprocess.Popen[str]]
-MANNERS = ["polite", "stubborn", "polite", "stubborn", "waiting"]
-"""The manners of each job. The sweep has four devices, so the last job waits."""
+MANNERS = ["polite"] * 4 + ["waiting"]
+"""The manners of each job. The sweep has four devices, so one job waits."""
 
 
 def sweep(
@@ -34,11 +36,8 @@ def sweep(
         "hydra.sweep.dir=sweep",
         **how,
     )
-    deadline = time.monotonic() + 60
-    while len(list((directory / "sweep").glob("*/pids"))) < 4:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: len(list((directory / "sweep").glob("*/pids"))) == 4 or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
     return process
 
 
@@ -58,25 +57,32 @@ def alive(directory: Path) -> list[int]:
     ],
 )
 @pytest.mark.smoke
-def test_jobs_may_clean_up_and_are_killed_when_the_grace_is_over(
-    start: Start, tmp_path: Path, method: str, signum: int, status: int
-) -> None:
-    process = sweep(start, tmp_path, method, grace=1.5)
-    asked = time.monotonic()
+def test_jobs_may_clean_up(start: Start, tmp_path: Path, method: str, signum: int, status: int) -> None:
+    process = sweep(start, tmp_path, method, grace=300)
     process.send_signal(signum)
     out, err = process.communicate(timeout=250)
-    took = time.monotonic() - asked
-    assert 1.5 <= took < 20
     assert process.returncode == status
     assert out == ""
     assert "Traceback" not in err.replace("| Traceback", ""), "of the launching program"
     assert alive(tmp_path) == []
-    for number, manners in enumerate(MANNERS):
+    for number in range(len(MANNERS)):
         directory = tmp_path / "sweep" / str(number)
-        ran = (directory / "pids").exists()  # the fourth job to start need not be job 3
-        assert (directory / "cleaned_up").exists() == (ran and manners != "stubborn")
+        ran = (directory / "pids").exists()  # any of the jobs may wait
+        assert (directory / "cleaned_up").exists() == ran
     assert "5 jobs: 4 cancelled, 1 not run" in err
     assert list((tmp_path / "pool" / "queue").iterdir()) == []
+
+
+@pytest.mark.smoke
+def test_jobs_are_killed_when_the_grace_is_over(start: Start, tmp_path: Path) -> None:
+    process = sweep(start, tmp_path, "fork", grace=1, manners=["stubborn"] * 4)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=250)
+    assert time.monotonic() - asked >= 1
+    assert process.returncode == -signal.SIGINT
+    assert alive(tmp_path) == []
+    assert "4 jobs: 4 cancelled" in err
 
 
 def test_a_second_ctrl_c_kills_at_once(start: Start, tmp_path: Path) -> None:
@@ -85,10 +91,8 @@ def test_a_second_ctrl_c_kills_at_once(start: Start, tmp_path: Path) -> None:
     assert process.stderr is not None
     assert any("stopping" in line for line in process.stderr)  # reads only up to this line
     time.sleep(SAME_SIGNAL_SECONDS)  # an earlier signal counts as the same Ctrl-C
-    asked = time.monotonic()
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=250)
-    assert time.monotonic() - asked < 20, "the grace is 300 s"
+    process.communicate(timeout=250)  # the grace is 300 s
     assert process.returncode == -signal.SIGINT
     assert alive(tmp_path) == []
 
@@ -101,7 +105,8 @@ def test_jobs_have_their_grace_when_every_process_is_asked_to_end_as_by_systemd(
     process = sweep(start, tmp_path, method, grace=300, manners=["saving"] * 4)
     launcher = psutil.Process(process.pid)
     for each in (launcher, *launcher.children(recursive=True)):
-        each.send_signal(signum)
+        with contextlib.suppress(psutil.NoSuchProcess):  # the launching program has just ended it
+            each.send_signal(signum)
     _, err = process.communicate(timeout=250)
     assert process.returncode == 128 + signum
     assert "4 jobs: 4 cancelled" in err

@@ -248,12 +248,11 @@ def test_ctrl_c_in_a_batch_leaves_no_trial_running_and_says_how_to_go_on(
 @pytest.mark.smoke
 def test_a_pruned_trial_counts_as_pruned_with_its_last_value(run: Run, tmp_path: Path) -> None:
     options = ("hydra.sweeper.pruner={name: threshold, upper: 3.0}", "hydra.sweeper.n_jobs=1")
-    steps = "steps=100"  # enough for a verdict to arrive in time even on a busy machine
-    done = sweep(run, tmp_path, SPACE, "does=reports", steps, "hydra.sweeper.n_trials=5", *options)
+    done = sweep(run, tmp_path, SPACE, "does=reports_until_pruned", "hydra.sweeper.n_trials=5", *options)
     trials = study(tmp_path).trials
     assert [trial.state.name for trial in trials] == ["COMPLETE"] * 3 + ["PRUNED"] * 2
     for trial in trials[3:]:
-        assert 0 < len(trial.intermediate_values) < 100
+        assert trial.intermediate_values
         assert trial.values == [trial.intermediate_values[max(trial.intermediate_values)]]
     assert "5 jobs: 3 completed, 2 pruned" in done.stderr
     assert "Traceback" not in (tmp_path / "sweep" / "4" / "job.log").read_text()
@@ -403,7 +402,7 @@ def full(file: Path, program: psutil.Process) -> Iterator[None]:
 @contextmanager
 def locked(file: Path, program: psutil.Process) -> Iterator[None]:
     """Lock the database, as another writer does."""
-    with closing(sqlite3.connect(file, isolation_level=None)) as database:
+    with closing(sqlite3.connect(file, timeout=100, isolation_level=None)) as database:
         database.execute("BEGIN EXCLUSIVE")
         yield
         database.execute("COMMIT")
@@ -413,10 +412,11 @@ def locked(file: Path, program: psutil.Process) -> Iterator[None]:
 def test_a_sweep_bears_a_database_that_cannot_be_used_for_a_while(
     start: Start, tmp_path: Path, trouble: Callable[..., AbstractContextManager[None]]
 ) -> None:
-    options = ("does=reports", "steps=10", "hydra.sweeper.n_trials=12")
+    options = ("does=reports_later", "steps=10", "hydra.sweeper.n_trials=12")
     program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, *options)
     wait_for_line(program, "(2/12 done)")
     with trouble(tmp_path / "sweep" / "study.db", psutil.Process(program.pid)):
+        (tmp_path / "sweep" / "go").touch()
         if trouble is full:
             wait_for_line(program, "study database unavailable (", "running jobs continue, retrying")
         before = len(witness(tmp_path))
@@ -547,9 +547,8 @@ def test_ctrl_c_while_the_sampler_samples_does_not_wait_for_it(run: Run, start: 
     until(lambda: sampling_trial_1(tmp_path))
     wait_for_line(program, "job 0 ", "started")
     program.send_signal(signal.SIGINT)
-    began = time.monotonic()
     out, err = program.communicate(timeout=250)
-    assert time.monotonic() - began < 15, "less than a search that does not answer is given"
+    assert "was abandoned" not in out + err, "it was not waited for"
     assert program.returncode in (130, -signal.SIGINT)
     assert "to continue the study" in out
     assert "Traceback" not in err
@@ -569,9 +568,8 @@ def test_a_second_ctrl_c_does_not_wait_for_a_sampler_that_nothing_ends(run: Run,
     wait_for_line(program, "jobs: 1 cancelled")
     time.sleep(0.5)
     program.send_signal(signal.SIGINT)
-    began = time.monotonic()
     out, err = program.communicate(timeout=250)
-    assert time.monotonic() - began < 15
+    assert "was abandoned" not in out + err, "it was not waited for"
     assert program.returncode in (130, -signal.SIGINT)
     assert "to continue the study" in out
     assert "Traceback" not in err

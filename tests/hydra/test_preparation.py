@@ -46,7 +46,7 @@ def sweep(directory: Path, patience: float, *overrides: str) -> list[str]:
 
 @pytest.mark.parametrize("start_method", ["fork", "spawn"])
 def test_a_job_saves_its_config_while_another_has_the_only_device(tmp_path: Path, start_method: str) -> None:
-    said = sweep(tmp_path, 30, f"hydra.launcher.start_method={start_method}")
+    said = sweep(tmp_path, 200, f"hydra.launcher.start_method={start_method}")
     assert said == ["job 0 mask 0 saw True", "job 1 mask 0 saw True"]
 
 

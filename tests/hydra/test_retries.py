@@ -28,7 +28,7 @@ def sweep(run: Run, directory: Path, *arguments: str) -> subprocess.CompletedPro
     [
         ("signal", "was killed by SIGKILL"),
         ("exit", "ended with exit code 3"),
-        ("timeout", "ran longer than its timeout of 1.0 s"),
+        ("timeout", "ran longer than its timeout of 3.0 s"),
         ("oom", "raised RuntimeError: training failed"),
     ],
 )
@@ -36,7 +36,7 @@ def sweep(run: Run, directory: Path, *arguments: str) -> subprocess.CompletedPro
 def test_a_failed_job_is_run_again_in_its_directory_and_each_log_is_kept(
     run: Run, tmp_path: Path, kind: str, why: str, method: str
 ) -> None:
-    limit = ("hydra.launcher.timeout=1",) if kind == "timeout" else ()
+    limit = ("hydra.launcher.timeout=3",) if kind == "timeout" else ()
     smaller = ("hydra.launcher.gpus=0.5",) if kind == "oom" else ()
     options = ("hydra.launcher.retries=2", f"hydra.launcher.start_method={method}", *limit, *smaller)
     done = sweep(run, tmp_path, f"kind={kind}", *options)

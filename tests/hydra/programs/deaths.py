@@ -66,7 +66,8 @@ def sleeper() -> subprocess.Popen[bytes]:
 
 
 def daemon() -> None:
-    """Start a daemon by the classic double fork, in another session."""
+    """Start a daemon by the classic double fork, in another session. Returns when it runs."""
+    heard, said = os.pipe()
     if os.fork() == 0:
         os.setsid()
         pid = os.fork()
@@ -74,6 +75,10 @@ def daemon() -> None:
             os.execlp("sleep", "sleep", "300")
         Path("daemon.pid").write_text(str(pid))
         os._exit(0)
+    os.close(said)
+    os.wait()
+    assert os.read(heard, 1) == b"", "the daemon has executed its program, which closed the last copy"
+    os.close(heard)
 
 
 class GpuArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -122,6 +123,17 @@ def act(cfg: DictConfig, number: int) -> Any:
             for step in range(cfg.steps):
                 gpu_launcher.report(number + 1 / (step + 1), step)  # earlier trials are better
                 time.sleep(0.01)
+            return float(number)
+        case "reports_until_pruned":  # as "reports", but trials from number 3 on end in no other way
+            for step in itertools.count() if number >= 3 else range(cfg.steps):
+                gpu_launcher.report(number + 1 / (step + 1), step)
+                time.sleep(0.01)
+            return float(number)
+        case "reports_later":  # as "reports", but all except the first trials wait
+            if number >= 4:
+                wait_for("go")
+            for step in range(cfg.steps):
+                gpu_launcher.report(number + 1 / (step + 1), step)
             return float(number)
         case "reports_and_ignores":
             trial = gpu_launcher.current_trial()
