@@ -23,6 +23,10 @@ os.execvp(sys.argv[1], sys.argv[1:])
 """Makes stdin the controlling terminal, and becomes the command. Python warns of `pty.fork` beside other threads."""
 
 
+PART = 256
+"""Bytes after which a terminal looks at its screen: less than a program writes between two states of the screen."""
+
+
 class AlternatingScreen(pyte.Screen):
     """A screen with an alternate one."""
 
@@ -92,11 +96,20 @@ class EmulatedTerminal:
         return termios.tcgetattr(self.master)
 
     def until(self, holds: str | Callable[[], bool], seconds: float = 120) -> None:
-        """Read what the program writes until the screen has a text, or something holds."""
+        """Read what the program writes until the screen has a text, or something holds.
+
+        A text counts even if the program has removed it before it is looked for.
+        """
         end = time.monotonic() + seconds
-        while not (holds in self.text if isinstance(holds, str) else holds()):
+        shown = False
+
+        def look() -> None:
+            nonlocal shown
+            shown = shown or (isinstance(holds, str) and holds in self.text)
+
+        while not (shown or (holds in self.text if isinstance(holds, str) else holds())):
             assert time.monotonic() < end, f"{holds!r} is not on the screen:\n{self.text}"
-            if not self._read() and self.status is not None:
+            if not self._read(look) and self.status is not None:
                 assert holds in self.text if isinstance(holds, str) else holds(), self.text
 
     def wait(self, seconds: float = 120) -> int:
@@ -108,7 +121,7 @@ class EmulatedTerminal:
             self.status = self._process.poll()
         return self.status
 
-    def _read(self) -> bool:
+    def _read(self, look: Callable[[], None] = lambda: None) -> bool:
         if not select.select([self.master], [], [], 0.05)[0]:
             return False
         try:
@@ -116,7 +129,9 @@ class EmulatedTerminal:
         except OSError:  # no process has the other end open
             return False
         self.written += data
-        self._stream.feed(data)
+        for start in range(0, len(data), PART):
+            self._stream.feed(data[start : start + PART])
+            look()
         return True
 
     def close(self) -> None:
