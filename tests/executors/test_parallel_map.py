@@ -295,6 +295,7 @@ def test_results_come_while_records_are_slow_in_coming(pool: Where) -> None:
 
 def test_workers_go_on_while_results_are_worked_on(pool: Where, tmp_path: Path) -> None:
     def work(record: int) -> int:
+        time.sleep(0.02)  # quicker ones are dealt together
         until(lambda: record < 20 or (tmp_path / "worked on").exists())
         (tmp_path / f"ended-{record}").touch()
         return record
