@@ -39,6 +39,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--devices", default="auto", help="auto, 0,1, cpu:4, simulated:4")
+    parser.add_argument("--directory", help="directory of the search, for `gpu-launcher results` and the like")
     arguments = parser.parse_args()
     study = optuna.create_study(
         study_name="digits",
@@ -48,7 +49,13 @@ def main():
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=3),
         load_if_exists=True,
     )
-    gpu_launcher.optimize(study, objective, n_trials=arguments.trials, pool=gpu_launcher.Pool(arguments.devices))
+    gpu_launcher.optimize(
+        study,
+        objective,
+        n_trials=arguments.trials,
+        pool=gpu_launcher.Pool(arguments.devices),
+        directory=arguments.directory,
+    )
     print(f"best accuracy: {study.best_value:.3f} with {study.best_params}")
 
 

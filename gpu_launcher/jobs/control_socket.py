@@ -169,6 +169,15 @@ class ControlSocket:
         self._epoll.close()
 
 
+def open_control(directory: Path, name: str) -> ControlSocket | None:
+    """Open a sweep's control socket. Returns None if its directory cannot hold one; the jobs run anyway."""
+    try:
+        return ControlSocket(directory, name)
+    except OSError as error:
+        _log.warning("no control socket in %s: %s", directory, error)
+        return None
+
+
 class _Client:
     """One connection."""
 

@@ -54,7 +54,7 @@ from gpu_launcher.jobs.control import (
     spell,
     without,
 )
-from gpu_launcher.jobs.control_socket import ControlSocket
+from gpu_launcher.jobs.control_socket import ControlSocket, open_control
 from gpu_launcher.jobs.events import (
     Event,
     GaveUp,
@@ -240,7 +240,7 @@ def run_jobs(
         for text in notices:
             notice(text)
         _log.info("%s runs %s jobs in %s", command, "any number of" if expected is None else expected, directory)
-        control = _open_control(recorder)
+        control = open_control(recorder.directory, recorder.socket)
         if control is not None:
             cleanup.callback(control.close)
         progress.control = control
@@ -263,15 +263,6 @@ def _closed_on_error(node: JobRunner) -> Iterator[None]:
     except BaseException:
         node.close()
         raise
-
-
-def _open_control(recorder: Recorder) -> ControlSocket | None:
-    """Return the sweep's control socket. None if its directory cannot hold one; the jobs run anyway."""
-    try:
-        return ControlSocket(recorder.directory, recorder.socket)
-    except OSError as error:
-        _log.warning("no control socket in %s: %s", recorder.directory, error)
-        return None
 
 
 def _with_attempts(job: Job, before: Mapping[int, Entry]) -> Job:

@@ -221,6 +221,10 @@ class Recorder:
             self._attempts[job.number] = job.attempts_before
             self.discard_report(job.number)
 
+    def describe(self, number: int, label: str, spec: Any) -> None:
+        """Record the label and the parameters of a job that has chosen them since it was added."""
+        self._append(described=number, label=label, spec=spec)
+
     def _plan(self, jobs: Sequence[Job]) -> None:
         for first in range(0, len(jobs), MAX_PLANNED):
             some = jobs[first : first + MAX_PLANNED]
@@ -564,6 +568,11 @@ def _take(event: dict[str, Any], entries: dict[int, Entry]) -> None:
     if "again" in fields:
         for job in event["again"] if isinstance(event["again"], list) else ():
             _requeue(job, launch, entries)
+        return
+    if "described" in fields:
+        described = entries.get(fields.integer("described"))
+        if described is not None and described.launch == launch:
+            described.label, described.spec = one_line(fields.text("label")), event.get("spec")
         return
     started = "started" in fields
     number = fields.integer("started" if started else "ended")

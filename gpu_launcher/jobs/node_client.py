@@ -281,11 +281,13 @@ class RemoteLoop(LocalNode):
         *,
         method: StartMethod = "auto",
         captured: bool = False,
+        keep: tuple[int, ...] = (),
     ) -> None:
         """Start the node and the run. Call `open` to learn whether that succeeded.
 
         `program` is run in each job. `command` names this program to others who wait for devices. The output of jobs is
-        `captured` for the messages of failures; otherwise it goes where this process's does.
+        `captured` for the messages of failures; otherwise it goes where this process's does. `keep` is as for
+        `LocalNode`.
         """
         self.known: Mapping[str, object] = dict(main_namespace())
         """Contents of the jobs' `__main__`, by name."""
@@ -293,7 +295,7 @@ class RemoteLoop(LocalNode):
         self.directory = self._scratch.path
         """Directory for the jobs' files. It is removed when the node ends."""
         prepare()
-        super().__init__(program, method=method, option=options.spell("start_method"), captured=captured)
+        super().__init__(program, method=method, option=options.spell("start_method"), captured=captured, keep=keep)
         self.say(BeginRun(portable(options), ReportFiles(self.directory), command, last=True))
 
     def open(self) -> Opened:

@@ -217,6 +217,11 @@ def load_results(directory: str | os.PathLike[str] | None = None) -> ResultTable
     return tabulate(*read_chosen_sweep(None if directory is None else Path(directory)))
 
 
+def value_names(objectives: int) -> list[str]:
+    """Return the names of the values of a job that returns one number for each of several objectives."""
+    return ["value"] if objectives == 1 else [f"values_{place}" for place in range(objectives)]
+
+
 def tabulate(directory: Path, manifest: Manifest, row_of: Callable[[Entry], JobRow] | None = None) -> ResultTable:
     """Make the table of the jobs of a sweep. `row_of` makes the rows, by default `result_row`."""
     rows = tuple(map(row_of or result_row, manifest.entries.values()))

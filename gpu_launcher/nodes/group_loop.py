@@ -51,11 +51,12 @@ class GroupLoop(NodeGroup):
         *,
         method: StartMethod,
         channels: bool = False,
+        keep: tuple[int, ...] = (),
     ) -> None:
         """Start the nodes and the run. Raises what `NodeGroup` raises.
 
         `channels` says whether offers bring channels. Events are then those for a program without a display. The other
-        arguments are those of `RemoteLoop`.
+        arguments are those of `RemoteLoop`; `keep` is for the processes on this machine.
         """
         self.known = NOTHING
         self._no_node: str | None = None
@@ -68,7 +69,7 @@ class GroupLoop(NodeGroup):
         option = options.spell("start_method")
         super().__init__(
             needed([with_agent(spec) for spec in specs] if channels else specs, options.max_parallel),
-            partial(LocalNode, program, method=method, option=option, captured=False),
+            partial(LocalNode, program, method=method, option=option, captured=False, keep=keep),
             HostedProgram(program, as_proposed, captured=False),
             None,
             method=method,

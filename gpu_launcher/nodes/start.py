@@ -77,11 +77,20 @@ def start_nodes(
 
 
 def start_loop(
-    specs: Sequence[NodeSpec], program: Program, options: Options, *, method: StartMethod, channels: bool = False
+    specs: Sequence[NodeSpec],
+    program: Program,
+    options: Options,
+    *,
+    method: StartMethod,
+    channels: bool = False,
+    keep: tuple[int, ...] = (),
 ) -> RemoteLoop | GroupLoop:
-    """Start the nodes that `specs` name, or a node on this machine, with one run. See `RemoteLoop` and `GroupLoop`."""
+    """Start the nodes that `specs` name, or a node on this machine, with one run. See `RemoteLoop` and `GroupLoop`.
+
+    The processes on this machine keep the descriptors `keep` open.
+    """
     if all(spec.command is None for spec in specs):
-        return RemoteLoop(program, options, this_program(), method=method)
+        return RemoteLoop(program, options, this_program(), method=method, keep=keep)
     from gpu_launcher.nodes.group_loop import GroupLoop  # most programs run on one machine
 
-    return GroupLoop(specs, program, options, this_program(), method=method, channels=channels)
+    return GroupLoop(specs, program, options, this_program(), method=method, channels=channels, keep=keep)

@@ -7,7 +7,8 @@
 3. The node answers with the path, which differs if another job of the sweep has that log (`jobs/directory.py`).
 4. `JobOutput.redirect` appends what was printed so far to the log, and everything printed later.
 
-Calls and records do not have a log: their output goes where the program's output goes.
+Calls and records do not have a log: their output goes where the program's output goes. A trial of `optimize` has one if
+the search has a directory. It is chosen when the trial is known, which is after the job has its devices.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from gpu_launcher.processes.forking import flush_all
@@ -47,9 +49,17 @@ class JobOutput:
 
     def redirect(self, log: Path) -> None:
         """Append what was printed so far, and all later output, to `log`."""
+        self._redirect(log, self.early_output)
+
+    def redirect_from_now_on(self, log: Path) -> None:
+        """Append all later output to `log`. What was printed so far may have gone to the program's terminal."""
+        self._redirect(log, lambda: b"")
+
+    @staticmethod
+    def _redirect(log: Path, before: Callable[[], bytes]) -> None:
         flush_all(ignore_errors=True)
         target = open_regular(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.write(target, self.early_output())
+        os.write(target, before())
         for descriptor in (1, 2):
             os.dup2(target, descriptor)
         os.close(target)

@@ -97,6 +97,11 @@ class JobContext:
             assert isinstance(message, LogFile), message
             self._output.redirect(Path(message.path))
 
+    def log_into(self, log: Path) -> None:
+        """Append the output of this job to `log` from now on. Raises OSError if the file cannot be created."""
+        make_directories(log.parent)
+        self._output.redirect_from_now_on(log)
+
     def wait(self) -> None:
         """Wait for the devices and set the environment to use them. The lease lives as long as this process.
 

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -27,6 +28,29 @@ DONE = Report(ok=True, message=None, payload=b"")
 """An empty report, because a message has already told how the objective ended."""
 
 
+@dataclass(frozen=True, slots=True)
+class TrialLogs:
+    """The logs of the trials of a search that has a directory."""
+
+    directory: Path
+    mark: Path
+    """A file that is there while the search runs. A machine that does not see it has another directory at this path."""
+
+    def path(self, number: int) -> Path:
+        """Return the path of a trial's log."""
+        return self.directory / str(number) / "job.log"
+
+    def take_over(self, number: int, context: JobContext) -> bool:
+        """Write the output of this job into the log of its trial. Returns whether that is possible."""
+        try:
+            if self.mark.exists():
+                context.log_into(self.path(number))
+                return True
+        except OSError as error:
+            print(f"gpu-launcher: no log of trial {number}: {error}", file=sys.stderr)
+        return False
+
+
 @dataclass(frozen=True)
 class Objective:
     """The program of each job. See `gpu_launcher.processes.worker.Program`.
@@ -41,6 +65,8 @@ class Objective:
     """Exceptions that do not end the search."""
     study: optuna.Study
     """The head's study; in a job, a copy of it. If the function refers to the study, it refers to this very object."""
+    logs: TrialLogs | None = None
+    """Where the output of trials goes. None: where the program's output goes."""
 
     def __reduce__(self) -> Any:
         # Pickled together, so that the function's reference to the study stays the same object as `study`. The study
@@ -56,7 +82,7 @@ class Objective:
                 f"{describe(error)}{where}. Remedy: make it inside the objective, or run on this machine with "
                 'start_method="fork"',
             ) from error
-        return _load, (dumped, self.request)
+        return _load, (dumped, self.request, self.logs)
 
     def __call__(self, number: int, spec: Any, context: JobContext) -> Report:
         """See `Program`."""
@@ -70,8 +96,9 @@ class Objective:
             return Report(ok=False, message="was interrupted before it had a trial", payload=b"")
         if not isinstance(info, trial.TrialInfo):
             return DONE
+        has_log = self.logs is not None and self.logs.take_over(info.number, context)
         try:
-            ending = self._run(WorkerTrial(info, channel), channel)
+            ending = self._run(WorkerTrial(info, channel), channel, has_log=has_log)
         except BaseException as error:  # not an Exception or KeyboardInterrupt, so not an end of an objective
             return _abnormal_report(error)
         if channel.mine:  # False in a fork that the objective made and that has returned from it
@@ -80,7 +107,7 @@ class Objective:
             return Report(ok=False, message="was interrupted", payload=b"")
         return DONE
 
-    def _run(self, mine: WorkerTrial, channel: ObjectiveChannel) -> ObjectiveEnding:
+    def _run(self, mine: WorkerTrial, channel: ObjectiveChannel, *, has_log: bool) -> ObjectiveEnding:
         trial.become(mine)
         reporting.objective_in = os.getpid()
         install_proxy(self.study, mine.study)
@@ -89,6 +116,8 @@ class Objective:
         except TrialPruned as pruned:
             return Pruned(str(pruned))
         except (Exception, KeyboardInterrupt) as error:
+            if has_log:
+                print_exception(error, users_part(error.__traceback__))
             carried = PortableException.of(error, channel.known)
             return Raised(carried, isinstance(error, self.catch), isinstance(error, KeyboardInterrupt))
 
@@ -104,9 +133,9 @@ def _abnormal_report(error: BaseException) -> Report:
     return Report(ok=False, message=reason(error), payload=b"")
 
 
-def _load(dumped: bytes, request: Request) -> Objective:
+def _load(dumped: bytes, request: Request, logs: TrialLogs | None) -> Objective:
     function, catch, study = pickling.load(dumped)
-    return Objective(function, request, catch, study)
+    return Objective(function, request, catch, study, logs)
 
 
 def _values(returned: Any) -> tuple[float | NotANumber, ...] | None:

@@ -6,7 +6,10 @@ the calls of the objective, and tells the trial when the objective has ended. Th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, closing, nullcontext
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -14,6 +17,7 @@ from optuna.progress_bar import _ProgressBar
 
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import OptionError
+from gpu_launcher.jobs.ending import recorded_end
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.nodes.engines import read_nodes
 from gpu_launcher.nodes.start import start_loop
@@ -21,6 +25,7 @@ from gpu_launcher.pool import Pool, read_pool
 from gpu_launcher.requests import read_request
 from gpu_launcher.studies.objective import Objective
 from gpu_launcher.studies.ownership import TrialOwner, working
+from gpu_launcher.studies.recorded_search import RecordedSearch, SearchDirectory
 from gpu_launcher.studies.search_loop import Callback, SearchLoop, log
 from gpu_launcher.studies.stale_trials import NEVER
 from gpu_launcher.studies.stopping import Bounds
@@ -49,6 +54,7 @@ def optimize(
     pool: Pool | None = None,
     start_method: StartMethod = "auto",
     nodes: str | Sequence[str] | None = None,
+    directory: str | os.PathLike[str] | None = None,
 ) -> None:
     """Run `objective` for trials of `study`, each in its own process with its own devices.
 
@@ -73,12 +79,15 @@ def optimize(
     - `pool`: devices to use instead of all of the machine's. `start_method`: how processes are started, fork or spawn.
     - `nodes`: machines to run trials on, as a list of `local`, `ssh:HOST`, `slurm:COUNT`, `sbatch:COUNT`, `ray:COUNT`
       and `command:COMMAND`. Each uses its own devices. See `gpu-launcher guide nodes`. By default, only this machine.
+    - `directory`: makes this search a sweep with a directory, which `gpu-launcher sweeps`, `results`, `log`, `cancel`,
+      `stop` and the like find. The output of each trial goes into a log there. By default there is none, and the output
+      goes where the program's does. See `gpu-launcher guide optimize`.
 
-    Ctrl-C interrupts the running trials. They fail, and KeyboardInterrupt is raised.
+    Ctrl-C, and `gpu-launcher stop`, interrupt the running trials. They fail, and KeyboardInterrupt is raised.
 
-    Raises OptionError, DeviceError, PoolDirectoryError and NodeStartError before any trial runs; whatever the
-    objective, the sampler or a callback raises; and NodeDiedError if the node, the process that starts the others, is
-    killed, or no machine of `nodes` is left.
+    Raises OptionError, DeviceError, PoolDirectoryError, NodeStartError and ManifestError before any trial runs;
+    whatever the objective, the sampler or a callback raises; and NodeDiedError if the node, the process that starts the
+    others, is killed, or no machine of `nodes` is left.
     """
     if not isinstance(study, optuna.Study):
         raise OptionError("study", f"{study!r} is not an optuna.Study: give the study, and then the objective")
@@ -102,26 +111,39 @@ def optimize(
     specs = read_nodes(nodes)
     sweep = TrialOwner(ProcessIdentity.here())
     storage = StudyStorage(study._storage, sweep)
-    keep_connections_from_jobs(study._storage)
-    # Must come before the progress bar, which starts a thread.
-    loop = start_loop(specs, Objective(objective, request, caught, study), options, method=start_method)
-    study._stop_flag = False
-    study._thread_local.in_optimize_loop = True
-    try:
-        loop.open()
-        with working(sweep):
-            session = StudySession(study, storage, bounds=bounds, max_retries=retries)
-            for line in session.fail_stale_trials("program"):
-                log.warning(line)
-            bar = _ProgressBar(show_progress_bar, bounds.n_trials, bounds.timeout)
-            try:
-                SearchLoop(session, loop, caught, after_each, bar, options).run()
-            finally:
-                bar.close()
-    finally:
-        loop.close()
-        study._thread_local.in_optimize_loop = False
+    with ExitStack() as cleanup:
+        # Before the node is started, whose processes hold the lock, too.
+        taken = None if directory is None else cleanup.enter_context(closing(SearchDirectory(_path(directory))))
+        keep_connections_from_jobs(study._storage)
+        program = Objective(objective, request, caught, study, None if taken is None else taken.logs)
+        keep = () if taken is None else (taken.descriptor,)
+        # Must come before the progress bar, which starts a thread.
+        loop = start_loop(specs, program, options, method=start_method, keep=keep)
+        study._stop_flag = False
+        study._thread_local.in_optimize_loop = True
+        try:
+            opened = loop.open()
+            with working(sweep), nullcontext() if taken is None else recorded_end(taken.path):
+                session = StudySession(study, storage, bounds=bounds, max_retries=retries)
+                record = None if taken is None else RecordedSearch(taken, session, opened.devices, options)
+                with nullcontext() if record is None else closing(record):
+                    for line in session.fail_stale_trials("program"):
+                        log.warning(line)
+                    bar = _ProgressBar(show_progress_bar, bounds.n_trials, bounds.timeout)
+                    try:
+                        SearchLoop(session, loop, caught, after_each, bar, options, record).run()
+                    finally:
+                        bar.close()
+        finally:
+            loop.close()
+            study._thread_local.in_optimize_loop = False
     study._storage.remove_session()
+
+
+def _path(directory: object) -> Path:
+    if not isinstance(directory, (str, os.PathLike)) or not os.fspath(directory):
+        raise OptionError("directory", f"{directory!r} is not a path: give one such as sweeps/first")
+    return Path(os.fsdecode(directory)).absolute()
 
 
 def _exceptions(catch: object) -> tuple[type[BaseException], ...]:

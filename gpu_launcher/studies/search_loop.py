@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 import select
 import time
 from collections import deque
@@ -35,6 +36,7 @@ from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException
 from gpu_launcher.studies import optimize_messages as d
 from gpu_launcher.studies.deferred_sigint import DeferredSigint
+from gpu_launcher.studies.recorded_search import RecordedSearch
 from gpu_launcher.studies.search_engine import SearchEngine
 from gpu_launcher.studies.study_session import STATES, AskedTrial, StudySession, TrialEnding, TrialOutcome
 from gpu_launcher.studies.trial import TrialInfo
@@ -67,8 +69,9 @@ class SearchLoop(SearchEngine):
         callbacks: list[Callback],
         bar: _ProgressBar,
         options: Options,
+        record: RecordedSearch | None = None,
     ) -> None:
-        """`loop` must be open and have these `options`."""
+        """`loop` must be open and have these `options`. `record` is that in the search's directory, if it has one."""
         super().__init__(session)
         self._study = session.study
         self._loop = loop
@@ -76,6 +79,7 @@ class SearchLoop(SearchEngine):
         self._callbacks = callbacks
         self._bar = bar
         self._options = options
+        self._record = record
         self._sigint = DeferredSigint()
         self._began = time.monotonic()
 
@@ -102,6 +106,12 @@ class SearchLoop(SearchEngine):
         self._interrupted = False
         self._error: BaseException | None = None
         """The error to raise at the end."""
+        self._stops_wanted = 0
+        """Number of interruptions that requests have asked for and that are not handled."""
+        self._forced = False
+        """Whether an interruption does not wait for running trials."""
+        self._withdrawn: dict[int, str] = {}
+        """Jobs that requests have cancelled, with the reason."""
 
     def run(self) -> None:
         """Run the trials until all have ended. Raises what `optimize` raises."""
@@ -142,6 +152,8 @@ class SearchLoop(SearchEngine):
         patience = max(0.0, min(moments) - time.monotonic())
         poll = select.poll()
         poll.register(self._loop, select.POLLIN)
+        if self._record is not None and (control := self._record.fileno()) is not None:
+            poll.register(control, select.POLLIN)
         with self._sigint.allowed():
             # One millisecond more; otherwise poll would return slightly too early again and again.
             poll.poll(patience and patience * 1000 + 1)
@@ -149,6 +161,11 @@ class SearchLoop(SearchEngine):
             self._heard += arrived
             if any(isinstance(message, node.Closed) for message in arrived):
                 break
+        if self._record is not None:
+            self._record.serve(self)
+        if self._stops_wanted:
+            self._stops_wanted -= 1
+            raise KeyboardInterrupt
 
     def _receive(self) -> list[node.Message]:
         try:
@@ -182,6 +199,8 @@ class SearchLoop(SearchEngine):
                 self._closed = True
                 if error is not None:
                     self._end_with(error)
+        if self._record is not None:
+            self._record.take(event)
 
     # Jobs
 
@@ -236,16 +255,20 @@ class SearchLoop(SearchEngine):
         try:
             if job in self._trials:  # the node that ran it was lost
                 answer = self._trials[job]
-                self._session.started(answer.number, devices)
+                self._note_start(job, answer.number, devices)
             elif not self._over and job not in self._cancelled:
                 asked = self._session.ask()
                 if isinstance(asked, AskedTrial):
-                    self._session.started(asked.trial.number, devices)
+                    self._note_start(job, asked.trial.number, devices)
                     # The objective asks for these when it needs them. The node may lack the classes of their values.
                     self._trials[job] = answer = replace(asked.trial, params={}, distributions={}, user_attrs={})
         except Exception as error:  # from the sampler or the storage
             self._end_with(error)
         self._say(s.Reply(job, answer))
+
+    def _note_start(self, job: int, trial: int, devices: list[str]) -> None:
+        log = None if self._record is None else self._record.began(job, trial)
+        self._session.started(trial, devices, None if log is None else os.path.dirname(log), log)  # noqa: PTH120
 
     def _job_returned(self, job: int) -> None:
         """Take note that a job will be started again, on another node, with the trial that it has."""
@@ -266,7 +289,8 @@ class SearchLoop(SearchEngine):
         elif job in self._trials:
             number = self._trials[job].number
             problem = INTERRUPTED if self._interrupted else result.message or "ended without a result"
-            error = JobError(number, f"trial {number}", problem, result.log)
+            log_file = result.log if self._record is None else self._record.log_of(job)
+            error = JobError(number, f"trial {number}", problem, log_file)
             self._failed(job, error, problem, lost=result.unsupervised)
         elif job in self._waiting:
             self._waiting.discard(job)
@@ -280,6 +304,10 @@ class SearchLoop(SearchEngine):
     def _interrupt(self) -> None:
         """Give running trials some time to end, unless the user presses Ctrl-C again."""
         self._interrupted = True
+        if self._record is not None:
+            self._record.interrupted()
+        if self._forced:
+            return
         with suppress(KeyboardInterrupt, GpuLauncherError):
             self._say(s.Stop())
             self._serve(time.monotonic() + GRACE + ENDING)
@@ -293,6 +321,19 @@ class SearchLoop(SearchEngine):
         if self._error is None:
             self._error = error
 
+    # Requests from other terminals. See `recorded_search.Search`.
+
+    def withdraw(self, job: int, why: str) -> None:
+        self._withdrawn[job] = why
+        self._cancel(job, why)
+
+    def set_throttle(self, throttle: s.Throttle) -> None:
+        self._say(throttle)
+
+    def request_stop(self, *, now: bool) -> None:
+        self._forced = self._forced or now
+        self._stops_wanted += 1
+
     # Messages from jobs
 
     def _store(self, events: Iterable[Any]) -> None:
@@ -304,6 +345,8 @@ class SearchLoop(SearchEngine):
     def _check_trials(self) -> None:
         try:
             super()._check_trials()
+            if self._record is not None:
+                self._record.look()
         except Exception as error:  # from the storage
             self._end_with(error)
 
@@ -366,7 +409,10 @@ class SearchLoop(SearchEngine):
         self._failed(job, error, ending.error.summary, caught=ending.caught)
 
     def _failed(self, job: int, error: BaseException, said: str, *, caught: bool = False, lost: bool = False) -> None:
-        if (self._interrupted or job in self._cancelled) and isinstance(error, (KeyboardInterrupt, JobError)):
+        ended_by_us = isinstance(error, (KeyboardInterrupt, JobError))
+        if (why := self._withdrawn.get(job)) is not None and ended_by_us:
+            self._tell(job, TrialOutcome.FAILED, said=why, caught=True)
+        elif (self._interrupted or job in self._cancelled) and ended_by_us:
             self._tell(job, TrialOutcome.INTERRUPTED, said=INTERRUPTED)
         else:
             caught = caught or isinstance(error, self._catch)
@@ -390,11 +436,13 @@ class SearchLoop(SearchEngine):
         try:
             if lost and (trial := self._session.retry_lost(number, said)) is not None:
                 _logger.warning(f"Trial {number} {said}; it failed, and is queued again.")
+                self._note_end(job, trial, said)
                 self._call_back(trial)
                 return
             trial = self._session.tell(
                 number, TrialEnding(outcome, numbers, None if outcome is TrialOutcome.PRUNED else said or None)
             )
+            self._note_end(job, trial, said, stopped=outcome is TrialOutcome.INTERRUPTED)
         except Exception as wrong:  # from the sampler or the storage
             self._end_with(wrong)
             return
@@ -405,6 +453,10 @@ class SearchLoop(SearchEngine):
             self._end_with(error)
         elif not self._interrupted:
             self._call_back(trial)
+
+    def _note_end(self, job: int, trial: FrozenTrial, said: str, *, stopped: bool = False) -> None:
+        if self._record is not None:
+            self._record.told(job, trial, said, stopped=stopped)
 
     def _log(self, trial: FrozenTrial, said: str, error: BaseException | None, returned: object) -> None:
         """Log the end of a trial, in the words of Study.optimize."""

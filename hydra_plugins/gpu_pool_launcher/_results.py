@@ -110,11 +110,6 @@ def table_values(returned: object) -> Values:
         return {}
 
 
-def value_names(objectives: int) -> list[str]:
-    """Return the names under which `table_values` has the values of this number of objectives."""
-    return ["value"] if objectives == 1 else [f"values_{place}" for place in range(objectives)]
-
-
 def _number(value: object) -> float | None:
     """A value as a number; None if it is not one."""
     if value is None or isinstance(value, (str, bytes)):

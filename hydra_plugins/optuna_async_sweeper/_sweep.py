@@ -29,6 +29,7 @@ from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.labels import Labels
 from gpu_launcher.jobs.notifications import Notifier
+from gpu_launcher.jobs.result_table import value_names
 from gpu_launcher.processes.exceptions import reason
 from gpu_launcher.studies.ownership import TrialOwner
 from gpu_launcher.studies.stopping import SearchEnded
@@ -44,7 +45,6 @@ from gpu_launcher.studies.sweep_search import SweepSearch
 from hydra_plugins.gpu_pool_launcher._commands import override
 from hydra_plugins.gpu_pool_launcher._directory import make_directory
 from hydra_plugins.gpu_pool_launcher._ending import final, stop
-from hydra_plugins.gpu_pool_launcher._results import value_names
 from hydra_plugins.gpu_pool_launcher.launcher import GpuPoolLauncher
 
 from ._composition import check_composition

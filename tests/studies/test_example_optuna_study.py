@@ -19,8 +19,8 @@ pytest.importorskip("sklearn")
 
 def test_the_example_searches_and_goes_on_with_its_study(tmp_path: Path) -> None:
     environment = {**os.environ, "GPU_LAUNCHER_POOL_DIR": str(tmp_path / "pool"), "OMP_NUM_THREADS": "1"}
-    for trials, devices in ((6, "simulated:4"), (3, "auto")):
-        command = [sys.executable, str(SCRIPT), "--trials", str(trials), "--devices", devices]
+    for trials, devices, more in ((6, "simulated:4", ["--directory", "search"]), (3, "auto", [])):
+        command = [sys.executable, str(SCRIPT), "--trials", str(trials), "--devices", devices, *more]
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250, check=False
         )
@@ -30,3 +30,6 @@ def test_the_example_searches_and_goes_on_with_its_study(tmp_path: Path) -> None
     assert len(study.trials) == 9
     assert {trial.state.name for trial in study.trials} <= {"COMPLETE", "PRUNED"}
     assert study.best_value > 0.5
+    table = gpu_launcher.load_results(tmp_path / "search")
+    assert len(table) == 6
+    assert table.directions == {"value": "maximize"}
