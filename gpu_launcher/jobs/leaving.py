@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from gpu_launcher.jobs.progress import PlainProgress, can_live
+from gpu_launcher.jobs.progress import PlainProgress, can_live, reads_from
 from gpu_launcher.jobs.progress.interactive import Interactive
 from gpu_launcher.processes.backgrounding import leave_terminal, obstacle
 from gpu_launcher.safe_files import open_regular
@@ -24,14 +24,13 @@ SHELL_SAYS = "your shell reports it as stopped now; it continues at once, in the
 
 def detached_text(name: str, directory: Path, pid: int) -> str:
     """Return the last lines on the terminal that a sweep leaves when it begins. They begin with `name`."""
-    return "".join(f"[{name}] {line}\n" for line in detached_lines(directory, pid))
+    return "".join(f"[{name}] {line}\n" for line in _last_lines("detached", directory, pid))
 
 
-def detached_lines(directory: Path, pid: int) -> list[str]:
-    """Return the last lines on the terminal that a sweep leaves."""
+def _last_lines(what: str, directory: Path, pid: int) -> list[str]:
     where = shlex.quote(short_path(directory))
     return [
-        f"detached: process {pid} continues the sweep, and writes to {short_path(directory / OUTPUT)}",
+        f"{what}: process {pid} continues the sweep, and writes to {short_path(directory / OUTPUT)}",
         f"to show it: gpu-launcher attach --dir {where}; to stop it: gpu-launcher stop --dir {where}",
     ]
 
@@ -47,7 +46,7 @@ def leave_while_running(display: Interactive, directory: Path, option: str) -> P
         try:
             output = open_regular(directory / OUTPUT, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             try:
-                last = [*detached_lines(directory, os.getpid()), SHELL_SAYS]
+                last = [*_last_lines("leaving this terminal", directory, os.getpid()), SHELL_SAYS]
                 plain = display.give_way(last, partial(leave_terminal, 2, output))
             finally:
                 os.close(output)
@@ -60,13 +59,15 @@ def leave_while_running(display: Interactive, directory: Path, option: str) -> P
     return f"the sweep cannot leave this terminal: {why}. To leave it running, start it with {option}, or in tmux"
 
 
-def over_ssh(stream: TextIO | None, environ: Mapping[str, str], option: str) -> list[str]:
+def over_ssh(stream: TextIO | None, environ: Mapping[str, str], option: str, *, reads: bool = False) -> list[str]:
     """Return a notice if the sweep is shown on a terminal that a lost connection closes, else nothing.
 
-    `option` is how to detach the sweep.
+    `option` is how to detach the sweep. `reads` says whether the program reads the keyboard itself.
     """
     remote = environ.get("SSH_CONNECTION") or environ.get("SSH_TTY")
     kept = environ.get("TMUX") or environ.get("STY") or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     if not remote or kept or not can_live(stream, environ):
         return []
-    return [f"the sweep ends when this connection does: to leave it running, start it with {option}, or in tmux"]
+    assert stream is not None
+    key = "" if reads or not reads_from(stream.fileno()) or obstacle() is not None else "press d, or "
+    return [f"the sweep ends when this connection does: to leave it running, {key}start it with {option}, or in tmux"]

@@ -306,6 +306,9 @@ def _cell(value: Any) -> Any:
 
 def result_row(entry: Entry) -> JobRow:
     """Return the row of a job."""
+    # One that was cancelled before it had its devices may have been prepared, which uses memory and makes a directory.
+    prepared_only = entry.state is State.CANCELLED and not entry.attempts
+    directory = None if entry.log is None else os.path.dirname(entry.log)  # noqa: PTH120  (much quicker)
     return JobRow(
         entry.number,
         entry.state.value,
@@ -313,11 +316,11 @@ def result_row(entry: Entry) -> JobRow:
         _without_secrets(entry.figures.values),
         None if entry.seconds is None else round(entry.seconds, 3),
         entry.counted_attempts,
-        entry.figures.peak_memory,
-        entry.figures.peak_device_memory,
+        None if prepared_only else entry.figures.peak_memory,
+        None if prepared_only else entry.figures.peak_device_memory,
         entry.devices,
         entry.node or None,
-        None if entry.log is None else os.path.dirname(entry.log),  # noqa: PTH120  (much quicker)
+        None if prepared_only else directory,
         entry.message,
         entry.started,
         entry.ended,

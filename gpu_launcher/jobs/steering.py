@@ -294,9 +294,15 @@ class Sweep:
         command = None
         with suppress(ManifestError, OSError):
             if read_manifest(self.directory).exit_code != 0:
-                command = how_to_resume(self.directory)
+                command = self._command_for_the_rest()
         rest = "" if command is None else f"; to run the rest: {command}"
         return SteeringError(f"{self._name} {what}{rest}")
+
+    def _command_for_the_rest(self) -> str | None:
+        """Return the command that resumes the sweep. None if it is not recorded."""
+        with suppress(ManifestError, OSError):
+            return how_to_resume(self.directory)
+        return None
 
     def _why_not(self, jobs: Ranges, coming: Ranges, *, any_cancelled: bool) -> str | None:
         """Say why these jobs were not cancelled, or None. `coming` are jobs without an entry."""
@@ -330,7 +336,15 @@ class Sweep:
         )
         if done == left:
             return f"{spell(done)} {'has' if is_one(done) else 'have'} completed: only other jobs can run again"
-        return f"{spell(left)} ended before this launch of the sweep; {self._ended('can be resumed when it has ended')}"
+        return f"{spell(left)} ended in an earlier batch or launch of the sweep{self._how_later(left)}"
+
+    def _how_later(self, jobs: Ranges) -> str:
+        """Say how jobs can run again that this launch cannot run."""
+        if (command := self._command_for_the_rest()) is not None:
+            return f"; when it has ended, to run the rest: {command}"
+        return (
+            f": `gpu-launcher rerun {jobs[0][0]}` prints the command that runs {'it' if is_one(jobs) else 'one'} alone"
+        )
 
     def _has_no(self, jobs: Ranges, has: Ranges) -> str:
         known = f"its {spell(has).removeprefix('jobs ')}" if has else "it has none yet"

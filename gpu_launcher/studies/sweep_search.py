@@ -151,8 +151,8 @@ class SweepSearch(SearchEngine):
     def retry(self, jobs: Sequence[Job]) -> None:
         """See `JobSource`. The study knows how these trials ended, and that cannot be changed."""
         raise ValueError(
-            "a trial of a search ends once: run the program alone with the trial's parameters, which `gpu-launcher "
-            "jobs` shows"
+            f"a trial of a search ends once: `gpu-launcher rerun {jobs[0].number}` prints the command that runs the "
+            "program alone with the trial's parameters"
         )
 
     def tick(self) -> None:

@@ -63,7 +63,8 @@ def left(terminal: Open, tmp_path: Path) -> Iterator[Leave]:
         heads.append(head)
         press_d(view)
         view.until(lambda: "ready>" in view.text.partition("at once, in the background")[2])
-        assert f"detached: process {head.pid} continues the sweep, and writes to sweep/sweep.log" in view.text
+        continues = f"process {head.pid} continues the sweep, and writes to sweep/sweep.log"
+        assert f"leaving this terminal: {continues}" in view.text
         until(lambda: output_of(head) == [Path("/dev/null"), *[tmp_path / "sweep/sweep.log"] * 2])
         view.until(lambda: view.modes() == before)
         return view, head
@@ -149,6 +150,19 @@ def test_sweep_stays_if_no_shell_would_take_the_terminal(terminal: Open, command
     view.press("\x03")
     view.until("to run the rest")
     view.wait()
+
+
+def test_line_at_the_start_over_ssh_names_the_key_where_it_works(terminal: Open, tmp_path: Path) -> None:
+    (tmp_path / "go").touch()
+    over_ssh = "env -u TMUX -u STY SSH_TTY=/dev/pts/3"
+    line = "the sweep ends when this connection does: to leave it running, "
+    view = terminal(*BASH)
+    view.until("ready>")
+    view.press(f"{over_ssh} {MAP}\r")
+    view.until(f"{line}press d, or start it with --detach, or in tmux")
+    view.until("4 completed")
+    view.press(f"rm -r sweep; {over_ssh} {MAP} | cat\r")
+    view.until(f"{line}start it with --detach, or in tmux")
 
 
 def test_sweep_in_a_pipeline_stays(terminal: Open) -> None:

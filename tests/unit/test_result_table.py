@@ -88,6 +88,19 @@ def test_row_has_all_that_is_known_about_a_job(tmp_path: Path) -> None:
     assert table[-1:] == (second,)
 
 
+def test_job_cancelled_before_it_had_devices_has_no_memory_and_no_directory(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, [Job(number, "", []) for number in range(3)], "train.py")
+    figures = Figures(peak_memory=2**26)
+    logs = [str(tmp_path / str(number) / "job.log") for number in range(3)]
+    recorder.handle(JobStarted(0.0, 2, "", (), logs[2]))
+    for number, outcome in enumerate((Outcome.CANCELLED, Outcome.FAILED, Outcome.CANCELLED)):
+        recorder.handle(JobEnded(0.0, number, "", (), outcome, None, "why", logs[number], figures=figures))
+    prepared, failed, ran = load_results(tmp_path)
+    assert (prepared.outcome, prepared.peak_memory, prepared.directory) == ("cancelled", None, None)
+    assert (failed.peak_memory, failed.directory) == (2**26, str(tmp_path / "1")), "its log says why"
+    assert (ran.peak_memory, ran.directory) == (2**26, str(tmp_path / "2"))
+
+
 def test_parameters_that_differ_are_columns(tmp_path: Path) -> None:
     table = grid(tmp_path)
     assert (table.varying, table.value_names) == (("lr", "seed"), ("value",))

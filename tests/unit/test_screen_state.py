@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from gpu_launcher.jobs.control import CancelJobs, ContinueSweep, LimitDevices, PauseSweep, RetryJobs
+from gpu_launcher.jobs.control import CancelJobs, ContinueSweep, LimitDevices, PauseSweep, RetryJobs, Steering
 from gpu_launcher.jobs.events import Event, JobEnded, JobStarted, Outcome, SweepStarted, Throttled
 from gpu_launcher.jobs.progress.keys import KeyDecoder
 from gpu_launcher.jobs.progress.log_window import REACH, LogWindow, files_of, read_window
@@ -26,8 +26,8 @@ from gpu_launcher.jobs.progress.screen_state import (
     Shown,
     help_of,
     press,
-    press_all,
 )
+from gpu_launcher.jobs.progress.sweep_screen import SweepScreen
 from gpu_launcher.jobs.progress.tally import SweepTally
 from gpu_launcher.jobs.progress.view import frame, from_column, running_in_order
 from gpu_launcher.model import Device, DeviceKind
@@ -104,11 +104,48 @@ def test_jobs_that_are_typed_are_cancelled_after_a_yes() -> None:
 
 
 def test_a_pasted_yes_is_not_an_answer() -> None:
-    view = shown()
-    state, actions = press_all(ScreenState(), ["down", "c", "y", "p"], view)
-    assert (state.asked, actions) == (CancelJobs(((5, 5),)), [])
-    state, actions = press_all(ScreenState(), ["c", "7", "enter", "y"], view)
-    assert (state.asked, actions) == (CancelJobs(((7, 7),)), [])
+    for keys, job in ((["down", "c", "y", "p"], 5), (["c", "7", "enter", "y"], 7)):
+        screen, actions = SweepScreen(shown().tally), list[Steering]()
+        screen.serve(keys, (80, 24), recorded(actions))
+        assert (screen.state.asked, actions) == (CancelJobs(((job, job),)), [])
+
+
+def recorded(actions: list[Steering]) -> Callable[[Steering], str]:
+    """Carry out what keys ask for, as another program does: its event about it comes later."""
+
+    def carry_out(request: Steering) -> str:
+        actions.append(request)
+        return "done"
+
+    return carry_out
+
+
+def test_each_press_counts_even_if_keys_are_read_together() -> None:
+    screen, actions = SweepScreen(shown().tally), list[Steering]()
+    screen.serve(["-", "-", "-"], (80, 24), recorded(actions))
+    assert actions == [LimitDevices(3), LimitDevices(2), LimitDevices(1)]
+    actions.clear()
+    screen.serve(["+"], (80, 24), recorded(actions))
+    screen.serve(["+", "+", "+"], (80, 24), recorded(actions))
+    assert actions == [LimitDevices(2), LimitDevices(3), LimitDevices(None)]
+    assert screen.state.said == "no limit on devices is set"
+    actions.clear()
+    screen.serve(["p", "p", "p"], (80, 24), recorded(actions))
+    assert actions == [PauseSweep(), ContinueSweep(), PauseSweep()]
+    screen.take(Throttled(1.0, False, 2, "from another terminal"))
+    screen.serve(["-"], (80, 24), recorded(actions))
+    assert actions[-1] == LimitDevices(1), "what the sweep says holds"
+
+
+def test_key_that_is_refused_changes_no_limit() -> None:
+    def refuse(request: Steering) -> str:
+        raise ValueError("it is stopping")
+
+    screen, actions = SweepScreen(shown().tally), list[Steering]()
+    screen.serve(["-"], (80, 24), refuse)
+    assert screen.state.said == "it is stopping"
+    screen.serve(["-"], (80, 24), recorded(actions))
+    assert actions == [LimitDevices(3)]
 
 
 def test_sweep_is_paused_continued_and_limited() -> None:
@@ -217,7 +254,9 @@ def test_terminal_is_left_after_a_yes_and_nothing_else() -> None:
         if key not in "yY":
             answered, actions = after([key], view, state)
             assert (answered.asked, answered.said, actions) == (None, "the sweep stays here", [])
-    assert press_all(ScreenState(), ["d", "y"], view) == (state, []), "a pasted yes is not an answer"
+    screen = SweepScreen(view.tally)
+    assert screen.serve(["d", "y"], (80, 24), recorded([])) is None, "a pasted yes is not an answer"
+    assert screen.state.asked == Detach()
     lines = frame(view.tally, 60, 12, state)
     assert lines[-1].plain == "leave this terminal, and let the sweep continue? y/n"
 

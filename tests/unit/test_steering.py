@@ -256,6 +256,9 @@ def test_sweep_of_an_older_version_cannot_be_watched(sweep: Path) -> None:
         Sweep(sweep).watch()
 
 
+EARLIER = "job 2 ended in an earlier batch or launch of the sweep"
+
+
 @pytest.mark.parametrize(
     ("jobs", "answer", "said"),
     [
@@ -264,7 +267,7 @@ def test_sweep_of_an_older_version_cannot_be_watched(sweep: Path) -> None:
         ((0,), {"unfinished": [[0, 0]]}, "job 0 has not ended yet"),
         ((0, 9), {"again": [[0, 0]]}, "job 0 runs again; sweep has no job 9 (its job 0)"),
         ((1,), {}, "job 1 has completed: only other jobs can run again"),
-        ((2,), {}, "job 2 ended before this launch of the sweep; sweep can be resumed when it has ended; "),
+        ((2,), {}, f"{EARLIER}; when it has ended, to run the rest: python train.py -m"),
     ],
     ids=str,
 )
@@ -281,6 +284,17 @@ def test_retry_says_why_jobs_do_not_run_again(
     with answering(path, write_answer(full)), pytest.raises(SteeringError) as caught:
         Sweep(sweep).retry(*jobs, failed=not jobs)
     assert str(caught.value).startswith(said)
+
+
+def test_retry_of_a_trial_of_an_earlier_launch_names_rerun(tmp_path: Path) -> None:
+    search = tmp_path / "search"
+    recorder = Recorder(search, [Job(2, "", [])], "train.py")
+    recorder.handle(JobEnded(0.0, 2, "", (), Outcome.FAILED, 1.0, "broke", None))
+    recorder.close()
+    answer = write_answer({"over": False, "again": [], "ahead": [], "unfinished": []})
+    with answering(launched(search, ProcessIdentity.here()), answer), pytest.raises(SteeringError) as caught:
+        Sweep(search).retry(2)
+    assert str(caught.value) == f"{EARLIER}: `gpu-launcher rerun 2` prints the command that runs it alone"
 
 
 def test_retry_says_what_runs_again(sweep: Path) -> None:

@@ -402,7 +402,8 @@ class _Launch:
         try:
             with closing(source), closing(start()) as node:
                 node.wait_until_ready()
-                display = open_progress(name="gpu-launcher", reads=self.asked.source == STDIN and os.isatty(0))
+                reads = self.asked.source == STDIN and os.isatty(0)
+                display = open_progress(name="gpu-launcher", reads=reads)
                 return run_jobs(
                     [],
                     node,
@@ -414,7 +415,7 @@ class _Launch:
                     display=display,
                     how_to_resume=self._how(directory),
                     closing=lambda failed, incomplete: [f"table: gpu-launcher results {quoted(directory.path)}"],
-                    notices=over_ssh(sys.stderr, os.environ, "--detach"),
+                    notices=over_ssh(sys.stderr, os.environ, "--detach", reads=reads),
                     notifier=notifier,
                     begun=(lambda: None) if detachment is None else detachment.begun,
                     anew=source.is_new,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from gpu_launcher.jobs.progress.live import LiveProgress
 
-__all__ = ["PlainProgress", "can_live", "open_progress"]
+__all__ = ["PlainProgress", "can_live", "open_progress", "reads_from"]
 
 
 def open_progress(
@@ -44,12 +44,12 @@ def open_progress(
 
 def _keyboard(stream: TextIO) -> Keyboard | None:
     try:
-        return Keyboard(stream.fileno(), keys=_reads_from(stream.fileno()))
+        return Keyboard(stream.fileno(), keys=reads_from(stream.fileno()))
     except (OSError, ValueError):  # a stream that the program created without a descriptor
         return None
 
 
-def _reads_from(terminal: int) -> bool:
+def reads_from(terminal: int) -> bool:
     """Whether stdin is this terminal, and keys can be handled where signals are."""
     try:
         same = os.isatty(0) and os.fstat(0).st_rdev == os.fstat(terminal).st_rdev

@@ -140,23 +140,6 @@ class Shown:
     """Whether the screen can be left. That of the program that runs the sweep cannot."""
 
 
-def press_all(state: ScreenState, keys: Sequence[str], shown: Shown) -> tuple[ScreenState, list[Action]]:
-    """Press keys that arrived together, and return the new state and what is to be done.
-
-    A yes that arrives together with the question was typed or pasted before the question could be read. It is ignored,
-    with all that follows.
-    """
-    actions = []
-    for key in keys:
-        asked = state.asked
-        state, action = press(state, key, shown)
-        if action is not None:
-            actions.append(action)
-        if state.asked is not None and asked is None:
-            break
-    return state, actions
-
-
 def press(state: ScreenState, key: str, shown: Shown) -> tuple[ScreenState, Action | None]:
     """Press one key."""
     if state.asked is not None:

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from rich.text import Text
 
-from gpu_launcher.jobs.control import Steering
-from gpu_launcher.jobs.events import Event, JobEnded, JobStarted, StopRequested
+from gpu_launcher.jobs.control import ContinueSweep, LimitDevices, PauseSweep, Steering
+from gpu_launcher.jobs.events import Event, JobEnded, JobStarted, StopRequested, Throttled
 from gpu_launcher.jobs.progress.log_window import LogWindow, files_of, read_window
 from gpu_launcher.jobs.progress.pages import AROUND, page
-from gpu_launcher.jobs.progress.screen_state import Detach, Page, Quit, ScreenState, Shown, press_all
+from gpu_launcher.jobs.progress.screen_state import Detach, Page, Quit, ScreenState, Shown, press
 from gpu_launcher.jobs.progress.tally import SweepTally
 from gpu_launcher.jobs.progress.terminal import Size
 from gpu_launcher.jobs.progress.view import frame, running_in_order
@@ -54,17 +54,35 @@ class SweepScreen:
         return self.state.page is not Page.OVERVIEW
 
     def serve(self, keys: Sequence[str], size: Size, carry_out: Callable[[Steering], str]) -> Quit | Detach | None:
-        """Press keys that arrived together. `carry_out` and what is returned are as for `Interactive`."""
-        self.state, actions = press_all(self.state, keys, self._shown(size))
-        for action in actions:
+        """Press keys that arrived together. `carry_out` and what is returned are as for `Interactive`.
+
+        What a key asks for is done before the next key is pressed, which may ask for more of the same. A yes that
+        arrives together with the question was typed or pasted before the question could be read. It is ignored, with
+        all that follows.
+        """
+        shown = self._shown(size)
+        for key in keys:
+            asked = self.state.asked
+            self.state, action = press(self.state, key, shown)
             if isinstance(action, Quit | Detach):
                 return action
-            try:
-                said = carry_out(action)
-            except ValueError as error:
-                said = str(error)
-            self.state = replace(self.state, said=said)
+            if action is not None:
+                self._do(action, carry_out)
+                shown = self._shown(size)
+            if self.state.asked is not None and asked is None:
+                break
         return None
+
+    def _do(self, action: Steering, carry_out: Callable[[Steering], str]) -> None:
+        before = self.tally.throttled
+        try:
+            said = carry_out(action)
+        except ValueError as error:
+            said = str(error)
+        else:
+            if self.tally.throttled is before:  # the sweep is another program's, whose event is on its way
+                self.tally.throttled = _throttled(before, action, self.tally.now)
+        self.state = replace(self.state, said=said)
 
     def overview(self, size: Size, *, keys: bool = True) -> list[Text]:
         """Return the lines of the overview, at most one less than the terminal has. See `view.frame`."""
@@ -96,3 +114,15 @@ class SweepScreen:
         self._logs[job.number] = job.log
         if len(self._logs) > MAX_LOGS + len(self.tally.running):
             self._logs.pop(next(one for one in self._logs if one not in self.tally.running))
+
+
+def _throttled(before: Throttled | None, action: Steering, now: float) -> Throttled | None:
+    """Return how much may run once a request is carried out."""
+    if not isinstance(action, LimitDevices | PauseSweep | ContinueSweep):
+        return before
+    paused, devices = (False, None) if before is None else (before.paused, before.devices)
+    if isinstance(action, LimitDevices):
+        devices = action.devices
+    else:
+        paused = isinstance(action, PauseSweep)
+    return Throttled(now, paused, devices, "")
