@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,10 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gpu_launcher.jobs.directory import holder_of
 from gpu_launcher.jobs.ending import ending_of
 from gpu_launcher.jobs.manifest import State, read
 from tests.cli.conftest import CLI, environment
 from tests.emulated_terminal import EmulatedTerminal
+from tests.ssh_server import NEEDS_SSH, Ssh, ssh_server
 from tests.waiting import alive, until
 
 pytestmark = pytest.mark.thorough
@@ -21,6 +27,7 @@ pytestmark = pytest.mark.thorough
 BASH = ("bash", "--norc", "--noprofile", "-i")
 MAP = " ".join([*CLI, "map --devices simulated:2 --dir sweep --param n=0,1,2,3 -- sh job.sh {n}"])
 """A map of four jobs on two devices. They end when there is a file `go`."""
+JOB = "while [ ! -e go ]; do sleep 0.05; done; echo end of $1"
 Open = Callable[..., EmulatedTerminal]
 Leave = Callable[..., tuple[EmulatedTerminal, psutil.Process]]
 
@@ -28,7 +35,7 @@ Leave = Callable[..., tuple[EmulatedTerminal, psutil.Process]]
 @pytest.fixture
 def terminal(tmp_path: Path) -> Iterator[Open]:
     """Run a command in a terminal, in a directory in which `MAP` can be run."""
-    (tmp_path / "job.sh").write_text("while [ ! -e go ]; do sleep 0.05; done; echo end of $1")
+    (tmp_path / "job.sh").write_text(JOB)
     opened = []
 
     def start(*command: str) -> EmulatedTerminal:
@@ -108,6 +115,107 @@ def test_sweep_continues_without_its_terminal(
     log = (tmp_path / "sweep/sweep.log").read_text()
     assert "4 jobs: 4 completed" in log
     assert "\x1b" not in log
+
+
+def test_sweep_that_left_is_waited_for_and_its_jobs_are_cancelled(left: Leave, terminal: Open, tmp_path: Path) -> None:
+    view, _ = left(*BASH)
+    close(view)
+    waiting = terminal(*CLI, "wait")
+    cancelling = terminal(*CLI, "cancel", "0", "3")
+    cancelling.until("job 0 cancelled: SIGTERM now, SIGKILL after 10.0 s; job 3 cancelled before the start")
+    assert cancelling.wait() == 0
+    (tmp_path / "go").touch()
+    assert waiting.wait() == 1
+    assert "sweep has ended with exit code 1. 4 jobs (2 completed, 2 cancelled)" in waiting.text
+    assert [entry.state.value for entry in read(tmp_path / "sweep").values()] == [
+        "cancelled",
+        "completed",
+        "completed",
+        "cancelled",
+    ]
+
+
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")
+def test_sweep_in_tmux_leaves_and_survives_its_session(terminal: Open, tmp_path: Path) -> None:
+    variables = {**environment(), "GPU_LAUNCHER_POOL_DIR": str(tmp_path / "pool"), "PS1": "ready> "}
+    variables = {**variables, "SSH_TTY": "/dev/pts/3", "LC_ALL": "C.UTF-8", "CI": ""}
+    (tmp_path / "job.sh").write_text(JOB)
+
+    def tmux(*words: str) -> str:
+        command = ["tmux", "-S", str(tmp_path / "tmux"), "-f", "/dev/null", *words]
+        return subprocess.run(
+            command, cwd=tmp_path, env=variables, check=True, timeout=100, capture_output=True, text=True
+        ).stdout
+
+    def shows(*texts: str) -> bool:
+        screen = tmux("capture-pane", "-p", "-t", "0")
+        return all(text in screen for text in texts)
+
+    tmux("new-session", "-d", "-x", "200", "-y", "40", *BASH)
+    try:
+        until(lambda: shows("ready>"), "no shell")
+        tmux("send-keys", MAP, "Enter")
+        until(lambda: shows("2 running", "d detach"), "the map does not run")
+        assert not shows("the sweep ends when this connection does"), "tmux keeps it"
+        head = holder_of(tmp_path / "sweep")
+        assert head is not None
+        tmux("send-keys", "d")
+        until(lambda: shows("leave this terminal, and let the sweep continue? y/n"))
+        tmux("send-keys", "y")
+        until(lambda: shows("at once, in the background"), "it does not leave")
+        until(lambda: output_of(psutil.Process(head.pid))[2] == tmp_path / "sweep/sweep.log")
+    finally:
+        tmux("kill-server")
+    ends_well(tmp_path)
+
+
+def ends_well(directory: Path) -> None:
+    """Let a sweep that has left its terminal come to its end."""
+    assert ending_of(directory / "sweep") is None
+    (directory / "go").touch()
+    ending = until(lambda: ending_of(directory / "sweep"))
+    assert (ending.exit_code, ending.killed) == (0, False)
+    assert [entry.state for entry in read(directory / "sweep").values()] == [State.COMPLETED] * 4
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ssh]:
+    """An sshd that lets this user in."""
+    with ssh_server(tmp_path_factory) as ssh:
+        yield ssh
+
+
+@NEEDS_SSH
+@pytest.mark.parametrize("leaves", [False, True], ids=["stays", "leaves"])
+def test_sweep_over_ssh_whose_client_is_killed(server: Ssh, tmp_path: Path, leaves: bool) -> None:
+    (tmp_path / "job.sh").write_text(JOB)
+    path = server.environment(tmp_path)["PATH"]
+    own = {"PYTHONPATH": environment()["PYTHONPATH"], "GPU_LAUNCHER_POOL_DIR": str(tmp_path / "pool")}
+    own |= {"PS1": "ready> ", "LC_ALL": "C.UTF-8"}
+    words = shlex.join(["env", *(f"{name}={value}" for name, value in own.items()), *BASH])
+    client = ("ssh", "-t", "node1", f"cd {shlex.quote(str(tmp_path))} && exec {words}")
+    view = EmulatedTerminal(client, {**environment(), "PATH": path, "TERM": "xterm-256color"}, tmp_path, (240, 30))
+    try:
+        view.until("ready>")
+        view.press(f"{MAP}\r")
+        view.until(lambda: "2 running" in view.text and "d detach" in view.text)
+        assert "to leave it running, press d, or start it with --detach, or in tmux" in view.text
+        head = holder_of(tmp_path / "sweep")
+        assert head is not None
+        if leaves:
+            press_d(view)
+            view.until(lambda: "ready>" in view.text.partition("at once, in the background")[2])
+            until(lambda: output_of(psutil.Process(head.pid))[2] == tmp_path / "sweep/sweep.log")
+        os.kill(view.pid, signal.SIGKILL)
+        view.wait()
+    finally:
+        close(view)
+    if leaves:
+        ends_well(tmp_path)
+    else:
+        ending = until(lambda: ending_of(tmp_path / "sweep"))
+        assert (ending.exit_code, ending.killed) == (128 + signal.SIGHUP, False)
+        assert not alive(head.pid)
 
 
 def test_sweep_that_left_is_a_job_of_the_shell(left: Leave, tmp_path: Path) -> None:
