@@ -6,6 +6,6 @@ from gpu_launcher.cli.main import main
 from gpu_launcher.jobs import head
 
 if sys.argv[1] == "closed":
-    head._open_control = lambda recorder: None
+    head.open_control = lambda directory, name: None
 del sys.argv[1]
 main()

@@ -342,9 +342,8 @@ class Sweep:
         """Say how jobs can run again that this launch cannot run."""
         if (command := self._command_for_the_rest()) is not None:
             return f"; when it has ended, to run the rest: {command}"
-        return (
-            f": `gpu-launcher rerun {jobs[0][0]}` prints the command that runs {'it' if is_one(jobs) else 'one'} alone"
-        )
+        which = "it" if is_one(jobs) else "one of them"
+        return f": `gpu-launcher rerun {jobs[0][0]}` prints the command that runs {which} alone"
 
     def _has_no(self, jobs: Ranges, has: Ranges) -> str:
         known = f"its {spell(has).removeprefix('jobs ')}" if has else "it has none yet"
