@@ -6,6 +6,9 @@
 The same map runs without a control socket, with one that nobody uses, while another program asks for its status ten
 times a second, and while one watches all that happens. They take turns, and the ratios compare with the first of the
 same round. The jobs do nothing, so what the head does weighs as much as it can.
+
+The second table has the milliseconds from a request until it is answered, and until the one who watches is told that it
+has taken effect: that no job is started any more, or that the cancelled job, which ends at once, has ended.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import json
 import select
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,6 +32,9 @@ from rich.console import Console
 from rich.table import Table
 
 from gpu_launcher import SteeringError, Sweep
+from gpu_launcher.jobs.events import JobEnded, JobStarted, Throttled
+from gpu_launcher.jobs.progress.tally import SweepTally
+from gpu_launcher.jobs.steering import Watch
 
 WAYS = ("no socket", "socket", "asked", "watched")
 ASK = 0.1
@@ -61,6 +68,12 @@ def main() -> int:
         found["ways"][way] = figures
         table.add_row(way, *(f"{value:.3g}" for value in figures.values()))
     console.print(table)
+    found["requests"] = requests(3 if options.quick else 30)
+    table = Table("", "answered", "worst", "took effect", "worst", title="requests, in ms", title_justify="left")
+    for name, times in found["requests"].items():
+        answered, done = ([one[place] for one in times] for place in (0, 1))
+        table.add_row(name, *(f"{value:.3g}" for one in (answered, done) for value in (median(one), max(one))))
+    console.print(table)
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=2) + "\n")
     return 0
@@ -87,6 +100,80 @@ def measure(way: str, jobs: int) -> Usage:
     if way in ("asked", "watched") and not answers:
         raise ProgramError("the sweep did not answer once")
     return usage
+
+
+def requests(count: int) -> dict[str, list[tuple[float, float]]]:
+    """Steer a map of jobs that sleep. Returns the times of each request, in ms: until the answer, and the effect."""
+    found: dict[str, list[tuple[float, float]]] = {"pause": [], "continue": [], "cancel": []}
+    with scratch() as directory:
+        numbers = f"n={','.join(map(str, range(2 * count + 8)))}"
+        sweep_directory = str(directory / "sweep")
+        arguments = [
+            "map",
+            "--devices",
+            "simulated:4",
+            "--dir",
+            sweep_directory,
+            "--param",
+            numbers,
+            "--",
+            "sh",
+            "-c",
+            "exec sleep 600",
+            "{n}",
+        ]
+        with (
+            Run(program("steered.py", "open", *arguments), directory, {}) as run,
+            contextlib.closing(begun(run, directory / "sweep")) as watched,
+        ):
+            sweep = Sweep(directory / "sweep")
+            running: set[int] = set()
+            for turn in range(count):
+                follow(watched, running, lambda event: len(running) == 4)
+                number = min(running)
+                for name, ask, done in (
+                    ("pause", sweep.pause, lambda event: isinstance(event, Throttled) and event.paused),
+                    ("continue", sweep.resume, lambda event: isinstance(event, Throttled) and not event.paused),
+                    ("cancel", lambda: sweep.cancel(number), lambda event: number not in running),  # noqa: B023
+                ):
+                    before = time.perf_counter()
+                    ask()
+                    answered = time.perf_counter() - before
+                    follow(watched, running, done)
+                    found[name].append((1000 * answered, 1000 * (time.perf_counter() - before)))
+                if run.ended:
+                    raise ProgramError(f"the map has ended in turn {turn}")
+            sweep.stop(now=True)
+            while not run.ended:
+                time.sleep(ASK)
+    return found
+
+
+def begun(run: Run, directory: Path) -> Watch:
+    while not run.ended:
+        with contextlib.suppress(SteeringError):  # it has not begun yet
+            return Sweep(directory).watch()
+        time.sleep(ASK)
+    raise ProgramError("the map does not run")
+
+
+def follow(watched: Watch, running: set[int], done: Callable[[object], bool]) -> None:
+    """Receive events until `done` is true of one, and keep `running`, the numbers of the jobs that run."""
+    is_done = done(None)
+    while not is_done:
+        for event in watched.receive():  # first: the state may have come with the answer
+            match event:
+                case SweepTally():
+                    running.update(event.running)
+                case JobStarted():
+                    running.add(event.number)
+                case JobEnded():
+                    running.discard(event.number)
+            is_done = is_done or done(event)
+        if watched.is_over:
+            raise ProgramError("the map has ended")
+        if not is_done:
+            select.select([watched], [], [], 60)
 
 
 def watch(sweep: Sweep) -> int:
