@@ -215,7 +215,7 @@ def test_sweep_over_ssh_whose_client_is_killed(server: Ssh, tmp_path: Path, leav
     else:
         ending = until(lambda: ending_of(tmp_path / "sweep"))
         assert (ending.exit_code, ending.killed) == (128 + signal.SIGHUP, False)
-        assert not alive(head.pid)
+        until(lambda: not alive(head.pid))
 
 
 def test_sweep_that_left_is_a_job_of_the_shell(left: Leave, tmp_path: Path) -> None:
