@@ -26,13 +26,8 @@ pytestmark = [
 GIB = 2**30
 
 
-@pytest.mark.parametrize(
-    "sweeper",
-    [("n=range(12)",), ("n=range(0,100)", "hydra/sweeper=optuna_async", "hydra.sweeper.n_trials=12")],
-    ids=["grid", "search"],
-)
 def test_later_jobs_share_a_gpu_once_the_memory_of_earlier_ones_is_known(
-    machine: Machine, tmp_path: Path, start: Callable[..., subprocess.Popen[str]], sweeper: tuple[str, ...]
+    machine: Machine, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
     (tmp_path / "use").mkdir()
     machine.has("count 1", *machine.gpu(0, "GPU-a"))
@@ -43,7 +38,7 @@ def test_later_jobs_share_a_gpu_once_the_memory_of_earlier_ones_is_known(
         "hydra/launcher=gpu_pool",
         "hydra.launcher.memory=auto",
         "hydra.sweep.dir=sweep",
-        *sweeper,
+        "n=range(12)",
         **machine.environment(GPU_LAUNCHER_POOL_DIR=str(tmp_path / "pool")),
     )
     try:
