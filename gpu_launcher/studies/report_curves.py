@@ -11,7 +11,6 @@ the points that are drawn are read, and reading takes about as long however many
 from __future__ import annotations
 
 import math
-import shlex
 import sqlite3
 import stat
 import sys
@@ -60,12 +59,17 @@ class Curve:
     """Steps in rising order, each with the value. None for a value that is infinite or not a number."""
 
 
-def dashboard_command(directory: Path) -> str | None:
-    """Return the command line that opens the study of a search in optuna-dashboard. None if it has none there."""
+def study_file(directory: Path) -> Path | None:
+    """Return the database of a search in `directory`. None if it keeps its study elsewhere. Raises StorageError."""
     file = directory.absolute() / STUDY_FILE
-    if not file.is_file() or file.is_symlink() or not str(file).isprintable() or set(str(file)) & set("?%{}"):
+    try:
+        if not stat.S_ISREG(file.lstat().st_mode):
+            raise StorageError(str(file), "is not a regular file")
+    except FileNotFoundError:
         return None
-    return shlex.join(["optuna-dashboard", f"sqlite:///{file}"])
+    except OSError as error:
+        raise StorageError(str(file), f"cannot be read: {error.strerror}") from error
+    return file
 
 
 def read_curves(directory: Path) -> tuple[list[Curve], bool]:
@@ -74,30 +78,26 @@ def read_curves(directory: Path) -> tuple[list[Curve], bool]:
     Those of running jobs come first, then the latest ones. There are none if the search keeps its study elsewhere.
     Raises StorageError.
     """
-    file = directory.absolute() / STUDY_FILE
-    try:
-        if not stat.S_ISREG(file.lstat().st_mode):
-            raise StorageError(str(file), "is not a regular file")
-    except FileNotFoundError:
+    file = study_file(directory)
+    if file is None:
         return [], False
-    except OSError as error:
-        raise StorageError(str(file), f"cannot be read: {error.strerror}") from error
     try:
-        with closing(_connect(file)) as database:
+        with closing(connect_to_read(file)) as database:
+            work = iter(range(MAX_WORK))
+            database.set_progress_handler(lambda: next(work, None) is None, WORK)
             return _read(file, database)
     except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:  # not Optuna's, or being written
         raise StorageError(str(file), f"cannot be read: {error}") from error
 
 
-def _connect(file: Path) -> sqlite3.Connection:
+def connect_to_read(file: Path) -> sqlite3.Connection:
+    """Open a database that any user may have written. Neither it nor any file beside it is written."""
     has_log = all(file.with_name(f"{file.name}-{end}").exists() for end in ("wal", "shm"))
     # Otherwise SQLite would write into `-shm`, which may be a hard link to any file of this user.
     url = f"{file.as_uri()}?mode=ro&{'readonly_shm=1' if has_log else 'immutable=1'}"
     database = sqlite3.connect(url, uri=True, timeout=BUSY_SECONDS, check_same_thread=False)
     if sys.version_info >= (3, 11):
         database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_CELL_BYTES)
-    work = iter(range(MAX_WORK))
-    database.set_progress_handler(lambda: next(work, None) is None, WORK)
     database.execute("PRAGMA trusted_schema = OFF")
     return database
 

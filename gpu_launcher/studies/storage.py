@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -79,6 +79,13 @@ def storage(url: str | os.PathLike[str] | BaseStorage | None, *, mountinfo: Path
         check_file(place.path)
         return _journal(place.path)
     return _elsewhere(place.url)
+
+
+def read_only_storage(connect: Callable[[], sqlite3.Connection]) -> BaseStorage:
+    """Open a storage on connections that cannot write, one for each session. Nothing is created or migrated."""
+    options = {"creator": connect, "poolclass": sa.pool.NullPool}
+    backend = RDBStorage("sqlite://", options, skip_compatibility_check=True, skip_table_creation=True)
+    return _CachedStorage(backend)
 
 
 class SQLiteStorage(RDBStorage):

@@ -9,6 +9,7 @@ import this package.
     table_page.py    what of the readings is shown, with charts.py and failure_groups.py; all pure
     static_page.py   the page of a sweep as one file, for `gpu-launcher results --html`
     job_files.py     logs, config and files of a job; log_text.py: parts of a log
+    dashboard.py     the study of a search in optuna-dashboard, which runs in processes of dashboard_process.py
     actions.py       what can be done to a sweep
     new_sweep.py     the form for a new sweep, as a command line; programs.py: runs it, or its dry run
 

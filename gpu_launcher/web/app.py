@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.web.catalogue import Catalogue
+from gpu_launcher.web.dashboard import Dashboard
 from gpu_launcher.web.gate import Asgi, Credentials, Gate
 from gpu_launcher.web.pool_watch import SAMPLE_SECONDS, PoolWatch
 from gpu_launcher.web.views import NewSweeps, Views
@@ -45,7 +46,7 @@ def create_app(
             Route("/new/{what}", views.new_run, methods=["POST"]),
         ]
     )
-    static = _Static()
+    static, dashboard = _Static(), Dashboard(catalogue)
     job = "/sweeps/{id}/jobs/{number}"
     app = Starlette(
         routes=[
@@ -61,16 +62,19 @@ def create_app(
             Route(f"{job}/log", views.log_more),
             Route(f"{job}/log/search", views.log_search),
             Route(f"{job}/files/{{path:path}}", views.job_files),
+            *dashboard.routes(),
             Route("/static/{name}", static.file),
             *starting,
         ],
         exception_handlers={HTTPException: views.problem, Exception: views.problem},
-        lifespan=_lifespan(pool, at_end),
+        lifespan=_lifespan(pool, dashboard, at_end),
     )
     return Gate(app, credentials, log)
 
 
-def _lifespan(pool: PoolWatch, at_end: Callable[[], None]) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
+def _lifespan(
+    pool: PoolWatch, dashboard: Dashboard, at_end: Callable[[], None]
+) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         sampling = asyncio.create_task(_sample(pool))
@@ -80,6 +84,7 @@ def _lifespan(pool: PoolWatch, at_end: Callable[[], None]) -> Callable[[Starlett
             sampling.cancel()
             with suppress(asyncio.CancelledError):
                 await sampling
+            await dashboard.close()
             pool.close()
             at_end()
 

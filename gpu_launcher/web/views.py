@@ -21,11 +21,12 @@ from gpu_launcher.errors import ManifestError, OptionError, PoolDirectoryError, 
 from gpu_launcher.jobs.manifest import Entry, State
 from gpu_launcher.jobs.node_devices import nodes_of_running
 from gpu_launcher.sizes import show_memory
-from gpu_launcher.studies.report_curves import dashboard_command, read_curves
+from gpu_launcher.studies.report_curves import read_curves
 from gpu_launcher.text import one_line
 from gpu_launcher.web.actions import ACTIONS, act
 from gpu_launcher.web.catalogue import Catalogue, SweepReading
 from gpu_launcher.web.charts import charts, report_charts
+from gpu_launcher.web.dashboard import study_link
 from gpu_launcher.web.job_files import MAX_LISTED, JobFiles
 from gpu_launcher.web.log_text import MAX_QUERY, PART_BYTES, LogPart, read_part, search
 from gpu_launcher.web.new_sweep import LABELS, SweepForm, find_problems, make_plan
@@ -94,7 +95,7 @@ class Views:
             sweep=sweep,
             page=page,
             best=None if sweep.best is None else sweep.table.best,
-            dashboard=dashboard_command(sweep.directory),
+            study=study_link(sweep),
         )
 
     def sweep_charts(self, request: Request) -> Response:

@@ -67,6 +67,7 @@ ONLY_IN = {
         "gpu_launcher/cli/**/*.py",
     ),
     "click": ("gpu_launcher/cli/**/*.py",),
+    "optuna_dashboard": ("gpu_launcher/web/dashboard_process.py",),
     "starlette": ("gpu_launcher/web/*.py",),
     "uvicorn": ("gpu_launcher/web/listener.py",),
     "jinja2": ("gpu_launcher/web/templating.py",),

@@ -37,7 +37,17 @@ MODULES = {
     "rich": {"rich"},
     "click": {"click"},
 }
-OPTIONAL = {"jinja2", "markupsafe", "matplotlib", "pandas", "plotly", "ray", "starlette", "uvicorn"}
+OPTIONAL = {
+    "jinja2",
+    "markupsafe",
+    "matplotlib",
+    "optuna_dashboard",
+    "pandas",
+    "plotly",
+    "ray",
+    "starlette",
+    "uvicorn",
+}
 """Used where it is installed."""
 
 

@@ -14,6 +14,7 @@ import pytest
 from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.manifest import Recorder
 from gpu_launcher.jobs.result_table import load_results
+from gpu_launcher.studies.report_curves import STUDY_FILE
 from gpu_launcher.web.catalogue import SweepReader, id_of
 from gpu_launcher.web.static_page import static_page
 from tests.web.serving import REPOSITORY, SCRIPT, WebServer, WrittenSweep, write_large_sweep
@@ -149,6 +150,30 @@ def test_reports_are_drawn_if_there_are_any(
     page.goto(f"http://{server.host}{sweep.url}")
     playwright.expect(page.locator("#charts canvas")).to_have_count(3, timeout=DEADLINE)
     playwright.expect(page.locator("#reports")).to_be_hidden(timeout=DEADLINE)
+
+
+def test_the_study_opens_in_optuna_dashboard(
+    server: WebServer, sweeps: Path, sweep: WrittenSweep, visit: Callable[..., Any]
+) -> None:
+    pytest.importorskip("optuna_dashboard", reason="optuna-dashboard is not installed: pip install optuna-dashboard")
+    search = found_sweep(server, sweeps / "a search to open")
+    study = write_study(search.directory, [])
+    for _ in range(20):
+        trial = study.ask()
+        trial.set_user_attr("note", SCRIPT)
+        study.tell(trial, trial.suggest_float("lr", 0, 1))
+    study.ask()
+    before = (search.directory / STUDY_FILE).read_bytes()
+    page = visit(server, search.url)
+    page.get_by_role("link", name="optuna-dashboard").click()
+    page.wait_for_url("**/dashboard/studies/*")
+    playwright.expect(page.locator("body")).to_contain_text("Best Trial", timeout=DEADLINE)
+    page.get_by_role("link", name="Trials (List)").click()
+    playwright.expect(page.locator("body")).to_contain_text("21 Trials", timeout=DEADLINE)
+    page.get_by_role("link", name="Analytics").click()
+    playwright.expect(page.locator("body")).to_contain_text("Slice", timeout=DEADLINE)
+    assert (search.directory / STUDY_FILE).read_bytes() == before
+    close(study)
 
 
 def test_a_sweep_updates_until_it_ends_in_two_tabs(

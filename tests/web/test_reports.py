@@ -51,16 +51,7 @@ def test_reports_are_curves_of_their_jobs(server: WebServer, sweeps: Path) -> No
 
 def test_a_sweep_without_a_study_has_no_curves(server: WebServer, sweep: WrittenSweep) -> None:
     assert server(f"{sweep.url}/reports").text == "[]"
-    assert "optuna-dashboard" not in server(sweep.url).text
     assert server("/sweeps/0000000000000000/reports").status == 404
-
-
-def test_the_page_says_how_to_open_the_study(server: WebServer, sweeps: Path) -> None:
-    search = found_sweep(server, sweeps / "with a study")
-    close(write_study(search.directory, [{}]))
-    page = server(search.url).text
-    assert f"optuna-dashboard &#39;sqlite:///{search.directory}/study.db&#39;" in page
-    assert "can change the study" in page
 
 
 def test_of_a_long_curve_some_points_are_read(tmp_path: Path) -> None:
