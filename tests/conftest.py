@@ -36,6 +36,7 @@ SOURCE = REPOSITORY / "tests" / "nvml_double" / "nvml_double.c"
 GIB = 2**30
 THOROUGH = (
     "tests/cli",
+    "tests/contract/test_storage_optuna.py",
     "tests/crash",
     "tests/docs",
     "tests/executors/test_cpython_suite.py",
@@ -69,9 +70,10 @@ CALLERS = (
     "STY",
     "COLORTERM",
     "TTY_",
+    "PYTHONDONTWRITEBYTECODE",
     "PYTHONUNBUFFERED",
 )
-"""Prefixes of variables that change what the programs under test do or show, and that tests set themselves."""
+"""Prefixes of variables that change what the programs under test do, show or cost, and that tests set themselves."""
 
 
 def pytest_configure() -> None:

@@ -1,17 +1,22 @@
-"""Runs `python -m` programs in forks of a process that has already imported their modules.
+"""Runs Python programs in forks of a process that has already imported their modules.
 
 A short program spends most of its time on starting the interpreter and on imports. A fork differs from a fresh
-interpreter in what is imported and in /proc/<pid>/cmdline, so tests of these start a fresh interpreter.
+interpreter in what is imported, in /proc/<pid>/cmdline and in /proc/<pid>/environ, so tests of these start a fresh
+interpreter.
 
-    test --- socket: module, arguments, environment, directory, streams ---> warm process
+    test --- socket: arguments, environment, directory, streams -----------> warm process
                                                                                  | fork
         <--- pipe: process id, exit status ---------------------------------- keeper, which waits
                                                                                  | fork
                                                                              program
+
+Programs end with the keeper, and keepers with the warm process, which ends with the test.
 """
 
 from __future__ import annotations
 
+import atexit
+import builtins
 import contextlib
 import gc
 import importlib
@@ -25,9 +30,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import traceback
+import threading
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
+
+from gpu_launcher.processes.linux import die_with_parent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,8 +45,43 @@ READ_AT_START = ("PYTHON", "LD_", "LC_", "LANG")
 """Prefixes of variables that the interpreter or the loader reads only when it starts."""
 
 
+class WarmProgram:
+    """A running program. It has what the tests need of a `subprocess.Popen`."""
+
+    def __init__(self, arguments: Sequence[str], status: int) -> None:
+        """`status` is the pipe from its keeper."""
+        self.args = [sys.executable, *arguments]
+        self.returncode: int | None = None
+        self._status = open(status, "rb", buffering=0)
+        self.pid = int(self._status.read(16))
+
+    def poll(self) -> int | None:
+        """Return its exit status, or None if it runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.wait(0)
+        return None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return its exit status. Raises TimeoutExpired."""
+        if self.returncode is None:
+            if not select.select([self._status], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            self.returncode = int(self._status.read(16))
+            self._status.close()
+        return self.returncode
+
+    def send_signal(self, signum: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def kill(self) -> None:
+        """Kill it, unless it has ended."""
+        self.send_signal(signal.SIGKILL)
+
+
 class Warm:
-    """A process that has imported `modules`. It starts at the first `run`."""
+    """A process that has imported `modules`. It starts with the first program."""
 
     def __init__(self, modules: Sequence[str], environ: Mapping[str, str]) -> None:
         self._modules = modules
@@ -46,28 +89,44 @@ class Warm:
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
+    def start(
+        self,
+        arguments: Sequence[str],
+        environ: Mapping[str, str],
+        *,
+        stdout: int,
+        stderr: int,
+        stdin: int | None = None,
+        cwd: str | Path | None = None,
+    ) -> WarmProgram | subprocess.Popen[bytes]:
+        """Start `python script ...` or `python -m module ...` with these descriptors, by default with empty input."""
+        cwd = str(cwd or Path.cwd())
+        request = pickle.dumps((list(arguments), dict(environ), cwd))
+        with open(os.devnull, "rb") as nothing:
+            stdin = nothing.fileno() if stdin is None else stdin
+            if len(request) > REQUEST_BYTES or read_at_start(environ) != read_at_start(self._environ):
+                command = [sys.executable, *arguments]
+                return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, env=environ, cwd=cwd)
+            status, told = os.pipe()
+            socket.send_fds(self._connect(), [request], [stdin, stdout, stderr, told])
+        os.close(told)
+        return WarmProgram(arguments, status)
+
     def run(
-        self, module: str, arguments: Sequence[str], environ: Mapping[str, str], timeout: float
+        self, arguments: Sequence[str], environ: Mapping[str, str], timeout: float, cwd: str | Path | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run `python -m module` to its end, with empty input, and capture its output."""
-        command = [sys.executable, "-m", module, *arguments]
-        request = pickle.dumps((module, list(arguments), dict(environ), str(Path.cwd())))
-        if len(request) > REQUEST_BYTES or read_at_start(environ) != read_at_start(self._environ):
-            return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout, check=False)
-        status, told = os.pipe()
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, open(status, "rb", buffering=0) as said:
-            streams = [os.open(os.devnull, os.O_RDONLY), out.fileno(), err.fileno(), told]
-            socket.send_fds(self._connect(), [request], streams)
-            os.close(streams[0])
-            os.close(told)
-            pid = int(said.read(16))
-            if not select.select([said], [], [], timeout)[0]:
-                os.kill(pid, signal.SIGKILL)
-                raise subprocess.TimeoutExpired(command, timeout)
-            code = int(said.read(16))
+        """Run `python script ...` or `python -m module ...` to its end, and capture its output."""
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            program = self.start(arguments, environ, stdout=out.fileno(), stderr=err.fileno(), cwd=cwd)
+            try:
+                code = program.wait(timeout)
+            except BaseException:
+                program.kill()
+                raise
             out.seek(0)
             err.seek(0)
-            return subprocess.CompletedProcess(command, code, out.read().decode(), err.read().decode())
+            shown = [stream.read().decode(errors="replace") for stream in (out, err)]
+            return subprocess.CompletedProcess(program.args, code, *shown)
 
     def _connect(self) -> socket.socket:
         if self._socket is None:
@@ -108,22 +167,25 @@ def serve() -> None:
             os.close(descriptor)
 
 
-def keep(descriptors: list[int], module: str, arguments: list[str], environ: dict[str, str], cwd: str) -> NoReturn:
+def keep(descriptors: list[int], arguments: list[str], environ: dict[str, str], cwd: str) -> NoReturn:
     """Fork the program, and send its process id and then its exit status."""
+    die_with_parent(os.getppid())
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     *streams, told = descriptors
+    me = os.getpid()
     pid = os.fork()
     if pid == 0:
         os.close(told)
-        become(streams, module, arguments, environ, cwd)
+        die_with_parent(me)
+        become(streams, arguments, environ, cwd)
     os.write(told, b"%16d" % pid)
     _, status = os.waitpid(pid, 0)
     os.write(told, b"%16d" % os.waitstatus_to_exitcode(status))
     os._exit(0)
 
 
-def become(streams: list[int], module: str, arguments: list[str], environ: dict[str, str], cwd: str) -> NoReturn:
-    """Turn this process into `python -m module`."""
+def become(streams: list[int], arguments: list[str], environ: dict[str, str], cwd: str) -> NoReturn:
+    """Turn this process into `python script ...` or `python -m module ...`."""
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
@@ -131,22 +193,46 @@ def become(streams: list[int], module: str, arguments: list[str], environ: dict[
     os.environ.clear()
     os.environ.update(environ)
     random.seed()
-    sys.argv = [module, *arguments]
-    sys.orig_argv = [sys.executable, "-m", *sys.argv]
-    sys.path[0] = cwd
-    code = 0
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+    sys.orig_argv = [sys.executable, *arguments]
+    module = arguments[1] if arguments[0] == "-m" else None
+    sys.argv = arguments[1:] if module else arguments
+    sys.path[0] = cwd if module else str(Path(arguments[0]).absolute().parent)
+    code: object = 0
+    interrupted = threading.Event()
+    atexit.register(end_by_interrupt, interrupted)  # first, so that it is called last
     try:
-        runpy._run_module_as_main(module)
+        if module:
+            runpy._run_module_as_main(module)
+        else:
+            run_script(arguments[0])
     except SystemExit as end:
-        if end.code is not None and not isinstance(end.code, int):
-            print(end.code, file=sys.stderr)
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except KeyboardInterrupt:
+        code = end.code
+    except BaseException as error:
+        frames = error.__traceback__
+        while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
+            frames = frames.tb_next
+        sys.excepthook(type(error), error.with_traceback(frames), frames)
+        code = 1
+        if isinstance(error, KeyboardInterrupt):
+            interrupted.set()
+    sys.exit(code)
+
+
+def run_script(path: str) -> None:
+    """Run a script as `__main__`."""
+    main = ModuleType("__main__")
+    main.__file__ = str(Path(path).absolute())
+    main.__dict__["__builtins__"] = builtins
+    sys.modules["__main__"] = main
+    exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), main.__dict__)
+
+
+def end_by_interrupt(interrupted: threading.Event) -> None:
+    """End as Python does after KeyboardInterrupt."""
+    if interrupted.is_set():
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    sys.exit(code)

@@ -49,7 +49,7 @@ class Cli:
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def __call__(self, *arguments: str, **environ: str) -> Done:
-        return self.warm.run("gpu_launcher.cli", arguments, {**self.environ, **environ}, timeout=200)
+        return self.warm.run(["-m", "gpu_launcher.cli", *arguments], {**self.environ, **environ}, timeout=200)
 
     def lines(self, *arguments: str, **environ: str) -> list[str]:
         """The lines that a command prints. It must succeed and write nothing to stderr."""

@@ -164,7 +164,14 @@ def ask_and_tell(file: Path) -> int:
     return trial.number
 
 
-@pytest.mark.parametrize("before", [lambda file: None, Path.touch, half_made], ids=["nothing", "empty", "half made"])
+@pytest.mark.parametrize(
+    "before",
+    [
+        pytest.param(lambda file: None, id="nothing", marks=pytest.mark.thorough),
+        pytest.param(Path.touch, id="empty", marks=pytest.mark.thorough),
+        pytest.param(half_made, id="half made"),
+    ],
+)
 def test_eight_processes_make_one_database_at_once(file: Path, before: Callable[[Path], None]) -> None:
     before(file)
     assert sorted(together(8, ask_and_tell, file)) == list(range(8))
@@ -219,6 +226,7 @@ def work_until_killed(file: Path, witness: Path, commits: int | None) -> None:
         os.write(descriptor, f"{trial.number} {value!r}\n".encode())
 
 
+@pytest.mark.thorough
 def test_processes_killed_while_they_write_lose_nothing_that_was_told_and_disturb_nobody(tmp_path: Path) -> None:
     file, witness = tmp_path / "study.db", tmp_path / "witness"
     opened(file)

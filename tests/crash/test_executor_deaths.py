@@ -110,9 +110,9 @@ def assert_another_program_runs_at_once(world, sweep, start, method="fork"):
 @pytest.mark.parametrize(
     ("who", "method"),
     [
-        smoke("program", "fork"),
+        ("program", "fork"),
         smoke("program", "spawn"),
-        smoke("program and node", "fork"),
+        ("program and node", "fork"),
         ("program and node", "spawn"),
         ("program and guard", "fork"),
         ("program and server", "fork"),
@@ -135,11 +135,11 @@ def test_when_the_program_is_killed_nothing_of_it_is_left(world, start, kill_tog
     ("who", "method"),
     [
         smoke("node", "fork"),
-        smoke("node", "spawn"),
-        smoke("node and guard", "fork"),
+        ("node", "spawn"),
+        ("node and guard", "fork"),
         ("node and server", "fork"),
         ("node and supervisor", "fork"),
-        smoke("node and main", "fork"),
+        ("node and main", "fork"),
     ],
 )
 def test_when_the_node_is_killed_every_future_says_so_and_nothing_is_left(

@@ -17,11 +17,12 @@ from tests.waiting import alive, until
 LIMIT = 5.0
 """Seconds."""
 
-METHODS = ["fork", "spawn"]
-
 
 def smoke(*values):
-    """Parameters that `make test` runs. tests/unit/test_processes_jobs.py kills several processes below a node."""
+    """Parameters that `make test` runs: one death of each process. tests/unit/test_processes_jobs.py kills several.
+
+    Spawned jobs are killed in test_executor_deaths.py there.
+    """
     return pytest.param(*values, marks=pytest.mark.smoke)
 
 
@@ -58,16 +59,16 @@ def assert_a_new_sweep_runs_at_once(world, sweep):
     ("who", "method"),
     [
         smoke("launcher", "fork"),
-        smoke("launcher", "spawn"),
+        ("launcher", "spawn"),
         smoke("launcher and node", "fork"),
         ("launcher and node", "spawn"),
-        smoke("launcher and node and guard", "fork"),
+        ("launcher and node and guard", "fork"),
         ("launcher and node and server", "fork"),
-        smoke("launcher and guard", "fork"),
-        smoke("launcher and server", "fork"),
+        ("launcher and guard", "fork"),
+        ("launcher and server", "fork"),
         ("launcher and server", "spawn"),
-        smoke("launcher and supervisor", "fork"),
-        smoke("launcher and main", "fork"),
+        ("launcher and supervisor", "fork"),
+        ("launcher and main", "fork"),
         ("launcher and guard and server", "fork"),
         ("launcher and server and supervisor", "fork"),
         ("launcher and server and supervisor", "spawn"),
@@ -86,7 +87,7 @@ def test_when_the_launching_program_is_killed_nothing_of_it_is_left(world, kill_
     ("who", "method"),
     [
         smoke("server", "fork"),
-        smoke("server", "spawn"),
+        ("server", "spawn"),
         ("server and supervisor", "fork"),
         ("server and supervisor", "spawn"),
         ("server and guard", "fork"),
@@ -148,13 +149,15 @@ def test_when_the_node_is_killed_its_jobs_fail_and_a_resumption_runs_them(world,
     assert world.leased() == []
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("who", "why"),
+    ("who", "why", "method"),
     [
-        smoke("supervisor", "was ended because its supervisor was killed"),
-        smoke("main", "was killed by SIGKILL after"),
-        ("supervisor and main", "was ended because its supervisor was killed"),
+        smoke("supervisor", "was ended because its supervisor was killed", "fork"),
+        ("supervisor", "was ended because its supervisor was killed", "spawn"),
+        smoke("main", "was killed by SIGKILL after", "fork"),
+        ("main", "was killed by SIGKILL after", "spawn"),
+        ("supervisor and main", "was ended because its supervisor was killed", "fork"),
+        ("supervisor and main", "was ended because its supervisor was killed", "spawn"),
     ],
 )
 def test_when_a_job_is_killed_its_descendants_are_gone_and_the_others_run(world, kill_together, gone, who, why, method):

@@ -26,6 +26,7 @@ from gpu_launcher.model import WHOLE, Device, DeviceKind, Owner, Request, Share
 from gpu_launcher.text import one_line
 from gpu_launcher.users import user_name
 from tests.waiting import until
+from tests.warm import Warm
 
 # One process with a ledger, told what to do line by line. `die` is the step at which it kills itself.
 PROGRAM = """
@@ -97,15 +98,21 @@ class Died(Exception):
 
 
 class Process:
-    def __init__(self, directory: Path, die: str = "", stop: str = "", umask: int = 0o022, user: int = 0) -> None:
+    def __init__(
+        self, warm: Warm, directory: Path, die: str = "", stop: str = "", umask: int = 0o022, user: int = 0
+    ) -> None:
         settings = {"directory": str(directory), "die": die, "stop": stop, "umask": umask, "user": user}
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, json.dumps(settings)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+        script = directory.parent / "program.py"
+        script.write_text(PROGRAM)
+        orders, told = os.pipe()
+        heard, answers = os.pipe()
+        self._process = warm.start(
+            [str(script), json.dumps(settings)], os.environ, stdin=orders, stdout=answers, stderr=2
         )
-        self.started = self._process.stdout.readline() == "ready\n"
+        os.close(orders)
+        os.close(answers)
+        self._stdin, self._stdout = open(told, "w"), open(heard)
+        self.started = self._stdout.readline() == "ready\n"
 
     @property
     def pid(self) -> int:
@@ -117,13 +124,13 @@ class Process:
 
     def send(self, order: str, name: str = "", *rest: object) -> None:
         try:
-            self._process.stdin.write(json.dumps([order, name, *rest]) + "\n")
-            self._process.stdin.flush()
+            self._stdin.write(json.dumps([order, name, *rest]) + "\n")
+            self._stdin.flush()
         except BrokenPipeError:
             raise Died from None
 
     def answer(self) -> object:
-        answer = self._process.stdout.readline()
+        answer = self._stdout.readline()
         if not answer:
             raise Died
         return json.loads(answer)
@@ -132,8 +139,8 @@ class Process:
         """Return how it ended."""
         self._process.kill()
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.stdout.close()
+            self._stdin.close()
+        self._stdout.close()
         return self._process.wait()
 
 
@@ -145,12 +152,20 @@ def directory(tmp_path: Path) -> Path:
     return resolve_pool_directory(str(tmp_path / "pool"))
 
 
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    """Forks programs that have imported the ledger."""
+    warm = Warm(["gpu_launcher.leases"], os.environ)
+    yield warm
+    warm.close()
+
+
 @pytest.fixture
-def start(directory: Path) -> Iterator[Start]:
+def start(directory: Path, warm: Warm) -> Iterator[Start]:
     processes: list[Process] = []
 
     def begin(where: Path = directory, **settings: object) -> Process:
-        processes.append(Process(where, **settings))
+        processes.append(Process(warm, where, **settings))
         return processes[-1]
 
     yield begin

@@ -69,8 +69,13 @@ DEATHS: dict[str, Callable[[], object]] = {
 }
 
 
-@pytest.mark.parametrize("death", DEATHS)
-@pytest.mark.smoke
+@pytest.mark.parametrize(
+    "death",
+    [
+        pytest.param(one, marks=[pytest.mark.smoke] * (one in ("SIGKILL", "exit with 0", "supervisor")))
+        for one in DEATHS
+    ],
+)
 def test_a_worker_that_dies_once_is_replaced_and_its_record_dealt_again(
     pool: Where, tmp_path: Path, death: str
 ) -> None:
@@ -303,8 +308,7 @@ def dead(processes: list[psutil.Process]) -> bool:
     return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-@pytest.mark.smoke
+@pytest.mark.parametrize("method", [pytest.param("fork", marks=pytest.mark.smoke), "spawn"])
 def test_a_killed_program_leaves_nothing(
     program: Callable[[str], tuple[Any, list[psutil.Process]]], pool: Where, tmp_path: Path, method: str
 ) -> None:

@@ -40,8 +40,13 @@ hydra:
 """
 
 
-@pytest.mark.parametrize("grid", [("lr=1,2", "n=range(3)", "kind=b"), ("--config-dir=conf", "+more=params", "n=3,4")])
-@pytest.mark.smoke
+@pytest.mark.parametrize(
+    "grid",
+    [
+        ("lr=1,2", "n=range(3)", "kind=b"),
+        pytest.param(("--config-dir=conf", "+more=params", "n=3,4"), marks=pytest.mark.smoke),
+    ],
+)
 def test_it_makes_the_jobs_of_the_basic_sweeper_in_its_order(run: Run, tmp_path: Path, grid: tuple[str, ...]) -> None:
     (tmp_path / "conf" / "more").mkdir(parents=True)
     (tmp_path / "conf" / "more" / "params.yaml").write_text(PARAMS)
