@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpu_launcher.debug_log import get_logger
 from gpu_launcher.errors import SteeringError
 from gpu_launcher.jobs.manifest import launches_in
 from gpu_launcher.model import LOCAL, Device
@@ -17,6 +18,8 @@ from gpu_launcher.model import LOCAL, Device
 if TYPE_CHECKING:
     from gpu_launcher.jobs.events import JobStarted
     from gpu_launcher.jobs.progress.tally import SweepTally
+
+_log = get_logger("jobs.node_devices")
 
 STATE_SECONDS = 0.5
 """Maximum seconds to wait for the state of a sweep, whose head answers at once unless it is suspended."""
@@ -57,7 +60,8 @@ def nodes_of_running(directories: Sequence[Path]) -> list[NodeDevice]:
         if any(launch.is_alive for launch in launches_in(directory)):
             try:
                 tally = _state_of(directory)
-            except SteeringError:  # another user's, suspended, or without a socket
+            except SteeringError as error:  # another user's, suspended, or without a socket
+                _log.debug("the devices of %s are not known: %s", directory, error)
                 continue
             if tally is not None:
                 found += node_devices(directory, tally)

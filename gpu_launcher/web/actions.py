@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gpu_launcher.debug_log import get_logger
 from gpu_launcher.errors import SteeringError
 from gpu_launcher.jobs.control import Ranges, read_ranges
 from gpu_launcher.jobs.steering import Sweep
 from gpu_launcher.text import one_line
+
+_log = get_logger("web.actions")
 
 MAX_DEVICES = 10**6
 Form = Mapping[str, Sequence[str]]
@@ -26,9 +29,11 @@ class Said:
 def act(directory: Path, action: str, form: Form) -> Said:
     """Carry out one of ACTIONS on the sweep in a directory."""
     try:
-        return Said(one_line(ACTIONS[action](Sweep(directory), form)))
+        said = Said(one_line(ACTIONS[action](Sweep(directory), form)))
     except (SteeringError, ValueError) as error:
-        return Said(one_line(str(error)), is_problem=True)
+        said = Said(one_line(str(error)), is_problem=True)
+    _log.info("%s of %s: %s%s", action, directory, "refused: " if said.is_problem else "", said.text)
+    return said
 
 
 def _jobs(form: Form) -> Ranges:

@@ -114,3 +114,10 @@ def test_value_names_a_level_and_perhaps_a_file(tmp_path: Path) -> None:
 def test_nothing_is_logged_without_the_variable() -> None:
     assert not debug_log.get_logger("jobs.loop").isEnabledFor(logging.CRITICAL)
     assert debug_log.environment() == {}
+
+
+def test_actions_of_the_pages_are_logged_with_what_they_said(tmp_path: Path) -> None:
+    program = "import pathlib; from gpu_launcher.web.actions import act; act(pathlib.Path(%r), 'pause', {})"
+    done = run(program % str(tmp_path), "info")
+    assert LINE.fullmatch(done.stderr.rstrip("\n"))
+    assert f" web.actions: pause of {tmp_path}: refused: " in done.stderr
