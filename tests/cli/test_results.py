@@ -33,6 +33,7 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.smoke
 def test_newest_sweep_below_the_current_directory_is_shown(here: Path) -> None:
     done = results(here)
     assert (done.returncode, done.stderr) == (0, "")

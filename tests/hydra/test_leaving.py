@@ -68,7 +68,7 @@ def command(directory: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("grid", marks=pytest.mark.smoke), *list(KINDS)[1:]])
 def test_sweep_of_each_kind_is_watched_to_its_end(sweeping: Callable[..., Any], tmp_path: Path, kind: str) -> None:
     process = sweeping(*KINDS[kind])
     view, waiting = command(tmp_path, "attach"), command(tmp_path, "wait")

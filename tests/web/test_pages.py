@@ -33,6 +33,7 @@ def test_the_start_is_the_pool(server: WebServer) -> None:
     assert "/pool" in server(f"/?token={server.token}", cookie="a=b").text
 
 
+@pytest.mark.smoke
 def test_sweeps_are_listed(server: WebServer, sweep: WrittenSweep) -> None:
     until(lambda: "2 completed" in server("/sweeps").text, "it is not read")  # few are read for one answer
     page = server("/sweeps")
