@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 from collections.abc import Mapping
@@ -33,6 +34,19 @@ def _last_lines(what: str, directory: Path, pid: int) -> list[str]:
         f"{what}: process {pid} continues the sweep, and writes to {short_path(directory / OUTPUT)}",
         f"to show it: gpu-launcher attach --dir {where}; to stop it: gpu-launcher stop --dir {where}",
     ]
+
+
+def detached_directory(output: str, working_directory: Path) -> Path | None:
+    """Return the directory of the sweep that a program has detached. None if its `output` does not say so.
+
+    The program ran in `working_directory`.
+    """
+    line = r"^\[.*\] to show it: gpu-launcher attach --dir (.+); to stop it: gpu-launcher stop --dir \1$"
+    try:
+        (name,) = shlex.split((re.findall(line, output, re.MULTILINE) or [""])[-1])
+    except ValueError:  # the line is not ours
+        return None
+    return working_directory / name
 
 
 def leave_while_running(display: Interactive, directory: Path, option: str) -> PlainProgress | str:

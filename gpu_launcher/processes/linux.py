@@ -67,18 +67,20 @@ except OSError as error:
 """
 
 
-def dying_with_parent(command: Sequence[str], signum: signal.Signals) -> list[str]:
+def dying_with_parent(command: Sequence[str], signum: signal.Signals, directory: str = os.curdir) -> list[str]:
     """Return a command line for `subprocess` that runs `command`, and gets `signum` when this process ends.
 
     See `die_with_parent`. A short-lived interpreter asks the kernel and then becomes the command. This is safe in a
-    program with threads, unlike `preexec_fn`, which runs Python code in a fork. Raises FileNotFoundError if there is
-    no such program.
+    program with threads, unlike `preexec_fn`, which runs Python code in a fork. `directory` is its working directory.
+    Raises FileNotFoundError if there is no such program.
     """
-    path = shutil.which(command[0])
-    if path is None:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), command[0])
+    name = command[0]
+    is_path = "/" in name
+    found = shutil.which(Path(directory).absolute() / name if is_path else name)
+    if found is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
     here = (str(os.getpid()), str(int(signum)))
-    return [sys.executable, "-I", "-S", "-c", _EXECUTE, *here, path, *command]
+    return [sys.executable, "-I", "-S", "-c", _EXECUTE, *here, name if is_path else str(found), *command]
 
 
 def ends_within(pid: int, seconds: float) -> bool:

@@ -5,7 +5,7 @@ import this package.
     gate.py          which requests are admitted, and what pages may do
     app.py           which view answers which URL
     views.py         reads, and fills a template of `templates/`, which templating.py knows
-    pool_watch.py    one reading of the pool for all pages; catalogue.py: of each sweep
+    pool_watch.py    one reading of the pool for all pages; catalogue.py: of each sweep; fresh.py: how they share it
     table_page.py    what of the readings is shown, with charts.py and failure_groups.py; all pure
     static_page.py   the page of a sweep as one file, for `gpu-launcher results --html`
     job_files.py     logs, config and files of a job; log_text.py: parts of a log

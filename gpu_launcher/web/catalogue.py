@@ -18,6 +18,7 @@ from pathlib import Path
 
 from gpu_launcher.errors import ManifestError
 from gpu_launcher.jobs.manifest import DIRECTORY, MANIFEST, Entry, Manifest, ManifestReader, State
+from gpu_launcher.jobs.node_devices import NodeDevice, nodes_of_running
 from gpu_launcher.jobs.progress.estimate import time_left
 from gpu_launcher.jobs.result_table import JobRow, ResultTable, result_row, tabulate
 from gpu_launcher.jobs.sweep_finder import sweeps_below
@@ -25,17 +26,18 @@ from gpu_launcher.jobs.sweep_overview import DescribedSweep, describe
 from gpu_launcher.json_data import Value
 from gpu_launcher.web.charts import numeric_values
 from gpu_launcher.web.failure_groups import FailureGroup, failure_groups
+from gpu_launcher.web.fresh import FRESH_SECONDS, Fresh
 
 SCAN_SECONDS = 5.0
 """Seconds for which the list of directories is used."""
-FRESH_SECONDS = 0.9
-"""Seconds for which a reading of a sweep is used. Pages ask every second or two, each tab for itself."""
 FIRST_READ_BYTES = 2**19
 """Maximum number of bytes of a manifest that are read before its first page is answered: about a tenth of a second."""
 MAX_READ_BYTES = 2 * 2**20
 """Maximum number of bytes that are read before another page is answered. That a part is missing is said there."""
 MAX_KEPT_JOBS = 50_000
 """Maximum number of jobs that are kept in memory. Sweeps beyond that are read again when they are asked for."""
+MAX_LISTED_SWEEPS = 200
+"""Maximum number of sweeps in the list."""
 LIST_SECONDS = 0.5
 """Seconds of reading after which a list of sweeps is answered. The rest of them is read for the next answer."""
 
@@ -180,6 +182,8 @@ class Catalogue:
         self._open: OrderedDict[str, SweepReader] = OrderedDict()
         self._known: dict[str, _KnownSweep] = {}
         """What is known of the sweeps in the list."""
+        self.nodes = Fresh(self._nodes, clock)
+        """Returns the devices of other machines that the sweeps in the list have, as their heads say."""
 
     def directories(self, seconds: float = SCAN_SECONDS) -> dict[str, Path]:
         """Return the directories of the sweeps by id, the one that was written to last first.
@@ -203,7 +207,11 @@ class Catalogue:
                 self._open.popitem(last=False)
             return self._open[id]
 
-    def summaries(self, most: int) -> tuple[list[SweepSummary], list[str], int]:
+    def _nodes(self) -> list[NodeDevice]:
+        sweeps, _, _ = self.summaries()
+        return nodes_of_running([sweep.directory for sweep in sweeps if not sweep.is_over])
+
+    def summaries(self, most: int = MAX_LISTED_SWEEPS) -> tuple[list[SweepSummary], list[str], int]:
         """Summarise the sweeps that were written to last, running ones first.
 
         The second value says which cannot be read and why, and the third how many are to be read yet.

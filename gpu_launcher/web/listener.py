@@ -8,13 +8,15 @@ import hashlib
 import logging
 import os
 import secrets
+import signal
 import socket
 import stat
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -89,9 +91,26 @@ def serve(options: WebOptions, pool: PoolWatch, tell: Callable[[str], None], log
             limit_concurrency=CONNECTIONS,
             timeout_graceful_shutdown=ENDING_SECONDS,
         )
-        uvicorn.Server(config).run(sockets=[listening])
+        PageServer(config).run(sockets=[listening])
     finally:
         listening.close()
+
+
+class PageServer(uvicorn.Server):
+    """A server that ends in order, also if the user presses Ctrl-C again because that takes a second or two."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self.handle_exit)
+        try:
+            yield
+        finally:
+            for signum in (signal.SIGINT, signal.SIGTERM):  # nothing is left to do: another one ends the program
+                signal.signal(signum, signal.SIG_DFL)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.should_exit = True
 
 
 class WebConnection(H11Protocol):

@@ -14,12 +14,11 @@ from gpu_launcher.allocation.observation import find, read_busy_memory
 from gpu_launcher.allocation.readings import PoolWindow, measure, nvml_kept_open, put_together
 from gpu_launcher.allocation.survey import DeviceSeen, PoolSurvey
 from gpu_launcher.model import MILLIONTHS
+from gpu_launcher.web.fresh import Fresh
 
 SAMPLE_SECONDS = 10.0
 """Seconds between two points of a device's history."""
 HISTORY_SECONDS = 3600.0
-FRESH_SECONDS = 0.9
-"""Seconds for which a reading of the pool is used. Pages ask every second or two, each tab for itself."""
 
 
 @dataclass(slots=True)
@@ -49,9 +48,9 @@ class PoolWatch:
     ) -> None:
         """Raises OptionError and PoolDirectoryError."""
         self._busy_memory = read_busy_memory(busy_memory)
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._latest: tuple[float, PoolSurvey] | None = None
+        self._open_files = threading.Lock()
+        self.look = Fresh(self._look, clock)
+        """Returns a reading that is at most about a second old. Raises PoolDirectoryError."""
         self.histories: dict[str, History] = {}
         """By UUID."""
         with ExitStack() as stack:
@@ -61,15 +60,10 @@ class PoolWatch:
             self._found = find(devices, os.environ)
             self._open = stack.pop_all()
 
-    def look(self) -> PoolSurvey:
-        """Return a reading that is at most about a second old. Raises PoolDirectoryError."""
-        with self._lock:
-            now = self._clock()
-            if self._latest is None or now - self._latest[0] > FRESH_SECONDS:
-                conditions, notices = measure(self._found.measured)
-                survey = put_together(self._found, conditions, self._pool.look(), self._busy_memory, notices)
-                self._latest = now, survey
-            return self._latest[1]
+    def _look(self) -> PoolSurvey:
+        with self._open_files:
+            conditions, notices = measure(self._found.measured)
+            return put_together(self._found, conditions, self._pool.look(), self._busy_memory, notices)
 
     def sample(self) -> None:
         """Add a point to the histories. Raises PoolDirectoryError."""
@@ -81,7 +75,7 @@ class PoolWatch:
             history.points.append((survey.time, leased(seen) if utilisation is None else utilisation))
 
     def close(self) -> None:
-        with self._lock:
+        with self._open_files:
             self._open.close()
 
 

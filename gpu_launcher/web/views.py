@@ -19,26 +19,23 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from gpu_launcher.errors import ManifestError, OptionError, PoolDirectoryError, StorageError
 from gpu_launcher.jobs.manifest import Entry, State
-from gpu_launcher.jobs.node_devices import nodes_of_running
 from gpu_launcher.sizes import show_memory
 from gpu_launcher.studies.report_curves import read_curves
 from gpu_launcher.text import one_line
 from gpu_launcher.web.actions import ACTIONS, act
-from gpu_launcher.web.catalogue import Catalogue, SweepReading
+from gpu_launcher.web.catalogue import MAX_LISTED_SWEEPS, Catalogue, SweepReading, id_of
 from gpu_launcher.web.charts import charts, report_charts
 from gpu_launcher.web.dashboard import study_link
 from gpu_launcher.web.job_files import MAX_LISTED, JobFiles
 from gpu_launcher.web.log_text import MAX_QUERY, PART_BYTES, LogPart, read_part, search
-from gpu_launcher.web.new_sweep import LABELS, SweepForm, find_problems, make_plan
+from gpu_launcher.web.new_sweep import LABELS, Plan, SweepForm, find_problems, make_plan
 from gpu_launcher.web.pool_watch import PoolWatch
-from gpu_launcher.web.programs import Programs
+from gpu_launcher.web.programs import ProgramReading, Programs
 from gpu_launcher.web.table_page import TableQuery, select
 from gpu_launcher.web.templating import templates
 
 SEEN = "X-Seen"
 """Header with which a browser says which version of a part it has."""
-MAX_LISTED_SWEEPS = 200
-"""Maximum number of sweeps in the list."""
 CATCH_UP_BYTES = 4 * PART_BYTES
 """A log that has grown by more than this since the last look is not shown in full."""
 COPY_BYTES = 2**18
@@ -65,6 +62,7 @@ class Views:
         self._new = new
         self._templates = templates()
         self._templates.globals.update(read_only=new is None, roots=catalogue.roots, max_listed=MAX_LISTED)
+        self._templates.globals.update(sweep_of=self._sweep_of)
 
     # Pages
 
@@ -76,13 +74,12 @@ class Views:
             survey, problem = self._pool.look(), None
         except PoolDirectoryError as error:
             survey, problem = None, str(error)
-        sweeps, _, _ = self._catalogue.summaries(MAX_LISTED_SWEEPS)
-        nodes = nodes_of_running([sweep.directory for sweep in sweeps if not sweep.is_over])
+        nodes = self._catalogue.nodes()
         histories = self._pool.histories
         return self._page(request, "pool", survey=survey, problem=problem, histories=histories, nodes=nodes)
 
     def sweeps(self, request: Request) -> Response:
-        found, problems, unread = self._catalogue.summaries(MAX_LISTED_SWEEPS)
+        found, problems, unread = self._catalogue.summaries()
         more = max(0, len(self._catalogue.directories()) - MAX_LISTED_SWEEPS)
         return self._page(request, "sweeps", sweeps=found, problems=problems, unread=unread, more=more)
 
@@ -231,7 +228,7 @@ class Views:
         return self._render("new", here="new", starts=new.programs.starts(), labels=LABELS, devices=new.devices)
 
     async def new_run(self, request: Request) -> Response:
-        """Check the sweep of a form, or start it if the form's command line is the one that the user has seen."""
+        """Check the sweep of a form, or start it if its command line is the one that was checked and shown."""
         what = request.path_params["what"]
         if what not in ("check", "start"):
             raise HTTPException(404, "page not found")
@@ -253,14 +250,23 @@ class Views:
             plan = make_plan(asked, self._catalogue.roots, new.launcher, new.pool_dir)
         except OptionError as error:
             return self._render("_problems", problems=[str(error)])
-        if not is_check and form.get("line") != [plan.line]:
-            return self._render("_problems", problems=["the form has changed since it was checked: check it again"])
         try:
-            id = new.programs.run(plan, is_check=is_check)
+            id = new.programs.check(plan) if is_check else _start(new.programs, form, plan)
+        except KeyError:
+            return self._render("_problems", problems=["the form has changed since it was checked: check it again"])
         except OSError as error:
             what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
             return self._render("_problems", problems=[f"it cannot be run: {what}"])
         return self._render("_program", program=new.programs.read(id))
+
+    def _sweep_of(self, program: ProgramReading) -> str | None:
+        """The id of the sweep that a program has started. None if the catalogue does not have it."""
+        if program.sweep is None:
+            return None
+        id = id_of(program.sweep)
+        with suppress(KeyError):
+            return self._catalogue.sweep(id).id
+        return None
 
     def _starting(self) -> NewSweeps:
         if self._new is None:
@@ -322,6 +328,14 @@ class Views:
                 part = read_part(descriptor, at) if at is not None else read_part(descriptor, end=before)
                 return part, str(os.fstat(descriptor).st_ino)
         return None, ""
+
+
+def _start(programs: Programs, form: Mapping[str, list[str]], plan: Plan) -> str:
+    """Start the sweep of a form, once for each check of it. Raises KeyError if it is not the one that was checked."""
+    checked = (form.get("check") or [""])[0]
+    if programs.read(checked).line != plan.line:
+        raise KeyError(checked)
+    return programs.start(checked)
 
 
 class _opened:

@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -14,7 +15,7 @@ import pytest
 
 from gpu_launcher.jobs.manifest import launches_in
 from tests.waiting import alive, until
-from tests.web.serving import Reply, WebServer
+from tests.web.serving import Reply, WebServer, title_of
 
 MAP = {"devices": "simulated:2", "command": "sh -c 'echo ran $0' {x}", "parameters": "x=1,2"}
 PROGRAM = """
@@ -61,11 +62,18 @@ def line_in(text: str) -> str:
     return found[1]
 
 
+def check_in(text: str) -> str:
+    """The id of the check that a page shows."""
+    found = re.search(r'name="check" value="([0-9a-f]+)"', text)
+    assert found is not None, text
+    return found[1]
+
+
 def start(server: WebServer, **fields: str) -> str:
     """Start what has been checked."""
     checked = check(server, **fields)
     assert "Nothing is wrong" in checked, checked
-    return ended(server, post(server, "start", **fields, line=line_in(checked)))
+    return ended(server, post(server, "start", **fields, check=check_in(checked)))
 
 
 def hydra_form(directory: Path, *parameters: str) -> dict[str, str]:
@@ -96,10 +104,28 @@ def test_a_map_is_checked_and_started(serving: Callable[..., WebServer], tmp_pat
         *("--retries", "1", "--priority", "-1", "--param", "x=1,2", "--", "sh", "-c", "echo ran $0", "{x}"),
     ]
     assert not (tmp_path / "project" / "map").exists()
-    assert "The sweep has begun" in start(server, **fields)
+    begun = start(server, **fields)
+    link = re.search(r'The sweep has begun: see <a href="(/sweeps/[0-9a-f]+)">', begun)
+    assert link is not None, begun
+    assert title_of(server(link[1])).startswith(f"{tmp_path}/project/map/")
     assert line in html.unescape(server("/new").text)
     until(lambda: {"2 completed<", ">ended<"} <= set(re.findall("2 completed<|>ended<", server("/sweeps").text)))
     assert len(list((tmp_path / "project" / "map").glob("*/*/1/stdout.txt"))) == 1
+
+
+def test_a_form_that_is_sent_twice_starts_one_sweep(serving: Callable[..., WebServer], tmp_path: Path) -> None:
+    server, fields = serving(), {**MAP, "command": "echo ran {x}"}
+    checked = check_in(check(server, **fields))
+    with ThreadPoolExecutor() as pool:
+        replies = [pool.submit(post, server, "start", **fields, check=checked) for _ in range(4)]
+    said = {ended(server, reply.result()) for reply in replies}
+    assert len(said) == 1
+    assert "The sweep has begun" in said.pop()
+    started = re.search(r'id="program-([0-9a-f]+)"', replies[0].result().text)
+    assert started is not None
+    assert "check it again" in post(server, "start", **fields, check=started[1]).text
+    until(lambda: "2 completed<" in server("/sweeps").text)
+    assert len(list(tmp_path.glob("map/*/*/1/stdout.txt"))) == 1
 
 
 def test_a_hydra_sweep_is_started_with_every_option_in_the_line(
@@ -186,10 +212,10 @@ def test_what_the_dry_run_refuses_is_shown(server: WebServer, changed: dict[str,
 
 
 def test_a_sweep_is_started_only_by_the_line_that_was_shown(server: WebServer, sweeps: Path) -> None:
-    line = line_in(check(server, **MAP))
+    id = check_in(check(server, **MAP))
     marker = sweeps / "marker"
     fields = {**MAP, "command": f"touch {shlex.quote(str(marker))} {{x}}"}
-    for given in ({}, {"line": ""}, {"line": line}):
+    for given in ({}, {"check": ""}, {"check": "0" * 16}, {"check": id}):
         assert "the form has changed since it was checked" in post(server, "start", **fields, **given).text
     assert not (sweeps / "map").exists()
     assert not marker.exists()
@@ -215,9 +241,9 @@ def test_an_error_at_the_start_is_shown(serving: Callable[..., WebServer], tmp_p
     program.chmod(0o755)
     server = serving()
     fields = {**MAP, "command": "./program {x}"}
-    line = line_in(check(server, **fields))
+    id = check_in(check(server, **fields))
     program.unlink()
-    said = ended(server, post(server, "start", **fields, line=line))
+    said = ended(server, post(server, "start", **fields, check=id))
     assert "The sweep did not begin: exit code 2" in said
     assert "there is no such program" in said
     assert "there is no such program" in html.unescape(server("/new").text)
@@ -225,8 +251,8 @@ def test_an_error_at_the_start_is_shown(serving: Callable[..., WebServer], tmp_p
 
 def test_a_sweep_outlives_the_server_that_started_it(serving: Callable[..., WebServer], tmp_path: Path) -> None:
     server = serving()
-    line = line_in(check(server, **MAP))
-    assert "program-" in post(server, "start", **MAP, line=line).text
+    id = check_in(check(server, **MAP))
+    assert "program-" in post(server, "start", **MAP, check=id).text
     server.process.kill()
     until(lambda: len(list(tmp_path.glob("map/*/*/[01]/stdout.txt"))) == 2)
     until(lambda: all("ran" in out.read_text() for out in tmp_path.glob("map/*/*/[01]/stdout.txt")))
@@ -245,6 +271,17 @@ def test_a_check_ends_with_the_next_one_and_with_the_server(serving: Callable[..
     assert not alive(one)
     assert server.end() == 0
     until(lambda: not alive(two))
+
+
+def test_a_check_ends_when_the_server_is_killed(serving: Callable[..., WebServer], tmp_path: Path) -> None:
+    server = serving()
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\necho its $$ id\nexec sleep 1000\n")
+    program.chmod(0o755)
+    pid = running(server, post(server, "check", **{**MAP, "kind": "hydra", "command": "./program"}))
+    assert alive(pid)
+    server.process.kill()
+    until(lambda: not alive(pid))
 
 
 def test_checks_that_do_not_end_are_killed(serving: Callable[..., WebServer]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -214,3 +216,13 @@ def test_a_port_in_use_is_said(server: WebServer) -> None:
     )
     assert done.returncode == 1
     assert "name another with --port" in done.stderr
+
+
+def test_ctrl_c_ends_the_server_in_order_however_often_it_is_pressed(serving: Callable[..., WebServer]) -> None:
+    server = serving()
+    assert server("/pool").status == 200
+    while server.process.poll() is None:
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    assert server.process.wait() in (0, -signal.SIGINT)  # the latter if it had nothing left to do
+    assert server.log.read_text() == ""
