@@ -25,7 +25,7 @@ SECONDS = 1000.0
 
 
 def main() -> None:
-    """Draw the pool and the sweep while it runs, and the sweep when it has ended."""
+    """Draw the pool while the sweep runs, the sweep when it has ended, and the form for another one."""
     with tempfile.TemporaryDirectory(prefix="demo-") as name, sync_playwright() as playwright:
         directory = Path(name)
         shutil.copyfile(TREE / "gpu_launcher" / "cli" / "demo_program.py", directory / "train.py")
@@ -55,6 +55,14 @@ def main() -> None:
             for window, picture in ((desk, "web-sweep.png"), (phone, "web-sweep-phone.png")):
                 window.wait_for_timeout(2 * SECONDS)  # the charts are animated
                 window.screenshot(path=PICTURES / picture, full_page=window is desk)
+            desk.get_by_role("link", name="New sweep").click()
+            desk.get_by_label("A Hydra program").check()
+            desk.get_by_label("Command", exact=True).fill("python train.py")
+            desk.get_by_label("Parameters").fill("lr=0.3,0.1\nwidth=128,256")
+            desk.get_by_label("Jobs at the same time").fill("2")
+            desk.get_by_role("button", name="Check").click()
+            desk.get_by_text("Nothing is wrong").wait_for(timeout=60 * SECONDS)
+            desk.screenshot(path=PICTURES / "web-new.png", full_page=True)
             browser.close()
         finally:
             for process in (sweep, server):
