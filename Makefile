@@ -70,6 +70,7 @@ bench: $(INSTALLED) ## the benchmarks, each against the launchers it is compared
 	$(BIN)/python benchmarks/reporting.py
 	$(BIN)/python benchmarks/nodes.py
 	$(BIN)/python benchmarks/steering.py
+	$(BIN)/python benchmarks/web.py
 	$(BIN)/python benchmarks/functions.py --rounds 1
 	$(BIN)/python benchmarks/functions_map.py
 	$(BIN)/python benchmarks/functions.py

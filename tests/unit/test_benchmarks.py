@@ -108,3 +108,18 @@ def test_it_compares_sweeps_that_are_steered_and_watched_with_those_that_cannot_
     ways = found["ways"]
     assert list(ways) == ["no socket", "socket", "asked", "watched"]
     assert all(found["wall"] > 0 and found["cpu"] > 0 for found in ways.values())
+
+
+def test_it_measures_the_pages_of_a_huge_sweep_and_of_one_whose_jobs_report(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    command = [sys.executable, str(SCRIPT.with_name("web.py")), "--quick", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = json.loads(file.read_text())["parts"]
+    assert {"first jobs", "then: a sorted table", "results --html"} <= set(parts["huge"]["seconds"])
+    assert all(wall > 0 for times in parts["huge"]["seconds"].values() for wall, _ in times)
+    live = parts["live"]
+    if "skipped" not in live:
+        assert live["cores"]["server"] > 0
+        assert 0 < live["late_s"]["median"] <= live["late_s"]["max"]
+        assert len(live["memory"]) == 4

@@ -39,7 +39,7 @@ if (log) {
 }
 
 // Charts
-const REFRESH = 10000; // milliseconds
+const REST = 2; // times as long as asking and drawing took, before the next time
 for (const area of document.querySelectorAll("[data-charts]")) {
   const section = area.closest("section");
   const value = section.querySelector("select");
@@ -64,7 +64,14 @@ for (const area of document.querySelectorAll("[data-charts]")) {
     shown = asked;
     seen = answer.headers.get("X-Seen");
   };
+  const repeat = async () => {
+    const began = performance.now();
+    try {
+      if (!document.hidden) await load();
+    } finally {
+      setTimeout(repeat, Math.max(area.dataset.seconds * 1000, REST * (performance.now() - began)));
+    }
+  };
   if (value) value.addEventListener("change", load);
-  load();
-  setInterval(() => { if (!document.hidden) load(); }, REFRESH);
+  repeat();
 }
