@@ -27,7 +27,7 @@ from gpu_launcher.jobs.job import Cause, Job, JobResult, Refusal
 from gpu_launcher.jobs.node_messages import BeginRun, Ended, Message, Wanted
 from gpu_launcher.jobs.outcome import left_by
 from gpu_launcher.jobs.reports import read_report
-from gpu_launcher.jobs.source import Cancel, Statement, Stop
+from gpu_launcher.jobs.source import Cancel, Exhausted, Statement, Stop
 from gpu_launcher.nodes.channel_relay import FarEnd
 from gpu_launcher.nodes.dealer import MAX_MOVES, Ask, Deal, Dealer, Give, MovedTooOften, TakeBack
 from gpu_launcher.nodes.member import Member, MemberPhase
@@ -229,6 +229,7 @@ class GroupJobs:
         now.running = now.waits_since = None
         if result.outcome in (Outcome.COMPLETED, Outcome.PRUNED):
             member.failures = 0
+            member.completed += 1
         fate = _Fate.CONCLUDED
         if not self.stopping and now.cancel is None:
             fate = _fate(result, member.phase, has_spoken=now.has_spoken, taken_back=taken_back)
@@ -249,6 +250,7 @@ class GroupJobs:
                 result = replace(result, outcome=Outcome.CANCELLED, cause=None, message=message)
                 self._conclude_fetched(member, result)
             case _Fate.CONCLUDED:
+                member.crashed += result.cause in (Cause.CRASH, Cause.DEVICE_LOST)
                 self._conclude_fetched(member, result)
 
     # What becomes of a node
@@ -256,6 +258,14 @@ class GroupJobs:
     def leaves(self, member: Member) -> None:
         """Give no more jobs to a node."""
         self._carry_out(self.dealer.leaves(member.name))
+
+    def set_aside(self, member: Member) -> None:
+        """Let a node finish the jobs that it has started, and end its run. It gives the others back."""
+        running = self.running_at(member)
+        for job in self.dealer.jobs_at(member.name):
+            if job.number not in running:
+                member.tell(Cancel(job.number, "was not started", unstarted=True))
+        member.tell(Exhausted())
 
     def given_back(self, member: Member) -> None:
         """Take note that a node without jobs is given back."""

@@ -4,7 +4,7 @@
 |--------------------------|----------------------------------------------|------------|
 | STARTING                 | its pool is open                             | OPEN       |
 | OPEN                     | it ends too soon for jobs that wait          | DRAINING   |
-| each of these three      | it cannot start jobs any more                | RETIRED    |
+| each of these three      | it cannot start jobs any more, or they crash | RETIRED    |
 | each of these four       | its engine asks it to end                    | LEAVING    |
 | each of these five       | its run is over, or nothing of it is left    | ENDED      |
 | STARTING, OPEN, DRAINING | no job needs it, or it is to be renewed      | RESTING    |
@@ -40,6 +40,8 @@ _log = get_logger("nodes.member")
 
 MAX_FAILURES = 3
 """Number of times in a row that a node is started again without having completed a job."""
+MAX_CRASHES = 3
+"""Number of jobs that crash on a node, and of jobs that complete on another one, after which the first is set aside."""
 LOCAL_END_SECONDS = 5.0
 """Seconds in which the processes below a local node that was killed end by themselves."""
 
@@ -54,7 +56,7 @@ class MemberPhase(Enum):
     DRAINING = auto()
     """It gets no more jobs, because it is to be renewed."""
     RETIRED = auto()
-    """It cannot start jobs any more, as when its fork server was killed again and again. It finishes those it has."""
+    """It starts no more jobs: it cannot, or jobs crash there that run elsewhere. It finishes those it has."""
     LEAVING = auto()
     """Its agent was asked to end by its engine, and has interrupted its jobs."""
     ENDED = auto()
@@ -121,6 +123,10 @@ class Member:
         """Whether it has asked for jobs since its pool is open."""
         self.ran = False
         """Whether it has started a job since its pool is open."""
+        self.completed = 0
+        """How many jobs have completed there since its pool is open."""
+        self.crashed = 0
+        """How many jobs have crashed there since its pool is open."""
         self.error: GpuLauncherError | None = None
         """What kept its run from beginning, if that is an error of ours."""
         self.why: str | None = None
@@ -191,6 +197,11 @@ class Member:
     def takes_jobs(self) -> bool:
         """Whether it may get jobs when it asks for them."""
         return self.phase in (MemberPhase.STARTING, MemberPhase.OPEN)
+
+    def is_worse_than(self, other: Member) -> bool:
+        """Whether jobs crash on this node that run on the other one."""
+        crashes = self.takes_jobs and not self.completed and self.crashed >= MAX_CRASHES
+        return crashes and other.takes_jobs and other.completed >= MAX_CRASHES
 
     @property
     def leaving(self) -> bool:

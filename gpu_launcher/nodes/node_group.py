@@ -71,6 +71,7 @@ from gpu_launcher.nodes.signs_of_life import SignsOfLife
 from gpu_launcher.processes import spawn
 from gpu_launcher.processes.random_generators import Generators
 from gpu_launcher.validation import StartMethod
+from gpu_launcher.wording import count
 
 FIRST_NODE_SECONDS = 10.0
 """Seconds to wait for the first node. Nodes may be in a queue for hours."""
@@ -340,6 +341,7 @@ class NodeGroup:
                 self._receive_output(member, message)
             case Ended(result):
                 self._jobs.ended(member, result)
+                self._set_aside()
             case GaveUp(problem=problem):
                 self._membership.retire(member, MemberPhase.RETIRED, f"starts no more jobs. Each {problem}")
             case Leaving(why):
@@ -353,6 +355,15 @@ class NodeGroup:
                     self._opening_notices.add(text)
             case _:
                 self._post(message)
+
+    def _set_aside(self) -> None:
+        """Give no more jobs to nodes on which jobs crash that run elsewhere."""
+        members = self._members.values()
+        for member in members:
+            if not self._ends and any(member.is_worse_than(other) for other in members):
+                crashed = f"is set aside: {count(member.crashed, 'job')} crashed there, and none completed"
+                self._membership.retire(member, MemberPhase.RETIRED, crashed)
+                self._jobs.set_aside(member)
 
     def _receive_output(self, member: Member, piece: OutputPiece) -> None:
         """Write a part of a job's outputs, unless the job is not at this node any more."""

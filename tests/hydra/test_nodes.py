@@ -378,6 +378,29 @@ def test_a_node_that_never_ran_jobs_is_not_started_again(run: Run, tmp_path: Pat
     assert (tmp_path / "tries").read_text() == "\n"
 
 
+def test_script_that_is_not_the_same_on_a_node_is_reported(run: Run, tmp_path: Path) -> None:
+    if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount file systems")
+    (tmp_path / "train.py").write_text(TRAIN)
+    (tmp_path / "older.py").write_text(f"# an older version\n{TRAIN}")
+    elsewhere = f"'mount --bind {tmp_path}/older.py {tmp_path}/train.py && exec \"$@\"'"
+    nodes = on(node(tmp_path, "a", "unshare", "-m", "sh", "-c", elsewhere, "sh"), node(tmp_path, "b"))
+    path = {"PYTHONPATH": str(Path(__file__).parent / "programs")}
+    done = run(tmp_path, ("train.py",), "-m", "+n=range(4)", "hydra.sweep.dir=sweep", nodes, TWO_EACH, **path)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if "the program's script is not the same as here" in line]
+    assert [line.rpartition("] ")[2] for line in said] == ["env: the program's script is not the same as here"]
+
+
+def test_node_on_which_every_job_crashes_fails_no_more_than_three(run: Run, tmp_path: Path) -> None:
+    nodes = on(node(tmp_path, "bad", "BROKEN=3"), node(tmp_path, "good"))
+    done = sweep(run, tmp_path, "n=range(20)", nodes, TWO_EACH)
+    assert done.returncode == 1
+    assert "20 jobs: 17 completed, 3 failed" in done.stderr, done.stderr
+    assert "node env is set aside: 3 jobs crashed there, and none completed" in done.stderr
+    assert pools(tmp_path) == {"pool-good"}
+
+
 @pytest.mark.parametrize(
     ("hidden", "said"),
     [

@@ -415,6 +415,57 @@ def test_node_that_gave_up_is_not_started_again(start: Start, impatient: None) -
     assert not group.agents["a"].called
 
 
+def run_at(group: Group, name: str, number: int, cause: Cause | None) -> None:
+    """Offer a job to a node that runs it."""
+    group.says(name, Wanted(1))
+    group.node.say(Offer(job(number)))
+    group.gets(name, number)
+    outcome = Outcome.COMPLETED if cause is None else Outcome.FAILED
+    group.says(
+        name, started(number), Ended(JobResult(number, f"n={number}", outcome, None, None, (), 1.0, None, cause))
+    )
+
+
+@pytest.mark.parametrize("cause", [Cause.CRASH, Cause.DEVICE_LOST])
+def test_node_on_which_jobs_crash_that_run_elsewhere_is_set_aside(start: Start, cause: Cause) -> None:
+    group = start("a", "b")
+    group.begin()
+    for number in range(3):
+        run_at(group, "a", number, cause)
+    for number in (3, 4):
+        run_at(group, "b", number, None)
+    group.says("a", Wanted(2))
+    for number in (5, 6):
+        group.node.say(Offer(job(number)))
+        group.gets("a", number)
+    group.says("a", started(5))
+    run_at(group, "b", 7, None)
+    said = "node a is set aside: 3 jobs crashed there, and none completed"
+    group.until(lambda: said in [one.text for one in group.told if isinstance(one, Notice)], "it is not set aside")
+    heard = group.agents["a"].heard
+    group.until(lambda: Exhausted() in heard, "its run does not end")
+    assert [one for one in heard if isinstance(one, Cancel)] == [Cancel(6, "was not started", unstarted=True)]
+    group.says("b", Wanted(2))
+    crash = JobResult(5, "n=5", Outcome.FAILED, None, "crashed", (), 1.0, None, cause=Cause.CRASH)
+    group.says("a", Ended(replace(crash, number=6, outcome=Outcome.CANCELLED, cause=None)), Ended(crash), Closed())
+    assert {group.gets("b", number).failed_before for number in (5, 6)} == {0}
+    assert not group.agents["a"].called
+    assert len(results(group)) == 6
+
+
+@pytest.mark.parametrize("instead", ["none completed elsewhere", "one completed there", "jobs raised"])
+def test_node_on_which_jobs_may_have_crashed_by_their_own_fault_is_kept(start: Start, instead: str) -> None:
+    group = start("a", "b")
+    group.begin()
+    if instead == "one completed there":
+        run_at(group, "a", 6, None)
+    for number in range(3):
+        run_at(group, "a", number, Cause.EXCEPTION if instead == "jobs raised" else Cause.CRASH)
+    for number in (3, 4, 5):
+        run_at(group, "b", number, Cause.CRASH if instead == "none completed elsewhere" else None)
+    run_at(group, "a", 7, None)
+
+
 def returns(group: Group) -> None:
     """Let node a come back after it was lost."""
     group.until(lambda: group.agents["a"].called, "it is not started again")

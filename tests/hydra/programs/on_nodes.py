@@ -39,6 +39,7 @@ class Config:
     seconds: float = 0.0
     x: float = 0.0
     reports: bool = False
+    squares: bool = False
     holds: bool = False
 
 
@@ -55,11 +56,20 @@ def meet(numbers: int) -> None:
         time.sleep(0.01)
 
 
+def meet_completed(jobs: int) -> None:
+    """Wait until the head knows that this many jobs have completed."""
+    while Path("sweep/.gpu_launcher/manifest.jsonl").read_text().count('"completed"') < jobs:
+        time.sleep(0.01)
+
+
 @hydra.main(version_base="1.3", config_path=None, config_name="config")
 def main(cfg: DictConfig) -> Any:
     number, attempt = HydraConfig.get().job.num, os.environ["GPU_LAUNCHER_ATTEMPT"]
     print(f"this is job {cfg.n}, attempt {attempt}")
     if attempt == "1" and cfg.n in cfg.crashes:
+        os._exit(3)
+    if "BROKEN" in os.environ:
+        meet_completed(int(os.environ["BROKEN"]))
         os._exit(3)
     alone = False
     try:
@@ -91,6 +101,8 @@ def main(cfg: DictConfig) -> Any:
             time.sleep(0.01)
             step += 1
         return float(number)
+    if cfg.squares:
+        return cfg.x**2
     if cfg.n in cfg.fails and not Path("healed").exists():
         raise OwnError(f"{cfg.n} fails")
     return [cfg.n, {"ten times": 10 * cfg.n}]
@@ -102,5 +114,7 @@ if __name__ == "__main__":
     node_group.LATECOMER_SECONDS = float(os.environ.get("LATECOMER_SECONDS", "300"))
     if "IMPATIENT" in os.environ:
         timing = Timing(beat=0.5, quiet=3.0, silence=5.0, lost=12.0)
+        if os.environ["IMPATIENT"] == "no":
+            timing = Timing(silence=1e6, lost=1e6)
         node_group.NodeGroup = functools.partial(node_group.NodeGroup, timing=timing)
     main()
