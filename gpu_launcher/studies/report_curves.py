@@ -15,7 +15,7 @@ import sqlite3
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +92,8 @@ def read_curves(directory: Path) -> tuple[list[Curve], bool]:
 
 def connect_to_read(file: Path) -> sqlite3.Connection:
     """Open a database that any user may have written. Neither it nor any file beside it is written."""
-    has_log = all(file.with_name(f"{file.name}-{end}").exists() for end in ("wal", "shm"))
+    # SQLite would wait for ever for a FIFO to be opened for writing, and with it all who use SQLite in this process.
+    has_log = all(_is_regular(file.with_name(f"{file.name}-{end}")) for end in ("wal", "shm"))
     # Otherwise SQLite would write into `-shm`, which may be a hard link to any file of this user.
     url = f"{file.as_uri()}?mode=ro&{'readonly_shm=1' if has_log else 'immutable=1'}"
     database = sqlite3.connect(url, uri=True, timeout=BUSY_SECONDS, check_same_thread=False)
@@ -100,6 +101,12 @@ def connect_to_read(file: Path) -> sqlite3.Connection:
         database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_CELL_BYTES)
     database.execute("PRAGMA trusted_schema = OFF")
     return database
+
+
+def _is_regular(file: Path) -> bool:
+    with suppress(OSError):
+        return stat.S_ISREG(file.lstat().st_mode)
+    return False
 
 
 def _read(file: Path, database: sqlite3.Connection) -> tuple[list[Curve], bool]:

@@ -54,6 +54,17 @@ def test_a_sweep_without_a_study_has_no_curves(server: WebServer, sweep: Written
     assert server("/sweeps/0000000000000000/reports").status == 404
 
 
+def test_a_fifo_beside_the_study_is_not_opened(serving: Callable[..., WebServer], tmp_path: Path) -> None:
+    server = serving()
+    hostile, search = (found_sweep(server, tmp_path / name) for name in ("hostile", "search"))
+    for found in (hostile, search):
+        close(write_study(found.directory, [{0: 1.5}]))
+    (hostile.directory / f"{STUDY_FILE}-wal").touch()
+    os.mkfifo(hostile.directory / f"{STUDY_FILE}-shm")
+    for found in (hostile, search):
+        assert list(series(server, found).values()) == [[[0, 1.5]]]
+
+
 def test_of_a_long_curve_some_points_are_read(tmp_path: Path) -> None:
     study = write_study(tmp_path, [{0: 1.0}, {5: 2.0}])
     rows = "WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n WHERE i < 20000) "
