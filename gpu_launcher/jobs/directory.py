@@ -57,15 +57,21 @@ class DirectoryLock:
 
     @classmethod
     def take(
-        cls, directory: Path, command: str, remedy: str, notice: Callable[[str], None] = lambda text: None
+        cls,
+        directory: Path,
+        command: str,
+        remedy: str,
+        notice: Callable[[str], None] = lambda text: None,
+        *,
+        exclusive: bool = False,
     ) -> DirectoryLock:
         """Take the lock of `directory`, which is created if it does not exist. Waits for processes of a killed launch.
 
         Call this before the node is started, because its processes must hold the lock too. `command` is the name that
         other programs show for this one if they find the directory locked. `remedy` says what to do if another program
-        has it. If this process already has the lock, the same object is returned. Raises ManifestError if another
-        program runs jobs here, or if the processes of a killed launch do not end, and OSError if nothing can be
-        written.
+        has it. If this process already has the lock, the same object is returned, unless the lock is to be `exclusive`.
+        Raises ManifestError if another program runs jobs here (or this one, if `exclusive`), or if the processes of a
+        killed launch do not end, and OSError if nothing can be written.
         """
         path = directory / DIRECTORY / LOCK
         make_directories(path.parent)
@@ -73,7 +79,9 @@ class DirectoryLock:
         try:
             status = os.fstat(descriptor)
             key = (os.getpid(), status.st_dev, status.st_ino)
-            if (held := _held.get(key)) is not None:
+            if (held := _held.get(key)) is not None and held.close.alive:
+                if exclusive:
+                    raise ManifestError(f"{directory} is being run by process {key[0]} ({command}): {remedy}")
                 os.close(descriptor)
                 return held
             refuse_if_running(directory, remedy)

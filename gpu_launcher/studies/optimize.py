@@ -141,7 +141,7 @@ def optimize(
 
 
 def _path(directory: object) -> Path:
-    if not isinstance(directory, (str, os.PathLike)) or not os.fspath(directory):
+    if not isinstance(directory, (str, os.PathLike)) or not os.fspath(directory) or "\0" in os.fsdecode(directory):
         raise OptionError("directory", f"{directory!r} is not a path: give one such as sweeps/first")
     return Path(os.fsdecode(directory)).absolute()
 

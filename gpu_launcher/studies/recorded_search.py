@@ -62,7 +62,7 @@ from gpu_launcher.jobs.events import (
 )
 from gpu_launcher.jobs.failures import set_aside
 from gpu_launcher.jobs.job import Job, JobResult
-from gpu_launcher.jobs.manifest import Recorder, new_reports, refuse_if_running
+from gpu_launcher.jobs.manifest import Recorder, new_reports
 from gpu_launcher.jobs.result_table import value_names, write_results
 from gpu_launcher.jobs.source import UNTHROTTLED, Throttle
 from gpu_launcher.jobs.sweep import Options
@@ -110,8 +110,8 @@ class SearchDirectory:
         """Take the directory before any process is started. Raises ManifestError and OptionError."""
         self.path = directory
         try:
-            self._lock = DirectoryLock.take(directory, this_program(), ANOTHER, log.warning)
-            refuse_if_running(directory, ANOTHER)  # another thread of this program may use it
+            # Another thread of this program may have it.
+            self._lock = DirectoryLock.take(directory, this_program(), ANOTHER, log.warning, exclusive=True)
         except OSError as error:
             problem = f"{short_path(directory)} cannot be written to ({error.strerror}): give a directory of yours"
             raise OptionError("directory", problem) from error

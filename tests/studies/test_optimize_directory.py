@@ -17,6 +17,7 @@ import pytest
 
 import gpu_launcher
 from gpu_launcher import ManifestError, OptionError, SteeringError, Sweep, load_results
+from gpu_launcher.jobs.directory import DirectoryLock
 from gpu_launcher.jobs.manifest import DIRECTORY, State, read, read_manifest
 from gpu_launcher.jobs.where import Where
 from tests.waiting import alive, until
@@ -251,7 +252,8 @@ def test_no_directory_is_made_unless_it_is_asked_for(
 
 def test_directory_that_cannot_be_used_is_refused(tmp_path: Path, pool: Where) -> None:
     (tmp_path / "file").touch()
-    refused: dict[object, str] = {"": "'' is not a path", 7: "7 is not a path", tmp_path / "file": "cannot be written"}
+    refused: dict[object, str] = {"": "'' is not a path", 7: "7 is not a path", "a\0b": r"'a\\x00b' is not a path"}
+    refused[tmp_path / "file"] = "cannot be written"
     for directory, why in refused.items():
         with pytest.raises(OptionError, match=f"^directory: .*{why}"):
             gpu_launcher.optimize(optuna.create_study(), lambda trial: 1.0, 1, pool=pool, directory=directory)  # type: ignore[arg-type]
@@ -275,6 +277,16 @@ def test_directory_in_use_is_refused(tmp_path: Path, pool: Where) -> None:
     assert f"{where} is being run by process {os.getpid()}" in why
     assert why.endswith("give another directory, or wait for it")
     assert [entry.state for entry in read(where).values()] == [State.COMPLETED]
+
+
+def test_directory_that_another_thread_has_just_taken_is_refused(tmp_path: Path, pool: Where) -> None:
+    lock = DirectoryLock.take(tmp_path, "train.py", "")  # its launch is not recorded until its node is there
+    study = optuna.create_study()
+    with pytest.raises(ManifestError, match=f"is being run by process {os.getpid()}"):
+        gpu_launcher.optimize(study, lambda trial: 1.0, 1, pool=pool, directory=tmp_path)
+    lock.close()
+    gpu_launcher.optimize(study, lambda trial: 1.0, 1, pool=pool, directory=tmp_path)
+    assert len(study.trials) == 1
 
 
 def test_trial_whose_process_dies_has_a_log_and_is_recorded(tmp_path: Path, pool: Where) -> None:

@@ -67,6 +67,22 @@ def test_another_process_is_refused_while_the_lock_is_held(tmp_path: Path) -> No
     assert from_another_process(tmp_path / "new" / "sweep") == "taken"
 
 
+def test_exclusive_lock_is_refused_to_the_process_that_has_it(tmp_path: Path) -> None:
+    lock = take(tmp_path)
+    with pytest.raises(ManifestError, match=f"is being run by process {os.getpid()} .train.py.: wait for it"):
+        DirectoryLock.take(tmp_path, "train.py", "wait for it", exclusive=True)
+    lock.close()
+    DirectoryLock.take(tmp_path, "train.py", "wait for it", exclusive=True).close()
+
+
+def test_closed_lock_that_is_still_referred_to_is_taken_anew(tmp_path: Path) -> None:
+    closed = take(tmp_path)
+    closed.close()
+    again = take(tmp_path)
+    assert again is not closed
+    assert "is being run by" in from_another_process(tmp_path)
+
+
 def test_a_process_shares_its_lock_with_itself_until_nobody_has_it(tmp_path: Path) -> None:
     first = take(tmp_path)
     second = take(tmp_path / "." / ".." / tmp_path.name)
