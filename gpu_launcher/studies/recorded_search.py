@@ -62,7 +62,7 @@ from gpu_launcher.jobs.events import (
 )
 from gpu_launcher.jobs.failures import set_aside
 from gpu_launcher.jobs.job import Job, JobResult
-from gpu_launcher.jobs.manifest import Recorder, new_reports
+from gpu_launcher.jobs.manifest import Recorder, how_to_resume, new_reports
 from gpu_launcher.jobs.result_table import value_names, write_results
 from gpu_launcher.jobs.source import UNTHROTTLED, Throttle
 from gpu_launcher.jobs.sweep import Options
@@ -115,6 +115,13 @@ class SearchDirectory:
         except OSError as error:
             problem = f"{short_path(directory)} cannot be written to ({error.strerror}): give a directory of yours"
             raise OptionError("directory", problem) from error
+        try:
+            if how_to_resume(directory) is not None:  # searches do not record that
+                problem = f"{short_path(directory)} has the results of a Hydra sweep or a map: give another directory"
+                raise OptionError("directory", problem)
+        except BaseException:
+            self.close()
+            raise
         self.reports = new_reports(directory)
         self.logs = TrialLogs(directory, self.reports.directory / f"launch-{self.reports.launch}.json")
 

@@ -18,7 +18,8 @@ import pytest
 import gpu_launcher
 from gpu_launcher import ManifestError, OptionError, SteeringError, Sweep, load_results
 from gpu_launcher.jobs.directory import DirectoryLock
-from gpu_launcher.jobs.manifest import DIRECTORY, State, read, read_manifest
+from gpu_launcher.jobs.job import Job
+from gpu_launcher.jobs.manifest import DIRECTORY, Recorder, State, read, read_manifest
 from gpu_launcher.jobs.where import Where
 from tests.waiting import alive, until
 
@@ -257,6 +258,15 @@ def test_directory_that_cannot_be_used_is_refused(tmp_path: Path, pool: Where) -
     for directory, why in refused.items():
         with pytest.raises(OptionError, match=f"^directory: .*{why}"):
             gpu_launcher.optimize(optuna.create_study(), lambda trial: 1.0, 1, pool=pool, directory=directory)  # type: ignore[arg-type]
+
+
+def test_directory_of_a_map_is_refused_and_keeps_its_record(tmp_path: Path, pool: Where) -> None:
+    Recorder(
+        tmp_path, [Job(0, "n=0", {"n": 0})], "gpu-launcher map", how_to_resume="gpu-launcher map --resume x"
+    ).close()
+    with pytest.raises(OptionError, match=r"^directory: .* has the results of a Hydra sweep or a map: give another"):
+        gpu_launcher.optimize(optuna.create_study(), lambda trial: 1.0, 1, pool=pool, directory=tmp_path)
+    assert [entry.spec for entry in read(tmp_path).values()] == [{"n": 0}]
 
 
 def test_directory_in_use_is_refused(tmp_path: Path, pool: Where) -> None:
