@@ -6,6 +6,7 @@ import base64
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from gpu_launcher.jobs.manifest import Recorder
 from gpu_launcher.jobs.result_table import load_results
 from gpu_launcher.studies.report_curves import STUDY_FILE
 from gpu_launcher.web.catalogue import SweepReader, id_of
+from gpu_launcher.web.dashboard import study_number
 from gpu_launcher.web.static_page import static_page
 from tests.web.serving import REPOSITORY, SCRIPT, WebServer, WrittenSweep, write_large_sweep
 from tests.web.studies import close, found_sweep, write_study
@@ -176,6 +178,31 @@ def test_the_study_opens_in_optuna_dashboard(
     playwright.expect(page.locator("body")).to_contain_text("Slice", timeout=DEADLINE)
     assert (search.directory / STUDY_FILE).read_bytes() == before
     close(study)
+
+
+def test_html_in_optuna_dashboard_cannot_use_our_scripts(
+    serving: Callable[..., WebServer], tmp_path: Path, browser: Any
+) -> None:
+    if find_spec("optuna_dashboard") is None:  # its import would change the environment of later tests
+        pytest.skip("optuna-dashboard is not installed: pip install optuna-dashboard")
+    server = serving()
+    search = found_sweep(server, tmp_path / "search")
+    close(write_study(search.directory, [{0: 1.0}]))
+    with closing(browser.new_context()) as context:
+        page = context.new_page()
+        refused, posted = [], []
+        page.on("console", lambda said: refused.append(said.text) if "script-src" in said.text else None)
+        page.on("request", lambda asked: posted.append(asked.url) if asked.method == "POST" else None)
+        page.goto(server.link, timeout=DEADLINE)
+        page.wait_for_url("**/pool", timeout=DEADLINE)
+        page.goto(f"http://{server.host}/dashboard/studies/{study_number(id_of(search.directory))}", timeout=DEADLINE)
+        playwright.expect(page.locator("body")).to_contain_text("Best Trial", timeout=DEADLINE)
+        framed = '<script src="/static/htmx.min.js"></script><form hx-post="/new/check" hx-trigger="load"></form>'
+        put = "html => document.body.append(Object.assign(document.createElement('iframe'), {srcdoc: html}))"
+        with page.expect_event("console", lambda said: "htmx.min.js" in said.text, timeout=DEADLINE):
+            page.evaluate(put, framed)
+        assert refused
+        assert posted == []
 
 
 def test_a_sweep_updates_until_it_ends_in_two_tabs(

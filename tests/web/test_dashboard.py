@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import sqlite3
 from collections.abc import Callable
@@ -178,8 +179,11 @@ def test_the_gate_is_that_of_the_other_pages(server: WebServer, search: WrittenS
         assert server(path, cookie="a=b").status == 403
         assert server(path, origin="http://evil.example").status == 403
         assert server(path, Host="evil.example").status == 421
-    policy = server(page_of(search)).headers["content-security-policy"]
-    assert "script-src 'self';" in policy
+    page, again = server(page_of(search)), server(page_of(search))
+    policy = page.headers["content-security-policy"]
+    (nonce,) = re.findall(r"; script-src 'nonce-([\w-]{22})';", policy)
+    assert re.findall("<script[^>]*>", page.text) == [f'<script nonce="{nonce}" defer src="/static/bundle.js">']
+    assert nonce not in again.text
     assert "unsafe-eval" not in policy
     assert "unsafe" not in server(search.url).headers["content-security-policy"]
 
