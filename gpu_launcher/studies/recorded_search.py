@@ -84,6 +84,7 @@ OUTCOMES = {
     TrialState.PRUNED: Outcome.PRUNED,
     TrialState.FAIL: Outcome.FAILED,
 }
+ENDED_BEFORE = "its search ended before it did"
 ENDS_ONCE = (
     "a trial ends once, and cannot run again: to try its parameters again, call study.enqueue_trial with them; "
     "`gpu-launcher jobs` shows them"
@@ -272,6 +273,8 @@ class RecordedSearch:
 
     def _end(self, running: _Running, result: JobResult | None) -> None:
         """Record the end of a job. None for one that ended with the search."""
+        if running.outcome is None and self._stopping is None:  # the node was killed, for example
+            running.outcome, running.message = Outcome.FAILED, ENDED_BEFORE
         outcome = running.outcome or Outcome.CANCELLED
         figures = Figures() if result is None else result.figures
         self._counts[outcome] += 1

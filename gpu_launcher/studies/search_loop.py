@@ -36,7 +36,7 @@ from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException
 from gpu_launcher.studies import optimize_messages as d
 from gpu_launcher.studies.deferred_sigint import DeferredSigint
-from gpu_launcher.studies.recorded_search import RecordedSearch
+from gpu_launcher.studies.recorded_search import ENDED_BEFORE, RecordedSearch
 from gpu_launcher.studies.search_engine import SearchEngine
 from gpu_launcher.studies.study_session import STATES, AskedTrial, StudySession, TrialEnding, TrialOutcome
 from gpu_launcher.studies.trial import TrialInfo
@@ -115,7 +115,7 @@ class SearchLoop(SearchEngine):
 
     def run(self) -> None:
         """Run the trials until all have ended. Raises what `optimize` raises."""
-        why = "its search ended before it did"
+        why = ENDED_BEFORE
         with self._sigint:
             try:
                 self._serve(math.inf)

@@ -8,11 +8,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 
 import gpu_launcher
@@ -314,6 +316,24 @@ def test_trial_whose_process_dies_has_a_log_and_is_recorded(tmp_path: Path, pool
     assert (row.outcome, {*row.params}) == ("failed", {"x"})
     assert "exit" in (row.message or "")
     assert read_manifest(tmp_path / "search").exit_code == 1
+
+
+@pytest.mark.thorough
+def test_trials_fail_if_the_process_that_starts_jobs_is_killed(tmp_path: Path, pool: Where) -> None:
+    def objective(trial: Any) -> float:
+        trial.suggest_float("x", 0, 1)
+        node = os.getpid()
+        while (parent := psutil.Process(node).ppid()) != program:
+            node = parent
+        os.kill(node, signal.SIGKILL)
+        time.sleep(600)
+        return 1.0
+
+    program = os.getpid()
+    with pytest.raises(gpu_launcher.NodeDiedError):
+        gpu_launcher.optimize(optuna.create_study(), objective, 1, pool=pool, directory=tmp_path)
+    (row,) = load_results(tmp_path)
+    assert (row.outcome, row.message) == ("failed", "its search ended before it did")
 
 
 @pytest.mark.thorough
