@@ -197,7 +197,12 @@ class _StudyProcess:
                 return await asyncio.wait_for(self._exchange(environ), ANSWER_SECONDS)
         except asyncio.TimeoutError:
             raise _UnavailableError(f"optuna-dashboard did not answer within {ANSWER_SECONDS:.0f} s") from None
-        except (OSError, EOFError) as error:
+        except asyncio.CancelledError:
+            raise _UnavailableError("the server is ending") from None
+        except EOFError:
+            why = f": {MAX_PROCESSES} other studies were opened" if self._is_closed else ""
+            raise _UnavailableError(f"optuna-dashboard has ended{why}") from None
+        except OSError as error:
             raise _UnavailableError(f"optuna-dashboard has ended: {error}") from None
         finally:
             self._pending -= 1

@@ -242,6 +242,7 @@ def test_a_study_without_end_does_not_stop_other_pages(serving: Callable[..., We
         (process,) = processes_of(server)
         process.suspend()  # nor does it matter whether it can end by itself
         assert server.end() == 0
+        assert "Traceback" not in server.log.read_text()
     assert not process.is_running()
 
 
@@ -272,6 +273,23 @@ def test_processes_are_few_and_end_with_the_server(serving: Callable[..., WebSer
     server.process.wait(100)
     psutil.wait_procs(left, 100)
     assert not any(process.is_running() for process in left)
+
+
+@needs_dashboard
+def test_a_study_that_is_closed_for_others_says_so(serving: Callable[..., WebServer], tmp_path: Path) -> None:
+    server = serving()
+    searches = [found_sweep(server, tmp_path / f"search{number}") for number in range(MAX_PROCESSES + 1)]
+    for search in searches:
+        close(write_study(search.directory, [{0: 1.0}]))
+    with closing(server.connect()) as asking:
+        assert server(api_of(searches[0])).status == 200
+        (process,) = processes_of(server)
+        process.suspend()
+        asking.request("GET", api_of(searches[0]), headers={"Cookie": server.signed_in})
+        for search in searches[1:]:
+            assert server(api_of(search)).status == 200
+        reply = asking.getresponse()
+        assert (reply.status, "other studies were opened" in reply.read().decode()) == (503, True)
 
 
 @needs_dashboard
