@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import random
 import select
@@ -25,6 +26,7 @@ from gpu_launcher.leases.grant_policy import Candidate, Demand
 from gpu_launcher.model import WHOLE, Device, DeviceKind, Owner, Request, Share
 from gpu_launcher.text import one_line
 from gpu_launcher.users import user_name
+from tests.security.accounts import protections
 from tests.waiting import until
 from tests.warm import Warm
 
@@ -227,7 +229,7 @@ def test_a_killed_process_wakes_those_who_wait(start, ledger):
     assert ledger.poll_interval == 0.25
     assert not select.select([ledger], [], [], 0)[0]
     holder.kill()
-    assert select.select([ledger], [], [], 5)[0]
+    assert select.select([ledger], [], [], 100)[0]
     ledger.drain()
     assert ledger.poll_interval < 0.01
     assert ledger.claim(ticket) is not None
@@ -245,7 +247,7 @@ def test_a_job_keeps_its_devices_after_its_launcher_was_killed_until_it_ends(sta
     assert [view.uuids for view in ledger.snapshot().leases] == [("A",)]
     ledger.drain()
     kill_job(job)
-    assert select.select([ledger], [], [], 5)[0]
+    assert select.select([ledger], [], [], 100)[0]
     assert ledger.claim(ticket) is not None
 
 
@@ -637,7 +639,7 @@ def state_of(pid: int) -> str:
 
 
 def test_who_keeps_the_mutex_is_named_and_nobody_hangs(start, directory, monkeypatch):
-    monkeypatch.setattr(mutex, "NAMED_AFTER_SECONDS", 4)
+    monkeypatch.setattr(mutex, "NAMED_AFTER_SECONDS", math.inf)
     said: list[str] = []
     ledger = FileLedger(directory, warn=said.append)
     held = ledger.claim(ledger.enqueue(Request(1), devices("B"), OWNER))
@@ -648,15 +650,14 @@ def test_who_keeps_the_mutex_is_named_and_nobody_hangs(start, directory, monkeyp
     stopped.send("claim", "1")
     until(lambda: state_of(stopped.pid) == "T")
 
-    begin = time.monotonic()
     late = ledger.enqueue(Request(1), devices("B"), OWNER)
     assert ledger.claim(waiting) is None
     ledger.cancel(given_up)
     ledger.release(held)
     assert {view.owner.pid for view in ledger.snapshot().tickets} == {OWNER.pid, stopped.pid}
-    assert time.monotonic() - begin < 3.9
     assert said == []
-    until(lambda: ledger.claim(waiting) or said, seconds=60)
+    monkeypatch.setattr(mutex, "NAMED_AFTER_SECONDS", 0.5)
+    until(lambda: ledger.claim(waiting) or said)
     assert ledger.claim(late) is None
     (sentence,) = said
     assert f"process {stopped.pid} (" in sentence
@@ -680,17 +681,16 @@ def test_a_mutex_whose_stopped_holder_is_killed_is_free(start, ledger):
     assert ledger.claim(ticket) is not None
 
 
-def test_a_process_that_waits_in_vain_does_not_touch_the_mutex(start, ledger, directory):
+def test_a_process_that_waits_in_vain_does_not_touch_the_mutex(start, ledger, directory, monkeypatch):
+    monkeypatch.setattr(mutex, "LOCK_SECONDS", 600)  # longer than a test may take
     holder = start()
     holder("enqueue", "1", 1, "A")
     holder("claim", "1")
     ticket = ledger.enqueue(Request(1), devices("A"), OWNER)
     descriptor = os.open(directory / "queue", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    begin = time.monotonic()
     for _ in range(20):
         assert ledger.claim(ticket) is None
-    assert time.monotonic() - begin < mutex.LOCK_SECONDS
     os.close(descriptor)
 
 
@@ -736,17 +736,15 @@ def common(start) -> Iterator[Path]:
         yield resolve_pool_directory(str(Path(parent) / "pool"))
 
 
-@pytest.fixture(params=[0, 2])
+@pytest.fixture(params=[False, True], ids=["unprotected", "protected"])
 def protected_regular(request: pytest.FixtureRequest) -> Iterator[None]:
-    """See proc_sys_fs(5): with 2, O_CREAT fails on another user's file in a sticky directory, even for root."""
-    setting = Path("/proc/sys/fs/protected_regular")
-    try:
-        before = setting.read_text()
-        setting.write_text(str(request.param))
-    except OSError as error:
-        pytest.skip(f"fs.protected_regular cannot be set here: {error}")
-    yield
-    setting.write_text(before)
+    """With fs.protected_regular, O_CREAT fails on another user's file in a sticky directory, even for root."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can set fs.protected_*")
+    with protections(request.param) as problem:
+        if problem:
+            pytest.skip(f"fs.protected_* {problem}")
+        yield
 
 
 @pytest.mark.root

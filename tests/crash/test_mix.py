@@ -135,11 +135,9 @@ class Mix:
         return (self.world.directory / "overlaps").read_text()
 
     def processes(self) -> list[psutil.Process]:
-        return [
-            process
-            for process in psutil.process_iter(["uids", "status"])
-            if process.info["uids"].real in USERS and process.info["status"] != psutil.STATUS_ZOMBIE
-        ]
+        """All that this test started. Other tests have processes of the same users."""
+        found: list[psutil.Process] = self.world.marked()
+        return found
 
     def _commands(self) -> dict[str, list[str]]:
         python = self.world.python
@@ -189,7 +187,7 @@ def test_whatever_is_killed_there_is_no_overlap_and_nothing_is_left(common_world
     mix = Mix(common_world, 1000)
     mix.start()
     # `run` waits for all devices, and what comes behind it too: first the other user's parallel_map must be over.
-    until(lambda: all(sum(mix.worked(user).values()) > 20 for user in USERS), seconds=200, what="nothing is worked on")
+    until(lambda: all(sum(mix.worked(user).values()) > 20 for user in USERS), what="nothing is worked on")
     for _ in range(100):
         time.sleep(0.1)  # in which they work
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -198,7 +196,7 @@ def test_whatever_is_killed_there_is_no_overlap_and_nothing_is_left(common_world
     for program in mix.programs.values():
         program.kill()
         program.wait(60)
-    until(lambda: not mix.processes(), seconds=20, what=f"processes are left, seed {seed}")
+    until(lambda: not mix.processes(), what=f"processes are left, seed {seed}")
     assert mix.overlaps() == "", f"seed {seed}"
     assert common_world.leased() == [], f"seed {seed}"
     assert common_world.claimable(8)

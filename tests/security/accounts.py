@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -75,8 +76,13 @@ PROTECTIONS = {
 
 @contextmanager
 def protections(on: bool) -> Iterator[str | None]:
-    """Switch what the kernel does for sticky directories on or off; yields why that cannot be done, if so."""
+    """Switch what the kernel does for sticky directories on or off; yields why that cannot be done, if so.
+
+    The settings are the machine's, so tests in other processes that switch them wait.
+    """
     before: dict[Path, str] = {}
+    turn = os.open("/proc/sys/fs", os.O_RDONLY)
+    fcntl.flock(turn, fcntl.LOCK_EX)
     try:
         try:
             for name, values in PROTECTIONS.items():
@@ -91,3 +97,4 @@ def protections(on: bool) -> Iterator[str | None]:
         for setting, value in before.items():
             if setting.read_text() != value:
                 setting.write_text(value)
+        os.close(turn)
