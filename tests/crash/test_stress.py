@@ -11,7 +11,6 @@ import itertools
 import json
 import random
 import shutil
-import signal
 import stat
 import time
 from collections import Counter, defaultdict
@@ -127,7 +126,7 @@ def main(cfg):
                         time.sleep(0.02)
             os._exit(0)
         end = time.monotonic() + random.uniform(0.1, 0.6)
-        while time.monotonic() < end:
+        while time.monotonic() < end or (HERE / "hold").exists():
             file.write(f"{time.monotonic()} {devices}\\n")
             time.sleep(0.02)
     return cfg.need
@@ -208,6 +207,8 @@ class Chaos:
         world.app.write_text(APP)
         asked = {name: [need.gpus, need.memory] for name, need in (NEEDS | ALL).items()}
         (world.directory / "needs.json").write_text(json.dumps(asked))
+        self.hold = world.directory / "hold"
+        """While this file exists, jobs do not end by themselves."""
         self.beats = world.directory / "beats"
         self.beats.mkdir()
         self.beats.chmod(0o777)
@@ -280,22 +281,15 @@ class Chaos:
                     return
 
     def leave_leases(self) -> None:
-        """Kill a launching program of each user at a moment when all of them have leases, which nobody tidies up."""
-        attacks = [self.start(user, list(NEEDS)) for user in self.users]
+        """Kill a launching program of each user while all of them have leases, which nobody tidies up."""
+        self.hold.touch()
+        attacks = [self.start(user, ["quarter"]) for user in self.users]
 
-        def stopped_with_leases() -> bool:
-            for place, attack in enumerate(attacks):
-                if attack.sweep.process.poll() is not None:  # it ended before the other one had a lease
-                    attacks[place] = self.start(self.users[place], list(NEEDS))
-            for attack in attacks:
-                attack.sweep.process.send_signal(signal.SIGSTOP)
-            if len(self.owners("lease-*")) == len(self.users):
-                return True
-            for attack in attacks:
-                attack.sweep.process.send_signal(signal.SIGCONT)
-            return False
+        def all_run() -> bool:
+            return all(list(self.beats.glob(f"{attack.name}.*.main.*")) for attack in attacks)
 
-        until(stopped_with_leases)
+        until(lambda: all_run() or len(self.going()) < len(attacks), "not all jobs run")
+        assert all_run(), [attack.sweep.output.read_text() for attack in attacks]
         for attack in attacks:
             attack.sweep.process.kill()
             attack.kills["launcher"] += 1
@@ -335,6 +329,7 @@ class Chaos:
     def check_pool(self) -> None:
         """What killed programs left there hinders nobody, and each user's next program removes what is its own."""
         assert len(self.owners("lease-*")) == len(self.users)
+        self.hold.unlink()
         again = [self.start(user, list(ALL)) for user in self.users]
         for attack in again:
             assert attack.sweep.returns() == [("COMPLETED", "all")]
@@ -418,8 +413,8 @@ def test_devices_are_never_held_twice_and_nothing_is_left_whatever_is_killed(req
     chaos.run(launchers)
     print(f"{len(chaos.attacks)} sweeps in {time.monotonic() - began:.1f} s, kills: {dict(chaos.kills())}")
     chaos.leave_leases()
-    took = until(lambda: not world.marked(), seconds=5.0, what="something was left behind")
+    until(lambda: not world.marked(), "something was left behind")
     ran = chaos.check_witnesses()
     chaos.check_results()
     chaos.check_pool()
-    print(f"{ran} jobs ran, no process was left {took:.2f} s after the last kill")
+    print(f"{ran} jobs ran")
