@@ -52,9 +52,9 @@ def objective(trial):
     if OPTIONS.get("stubborn"):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     x = trial.suggest_float("x", 0, 1)
-    write(began=trial.number, x=x, pid=os.getpid())
     try:
-        deadline = time.monotonic() + OPTIONS.get("seconds", 60)
+        write(began=trial.number, x=x, pid=os.getpid())
+        deadline = time.monotonic() + OPTIONS.get("seconds", 600)
         step = 0
         while time.monotonic() < deadline and not (HERE / f"finish-{trial.number}").exists():
             trial.report(x, step)
@@ -268,7 +268,7 @@ def test_ctrl_c_interrupts_the_objectives_and_fails_their_trials(world: World) -
     program = world.start()
     processes = world.running(2)
     program.send_signal(signal.SIGINT)
-    assert program.wait(20) == -signal.SIGINT
+    assert program.wait(PATIENCE) == -signal.SIGINT
     assert "KeyboardInterrupt" in world.output().read_text()
     assert len(world.witness("cleaned")) == 2
     assert len(world.witness("returned")) == 1
@@ -282,7 +282,7 @@ def test_ctrl_c_queues_them_again_if_that_is_wanted(world: World) -> None:
     program = world.start(retry_stale=1)
     world.running(2)
     program.send_signal(signal.SIGINT)
-    program.wait(20)
+    program.wait(PATIENCE)
     assert sorted(world.states()) == ["fail", "fail", "waiting", "waiting"]
 
 
@@ -306,7 +306,7 @@ def test_however_often_ctrl_c_is_pressed_each_trial_is_told(world: World, stubbo
     for _ in range(25):
         program.send_signal(signal.SIGINT)
         time.sleep(0.01)
-    assert program.wait(20) != 0
+    assert program.wait(PATIENCE) != 0
     assert sorted(world.states()) == ["fail", "fail", "waiting", "waiting"]
     assert "could not be marked as failed" not in world.output().read_text()
 

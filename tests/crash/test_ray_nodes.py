@@ -117,7 +117,7 @@ def ray() -> Iterator[RayCluster]:
         if not cluster.address:
             pytest.skip("Ray does not start here")
         yield cluster
-        process.communicate(timeout=60)
+        process.communicate(timeout=200)
     finally:
         process.kill()
         process.communicate()
@@ -161,7 +161,7 @@ def test_jobs_run_on_nodes_of_ray_and_everything_is_given_back(cluster: Any, ray
     sweep = cluster.start("n=0,1,2,3,4", nodes(cluster, "ray:2 --gpus=2"), devices=4)
     sweep.running(4)
     until(lambda: len(agents(sweep, everywhere=True)) == 2, "not both nodes have an agent")
-    assert (ray.ask("groups"), ray.ask("gpus")) == ("2", "0")
+    until(lambda: (ray.ask("groups"), ray.ask("gpus")) == ("2", "0"), "not all GPUs are reserved", LONG)
     sweep.finish(5)
     assert sweep.returns() == [("COMPLETED", number) for number in range(5)]
     ray.everything_is_free()

@@ -178,7 +178,7 @@ def test_what_a_live_program_runs_is_not_run_twice(app):
         assert refused.returncode == 1
         assert f"is being run by process {first.pid} (app.py): wait for it, or stop it" in refused.stderr
         (app / "go").touch()
-        assert first.wait(30) == 0
+        assert first.wait(100) == 0
     assert sweep(app, "hydra.launcher.resume=true", grid="n=0").returncode == 0
     assert ran(app) == {0: 1}
 
