@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -401,7 +402,8 @@ def test_runs_of_a_node_whose_engine_ends_everything_on_it_run_elsewhere(maps: M
     moved = [number for number, run in enumerate(running) if agent_of(run) == leaving]
     leaving.suspend()  # so that the ends of the runs arrive together with its own SIGTERM, as from Slurm
     for one in leaving.children(recursive=True):
-        one.terminate()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended with another one
+            one.terminate()
     until(lambda: not any(alive(running[number]) for number in moved), "the runs survive", PATIENCE)
     leaving.terminate()
     leaving.resume()
