@@ -73,7 +73,7 @@ def test_all_ranks_of_a_pruned_trial_leave_at_the_same_epoch_and_the_other_trial
     assert [how(tmp_path, 1, rank) for rank in (0, 1)] == [(1, "pruned at step 0")] * 2
     assert left(tmp_path) == []
     kept = {file.suffix for file in (tmp_path / "sweep" / ".gpu_launcher").iterdir()}
-    assert kept == {".report", ".jsonl", ""}, "'' is that of the directory's lock"
+    assert kept == {".jsonl", ""}, "reports are in the study, and '' is the suffix of the lock"
 
 
 def test_a_metric_that_nobody_logs_fails_the_trial_and_the_message_names_those_there_are(
