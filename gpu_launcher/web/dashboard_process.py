@@ -76,7 +76,7 @@ def _connect(file: Path, number: int) -> sqlite3.Connection:
     for table in TABLES:
         columns = [name for _, name, *_ in database.execute(f"PRAGMA main.table_info({table})")]
         if "study_id" not in columns:
-            raise sqlite3.DatabaseError("it has not the tables of a study")
+            raise sqlite3.DatabaseError("it lacks the tables of a study")
         shown = ", ".join(f"{number} AS study_id" if name == "study_id" else _quoted(name) for name in columns)
         database.execute(f"CREATE TEMP VIEW {table} AS SELECT {shown} FROM main.{table} WHERE study_id = {study}")
     return database

@@ -169,7 +169,11 @@ class Sweep:
         def begun() -> list[int]:
             return sorted(int(path.name.split("-")[1]) for path in self._directory.glob("witness-*"))
 
-        until(lambda: len(begun()) >= count or self.process.poll() is not None, what=f"not {count} jobs run")
+        try:
+            until(lambda: len(begun()) >= count or self.process.poll() is not None, what=f"not {count} jobs run")
+        except AssertionError:
+            print(self.output.read_text())
+            raise
         assert len(begun()) >= count, self.output.read_text()
         return begun()
 
