@@ -61,7 +61,7 @@ if __name__ == "__main__":
     from gpu_launcher.nodes import node_group
     from gpu_launcher.nodes.agent_messages import Timing
 
-    timing = Timing(beat=0.5, quiet=3.0, silence=5.0, lost=12.0)
+    timing = Timing(beat=0.2, quiet=2.0, silence=3.0, lost=7.0)
     node_group.NodeGroup.__init__.__kwdefaults__["timing"] = timing
     where = {
         "pool": Where("simulated:2"),

@@ -45,7 +45,7 @@ from watched import watch as watch_all
 
 def watch():
     watch_all()
-    timing = Timing(beat=0.5, quiet=3.0, silence=5.0, lost=12.0)
+    timing = Timing(beat=0.2, quiet=1.0, silence=1.5, lost=5.0)
     node_group.NodeGroup = functools.partial(node_group.NodeGroup, timing=timing)
 """
 
