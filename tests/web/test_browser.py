@@ -262,7 +262,8 @@ def test_a_sweep_is_started_from_the_form(
     playwright.expect(plan).to_contain_text("--param x=1,2 -- echo", timeout=DEADLINE)
     page.get_by_role("button", name="Start").click()
     playwright.expect(plan).to_contain_text("The sweep has begun", timeout=DEADLINE)
-    plan.get_by_role("link", name="Sweeps").click()
+    playwright.expect(plan.get_by_role("link")).to_be_visible(timeout=DEADLINE)
+    page.get_by_role("navigation").get_by_role("link", name="Sweeps").click()
     playwright.expect(page.locator("#sweeps")).to_contain_text("2 completed", timeout=DEADLINE)
     playwright.expect(page.locator("#sweeps")).to_contain_text("ended", timeout=DEADLINE)
 
