@@ -79,7 +79,7 @@ def _options() -> argparse.Namespace:
 
 
 def _two_nodes(devices: int) -> list[str]:
-    """The launcher's options for two nodes with so many devices each."""
+    """The launcher's options for two nodes, each with this number of devices."""
     nodes = ",".join(f"'command:env NODE={name} sh {ON_NODE}'" for name in "ab")
     return [f"hydra.launcher.devices=simulated:{devices}", f"hydra.launcher.nodes=[{nodes}]"]
 

@@ -1,9 +1,9 @@
 """optuna-dashboard, for the study of a search, in the session of the pages.
 
 It runs in a process of its own for each study, which only reads: see `dashboard_process.py`. Its paths begin at the
-root of the server, and none is one of ours. Only what reads is passed on to it. Its pages may contain styles and
-pictures, and run no script but its own. One that a study contains could start programs, as ours can, and so could HTML
-that loads our htmx: a frame with a `srcdoc` would be enough. So the policy names a nonce and not this server.
+root of the server, and none is one of ours. Only requests that read are passed on. Its pages may contain styles and
+pictures, but run no script except its own: a script in a study could start programs, as our pages can. So could HTML in
+a study that loads our htmx, for example in a frame with `srcdoc`. So the policy allows scripts by nonce, not by server.
 """
 
 from __future__ import annotations
