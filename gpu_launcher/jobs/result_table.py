@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -26,7 +27,7 @@ from gpu_launcher.jobs.sweep_finder import read_chosen_sweep
 from gpu_launcher.json_data import Value, Values
 from gpu_launcher.redaction import redact
 from gpu_launcher.safe_files import open_regular, write_whole
-from gpu_launcher.text import CONTROL
+from gpu_launcher.text import CONTROL, short_path
 from gpu_launcher.wording import job_name
 
 if TYPE_CHECKING:
@@ -240,22 +241,23 @@ def _directions_of(names: Sequence[str], manifest: Manifest) -> dict[str, str]:
     return dict(zip(objectives, manifest.directions, strict=True))
 
 
-def write_results(directory: Path, *, best_of: Container[int] = ()) -> list[str]:
-    """Write the table of a sweep that ended to `results.csv` in its directory, and return lines for the user.
+def write_results(directory: Path, *, best_of: Container[int] = ()) -> tuple[list[str], list[str]]:
+    """Write the table of a sweep that ended to `results.csv` in its directory, and return two lists of lines.
 
-    They say why it could not be written. They name the best of the jobs with the numbers `best_of`, if it is known
-    which one that is. The directory may have others, of an earlier sweep.
+    The first names the best of the jobs with the numbers `best_of`, if it is known which one that is. The directory may
+    have others, of an earlier sweep. The second says why the table could not be written.
     """
     try:
         table = tabulate(directory, read_manifest(directory))
     except (ManifestError, OSError) as error:
-        return [f"no table of results: {error}"]
-    lines = [line for line in (write_csv(table),) if line is not None]
+        return [], [f"no table of results: {error}"]
+    problem = write_csv(table)
+    best = []
     if (row := table._with([row for row in table if row.number in best_of]).best) is not None:
         ((name, _),) = table.directions.items()
         params = " ".join(f"{name}={shown(row.params[name])}" for name in table.varying if name in row.params)
-        lines.insert(0, f"best: {shown(row.values[name])}, {job_name(row.number, params)}")
-    return lines
+        best = [f"best: {shown(row.values[name])}, {job_name(row.number, params)}"]
+    return best, [] if problem is None else [problem]
 
 
 def write_csv(table: ResultTable) -> str | None:
@@ -263,12 +265,14 @@ def write_csv(table: ResultTable) -> str | None:
     file = table.directory / CSV
     data = table.to_csv().encode("utf-8", "backslashreplace")
     try:
-        if not _is_ours(file):
-            return f"{file} is not a table of results, so it was not overwritten"
-        write_whole(file, data)
+        if _is_ours(file):
+            write_whole(file, data)
+            return None
+        problem = "is not a table of results, so it was not overwritten"
     except OSError as error:
-        return f"{file} cannot be written: {error.strerror}"
-    return None
+        problem = f"cannot be written ({error.strerror})"
+    how = f"gpu-launcher results {shlex.quote(short_path(table.directory))} --csv"
+    return f"{file} {problem}: to print the table: {how}"
 
 
 def _is_ours(file: Path) -> bool:

@@ -310,11 +310,12 @@ class RecordedSearch:
         for running in self._running.values():
             self._end(running, None)
         self._running.clear()
-        lines = write_results(self._directory.path, best_of=self._completed)
-        for line in lines:
+        best, problems = write_results(self._directory.path, best_of=self._completed)
+        for line in [*best, f"results: gpu-launcher results {short_path(self._directory.path)}"]:
             _logger.info(line)
-        _logger.info(f"results: gpu-launcher results {short_path(self._directory.path)}")
-        self._progress.handle(SweepEnded(time.monotonic(), tuple(lines)))
+        for line in problems:
+            log.warning("%s", line)
+        self._progress.handle(SweepEnded(time.monotonic(), (*best, *problems)))
         if self._control is not None:
             self._control.close()
         self._recorder.close()

@@ -250,7 +250,8 @@ def _close_sweep(
     config: DictConfig, directory: Path, best_of: Container[int], failed: Sequence[Job], incomplete: int
 ) -> list[str]:
     """Write the table of results, and return the last lines of the sweep. `best_of` is as in `write_results`."""
-    return [*write_results(directory, best_of=best_of), *closing_lines(config, directory, failed, incomplete)]
+    best, problems = write_results(directory, best_of=best_of)
+    return [*best, *problems, *closing_lines(config, directory, failed, incomplete)]
 
 
 def _with_failures_so_far(options: Options, failed: int) -> Options:

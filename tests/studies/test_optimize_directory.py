@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -260,6 +261,18 @@ def test_directory_that_cannot_be_used_is_refused(tmp_path: Path, pool: Where) -
     for directory, why in refused.items():
         with pytest.raises(OptionError, match=f"^directory: .*{why}"):
             gpu_launcher.optimize(optuna.create_study(), lambda trial: 1.0, 1, pool=pool, directory=directory)  # type: ignore[arg-type]
+
+
+def test_a_table_that_cannot_be_written_is_said_to_users_who_silence_optuna(
+    tmp_path: Path, pool: Where, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "optuna")
+    (tmp_path / "search/results.csv").mkdir(parents=True)
+    study = optuna.create_study()
+    gpu_launcher.optimize(study, lambda trial: 1.0, 1, pool=pool, directory=tmp_path / "search")
+    (said,) = [record.getMessage() for record in caplog.records if "results.csv" in record.getMessage()]
+    assert said.startswith(f"{tmp_path}/search/results.csv cannot be written (")
+    assert said.endswith(f": to print the table: gpu-launcher results {tmp_path}/search --csv")
 
 
 def test_directory_of_a_map_is_refused_and_keeps_its_record(tmp_path: Path, pool: Where) -> None:

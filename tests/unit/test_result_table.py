@@ -175,14 +175,14 @@ def test_best_job_completed_with_the_best_number(tmp_path: Path, direction: str,
     assert table.directions == {"v": direction}
     assert table.best is not None
     assert table.best.number == best
-    assert write_results(tmp_path, best_of=range(6)) == [f"best: {values[best]['v']}, job {best} (n={best})"]
-    assert write_results(tmp_path) == []
+    assert write_results(tmp_path, best_of=range(6)) == ([f"best: {values[best]['v']}, job {best} (n={best})"], [])
+    assert write_results(tmp_path) == ([], [])
 
 
 def test_best_job_is_not_one_of_an_earlier_sweep_in_the_same_directory(tmp_path: Path) -> None:
     sweep(tmp_path, [["n=1"], ["n=2"], ["n=3"]], {0: {"v": 1}, 1: {"v": 2}, 2: {"v": 0}}, directions=["minimize"])
-    assert write_results(tmp_path, best_of=range(2)) == ["best: 1, job 0 (n=1)"]
-    assert write_results(tmp_path, best_of=range(5, 6)) == []
+    assert write_results(tmp_path, best_of=range(2)) == (["best: 1, job 0 (n=1)"], [])
+    assert write_results(tmp_path, best_of=range(5, 6)) == ([], [])
 
 
 @pytest.mark.parametrize("directions", [(), ("minimize", "minimize")])
@@ -355,7 +355,8 @@ def test_results_are_written_over_those_of_an_earlier_end_only(tmp_path: Path) -
     assert write_csv(table) is None
     assert (tmp_path / "results.csv").read_text() == table.to_csv()
     (tmp_path / "results.csv").write_text("epoch,loss\n1,2\n")
-    assert write_csv(table) == f"{tmp_path}/results.csv is not a table of results, so it was not overwritten"
+    said = f"{tmp_path}/results.csv is not a table of results, so it was not overwritten: "
+    assert write_csv(table) == f"{said}to print the table: gpu-launcher results {tmp_path} --csv"
     assert (tmp_path / "results.csv").read_text() == "epoch,loss\n1,2\n"
 
 
@@ -368,7 +369,7 @@ def test_results_that_cannot_be_written_cost_a_line(tmp_path: Path, kind: str) -
     make[kind](tmp_path / "results.csv")
     problem = write_csv(table)
     assert problem is not None
-    assert problem.startswith(f"{tmp_path}/results.csv cannot be written: ")
+    assert problem.startswith(f"{tmp_path}/results.csv cannot be written (")
     assert len(elsewhere.read_text().splitlines()) == 1
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -377,9 +378,11 @@ def test_results_on_a_full_disk_cost_a_line(tmp_path: Path, monkeypatch: pytest.
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, os.strerror(28), str(path))
 
-    grid(tmp_path)
+    directory = tmp_path / "a sweep"
+    grid(directory)
     monkeypatch.setattr("gpu_launcher.jobs.result_table.write_whole", full)
-    assert write_results(tmp_path) == [f"{tmp_path}/results.csv cannot be written: No space left on device"]
+    problem = f"{directory}/results.csv cannot be written (No space left on device): "
+    assert write_results(directory) == ([], [f"{problem}to print the table: gpu-launcher results '{directory}' --csv"])
 
 
 def test_manifest_that_cannot_be_read_costs_the_table(tmp_path: Path) -> None:
@@ -387,7 +390,7 @@ def test_manifest_that_cannot_be_read_costs_the_table(tmp_path: Path) -> None:
     manifest = tmp_path / DIRECTORY / MANIFEST
     manifest.unlink()
     manifest.mkdir()
-    (line,) = write_results(tmp_path)
+    _, (line,) = write_results(tmp_path)
     assert line.startswith(f"no table of results: {manifest} cannot be read: ")
 
 
