@@ -57,6 +57,17 @@ def short_repr(value: object, limit: int = 60) -> str:
     return short.repr(value)
 
 
+def read_digits(text: str, most: int) -> int | None:
+    """Return the number that a text of ASCII digits stands for. None for another text, and for more than `most`.
+
+    int() takes more than digits, and raises ValueError for thousands of them.
+    """
+    if not (text.isascii() and text.isdecimal()):
+        return None
+    digits = text.lstrip("0") or "0"
+    return int(digits) if len(digits) <= len(str(most)) and int(digits) <= most else None
+
+
 def short_path(path: Path) -> str:
     """Return the path, relative to the working directory if it is below that."""
     try:

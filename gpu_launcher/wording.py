@@ -6,7 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from gpu_launcher.model import Device, DeviceKind
-from gpu_launcher.text import one_line
+from gpu_launcher.text import one_line, read_digits
+
+MAX_PLACE = 2**31
+"""Largest number of a device in a range of devices."""
 
 
 def duration(seconds: float, *, tenths: bool = True) -> str:
@@ -69,7 +72,8 @@ def join_labels(labels: Iterable[str]) -> str:
     before = ("", -1)
     for label in labels:
         kind, _, number = label.rpartition(" ")
-        at = (kind, int(number)) if number.isdecimal() else ("", -1)
+        place = read_digits(number, MAX_PLACE)
+        at = ("", -1) if place is None else (kind, place)
         if runs and at[0] and at == (before[0], before[1] + 1):
             runs[-1].append(label)
         else:

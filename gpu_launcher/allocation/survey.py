@@ -11,6 +11,7 @@ from gpu_launcher.devices import Condition, GpuProcess, UnusableGpu, foreign_pro
 from gpu_launcher.devices.cpu import cpu_slots
 from gpu_launcher.leases import DeviceUse, PoolView, describe_wait, leased_memory, owners_of, uses_of
 from gpu_launcher.model import MILLIONTHS, Device, DeviceKind, Owner, Request, Share
+from gpu_launcher.text import read_digits
 from gpu_launcher.wording import join_labels
 
 if TYPE_CHECKING:
@@ -146,11 +147,11 @@ def take_survey(
 def device_of(uuid: str) -> Device:
     """A device that is known only by its UUID, because this process does not see or simulate it."""
     kind, _, number = uuid.partition("-")
-    if number.isdecimal() and int(number) <= MAX_INDEX:
+    if (index := read_digits(number, MAX_INDEX)) is not None:
         if kind == "SIMULATED":
-            return simulated_devices(int(number) + 1)[-1]
+            return simulated_devices(index + 1)[-1]
         if kind == "CPU":
-            return cpu_slots(int(number) + 1)[-1]
+            return cpu_slots(index + 1)[-1]
     return Device(uuid, -1, "", DeviceKind.MIG if kind == "MIG" else DeviceKind.GPU)
 
 

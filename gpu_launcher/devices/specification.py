@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gpu_launcher.errors import OptionError
-from gpu_launcher.text import short_repr
+from gpu_launcher.text import read_digits, short_repr
 
 MAX_COUNT = 4096
 """Most CPU slots or simulated devices; a larger number is taken for a typing error."""
@@ -64,9 +64,9 @@ def read_specification(spec: object, option: str) -> Specification:
 def _counted(spec: str, kind: str, count: str, option: str) -> Specification:
     if kind == "cpu" == spec.strip().lower():
         return CpuSlots(None)
-    if not (count.isdecimal() and len(count) < 10 and 1 <= int(count) <= MAX_COUNT):
+    if not (slots := read_digits(count, MAX_COUNT)):
         raise OptionError(option, f"{short_repr(spec)} needs a number from 1 to {MAX_COUNT}, such as {kind}:4")
-    return CpuSlots(int(count)) if kind == "cpu" else SimulatedDevices(int(count))
+    return CpuSlots(slots) if kind == "cpu" else SimulatedDevices(slots)
 
 
 def _name(entry: object, option: str) -> int | str:

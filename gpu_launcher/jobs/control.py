@@ -18,6 +18,7 @@ from typing import Any
 
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.json_data import Fields, load_object
+from gpu_launcher.text import read_digits, short_repr
 
 VERSION = 1
 MAX_LINE = 2**16
@@ -297,12 +298,13 @@ def read_ranges(texts: Iterable[str]) -> Ranges:
     for text in texts:
         for part in text.split(","):
             first, dash, last = part.strip().partition("-")
-            numbers = [first, last if dash else first]
-            if not all(number.isascii() and number.isdigit() and int(number) <= MAX_NUMBER for number in numbers):
-                raise ValueError(f"{text!r} is not a job's number: give numbers such as 7, or ranges such as 9-12")
-            if int(numbers[0]) > int(numbers[1]):
-                raise ValueError(f"{part.strip()!r} ends before it begins: write {last}-{first}")
-            found.append((int(numbers[0]), int(numbers[1])))
+            begin, end = (read_digits(number, MAX_NUMBER) for number in (first, last if dash else first))
+            if begin is None or end is None:
+                said = short_repr(text)
+                raise ValueError(f"{said} is not a job's number: give numbers such as 7, or ranges such as 9-12")
+            if begin > end:
+                raise ValueError(f"{part.strip()!r} ends before it begins: write {end}-{begin}")
+            found.append((begin, end))
     if len(ranges := merged(found)) > MAX_RANGES:
         raise ValueError(f"{len(ranges)} ranges are too many for one command: give at most {MAX_RANGES}")
     return ranges

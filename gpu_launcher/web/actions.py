@@ -10,7 +10,7 @@ from gpu_launcher.debug_log import get_logger
 from gpu_launcher.errors import SteeringError
 from gpu_launcher.jobs.control import Ranges, read_ranges
 from gpu_launcher.jobs.steering import Sweep
-from gpu_launcher.text import one_line
+from gpu_launcher.text import one_line, read_digits
 
 _log = get_logger("web.actions")
 
@@ -47,9 +47,9 @@ def _limit(sweep: Sweep, form: Form) -> str:
     text = _one(form, "devices").strip()
     if not text:
         return sweep.limit(None)
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:9]) <= MAX_DEVICES and len(text) < 9):
+    if not (devices := read_digits(text, MAX_DEVICES)):
         raise ValueError(f"{text[:20]!r} is not a number of devices: give a number such as 4, or none for no limit")
-    return sweep.limit(int(text))
+    return sweep.limit(devices)
 
 
 def _one(form: Form, name: str) -> str:

@@ -31,7 +31,7 @@ from gpu_launcher.errors import StorageError, UnsupportedVersionError
 from gpu_launcher.processes.linux import dying_with_parent
 from gpu_launcher.requirements import check_version
 from gpu_launcher.studies.report_curves import study_file
-from gpu_launcher.text import one_line
+from gpu_launcher.text import one_line, read_digits
 from gpu_launcher.web.catalogue import Catalogue, SweepSummary
 from gpu_launcher.web.gate import POLICY
 
@@ -44,6 +44,8 @@ ANSWER_SECONDS = 180.0
 """A first reading of 20,000 trials takes 16 seconds of a CPU."""
 ENDING_SECONDS = 2.0
 MAX_ANSWER_BYTES = 2**28
+MAX_STUDY_NUMBER = 2**53 - 1
+"""JavaScript's numbers have 53 bits."""
 DASHBOARD_POLICY = (
     POLICY.replace("script-src 'self'", "script-src 'nonce-{nonce}'")
     .replace("style-src 'self'", "style-src 'self' 'unsafe-inline'")
@@ -77,10 +79,7 @@ def study_link(sweep: SweepSummary) -> StudyLink | None:
 
 
 def study_number(id: str) -> int:
-    """The number that optuna-dashboard's URLs have for the study of the sweep with this id.
-
-    JavaScript's numbers have 53 bits.
-    """
+    """The number, up to MAX_STUDY_NUMBER, that optuna-dashboard's URLs have for the study of the sweep with this id."""
     return int(id[:13], 16)
 
 
@@ -92,7 +91,7 @@ class Dashboard:
         self._open: OrderedDict[tuple[int, ...], _StudyProcess] = OrderedDict()
 
     def routes(self) -> list[Route]:
-        of_study = ("/dashboard/studies/{study:int}", "/api/studies/{study:int}", "/csv/{study:int}")
+        of_study = ("/dashboard/studies/{study}", "/api/studies/{study}", "/csv/{study}")
         return [
             *(Route(f"{path}{rest}", self._of_study) for path in of_study for rest in ("", "/{rest:path}")),
             *(Route(path, self._of_any) for path in ("/static/bundle.js", "/favicon.ico", "/api/meta")),
@@ -106,7 +105,7 @@ class Dashboard:
 
     async def _of_study(self, request: Request) -> Response:
         try:
-            process = await self._process(request.path_params["study"])
+            process = await self._process(read_digits(request.path_params["study"], MAX_STUDY_NUMBER))
             return await self._ask(process, request)
         except (_UnavailableError, StorageError, UnsupportedVersionError, OSError) as error:
             return self._problem(request, error)
@@ -131,7 +130,9 @@ class Dashboard:
     async def _elsewhere(self, request: Request) -> Response:
         return RedirectResponse("/sweeps", 303)
 
-    async def _process(self, number: int) -> _StudyProcess:
+    async def _process(self, number: int | None) -> _StudyProcess:
+        if number is None:
+            raise HTTPException(404, "study not found")
         file, status = await run_in_threadpool(self._study, number)
         key = (number, status.st_dev, status.st_ino)  # if the file is another one, nothing that is known of it holds
         process = self._open.setdefault(key, _StudyProcess(file, number))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from gpu_launcher.text import one_line
+from gpu_launcher.text import one_line, read_digits
 
 MAX_BODY_BYTES = 256 * 2**10
 """Maximum number of bytes of a request's body. The largest form, that of a new sweep, has each parameter twice."""
@@ -187,7 +187,7 @@ def _values(headers: list[tuple[bytes, bytes]], name: bytes) -> list[str]:
 
 
 def _is_small(length: str) -> bool:
-    return length.isascii() and length.isdecimal() and len(length) < 10 and int(length) <= MAX_BODY_BYTES
+    return read_digits(length, MAX_BODY_BYTES) is not None
 
 
 def _netloc(origin: str) -> str | None:

@@ -11,11 +11,12 @@ from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs.manifest import State
 from gpu_launcher.jobs.result_table import JobRow, ResultColumn, ResultTable, shown
 from gpu_launcher.sizes import show_memory
-from gpu_launcher.text import middle_cut, one_line
+from gpu_launcher.text import middle_cut, one_line, read_digits
 from gpu_launcher.wording import duration, join_labels
 
 ROWS = 100
 """Number of jobs on a page."""
+MAX_PAGE = 10**6
 MAX_PARAMS = 8
 """Maximum number of parameters that are shown unless the user chooses columns."""
 MAX_VALUES = 6
@@ -49,13 +50,13 @@ class TableQuery:
         def one(name: str) -> str:
             return (query.get(name) or ("",))[0][:200]
 
-        state, page = one("state"), one("page")
+        state = one("state")
         return cls(
             one("sort"),
             state if state in {known.value for known in State} else "",
             one("text").strip(),
             tuple(query.get("column") or ())[:100],
-            int(page) if page.isascii() and page.isdecimal() and len(page) < 7 else 1,
+            read_digits(one("page"), MAX_PAGE) or 1,
         )
 
     def url(self, **changes: Any) -> str:

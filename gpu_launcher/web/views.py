@@ -18,10 +18,11 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
 from gpu_launcher.errors import ManifestError, OptionError, PoolDirectoryError, StorageError
+from gpu_launcher.jobs.control import MAX_NUMBER
 from gpu_launcher.jobs.manifest import Entry, State
 from gpu_launcher.sizes import show_memory
 from gpu_launcher.studies.report_curves import read_curves
-from gpu_launcher.text import one_line
+from gpu_launcher.text import one_line, read_digits
 from gpu_launcher.web.actions import ACTIONS, act
 from gpu_launcher.web.catalogue import MAX_LISTED_SWEEPS, Catalogue, SweepReading, id_of
 from gpu_launcher.web.charts import charts, report_charts
@@ -39,6 +40,8 @@ SEEN = "X-Seen"
 CATCH_UP_BYTES = 4 * PART_BYTES
 """A log that has grown by more than this since the last look is not shown in full."""
 COPY_BYTES = 2**18
+MAX_POSITION = 2**63 - 1
+"""Largest position in a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +315,7 @@ class Views:
 
     def _job(self, request: Request) -> tuple[SweepReading, Entry]:
         sweep = self._sweep(request)
-        number = _whole(request.path_params["number"])
+        number = read_digits(request.path_params["number"], MAX_NUMBER)
         if number is None:
             raise HTTPException(404, "job not found")
         while number not in sweep.manifest.entries and sweep.unread:
@@ -377,11 +380,7 @@ def _query(request: Request) -> Mapping[str, list[str]]:
 
 
 def _number(query: Mapping[str, list[str]], name: str) -> int | None:
-    return _whole((query.get(name) or [""])[0])
-
-
-def _whole(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
+    return read_digits((query.get(name) or [""])[0], MAX_POSITION)
 
 
 def _encodable(text: str) -> str:

@@ -511,6 +511,7 @@ def test_the_time_left_of_regular_jobs_is_exact(
         (["GPU 3", "GPU 2", "GPU 1"], "GPU 3, GPU 2, GPU 1"),
         (["simulated GPU 0", "GPU 1", "CPU slot 2"], "simulated GPU 0, GPU 1, CPU slot 2"),
         (["A", "A 1", "x y", "GPU 1:0", "GPU 1:1", "GPU 1:2"], "A, A 1, x y, GPU 1:0, GPU 1:1, GPU 1:2"),
+        (["GPU 0", f"GPU {'9' * 5000}"], f"GPU 0, GPU {'9' * 5000}"),  # of a manifest that someone else has written
     ],
 )
 def test_devices_in_a_row_are_named_as_a_range(labels: list[str], names: str) -> None:

@@ -16,6 +16,9 @@ from tests.waiting import until
 from tests.web.serving import SCRIPT, WebServer, WrittenSweep, ask_on_socket, write_sweep
 
 WRONG = "x" * 43
+MANY_DIGITS = "9" * 5000
+"""More than int() reads."""
+STUDIES = ("/dashboard/studies", "/api/studies", "/csv")
 
 
 def test_without_the_token_nothing_is_shown(server: WebServer) -> None:
@@ -224,11 +227,22 @@ def test_the_config_has_no_secrets(server: WebServer, sweep: WrittenSweep) -> No
         "{sweep}/jobs/77",
         "{sweep}/jobs/-1",
         "{sweep}/jobs/x",
-        "{sweep}/jobs/" + "9" * 5000,
+        *("{sweep}/jobs/" + MANY_DIGITS, "/sweeps/" + MANY_DIGITS, "/new/programs/" + MANY_DIGITS),
+        *(f"{path}/{MANY_DIGITS}{rest}" for path in STUDIES for rest in ("", "/param_importances")),
     ],
 )
 def test_what_does_not_exist_is_a_page(server: WebServer, sweep: WrittenSweep, path: str) -> None:
     assert server(path.format(sweep=sweep.url)).status in (404, 405)
+
+
+def test_numbers_without_end_in_a_query_or_a_form_are_no_fault(server: WebServer, sweep: WrittenSweep) -> None:
+    for path in ("", "/charts", "/jobs/0", "/jobs/0/log"):
+        for name in ("page", "before", "at", "after", "seen", "value"):
+            reply = server(f"{sweep.url}{path}?log=train.log&{name}={MANY_DIGITS}")
+            assert reply.status in (200, 404), (path, name)
+    for name in ("root", "devices", "gpus", "max_parallel", "timeout", "retries", "priority"):
+        reply = server("/new/start", "POST", f"kind=map&root=0&command=true&parameters=x=1&{name}={MANY_DIGITS}")
+        assert reply.status == 200, name
 
 
 def test_a_reader_cannot_act(serving: Callable[..., WebServer], tmp_path: Path) -> None:
