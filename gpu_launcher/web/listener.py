@@ -12,7 +12,7 @@ import signal
 import socket
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -33,6 +33,8 @@ PORT = 8420
 """The port that is taken if it is free and the user does not name one."""
 CONNECTIONS = 200
 """Maximum number of connections and requests at a time. More are refused."""
+BACKLOG = 128
+"""Maximum number of connections that wait to be accepted. All of them may be accepted before the first is closed."""
 REQUEST_SECONDS = 30.0
 """Seconds for which a new connection may have no request."""
 ENDING_SECONDS = 2
@@ -61,8 +63,12 @@ class WebOptions:
 
 def serve(options: WebOptions, pool: PoolWatch, tell: Callable[[str], None], log: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM. `tell` gets the link, and `log` refusals and problems. Raises WebError."""
-    listening = _on_socket(options.socket) if options.socket is not None else _on_port(options.host, options.port)
-    try:
+    with ExitStack() as at_end:  # the server closes it, too, while it still catches signals
+        if options.socket is not None:
+            listening = at_end.enter_context(_on_socket(options.socket))
+            at_end.callback(options.socket.unlink, missing_ok=True)
+        else:
+            listening = at_end.enter_context(_on_port(options.host, options.port))
         credentials = _credentials(options, listening)
         for line in _about(options, listening, credentials):
             tell(line)
@@ -70,14 +76,8 @@ def serve(options: WebOptions, pool: PoolWatch, tell: Callable[[str], None], log
         new = None
         if not options.read_only:
             new = NewSweeps(options.launcher, Programs(), options.devices, options.pool_dir)
-
-        def at_end() -> None:
-            if new is not None:
-                new.programs.close()
-            if options.socket is not None:
-                options.socket.unlink(missing_ok=True)
-
-        app = create_app(pool, Catalogue(options.roots), credentials, new=new, log=log, at_end=at_end)
+            at_end.callback(new.programs.close)
+        app = create_app(pool, Catalogue(options.roots), credentials, new=new, log=log, at_end=at_end.close)
         _log_problems(log)
         config = uvicorn.Config(
             app,
@@ -89,11 +89,10 @@ def serve(options: WebOptions, pool: PoolWatch, tell: Callable[[str], None], log
             server_header=False,
             proxy_headers=False,
             limit_concurrency=CONNECTIONS,
+            backlog=BACKLOG,
             timeout_graceful_shutdown=ENDING_SECONDS,
         )
         PageServer(config).run(sockets=[listening])
-    finally:
-        listening.close()
 
 
 class PageServer(uvicorn.Server):
@@ -116,12 +115,19 @@ class PageServer(uvicorn.Server):
 class WebConnection(H11Protocol):
     """A connection that is closed if its first request does not arrive: all users of the machine may open CONNECTIONS.
 
-    Later requests arrive only from those who know the token: others are refused, which closes the connection.
+    If all are open, the oldest one without a request is closed at once. Later requests arrive only from those who know
+    the token: others are refused, which closes the connection.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.began = self.loop.time()
         self.loop.call_later(REQUEST_SECONDS, self._close_without_request)
+        if len(self.connections) >= CONNECTIONS:
+            others = [other for other in self.connections if isinstance(other, WebConnection) and other is not self]
+            silent = [other for other in others if other.scope is None and not other.transport.is_closing()]
+            if silent:
+                min(silent, key=lambda other: other.began).transport.close()
 
     def _close_without_request(self) -> None:
         if self.scope is None:
@@ -178,7 +184,7 @@ def _on_port(host: str, port: int | None) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind((address[0], candidate, *address[2:]))
-            listening.listen(128)
+            listening.listen(BACKLOG)
             return listening
         except OSError as error:
             listening.close()
@@ -198,10 +204,11 @@ def _on_socket(path: Path) -> socket.socket:
             if stat.S_ISSOCK(path.lstat().st_mode) and _is_dead(path):
                 path.unlink()
         listening.bind(os.fspath(path))
-        listening.listen(128)
+        listening.listen(BACKLOG)
     except OSError as error:
         listening.close()
-        raise WebError(f"cannot listen on {path}: {error.strerror or error}") from None
+        another = ": name another with --socket" if error.errno == errno.EADDRINUSE else ""
+        raise WebError(f"cannot listen on {path} ({error.strerror or error}){another}") from None
     finally:
         os.umask(before)
     return listening
@@ -209,6 +216,7 @@ def _on_socket(path: Path) -> socket.socket:
 
 def _is_dead(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as client:
+        client.setblocking(False)  # otherwise it would wait for a server that is suspended
         try:
             client.connect(os.fspath(path))
         except ConnectionRefusedError:

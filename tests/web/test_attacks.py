@@ -7,11 +7,13 @@ import socket
 import stat
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from gpu_launcher.web.actions import ACTIONS
+from gpu_launcher.web.listener import CONNECTIONS
 from tests.waiting import until
 from tests.web.serving import SCRIPT, WebServer, WrittenSweep, ask_on_socket, write_sweep
 
@@ -95,6 +97,14 @@ def test_a_body_of_unknown_size_is_refused_unread(server: WebServer, sweep: Writ
     with _raw(server) as client:
         client.sendall(head.encode())
         assert _read(client).split()[1] == b"411"  # and the connection is closed
+
+
+def test_connections_that_say_nothing_keep_nobody_out(server: WebServer) -> None:
+    with ExitStack() as stack:
+        for number in range(CONNECTIONS + 50):
+            client = stack.enter_context(_raw(server))
+            client.sendall(b"GET / HT"[: number % 2 * 8])
+        assert [server("/pool").status for _ in range(3)] == [200] * 3
 
 
 def test_refusals_are_logged_without_what_is_secret(serving: Callable[..., WebServer]) -> None:
