@@ -81,6 +81,8 @@ class NodeSpec:
     """Whether the node is an allocation of its own, which is given back while no job needs it."""
     end_seconds: float = 5.0
     """Seconds for the command to end by itself when its input has ended."""
+    cleans_up: bool = False
+    """Whether a child of the command gives back what the command had, if that is killed. It gets no signals."""
     remedies: Mapping[str, str] = field(default_factory=dict)
     """What to do about problems of this engine, by a part of what its command prints about them."""
 
@@ -181,7 +183,8 @@ def _read_entry(text: str, names: set[str], grace: float) -> Iterator[NodeSpec]:
             # SIGALRM takes an srun out of the queue. One whose agent has started ignores it, and ends with the agent,
             # which sees the end of its input. SIGTERM or two SIGINT would make it kill the agent, and jobs could
             # outlive that. The kernel sends the signal once for each thread of the head.
-            yield NodeSpec(_unique("slurm", names), command, check, signal.SIGALRM, term.notice, lasts, not inside)
+            name = _unique("slurm", names)
+            yield NodeSpec(name, command, check, signal.SIGALRM, term.notice, lasts, elastic=not inside, cleans_up=True)
         return
     elif kind == "sbatch" and rest:
         example = "options of sbatch, such as 'sbatch:4 --partition=gpu --gpus=8 --time=8:00:00'"
@@ -198,7 +201,7 @@ def _read_entry(text: str, names: set[str], grace: float) -> Iterator[NodeSpec]:
             # The bridge cancels the job when its input ends, or ends after the agent.
             name = _unique("sbatch", names)
             yield NodeSpec(
-                name, command, check, signal.SIGCONT, term.notice, term.lasts, True, remedies=_SBATCH_REMEDIES
+                name, command, check, signal.SIGCONT, term.notice, term.lasts, elastic=True, remedies=_SBATCH_REMEDIES
             )
         return
     elif kind == "ray" and rest:

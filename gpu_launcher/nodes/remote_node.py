@@ -388,7 +388,8 @@ class RemoteNode:
         """Let the command end by itself for a moment, and then end it. Never waits.
 
         An agent that imports the program does not read, and has no jobs, so its command is ended at once.
-        Slurm keeps the allocation of an srun that is killed, but not of one that ends by itself or gets SIGTERM.
+        An srun whose node does not answer needs longer than that to end after SIGTERM: Slurm's KillWait, 30 s by
+        default. If it is killed, its child gives the allocation back.
         """
         since = time.monotonic() - self._ended
         signum = None
@@ -432,10 +433,13 @@ class RemoteNode:
         self._poll.close()
 
     def _signal(self, signum: signal.Signals) -> None:
-        """Signal the command, which has not ended, and what it has started in its process group."""
+        """Signal the command, which has not ended, and what it has started in its process group.
+
+        If that cleans up after the command, Slurm would keep the allocation for good if both were killed.
+        """
         self._signalled = signum
         with contextlib.suppress(OSError):  # it has just ended, or runs as another user
-            os.killpg(self._process.pid, signum)
+            (os.kill if self._spec.cleans_up else os.killpg)(self._process.pid, signum)
 
 
 def end_all(nodes: Sequence[RemoteNode]) -> None:

@@ -289,30 +289,68 @@ def test_jobs_of_a_preempted_allocation_run_again(cluster: Any, way: str) -> Non
 
 @pytest.mark.thorough
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("how", "way"), [("set down", "slurm"), ("power off", "slurm"), ("power off", "sbatch")])
-def test_jobs_of_a_lost_node_run_elsewhere(cluster: Any, how: str, way: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "way"), [("set down", "slurm"), ("power off", "slurm"), ("power off", "sbatch"), ("no answer", "slurm")]
+)
+def test_jobs_of_a_lost_node_run_elsewhere(cluster: Any, slurm: str, how: str, way: str) -> None:
     sweep = cluster.start("n=0,1,2,3", f"hydra.launcher.nodes='{way}:2 --gpus=2 --exclusive'", devices=4)
     sweep.running(4)
     lost = agent_of(sweep, 0, everywhere=True)
-    node = lost.environ()["SLURMD_NODENAME"]
+    node, allocation = (lost.environ()[name] for name in ("SLURMD_NODENAME", "SLURM_JOB_ID"))
     moved = [number for number in range(4) if agent_of(sweep, number, everywhere=True) == lost]
     trees = sweep.processes(moved)
     forget(cluster, moved)
-    try:
-        if how == "set down":
-            command(cluster, "scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-        else:
-            command(cluster, "bash", str(SLURM_HERE), "kill-node", node.removeprefix("n"))
+    with lost_node(cluster, node, lost, how):
         until(lambda: not any(alive(process) for process in trees), "they survive their node", LONG)
         running_again(cluster, 4)
         sweep.finish(4)
         assert sweep.returns() == [("COMPLETED", number) for number in range(4)]
-    finally:
-        if how == "set down":
+        # Slurm calls an allocation COMPLETING until its node answers.
+        until(lambda: f"{allocation} RUNNING" not in queue(slurm), "the allocation is not given back")
+        assert how == "set down" or "down" not in state_of(cluster, node)
+
+
+@contextlib.contextmanager
+def lost_node(cluster: Any, node: str, agent: psutil.Process, how: str) -> Iterator[None]:
+    """Let a node be lost in one of several ways."""
+    here = ("bash", str(SLURM_HERE))
+    if how == "set down":
+        command(cluster, "scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+        try:
+            yield
+        finally:
             with contextlib.suppress(subprocess.CalledProcessError):  # it is back already
                 command(cluster, "scontrol", "update", f"nodename={node}", "state=resume")
-        else:
-            command(cluster, "bash", str(SLURM_HERE), "revive-node", node.removeprefix("n"))
+    elif how == "power off":
+        command(cluster, *here, "kill-node", node.removeprefix("n"))
+        try:
+            yield
+        finally:
+            command(cluster, *here, "revive-node", node.removeprefix("n"))
+    else:  # its connections stay open
+        slurmd = psutil.Process(
+            int((Path(cluster.environment["SLURM_HERE"]) / "run" / f"slurmd-{node}.pid").read_text())
+        )
+        slurmstepd = agent.parent()
+        assert slurmstepd is not None
+        silent = [slurmd, slurmstepd]
+        for process in silent:
+            process.suspend()
+        try:
+            for process in slurmstepd.children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):  # it has just died with the one before
+                    process.kill()
+            yield
+        finally:
+            for process in silent:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.resume()
+
+
+def state_of(cluster: Any, node: str) -> str:
+    """The state of a node, as Slurm sees it."""
+    words = ["sinfo", "--noheader", f"--nodes={node}", "--format=%T"]
+    return subprocess.run(words, env=cluster.environment, capture_output=True, text=True, check=True).stdout
 
 
 @WAYS

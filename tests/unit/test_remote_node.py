@@ -576,6 +576,24 @@ def test_command_has_as_long_to_end_as_its_engine_needs(agent, clock, monkeypatc
     assert signals[-1] == signal.SIGKILL
 
 
+def test_child_that_cleans_up_after_srun_gets_none_of_its_signals(start, clock):
+    node = start("sh", "-c", "sleep 1000 & trap '' TERM; echo ready; wait; wait")
+    until(lambda: node.receive_ready() == [] and b"ready" in node._stream.noise)
+    (slurm,) = read_nodes("slurm:1")
+    node._spec = replace(node._spec, cleans_up=slurm.cleans_up)
+    (child,) = psutil.Process(node._process.pid).children()
+    try:
+        node.disconnect()
+        clock.now += slurm.end_seconds + 2 * remote_node.KILL_SECONDS
+        node.tick()
+        until(lambda: node.command_ended, "the command is not killed")
+        node.close()
+        assert node._process.returncode == -signal.SIGKILL
+        assert alive(child)
+    finally:
+        child.kill()
+
+
 def test_command_that_ignores_signals_is_killed_in_the_end(start, clock):
     node = start("sh", "-c", "trap '' TERM HUP INT; sleep 1000 & echo ready; wait; wait")
     until(lambda: node.receive_ready() == [] and b"ready" in node._stream.noise)
