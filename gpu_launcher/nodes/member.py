@@ -210,9 +210,10 @@ class Member:
 
     @property
     def can_return(self) -> bool:
-        """Whether starting it once more may help. Not if it has no agent, never ran jobs, or gave up."""
-        fit = self.remote is not None and not self.remote.unfit and not self.gave_up
-        return fit and self.at_once is not None and self.failures < MAX_FAILURES
+        """Whether starting it once more may help. Not if it has no agent, could never run jobs, or gave up."""
+        if self.remote is None or self.remote.unfit or self.gave_up or self.failures >= MAX_FAILURES:
+            return False
+        return self.at_once is not None or self.remote.interrupted
 
     @property
     def will_return(self) -> bool:

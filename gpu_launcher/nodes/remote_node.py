@@ -56,6 +56,8 @@ MAX_READS = 16
 MAX_ERRORS = 16 * 1024
 """Maximum number of bytes kept of what the connecting command prints to its standard error."""
 
+TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)
+"""Exit statuses of a command that SIGTERM has ended, or whose agent it has ended."""
 MAX_GREETING = 1024 * 1024
 """Maximum number of bytes that the command prints before the agent is there, such as a message of the day."""
 
@@ -92,6 +94,8 @@ class RemoteNode:
         """Whether it is worth giving back while no job needs it."""
         self.unfit = False
         """Whether the machine cannot run this program, so that starting an agent again is in vain."""
+        self.interrupted = False
+        """Whether the engine ended the agent before it could run jobs, by SIGTERM."""
         self._spec = spec
         self.nothing_left = True
         """Whether no process of a node can be there now."""
@@ -371,6 +375,10 @@ class RemoteNode:
             status = self._process.poll()
             self._read_errors()
             said = self.said
+            # A ready agent takes note of SIGTERM, and has no such exit status.
+            self.interrupted = status in TERMINATED and self._signalled is None
+            if self.interrupted:
+                self._how = "got SIGTERM before it could run jobs"
             how = f"{self._how} (exit status {status})" if status is not None else self._how
             how = f"{how}: {said}" if said else how
             self.problem = how if self._greeted else f"{how}. Remedy: {self._spec.remedy(status, said)}"

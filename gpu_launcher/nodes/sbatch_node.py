@@ -30,6 +30,9 @@ If the bridge's machine is off, the kernel would try that for 15 min, and the jo
 
 def main() -> None:
     """Run the agent with the bridge at its standard input and output."""
+    # With --signal=B:TERM, Slurm signals the main process alone. `scancel` also signals the agent; it counts once.
+    early: list[int] = []
+    signal.signal(signal.SIGTERM, lambda signum, frame: early.append(signum))
     key_file, *command = sys.argv[1:]
     try:
         contact = read_contact(Path(key_file))
@@ -42,20 +45,21 @@ def main() -> None:
         RendezvousDirectory(Path(key_file).parent).remove()
         sys.exit(f"cannot connect to the program that asked for this node: {error}")
     with connection:
-        status = _run(connection, command)
+        status = _run(connection, command, early)
         with contextlib.suppress(OSError):  # the bridge is gone
             connection.send(FrameKind.END, str(status).encode())
 
 
-def _run(connection: AuthenticatedSocket, command: Sequence[str]) -> int:
-    """Run the agent, and return its exit status."""
+def _run(connection: AuthenticatedSocket, command: Sequence[str], early: Sequence[int]) -> int:
+    """Run the agent, and return its exit status. It gets the signals that arrive, and the `early` ones before it."""
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0) as agent:
         assert agent.stdin is not None
         assert agent.stdout is not None
         assert agent.stderr is not None
-        # With --signal=B:TERM, Slurm signals the main process alone. `scancel` also signals the agent; it counts once.
         signal.signal(signal.SIGTERM, lambda signum, frame: agent.send_signal(signum))
+        for signum in early:
+            agent.send_signal(signum)
         input_of_agent = os.dup(agent.stdin.fileno())
         agent.stdin.close()
         threading.Thread(target=_pass_on_input, args=(connection, input_of_agent), daemon=True).start()

@@ -37,6 +37,16 @@ LOCK = """
     except BlockingIOError:
         (HERE / f"overlap-{cfg.n}").touch()
 """
+# The first agent is signalled while it imports the program.
+PREEMPTED = """
+import os, pathlib, subprocess, time
+preempted = pathlib.Path(__file__).with_name("preempted")
+if __name__ == "__mp_main__" and not preempted.exists():
+    preempted.touch()
+    batch = ["--batch"] if "SLURM_STEP_ID" not in os.environ else []
+    subprocess.run(["scancel", "--signal=TERM", *batch, os.environ["SLURM_JOB_ID"]], check=True)
+    time.sleep(600)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +212,17 @@ def test_jobs_are_interrupted_before_their_allocation_ends_and_run_again(cluster
     until(lambda: f"node {way} got SIGTERM and ends" in sweep.output.read_text(), "the agent is not told", LONG)
     running_again(cluster, 2)
     assert f"{way} joined" in sweep.output.read_text()
+    sweep.finish(2)
+    assert sweep.returns() == [("COMPLETED", 0), ("COMPLETED", 1)]
+
+
+@WAYS
+@pytest.mark.thorough
+def test_node_that_is_preempted_while_it_imports_the_program_is_asked_for_again(cluster: Any, way: str) -> None:
+    cluster.app.write_text(PREEMPTED + cluster.app.read_text())
+    sweep = cluster.start("n=0,1", f"hydra.launcher.nodes='{way}:1 --gpus=2'", "hydra.launcher.grace=2", devices=2)
+    sweep.running(2)
+    assert f"node {way} got SIGTERM before it could run jobs" in sweep.output.read_text()
     sweep.finish(2)
     assert sweep.returns() == [("COMPLETED", 0), ("COMPLETED", 1)]
 

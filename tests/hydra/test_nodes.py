@@ -320,6 +320,18 @@ def test_a_program_that_cannot_be_imported_on_one_node_runs_on_the_other(
     assert pools(tmp_path) == {"pool-good"}
 
 
+@pytest.mark.parametrize("when", ["before the agent is there", "while it imports the program"])
+def test_node_that_its_engine_ends_before_it_is_ready_is_started_again(run: Run, tmp_path: Path, when: str) -> None:
+    words = ["AT_IMPORT=terminate"]
+    if when == "before the agent is there":
+        words = ["sh", "-c", "'mkdir terminated && kill $$; exec \"$@\"'", "sh"]
+    done = sweep(run, tmp_path, "n=1,2", on(node(tmp_path, "a", *words)), TWO_EACH)
+    assert (tmp_path / "terminated").exists()
+    assert done.returncode == 0, done.stderr
+    assert "node env got SIGTERM before it could run jobs" in done.stderr
+    assert pools(tmp_path) == {"pool-a"}
+
+
 @pytest.mark.parametrize("sweeper", ["basic", "grid_async"])
 def test_interrupt_before_a_node_is_ready_ends_the_sweep_with_one_line(
     start: Start, tmp_path: Path, sweeper: str

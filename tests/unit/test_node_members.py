@@ -11,7 +11,7 @@ from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import Cause, JobResult, Refusal
 from gpu_launcher.jobs.node_messages import Opened
 from gpu_launcher.nodes.group_jobs import _Fate, _fate
-from gpu_launcher.nodes.member import _TRANSITIONS, Member, MemberPhase
+from gpu_launcher.nodes.member import _TRANSITIONS, MAX_FAILURES, Member, MemberPhase
 from gpu_launcher.nodes.remote_node import Life, RemoteNode
 
 COMPLETED = JobResult(0, "n=0", Outcome.COMPLETED, b"value", None, (), 1.0, None)
@@ -55,7 +55,7 @@ class Remote(RemoteNode):
 
     def __init__(self) -> None:
         self.life = Life.LIVES
-        self.unfit = False
+        self.unfit = self.interrupted = False
         self.problem = None
 
 
@@ -115,6 +115,22 @@ def test_node_that_was_asked_to_end_and_gives_up_still_interrupts_its_jobs(membe
     assert member.will_return
     member.retire(MemberPhase.RETIRED, "starts no more jobs")
     assert member.phase is MemberPhase.LEAVING
+    assert not member.will_return
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_node_that_never_ran_jobs_returns_only_if_its_engine_ended_it(member: Member, interrupted: bool) -> None:
+    assert isinstance(member.node, Remote)
+    member.node.interrupted = interrupted
+    for _ in range(MAX_FAILURES):
+        member.become(MemberPhase.ENDED, "got SIGTERM before it could run jobs")
+        member.plan_restart()
+        assert member.will_return is interrupted
+        if not interrupted:
+            return
+        member.become(MemberPhase.STARTING, "")
+    member.become(MemberPhase.ENDED, "got SIGTERM before it could run jobs")
+    member.plan_restart()
     assert not member.will_return
 
 

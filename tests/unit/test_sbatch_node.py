@@ -19,8 +19,15 @@ from gpu_launcher.nodes.rendezvous import Contact, RendezvousDirectory
 from tests.waiting import until
 
 MAIN = """
+import os, signal
 from gpu_launcher.nodes import sbatch_node
-sbatch_node.LAST_WORDS_SECONDS = {}
+connect = sbatch_node.connect
+def signalled(*contact):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return connect(*contact)
+if {early}:
+    sbatch_node.connect = signalled
+sbatch_node.LAST_WORDS_SECONDS = {last_words}
 sbatch_node.main()
 """
 SIZE = 64 * 2**20
@@ -39,10 +46,11 @@ def listener(tmp_path: Path) -> Iterator[Listener]:
 
 @contextlib.contextmanager
 def node(
-    listener: Listener, directory: Path, agent: str, last_words: float
+    listener: Listener, directory: Path, agent: str, last_words: float = 60.0, *, early: bool = False
 ) -> Iterator[tuple[subprocess.Popen[bytes], AuthenticatedSocket]]:
     (key_file,) = directory.glob("*/key")
-    words = [sys.executable, "-c", MAIN.format(last_words), str(key_file), sys.executable, "-c", agent]
+    main = MAIN.format(last_words=last_words, early=early)
+    words = [sys.executable, "-c", main, str(key_file), sys.executable, "-c", agent]
     with subprocess.Popen(words, start_new_session=True) as process:
         try:
             with until(listener.accept, "it does not connect") as connection:
@@ -53,7 +61,7 @@ def node(
 
 
 def test_agent_waits_for_a_head_that_is_busy(listener, tmp_path):
-    with node(listener, tmp_path, SPEAKS, 60.0) as (process, connection):
+    with node(listener, tmp_path, SPEAKS) as (process, connection):
         time.sleep(1)
         arrived, status = 0, b""
         while not status:
@@ -67,3 +75,10 @@ def test_agent_waits_for_a_head_that_is_busy(listener, tmp_path):
 def test_job_ends_soon_after_its_agent_if_nothing_takes_its_last_words(listener, tmp_path):
     with node(listener, tmp_path, ENDS, 0.5) as (process, _):
         assert process.wait(60) == 1
+
+
+def test_agent_gets_a_signal_that_arrived_before_it_was_there(listener, tmp_path):
+    with node(listener, tmp_path, "import time; time.sleep(600)", early=True) as (process, connection):
+        (end,) = until(connection.receive, "it does not say how its agent ended")
+        assert (end.kind, end.data) == (FrameKind.END, b"143")
+        assert process.wait(60) == 0

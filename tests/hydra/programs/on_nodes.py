@@ -3,6 +3,7 @@
 import fcntl
 import functools
 import os
+import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,10 @@ if os.environ.get("AT_IMPORT") == "wait":
     time.sleep(600)
 if os.environ.get("AT_IMPORT") == "exit":
     raise SystemExit("no GPU here")
+if os.environ.get("AT_IMPORT") == "terminate" and not Path("terminated").exists():
+    Path("terminated").touch()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(600)
 if os.environ.get("AT_IMPORT") == "print":
     print("printed at import")
     os.write(1, b"written at import\n")
