@@ -12,9 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from gpu_launcher.jobs.events import Figures, JobEnded, JobStarted, Outcome
+from gpu_launcher.jobs.events import JobEnded, JobStarted, Outcome
+from gpu_launcher.jobs.figures import Figures
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.manifest import Recorder
+from gpu_launcher.jobs.recorder import Recorder
 from gpu_launcher.model import Device, DeviceKind
 
 COMMANDS = ([], ["--csv"], ["--sort", "-loss", "--top", "10"], ["--pivot", "lr,seed"])

@@ -6,6 +6,15 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+from gpu_launcher.sizes import MIB
+
+BUSY_MEMORY = 512 * MIB
+"""If more memory than this is in use beyond what is leased, a program outside the pool uses the device.
+
+It must be above memory that does not count as use: the driver's own (which older drivers count as used: 300 to 600 MiB
+of a large GPU), a desktop (100 to 400 MiB), and a job's CUDA context (200 to 500 MiB, which users who declare memory
+forget). It must be below the memory of any training, for which torch's context and cached kernels are enough.
+"""
 LOCAL = "local"
 """Name of this machine among the nodes of a sweep."""
 

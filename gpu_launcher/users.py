@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+from pathlib import Path
 
 from gpu_launcher.model import Owner
 from gpu_launcher.text import one_line
 
+MAX_PID = 1 << 22
+"""Largest process id, which is the kernel's own limit (PID_MAX_LIMIT)."""
 MAX_COMMAND = 1000
 """Maximum number of characters shown of a command."""
 
@@ -21,6 +24,16 @@ def user_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return f"uid {uid}"
+
+
+def user_of(pid: int) -> int | None:
+    """Return the user that a process runs as; None if it does not exist or is not visible."""
+    if pid <= 0:
+        return None
+    try:
+        return Path(f"/proc/{pid}").stat().st_uid
+    except OSError:
+        return None
 
 
 def this_user(command: str, pid: int) -> Owner:

@@ -26,7 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_launcher.devices import ConditionMonitor, NvmlProbe, environment
+from gpu_launcher.devices import NvmlProbe, environment
+from gpu_launcher.devices.monitor import ConditionMonitor
 from gpu_launcher.errors import DeviceError
 from gpu_launcher.model import Device
 

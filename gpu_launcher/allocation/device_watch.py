@@ -6,16 +6,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from gpu_launcher.debug_log import get_logger
-from gpu_launcher.devices import (
-    Condition,
-    ConditionMonitor,
-    Links,
-    NvmlProbe,
-    Reading,
-    by_load,
-    load_levels,
-    why_busy,
-)
+from gpu_launcher.devices import Condition, Links, NvmlProbe, by_load, load_levels, why_busy
+from gpu_launcher.devices.monitor import ConditionMonitor, Reading
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.leases import DevicePreference, PoolView, leased_memory, owners_of, uses_of
 from gpu_launcher.model import Device, DeviceKind, Request

@@ -29,7 +29,8 @@ from gpu_launcher.allocation.device_watch import DeviceWatch
 from gpu_launcher.allocation.explain import WaitReason, describe_request, explain_wait
 from gpu_launcher.allocation.feasibility import refusal
 from gpu_launcher.descriptors import is_readable
-from gpu_launcher.devices import ConditionMonitor, Links, combinable
+from gpu_launcher.devices import Links, combinable
+from gpu_launcher.devices.monitor import ConditionMonitor
 from gpu_launcher.errors import GpuLauncherError, LeaseTimeout, PoolDirectoryError, RequestError
 from gpu_launcher.leases import HeldLease, Ledger, PoolView, Ticket, leases_of
 from gpu_launcher.model import Device, Owner, Request

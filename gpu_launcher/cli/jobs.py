@@ -31,7 +31,7 @@ def jobs(directory: Path | None, failed: bool, as_json: bool) -> None:
     """
     from gpu_launcher.cli.job_table import lines, to_json, unfinished
     from gpu_launcher.cli.printing import print_json, print_lines, terminal_width
-    from gpu_launcher.jobs.sweep_finder import read_chosen_sweep
+    from gpu_launcher.jobs.manifest import read_chosen_sweep
 
     directory, manifest = read_chosen_sweep(directory)
     entries = list(manifest.entries.values())

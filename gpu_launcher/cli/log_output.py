@@ -12,8 +12,9 @@ from typing import BinaryIO
 from gpu_launcher.cli.mapping.map_directory import RunDirectory
 from gpu_launcher.errors import ManifestError
 from gpu_launcher.jobs.control import ranges_of, spell
-from gpu_launcher.jobs.manifest import DIRECTORY, MANIFEST, Entry, State, launches_in, read
-from gpu_launcher.jobs.sweep_finder import read_chosen_sweep, running_sweep
+from gpu_launcher.jobs.launches import DIRECTORY, MANIFEST, launches_in
+from gpu_launcher.jobs.manifest import Entry, State, read, read_chosen_sweep
+from gpu_launcher.jobs.sweep_finder import running_sweep
 from gpu_launcher.safe_files import open_regular
 
 LOOK_SECONDS = 0.1

@@ -76,7 +76,7 @@ def _refuse_what_others_wrote(directory: Path) -> None:
 
     from gpu_launcher.cli.mapping.map_directory import MapDirectory
     from gpu_launcher.errors import ManifestError
-    from gpu_launcher.jobs.manifest import DIRECTORY, MANIFEST
+    from gpu_launcher.jobs.launches import DIRECTORY, MANIFEST
     from gpu_launcher.safe_files import why_untrusted
     from gpu_launcher.text import short_path
 
@@ -104,8 +104,7 @@ def _command(directory: Path, number: int) -> AloneCommand:
     from gpu_launcher.cli.mapping.map_directory import MapDirectory
     from gpu_launcher.errors import ManifestError
     from gpu_launcher.jobs.control import ranges_of, spell
-    from gpu_launcher.jobs.manifest import alone_commands
-    from gpu_launcher.jobs.sweep_finder import read_chosen_sweep
+    from gpu_launcher.jobs.manifest import alone_commands, read_chosen_sweep
     from gpu_launcher.text import short_path
 
     _, manifest = read_chosen_sweep(directory)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gpu_launcher.errors import OptionError
-from gpu_launcher.jobs.sweep_finder import read_chosen_sweep
+from gpu_launcher.jobs.manifest import read_chosen_sweep
 from gpu_launcher.requirements import check_version
 from gpu_launcher.safe_files import write_whole
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gpu_launcher.allocation.readings import PoolWindow
     from gpu_launcher.allocation.survey import Found
     from gpu_launcher.cli.screen import Screen
-    from gpu_launcher.devices import ConditionMonitor
+    from gpu_launcher.devices.monitor import ConditionMonitor
 
 INTERVAL = 1.0
 """Seconds between two updates."""
@@ -55,7 +55,7 @@ def top(devices: str, busy_memory: str, pool_dir: str | None) -> None:
     from gpu_launcher.allocation.observation import find, read_busy_memory
     from gpu_launcher.allocation.readings import PoolWindow, nvml_kept_open
     from gpu_launcher.cli.screen import HungUpError, Screen
-    from gpu_launcher.devices import ConditionMonitor
+    from gpu_launcher.devices.monitor import ConditionMonitor
 
     most = read_busy_memory(busy_memory)
     pool = PoolWindow(pool_dir)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from gpu_launcher.errors import SteeringError
-from gpu_launcher.jobs.manifest import launches_in
+from gpu_launcher.jobs.launches import launches_in
 from gpu_launcher.jobs.progress.sweep_screen import SweepScreen
 from gpu_launcher.jobs.progress.tally import SweepTally
 from gpu_launcher.jobs.steering import Sweep, Watch

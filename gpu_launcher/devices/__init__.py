@@ -2,9 +2,8 @@
 
 from gpu_launcher.devices.affinity import cpus_near
 from gpu_launcher.devices.choice import LinkKind, Links, by_load, combinable, load_levels
-from gpu_launcher.devices.condition import BUSY_MEMORY, Condition, GpuProcess, foreign_processes, memory_of, why_busy
+from gpu_launcher.devices.condition import Condition, GpuProcess, foreign_processes, memory_of, why_busy
 from gpu_launcher.devices.cpu import cpu_slots, usable_cpus
-from gpu_launcher.devices.monitor import ConditionMonitor, Reading
 from gpu_launcher.devices.nvml import NvmlProbe
 from gpu_launcher.devices.probe import DeviceProbe, FixedProbe, Inventory, UnusableGpu
 from gpu_launcher.devices.selection import Selection, select_devices
@@ -12,9 +11,7 @@ from gpu_launcher.devices.simulated import simulated_devices
 from gpu_launcher.devices.visibility import environment
 
 __all__ = [
-    "BUSY_MEMORY",
     "Condition",
-    "ConditionMonitor",
     "DeviceProbe",
     "FixedProbe",
     "GpuProcess",
@@ -22,7 +19,6 @@ __all__ = [
     "LinkKind",
     "Links",
     "NvmlProbe",
-    "Reading",
     "Selection",
     "UnusableGpu",
     "by_load",

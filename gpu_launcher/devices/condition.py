@@ -8,18 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gpu_launcher.sizes import MIB, show_memory
+from gpu_launcher.model import BUSY_MEMORY
+from gpu_launcher.sizes import show_memory
 
 if TYPE_CHECKING:
     from collections.abc import Collection
-
-BUSY_MEMORY = 512 * MIB
-"""If more memory than this is in use beyond what is leased, a program outside the pool uses the device.
-
-It must be above memory that does not count as use: the driver's own (which older drivers count as used: 300 to 600 MiB
-of a large GPU), a desktop (100 to 400 MiB), and a job's CUDA context (200 to 500 MiB, which users who declare memory
-forget). It must be below the memory of any training, for which torch's context and cached kernels are enough.
-"""
 
 _SERVERS = ("nvidia-cuda-mps-server",)
 """Programs that compute on behalf of others. Their clients count as the device's users."""

@@ -6,8 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gpu_launcher.devices import BUSY_MEMORY
-from gpu_launcher.model import MILLIONTHS, Request
+from gpu_launcher.model import BUSY_MEMORY, MILLIONTHS, Request
 from gpu_launcher.sizes import MIB
 
 

@@ -23,7 +23,8 @@ from pathlib import Path
 from gpu_launcher.errors import ManifestError
 from gpu_launcher.jobs.failures import set_aside
 from gpu_launcher.jobs.identity import ProcessIdentity
-from gpu_launcher.jobs.manifest import DIRECTORY, Entry, State, refuse_if_running
+from gpu_launcher.jobs.launches import DIRECTORY, refuse_if_running
+from gpu_launcher.jobs.manifest import Entry, State
 from gpu_launcher.json_data import Fields, load_object
 from gpu_launcher.processes.messages import JobPrepared
 from gpu_launcher.safe_files import make_directories, open_regular

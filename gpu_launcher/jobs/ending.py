@@ -1,6 +1,6 @@
 """How a sweep ended: with which exit code, or that its program was killed.
 
-An entry point records the exit code with which the sweep ends the program (`manifest.record_end`), and releases the
+An entry point records the exit code with which the sweep ends the program (`recorder.record_end`), and releases the
 directory when the program ends. A program that was killed does not release it. Not promised: what the program itself
 does after the sweep does not change the exit code.
 """
@@ -15,7 +15,9 @@ from pathlib import Path
 
 from gpu_launcher.errors import ManifestError, SteeringError
 from gpu_launcher.jobs.directory import holder_of, summary
-from gpu_launcher.jobs.manifest import State, how_to_resume, launches_in, manifest_size, read_manifest, record_end
+from gpu_launcher.jobs.launches import launches_in
+from gpu_launcher.jobs.manifest import State, how_to_resume, manifest_size, read_manifest
+from gpu_launcher.jobs.recorder import record_end
 from gpu_launcher.text import one_line, short_path
 
 

@@ -20,7 +20,8 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
-from gpu_launcher.jobs.events import Event, Figures, JobEnded, JobStarted
+from gpu_launcher.jobs.events import Event, JobEnded, JobStarted
+from gpu_launcher.jobs.figures import Figures
 from gpu_launcher.jobs.progress.tally import SweepTally
 from gpu_launcher.json_data import MAX_TIME, load_object
 from gpu_launcher.text import MAX_SHOWN, one_line

@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from gpu_launcher.json_data import Values
+from gpu_launcher.jobs.figures import Figures
 from gpu_launcher.model import Device
 
 
@@ -22,18 +22,6 @@ class Outcome(str, Enum):
     """Ended or never started, because the sweep was stopped or the job was cancelled."""
     PRUNED = "pruned"
     """A trial that ended early because others are better."""
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """What is known about a job for tables of results."""
-
-    values: Values = field(default_factory=dict)
-    """What it returned, by name."""
-    peak_memory: int | None = None
-    """Most bytes of the host's memory that one of its processes had resident. None if it is not known."""
-    peak_device_memory: int | None = None
-    """Most bytes that its processes were seen to use on one of its devices. None if they were not seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +113,7 @@ class JobEnded:
     """For FAILED: where it failed. Jobs with the same message and origin failed in the same way; see `Report`."""
     left_behind: tuple[str, ...] = ()
     """Processes that outlived the job and had to be ended."""
-    figures: Figures = Figures()
+    figures: Figures = Figures()  # noqa: RUF009  (frozen)
 
 
 @dataclass(frozen=True, slots=True)

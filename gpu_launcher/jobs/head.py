@@ -78,7 +78,7 @@ from gpu_launcher.jobs.events import (
 from gpu_launcher.jobs.failures import set_aside
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.leaving import leave_while_running
-from gpu_launcher.jobs.manifest import Entry, Recorder, finished_before, new_reports, read
+from gpu_launcher.jobs.manifest import Entry, read
 from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Heard, Message, Opened, Wanted
 from gpu_launcher.jobs.notifications import Notifier
 from gpu_launcher.jobs.outcome import left_by, not_started
@@ -86,6 +86,7 @@ from gpu_launcher.jobs.progress import PlainProgress, open_progress
 from gpu_launcher.jobs.progress.alike import Failures
 from gpu_launcher.jobs.progress.interactive import Interactive
 from gpu_launcher.jobs.progress.screen_state import Detach
+from gpu_launcher.jobs.recorder import Recorder, finished_before, new_reports
 from gpu_launcher.jobs.reports import read_report
 from gpu_launcher.jobs.source import (
     UNTHROTTLED,

@@ -9,12 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gpu_launcher.boot import Origin
 from gpu_launcher.json_data import Fields
-from gpu_launcher.leases import Origin
-from gpu_launcher.leases.file_format import MAX_PID
-from gpu_launcher.leases.kernel import user_of
 from gpu_launcher.processes.linux import start_time
 from gpu_launcher.text import one_line
+from gpu_launcher.users import MAX_PID, user_of
 
 MAX_NAME_LENGTH = 256
 """Maximum length in characters of a namespace, boot or host."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from gpu_launcher.jobs.events import Figures, Outcome
+from gpu_launcher.jobs.events import Outcome
+from gpu_launcher.jobs.figures import Figures
 from gpu_launcher.model import Device
 from gpu_launcher.text import one_line
 from gpu_launcher.wording import job_name

@@ -1,11 +1,6 @@
 """The manifest: the record of a sweep's jobs in its directory, from which the sweep can be resumed and inspected.
 
-    <sweep directory>/.gpu_launcher/
-        lock                  locked by all processes of the launch that runs jobs here (`jobs.directory`)
-        manifest.jsonl        one line per event, each appended in one write; an incomplete line is ignored
-        launch-<id>.json      names the program that runs jobs here; removed at the end
-        launch-<id>.sock      that program's control socket (`jobs.control_socket`); removed at the end
-        <number>.<id>.report  the report of a job of that launch
+It has one line per event, each appended in one write (`jobs.recorder`). An incomplete line is ignored.
 
 A job writes its report itself, so a finished job is known to have finished even if the head or the node is killed. The
 format is private to gpu-launcher: read it with `gpu-launcher jobs DIR --json`, and the values that jobs returned with
@@ -14,42 +9,32 @@ format is private to gpu-launcher: read it with `gpu-launcher jobs DIR --json`, 
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
-import time
-import uuid
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gpu_launcher.errors import ManifestError, ReportError
+from gpu_launcher.errors import ManifestError
 from gpu_launcher.jobs.alone import AloneCommand
-from gpu_launcher.jobs.events import Event, Figures, JobEnded, JobRetried, JobReturned, JobStarted, Outcome
-from gpu_launcher.jobs.identity import ProcessIdentity
-from gpu_launcher.jobs.job import Job, JobResult
-from gpu_launcher.jobs.reports import ReportFiles, read_header, read_report
+from gpu_launcher.jobs.figures import Figures
+from gpu_launcher.jobs.launches import DIRECTORY, MANIFEST, Launch, launches_in
+from gpu_launcher.jobs.report_files import ReportFiles
+from gpu_launcher.jobs.sweep_finder import chosen_sweep, newest_sweep
 from gpu_launcher.json_data import Fields, load_object
-from gpu_launcher.processes import rank_decisions
-from gpu_launcher.safe_files import MAX_LINE, make_directories, open_regular, write_whole
+from gpu_launcher.safe_files import MAX_LINE, open_regular
 from gpu_launcher.text import one_line
 
 FORMAT = 1
 MAX_BYTES = 2**63
 """Maximum amount of memory that a job can have used."""
-MAX_LAUNCH_BYTES = 2**20
-"""Maximum number of bytes read from a file that names a launch's program."""
 MAX_EXIT_CODE = 255
-DIRECTORY = ".gpu_launcher"
-MANIFEST = "manifest.jsonl"
 HEAD_BYTES = 128
 """Number of bytes by which a manifest is told from another one: its first line begins with the id of its launch."""
 DIRECTIONS = ("minimize", "maximize")
-MAX_PLANNED = 256
-"""Maximum number of jobs in a line of the manifest. Readers ignore lines that are longer than `MAX_LINE`."""
 
 
 class State(str, Enum):
@@ -123,204 +108,12 @@ class Manifest:
     """The exit code with which the last sweep in the directory ended its program. None if that is not recorded."""
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """A launch that has not recorded its end."""
-
-    id: str
-    file: Path
-    pid: int
-    host: str
-    command: str
-    is_alive: bool | None
-    """Whether its program is alive. None if that cannot be known from here."""
-
-
-class Recorder:
-    """Records in the manifest what happens to the jobs of one launch."""
-
-    def __init__(
-        self,
-        directory: Path,
-        jobs: Sequence[Job],
-        command: str,
-        *,
-        launch: str | None = None,
-        how_to_resume: str = "",
-        alone: AloneCommand | None = None,
-        directions: Sequence[str] = (),
-        objectives: Sequence[str] = (),
-        anew: bool = False,
-        warn: Callable[[str], None] = lambda text: None,
-        wall_clock: Callable[[], float] = time.time,
-    ) -> None:
-        """Record that this launch is to run `jobs` of the sweep in `directory`.
-
-        `directions` and `objectives` are as for `Manifest`. With `anew`, this launch begins a sweep: the jobs that the
-        manifest has belong to an earlier one, and are left out from now on.
-
-        `launch` is the id of the launch, by default a new one. `how_to_resume` is the command line that runs what this
-        launch leaves, from the working directory. Empty if there is none. `alone` is the command line that runs one
-        job of this launch alone, without what is the job's own. If nothing can be written, `warn` is called once, and
-        the jobs run anyway.
-        """
-        self.directory = directory / DIRECTORY
-        self._reports = new_reports(directory) if launch is None else ReportFiles(self.directory, launch)
-        self._id = self._reports.launch
-        self._warn: Callable[[str], None] | None = warn
-        self._wall_clock = wall_clock
-        self._attempts = {job.number: job.attempts_before for job in jobs}
-        self._file = self.directory / f"launch-{self._id}.json"
-        self._process = os.getpid()
-        make_directories(self.directory)
-        # Reports of earlier launches. They are removed when the job completes again. Jobs from a source have none:
-        # their reports are discarded when they end.
-        earlier_jobs = read(directory) if jobs or anew else {}
-        self._old = {number: entry.report for number, entry in earlier_jobs.items() if entry.report}
-        for earlier in launches_in(directory):
-            if earlier.is_alive is False:
-                with suppress(OSError):
-                    for left in self.directory.glob(f"*.{earlier.id}.trial"):
-                        rank_decisions.withdraw(left)
-                    socket_of(earlier.file).unlink(missing_ok=True)
-                    earlier.file.unlink()
-        identity = json.dumps({**ProcessIdentity.here().to_json(), "command": command})
-        try:
-            write_whole(self._file, identity.encode())
-        except OSError as error:
-            self._complain(error)
-        if anew and earlier_jobs:
-            self._append(begins=True)
-            for number in self._old.keys() - self._attempts.keys():
-                with suppress(OSError):
-                    self._old.pop(number).unlink()
-        if how_to_resume:
-            self._append(resume=how_to_resume, directory=str(Path.cwd()))
-        if alone is not None:
-            self._append(alone=alone.words, pool=alone.pool, directory=alone.directory)
-        if directions:
-            self._append(directions=list(directions), objectives=list(objectives))
-        self._plan(jobs)
-
-    @property
-    def socket(self) -> str:
-        """Name of the control socket's file in `directory`."""
-        return socket_of(self._file).name
-
-    def add(self, job: Job) -> None:
-        """Record another job that is to run."""
-        self._attempts[job.number] = job.attempts_before
-        self._plan([job])
-
-    def requeue(self, jobs: Sequence[Job], logs: Mapping[int, str | None]) -> None:
-        """Record that these jobs, which had ended, are to run again. `logs` are those of their last attempts."""
-        for first in range(0, len(jobs), MAX_PLANNED):
-            some = jobs[first : first + MAX_PLANNED]
-            self._append(again=[[job.number, logs[job.number]] for job in some])
-        for job in jobs:
-            self._attempts[job.number] = job.attempts_before
-            self.discard_report(job.number)
-
-    def describe(self, number: int, label: str, spec: Any) -> None:
-        """Record the label and the parameters of a job that has chosen them since it was added."""
-        self._append(described=number, label=label, spec=spec)
-
-    def _plan(self, jobs: Sequence[Job]) -> None:
-        for first in range(0, len(jobs), MAX_PLANNED):
-            some = jobs[first : first + MAX_PLANNED]
-            self._append(planned=[[job.number, job.label, job.spec, self._attempts[job.number]] for job in some])
-
-    def report_path(self, number: int) -> Path:
-        """Return the path of a job's report."""
-        return self._reports.path(number)
-
-    def discard_report(self, number: int) -> None:
-        """Remove a job's report, because the source has received it, or because the job runs again."""
-        with suppress(OSError):
-            self.report_path(number).unlink()
-
-    def handle(self, event: Event) -> None:
-        """Record an event, unless it is of interest only while the jobs run."""
-        if isinstance(event, JobStarted):
-            self._attempts[event.number] += 1
-            devices = [device.label for device in event.devices]
-            attempts = self._attempts[event.number]
-            node = {"node": event.devices[0].node} if event.devices and event.devices[0].node else {}
-            self._append(started=event.number, attempts=attempts, devices=devices, log=event.log, pid=event.pid, **node)
-        elif isinstance(event, JobRetried):
-            self._attempts[event.number] = event.attempt - 1  # an attempt that never ran counts, too
-            self._append(ended=event.number, outcome="failed", message=event.message, log=event.log, retried=True)
-        elif isinstance(event, JobReturned):
-            self._append(ended=event.number, outcome=State.WAITING.value)
-        elif isinstance(event, JobEnded):
-            outcome = event.outcome.value
-            self._attempts.pop(event.number, None)
-            known = {"left_behind": event.left_behind, **asdict(event.figures)}
-            known = {name: what for name, what in known.items() if what}
-            self._append(ended=event.number, outcome=outcome, message=event.message, log=event.log, **known)
-            old = self._old.pop(event.number, None)
-            if old is not None and event.outcome is Outcome.COMPLETED:
-                with suppress(OSError):
-                    old.unlink()
-
-    def close(self) -> None:
-        """Record that this launch is over."""
-        if os.getpid() == self._process:
-            with suppress(OSError):
-                self._file.unlink()
-
-    def _append(self, **event: Any) -> None:
-        line = json.dumps({"format": FORMAT, "launch": self._id, "time": self._wall_clock(), **event})
-        try:
-            _append_line(self.directory / MANIFEST, line, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        except OSError as error:
-            self._complain(error)
-
-    def _complain(self, error: OSError) -> None:
-        if self._warn is not None:
-            self._warn(f"cannot write down how the jobs end, so that resuming would run them again: {error}")
-            self._warn = None
-
-
-def record_end(directory: Path, exit_code: int) -> None:
-    """Record that the sweep in `directory` ended its program with this exit code.
-
-    Does nothing if no sweep has begun, or if nothing can be written.
-    """
-    manifest = directory / DIRECTORY / MANIFEST
-    line = json.dumps({"format": FORMAT, "time": time.time(), "exit_code": exit_code})
-    with suppress(OSError):
-        _append_line(manifest, line, os.O_WRONLY | os.O_APPEND)
-
-
 def manifest_size(directory: Path) -> int:
     """Return the number of bytes that are recorded about the sweep in `directory`."""
     try:
         return (directory / DIRECTORY / MANIFEST).stat().st_size
     except OSError:
         return 0
-
-
-def _append_line(manifest: Path, line: str, flags: int) -> None:
-    """Append a line in one write. Raises OSError."""
-    descriptor = open_regular(manifest, flags)
-    try:
-        # Begin a new line: the last one may be incomplete. Empty lines are ignored.
-        data = f"\n{line}\n".encode()
-        if os.write(descriptor, data) != len(data):
-            raise OSError("no space left")
-    finally:
-        os.close(descriptor)
-
-
-def socket_of(launch: Path) -> Path:
-    """Return the path of a launch's control socket. `launch` is the file that names the launch's program."""
-    return launch.with_suffix(".sock")
-
-
-def new_reports(directory: Path) -> ReportFiles:
-    """Return the files for the reports of a new launch of the sweep in `directory`."""
-    return ReportFiles(directory / DIRECTORY, uuid.uuid4().hex[:12])
 
 
 def read(directory: Path) -> dict[int, Entry]:
@@ -336,6 +129,27 @@ def read_manifest(directory: Path) -> Manifest:
     reader = ManifestReader(directory)
     reader.read()
     return reader.manifest()
+
+
+def read_chosen_sweep(directory: Path | None) -> tuple[Path, Manifest]:
+    """Return the directory of the sweep that the user chose, and its manifest, which has at least one job.
+
+    Raises ManifestError if it is not the directory of a sweep, has no jobs, or cannot be read.
+    """
+    chosen = chosen_sweep(directory)
+    try:
+        manifest = read_manifest(chosen)
+    except OSError as error:
+        raise ManifestError(f"cannot read {chosen} ({error.strerror}): give a sweep's directory") from error
+    if manifest.entries:
+        return chosen, manifest
+    if (chosen / DIRECTORY).is_dir():
+        raise ManifestError(f"the sweep in {chosen} has no jobs")
+    newest = newest_sweep(chosen)
+    instead = "give the directory that hydra.sweep.dir named"
+    instead = instead if newest is None else f"the newest sweep in it is {newest}"
+    what = "is not the directory of a sweep" if chosen.exists() else "does not exist"
+    raise ManifestError(f"{chosen} {what}: {instead}")
 
 
 class ManifestReader:
@@ -469,26 +283,13 @@ class ManifestReader:
 def _lose(entry: Entry) -> None:
     """Take note that the job's launch died before it recorded the job's end. The job may have left its report."""
     entry.state, entry.pid = State.LOST, None
-    if entry.report is not None and (found := read_header(entry.report)) is not None:
+    if entry.report is None:
+        return
+    from gpu_launcher.jobs.reports import read_header  # `results` starts sooner if no job was lost
+
+    if (found := read_header(entry.report)) is not None:
         entry.state = State.COMPLETED if found.ok else State.FAILED
         entry.message, entry.figures = found.message, Figures(found.values)
-
-
-def launches_in(directory: Path) -> list[Launch]:
-    """Return the launches in `directory` that have not recorded their end."""
-    found = []
-    for file in sorted((directory / DIRECTORY).glob("launch-*.json")):
-        try:
-            with open(open_regular(file), "rb") as opened:
-                owner = os.fstat(opened.fileno()).st_uid
-                content = load_object(opened.read(MAX_LAUNCH_BYTES))
-            identity = ProcessIdentity.from_json(content)
-            command = one_line(Fields(content).text("command"))
-        except (OSError, ValueError):
-            continue  # not written by a launch
-        id = file.stem.removeprefix("launch-")
-        found.append(Launch(id, file, identity.pid, identity.host, command, identity.is_alive(owner)))
-    return found
 
 
 def how_to_resume(directory: Path) -> str | None:
@@ -511,48 +312,9 @@ def alone_commands(directory: Path) -> dict[str, AloneCommand]:
     return reader.alone
 
 
-def finished_before(jobs: Sequence[Job], entries: Mapping[int, Entry]) -> tuple[dict[int, JobResult], dict[int, str]]:
-    """Return the results of those `jobs` that completed in an earlier launch with the same overrides.
-
-    The second value says why existing results are not used, by job number.
-    """
-    found, skipped = {}, {}
-    for job in jobs:
-        entry = entries.get(job.number)
-        if entry is None or entry.spec != job.spec or entry.state is not State.COMPLETED or entry.report is None:
-            continue
-        try:
-            report = read_report(entry.report)
-        except FileNotFoundError:
-            continue
-        except ReportError as error:
-            skipped[job.number] = str(error)
-            continue
-        if not report.ok:
-            continue
-        ran = entry.ended - entry.started if entry.ended and entry.started else None
-        found[job.number] = JobResult(
-            job.number, job.label, Outcome.COMPLETED, report.payload, None, (), ran, entry.log, attempts=entry.attempts
-        )
-    return found, skipped
-
-
 def devices_of(directory: Path, numbers: Container[int]) -> dict[int, tuple[str, ...]]:
     """Return the labels of the devices of these jobs' last attempts, by job number. Omits jobs without devices."""
     return {number: entry.devices for number, entry in read(directory).items() if number in numbers and entry.devices}
-
-
-def refuse_if_running(directory: Path, remedy: str) -> None:
-    """Raise ManifestError if another program runs jobs in this directory, or may do so. `remedy` says what to do."""
-    for launch in launches_in(directory):
-        who = f"process {launch.pid} ({launch.command})"
-        if launch.is_alive:
-            raise ManifestError(f"{directory} is being run by {who}: {remedy}")
-        if launch.is_alive is None:
-            raise ManifestError(
-                f"{directory} may still be run by {who} of {launch.host}, which cannot be seen from here: "
-                f"if it has ended, remove {launch.file}"
-            )
 
 
 def _take(event: dict[str, Any], entries: dict[int, Entry]) -> None:

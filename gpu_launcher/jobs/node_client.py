@@ -33,7 +33,7 @@ from gpu_launcher.jobs.directory import as_proposed
 from gpu_launcher.jobs.events import Notice
 from gpu_launcher.jobs.node import LogFile, Node
 from gpu_launcher.jobs.node_messages import Begin, BeginRun, Closed, End, HeadLives, Message, NodeReady, Opened
-from gpu_launcher.jobs.reports import ReportFiles
+from gpu_launcher.jobs.report_files import ReportFiles
 from gpu_launcher.jobs.scratch import Scratch
 from gpu_launcher.jobs.sweep import Options, portable
 from gpu_launcher.processes.forking import flush_all, fork_child, tqdm_monitors_paused

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from gpu_launcher.debug_log import get_logger
 from gpu_launcher.errors import SteeringError
-from gpu_launcher.jobs.manifest import launches_in
+from gpu_launcher.jobs.launches import launches_in
 from gpu_launcher.model import LOCAL, Device
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from gpu_launcher.jobs.events import (
     StopRequested,
 )
 from gpu_launcher.jobs.job import JobResult
-from gpu_launcher.jobs.reports import ReportFiles
+from gpu_launcher.jobs.report_files import ReportFiles
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.jobs.term import Term
 from gpu_launcher.model import Device

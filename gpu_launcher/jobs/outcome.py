@@ -12,7 +12,8 @@ import time
 from collections.abc import Mapping
 from signal import SIGKILL
 
-from gpu_launcher.jobs.events import Figures, JobStarted, Outcome
+from gpu_launcher.jobs.events import JobStarted, Outcome
+from gpu_launcher.jobs.figures import Figures
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.job_record import JobRecord, JobRun
 from gpu_launcher.jobs.machine import Conclude

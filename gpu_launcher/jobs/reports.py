@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from gpu_launcher.errors import ReportError
@@ -19,23 +18,6 @@ from gpu_launcher.safe_files import open_regular, read_all, why_untrusted
 MAX_HEADER = 2**20
 MAX_REPORT = 2**36
 """Maximum size of a report in bytes: more than any job returns. Larger files, such as sparse ones, are not read."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReportFiles:
-    """The files in which the jobs of one launch leave their reports."""
-
-    directory: Path
-    launch: str = ""
-    """The id of the launch, if several launches use the directory one after another."""
-
-    def path(self, number: int) -> Path:
-        """Return the report file of one job."""
-        return self.directory / self.name(number)
-
-    def name(self, number: int) -> str:
-        """Return the name of that file."""
-        return f"{number}.{self.launch}.report" if self.launch else f"{number}.report"
 
 
 def read_report(path: Path, digest: bytes | None = None) -> Report:

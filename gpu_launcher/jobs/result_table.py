@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from gpu_launcher.errors import ManifestError, OptionError, UnsupportedVersionError
-from gpu_launcher.jobs.manifest import Entry, Manifest, State, read_manifest
-from gpu_launcher.jobs.sweep_finder import read_chosen_sweep
+from gpu_launcher.jobs.manifest import Entry, Manifest, State, read_chosen_sweep, read_manifest
 from gpu_launcher.json_data import Value, Values
 from gpu_launcher.redaction import redact
 from gpu_launcher.safe_files import open_regular, write_whole

@@ -38,16 +38,8 @@ from gpu_launcher.jobs.control_socket import connect
 from gpu_launcher.jobs.directory import refuse_if_locked
 from gpu_launcher.jobs.event_lines import read_line
 from gpu_launcher.jobs.events import Event
-from gpu_launcher.jobs.manifest import (
-    DIRECTORY,
-    Launch,
-    State,
-    how_to_resume,
-    launches_in,
-    read,
-    read_manifest,
-    socket_of,
-)
+from gpu_launcher.jobs.launches import DIRECTORY, Launch, launches_in, socket_of
+from gpu_launcher.jobs.manifest import State, how_to_resume, read, read_manifest
 from gpu_launcher.jobs.progress.tally import SweepTally
 from gpu_launcher.jobs.sweep_finder import chosen_sweep, newest_sweep, running_sweep
 from gpu_launcher.text import one_line, short_path

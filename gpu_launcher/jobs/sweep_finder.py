@@ -1,4 +1,4 @@
-"""Finds the directories of sweeps and maps, and reads the jobs of the one that the user means."""
+"""Finds the directories of sweeps and maps, and the one that the user means."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from gpu_launcher.errors import ManifestError
-from gpu_launcher.jobs.manifest import DIRECTORY, MANIFEST, Manifest, launches_in, read_manifest
+from gpu_launcher.jobs.launches import DIRECTORY, MANIFEST, launches_in
 
 MAX_DIRECTORIES = 5000
 """Maximum number of directories that a search for sweeps looks into."""
@@ -55,27 +55,6 @@ def chosen_sweep(directory: Path | None) -> Path:
     if newest is None:
         raise ManifestError("there is no sweep below the current directory: give the directory of a sweep")
     return newest
-
-
-def read_chosen_sweep(directory: Path | None) -> tuple[Path, Manifest]:
-    """Return the directory of the sweep that the user chose, and its manifest, which has at least one job.
-
-    Raises ManifestError if it is not the directory of a sweep, has no jobs, or cannot be read.
-    """
-    chosen = chosen_sweep(directory)
-    try:
-        manifest = read_manifest(chosen)
-    except OSError as error:
-        raise ManifestError(f"cannot read {chosen} ({error.strerror}): give a sweep's directory") from error
-    if manifest.entries:
-        return chosen, manifest
-    if (chosen / DIRECTORY).is_dir():
-        raise ManifestError(f"the sweep in {chosen} has no jobs")
-    newest = newest_sweep(chosen)
-    instead = "give the directory that hydra.sweep.dir named"
-    instead = instead if newest is None else f"the newest sweep in it is {newest}"
-    what = "is not the directory of a sweep" if chosen.exists() else "does not exist"
-    raise ManifestError(f"{chosen} {what}: {instead}")
 
 
 def _directories(root: Path) -> Iterator[Path]:

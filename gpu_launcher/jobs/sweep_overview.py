@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gpu_launcher.errors import ManifestError, SteeringError
-from gpu_launcher.jobs.manifest import Entry, State, launches_in, read
-from gpu_launcher.jobs.steering import Sweep
+from gpu_launcher.jobs.launches import launches_in
+from gpu_launcher.jobs.manifest import Entry, State, read
 from gpu_launcher.safe_files import read_regular
 
 STATUS_SECONDS = 1.0
@@ -53,6 +53,8 @@ def describe(directory: Path, entries: Iterable[Entry] | None = None) -> Describ
         facts = [] if (best := _best_of(directory)) is None else [("best", best)]
         return DescribedSweep(directory, "ended", jobs, None, facts, None, None, None)
     launch = launches[-1]
+    from gpu_launcher.jobs.steering import Sweep  # `sweeps` starts sooner if no sweep runs
+
     status: dict[str, Any] = {}
     with suppress(SteeringError):
         status = Sweep(directory).status(seconds=STATUS_SECONDS)

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpu_launcher.allocation.environment import DeviceEnvironment
-from gpu_launcher.devices import BUSY_MEMORY
 from gpu_launcher.jobs.sweep import Options
-from gpu_launcher.model import Request
+from gpu_launcher.model import BUSY_MEMORY, Request
 from gpu_launcher.sizes import read_memory
 
 GRACE = 10.0

@@ -1,6 +1,5 @@
 """The tickets and leases of a pool."""
 
-from gpu_launcher.leases.file_format import Origin
 from gpu_launcher.leases.file_ledger import FileLedger
 from gpu_launcher.leases.grant_policy import DevicePreference, Wait
 from gpu_launcher.leases.ledger import (
@@ -23,7 +22,6 @@ __all__ = [
     "HeldLease",
     "LeaseView",
     "Ledger",
-    "Origin",
     "PoolView",
     "Ticket",
     "TicketView",

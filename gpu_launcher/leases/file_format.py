@@ -14,20 +14,19 @@ only the kernel does.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import operator
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from gpu_launcher.boot import Origin
 from gpu_launcher.leases.grant_policy import Candidate, Demand
 from gpu_launcher.model import MAX_PRIORITY, MILLIONTHS, Request, Share
 from gpu_launcher.text import one_line
+from gpu_launcher.users import MAX_PID
 
 FORMAT = 3
 """Version of the format. Leases in other formats, from other gpu-launcher versions, count as holding everything."""
@@ -40,8 +39,6 @@ MAX_COMMAND = 2000
 """Maximum number of characters of a command. Longer ones are cut before they are written."""
 MAX_SECONDS = 1e10
 MAX_BYTES_OF_DEVICE = 1 << 60
-MAX_PID = 1 << 22
-"""Largest process id, which is the kernel's own limit (PID_MAX_LIMIT)."""
 MAX_DIGITS = 20
 MAX_SEQUENCE = 10**12 - 1
 
@@ -83,29 +80,6 @@ def lease_names(id: str) -> tuple[str, str]:
 
 def unpublished_name(id: str) -> str:
     return f".new-{id}"
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """The machine and the boot in which a file was written.
-
-    A boot id is random, and the same in all containers of a machine. Locks and CLOCK_BOOTTIME are meaningful only
-    within one boot. A file from another boot of the same machine is left over from before a restart. A file from
-    another machine is not touched.
-    """
-
-    boot: str
-    """The boot id; empty if it cannot be read."""
-    machine: str
-    """Host name."""
-
-    @classmethod
-    def here(cls) -> Origin:
-        """The origin of files that this process writes now."""
-        boot = ""
-        with contextlib.suppress(OSError):
-            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return cls(boot, os.uname().nodename)
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,13 +46,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpu_launcher.boot import Origin
 from gpu_launcher.debug_log import get_logger
 from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.leases import inotify
 from gpu_launcher.leases.file_format import (
     MAX_SEQUENCE,
     LeaseRecord,
-    Origin,
     Record,
     TicketName,
     TicketRecord,

@@ -121,16 +121,6 @@ def device_of(status: os.stat_result) -> bytes:
     return b"%02x:%02x" % (os.major(status.st_dev), os.minor(status.st_dev))
 
 
-def user_of(pid: int) -> int | None:
-    """Return the user that a process runs as; None if it does not exist or is not visible."""
-    if pid <= 0:
-        return None
-    try:
-        return Path(f"/proc/{pid}").stat().st_uid
-    except OSError:
-        return None
-
-
 def is_stopped(pid: int) -> bool:
     """Whether a process is known to be stopped, by Ctrl-Z, SIGSTOP or a debugger."""
     # Plain system calls instead of pathlib, because this is most of the cost of a view of the pool.

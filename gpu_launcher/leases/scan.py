@@ -36,6 +36,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
+from gpu_launcher.boot import Origin
 from gpu_launcher.leases.file_format import (
     LEASE_NAME,
     MAX_ENTRY_BYTES,
@@ -43,7 +44,6 @@ from gpu_launcher.leases.file_format import (
     OUR_NAME,
     SEQUENCE,
     LeaseRecord,
-    Origin,
     Record,
     TicketName,
     TicketRecord,
@@ -51,10 +51,10 @@ from gpu_launcher.leases.file_format import (
     lease_names,
 )
 from gpu_launcher.leases.grant_policy import LeaseState, Snapshot, TicketState, waits
-from gpu_launcher.leases.kernel import LockTable, Process, is_stopped, sees_all_locks, user_of
+from gpu_launcher.leases.kernel import LockTable, Process, is_stopped, sees_all_locks
 from gpu_launcher.leases.ledger import LeaseView, PoolView, TicketView, UnreadableFile
 from gpu_launcher.model import WHOLE, Owner
-from gpu_launcher.users import user_name
+from gpu_launcher.users import user_name, user_of
 
 MAX_ENTRIES = 4096
 """Maximum number of files of one owner that count."""

@@ -33,7 +33,7 @@ from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import JobResult
 from gpu_launcher.jobs.node_client import LocalNode
 from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, HeadLives, Message
-from gpu_launcher.jobs.reports import ReportFiles
+from gpu_launcher.jobs.report_files import ReportFiles
 from gpu_launcher.jobs.scratch import Scratch
 from gpu_launcher.jobs.source import Cancel, Offer, Statement, Stop
 from gpu_launcher.jobs.sweep import portable

@@ -20,7 +20,7 @@ from gpu_launcher.jobs.directory import as_proposed
 from gpu_launcher.jobs.events import GaveUp, NodesChanged, Notice
 from gpu_launcher.jobs.node_client import LocalNode
 from gpu_launcher.jobs.node_messages import BeginRun, Closed, Message, Opened
-from gpu_launcher.jobs.reports import ReportFiles
+from gpu_launcher.jobs.report_files import ReportFiles
 from gpu_launcher.jobs.scratch import Scratch
 from gpu_launcher.jobs.sweep import Options, portable
 from gpu_launcher.nodes.agent_messages import HostedProgram

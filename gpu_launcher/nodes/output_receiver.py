@@ -15,8 +15,9 @@ from gpu_launcher.errors import ReportError
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.failures import set_aside
 from gpu_launcher.jobs.job import Cause, JobResult
-from gpu_launcher.jobs.manifest import DIRECTORY
-from gpu_launcher.jobs.reports import ReportFiles, read_report
+from gpu_launcher.jobs.launches import DIRECTORY
+from gpu_launcher.jobs.report_files import ReportFiles
+from gpu_launcher.jobs.reports import read_report
 from gpu_launcher.nodes.agent_messages import (
     OutputData,
     OutputDirectory,

@@ -28,9 +28,9 @@ from pathlib import Path
 
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import JobResult
-from gpu_launcher.jobs.manifest import DIRECTORY
+from gpu_launcher.jobs.launches import DIRECTORY
 from gpu_launcher.jobs.node_messages import Ended
-from gpu_launcher.jobs.reports import ReportFiles
+from gpu_launcher.jobs.report_files import ReportFiles
 from gpu_launcher.nodes.agent_messages import (
     OutputData,
     OutputDirectory,

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -74,6 +73,8 @@ def dying_with_parent(command: Sequence[str], signum: signal.Signals, directory:
     program with threads, unlike `preexec_fn`, which runs Python code in a fork. `directory` is its working directory.
     Raises FileNotFoundError if there is no such program.
     """
+    import shutil  # it loads all compression libraries
+
     name = command[0]
     is_path = "/" in name
     found = shutil.which(Path(directory).absolute() / name if is_path else name)

@@ -46,7 +46,6 @@ from gpu_launcher.jobs.control_socket import open_control
 from gpu_launcher.jobs.directory import DirectoryLock
 from gpu_launcher.jobs.events import (
     Event,
-    Figures,
     JobEnded,
     JobReturned,
     JobStarted,
@@ -61,8 +60,10 @@ from gpu_launcher.jobs.events import (
     Throttled,
 )
 from gpu_launcher.jobs.failures import set_aside
+from gpu_launcher.jobs.figures import Figures
 from gpu_launcher.jobs.job import Job, JobResult
-from gpu_launcher.jobs.manifest import Recorder, how_to_resume, new_reports
+from gpu_launcher.jobs.manifest import how_to_resume
+from gpu_launcher.jobs.recorder import Recorder, new_reports
 from gpu_launcher.jobs.result_table import value_names, write_results
 from gpu_launcher.jobs.source import UNTHROTTLED, Throttle
 from gpu_launcher.jobs.sweep import Options

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpu_launcher.errors import ManifestError
-from gpu_launcher.jobs.manifest import DIRECTORY, MANIFEST, Entry, Manifest, ManifestReader, State
+from gpu_launcher.jobs.launches import DIRECTORY, MANIFEST
+from gpu_launcher.jobs.manifest import Entry, Manifest, ManifestReader, State
 from gpu_launcher.jobs.node_devices import NodeDevice, nodes_of_running
 from gpu_launcher.jobs.progress.estimate import time_left
 from gpu_launcher.jobs.result_table import JobRow, ResultTable, result_row, tabulate

@@ -9,7 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_launcher.jobs.manifest import DIRECTORY, Entry
+from gpu_launcher.jobs.launches import DIRECTORY
+from gpu_launcher.jobs.manifest import Entry
 from gpu_launcher.redaction import redact
 from gpu_launcher.safe_files import open_beneath, read_all
 

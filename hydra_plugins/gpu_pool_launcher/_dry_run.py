@@ -15,7 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs.dry_run import examine_needs
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.manifest import finished_before, read
+from gpu_launcher.jobs.manifest import read
+from gpu_launcher.jobs.recorder import finished_before
 from gpu_launcher.model import Request
 from gpu_launcher.processes.exceptions import describe
 from gpu_launcher.text import one_line

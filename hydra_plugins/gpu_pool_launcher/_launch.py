@@ -25,10 +25,11 @@ from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.head import JobRunner, SweepResult, run_jobs
 from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.labels import Labels
-from gpu_launcher.jobs.manifest import finished_before, read
+from gpu_launcher.jobs.manifest import read
 from gpu_launcher.jobs.node_client import LocalNode
 from gpu_launcher.jobs.notifications import Notifier
 from gpu_launcher.jobs.progress.stream import Output
+from gpu_launcher.jobs.recorder import finished_before
 from gpu_launcher.jobs.result_table import write_results
 from gpu_launcher.jobs.source import JobSource, Throttle
 from gpu_launcher.jobs.sweep import Options

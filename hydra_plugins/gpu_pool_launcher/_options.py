@@ -12,7 +12,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gpu_launcher import requests, validation
 from gpu_launcher.allocation.environment import DeviceEnvironment
-from gpu_launcher.devices import BUSY_MEMORY
 from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.job import Cause
@@ -20,7 +19,7 @@ from gpu_launcher.jobs.job_options import JobOptions
 from gpu_launcher.jobs.manifest import DIRECTIONS
 from gpu_launcher.jobs.notifications import ON_END, ON_JOB_FAILURE, Hooks, read_hook
 from gpu_launcher.jobs.sweep import Options
-from gpu_launcher.model import Request
+from gpu_launcher.model import BUSY_MEMORY, Request
 from gpu_launcher.nodes.engines import NodeSpec, fetches, read_nodes
 from gpu_launcher.sizes import read_memory
 from gpu_launcher.text import one_line

@@ -11,7 +11,7 @@ import pytest
 
 from gpu_launcher.jobs.events import JobEnded, JobRetried, JobReturned, JobStarted, Outcome
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.manifest import Recorder
+from gpu_launcher.jobs.recorder import Recorder
 from gpu_launcher.model import Device, DeviceKind
 
 GPU = Device("GPU-1", 1, "a GPU", DeviceKind.GPU)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.manifest import Recorder
+from gpu_launcher.jobs.recorder import Recorder
 
 if TYPE_CHECKING:
     from conftest import Cli  # type: ignore[import-not-found]
@@ -124,19 +124,38 @@ SLOW = {
 NOT_NEEDED = SLOW - {"rich", "pynvml"} | {
     "multiprocessing",
     "asyncio",
+    "ssl",
     "decimal",
     "statistics",
+    "rich.console",
     "gpu_launcher.jobs.machine",
+    "gpu_launcher.jobs.recorder",
+    "gpu_launcher.jobs.events",
+    "gpu_launcher.jobs.steering",
+    "gpu_launcher.processes.messages",
 }
+NOT_NEEDED_TO_READ = NOT_NEEDED | {
+    "hashlib",
+    "logging",
+    "shutil",
+    "socket",
+    "subprocess",
+    "gpu_launcher.allocation",
+    "gpu_launcher.devices",
+    "gpu_launcher.leases",
+}
+"""What commands that read the directory of a sweep do without, if no program runs it."""
 
 
-def loaded(cli: Cli, *arguments: str) -> set[str]:
+def loaded(cli: Cli, *arguments: str, cwd: Path | None = None) -> set[str]:
     """The modules that are imported when a command ends."""
     code = (
         f"import sys, atexit; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); sys.argv[1:] = {arguments}"
     )
     code += "; from gpu_launcher.cli.main import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], env=cli.environ, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=cli.environ, cwd=cwd, capture_output=True, text=True, check=False
+    )
     return set(done.stderr.splitlines()[-1].split())
 
 
@@ -149,12 +168,15 @@ def test_help_and_wrong_options_import_nothing_slow(cli: Cli, arguments: tuple[s
 
 
 def test_short_commands_import_only_what_they_need(cli: Cli, tmp_path: Path) -> None:
-    Recorder(tmp_path, [Job(0, "lr=1", ["lr=1"])], "train.py")
-    of_the_sweep = (("jobs", str(tmp_path)), ("results", str(tmp_path)))
-    for arguments in (("status",), *of_the_sweep, ("run", "--devices", "cpu:1", "--", "true")):
-        modules = loaded(cli, *arguments)
+    Recorder(tmp_path / "sweep", [Job(0, "lr=1", ["lr=1"])], "train.py").close()
+    for arguments in (("status",), ("run", "--devices", "cpu:1", "--", "true")):
+        modules = loaded(cli, *arguments, cwd=tmp_path)
         assert "gpu_launcher.leases.file_ledger" in modules, arguments
-        assert modules.isdisjoint(NOT_NEEDED), arguments
+        assert modules.isdisjoint(NOT_NEEDED | {"gpu_launcher.jobs.manifest"}), arguments
+    for arguments in (("sweeps",), ("jobs",), ("results",), ("results", "--json")):
+        modules = loaded(cli, *arguments, cwd=tmp_path)
+        assert "gpu_launcher.jobs.manifest" in modules, arguments
+        assert modules.isdisjoint(NOT_NEEDED_TO_READ), arguments
 
 
 def test_at_its_end_a_command_does_not_search_for_garbage(cli: Cli) -> None:

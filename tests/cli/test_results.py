@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from gpu_launcher.jobs.events import Figures, JobEnded, JobStarted, Outcome
+from gpu_launcher.jobs.events import JobEnded, JobStarted, Outcome
+from gpu_launcher.jobs.figures import Figures
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.manifest import Recorder
+from gpu_launcher.jobs.recorder import Recorder
 from gpu_launcher.model import Device, DeviceKind
 
 GPU = Device("GPU-1", 1, "a GPU", DeviceKind.GPU)

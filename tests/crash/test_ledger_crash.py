@@ -20,8 +20,9 @@ from pathlib import Path
 
 import pytest
 
+from gpu_launcher.boot import Origin
 from gpu_launcher.leases import FileLedger, mutex, resolve_pool_directory
-from gpu_launcher.leases.file_format import LeaseRecord, Origin, TicketName, TicketRecord, decode
+from gpu_launcher.leases.file_format import LeaseRecord, TicketName, TicketRecord, decode
 from gpu_launcher.leases.grant_policy import Candidate, Demand
 from gpu_launcher.model import WHOLE, Device, DeviceKind, Owner, Request, Share
 from gpu_launcher.text import one_line

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_launcher.jobs.manifest import DIRECTORY
+from gpu_launcher.jobs.launches import DIRECTORY
 from tests.hydra.test_nodes import Run, Start, node, on, refusal, returns, without
 from tests.waiting import until
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gpu_launcher.jobs.manifest import DIRECTORY, MANIFEST
+from gpu_launcher.jobs.launches import DIRECTORY, MANIFEST
 from tests.hydra.conftest import environment
 
 pytestmark = pytest.mark.thorough

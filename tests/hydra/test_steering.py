@@ -18,7 +18,8 @@ import gpu_launcher
 from gpu_launcher import SteeringError, Sweep, load_results
 from gpu_launcher.jobs.control import CancelJobs, ranges_of, spell, write_request
 from gpu_launcher.jobs.control_socket import connect
-from gpu_launcher.jobs.manifest import DIRECTORY, State, read
+from gpu_launcher.jobs.launches import DIRECTORY
+from gpu_launcher.jobs.manifest import State, read
 from gpu_launcher.studies.trial_attrs import RETRY_OF
 from tests.waiting import alive, until
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from gpu_launcher.devices import ConditionMonitor, LinkKind, NvmlProbe, environment, select_devices
+from gpu_launcher.devices import LinkKind, NvmlProbe, environment, select_devices
+from gpu_launcher.devices.monitor import ConditionMonitor
 
 if TYPE_CHECKING:
     from conftest import Machine  # type: ignore[import-not-found]

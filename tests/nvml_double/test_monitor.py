@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gpu_launcher.devices import ConditionMonitor, cpu_slots
+from gpu_launcher.devices import cpu_slots
+from gpu_launcher.devices.monitor import ConditionMonitor
 from gpu_launcher.model import Device, DeviceKind
 from tests.waiting import alive, until
 
@@ -156,7 +157,7 @@ def test_where_there_is_no_gpu_nothing_is_started() -> None:
 def test_it_ends_when_the_launching_program_is_killed(here: Machine) -> None:
     code = """
 import sys, time
-from gpu_launcher.devices import ConditionMonitor
+from gpu_launcher.devices.monitor import ConditionMonitor
 from gpu_launcher.model import Device, DeviceKind
 monitor = ConditionMonitor([Device("GPU-a", 0, "NVIDIA Double", DeviceKind.GPU)])
 monitor.ask(1)

@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gpu_launcher.boot import Origin
 from gpu_launcher.leases import FileLedger, HeldLease, scan
 from gpu_launcher.leases.file_format import (
     MAX_ENTRY_BYTES,
     LeaseRecord,
-    Origin,
     TicketName,
     TicketRecord,
     decode,

@@ -13,7 +13,8 @@ from gpu_launcher.errors import SteeringError
 from gpu_launcher.jobs.control import Answer, Steering
 from gpu_launcher.jobs.control_socket import ControlSocket
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.manifest import DIRECTORY, Recorder
+from gpu_launcher.jobs.launches import DIRECTORY
+from gpu_launcher.jobs.recorder import Recorder
 from gpu_launcher.jobs.steering import Sweep
 from tests.security.accounts import ADA, MALLORY, acting_as
 

@@ -26,7 +26,9 @@ from gpu_launcher.cli.printing import to_text
 from gpu_launcher.errors import ManifestError
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.manifest import DIRECTORY, MANIFEST, Recorder, finished_before, launches_in, read
+from gpu_launcher.jobs.launches import DIRECTORY, MANIFEST, launches_in
+from gpu_launcher.jobs.manifest import read
+from gpu_launcher.jobs.recorder import Recorder, finished_before
 from gpu_launcher.processes.messages import Report
 
 REPOSITORY = Path(__file__).parents[2]

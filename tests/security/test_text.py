@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpu_launcher.boot import Origin
 from gpu_launcher.cli.checks.finding import problem
 from gpu_launcher.cli.doctor import _to_json as doctor_json
 from gpu_launcher.cli.printing import to_text
 from gpu_launcher.cli.table import plain
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.leases.file_format import LeaseRecord, Origin, decode
+from gpu_launcher.leases.file_format import LeaseRecord, decode
 from gpu_launcher.leases.kernel import Process
 from gpu_launcher.model import WHOLE
 from gpu_launcher.processes.linux import command_lines

@@ -22,7 +22,9 @@ import gpu_launcher
 from gpu_launcher import ManifestError, OptionError, SteeringError, Sweep, load_results
 from gpu_launcher.jobs.directory import DirectoryLock
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.manifest import DIRECTORY, Recorder, State, read, read_manifest
+from gpu_launcher.jobs.launches import DIRECTORY
+from gpu_launcher.jobs.manifest import State, read, read_manifest
+from gpu_launcher.jobs.recorder import Recorder
 from gpu_launcher.jobs.where import Where
 from tests.waiting import alive, until
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from gpu_launcher.cli.mapping.template import Template
 from gpu_launcher.jobs.alone import AloneCommand, pool_options
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.manifest import Recorder, alone_commands, read
+from gpu_launcher.jobs.manifest import alone_commands, read
+from gpu_launcher.jobs.recorder import Recorder
 from gpu_launcher.requests import read_request
 
 AWKWARD = st.text(st.sampled_from(" '\"$`\\!#&;|<>(){}*?~-=ü中x") | st.characters(blacklist_categories=("C", "Z")))

@@ -22,6 +22,7 @@ if not (TREE / "gpu_launcher").is_dir():
 # do not import each other.
 LAYERS = (
     {
+        "gpu_launcher.boot",
         "gpu_launcher.debug_log",
         "gpu_launcher.descriptors",
         "gpu_launcher.errors",

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.manifest import DIRECTORY, MANIFEST, Entry, Recorder
+from gpu_launcher.jobs.launches import DIRECTORY, MANIFEST
+from gpu_launcher.jobs.manifest import Entry
+from gpu_launcher.jobs.recorder import Recorder
 from gpu_launcher.jobs.result_table import tabulate
 from gpu_launcher.jobs.sweep_overview import DescribedSweep, describe
 from gpu_launcher.web import catalogue

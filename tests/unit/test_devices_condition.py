@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpu_launcher.devices import BUSY_MEMORY, Condition, GpuProcess, foreign_processes, why_busy
+from gpu_launcher.devices import Condition, GpuProcess, foreign_processes, why_busy
+from gpu_launcher.model import BUSY_MEMORY
 from gpu_launcher.sizes import GIB, MIB
 
 LAUNCHER = 100

@@ -15,7 +15,8 @@ from gpu_launcher.jobs.ending import Ending, ending_of, recorded_end
 from gpu_launcher.jobs.events import JobEnded, Outcome
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.manifest import DIRECTORY, Recorder, record_end
+from gpu_launcher.jobs.launches import DIRECTORY
+from gpu_launcher.jobs.recorder import Recorder, record_end
 
 
 @pytest.fixture

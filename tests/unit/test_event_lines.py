@@ -12,7 +12,6 @@ from gpu_launcher.devices.simulated import simulated_devices
 from gpu_launcher.jobs.event_lines import MAX_STATE_FAILURES, read_line, write_event, write_state
 from gpu_launcher.jobs.events import (
     Event,
-    Figures,
     JobEnded,
     JobRetried,
     JobReturned,
@@ -29,6 +28,7 @@ from gpu_launcher.jobs.events import (
     SweepStarted,
     Throttled,
 )
+from gpu_launcher.jobs.figures import Figures
 from gpu_launcher.jobs.progress.tally import SweepTally
 
 GPUS = tuple(replace(device, node="gpu1", cpus=(0, 1)) for device in simulated_devices(2))

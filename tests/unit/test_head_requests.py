@@ -33,7 +33,8 @@ from gpu_launcher.jobs.event_lines import read_line
 from gpu_launcher.jobs.events import Event, JobsRequeued, JobStarted, Notice, Outcome, StopRequested, Throttled
 from gpu_launcher.jobs.head import SweepResult, run_jobs
 from gpu_launcher.jobs.job import Job, JobResult
-from gpu_launcher.jobs.manifest import DIRECTORY, read
+from gpu_launcher.jobs.launches import DIRECTORY
+from gpu_launcher.jobs.manifest import read
 from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Message, Opened, Wanted
 from gpu_launcher.jobs.progress.tally import SweepTally
 from gpu_launcher.jobs.source import AllOffered, Cancel, Exhausted, Offer, Statement, Stop, Throttle

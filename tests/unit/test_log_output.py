@@ -14,7 +14,7 @@ from gpu_launcher.devices.simulated import simulated_devices
 from gpu_launcher.errors import ManifestError
 from gpu_launcher.jobs.events import JobEnded, JobRetried, JobStarted, Outcome
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.manifest import Recorder
+from gpu_launcher.jobs.recorder import Recorder
 from tests.waiting import until
 
 

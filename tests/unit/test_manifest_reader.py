@@ -10,7 +10,9 @@ import pytest
 
 from gpu_launcher.errors import ManifestError
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.manifest import DIRECTORY, MANIFEST, ManifestReader, Recorder, State, read_manifest
+from gpu_launcher.jobs.launches import DIRECTORY, MANIFEST
+from gpu_launcher.jobs.manifest import ManifestReader, State, read_manifest
+from gpu_launcher.jobs.recorder import Recorder
 
 
 def recorder_of(directory: Path, jobs: int) -> Recorder:

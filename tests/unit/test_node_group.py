@@ -25,7 +25,7 @@ from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.job import Cause, Job, JobResult, Refusal
 from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Opened, Wanted
 from gpu_launcher.jobs.outcome import classify_exit, left_by, not_started
-from gpu_launcher.jobs.reports import ReportFiles
+from gpu_launcher.jobs.report_files import ReportFiles
 from gpu_launcher.jobs.source import Cancel, Exhausted, Offer, Stop, Throttle
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.nodes import group_jobs, group_scaling, member, node_group, scaling

@@ -12,9 +12,10 @@ import pytest
 
 from gpu_launcher.jobs.events import Outcome
 from gpu_launcher.jobs.job import JobResult
-from gpu_launcher.jobs.manifest import DIRECTORY
+from gpu_launcher.jobs.launches import DIRECTORY
 from gpu_launcher.jobs.node_messages import Ended, Wanted
-from gpu_launcher.jobs.reports import ReportFiles, read_report
+from gpu_launcher.jobs.report_files import ReportFiles
+from gpu_launcher.jobs.reports import read_report
 from gpu_launcher.nodes import agent, outputs
 from gpu_launcher.nodes.agent_messages import (
     OutputData,

@@ -19,10 +19,12 @@ from gpu_launcher.cli.result_lines import lines, pivot_lines, to_json
 from gpu_launcher.cli.result_plot import draw
 from gpu_launcher.cli.table import plain, width_of
 from gpu_launcher.errors import ManifestError, OptionError, UnsupportedVersionError
-from gpu_launcher.jobs.events import Figures, JobEnded, JobStarted, Outcome
+from gpu_launcher.jobs.events import JobEnded, JobStarted, Outcome
+from gpu_launcher.jobs.figures import Figures
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.manifest import DIRECTORY, MANIFEST, Recorder
+from gpu_launcher.jobs.launches import DIRECTORY, MANIFEST
 from gpu_launcher.jobs.pivot import pivoted
+from gpu_launcher.jobs.recorder import Recorder
 from gpu_launcher.jobs.result_panels import panels
 from gpu_launcher.jobs.result_table import ResultTable, params_of, typed, write_csv, write_results
 from gpu_launcher.model import Device, DeviceKind

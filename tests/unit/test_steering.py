@@ -24,8 +24,9 @@ from gpu_launcher.jobs.event_lines import write_event, write_state
 from gpu_launcher.jobs.events import JobEnded, Notice, Outcome
 from gpu_launcher.jobs.identity import ProcessIdentity
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.manifest import DIRECTORY, Recorder, record_end
+from gpu_launcher.jobs.launches import DIRECTORY
 from gpu_launcher.jobs.progress.tally import SweepTally
+from gpu_launcher.jobs.recorder import Recorder, record_end
 from gpu_launcher.jobs.steering import Sweep
 from gpu_launcher.jobs.sweep_overview import describe
 

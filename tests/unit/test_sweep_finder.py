@@ -9,8 +9,10 @@ import pytest
 
 from gpu_launcher.errors import ManifestError
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.manifest import DIRECTORY, MANIFEST, Recorder
-from gpu_launcher.jobs.sweep_finder import chosen_sweep, newest_sweep, read_chosen_sweep, running_sweep, sweeps_below
+from gpu_launcher.jobs.launches import DIRECTORY, MANIFEST
+from gpu_launcher.jobs.manifest import read_chosen_sweep
+from gpu_launcher.jobs.recorder import Recorder
+from gpu_launcher.jobs.sweep_finder import chosen_sweep, newest_sweep, running_sweep, sweeps_below
 
 
 def test_the_newest_sweep_is_the_one_that_wrote_last(tmp_path: Path) -> None:

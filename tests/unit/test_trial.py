@@ -22,7 +22,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 import gpu_launcher
-from gpu_launcher.jobs.manifest import Recorder
+from gpu_launcher.jobs.recorder import Recorder
 from gpu_launcher.processes import job_channel, messages, rank_decisions
 from gpu_launcher.processes.messages import JobMessage, JobReply
 from gpu_launcher.studies import rank_reporters

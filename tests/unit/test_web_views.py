@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from gpu_launcher.jobs.events import JobEnded, JobStarted, Outcome
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.manifest import Recorder
+from gpu_launcher.jobs.recorder import Recorder
 from gpu_launcher.web.catalogue import Catalogue, id_of
 from gpu_launcher.web.templating import templates
 from gpu_launcher.web.views import Views

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from gpu_launcher.jobs.events import Figures, JobEnded, JobStarted, Outcome
+from gpu_launcher.jobs.events import JobEnded, JobStarted, Outcome
+from gpu_launcher.jobs.figures import Figures
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.manifest import DIRECTORY, MANIFEST, Recorder
+from gpu_launcher.jobs.launches import DIRECTORY, MANIFEST
+from gpu_launcher.jobs.recorder import Recorder
 from gpu_launcher.model import Device, DeviceKind
 from gpu_launcher.web.catalogue import id_of
 

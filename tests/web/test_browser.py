@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.manifest import Recorder
+from gpu_launcher.jobs.recorder import Recorder
 from gpu_launcher.jobs.result_table import load_results
 from gpu_launcher.studies.report_curves import STUDY_FILE
 from gpu_launcher.web.catalogue import SweepReader, id_of

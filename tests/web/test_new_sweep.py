@@ -13,7 +13,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from gpu_launcher.jobs.manifest import launches_in
+from gpu_launcher.jobs.launches import launches_in
 from tests.waiting import alive, until
 from tests.web.serving import Reply, WebServer, title_of
 

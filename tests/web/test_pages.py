@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_launcher.jobs.manifest import DIRECTORY, MANIFEST
+from gpu_launcher.jobs.launches import DIRECTORY, MANIFEST
 from tests.waiting import until
 from tests.web.serving import CLI, Reply, WebServer, WrittenSweep, title_of, write_large_sweep, write_sweep
 

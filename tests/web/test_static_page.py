@@ -20,7 +20,7 @@ import pytest
 
 from gpu_launcher.cli.result_page import write_page
 from gpu_launcher.errors import OptionError, UnsupportedVersionError
-from gpu_launcher.jobs.manifest import DIRECTORY, MANIFEST
+from gpu_launcher.jobs.launches import DIRECTORY, MANIFEST
 from gpu_launcher.jobs.result_table import load_results
 from gpu_launcher.web.catalogue import SweepReader
 from gpu_launcher.web.static_page import MAX_CHARTED_VALUES, static_page

@@ -17,14 +17,13 @@ from typing import Any, NoReturn
 from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.cli.checks.finding import Finding, ok, problem, warning
 from gpu_launcher.cli.checks.gpus import kinds
-from gpu_launcher.devices import BUSY_MEMORY
 from gpu_launcher.jobs.directory import as_proposed
 from gpu_launcher.jobs.events import Notice
 from gpu_launcher.jobs.node_messages import BeginRun, Closed, Opened
-from gpu_launcher.jobs.reports import ReportFiles
+from gpu_launcher.jobs.report_files import ReportFiles
 from gpu_launcher.jobs.source import Exhausted
 from gpu_launcher.jobs.sweep import Options
-from gpu_launcher.model import Device, DeviceKind
+from gpu_launcher.model import BUSY_MEMORY, Device, DeviceKind
 from gpu_launcher.nodes.agent_messages import Echo, HostedProgram, Setup, Timing
 from gpu_launcher.nodes.engines import NodeSpec
 from gpu_launcher.nodes.remote_node import Life, RemoteNode, end_all

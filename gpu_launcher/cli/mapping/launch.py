@@ -26,7 +26,6 @@ from gpu_launcher.cli.options import as_flag
 from gpu_launcher.cli.steer import check_directory
 from gpu_launcher.cli.streams import print_if_possible, printable, tell
 from gpu_launcher.debug_log import log_into
-from gpu_launcher.devices import BUSY_MEMORY
 from gpu_launcher.durations import read_duration
 from gpu_launcher.errors import GpuLauncherError, MapError, OptionError, UsageError
 from gpu_launcher.jobs.dry_run import examine_needs
@@ -38,6 +37,7 @@ from gpu_launcher.jobs.leaving import OUTPUT, detached_text, over_ssh
 from gpu_launcher.jobs.notifications import ON_END, ON_JOB_FAILURE, Hooks, Notifier, read_hook
 from gpu_launcher.jobs.progress import open_progress
 from gpu_launcher.jobs.sweep import Options
+from gpu_launcher.model import BUSY_MEMORY
 from gpu_launcher.nodes.engines import NodeSpec, fetches, read_nodes
 from gpu_launcher.nodes.start import start_nodes
 from gpu_launcher.processes.detaching import Detachment, continue_detached

@@ -29,7 +29,7 @@ from gpu_launcher.cli.mapping.values import Params, to_json
 from gpu_launcher.errors import ManifestError, OptionError, UsageError
 from gpu_launcher.jobs.directory import LOCK, DirectoryLock
 from gpu_launcher.jobs.failures import set_aside
-from gpu_launcher.jobs.manifest import DIRECTORY
+from gpu_launcher.jobs.launches import DIRECTORY
 from gpu_launcher.json_data import load_object
 from gpu_launcher.safe_files import (
     PRIVATE_DIRECTORY,
