@@ -20,8 +20,8 @@ import contextlib
 import itertools
 import selectors
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,6 @@ from gpu_launcher.jobs.alone import AloneCommand
 from gpu_launcher.jobs.control import (
     MAX_RANGES,
     Answer,
-    AskStatus,
     CancelJobs,
     ContinueSweep,
     LimitDevices,
@@ -42,8 +41,6 @@ from gpu_launcher.jobs.control import (
     Ranges,
     RetryJobs,
     Steering,
-    StopSweep,
-    WatchSweep,
     contains,
     is_one,
     merged,
@@ -54,32 +51,26 @@ from gpu_launcher.jobs.control import (
     spell,
     without,
 )
-from gpu_launcher.jobs.control_socket import ControlSocket, open_control
+from gpu_launcher.jobs.controlled_sweep import ControlledSweep
 from gpu_launcher.jobs.events import (
     Event,
     GaveUp,
     JobEnded,
-    JobRetried,
-    JobReturned,
     JobsRequeued,
     JobStarted,
-    JobWaiting,
-    NodesChanged,
     Notice,
     Outcome,
-    OutOfContact,
     Progress,
     SearchStatus,
     StopRequested,
     SweepEnded,
     SweepStarted,
-    Throttled,
 )
 from gpu_launcher.jobs.failures import set_aside
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.leaving import leave_while_running
 from gpu_launcher.jobs.manifest import Entry, read
-from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Heard, Message, Opened, Wanted
+from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Heard, Message, NodeReady, Opened, Wanted
 from gpu_launcher.jobs.notifications import Notifier
 from gpu_launcher.jobs.outcome import left_by, not_started
 from gpu_launcher.jobs.progress import PlainProgress, open_progress
@@ -102,7 +93,6 @@ from gpu_launcher.jobs.source import (
     Throttle,
 )
 from gpu_launcher.jobs.sweep import Options, portable
-from gpu_launcher.jobs.watched import Watched
 from gpu_launcher.processes.signals import StopSignals
 from gpu_launcher.wording import count, device_names
 
@@ -198,7 +188,8 @@ def run_jobs(
     Raises OptionError, PoolDirectoryError and ManifestError before any job is started. If anything is raised, the node
     is closed.
     """
-    with _closed_on_error(node), contextlib.ExitStack() as cleanup:
+    with contextlib.ExitStack() as cleanup:
+        cleanup.push(lambda error, *_: None if error is None else node.close())
         if display is not None:
             cleanup.callback(display.close)
         reports = new_reports(directory)
@@ -211,11 +202,12 @@ def run_jobs(
             before = read(directory)
             finished, skipped = finished_before(jobs, before)
         left = [_with_attempts(job, before) for job in jobs if job.number not in finished]
-        progress = Watched(display or open_progress())
-        cleanup.callback(progress.close)
+        display = display or open_progress()
+        cleanup.callback(display.close)
+        show: Callable[[Event], None] = display.handle
 
         def notice(text: str) -> None:
-            progress.handle(Notice(time.monotonic(), text))
+            show(Notice(time.monotonic(), text))
 
         recorder = Recorder(
             directory,
@@ -231,7 +223,11 @@ def run_jobs(
         )
         cleanup.callback(recorder.close)
         expected = len(left) if source is None else total
-        progress.handle(SweepStarted(time.monotonic(), expected, opened.devices, options.max_parallel))
+        leave = partial(leave_while_running, directory=directory, option=options.spell("detach"))
+        head = _Head(left, node, source, recorder, display, options.grace, expected, notifier, leave)
+        cleanup.callback(head.close)
+        show = head.show
+        show(SweepStarted(time.monotonic(), expected, opened.devices, options.max_parallel))
         if before:
             notice(f"resumed: {len(finished)} of {count(len(jobs), 'job')} completed before, and are not run again")
         for number, why in list(skipped.items())[:MAX_SKIPPED]:
@@ -241,29 +237,14 @@ def run_jobs(
         for text in notices:
             notice(text)
         _log.info("%s runs %s jobs in %s", command, "any number of" if expected is None else expected, directory)
-        control = open_control(recorder.directory, recorder.socket)
-        if control is not None:
-            cleanup.callback(control.close)
-        progress.control = control
-        leave = partial(leave_while_running, directory=directory, option=options.spell("detach"))
-        head = _Head(left, node, source, recorder, progress, options.grace, expected, control, notifier, leave)
         if throttle != UNTHROTTLED:
             head.begin_with(throttle)
         begun()
         head.run()
-        progress.handle(SweepEnded(time.monotonic(), tuple(closing(head.failed_jobs(), head.incomplete))))
+        show(SweepEnded(time.monotonic(), tuple(closing(head.failed_jobs(), head.incomplete))))
         results = {**finished, **head.results}
         listed = [results[job.number] for job in jobs]
         return SweepResult(listed, head.stopped_by, head.stopped, head.given_up, head.throttle)
-
-
-@contextlib.contextmanager
-def _closed_on_error(node: JobRunner) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        node.close()
-        raise
 
 
 def _with_attempts(job: Job, before: Mapping[int, Entry]) -> Job:
@@ -288,7 +269,7 @@ def _ended(result: JobResult) -> JobEnded:
     )
 
 
-class _Head:
+class _Head(ControlledSweep):
     """The state of one run in the head."""
 
     def __init__(
@@ -297,16 +278,14 @@ class _Head:
         node: JobRunner,
         source: JobSource | None,
         recorder: Recorder,
-        progress: Watched,
+        display: Progress,
         grace: float,
         total: int | None,
-        control: ControlSocket | None,
         notifier: Notifier | None,
         leave: Callable[[Interactive], PlainProgress | str],
     ) -> None:
-        self._total = total
-        """Number of jobs of this run, if it is known."""
-        self._control = control
+        super().__init__(recorder, total, grace)
+        self._display = display
         self._notifier = notifier
         self._waiting = deque(jobs)
         """Jobs of the list that have not been offered."""
@@ -315,21 +294,11 @@ class _Head:
         self._arrived: deque[Message] = deque()
         """Messages of the node that were received and not handled. They hold even if the node has died since."""
         self._source = source
-        self._recorder = recorder
-        self._progress = progress
-        self._grace = grace
         self._leave = leave
         self._offered: dict[int, Job] = {}
         """Jobs that were offered to the node and have not ended."""
-        self._running: dict[int, JobStarted] = {}
         self._dropped: dict[str, Ranges] = {}
         """Ranges of jobs that were cancelled before the source offered them, by what cancelled them."""
-        self._cancelled: set[int] = set()
-        """Offered jobs that were cancelled by a request, and have not ended."""
-        self._counts: Counter[Outcome] = Counter()
-        """How many jobs have ended, by outcome."""
-        self._facts: tuple[tuple[str, str], ...] = ()
-        """The state of the search."""
         self._incomplete: dict[int, tuple[Job, JobResult]] = {}
         """Jobs that failed or were cancelled, by number."""
         self._earlier: dict[int, JobResult] = {}
@@ -338,14 +307,10 @@ class _Head:
         """Whether the node knows, or need not know, that all jobs were offered."""
         self._exhausted = False
         """Whether the node was told that there are no more jobs, so that it ends the run."""
-        self._stopping: str | None = None
-        """What stopped the run: the name of a signal, or text such as "3 failures". None if it was not stopped."""
         self.given_up: str | None = None
         """Why the node gave up starting jobs, or that it died. None otherwise, even if the run was stopped."""
         self._signals = StopSignals()
         self._closed = False
-        self.throttle = UNTHROTTLED
-        """How much may run."""
         self.results: dict[int, JobResult] = {}
         """Results of the listed jobs, by number."""
         self.stopped = False
@@ -360,13 +325,12 @@ class _Head:
             selector.register(self._node.fileno(), selectors.EVENT_READ, self._on_node)
             if self._source is not None:
                 selector.register(self._source.fileno(), selectors.EVENT_READ, self._on_source)
-            if self._control is not None:
-                selector.register(self._control.fileno(), selectors.EVENT_READ, self._on_control)
+            if (control := self.fileno()) is not None:
+                selector.register(control, selectors.EVENT_READ, self.serve)
             if self._notifier is not None:
                 selector.register(self._notifier.begin(), selectors.EVENT_READ, self._on_notifier)
-            display = self._progress.display
-            if isinstance(display, Interactive) and (keys := display.fileno()) is not None:
-                selector.register(keys, selectors.EVENT_READ, partial(self._on_keys, display, selector, keys))
+            if isinstance(self._display, Interactive) and (keys := self._display.fileno()) is not None:
+                selector.register(keys, selectors.EVENT_READ, partial(self._on_keys, self._display, selector, keys))
             try:
                 self._take_arrived()
                 if self._source is None and not self._waiting:  # a node that asks for jobs may be hours away
@@ -381,7 +345,7 @@ class _Head:
                     self._node.tick()
                     if self._notifier is not None:
                         self._on_notifier()
-                    self._progress.tick(time.monotonic())
+                    self._display.tick(time.monotonic())
                 if self._signals.take() or self._signals.last is not None:  # may be too late for the node
                     self.stopped, self.stopped_by = True, self._signals.last
             except NodeDiedError as error:
@@ -393,22 +357,29 @@ class _Head:
         if self._notifier is not None:
             self._conclude(self._notifier)
 
-    # Notifications
+    def close(self) -> None:
+        """Close the control socket and the display."""
+        super().close()
+        self._display.close()
 
-    def _show(self, event: Event) -> None:
+    def show(self, event: Event) -> None:
         """Record an event, and then show it."""
-        self._recorder.handle(event)
-        self._progress.handle(event)
+        super().show(event)
+        self._display.handle(event)
+        if isinstance(event, StopRequested):
+            self._drop_waiting(None)
+
+    # Notifications
 
     def _on_notifier(self) -> None:
         assert self._notifier is not None
         for line in self._notifier.tick():
-            self._show(Notice(time.monotonic(), line))
+            self.show(Notice(time.monotonic(), line))
 
     def _conclude(self, notifier: Notifier) -> None:
         reason = "given_up" if self.given_up is not None else "stopped" if self.stopped else "completed"
         message = self.given_up if self.given_up is not None else self._stopping
-        notifier.conclude(reason, message, self._counts, stopped=self.stopped_by is not None)
+        notifier.conclude(reason, message, self._tally.ended, stopped=self.stopped_by is not None)
 
     # Signals
 
@@ -417,38 +388,18 @@ class _Head:
             assert self._signals.last is not None
             self._stop(self._signals.last.name)
 
-    def _stop(self, why: str) -> None:
-        """Interrupt the running jobs. The second call kills them."""
-        self._node.say(Stop())
-        forced = self._stopping is not None
-        _log.info("stop because of %s%s", why, ", for the second time" if forced else "")
-        self._show_stop(StopRequested(time.monotonic(), len(self._running), self._grace, forced, why))
-
-    def _show_stop(self, event: StopRequested) -> None:
-        self._stopping = self._stopping or event.signal
-        self._show(event)
-        self._drop_waiting(None)
-
-    # Requests from other terminals, and keys
-
-    def _on_control(self) -> None:
-        assert self._control is not None
-
-        def carry_out(request: Steering) -> Answer:
-            return self._carry_out(request, f"`gpu-launcher {name_of(request)}`")
-
-        self._control.serve(carry_out, self._progress.state)
+    # Keys
 
     def _on_keys(self, display: Interactive, selector: selectors.BaseSelector, keys: int) -> None:
         """Do what the keys ask for that were pressed. `selector` waits for more at the descriptor `keys`."""
         if isinstance(display.serve(self._carry_out_key), Detach):
             left = self._leave(display)
             if isinstance(left, str):
-                self._progress.display.handle(Notice(time.monotonic(), left))
+                self._display.handle(Notice(time.monotonic(), left))
             else:
                 self._signals.ignore_hangups()
                 selector.unregister(keys)
-                self._progress.display = left
+                self._display = left
 
     def _carry_out_key(self, request: Steering) -> str:
         """Carry out what a key asks for, and return a line about it. Raises ValueError if that is not possible."""
@@ -472,56 +423,26 @@ class _Head:
                 return "no limit on devices from now on"
         return f"at most {count(answer['devices'], 'device')} from now on"
 
-    def _carry_out(self, request: Steering, by: str) -> Answer:
-        """Carry out a request. Raises ValueError if that is not possible, with a message for the sender.
+    # Requests from other terminals, and keys
 
-        `by` says to the user where the request comes from.
-        """
-        match request:
-            case AskStatus():
-                return self._status()
-            case WatchSweep():  # the control socket answers it
-                return {}
-            case CancelJobs(jobs):
-                return self._cancel(jobs, by)
-            case RetryJobs(jobs):
-                return self._retry(jobs, by)
-            case StopSweep(now):
-                return self._stop_by_request(by, now=now)
-            case PauseSweep():
-                return self._change(replace(self.throttle, paused=True), "no job is started", by)
-            case ContinueSweep():
-                return self._change(replace(self.throttle, paused=False), "jobs are started again", by)
-            case LimitDevices(devices):
-                limit = "no limit on devices" if devices is None else f"at most {count(devices, 'device')}"
-                return self._change(replace(self.throttle, devices=devices), limit, by)
+    def _tell(self, statement: Cancel | Stop | Throttle) -> None:
+        self._node.say(statement)
 
-    def _status(self) -> Answer:
-        return {
-            "stopping": self._stopping,
-            "paused": self.throttle.paused,
-            "devices": self.throttle.devices,
-            "total": self._total,
-            "running": len(self._running),
-            "ended": {outcome.value: number for outcome, number in self._counts.items() if number},
-            "facts": self._facts,
-        }
+    def _stop_by_request(self, by: str, *, now: bool) -> Answer:
+        self._signals.note(Signals.SIGINT)  # the program ends as after Ctrl-C
+        return super()._stop_by_request(by, now=now)
 
-    def _cancel(self, jobs: Ranges, by: str) -> Answer:
-        """End those of these jobs that run, and conclude those that wait."""
-        already = named(jobs, self._cancelled)
-        running = [number for number in named(jobs, self._running) if number not in self._cancelled]
-        offered = [
-            number for number in named(jobs, self._offered) if number not in self._running.keys() | self._cancelled
-        ]
-        waiting = named(jobs, [job.number for job in self._waiting])
+    def _coming(self) -> Ranges:
         coming = range(0) if self._source is None else self._source.coming()
-        ahead = overlap(jobs, coming.start, coming.stop - 1) if coming else ()
-        ahead = without(ahead, merged(dropped for ranges in self._dropped.values() for dropped in ranges))
-        dropped = merged([*ranges_of([*offered, *waiting]), *ahead])
-        for number in [*running, *offered]:
-            self._cancelled.add(number)
-            self._node.say(Cancel(number, f"was cancelled by {by}"))
+        return ((coming.start, coming.stop - 1),) if coming else ()
+
+    def _later(self, jobs: Ranges) -> Ranges:
+        """Return those of these jobs that the source may offer later."""
+        return tuple(part for first, last in self._coming() for part in overlap(jobs, first, last))
+
+    def _drop(self, jobs: Ranges, by: str) -> Ranges:
+        offered = self._withdraw(named(jobs, self._offered), by)
+        ahead = without(self._later(jobs), self._all_dropped)
         self._dropped[by] = merged([*self._dropped.get(by, ()), *ahead])
         unwanted = [job for job in self._waiting if contains(jobs, job.number)]
         self._waiting = deque(job for job in self._waiting if not contains(jobs, job.number))
@@ -529,27 +450,20 @@ class _Head:
             self._end(self._not_wanted(job, by), job)
         if self._source is None and not self._waiting:
             self._note_all_offered()
-        if running or dropped:
-            all_of_them = spell(merged([*ranges_of(running), *dropped]))
-            self._show(Notice(time.monotonic(), f"{all_of_them} cancelled by {by}"))
-        return {
-            "ending": ranges_of(running)[:MAX_RANGES],
-            "dropped": dropped[:MAX_RANGES],
-            "already": ranges_of(already)[:MAX_RANGES],
-            "coming": [(coming.start, coming.stop - 1)] if coming else [],
-            "grace": self._grace,
-        }
+        return merged([*offered, *ranges_of(job.number for job in unwanted), *ahead])
+
+    @property
+    def _all_dropped(self) -> Ranges:
+        return merged(dropped for ranges in self._dropped.values() for dropped in ranges)
 
     def _retry(self, jobs: Ranges | None, by: str) -> Answer:
-        """Run those of these jobs again that did not complete. None: all that failed."""
         if self._exhausted or self._stopping is not None or self.given_up is not None:
             return {"over": True, "again": [], "ahead": [], "unfinished": []}
         if jobs is None:
             numbers = [number for number, (_, result) in self._incomplete.items() if result.outcome is Outcome.FAILED]
             jobs = ranges_of(numbers)
-        coming = range(0) if self._source is None else self._source.coming()
-        later = overlap(jobs, coming.start, coming.stop - 1) if coming else ()
-        not_later = without(later, merged(dropped for ranges in self._dropped.values() for dropped in ranges))
+        later = self._later(jobs)
+        not_later = without(later, self._all_dropped)
         ahead = without(later, not_later)
         again = [self._incomplete[number] for number in named(jobs, self._incomplete)]
         if again:
@@ -580,11 +494,10 @@ class _Head:
         failed = sum(one.outcome is Outcome.FAILED for one in results)
         not_run = sum(one.outcome is Outcome.CANCELLED and one.duration is None for one in results)
         numbers = frozenset(job.number for job in jobs)
-        self._show(JobsRequeued(time.monotonic(), numbers, failed, not_run, text))
+        self.show(JobsRequeued(time.monotonic(), numbers, failed, not_run, text))
         for job, result in zip(jobs, results, strict=True):
             number = job.number
             _log.info("job %d runs again after it %s", number, result.outcome.value)
-            self._counts[result.outcome] -= 1
             self.results.pop(number, None)
             del self._incomplete[number]
             self._earlier[number] = result
@@ -596,27 +509,6 @@ class _Head:
         result = not_started(job, job.attempts_before + 1, None)
         return replace(result, message=f"was cancelled by {by}", withdrawn=True)
 
-    def _stop_by_request(self, by: str, *, now: bool) -> Answer:
-        already = self._stopping is not None
-        self._signals.note(Signals.SIGINT)  # the program ends as after Ctrl-C
-        if now:
-            by = by.replace("stop", "stop --now")
-        if now and not already:
-            self._stop(by)
-        if now or not already:
-            self._stop(by)
-        return {"already": already, "running": len(self._running), "grace": self._grace}
-
-    def _change(self, throttle: Throttle, what: str, by: str) -> Answer:
-        """Change how much may run. `what` says so to the user."""
-        if self._stopping is not None:
-            raise ValueError("it is stopping, so no more jobs are started")
-        changed = throttle != self.throttle
-        if changed:
-            self._set_throttle(throttle, f"{what} from now on, because of {by}")
-        running = len(self._running)
-        return {"changed": changed, "paused": throttle.paused, "devices": throttle.devices, "running": running}
-
     def begin_with(self, throttle: Throttle) -> None:
         """Let no more run than an earlier batch of the sweep was last allowed to."""
         still = []
@@ -625,11 +517,6 @@ class _Head:
         if throttle.devices is not None:
             still.append(f"at most {count(throttle.devices, 'device')} before `gpu-launcher limit none`")
         self._set_throttle(throttle, f"as in the batch before: {', and '.join(still)}")
-
-    def _set_throttle(self, throttle: Throttle, text: str) -> None:
-        self.throttle = throttle
-        self._node.say(throttle)
-        self._show(Throttled(time.monotonic(), throttle.paused, throttle.devices, text))
 
     # The node
 
@@ -647,14 +534,10 @@ class _Head:
                 self._deal(count)
             case JobStarted(number=number):
                 _log.info("job %d runs on %s, log %s", number, device_names(message.devices), message.log)
-                self._running[number] = message
                 self._earlier.pop(number, None)
-                self._show(message)
+                self.show(message)
                 if self._source is not None and number not in self._listed:
                     self._source.started(self._offered[number], message.devices, message.log)
-            case JobRetried(number=number) | JobReturned(number=number):
-                self._running.pop(number, None)
-                self._show(message)
             case Heard(number, what):
                 if self._source is not None:
                     self._source.on_message(number, what)
@@ -663,16 +546,16 @@ class _Head:
                 if self._notifier is not None and job is not None and result.outcome is Outcome.FAILED:
                     self._notifier.job_failed(job, result)
                 self._end(result)
-            case StopRequested():
-                self._show_stop(message)
             case GaveUp(problem=problem):
                 self.given_up = problem
-                self._show(Notice(message.time, message.text))
+                self.show(Notice(message.time, message.text))
                 self._drop_waiting(problem)
-            case Notice() | JobWaiting() | NodesChanged() | OutOfContact():
-                self._show(message)
             case Closed():
                 self._close(message)
+            case NodeReady() | Opened():
+                pass  # they are received before the run begins
+            case _:
+                self.show(message)
 
     def _close(self, closed: Closed) -> None:
         self._closed = True
@@ -688,7 +571,6 @@ class _Head:
         """Take note of the result of a job. `job` is needed if the job was not offered."""
         number = result.number
         _log.info("job %d attempt %d has its result: %s", number, result.attempts, result.outcome.value)
-        self._running.pop(number, None)
         job = self._offered.pop(number, job)
         earlier, of_source = self._earlier.pop(number, None), result
         if number in self._cancelled:
@@ -696,10 +578,9 @@ class _Head:
             result = of_source = replace(result, withdrawn=result.outcome is Outcome.CANCELLED)
         elif earlier is not None and (self._stopping is not None or self.given_up is not None):
             result = earlier  # it did not begin again
-        self._counts[result.outcome] += 1
-        self._show(_ended(result))
+        self.show(_ended(result))
         if (text := result.left_behind_text) is not None:
-            self._show(Notice(time.monotonic(), text))
+            self.show(Notice(time.monotonic(), text))
         if number in self._listed:
             self.results[number] = result
         elif self._source is not None:
@@ -713,7 +594,7 @@ class _Head:
     @property
     def incomplete(self) -> int:
         """Number of jobs that failed or were cancelled."""
-        return sum(self._counts[outcome] for outcome in INCOMPLETE)
+        return sum(self._tally.ended[outcome] for outcome in INCOMPLETE)
 
     def failed_jobs(self) -> list[Job]:
         """Return jobs that failed, one for each way of failing."""
@@ -735,7 +616,7 @@ class _Head:
         if self._closed:
             return
         _log.error("%s", problem)
-        self._show(Notice(time.monotonic(), f"{problem}. No more jobs are started"))
+        self.show(Notice(time.monotonic(), f"{problem}. No more jobs are started"))
         self.stopped = self._stopping is not None
         self.stopped_by = self._signals.last
         self.given_up = NOT_RUN
@@ -745,7 +626,7 @@ class _Head:
 
     def _left_by(self, job: Job) -> JobResult:
         """Make the result of a job whose node died before it sent one."""
-        started, attempts = self._running.get(job.number), job.attempts_before + 1
+        started, attempts = self._tally.running.get(job.number), job.attempts_before + 1
         with contextlib.suppress(FileNotFoundError, ReportError):
             report = read_report(self._recorder.report_path(job.number))
             if report.ok:
@@ -808,13 +689,12 @@ class _Head:
                         self._offer(job)
                 case Exhausted(reason):
                     if reason is not None:
-                        self._show(Notice(time.monotonic(), reason))
+                        self.show(Notice(time.monotonic(), reason))
                     self._note_all_offered()
                 case Remark(text):
-                    self._show(Notice(time.monotonic(), text))
+                    self.show(Notice(time.monotonic(), text))
                 case Facts(facts):
-                    self._facts = facts
-                    self._show(SearchStatus(time.monotonic(), facts))
+                    self.show(SearchStatus(time.monotonic(), facts))
                 case _:
                     self._node.say(statement)
 

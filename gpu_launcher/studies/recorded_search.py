@@ -12,40 +12,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from gpu_launcher.errors import OptionError
 from gpu_launcher.jobs import node_messages as node
-from gpu_launcher.jobs.control import (
-    MAX_RANGES,
-    Answer,
-    AskStatus,
-    CancelJobs,
-    ContinueSweep,
-    LimitDevices,
-    PauseSweep,
-    Ranges,
-    RetryJobs,
-    Steering,
-    StopSweep,
-    WatchSweep,
-    contains,
-    name_of,
-    named,
-    ranges_of,
-    spell,
-)
-from gpu_launcher.jobs.control_socket import open_control
+from gpu_launcher.jobs.control import MAX_RANGES, Answer, Ranges, named, ranges_of
+from gpu_launcher.jobs.controlled_sweep import ControlledSweep
 from gpu_launcher.jobs.directory import DirectoryLock
 from gpu_launcher.jobs.events import (
-    Event,
     JobEnded,
     JobReturned,
     JobStarted,
@@ -63,17 +43,16 @@ from gpu_launcher.jobs.failures import set_aside
 from gpu_launcher.jobs.figures import Figures
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.manifest import how_to_resume
+from gpu_launcher.jobs.progress.plain import stopping
 from gpu_launcher.jobs.recorder import Recorder, new_reports
 from gpu_launcher.jobs.result_table import value_names, write_results
-from gpu_launcher.jobs.source import UNTHROTTLED, Throttle
+from gpu_launcher.jobs.source import Cancel, Statement, Stop, Throttle
 from gpu_launcher.jobs.sweep import Options
-from gpu_launcher.jobs.watched import Watched
 from gpu_launcher.jobs.where import this_program
 from gpu_launcher.model import Device
 from gpu_launcher.studies.objective import TrialLogs
 from gpu_launcher.studies.study_session import StudySession
 from gpu_launcher.text import short_path
-from gpu_launcher.wording import count
 
 log = logging.getLogger("gpu_launcher")
 _logger = optuna.logging.get_logger("optuna.study._optimize")
@@ -90,19 +69,6 @@ ENDS_ONCE = (
     "a trial ends once, and cannot run again: to try its parameters again, call study.enqueue_trial with them; "
     "`gpu-launcher jobs` shows them"
 )
-
-
-class Search(Protocol):
-    """What requests do to a search."""
-
-    def withdraw(self, job: int, why: str) -> None:
-        """End a running job. Its trial fails, and is not queued again."""
-
-    def set_throttle(self, throttle: Throttle) -> None:
-        """Change how much may run."""
-
-    def request_stop(self, *, now: bool) -> None:
-        """Interrupt the search as Ctrl-C does, or with `now` as a second Ctrl-C does."""
 
 
 class SearchDirectory:
@@ -142,7 +108,6 @@ class _Running:
     """A job that has a trial and has not ended."""
 
     trial: int
-    started: JobStarted
     label: str = ""
     params: Mapping[str, Any] | None = None
     """The parameters that were recorded."""
@@ -152,7 +117,7 @@ class _Running:
     values: tuple[float, ...] = ()
 
 
-class RecordedSearch:
+class RecordedSearch(ControlledSweep):
     """The record of a search in its directory, and the requests from other terminals."""
 
     def __init__(
@@ -169,10 +134,8 @@ class RecordedSearch:
         study = session.study
         self._directory = directory
         self._session = session
-        self._n_trials = session.bounds.n_trials
-        self._grace = options.grace
         self._names = study.metric_names or value_names(len(study.directions))
-        self._recorder = Recorder(
+        recorder = Recorder(
             directory.path,
             [],
             this_program(),
@@ -182,61 +145,41 @@ class RecordedSearch:
             anew=session.is_new,
             warn=log.warning,
         )
-        self._progress = Watched(_Unseen())
-        self._control = self._progress.control = open_control(self._recorder.directory, self._recorder.socket)
-        self._started: dict[int, JobStarted] = {}
-        """Jobs that have their devices and no trial yet."""
+        super().__init__(recorder, session.bounds.n_trials, options.grace)
         self._running: dict[int, _Running] = {}
         """Jobs that have a trial."""
         self._known: set[int] = set()
         """Trials that this call has run."""
-        self._withdrawn: dict[int, str] = {}
-        """Trials that a request has cancelled and that have not ended, with what cancelled them."""
-        self._counts: Counter[Outcome] = Counter()
-        self._incomplete: set[int] = set()
-        """Trials of this call that failed or were cancelled."""
         self._completed: set[int] = set()
-        self._throttle = UNTHROTTLED
-        self._stopping: str | None = None
-        self._facts: tuple[tuple[str, str], ...] = ()
-        self._show(SweepStarted(time.monotonic(), self._n_trials, devices, options.max_parallel))
-
-    def fileno(self) -> int | None:
-        """Return a descriptor that is readable when `serve` has something to do. None if there is no socket."""
-        return None if self._control is None else self._control.fileno()
+        self._said: list[Statement] = []
+        """What requests have told the search and `serve_requests` has not returned."""
+        self.show(SweepStarted(time.monotonic(), self._total, devices, options.max_parallel))
 
     # What happens
 
     def take(self, message: node.Message) -> None:
         """Take note of a message of the node, after the search has handled it."""
         match message:
-            case JobStarted(number=job):
-                self._started[job] = message
             case JobReturned(number=job):
-                self._started.pop(job, None)
                 if (running := self._running.pop(job, None)) is not None:
-                    self._show(replace(message, number=running.trial, label=running.label))
+                    self.show(replace(message, number=running.trial, label=running.label))
             case node.Ended(result):
-                self._started.pop(result.number, None)
                 if (running := self._running.pop(result.number, None)) is not None:
                     self._end(running, result)
-            case Notice() | NodesChanged():
-                self._show(message)
-            case JobWaiting():
-                self._progress.handle(message)
+            case Notice() | NodesChanged() | JobWaiting():
+                self.show(message)
 
-    def began(self, job: int, trial: int) -> str:
-        """Take note that a job runs with a trial. Returns the path of its log."""
-        log_file = self._directory.logs.path(trial)
-        started = replace(self._started.pop(job), number=trial, label="", log=str(log_file))
+    def began(self, started: JobStarted, trial: int) -> str:
+        """Take note that a job that has started has a trial. Returns the path of its log."""
+        log_file = self.log_of(trial)
         if trial not in self._known:  # otherwise its node was lost, and it runs on another one
             self._known.add(trial)
-            if log_file.exists():  # of an earlier study
-                set_aside(str(log_file), 1)
+            if Path(log_file).exists():  # of an earlier study
+                set_aside(log_file, 1)
             self._recorder.add(Job(trial, "", {}))
-        self._running[job] = _Running(trial, started)
-        self._show(started)
-        return str(log_file)
+        self._running[started.number] = _Running(trial)
+        self.show(replace(started, number=trial, label="", log=log_file))
+        return log_file
 
     def told(self, job: int, trial: FrozenTrial, message: str | None, *, stopped: bool) -> None:
         """Take note of how a trial ended. `stopped` says whether it did not end by itself.
@@ -247,16 +190,15 @@ class RecordedSearch:
         if running is None:
             return
         outcome = OUTCOMES.get(trial.state, Outcome.CANCELLED)
-        if outcome is Outcome.FAILED and (stopped or trial.number in self._withdrawn):
+        if outcome is Outcome.FAILED and (stopped or trial.number in self._cancelled):
             outcome = Outcome.CANCELLED
         running.outcome, running.message = outcome, message or None
         running.values = tuple(trial.values or ()) if outcome is Outcome.COMPLETED else ()
         self._describe(running, trial.params)
         # Most sampling is done while a trial runs, so its time is not known here.
         facts = tuple(fact for fact in self._session.facts() if fact[0] != "sampler")
-        if facts != self._facts:
-            self._facts = facts
-            self._show(SearchStatus(time.monotonic(), facts))
+        if facts != self._tally.facts:
+            self.show(SearchStatus(time.monotonic(), facts))
 
     def look(self) -> None:
         """Record which parameters the running trials have chosen."""
@@ -278,33 +220,33 @@ class RecordedSearch:
             running.outcome, running.message = Outcome.FAILED, ENDED_BEFORE
         outcome = running.outcome or Outcome.CANCELLED
         figures = Figures() if result is None else result.figures
-        self._counts[outcome] += 1
-        self._withdrawn.pop(running.trial, None)
-        (self._completed if outcome in (Outcome.COMPLETED, Outcome.PRUNED) else self._incomplete).add(running.trial)
-        now = time.monotonic()
-        self._show(
+        self._cancelled.discard(running.trial)
+        if outcome in (Outcome.COMPLETED, Outcome.PRUNED):
+            self._completed.add(running.trial)
+        started, now = self._tally.running[running.trial], time.monotonic()
+        self.show(
             JobEnded(
                 time=now,
                 number=running.trial,
                 label=running.label,
-                devices=running.started.devices,
+                devices=started.devices,
                 outcome=outcome,
-                duration=now - running.started.time if result is None else result.duration,
+                duration=now - started.time if result is None else result.duration,
                 message=running.message if outcome is Outcome.FAILED else None,
-                log=running.started.log,
+                log=started.log,
                 left_behind=() if result is None else result.left_behind,
                 figures=replace(figures, values=dict(zip(self._names, running.values, strict=False))),
             )
         )
 
-    def log_of(self, job: int) -> str | None:
-        """Return the path of a job's log."""
-        return self._running[job].started.log if job in self._running else None
+    def log_of(self, trial: int) -> str:
+        """Return the path of a trial's log."""
+        return str(self._directory.logs.path(trial))
 
     def interrupted(self) -> None:
         """Take note that the search is interrupted: by Ctrl-C, if no request did it."""
         if self._stopping is None:
-            self._note_stop("SIGINT", forced=False)
+            self.show(self._stop_requested("SIGINT"))
 
     def close(self) -> None:
         """End the record, and write the table of results."""
@@ -316,113 +258,39 @@ class RecordedSearch:
             _logger.info(line)
         for line in problems:
             log.warning("%s", line)
-        self._progress.handle(SweepEnded(time.monotonic(), (*best, *problems)))
-        if self._control is not None:
-            self._control.close()
+        self.show(SweepEnded(time.monotonic(), (*best, *problems)))
+        super().close()
         self._recorder.close()
-
-    def _show(self, event: Event) -> None:
-        """Record an event, and tell those who watch."""
-        self._recorder.handle(event)
-        self._progress.handle(event)
-
-    def _say(self, event: Notice | Throttled) -> None:
-        log.warning("%s", event.text)
-        self._show(event)
 
     # Requests
 
-    def serve(self, search: Search) -> None:
-        """Carry out the requests that have arrived. Never waits."""
-        if self._control is None:
-            return
+    def serve_requests(self) -> list[Statement]:
+        """Carry out the requests that have arrived. Never waits. Returns what they tell the search, with its jobs."""
+        self.serve()
+        said, self._said = self._said, []
+        return said
 
-        def carry_out(request: Steering) -> Answer:
-            return self._carry_out(search, request, f"`gpu-launcher {name_of(request)}`")
+    def _tell(self, statement: Cancel | Stop | Throttle) -> None:
+        if isinstance(statement, Cancel):
+            (job,) = (job for job, running in self._running.items() if running.trial == statement.number)
+            statement = replace(statement, number=job)
+        self._said.append(statement)
 
-        self._control.serve(carry_out, self._progress.state)
+    def _announce(self, event: Notice | StopRequested | Throttled) -> None:
+        if isinstance(event, StopRequested):
+            log.warning("%s", stopping(event, event.running, event.grace))
+        else:
+            log.warning("%s", event.text)
+        self.show(event)
 
-    def _carry_out(self, search: Search, request: Steering, by: str) -> Answer:
-        """Carry out a request. Raises ValueError if that is not possible, with a message for the sender."""
-        match request:
-            case AskStatus():
-                return self._status()
-            case WatchSweep():  # the control socket answers it
-                return {}
-            case CancelJobs(jobs):
-                return self._cancel(search, jobs, by)
-            case RetryJobs(jobs):
-                return self._refuse_retry(jobs)
-            case StopSweep(now):
-                return self._stop(search, by, now=now)
-            case PauseSweep():
-                return self._change(search, replace(self._throttle, paused=True), "no trial is started", by)
-            case ContinueSweep():
-                return self._change(search, replace(self._throttle, paused=False), "trials are started again", by)
-            case LimitDevices(devices):
-                limit = "no limit on devices" if devices is None else f"at most {count(devices, 'device')}"
-                return self._change(search, replace(self._throttle, devices=devices), limit, by)
-
-    def _status(self) -> Answer:
-        return {
-            "stopping": self._stopping,
-            "paused": self._throttle.paused,
-            "devices": self._throttle.devices,
-            "total": self._n_trials,
-            "running": len(self._running),
-            "ended": {outcome.value: number for outcome, number in self._counts.items() if number},
-            "facts": self._facts,
-        }
-
-    def _cancel(self, search: Search, jobs: Ranges, by: str) -> Answer:
-        meant = {running.trial: job for job, running in self._running.items() if contains(jobs, running.trial)}
-        already = [trial for trial in meant if trial in self._withdrawn]
-        ending = [trial for trial in meant if trial not in self._withdrawn]
-        for trial in ending:
-            self._withdrawn[trial] = by
-            search.withdraw(meant[trial], f"was cancelled by {by}")
-        if ending:
-            self._say(Notice(time.monotonic(), f"{spell(ranges_of(ending))} cancelled by {by}"))
-        return {
-            "ending": ranges_of(ending)[:MAX_RANGES],
-            "dropped": [],
-            "already": ranges_of(already)[:MAX_RANGES],
-            "coming": [],
-            "grace": self._grace,
-        }
-
-    def _refuse_retry(self, jobs: Ranges | None) -> Answer:
+    def _retry(self, jobs: Ranges | None, by: str) -> Answer:
         """Say why no trial runs again. Raises ValueError if some of them would, if they were jobs of another sweep."""
-        if self._incomplete if jobs is None else named(jobs, self._incomplete):
+        running = self._tally.running
+        ended = self._known - self._completed - running.keys()
+        if ended if jobs is None else named(jobs, ended):
             raise ValueError(ENDS_ONCE)
-        running = [one.trial for one in self._running.values()]
         unfinished = ranges_of(running if jobs is None else named(jobs, running))
         return {"over": False, "again": [], "ahead": [], "unfinished": unfinished[:MAX_RANGES]}
-
-    def _stop(self, search: Search, by: str, *, now: bool) -> Answer:
-        already = self._stopping is not None
-        if now or not already:
-            self._note_stop(by.replace("stop", "stop --now") if now else by, forced=now)
-            search.request_stop(now=now)
-        return {"already": already, "running": len(self._running), "grace": self._grace}
-
-    def _note_stop(self, by: str, *, forced: bool) -> None:
-        self._stopping = self._stopping or by
-        if not by.startswith("SIG"):
-            log.warning("the search stops, because of %s", by)
-        self._show(StopRequested(time.monotonic(), len(self._running), self._grace, forced, by))
-
-    def _change(self, search: Search, throttle: Throttle, what: str, by: str) -> Answer:
-        if self._stopping is not None:
-            raise ValueError("it is stopping, so no more trials are started")
-        changed = throttle != self._throttle
-        if changed:
-            self._throttle = throttle
-            search.set_throttle(throttle)
-            text = f"{what} from now on, because of {by}"
-            self._say(Throttled(time.monotonic(), throttle.paused, throttle.devices, text))
-        running = len(self._running)
-        return {"changed": changed, "paused": throttle.paused, "devices": throttle.devices, "running": running}
 
 
 _PLAIN = (str, int, float, bool, type(None))
@@ -430,16 +298,3 @@ _PLAIN = (str, int, float, bool, type(None))
 
 def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-class _Unseen:
-    """A display that shows nothing: Optuna and the program show what happens. A `Progress`."""
-
-    def handle(self, event: Event) -> None:
-        """See `Progress`."""
-
-    def tick(self, now: float) -> None:
-        """See `Progress`."""
-
-    def close(self) -> None:
-        """See `Progress`."""

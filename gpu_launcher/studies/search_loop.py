@@ -31,7 +31,7 @@ from gpu_launcher.jobs.node_client import RemoteLoop
 from gpu_launcher.jobs.notice_log import log_event, log_left_behind
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.jobs.where import GRACE
-from gpu_launcher.model import ENDING, MILLIONTHS, WHOLE, Device
+from gpu_launcher.model import ENDING, MILLIONTHS, WHOLE
 from gpu_launcher.processes import pickling
 from gpu_launcher.processes.exceptions import PortableException
 from gpu_launcher.studies import optimize_messages as d
@@ -93,8 +93,8 @@ class SearchLoop(SearchEngine):
         """Jobs that have no trial yet."""
         self._interruptions: dict[int, d.Raised] = {}
         """Interruptions of jobs that have not ended. If the job's node ends, the job runs again on another node."""
-        self._devices: dict[int, tuple[Device, ...]] = {}
-        """Devices of the jobs that have started and not yet ended."""
+        self._started: dict[int, JobStarted] = {}
+        """The jobs that have started, and so have their devices, and have not ended."""
         self._early: set[int] = set()
         """Jobs that have started but wait for a trial until the end of the job that had their devices is known."""
         self._sampled: set[int] = set()
@@ -108,8 +108,6 @@ class SearchLoop(SearchEngine):
         """The error to raise at the end."""
         self._stops_wanted = 0
         """Number of interruptions that requests have asked for and that are not handled."""
-        self._forced = False
-        """Whether an interruption does not wait for running trials."""
         self._withdrawn: dict[int, str] = {}
         """Jobs that requests have cancelled, with the reason."""
 
@@ -162,7 +160,8 @@ class SearchLoop(SearchEngine):
             if any(isinstance(message, node.Closed) for message in arrived):
                 break
         if self._record is not None:
-            self._record.serve(self)
+            for statement in self._record.serve_requests():
+                self._obey(statement)
         if self._stops_wanted:
             self._stops_wanted -= 1
             raise KeyboardInterrupt
@@ -177,8 +176,8 @@ class SearchLoop(SearchEngine):
         match event:
             case node.Wanted(count):
                 self._wanted += count
-            case JobStarted(number=job, devices=devices):
-                self._devices[job] = devices
+            case JobStarted(number=job):
+                self._started[job] = event
                 self._early.add(job)
             case node.Heard(job, d.Call() as call):
                 self._call(job, call)
@@ -236,12 +235,12 @@ class SearchLoop(SearchEngine):
         arrives, the next job appears to be one too many.
         """
         most = self._options.max_parallel
-        running = [other for other in self._trials if other in self._devices and other != job]
+        running = [other for other in self._trials if other in self._started and other != job]
         if most is not None and len(running) >= most:
             return False
         share = self._options.request.share if self._options.request is not None else WHOLE
-        for device in self._devices[job]:
-            others = sum(device in self._devices[other] for other in running)
+        for device in self._started[job].devices:
+            others = sum(device in self._started[other].devices for other in running)
             if (others + 1) * share.of(device.memory).millionths > MILLIONTHS:
                 return False
         return True
@@ -250,7 +249,7 @@ class SearchLoop(SearchEngine):
         """Answer a job that has started: with a trial, or that there is none."""
         self._waiting.discard(job)
         self._lost = 0
-        devices = [device.label for device in self._devices[job]]
+        devices = [device.label for device in self._started[job].devices]
         answer: TrialInfo | d.NothingToRun = d.NothingToRun()
         try:
             if job in self._trials:  # the node that ran it was lost
@@ -267,12 +266,12 @@ class SearchLoop(SearchEngine):
         self._say(s.Reply(job, answer))
 
     def _note_start(self, job: int, trial: int, devices: list[str]) -> None:
-        log = None if self._record is None else self._record.began(job, trial)
+        log = None if self._record is None else self._record.began(self._started[job], trial)
         self._session.started(trial, devices, None if log is None else os.path.dirname(log), log)  # noqa: PTH120
 
     def _job_returned(self, job: int) -> None:
         """Take note that a job will be started again, on another node, with the trial that it has."""
-        self._devices.pop(job, None)
+        self._started.pop(job, None)
         self._interruptions.pop(job, None)
         self._early.discard(job)
         if job not in self._trials:  # its trial has ended, or it got none
@@ -289,7 +288,7 @@ class SearchLoop(SearchEngine):
         elif job in self._trials:
             number = self._trials[job].number
             problem = INTERRUPTED if self._interrupted else result.message or "ended without a result"
-            log_file = result.log if self._record is None else self._record.log_of(job)
+            log_file = result.log if self._record is None else self._record.log_of(number)
             error = JobError(number, f"trial {number}", problem, log_file)
             self._failed(job, error, problem, lost=result.unsupervised)
         elif job in self._waiting:
@@ -298,7 +297,7 @@ class SearchLoop(SearchEngine):
             accident = result.outcome is Outcome.CANCELLED or result.cause in (Cause.CRASH, Cause.OOM)
             if not accident or self._lost == MAX_LOST:
                 self._end_with(JobError(job, "", result.message or "ended before it began", result.log))
-        self._devices.pop(job, None)
+        self._started.pop(job, None)
         self._early.discard(job)
 
     def _interrupt(self) -> None:
@@ -306,7 +305,7 @@ class SearchLoop(SearchEngine):
         self._interrupted = True
         if self._record is not None:
             self._record.interrupted()
-        if self._forced:
+        if self._stops_wanted:  # a second one
             return
         with suppress(KeyboardInterrupt, GpuLauncherError):
             self._say(s.Stop())
@@ -321,18 +320,16 @@ class SearchLoop(SearchEngine):
         if self._error is None:
             self._error = error
 
-    # Requests from other terminals. See `recorded_search.Search`.
-
-    def withdraw(self, job: int, why: str) -> None:
-        self._withdrawn[job] = why
-        self._cancel(job, why)
-
-    def set_throttle(self, throttle: s.Throttle) -> None:
-        self._say(throttle)
-
-    def request_stop(self, *, now: bool) -> None:
-        self._forced = self._forced or now
-        self._stops_wanted += 1
+    def _obey(self, statement: s.Statement) -> None:
+        """Do what a request has told the search."""
+        match statement:
+            case s.Cancel(job, why):
+                self._withdrawn[job] = why
+                self._cancel(job, why)
+            case s.Stop():
+                self._stops_wanted += 1
+            case _:
+                self._say(statement)
 
     # Messages from jobs
 

@@ -181,7 +181,7 @@ def test_stop_is_ctrl_c_and_the_search_continues_in_its_directory(start: Start, 
     assert sweep.stop().endswith("search stops: 2 running jobs may take 10.0 s to end")
     out, err = process.communicate(timeout=100)
     assert (process.returncode, out) == (-signal.SIGINT, ""), "as after Ctrl-C"
-    assert "the search stops, because of `gpu-launcher stop`" in err
+    assert "stopping after `gpu-launcher stop`: waiting up to 10 s for 2 jobs" in err
     assert set(states(tmp_path).values()) == {State.CANCELLED}
     assert read_manifest(tmp_path / "search").exit_code == 128 + signal.SIGINT
     (tmp_path / "go").touch()
@@ -194,15 +194,18 @@ def test_stop_is_ctrl_c_and_the_search_continues_in_its_directory(start: Start, 
 
 
 @pytest.mark.thorough
-def test_stop_now_does_not_wait_for_trials(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stopping", [True, False])
+def test_stop_now_does_not_wait_for_trials(start: Start, tmp_path: Path, stopping: bool) -> None:
     process, sweep = start()
     (tmp_path / "stubborn").touch()
-    sweep.stop()
-    assert "is stopping already: 2 running jobs" in sweep.stop()
-    with pytest.raises(SteeringError, match="it is stopping, so no more trials are started"):
-        sweep.limit(1)
+    if stopping:
+        sweep.stop()
+        assert "is stopping already: 2 running jobs" in sweep.stop()
+        with pytest.raises(SteeringError, match="it is stopping, so no more jobs are started"):
+            sweep.limit(1)
     assert sweep.stop(now=True).endswith("search stops: 2 running jobs killed")
-    process.wait(timeout=100)
+    _, err = process.communicate(timeout=100)
+    assert "stopping after `gpu-launcher stop --now`: killing 2 jobs" in err
     assert set(states(tmp_path).values()) == {State.CANCELLED}
 
 

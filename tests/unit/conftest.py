@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 from hydra.core.plugins import Plugins
 
+from tests.played_node import Display
+
 # Hydra's search for plugins executes modules again that are imported already. Later than this, it would replace the
 # classes that tests have imported from them.
 Plugins.instance()
@@ -28,3 +30,8 @@ def alarm() -> Iterator[type[BaseException]]:
     yield LateError
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def display() -> Display:
+    return Display()

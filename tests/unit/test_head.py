@@ -6,49 +6,25 @@ import json
 import os
 from collections import deque
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-from gpu_launcher.allocation.environment import DeviceEnvironment
-from gpu_launcher.devices.simulated import simulated_devices
 from gpu_launcher.errors import NodeDiedError
-from gpu_launcher.jobs.events import Event, GaveUp, JobStarted, Notice, Outcome
+from gpu_launcher.jobs.events import GaveUp, JobStarted, Outcome
 from gpu_launcher.jobs.head import NOT_RUN, SweepResult, run_jobs
-from gpu_launcher.jobs.job import Cause, Job, JobResult
-from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Message, Opened, Wanted
+from gpu_launcher.jobs.job import Cause, JobResult
+from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Message, Wanted
 from gpu_launcher.jobs.notifications import Hooks, Notifier
 from gpu_launcher.jobs.source import Offer, Statement
-from gpu_launcher.jobs.sweep import Options
-from gpu_launcher.model import Device
-
-OPTIONS = Options(
-    devices=None,
-    request=None,
-    max_parallel=None,
-    grace=10.0,
-    pool_dir=None,
-    busy_memory=None,
-    device_environment=DeviceEnvironment(),
-)
+from tests.played_node import OPTIONS, Display, PlayedNode, PlayedSource, listed, started
 
 
-class Node:
+class Node(PlayedNode):
     """A node that says what it is told to say. After `offers` offers it is dead."""
 
     def __init__(self, *batches: list[Message], offers: int) -> None:
-        self.early: list[Message] = []
+        super().__init__()
         self.batches = deque(batches)
         self.offers = offers
         self.offered: list[int] = []
-        self.closed = False
-        self._readable = os.eventfd(1, os.EFD_CLOEXEC)
-
-    def open(self) -> Opened:
-        return Opened(simulated_devices(2), 2, "fork")
-
-    def fileno(self) -> int:
-        return self._readable
 
     def receive_ready(self) -> list[Message]:
         if not self.batches:
@@ -61,43 +37,9 @@ class Node:
                 raise NodeDiedError("the node was killed")
             self.offered.append(what.job.number)
 
-    def tick(self) -> None:
-        pass
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._readable)
-        self.closed = True
-
-
-class Display:
-    """Remembers the events."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def handle(self, event: Event) -> None:
-        self.events.append(event)
-
-    def tick(self, now: float) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-@pytest.fixture
-def display() -> Display:
-    return Display()
-
 
 def run(node: Node, jobs: int, directory: Path, display: Display, notifier: Notifier | None = None) -> SweepResult:
-    listed = [Job(number, f"n={number}", None) for number in range(jobs)]
-    return run_jobs(listed, node, OPTIONS, directory, "program", display=display, notifier=notifier)
-
-
-def started(number: int) -> JobStarted:
-    return JobStarted(0.0, number, f"n={number}", simulated_devices(1), None)
+    return run_jobs(listed(jobs), node, OPTIONS, directory, "program", display=display, notifier=notifier)
 
 
 def failed(number: int) -> Ended:
@@ -134,40 +76,15 @@ class GivesUp(Node):
             self.batches.append([GaveUp(0.0, "was not run: no node is left"), Closed()])
 
 
-class Source:
+class Source(PlayedSource):
     """Has one job."""
-
-    def __init__(self) -> None:
-        self.results: list[JobResult] = []
-        self._readable = os.eventfd(0, os.EFD_CLOEXEC)
-
-    def fileno(self) -> int:
-        return self._readable
 
     def receive(self) -> list[Statement]:
         os.eventfd_read(self._readable)
-        return [Offer(Job(0, "n=0", None))]
-
-    def coming(self) -> range:
-        return range(0)
+        return [Offer(listed(1)[0])]
 
     def request_jobs(self, count: int) -> None:
         os.eventfd_write(self._readable, 1)
-
-    def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
-        pass
-
-    def on_message(self, number: int, what: Any) -> None:
-        pass
-
-    def ended(self, result: JobResult) -> None:
-        self.results.append(result)
-
-    def tick(self) -> None:
-        pass
-
-    def close(self) -> None:
-        os.close(self._readable)
 
 
 def test_job_of_a_source_that_was_not_started_when_its_node_gave_up_can_run_later(
@@ -179,7 +96,7 @@ def test_job_of_a_source_that_was_not_started_when_its_node_gave_up_can_run_late
     finally:
         node.close()
         source.close()
-    (result,) = source.results
+    (result,) = source.results.values()
     assert (result.outcome, result.message) == (Outcome.CANCELLED, "was not run: no node is left")
 
 
@@ -199,7 +116,6 @@ def test_a_hook_that_fails_is_a_notice(tmp_path: Path, display: Display) -> None
     told: list[str] = []
     with Notifier(Hooks(None, ("no-such-program",)), tmp_path, "program", spell=str, tell=told.append) as notifier:
         run(node, 1, tmp_path, display, notifier)
-    shown = [event.text for event in display.events if isinstance(event, Notice)]
-    assert [*shown, *told] == [
+    assert [*display.notices, *told] == [
         "the command of on_job_failure cannot be run: no-such-program: No such file or directory"
     ]

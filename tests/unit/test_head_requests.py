@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 
-from gpu_launcher.allocation.environment import DeviceEnvironment
-from gpu_launcher.devices.simulated import simulated_devices
 from gpu_launcher.jobs.control import (
     AskStatus,
     CancelJobs,
@@ -30,54 +28,36 @@ from gpu_launcher.jobs.control import (
 )
 from gpu_launcher.jobs.control_socket import connect
 from gpu_launcher.jobs.event_lines import read_line
-from gpu_launcher.jobs.events import Event, JobsRequeued, JobStarted, Notice, Outcome, StopRequested, Throttled
+from gpu_launcher.jobs.events import JobsRequeued, Outcome, StopRequested, Throttled
 from gpu_launcher.jobs.head import SweepResult, run_jobs
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.launches import DIRECTORY
 from gpu_launcher.jobs.manifest import read
-from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Message, Opened, Wanted
+from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Message, Wanted
 from gpu_launcher.jobs.progress.tally import SweepTally
 from gpu_launcher.jobs.source import AllOffered, Cancel, Exhausted, Offer, Statement, Stop, Throttle
-from gpu_launcher.jobs.sweep import Options
-from gpu_launcher.model import Device
+from tests.played_node import OPTIONS, Display, PlayedNode, PlayedSource, listed, started
 
-OPTIONS = Options(
-    devices=None,
-    request=None,
-    max_parallel=None,
-    grace=10.0,
-    pool_dir=None,
-    busy_memory=None,
-    device_environment=DeviceEnvironment(),
-)
 CANCELLED = "was cancelled by `gpu-launcher cancel`"
 
 
-class Node:
+class Node(PlayedNode):
     """A node that plays a script: messages for the head, requests of another terminal, and conditions.
 
     It goes on when a request is answered, and when a condition holds.
     """
 
     def __init__(self, directory: Path, *script: list[Message] | Steering | Callable[[Node], bool]) -> None:
-        self.early: list[Message] = []
+        super().__init__()
         self.said: list[Statement] = []
         self.answers: list[dict[str, Any]] = []
         self._directory = directory / DIRECTORY
         self._script = deque(script)
         self._client: Any = None
-        self._readable = os.eventfd(1, os.EFD_CLOEXEC)
-        self.closed = False
 
     @property
     def offered(self) -> list[int]:
         return [what.job.number for what in self.said if isinstance(what, Offer)]
-
-    def open(self) -> Opened:
-        return Opened(simulated_devices(2), 2, "fork")
-
-    def fileno(self) -> int:
-        return self._readable
 
     def receive_ready(self) -> list[Message]:
         if self._client is not None:
@@ -104,46 +84,14 @@ class Node:
         if not isinstance(what, BeginRun):
             self.said.append(what)
 
-    def tick(self) -> None:
-        pass
 
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._readable)
-        self.closed = True
-
-
-class Display:
-    """Remembers the events."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def handle(self, event: Event) -> None:
-        self.events.append(event)
-
-    def tick(self, now: float) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    @property
-    def notices(self) -> list[str]:
-        return [event.text for event in self.events if isinstance(event, Notice)]
-
-
-class Source:
+class Source(PlayedSource):
     """Has the jobs 0 to 3, and knows that."""
 
     def __init__(self) -> None:
-        self.results: dict[int, JobResult] = {}
+        super().__init__()
         self._next = 0
         self._wanted = 0
-        self._readable = os.eventfd(0, os.EFD_CLOEXEC)
-
-    def fileno(self) -> int:
-        return self._readable
 
     def receive(self) -> list[Statement]:
         os.eventfd_read(self._readable)
@@ -161,32 +109,11 @@ class Source:
         self._wanted += count
         os.eventfd_write(self._readable, 1)
 
-    def started(self, job: Job, devices: tuple[Device, ...], log: str | None) -> None:
-        pass
-
-    def on_message(self, number: int, what: Any) -> None:
-        pass
-
-    def ended(self, result: JobResult) -> None:
-        self.results[result.number] = result
-
     def retry(self, jobs: Sequence[Job]) -> None:
         if any(job.number == 3 for job in jobs):
             raise ValueError("not job 3")
         for job in jobs:
             del self.results[job.number]
-
-    def tick(self) -> None:
-        pass
-
-
-@pytest.fixture
-def display() -> Display:
-    return Display()
-
-
-def started(number: int) -> JobStarted:
-    return JobStarted(0.0, number, f"n={number}", simulated_devices(1), None)
 
 
 def ended(number: int, outcome: Outcome = Outcome.COMPLETED, message: str | None = None) -> Ended:
@@ -195,8 +122,7 @@ def ended(number: int, outcome: Outcome = Outcome.COMPLETED, message: str | None
 
 def run(node: Node, jobs: int, directory: Path, display: Display, throttle: Throttle = Throttle()) -> SweepResult:  # noqa: B008
     try:
-        listed = [Job(number, f"n={number}", None) for number in range(jobs)]
-        return run_jobs(listed, node, OPTIONS, directory, "program", display=display, throttle=throttle)
+        return run_jobs(listed(jobs), node, OPTIONS, directory, "program", display=display, throttle=throttle)
     finally:
         node.close()
 
@@ -254,7 +180,7 @@ def test_jobs_that_a_source_has_not_offered_are_cancelled(tmp_path: Path, displa
         run_jobs([], node, OPTIONS, tmp_path, "program", source=source, total=4, display=display)
     finally:
         node.close()
-        os.close(source.fileno())
+        source.close()
     assert node.answers[0]["dropped"] == [[1, 2]]
     assert node.answers[0]["coming"] == [[1, 3]]
     assert node.offered == [0, 3]
@@ -325,13 +251,16 @@ def test_status_says_how_the_sweep_stands(tmp_path: Path, display: Display) -> N
 def test_sweep_runs_without_a_socket_if_there_can_be_none(
     tmp_path: Path, display: Display, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*arguments: Any) -> None:
+    asked: list[Path] = []
+
+    def refuse(directory: Path, name: str) -> None:
+        asked.append(directory)
         raise PermissionError("no sockets here")
 
-    refusing: Callable[..., None] = refuse
-    monkeypatch.setattr("gpu_launcher.jobs.head.ControlSocket", refusing)
+    monkeypatch.setattr("gpu_launcher.jobs.control_socket.ControlSocket", refuse)
     node = Node(tmp_path, [Wanted(1)], [ended(0), Closed()])
     assert outcomes(run(node, 1, tmp_path, display).results) == ["completed"]
+    assert asked == [tmp_path / DIRECTORY]
 
 
 def test_nothing_of_the_socket_is_left(tmp_path: Path, display: Display) -> None:
@@ -480,7 +409,7 @@ def test_jobs_of_a_source_run_again_unless_it_refuses(tmp_path: Path, display: D
         run_jobs([], node, OPTIONS, tmp_path, "program", source=source, total=4, display=display)
     finally:
         node.close()
-        os.close(source.fileno())
+        source.close()
     ahead, refused, again = node.answers[1:]
     assert (ahead["again"], ahead["ahead"]) == ([], [[2, 2]])
     assert (refused["ok"], refused["problem"]) == (False, "not job 3")

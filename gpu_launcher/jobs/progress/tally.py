@@ -72,8 +72,18 @@ class SweepTally:
     ran_together: deque[int] = field(default_factory=lambda: deque(maxlen=8))
 
     @property
+    def ended(self) -> dict[Outcome, int]:
+        """How many jobs have ended, by outcome."""
+        return {
+            Outcome.COMPLETED: self.completed,
+            Outcome.FAILED: self.failed,
+            Outcome.CANCELLED: self.cancelled + self.not_run,
+            Outcome.PRUNED: self.pruned,
+        }
+
+    @property
     def done(self) -> int:
-        return self.completed + self.pruned + self.failed + self.cancelled + self.not_run
+        return sum(self.ended.values())
 
     @property
     def waiting(self) -> int:
