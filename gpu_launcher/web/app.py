@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from importlib.resources import files
 
@@ -20,6 +20,7 @@ from gpu_launcher.web.catalogue import Catalogue
 from gpu_launcher.web.dashboard import Dashboard
 from gpu_launcher.web.gate import Asgi, Credentials, Gate
 from gpu_launcher.web.pool_watch import SAMPLE_SECONDS, PoolWatch
+from gpu_launcher.web.study_curves import StudyCurves
 from gpu_launcher.web.views import NewSweeps, Views
 
 KINDS = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".LICENSE": "text/plain"}
@@ -67,13 +68,13 @@ def create_app(
             *starting,
         ],
         exception_handlers={HTTPException: views.problem, Exception: views.problem},
-        lifespan=_lifespan(pool, dashboard, at_end),
+        lifespan=_lifespan(pool, (dashboard, views.curves), at_end),
     )
     return Gate(app, credentials, log)
 
 
 def _lifespan(
-    pool: PoolWatch, dashboard: Dashboard, at_end: Callable[[], None]
+    pool: PoolWatch, readers: Sequence[Dashboard | StudyCurves], at_end: Callable[[], None]
 ) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -84,7 +85,8 @@ def _lifespan(
             sampling.cancel()
             with suppress(asyncio.CancelledError):
                 await sampling
-            await dashboard.close()
+            for reader in readers:
+                await reader.close()
             pool.close()
             at_end()
 

@@ -1,12 +1,9 @@
 """The process in which optuna-dashboard shows one study. It is started and asked by `dashboard.py`.
 
-The study is data of its owner: it may be broken, huge or made to do harm. So it is read here and not in the server,
-with limited memory, and this process is killed if it does not answer.
+It has limited memory. `study_process.py` says why a study is read by a process of its own, and how that is asked.
 
 optuna-dashboard knows a study by its number in the database, which is 1 in almost all of them, and its URLs have no
 room for more. So the database is seen through views that give the study the number of its sweep.
-
-A request is a line of JSON on standard input. Its answer is a line on standard output, with the body behind it.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from gpu_launcher.errors import ManifestError, OptionError, PoolDirectoryError, 
 from gpu_launcher.jobs.control import MAX_NUMBER
 from gpu_launcher.jobs.manifest import Entry, State
 from gpu_launcher.sizes import show_memory
-from gpu_launcher.studies.report_curves import read_curves
 from gpu_launcher.text import one_line, read_digits
 from gpu_launcher.web.actions import ACTIONS, act
 from gpu_launcher.web.catalogue import MAX_LISTED_SWEEPS, Catalogue, SweepReading, id_of
@@ -32,6 +31,7 @@ from gpu_launcher.web.log_text import MAX_QUERY, PART_BYTES, LogPart, read_part,
 from gpu_launcher.web.new_sweep import LABELS, Plan, SweepForm, find_problems, make_plan
 from gpu_launcher.web.pool_watch import PoolWatch
 from gpu_launcher.web.programs import ProgramReading, Programs
+from gpu_launcher.web.study_curves import StudyCurves
 from gpu_launcher.web.table_page import TableQuery, select
 from gpu_launcher.web.templating import templates
 
@@ -63,6 +63,7 @@ class Views:
         self._pool = pool
         self._catalogue = catalogue
         self._new = new
+        self.curves = StudyCurves()
         self._templates = templates()
         self._templates.globals.update(read_only=new is None, roots=catalogue.roots, max_listed=MAX_LISTED)
         self._templates.globals.update(sweep_of=self._sweep_of)
@@ -107,14 +108,14 @@ class Views:
             raise HTTPException(404, str(error)) from None
         return self._unless_seen(request, json.dumps(found), "application/json")
 
-    def sweep_reports(self, request: Request) -> Response:
+    async def sweep_reports(self, request: Request) -> Response:
         """A chart of what jobs report while they run, if there is one."""
-        sweep = self._sweep(request)
+        sweep = await run_in_threadpool(self._sweep, request)
         try:
-            curves, has_more = read_curves(sweep.directory)
+            curves, has_more = await self.curves.read(sweep.directory)
         except StorageError as error:
             raise HTTPException(503, str(error)) from None
-        found = report_charts(sweep.table, curves, are_all=not has_more)
+        found = await run_in_threadpool(report_charts, sweep.table, curves, are_all=not has_more)
         return self._unless_seen(request, json.dumps(found), "application/json")
 
     def sweep_csv(self, request: Request) -> Response:

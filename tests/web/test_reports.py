@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -63,6 +65,36 @@ def test_a_fifo_beside_the_study_is_not_opened(serving: Callable[..., WebServer]
     os.mkfifo(hostile.directory / f"{STUDY_FILE}-shm")
     for found in (hostile, search):
         assert list(series(server, found).values()) == [[[0, 1.5]]]
+
+
+HOLD = """
+import fcntl, os, signal, sys
+signal.signal(signal.SIGIO, signal.SIG_IGN)  # with which the kernel asks for the file
+descriptor = os.open(sys.argv[1], os.O_RDWR)
+fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print("held", flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.thorough
+def test_a_study_that_cannot_be_opened_is_given_up(serving: Callable[..., WebServer], tmp_path: Path) -> None:
+    server = serving()
+    hostile, search = (found_sweep(server, tmp_path / name) for name in ("hostile", "search"))
+    for found in (hostile, search):
+        close(write_study(found.directory, [{0: 1.5}]))
+    # As if its owner had replaced it by a FIFO after it was looked at: it is a regular file, and opening it waits.
+    command = (sys.executable, "-c", HOLD, str(hostile.directory / STUDY_FILE))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            reply = server(f"{hostile.url}/reports")
+            assert (reply.status, "did not answer within" in reply.text) == (503, True)
+            assert list(series(server, search).values()) == [[[0, 1.5]]]
+        finally:
+            holder.kill()
+    assert list(series(server, hostile).values()) == [[[0, 1.5]]]
 
 
 def test_of_a_long_curve_some_points_are_read(tmp_path: Path) -> None:
