@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gpu_launcher.errors import OptionError
+from gpu_launcher.cli.streams import tell
+from gpu_launcher.errors import OptionError, StorageError
 from gpu_launcher.jobs.manifest import read_chosen_sweep
 from gpu_launcher.requirements import check_version
 from gpu_launcher.safe_files import write_whole
+from gpu_launcher.studies.report_curves import read_curves
 
 
 def write_page(directory: Path | None, file: Path, sort: str | None, value: str | None) -> None:
@@ -20,10 +22,17 @@ def write_page(directory: Path | None, file: Path, sort: str | None, value: str 
     check_version("jinja2")
 
     from gpu_launcher.web.catalogue import SweepReader
+    from gpu_launcher.web.charts import report_charts
     from gpu_launcher.web.static_page import static_page
 
     chosen, _ = read_chosen_sweep(directory)
-    text = static_page(SweepReader(chosen.resolve()).read_whole(), sort=sort, value=value)
+    sweep = SweepReader(chosen.resolve()).read_whole()
+    try:
+        curves, has_more = read_curves(sweep.directory)
+    except StorageError as error:
+        curves, has_more = [], False
+        tell(f"the page has no reports: {error}")
+    text = static_page(sweep, report_charts(sweep.table, curves, are_all=not has_more), sort=sort, value=value)
     try:
         write_whole(file, text.encode("utf-8", "backslashreplace"))
     except OSError as error:

@@ -11,6 +11,7 @@ import base64
 import gzip
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 from typing import Any
@@ -20,7 +21,7 @@ from markupsafe import Markup
 from gpu_launcher.jobs.pivot import number_column
 from gpu_launcher.jobs.result_table import ResultColumn, ResultTable, rank, shown
 from gpu_launcher.web.catalogue import SweepReading
-from gpu_launcher.web.charts import charts
+from gpu_launcher.web.charts import Chart, charts
 from gpu_launcher.web.table_page import ROWS, TableQuery, cell_of, select, title_of
 from gpu_launcher.web.templating import templates
 
@@ -30,10 +31,12 @@ SEARCHED = ("number", "message", "node")
 """Columns that are searched for a text, besides the parameters."""
 
 
-def static_page(sweep: SweepReading, *, sort: str | None = None, value: str | None = None) -> str:
+def static_page(
+    sweep: SweepReading, reports: Sequence[Chart] = (), *, sort: str | None = None, value: str | None = None
+) -> str:
     """Return the page of a sweep as one file of HTML. `sort` and `value` are what its table and charts show first.
 
-    Raises OptionError if one of them cannot be shown.
+    `reports` are charts of what its jobs reported while they ran. Raises OptionError if one of them cannot be shown.
     """
     table = sweep.table
     if sort is not None:
@@ -50,9 +53,11 @@ def static_page(sweep: SweepReading, *, sort: str | None = None, value: str | No
         "rows": ROWS,
         "common": " ".join(_common(table)),
         "charts": {name: charts(table, name) for name in sweep.values},
+        "reports": reports,
     }
+    has_charts = bool(sweep.values or reports)
     scripts = ["charts.js", "static_page.js"]
-    if sweep.values:
+    if has_charts:
         scripts.insert(0, "echarts.min.js")
     style, *texts = (_static(name) for name in ("page.css", *scripts))
     return (
@@ -61,6 +66,7 @@ def static_page(sweep: SweepReading, *, sort: str | None = None, value: str | No
         .render(
             sweep=sweep,
             page=page,
+            reports=reports,
             best=None if sweep.best is None else table.best,
             read_only=True,
             left_out=len(ordered) - len(sweep.values),
@@ -68,7 +74,7 @@ def static_page(sweep: SweepReading, *, sort: str | None = None, value: str | No
             style=Markup(style),
             scripts=[Markup(text) for text in texts],
             icon=base64.b64encode(_static("icon.svg").encode()).decode(),
-            licence=_static("echarts.LICENSE"),
+            licence=_static("echarts.LICENSE") if has_charts else "",
             data=base64.b64encode(gzip.compress(json.dumps(data, allow_nan=False).encode(), mtime=0)).decode(),
         )
     )

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
+from gpu_launcher.cli.result_page import write_page
 from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.recorder import Recorder
 from gpu_launcher.jobs.result_table import load_results
 from gpu_launcher.studies.report_curves import STUDY_FILE
-from gpu_launcher.web.catalogue import SweepReader, id_of
+from gpu_launcher.web.catalogue import id_of
 from gpu_launcher.web.dashboard import study_number
-from gpu_launcher.web.static_page import static_page
-from tests.web.serving import REPOSITORY, SCRIPT, WebServer, WrittenSweep, write_large_sweep
+from tests.web.serving import REPOSITORY, SCRIPT, WebServer, WrittenSweep, write_large_sweep, write_sweep
 from tests.web.studies import close, found_sweep, write_study
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
@@ -293,7 +293,7 @@ def open_static(browser: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     file = tmp_path / "report.html"
 
     def opened(directory: Path, **options: Any) -> Any:
-        file.write_text(static_page(SweepReader(directory).read_whole()))
+        write_page(directory, file, None, None)
         context = browser.new_context(**options)
         contexts.append(context)
         context.set_default_timeout(DEADLINE)
@@ -332,6 +332,14 @@ def test_static_pages_fit_every_width(
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+def test_a_static_page_draws_reports(tmp_path: Path, open_static: Callable[..., Any]) -> None:
+    search = write_sweep(tmp_path / "search")
+    close(write_study(search.directory, [{0: 1.5, 1: 0.5}]))
+    page = open_static(search.directory)
+    playwright.expect(page.locator("#reports canvas")).to_have_count(1, timeout=DEADLINE)
+    assert "What 1 job reported by step" in page.locator("#reports figcaption").inner_text()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

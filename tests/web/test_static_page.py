@@ -22,9 +22,11 @@ from gpu_launcher.cli.result_page import write_page
 from gpu_launcher.errors import OptionError, UnsupportedVersionError
 from gpu_launcher.jobs.launches import DIRECTORY, MANIFEST
 from gpu_launcher.jobs.result_table import load_results
+from gpu_launcher.studies.report_curves import STUDY_FILE
 from gpu_launcher.web.catalogue import SweepReader
 from gpu_launcher.web.static_page import MAX_CHARTED_VALUES, static_page
 from tests.web.serving import CLI, SCRIPT, write_large_sweep, write_sweep
+from tests.web.studies import close, write_study
 
 PROGRAM = """
 import hydra
@@ -138,6 +140,36 @@ def test_a_static_page_without_values_has_no_charts(tmp_path: Path) -> None:
     assert len(page) < 100_000
     assert "Apache" not in page
     assert data_of(page)["charts"] == {}
+
+
+def test_a_static_page_has_the_curves_of_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep, file = write_sweep(tmp_path / "runs"), tmp_path / "report.html"
+    close(write_study(sweep.directory, [{0: 1.5, 1: float("nan")}, {}, {3: 1 / 3}]))
+    write_page(sweep.directory, file, None, None)
+    page = file.read_text()
+    (chart,) = data_of(page)["reports"]
+    assert [line["data"] for line in chart["option"]["series"]] == [[[0, 1.5], [1, None]], [[3, 0.333333]]]
+    assert '<h2 id="reports-title">Reports</h2>' in page
+    assert capsys.readouterr().err == ""
+    (sweep.directory / STUDY_FILE).write_text("not a database")
+    write_page(sweep.directory, file, None, None)
+    page = file.read_text()
+    assert data_of(page)["reports"] == []
+    assert "Reports" not in page
+    assert "the page has no reports: storage" in capsys.readouterr().err
+
+
+def test_curves_of_a_sweep_without_values_are_drawn(tmp_path: Path) -> None:
+    sweep, file = write_sweep(tmp_path / "runs"), tmp_path / "report.html"
+    manifest = sweep.directory / DIRECTORY / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"loss"', '"other"').replace("1.5", '"text"'))
+    close(write_study(sweep.directory, [{0: 1.5}]))
+    write_page(sweep.directory, file, None, None)
+    page = file.read_text()
+    assert len(data_of(page)["reports"]) == 1
+    assert "Licence of Apache ECharts" in page
+    assert "function chartsIn" in page
+    assert len(page) > 1_000_000
 
 
 def test_sort_and_value_are_what_is_shown_first(tmp_path: Path) -> None:

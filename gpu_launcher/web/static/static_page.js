@@ -162,7 +162,8 @@ const showTable = (data) => {
   follow();
 };
 
-const showCharts = (charts) => {
+const showCharts = ({ charts, reports }) => {
+  if (reports.length) chartsIn(document.querySelector("#reports .charts"))(reports, true);
   const area = document.getElementById("charts");
   if (!area) return;
   const value = document.getElementById("value");
@@ -173,5 +174,5 @@ const showCharts = (charts) => {
 
 unpacked().then((data) => {
   showTable(data);
-  showCharts(data.charts);
+  showCharts(data);
 });
