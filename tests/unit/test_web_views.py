@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +16,7 @@ from starlette.responses import Response
 from gpu_launcher.jobs.events import JobEnded, JobStarted, Outcome
 from gpu_launcher.jobs.job import Job
 from gpu_launcher.jobs.recorder import Recorder
+from gpu_launcher.web import dashboard
 from gpu_launcher.web.catalogue import Catalogue, id_of
 from gpu_launcher.web.templating import templates
 from gpu_launcher.web.views import Views
@@ -81,3 +84,42 @@ def test_a_line_of_a_log_is_shown_again_while_it_is_written(job: OneJob) -> None
 @pytest.mark.parametrize("time", [2.0**61, -(2.0**61), 1e15])
 def test_a_time_that_no_calendar_has_is_shown(time: float) -> None:
     assert templates().filters["clock"](time)
+
+
+class OneStudy:
+    """A study that is open in optuna-dashboard."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.may_answer = asyncio.Event()
+        self.answered = 0
+
+    async def ask(self, request: Mapping[str, str]) -> tuple[dict[str, Any], bytes]:
+        await self.may_answer.wait()
+        self.answered += 1
+        return {"status": 200, "headers": []}, json.dumps({"study_summaries": [self.number]}).encode()
+
+
+def test_the_list_of_studies_leaves_out_those_that_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dashboard, "LIST_SECONDS", 0.0)
+
+    async def ask() -> None:
+        first, second = OneStudy(1), OneStudy(2)
+        second.may_answer.set()
+        shown = dashboard.Dashboard(cast(Any, None))
+        shown._open.update({(study.number,): cast(Any, study) for study in (first, second)})
+
+        async def listed() -> Any:
+            request = Request(
+                {"type": "http", "method": "GET", "path": "/api/studies", "query_string": b"", "headers": []}
+            )
+            return json.loads(bytes((await shown._studies(request)).body))["study_summaries"]
+
+        assert await listed() == [2]
+        first.may_answer.set()
+        await asyncio.gather(*shown._listing)
+        assert first.answered == 1, "its own page may wait for the same process, so that is not ended"
+        assert await listed() == [1, 2]
+        assert not shown._listing
+
+    asyncio.run(asyncio.wait_for(ask(), 100))

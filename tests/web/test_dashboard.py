@@ -292,31 +292,6 @@ def test_a_study_that_is_closed_for_others_says_so(serving: Callable[..., WebSer
         assert (reply.status, "other studies were opened" in reply.read().decode()) == (503, True)
 
 
-@pytest.mark.thorough
-@needs_dashboard
-def test_the_list_of_studies_does_not_wait_for_one_that_does_not_answer(
-    serving: Callable[..., WebServer], tmp_path: Path
-) -> None:
-    server = serving()
-    searches = [found_sweep(server, tmp_path / f"search{number}") for number in range(2)]
-    close(write_study(searches[0].directory, [{0: 1.0}]))
-    assert server(api_of(searches[0])).status == 200
-    (suspended,) = processes_of(server)
-    close(write_study(searches[1].directory, [{0: 1.0}]))
-    assert server(api_of(searches[1])).status == 200
-    suspended.suspend()
-    number = study_number(id_of(searches[1].directory))
-
-    def listed() -> list[int]:
-        return [study["study_id"] for study in json.loads(server("/api/studies").text)["study_summaries"]]
-
-    until(lambda: listed() == [number], "the study that answers is not listed alone")
-    assert suspended.is_running(), "its own page may wait for it"
-    suspended.resume()
-    until(lambda: len(listed()) == 2, "the study is not listed again")
-    assert suspended in processes_of(server)
-
-
 @needs_dashboard
 def test_the_study_is_shown_on_a_socket(serving: Callable[..., WebServer], tmp_path: Path) -> None:
     path = tmp_path / "web.sock"
