@@ -59,6 +59,7 @@ from gpu_launcher.nodes.agent_messages import (
 from gpu_launcher.nodes.channel_relay import ChannelRelay, FarEnd
 from gpu_launcher.nodes.frames import FrameStream
 from gpu_launcher.nodes.outputs import OutputSender, PrivateDirectory
+from gpu_launcher.nodes.slurm_job import SlurmJob
 from gpu_launcher.nodes.slurm_time import term_of_allocation
 from gpu_launcher.processes import pickling, spawn
 from gpu_launcher.processes.exceptions import reason
@@ -104,6 +105,9 @@ def main() -> None:
             agent = _Agent(stream, setup)
             agent.take(more)
             agent.run()
+            if agent.to_give_back is not None:
+                _send_the_rest(stream)
+                SlurmJob(agent.to_give_back).cancel()  # ends this process, too
     except _CannotHostError as error:
         stream.send(Refused(str(error)))
     _send_the_rest(stream)
@@ -131,6 +135,9 @@ class _Agent:
         self._stream = stream
         self._timing = setup.timing
         self._term = term_of_allocation(setup.notice, setup.allocation)
+        self._allocation = os.environ.get("SLURM_JOB_ID") if setup.elastic else None  # the program may change that
+        self.to_give_back: str | None = None
+        """The id of the Slurm allocation that has to be given back here, if any: the head's `srun` may be gone, too."""
         hosted, differs = _load(setup)
         self._private = _private_directory(setup)
         """The sweep's directory, if the head does not share its own with this machine."""
@@ -291,6 +298,7 @@ class _Agent:
         """Say that the silence of the head is why this agent ends."""
         _log.error("the head has been silent for %.0f s: ending everything", seconds)
         self._stream.send(Refused(f"heard nothing from here for {seconds:.0f} s, and ended its jobs"))
+        self.to_give_back = self._allocation
 
     def _hear(self) -> None:
         try:

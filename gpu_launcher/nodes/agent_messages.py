@@ -227,6 +227,8 @@ class Setup:
     """Seconds before the end of its allocation at which the node's jobs are interrupted."""
     allocation: str | None = None
     """The id of the Slurm allocation in which the head runs, if it runs in one."""
+    elastic: bool = False
+    """Whether the node is an allocation of its own, which the agent gives back if it loses the head."""
     fetches: bool = False
     """Whether the outputs of jobs are sent to the head, if the node does not see the probe."""
 

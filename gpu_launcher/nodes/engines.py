@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from gpu_launcher.errors import OptionError
 from gpu_launcher.model import LOCAL
 from gpu_launcher.nodes import ray_options
-from gpu_launcher.nodes.slurm_options import read_term
+from gpu_launcher.nodes.slurm_options import names_job, read_term
 from gpu_launcher.validation import one_of
 from gpu_launcher.version import find_version
 
@@ -176,7 +176,7 @@ def _read_entry(text: str, names: set[str], grace: float) -> Iterator[NodeSpec]:
         # The agent ends its jobs before the allocation ends. The user's own --signal comes later, so it counts.
         ours = f"--signal=TERM@{min(math.ceil(grace) + SLURM_MARGIN, MAX_SLURM_NOTICE)}"
         command = (*_SRUN, ours, *arguments, *agent_command())
-        inside = "SLURM_JOB_ID" in os.environ  # then srun starts a step of this allocation
+        inside = "SLURM_JOB_ID" in os.environ or names_job(arguments)  # then srun starts a step of an allocation
         term = read_term((ours, *arguments))
         lasts = math.inf if inside else term.lasts
         for _ in range(number):

@@ -163,7 +163,8 @@ class NodeGroup:
 
     def _start_remote(self, specs: Sequence[NodeSpec], setup: Setup, *, captured: bool) -> None:
         for spec in specs:
-            start = partial(RemoteNode, spec, replace(setup, notice=spec.notice), captured=captured)
+            its_setup = replace(setup, notice=spec.notice, elastic=spec.elastic)
+            start = partial(RemoteNode, spec, its_setup, captured=captured)
             try:
                 self._members[spec.name] = Member(spec.name, self._connections.start(start))
             except OSError as error:

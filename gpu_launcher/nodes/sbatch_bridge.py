@@ -30,6 +30,7 @@ from gpu_launcher.nodes.authenticated_socket import AuthenticatedSocket, FrameKi
 from gpu_launcher.nodes.authentication import MAX_CONTENT, new_key
 from gpu_launcher.nodes.engines import NOT_CONNECTED, NOT_STARTED, SUBMITTED, agent_command, module_command
 from gpu_launcher.nodes.rendezvous import Contact, RendezvousDirectory
+from gpu_launcher.nodes.slurm_job import ENDED, SlurmJob
 from gpu_launcher.processes.signals import StopSignals
 
 _log = get_logger("nodes.sbatch_bridge")
@@ -40,27 +41,8 @@ SOON_SECONDS = 2.0
 """Seconds between two looks at a job that has started to run, but is not connected."""
 QUEUED_SECONDS = 20.0
 """Seconds between two looks at a job in the queue."""
-SLURM_SECONDS = 4.0
-"""Maximum seconds to wait for an answer about a job."""
-CANCEL_TRIES = 3
-"""The head waits 15 s for this process to end."""
-CANCEL_PAUSE = 0.3
-"""Seconds between two tries to cancel a job."""
 MAX_OUTPUT = 1000
 """Maximum number of bytes shown of what the job has printed. The head keeps 300 characters."""
-_ENDED = (
-    "BOOT_FAIL",
-    "CANCELLED",
-    "COMPLETED",
-    "DEADLINE",
-    "FAILED",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "PREEMPTED",
-    "REVOKED",
-    "TIMEOUT",
-)
-"""States of a job that has ended."""
 
 
 def main() -> None:
@@ -97,7 +79,7 @@ class _SbatchBridge:
                 except OSError as error:
                     raise _NoNodeError(f"cannot write the key of the connection: {error}") from error
                 try:
-                    job = _SlurmJob.submit(command_of_job(self._words, directory))
+                    job = _submit(command_of_job(self._words, directory))
                     try:
                         connection = self._wait_for_agent(listener, directory, job, signals)
                     except BaseException:
@@ -116,7 +98,7 @@ class _SbatchBridge:
             return status
 
     def _wait_for_agent(
-        self, listener: Listener, directory: RendezvousDirectory, job: _SlurmJob, signals: StopSignals
+        self, listener: Listener, directory: RendezvousDirectory, job: SlurmJob, signals: StopSignals
     ) -> AuthenticatedSocket | None:
         """Wait for the connection from the job. Return None if it is not wanted any more. Raises _NoNodeError."""
         poll = select.poll()
@@ -134,7 +116,7 @@ class _SbatchBridge:
             patience = SOON_SECONDS if started else QUEUED_SECONDS
             if time.monotonic() - looked >= patience:
                 state, looked = job.state(), time.monotonic()
-                if state in _ENDED:
+                if state in ENDED:
                     raise _NoNodeError(self._why_ended(directory, state, listener.port))
 
     def _why_ended(self, directory: RendezvousDirectory, state: str, port: int) -> str:
@@ -209,63 +191,17 @@ def command_of_job(words: Sequence[str], directory: RendezvousDirectory) -> tupl
     return (*sbatch, f"--output={output}", *words, str(directory.script), *node)
 
 
-class _SlurmJob:
-    """A job of Slurm."""
-
-    def __init__(self, number: str, cluster: str) -> None:
-        self._number = number
-        self._where = [f"--clusters={cluster}"] if cluster else []
-
-    @classmethod
-    def submit(cls, command: Sequence[str]) -> _SlurmJob:
-        """Submit it. Raises _NoNodeError."""
-        try:
-            # A session of its own: the job must be known before a signal to this process group ends anything.
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True
-            )
-        except OSError as error:
-            raise _NoNodeError(f"cannot run sbatch: {error.strerror}") from error
-        match = re.fullmatch(r"(\d+)(?:;(\S+))?", done.stdout.strip())
-        if match is None:
-            raise _NoNodeError(f"sbatch has submitted nothing (exit status {done.returncode}) {done.stdout.strip()}")
-        job = cls(match[1], match[2] or "")
-        _tell(f"{SUBMITTED} {match[1]}")
-        return job
-
-    def state(self) -> str:
-        """Return the state of the job. Empty if it is not known."""
-        done = self._run("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={self._number}")
-        if done is None:
-            return ""
-        if done.returncode == 0:
-            return done.stdout.strip() or "COMPLETED"
-        return "COMPLETED" if "Invalid job id" in done.stderr else ""  # Slurm has forgotten it
-
-    def cancel(self) -> None:
-        """Cancel it, if it has not ended. Otherwise it may stay in the queue for days.
-
-        Try again if that fails: a signal of the head to the process group of this process also ends scancel, until it
-        is in its own session. Slurm may also need longer to answer.
-        """
-        for _ in range(CANCEL_TRIES):
-            done = self._run("scancel", "--quiet", self._number)
-            if done is not None and done.returncode == 0:
-                return
-            _log.warning("scancel %s failed: %s", self._number, "no answer" if done is None else done.stderr.strip())
-            time.sleep(CANCEL_PAUSE)
-
-    def _run(self, *command: str) -> subprocess.CompletedProcess[str] | None:
-        words = [command[0], *self._where, *command[1:]]
-        try:
-            return subprocess.run(
-                words,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=SLURM_SECONDS,
-                start_new_session=True,
-            )
-        except (OSError, subprocess.SubprocessError) as error:
-            _log.warning("%s: %s", command[0], error)
-            return None
+def _submit(command: Sequence[str]) -> SlurmJob:
+    """Submit a job. Raises _NoNodeError."""
+    try:
+        # A session of its own: the job must be known before a signal to this process group ends anything.
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+    except OSError as error:
+        raise _NoNodeError(f"cannot run sbatch: {error.strerror}") from error
+    match = re.fullmatch(r"(\d+)(?:;(\S+))?", done.stdout.strip())
+    if match is None:
+        raise _NoNodeError(f"sbatch has submitted nothing (exit status {done.returncode}) {done.stdout.strip()}")
+    _tell(f"{SUBMITTED} {match[1]}")
+    return SlurmJob(match[1], match[2] or "")

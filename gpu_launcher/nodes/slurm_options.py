@@ -47,6 +47,11 @@ def options_in(words: Sequence[str]) -> Sequence[str]:
     return words[:place]
 
 
+def names_job(words: Sequence[str]) -> bool:
+    """Whether an option of srun names the allocation in which it is to run. It may be abbreviated."""
+    return any(word.partition("=")[0] in ("--jobi", "--jobid") for word in options_in(words))
+
+
 def _takes_next(word: str) -> bool:
     """Whether the value of an option is the next word."""
     if word.startswith("--"):

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +125,14 @@ def running_again(cluster: Any, count: int) -> None:
     until(lambda: len(list(cluster.directory.glob("witness-*"))) >= count, "they do not run again", LONG)
 
 
+def printed(slurm: str, *words: str) -> str:
+    """What a command of Slurm prints."""
+    environment = {**os.environ, "SLURM_CONF": slurm}
+    return subprocess.run(words, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
 def queue(slurm: str) -> list[str]:
-    words = ["squeue", "--noheader", "--format=%i %T"]
-    shown = subprocess.run(words, env={**os.environ, "SLURM_CONF": slurm}, capture_output=True, text=True, check=True)
-    return shown.stdout.split("\n")[:-1]
+    return printed(slurm, "squeue", "--noheader", "--format=%i %T").split("\n")[:-1]
 
 
 @WAYS
@@ -196,6 +200,21 @@ def test_allocations_end_with_a_killed_head(cluster: Any, slurm: str, way: str) 
     sweep.running(4)
     assert len(queue(slurm)) == 2
     sweep.process.send_signal(signal.SIGKILL)
+    sweep.process.wait(60)
+    nothing_is_left(cluster)
+    until(lambda: queue(slurm) == [], "Slurm still has allocations")
+
+
+@WAYS
+@pytest.mark.thorough
+def test_allocations_end_if_the_machine_of_the_head_fails(
+    cluster: Any, slurm: str, way: str, kill_together: Callable[[list[psutil.Process]], None]
+) -> None:
+    sweep = cluster.start("n=0,1,2,3", NODES.replace("slurm", way), devices=4)
+    sweep.running(4)
+    assert len(queue(slurm)) == 2
+    head = psutil.Process(sweep.process.pid)
+    kill_together([head, *head.children(recursive=True)])
     sweep.process.wait(60)
     nothing_is_left(cluster)
     until(lambda: queue(slurm) == [], "Slurm still has allocations")
@@ -328,7 +347,9 @@ def test_jobs_of_a_lost_node_run_elsewhere(cluster: Any, slurm: str, how: str, w
         assert sweep.returns() == [("COMPLETED", number) for number in range(4)]
         # Slurm calls an allocation COMPLETING until its node answers.
         until(lambda: f"{allocation} RUNNING" not in queue(slurm), "the allocation is not given back")
-        assert how == "set down" or "down" not in state_of(cluster, node)
+        assert how == "set down" or "down" not in printed(
+            slurm, "sinfo", "--noheader", f"--nodes={node}", "--format=%T"
+        )
 
 
 @contextlib.contextmanager
@@ -366,12 +387,6 @@ def lost_node(cluster: Any, node: str, agent: psutil.Process, how: str) -> Itera
             for process in silent:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.resume()
-
-
-def state_of(cluster: Any, node: str) -> str:
-    """The state of a node, as Slurm sees it."""
-    words = ["sinfo", "--noheader", f"--nodes={node}", "--format=%T"]
-    return subprocess.run(words, env=cluster.environment, capture_output=True, text=True, check=True).stdout
 
 
 @WAYS
@@ -447,10 +462,6 @@ def test_job_that_starts_after_everything_was_killed_ends_at_once(cluster: Any, 
 
 @pytest.mark.thorough
 def test_key_is_in_a_file_of_this_user_and_nowhere_else(cluster: Any, slurm: str) -> None:
-    def shown(*words: str) -> str:
-        environment = {**os.environ, "SLURM_CONF": slurm}
-        return subprocess.run(words, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout
-
     with blocker(cluster, "--nodes=3"):
         until(lambda: len(queue(slurm)) == 1, "the blocker does not start")
         sweep = cluster.start("n=0", "hydra.launcher.nodes='sbatch:1 --gpus=2'", cwd=cluster.directory)
@@ -459,13 +470,14 @@ def test_key_is_in_a_file_of_this_user_and_nowhere_else(cluster: Any, slurm: str
         assert (directory.stat().st_mode & 0o777, (directory / "key").stat().st_mode & 0o777) == (0o700, 0o600)
         key = json.loads((directory / "key").read_text())["key"]
         (pending,) = [line.split()[0] for line in queue(slurm) if "PENDING" in line]
-        told = shown("scontrol", "show", "job", pending) + shown("scontrol", "write", "batch_script", pending, "-")
+        told = printed(slurm, "scontrol", "show", "job", pending)
+        told += printed(slurm, "scontrol", "write", "batch_script", pending, "-")
     sweep.running(1)
     assert left_in(cluster) == []
     processes = cluster.marked()
     assert len(processes) > 5
     told += "".join(str(process.cmdline()) + str(process.environ()) for process in processes)
-    told += shown("scontrol", "show", "job", pending) + sweep.output.read_text()
+    told += printed(slurm, "scontrol", "show", "job", pending) + sweep.output.read_text()
     sweep.finish(1)
     assert len(key) == 64
     assert key not in told

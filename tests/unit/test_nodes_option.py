@@ -126,9 +126,12 @@ def test_slurm_signals_before_the_end_unless_the_user_says_when():
     assert "--signal=TERM@65535" in spec.command
 
 
-def test_allocations_of_their_own_are_elastic_and_steps_of_the_heads_allocation_are_not(monkeypatch):
+def test_allocations_of_their_own_are_elastic_and_steps_of_others_are_not(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert [spec.elastic for spec in read_nodes(["local", "ssh:gpu2", "command:env", "slurm:1"])] == [0, 0, 0, 1]
+    for named in ("--jobid=7", "--jobid 7", "--gpus 2 --jobi 7"):
+        assert [(spec.elastic, spec.lasts) for spec in read_nodes([f"slurm:1 --time=10 {named}"])] == [(0, math.inf)]
+    assert [spec.elastic for spec in read_nodes(["slurm:1 --job-name=--jobid sh --jobid 7"])] == [1]
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert [spec.elastic for spec in read_nodes(["slurm:1"])] == [0]
 
