@@ -328,6 +328,28 @@ def test_jobs_of_a_preempted_allocation_run_again(cluster: Any, way: str) -> Non
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("what", ["agent", "node process", "fork server", "supervisor"])
+def test_every_job_has_one_result_if_a_process_of_a_node_is_killed(cluster: Any, what: str) -> None:
+    sweep = cluster.start("n=0,1,2,3", NODES, devices=4)
+    sweep.running(4)
+    lost = agent_of(sweep, 0, everywhere=True)
+    moved = [number for number in range(4) if agent_of(sweep, number, everywhere=True) == lost]
+    supervisor, server, _, node = psutil.Process(sweep.witness(0)["main"]).parents()[:4]
+    assert node.parent() == lost
+    failed = {"supervisor": [0], "fork server": moved}.get(what, [])
+    trees = sweep.processes(failed or moved)
+    if not failed:
+        forget(cluster, moved)
+    {"agent": lost, "node process": node, "fork server": server, "supervisor": supervisor}[what].kill()
+    until(lambda: not any(alive(process) for process in trees), "jobs survive", LONG)
+    running_again(cluster, 4)
+    sweep.finish(4)
+    returns = sweep.returns()
+    assert [status for status, _ in returns] == ["FAILED" if number in failed else "COMPLETED" for number in range(4)]
+    nothing_is_left(cluster)
+
+
+@pytest.mark.thorough
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("how", "way"), [("set down", "slurm"), ("power off", "slurm"), ("power off", "sbatch"), ("no answer", "slurm")]
@@ -422,7 +444,7 @@ def left_in(cluster: Any) -> list[Path]:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("what", ["bridge", "agent", "main process of the job"])
-def test_jobs_run_elsewhere_if_a_process_of_the_connection_is_killed(cluster: Any, slurm: str, what: str) -> None:
+def test_jobs_run_elsewhere_if_a_process_of_the_connection_is_killed(cluster: Any, what: str) -> None:
     sweep = cluster.start("n=0,1,2,3", NODES.replace("slurm", "sbatch"), devices=4, cwd=cluster.directory)
     sweep.running(4)
     lost = agent_of(sweep, 0, everywhere=True)
