@@ -311,7 +311,7 @@ def test_a_plugin_that_hides_all_others_is_named(cli: Cli, tmp_path: Path) -> No
 
 def test_threads_from_the_start_of_python_on_mean_spawn_and_are_named(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
-        "import threading, time\nthreading.Thread(target=time.sleep, args=(5,), daemon=True).start()\n"
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
     )
     code, findings = examine(cli, PYTHONPATH=f"{tmp_path}{os.pathsep}{cli.environ['PYTHONPATH']}")
     assert code == 0

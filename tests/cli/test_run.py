@@ -553,7 +553,8 @@ def test_when_its_time_is_over_the_whole_tree_gets_sigterm_and_then_sigkill(
     trap = "trap '' TERM" if deaf else "trap 'echo ended; exit 0' TERM"
     inner = f"{trap}; echo $$ $PPID; while :; do sleep 0.05; done"
     began = time.monotonic()
-    run = start(*ONE, "--timeout", "5", "--grace", "3s", "--", "bash", "-c", f"bash -c {shlex.quote(inner)}; true")
+    grace = "3s" if deaf else "60s"
+    run = start(*ONE, "--timeout", "5", "--grace", grace, "--", "bash", "-c", f"bash -c {shlex.quote(inner)}; true")
     tree = [int(pid) for pid in run.line().split()]
     assert len(tree) == 2
     assert run.wait(100) == 124
@@ -567,7 +568,7 @@ def test_when_its_time_is_over_the_whole_tree_gets_sigterm_and_then_sigkill(
 
 
 def test_time_is_over_also_for_a_command_that_is_stopped(start: Callable[..., Run]) -> None:
-    run = start(*ONE, "--timeout", "2", "--", "sh", "-c", "echo ready; kill -STOP $$; sleep 600")
+    run = start(*ONE, "--timeout", "5", "--", "sh", "-c", "echo ready; kill -STOP $$; sleep 600")
     assert run.line() == "ready"
     assert run.wait(100) == 124
 
