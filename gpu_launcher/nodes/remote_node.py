@@ -298,7 +298,8 @@ class RemoteNode:
         """Send a sign of life, from any thread, unless the agent is quiet."""
         # If something has arrived, the agent is not quiet, but the head is too busy to receive it.
         heard = not self.quiet or self._stream.readable
-        if self._greeted and self.life in (Life.STARTING, Life.LIVES) and heard:
+        # The agent must hear the program first.
+        if (self._imports or self._loaded) and self.life in (Life.STARTING, Life.LIVES) and heard:
             self._send(Beat())
 
     def _send(self, message: object) -> None:

@@ -557,6 +557,27 @@ def test_close_does_not_wait_for_an_agent(agent):
     assert not agent.node.nothing_left
 
 
+def test_program_is_sent_before_any_sign_of_life(start, clock):
+    class Slow(str):
+        """Takes so long to be pickled that the thread that sends signs of life comes first."""
+
+        def __reduce__(self) -> tuple[type[str], tuple[str]]:
+            agent.node.beat()
+            return str, (str(self),)
+
+    agent = Agent(start, clock)
+    try:
+        agent.node._setup = replace(agent.node._setup, directory=Slow("/"))
+        agent.greets()
+        heard: list[Any] = []
+        until(lambda: agent.node.receive_ready() or heard.extend(agent.stream.receive()) or heard)
+        assert isinstance(heard[0], Setup), heard
+        agent.node.beat()
+        until(lambda: heard.extend(agent.stream.receive()) or Beat() in heard, "no sign of life while it imports")
+    finally:
+        agent.close()
+
+
 @pytest.mark.parametrize(("kind", "seconds"), [("ssh:gpu2", 5.0), ("slurm:1", 5.0), ("sbatch:1", 5.0), ("ray:1", 25.0)])
 def test_command_has_as_long_to_end_as_its_engine_needs(agent, clock, monkeypatch, kind, seconds):
     (engine,) = read_nodes(kind)
