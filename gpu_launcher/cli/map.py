@@ -44,7 +44,7 @@ from gpu_launcher.cli import options
 @options.timeout
 @options.value("--retries", "NUMBER", "How many times to run a failed run again. Default: 0.", type=int)
 @options.value(
-    "--max-parallel", "NUMBER", "Maximum number of runs at the same time. Default: as many as get devices.", type=int
+    "--max-parallel", "NUMBER", "Maximum number of runs at a time. Default: as many as the devices allow.", type=int
 )
 @options.value("--on-end", "COMMAND", "Command that runs when the map is over. See `gpu-launcher guide notifications`.")
 @options.value("--on-job-failure", "COMMAND", "Command that runs for each run that fails and has no retries left.")

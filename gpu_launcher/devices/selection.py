@@ -77,4 +77,4 @@ def select_devices(
 
 def _simulated_notice(count: int) -> str:
     these = "1 device is" if count == 1 else f"{count} devices are"
-    return f"{these} simulated: no real GPU is reserved, so jobs must not use those that {VISIBLE} names"
+    return f"{these} simulated: no real GPU is reserved, so jobs must not use the GPUs that {VISIBLE} names"

@@ -59,8 +59,8 @@ class PoolExecutor(Executor):
             positional: must be empty. The standard executors take `max_workers` first, but here one expects `gpus`.
             gpus: devices per call: 0, 1, 2, ..., or a fraction of a device. Default: 1, or, if `memory` is given, a
                 share of a device.
-            max_workers: maximum number of calls that run at the same time. Default: as many as get devices; without
-                devices, as many as there are CPUs.
+            max_workers: maximum number of calls that run at the same time. Default: as many as the devices allow;
+                without devices, as many as there are CPUs.
             memory: GPU memory per call, such as "20GiB", for calls that share a device.
             priority: calls with a higher priority get devices first.
             timeout: maximum duration of a call, in seconds or as text such as "2h". The call then gets SIGTERM, ten

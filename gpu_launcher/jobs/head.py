@@ -98,7 +98,7 @@ from gpu_launcher.wording import count, device_names
 
 _log = get_logger("jobs.head")
 
-KEYS = {"cancel": "key c", "retry": "key r", "pause": "key p", "continue": "key p", "limit": "a key"}
+KEYS = {"cancel": "key c", "retry": "key r", "pause": "key p", "continue": "key p", "limit": "key +, - or L"}
 """What to call the keys of the live view that ask for something."""
 MAX_SKIPPED = 5
 """Maximum number of unusable earlier results that are reported one by one."""
@@ -229,7 +229,7 @@ def run_jobs(
         show = head.show
         show(SweepStarted(time.monotonic(), expected, opened.devices, options.max_parallel))
         if before:
-            notice(f"resumed: {len(finished)} of {count(len(jobs), 'job')} completed before, and are not run again")
+            notice(f"resumed: {len(finished)} of {count(len(jobs), 'job')} completed before, {len(left)} to run")
         for number, why in list(skipped.items())[:MAX_SKIPPED]:
             notice(f"job {number} is run again, because its earlier result is not used: {why}")
         if len(skipped) > MAX_SKIPPED:

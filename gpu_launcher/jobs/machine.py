@@ -79,7 +79,7 @@ class Limits:
     """Limits on simultaneous work."""
 
     parallel: int | None
-    """Cap on running jobs; None for as many as get devices."""
+    """Cap on running jobs; None for as many as the devices allow."""
     without_devices: int
     """Cap on running jobs that need no devices. Nothing else limits them."""
     ahead: int

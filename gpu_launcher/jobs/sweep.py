@@ -24,7 +24,7 @@ class Options:
     request: Request | None
     """Request of every job. None if each job states its own."""
     max_parallel: int | None
-    """Cap on running jobs. None for as many as get devices."""
+    """Cap on running jobs. None for as many as the devices allow."""
     grace: float
     """Seconds between SIGINT and SIGKILL."""
     pool_dir: str | None

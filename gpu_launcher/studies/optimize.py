@@ -67,7 +67,7 @@ def optimize(
     - `gpus`: GPUs per trial, 1 by default: a whole number such as 0 or 2, or a fraction. `memory`: memory of a GPU,
       such as `20GiB`. `priority`: priority among requests that wait for devices. `trial_timeout`: longest time that a
       trial may run.
-    - `n_jobs`: maximum number of trials at the same time. None or -1: as many as get devices.
+    - `n_jobs`: maximum number of trials at the same time. None or -1: as many as the devices allow.
     - `catch`: exceptions of the objective after which other trials still run. Any other exception is raised when the
       running trials have ended, with its traceback in the process as its cause. If a process dies, it is as if the
       objective had raised gpu_launcher.JobError.

@@ -227,7 +227,7 @@ def read_hooks(options: dict[str, Any]) -> Hooks:
 def _max_parallel(value: object) -> int | None:
     if value is None:
         return None
-    return read_integer("max_parallel", value, least=1, or_else="null for as many jobs as get devices")
+    return read_integer("max_parallel", value, least=1, or_else="null for as many jobs as the devices allow")
 
 
 def _grace(value: object) -> float:

@@ -49,8 +49,8 @@ HELP = {
     "enforce_memory": "Make PyTorch and JAX keep to the job's share of the memory.",
     "visible": "How CUDA_VISIBLE_DEVICES names a job's devices: index or uuid.",
     "cpu_affinity": "auto: pin each job to the CPUs near its devices. null: do not pin.",
-    "max_parallel": "Maximum number of jobs at the same time. null: as many as get devices; with gpus=0, as many as "
-    "there are CPUs.",
+    "max_parallel": "Maximum number of jobs at the same time. null: as many as the devices allow; with gpus=0, as many "
+    "as there are CPUs.",
     "start_method": "How jobs start: fork (from the imported program), spawn (each in a fresh interpreter), or auto "
     "(fork where it is safe, else spawn, and say why).",
     "grace": "Seconds that jobs get to end by themselves after Ctrl-C, SIGTERM or SIGHUP, before they are killed.",

@@ -45,7 +45,7 @@ def finish(session: StudySession, summary: SearchSummary, plan: StudyPlan, direc
 
 def _best(best: Best, plan: StudyPlan) -> str:
     values = ", ".join(f"{value:.6g}" for value in best.values)
-    params = " ".join(f"{name}={value}" for name, value in plan.space.values(best.params).items())
+    params = " ".join(f"{name}={value}" for name, value in plan.space.unzipped(best.params).items())
     several = len(plan.options.directions) > 1
     return f"{'on the Pareto front' if several else 'best'}: {values}, trial {best.number} ({params})" + (
         f" in {best.directory}" if best.directory else ""

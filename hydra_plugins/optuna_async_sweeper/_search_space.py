@@ -89,6 +89,14 @@ class SearchSpace:
         entries = dict(self.entries)
         return {key: _value(key, entries.get(key), value) for key, value in params.items()}
 
+    def unzipped(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Like `values`, with the members of zips in place of the zips."""
+        found: dict[str, Any] = {}
+        for key, value in self.values(params).items():
+            entry = dict(self.entries).get(key)
+            found |= value if isinstance(entry, Searched) and entry.zipped is not None else {key: value}
+        return found
+
     def encode(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Encode values as users write them for Optuna (`study.enqueue_trial`).
 

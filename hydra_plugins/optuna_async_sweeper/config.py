@@ -23,7 +23,7 @@ HELP = {
     "n_trials": "Number of trials that this sweep runs.",
     "total_trials": "Number of trials of the study that should complete or be pruned, including those of earlier "
     "sweeps and the failed trials of this one. n_trials is then ignored. null: n_trials applies.",
-    "n_jobs": "Maximum number of trials at the same time. null: as many as get devices.",
+    "n_jobs": "Maximum number of trials at the same time. null: as many as the devices allow.",
     "max_failure_rate": "Fraction of the finished trials, from 0 to 1, that may fail before the sweep ends. null: "
     "failures do not end the sweep.",
     "params": "What to search or fix, as on the command line: lr: interval(0, 1). The command line takes precedence. "

@@ -90,11 +90,11 @@ def test_sweep_is_paused_limited_and_continued(sweep: Start, tmp_path: Path) -> 
     (tmp_path / "end1").touch()
     terminal.until(lambda: "2/6 done  1 failed  1 running" in terminal.text and "p continue" in terminal.text)
     terminal.press("L1\r")
-    terminal.until("at most 1 device from now on, because of a key")
+    terminal.until("at most 1 device from now on, because of key +, - or L")
     terminal.press("p")
     terminal.until("jobs are started again from now on, because of key p")
     terminal.press("+")
-    terminal.until("no limit on devices from now on, because of a key")
+    terminal.until("no limit on devices from now on, because of key +, - or L")
     terminal.until("2 running")
     end(terminal)
 

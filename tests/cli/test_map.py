@@ -301,7 +301,7 @@ def test_a_dry_run_prints_command_lines_and_runs_nothing(run_map: Map, tmp_path:
     assert done.stdout.splitlines() == [f"echo {number} 'a b' {{gpu}}" for number in range(20)]
     assert done.stderr.splitlines() == [
         "... and 30 more: 50 runs",
-        "gpu-launcher: 4 devices are simulated: no real GPU is reserved, so jobs must not use those that "
+        "gpu-launcher: 4 devices are simulated: no real GPU is reserved, so jobs must not use the GPUs that "
         "CUDA_VISIBLE_DEVICES names",
         "gpu-launcher: 50 runs need 1 GPU each: 4 can start now, the others when those end",
         "gpu-launcher: GPU hours: at most 25, if each run takes as long as --timeout and is not retried",

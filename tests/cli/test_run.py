@@ -31,7 +31,7 @@ PYTHON = sys.executable
 CLI = (PYTHON, "-m", "gpu_launcher.cli")
 ONE = ("run", "--devices", "simulated:1")
 NOTICE = (
-    "gpu-launcher: 1 device is simulated: no real GPU is reserved, so jobs must not use those that "
+    "gpu-launcher: 1 device is simulated: no real GPU is reserved, so jobs must not use the GPUs that "
     "CUDA_VISIBLE_DEVICES names\n"
 )
 

@@ -30,6 +30,14 @@ if __name__ == "__main__":
     main()
 """
 """Stands for the reader's own program."""
+SCRIPT = """
+import argparse
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--lr", type=float)
+print(parser.parse_args().lr)
+"""
+"""Stands for the reader's program without Hydra."""
 
 
 COMMANDS = [
@@ -42,6 +50,7 @@ COMMANDS = [
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_readme_works_in_the_readers_own_program(command: str, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(TRAIN)
+    (tmp_path / "script.py").write_text(SCRIPT)
     environment = {**os.environ, "GPU_LAUNCHER_POOL_DIR": str(tmp_path / "pool"), "HOME": str(tmp_path)}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     words = shlex.split(command)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.test_readme import README, TRAIN
+from tests.docs.test_readme import README, SCRIPT, TRAIN
 
 promise, first_minute = re.split(r"^## The first minute$", README, maxsplit=1, flags=re.MULTILINE)
 
@@ -35,6 +35,7 @@ def test_a_new_user_types_the_readme(nvml_double: Path, tmp_path: Path) -> None:
             shutil.copy(Path.home() / name, home / name)
     project.mkdir()
     (project / "train.py").write_text(TRAIN)
+    (project / "script.py").write_text(SCRIPT)
     gpus = [
         "count 2",
         *(f"{one}.{line}" for one in (0, 1) for line in (f"uuid GPU-{one}", "name GPU", "memory 99999999")),

@@ -75,7 +75,7 @@ def complaint(run: Run, directory: Path, *arguments: str, **extra: Any) -> str:
         ),
         (
             ["max_parallel=0"],
-            "max_parallel: must be an integer >= 1, or null for as many jobs as get devices, got 0",
+            "max_parallel: must be an integer >= 1, or null for as many jobs as the devices allow, got 0",
         ),
         (["start_method=forkserver"], "must be one of auto, fork, spawn, got 'forkserver'"),
         (["grace=-1"], "hydra.launcher.grace: -1.0 is not a number of seconds: give 0 or more"),

@@ -248,6 +248,14 @@ def test_ranges_name_every_number(numbers: set[int]) -> None:
         assert {n for piece in pieces for n in range(piece[0], piece[-1] + 1)} == numbers
 
 
+def test_a_sweep_stopped_by_a_command_names_the_command_that_kills_its_jobs() -> None:
+    lines = lines_of(started(), StopRequested(110.0, 2, 10.0, False, "`gpu-launcher stop`"))
+    assert (
+        "[gpu_pool] stopping after `gpu-launcher stop`: waiting up to 10 s for 2 jobs"
+        " (`gpu-launcher stop --now` to kill them)"
+    ) in lines
+
+
 def test_an_interrupted_sweep_says_how_many_jobs_finished() -> None:
     lines = lines_of(
         started(),

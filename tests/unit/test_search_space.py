@@ -448,6 +448,7 @@ def test_a_zip_is_one_categorical_parameter_whose_choice_sets_all_members() -> N
     params = {"pair": "kind=b opt.lr=0.25", "n": 2}
     assert space.overrides(params) == ["kind=b", "opt.lr=0.25", "n=2", "z=7"]
     assert space.values(params) == {"pair": {"kind": "b", "opt.lr": 0.25}, "n": 2}
+    assert space.unzipped(params) == {"kind": "b", "opt.lr": 0.25, "n": 2}
     assert space.job_values(params) == {"kind": "b", "opt.lr": 0.25, "n": 2, "z": 7}
     assert space.job_keys == ["kind", "opt.lr", "n", "z"]
     assert space.encode({"pair": {"kind": "b", "opt.lr": 0.25}}) == {"pair": "kind=b opt.lr=0.25"}

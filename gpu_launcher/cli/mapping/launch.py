@@ -311,8 +311,8 @@ class _Launch:
         ):
             earlier = EarlierRuns.to_resume(directory)
             total = self._survey(earlier)
-            of = "" if total is None else f" of {total}"
-            tell(f"{earlier.completed}{of} runs completed before, and are not run again")
+            of, rest = ("", "the rest") if total is None else (f" of {total}", total - earlier.completed)
+            tell(f"{earlier.completed}{of} runs completed before, {rest} to run")
             self._leave_terminal(directory, detachment)
             end.value = self._run(directory, total, earlier, detachment)
         return end.value

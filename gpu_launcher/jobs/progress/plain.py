@@ -150,7 +150,9 @@ def stopping(event: StopRequested, running: int, seconds: float) -> str:
     jobs = count(running, "job")
     if event.forced:
         return f"{stopping}: killing {jobs}"
-    return f"{stopping}: waiting up to {duration(seconds, tenths=False)} for {jobs} (Ctrl-C again to kill them)"
+    # A sweep that was stopped from elsewhere may be detached, where no Ctrl-C reaches it.
+    faster = "`gpu-launcher stop --now`" if event.signal.startswith("`gpu-launcher") else "Ctrl-C again"
+    return f"{stopping}: waiting up to {duration(seconds, tenths=False)} for {jobs} ({faster} to kill them)"
 
 
 def log_quote(event: JobEnded, tally: SweepTally) -> list[str]:
