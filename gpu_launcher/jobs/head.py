@@ -70,7 +70,17 @@ from gpu_launcher.jobs.failures import set_aside
 from gpu_launcher.jobs.job import Cause, Job, JobResult
 from gpu_launcher.jobs.leaving import leave_while_running
 from gpu_launcher.jobs.manifest import Entry, read
-from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Heard, Message, NodeReady, Opened, Wanted
+from gpu_launcher.jobs.node_messages import (
+    BeginRun,
+    Closed,
+    Ended,
+    Heard,
+    Message,
+    NodeReady,
+    Opened,
+    ThrottleConfirmed,
+    Wanted,
+)
 from gpu_launcher.jobs.notifications import Notifier
 from gpu_launcher.jobs.outcome import left_by, not_started
 from gpu_launcher.jobs.progress import PlainProgress, open_progress
@@ -552,8 +562,8 @@ class _Head(ControlledSweep):
                 self._drop_waiting(problem)
             case Closed():
                 self._close(message)
-            case NodeReady() | Opened():
-                pass  # they are received before the run begins
+            case NodeReady() | Opened() | ThrottleConfirmed():
+                pass  # the first two are received before the run begins, and one machine has the whole limit
             case _:
                 self.show(message)
 

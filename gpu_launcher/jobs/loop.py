@@ -37,7 +37,7 @@ from gpu_launcher.jobs.failures import FailureCount, FailurePolicy, RetryState, 
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.job_options import JobOptions
 from gpu_launcher.jobs.job_record import JobRecord, JobRun, Stage
-from gpu_launcher.jobs.node_messages import Ended, Heard, Message
+from gpu_launcher.jobs.node_messages import Ended, Heard, Message, ThrottleConfirmed
 from gpu_launcher.jobs.outcome import result_of
 from gpu_launcher.jobs.peak_memory import PeakMemory
 from gpu_launcher.jobs.reports import read_report
@@ -308,8 +308,11 @@ class JobLoop:
                     self._handle(m.NoMore())
                 case Stop():
                     self._handle(m.StopAsked())
-                case AllOffered() | Throttle():
+                case AllOffered():
                     self._handle(statement)
+                case Throttle():
+                    self._handle(statement)
+                    self._source.send(ThrottleConfirmed())
                 case Cancel(number, unstarted=True) if self._was_started(number):
                     _log.debug("job %d was started and is not taken back", number)
                 case Cancel(number):

@@ -51,6 +51,11 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
+class ThrottleConfirmed:
+    """The node has taken note of the next `Throttle`. It has reported the jobs that it started before."""
+
+
+@dataclass(frozen=True, slots=True)
 class Heard:
     """A job sent a message with `JobContext.say`."""
 
@@ -79,6 +84,7 @@ Message = (
     NodeReady
     | Opened
     | Wanted
+    | ThrottleConfirmed
     | Heard
     | Ended
     | Closed

@@ -54,18 +54,22 @@ class TakeBack:
 Deal = Ask | Give | MovedTooOften | TakeBack
 
 
-def quotas(limit: int | None, devices: Sequence[int]) -> list[int | None]:
+def quotas(limit: int | None, devices: Sequence[int], held: Sequence[int]) -> list[int | None]:
     """Deal a limit on devices to nodes that have this many `devices`: each gets as many as it has, while there are any.
 
-    So a job that needs several devices of one node finds them, if the limit allows it.
+    So a job that needs several devices of one node finds them, if the limit allows it. But no node gets more than the
+    others leave, which may be using up to `held` devices. It gets its part when they hold less.
     """
+    if limit is None:
+        return [None] * len(devices)
     found: list[int | None] = []
-    for number in devices:
-        if limit is None:
-            found.append(None)
-        else:
-            found.append(min(limit, number))
-            limit -= min(limit, number)
+    total, rest = sum(held), limit
+    for number, own in zip(devices, held, strict=True):
+        part = min(rest, number)
+        rest -= part
+        quota = max(0, min(part, limit - (total - own)))
+        total += max(0, quota - own)
+        found.append(quota)
     return found
 
 

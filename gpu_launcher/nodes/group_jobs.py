@@ -14,7 +14,7 @@ import contextlib
 import os
 import socket
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
@@ -150,6 +150,12 @@ class GroupJobs:
         """Return the jobs that run on a node, by number."""
         jobs = self.dealer.jobs_at(member.name)
         return [job.number for job in jobs if self._unfinished[job.number].running is not None]
+
+    def devices_in_use(self) -> Counter[str]:
+        """Return how many devices the jobs use that run on each node."""
+        running = [(number, job.running) for number, job in self._unfinished.items() if job.running is not None]
+        used = {(self.dealer.node_of(number), device.uuid) for number, job in running for device in job.devices}
+        return Counter(node for node, _ in used if node is not None)
 
     def has_spoken(self, number: int) -> bool:
         """Whether a job has said anything in its channel, so that it must not run again when its node is lost."""

@@ -131,8 +131,8 @@ class Member:
         """What kept its run from beginning, if that is an error of ours."""
         self.why: str | None = None
         """Why it starts no more jobs, as a sentence without its subject."""
-        self.throttle = Throttle()
-        """How much may run there, as it was told."""
+        self._throttles = [Throttle()]
+        """What it confirmed last about how much may run there, and then what it was told and has not confirmed."""
 
     def begin(self, begin: BeginRun) -> None:
         """Let a node that was just started begin the run."""
@@ -152,6 +152,7 @@ class Member:
     def open(self, pool: Opened) -> None:
         """Take note that its pool is open. It may be leaving already."""
         self.pool, self.at_once = pool, pool.at_once
+        self._throttles = [self.throttle] * len(self._throttles)  # it hears of the last before its first job
         if self.phase is MemberPhase.STARTING:
             self.become(MemberPhase.OPEN, f"its pool has {len(pool.devices)} devices")
 
@@ -182,6 +183,26 @@ class Member:
     def devices(self) -> tuple[Device, ...]:
         """Its devices, while its pool is open."""
         return () if self.pool is None else self.pool.devices
+
+    @property
+    def throttle(self) -> Throttle:
+        """How much may run there, as it was told last."""
+        return self._throttles[-1]
+
+    def set_throttle(self, throttle: Throttle) -> None:
+        """Tell it how much may run there, if that has changed."""
+        if throttle != self.throttle:
+            self._throttles.append(throttle)
+            self.tell(throttle)
+
+    def confirm_throttle(self) -> None:
+        """Take note that it knows the next throttle that it was told."""
+        del self._throttles[0]
+
+    def may_use(self, in_use: int) -> int:
+        """Return how many devices it may be using, if `in_use` are known to be. It may not know the last limits yet."""
+        limits = [len(self.devices) if one.devices is None else one.devices for one in self._throttles]
+        return max(in_use, *limits)
 
     @property
     def over(self) -> bool:

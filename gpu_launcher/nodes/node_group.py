@@ -22,6 +22,7 @@ import contextlib
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -38,7 +39,16 @@ from gpu_launcher.jobs.events import (
     StopRequested,
 )
 from gpu_launcher.jobs.node_client import LocalNode
-from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Message, NodeReady, Opened, Wanted
+from gpu_launcher.jobs.node_messages import (
+    BeginRun,
+    Closed,
+    Ended,
+    Message,
+    NodeReady,
+    Opened,
+    ThrottleConfirmed,
+    Wanted,
+)
 from gpu_launcher.jobs.source import AllOffered, Cancel, Exhausted, Offer, Reply, Statement, Stop, Throttle
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.jobs.term import Term
@@ -332,6 +342,9 @@ class NodeGroup:
             case Wanted(number):
                 member.asked = True
                 self._jobs.wanted(member, number)
+            case ThrottleConfirmed():
+                member.confirm_throttle()
+                self._share_out()
             case JobStarted():
                 member.ran = True
                 # It may be a process of another machine.
@@ -418,14 +431,16 @@ class NodeGroup:
         return [member for member in self._members.values() if member.at_work]
 
     def _share_out(self) -> None:
-        """Tell each node how much may run there. The limit on devices is dealt in the order of the nodes."""
+        """Tell each node how much may run there. The limit on devices is dealt in the order of the nodes.
+
+        The limit also holds while messages are under way: see `quotas` and `Member.may_use`.
+        """
         at_work = self._at_work()
-        shares = quotas(self._throttle.devices, [len(member.devices) for member in at_work])
+        in_use = Counter() if self._throttle.devices is None else self._jobs.devices_in_use()
+        held = [member.may_use(in_use[member.name]) for member in at_work]
+        shares = quotas(self._throttle.devices, [len(member.devices) for member in at_work], held)
         for member, share in zip(at_work, shares, strict=True):
-            throttle = Throttle(self._throttle.paused, share)
-            if throttle != member.throttle:
-                member.throttle = throttle
-                member.tell(throttle)
+            member.set_throttle(Throttle(self._throttle.paused, share))
 
     @property
     def _ends(self) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from gpu_launcher import Sweep
 from tests.emulated_terminal import EmulatedTerminal
 from tests.waiting import alive, until
 
@@ -274,6 +275,34 @@ def test_parameters_of_a_pipe_run_on_nodes(maps: Maps) -> None:
     assert process.returncode == 0, maps.said
     assert maps.outcomes() == [("completed", 1)] * 3
     assert maps.pools() == {"pool-a", "pool-b"}
+
+
+@pytest.mark.thorough
+def test_limit_counts_the_devices_in_use_on_all_nodes(maps: Maps) -> None:
+    waits = "echo {n} $(basename $GPU_LAUNCHER_POOL_DIR) >> ran; until test -e go-{n}; do sleep 0.05; done; echo {n}"
+    words = ("--devices", "simulated:2", "--dir", "out", "--param", "n=range(6)", *on_two(maps))
+    log = maps.path / "log"
+    process = maps.start(*words, "--", "sh", "-c", waits, GPU_LAUNCHER_LOG=f"debug:{log}")
+    until(lambda: (maps.path / "ran").exists() and len(maps.ran()) == 4, "not all devices are used", PATIENCE)
+    on = {pool: [number for number, where in maps.ran() if where == pool] for pool in maps.pools()}
+    assert {pool: len(numbers) for pool, numbers in on.items()} == {"pool-a": 2, "pool-b": 2}
+    sweep = Sweep(maps.path / "out")
+    sweep.limit(2)
+    until(lambda: len(re.findall(r"Throttle\(.*devices=\d", log.read_text())) >= 2, "the nodes are not told", PATIENCE)
+    for ended, number in enumerate([on["pool-a"][0], on["pool-b"][0]], start=1):
+        (maps.path / f"go-{number}").touch()
+        until(lambda: sweep.status()["ended"] == {"completed": ended}, "the run does not end", PATIENCE)  # noqa: B023
+    assert len(maps.ran()) == 4
+    assert sweep.status()["running"] == 2
+    (maps.path / f"go-{on['pool-b'][1]}").touch()
+    until(lambda: len(maps.ran()) == 5, "the limit is not used", PATIENCE)
+    until(lambda: sweep.status()["ended"] == {"completed": 3}, "the run does not end", PATIENCE)
+    assert sweep.status()["running"] == 2
+    assert maps.ran()[4][1] == "pool-a"
+    for number in range(6):
+        (maps.path / f"go-{number}").touch()
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, maps.said
 
 
 # Nodes that cannot be used

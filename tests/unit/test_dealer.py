@@ -775,19 +775,38 @@ def test_job_that_was_taken_back_once_is_no_reason_to_ask_for_a_node():
 
 
 @pytest.mark.parametrize(
-    ("limit", "devices", "shares"),
+    ("limit", "devices", "held", "shares"),
     [
-        (None, [4, 2], [None, None]),
-        (3, [4, 4], [3, 0]),
-        (6, [4, 4], [4, 2]),
-        (20, [4, 0, 4], [4, 0, 4]),
-        (1, [], []),
+        (None, [4, 2], [9, 9], [None, None]),
+        (3, [4, 4], [0, 0], [3, 0]),
+        (6, [4, 4], [0, 0], [4, 2]),
+        (20, [4, 0, 4], [0, 0, 0], [4, 0, 4]),
+        (1, [], [], []),
     ],
 )
 def test_limit_on_devices_is_dealt_in_the_order_of_the_nodes(
-    limit: int | None, devices: list[int], shares: list[int | None]
+    limit: int | None, devices: list[int], held: list[int], shares: list[int | None]
 ) -> None:
-    assert quotas(limit, devices) == shares
+    assert quotas(limit, devices, held) == shares
+
+
+@pytest.mark.parametrize(
+    ("limit", "devices", "held", "shares"),
+    [
+        (3, [2, 2], [2, 2], [1, 1]),
+        (3, [2, 2], [2, 1], [2, 1]),
+        (2, [2, 2], [1, 2], [0, 0]),
+        (2, [2, 2], [0, 1], [1, 0]),
+        (2, [1, 1, 2], [0, 0, 1], [1, 0, 0]),
+        (3, [1, 1, 2], [0, 0, 1], [1, 1, 1]),
+        (0, [2, 2], [2, 0], [0, 0]),
+        (4, [2, 2], [9, 9], [0, 0]),
+    ],
+)
+def test_no_node_gets_more_of_the_limit_than_the_others_leave(
+    limit: int, devices: list[int], held: list[int], shares: list[int]
+) -> None:
+    assert quotas(limit, devices, held) == shares
 
 
 def test_node_is_not_asked_for_while_those_that_are_there_may_use_no_more_devices():

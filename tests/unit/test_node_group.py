@@ -23,7 +23,7 @@ from gpu_launcher.jobs.directory import as_proposed
 from gpu_launcher.jobs.events import GaveUp, JobRetried, JobStarted, NodesChanged, Notice, Outcome, OutOfContact
 from gpu_launcher.jobs.failures import FailurePolicy
 from gpu_launcher.jobs.job import Cause, Job, JobResult, Refusal
-from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Opened, Wanted
+from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Opened, ThrottleConfirmed, Wanted
 from gpu_launcher.jobs.outcome import classify_exit, left_by, not_started
 from gpu_launcher.jobs.report_files import ReportFiles
 from gpu_launcher.jobs.source import Cancel, Exhausted, Offer, Stop, Throttle
@@ -73,6 +73,8 @@ class Agent:
         self.devices = simulated_devices(devices)
         self.heard: list[Any] = []
         self.beats = 0
+        self.confirms = True
+        """Whether it takes note of throttles."""
         self._listener = socket.socket(socket.AF_UNIX)
         address = directory / f"{name}.socket"
         self._listener.bind(str(address))
@@ -107,6 +109,8 @@ class Agent:
                 self.beats += 1
             else:
                 self.heard.append(message)
+            if isinstance(message, Throttle) and self.confirms:
+                self.stream.send(ThrottleConfirmed())
 
     def take(self, kind: type) -> Any:
         """Return the next message of this kind. It is removed."""
@@ -1104,7 +1108,8 @@ def test_limit_on_devices_is_dealt_to_the_nodes(start: Start) -> None:
     group = start("a", "b")
     group.begin()
     group.node.say(Throttle(devices=3))
-    group.until(lambda: throttles(group, "a") == [Throttle(devices=2)], "node a is not limited")
+    # As long as it is not known that b uses only one device, a gets only one.
+    group.until(lambda: throttles(group, "a") == [Throttle(devices=1), Throttle(devices=2)], "node a is not limited")
     group.until(lambda: throttles(group, "b") == [Throttle(devices=1)], "node b is not limited")
     group.node.say(Throttle(paused=True, devices=3))
     group.until(lambda: throttles(group, "b")[1:] == [Throttle(paused=True, devices=1)], "node b is not paused")
@@ -1126,6 +1131,81 @@ def test_node_that_joins_a_limited_sweep_is_limited(start: Start) -> None:
     group.open(group.agents["b"])
     group.until(lambda: Throttle(devices=1) in throttles(group, "b"), "node b is not limited")
     assert throttles(group, "b")[-1] == Throttle(devices=1)
+
+
+def last_limit(group: Group, name: str) -> int | None:
+    return throttles(group, name)[-1].devices
+
+
+def run_on_both(group: Group) -> None:
+    """Let job 0 run on node a, and jobs 1 and 2 on the two devices of node b."""
+    for number, name in enumerate("abb"):
+        group.says(name, Wanted(1))
+        group.node.say(Offer(job(number)))
+        group.gets(name, number)
+        devices = (group.agents[name].devices[number // 2],)
+        group.says(name, replace(started(number), devices=devices))
+
+
+def test_node_gets_its_part_of_the_limit_when_the_others_have_confirmed_theirs(start: Start) -> None:
+    group = start("a", "b")
+    group.begin()
+    group.agents["b"].confirms = False
+    group.node.say(Throttle(devices=2))
+    group.until(lambda: throttles(group, "b") == [Throttle(devices=0)], "node b is not limited")
+    group.until(lambda: throttles(group, "a") == [Throttle(devices=0)], "node a may use what b may be using")
+    for _ in range(20):
+        group.turn()
+    assert last_limit(group, "a") == 0
+    group.says("b", ThrottleConfirmed())
+    group.until(lambda: last_limit(group, "a") == 2, "node a gets no part")
+
+
+def test_node_gets_its_part_of_the_limit_when_jobs_on_others_have_ended(start: Start) -> None:
+    group = start("a", "b")
+    group.begin()
+    run_on_both(group)
+    group.node.say(Throttle(devices=2))
+    group.until(lambda: throttles(group, "b") == [Throttle(devices=0)], "node b is not limited")
+    group.until(lambda: throttles(group, "a") == [Throttle(devices=0)], "more devices are in use")
+    group.says("a", completed(0))
+    for _ in range(20):
+        group.turn()
+    assert last_limit(group, "a") == 0
+    group.says("b", completed(1))
+    group.until(lambda: last_limit(group, "a") == 1, "node a gets nothing of what is free")
+    group.says("b", completed(2))
+    group.until(lambda: last_limit(group, "a") == 2, "node a gets nothing of what is free")
+    assert last_limit(group, "b") == 0
+
+
+def test_part_of_a_silent_node_goes_to_others_when_it_is_lost(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = start("a", "b")
+    group.begin()
+    run_on_both(group)
+    group.agents["b"].confirms = False
+    group.node.say(Throttle(devices=2))
+    group.until(lambda: throttles(group, "b"), "node b is not limited")
+    group.agents["b"].close()
+    group.until(lambda: group.node._members["b"].silent, "the connection is not lost")
+    for _ in range(20):
+        group.turn()
+    assert last_limit(group, "a") == 0
+    monkeypatch.setattr(group.node._members["b"].node, "_timing", Timing(lost=0))
+    group.until(lambda: last_limit(group, "a") == 2, "node a gets no part")
+
+
+def test_node_that_joins_does_not_take_from_others_what_it_cannot_use_yet(start: Start) -> None:
+    group = start("a", "b")
+    group.agents["b"].confirms = False
+    group.begin_run()
+    group.open(group.agents["a"])
+    group.node.open()
+    group.node.say(Throttle(devices=3))
+    group.until(lambda: throttles(group, "a") == [Throttle(devices=2)], "node a is not limited")
+    group.open(group.agents["b"])
+    group.until(lambda: throttles(group, "b")[-1:] == [Throttle(devices=1)], "node b is not limited")
+    assert throttles(group, "a") == [Throttle(devices=2)]
 
 
 def test_node_without_a_part_of_the_limit_takes_no_job_that_waits(
