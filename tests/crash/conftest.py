@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -236,11 +236,13 @@ class World:
         method: str = "fork",
         name: str = "sweep",
         die_at: str = "",
+        before: Sequence[str] = (),
         **process: Any,
     ) -> Sweep:
-        """Start the program `app` on `simulated:devices`; `process` is for Popen."""
+        """Start the program `app` on `simulated:devices`, by the words `before`. `process` is for Popen."""
         environment = {**self.surroundings(), "DIE_AT": die_at}
         command = [
+            *before,
             *(self.python, str(self.app), "-m", "hydra/launcher=gpu_pool"),
             f"hydra.launcher.devices=simulated:{devices}",
             f"hydra.launcher.start_method={method}",

@@ -350,6 +350,25 @@ def test_every_job_has_one_result_if_a_process_of_a_node_is_killed(cluster: Any,
 
 
 @pytest.mark.thorough
+def test_sweep_in_an_allocation_never_gives_that_back(cluster: Any, slurm: str) -> None:
+    salloc = ("salloc", "--quiet", "--nodes=2", "--gpus-per-node=2")
+    sweep = cluster.start("n=0,1,2,3", NODES, devices=4, before=salloc)
+    sweep.running(4)
+    (allocation,) = queue(slurm)
+    (head,) = psutil.Process(sweep.process.pid).children()
+    assert {agent.environ()["SLURMD_NODENAME"] for agent in agents(sweep, everywhere=True)} == {"n1", "n2"}
+    trees = sweep.processes([0, 1, 2, 3])
+    forget(cluster, [0, 1, 2, 3])
+    head.suspend()  # so that the agents lose it
+    until(lambda: not any(alive(process) for process in trees), "jobs survive")
+    head.resume()
+    running_again(cluster, 4)
+    assert queue(slurm) == [allocation]
+    sweep.finish(4)
+    assert sweep.returns() == [("COMPLETED", number) for number in range(4)]
+
+
+@pytest.mark.thorough
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("how", "way"), [("set down", "slurm"), ("power off", "slurm"), ("power off", "sbatch"), ("no answer", "slurm")]
