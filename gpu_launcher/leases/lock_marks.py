@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import hashlib
 import os
 import struct
 from collections.abc import Collection, Iterable
@@ -30,8 +31,6 @@ FIRST_MARK = 1 << 62
 
 @functools.lru_cache(maxsize=16384)
 def _mark(pool: str, uuid: str) -> int:
-    import hashlib  # it loads OpenSSL, which commands on an idle pool do without
-
     digest = hashlib.sha256(f"{pool}\0{uuid}".encode(errors="surrogatepass")).digest()
     # Even, because the kernel merges adjacent locks.
     return FIRST_MARK | int.from_bytes(digest[:7], "big") << 1

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from random import SystemRandom
 
 from gpu_launcher.leases.kernel import LOCKS, LockTable, Process, holders_of, shows_files
 
@@ -92,8 +93,6 @@ class PoolMutex:
                 if now >= deadline:
                     self._suspect(now, descriptor)
                     return False
-                from random import SystemRandom  # most programs never wait here, and start sooner without it
-
                 # Random, so that processes that started together do not retry together. The `random` module's global
                 # generator is not used, because the program may have seeded it and may rely on its sequence.
                 time.sleep(min(pause * (0.5 + SystemRandom().random()), deadline - now))
