@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gpu_launcher.errors import StorageError
 from gpu_launcher.studies.report_curves import read_curves
+from gpu_launcher.text import one_line
 
 
 def main() -> None:
@@ -18,7 +19,7 @@ def main() -> None:
             curves, has_more = read_curves(Path(json.loads(line)["directory"]))
             body = json.dumps([[[curve.number, curve.points] for curve in curves], has_more]).encode()
         except StorageError as error:
-            problem = error.problem
+            problem = one_line(error.problem)  # which may be as long as a name in the database
         head = json.dumps({"length": len(body), "problem": problem})
         sys.stdout.buffer.write(head.encode() + b"\n" + body)
         sys.stdout.buffer.flush()

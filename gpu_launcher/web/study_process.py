@@ -62,6 +62,8 @@ class StudyProcess:
         except EOFError:
             why = "" if self._closed is None else f": {self._closed}"
             raise UnavailableError(f"{self._name} has ended{why}") from None
+        except asyncio.LimitOverrunError:  # a study's name is in a header of an answer, for example
+            raise UnavailableError(f"{self._name} gave an answer that is too long") from None
         except OSError as error:
             raise UnavailableError(f"{self._name} has ended: {error}") from None
         finally:
@@ -98,7 +100,8 @@ class StudyProcess:
 
     def _kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
-            self._process.kill()
+            # It kills the process, and closes its pipes: asyncio leaves them open if more is in them than it keeps.
+            self._process._transport.close()  # type: ignore[attr-defined]
         self._process = None
 
     async def close(self, why: str = "the server is ending") -> None:

@@ -67,6 +67,16 @@ def test_a_fifo_beside_the_study_is_not_opened(serving: Callable[..., WebServer]
         assert list(series(server, found).values()) == [[[0, 1.5]]]
 
 
+def test_a_database_with_a_name_without_end_is_no_fault(serving: Callable[..., WebServer], tmp_path: Path) -> None:
+    server = serving()
+    hostile = found_sweep(server, tmp_path / "hostile")
+    name = "UPDATE sqlite_master SET name = printf('%.*c', 200000, 'x'), sql = 'CREATE TABLE x('"
+    execute(hostile.directory, "CREATE TABLE x(a)", "PRAGMA writable_schema = ON", name)
+    reply = server(f"{hostile.url}/reports")
+    assert (reply.status, "cannot be read: malformed database schema" in reply.text) == (503, True)
+    assert len(reply.text) < 10_000
+
+
 HOLD = """
 import fcntl, os, signal, sys
 signal.signal(signal.SIGIO, signal.SIG_IGN)  # with which the kernel asks for the file
