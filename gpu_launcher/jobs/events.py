@@ -249,4 +249,4 @@ class Progress(Protocol):
         """Show that time has passed. Called a few times a second."""
 
     def close(self) -> None:
-        """Restore the terminal. Called exactly once, also after an error."""
+        """Restore the terminal. Called at least once, also after an error."""
