@@ -15,7 +15,7 @@ from typing import Any
 
 from gpu_launcher.debug_log import get_logger
 from gpu_launcher.jobs.job import Job
-from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended
+from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Opened
 from gpu_launcher.jobs.source import Offer, Statement
 from gpu_launcher.nodes.agent_messages import (
     Beat,
@@ -55,11 +55,11 @@ MAX_READS = 16
 """Maximum number of reads of the command's standard error at a time."""
 MAX_ERRORS = 16 * 1024
 """Maximum number of bytes kept of what the connecting command prints to its standard error."""
+MAX_GREETING = 1024 * 1024
+"""Maximum number of bytes that the command prints before the agent is there, such as a message of the day."""
 
 TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 """Exit statuses of a command that SIGTERM has ended, or whose agent it has ended."""
-MAX_GREETING = 1024 * 1024
-"""Maximum number of bytes that the command prints before the agent is there, such as a message of the day."""
 
 
 class Life(Enum):
@@ -151,6 +151,8 @@ class RemoteNode:
         """Whether the agent has loaded the program, and so may have jobs."""
         self._imports = False
         """Whether the agent imports the program, and so does not read."""
+        self._opened = False
+        """Whether its pool was open, so that it could run jobs."""
         self._silent_since = math.inf
         self._signalled: signal.Signals | None = None
         """The last signal that the command was sent."""
@@ -233,6 +235,9 @@ class RemoteNode:
                     self._held[result.number] = message
                 case Closed() if self._held:
                     self._held_closed = message
+                case Opened():
+                    self._opened = True
+                    messages.append(message)
                 case _:
                     messages.append(message)
         self._relay.deliver()
@@ -376,8 +381,8 @@ class RemoteNode:
             status = self._process.poll()
             self._read_errors()
             said = self.said
-            # A ready agent takes note of SIGTERM, and has no such exit status.
-            self.interrupted = status in TERMINATED and self._signalled is None
+            # Later, an agent takes note of SIGTERM. It was the command that got it, such as an srun or a bridge.
+            self.interrupted = not self._opened and status in TERMINATED and self._signalled is None
             if self.interrupted:
                 self._how = "got SIGTERM before it could run jobs"
             how = f"{self._how} (exit status {status})" if status is not None else self._how

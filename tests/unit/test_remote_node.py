@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from gpu_launcher.jobs.node_messages import Wanted
+from gpu_launcher.jobs.node_messages import Opened, Wanted
 from gpu_launcher.jobs.source import Reply, Statement
 from gpu_launcher.nodes import remote_node
 from gpu_launcher.nodes.agent_messages import (
@@ -306,6 +306,24 @@ def test_command_that_ends_at_once_is_quoted_with_its_exit_status(start):
         "did not start (exit status 255): Could not resolve hostname gpu2. "
         "Remedy: `try it` must succeed without a question"
     )
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_node_is_interrupted_if_sigterm_ends_its_command_before_its_pool_is_open(start, clock, ready):
+    agent = Agent(start, clock)
+    try:
+        agent.loads()
+        if ready:
+            agent.says(Opened((), 1, "fork"))
+        agent.node._process.terminate()
+        agent.node._process.wait(60)
+        until(lambda: agent.node.receive_ready() == [] and agent.node.life is Life.SILENT)
+        agent.passes(2 * TIMING.lost, until_gone=True)
+        why = "lost its connection" if ready else "got SIGTERM before it could run jobs"
+        assert agent.node.problem == f"{why} (exit status -15)"
+        assert agent.node.interrupted is not ready
+    finally:
+        agent.close()
 
 
 def test_command_that_prints_its_error_to_standard_output_is_quoted(start):
