@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 
@@ -62,6 +63,8 @@ class SlurmJob:
 
     def _run(self, *command: str) -> subprocess.CompletedProcess[str] | None:
         words = [command[0], *self._where, *command[1:]]
+        # A user may name clusters there, in which other jobs have this number.
+        environ = {name: value for name, value in os.environ.items() if name != "SLURM_CLUSTERS"}
         try:
             return subprocess.run(
                 words,
@@ -70,6 +73,7 @@ class SlurmJob:
                 text=True,
                 timeout=SLURM_SECONDS,
                 start_new_session=True,
+                env=environ,
             )
         except (OSError, subprocess.SubprocessError) as error:
             _log.warning("%s: %s", command[0], error)
