@@ -297,7 +297,7 @@ def test_limit_counts_the_devices_in_use_on_all_nodes(maps: Maps) -> None:
     (maps.path / f"go-{on['pool-b'][1]}").touch()
     until(lambda: len(maps.ran()) == 5, "the limit is not used", PATIENCE)
     until(lambda: sweep.status()["ended"] == {"completed": 3}, "the run does not end", PATIENCE)
-    assert sweep.status()["running"] == 2
+    until(lambda: sweep.status()["running"] == 2, "the head does not know the run that was started", PATIENCE)
     assert maps.ran()[4][1] == "pool-a"
     for number in range(6):
         (maps.path / f"go-{number}").touch()

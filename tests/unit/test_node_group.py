@@ -1185,7 +1185,7 @@ def test_part_of_a_silent_node_goes_to_others_when_it_is_lost(start: Start, monk
     run_on_both(group)
     group.agents["b"].confirms = False
     group.node.say(Throttle(devices=2))
-    group.until(lambda: throttles(group, "b"), "node b is not limited")
+    group.until(lambda: throttles(group, "a") and throttles(group, "b"), "the nodes are not limited")
     group.agents["b"].close()
     group.until(lambda: group.node._members["b"].silent, "the connection is not lost")
     for _ in range(20):
