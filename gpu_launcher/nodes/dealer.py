@@ -115,6 +115,14 @@ class Dealer:
         """Return the jobs at a node."""
         return [job for where, job in self._at.values() if where == node]
 
+    def has_work_for(self, node: str) -> bool:
+        """Whether a node has jobs, or could get some of those that are at no node, or of the head's."""
+        if any(where == node for where, _ in self._at.values()):
+            return True
+        if self._most is not None and len(self._at) >= self._most:
+            return False
+        return not self.exhausted or any(node not in self._refused_by(job) for job in self._waiting)
+
     def counts(self) -> Counter[str]:
         """Return how many jobs are at each node."""
         return Counter(node for node, _ in self._at.values())
@@ -301,8 +309,11 @@ class Dealer:
 
     def _able(self, job: Job) -> list[str]:
         """Return the nodes that have not refused a job."""
-        refused = {*self._refused.get(job.number, ()), *self._too_late.get(job.number, ())}
+        refused = self._refused_by(job)
         return [node for node in self._room if node not in refused]
+
+    def _refused_by(self, job: Job) -> set[str]:
+        return {*self._refused.get(job.number, ()), *self._too_late.get(job.number, ())}
 
     def _give(self, node: str, job: Job) -> Give:
         self._room[node] -= 1

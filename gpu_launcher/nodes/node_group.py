@@ -433,10 +433,14 @@ class NodeGroup:
     def _share_out(self) -> None:
         """Tell each node how much may run there. The limit on devices is dealt in the order of the nodes.
 
-        The limit also holds while messages are under way: see `quotas` and `Member.may_use`.
+        Nodes without work come last: a job that was started on another node is retried only there. The limit also holds
+        while messages are under way: see `quotas` and `Member.may_use`.
         """
         at_work = self._at_work()
-        in_use = Counter() if self._throttle.devices is None else self._jobs.devices_in_use()
+        in_use: Counter[str] = Counter()
+        if self._throttle.devices is not None:
+            at_work.sort(key=lambda member: not self._jobs.dealer.has_work_for(member.name))
+            in_use = self._jobs.devices_in_use()
         held = [member.may_use(in_use[member.name]) for member in at_work]
         shares = quotas(self._throttle.devices, [len(member.devices) for member in at_work], held)
         for member, share in zip(at_work, shares, strict=True):

@@ -208,7 +208,7 @@ class RemoteNode:
             self.problem = f"{said}. Remedy: {self._spec.remedy(0, '')}"
             self._finish()
             return []
-        messages = []
+        messages: list[Any] = []
         for message in arrived:
             if not self._greeted:
                 self._greet(message)

@@ -305,6 +305,25 @@ def test_limit_counts_the_devices_in_use_on_all_nodes(maps: Maps) -> None:
     assert process.returncode == 0, maps.said
 
 
+@pytest.mark.thorough
+def test_run_is_repeated_on_a_node_to_which_the_others_leave_no_part_of_the_limit(maps: Maps) -> None:
+    waits = (
+        "echo {n} $(basename $GPU_LAUNCHER_POOL_DIR) >> ran; until test -e go-{n}; do sleep 0.05; done; "
+        "test $GPU_LAUNCHER_ATTEMPT = 2 || test ! -e fails-{n}"
+    )
+    words = ("--devices", "simulated:2", "--dir", "out", "--param", "n=range(4)", "--retries", "1", *on_two(maps))
+    process = maps.start(*words, "--", "sh", "-c", waits)
+    until(lambda: (maps.path / "ran").exists() and len(maps.ran()) == 4, "not all devices are used", PATIENCE)
+    Sweep(maps.path / "out").limit(2)
+    repeated = next(number for number, pool in maps.ran() if pool == "pool-b")
+    (maps.path / f"fails-{repeated}").touch()
+    for number in range(4):
+        (maps.path / f"go-{number}").touch()
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, maps.said
+    assert maps.ran()[4:] == [(repeated, "pool-b")]
+
+
 # Nodes that cannot be used
 
 

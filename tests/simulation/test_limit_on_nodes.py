@@ -1,4 +1,4 @@
-"""The limit on devices over several nodes, in random histories: it is never exceeded, and at rest it is used.
+"""The limit on devices over several nodes, in random histories: it is never exceeded, it is used, and all jobs end.
 
 The group and the machines of its nodes are real. What lies between them is simulated: messages take any time, and jobs,
 nodes and the user do anything at any time.
@@ -21,11 +21,11 @@ from gpu_launcher.allocation.environment import DeviceEnvironment
 from gpu_launcher.devices.simulated import simulated_devices
 from gpu_launcher.jobs import machine as m
 from gpu_launcher.jobs.directory import as_proposed
-from gpu_launcher.jobs.events import GaveUp, JobStarted, Outcome
+from gpu_launcher.jobs.events import GaveUp, JobRetried, JobStarted, Outcome
 from gpu_launcher.jobs.job import Job, JobResult
 from gpu_launcher.jobs.node_messages import BeginRun, Ended, Opened, ThrottleConfirmed, Wanted
 from gpu_launcher.jobs.report_files import ReportFiles
-from gpu_launcher.jobs.source import Cancel, Exhausted, Offer, Throttle
+from gpu_launcher.jobs.source import AllOffered, Cancel, Exhausted, Offer, Throttle
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.model import MILLIONTHS, WHOLE, Request, Share
 from gpu_launcher.nodes import group_jobs, node_group
@@ -67,6 +67,10 @@ class Node:
         self.preparing: list[int] = []
         self.dying: list[int] = []
         """Jobs that were killed before they ran."""
+        self.retried: set[int] = set()
+        """Jobs that have run here, and run again."""
+        self.failing: int | None = None
+        """A job that fails now."""
         self.ticket: m.TakeTicket | None = None
         self.held: dict[int, frozenset[str]] = {}
         """The devices of each job that runs."""
@@ -121,7 +125,7 @@ class Node:
                 self.follow(message)
                 self.outbox.append(ThrottleConfirmed())
             case Cancel(number):
-                if number not in self.machine.running():
+                if number not in self.machine.running() and number not in self.retried:
                     self.follow(message)
             case Exhausted():
                 self.follow(m.NoMore())
@@ -173,6 +177,15 @@ class Node:
             self.dying.remove(number)
         self.follow(m.Exited(number))
 
+    def fail(self, number: int) -> None:
+        """Let a job that runs fail, and run again."""
+        self.retried.add(number)
+        self.failing = number
+        self.follow(m.Exited(number))
+        self.failing = None
+        self.outbox.append(JobRetried(0.0, number, "", None, "failed", None, 2, 9, 1))
+        self.follow(m.Retry(number))
+
     def follow(self, stimulus: m.Stimulus) -> None:
         for instruction in self.machine.handle(stimulus, 0.0):
             match instruction:
@@ -190,6 +203,8 @@ class Node:
                     if number in self.preparing:
                         self.preparing.remove(number)
                     self.dying.append(number)
+                case m.Conclude(number) if number == self.failing:
+                    pass
                 case m.Conclude(number):
                     outcome = Outcome.CANCELLED if instruction.cancelled else Outcome.COMPLETED
                     result = JobResult(number, "", outcome, b"", None, (), None, None, refused=instruction.refused)
@@ -227,6 +242,8 @@ class History:
         options = Options(None, None, None, 10.0, None, None, DeviceEnvironment(), environ={})
         self.group.say(BeginRun(options, ReportFiles(directory), "program", listed=True))
         self.wanted = self.offered = 0
+        self.ended = 0
+        self.all_offered = False
         self.given_up = False
         self.throttle = Throttle()
         self.earlier: list[tuple[int, list[tuple[Node, int]]]] = []
@@ -270,11 +287,12 @@ class History:
         for message in [*self.group.receive_ready()]:
             if isinstance(message, Wanted):
                 self.wanted += message.count
+            self.ended += isinstance(message, Ended)
             self.given_up = self.given_up or isinstance(message, GaveUp)
         self.group.tick()
 
     def offer(self, count: int) -> None:
-        for _ in range(min(count, self.wanted)):
+        for _ in range(0 if self.all_offered else min(count, self.wanted)):
             self.wanted -= 1
             self.group.say(Offer(Job(self.offered, "", None)))
             self.offered += 1
@@ -400,3 +418,22 @@ def test_limit_over_several_nodes_is_used_at_rest_in_random_histories(tmp_path: 
                 node.end(history.random.choice(node.machine.running()))
                 history.rest()
                 assert history.in_use == max(most, before - 1)
+
+
+@pytest.mark.parametrize("seed", range(HISTORIES))
+def test_all_jobs_end_under_a_limit_over_several_nodes_in_random_histories(tmp_path: Path, seed: int) -> None:
+    with some_history(seed, tmp_path, MIXED) as history:
+        random = history.random
+        history.change(Throttle(False, random.randint(2, 6)))  # no job needs more than two devices
+        history.rest()
+        history.all_offered = True
+        history.group.say(AllOffered())
+        history.rest()
+        while running := [(node, number) for node in history.living for number in node.machine.running()]:
+            node, number = random.choice(running)
+            if number not in node.retried and random.random() < 0.5:
+                node.fail(number)
+            else:
+                node.end(number)
+            history.rest()
+        assert history.ended == history.offered

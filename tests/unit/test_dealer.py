@@ -809,6 +809,23 @@ def test_no_node_gets_more_of_the_limit_than_the_others_leave(
     assert quotas(limit, devices, held) == shares
 
 
+def test_node_has_work_while_it_has_jobs_or_could_get_some():
+    dealer = Dealer(most=2)
+    assert dealer.has_work_for("a")
+    dealer.wanted("a", 2)
+    dealer.offered(job(0))
+    dealer.offered(job(1))
+    assert dealer.has_work_for("a")
+    assert not dealer.has_work_for("b")
+    dealer.ended(0)
+    assert dealer.has_work_for("b")
+    dealer.exhaust()
+    assert not dealer.has_work_for("b")
+    dealer.refused(1)
+    assert not dealer.has_work_for("a")
+    assert dealer.has_work_for("b")
+
+
 def test_node_is_not_asked_for_while_those_that_are_there_may_use_no_more_devices():
     dealer = Dealer()
     dealer.wanted("a", 2)

@@ -26,7 +26,7 @@ from gpu_launcher.jobs.job import Cause, Job, JobResult, Refusal
 from gpu_launcher.jobs.node_messages import BeginRun, Closed, Ended, Opened, ThrottleConfirmed, Wanted
 from gpu_launcher.jobs.outcome import classify_exit, left_by, not_started
 from gpu_launcher.jobs.report_files import ReportFiles
-from gpu_launcher.jobs.source import Cancel, Exhausted, Offer, Stop, Throttle
+from gpu_launcher.jobs.source import AllOffered, Cancel, Exhausted, Offer, Stop, Throttle
 from gpu_launcher.jobs.sweep import Options
 from gpu_launcher.nodes import group_jobs, group_scaling, member, node_group, scaling
 from gpu_launcher.nodes.agent_messages import (
@@ -1206,6 +1206,25 @@ def test_node_that_joins_does_not_take_from_others_what_it_cannot_use_yet(start:
     group.open(group.agents["b"])
     group.until(lambda: throttles(group, "b")[-1:] == [Throttle(devices=1)], "node b is not limited")
     assert throttles(group, "a") == [Throttle(devices=2)]
+
+
+def test_node_without_work_leaves_its_part_of_the_limit_to_others(start: Start) -> None:
+    group = start("a", "b")
+    group.begin()
+    group.says("b", Wanted(1))
+    group.node.say(Offer(job(0)))
+    group.gets("b", 0)
+    group.says("b", replace(started(0), devices=group.agents["b"].devices[:1]))
+    group.node.say(Throttle(devices=2))
+    group.until(lambda: throttles(group, "a") and throttles(group, "b"), "the limit is not dealt")
+    group.until(lambda: (last_limit(group, "a"), last_limit(group, "b")) == (1, 0), "the limit is not dealt")
+    group.node.say(AllOffered())
+    group.says("b", JobRetried(0.0, 0, "n=0", 1.0, "failed", None, 2, 2, 1))
+    group.until(lambda: (last_limit(group, "a"), last_limit(group, "b")) == (0, 2), "node b cannot run its job again")
+    group.node.say(Offer(job(1)))  # the user runs it again
+    group.until(lambda: (last_limit(group, "a"), last_limit(group, "b")) == (2, 0), "node a cannot ask for it")
+    group.says("a", Wanted(1))
+    group.gets("a", 1)
 
 
 def test_node_without_a_part_of_the_limit_takes_no_job_that_waits(
