@@ -46,6 +46,8 @@ class Environment:
     """What is installed: the tree itself (not editable), or what `python -m build` made of it."""
     tests: tuple[str, ...]
     """Files and directories whose tests are run, but for the slow ones."""
+    quick: tuple[str, ...] = ()
+    """Those of which only the quick tests are run, as in `make test`."""
     hydra: str | None = None
     optuna: str | None = None
     beside: tuple[str, ...] = ()
@@ -81,10 +83,11 @@ DEPENDENT = (
 LOWEST = (
     *DEPENDENT,
     "tests/hydra/test_grid_async.py",
-    "tests/hydra/test_optuna_async.py",
     "tests/web/test_attacks.py",
     "tests/web/test_pages.py",
 )
+LOWEST_QUICK = ("tests/hydra/test_optuna_async.py",)
+"""All of it takes a quarter of an hour; `tools/matrix.py --only py3.10 -- FILE` runs that."""
 NEXT_HYDRA = (
     *DEPENDENT,
     "tests/hydra/test_bad_input.py",
@@ -125,7 +128,7 @@ SWEEPERS = ("hydra-optuna-sweeper==1.4.0rc3", "hydra-nevergrad-sweeper==1.4.0rc3
 # The oldest and the newest of everything we support, each at least once; the longest first, so that two CPUs end
 # together. `make test` has the newest release of each dependency, too. The release candidate of Hydra has to be named.
 ENVIRONMENTS = (
-    Environment("3.10", dependencies="lowest", artifact="tree", tests=LOWEST),
+    Environment("3.10", dependencies="lowest", artifact="tree", tests=LOWEST, quick=LOWEST_QUICK),
     Environment(
         "3.13",
         dependencies="newest",
@@ -218,7 +221,7 @@ def main() -> int:
     chosen = [e for e in ENVIRONMENTS if not options.only or any(e.name.startswith(o) for o in options.only)]
     if not chosen:
         parser.error(f"no environment is called so; there are {', '.join(e.name for e in ENVIRONMENTS)}")
-    for path in {path for environment in chosen for path in environment.tests}:
+    for path in {path for environment in chosen for path in environment.tests + environment.quick}:
         if not (TREE / path).exists():
             parser.error(f"{path}, which an environment in {__file__} runs, does not exist")
     MATRIX.mkdir(exist_ok=True)
@@ -353,9 +356,12 @@ def test(environment: Environment, home: Path, seed: int, pytest_arguments: Sequ
     step("installed", check, output, cwd=copy)
     print(f"{environment.name}: {last_line(Path(output.name))}", flush=True)
     order = ["--random-order", f"--random-order-seed={seed}"]
-    pytest = [str(binaries / "python"), "-m", "pytest", "--workers", str(WORKERS), *order, "-m", "not slow"]
+    pytest = [str(binaries / "python"), "-m", "pytest", "--workers", str(WORKERS), *order, "-m"]
     histories = {} if environment.histories is None else {"GPU_LAUNCHER_HISTORIES": str(environment.histories)}
-    step("tests", [*pytest, *(pytest_arguments or environment.tests)], output, cwd=copy, **histories)
+    if environment.quick and not pytest_arguments:
+        quick = [*pytest, "smoke or not (thorough or slow)", *environment.quick]
+        step("quick tests", quick, output, cwd=copy, **histories)
+    step("tests", [*pytest, "not slow", *(pytest_arguments or environment.tests)], output, cwd=copy, **histories)
 
 
 def step(name: str, command: Sequence[str], output: IO[str], cwd: Path = TREE, **variables: str) -> None:
