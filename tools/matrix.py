@@ -91,11 +91,10 @@ LOWEST_QUICK = ("tests/hydra/test_optuna_async.py",)
 NEXT_HYDRA = (
     *DEPENDENT,
     "tests/hydra/test_bad_input.py",
-    "tests/hydra/test_deaths.py",
     "tests/hydra/test_job_processes.py",
     "tests/hydra/test_other_sweepers.py",
-    "tests/hydra/test_retries.py",
 )
+NEXT_HYDRA_QUICK = ("tests/hydra/test_deaths.py", "tests/hydra/test_retries.py")
 """Each takes the long files of tests/hydra that the other leaves out, or CI would take too long."""
 PACKAGED = (
     "tests/hydra/test_contract.py",
@@ -135,6 +134,7 @@ ENVIRONMENTS = (
         hydra="1.4.0rc3",
         artifact="tree",
         tests=NEXT_HYDRA,
+        quick=NEXT_HYDRA_QUICK,
         beside=SWEEPERS,
     ),
     Environment(
