@@ -5,8 +5,8 @@ The tests run in a shuffled order; `--seed` repeats one.
 
 `make test-all` has run every test but the slow ones on this machine's Python with the newest dependencies. Here, the
 oldest Python with the lowest dependencies and the newest Python with the next Hydra run the tests that depend on these
-versions. The two Pythons between run what depends on packaging and what needs
-torch. The slow tests are for `make slow`. On two idle CPUs, all of CI should take less than an hour.
+versions. The two Pythons between run what depends on packaging and what needs torch. The slow tests are for
+`make slow`. On two idle CPUs, all of CI takes about 80 minutes.
 
 Each environment lives in `.matrix/<name>/` and is kept: a second run reinstalls only gpu-launcher itself,
 unless what it depends on has changed. The tests run in a copy of the tree that lacks the packages, so that what

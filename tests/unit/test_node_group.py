@@ -1121,16 +1121,18 @@ def test_limit_on_devices_is_dealt_to_the_nodes(start: Start) -> None:
     group.until(lambda: throttles(group, "b")[3:] == [Throttle()], "node b is not continued")
 
 
-def test_node_that_joins_a_limited_sweep_is_limited(start: Start) -> None:
+@pytest.mark.parametrize("confirms", [True, False])
+def test_node_that_joins_a_limited_sweep_is_limited_and_takes_nothing_from_others(start: Start, confirms: bool) -> None:
     group = start("a", "b")
+    group.agents["b"].confirms = confirms
     group.begin_run()
     group.open(group.agents["a"])
     group.node.open()
     group.node.say(Throttle(devices=3))
     group.until(lambda: throttles(group, "a") == [Throttle(devices=2)], "node a is not limited")
     group.open(group.agents["b"])
-    group.until(lambda: Throttle(devices=1) in throttles(group, "b"), "node b is not limited")
-    assert throttles(group, "b")[-1] == Throttle(devices=1)
+    group.until(lambda: throttles(group, "b")[-1:] == [Throttle(devices=1)], "node b is not limited")
+    assert throttles(group, "a") == [Throttle(devices=2)]
 
 
 def last_limit(group: Group, name: str) -> int | None:
@@ -1193,19 +1195,6 @@ def test_part_of_a_silent_node_goes_to_others_when_it_is_lost(start: Start, monk
     assert last_limit(group, "a") == 0
     monkeypatch.setattr(group.node._members["b"].node, "_timing", Timing(lost=0))
     group.until(lambda: last_limit(group, "a") == 2, "node a gets no part")
-
-
-def test_node_that_joins_does_not_take_from_others_what_it_cannot_use_yet(start: Start) -> None:
-    group = start("a", "b")
-    group.agents["b"].confirms = False
-    group.begin_run()
-    group.open(group.agents["a"])
-    group.node.open()
-    group.node.say(Throttle(devices=3))
-    group.until(lambda: throttles(group, "a") == [Throttle(devices=2)], "node a is not limited")
-    group.open(group.agents["b"])
-    group.until(lambda: throttles(group, "b")[-1:] == [Throttle(devices=1)], "node b is not limited")
-    assert throttles(group, "a") == [Throttle(devices=2)]
 
 
 def test_node_without_work_leaves_its_part_of_the_limit_to_others(start: Start) -> None:
