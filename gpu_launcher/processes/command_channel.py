@@ -14,6 +14,10 @@ class Word(bytes, Enum):
 
     PASS_ON = b"p"
     """To the supervisor: send this signal to the command. From the witness: this signal arrived."""
+    PASS_ON_CONT = b"r"
+    """To the supervisor: send SIGCONT to the command, unless it has stopped more than this number of times."""
+    ASK = b"a"
+    """To the witness: report all signals that have arrived, and then answer with the same number."""
     STARTED = b"s"
     """The command runs with this process id."""
     FAILED = b"f"

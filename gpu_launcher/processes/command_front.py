@@ -35,7 +35,7 @@ from gpu_launcher.processes.command_supervisor import CommandSupervisor
 from gpu_launcher.processes.command_witness import Witness
 from gpu_launcher.processes.forking import fork_child
 from gpu_launcher.processes.guard import end_descendants
-from gpu_launcher.processes.linux import become_child_subreaper, children
+from gpu_launcher.processes.linux import become_child_subreaper, children, may_be_stopped
 from gpu_launcher.processes.signals import HARMLESS, STOPS, CommandSignals, ReceivedSignal
 
 NOT_FOUND = 127
@@ -162,6 +162,8 @@ class _Front:
         """Process id of the command; None until it runs."""
         self._suspended: int | None = None
         """Signal that stopped the command and must stop this program too; None if there is none."""
+        self._stops = 0
+        """How many times the command has been stopped."""
         self._timed_out = False
 
     def wait(self, name: str) -> CommandResult:
@@ -169,8 +171,9 @@ class _Front:
         poll.register(self._channel, select.POLLIN)
         poll.register(self._signals.fileno(), select.POLLIN)
         while True:
-            ready = {descriptor for descriptor, _ in poll.poll()}
-            while self._channel.fileno() in ready:
+            # A command that was stopped may already have continued: whatever has arrived is heeded first.
+            ready = {descriptor for descriptor, _ in poll.poll(None if self._suspended is None else 0)}
+            if self._channel.fileno() in ready:
                 message = receive(self._channel)
                 if message is None:
                     return CommandResult(None, self._timed_out)
@@ -179,15 +182,26 @@ class _Front:
                 if message[0] == Word.GONE:
                     return CommandResult(message[1], self._timed_out)
                 self._take_note(*message)
-                # Read later messages first: the command may already have continued.
-                ready = {descriptor for descriptor, _ in poll.poll(0)}
-            if self._signals.fileno() in ready:
+            elif self._signals.fileno() in ready:
                 for arrived in self._signals.read():
                     if self._is_to_be_passed_on(arrived):
-                        send(self._channel, Word.PASS_ON, arrived.signum)
-            if self._suspended is not None:
-                signum, self._suspended = self._suspended, None
-                self._signals.suspend(signum)
+                        self._pass_on(arrived.signum)
+            elif self._suspended is not None:
+                self._suspend(self._suspended)
+                self._suspended = None
+
+    def _pass_on(self, signum: int) -> None:
+        if signum == signal.SIGCONT:
+            send(self._channel, Word.PASS_ON_CONT, self._stops)
+        else:
+            send(self._channel, Word.PASS_ON, signum)
+
+    def _suspend(self, signum: int) -> None:
+        # Ctrl-Z right after fg stops this program at once, because `suspend` has not returned yet. The next fg then
+        # continues both, but the news that the command was stopped is still to be read. If this program stopped again,
+        # the shell would take back the terminal.
+        if self._command is None or may_be_stopped(self._command):
+            self._signals.suspend(signum)
 
     def _take_note(self, kind: Word, number: int) -> None:
         if kind == Word.STARTED:
@@ -195,6 +209,7 @@ class _Front:
             use_devnull(0, 1)
         elif kind == Word.STOPPED:
             self._suspended = number
+            self._stops += 1
         elif kind == Word.CONTINUED:
             self._suspended = None
         elif kind == Word.TIME_OVER:

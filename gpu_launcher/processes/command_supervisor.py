@@ -31,7 +31,9 @@ class CommandSupervisor:
         self._grace = grace
         self._end_at: float | None = None
         self._kill_at: float | None = None
-        self._told_stopped: int | None = None
+        self._known: tuple[int, int | None] = (0, None)
+        """How often and by which signal the command was stopped, as far as the front was told."""
+        self._told_stops = 0
 
     def run(
         self,
@@ -83,18 +85,12 @@ class CommandSupervisor:
                 if message is None:
                     tree.kill()
                 else:
-                    self._pass_on(tree, message[1])
+                    self._pass_on(tree, *message)
 
     def _is_gone(self, tree: ProcessTree) -> bool:
         # After a timeout every process gets the whole grace period, even if the main process ends first.
         gone = tree.is_gone() if self._kill_at is None else not tree.reap()
-        if tree.stopped != self._told_stopped:
-            self._told_stopped = tree.stopped
-            if tree.stopped is not None:
-                send(self._channel, Word.STOPPED, tree.stopped)
-            else:
-                send(self._channel, Word.CONTINUED)
-                self._let_front_go_on()
+        self._tell_of_stops(tree)
         if gone:
             return True
         now = time.monotonic()
@@ -113,6 +109,18 @@ class CommandSupervisor:
                     os.kill(pid, signal.SIGCONT)
         return False
 
+    def _tell_of_stops(self, tree: ProcessTree) -> None:
+        # Since the last time the command can have continued and stopped again, and the front with it continued only.
+        if (tree.stops, tree.stopped) == self._known:
+            return
+        self._known = (tree.stops, tree.stopped)
+        if tree.stopped is not None:
+            self._told_stops += 1
+            send(self._channel, Word.STOPPED, tree.stopped)
+        else:
+            send(self._channel, Word.CONTINUED)
+            self._let_front_go_on()
+
     def _until_deadline(self, tree: ProcessTree) -> float | None:
         own = [at for at in (self._end_at, self._kill_at) if at is not None]
         waits = [max(0.0, at - time.monotonic()) * 1000 + 1 for at in own]
@@ -121,7 +129,14 @@ class CommandSupervisor:
         # poll(2) counts milliseconds in 32 bits.
         return min((*waits, 2.0**30), default=None)
 
-    def _pass_on(self, tree: ProcessTree, signum: int) -> None:
+    def _pass_on(self, tree: ProcessTree, word: Word, number: int) -> None:
+        signum = number
+        if word == Word.PASS_ON_CONT:
+            tree.reap()
+            self._tell_of_stops(tree)
+            if self._told_stops != number:  # by Ctrl-Z after the signal
+                return
+            signum = signal.SIGCONT
         if tree.status is None:
             os.kill(tree.main, signum)
         elif signum in _ENDS_IT_ALL:  # the user does not want to wait for the remaining processes

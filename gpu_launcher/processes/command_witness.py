@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import signal
@@ -14,8 +13,10 @@ from gpu_launcher.processes.forking import fork_child
 from gpu_launcher.processes.linux import die_with_parent
 from gpu_launcher.processes.signals import SAME_SIGNAL_SECONDS, CommandSignals, SignalDescriptor
 
-WITNESS_SECONDS = 0.05
-"""Seconds to wait for the witness to report the same signal."""
+DELIVERY_SECONDS = 0.05
+"""Longest time in which the kernel has sent a signal to all processes of a group."""
+ANSWER_SECONDS = 5.0
+"""Seconds to wait for a witness that does not answer, for example because only it is stopped."""
 
 
 class Witness:
@@ -25,6 +26,7 @@ class Witness:
         """Fork the witness. It calls `in_child` to close what it must not keep open."""
         self._ours, theirs = channel()
         self._seen: dict[int, float] = {}
+        self._asked = 0
         here = os.getpid()
 
         def be_the_witness() -> None:
@@ -34,35 +36,44 @@ class Witness:
             use_devnull(0, 1, 2)
             descriptor = SignalDescriptor(signals.heeded)
             while True:
-                select.select([descriptor], [], [])
+                ready, _, _ = select.select([descriptor.fileno(), theirs.fileno()], [], [])
+                asked = receive(theirs) if theirs.fileno() in ready else None
                 for arrived in descriptor.read():
                     send(theirs, Word.PASS_ON, arrived.signum)
+                if asked is not None:
+                    send(theirs, *asked)
+                elif theirs.fileno() in ready:  # this program has ended
+                    return
 
         self._process: int | None = fork_child(be_the_witness)
         theirs.close()
-        self._ours.setblocking(False)
 
     def saw(self, signum: int) -> bool:
         """Whether the whole process group has just received `signum`."""
-        end = time.monotonic() + WITNESS_SECONDS
-        while True:
-            self._listen()
-            now = time.monotonic()
-            if now - self._seen.get(signum, -SAME_SIGNAL_SECONDS) < SAME_SIGNAL_SECONDS:
+        for seconds in (0.0, DELIVERY_SECONDS):
+            time.sleep(seconds)
+            self._ask()
+            if time.monotonic() - self._seen.get(signum, -SAME_SIGNAL_SECONDS) < SAME_SIGNAL_SECONDS:
                 return True
-            if self._process is None or now >= end:
-                return False
-            select.select([self._ours], [], [], end - now)
+        return False
 
-    def _listen(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while self._process is not None:
-                message = receive(self._ours)
-                if message is None:
-                    os.waitpid(self._process, 0)
-                    self._process = None
-                    return
+    def _ask(self) -> None:
+        """Note which signals the witness has received, however long it has to wait for a processor."""
+        if self._process is None:
+            return
+        self._asked += 1
+        send(self._ours, Word.ASK, self._asked)
+        end = time.monotonic() + ANSWER_SECONDS
+        while select.select([self._ours], [], [], max(0.0, end - time.monotonic()))[0]:
+            message = receive(self._ours)
+            if message is None:
+                os.waitpid(self._process, 0)
+                self._process = None
+                return
+            if message[0] == Word.PASS_ON:
                 self._seen[message[1]] = time.monotonic()
+            elif message[1] == self._asked:
+                return
 
     def close(self) -> None:
         """Kill the witness process."""

@@ -41,7 +41,7 @@ class ProcessTree:
     def __init__(self, main: int, signals: SignalSource, *, note_stops: bool = False) -> None:
         """Manage the tree of `main`, a child. `signals` is readable when a child may have ended.
 
-        With `note_stops`, `stopped` says whether the main process is stopped.
+        With `note_stops`, `stopped` and `stops` say whether and how often the main process was stopped.
         """
         self.main = main
         self._signals = signals
@@ -50,6 +50,7 @@ class ProcessTree:
         """Status of the main process, as `os.waitpid` returns it; None while it lives."""
         self.stopped: int | None = None
         """The signal that stopped the main process; None while it runs."""
+        self.stops = 0
         self.left_behind: list[str] = []
         """Command lines of processes that outlived the main process and were terminated."""
         self.peak_memory = 0
@@ -101,6 +102,7 @@ class ProcessTree:
             return
         if os.WIFSTOPPED(status):
             self.stopped = os.WSTOPSIG(status)
+            self.stops += 1
         elif os.WIFCONTINUED(status):
             self.stopped = None
         else:

@@ -606,6 +606,21 @@ class Shell:
         return until(job, "no job has the terminal")
 
 
+def below(front: psutil.Process) -> tuple[psutil.Process, psutil.Process]:
+    """The supervisor and the command of a program that stands in for a command."""
+
+    def supervisors() -> list[psutil.Process]:
+        return [child for child in front.children() if os.getsid(child.pid) == child.pid]
+
+    (supervisor,) = until(supervisors, "no process has a session of its own")
+    (command,) = supervisor.children()
+    return supervisor, command
+
+
+def until_stopped(process: psutil.Process) -> None:
+    until(lambda: process.status() == psutil.STATUS_STOPPED, f"{process} is not stopped")
+
+
 @pytest.fixture
 def shell(terminal: Callable[..., Terminal], tmp_path: Path) -> Shell:
     file = tmp_path / "rc"
@@ -637,15 +652,36 @@ def test_ctrl_c_at_the_terminal_reaches_the_command_once_and_the_shell_goes_on(s
 
 def test_ctrl_z_stops_and_fg_continues_it_again_and_again(shell: Shell, tmp_path: Path) -> None:
     shell.says("run -- sh -c 'echo rea''dy; read line; echo [$line]; exit 7'", "ready")
+    _, command = below(shell.job_in_front())
     for _ in range(3):
         shell.terminal.press("\x1a")
         shell.shows("Stopped", ">> ")
+        until_stopped(command)  # the shell waits for the program that stands in for it, and it could take a key
         shell.says("jobs", "Stopped", ">> ")
         shell.says("fg", "run")
         shell.job_in_front()
     shell.terminal.press("typed\n")
     shell.shows("[typed]", ">> ")
     shell.says("echo code $?", "code 7")
+
+
+def test_ctrl_z_right_after_fg_stops_it_again(shell: Shell) -> None:
+    shell.says("run -- sh -c 'echo rea''dy; read line; echo [$line]'", "ready")
+    supervisor, command = below(shell.job_in_front())
+    shell.terminal.press("\x1a")
+    shell.shows("Stopped", ">> ")
+    supervisor.suspend()  # a busy machine: it does not see that the command continues
+    shell.says("fg", "run")
+    shell.job_in_front()
+    until(lambda: command.status() != psutil.STATUS_STOPPED, "the command is stopped")
+    shell.terminal.press("\x1a")
+    until_stopped(command)
+    supervisor.resume()
+    shell.shows("Stopped", ">> ")
+    shell.says("fg", "run")
+    shell.job_in_front()
+    shell.terminal.press("typed\n")
+    shell.shows("[typed]", ">> ")
 
 
 def test_ctrl_z_while_it_waits_keeps_its_place_in_line(cli: Cli, shell: Shell) -> None:
@@ -672,7 +708,7 @@ def test_in_the_background_it_is_stopped_when_it_reads_and_continued_by_fg(shell
     shell.terminal.press("\n")
     shell.shows(">> ")
     (job,) = psutil.Process(shell.terminal.pid).children()
-    until(lambda: job.status() == psutil.STATUS_STOPPED, "it is not stopped")
+    until_stopped(job)
     shell.says("jobs", "Stopped")
     shell.says("fg", "run")
     shell.job_in_front()
