@@ -8,7 +8,8 @@ times a second, and while one watches all that happens. They take turns, and the
 same round. The jobs do nothing, so what the head does weighs as much as it can.
 
 The second table has the milliseconds from a request until it is answered, and until the one who watches is told that it
-has taken effect: that no job is started any more, or that the cancelled job, which ends at once, has ended.
+has taken effect: that no job is started any more, that the limit holds for jobs to come, that the cancelled job, which
+ends at once, has ended and waits again after `retry`, or that the sweep stops and, with --now, all jobs have ended.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gpu_launcher import SteeringError, Sweep
-from gpu_launcher.jobs.events import JobEnded, JobStarted, Throttled
+from gpu_launcher.jobs.events import JobEnded, JobsRequeued, JobStarted, StopRequested, Throttled
 from gpu_launcher.jobs.progress.tally import SweepTally
 from gpu_launcher.jobs.steering import Watch
 
@@ -104,7 +105,15 @@ def measure(way: str, jobs: int) -> Usage:
 
 def requests(count: int) -> dict[str, list[tuple[float, float]]]:
     """Steer a map of jobs that sleep. Returns the times of each request, in ms: until the answer, and the effect."""
-    found: dict[str, list[tuple[float, float]]] = {"pause": [], "continue": [], "cancel": []}
+    found: dict[str, list[tuple[float, float]]] = {}
+
+    def measure(name: str, ask: Callable[[], object], done: Callable[[object], bool]) -> None:
+        before = time.perf_counter()
+        ask()
+        answered = time.perf_counter() - before
+        follow(watched, running, done)
+        found.setdefault(name, []).append((1000 * answered, 1000 * (time.perf_counter() - before)))
+
     with scratch() as directory:
         numbers = f"n={','.join(map(str, range(2 * count + 8)))}"
         sweep_directory = str(directory / "sweep")
@@ -131,19 +140,20 @@ def requests(count: int) -> dict[str, list[tuple[float, float]]]:
             for turn in range(count):
                 follow(watched, running, lambda event: len(running) == 4)
                 number = min(running)
-                for name, ask, done in (
-                    ("pause", sweep.pause, lambda event: isinstance(event, Throttled) and event.paused),
-                    ("continue", sweep.resume, lambda event: isinstance(event, Throttled) and not event.paused),
-                    ("cancel", lambda: sweep.cancel(number), lambda event: number not in running),  # noqa: B023
-                ):
-                    before = time.perf_counter()
-                    ask()
-                    answered = time.perf_counter() - before
-                    follow(watched, running, done)
-                    found[name].append((1000 * answered, 1000 * (time.perf_counter() - before)))
+                measure("pause", sweep.pause, lambda event: isinstance(event, Throttled) and event.paused)
+                measure("continue", sweep.resume, lambda event: isinstance(event, Throttled) and not event.paused)
+                measure("cancel", lambda: sweep.cancel(number), lambda event: number not in running)  # noqa: B023
+                measure("retry", lambda: sweep.retry(number), lambda event: isinstance(event, JobsRequeued))  # noqa: B023
+                for devices in (3, None):
+                    measure(
+                        "limit",
+                        lambda: sweep.limit(devices),  # noqa: B023
+                        lambda event: isinstance(event, Throttled) and event.devices == devices,  # noqa: B023
+                    )
                 if run.ended:
                     raise ProgramError(f"the map has ended in turn {turn}")
-            sweep.stop(now=True)
+            measure("stop", sweep.stop, lambda event: isinstance(event, StopRequested))
+            measure("stop --now", lambda: sweep.stop(now=True), lambda event: not running)
             while not run.ended:
                 time.sleep(ASK)
     return found

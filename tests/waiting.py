@@ -16,10 +16,13 @@ T = TypeVar("T")
 def until(condition: Callable[[], T], what: str = "it did not happen", seconds: float = 200.0) -> T:
     """Wait until the condition is true and return its value. After `seconds`, fail with the message `what`."""
     deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.005)
-    return value
+    while True:
+        began = time.monotonic()
+        if value := condition():
+            return value
+        now = time.monotonic()
+        assert now < deadline, what
+        time.sleep(min(0.1, max(0.005, 4 * (now - began))))  # a condition may read all of /proc
 
 
 def alive(process: psutil.Process | int) -> bool:

@@ -6,7 +6,7 @@ The tests run in a shuffled order; `--seed` repeats one.
 `make test-all` has run every test but the slow ones on this machine's Python with the newest dependencies. Here, the
 oldest Python with the lowest dependencies and the newest Python with the next Hydra run the tests that depend on these
 versions. The two Pythons between run what depends on packaging and what needs torch. The slow tests are for
-`make slow`. On two idle CPUs, all of CI takes about 80 minutes.
+`make slow`. On two idle CPUs, all of CI takes about 70 minutes.
 
 Each environment lives in `.matrix/<name>/` and is kept: a second run reinstalls only gpu-launcher itself,
 unless what it depends on has changed. The tests run in a copy of the tree that lacks the packages, so that what
@@ -67,10 +67,7 @@ class Environment:
 
 
 DEPENDENT = (
-    "tests/unit",
-    "tests/studies/test_optimize.py",
     "tests/executors/test_cpython_suite.py",
-    "tests/cli/test_main.py",
     "tests/hydra/test_contract.py",
     "tests/hydra/test_existing_programs.py",
     "tests/hydra/test_hydra_suites.py",
@@ -79,23 +76,10 @@ DEPENDENT = (
     "tests/hydra/test_preparation.py",
     "tests/hydra/test_several_launches.py",
 )
-"""What depends on the versions of Python, Hydra, Optuna or click. Crashes, leases and users depend on the kernel."""
-LOWEST = (
-    *DEPENDENT,
-    "tests/hydra/test_grid_async.py",
-    "tests/web/test_attacks.py",
-    "tests/web/test_pages.py",
-)
-LOWEST_QUICK = ("tests/hydra/test_optuna_async.py",)
-"""All of it takes a quarter of an hour; `tools/matrix.py --only py3.10 -- FILE` runs that."""
-NEXT_HYDRA = (
-    *DEPENDENT,
-    "tests/hydra/test_bad_input.py",
-    "tests/hydra/test_job_processes.py",
-    "tests/hydra/test_other_sweepers.py",
-)
-NEXT_HYDRA_QUICK = ("tests/hydra/test_deaths.py", "tests/hydra/test_retries.py")
-"""Each takes the long files of tests/hydra that the other leaves out, or CI would take too long."""
+"""What depends on the versions of Python, Hydra or Optuna. Crashes, leases and users depend on the kernel."""
+NEXT_HYDRA = (*DEPENDENT, "tests/hydra/test_bad_input.py", "tests/hydra/test_other_sweepers.py")
+QUICK = ("tests/cli/test_main.py", "tests/hydra", "tests/studies", "tests/unit", "tests/web")
+"""What depends on them, too, but whose thorough tests take too long for CI. `tools/matrix.py -- PATH` runs them."""
 PACKAGED = (
     "tests/hydra/test_contract.py",
     "tests/hydra/test_example_digits.py",
@@ -127,14 +111,14 @@ SWEEPERS = ("hydra-optuna-sweeper==1.4.0rc3", "hydra-nevergrad-sweeper==1.4.0rc3
 # The oldest and the newest of everything we support, each at least once; the longest first, so that two CPUs end
 # together. `make test` has the newest release of each dependency, too. The release candidate of Hydra has to be named.
 ENVIRONMENTS = (
-    Environment("3.10", dependencies="lowest", artifact="tree", tests=LOWEST, quick=LOWEST_QUICK),
+    Environment("3.10", dependencies="lowest", artifact="tree", tests=DEPENDENT, quick=QUICK),
     Environment(
         "3.13",
         dependencies="newest",
         hydra="1.4.0rc3",
         artifact="tree",
         tests=NEXT_HYDRA,
-        quick=NEXT_HYDRA_QUICK,
+        quick=QUICK,
         beside=SWEEPERS,
     ),
     Environment(

@@ -188,7 +188,7 @@ def test_whatever_is_killed_there_is_no_overlap_and_nothing_is_left(common_world
     mix.start()
     # `run` waits for all devices, and what comes behind it too: first the other user's parallel_map must be over.
     until(lambda: all(sum(mix.worked(user).values()) > 20 for user in USERS), what="nothing is worked on")
-    for _ in range(100):
+    for _ in range(50):
         time.sleep(0.1)  # in which they work
         with contextlib.suppress(psutil.NoSuchProcess):
             dice.choice(mix.processes()).kill()

@@ -31,9 +31,11 @@ from tests.waiting import alive, until
 if importlib.util.find_spec("ray") is None:
     pytest.skip("needs Ray: pip install 'gpu-launcher[ray]'", allow_module_level=True)
 
+pytestmark = pytest.mark.timeout(900)
+
 REPOSITORY = Path(__file__).parents[2]
 ON_NODES = REPOSITORY / "tests" / "hydra" / "programs" / "on_nodes.py"
-LONG = 240.0
+LONG = 500.0
 """Maximum seconds for what Ray looks after only from time to time."""
 
 # Starts a cluster, and answers questions about it. `gpus` are those that nothing has reserved.
