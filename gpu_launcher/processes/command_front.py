@@ -35,7 +35,7 @@ from gpu_launcher.processes.command_supervisor import CommandSupervisor
 from gpu_launcher.processes.command_witness import Witness
 from gpu_launcher.processes.forking import fork_child
 from gpu_launcher.processes.guard import end_descendants
-from gpu_launcher.processes.linux import become_child_subreaper, children, may_be_stopped
+from gpu_launcher.processes.linux import become_child_subreaper, children, is_running
 from gpu_launcher.processes.signals import HARMLESS, STOPS, CommandSignals, ReceivedSignal
 
 NOT_FOUND = 127
@@ -162,8 +162,6 @@ class _Front:
         """Process id of the command; None until it runs."""
         self._suspended: int | None = None
         """Signal that stopped the command and must stop this program too; None if there is none."""
-        self._stops = 0
-        """How many times the command has been stopped."""
         self._timed_out = False
 
     def wait(self, name: str) -> CommandResult:
@@ -188,20 +186,19 @@ class _Front:
                         self._pass_on(arrived.signum)
             elif self._suspended is not None:
                 self._suspend(self._suspended)
-                self._suspended = None
 
     def _pass_on(self, signum: int) -> None:
         if signum == signal.SIGCONT:
-            send(self._channel, Word.PASS_ON_CONT, self._stops)
-        else:
-            send(self._channel, Word.PASS_ON, signum)
+            self._suspended = None
+        send(self._channel, Word.PASS_ON, signum)
 
     def _suspend(self, signum: int) -> None:
         # Ctrl-Z right after fg stops this program at once, because `suspend` has not returned yet. The next fg then
         # continues both, but the news that the command was stopped is still to be read. If this program stopped again,
         # the shell would take back the terminal.
-        if self._command is None or may_be_stopped(self._command):
-            self._signals.suspend(signum)
+        is_old = self._command is not None and is_running(self._command)
+        if is_old or self._signals.suspend(signum, unless=self._channel):
+            self._suspended = None
 
     def _take_note(self, kind: Word, number: int) -> None:
         if kind == Word.STARTED:
@@ -209,7 +206,6 @@ class _Front:
             use_devnull(0, 1)
         elif kind == Word.STOPPED:
             self._suspended = number
-            self._stops += 1
         elif kind == Word.CONTINUED:
             self._suspended = None
         elif kind == Word.TIME_OVER:
@@ -224,7 +220,10 @@ class _Front:
             return False
         if not self._shares_our_group():
             return True
-        return not arrived.by_kernel and not self._witness.saw(arrived.signum)
+        if arrived.by_kernel:  # the whole group has it, and a signal to this program alone may follow
+            self._witness.forget(arrived.signum)
+            return False
+        return not self._witness.saw(arrived.signum)
 
     def _shares_our_group(self) -> bool:
         try:

@@ -31,9 +31,8 @@ class CommandSupervisor:
         self._grace = grace
         self._end_at: float | None = None
         self._kill_at: float | None = None
-        self._known: tuple[int, int | None] = (0, None)
-        """How often and by which signal the command was stopped, as far as the front was told."""
-        self._told_stops = 0
+        self._told_stops: tuple[int, int | None] = (0, None)
+        """`stops` and `stopped` of the command's tree when the front was last told of them."""
 
     def run(
         self,
@@ -85,7 +84,7 @@ class CommandSupervisor:
                 if message is None:
                     tree.kill()
                 else:
-                    self._pass_on(tree, *message)
+                    self._pass_on(tree, message[1])
 
     def _is_gone(self, tree: ProcessTree) -> bool:
         # After a timeout every process gets the whole grace period, even if the main process ends first.
@@ -110,12 +109,11 @@ class CommandSupervisor:
         return False
 
     def _tell_of_stops(self, tree: ProcessTree) -> None:
-        # Since the last time the command can have continued and stopped again, and the front with it continued only.
-        if (tree.stops, tree.stopped) == self._known:
+        # Since the last message the command can have continued and stopped again. The front has then only continued.
+        if (tree.stops, tree.stopped) == self._told_stops:
             return
-        self._known = (tree.stops, tree.stopped)
+        self._told_stops = (tree.stops, tree.stopped)
         if tree.stopped is not None:
-            self._told_stops += 1
             send(self._channel, Word.STOPPED, tree.stopped)
         else:
             send(self._channel, Word.CONTINUED)
@@ -129,14 +127,7 @@ class CommandSupervisor:
         # poll(2) counts milliseconds in 32 bits.
         return min((*waits, 2.0**30), default=None)
 
-    def _pass_on(self, tree: ProcessTree, word: Word, number: int) -> None:
-        signum = number
-        if word == Word.PASS_ON_CONT:
-            tree.reap()
-            self._tell_of_stops(tree)
-            if self._told_stops != number:  # by Ctrl-Z after the signal
-                return
-            signum = signal.SIGCONT
+    def _pass_on(self, tree: ProcessTree, signum: int) -> None:
         if tree.status is None:
             os.kill(tree.main, signum)
         elif signum in _ENDS_IT_ALL:  # the user does not want to wait for the remaining processes

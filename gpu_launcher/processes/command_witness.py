@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
+import socket
 import time
 from collections.abc import Callable
 
 from gpu_launcher.processes.command_channel import Word, channel, receive, send, use_devnull
 from gpu_launcher.processes.forking import fork_child
 from gpu_launcher.processes.linux import die_with_parent
-from gpu_launcher.processes.signals import SAME_SIGNAL_SECONDS, CommandSignals, SignalDescriptor
+from gpu_launcher.processes.signals import STOPS, CommandSignals, SignalDescriptor
 
 DELIVERY_SECONDS = 0.05
-"""Longest time in which the kernel has sent a signal to all processes of a group."""
+"""Seconds in which a sender has sent a signal to this program and to its whole group: timeout(1) does both."""
+RECENT_SECONDS = 1.0
+"""Seconds for which the witness remembers a signal: this program may ask that much later if the machine is busy."""
 ANSWER_SECONDS = 5.0
-"""Seconds to wait for a witness that does not answer, for example because only it is stopped."""
+"""Seconds to wait for the witness to answer. If it does not, it is stopped."""
 
 
 class Witness:
@@ -25,8 +29,7 @@ class Witness:
     def __init__(self, signals: CommandSignals, in_child: Callable[[], None]) -> None:
         """Fork the witness. It calls `in_child` to close what it must not keep open."""
         self._ours, theirs = channel()
-        self._seen: dict[int, float] = {}
-        self._asked = 0
+        self._answers = True
         here = os.getpid()
 
         def be_the_witness() -> None:
@@ -34,46 +37,36 @@ class Witness:
             in_child()
             die_with_parent(here)
             use_devnull(0, 1, 2)
-            descriptor = SignalDescriptor(signals.heeded)
-            while True:
-                ready, _, _ = select.select([descriptor.fileno(), theirs.fileno()], [], [])
-                asked = receive(theirs) if theirs.fileno() in ready else None
-                for arrived in descriptor.read():
-                    send(theirs, Word.PASS_ON, arrived.signum)
-                if asked is not None:
-                    send(theirs, *asked)
-                elif theirs.fileno() in ready:  # this program has ended
-                    return
+            _bear_witness(SignalDescriptor(signals.heeded), theirs)
 
         self._process: int | None = fork_child(be_the_witness)
         theirs.close()
+        self._ours.setblocking(False)
 
     def saw(self, signum: int) -> bool:
         """Whether the whole process group has just received `signum`."""
-        for seconds in (0.0, DELIVERY_SECONDS):
-            time.sleep(seconds)
-            self._ask()
-            if time.monotonic() - self._seen.get(signum, -SAME_SIGNAL_SECONDS) < SAME_SIGNAL_SECONDS:
-                return True
-        return False
+        return self._ask(signum) or (self._process is not None and self._ask(signum, after=DELIVERY_SECONDS))
 
-    def _ask(self) -> None:
-        """Note which signals the witness has received, however long it has to wait for a processor."""
-        if self._process is None:
-            return
-        self._asked += 1
-        send(self._ours, Word.ASK, self._asked)
-        end = time.monotonic() + ANSWER_SECONDS
-        while select.select([self._ours], [], [], max(0.0, end - time.monotonic()))[0]:
-            message = receive(self._ours)
-            if message is None:
-                os.waitpid(self._process, 0)
-                self._process = None
-                return
-            if message[0] == Word.PASS_ON:
-                self._seen[message[1]] = time.monotonic()
-            elif message[1] == self._asked:
-                return
+    def forget(self, signum: int) -> None:
+        """Do not count what the process group has received of `signum` so far, nor a SIGCONT before it."""
+        with contextlib.suppress(BlockingIOError):  # it is stopped
+            send(self._ours, Word.FORGET, signum)
+
+    def _ask(self, signum: int, after: float = 0.0) -> bool:
+        time.sleep(after)
+        with contextlib.suppress(BlockingIOError):
+            while self._process is not None and receive(self._ours) is not None:
+                self._answers = True  # late
+        with contextlib.suppress(BlockingIOError):
+            send(self._ours, Word.ASK, signum)
+        if self._process is None or not select.select([self._ours], [], [], ANSWER_SECONDS * self._answers)[0]:
+            self._answers = False
+            return False
+        answer = receive(self._ours)
+        if answer is None:
+            os.waitpid(self._process, 0)
+            self._process = None
+        return answer is not None and answer[1] == signum
 
     def close(self) -> None:
         """Kill the witness process."""
@@ -86,3 +79,28 @@ class Witness:
     def close_in_child(self) -> None:
         """Close what a fork of this process must not keep open."""
         self._ours.close()
+
+
+def _bear_witness(descriptor: SignalDescriptor, questions: socket.socket) -> None:
+    """Answer questions until the other end is closed."""
+    seen: dict[int, float] = {}
+    while True:
+        ready, _, _ = select.select([descriptor.fileno(), questions.fileno()], [], [])
+        question = receive(questions) if questions.fileno() in ready else None
+        now = time.monotonic()
+        for arrived in descriptor.read():
+            seen[arrived.signum] = now
+            if arrived.signum in STOPS:  # it has discarded a SIGCONT that was not read yet: see signal(7)
+                seen[signal.SIGCONT] = now
+        if question is None:
+            if questions.fileno() in ready:
+                return
+        else:
+            kind, signum = question
+            if kind == Word.ASK:
+                recent = now - seen.get(signum, -RECENT_SECONDS) < RECENT_SECONDS
+                send(questions, Word.ASK, signum if recent else 0)
+            else:
+                seen.pop(signum, None)
+            if signum in STOPS:
+                seen.pop(signal.SIGCONT, None)

@@ -197,18 +197,13 @@ def start_time(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def may_be_stopped(pid: int) -> bool:
-    """Whether a process is stopped, or /proc hides it (proc(5), hidepid)."""
+def is_running(pid: int) -> bool:
+    """Whether /proc shows that a process is neither stopped nor dead. False also if /proc does not show the process."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
-        with contextlib.suppress(PermissionError):
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                return False
-        return True
-    return stat[stat.rindex(b")") + 2 :][:1] in b"Tt"
+        return False
+    return stat[stat.rindex(b")") + 2 :][:1] not in b"TtZX"
 
 
 class ProcessEnding:

@@ -13,7 +13,9 @@ import contextlib
 import ctypes
 import math
 import os
+import select
 import signal
+import socket
 import struct
 import threading
 import time
@@ -316,12 +318,24 @@ class CommandSignals:
         signal.signal(signal.SIGCHLD, self._on_child)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
-    def suspend(self, signum: int) -> None:
-        """Stop this process with `signum`, as if it did not handle signals. Returns when the process is continued."""
-        os.kill(os.getpid(), signum)
-        if signum != signal.SIGSTOP:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signum})
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signum})
+    def suspend(self, signum: int, unless: socket.socket | None = None) -> bool:
+        """Stop this process with `signum`, as if it did not handle signals. Returns when the process is continued.
+
+        Returns False at once if `unless` has something to receive. Who sends there and then sends SIGCONT is therefore
+        never missed, except with SIGSTOP.
+        """
+        if signum == signal.SIGSTOP:
+            if _is_readable(unless):
+                return False
+            os.kill(os.getpid(), signum)
+            return True
+        os.kill(os.getpid(), signum)  # It is blocked. From now on, SIGCONT discards it.
+        if _is_readable(unless):
+            signal.sigtimedwait({signum}, 0)
+            return False
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signum})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signum})
+        return True
 
     def die(self, signum: int) -> None:
         """End this process with `signum`, without a core file. Returns only if that fails: in process 1."""
@@ -330,3 +344,7 @@ class CommandSignals:
             signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signum})
+
+
+def _is_readable(connection: socket.socket | None) -> bool:
+    return connection is not None and bool(select.select([connection], [], [], 0)[0])

@@ -573,6 +573,40 @@ def test_time_is_over_also_for_a_command_that_is_stopped(start: Callable[..., Ru
     assert run.wait(100) == 124
 
 
+LOUD = "trap 'echo continued' CONT; trap 'echo interrupted' INT; echo ready; while :; do sleep 0.05; done"
+
+
+def test_who_stops_the_command_can_continue_it_with_the_program_that_stands_in_for_it(
+    start: Callable[..., Run],
+) -> None:
+    run = start(*ONE, "--", "bash", "-c", LOUD)
+    assert run.line() == "ready"
+    front, command = run.parts["front"], run.parts["command"]
+    for _ in range(3):
+        command.suspend()
+        until_stopped(front)
+        front.resume()
+        assert run.line() == "continued"
+        until(lambda: front.status() != psutil.STATUS_STOPPED, "it is not continued")
+
+
+def test_signals_to_it_alone_are_passed_on_if_the_witness_has_seen_one_before_or_is_stopped(
+    start: Callable[..., Run],
+) -> None:
+    run = start(*ONE, "--", "bash", "-c", LOUD)
+    assert run.line() == "ready"
+    front, witness = run.parts["front"], run.parts["witness"]
+    os.killpg(front.pid, signal.SIGINT)
+    assert run.line() == "interrupted"
+    time.sleep(1.1)  # more than RECENT_SECONDS
+    front.send_signal(signal.SIGINT)
+    assert run.line() == "interrupted"
+    witness.suspend()
+    for _ in range(3):
+        front.send_signal(signal.SIGINT)
+        assert run.line() == "interrupted"
+
+
 # At a terminal
 
 
@@ -656,7 +690,7 @@ def test_ctrl_z_stops_and_fg_continues_it_again_and_again(shell: Shell, tmp_path
     for _ in range(3):
         shell.terminal.press("\x1a")
         shell.shows("Stopped", ">> ")
-        until_stopped(command)  # the shell waits for the program that stands in for it, and it could take a key
+        until_stopped(command)  # the shell has waited only for the program that stands in for it
         shell.says("jobs", "Stopped", ">> ")
         shell.says("fg", "run")
         shell.job_in_front()

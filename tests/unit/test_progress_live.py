@@ -543,10 +543,23 @@ def test_the_terminal_is_as_before_when_a_sweep_breaks_off() -> None:
     terminal.finish()
 
 
-def test_a_stopped_sweep_gives_the_keyboard_back_and_takes_it_again() -> None:
+SLOW = """
+from gpu_launcher.processes.keyboard import Keyboard
+
+def slowly(self, take=Keyboard.take):
+    take(self)
+    time.sleep(0.1)
+
+Keyboard.take = slowly
+"""
+
+
+@pytest.mark.parametrize("busy", ["", SLOW], ids=["idle", "on a busy machine"])
+def test_a_stopped_sweep_gives_the_keyboard_back_and_takes_it_again(busy: str) -> None:
     # A shell has the sweep in its foreground, sees it stopped, and continues it.
-    terminal = OnTerminal("""
+    terminal = OnTerminal(f"""
 import signal, time
+{busy}
 signal.signal(signal.SIGTTOU, signal.SIG_IGN)
 def echo():
     return bool(termios.tcgetattr(0)[3] & termios.ECHO)

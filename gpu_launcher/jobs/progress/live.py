@@ -100,9 +100,9 @@ class LiveProgress:
         """Whether the terminal shows its alternate screen."""
         self._on_stop: Any = None
         """The previous handler of SIGTSTP."""
-        self._writing = False
+        self._busy = False
         self._stop_wanted = False
-        """Whether Ctrl-Z was pressed while a frame was being written."""
+        """Whether Ctrl-Z was pressed while a frame was written or the keyboard taken."""
 
     @property
     def _tally(self) -> SweepTally:
@@ -288,22 +288,26 @@ class LiveProgress:
         self._painted_size = size
 
     def _write(self, text: str) -> None:
-        self._writing = True
+        self._busy = True
         try:
             self._output.write(text)
         finally:
-            self._writing = False
+            self._busy = False
 
     # The terminal
 
     def _take_keyboard(self) -> None:
         if self._keyboard is None:
             return
-        self._keyboard.take()
         if self._on_stop is None and threading.current_thread() is threading.main_thread():
             self._on_stop = signal.getsignal(signal.SIGTSTP)
-            if self._on_stop is signal.SIG_DFL:
+            if self._on_stop is signal.SIG_DFL:  # before the keyboard is taken, so that Ctrl-Z always gives it back
                 signal.signal(signal.SIGTSTP, self._stop)
+        self._busy = True
+        try:
+            self._keyboard.take()
+        finally:
+            self._busy = False
 
     def _give_keyboard_back(self) -> None:
         if self._keyboard is None:
@@ -314,7 +318,7 @@ class LiveProgress:
 
     def _stop(self, signum: int, frame: object) -> None:
         """Handle Ctrl-Z."""
-        if self._writing:  # the end of the frame must not come after the shell's prompt
+        if self._busy:  # the end of the frame must not come after the shell's prompt
             self._stop_wanted = True
         else:
             self._suspend()
