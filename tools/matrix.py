@@ -4,9 +4,9 @@ The dependencies are the newest, the lowest that pyproject.toml allows, or in be
 The tests run in a shuffled order; `--seed` repeats one.
 
 `make test-all` has run every test but the slow ones on this machine's Python with the newest dependencies. Here, the
-oldest Python with the lowest dependencies and the newest Python with the next Hydra run the tests that depend on these
-versions. The two Pythons between run what depends on packaging and what needs torch. The slow tests are for
-`make slow`. On two idle CPUs, all of CI takes about 70 minutes.
+oldest Python with the lowest dependencies and the newest Python with the next Hydra run the quick tests of what depends
+on these versions, and some of the thorough ones. The two Pythons between run what depends on packaging and what needs
+torch. The slow tests are for `make slow`. On two idle CPUs, all of CI takes about 70 minutes.
 
 Each environment lives in `.matrix/<name>/` and is kept: a second run reinstalls only gpu-launcher itself,
 unless what it depends on has changed. The tests run in a copy of the tree that lacks the packages, so that what
@@ -47,7 +47,7 @@ class Environment:
     tests: tuple[str, ...]
     """Files and directories whose tests are run, but for the slow ones."""
     quick: tuple[str, ...] = ()
-    """Those of which only the quick tests are run, as in `make test`."""
+    """Those whose quick tests are run, as in `make test`. Then only the thorough ones of `tests` are run."""
     hydra: str | None = None
     optuna: str | None = None
     beside: tuple[str, ...] = ()
@@ -66,20 +66,24 @@ class Environment:
         return [(name, version) for name, version in (("hydra", self.hydra), ("optuna", self.optuna)) if version]
 
 
-DEPENDENT = (
+QUICK = ("tests/cli/test_main.py", "tests/hydra", "tests/studies", "tests/unit", "tests/web")
+"""What depends on the versions of Python, Hydra or Optuna. Crashes, leases and users depend on the kernel."""
+LOWEST = (
+    "tests/hydra/test_contract.py",
+    "tests/hydra/test_job_options.py",
+    "tests/hydra/test_optuna_async_config.py",
+    "tests/hydra/test_several_launches.py",
+)
+NEXT_HYDRA = (
     "tests/executors/test_cpython_suite.py",
+    "tests/hydra/test_bad_input.py",
     "tests/hydra/test_contract.py",
     "tests/hydra/test_existing_programs.py",
     "tests/hydra/test_hydra_suites.py",
-    "tests/hydra/test_job_options.py",
-    "tests/hydra/test_optuna_async_config.py",
+    "tests/hydra/test_other_sweepers.py",
     "tests/hydra/test_preparation.py",
-    "tests/hydra/test_several_launches.py",
 )
-"""What depends on the versions of Python, Hydra or Optuna. Crashes, leases and users depend on the kernel."""
-NEXT_HYDRA = (*DEPENDENT, "tests/hydra/test_bad_input.py", "tests/hydra/test_other_sweepers.py")
-QUICK = ("tests/cli/test_main.py", "tests/hydra", "tests/studies", "tests/unit", "tests/web")
-"""What depends on them, too, but whose thorough tests take too long for CI. `tools/matrix.py -- PATH` runs them."""
+"""Thorough tests of what depends on them most. All would take too long for CI; `--only py3.10 -- PATH` runs more."""
 PACKAGED = (
     "tests/hydra/test_contract.py",
     "tests/hydra/test_example_digits.py",
@@ -111,7 +115,7 @@ SWEEPERS = ("hydra-optuna-sweeper==1.4.0rc3", "hydra-nevergrad-sweeper==1.4.0rc3
 # The oldest and the newest of everything we support, each at least once; the longest first, so that two CPUs end
 # together. `make test` has the newest release of each dependency, too. The release candidate of Hydra has to be named.
 ENVIRONMENTS = (
-    Environment("3.10", dependencies="lowest", artifact="tree", tests=DEPENDENT, quick=QUICK),
+    Environment("3.10", dependencies="lowest", artifact="tree", tests=LOWEST, quick=QUICK),
     Environment(
         "3.13",
         dependencies="newest",
@@ -128,7 +132,7 @@ ENVIRONMENTS = (
         optuna="4.9.0",
         artifact="sdist",
         tests=HISTORIES,
-        histories=100_000,
+        histories=20_000,
     ),
     Environment(
         "3.11",
@@ -342,10 +346,12 @@ def test(environment: Environment, home: Path, seed: int, pytest_arguments: Sequ
     order = ["--random-order", f"--random-order-seed={seed}"]
     pytest = [str(binaries / "python"), "-m", "pytest", "--workers", str(WORKERS), *order, "-m"]
     histories = {} if environment.histories is None else {"GPU_LAUNCHER_HISTORIES": str(environment.histories)}
+    rest = "not slow"
     if environment.quick and not pytest_arguments:
         quick = [*pytest, "smoke or not (thorough or slow)", *environment.quick]
         step("quick tests", quick, output, cwd=copy, **histories)
-    step("tests", [*pytest, "not slow", *(pytest_arguments or environment.tests)], output, cwd=copy, **histories)
+        rest = "thorough and not (smoke or slow)"
+    step("tests", [*pytest, rest, *(pytest_arguments or environment.tests)], output, cwd=copy, **histories)
 
 
 def step(name: str, command: Sequence[str], output: IO[str], cwd: Path = TREE, **variables: str) -> None:
