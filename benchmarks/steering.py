@@ -9,7 +9,7 @@ same round. The jobs do nothing, so what the head does weighs as much as it can.
 
 The second table has the milliseconds from a request until it is answered, and until the one who watches is told that it
 has taken effect: that no job is started any more, that the limit holds for jobs to come, that the cancelled job, which
-ends at once, has ended and waits again after `retry`, or that the sweep stops and, with --now, all jobs have ended.
+ends at once, has ended and waits again after `retry`, or that all jobs of the stopped map have ended.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gpu_launcher import SteeringError, Sweep
-from gpu_launcher.jobs.events import JobEnded, JobsRequeued, JobStarted, StopRequested, Throttled
+from gpu_launcher.jobs.events import JobEnded, JobsRequeued, JobStarted, Throttled
 from gpu_launcher.jobs.progress.tally import SweepTally
 from gpu_launcher.jobs.steering import Watch
 
@@ -107,7 +107,7 @@ def requests(count: int) -> dict[str, list[tuple[float, float]]]:
     """Steer a map of jobs that sleep. Returns the times of each request, in ms: until the answer, and the effect."""
     found: dict[str, list[tuple[float, float]]] = {}
 
-    def measure(name: str, ask: Callable[[], object], done: Callable[[object], bool]) -> None:
+    def steer(name: str, ask: Callable[[], object], done: Callable[[object], bool]) -> None:
         before = time.perf_counter()
         ask()
         answered = time.perf_counter() - before
@@ -140,20 +140,19 @@ def requests(count: int) -> dict[str, list[tuple[float, float]]]:
             for turn in range(count):
                 follow(watched, running, lambda event: len(running) == 4)
                 number = min(running)
-                measure("pause", sweep.pause, lambda event: isinstance(event, Throttled) and event.paused)
-                measure("continue", sweep.resume, lambda event: isinstance(event, Throttled) and not event.paused)
-                measure("cancel", lambda: sweep.cancel(number), lambda event: number not in running)  # noqa: B023
-                measure("retry", lambda: sweep.retry(number), lambda event: isinstance(event, JobsRequeued))  # noqa: B023
+                steer("pause", sweep.pause, lambda event: isinstance(event, Throttled) and event.paused)
+                steer("continue", sweep.resume, lambda event: isinstance(event, Throttled) and not event.paused)
+                steer("cancel", lambda: sweep.cancel(number), lambda event: number not in running)  # noqa: B023
+                steer("retry", lambda: sweep.retry(number), lambda event: isinstance(event, JobsRequeued))  # noqa: B023
                 for devices in (3, None):
-                    measure(
+                    steer(
                         "limit",
                         lambda: sweep.limit(devices),  # noqa: B023
                         lambda event: isinstance(event, Throttled) and event.devices == devices,  # noqa: B023
                     )
                 if run.ended:
                     raise ProgramError(f"the map has ended in turn {turn}")
-            measure("stop", sweep.stop, lambda event: isinstance(event, StopRequested))
-            measure("stop --now", lambda: sweep.stop(now=True), lambda event: not running)
+            steer("stop", sweep.stop, lambda event: not running)
             while not run.ended:
                 time.sleep(ASK)
     return found
@@ -180,7 +179,7 @@ def follow(watched: Watch, running: set[int], done: Callable[[object], bool]) ->
                 case JobEnded():
                     running.discard(event.number)
             is_done = is_done or done(event)
-        if watched.is_over:
+        if watched.is_over and not is_done:
             raise ProgramError("the map has ended")
         if not is_done:
             select.select([watched], [], [], 60)

@@ -95,7 +95,7 @@ def test_it_measures_sweeps_verdicts_and_the_head_on_several_nodes(tmp_path: Pat
     assert parts["many"]["jobs_per_second"] > 0
 
 
-REQUESTS = {"pause": 3, "continue": 3, "cancel": 3, "retry": 3, "limit": 6, "stop": 1, "stop --now": 1}
+REQUESTS = {"pause": 3, "continue": 3, "cancel": 3, "retry": 3, "limit": 6, "stop": 1}
 
 
 def test_it_compares_sweeps_that_are_steered_and_watched_with_those_that_cannot_be(tmp_path: Path) -> None:
