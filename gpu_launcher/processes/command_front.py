@@ -35,7 +35,7 @@ from gpu_launcher.processes.command_supervisor import CommandSupervisor
 from gpu_launcher.processes.command_witness import Witness
 from gpu_launcher.processes.forking import fork_child
 from gpu_launcher.processes.guard import end_descendants
-from gpu_launcher.processes.linux import become_child_subreaper, children, is_running
+from gpu_launcher.processes.linux import become_child_subreaper, children, may_be_stopped
 from gpu_launcher.processes.signals import HARMLESS, STOPS, CommandSignals, ReceivedSignal
 
 NOT_FOUND = 127
@@ -196,7 +196,7 @@ class _Front:
         # Ctrl-Z right after fg stops this program at once, because `suspend` has not returned yet. The next fg then
         # continues both, but the news that the command was stopped is still to be read. If this program stopped again,
         # the shell would take back the terminal.
-        is_old = self._command is not None and is_running(self._command)
+        is_old = self._command is not None and not may_be_stopped(self._command)
         if is_old or self._signals.suspend(signum, unless=self._channel):
             self._suspended = None
 

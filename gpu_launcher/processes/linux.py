@@ -197,13 +197,19 @@ def start_time(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def is_running(pid: int) -> bool:
-    """Whether /proc shows that a process is neither stopped nor dead. False also if /proc does not show the process."""
+def may_be_stopped(pid: int) -> bool:
+    """Whether a process is stopped, or may be: proc(5) can hide it, or only its main thread has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
+        state = stat[stat.rindex(b")") + 2 :][:1]
+        return state in b"Tt" or (state == b"Z" and len(os.listdir(f"/proc/{pid}/task")) > 1)  # noqa: PTH208
     except OSError:
-        return False
-    return stat[stat.rindex(b")") + 2 :][:1] not in b"TtZX"
+        with contextlib.suppress(PermissionError):
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                return False
+        return True
 
 
 class ProcessEnding:

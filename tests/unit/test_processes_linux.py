@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from gpu_launcher.processes import linux
@@ -277,3 +278,38 @@ def test_processes_that_proc_hides_are_left_out(monkeypatch: pytest.MonkeyPatch)
         found = linux.children_of_all()
     assert pid in found[os.getpid()]
     assert not any(os.getppid() in children for children in found.values())
+
+
+HEADLESS = """
+import ctypes, os, threading, time
+
+threading.Thread(target=time.sleep, args=(60,)).start()
+print(flush=True)
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_stopped_process_is_told_from_one_that_runs_or_is_dead() -> None:
+    assert not linux.may_be_stopped(os.getpid())
+    with child(") T (") as pid:
+        assert not linux.may_be_stopped(pid)
+        os.kill(pid, signal.SIGSTOP)
+        os.waitpid(pid, os.WUNTRACED)
+        assert linux.may_be_stopped(pid)
+        os.kill(pid, signal.SIGCONT)
+        until(lambda: not linux.may_be_stopped(pid))
+    dead = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+    assert not linux.may_be_stopped(dead.pid)
+    dead.wait()
+    assert not linux.may_be_stopped(dead.pid)
+
+
+def test_process_may_be_stopped_if_its_main_thread_has_ended() -> None:
+    with subprocess.Popen([sys.executable, "-c", HEADLESS], stdout=subprocess.PIPE) as program:
+        try:
+            until(lambda: psutil.Process(program.pid).status() == psutil.STATUS_ZOMBIE)
+            assert program.poll() is None
+            assert linux.may_be_stopped(program.pid)
+        finally:
+            program.kill()
