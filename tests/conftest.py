@@ -259,7 +259,7 @@ class Machine:
             env=self.environment(**environ),
             capture_output=True,
             text=True,
-            timeout=250,
+            timeout=500,
         )
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def until(condition: Callable[[], T], what: str = "it did not happen", seconds: float = 200.0) -> T:
+def until(condition: Callable[[], T], what: str = "it did not happen", seconds: float = 400.0) -> T:
     """Wait until the condition is true and return its value. After `seconds`, fail with the message `what`."""
     deadline = time.monotonic() + seconds
     while True:

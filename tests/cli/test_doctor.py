@@ -208,7 +208,7 @@ print(json.dumps([[one.level.value, one.text, one.remedy] for one in examine_poo
 
 def examined_as_another_user(pool: Path) -> list[list[str]]:
     done = subprocess.run(
-        [sys.executable, "-c", EXAMINE_AS, str(pool)], capture_output=True, text=True, check=True, timeout=250
+        [sys.executable, "-c", EXAMINE_AS, str(pool)], capture_output=True, text=True, check=True, timeout=500
     )
     findings: list[list[str]] = json.loads(done.stdout)
     return findings

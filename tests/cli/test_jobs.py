@@ -19,7 +19,7 @@ GPU = Device("GPU-1", 1, "a GPU", DeviceKind.GPU)
 
 def jobs(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gpu_launcher.cli", "jobs", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ class Map:
             env=self.environ,
             capture_output=True,
             text=True,
-            timeout=250,
+            timeout=500,
             check=False,
             **({"stdin": subprocess.DEVNULL} if input is None else {"input": input}),
         )
@@ -199,7 +199,7 @@ def test_what_runs_is_looked_after_while_a_producer_thinks(run_map: Map) -> None
     process.stdin.write('{"n": 600}\n{"n": ')
     process.stdin.flush()
     assert any("ran longer than its timeout" in line for line in process.stderr)
-    process.communicate("0}\n", timeout=250)
+    process.communicate("0}\n", timeout=500)
     assert process.returncode == 1
     assert [line["exit_code"] for line in run_map.results()] == [-15, 0]
 
@@ -470,7 +470,7 @@ def test_resuming_runs_what_did_not_complete(run_map: Map, tmp_path: Path) -> No
         env=run_map.environ,
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=500,
         check=False,
     )
     assert elsewhere.returncode == 0, elsewhere.stderr

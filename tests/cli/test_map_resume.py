@@ -40,7 +40,7 @@ class Map:
             input=input,
             capture_output=True,
             text=True,
-            timeout=250,
+            timeout=500,
             check=False,
         )
 

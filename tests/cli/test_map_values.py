@@ -39,7 +39,7 @@ def run_cli(tmp_path: Path) -> RunCli:
             del how["stdin"]
         how = {"cwd": tmp_path, "env": {**environment(tmp_path), **how.pop("environ", {})}, **how}
         command = [*how.pop("within", ()), *CLI, *words]
-        return subprocess.run(command, **how, text=True, timeout=250, check=False)
+        return subprocess.run(command, **how, text=True, timeout=500, check=False)
 
     return run
 

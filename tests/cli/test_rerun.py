@@ -25,7 +25,7 @@ SHOW = 'import os, sys; print(sys.argv[1:], os.getcwd(), len(os.environ["CUDA_VI
 def shell(line: str, directory: Path, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
     environ = {**environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"}
     command = ["sh", "-c", line]
-    return subprocess.run(command, cwd=directory, env=environ, capture_output=True, text=True, timeout=250, check=False)
+    return subprocess.run(command, cwd=directory, env=environ, capture_output=True, text=True, timeout=500, check=False)
 
 
 @pytest.mark.parametrize("kind", ["words", "shell"])

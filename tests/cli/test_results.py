@@ -20,7 +20,7 @@ GPU = Device("GPU-1", 1, "a GPU", DeviceKind.GPU)
 
 def results(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gpu_launcher.cli", "results", *arguments]
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=250, check=False)
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=500, check=False)
 
 
 @pytest.fixture

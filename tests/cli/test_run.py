@@ -181,7 +181,7 @@ def test_the_command_has_its_devices_and_nothing_else_is_changed(cli: Cli) -> No
         capture_output=True,
         text=True,
         check=False,
-        timeout=250,
+        timeout=500,
     )
     assert done.stdout == "0,1 PCI_BUS_ID 1 typed ['--gpus', '7', '--', 'a b', ''] set()\n"
     assert done.returncode == 0

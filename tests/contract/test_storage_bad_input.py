@@ -178,7 +178,7 @@ def as_nobody(url: str) -> str:
         "try: it.storage(sys.argv[1])\n"
         "except StorageError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code, url], capture_output=True, text=True, timeout=250, check=False)
+    done = subprocess.run([sys.executable, "-c", code, url], capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -223,5 +223,5 @@ def test_importing_gpu_launcher_imports_neither_optuna_nor_sqlalchemy() -> None:
         "import sys, gpu_launcher; print([name for name in sys.modules if name in ('optuna', 'sqlalchemy')]);"
         "print(gpu_launcher.storage.__name__, hasattr(gpu_launcher, 'nothing'))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500, check=True)
     assert done.stdout == "[]\nstorage False\n"

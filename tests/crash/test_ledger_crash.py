@@ -282,7 +282,7 @@ def test_a_forked_server_that_outlives_its_launcher_keeps_nothing_alive(start, l
 def test_in_a_forked_child_a_ledger_refuses_to_work_and_closing_it_harms_nobody(ledger, directory):
     ticket = ledger.enqueue(Request(1), devices("A"), OWNER)
     child = subprocess.run(
-        [sys.executable, "-c", FORKED, str(directory)], capture_output=True, text=True, timeout=250, check=False
+        [sys.executable, "-c", FORKED, str(directory)], capture_output=True, text=True, timeout=500, check=False
     )
     assert child.stdout == "refused\nstill waiting, still leased\n", child.stderr
     assert ledger.claim(ticket) is not None
@@ -437,7 +437,7 @@ def test_eight_processes_at_once_all_get_on_and_never_hold_a_device_twice(tmp_pa
     finally:
         (tmp_path / "stop").touch()
     for process in ended + running:
-        _, errors = process.communicate(timeout=250)
+        _, errors = process.communicate(timeout=500)
         assert process.returncode == (-signal.SIGKILL if process in ended else 0), errors
         assert errors == b""
     with FileLedger(tmp_path / "pool") as ledger:

@@ -89,7 +89,7 @@ def run_map(app: Path, *words: str, die_at: str = "") -> subprocess.CompletedPro
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=250,
+        timeout=500,
         check=False,
     )
 
@@ -198,7 +198,7 @@ def test_stopped_by_a_signal_it_ends_its_runs_says_how_to_go_on_and_goes_on(app,
     process = start_map(app, *words)
     until(lambda: (app / "began").exists() and len((app / "began").read_text().split()) == 2)
     process.send_signal(signum)
-    _, said = process.communicate(timeout=250)
+    _, said = process.communicate(timeout=500)
     assert process.returncode == 128 + signum
     assert "Traceback" not in said
     assert "gpu-launcher map --resume out" in said
@@ -241,7 +241,7 @@ def test_whoever_else_is_killed_fails_alone_and_the_map_goes_on(app, who):
             family[who].kill()
         if who == "fork server":
             break
-    _, said = process.communicate(timeout=250)
+    _, said = process.communicate(timeout=500)
     assert process.returncode == 1, said
     assert "Traceback" not in said
     assert not processes(app), "and nothing is left of what it had started"

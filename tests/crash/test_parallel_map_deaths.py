@@ -338,7 +338,7 @@ def test_ctrl_c_ends_the_workers_and_then_the_program(
 ) -> None:
     process, tree = program("fork")
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=250)
+    out, err = process.communicate(timeout=500)
     assert b"interrupted" in out
     assert err.count(b"KeyboardInterrupt") == 1, err
     assert process.returncode == -signal.SIGINT

@@ -65,7 +65,7 @@ def test_jobs_that_run_go_on_when_the_pool_directory_is_gone_and_the_others_fail
     assert "pool directory" in until_announced(sweep, "Running jobs continue")
     (tmp_path / f"end-{running}").touch()
     until_announced(sweep, f"job {running} (")
-    _, rest = sweep.communicate(timeout=250)
+    _, rest = sweep.communicate(timeout=500)
 
     assert sweep.returncode == 1
     assert "1 completed, 2 failed" in rest
@@ -94,7 +94,7 @@ def test_a_fork_server_that_ends_at_once_ends_the_sweep_with_its_reason(tmp_path
     command = [sys.executable, str(app), "-m", "hydra/launcher=gpu_pool", "hydra.launcher.devices=simulated:1"]
     command += [f"hydra.sweep.dir={tmp_path / 'sweep'}", "+n=0,1"]
     environment = {**os.environ, "GPU_LAUNCHER_POOL_DIR": str(tmp_path / "pool")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
 
     assert done.returncode == 1
     assert "prctl is not allowed here" in done.stderr
@@ -114,7 +114,7 @@ def test_results_are_kept_when_fork_servers_are_killed_again_and_again(sweep, tm
             pass
     for number in range(3):
         (tmp_path / f"end-{number}").touch()
-    _, rest = sweep.communicate(timeout=250)
+    _, rest = sweep.communicate(timeout=500)
 
     assert sweep.returncode == 1
     assert "3 jobs: " in rest, "whatever became of them, the sweep sums up"

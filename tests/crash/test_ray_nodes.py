@@ -275,7 +275,7 @@ def test_doctor_says_what_a_node_of_ray_has_or_lacks(cluster: Any) -> None:
         env=cluster.surroundings(),
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=500,
     )
     found = [one for one in json.loads(done.stdout)["findings"] if one["check"] == "nodes"]
     texts = "\n".join(f"{one['text']} | {one.get('remedy')}" for one in found)

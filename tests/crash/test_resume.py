@@ -91,7 +91,7 @@ def sweep(app: Path, *options: str, grid: str = "n=range(4)", die_at: str = "") 
         env={**os.environ, **pool},
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=500,
         check=False,
     )
 

@@ -19,7 +19,7 @@ def suspend(sweep) -> None:
 
 def told(world, *arguments: str) -> str:
     command = [sys.executable, "-m", "gpu_launcher.cli", *arguments]
-    done = subprocess.run(command, env=world.surroundings(), capture_output=True, text=True, timeout=250, check=False)
+    done = subprocess.run(command, env=world.surroundings(), capture_output=True, text=True, timeout=500, check=False)
     return done.stdout
 
 

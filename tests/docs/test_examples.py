@@ -42,7 +42,7 @@ def test_the_console_of_its_page_is_true(name: str, tmp_path: Path) -> None:
     environment["GPU_LAUNCHER_POOL_DIR"] = str(tmp_path / "pool")
     environment["PYTHONUNBUFFERED"] = "1"  # lines appear in the order of the page, as on a terminal
     done = subprocess.run(
-        ["bash", "-c", command], cwd=home, env=environment, capture_output=True, text=True, timeout=250, check=False
+        ["bash", "-c", command], cwd=home, env=environment, capture_output=True, text=True, timeout=500, check=False
     )
     assert done.returncode == 0, done.stderr
     pattern = "(?:.*\n)*".join(re.escape(part) for part in re.split(r"^\.\.\.\n", expected, flags=re.MULTILINE))
@@ -56,7 +56,7 @@ def test_commands_that_share_two_devices_share_them(tmp_path: Path) -> None:
     environment |= {"GPU_LAUNCHER_POOL_DIR": str(tmp_path / "pool"), "DEVICES": "simulated:2"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     done = subprocess.run(
-        ["./night.sh"], cwd=home, env=environment, capture_output=True, text=True, timeout=250, check=False
+        ["./night.sh"], cwd=home, env=environment, capture_output=True, text=True, timeout=500, check=False
     )
     *models, last = done.stdout.splitlines()
     assert last == "1 of 3 failed"

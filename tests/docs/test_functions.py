@@ -28,7 +28,7 @@ def test_a_program_prints_what_is_below_it(program: str, expected: str, tmp_path
         env={**environment, "GPU_LAUNCHER_POOL_DIR": str(tmp_path / "pool")},
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -135,7 +135,7 @@ def test_the_cells_of_a_notebook_print_what_the_page_says(tmp_path: Path) -> Non
         env=environment,
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=500,
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, expected), done.stderr

@@ -80,7 +80,7 @@ def test_all_files_of_a_sweep_are_there(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -26,7 +26,7 @@ def test_the_example_cross_validates(tmp_path: Path, devices: str) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -681,7 +681,7 @@ def test_a_bar_is_shown_on_a_terminal(tmp_path: Path) -> None:
             break
         shown += data
     os.close(ours)
-    assert process.communicate(timeout=250)[0] == b"300 results\n"
+    assert process.communicate(timeout=500)[0] == b"300 results\n"
     assert process.returncode == 0
     assert b"300/300" in shown, shown
     assert b"1 error" in shown
@@ -690,7 +690,7 @@ def test_a_bar_is_shown_on_a_terminal(tmp_path: Path) -> None:
 
 def test_nothing_is_shown_in_a_pipe(tmp_path: Path) -> None:
     process = script(tmp_path, stderr=subprocess.PIPE)
-    out, err = process.communicate(timeout=250)
+    out, err = process.communicate(timeout=500)
     assert out == b"300 results\n"
     assert err == b""  # nor which devices there are: it needs none
 

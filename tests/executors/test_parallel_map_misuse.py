@@ -244,7 +244,7 @@ else:
 def test_calls_for_which_there_are_no_files_wait_for_others_to_end(tmp_path: Path, what: str, expected: str) -> None:
     environment = {**os.environ, "GPU_LAUNCHER_POOL_DIR": str(tmp_path / "pool"), "PYTHONPATH": str(TREE)}
     command = [sys.executable, "-c", MORE_THAN_FILES, what]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert (done.stdout.strip(), done.returncode) == (expected, 0), done.stderr
     assert "open files" not in done.stderr
 
@@ -260,7 +260,7 @@ for _ in gpu_launcher.parallel_map(range(65), function=lambda number: time.sleep
 print("done")
 """
     environment = {**os.environ, "GPU_LAUNCHER_POOL_DIR": str(tmp_path / "pool"), "PYTHONPATH": str(TREE)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=250)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500)
     assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
     assert "worker" not in done.stderr
 
@@ -358,7 +358,7 @@ if os.fork() == 0:
 os.wait()
 """
     environment = {**os.environ, "GPU_LAUNCHER_POOL_DIR": str(tmp_path / "pool"), "PYTHONPATH": str(TREE)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=250)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500)
     assert (done.stdout, done.returncode) == ("", 0)
     assert done.stderr.count("parallel_map was not iterated over") == 1
 

@@ -178,7 +178,7 @@ def run(program: str, tmp_path: Path, *arguments: str, **more: Any) -> subproces
 @pytest.mark.parametrize("method", METHODS)
 def test_whatever_a_program_defines_arrives_and_its_calls_print_where_it_does(tmp_path: Path, method: str) -> None:
     process = run(PROGRAM, tmp_path, method)
-    out, err = process.communicate(timeout=250)
+    out, err = process.communicate(timeout=500)
     assert process.returncode == 0, err
     assert out.splitlines() == ["printed by a call", "done", "printed at the end"]
     assert err == ""
@@ -318,10 +318,10 @@ with gpu_launcher.PoolExecutor(gpus=0, start_method=sys.argv[1]) as executor:
 
 
 def test_fork_is_named_where_it_makes_a_call_possible(tmp_path: Path) -> None:
-    spawned, _ = run(USES_A_GLOBAL_LOCK, tmp_path, "spawn").communicate(timeout=250)
+    spawned, _ = run(USES_A_GLOBAL_LOCK, tmp_path, "spawn").communicate(timeout=500)
     assert "locked() cannot be called in another process" in spawned
     assert 'Or use start_method="fork": a forked call has the globals of this program already' in spawned
-    forked, _ = run(USES_A_GLOBAL_LOCK, tmp_path, "fork").communicate(timeout=250)
+    forked, _ = run(USES_A_GLOBAL_LOCK, tmp_path, "fork").communicate(timeout=500)
     assert forked == "7\n"
 
 
@@ -742,7 +742,7 @@ def test_ctrl_c_interrupts_the_calls_that_run_and_cancels_the_others(tmp_path: P
     process = run(INTERRUPTED, tmp_path, method, where)
     until(lambda: (tmp_path / "began-0").exists() and (tmp_path / "began-1").exists())
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=250)
+    out, err = process.communicate(timeout=500)
     assert err == ""
     said = out.split()
     assert said[:2] == ["JobError", "JobError"]
@@ -757,7 +757,7 @@ def test_a_second_ctrl_c_kills_the_calls_that_did_not_heed_the_first(tmp_path: P
     process.send_signal(signal.SIGINT)
     until((tmp_path / "interrupted-1").exists)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=250)
+    out, err = process.communicate(timeout=500)
     assert err == ""
     assert out.split()[:2] == ["JobError", "JobError"]
 
@@ -795,7 +795,7 @@ def test_under_asyncio_ctrl_c_and_cancellation_interrupt_the_calls_that_run(tmp_
     until((tmp_path / "interrupted-1").exists)
     if how == "stubborn":
         process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=250)
+    out, err = process.communicate(timeout=500)
     assert (out, err) == ("CancelledError\n" if how == "cancelled" else "KeyboardInterrupt\n", "")
     assert (tmp_path / "interrupted-0").exists() == (how != "stubborn")
     assert not (tmp_path / "began-2").exists()

@@ -76,7 +76,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Any:
     directory = tmp_path_factory.mktemp("drawn")
     (directory / "program.py").write_text(PROGRAM)
     command = [sys.executable, "program.py", str(directory / "pool")]
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert "cannot tell" not in done.stderr
     return json.loads(done.stdout)

@@ -70,7 +70,7 @@ def run(start: Start) -> Run:
             pool.append("hydra.launcher.devices=simulated:4")
         with start(directory, program, *arguments, *pool, **extra) as process:
             try:
-                out, err = process.communicate(timeout=250)
+                out, err = process.communicate(timeout=500)
             except BaseException:
                 process.kill()
                 raise

@@ -250,7 +250,7 @@ def test_what_a_job_printed_before_it_had_a_log_is_shown(tmp_path: Path) -> None
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=500,
     )
     assert ran.returncode == 1
     assert "was killed by SIGSEGV while it prepared itself" in ran.stderr

@@ -72,7 +72,7 @@ def test_of_20000_jobs_the_first_runs_before_any_but_the_next_few_are_composed(s
     assert program.stderr is not None
     assert any("(1/20000 done)" in line for line in program.stderr)
     program.send_signal(signal.SIGINT)
-    _, rest = program.communicate(timeout=250)
+    _, rest = program.communicate(timeout=500)
     assert re.search(r"20000 jobs: \d+ completed, (\d+ cancelled, )?\d+ not run", rest)
     composed = (tmp_path / "composed").read_text().split()
     assert str(program.pid) not in composed
@@ -87,7 +87,7 @@ def test_batches_are_given_to_any_launcher_one_after_another(
 ) -> None:
     batches = ("hydra.sweeper.max_batch_size=2", "hydra.sweep.dir=sweep")
     program = start(tmp_path, PROGRAM, "-m", "n=range(5)", GRID_ASYNC, *batches, *launcher)
-    out, err = program.communicate(timeout=250)
+    out, err = program.communicate(timeout=500)
     assert program.returncode == 0, err
     assert jobs(tmp_path / "sweep") == [[f"n={n}"] for n in range(5)]
     assert len(re.findall(line, out + err)) == 3

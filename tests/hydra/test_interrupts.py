@@ -60,7 +60,7 @@ def alive(directory: Path) -> list[int]:
 def test_jobs_may_clean_up(start: Start, tmp_path: Path, method: str, signum: int, status: int) -> None:
     process = sweep(start, tmp_path, method, grace=300)
     process.send_signal(signum)
-    out, err = process.communicate(timeout=250)
+    out, err = process.communicate(timeout=500)
     assert process.returncode == status
     assert out == ""
     assert "Traceback" not in err.replace("| Traceback", ""), "of the launching program"
@@ -78,7 +78,7 @@ def test_jobs_are_killed_when_the_grace_is_over(start: Start, tmp_path: Path) ->
     process = sweep(start, tmp_path, "fork", grace=1, manners=["stubborn"] * 4)
     asked = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=250)
+    _, err = process.communicate(timeout=500)
     assert time.monotonic() - asked >= 1
     assert process.returncode == -signal.SIGINT
     assert alive(tmp_path) == []
@@ -92,7 +92,7 @@ def test_a_second_ctrl_c_kills_at_once(start: Start, tmp_path: Path) -> None:
     assert any("stopping" in line for line in process.stderr)  # reads only up to this line
     time.sleep(SAME_SIGNAL_SECONDS)  # an earlier signal counts as the same Ctrl-C
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=250)  # the grace is 300 s
+    process.communicate(timeout=500)  # the grace is 300 s
     assert process.returncode == -signal.SIGINT
     assert alive(tmp_path) == []
 
@@ -107,7 +107,7 @@ def test_jobs_have_their_grace_when_every_process_is_asked_to_end_as_by_systemd(
     for each in (launcher, *launcher.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):  # the launching program has just ended it
             each.send_signal(signum)
-    _, err = process.communicate(timeout=250)
+    _, err = process.communicate(timeout=500)
     assert process.returncode == 128 + signum
     assert "4 jobs: 4 cancelled" in err
     assert len(list((tmp_path / "sweep").glob("*/cleaned_up"))) == 4
@@ -126,7 +126,7 @@ def test_a_sweep_under_nohup_goes_on_when_its_terminal_is_gone_and_so_do_its_job
         process.wait(1)
     assert len(alive(tmp_path)) == 8
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=250)
+    process.communicate(timeout=500)
     assert process.returncode == 128 + signal.SIGTERM
     assert alive(tmp_path) == []
 
@@ -139,7 +139,7 @@ def test_a_sweep_that_a_script_started_in_the_background_ignores_ctrl_c_but_its_
     process = sweep(start, tmp_path, method, grace=300, manners=["polite"] * 4, within=ignoring)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=250)
+    process.communicate(timeout=500)
     assert process.returncode == 128 + signal.SIGTERM, "and not of SIGINT, which came first"
     assert len(list((tmp_path / "sweep").glob("*/cleaned_up"))) == 4
     assert alive(tmp_path) == []

@@ -136,7 +136,7 @@ def test_a_job_that_fails_in_one_rank_leaves_no_rank_and_the_other_job_completes
     assert all(alive(found[0, rank]["pid"]) for rank in RANKS)
     until(lambda: len(leases(tmp_path)) == 1, "the failed job keeps its devices")
     (tmp_path / "go").touch()
-    out, err = process.communicate(timeout=250)
+    out, err = process.communicate(timeout=500)
     assert process.returncode == 1
     assert statuses(tmp_path) == ["COMPLETED", "FAILED"], err
     assert f"rank {rank} fails" in log(tmp_path, 1)

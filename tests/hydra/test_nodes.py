@@ -340,7 +340,7 @@ def test_interrupt_before_a_node_is_ready_ends_the_sweep_with_one_line(
     with start(tmp_path, PROGRAM, "-m", *options, on(node(tmp_path, "a", "AT_IMPORT=wait"))) as program:
         until((tmp_path / "imports").exists, "the node does not import the program")
         program.send_signal(signal.SIGINT)
-        _, err = program.communicate(timeout=250)
+        _, err = program.communicate(timeout=500)
     assert program.returncode == -signal.SIGINT
     assert err == "[gpu_pool] stopped by SIGINT\n"
 
@@ -357,7 +357,7 @@ def test_interrupt_while_nodes_of_a_killed_launch_may_run_ends_the_sweep_with_on
         assert program.stdout is not None
         assert "for the nodes of an earlier launch" in program.stdout.readline()
         program.send_signal(signal.SIGINT)
-        _, err = program.communicate(timeout=250)
+        _, err = program.communicate(timeout=500)
     assert program.returncode == -signal.SIGINT
     assert err == "[gpu_pool] stopped by SIGINT\n"
     assert sign.exists(), "the next launch must wait, too"
@@ -390,7 +390,7 @@ def test_a_node_that_never_ran_jobs_is_not_started_again(start: Start, tmp_path:
         assert program.stderr is not None
         assert any(said in line for line in program.stderr)  # reads only up to this line
         (tmp_path / "release").touch()
-        _, rest = program.communicate(timeout=250)
+        _, rest = program.communicate(timeout=500)
     assert program.returncode == 0, rest
     assert said not in rest
     assert (tmp_path / "tries").read_text() == "\n"

@@ -68,7 +68,7 @@ def test_the_end_is_told_after_ctrl_c(start: Start, tmp_path: Path) -> None:
     try:
         until(lambda: len(list(tmp_path.glob("sweep/*/pids"))) == 2 or process.poll() is not None)
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=250)
+        _, error = process.communicate(timeout=500)
     finally:
         process.kill()
         process.communicate()

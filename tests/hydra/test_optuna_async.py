@@ -236,7 +236,7 @@ def test_ctrl_c_in_a_batch_leaves_no_trial_running_and_says_how_to_go_on(
     program = start(tmp_path, PROGRAM, "--multirun", *SWEEPER, RANDOM, SPACE, *options)
     until(lambda: (tmp_path / "witness.jsonl").exists())
     program.send_signal(signal.SIGINT)
-    out, _ = program.communicate(timeout=250)
+    out, _ = program.communicate(timeout=500)
     assert program.returncode in (130, -signal.SIGINT)
     assert f"run the same command with hydra.sweep.dir={tmp_path / 'sweep'} hydra.sweeper.n_trials=5" in out
     assert sorted(states(study(tmp_path))) == ["FAIL", "FAIL", "WAITING", "WAITING"]
@@ -379,7 +379,7 @@ def test_a_node_that_is_killed_ends_the_sweep_and_the_next_one_goes_on(run: Run,
     children = psutil.Process(program.pid).children()
     (node,) = children
     node.kill()
-    _, err = program.communicate(timeout=250)
+    _, err = program.communicate(timeout=500)
     assert program.returncode == 1
     assert "the process that starts jobs was killed" in err
     assert not [child for child in children if child.is_running()]
@@ -422,7 +422,7 @@ def test_a_sweep_bears_a_database_that_cannot_be_used_for_a_while(
         before = len(witness(tmp_path))
         time.sleep(2)
         assert len(witness(tmp_path)) - before < 12, "no trials are asked for meanwhile"
-    out, err = program.communicate(timeout=250)
+    out, err = program.communicate(timeout=500)
     assert program.returncode == 0, out + err
     assert ("study database available again" in err) is (trouble is full)
     for trial in study(tmp_path).trials:
@@ -484,7 +484,7 @@ def test_ctrl_c_leaves_no_trial_running_and_the_next_sweep_runs_those_again(
         if "job 1 " in line and "started" in line:
             break
     program.send_signal(signal.SIGINT)
-    out, _ = program.communicate(timeout=250)
+    out, _ = program.communicate(timeout=500)
     assert program.returncode == 130 or program.returncode == -signal.SIGINT
     assert f"to continue the study, run the same command with hydra.sweep.dir={tmp_path / 'sweep'}" in out
     interrupted = stopped(study(tmp_path))
@@ -510,7 +510,7 @@ def test_sigterm_leaves_no_trial_running_and_the_next_sweep_runs_those_again(
     program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, "seconds=600", "hydra.sweeper.n_trials=8")
     wait_for_line(program, "job 1 ", "started")
     program.send_signal(signal.SIGTERM)
-    out, err = program.communicate(timeout=250)
+    out, err = program.communicate(timeout=500)
     assert program.returncode == 128 + signal.SIGTERM
     assert "to continue the study" in out
     assert "Traceback" not in err
@@ -529,7 +529,7 @@ def test_a_second_ctrl_c_kills_jobs_that_do_not_end_and_their_trials_are_told(
     wait_for_line(program, "stopping: ")
     time.sleep(0.5)  # an earlier signal counts as the same Ctrl-C
     program.send_signal(signal.SIGINT)
-    out, err = program.communicate(timeout=250)
+    out, err = program.communicate(timeout=500)
     assert program.returncode in (130, -signal.SIGINT)
     assert "to continue the study" in out
     assert "Traceback" not in err
@@ -547,7 +547,7 @@ def test_ctrl_c_while_the_sampler_samples_does_not_wait_for_it(run: Run, start: 
     until(lambda: sampling_trial_1(tmp_path))
     wait_for_line(program, "job 0 ", "started")
     program.send_signal(signal.SIGINT)
-    out, err = program.communicate(timeout=250)
+    out, err = program.communicate(timeout=500)
     assert "was abandoned" not in out + err, "it was not waited for"
     assert program.returncode in (130, -signal.SIGINT)
     assert "to continue the study" in out
@@ -568,7 +568,7 @@ def test_a_second_ctrl_c_does_not_wait_for_a_sampler_that_nothing_ends(run: Run,
     wait_for_line(program, "jobs: 1 cancelled")
     time.sleep(0.5)
     program.send_signal(signal.SIGINT)
-    out, err = program.communicate(timeout=250)
+    out, err = program.communicate(timeout=500)
     assert "was abandoned" not in out + err, "it was not waited for"
     assert program.returncode in (130, -signal.SIGINT)
     assert "to continue the study" in out
@@ -594,7 +594,7 @@ def test_trials_of_a_killed_sweep_fail_and_are_queued_again_once(run: Run, start
         program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, "seconds=600")
         until(lambda: len(running_trials(tmp_path, program.pid)) == 2)  # noqa: B023
         program.kill()
-        program.communicate(timeout=250)
+        program.communicate(timeout=500)
         x.append([trial.params["x"] for trial in running_trials(tmp_path, program.pid)])
     assert sorted(x[0]) == sorted(x[1]), "queued again"
     done = sweep(run, tmp_path, SPACE, "hydra.sweeper.n_trials=4")
@@ -611,7 +611,7 @@ def test_two_sweeps_work_on_one_study(start: Start, tmp_path: Path) -> None:
     directories = [f"hydra.sweep.dir=sweep{number}" for number in range(2)]
     programs = [start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, *shared, one) for one in directories]
     for program in programs:
-        out, err = program.communicate(timeout=250)
+        out, err = program.communicate(timeout=500)
         assert program.returncode == 0, out + err
     found = study(tmp_path, "shared", url)
     assert states(found) == ["COMPLETE"] * 16
@@ -628,7 +628,7 @@ def test_a_trial_that_is_failed_from_elsewhere_is_cancelled(start: Start, tmp_pa
             break
     elsewhere = study(tmp_path)
     elsewhere.tell(0, state=TrialState.FAIL)  # as optuna-dashboard does
-    _, err = program.communicate(timeout=250)
+    _, err = program.communicate(timeout=500)
     assert program.returncode == 1
     assert "1 job: 1 cancelled" in err
     assert states(elsewhere) == ["FAIL"]
@@ -672,7 +672,7 @@ def test_sweeps_that_begin_together_try_each_known_point_once(start: Start, tmp_
     options = (*SWEEPER, *POOL, RANDOM, SPACE, *shared)
     programs = [start(tmp_path, PROGRAM, "-m", *options, f"hydra.sweep.dir=sweep{n}") for n in range(3)]
     for program in programs:
-        out, err = program.communicate(timeout=250)
+        out, err = program.communicate(timeout=500)
         assert program.returncode == 0, out + err
     tried = [trial.params["x"] for trial in study(tmp_path, "shared", url).trials]
     assert len(tried) == 12
@@ -684,7 +684,7 @@ def test_a_sweep_that_was_killed_while_it_defined_a_trial_goes_on(run: Run, star
     program = start(tmp_path, PROGRAM, "-m", *SWEEPER, *POOL, RANDOM, SPACE, custom)
     until(lambda: any(trial.number == 1 and trial.params for trial in trials(tmp_path)))
     program.kill()
-    program.communicate(timeout=250)
+    program.communicate(timeout=500)
     sweep(run, tmp_path, SPACE, "y=interval(0.0,1.0)", "hydra.sweeper.n_trials=2")
     assert sorted(states(study(tmp_path))).count("COMPLETE") == 2
 

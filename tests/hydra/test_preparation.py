@@ -39,7 +39,7 @@ def sweep(directory: Path, patience: float, *overrides: str) -> list[str]:
         [sys.executable, "program.py", "-m", *launcher, "+job=0,1", f"+patience={patience}", *overrides],
         cwd=directory,
         check=True,
-        timeout=250,
+        timeout=500,
     )
     return [(directory / "sweep" / job / "job.log").read_text().strip() for job in "01"]
 

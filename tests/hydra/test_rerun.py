@@ -67,7 +67,7 @@ def shell(tmp_path: Path) -> Shell:
     def shell(line: str) -> subprocess.CompletedProcess[str]:
         command = ["sh", "-c", line]
         return subprocess.run(
-            command, cwd=elsewhere, env=environ, capture_output=True, text=True, timeout=250, check=False
+            command, cwd=elsewhere, env=environ, capture_output=True, text=True, timeout=500, check=False
         )
 
     return shell

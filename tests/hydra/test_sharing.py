@@ -77,7 +77,7 @@ class Sweeps:
 
     def run(self, *arguments: str, devices: str = "simulated:1") -> str:
         """Run a sweep to its end; return its stderr."""
-        return self.start(*arguments, devices=devices).communicate(timeout=250)[1]
+        return self.start(*arguments, devices=devices).communicate(timeout=500)[1]
 
     def told(self, name: str) -> dict[str, Any]:
         return json.loads((self.directory / f"told-{name}").read_text())
@@ -138,7 +138,7 @@ def test_two_jobs_share_a_device_by_halves_and_are_told_so_and_a_third_waits(swe
     sweeps.end(began[0])
     assert f"job {third} " in said(sweep, "started on")
     sweeps.end(0, 1, 2)
-    assert "3 completed" in sweep.communicate(timeout=250)[1]
+    assert "3 completed" in sweep.communicate(timeout=500)[1]
     for name in "012":
         assert sweeps.told(name)["CUDA_VISIBLE_DEVICES"] == "0"
         assert sweeps.told(name)["GPU_LAUNCHER_MEMORY_FRACTION"] == "0.5"
@@ -183,7 +183,7 @@ def test_with_memory_alone_jobs_pack_by_memory(sweeps):
     where = [said(sweep, "started on").split("simulated GPU ")[1][0] for _ in range(3)]
     sweeps.end(0, 1, 2)
     assert sorted(where) == ["0", "0", "1"]
-    assert "3 completed" in sweep.communicate(timeout=250)[1]
+    assert "3 completed" in sweep.communicate(timeout=500)[1]
     assert sweeps.told("0")["GPU_LAUNCHER_MEMORY_FRACTION"] == "0.375"
     assert sweeps.told("0")["PYTORCH_CUDA_ALLOC_CONF"] is None, "nothing is enforced that nobody asked for"
 
@@ -197,7 +197,7 @@ def test_a_device_that_a_stranger_computes_on_is_not_granted_until_it_is_free(gp
     assert not gpus.has_begun(0)
     machine.has(*[line for line in machine.lines if not line.startswith("1.compute")])
     assert "GPU 1" in said(sweep, "started on")
-    assert "1 completed" in sweep.communicate(timeout=250)[1]
+    assert "1 completed" in sweep.communicate(timeout=500)[1]
 
 
 def test_memory_in_use_that_nobody_leased_keeps_a_device_from_being_granted_unless_one_does_not_look(gpus, machine):
@@ -205,9 +205,9 @@ def test_memory_in_use_that_nobody_leased_keeps_a_device_from_being_granted_unle
     sweep = gpus.start("+name=0", devices="auto")
     assert "has 2 GiB in use by processes that cannot be told from here" in said(sweep, "waits")
     careless = gpus.start("+name=1", "hydra.launcher.busy_memory=null", "hydra.launcher.priority=1", devices="auto")
-    assert "1 completed" in careless.communicate(timeout=250)[1]
+    assert "1 completed" in careless.communicate(timeout=500)[1]
     machine.now("0.memory_used 0")
-    assert "1 completed" in sweep.communicate(timeout=250)[1]
+    assert "1 completed" in sweep.communicate(timeout=500)[1]
 
 
 def test_a_device_that_falls_off_the_bus_is_set_aside_and_the_sweep_goes_on_with_the_rest(gpus, machine):
@@ -222,7 +222,7 @@ def test_a_device_that_falls_off_the_bus_is_set_aside_and_the_sweep_goes_on_with
     gpus.end(on_one)
     assert "on GPU 1" in said(sweep, "started on"), "never again on GPU 0"
     gpus.end(0, 1, 2)
-    rest = sweep.communicate(timeout=250)[1]
+    rest = sweep.communicate(timeout=500)[1]
     assert "3 failed" in rest
 
 
@@ -235,7 +235,7 @@ def test_a_higher_priority_goes_first_among_those_that_wait(sweeps):
     said(high, "waits")
     sweeps.end("first")
     for process in (first, low, high):
-        assert "1 completed" in process.communicate(timeout=250)[1]
+        assert "1 completed" in process.communicate(timeout=500)[1]
     assert sweeps.told("high")["began"] < sweeps.told("low")["began"]
 
 
@@ -247,9 +247,9 @@ def test_a_short_sweep_does_not_wait_for_the_end_of_a_long_one(sweeps):
     sweeps.end(first)
     said(many, "started on")
     sweeps.end(*range(30))
-    assert "1 completed" in few.communicate(timeout=250)[1]
+    assert "1 completed" in few.communicate(timeout=500)[1]
     assert many.poll() is None or sum(sweeps.has_begun(n) for n in range(30)) > 2
-    many.communicate(timeout=250)
+    many.communicate(timeout=500)
 
 
 def test_a_large_request_is_passed_only_by_jobs_that_end_before_it_could_start(sweeps):
@@ -264,14 +264,14 @@ def test_a_large_request_is_passed_only_by_jobs_that_end_before_it_could_start(s
     without = waiting("without")
     longer = waiting("longer", "hydra.launcher.timeout=2h")
     short = sweeps.start("+name=short", "hydra.launcher.timeout=5m", devices="simulated:2")
-    assert "1 completed" in short.communicate(timeout=250)[1], "on the free device, past the three that wait"
+    assert "1 completed" in short.communicate(timeout=500)[1], "on the free device, past the three that wait"
     assert not any(map(sweeps.has_begun, ("both", "without", "longer")))
     sweeps.end("held")
     assert "on simulated GPU 0, simulated GPU 1" in said(both, "started")
     assert not any(map(sweeps.has_begun, ("without", "longer")))
     sweeps.end("both", "without", "longer")
     for process in (held, both, without, longer):
-        assert "1 completed" in process.communicate(timeout=250)[1]
+        assert "1 completed" in process.communicate(timeout=500)[1]
     began = {name: sweeps.told(name)["began"] for name in ("both", "without", "longer")}
     assert min(began, key=began.__getitem__) == "both"
 
@@ -285,7 +285,7 @@ def test_nobody_passes_a_large_request_that_could_start_at_any_moment(sweeps):
     said(short, "waits")
     sweeps.end("held")
     for process in (held, both, short):
-        assert "1 completed" in process.communicate(timeout=250)[1]
+        assert "1 completed" in process.communicate(timeout=500)[1]
     assert sweeps.told("both")["began"] < sweeps.told("short")["began"]
 
 
@@ -305,7 +305,7 @@ def test_jobs_that_stagger_start_at_once_on_different_devices_and_wait_on_one(sw
     sweeps.end(first)
     assert f"job {third} " in said(sweep, "started on"), "beside no job that has only just started"
     sweeps.end(second, third)
-    assert "3 completed" in sweep.communicate(timeout=250)[1]
+    assert "3 completed" in sweep.communicate(timeout=500)[1]
 
 
 def test_the_stagger_is_the_least_time_between_two_starts_on_a_device(sweeps):
@@ -318,7 +318,7 @@ def test_the_stagger_is_the_least_time_between_two_starts_on_a_device(sweeps):
     assert len(left) == 3
     assert min(later - earlier for earlier, later in itertools.pairwise(left)) > 1 - 1e-6
     sweeps.end(0, 1, 2)
-    assert "3 completed" in sweep.communicate(timeout=250)[1]
+    assert "3 completed" in sweep.communicate(timeout=500)[1]
 
 
 def test_a_job_that_outlives_its_timeout_is_ended_and_says_so(sweeps):
@@ -348,7 +348,7 @@ def test_jobs_are_pinned_to_the_cpus_near_their_devices_where_that_is_asked_for(
     for _ in range(2):
         said(sweep, "started on")
     gpus.end(0, 1, 2)
-    assert "3 completed" in sweep.communicate(timeout=250)[1]
+    assert "3 completed" in sweep.communicate(timeout=500)[1]
     told = [gpus.told(name) for name in "012"]
     assert {one["CUDA_VISIBLE_DEVICES"] for one in told} == {"0", "1"}
     for one in told:
@@ -364,7 +364,7 @@ def test_mig_instances_are_devices_of_their_own_and_their_gpu_is_none(gpus, mach
     for _ in range(2):
         said(sweep, "started on MIG 0:")
     gpus.end(0, 1)
-    assert "2 completed" in sweep.communicate(timeout=250)[1]
+    assert "2 completed" in sweep.communicate(timeout=500)[1]
     assert {gpus.told(name)["CUDA_VISIBLE_DEVICES"] for name in "01"} == {"MIG-one", "MIG-two"}
 
 

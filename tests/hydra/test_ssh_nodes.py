@@ -128,7 +128,7 @@ if __name__ == "__main__":
         env={**os.environ, **server.environment(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=500,
         check=False,
     )
     assert (ran.returncode, ran.stdout) == (0, "node1 node2\n"), ran.stderr

@@ -144,7 +144,7 @@ def test_the_end_of_a_sweep_says_how_to_continue_and_to_run_one_job(tmp_path: Pa
 
     def typed(command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command, shell=True, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=250
+            command, shell=True, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=500
         )
 
     alone = typed(commands["to run job 1 alone"])

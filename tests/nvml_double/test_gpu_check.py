@@ -54,7 +54,7 @@ def check(machine: Machine, *arguments: str, **environ: str) -> tuple[int, dict[
         env=machine.environment(**environ),
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=500,
         check=False,
     )
     assert done.stderr == ""
@@ -67,7 +67,7 @@ def check(machine: Machine, *arguments: str, **environ: str) -> tuple[int, dict[
 def test_without_a_gpu_it_says_so_and_exits_with_77(machine_without_driver: Machine) -> None:
     command = [sys.executable, str(CHECK)]
     environ = machine_without_driver.environment()
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=250, check=False)
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=500, check=False)
     assert (done.returncode, done.stderr) == (77, "")
     assert done.stdout == "skip  no usable NVIDIA GPU on this machine: nothing was checked\n"
 

@@ -311,7 +311,7 @@ with FileLedger(Path(sys.argv[1]), warn=print) as ledger:
 def test_a_lock_from_another_container_is_blamed_on_nobody(common, start):
     start(MALLORY, lambda: locked(common / "queue", fcntl.LOCK_EX))
     command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", IN_A_CONTAINER, str(common)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     if "unshare" in done.stderr:
         pytest.skip(f"no namespace of process ids to be had: {done.stderr.strip()}")
     assert "by a process that cannot be seen from here" in done.stdout, done
@@ -327,7 +327,7 @@ def test_a_lease_without_a_file_is_seen_from_another_container(common, start):
         + "    print(ledger.claim(ticket))\n"
     )
     command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", program, str(common)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     if "unshare" in done.stderr:
         pytest.skip(f"no namespace of process ids to be had: {done.stderr.strip()}")
     assert done.stdout == "None\n", done

@@ -42,7 +42,7 @@ Done = subprocess.CompletedProcess[str]
 def cli(*arguments: str, cwd: Path, **options: Any) -> Done:
     environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "GPU_LAUNCHER_POOL_DIR": str(cwd / "pool")}
     command = [sys.executable, "-m", "gpu_launcher.cli", *arguments]
-    return subprocess.run(command, env=environ, cwd=cwd, capture_output=True, text=True, timeout=250, **options)
+    return subprocess.run(command, env=environ, cwd=cwd, capture_output=True, text=True, timeout=500, **options)
 
 
 def sweep_of(directory: Path, *events: Any) -> Path:

@@ -158,7 +158,7 @@ def test_secrets_are_not_in_the_pool_nor_on_the_screen(tmp_path: Path) -> None:
         "--db-password=hunter2",
         "x://u:hunter3@h",
     ]
-    ran = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=250, check=False)
+    ran = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=500, check=False)
     assert ran.returncode == 0, ran.stderr
     assert "hunter" not in ran.stderr
     assert ran.stdout.count("--db-password=***") == 2

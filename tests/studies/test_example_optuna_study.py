@@ -22,7 +22,7 @@ def test_the_example_searches_and_goes_on_with_its_study(tmp_path: Path) -> None
     for trials, devices, more in ((6, "simulated:4", ["--directory", "search"]), (3, "auto", [])):
         command = [sys.executable, str(SCRIPT), "--trials", str(trials), "--devices", devices, *more]
         done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250, check=False
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500, check=False
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("best accuracy: 0."), done.stdout

@@ -125,7 +125,7 @@ if __name__ == "__main__":
 def test_the_gp_sampler_and_what_its_threads_mean_for_the_next_search(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, "script.py", "pool"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.stdout.split() == ["True", "10"], done.stderr
 
 
@@ -748,7 +748,7 @@ if __name__ == "__main__":
 def test_classes_of_the_script_are_the_same_in_both_processes(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SPAWNED)
     command = [sys.executable, "script.py", "pool"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.stdout.splitlines() == [
         "fork True 2 ['FAIL', 'FAIL', 'FAIL']",
         "spawn True 2 ['FAIL', 'FAIL', 'FAIL']",

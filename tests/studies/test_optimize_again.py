@@ -22,7 +22,7 @@ def run(tmp_path: Path, body: str) -> subprocess.CompletedProcess[str]:
         "    return trial.suggest_float('x', 0, 1)\n" + body
     )
     done = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=250, env=dict(os.environ)
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=500, env=dict(os.environ)
     )
     assert done.returncode == 0, done.stderr
     return done

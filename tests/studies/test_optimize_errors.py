@@ -178,7 +178,7 @@ for kind in (Stop, Locked, Local, Inside):
 def test_caught_is_what_is_of_the_class_whatever_pickle_makes_of_it(method: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(CAUGHT)
     command = [sys.executable, "script.py", method]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     local = "JobError" if method == "fork" else "Local"
     goes_on = "FAIL COMPLETE"
     expected = [f"{name} True True" for name in ("Stop", "Locked", local, local)]
@@ -444,7 +444,7 @@ gpu_launcher.optimize(optuna.create_study(), objective, 4, catch=gpu_launcher.Jo
 def test_an_objective_that_leaves_fails_its_trial_and_is_printed_as_python_does(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(LEAVING)
     command = [sys.executable, "script.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.stdout.splitlines() == [
         "FAIL raised GeneratorExit: done",
         "FAIL raised SystemExit: no data",

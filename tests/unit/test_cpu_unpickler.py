@@ -127,7 +127,7 @@ def outcomes() -> dict[str, str]:
     if importlib.util.find_spec("torch") is None:
         pytest.skip("needs torch")
     command = [sys.executable, "-c", PRELUDE, json.dumps(CASES)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, str] = json.loads(done.stdout)
     return found

@@ -36,7 +36,7 @@ for _ in range(6):
 
 def run(program: str, variable: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, debug_log.VARIABLE: variable}
-    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=250)
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=500)
 
 
 def test_lines_of_many_processes_are_whole_clean_and_ours_alone(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 def test_executors_are_timed_beside_each_other(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     command = [sys.executable, str(BENCHMARKS / "functions.py"), "--quick", "--json", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {"PoolExecutor", "ProcessPoolExecutor, fork"} <= set(json.loads(file.read_text())["executor"]["executors"])
 
@@ -24,6 +24,6 @@ def test_executors_are_timed_beside_each_other(tmp_path: Path) -> None:
 def test_maps_over_records_are_timed_beside_each_other(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     command = [sys.executable, str(BENCHMARKS / "functions_map.py"), "--quick", "--json", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "parallel_map" in file.read_text()

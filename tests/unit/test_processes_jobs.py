@@ -1166,7 +1166,7 @@ pairwise_distances_argmin(a, a)
 
 def decision(work: str) -> str:
     code = DECISION.format(work=work)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -145,7 +145,7 @@ except OSError as error:
 
 
 def test_a_message_whose_descriptors_do_not_fit_into_this_process_says_what_to_do():
-    done = subprocess.run([sys.executable, "-c", TOO_MANY_FILES], capture_output=True, text=True, timeout=250)
+    done = subprocess.run([sys.executable, "-c", TOO_MANY_FILES], capture_output=True, text=True, timeout=500)
     assert "too many open files (`ulimit -n`)" in done.stdout, done.stderr
 
 

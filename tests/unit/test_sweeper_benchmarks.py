@@ -23,7 +23,7 @@ pytestmark = [
 
 def benchmark(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(BENCHMARKS / name), "--quick", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
 
 
 def measured(name: str, directory: Path, *arguments: str) -> dict[str, Any]:

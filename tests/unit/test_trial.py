@@ -383,7 +383,7 @@ def test_later_ranks_get_what_the_same_call_of_the_first_rank_returned(sweep: Sw
             assert trial.should_prune() is prune
             assert [line(process) for process in others] == [str(int(prune))] * 2
         for process in others:
-            assert "TrialPruned: as the first rank does" in process.communicate(timeout=250)[1]
+            assert "TrialPruned: as the first rank does" in process.communicate(timeout=500)[1]
             assert process.returncode == 0, "Lightning kills the first rank where another one fails"
     assert {type(one) for one in sweep.heard()} == {Intermediate}, "only the first rank speaks"
 
@@ -405,14 +405,14 @@ def test_a_rank_leaves_when_the_job_is_over(sweep: Sweep) -> None:
         line(process)
         rank_decisions.withdraw(sweep.path)
         assert line(process) == "1"
-        process.communicate(timeout=250)
+        process.communicate(timeout=500)
 
 
 def test_another_process_of_the_job_is_left_alone(sweep: Sweep) -> None:
     trial = sweep.begin()
     code = "import gpu_launcher as g; t = g.current_trial(); t.report(1, 2); print(t.number, t.should_prune())"
     with started_anew(code) as process:
-        assert process.communicate(timeout=250)[0] == "7 False\n"
+        assert process.communicate(timeout=500)[0] == "7 False\n"
     assert sweep.heard() == []
     trial.report(0.0, 0)
     sweep.says(0, True)
@@ -424,8 +424,8 @@ def test_where_the_first_rank_is_not_the_jobs_process_no_rank_is_pruned_and_it_s
     sweep.begin()
     code = "import gpu_launcher\nfor step in range(3): gpu_launcher.report(1.0, step)\nprint('done')"
     with started_anew(code, RANK="1", LOCAL_RANK="1") as later, started_anew(code, RANK="0", LOCAL_RANK="0") as first:
-        assert later.communicate(timeout=250) == ("done\n", "")
-        out, err = first.communicate(timeout=250)
+        assert later.communicate(timeout=500) == ("done\n", "")
+        out, err = first.communicate(timeout=500)
     assert out == "done\n"
     assert err.count("reports of this process are ignored") == 1
     assert sweep.decisions() == "000"
@@ -494,7 +494,7 @@ def test_a_rank_that_is_forked_or_spawned_in_the_middle_follows_from_there(tmp_p
         if name not in (*rank_decisions.RANK_VARIABLES, rank_decisions.WHERE)
     }
     ran = subprocess.run(
-        [sys.executable, program, tmp_path / "7.trial", how], capture_output=True, text=True, timeout=250, env=environ
+        [sys.executable, program, tmp_path / "7.trial", how], capture_output=True, text=True, timeout=500, env=environ
     )
     assert ran.stderr == ""
     assert ran.stdout.splitlines() == ["7 False True", "[0, 1, 2, 3, 4]"]
@@ -512,7 +512,7 @@ def test_a_forked_process_that_is_no_rank_is_left_alone(tmp_path: Path) -> None:
         [sys.executable, program, tmp_path / "7.trial", "os.fork"],
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=500,
         env=environ,
     )
     assert ran.stdout.splitlines() == ["7 False False", "[0, 1, 2, 3, 4]"]

@@ -199,7 +199,7 @@ def test_an_empty_directory_is_explained(serving: Callable[..., WebServer]) -> N
     ],
 )
 def test_what_cannot_be_served_is_said(tmp_path: Path, arguments: tuple[str, ...], problem: str) -> None:
-    done = subprocess.run([*CLI, "web", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=250)
+    done = subprocess.run([*CLI, "web", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode in (1, 2)
     assert problem in done.stderr
     assert "Traceback" not in done.stderr
@@ -212,7 +212,7 @@ def test_a_port_in_use_is_said(server: WebServer) -> None:
         env=server.environ,
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=500,
     )
     assert done.returncode == 1
     assert "name another with --port" in done.stderr

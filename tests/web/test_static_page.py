@@ -58,7 +58,7 @@ KINDS: dict[str, Sequence[str]] = {
 def run(command: Sequence[str], directory: Path) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GPU_LAUNCHER")}
     environ = {**kept, "GPU_LAUNCHER_POOL_DIR": str(directory / "pool"), "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(command, cwd=directory, env=environ, capture_output=True, text=True, timeout=250, check=False)
+    return subprocess.run(command, cwd=directory, env=environ, capture_output=True, text=True, timeout=500, check=False)
 
 
 def data_of(page: str) -> dict[str, Any]:
