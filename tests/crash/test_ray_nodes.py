@@ -150,6 +150,13 @@ def nodes(world: Any, options: str, **more: str) -> str:
     return f"hydra.launcher.nodes='{options} {variables(world, **more)}'"
 
 
+def two_machines(world: Any) -> str:
+    """Two nodes, each with a pool of its own, so that neither has the devices of the other."""
+    pools = [str(world.directory / name) for name in "ab"]
+    entries = [f"'ray:1 --gpus=2 {variables(world, GPU_LAUNCHER_POOL_DIR=pool)}'" for pool in pools]
+    return f"hydra.launcher.nodes=[{','.join(entries)}]"
+
+
 def bridges(sweep: Any) -> list[psutil.Process]:
     children = psutil.Process(sweep.process.pid).children()
     return [child for child in children if "ray_bridge" in " ".join(child.cmdline())]
@@ -196,13 +203,10 @@ def test_agents_have_the_gpus_that_ray_reserved(cluster: Any, machine: Any) -> N
 
 
 def test_trials_are_pruned_on_nodes_of_ray_as_on_one_machine(cluster: Any) -> None:
-    option = "hydra.launcher.nodes=[" + ",".join(
-        f"'ray:1 --gpus=2 {variables(cluster, GPU_LAUNCHER_POOL_DIR=str(cluster.directory / name))}'" for name in "ab"
-    ) + "]"  # fmt: skip
     search = ("hydra/sweeper=optuna_async", "x=interval(0.0,1.0)", "hydra.sweeper.n_trials=8", "hydra.sweeper.n_jobs=3")
     pruner = ("meet=3", "reports=true", "hydra.sweeper.pruner={name: threshold, upper: 3.0}")
     launcher = ("hydra/launcher=gpu_pool", "hydra.launcher.devices=simulated:2", "hydra.sweep.dir=sweep")
-    command = [sys.executable, str(ON_NODES), "-m", *launcher, *search, *pruner, option]
+    command = [sys.executable, str(ON_NODES), "-m", *launcher, *search, *pruner, two_machines(cluster)]
     sweep = cluster.begin(command, cluster.surroundings(), cwd=cluster.directory)
     assert sweep.process.wait(LONG) == 0, sweep.output.read_text()
     assert "8 jobs: 3 completed, 5 pruned" in sweep.output.read_text()
@@ -213,7 +217,7 @@ def test_trials_are_pruned_on_nodes_of_ray_as_on_one_machine(cluster: Any) -> No
 
 
 def test_jobs_of_a_killed_bridge_run_elsewhere(cluster: Any) -> None:
-    sweep = cluster.start("n=0,1,2,3", nodes(cluster, "ray:2 --gpus=2"), devices=4)
+    sweep = cluster.start("n=0,1,2,3", two_machines(cluster), devices=2)
     sweep.running(4)
     trees = sweep.processes([0, 1, 2, 3])
     forget(cluster, [0, 1, 2, 3])
@@ -225,11 +229,12 @@ def test_jobs_of_a_killed_bridge_run_elsewhere(cluster: Any) -> None:
 
 
 def test_jobs_of_a_lost_ray_node_run_elsewhere(cluster: Any, ray: RayCluster) -> None:
-    sweep = cluster.start("n=0,1,2,3", nodes(cluster, "ray:2 --gpus=2"), devices=4)
+    sweep = cluster.start("n=0,1,2,3", two_machines(cluster), devices=2)
     sweep.running(4)
     raylet = int(ray.ask("raylet", "a"))
     (lost,) = [one for one in agents(sweep, everywhere=True) if raylet in [parent.pid for parent in one.parents()]]
     moved = jobs_at(sweep, lost, 4)
+    assert len(moved) == 2
     trees = sweep.processes(moved)
     forget(cluster, moved)
     ray.ask("kill", "a")
