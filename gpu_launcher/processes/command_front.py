@@ -1,7 +1,7 @@
 """Runs a command in place of this program, with its terminal and signals, and ends everything that it started.
 
     this program          in the shell's job: stands in for the command, passes signals on, ends as the command did
-    ├── witness           in the shell's job: reports which signals were sent to the whole job
+    ├── witness           in the shell's job: knows which signals were sent to the whole job
     └── supervisor        in its own session, so that a signal for the shell's job does not reach it
         └── the command   in the shell's job, as if the shell had started it
 
@@ -169,7 +169,7 @@ class _Front:
         poll.register(self._channel, select.POLLIN)
         poll.register(self._signals.fileno(), select.POLLIN)
         while True:
-            # A command that was stopped may already have continued: whatever has arrived is heeded first.
+            # Read all messages and signals before stopping: the command may already have continued.
             ready = {descriptor for descriptor, _ in poll.poll(None if self._suspended is None else 0)}
             if self._channel.fileno() in ready:
                 message = receive(self._channel)
@@ -196,8 +196,8 @@ class _Front:
         # Ctrl-Z right after fg stops this program at once, because `suspend` has not returned yet. The next fg then
         # continues both, but the news that the command was stopped is still to be read. If this program stopped again,
         # the shell would take back the terminal.
-        is_old = self._command is not None and not may_be_stopped(self._command)
-        if is_old or self._signals.suspend(signum, unless=self._channel):
+        continued = self._command is not None and not may_be_stopped(self._command)
+        if continued or self._signals.suspend(signum, unless=self._channel):
             self._suspended = None
 
     def _take_note(self, kind: Word, number: int) -> None:

@@ -24,7 +24,7 @@ ANSWER_SECONDS = 5.0
 
 
 class Witness:
-    """A process in this program's process group that only reports which signals it gets."""
+    """A process in this program's process group that only says which signals it has received."""
 
     def __init__(self, signals: CommandSignals, in_child: Callable[[], None]) -> None:
         """Fork the witness. It calls `in_child` to close what it must not keep open."""
@@ -37,7 +37,7 @@ class Witness:
             in_child()
             die_with_parent(here)
             use_devnull(0, 1, 2)
-            _bear_witness(SignalDescriptor(signals.heeded), theirs)
+            _answer_questions(SignalDescriptor(signals.heeded), theirs)
 
         self._process: int | None = fork_child(be_the_witness)
         theirs.close()
@@ -81,7 +81,7 @@ class Witness:
         self._ours.close()
 
 
-def _bear_witness(descriptor: SignalDescriptor, questions: socket.socket) -> None:
+def _answer_questions(descriptor: SignalDescriptor, questions: socket.socket) -> None:
     """Answer questions until the other end is closed."""
     seen: dict[int, float] = {}
     while True:

@@ -51,6 +51,7 @@ class ProcessTree:
         self.stopped: int | None = None
         """The signal that stopped the main process; None while it runs."""
         self.stops = 0
+        """How often the main process was stopped."""
         self.left_behind: list[str] = []
         """Command lines of processes that outlived the main process and were terminated."""
         self.peak_memory = 0

@@ -232,7 +232,6 @@ def test_a_grid_that_cannot_be_meant_is_refused_before_it_takes_memory(
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.slow
 def test_a_range_as_long_as_may_be_is_taken(run_map: RunCli) -> None:
     done = run_map("--param", "n=shuffle(range(1000000))", "--dry-run", "--", "echo", "{n}")
     assert done.returncode == 0

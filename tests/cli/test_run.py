@@ -21,6 +21,7 @@ import pytest
 from gpu_launcher.devices import simulated_devices
 from gpu_launcher.leases import FileLedger
 from gpu_launcher.model import Owner, Request
+from gpu_launcher.processes.command_witness import RECENT_SECONDS
 from gpu_launcher.users import user_name
 from tests.waiting import alive, until
 
@@ -598,7 +599,7 @@ def test_signals_to_it_alone_are_passed_on_if_the_witness_has_seen_one_before_or
     front, witness = run.parts["front"], run.parts["witness"]
     os.killpg(front.pid, signal.SIGINT)
     assert run.line() == "interrupted"
-    time.sleep(1.1)  # more than RECENT_SECONDS
+    time.sleep(RECENT_SECONDS + 0.1)
     front.send_signal(signal.SIGINT)
     assert run.line() == "interrupted"
     witness.suspend()
