@@ -3,13 +3,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.warm import Warm
+
 PROGRAMS = Path(__file__).parent / "programs"
+USED_BY_SWEEPS = ("hydra", "hydra._internal.hydra", "hydra_plugins.gpu_pool_launcher._launch", "optuna")
+"""Modules that every sweep imports, and optuna."""
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Start = Callable[..., subprocess.Popen[str]]
@@ -58,17 +62,31 @@ def start() -> Start:
     return start
 
 
-@pytest.fixture(scope="session")
-def run(start: Start) -> Run:
-    """Run a program to its end, like `start`. Sweeps run on four simulated devices unless the arguments name others."""
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    """Forks sweeps. It ends with each file, because other files look for child processes."""
+    warm = Warm(USED_BY_SWEEPS, {**os.environ, "PYTHONWARNINGS": "ignore"})
+    yield warm
+    warm.close()
+
+
+@pytest.fixture(scope="module")
+def run(start: Start, warm: Warm) -> Run:
+    """Run a program to its end, like `start`. Sweeps run on four simulated devices unless the arguments name others.
+
+    Most of what a short sweep costs are imports, so those that no other command runs are forked.
+    """
 
     def run(
-        directory: Path, program: str | tuple[str, ...], *arguments: str, **extra: Any
+        directory: Path, program: str | tuple[str, ...], *arguments: str, within: tuple[str, ...] = (), **extra: str
     ) -> subprocess.CompletedProcess[str]:
         pool = ["hydra/launcher=gpu_pool"] if "-m" in arguments else []
         if pool and not any(argument.startswith("hydra.launcher.devices=") for argument in arguments):
             pool.append("hydra.launcher.devices=simulated:4")
-        with start(directory, program, *arguments, *pool, **extra) as process:
+        if not within:
+            what = [str(PROGRAMS / program)] if isinstance(program, str) else program
+            return warm.run([*what, *arguments, *pool], {**environment(directory), **extra}, timeout=500, cwd=directory)
+        with start(directory, program, *arguments, *pool, within=within, **extra) as process:
             try:
                 out, err = process.communicate(timeout=500)
             except BaseException:
