@@ -33,6 +33,8 @@ class SweepStarted:
     """Number of jobs. None if it is not known yet."""
     devices: tuple[Device, ...]
     parallel: int | None
+    is_search: bool = False
+    """Whether the jobs are trials of a search. A trial ends once, so none of them is retried."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,7 +237,8 @@ def run_jobs(
         head = _Head(left, node, source, recorder, display, options.grace, expected, notifier, leave)
         cleanup.callback(head.close)
         show = head.show
-        show(SweepStarted(time.monotonic(), expected, opened.devices, options.max_parallel))
+        is_search = bool(options.objectives)
+        show(SweepStarted(time.monotonic(), expected, opened.devices, options.max_parallel, is_search))
         if before:
             notice(f"resumed: {len(finished)} of {count(len(jobs), 'job')} completed before, {len(left)} to run")
         for number, why in list(skipped.items())[:MAX_SKIPPED]:

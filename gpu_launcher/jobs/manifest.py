@@ -107,6 +107,11 @@ class Manifest:
     exit_code: int | None = None
     """The exit code with which the last sweep in the directory ended its program. None if that is not recorded."""
 
+    @property
+    def is_search(self) -> bool:
+        """Whether the jobs are trials of a search: only a search records what its objectives are called."""
+        return bool(self.objectives)
+
 
 def manifest_size(directory: Path) -> int:
     """Return the number of bytes that are recorded about the sweep in `directory`."""

@@ -153,7 +153,7 @@ class RecordedSearch(ControlledSweep):
         self._completed: set[int] = set()
         self._said: list[Statement] = []
         """What requests have told the search and `serve_requests` has not returned."""
-        self.show(SweepStarted(time.monotonic(), self._total, devices, options.max_parallel))
+        self.show(SweepStarted(time.monotonic(), self._total, devices, options.max_parallel, is_search=True))
 
     # What happens
 

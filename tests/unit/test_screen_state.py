@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from gpu_launcher.jobs.control import CancelJobs, ContinueSweep, LimitDevices, PauseSweep, RetryJobs, Steering
+from gpu_launcher.jobs.event_lines import read_line, write_state
 from gpu_launcher.jobs.events import Event, JobEnded, JobStarted, Outcome, SweepStarted, Throttled
 from gpu_launcher.jobs.progress.keys import KeyDecoder
 from gpu_launcher.jobs.progress.log_window import REACH, LogWindow, files_of, read_window
@@ -29,7 +30,7 @@ from gpu_launcher.jobs.progress.screen_state import (
 )
 from gpu_launcher.jobs.progress.sweep_screen import SweepScreen
 from gpu_launcher.jobs.progress.tally import SweepTally
-from gpu_launcher.jobs.progress.view import frame, from_column, running_in_order
+from gpu_launcher.jobs.progress.view import footer, frame, from_column, running_in_order
 from gpu_launcher.model import Device, DeviceKind
 
 GPUS = tuple(Device(f"gpu-{i}", i, "A card", DeviceKind.GPU) for i in range(4))
@@ -263,13 +264,27 @@ def test_terminal_is_left_after_a_yes_and_nothing_else() -> None:
 
 def test_screen_that_can_be_quit_has_no_key_to_detach() -> None:
     assert after(["d"], shown(can_quit=True)) == (START, [])
-    assert "d" in [keys for keys, _ in help_of(can_quit=False)]
-    assert "d" not in [keys for keys, _ in help_of(can_quit=True)]
+    assert "d" in [keys for keys, _ in help_of(SweepTally(), can_quit=False)]
+    assert "d" not in [keys for keys, _ in help_of(SweepTally(), can_quit=True)]
 
 
 def test_keys_that_do_not_exist_here_are_not_explained() -> None:
-    assert "q  Ctrl-C" not in [keys for keys, _ in help_of(can_quit=False)]
-    assert "q  Ctrl-C" in [keys for keys, _ in help_of(can_quit=True)]
+    assert "q  Ctrl-C" not in [keys for keys, _ in help_of(SweepTally(), can_quit=False)]
+    assert "q  Ctrl-C" in [keys for keys, _ in help_of(SweepTally(), can_quit=True)]
+
+
+def test_trials_of_a_search_are_not_retried() -> None:
+    view = shown(SweepStarted(0.0, 20, GPUS, None, is_search=True), failed(1))
+    state, actions = after("fr", view)
+    assert (state.page, actions) == (Page.FAILURES, [])
+    assert "retry" not in footer(state, view.tally, 100).plain
+    assert "retry" not in str(help_of(view.tally, can_quit=False))
+    told = read_line(write_state(view.tally))
+    assert isinstance(told, SweepTally)
+    assert told.is_search, "a view that is opened later knows it, too"
+    grid = shown(failed(1))
+    assert "r retry" in footer(after("f", grid)[0], grid.tally, 100).plain
+    assert "retry the jobs" in str(help_of(grid.tally, can_quit=False))
 
 
 def test_question_and_prompt_replace_the_hints_on_any_terminal() -> None:
@@ -452,5 +467,5 @@ def test_any_bytes_are_decoded(parts: list[bytes]) -> None:
 
 @pytest.mark.parametrize(("can_quit", "ctrl_c"), [(False, "stop the sweep"), (True, "quit this screen")])
 def test_help_says_what_ctrl_c_does_here(can_quit: bool, ctrl_c: str) -> None:
-    (what,) = (what for keys, what in help_of(can_quit=can_quit) if "Ctrl-C" in keys)
+    (what,) = (what for keys, what in help_of(SweepTally(), can_quit=can_quit) if "Ctrl-C" in keys)
     assert what.startswith(ctrl_c)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,28 @@ import pytest
 from gpu_launcher.web.catalogue import id_of
 from tests.waiting import until
 from tests.web.serving import WebServer
+
+SEARCH = """
+import sys, time
+from pathlib import Path
+
+import optuna
+
+import gpu_launcher
+
+
+def objective(trial):
+    trial.suggest_float("x", 0, 1)
+    if trial.number == 0:
+        raise ValueError("no")
+    while not Path(sys.argv[1]).exists():
+        time.sleep(0.05)
+    return 1.0
+
+
+pool = gpu_launcher.Pool(devices="simulated:1")
+gpu_launcher.optimize(optuna.create_study(), objective, 2, pool=pool, catch=ValueError, directory="runs")
+"""
 
 Running = tuple[WebServer, str, "subprocess.Popen[bytes]"]
 
@@ -108,6 +131,25 @@ def test_failed_jobs_are_retried(tmp_path: Path, serving: Callable[..., WebServe
     assert "3 completed" in server(url).text
     assert "Retry this job" not in server(f"{url}/jobs/1").text
     assert "has ended" in said(server, url, "retry", "jobs=1")
+
+
+def test_trials_of_a_search_are_not_offered_to_be_retried(tmp_path: Path, serving: Callable[..., WebServer]) -> None:
+    server = serving()
+    directory = tmp_path / "runs"
+    (tmp_path / "search.py").write_text(SEARCH)
+    command = [sys.executable, "search.py", str(tmp_path / "go")]
+    process = subprocess.Popen(command, env=server.environ, cwd=tmp_path)
+    try:
+        url = f"/sweeps/{id_of(directory)}"
+        until(lambda: {"1 running", "1 failed"} <= set(re.findall(r"\d [a-z]+", server(url).text)))
+        assert "Cancel jobs" in server(url).text
+        assert "ValueError: no" in server(f"{url}/jobs/0").text
+        for page in (url, f"{url}/jobs/0"):
+            assert "Retry" not in server(page).text
+        assert "call study.enqueue_trial" in said(server, url, "retry", "jobs=0")
+    finally:
+        (tmp_path / "go").touch()
+        process.wait(100)
 
 
 def test_a_sweep_is_stopped(running: Running) -> None:

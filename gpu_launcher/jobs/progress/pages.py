@@ -86,7 +86,7 @@ def _log(state: ScreenState, shown: Shown, name: str, width: int, rows: int) -> 
 
 def _help(shown: Shown, width: int) -> list[Text]:
     lines = []
-    for keys, what in help_of(can_quit=shown.can_quit):
+    for keys, what in help_of(shown.tally, can_quit=shown.can_quit):
         line = Text(f"{keys:<{KEYS_WIDTH}}" if what else keys, "cyan" if what else "bold")
         line.append(what)
         line.truncate(width, overflow="ellipsis")

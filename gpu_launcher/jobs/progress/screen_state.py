@@ -64,6 +64,8 @@ class Detach:
 Action = Steering | Quit | Detach
 
 
+RETRY = "r"
+"""The key that retries jobs. A search has none."""
 HELP = (
     ("Select and scroll", ""),
     ("↑ ↓  k j", "previous and next row"),
@@ -77,7 +79,7 @@ HELP = (
     ("Tab", "the other log of a map's job"),
     ("c", "cancel the selected job, or some numbers"),
     ("f", "failures; those alike are one row"),
-    ("r", "retry the jobs of the selected failure"),
+    (RETRY, "retry the jobs of the selected failure"),
     ("", ""),
     ("Sweep", ""),
     ("p", "pause: start no more jobs; p continues"),
@@ -161,13 +163,14 @@ def press(state: ScreenState, key: str, shown: Shown) -> tuple[ScreenState, Acti
         case Page.HELP:
             if key == "?":
                 return _closed(state), None
-            places = max(1, len(help_of(can_quit=shown.can_quit)) - shown.rows + 1)
+            places = max(1, len(help_of(shown.tally, can_quit=shown.can_quit)) - shown.rows + 1)
             return replace(state, line=_moved(state.line, key, shown.rows, places)), None
 
 
-def help_of(*, can_quit: bool) -> list[tuple[str, str]]:
+def help_of(tally: SweepTally, *, can_quit: bool) -> list[tuple[str, str]]:
     """Return the keys and what they do. Headings have no second text."""
-    return [(keys, what) for keys, what in HELP if _QUITTING.get(keys, can_quit) == can_quit]
+    there = [(keys, what) for keys, what in HELP if _QUITTING.get(keys, can_quit) == can_quit]
+    return [(keys, what) for keys, what in there if not (keys == RETRY and tally.is_search)]
 
 
 def _opened(state: ScreenState, page: Page) -> ScreenState:
@@ -289,7 +292,7 @@ def _failures(state: ScreenState, key: str, shown: Shown) -> tuple[ScreenState, 
     groups = list(shown.tally.failures.groups.values())
     if groups:  # jobs that run again are in none
         state = replace(state, group=min(state.group, len(groups) - 1))
-    if key == "r" and groups:
+    if key == RETRY and groups and not shown.tally.is_search:
         group = groups[state.group]
         return state, RetryJobs(ranges_of([group.first.number, *group.others])[:MAX_RANGES])
     if key in ("enter", "l") and groups:

@@ -39,6 +39,8 @@ class SweepTally:
     """The state of a sweep. Times are on the job loop's clock."""
 
     total: int = 0
+    is_search: bool = False
+    """Whether the jobs are trials of a search, none of which can be retried."""
     devices: tuple[Device, ...] = ()
     started_at: float | None = None
     now: float = 0.0
@@ -102,6 +104,7 @@ class SweepTally:
             case SweepStarted():
                 self.started_at = event.time
                 self.total = event.total or 0
+                self.is_search = event.is_search
                 self.devices = event.devices
                 self.highest_number = max(0, self.total - 1)
             case SearchStatus():

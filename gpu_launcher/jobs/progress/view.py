@@ -8,7 +8,7 @@ from rich.cells import cell_len, get_character_cell_size
 from rich.text import Text
 
 from gpu_launcher.jobs.progress.plain import stopping, waits
-from gpu_launcher.jobs.progress.screen_state import Page, ScreenState, question
+from gpu_launcher.jobs.progress.screen_state import RETRY, Page, ScreenState, question
 from gpu_launcher.model import Device
 from gpu_launcher.text import middle_cut, one_line
 from gpu_launcher.wording import count, duration, rough_duration
@@ -33,7 +33,7 @@ LOST_CONTACT = "lost contact"
 """What is shown for jobs and devices of a node that has not been heard for a while."""
 HINTS = {
     Page.OVERVIEW: ("? help", "↑↓ select", "l log", "c cancel", "p pause", "L limit", "f failures"),
-    Page.FAILURES: ("q back", "↑↓ select", "l log", "r retry", "? help"),
+    Page.FAILURES: ("q back", "↑↓ select", "l log", f"{RETRY} retry", "? help"),
     Page.LOG: ("q back", "↑↓ scroll", "G follow", "←→ columns", "c cancel", "? help"),
     Page.HELP: ("q back", "↑↓ scroll"),
 }
@@ -93,6 +93,8 @@ def footer(state: ScreenState, tally: SweepTally, width: int, *, can_quit: bool 
         hints.append("q quit" if can_quit else "d detach")
         if tally.throttled is not None and tally.throttled.paused:
             hints[hints.index("p pause")] = "p continue"
+    if state.page is Page.FAILURES and tally.is_search:
+        hints.remove(f"{RETRY} retry")
     if state.page is Page.LOG and files > 1:
         hints.insert(1, "Tab other log")
     while len(hints) > 1 and cell_len(_GAP.join(hints)) > width:
