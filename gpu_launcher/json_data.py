@@ -45,7 +45,7 @@ def values_in(content: Mapping[Any, Any]) -> Values:
 def load_object(data: bytes) -> dict[str, Any]:
     """Return the JSON object in `data`. Raises ValueError for anything else."""
     try:
-        content = json.loads(data)
+        content = json.loads(data.decode())  # which is quicker than bytes, whose encoding would be guessed
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(content, dict):

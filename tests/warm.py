@@ -40,6 +40,8 @@ from gpu_launcher.processes.linux import die_with_parent
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+USED_BY_SWEEPS = ("hydra", "hydra._internal.hydra", "hydra_plugins.gpu_pool_launcher._launch", "optuna")
+"""Modules that every sweep of Hydra imports, and optuna."""
 REQUEST_BYTES = 100_000
 READ_AT_START = ("PYTHON", "LD_", "LC_", "LANG")
 """Prefixes of variables that the interpreter or the loader reads only when it starts."""

@@ -75,7 +75,9 @@ class _Sheet:
     def __init__(self, columns: Sequence[Column], shown: list[int], rows: Sequence[Row]) -> None:
         self._columns = columns
         self._shown = shown
-        self._widths = {place: max(width_of(cell) for row in rows for cell in row.cells[place:][:1]) for place in shown}
+        self._widths = {
+            place: max(map(width_of, [row.cells[place] for row in rows if place < len(row.cells)])) for place in shown
+        }
 
     def narrow(self, width: int) -> None:
         """Drop optional columns until the others fit."""

@@ -17,3 +17,6 @@ class Figures:
     """Most bytes of the host's memory that one of its processes had resident. None if it is not known."""
     peak_device_memory: int | None = None
     """Most bytes that its processes were seen to use on one of its devices. None if they were not seen."""
+
+
+NO_FIGURES = Figures()

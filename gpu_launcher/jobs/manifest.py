@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from gpu_launcher.errors import ManifestError
 from gpu_launcher.jobs.alone import AloneCommand
-from gpu_launcher.jobs.figures import Figures
+from gpu_launcher.jobs.figures import NO_FIGURES, Figures
 from gpu_launcher.jobs.launches import DIRECTORY, MANIFEST, Launch, launches_in
 from gpu_launcher.jobs.report_files import ReportFiles
 from gpu_launcher.jobs.sweep_finder import chosen_sweep, newest_sweep
@@ -79,7 +79,7 @@ class Entry:
     """Process id of its main process, while it runs."""
     retried: bool = False
     """Whether it failed, and was to be started again."""
-    figures: Figures = Figures()  # noqa: RUF009  (frozen)
+    figures: Figures = NO_FIGURES
 
     @property
     def counted_attempts(self) -> int:
@@ -353,7 +353,7 @@ def _take(event: dict[str, Any], entries: dict[int, Entry]) -> None:
         entry.node = fields.text_or_none("node") or ""
         entry.state, entry.attempts, entry.devices, entry.pid = State.RUNNING, attempts, devices, pid
         entry.started, entry.ended, entry.message, entry.log = time, None, None, log
-        entry.figures, entry.retried = Figures(), False
+        entry.figures, entry.retried = NO_FIGURES, False
     else:
         was, state = entry.state, State(fields.text("outcome"))
         message, figures = fields.text_or_none("message"), _figures(fields)
@@ -372,7 +372,7 @@ def _requeue(job: object, launch: str, entries: dict[int, Entry]) -> None:
     if entry is None or entry.launch != launch:
         return
     entry.state, entry.message, entry.retried, entry.log = State.WAITING, None, False, fields.text_or_none("log")
-    entry.started, entry.ended, entry.devices, entry.node, entry.figures = None, None, (), "", Figures()
+    entry.started, entry.ended, entry.devices, entry.node, entry.figures = None, None, (), "", NO_FIGURES
 
 
 def _figures(fields: Fields) -> Figures:

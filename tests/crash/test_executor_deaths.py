@@ -111,7 +111,6 @@ def assert_another_program_runs_at_once(world, sweep, start, method="fork"):
         ("program", "fork"),
         smoke("program", "spawn"),
         ("program and node", "fork"),
-        ("program and node", "spawn"),
         ("program and guard", "fork"),
         ("program and server", "fork"),
         ("program and supervisor", "fork"),
@@ -133,7 +132,6 @@ def test_when_the_program_is_killed_nothing_of_it_is_left(world, start, kill_tog
     ("who", "method"),
     [
         smoke("node", "fork"),
-        ("node", "spawn"),
         ("node and guard", "fork"),
         ("node and server", "fork"),
         ("node and supervisor", "fork"),

@@ -9,7 +9,7 @@ import pytest
 
 from tests.waiting import until
 
-JOBS = 200
+JOBS = 100
 
 APP = """
 import os, signal

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -16,8 +17,11 @@ import pytest
 from gpu_launcher.jobs.manifest import State, read
 from gpu_launcher.jobs.reports import read_report
 from tests.waiting import until
+from tests.warm import USED_BY_SWEEPS, Warm
 
-POINTS = ("started", "prepared", "queued", "claimed", "granted", "exited", "released", "concluded", "retried")
+Sweep = Callable[..., "subprocess.CompletedProcess[str]"]
+
+POINTS = ("started", "prepared", "queued", "claimed", "granted", "exited", "released", "concluded")
 JOBS = 4
 
 APP = """
@@ -82,18 +86,22 @@ def app(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def sweep(app: Path, *options: str, grid: str = "n=range(4)", die_at: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "app.py", "-m", grid, "hydra.sweep.dir=sweep", "hydra/launcher=gpu_pool"]
-    pool = {"GPU_LAUNCHER_POOL_DIR": str(app / "pool"), "DIE_AT": die_at}
-    return subprocess.run(
-        [*command, "hydra.launcher.devices=simulated:2", "hydra.launcher.retries=1", *options],
-        cwd=app,
-        env={**os.environ, **pool},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    warm = Warm(USED_BY_SWEEPS, os.environ)
+    yield warm
+    warm.close()
+
+
+@pytest.fixture
+def sweep(app: Path, warm: Warm) -> Sweep:
+    def sweep(*options: str, grid: str = "n=range(4)", die_at: str = "") -> subprocess.CompletedProcess[str]:
+        command = ["app.py", "-m", grid, "hydra.sweep.dir=sweep", "hydra/launcher=gpu_pool"]
+        command += ["hydra.launcher.devices=simulated:2", "hydra.launcher.retries=1", *options]
+        pool = {"GPU_LAUNCHER_POOL_DIR": str(app / "pool"), "DIE_AT": die_at}
+        return warm.run(command, {**os.environ, **pool}, timeout=500, cwd=app)
+
+    return sweep
 
 
 def processes(app: Path) -> list[psutil.Process]:
@@ -117,11 +125,11 @@ def ran(app: Path) -> Counter[int]:
     return Counter(map(int, file.read_text().split())) if file.exists() else Counter()
 
 
-@pytest.mark.parametrize("times", [1, 3])
-@pytest.mark.parametrize("point", POINTS)
-def test_killed_at_any_point_a_sweep_is_resumed_and_no_finished_job_runs_again(app, point, times):
-    times = 1 if point == "retried" else times
-    killed = sweep(app, die_at=f"{point}:{times}")
+@pytest.mark.parametrize(
+    ("point", "times"), [*((point, 3) for point in POINTS), ("started", 1), ("granted", 1), ("retried", 1)]
+)
+def test_killed_at_any_point_a_sweep_is_resumed_and_no_finished_job_runs_again(app, sweep, point, times):
+    killed = sweep(die_at=f"{point}:{times}")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     until(lambda: not processes(app))
     left = read(app / "sweep")
@@ -131,7 +139,7 @@ def test_killed_at_any_point_a_sweep_is_resumed_and_no_finished_job_runs_again(a
     assert reported == {number for number, entry in left.items() if entry.state is State.COMPLETED}
     before = ran(app)
 
-    resumed = sweep(app, "hydra.launcher.resume=true")
+    resumed = sweep("hydra.launcher.resume=true")
     assert resumed.returncode == 0, resumed.stderr
     assert returns(app) == [["COMPLETED", f"{number}"] for number in range(JOBS)]
     assert f"resumed: {len(reported)} of 4 jobs completed before" in resumed.stderr
@@ -143,28 +151,28 @@ def test_killed_at_any_point_a_sweep_is_resumed_and_no_finished_job_runs_again(a
 
 
 @pytest.mark.smoke
-def test_what_completed_is_run_again_only_if_its_overrides_changed_or_nobody_asked_to_resume(app):
-    assert sweep(app).returncode == 0
+def test_what_completed_is_run_again_only_if_its_overrides_changed_or_nobody_asked_to_resume(app, sweep):
+    assert sweep().returncode == 0
     assert ran(app) == dict.fromkeys(range(4), 1)
-    nothing = sweep(app, "hydra.launcher.resume=true")
+    nothing = sweep("hydra.launcher.resume=true")
     assert nothing.returncode == 0
     assert "resumed: 4 of 4 jobs completed before" in nothing.stderr
     assert ran(app) == dict.fromkeys(range(4), 1)
     assert returns(app) == [["COMPLETED", f"{number}"] for number in range(4)]
 
-    changed = sweep(app, "hydra.launcher.resume=true", grid="n=0,7,2,3,4")
+    changed = sweep("hydra.launcher.resume=true", grid="n=0,7,2,3,4")
     assert changed.returncode == 0, changed.stderr
     assert "resumed: 3 of 5 jobs completed before" in changed.stderr
     assert ran(app) == {0: 1, 1: 1, 2: 1, 3: 1, 4: 1, 7: 1}
     assert returns(app) == [["COMPLETED", number] for number in "07234"]
     assert (app / "sweep" / "1" / "job.attempt-2.log").exists(), "what the earlier job 1 had logged is kept"
 
-    assert sweep(app).returncode == 0
+    assert sweep().returncode == 0
     assert ran(app)[0] == 2
     assert len(list((app / "sweep" / ".gpu_launcher").glob("0.*.report"))) == 1, "superseded reports are removed"
 
 
-def test_what_a_live_program_runs_is_not_run_twice(app):
+def test_what_a_live_program_runs_is_not_run_twice(app, sweep):
     (app / "app.py").write_text(
         APP.replace("if cfg.n == 1", "while not (HERE / 'go').exists(): pass\n    if cfg.n == 1")
     )
@@ -174,36 +182,36 @@ def test_what_a_live_program_runs_is_not_run_twice(app):
         [*command, "hydra.launcher.devices=simulated:2"], cwd=app, env={**os.environ, **pool}, stderr=subprocess.DEVNULL
     ) as first:
         until(lambda: any(entry.state is State.RUNNING for entry in read(app / "sweep").values()))
-        refused = sweep(app, "hydra.launcher.resume=true", grid="n=0")
+        refused = sweep("hydra.launcher.resume=true", grid="n=0")
         assert refused.returncode == 1
         assert f"is being run by process {first.pid} (app.py): wait for it, or stop it" in refused.stderr
         (app / "go").touch()
         assert first.wait(100) == 0
-    assert sweep(app, "hydra.launcher.resume=true", grid="n=0").returncode == 0
+    assert sweep("hydra.launcher.resume=true", grid="n=0").returncode == 0
     assert ran(app) == {0: 1}
 
 
-def test_of_a_launch_on_another_machine_nobody_can_say_whether_it_lives(app):
-    assert sweep(app).returncode == 0
+def test_of_a_launch_on_another_machine_nobody_can_say_whether_it_lives(app, sweep):
+    assert sweep().returncode == 0
     launch = app / "sweep" / ".gpu_launcher" / "launch-0123456789ab.json"
     identity = {"pid": 1, "start": 1, "namespace": "", "boot": "another", "host": "elsewhere", "command": "train.py"}
     launch.write_text(json.dumps(identity))
-    refused = sweep(app, "hydra.launcher.resume=true")
+    refused = sweep("hydra.launcher.resume=true")
     assert refused.returncode == 1
     assert "may still be run by process 1 (train.py) of elsewhere" in refused.stderr
     assert f"remove {launch}" in refused.stderr
     launch.write_text(json.dumps({**identity, "host": os.uname().nodename}))
-    assert sweep(app, "hydra.launcher.resume=true").returncode == 0, "it was before the last restart"
+    assert sweep("hydra.launcher.resume=true").returncode == 0, "it was before the last restart"
 
 
-def test_a_manifest_that_was_cut_off_or_is_of_a_newer_version(app):
-    assert sweep(app).returncode == 0
+def test_a_manifest_that_was_cut_off_or_is_of_a_newer_version(app, sweep):
+    assert sweep().returncode == 0
     manifest = app / "sweep" / ".gpu_launcher" / "manifest.jsonl"
     whole = manifest.read_text()
     manifest.write_text(whole.rstrip()[:-20])
     assert Counter(entry.state for entry in read(app / "sweep").values()) == {State.COMPLETED: 4}, "its report is there"
-    assert "resumed: 4 of 4" in sweep(app, "hydra.launcher.resume=true").stderr
+    assert "resumed: 4 of 4" in sweep("hydra.launcher.resume=true").stderr
     manifest.write_text(whole.replace('"format": 1', '"format": 2'))
-    refused = sweep(app, "hydra.launcher.resume=true")
+    refused = sweep("hydra.launcher.resume=true")
     assert refused.returncode == 1
     assert "written by a newer version of gpu-launcher: use that" in refused.stderr

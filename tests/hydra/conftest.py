@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.warm import Warm
+from tests.warm import USED_BY_SWEEPS, Warm
 
 PROGRAMS = Path(__file__).parent / "programs"
-USED_BY_SWEEPS = ("hydra", "hydra._internal.hydra", "hydra_plugins.gpu_pool_launcher._launch", "optuna")
-"""Modules that every sweep imports, and optuna."""
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Start = Callable[..., subprocess.Popen[str]]
