@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.small_disk import fill, mounted_tmpfs
+
 CLI = (sys.executable, "-m", "gpu_launcher.cli")
 REPOSITORY = Path(__file__).parents[2]
 SIMULATED = ("--devices", "simulated:2", "--max-parallel", "1")
@@ -76,27 +78,8 @@ def failed_once(run_map: Map) -> Map:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    point = tmp_path / "disk"
-    point.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(point)]
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"needs the right to mount: {done.stderr.strip()}")
-    yield point
-    subprocess.run(["umount", "-l", str(point)], check=True)
-
-
-def fill(disk: Path) -> Path:
-    """Fill the disk to the last byte; return the file to remove."""
-    filler = disk / "filler"
-    with open(filler, "wb", buffering=0) as file:
-        for size in (4096, 1):
-            try:
-                while True:
-                    file.write(b"x" * size)
-            except OSError:
-                continue
-    return filler
+    with mounted_tmpfs(tmp_path / "disk", "size=64k"):
+        yield tmp_path / "disk"
 
 
 def test_a_lost_table_of_results_is_made_of_what_the_runs_left(failed_once: Map) -> None:

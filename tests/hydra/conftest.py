@@ -68,7 +68,7 @@ def warm() -> Iterator[Warm]:
 
 
 @pytest.fixture(scope="module")
-def run(start: Start, warm: Warm) -> Run:
+def run(start: Start, warm: Warm | None) -> Run:
     """Run a program to its end, like `start`. Sweeps run on four simulated devices unless the arguments name others.
 
     Most of what a short sweep costs are imports, so those that no other command runs are forked.
@@ -80,7 +80,7 @@ def run(start: Start, warm: Warm) -> Run:
         pool = ["hydra/launcher=gpu_pool"] if "-m" in arguments else []
         if pool and not any(argument.startswith("hydra.launcher.devices=") for argument in arguments):
             pool.append("hydra.launcher.devices=simulated:4")
-        if not within:
+        if warm is not None and not within:
             what = [str(PROGRAMS / program)] if isinstance(program, str) else program
             return warm.run([*what, *arguments, *pool], {**environment(directory), **extra}, timeout=500, cwd=directory)
         with start(directory, program, *arguments, *pool, within=within, **extra) as process:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.small_disk import mounted_tmpfs
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -175,15 +176,3 @@ def test_a_pool_directory_of_somebody_else_is_refused(run: Run, tmp_path: Path) 
     assert message.startswith(
         f"pool directory {pool}: cannot be written by user {os.geteuid()}: ask its owner to `chmod 1777` it"
     )
-
-
-@contextlib.contextmanager
-def mounted_tmpfs(point: Path, options: str) -> Iterator[None]:
-    point.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(point)], capture_output=True, text=True)
-    if mount.returncode != 0:
-        pytest.skip(f"cannot mount a file system: {mount.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(point)], check=True)

@@ -25,6 +25,11 @@ SWEEP = ["-m", "hydra/launcher=gpu_pool", "hydra.launcher.devices=simulated:4", 
 JOBS = RANKS = (0, 1)
 
 
+@pytest.fixture(scope="module")
+def warm() -> None:
+    """Nothing: processes are found by their environment here, and a fork has that of its parent."""
+
+
 def witnesses(directory: Path) -> dict[tuple[int, int], dict[str, Any]]:
     """The records of all ranks, by job and rank."""
     return {
@@ -79,7 +84,7 @@ def sweep(start: Start, tmp_path: Path) -> Iterator[Callable[..., subprocess.Pop
         process.communicate()
 
 
-@pytest.mark.parametrize(("program", "method"), [("ddp.py", "fork"), ("ddp.py", "spawn"), ("torchrun.py", "fork")])
+@pytest.mark.parametrize(("program", "method"), [("ddp.py", "spawn"), ("torchrun.py", "fork")])
 def test_two_distributed_jobs_run_side_by_side_and_share_nothing(
     run: Run, tmp_path: Path, program: str, method: str
 ) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import optuna
 import psutil
 import pytest
+from optuna.trial import TrialState
 
 import gpu_launcher
 from gpu_launcher import ManifestError, OptionError, SteeringError, Sweep, load_results
@@ -26,6 +27,7 @@ from gpu_launcher.jobs.launches import DIRECTORY
 from gpu_launcher.jobs.manifest import State, read, read_manifest
 from gpu_launcher.jobs.recorder import Recorder
 from gpu_launcher.jobs.where import Where
+from tests.small_disk import fill, mounted_tmpfs
 from tests.waiting import alive, until
 
 PROGRAM = """
@@ -35,6 +37,8 @@ import time
 from pathlib import Path
 
 import optuna
+from optuna.trial import TrialState
+
 import gpu_launcher
 
 def objective(trial):
@@ -378,3 +382,28 @@ def test_trials_on_several_nodes_are_recorded(tmp_path: Path) -> None:
     assert [row.values["value"] for row in table] == [trial.value for trial in study.trials]
     assert all(row.node for row in table)
     assert [(where / str(row.number) / "job.log").read_text() for row in table] == 4 * ["on a node\n"]
+
+
+@pytest.mark.root
+@pytest.mark.thorough
+def test_search_continues_when_the_disk_of_its_directory_is_full(
+    tmp_path: Path, pool: Where, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = tmp_path / "disk"
+
+    def objective(trial: Any) -> float:
+        x: float = trial.suggest_float("x", 0, 1)
+        if trial.number == 2:
+            fill(disk)
+        return x
+
+    study = optuna.create_study()
+    with mounted_tmpfs(disk, "size=256k"):
+        gpu_launcher.optimize(study, objective, 6, pool=pool, directory=disk / "search")
+        assert f"{disk}/search/results.csv cannot be written (No space left on device)" in caplog.text
+        (disk / "filler").unlink()
+        outcomes = {number: entry.state for number, entry in read(disk / "search").items()}
+        found = {row.number: row.params.get("x") for row in load_results(disk / "search")}
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 6
+    assert [outcomes[number] for number in (0, 1)] == [State.COMPLETED] * 2
+    assert all(found[number] == study.trials[number].params["x"] for number in (0, 1))
