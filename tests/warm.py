@@ -32,7 +32,6 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
 from gpu_launcher.processes.linux import die_with_parent
@@ -223,12 +222,12 @@ def become(streams: list[int], arguments: list[str], environ: dict[str, str], cw
 
 
 def run_script(path: str) -> None:
-    """Run a script as `__main__`."""
-    main = ModuleType("__main__")
-    main.__file__ = str(Path(path).absolute())
-    main.__dict__["__builtins__"] = builtins
-    sys.modules["__main__"] = main
-    exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), main.__dict__)
+    """Run a script as `__main__`: in the module of that name, which others may have imported."""
+    names = sys.modules["__main__"].__dict__
+    names.clear()
+    about = {"__doc__": None, "__package__": None, "__loader__": None, "__spec__": None, "__builtins__": builtins}
+    names.update(about, __name__="__main__", __file__=str(Path(path).absolute()))
+    exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), names)
 
 
 def end_by_interrupt(interrupted: threading.Event) -> None:
