@@ -1,8 +1,7 @@
 """Runs Python programs in forks of a process that has already imported their modules.
 
 A short program spends most of its time on starting the interpreter and on imports. A fork differs from a fresh
-interpreter in what is imported, in /proc/<pid>/cmdline and in /proc/<pid>/environ, so tests of these start a fresh
-interpreter.
+interpreter in what is imported and in /proc/<pid>/cmdline, so tests of these start a fresh interpreter.
 
     test --- socket: arguments, environment, directory, streams -----------> warm process
                                                                                  | fork
@@ -18,6 +17,7 @@ from __future__ import annotations
 import atexit
 import builtins
 import contextlib
+import ctypes
 import gc
 import importlib
 import os
@@ -31,8 +31,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gpu_launcher.processes.linux import die_with_parent
 
@@ -41,7 +42,18 @@ if TYPE_CHECKING:
 
 USED_BY_SWEEPS = ("hydra", "hydra._internal.hydra", "hydra_plugins.gpu_pool_launcher._launch", "optuna")
 """Modules that every sweep of Hydra imports, and optuna."""
+USED_BY_CALLS = (
+    "gpu_launcher.executors.parallel_map",
+    "gpu_launcher.executors.pool_executor",
+    "gpu_launcher.studies.optimize",
+)
+"""Modules that executors, `parallel_map` and `optimize` import."""
 REQUEST_BYTES = 100_000
+"""Maximum number of bytes of the arguments and the environment of a program that is forked."""
+ROOM = "WARM_ROOM"
+"""A variable as long as the longest environment of a fork, which is written in its place."""
+ENVIRONMENT = 47
+"""Index of the first of two fields of /proc/self/stat after the command name: proc_pid_stat(5) numbers it 50."""
 READ_AT_START = ("PYTHON", "LD_", "LC_", "LANG")
 """Prefixes of variables that the interpreter or the loader reads only when it starts."""
 
@@ -49,12 +61,41 @@ READ_AT_START = ("PYTHON", "LD_", "LC_", "LANG")
 class WarmProgram:
     """A running program. It has what the tests need of a `subprocess.Popen`."""
 
-    def __init__(self, arguments: Sequence[str], status: int) -> None:
-        """`status` is the pipe from its keeper."""
+    def __init__(self, arguments: Sequence[str], status: int, streams: Sequence[int] = ()) -> None:
+        """`status` is the pipe from its keeper, and `streams` are those from the program."""
         self.args = [sys.executable, *arguments]
         self.returncode: int | None = None
         self._status = open(status, "rb", buffering=0)
         self.pid = int(self._status.read(16))
+        self._streams = [open(stream, errors="replace") for stream in streams]
+        self._read = [bytearray() for _ in streams]
+        self.stdout, self.stderr = self._streams or (None, None)
+
+    def __enter__(self) -> WarmProgram:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in self._streams:
+            stream.close()
+        self.wait()
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Read its output to the end, and wait for it. Raises TimeoutExpired, after which it can be called again."""
+        end = None if timeout is None else time.monotonic() + timeout
+        open_ones = {stream.fileno(): place for place, stream in enumerate(self._streams) if not stream.closed}
+        while open_ones:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            ready, _, _ = select.select(list(open_ones), [], [], left)
+            if not ready:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            for number in ready:
+                data = os.read(number, 2**16)
+                self._read[open_ones[number]] += data
+                if not data:
+                    self._streams[open_ones.pop(number)].close()
+        self.wait(None if end is None else max(0.0, end - time.monotonic()))
+        out, err = (bytes(data).decode(errors="replace") for data in self._read or (b"", b""))
+        return out, err
 
     def poll(self) -> int | None:
         """Return its exit status, or None if it runs."""
@@ -76,9 +117,16 @@ class WarmProgram:
         if self.poll() is None:
             os.kill(self.pid, signum)
 
+    def terminate(self) -> None:
+        """Send it SIGTERM, unless it has ended."""
+        self.send_signal(signal.SIGTERM)
+
     def kill(self) -> None:
         """Kill it, unless it has ended."""
         self.send_signal(signal.SIGKILL)
+
+
+Program = WarmProgram | subprocess.Popen[bytes]
 
 
 class Warm:
@@ -99,19 +147,51 @@ class Warm:
         stderr: int,
         stdin: int | None = None,
         cwd: str | Path | None = None,
-    ) -> WarmProgram | subprocess.Popen[bytes]:
+    ) -> Program:
         """Start `python script ...` or `python -m module ...` with these descriptors, by default with empty input."""
-        cwd = str(cwd or Path.cwd())
-        request = pickle.dumps((list(arguments), dict(environ), cwd))
+        if self._can_fork(arguments, environ):
+            return self._fork(arguments, environ, stdin, stdout, stderr, cwd)
+        command = [sys.executable, *arguments]
+        empty = subprocess.DEVNULL if stdin is None else stdin
+        return subprocess.Popen(command, stdin=empty, stdout=stdout, stderr=stderr, env=environ, cwd=cwd)
+
+    def _can_fork(self, arguments: Sequence[str], environ: Mapping[str, str]) -> bool:
+        is_script = arguments[0] == "-m" or not arguments[0].startswith("-")
+        fits = len(block(environ)) + sum(map(len, arguments)) < REQUEST_BYTES
+        return is_script and fits and read_at_start(environ) == read_at_start(self._environ)
+
+    def _fork(
+        self,
+        arguments: Sequence[str],
+        environ: Mapping[str, str],
+        stdin: int | None,
+        stdout: int,
+        stderr: int,
+        cwd: str | Path | None,
+        streams: Sequence[int] = (),
+    ) -> WarmProgram:
+        request = pickle.dumps((list(arguments), dict(environ), str(cwd or Path.cwd())))
+        status, told = os.pipe()
         with open(os.devnull, "rb") as nothing:
             stdin = nothing.fileno() if stdin is None else stdin
-            if len(request) > REQUEST_BYTES or read_at_start(environ) != read_at_start(self._environ):
-                command = [sys.executable, *arguments]
-                return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, env=environ, cwd=cwd)
-            status, told = os.pipe()
             socket.send_fds(self._connect(), [request], [stdin, stdout, stderr, told])
         os.close(told)
-        return WarmProgram(arguments, status)
+        return WarmProgram(arguments, status, streams)
+
+    def start_piped(
+        self, arguments: Sequence[str], environ: Mapping[str, str], cwd: str | Path | None = None
+    ) -> WarmProgram | subprocess.Popen[str]:
+        """Start `python script ...` or `python -m module ...` with pipes for its output, which is read as text."""
+        if not self._can_fork(arguments, environ):
+            command = [sys.executable, *arguments]
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            return subprocess.Popen(command, env=environ, cwd=cwd, text=True, errors="replace", **pipes)
+        (out, to_out), (err, to_err) = os.pipe(), os.pipe()
+        try:
+            return self._fork(arguments, environ, None, to_out, to_err, cwd, (out, err))
+        finally:
+            os.close(to_out)
+            os.close(to_err)
 
     def run(
         self, arguments: Sequence[str], environ: Mapping[str, str], timeout: float, cwd: str | Path | None = None
@@ -134,9 +214,8 @@ class Warm:
             self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
                 command = [sys.executable, "-c", "from tests.warm import serve; serve()", str(theirs.fileno())]
-                self._process = subprocess.Popen(
-                    [*command, *self._modules], env=self._environ, pass_fds=[theirs.fileno()]
-                )
+                environ = {**self._environ, ROOM: "x" * REQUEST_BYTES}
+                self._process = subprocess.Popen([*command, *self._modules], env=environ, pass_fds=[theirs.fileno()])
         return self._socket
 
     def close(self) -> None:
@@ -149,6 +228,11 @@ def read_at_start(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name.startswith(READ_AT_START)}
 
 
+def block(environ: Mapping[str, str]) -> bytes:
+    """Return an environment as the kernel keeps it."""
+    return b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in environ.items())
+
+
 def serve() -> None:
     """Fork a program for each request, until the other end of the socket is closed."""
     connection = socket.socket(fileno=int(sys.argv[1]))
@@ -158,7 +242,7 @@ def serve() -> None:
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers end by themselves
     while True:
-        request, descriptors, _, _ = socket.recv_fds(connection, REQUEST_BYTES, 4)
+        request, descriptors, _, _ = socket.recv_fds(connection, 2 * REQUEST_BYTES, 4)
         if not request:
             return
         if os.fork() == 0:
@@ -193,6 +277,7 @@ def become(streams: list[int], arguments: list[str], environ: dict[str, str], cw
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environ)
+    show_environment(environ)
     random.seed()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
@@ -219,6 +304,20 @@ def become(streams: list[int], arguments: list[str], environ: dict[str, str], cw
         if isinstance(error, KeyboardInterrupt):
             interrupted.set()
     sys.exit(code)
+
+
+def show_environment(environ: Mapping[str, str]) -> None:
+    """Let /proc/<pid>/environ say what that of a fresh interpreter does.
+
+    The kernel shows the memory in which the environment was when the program started (proc_pid_environ(5)). Nothing
+    refers to it any more: what was there has been removed, and setenv(3) copies.
+    """
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = int(fields[ENVIRONMENT]), int(fields[ENVIRONMENT + 1])
+    data = block(environ)
+    assert len(data) <= end - start
+    ctypes.memset(start, 0, end - start)
+    ctypes.memmove(start, data, len(data))
 
 
 def run_script(path: str) -> None:

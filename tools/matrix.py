@@ -76,7 +76,6 @@ LOWEST = (
 )
 NEXT_HYDRA = (
     "tests/executors/test_cpython_suite.py",
-    "tests/hydra/test_bad_input.py",
     "tests/hydra/test_contract.py",
     "tests/hydra/test_existing_programs.py",
     "tests/hydra/test_hydra_suites.py",
@@ -94,7 +93,8 @@ PACKAGED = (
 )
 """What depends on what was packaged, and a sweep on each start method."""
 DISTRIBUTED = (
-    *PACKAGED,
+    "tests/unit/test_packaging.py",
+    "tests/unit/test_public_names.py",
     "tests/docs/test_howto_frameworks.py",
     "tests/docs/test_readme_in_order.py",
     "tests/hydra/test_existing_programs.py",
@@ -106,7 +106,7 @@ DISTRIBUTED = (
     "tests/unit/test_result_table.py",
     "tests/unit/test_samplers.py",
 )
-"""That, and what needs torch, Lightning, or one of these."""
+"""What needs torch, Lightning, or one of these."""
 FRAMEWORKS = ("tensorboard", "wandb", "mlflow-skinny", "pandas", "matplotlib")
 HISTORIES = (*PACKAGED, "tests/simulation/test_policy_state_machine.py")
 SWEEPERS = ("hydra-optuna-sweeper==1.4.0rc3", "hydra-nevergrad-sweeper==1.4.0rc3")

@@ -21,6 +21,7 @@ from gpu_launcher.leases import FileLedger, resolve_pool_directory
 from gpu_launcher.model import Owner, Request
 from gpu_launcher.processes.linux import die_with_parent
 from tests.waiting import alive, until
+from tests.warm import USED_BY_CALLS, USED_BY_SWEEPS, Program, Warm
 
 PATIENCE = 100.0
 """Seconds until a test gives up on what should happen soon."""
@@ -146,20 +147,25 @@ class Sweep:
     """A launching program."""
 
     def __init__(
-        self, directory: Path, name: str, command: list[str], environment: dict[str, str], **process: Any
+        self, directory: Path, name: str, warm: Warm, command: list[str], environment: dict[str, str], **process: Any
     ) -> None:
         self._directory = directory
         self._returns = directory / f"{name}.returns"
         self.output = directory / f"{name}.output"
+        environment = {**environment, "RETURNS": str(self._returns)}
         me = os.getpid()
+        self.process: Program
         with self.output.open("wb") as output:
+            streams = {"stdout": output.fileno(), "stderr": output.fileno()}
+            if command[0] == sys.executable and not process:
+                self.process = warm.start(command[1:], environment, **streams)
+                return
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env={**environment, "RETURNS": str(self._returns)},
+                env=environment,
                 preexec_fn=lambda: die_with_parent(me),  # no sweep is to outlive a test run that is killed
+                **streams,
                 **process,
             )
 
@@ -219,8 +225,9 @@ class Sweep:
 class World:
     """One pool, and all processes of one test."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, warm: Warm) -> None:
         self.directory = directory
+        self._warm = warm
         self.pool = resolve_pool_directory(str(directory / "pool"))
         self._sweeps: list[Sweep] = []
         self.python = sys.executable
@@ -253,7 +260,7 @@ class World:
 
     def begin(self, command: list[str], environment: dict[str, str], name: str = "sweep", **process: Any) -> Sweep:
         """Start any program whose jobs leave witnesses as those of `app` do."""
-        sweep = Sweep(self.directory, name, command, environment, **process)
+        sweep = Sweep(self.directory, name, self._warm, command, environment, **process)
         self._sweeps.append(sweep)
         return sweep
 
@@ -294,22 +301,30 @@ class World:
             sweep.process.wait()
 
 
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    """Forks launching programs. It ends with each file, because other files look for child processes."""
+    warm = Warm([*USED_BY_SWEEPS, *USED_BY_CALLS], os.environ)
+    yield warm
+    warm.close()
+
+
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    world = World(tmp_path)
+def world(tmp_path: Path, warm: Warm) -> Iterator[World]:
+    world = World(tmp_path, warm)
     yield world
     world.close()
 
 
 @pytest.fixture
-def common_world() -> Iterator[World]:
+def common_world(warm: Warm) -> Iterator[World]:
     """One that other users can reach, with a Python that they can run: what pytest and /root hold, they cannot."""
     if os.geteuid() != 0:
         pytest.skip("only root can act as several users")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         directory = Path(name)
         directory.chmod(0o777)
-        world = World(directory)
+        world = World(directory, warm)
         path = os.pathsep.join(path for path in sys.path if path and Path(path).is_dir())
         own = (sys.executable, {})
         system = (f"/usr/bin/python3.{sys.version_info.minor}", {"PYTHONPATH": path})

@@ -7,8 +7,6 @@ import os
 import random
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -23,9 +21,9 @@ import pytest
 from optuna.trial import TrialState
 
 import gpu_launcher
-from gpu_launcher.processes.linux import die_with_parent
 from gpu_launcher.studies.trial_attrs import RETRY_OF
 from tests.waiting import alive, until
+from tests.warm import Program, Warm
 
 PATIENCE = 100.0
 """Seconds until a test gives up on what should happen soon."""
@@ -104,22 +102,17 @@ if __name__ == "__main__":
 class World:
     """A study in a file, and programs that work on it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, warm: Warm) -> None:
         self.directory = directory
-        self.programs: list[subprocess.Popen[bytes]] = []
+        self._warm = warm
+        self.programs: list[Program] = []
         (directory / "script.py").write_text(SCRIPT)
 
-    def start(self, **options: Any) -> subprocess.Popen[bytes]:
-        me = os.getpid()
+    def start(self, **options: Any) -> Program:
+        command = ["script.py", json.dumps(options)]
         with self.output(len(self.programs)).open("wb") as output:
-            program = subprocess.Popen(
-                [sys.executable, "script.py", json.dumps(options)],
-                cwd=self.directory,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                preexec_fn=lambda: die_with_parent(me),
-            )
+            streams = {"stdout": output.fileno(), "stderr": output.fileno()}
+            program = self._warm.start(command, os.environ, **streams, cwd=self.directory)
         self.programs.append(program)
         return program
 
@@ -152,15 +145,15 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    world = World(tmp_path)
+def world(tmp_path: Path, warm: Warm) -> Iterator[World]:
+    world = World(tmp_path, warm)
     yield world
     for program in world.programs:
         program.kill()
         program.wait()
 
 
-def family(program: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def family(program: Program) -> list[psutil.Process]:
     """Its node first, then fork server, supervisors and jobs."""
     return psutil.Process(program.pid).children(recursive=True)
 
@@ -384,7 +377,7 @@ def test_whoever_is_killed_no_trial_is_lost_or_told_twice(world: World) -> None:
     for x in enqueued:
         study.enqueue_trial({"x": x})
     options = {"retry_stale": 1000, "catch": "Exception", "seconds": 0.05, "devices": "simulated:3"}
-    living: list[subprocess.Popen[bytes]] = []
+    living: list[Program] = []
 
     def gone_on(goal: int) -> bool:
         """Both may be about to end of the last two kills, and are replaced as soon as they have."""

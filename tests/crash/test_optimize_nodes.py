@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,8 +17,8 @@ import pytest
 from optuna.trial import TrialState
 
 import gpu_launcher
-from gpu_launcher.processes.linux import die_with_parent
 from tests.waiting import alive, until
+from tests.warm import Program, Warm
 
 PATIENCE = 200.0
 """Seconds until a test gives up on what should happen soon."""
@@ -93,23 +91,18 @@ if __name__ == "__main__":
 class World:
     """A program that runs a search on two nodes with two devices each."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, warm: Warm) -> None:
         self.directory = directory
-        self.program: subprocess.Popen[bytes]
+        self._warm = warm
+        self.program: Program
         (directory / "script.py").write_text(SCRIPT)
 
     def start(self, n_trials: int = 8, **options: Any) -> None:
         """Start the program. With eight trials, a node that is ready first leaves some for the other one."""
-        me = os.getpid()
+        command = ["script.py", json.dumps({"n_trials": n_trials, **options})]
         with (self.directory / "output.txt").open("wb") as output:
-            self.program = subprocess.Popen(
-                [sys.executable, "script.py", json.dumps({"n_trials": n_trials, **options})],
-                cwd=self.directory,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                preexec_fn=lambda: die_with_parent(me),
-            )
+            streams = {"stdout": output.fileno(), "stderr": output.fileno()}
+            self.program = self._warm.start(command, os.environ, **streams, cwd=self.directory)
 
     @property
     def output(self) -> str:
@@ -151,8 +144,8 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    world = World(tmp_path)
+def world(tmp_path: Path, warm: Warm) -> Iterator[World]:
+    world = World(tmp_path, warm)
     yield world
     tree = []
     with suppress(psutil.NoSuchProcess):

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -17,7 +17,7 @@ import pytest
 from gpu_launcher.jobs.manifest import State, read
 from gpu_launcher.jobs.reports import read_report
 from tests.waiting import until
-from tests.warm import USED_BY_SWEEPS, Warm
+from tests.warm import Warm
 
 Sweep = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -84,13 +84,6 @@ if __name__ == "__main__":
 def app(tmp_path: Path) -> Path:
     (tmp_path / "app.py").write_text(APP)
     return tmp_path
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[Warm]:
-    warm = Warm(USED_BY_SWEEPS, os.environ)
-    yield warm
-    warm.close()
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.warm import USED_BY_SWEEPS, Warm
+from tests.warm import USED_BY_SWEEPS, Warm, WarmProgram
 
 PROGRAMS = Path(__file__).parent / "programs"
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., "WarmProgram | subprocess.Popen[str]"]
 
 
 def environment(directory: Path) -> dict[str, str]:
@@ -30,12 +30,12 @@ def _pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPU_LAUNCHER_POOL_DIR", str(tmp_path / "pool"))
 
 
-@pytest.fixture(scope="session")
-def start() -> Start:
+@pytest.fixture(scope="module")
+def start(warm: Warm) -> Start:
     """Start one of the programs in a directory: `start(directory, "deaths.py", *arguments, **environment)`.
 
     Instead of a name, `program` may be interpreter arguments such as `("-m", "package.train")`. `within` is a command
-    that runs the program, such as `("nohup",)`.
+    that runs the program, such as `("nohup",)`. Without one it is forked, because imports are most of what it costs.
     """
 
     def start(
@@ -44,8 +44,10 @@ def start() -> Start:
         *arguments: str,
         within: tuple[str, ...] = (),
         **extra: str,
-    ) -> subprocess.Popen[str]:
+    ) -> WarmProgram | subprocess.Popen[str]:
         what = [str(PROGRAMS / program)] if isinstance(program, str) else program
+        if not within:
+            return warm.start_piped([*what, *arguments], {**environment(directory), **extra}, directory)
         return subprocess.Popen(
             [*within, sys.executable, *what, *arguments],
             cwd=directory,
@@ -68,11 +70,8 @@ def warm() -> Iterator[Warm]:
 
 
 @pytest.fixture(scope="module")
-def run(start: Start, warm: Warm | None) -> Run:
-    """Run a program to its end, like `start`. Sweeps run on four simulated devices unless the arguments name others.
-
-    Most of what a short sweep costs are imports, so those that no other command runs are forked.
-    """
+def run(start: Start) -> Run:
+    """Run a program to its end, like `start`. Sweeps run on four simulated devices unless the arguments name others."""
 
     def run(
         directory: Path, program: str | tuple[str, ...], *arguments: str, within: tuple[str, ...] = (), **extra: str
@@ -80,9 +79,6 @@ def run(start: Start, warm: Warm | None) -> Run:
         pool = ["hydra/launcher=gpu_pool"] if "-m" in arguments else []
         if pool and not any(argument.startswith("hydra.launcher.devices=") for argument in arguments):
             pool.append("hydra.launcher.devices=simulated:4")
-        if warm is not None and not within:
-            what = [str(PROGRAMS / program)] if isinstance(program, str) else program
-            return warm.run([*what, *arguments, *pool], {**environment(directory), **extra}, timeout=500, cwd=directory)
         with start(directory, program, *arguments, *pool, within=within, **extra) as process:
             try:
                 out, err = process.communicate(timeout=500)

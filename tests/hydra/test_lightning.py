@@ -25,11 +25,6 @@ SWEEP = ["-m", "hydra/launcher=gpu_pool", "hydra.launcher.devices=simulated:4", 
 JOBS = RANKS = (0, 1)
 
 
-@pytest.fixture(scope="module")
-def warm() -> None:
-    """Nothing: processes are found by their environment here, and a fork has that of its parent."""
-
-
 def witnesses(directory: Path) -> dict[tuple[int, int], dict[str, Any]]:
     """The records of all ranks, by job and rank."""
     return {

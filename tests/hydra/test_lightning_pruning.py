@@ -31,11 +31,6 @@ ONE_OF_TWO = ["level=choice(0.0,9.0)", "hydra.sweeper.enqueue=[{level: 0.0},{lev
 PROGRAM = "ddp_pruned.py"
 
 
-@pytest.fixture(scope="module")
-def warm() -> None:
-    """Nothing: processes are found by their environment here, and a fork has that of its parent."""
-
-
 def study(directory: Path) -> list[optuna.trial.FrozenTrial]:
     storage = gpu_launcher.storage(f"sqlite:///{directory / 'sweep' / 'study.db'}")
     (name,) = optuna.study.get_all_study_names(storage)
