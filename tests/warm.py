@@ -54,8 +54,8 @@ ROOM = "WARM_ROOM"
 """A variable as long as the longest environment of a fork, which is written in its place."""
 ENVIRONMENT = 47
 """Index of the first of two fields of /proc/self/stat after the command name: proc_pid_stat(5) numbers it 50."""
-READ_AT_START = ("PYTHON", "LD_", "LC_", "LANG")
-"""Prefixes of variables that the interpreter or the loader reads only when it starts."""
+READ_AT_START = ("PYTHON", "LD_", "LC_", "LANG", "GPU_LAUNCHER_LOG")
+"""Prefixes of variables that are read when the interpreter starts or modules are imported."""
 
 
 class WarmProgram:
