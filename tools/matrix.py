@@ -107,7 +107,7 @@ DISTRIBUTED = (
     "tests/unit/test_samplers.py",
 )
 """What needs torch, Lightning, or one of these."""
-FRAMEWORKS = ("tensorboard", "wandb", "mlflow-skinny", "pandas", "matplotlib")
+FRAMEWORKS = ("tensorboard", "wandb", "mlflow-skinny", "pandas", "matplotlib", "nbclient", "ipykernel")
 HISTORIES = (*PACKAGED, "tests/simulation/test_policy_state_machine.py")
 SWEEPERS = ("hydra-optuna-sweeper==1.4.0rc3", "hydra-nevergrad-sweeper==1.4.0rc3")
 """Other people's that run on this Hydra."""

@@ -118,8 +118,8 @@ class _Sheet:
         return [(self._padded(place, cells[place]) + GAP, "") for place in self._shown if place < len(cells)]
 
     def _padded(self, place: int, cell: str) -> str:
-        pad = " " * (self._widths[place] - width_of(cell))
-        return f"{pad}{cell}" if self._columns[place].right else f"{cell}{pad}"
+        width = self._widths[place] - width_of(cell) + len(cell)
+        return cell.rjust(width) if self._columns[place].right else cell.ljust(width)
 
 
 def width_of(text: str) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from hydra._internal.core_plugins import basic_sweeper
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.errors import CompactHydraException
 
 from gpu_launcher.errors import JobError
@@ -33,9 +33,9 @@ def final(error: CompactHydraException | JobError, before: str = "") -> BaseExce
 def is_for_basic_sweeper() -> bool:
     """Whether Hydra's own sweeper called the launcher. That sweeper raises the first error among the jobs' returns."""
     caller = next(frame for frame in _stack() if not _module(frame).startswith(__package__))
-    # Hydra executes the modules of plugins again if they have been imported already, which makes their classes anew.
-    kind = basic_sweeper.BasicSweeper
-    return _is(caller, kind.__module__, "sweep") and type(caller.f_locals.get("self")) is kind
+    sweeper = type(caller.f_locals.get("self"))
+    # Compared by name, because Hydra makes the classes of plugins anew if their modules have been imported before.
+    return _is(caller, BasicSweeper.__module__, "sweep") and sweeper.__qualname__ == BasicSweeper.__qualname__
 
 
 @contextlib.contextmanager

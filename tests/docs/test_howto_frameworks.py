@@ -40,6 +40,27 @@ def test_the_commands_of_the_section_print_what_it_says(name: str, section: str,
     assert follow(sections(name)[section], tmp_path, timeout=850) >= 1
 
 
+@pytest.mark.filterwarnings("ignore")  # of what Jupyter is made of
+def test_the_cells_of_a_notebook_print_in_jupyter_what_the_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("nbclient", "ipykernel"):
+        pytest.importorskip(package, reason=f"needs {package}")
+    import nbclient  # type: ignore[import-not-found, unused-ignore]
+    import nbformat  # type: ignore[import-not-found, unused-ignore]
+
+    monkeypatch.setenv("GPU_LAUNCHER_POOL_DIR", str(tmp_path / "pool"))
+    text = (HOWTO / "notebooks.md").read_text()
+    cells = [nbformat.v4.new_code_cell(block) for block in blocks(text, "python")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    where = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=500, kernel_name="python3", resources=where).execute()
+    streams = [output for cell in cells for output in cell.outputs if output.output_type == "stream"]
+    said = {name: "".join(output.text for output in streams if output.name == name) for name in ("stdout", "stderr")}
+    assert said["stdout"] == "".join(block for block in blocks(text, "text") if "..." not in block)
+    assert "jobs start in fresh interpreters (spawn)" in said["stderr"]
+
+
 def test_all_sections_with_commands_are_followed() -> None:
     for name in {name for name, _ in NEEDS}:
         assert {(name, title) for title, text in sections(name).items() if blocks(text, "console")} <= set(NEEDS)
