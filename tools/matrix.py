@@ -68,6 +68,16 @@ class Environment:
 
 QUICK = ("tests/cli/test_main.py", "tests/hydra", "tests/studies", "tests/unit", "tests/web")
 """What depends on the versions of Python, Hydra or Optuna. Crashes, leases and users depend on the kernel."""
+QUICK_NEXT = (
+    "tests/cli/test_main.py",
+    "tests/executors/test_pool_executor.py",
+    "tests/hydra",
+    "tests/studies",
+    "tests/unit/test_inherited_files.py",
+    "tests/unit/test_processes_jobs.py",
+    "tests/unit/test_random_generators.py",
+)
+"""Those of them that the next Hydra and the start methods of the newest Python could change."""
 LOWEST = (
     "tests/hydra/test_contract.py",
     "tests/hydra/test_job_options.py",
@@ -122,8 +132,16 @@ ENVIRONMENTS = (
         hydra="1.4.0rc3",
         artifact="tree",
         tests=NEXT_HYDRA,
-        quick=QUICK,
+        quick=QUICK_NEXT,
         beside=SWEEPERS,
+    ),
+    Environment(
+        "3.11",
+        dependencies="newest",
+        artifact="wheel",
+        tests=DISTRIBUTED,
+        ddp=True,
+        beside=("torch==2.13.0", *FRAMEWORKS),
     ),
     Environment(
         "3.12",
@@ -133,14 +151,6 @@ ENVIRONMENTS = (
         artifact="sdist",
         tests=HISTORIES,
         histories=20_000,
-    ),
-    Environment(
-        "3.11",
-        dependencies="newest",
-        artifact="wheel",
-        tests=DISTRIBUTED,
-        ddp=True,
-        beside=("torch==2.13.0", *FRAMEWORKS),
     ),
 )
 
