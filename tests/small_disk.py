@@ -1,4 +1,4 @@
-"""A disk of a few kilobytes, which is soon full."""
+"""A small file system in memory, and a way to fill it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 @contextmanager
 def mounted_tmpfs(point: Path, options: str) -> Iterator[None]:
-    """Mount a file system in memory at `point`, which is made. Skips the test where that is not allowed."""
+    """Make the directory `point` and mount a file system in memory there. Skip the test if that is not permitted."""
     point.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", options, "none", str(point)]
     mount = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,7 +1,8 @@
 """Runs Python programs in forks of a process that has already imported their modules.
 
 A short program spends most of its time on starting the interpreter and on imports. A fork differs from a fresh
-interpreter in what is imported and in /proc/<pid>/cmdline, so tests of these start a fresh interpreter.
+interpreter in what is imported, in /proc/<pid>/cmdline, in the zeros after its environment in /proc/<pid>/environ, and
+in that all forks have one hash seed. Tests of these start a fresh interpreter.
 
     test --- socket: arguments, environment, directory, streams -----------> warm process
                                                                                  | fork
@@ -32,6 +33,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -40,8 +42,17 @@ from gpu_launcher.processes.linux import die_with_parent
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-USED_BY_SWEEPS = ("hydra", "hydra._internal.hydra", "hydra_plugins.gpu_pool_launcher._launch", "optuna")
-"""Modules that every sweep of Hydra imports, and optuna."""
+REPOSITORY = Path(__file__).parents[1]
+USED_BY_SWEEPS = (
+    "hydra",
+    "hydra._internal.hydra",
+    "hydra_plugins.gpu_pool_launcher._launch",
+    "alembic.command",
+    "gpu_launcher.studies.sweep_search",
+    "optuna.samplers",
+    "sqlalchemy.dialects.sqlite",
+)
+"""Modules that sweeps of Hydra import, and those that searches do."""
 USED_BY_CALLS = (
     "gpu_launcher.executors.parallel_map",
     "gpu_launcher.executors.pool_executor",
@@ -49,24 +60,33 @@ USED_BY_CALLS = (
 )
 """Modules that executors, `parallel_map` and `optimize` import."""
 REQUEST_BYTES = 100_000
-"""Maximum number of bytes of the arguments and the environment of a program that is forked."""
+"""Maximum number of bytes of a request."""
+ENVIRONMENT_BYTES = 16_384
+"""Maximum number of bytes of the environment of a program that is forked."""
 ROOM = "WARM_ROOM"
-"""A variable as long as the longest environment of a fork, which is written in its place."""
+"""Variable that reserves room in the warm process's environment block for that of a fork."""
 ENVIRONMENT = 47
-"""Index of the first of two fields of /proc/self/stat after the command name: proc_pid_stat(5) numbers it 50."""
+"""Index of env_start among the fields of /proc/self/stat after the command name; env_end follows. In proc_pid_stat(5),
+it is field 50."""
 READ_AT_START = ("PYTHON", "LD_", "LC_", "LANG", "GPU_LAUNCHER_LOG")
 """Prefixes of variables that are read when the interpreter starts or modules are imported."""
+
+
+INTERRUPTED = threading.Event()
+"""Whether the program in this process ended with KeyboardInterrupt."""
 
 
 class WarmProgram:
     """A running program. It has what the tests need of a `subprocess.Popen`."""
 
     def __init__(self, arguments: Sequence[str], status: int, streams: Sequence[int] = ()) -> None:
-        """`status` is the pipe from its keeper, and `streams` are those from the program."""
+        """`status` is the pipe from its keeper. `streams` are the read ends of the pipes from its stdout and stderr."""
         self.args = [sys.executable, *arguments]
         self.returncode: int | None = None
         self._status = open(status, "rb", buffering=0)
-        self.pid = int(self._status.read(16))
+        pid = self._status.read(16)
+        assert pid, "the warm process has ended"
+        self.pid = int(pid)
         self._streams = [open(stream, errors="replace") for stream in streams]
         self._read = [bytearray() for _ in streams]
         self.stdout, self.stderr = self._streams or (None, None)
@@ -79,7 +99,7 @@ class WarmProgram:
             stream.close()
         self.wait()
 
-    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+    def communicate(self, *, timeout: float | None = None) -> tuple[str, str]:
         """Read its output to the end, and wait for it. Raises TimeoutExpired, after which it can be called again."""
         end = None if timeout is None else time.monotonic() + timeout
         open_ones = {stream.fileno(): place for place, stream in enumerate(self._streams) if not stream.closed}
@@ -94,7 +114,8 @@ class WarmProgram:
                 if not data:
                     self._streams[open_ones.pop(number)].close()
         self.wait(None if end is None else max(0.0, end - time.monotonic()))
-        out, err = (bytes(data).decode(errors="replace") for data in self._read or (b"", b""))
+        texts = (bytes(data).decode(errors="replace") for data in self._read or (b"", b""))
+        out, err = (text.replace("\r\n", "\n").replace("\r", "\n") for text in texts)
         return out, err
 
     def poll(self) -> int | None:
@@ -108,14 +129,15 @@ class WarmProgram:
         if self.returncode is None:
             if not select.select([self._status], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
-            self.returncode = int(self._status.read(16))
+            self.returncode = int(self._status.read(16) or -signal.SIGKILL)  # nothing if its keeper was killed with it
             self._status.close()
         return self.returncode
 
     def send_signal(self, signum: int) -> None:
         """Send it a signal, unless it has ended."""
         if self.poll() is None:
-            os.kill(self.pid, signum)
+            with contextlib.suppress(ProcessLookupError):  # its keeper is about to say that it has ended
+                os.kill(self.pid, signum)
 
     def terminate(self) -> None:
         """Send it SIGTERM, unless it has ended."""
@@ -127,6 +149,7 @@ class WarmProgram:
 
 
 Program = WarmProgram | subprocess.Popen[bytes]
+TextProgram = WarmProgram | subprocess.Popen[str]
 
 
 class Warm:
@@ -134,7 +157,7 @@ class Warm:
 
     def __init__(self, modules: Sequence[str], environ: Mapping[str, str]) -> None:
         self._modules = modules
-        self._environ = environ
+        self._environ = dict(environ)
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
 
@@ -153,11 +176,14 @@ class Warm:
             return self._fork(arguments, environ, stdin, stdout, stderr, cwd)
         command = [sys.executable, *arguments]
         empty = subprocess.DEVNULL if stdin is None else stdin
-        return subprocess.Popen(command, stdin=empty, stdout=stdout, stderr=stderr, env=environ, cwd=cwd)
+        streams = {"stdin": empty, "stdout": stdout, "stderr": stderr}
+        return subprocess.Popen(
+            command, env=environ, cwd=cwd, preexec_fn=partial(die_with_parent, os.getpid()), **streams
+        )
 
     def _can_fork(self, arguments: Sequence[str], environ: Mapping[str, str]) -> bool:
         is_script = arguments[0] == "-m" or not arguments[0].startswith("-")
-        fits = len(block(environ)) + sum(map(len, arguments)) < REQUEST_BYTES
+        fits = len(block(environ)) <= ENVIRONMENT_BYTES and sum(map(len, arguments)) < REQUEST_BYTES // 2
         return is_script and fits and read_at_start(environ) == read_at_start(self._environ)
 
     def _fork(
@@ -180,12 +206,15 @@ class Warm:
 
     def start_piped(
         self, arguments: Sequence[str], environ: Mapping[str, str], cwd: str | Path | None = None
-    ) -> WarmProgram | subprocess.Popen[str]:
+    ) -> TextProgram:
         """Start `python script ...` or `python -m module ...` with pipes for its output, which is read as text."""
         if not self._can_fork(arguments, environ):
             command = [sys.executable, *arguments]
-            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            return subprocess.Popen(command, env=environ, cwd=cwd, text=True, errors="replace", **pipes)
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+            ends = partial(die_with_parent, os.getpid())
+            return subprocess.Popen(
+                command, env=environ, cwd=cwd, text=True, errors="replace", preexec_fn=ends, **pipes
+            )
         (out, to_out), (err, to_err) = os.pipe(), os.pipe()
         try:
             return self._fork(arguments, environ, None, to_out, to_err, cwd, (out, err))
@@ -214,8 +243,10 @@ class Warm:
             self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
                 command = [sys.executable, "-c", "from tests.warm import serve; serve()", str(theirs.fileno())]
-                environ = {**self._environ, ROOM: "x" * REQUEST_BYTES}
-                self._process = subprocess.Popen([*command, *self._modules], env=environ, pass_fds=[theirs.fileno()])
+                environ = {**self._environ, ROOM: "x" * ENVIRONMENT_BYTES}
+                self._process = subprocess.Popen(
+                    [*command, *self._modules], env=environ, pass_fds=[theirs.fileno()], cwd=REPOSITORY
+                )
         return self._socket
 
     def close(self) -> None:
@@ -235,6 +266,7 @@ def block(environ: Mapping[str, str]) -> bytes:
 
 def serve() -> None:
     """Fork a program for each request, until the other end of the socket is closed."""
+    atexit.register(end_by_interrupt)  # before the modules register theirs, so that it is called last
     connection = socket.socket(fileno=int(sys.argv[1]))
     for module in sys.argv[2:]:
         importlib.import_module(module)
@@ -242,7 +274,7 @@ def serve() -> None:
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers end by themselves
     while True:
-        request, descriptors, _, _ = socket.recv_fds(connection, 2 * REQUEST_BYTES, 4)
+        request, descriptors, _, _ = socket.recv_fds(connection, REQUEST_BYTES, 4)
         if not request:
             return
         if os.fork() == 0:
@@ -264,8 +296,9 @@ def keep(descriptors: list[int], arguments: list[str], environ: dict[str, str], 
         die_with_parent(me)
         become(streams, arguments, environ, cwd)
     os.write(told, b"%16d" % pid)
-    _, status = os.waitpid(pid, 0)
-    os.write(told, b"%16d" % os.waitstatus_to_exitcode(status))
+    ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # its id is not used again until it has been waited for
+    assert ended is not None
+    os.write(told, b"%16d" % (ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status))
     os._exit(0)
 
 
@@ -286,8 +319,6 @@ def become(streams: list[int], arguments: list[str], environ: dict[str, str], cw
     sys.argv = arguments[1:] if module else arguments
     sys.path[0] = cwd if module else str(Path(arguments[0]).absolute().parent)
     code: object = 0
-    interrupted = threading.Event()
-    atexit.register(end_by_interrupt, interrupted)  # first, so that it is called last
     try:
         if module:
             runpy._run_module_as_main(module)
@@ -302,15 +333,15 @@ def become(streams: list[int], arguments: list[str], environ: dict[str, str], cw
         sys.excepthook(type(error), error.with_traceback(frames), frames)
         code = 1
         if isinstance(error, KeyboardInterrupt):
-            interrupted.set()
+            INTERRUPTED.set()
     sys.exit(code)
 
 
 def show_environment(environ: Mapping[str, str]) -> None:
-    """Let /proc/<pid>/environ say what that of a fresh interpreter does.
+    """Make /proc/<pid>/environ show `environ`, as in a fresh interpreter.
 
     The kernel shows the memory in which the environment was when the program started (proc_pid_environ(5)). Nothing
-    refers to it any more: what was there has been removed, and setenv(3) copies.
+    refers to that memory any more: its variables were removed, and setenv(3) allocates copies.
     """
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     start, end = int(fields[ENVIRONMENT]), int(fields[ENVIRONMENT + 1])
@@ -321,17 +352,17 @@ def show_environment(environ: Mapping[str, str]) -> None:
 
 
 def run_script(path: str) -> None:
-    """Run a script as `__main__`: in the module of that name, which others may have imported."""
+    """Run a script as `__main__`. Reuses the existing module, because other modules may have imported it."""
     names = sys.modules["__main__"].__dict__
     names.clear()
-    about = {"__doc__": None, "__package__": None, "__loader__": None, "__spec__": None, "__builtins__": builtins}
-    names.update(about, __name__="__main__", __file__=str(Path(path).absolute()))
-    exec(compile(Path(path).read_bytes(), path, "exec", dont_inherit=True), names)
+    about = {"__doc__": None, "__package__": None, "__loader__": None, "__spec__": None, "__cached__": None}
+    names.update(about, __name__="__main__", __file__=str(Path(path).absolute()), __builtins__=builtins)
+    exec(compile(Path(path).read_bytes(), names["__file__"], "exec", dont_inherit=True), names)
 
 
-def end_by_interrupt(interrupted: threading.Event) -> None:
+def end_by_interrupt() -> None:
     """End as Python does after KeyboardInterrupt."""
-    if interrupted.is_set():
+    if INTERRUPTED.is_set():
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)

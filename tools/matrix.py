@@ -68,16 +68,8 @@ class Environment:
 
 QUICK = ("tests/cli/test_main.py", "tests/hydra", "tests/studies", "tests/unit", "tests/web")
 """What depends on the versions of Python, Hydra or Optuna. Crashes, leases and users depend on the kernel."""
-QUICK_NEXT = (
-    "tests/cli/test_main.py",
-    "tests/executors/test_pool_executor.py",
-    "tests/hydra",
-    "tests/studies",
-    "tests/unit/test_inherited_files.py",
-    "tests/unit/test_processes_jobs.py",
-    "tests/unit/test_random_generators.py",
-)
-"""Those of them that the next Hydra and the start methods of the newest Python could change."""
+QUICK_NEXT = ("tests/cli/test_main.py", "tests/hydra", "tests/studies", "tests/unit")
+"""Quick tests of what the next Hydra or the newest Python may change."""
 LOWEST = (
     "tests/hydra/test_contract.py",
     "tests/hydra/test_job_options.py",
@@ -116,7 +108,7 @@ DISTRIBUTED = (
     "tests/unit/test_result_table.py",
     "tests/unit/test_samplers.py",
 )
-"""What needs torch, Lightning, or one of these."""
+"""The wheel itself, and what needs torch, Lightning or one of FRAMEWORKS."""
 FRAMEWORKS = ("tensorboard", "wandb", "mlflow-skinny", "pandas", "matplotlib", "nbclient", "ipykernel")
 HISTORIES = (*PACKAGED, "tests/simulation/test_policy_state_machine.py")
 SWEEPERS = ("hydra-optuna-sweeper==1.4.0rc3", "hydra-nevergrad-sweeper==1.4.0rc3")
@@ -125,7 +117,6 @@ SWEEPERS = ("hydra-optuna-sweeper==1.4.0rc3", "hydra-nevergrad-sweeper==1.4.0rc3
 # The oldest and the newest of everything we support, each at least once; the longest first, so that two CPUs end
 # together. `make test` has the newest release of each dependency, too. The release candidate of Hydra has to be named.
 ENVIRONMENTS = (
-    Environment("3.10", dependencies="lowest", artifact="tree", tests=LOWEST, quick=QUICK),
     Environment(
         "3.13",
         dependencies="newest",
@@ -135,6 +126,7 @@ ENVIRONMENTS = (
         quick=QUICK_NEXT,
         beside=SWEEPERS,
     ),
+    Environment("3.10", dependencies="lowest", artifact="tree", tests=LOWEST, quick=QUICK),
     Environment(
         "3.11",
         dependencies="newest",

@@ -34,7 +34,7 @@ class SweepStarted:
     devices: tuple[Device, ...]
     parallel: int | None
     is_search: bool = False
-    """Whether the jobs are trials of a search. A trial ends once, so none of them is retried."""
+    """Whether the jobs are trials of a search. A user cannot retry those, because a trial ends once."""
 
 
 @dataclass(frozen=True, slots=True)

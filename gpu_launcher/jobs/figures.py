@@ -20,3 +20,4 @@ class Figures:
 
 
 NO_FIGURES = Figures()
+"""The figures of a job about which nothing is known."""

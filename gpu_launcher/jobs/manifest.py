@@ -109,7 +109,7 @@ class Manifest:
 
     @property
     def is_search(self) -> bool:
-        """Whether the jobs are trials of a search: only a search records what its objectives are called."""
+        """Whether the jobs are trials of a search. Only a search records the names of its objectives."""
         return bool(self.objectives)
 
 

@@ -34,8 +34,9 @@ def is_for_basic_sweeper() -> bool:
     """Whether Hydra's own sweeper called the launcher. That sweeper raises the first error among the jobs' returns."""
     caller = next(frame for frame in _stack() if not _module(frame).startswith(__package__))
     sweeper = type(caller.f_locals.get("self"))
-    # Compared by name, because Hydra makes the classes of plugins anew if their modules have been imported before.
-    return _is(caller, BasicSweeper.__module__, "sweep") and sweeper.__qualname__ == BasicSweeper.__qualname__
+    # Compared by name: Hydra executes modules of plugins again that were imported before, which makes new classes.
+    is_own = (sweeper.__module__, sweeper.__qualname__) == (BasicSweeper.__module__, BasicSweeper.__qualname__)
+    return is_own and _is(caller, BasicSweeper.__module__, "sweep")
 
 
 @contextlib.contextmanager

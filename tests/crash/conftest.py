@@ -303,7 +303,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def warm() -> Iterator[Warm]:
-    """Forks launching programs. It ends with each file, because other files look for child processes."""
+    """Forks launching programs. Ends after each file, because tests in other files count child processes."""
     warm = Warm([*USED_BY_SWEEPS, *USED_BY_CALLS], os.environ)
     yield warm
     warm.close()

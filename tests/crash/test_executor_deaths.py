@@ -132,6 +132,7 @@ def test_when_the_program_is_killed_nothing_of_it_is_left(world, start, kill_tog
     ("who", "method"),
     [
         smoke("node", "fork"),
+        ("node", "spawn"),
         ("node and guard", "fork"),
         ("node and server", "fork"),
         ("node and supervisor", "fork"),

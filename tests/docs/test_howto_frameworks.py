@@ -1,4 +1,4 @@
-"""The how-to pages on PyTorch, Lightning and trackers do what they show. `make matrix` has these packages."""
+"""The pages on PyTorch, Lightning, trackers and notebooks do what they show. `make matrix` has their packages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_commands_of_the_section_print_what_it_says(name: str, section: str,
     assert follow(sections(name)[section], tmp_path, timeout=850) >= 1
 
 
-@pytest.mark.filterwarnings("ignore")  # of what Jupyter is made of
+@pytest.mark.filterwarnings("ignore")  # from the packages of Jupyter
 def test_the_cells_of_a_notebook_print_in_jupyter_what_the_page_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

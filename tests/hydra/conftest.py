@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.warm import USED_BY_SWEEPS, Warm, WarmProgram
+from tests.warm import USED_BY_SWEEPS, TextProgram, Warm
 
 PROGRAMS = Path(__file__).parent / "programs"
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-Start = Callable[..., "WarmProgram | subprocess.Popen[str]"]
+Start = Callable[..., TextProgram]
 
 
 def environment(directory: Path) -> dict[str, str]:
@@ -35,7 +35,7 @@ def start(warm: Warm) -> Start:
     """Start one of the programs in a directory: `start(directory, "deaths.py", *arguments, **environment)`.
 
     Instead of a name, `program` may be interpreter arguments such as `("-m", "package.train")`. `within` is a command
-    that runs the program, such as `("nohup",)`. Without one it is forked, because imports are most of what it costs.
+    that runs the program, such as `("nohup",)`. Without it, the program is forked, because most of its cost is imports.
     """
 
     def start(
@@ -44,7 +44,7 @@ def start(warm: Warm) -> Start:
         *arguments: str,
         within: tuple[str, ...] = (),
         **extra: str,
-    ) -> WarmProgram | subprocess.Popen[str]:
+    ) -> TextProgram:
         what = [str(PROGRAMS / program)] if isinstance(program, str) else program
         if not within:
             return warm.start_piped([*what, *arguments], {**environment(directory), **extra}, directory)
@@ -63,7 +63,7 @@ def start(warm: Warm) -> Start:
 
 @pytest.fixture(scope="module")
 def warm() -> Iterator[Warm]:
-    """Forks sweeps. It ends with each file, because other files look for child processes."""
+    """Forks sweeps. Ends after each file, because tests in other files count child processes."""
     warm = Warm(USED_BY_SWEEPS, {**os.environ, "PYTHONWARNINGS": "ignore"})
     yield warm
     warm.close()

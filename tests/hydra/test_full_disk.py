@@ -1,4 +1,4 @@
-"""A disk that becomes full while a sweep runs, and what is left of the sweep when there is room again."""
+"""A disk that fills up during a sweep, and the resumption of that sweep once there is room."""
 
 from __future__ import annotations
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.warm import TextProgram
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., TextProgram]
 
 GRID_ASYNC = "hydra/sweeper=grid_async"
 PROGRAM = "grid.py"

@@ -14,8 +14,9 @@ import pytest
 
 from gpu_launcher.processes.signals import SAME_SIGNAL_SECONDS
 from tests.waiting import until
+from tests.warm import TextProgram
 
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., TextProgram]
 MANNERS = ["polite"] * 4 + ["waiting"]
 """The manners of each job. The sweep has four devices, so one job waits."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from gpu_launcher.allocation.observation import look, processes_of
 from gpu_launcher.cli.job_table import to_json
 from gpu_launcher.cli.survey_json import to_json as survey_to_json
 from gpu_launcher.jobs.manifest import read
+from tests.warm import TextProgram
 
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., TextProgram]
 DEADLINE = 60.0
 
 

@@ -24,8 +24,9 @@ from gpu_launcher.jobs.steering import Sweep
 from tests.emulated_terminal import EmulatedTerminal
 from tests.hydra.conftest import PROGRAMS, environment
 from tests.waiting import alive, until
+from tests.warm import TextProgram
 
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., TextProgram]
 
 CLI = (sys.executable, "-m", "gpu_launcher.cli")
 POOL = ("hydra/launcher=gpu_pool", "hydra.launcher.devices=simulated:2", "hydra.sweep.dir=sweep")

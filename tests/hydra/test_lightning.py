@@ -14,12 +14,13 @@ import pytest
 
 from gpu_launcher.leases.file_ledger import FileLedger
 from tests.waiting import alive, until
+from tests.warm import TextProgram
 
 pytest.importorskip("torch", reason="needs torch: pip install 'gpu-launcher[ddp]'")
 pytest.importorskip("lightning", reason="needs Lightning: pip install 'gpu-launcher[ddp]'")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., TextProgram]
 
 SWEEP = ["-m", "hydra/launcher=gpu_pool", "hydra.launcher.devices=simulated:4", "hydra.sweep.dir=sweep"]
 JOBS = RANKS = (0, 1)
@@ -83,7 +84,7 @@ def sweep(start: Start, tmp_path: Path) -> Iterator[Callable[..., subprocess.Pop
 def test_two_distributed_jobs_run_side_by_side_and_share_nothing(
     run: Run, tmp_path: Path, program: str, method: str
 ) -> None:
-    how = (f"hydra.launcher.start_method={method}", f"hydra.job.chdir={method == 'spawn'}", "hydra.job.name=mine")
+    how = (f"hydra.launcher.start_method={method}", f"hydra.job.chdir={method == 'fork'}", "hydra.job.name=mine")
     ran = run(tmp_path, program, *SWEEP, *how, "note='a b=c, d','{e: [f]}'")
     assert ran.returncode == 0, ran.stderr + log(tmp_path, 0) + log(tmp_path, 1)
     assert statuses(tmp_path) == ["COMPLETED", "COMPLETED"]

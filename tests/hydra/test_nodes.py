@@ -17,9 +17,10 @@ from optuna.trial import TrialState
 import gpu_launcher
 from gpu_launcher.jobs.directory import sign_of_nodes
 from tests.waiting import until
+from tests.warm import TextProgram
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., TextProgram]
 
 PROGRAM = "on_nodes.py"
 TWO_EACH = "hydra.launcher.devices=simulated:2"

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from tests.waiting import until
+from tests.warm import TextProgram
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., TextProgram]
 
 SWEEP = ("-m", "hydra.sweep.dir=sweep")
 TELL_END = "hydra.launcher.on_end=[sh,-c,'cat > end; ls sweep > listed']"

@@ -24,9 +24,10 @@ from optuna.trial import TrialState
 import gpu_launcher
 from gpu_launcher.studies.trial_attrs import JOB, RETRY_OF
 from tests.waiting import until
+from tests.warm import TextProgram
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., TextProgram]
 
 PROGRAM = "trials.py"
 SWEEPER = ("hydra/sweeper=optuna_async", "hydra.sweep.dir=sweep")

@@ -16,9 +16,10 @@ import pytest
 
 from tests.ssh_server import NEEDS_SSH, Ssh, ssh_server
 from tests.waiting import until
+from tests.warm import TextProgram
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., TextProgram]
 
 PROGRAM = "on_nodes.py"
 GRID = ("-m", "hydra/launcher=gpu_pool", "hydra.launcher.devices=simulated:2", "hydra.sweep.dir=sweep")

@@ -22,8 +22,9 @@ from gpu_launcher.jobs.launches import DIRECTORY
 from gpu_launcher.jobs.manifest import State, read
 from gpu_launcher.studies.trial_attrs import RETRY_OF
 from tests.waiting import alive, until
+from tests.warm import TextProgram
 
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., TextProgram]
 
 POOL = ("hydra/launcher=gpu_pool", "hydra.launcher.devices=simulated:2", "hydra.sweep.dir=sweep")
 

@@ -17,9 +17,10 @@ from gpu_launcher import load_results
 from gpu_launcher.jobs.manifest import State, read
 from hydra_plugins.gpu_pool_launcher._commands import override
 from tests.waiting import until
+from tests.warm import TextProgram
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., TextProgram]
 
 PROGRAM = "directories.py"
 POOL = ("hydra/launcher=gpu_pool", "hydra.launcher.devices=simulated:4")

@@ -37,8 +37,6 @@ import time
 from pathlib import Path
 
 import optuna
-from optuna.trial import TrialState
-
 import gpu_launcher
 
 def objective(trial):

@@ -273,7 +273,7 @@ def test_keys_that_do_not_exist_here_are_not_explained() -> None:
     assert "q  Ctrl-C" in [keys for keys, _ in help_of(SweepTally(), can_quit=True)]
 
 
-def test_trials_of_a_search_are_not_retried() -> None:
+def test_a_search_has_no_key_to_retry_trials() -> None:
     view = shown(SweepStarted(0.0, 20, GPUS, None, is_search=True), failed(1))
     state, actions = after("fr", view)
     assert (state.page, actions) == (Page.FAILURES, [])

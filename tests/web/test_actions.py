@@ -141,7 +141,7 @@ def test_trials_of_a_search_are_not_offered_to_be_retried(tmp_path: Path, servin
     process = subprocess.Popen(command, env=server.environ, cwd=tmp_path)
     try:
         url = f"/sweeps/{id_of(directory)}"
-        until(lambda: {"1 running", "1 failed"} <= set(re.findall(r"\d [a-z]+", server(url).text)))
+        until(lambda: {"1 running", "1 failed"} <= set(re.findall(r"\d [a-z]+", server(url).text)) or process.poll())
         assert "Cancel jobs" in server(url).text
         assert "ValueError: no" in server(f"{url}/jobs/0").text
         for page in (url, f"{url}/jobs/0"):
@@ -149,7 +149,10 @@ def test_trials_of_a_search_are_not_offered_to_be_retried(tmp_path: Path, servin
         assert "call study.enqueue_trial" in said(server, url, "retry", "jobs=0")
     finally:
         (tmp_path / "go").touch()
-        process.wait(100)
+        try:
+            process.wait(100)
+        finally:
+            process.kill()
 
 
 def test_a_sweep_is_stopped(running: Running) -> None:

@@ -65,7 +65,7 @@ Action = Steering | Quit | Detach
 
 
 RETRY = "r"
-"""The key that retries jobs. A search has none."""
+"""The key that retries jobs. In a search, it does nothing."""
 HELP = (
     ("Select and scroll", ""),
     ("↑ ↓  k j", "previous and next row"),
@@ -168,7 +168,7 @@ def press(state: ScreenState, key: str, shown: Shown) -> tuple[ScreenState, Acti
 
 
 def help_of(tally: SweepTally, *, can_quit: bool) -> list[tuple[str, str]]:
-    """Return the keys and what they do. Headings have no second text."""
+    """Return the keys that work here and what they do. Headings have no second text."""
     there = [(keys, what) for keys, what in HELP if _QUITTING.get(keys, can_quit) == can_quit]
     return [(keys, what) for keys, what in there if not (keys == RETRY and tally.is_search)]
 

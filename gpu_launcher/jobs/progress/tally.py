@@ -40,7 +40,7 @@ class SweepTally:
 
     total: int = 0
     is_search: bool = False
-    """Whether the jobs are trials of a search, none of which can be retried."""
+    """Whether the jobs are trials of a search, which a user cannot retry."""
     devices: tuple[Device, ...] = ()
     started_at: float | None = None
     now: float = 0.0
