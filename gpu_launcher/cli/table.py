@@ -90,13 +90,12 @@ class _Sheet:
 
     def line(self, cells: Sequence[str], style: str, width: int | None = None) -> Line:
         """The cells as a line; the last cell is cut if it is too wide."""
-        places = [place for place in self._shown if place < len(cells)]
-        line = [(self._padded(place, cells[place]) + GAP, style) for place in places[:-1]]
-        last = cells[places[-1]]
-        if self._columns[places[-1]].right:
-            last = self._padded(places[-1], last)
-        left = width_of(last) if width is None else max(1, width - sum(width_of(text) for text, _ in line))
-        return [*line, (cut(last, left), style)]
+        *before, last = [place for place in self._shown if place < len(cells)]
+        padded = [self._padded(place, cells[place]) for place in before]
+        text = self._padded(last, cells[last]) if self._columns[last].right else cells[last]
+        if width is not None:
+            text = cut(text, max(1, width - sum(self._widths[place] + len(GAP) for place in before)))
+        return [(GAP.join([*padded, text]), style)]
 
     def row(self, row: Row) -> Line:
         if row.rest is None:

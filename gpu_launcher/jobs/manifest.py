@@ -328,20 +328,20 @@ def _take(event: dict[str, Any], entries: dict[int, Entry]) -> None:
     launch, time = fields.text("launch", limit=64), fields.time("time")
     if not launch.isalnum():  # it becomes part of a file name
         raise ValueError("launch is not an id")
-    if "planned" in fields:
+    if "planned" in event:
         for job in event["planned"] if isinstance(event["planned"], list) else ():
             _plan(job, launch, entries)
         return
-    if "again" in fields:
+    if "again" in event:
         for job in event["again"] if isinstance(event["again"], list) else ():
             _requeue(job, launch, entries)
         return
-    if "described" in fields:
+    if "described" in event:
         described = entries.get(fields.integer("described"))
         if described is not None and described.launch == launch:
             described.label, described.spec = one_line(fields.text("label")), event.get("spec")
         return
-    started = "started" in fields
+    started = "started" in event
     number = fields.integer("started" if started else "ended")
     entry = entries.get(number)
     if entry is None or entry.launch != launch:
