@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from gpu_launcher import load_results
+from tests.warm import TextProgram
 
 if TYPE_CHECKING:
     from tests.conftest import Machine
@@ -26,8 +26,15 @@ pytestmark = [
 GIB = 2**30
 
 
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        pytest.param(("n=range(12)",), id="grid"),
+        pytest.param(("hydra/sweeper=optuna_async", "hydra.sweeper.n_trials=12", "n=range(0,100)"), id="search"),
+    ],
+)
 def test_later_jobs_share_a_gpu_once_the_memory_of_earlier_ones_is_known(
-    machine: Machine, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+    machine: Machine, tmp_path: Path, start: Callable[..., TextProgram], sweep: tuple[str, ...]
 ) -> None:
     (tmp_path / "use").mkdir()
     machine.has("count 1", *machine.gpu(0, "GPU-a"))
@@ -38,7 +45,7 @@ def test_later_jobs_share_a_gpu_once_the_memory_of_earlier_ones_is_known(
         "hydra/launcher=gpu_pool",
         "hydra.launcher.memory=auto",
         "hydra.sweep.dir=sweep",
-        "n=range(12)",
+        *sweep,
         **machine.environment(GPU_LAUNCHER_POOL_DIR=str(tmp_path / "pool")),
     )
     try:
