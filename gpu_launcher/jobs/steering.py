@@ -34,7 +34,7 @@ from gpu_launcher.jobs.control import (
     without,
     write_request,
 )
-from gpu_launcher.jobs.control_socket import connect
+from gpu_launcher.jobs.control_socket import RETRY_SECONDS, connect
 from gpu_launcher.jobs.directory import refuse_if_locked
 from gpu_launcher.jobs.event_lines import read_line
 from gpu_launcher.jobs.events import Event
@@ -46,6 +46,8 @@ from gpu_launcher.text import one_line, short_path
 from gpu_launcher.users import user_name
 from gpu_launcher.wording import count, duration
 
+BEGIN_SECONDS = 2.0
+"""Seconds after the start of a launch in which its head may not listen yet."""
 ANSWER_SECONDS = 10.0
 """Maximum seconds to wait for an answer. A head answers at once, unless it is suspended."""
 MAX_WATCHED_LINE = 2**24
@@ -199,21 +201,25 @@ class Sweep:
             raise self._not_yours() from None
         except OSError as error:  # it was removed meanwhile
             raise SteeringError(f"{self._name} cannot be read: {error.strerror}") from error
-        launches = launches_in(self.directory)
-        for launch in launches:
-            path = socket_of(launch.file)
-            try:
-                connection = connect(path, seconds)
-            except (FileNotFoundError, ConnectionRefusedError):
-                continue
-            except PermissionError:
-                raise self._not_yours() from None
-            except (BlockingIOError, TimeoutError):
-                raise self._does_not_answer(launch, seconds) from None
-            except OSError as error:
-                raise SteeringError(f"{self._name} cannot be steered: {error.strerror}") from error
-            return connection, launch
-        raise self._nothing_to_steer(launches)
+        until = time.monotonic() + seconds
+        while True:
+            launches = launches_in(self.directory)
+            for launch in launches:
+                path = socket_of(launch.file)
+                try:
+                    connection = connect(path, seconds)
+                except (FileNotFoundError, ConnectionRefusedError):
+                    continue
+                except PermissionError:
+                    raise self._not_yours() from None
+                except (BlockingIOError, TimeoutError):
+                    raise self._does_not_answer(launch, seconds) from None
+                except OSError as error:
+                    raise SteeringError(f"{self._name} cannot be steered: {error.strerror}") from error
+                return connection, launch
+            if time.monotonic() >= until or not any(map(_begins, launches)):
+                raise self._nothing_to_steer(launches)
+            time.sleep(RETRY_SECONDS)
 
     def _hear(
         self, connection: socket.socket, request: Steering, launch: Launch, seconds: float
@@ -403,6 +409,15 @@ class Watch:
 
     def close(self) -> None:
         self._connection.close()
+
+
+def _begins(launch: Launch) -> bool:
+    """Whether the head of a launch may be about to listen. A launch is recorded a moment before that."""
+    try:
+        age = time.time() - launch.file.stat().st_mtime
+    except OSError:  # it has just ended
+        return False
+    return launch.is_alive is True and age < BEGIN_SECONDS
 
 
 def _line(done: list[str], problem: str | None) -> str:

@@ -114,9 +114,49 @@ def test_sweep_of_another_machine(sweep: Path) -> None:
     assert f"sweep is run by process {os.getpid()} (train.py) on gpu7, which cannot be reached from here" in problem()
 
 
-def test_sweep_without_a_socket(sweep: Path) -> None:
+def test_sweep_without_a_socket(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steering, "BEGIN_SECONDS", 0.1)
     launched(sweep, ProcessIdentity.here())
     assert f"sweep is run by process {os.getpid()} (train.py), which has no control socket" in problem()
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_sweep_whose_head_is_about_to_listen_is_waited_for(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, bound: bool
+) -> None:
+    monkeypatch.setattr(steering, "BEGIN_SECONDS", 100.0)
+    path = launched(sweep, ProcessIdentity.here())
+    tried = threading.Event()
+    connect = steering.connect
+
+    def try_to_connect(path: Path, seconds: float) -> socket.socket:
+        try:
+            return connect(path, seconds)
+        finally:
+            tried.set()
+
+    monkeypatch.setattr(steering, "connect", try_to_connect)
+    with socket.socket(socket.AF_UNIX) as listener:
+        if bound:
+            listener.bind(str(path))
+
+        def serve() -> None:
+            tried.wait()
+            if not bound:
+                listener.bind(str(path))
+            listener.listen()
+            client, _ = listener.accept()
+            with client:
+                client.recv(MAX_LINE)
+                client.sendall(write_refusal("heard"))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            assert problem(sweep) == "sweep: heard"
+        finally:
+            tried.set()
+            thread.join()
 
 
 def test_sweep_that_has_not_begun(sweep: Path) -> None:
