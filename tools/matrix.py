@@ -6,7 +6,7 @@ The tests run in a shuffled order; `--seed` repeats one.
 `make test-all` has run every test but the slow ones on this machine's Python with the newest dependencies. Here, the
 oldest Python with the lowest dependencies and the newest Python with the next Hydra run the quick tests of what depends
 on these versions, and some of the thorough ones. The two Pythons between run what depends on packaging and what needs
-torch. The slow tests are for `make slow`. On two idle CPUs, all of CI takes about 75 minutes.
+torch. The slow tests are for `make slow`. On two idle CPUs, all of CI takes about 70 minutes.
 
 Each environment lives in `.matrix/<name>/` and is kept: a second run reinstalls only gpu-launcher itself,
 unless what it depends on has changed. The tests run in a copy of the tree that lacks the packages, so that what
