@@ -49,7 +49,7 @@ MAX_UNREAD = 2**20
 MAX_ACCEPTS = 64
 """Maximum number of connections that are accepted in one turn."""
 RETRY_SECONDS = 0.02
-"""Seconds between two attempts to connect to a head that has accepted none of the clients that wait."""
+"""Seconds between two attempts to connect to a head that does not listen yet, or has many clients to accept."""
 ROOT = 0
 _CREDENTIALS = struct.Struct("3i")
 """Layout of struct ucred: process id, user id, group id."""

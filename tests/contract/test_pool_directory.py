@@ -6,10 +6,9 @@ import errno
 import fcntl
 import os
 import pickle
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from gpu_launcher.errors import PoolDirectoryError
 from gpu_launcher.leases import FileLedger, choose_pool_directory, resolve_pool_directory
 from gpu_launcher.leases.pool_directory import file_system_of
 from gpu_launcher.model import Request
+from tests.small_disk import mounted_tmpfs
 
 
 def mode(path: Path) -> int:
@@ -32,23 +32,15 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Mount a tmpfs of its own with the given options."""
-    point = tmp_path / "mounted"
-    point.mkdir()
-    mounted = []
-
-    def do(options: str) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", options, "none", str(point)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            pytest.skip(f"cannot mount a file system: {result.stderr.strip()}")
-        mounted.append(point)
-        return point
-
     if os.geteuid() != 0:
         pytest.skip("only root can mount a file system")
-    yield do
-    if mounted:
-        subprocess.run(["umount", "--lazy", str(point)], check=True)
+    with ExitStack() as mounted:
+
+        def do(options: str) -> Path:
+            mounted.enter_context(mounted_tmpfs(tmp_path / "mounted", options))
+            return tmp_path / "mounted"
+
+        yield do
 
 
 @contextmanager

@@ -44,11 +44,8 @@ def test_the_commands_of_the_section_print_what_it_says(name: str, section: str,
 def test_the_cells_of_a_notebook_print_in_jupyter_what_the_page_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for package in ("nbclient", "ipykernel"):
-        pytest.importorskip(package, reason=f"needs {package}")
-    import nbclient  # type: ignore[import-not-found, unused-ignore]
-    import nbformat  # type: ignore[import-not-found, unused-ignore]
-
+    pytest.importorskip("ipykernel")
+    nbclient, nbformat = map(pytest.importorskip, ("nbclient", "nbformat"))
     monkeypatch.setenv("GPU_LAUNCHER_POOL_DIR", str(tmp_path / "pool"))
     text = (HOWTO / "notebooks.md").read_text()
     cells = [nbformat.v4.new_code_cell(block) for block in blocks(text, "python")]

@@ -169,8 +169,9 @@ def press(state: ScreenState, key: str, shown: Shown) -> tuple[ScreenState, Acti
 
 def help_of(tally: SweepTally, *, can_quit: bool) -> list[tuple[str, str]]:
     """Return the keys that work here and what they do. Headings have no second text."""
-    there = [(keys, what) for keys, what in HELP if _QUITTING.get(keys, can_quit) == can_quit]
-    return [(keys, what) for keys, what in there if not (keys == RETRY and tally.is_search)]
+    missing = [keys for keys, if_quitting in _QUITTING.items() if if_quitting != can_quit]
+    missing += [RETRY] if tally.is_search else []
+    return [(keys, what) for keys, what in HELP if keys not in missing]
 
 
 def _opened(state: ScreenState, page: Page) -> ScreenState:
